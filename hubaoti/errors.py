@@ -1,7 +1,8 @@
 """Every error raised on purpose: what happened, what to do next, and the exit code of the CLI.
 
-A message says what happened, with the names; the hint says what to do next. Exit codes are part of the public face:
-each class that a user can meet has its own. 2 is click's (bad usage), 130 is SIGINT's.
+A message says what happened, with the names; the hint says what to do next. Exit codes are part
+of the public face: each class that a user can meet has its own. 2 is click's (bad usage), 130 is
+SIGINT's.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class BadDim(HubaotiError):
 
 
 class CompileFailed(HubaotiError):
-    """Export, lowering or the C++ build failed; the message names the step and the first line of the cause."""
+    """A step of compiling failed; the message names the step and the first line of the cause."""
 
     exit_code = 8
 
@@ -134,7 +135,7 @@ class BadInput(HubaotiError):
 
 
 class MissingConstant(HubaotiError):
-    """The checkpoint has no tensor by any of the names the manifest gives, or one of another shape or dtype."""
+    """The checkpoint has no such tensor by name, or one of another shape or dtype."""
 
     exit_code = 21
 
@@ -158,7 +159,7 @@ class MissingOps(HubaotiError):
 
 
 class Conflict(HubaotiError):
-    """The path is taken by another artifact, or the branch moved on more often than we tried again."""
+    """The path is taken by another artifact, or the branch moves faster than we do."""
 
     exit_code = 25
 
