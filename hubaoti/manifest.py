@@ -1,0 +1,368 @@
+"""The manifest: what an artifact holds, was built from, and needs (`hubaoti.json`, schema 1).
+
+It is written as RFC 8785 canonical JSON, so that one artifact has one digest; a file that is not
+its own canonical form is refused. Everything here comes from outside sooner or later: types,
+patterns and cross-references are checked once, when a manifest is read, so that nothing else has to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any, Literal
+
+import msgspec
+import rfc8785
+
+from hubaoti.errors import BadManifest, BadRequest, NewerSchema
+from hubaoti.match import KernelPin, Requirements
+from hubaoti.variant import Recipe, Variant
+
+SCHEMA = 1
+FILENAME = "hubaoti.json"
+LARGEST = 16 << 20  # bytes of a manifest; the one of an 80-layer model is some hundred kB
+
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Size = Annotated[int, msgspec.Meta(ge=0)]
+# A relative path below the bundle: no empty, hidden, `.` or `..` segment, no backslash, no colon.
+SafePath = Annotated[
+    str,
+    msgspec.Meta(pattern=r"^[A-Za-z0-9_+-][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)*\Z"),
+]
+MemberPath = Annotated[
+    str,
+    msgspec.Meta(pattern=r"^(?!.*(^|/)\.{1,2}(/|\Z))[A-Za-z0-9_.+-]+(/[A-Za-z0-9_.+-]+)*\Z"),
+]
+Dim = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
+Dtype = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A frozen record of the manifest; a field that schema 1 does not have is refused."""
+
+
+class Program(Record):
+    """What is computed, whatever the weights: all fine-tunes of a model have one program."""
+
+    config: dict[str, Any]
+    code: Sha256
+    task: Literal["embed", "classify", "logits"]
+    steps: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the program's canonical form."""
+        return digest_of(msgspec.to_builtins(self))
+
+    @property
+    def tag(self) -> str:
+        """The repo tag under which all artifacts of this program are found."""
+        return f"hubaoti-program-{self.digest[:12]}"
+
+
+class Build(Record):
+    """The options it was built with; what is at its default is written all the same."""
+
+    regions: str
+    dims: dict[Dim, tuple[int, int, int]]
+    dtype: Dtype
+    attention: str
+    quantization: str | None = None
+    mode: str = "default"
+    buckets: tuple[dict[Dim, tuple[int, int]], ...] = ()
+    options: dict[str, Any] = {}
+
+
+class Target(Record):
+    """The kind of host it was built for."""
+
+    device: Literal["cpu", "cuda"]
+    os: str
+    level: str
+    torch: str
+    git: str
+    cuda: str | None = None
+    sm: int | None = None
+
+
+class Source(Record):
+    """Where the model came from; not in the key."""
+
+    model: str
+    commit: str | None = None
+    subfolder: str | None = None
+
+
+class File(Record):
+    """A file by its path below the bundle and its bytes."""
+
+    path: SafePath
+    sha256: Sha256
+    size: Size
+
+
+class Member(Record):
+    """An entry of a `.pt2` that may be unpacked."""
+
+    path: MemberPath
+    sha256: Sha256
+    size: Size
+
+
+class Input(Record):
+    """A tensor that a graph takes. `shape` names dims or gives sizes.
+
+    `values` says what the numbers mean: `ids<N`, `mask`, `position` or `real`.
+    """
+
+    name: str
+    dtype: Dtype
+    shape: tuple[Dim | Size, ...]
+    layout: Literal["contiguous"] = "contiguous"
+    values: Annotated[str, msgspec.Meta(pattern=r"^(ids<[0-9]+|mask|position|real)\Z")]
+    mutated: bool = False
+
+
+class Output(Record):
+    """A tensor that a graph returns; a size is None where it is neither a dim nor fixed."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[Dim | Size | None, ...]
+
+
+class Outputs(Record):
+    """The tensors a graph returns, and the template that puts them back in their places."""
+
+    template: Any
+    tensors: tuple[Output, ...]
+
+
+class Origin(Record, omit_defaults=True):
+    """Where a constant's values come from: the model's checkpoint, or a file of the artifact.
+
+    `checkpoint` gives tensor names in the order to try them. `transform` is None where that tensor
+    is the constant; otherwise it names how transformers makes the constant while loading, which a
+    plain reader of the checkpoint cannot do. `file` ships with the artifact, the constant in it is
+    called by its `fqn`.
+    """
+
+    checkpoint: tuple[str, ...] = ()
+    transform: str | None = None
+    file: SafePath | None = None
+
+
+class Constant(Record):
+    """A tensor that is bound to a graph before its first call."""
+
+    fqn: str
+    aliases: tuple[str, ...] = ()
+    dtype: Dtype
+    shape: tuple[Size, ...]
+    stride: tuple[Size, ...]
+    origin: Origin = msgspec.field(name="from")
+    shared_by_all_modules: bool = False
+
+
+class Graph(Record):
+    """One region, compiled: its package, whom it serves, what it takes, gives and needs bound."""
+
+    id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")]
+    file: SafePath
+    sha256: Sha256
+    size: Size
+    members: tuple[Member, ...]
+    modules: tuple[str, ...]
+    bounds: dict[Dim, tuple[int, int]]
+    order: int = 0
+    call: dict[str, Any]
+    inputs: tuple[Input, ...]
+    outputs: Outputs
+    constants: tuple[Constant, ...]
+    cache: dict[str, Any] | None = None
+
+
+class Check(Record):
+    """One comparison with eager: at which dims, how far apart, and what was allowed."""
+
+    graph: str
+    dims: dict[Dim, int]
+    asked: dict[Dim, int] | None = None
+    max_absolute: float
+    max_relative: float
+    tolerance: float
+    capped: str | None = None
+
+
+class Built(Record):
+    """When and how it was built; in the digest, not in the key."""
+
+    at: str
+    seconds: float
+    peak_bytes: Size
+    host: str
+    hubaoti: str
+    transformers: str
+
+
+class Manifest(Record):
+    """All there is to know about an artifact."""
+
+    schema: int = SCHEMA
+    program: Program
+    build: Build
+    target: Target
+    key: Sha256
+    source: Source
+    requires: Requirements
+    graphs: tuple[Graph, ...]
+    kernels: tuple[KernelPin, ...] = ()
+    files: tuple[File, ...] = ()
+    checks: tuple[Check, ...] = ()
+    built: Built
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the graphs were built, as a label; the user's own part of it is in the path only."""
+        return Recipe(self.build.dtype, self.build.attention, self.build.quantization)
+
+    @property
+    def variant(self) -> Variant:
+        """The kind of host the graphs were built for, as a label."""
+        torch = ".".join(self.target.torch.split("+")[0].split(".")[:2])
+        target = self.target
+        return Variant(torch, target.cuda, target.sm, target.level, target.os)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the artifact's files, the manifest left out."""
+        return sum(file.size for file in self.all_files())
+
+    def all_files(self) -> tuple[File, ...]:
+        """Every file beside the manifest: the graphs' packages, then the small tensors."""
+        packages = (File(path=g.file, sha256=g.sha256, size=g.size) for g in self.graphs)
+        return (*packages, *self.files)
+
+    def to_json(self) -> bytes:
+        """The canonical form; its sha256 is the artifact's digest."""
+        return canonical(msgspec.to_builtins(self))
+
+    @property
+    def digest(self) -> str:
+        """The artifact's digest."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+
+def canonical(value: Any) -> bytes:
+    """RFC 8785: sorted keys, no spaces, one spelling for each number."""
+    return rfc8785.dumps(value)
+
+
+def digest_of(value: Any) -> str:
+    """The sha256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def key_of(program: Program, build: Build, target: Target) -> str:
+    """The key: "is this already built?" Two honest builds of one key may differ in digest."""
+    parts = {"program": program, "build": build, "target": target}
+    return digest_of(msgspec.to_builtins(parts))
+
+
+def parse(text: bytes, where: str) -> Manifest:
+    """Read a manifest that came from `where` (a path or URL, for messages).
+
+    Raises:
+        NewerSchema: it was written for a schema that this hubaoti does not know.
+        BadManifest: it is no manifest, not canonical, or contradicts itself.
+    """
+    hint = "compile the bundle again, or pull it again if it came from a repo"
+    if len(text) > LARGEST:
+        raise BadManifest(f"the manifest {where} is larger than {LARGEST >> 20} MiB", hint=hint)
+    try:
+        value = msgspec.json.decode(text)
+        refuse_newer(value, where)
+        manifest = msgspec.convert(value, Manifest)
+        same = manifest.to_json() == text
+    except (msgspec.MsgspecError, rfc8785.CanonicalizationError, ValueError, RecursionError) as why:
+        raise BadManifest(f"{where} is not a manifest: {why}", hint=hint) from why
+    if not same:
+        raise BadManifest(f"{where} is not in canonical form: it was edited", hint=hint)
+    for problem in contradictions(manifest):
+        raise BadManifest(f"{where} contradicts itself: {problem}", hint=hint)
+    return manifest
+
+
+def refuse_newer(value: Any, where: str) -> None:
+    """Say so when a newer hubaoti wrote this, before its fields look like nonsense."""
+    schema = value.get("schema") if isinstance(value, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise NewerSchema(
+            f"{where} has schema {schema}; this hubaoti reads up to {SCHEMA}",
+            hint="upgrade hubaoti: pip install -U hubaoti",
+        )
+    if schema != SCHEMA:
+        raise ValueError(f"schema is {schema!r}, not {SCHEMA}")
+
+
+def contradictions(manifest: Manifest) -> list[str]:
+    """What cannot be true together; a good manifest has none."""
+    found = []
+    if manifest.key != key_of(manifest.program, manifest.build, manifest.target):
+        found.append("the key is not the one of its program, build and target")
+    found += unspeakable_labels(manifest)
+    found += clashing_files(manifest)
+    found += requirement_clashes(manifest)
+    for graph in manifest.graphs:
+        found += unknown_dims(graph)
+    return found
+
+
+def unspeakable_labels(manifest: Manifest) -> list[str]:
+    """A recipe or a variant that has no name, and so no path in a repo."""
+    found = []
+    for name in ("recipe", "variant"):
+        try:
+            getattr(manifest, name)
+        except BadRequest as why:
+            found.append(f"its {name}: {why}")
+    return found
+
+
+def clashing_files(manifest: Manifest) -> list[str]:
+    """Paths that two files share, and constants from files that are not listed."""
+    paths = [file.path for file in manifest.all_files()]
+    ids = [graph.id for graph in manifest.graphs]
+    found = [f"{path} is listed twice" for path in repeated([*paths, FILENAME])]
+    found += [f"graph {name} is listed twice" for name in repeated(ids)]
+    for graph in manifest.graphs:
+        members = [member.path for member in graph.members]
+        found += [f"{graph.id}: member {path} is listed twice" for path in repeated(members)]
+        files = {c.origin.file for c in graph.constants if c.origin.file}
+        found += [f"{graph.id}: constants from {f}, not listed" for f in sorted(files - {*paths})]
+    return found
+
+
+def requirement_clashes(manifest: Manifest) -> list[str]:
+    """`requires` and `target` describe one host; where both speak they must agree."""
+    target, needs = manifest.target, manifest.requires
+    return [
+        f"target.{name} is {getattr(target, name)}, requires.{name} is {getattr(needs, name)}"
+        for name in ("device", "os", "level", "torch", "cuda", "sm")
+        if getattr(target, name) != getattr(needs, name)
+    ]
+
+
+def unknown_dims(graph: Graph) -> list[str]:
+    """Dims that a shape names and the bounds do not, and bounds that are empty."""
+    named = {size for entry in graph.inputs for size in entry.shape if isinstance(size, str)}
+    found = [f"{graph.id}: dim {dim} has no bounds" for dim in sorted(named - {*graph.bounds})]
+    for dim, (low, high) in graph.bounds.items():
+        if not 0 <= low <= high:
+            found.append(f"{graph.id}: dim {dim} is bounded by [{low}, {high}]")
+    return found
+
+
+def repeated(names: list[str]) -> list[str]:
+    """The names that stand more than once, compared as a case-folding disk would."""
+    folded = [name.casefold() for name in names]
+    return sorted({name for name in folded if folded.count(name) > 1})
