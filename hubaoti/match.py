@@ -16,21 +16,10 @@ from typing import Any
 from packaging.version import Version
 
 from hubaoti.host import Gpu, Host
-from hubaoti.requirements import KernelPin, Requirements, read_version, series
+from hubaoti.requirements import KernelPin as KernelPin
+from hubaoti.requirements import Requirements as Requirements
+from hubaoti.requirements import read_version, series
 from hubaoti.variant import Recipe, Variant
-
-__all__ = [
-    "Candidate",
-    "Compromise",
-    "Fit",
-    "KernelPin",
-    "Reason",
-    "Refusal",
-    "Requirements",
-    "Verdict",
-    "judge",
-    "rank",
-]
 
 # Bytes of shared memory that one block can have, by sm: "Maximum amount of shared memory per
 # thread block" in the CUDA C++ Programming Guide, Technical Specifications per Compute Capability.
@@ -207,7 +196,7 @@ def judge_driver(requires: Requirements, host: Host) -> Finding:
     return Refusal(
         need=f"a driver that serves CUDA {requires.driver}",
         have="no NVIDIA driver" if here is None else have,
-        advice="upgrade the driver, or pull a variant of an older CUDA",
+        advice="install or upgrade the driver, or pull a variant of an older CUDA",
     )
 
 
@@ -223,24 +212,24 @@ def judge_level(requires: Requirements, host: Host) -> Finding:
     if built == here:
         return None
     if here > built:
-        return Compromise(need, have, f"pull or compile a {host.level} variant for the last speed")
+        return Compromise(need, have, f"pull a variant for {host.level}, or compile one here")
     what = f"{host.level} or below" if built.family == here.family else f"{here.family} machines"
     return Refusal(need, have, f"pull a variant for {what}, or compile one here")
 
 
 def judge_glibc(requires: Requirements, host: Host) -> Finding:
     """The C library is new enough."""
-    return _at_least("glibc", requires.glibc, host.glibc, "use a newer distribution or container")
+    return _at_least("glibc", requires.glibc, host.glibc)
 
 
 def judge_glibcxx(requires: Requirements, host: Host) -> Finding:
     """The C++ library is new enough."""
-    return _at_least("GLIBCXX", requires.glibcxx, host.glibcxx, "install a newer libstdc++")
+    return _at_least("GLIBCXX", requires.glibcxx, host.glibcxx)
 
 
 def judge_cxxabi(requires: Requirements, host: Host) -> Finding:
-    """The C++ library's ABI is new enough."""
-    return _at_least("CXXABI", requires.cxxabi, host.cxxabi, "install a newer libstdc++")
+    """The ABI of the C++ library is new enough."""
+    return _at_least("CXXABI", requires.cxxabi, host.cxxabi)
 
 
 def judge_libraries(requires: Requirements, host: Host) -> Finding:
@@ -388,15 +377,13 @@ def _numbers(text: str | None) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def _at_least(what: str, needed: str | None, have: str | None, advice: str) -> Finding:
+def _at_least(what: str, needed: str | None, have: str | None) -> Finding:
     here = read_version(have)
     if needed is None or (here is not None and here >= Version(needed)):
         return None
-    return Refusal(
-        need=f"{what} {needed}",
-        have=f"{what} {have}" if here is not None else f"no {what}",
-        advice=f"{advice}, or compile on a system as old as this one",
-    )
+    found = f"no {what}" if here is None else f"{what} {have}"
+    new = "a newer distribution or container" if what == "glibc" else "a newer libstdc++"
+    return Refusal(f"{what} {needed}", found, f"use {new}, or compile on this host")
 
 
 def _torch_of(host: Host) -> str:
