@@ -23,17 +23,16 @@ from hubaoti.variant import Recipe, Variant
 
 # Bytes of shared memory that one block can have, by sm: "Maximum amount of shared memory per
 # thread block" in the CUDA C++ Programming Guide, Technical Specifications per Compute Capability.
-KIB = 1024
 SHARED_MEMORY = {
-    **dict.fromkeys((50, 52, 53, 60, 61, 62), 48 * KIB),
-    75: 64 * KIB,
-    **dict.fromkeys((70, 72), 96 * KIB),
-    **dict.fromkeys((86, 89, 120, 121), 99 * KIB),
-    **dict.fromkeys((80, 87), 163 * KIB),
-    **dict.fromkeys((90, 100, 101, 103, 110), 227 * KIB),
+    **dict.fromkeys((50, 52, 53, 60, 61, 62), 48 << 10),
+    75: 64 << 10,
+    **dict.fromkeys((70, 72), 96 << 10),
+    **dict.fromkeys((86, 89, 120, 121), 99 << 10),
+    **dict.fromkeys((80, 87), 163 << 10),
+    **dict.fromkeys((90, 100, 101, 103, 110), 227 << 10),
 }
 # What every GPU has; all that may be assumed of one that is not in the table.
-LEAST_SHARED_MEMORY = 48 * KIB
+LEAST_SHARED_MEMORY = 48 << 10
 
 ATTENTIONS = ("fa3", "sdpa")
 
