@@ -368,6 +368,13 @@ def test_a_machine_without_ldconfig_still_lists_folders(
     assert "libtorch.so" in probe(settings, kernel_caches=()).libraries
 
 
+def test_a_folder_that_is_not_there_is_no_crash(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "absent"))
+    assert "libtorch.so" in probe(settings, kernel_caches=()).libraries
+
+
 @pytest.mark.parametrize("failing", ["size", "paths"])
 def test_a_loader_that_does_not_answer_is_no_crash(
     failing: str, settings: Settings, monkeypatch: pytest.MonkeyPatch

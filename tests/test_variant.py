@@ -28,7 +28,7 @@ devices = st.one_of(
 )
 systems = st.sampled_from(["linux", "darwin", "windows"])
 variants = st.builds(
-    lambda torch, device, level, os: Variant(torch, *device, level, os),
+    lambda torch, device, level, os: Variant(torch, device[0], device[1], level, os),
     releases,
     devices,
     levels,
