@@ -1,0 +1,32 @@
+"""An endpoint that speaks the Hub's protocol: what the official clients call, and no more.
+
+    run          the foreground server, and one in a thread      app      routes, errors, lifespan
+    routes       the table of requests                           ask      a request, checked
+    views_*      the answers                                     shapes   the JSON in them
+    words        every word from outside is checked here         problems every "no"
+    access       the token, and signatures for single errands    hub      the root folder, open
+    database     SQLite, transactions                            objects  files under their digest
+    repos        repos and refs        history  commits          trees    a commit's files
+    gitids       git's own names       card     a README's head  listing  the list of repos
+    uploads      which files are large xet      its two formats  ingest   Xet uploads taken apart
+
+Under the root: `hub.sqlite3` (repos, refs, commits), `objects/` (files under their SHA-256),
+`xorbs/` (Xet uploads not yet taken apart), `tmp/` (files being written, emptied at the start) and
+`lock`. A file is stored before the commit that names it, and a commit is one transaction, so a
+kill leaves all of it or none. Deleting a repo leaves its objects: others may name them too.
+"""
+
+from hubaoti.errors import MissingDependency
+
+try:
+    from hubaoti.server.app import create_app
+    from hubaoti.server.run import Endpoint, running, serve
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] == "hubaoti":
+        raise
+    raise MissingDependency(
+        f"serving needs {error.name}, which is not installed",
+        hint="pip install 'hubaoti[serve]'",
+    ) from error
+
+__all__ = ["Endpoint", "create_app", "running", "serve"]

@@ -1,0 +1,90 @@
+"""The ASGI app: routes, the one boundary that turns errors into answers, opening and closing."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from hubaoti.server.hub import Hub, open_hub
+from hubaoti.server.problems import Problem
+from hubaoti.server.routes import ROUTES
+
+
+def create_app(root: Path, token: str | None = None, user: str = "local") -> ASGIApp:
+    """An endpoint over a root folder; its lifespan's end closes the folder.
+
+    Raises:
+        UnsafeFolder: others own or may enter the folder, or it holds something else.
+        HubaotiError: another process serves it.
+    """
+    return app_of(open_hub(root, token, user))
+
+
+def app_of(hub: Hub) -> ASGIApp:
+    """The app over an open root."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        hub.close()
+
+    app = Starlette(
+        routes=ROUTES,
+        lifespan=lifespan,
+        exception_handlers={
+            Problem: _refused,
+            HTTPException: _no_route,
+            ClientDisconnect: _gone,
+            OSError: _disk,
+            Exception: _broken,
+        },
+    )
+    app.router.redirect_slashes = False
+    app.state.hub = hub
+    return _quoted_paths(app)
+
+
+def _quoted_paths(app: ASGIApp) -> ASGIApp:
+    """Let the app route on paths as they were sent: unquoted, `%2F` could not be told from `/`."""
+
+    async def quoted(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = scope["raw_path"].partition(b"?")[0].decode("latin-1")
+            scope = {**scope, "path": path, "root_path": ""}
+        await app(scope, receive, send)
+
+    return quoted
+
+
+def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return error.response()
+
+
+def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return Problem(error.status_code, error.detail, headers=error.headers).response()
+
+
+def _gone(request: Request, error: Exception) -> Response:
+    """Nobody is there to read it."""
+    return Problem(400, "The client left").response()
+
+
+def _disk(request: Request, error: Exception) -> Response:
+    assert isinstance(error, OSError)
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return Problem(507, "The disk of the endpoint is full").response()
+    raise error
+
+
+def _broken(request: Request, error: Exception) -> Response:
+    return Problem(500, "The endpoint failed; its log says why").response()

@@ -1,0 +1,149 @@
+"""One request, and the two ways to answer it: views that read, and views that write.
+
+A view is a plain function, run in a thread: it may use files and SQLite as it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import cached_property, wraps
+from sqlite3 import Connection
+from typing import Any
+from urllib.parse import urlencode
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+
+from hubaoti.server import repos, words
+from hubaoti.server.hub import Hub
+from hubaoti.server.problems import (
+    BAD_TOKEN,
+    NO_TOKEN,
+    Problem,
+    malformed,
+    repo_not_found,
+    too_large,
+)
+from hubaoti.server.repos import Repo
+from hubaoti.server.words import RepoId
+
+MAX_BODY = 32 * 2**20
+"""The bytes of a JSON or form body at most; files come on other roads."""
+
+
+class Ask:
+    """A request; each word of it is checked when it is read."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.hub: Hub = request.app.state.hub
+
+    def word(self, name: str) -> str:
+        """A part of the URL's path, unquoted."""
+        return words.unquoted(self.request.path_params[name])
+
+    def flag(self, name: str) -> bool:
+        """Whether the URL's query sets this."""
+        return self.request.query_params.get(name, "").lower() in {"1", "true", "yes"}
+
+    @cached_property
+    def repo_id(self) -> RepoId:
+        """The repo that the path names."""
+        parts = self.request.path_params
+        kind = words.KINDS.get(parts.get("kind", "models"))
+        name = "/".join(self.word(part) for part in ("owner", "name") if part in parts)
+        return words.repo_id(kind, name, self.hub.user)
+
+    @cached_property
+    def trusted(self) -> bool:
+        """Whether the request carries the token."""
+        return self.hub.guard.knows(self.request.headers.get("authorization"))
+
+    def demand_token(self) -> None:
+        """401 unless the request carries the token."""
+        if not self.trusted:
+            said = self.request.headers.get("authorization")
+            raise Problem(401, BAD_TOKEN if said else NO_TOKEN)
+
+    def repo(self, db: Connection, repo_id: RepoId | None = None) -> Repo:
+        """The repo that the path (or the caller) names; a private one only for the trusted."""
+        name = repo_id or self.repo_id
+        repo = repos.find(db, name)
+        if repo is None or (repo.private and not self.trusted):
+            raise repo_not_found(name, trusted=self.trusted)
+        return repo
+
+    @property
+    def base(self) -> str:
+        """The endpoint's URL, as this client knows it."""
+        host, port = self.request.scope.get("server") or ("127.0.0.1", 80)
+        return f"{self.request.scope['scheme']}://" + self.request.headers.get(
+            "host", f"{host}:{port}"
+        )
+
+    def next_page(self, path: str, **changed: object) -> dict[str, str]:
+        """The `Link` header to a list's next page: this query, changed."""
+        query = [(k, v) for k, v in self.request.query_params.multi_items() if k not in changed]
+        url = f"{self.base}{path}?{urlencode(query + list(changed.items()))}"
+        return {"Link": f'<{url}>; rel="next"'}
+
+
+Body = dict[str, Any]
+Endpoint = Callable[[Request], Response | Awaitable[Response]]
+
+
+def reads(view: Callable[[Ask], Response]) -> Endpoint:
+    """An endpoint that anybody may call; what is private the view itself hides."""
+
+    @wraps(view)
+    def endpoint(request: Request) -> Response:
+        return view(Ask(request))
+
+    return endpoint
+
+
+def writes(view: Callable[[Ask, Body], Response]) -> Endpoint:
+    """An endpoint that needs the token, checked before the JSON body is read."""
+
+    @wraps(view)
+    async def endpoint(request: Request) -> Response:
+        ask = Ask(request)
+        ask.demand_token()
+        body = words.json_object(await whole_body(request, MAX_BODY))
+        return await run_in_threadpool(view, ask, body)
+
+    return endpoint
+
+
+async def whole_body(request: Request, limit: int) -> bytes:
+    """The request's body; 413 as soon as it is too long."""
+    body = bytearray()
+    async for chunk in bounded(request, limit):
+        body += chunk
+    return bytes(body)
+
+
+async def bounded(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """The request's body in pieces of about 1 MiB; 413 as soon as it is too long."""
+    if declared_length(request) > limit:
+        raise too_large("The body", limit)
+    received, piece = 0, bytearray()
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > limit:
+            raise too_large("The body", limit)
+        piece += chunk
+        if len(piece) >= 2**20:
+            yield bytes(piece)
+            piece.clear()
+    if piece:
+        yield bytes(piece)
+
+
+def declared_length(request: Request) -> int:
+    """The body's length as its sender names it, 0 when it does not."""
+    said = request.headers.get("content-length", "0")
+    if not said.isdecimal() or len(said) > 20:
+        raise malformed("Content-Length is not a number")
+    return int(said)

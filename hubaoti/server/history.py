@@ -1,0 +1,147 @@
+"""Commits: recorded, read, squashed. Every method runs inside a transaction of its caller's."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from sqlite3 import Connection
+
+from hubaoti.server import card, repos, trees
+from hubaoti.server.gitids import CommitText
+from hubaoti.server.objects import Objects
+from hubaoti.server.problems import Problem
+from hubaoti.server.repos import Repo
+from hubaoti.server.trees import Tree
+
+_REMEMBERED = 64
+"""How many trees are kept unpacked in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """One commit, without its files."""
+
+    oid: str
+    parent: str | None
+    title: str
+    message: str
+    date: str
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A commit that is asked for; `parent`, where given, is what its author saw last."""
+
+    title: str
+    message: str = ""
+    parent: str = ""
+    changes: tuple[trees.Change, ...] = ()
+
+
+class History:
+    """Writes commits in the user's name, and reads them."""
+
+    def __init__(self, objects: Objects, user: str) -> None:
+        self._objects = objects
+        self._user = user
+        self._trees: dict[tuple[int, str], Tree] = {}
+        self._lock = threading.Lock()
+
+    def revision(self, db: Connection, repo: Repo, oid: str) -> Revision:
+        """The commit of this id, which is one of the repo's."""
+        row = db.execute(
+            "select oid, parent, title, message, date from revision where repo = ? and oid = ?",
+            (repo.row, oid),
+        ).fetchone()
+        return Revision(*row)
+
+    def revisions(self, db: Connection, repo: Repo, oids: Iterable[str]) -> dict[str, Revision]:
+        """Several commits, by id."""
+        return {oid: self.revision(db, repo, oid) for oid in set(oids)}
+
+    def log(self, db: Connection, repo: Repo, oid: str, limit: int) -> list[Revision]:
+        """A commit and those before it, newest first."""
+        found: list[Revision] = []
+        following: str | None = oid
+        while following is not None and len(found) < limit:
+            found.append(self.revision(db, repo, following))
+            following = found[-1].parent
+        return found
+
+    def tree(self, db: Connection, repo: Repo, oid: str) -> Tree:
+        """The commit's files. It never changes, so it is unpacked once."""
+        key = (repo.row, oid)
+        with self._lock:
+            known = self._trees.get(key)
+        if known is not None:
+            return known
+        row = db.execute("select tree from revision where repo = ? and oid = ?", key).fetchone()
+        tree = trees.load(row[0])
+        with self._lock:
+            self._trees[key] = tree
+            while len(self._trees) > _REMEMBERED:
+                del self._trees[next(iter(self._trees))]
+        return tree
+
+    def commit(self, db: Connection, repo: Repo, branch: str, draft: Draft) -> str:
+        """Add a commit to a branch; returns its id.
+
+        Raises:
+            Problem: 404, there is no such branch; 412, it moved on since `draft.parent`.
+        """
+        head = repos.head(db, repo, branch)
+        if draft.parent and not head.startswith(draft.parent):
+            message = "A commit has happened since. Please refresh and try again."
+            raise Problem(412, f"{message} ({branch} is at {head}, not at {draft.parent})")
+        tree = trees.changed(self.tree(db, repo, head), draft.changes, head)
+        return self._record(db, repo, branch, head, draft, tree)
+
+    def begin(self, db: Connection, repo: Repo, changes: tuple[trees.Change, ...]) -> str:
+        """The first commit of a new repo, which makes its main branch."""
+        tree = trees.changed({}, changes, "")
+        return self._record(db, repo, "main", None, Draft("initial commit"), tree)
+
+    def squash(self, db: Connection, repo: Repo, branch: str, title: str) -> str:
+        """Put one commit of the same files in place of a branch's whole history."""
+        tree = self.tree(db, repo, repos.head(db, repo, branch))
+        return self._record(db, repo, branch, None, Draft(title), trees.all_since(tree, ""))
+
+    def _record(
+        self,
+        db: Connection,
+        repo: Repo,
+        branch: str,
+        parent: str | None,
+        draft: Draft,
+        tree: Tree,
+    ) -> str:
+        root, seconds = trees.ids(tree)[""], int(time.time())
+        oid = CommitText(root, parent, self._user, seconds, draft.title, draft.message).oid
+        row = (repo.row, oid, parent, draft.title, draft.message, repos.now())
+        db.execute(
+            "insert or ignore into revision values (?, ?, ?, ?, ?, ?, ?)",
+            (*row, trees.dump(tree, oid)),
+        )
+        db.execute(
+            "insert into ref values (?, 'heads', ?, ?, '') "
+            "on conflict (repo, folder, name) do update set oid = excluded.oid",
+            (repo.row, branch, oid),
+        )
+        if branch == "main":
+            words = json.dumps(self._card(tree))
+            db.execute("update repo set card = ? where id = ?", (words, repo.row))
+        return oid
+
+    def _card(self, tree: Tree) -> dict[str, object]:
+        readme = tree.get("README.md")
+        if readme is None:
+            return {}
+        with self._objects.path(readme.sha256).open("rb") as file:
+            text = file.read(card.LIMIT).decode("utf-8", "replace")
+        try:
+            return card.parse(text)
+        except card.BadCard:
+            return {}  # a broken card hides nothing else of the repo

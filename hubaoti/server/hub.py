@@ -1,0 +1,114 @@
+"""The root folder and all that lives in it: what the routes work on."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from hubaoti.errors import BadRequest, HubaotiError, UnsafeFolder
+from hubaoti.server.access import Guard
+from hubaoti.server.database import Database
+from hubaoti.server.history import History
+from hubaoti.server.ingest import Ingest
+from hubaoti.server.objects import Objects
+from hubaoti.server.words import is_owner
+
+_INDEX = "hub.sqlite3"
+
+
+@dataclass(frozen=True)
+class Hub:
+    """One endpoint's state; the only thing that handlers share."""
+
+    database: Database
+    objects: Objects
+    history: History
+    ingest: Ingest
+    guard: Guard
+    user: str
+    epoch: str
+    lock: IO[str]
+
+    def close(self) -> None:
+        """Let go of the root, for another process to open."""
+        self.database.close()
+        self.lock.close()
+
+
+def open_hub(root: Path, token: str | None = None, user: str = "local") -> Hub:
+    """Open the root, which is made when it is not there; it is this process's alone.
+
+    Raises:
+        BadRequest: the token or the user's name cannot be one.
+        UnsafeFolder: others own or may enter the folder, or it holds something else.
+        HubaotiError: another process serves it.
+    """
+    if token is None:
+        token = new_token()
+    if not (token and token.isascii() and token.isprintable() and " " not in token):
+        raise BadRequest("a token is printable ASCII without spaces")
+    if not is_owner(user):
+        raise BadRequest(f"a user cannot be named {user!r}")
+    _claim(root)
+    lock = _lock(root)
+    try:
+        return _open(root, lock, token, user)
+    except sqlite3.DatabaseError as error:
+        lock.close()
+        hint = "move the folder away and start with an empty one"
+        raise HubaotiError(f"{root / _INDEX} cannot be read: {error}", hint=hint) from error
+
+
+def new_token() -> str:
+    """A token that nobody can guess."""
+    return f"hf_{secrets.token_urlsafe(24)}"
+
+
+def _open(root: Path, lock: IO[str], token: str, user: str) -> Hub:
+    database = Database(root / _INDEX)
+    objects = Objects(root)
+    return Hub(
+        database=database,
+        objects=objects,
+        history=History(objects, user),
+        ingest=Ingest(root, database, objects),
+        guard=Guard(token, bytes.fromhex(database.constant("secret", secrets.token_hex(32)))),
+        user=user,
+        epoch=database.constant("epoch", secrets.token_hex(8)),
+        lock=lock,
+    )
+
+
+def _claim(root: Path) -> None:
+    """Make the folder ours alone: 0700, empty or a hub's."""
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        empty = next(root.iterdir(), None) is None
+    except OSError as error:
+        raise UnsafeFolder(f"{root} cannot be used: {error.strerror}") from error
+    stat = root.stat()
+    if stat.st_uid != os.geteuid():
+        raise UnsafeFolder(f"{root} belongs to another user", hint="choose another --root")
+    if empty:
+        root.chmod(0o700)
+    elif stat.st_mode & 0o077:
+        raise UnsafeFolder(f"{root} is open to other users", hint=f"chmod 700 {root}")
+    elif not (root / _INDEX).exists() and not (root / "lock").exists():
+        hint = "choose another --root: an empty or a new folder"
+        raise UnsafeFolder(f"{root} holds something else than a hub", hint=hint)
+
+
+def _lock(root: Path) -> IO[str]:
+    file = (root / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        hint = "stop the other one, or choose another --root"
+        raise HubaotiError(f"{root} is served by another process", hint=hint) from error
+    return file

@@ -1,0 +1,173 @@
+"""Xet uploads, taken apart: xorbs come in, plain objects come out, each under its SHA-256.
+
+A client sends xorbs (packs of chunks), then a shard that says which chunks make which file. The
+file is put together at once and its digest checked, so downloads need no Xet. The client remembers
+which xorbs it sent and never sends them again, so for every chunk we remember a place: first in
+the raw xorb, then in a plain object; when all chunks of a xorb have moved, the raw file goes.
+
+A xorb's own hash is not recomputed: one that lies about its content can only lead to a file whose
+SHA-256 does not match, which is refused. For the client's memory is tied to the upload's URL,
+that URL holds an epoch, drawn once for each root.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from hubaoti.server.database import Database
+from hubaoti.server.objects import Incoming, Objects
+from hubaoti.server.problems import Problem
+from hubaoti.server.xet import BadXet, File, Segment, chunks_of, files_of, read_chunk
+
+_RAW = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a chunk's bytes are: in an object, or, still packed, in their own raw xorb."""
+
+    source: str
+    offset: int
+    length: int
+
+
+class Ingest:
+    """Takes Xet uploads; shards are worked on one at a time."""
+
+    def __init__(self, root: Path, database: Database, objects: Objects) -> None:
+        self._raw = root / "xorbs"
+        self._raw.mkdir(mode=0o700, exist_ok=True)
+        self._database = database
+        self._objects = objects
+        self._lock = threading.Lock()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove raw xorbs that nobody needs: what a killed process had no time to."""
+        for file in self._raw.iterdir():
+            places = self._places(file.name)
+            if places is None or _moved(places):
+                file.unlink()
+
+    def keep_xorb(self, xorb: str, incoming: Incoming) -> bool:
+        """Store an uploaded xorb; False when it was here before.
+
+        Raises:
+            BadXet: it is malformed.
+        """
+        with incoming.reread() as file:
+            chunks = chunks_of(file, incoming.size)
+        if self._places(xorb) is not None:
+            return False
+        incoming.move_to(self._raw / xorb)
+        self._remember({xorb: [Place(_RAW, chunk.offset, chunk.length) for chunk in chunks]})
+        return True
+
+    def assemble(self, shard: bytes) -> None:
+        """Make objects of the files that a shard describes.
+
+        Raises:
+            BadXet: the shard is malformed, or names chunks that never came.
+            Problem: 400, a file's SHA-256 is not the one that the shard names; 507, no room.
+        """
+        files = list(files_of(shard))
+        with self._lock:
+            for file in files:
+                self._assemble(file)
+
+    def _assemble(self, file: File) -> None:
+        places = {xorb: self._known(xorb) for xorb in {s.xorb for s in file.segments}}
+        for segment in file.segments:
+            _judge(segment, places[segment.xorb])
+        if self._is_done(file, places):
+            return
+        if sum(segment.length for segment in file.segments) > self._objects.free():
+            raise Problem(507, "The disk of the endpoint is full")
+        self._remember(self._write(file, places))
+        for xorb, known in places.items():
+            if _moved(known):
+                (self._raw / xorb).unlink(missing_ok=True)
+
+    def _is_done(self, file: File, places: dict[str, list[Place]]) -> bool:
+        """Whether this upload came before: a client repeats one whose answer it missed."""
+        here = file.sha256 is not None and self._objects.size(file.sha256) is not None
+        return here and all(_moved(known) for known in places.values())
+
+    def _write(self, file: File, places: dict[str, list[Place]]) -> dict[str, list[Place]]:
+        """Write the file; returns the places, changed to where its chunks are now."""
+        found: list[tuple[str, int, Place]] = []
+        with self._objects.receive() as incoming, _Sources(self._raw, self._objects) as sources:
+            for segment in file.segments:
+                for index in range(segment.first, segment.last):
+                    content = sources.read(segment.xorb, places[segment.xorb][index])
+                    found.append((segment.xorb, index, Place("", incoming.size, len(content))))
+                    incoming.write(content)
+            sha256 = incoming.keep(file.sha256)
+        for xorb, index, place in found:
+            places[xorb][index] = replace(place, source=sha256)
+        return places
+
+    def _known(self, xorb: str) -> list[Place]:
+        places = self._places(xorb)
+        if places is None:
+            raise BadXet(f"the shard names a xorb that was not uploaded: {xorb}")
+        return places
+
+    def _places(self, xorb: str) -> list[Place] | None:
+        with self._database.reading() as db:
+            row = db.execute("select places from xorb where hash = ?", (xorb,)).fetchone()
+        return [Place(*place) for place in json.loads(row[0])] if row else None
+
+    def _remember(self, places: dict[str, list[Place]]) -> None:
+        rows = [(xorb, json.dumps([astuple(p) for p in held])) for xorb, held in places.items()]
+        with self._database.writing() as db:
+            db.executemany("insert or replace into xorb values (?, ?)", rows)
+
+
+def _judge(segment: Segment, places: list[Place]) -> None:
+    if not segment.first < segment.last <= len(places):
+        raise BadXet("the shard names chunks that its xorb does not have")
+    length = sum(place.length for place in places[segment.first : segment.last])
+    if length != segment.length:
+        raise BadXet("the shard names another length than its chunks have")
+
+
+def _moved(places: list[Place]) -> bool:
+    return all(place.source != _RAW for place in places)
+
+
+class _Sources:
+    """Open files to read chunks from, few at a time."""
+
+    _OPEN = 16
+
+    def __init__(self, raw: Path, objects: Objects) -> None:
+        self._raw = raw
+        self._objects = objects
+        self._files: dict[Path, BinaryIO] = {}
+
+    def __enter__(self) -> _Sources:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def read(self, xorb: str, place: Place) -> bytes:
+        """A chunk's bytes."""
+        if place.source == _RAW:
+            return read_chunk(self._file(self._raw / xorb), place.offset)
+        file = self._file(self._objects.path(place.source))
+        file.seek(place.offset)
+        return file.read(place.length)
+
+    def _file(self, path: Path) -> BinaryIO:
+        if path not in self._files:
+            if len(self._files) == self._OPEN:
+                self._files.pop(next(iter(self._files))).close()
+            self._files[path] = path.open("rb")
+        return self._files[path]

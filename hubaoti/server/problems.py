@@ -1,0 +1,76 @@
+"""Every "no" that the endpoint answers: a status, words for people, and the code that clients map.
+
+The official client reads `X-Error-Code` (which exception to raise) and `X-Error-Message`; the body
+says the same as JSON for everyone else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from starlette.responses import JSONResponse
+
+BAD_TOKEN = "Invalid credentials in Authorization header"
+"""The one message by which the client tells a wrong token from a hidden repo."""
+
+NO_TOKEN = "This request needs a token: Authorization: Bearer <token>"
+
+
+class Problem(Exception):
+    """A request that is refused; raised from anywhere, rendered at the app's one boundary."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str = "",
+        headers: Mapping[str, str] | None = None,
+        more: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.headers = dict(headers or {})
+        self.more = dict(more or {})
+
+    def response(self) -> JSONResponse:
+        """The answer to send; whatever the message quotes, its header stays one line of ASCII."""
+        headers = {"X-Error-Message": _header_line(self.message), **self.headers}
+        if self.code:
+            headers["X-Error-Code"] = self.code
+        message = self.message.encode("utf-8", "replace").decode()
+        return JSONResponse({"error": message, **self.more}, self.status, headers)
+
+
+def _header_line(message: str) -> str:
+    line = message.encode("ascii", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else " " for c in line)[:500]
+
+
+def malformed(message: str) -> Problem:
+    """400: the request itself is wrong."""
+    return Problem(400, message)
+
+
+def too_large(what: str, limit: int) -> Problem:
+    """413: more bytes than this endpoint takes in one piece."""
+    return Problem(413, f"{what} is larger than {limit} bytes")
+
+
+def repo_not_found(repo: object, *, trusted: bool) -> Problem:
+    """404 to who may know; to others 401, the same for a hidden repo and for none at all."""
+    status, why = (404, "") if trusted else (401, "; if it is private, send a valid token")
+    return Problem(status, f"Repository not found: {repo}{why}", code="RepoNotFound")
+
+
+def revision_not_found(revision: str) -> Problem:
+    """404: no such branch, tag or commit."""
+    return Problem(404, f"Invalid rev id: {revision}", code="RevisionNotFound")
+
+
+def entry_not_found(path: str, commit: str) -> Problem:
+    """404: the commit has no such file or folder."""
+    headers = {"X-Repo-Commit": commit}
+    return Problem(404, f"Entry not found: {path}", code="EntryNotFound", headers=headers)

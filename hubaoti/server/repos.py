@@ -1,0 +1,157 @@
+"""Repos and their refs, as rows. Every function runs inside a transaction of its caller's."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from sqlite3 import Connection
+from typing import Any
+
+from hubaoti.server.problems import Problem, revision_not_found
+from hubaoti.server.words import RepoId, is_commit
+
+
+@dataclass(frozen=True, slots=True)
+class Repo:
+    """One repo: its row's number, its name, and what its card says."""
+
+    row: int
+    id: RepoId
+    private: bool
+    created: str
+    card: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A branch (`folder="heads"`) or a tag (`"tags"`)."""
+
+    folder: str
+    name: str
+    oid: str
+
+
+def now() -> str:
+    """The time, as the Hub writes it."""
+    moment = datetime.now(UTC)
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
+
+
+def find(db: Connection, repo: RepoId) -> Repo | None:
+    """The repo of this name, None when there is none."""
+    row = db.execute(
+        "select id, private, created, card from repo where kind = ? and name = ?",
+        (repo.kind, repo.full_name),
+    ).fetchone()
+    return _repo(repo, *row) if row else None
+
+
+def every(db: Connection, kind: str) -> list[Repo]:
+    """All repos of a kind."""
+    rows = db.execute(
+        "select name, id, private, created, card from repo where kind = ? order by name", (kind,)
+    )
+    return [_repo(RepoId(kind, *name.split("/")), *rest) for name, *rest in rows]
+
+
+def _repo(name: RepoId, row: int, private: int, created: str, card: str) -> Repo:
+    return Repo(row, name, bool(private), created, json.loads(card))
+
+
+def create(db: Connection, repo: RepoId, private: bool) -> int:
+    """A new, empty repo; returns its row's number."""
+    cursor = db.execute(
+        "insert into repo (kind, name, private, created, card) values (?, ?, ?, ?, '{}')",
+        (repo.kind, repo.full_name, private, now()),
+    )
+    assert cursor.lastrowid is not None
+    return cursor.lastrowid
+
+
+def delete(db: Connection, repo: Repo) -> None:
+    """Forget the repo, its refs and commits; objects stay, for others may hold them too."""
+    db.execute("delete from repo where id = ?", (repo.row,))
+
+
+def move(db: Connection, repo: Repo, to: RepoId) -> None:
+    """Give the repo another name."""
+    if find(db, to):
+        raise Problem(409, f"{to} already exists")
+    db.execute("update repo set name = ? where id = ?", (to.full_name, repo.row))
+
+
+def set_private(db: Connection, repo: Repo, private: bool) -> None:
+    """Hide the repo from those without a token, or show it to all."""
+    db.execute("update repo set private = ? where id = ?", (private, repo.row))
+
+
+def refs(db: Connection, repo: Repo) -> list[Ref]:
+    """Every branch and tag, by name."""
+    rows = db.execute("select folder, name, oid from ref where repo = ? order by name", (repo.row,))
+    return [Ref(*row) for row in rows]
+
+
+def ref(db: Connection, repo: Repo, folder: str, name: str) -> str | None:
+    """The commit that a ref names, None when there is no such ref."""
+    row = db.execute(
+        "select oid from ref where repo = ? and folder = ? and name = ?", (repo.row, folder, name)
+    ).fetchone()
+    return str(row[0]) if row else None
+
+
+def head(db: Connection, repo: Repo, branch: str) -> str:
+    """The commit at the end of a branch."""
+    oid = ref(db, repo, "heads", branch)
+    if oid is None:
+        raise revision_not_found(branch)
+    return oid
+
+
+def add_ref(db: Connection, repo: Repo, new: Ref, message: str = "") -> None:
+    """A new branch or tag; 409 when there is one of its name."""
+    if ref(db, repo, new.folder, new.name) is not None:
+        raise Problem(409, f"Reference refs/{new.folder}/{new.name} already exists")
+    row = (repo.row, new.folder, new.name, new.oid, message)
+    db.execute("insert into ref values (?, ?, ?, ?, ?)", row)
+
+
+def delete_ref(db: Connection, repo: Repo, folder: str, name: str) -> None:
+    """Forget a branch or tag; its commits stay."""
+    if ref(db, repo, folder, name) is None:
+        raise revision_not_found(name)
+    if (folder, name) == ("heads", "main"):
+        raise Problem(403, "The main branch cannot be deleted")
+    key = (repo.row, folder, name)
+    db.execute("delete from ref where repo = ? and folder = ? and name = ?", key)
+
+
+def resolve(db: Connection, repo: Repo, revision: str) -> str:
+    """The commit that a branch, a tag, or (the first digits of) a commit names.
+
+    A full commit id is looked up first, so that no ref can pose as a pinned commit.
+    """
+    folder, name = _ref_of(revision)
+    commit = _commit(db, repo, revision) if len(revision) == 40 else None
+    for place in ("heads", "tags") if folder is None else (folder,):
+        commit = commit or ref(db, repo, place, name)
+    commit = commit or _commit(db, repo, revision)
+    if commit is None:
+        raise revision_not_found(revision)
+    return commit
+
+
+def _ref_of(revision: str) -> tuple[str | None, str]:
+    match = re.fullmatch(r"refs/(heads|tags)/(.+)", revision, re.DOTALL)
+    return (match[1], match[2]) if match else (None, revision)
+
+
+def _commit(db: Connection, repo: Repo, digits: str) -> str | None:
+    if not is_commit(digits):
+        return None
+    rows = db.execute(
+        "select oid from revision where repo = ? and oid >= ? and oid < ? limit 2",
+        (repo.row, digits, f"{digits}g"),
+    ).fetchall()
+    return str(rows[0][0]) if len(rows) == 1 else None

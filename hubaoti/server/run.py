@@ -1,0 +1,144 @@
+"""Running the endpoint: in the foreground until a signal, or in a thread of this process."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from hubaoti.errors import HubaotiError
+from hubaoti.server.app import app_of
+from hubaoti.server.hub import Hub, open_hub
+
+_GRACE = 5
+"""How many seconds running requests have to end, once we stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a running endpoint is, and the token for it."""
+
+    url: str
+    token: str
+
+
+def serve(
+    root: Path,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    token: str | None = None,
+    ready: Callable[[str, str], None] | None = None,
+) -> None:
+    """Serve a root folder until SIGINT or SIGTERM; port 0 takes a free one.
+
+    Once it listens, `ready` is called with the URL and the token, which is made up when none is
+    given.
+
+    Raises:
+        HubaotiError: the address is in use, or another process serves the folder.
+        UnsafeFolder: the folder is not ours alone.
+    """
+    with _listening(host, port) as listener, _opened(root, token) as hub:
+        endpoint = Endpoint(_url(listener), hub.guard.token)
+        server = _Server(hub, lambda: ready(endpoint.url, endpoint.token) if ready else None)
+        with _signals_handled():
+            server.run(sockets=[listener])
+
+
+@contextmanager
+def running(root: Path, token: str | None = None, port: int = 0) -> Iterator[Endpoint]:
+    """Serve a root folder on 127.0.0.1 from a thread of this process, as long as the block runs."""
+    with _listening("127.0.0.1", port) as listener, _opened(root, token) as hub:
+        started = threading.Event()
+        server = _Server(hub, started.set)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not started.wait(0.1):
+                if not thread.is_alive():
+                    raise HubaotiError("the endpoint did not start")
+            yield Endpoint(_url(listener), hub.guard.token)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, saying when it is ready."""
+
+    def __init__(self, hub: Hub, ready: Callable[[], None]) -> None:
+        config = uvicorn.Config(
+            app_of(hub),
+            log_level="error",
+            access_log=False,
+            lifespan="on",
+            ws="none",
+            timeout_graceful_shutdown=_GRACE,
+        )
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start listening, then say so."""
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+
+@contextmanager
+def _opened(root: Path, token: str | None) -> Iterator[Hub]:
+    hub = open_hub(root, token)
+    try:
+        yield hub
+    finally:
+        hub.close()
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, OverflowError) as error:
+        raise HubaotiError(f"{host}:{port} is no address: {error}", hint="see --host") from error
+    with socket.socket(family, kind, protocol) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            raise _not_bound(host, port, error) from error
+        yield listener
+
+
+def _not_bound(host: str, port: int, error: OSError) -> HubaotiError:
+    why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
+    return HubaotiError(f"{host}:{port} {why}", hint="choose another --port, or 0 for a free one")
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextmanager
+def _signals_handled() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end in a return: uvicorn raises them once more when it has stopped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    wanted = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: None) for number in wanted]
+    try:
+        yield
+    finally:
+        for number, handler in zip(wanted, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,112 @@
+"""The JSON that clients read: a repo, a file, a folder, a commit."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+from collections.abc import Mapping
+from typing import Any
+
+from hubaoti.server import card, trees
+from hubaoti.server.history import Revision
+from hubaoti.server.repos import Repo
+from hubaoti.server.trees import Entry, Tree
+
+Json = dict[str, Any]
+
+_ALWAYS = frozenset({"_id", "id", "modelId"})
+_ON_REQUEST = frozenset({"usedStorage"})
+_NOT_IN_LISTS = frozenset({"siblings", "cardData", "sha", "lastModified", "author", "gated"})
+_NOT_IN_LISTS |= {"disabled"}
+
+
+def repo(of: Repo, head: Revision, tree: Tree, *, blobs: bool = False) -> Json:
+    """All that there is to say about a repo at a commit."""
+    name = of.id.full_name
+    said: Json = {
+        "_id": hashlib.sha256(f"{of.id.kind}/{of.row}".encode()).hexdigest()[:24],
+        "id": name,
+        "author": of.id.owner,
+        "sha": head.oid,
+        "lastModified": head.date,
+        "createdAt": of.created,
+        "private": of.private,
+        "gated": False,
+        "disabled": False,
+        "downloads": 0,
+        "downloadsAllTime": 0,
+        "likes": 0,
+        "trendingScore": 0,
+        "tags": card.tags(of.id.kind, of.card),
+        "cardData": of.card,
+        "usedStorage": sum({e.sha256: e.size for e in tree.values()}.values()),
+        "siblings": [sibling(path, entry, blobs) for path, entry in sorted(tree.items())],
+    }
+    said |= {key: of.card[key] for key in ("library_name", "pipeline_tag", "sdk") if key in of.card}
+    return said | ({"modelId": name} if of.id.kind == "model" else {})
+
+
+def chosen(said: Json, *, expand: set[str], listed: bool = False, full: bool = False) -> Json:
+    """The properties that were asked for; without `expand`, the usual ones."""
+    if expand:
+        return {key: said[key] for key in said if key in expand | _ALWAYS}
+    left_out = _ON_REQUEST | (_NOT_IN_LISTS if listed and not full else frozenset())
+    return {key: said[key] for key in said if key not in left_out}
+
+
+def sibling(path: str, entry: Entry, blobs: bool) -> Json:
+    """A file, as a repo lists it."""
+    if not blobs:
+        return {"rfilename": path}
+    said: Json = {"rfilename": path, "size": entry.size, "blobId": entry.blob}
+    return said | ({"lfs": {"sha256": entry.sha256, **_lfs(entry)}} if entry.lfs else {})
+
+
+def file(path: str, entry: Entry, last: Revision | None = None) -> Json:
+    """A file, as a tree lists it; with the commit that last changed it, where that is asked for."""
+    said: Json = {"type": "file", "oid": entry.blob, "size": entry.size, "path": path}
+    if entry.lfs:
+        said["lfs"] = {"oid": entry.sha256, **_lfs(entry)}
+    return said | _last_commit(last)
+
+
+def _lfs(entry: Entry) -> Json:
+    return {"size": entry.size, "pointerSize": entry.pointer_size}
+
+
+def folder(path: str, oid: str, last: Revision | None = None) -> Json:
+    """A folder, as a tree lists it."""
+    return {"type": "directory", "oid": oid, "size": 0, "path": path} | _last_commit(last)
+
+
+def _last_commit(last: Revision | None) -> Json:
+    if last is None:
+        return {}
+    return {"lastCommit": {"id": last.oid, "title": last.title, "date": last.date}}
+
+
+def items(tree: Tree, revisions: Mapping[str, Revision] | None = None) -> dict[str, Json]:
+    """Every file and folder of a tree by its path; with last commits where these are given."""
+    known = revisions or {}
+    said = {path: file(path, entry, known.get(entry.since)) for path, entry in tree.items()}
+    newest: dict[str, Revision] = {}
+    for path, entry in tree.items():
+        if last := known.get(entry.since):
+            for step in trees.folders_of([path]):
+                newest[step] = max(newest.get(step, last), last, key=lambda r: r.date)
+    ids = {path: oid for path, oid in trees.ids(tree).items() if path}
+    return said | {path: folder(path, oid, newest.get(path)) for path, oid in ids.items()}
+
+
+def commit(of: Revision, user: str, *, formatted: bool = False) -> Json:
+    """A commit, as a log lists it."""
+    said: Json = {
+        "id": of.oid,
+        "title": of.title,
+        "message": of.message,
+        "date": of.date,
+        "authors": [{"user": user}],
+    }
+    if formatted:
+        said["formatted"] = {"title": html.escape(of.title), "message": html.escape(of.message)}
+    return said

@@ -1,0 +1,171 @@
+"""What outside may say: every name, path, digest and body is checked here before it is used.
+
+Each function returns its word, safe to use, or raises a `Problem`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from hubaoti.server.problems import malformed
+
+KINDS = {"models": "model", "datasets": "dataset", "spaces": "space", "kernels": "kernel"}
+"""A repo's kind, as URLs spell it and as bodies do."""
+
+_OPERATIONS = """
+    auth-check branch commit commits paths-info preupload refs resolve revision settings
+    super-squash tag tree xet-read-token xet-write-token
+"""
+
+OPERATIONS = frozenset(_OPERATIONS.split())
+"""Words that follow a repo's name in a URL, so no repo may be named so."""
+
+_SEGMENT = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_NOT_IN_REFS = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(?:/|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class RepoId:
+    """A repo's kind and full name; `str` is how messages spell it."""
+
+    kind: str
+    owner: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.full_name}"
+
+    @property
+    def full_name(self) -> str:
+        """`owner/name`."""
+        return f"{self.owner}/{self.name}"
+
+    @property
+    def page(self) -> str:
+        """The repo's path on the endpoint: `owner/name`, `datasets/owner/name`, …"""
+        return self.full_name if self.kind == "model" else f"{self.kind}s/{self.full_name}"
+
+
+def repo_id(kind: object, name: object, default_owner: str) -> RepoId:
+    """Parse `owner/name`, or `name` alone, which is the default owner's."""
+    if kind not in KINDS.values():
+        raise malformed(f"Invalid repo type: {kind!r}")
+    parts = text(name, "the repo's name").split("/")
+    owner, name = parts if len(parts) == 2 else (default_owner, "/".join(parts))
+    if not (is_owner(owner) and _is_segment(name)):
+        raise malformed(f"Invalid repo name: {'/'.join(parts)!r}")
+    if name in OPERATIONS or name.endswith(".git"):
+        raise malformed(f"{name!r} cannot name a repo")
+    return RepoId(str(kind), owner, name)
+
+
+def is_owner(word: str) -> bool:
+    """Whether a user or an organization can be named so."""
+    return _is_segment(word) and word not in {"api", *KINDS}
+
+
+def _is_segment(word: str) -> bool:
+    return bool(_SEGMENT.fullmatch(word)) and "--" not in word and ".." not in word
+
+
+def digest(word: object) -> str:
+    """A SHA-256, as 64 lower-case hex digits."""
+    if not isinstance(word, str) or not _DIGEST.fullmatch(word):
+        raise malformed(f"Not a SHA-256 digest: {str(word)[:100]!r}")
+    return word
+
+
+def is_commit(word: str) -> bool:
+    """Whether this could be a commit, in full or by its first 7 digits or more."""
+    return bool(_COMMIT.fullmatch(word))
+
+
+def file_path(word: object) -> str:
+    """A file's path in a repo: relative, of plain segments, none of them `.git`."""
+    path = text(word, "a path")
+    segments = path.split("/")
+    if not path or "\\" in path or any(not _is_path_segment(s) for s in segments):
+        raise malformed(f"Invalid path in repo: {path[:200]!r}")
+    return path
+
+
+def folder_path(word: object) -> str:
+    """A folder's path; the slash that clients put at its end is dropped."""
+    return file_path(text(word, "a path").removesuffix("/"))
+
+
+def _is_path_segment(segment: str) -> bool:
+    hostile = segment in {"", ".", ".."} or segment.lower() == ".git"
+    return not hostile and not _CONTROL.search(segment) and len(segment.encode()) <= 255
+
+
+def ref_name(word: object, folder: str) -> str:
+    """A branch's (`folder="heads"`) or tag's (`"tags"`) name, by git's rules for refs."""
+    name = text(word, "a ref's name").removeprefix(f"refs/{folder}/")
+    if name.startswith("refs/"):
+        raise malformed(f"Invalid reference: {name!r}; only branches and tags are served, no PRs")
+    edges = name.startswith(("/", ".", "-")) or name.endswith(("/", "."))
+    if not name or edges or name in {"@", "HEAD"} or _NOT_IN_REFS.search(name) or len(name) > 200:
+        raise malformed(f"Invalid reference name: {name[:200]!r}")
+    if len(name) == 40 and is_commit(name):
+        raise malformed(f"Invalid reference name: {name!r} reads as a commit")
+    return name
+
+
+def text(word: object, what: str, limit: int = 4096) -> str:
+    """A string that is really text: bounded, and of Unicode that can be written down."""
+    if not isinstance(word, str) or len(word) > limit:
+        raise malformed(f"{what} must be a string of at most {limit} characters")
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        raise malformed(f"{what} is not valid Unicode") from None
+    return word
+
+
+def size(word: object) -> int:
+    """A file's size in bytes."""
+    if not isinstance(word, int) or isinstance(word, bool) or not 0 <= word < 2**53:
+        raise malformed(f"Not a size in bytes: {str(word)[:100]}")
+    return word
+
+
+def unquoted(segment: str) -> str:
+    """A URL's segment as its sender meant it."""
+    try:
+        return text(unquote_to_bytes(segment).decode(), "the URL")
+    except UnicodeDecodeError:
+        raise malformed("The URL is not valid UTF-8") from None
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """A JSON body that is an object; an empty body is an empty one."""
+    try:
+        found = json.loads(body or b"{}")
+    except (ValueError, RecursionError):
+        raise malformed("The body is not valid JSON") from None
+    if not isinstance(found, dict):
+        raise malformed("The body must be a JSON object")
+    return found
+
+
+def items(body: dict[str, Any], key: str) -> list[Any]:
+    """The list that a body holds under a key."""
+    found = body.get(key)
+    if not isinstance(found, list):
+        raise malformed(f"The body needs a list: {key!r}")
+    return found
+
+
+def item(found: object) -> dict[str, Any]:
+    """An element of such a list, which is an object."""
+    if not isinstance(found, dict):
+        raise malformed("Each item must be a JSON object")
+    return found
