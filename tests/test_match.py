@@ -392,7 +392,11 @@ needed_of_a_gpu = {
     "shared_memory": maybe(MEMORY),
 }
 hosts = changed(fake_gpu_host, on_host)
-requirements = changed(CPU, needed_anywhere) | changed(CUDA, needed_anywhere | needed_of_a_gpu)
+requirements = (
+    changed(CPU, needed_anywhere)
+    | changed(CUDA, needed_anywhere | needed_of_a_gpu)
+    | changed(replace(CUDA, kernels=(), shared_memory=None), needed_of_a_gpu)
+)
 
 
 # Each bound, its values from low to high, and whether None is below them all. A GPU's sm and the
