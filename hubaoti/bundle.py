@@ -115,7 +115,7 @@ def refuse_foreign(path: Path) -> None:
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Put `new` in the place of `old`; after a kill in between, `old` is whole, in a folder beside."""
+    """Put `new` in the place of `old`; a kill in between leaves `old` whole in a folder beside."""
     if not old.exists():
         new.replace(old)
         return

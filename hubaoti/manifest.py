@@ -2,7 +2,7 @@
 
 It is written as RFC 8785 canonical JSON, so that one artifact has one digest; a file that is not
 its own canonical form is refused. Everything here comes from outside sooner or later: types,
-patterns and cross-references are checked once, when a manifest is read, so that nothing else has to.
+patterns and cross-references are checked once, when a manifest is read, so nothing else has to.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A frozen record of the manifest; a field that schema 1 does not have is refused."""
 
 
-class Program(Record):
+class Program(Record, frozen=True, kw_only=True):
     """What is computed, whatever the weights: all fine-tunes of a model have one program."""
 
     config: dict[str, Any]
@@ -59,7 +59,7 @@ class Program(Record):
         return f"hubaoti-program-{self.digest[:12]}"
 
 
-class Build(Record):
+class Build(Record, frozen=True, kw_only=True):
     """The options it was built with; what is at its default is written all the same."""
 
     regions: str
@@ -72,7 +72,7 @@ class Build(Record):
     options: dict[str, Any] = {}
 
 
-class Target(Record):
+class Target(Record, frozen=True, kw_only=True):
     """The kind of host it was built for."""
 
     device: Literal["cpu", "cuda"]
@@ -84,7 +84,7 @@ class Target(Record):
     sm: int | None = None
 
 
-class Source(Record):
+class Source(Record, frozen=True, kw_only=True):
     """Where the model came from; not in the key."""
 
     model: str
@@ -92,7 +92,7 @@ class Source(Record):
     subfolder: str | None = None
 
 
-class File(Record):
+class File(Record, frozen=True, kw_only=True):
     """A file by its path below the bundle and its bytes."""
 
     path: SafePath
@@ -100,7 +100,7 @@ class File(Record):
     size: Size
 
 
-class Member(Record):
+class Member(Record, frozen=True, kw_only=True):
     """An entry of a `.pt2` that may be unpacked."""
 
     path: MemberPath
@@ -108,7 +108,7 @@ class Member(Record):
     size: Size
 
 
-class Input(Record):
+class Input(Record, frozen=True, kw_only=True):
     """A tensor that a graph takes. `shape` names dims or gives sizes.
 
     `values` says what the numbers mean: `ids<N`, `mask`, `position` or `real`.
@@ -122,7 +122,7 @@ class Input(Record):
     mutated: bool = False
 
 
-class Output(Record):
+class Output(Record, frozen=True, kw_only=True):
     """A tensor that a graph returns; a size is None where it is neither a dim nor fixed."""
 
     name: str
@@ -130,14 +130,14 @@ class Output(Record):
     shape: tuple[Dim | Size | None, ...]
 
 
-class Outputs(Record):
+class Outputs(Record, frozen=True, kw_only=True):
     """The tensors a graph returns, and the template that puts them back in their places."""
 
     template: Any
     tensors: tuple[Output, ...]
 
 
-class Origin(Record, omit_defaults=True):
+class Origin(Record, frozen=True, kw_only=True, omit_defaults=True):
     """Where a constant's values come from: the model's checkpoint, or a file of the artifact.
 
     `checkpoint` gives tensor names in the order to try them. `transform` is None where that tensor
@@ -151,7 +151,7 @@ class Origin(Record, omit_defaults=True):
     file: SafePath | None = None
 
 
-class Constant(Record):
+class Constant(Record, frozen=True, kw_only=True):
     """A tensor that is bound to a graph before its first call."""
 
     fqn: str
@@ -163,7 +163,7 @@ class Constant(Record):
     shared_by_all_modules: bool = False
 
 
-class Graph(Record):
+class Graph(Record, frozen=True, kw_only=True):
     """One region, compiled: its package, whom it serves, what it takes, gives and needs bound."""
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")]
@@ -181,7 +181,7 @@ class Graph(Record):
     cache: dict[str, Any] | None = None
 
 
-class Check(Record):
+class Check(Record, frozen=True, kw_only=True):
     """One comparison with eager: at which dims, how far apart, and what was allowed."""
 
     graph: str
@@ -193,7 +193,7 @@ class Check(Record):
     capped: str | None = None
 
 
-class Built(Record):
+class Built(Record, frozen=True, kw_only=True):
     """When and how it was built; in the digest, not in the key."""
 
     at: str
@@ -204,7 +204,7 @@ class Built(Record):
     transformers: str
 
 
-class Manifest(Record):
+class Manifest(Record, frozen=True, kw_only=True):
     """All there is to know about an artifact."""
 
     schema: int = SCHEMA

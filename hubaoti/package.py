@@ -58,6 +58,11 @@ def unpack(package: Path, members: tuple[Member, ...], folder: Path) -> None:
             copy_member(archive, entry, member, target)
 
 
+def unpack_all(package: Path, folder: Path) -> None:
+    """Unpack a package of our own making."""
+    unpack(package, members_of(package), folder)
+
+
 def pack(folder: Path, package: Path) -> None:
     """Zip a folder so that equal files give equal bytes: sorted names, no times, no modes."""
     with zipfile.ZipFile(package, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:

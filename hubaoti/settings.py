@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ ENDPOINT = "https://huggingface.co"
 class Settings:
     """Where things are: our folder, the Hub, and the token for it.
 
-    `token` is None when the environment has none; huggingface_hub then uses the one that `hf auth login` stored.
+    `token` is None when the environment has none; the client then uses the stored login.
     """
 
     home: Path
@@ -49,3 +50,18 @@ class Settings:
     def trust(self) -> Path:
         """The publishers whose code this machine may run."""
         return self.home / "trust.toml"
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Set variables for a while, for libraries that can be told in no other way."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

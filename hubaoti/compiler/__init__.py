@@ -1,0 +1,1 @@
+"""Model → bundle: from config alone to a graph that was checked against eager."""

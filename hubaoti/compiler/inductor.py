@@ -1,0 +1,166 @@
+"""AOTInductor: an exported program becomes a package of native code without weights.
+
+Host code is made for a named CPU level, never for the machine that happens to build it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.export import ExportedProgram
+
+from hubaoti.compiler.elf import refuse_executable_stack, refuse_paths
+from hubaoti.compiler.source import first_line
+from hubaoti.errors import CompileFailed, UnsafeFolder
+from hubaoti.package import pack, unpack_all
+from hubaoti.settings import environment
+
+# Weights stay outside, and nothing is computed from them while compiling.
+WEIGHTLESS = {
+    "aot_inductor.package_constants_in_so": False,
+    "always_keep_tensor_constants": True,
+    "joint_graph_constant_folding": False,
+}
+# A level's name for g++, and the width of its vectors; 1 turns inductor's own vectors off.
+LEVELS = {
+    "x86_64_v2": ("x86-64-v2", 1),
+    "x86_64_v3": ("x86-64-v3", 256),
+    "x86_64_v4": ("x86-64-v4", 512),
+    "aarch64": ("armv8-a", 128),
+}
+
+
+def lower(program: ExportedProgram, level: str, options: dict[str, Any], package: Path) -> None:
+    """Compile a program into `package`, a `.pt2` without weights, sources or paths.
+
+    Raises:
+        CompileFailed: inductor or the C++ compiler failed.
+    """
+    march, width = LEVELS[level]
+    settings = WEIGHTLESS | {"cpp.simdlen": width} | options
+    with workplace() as folder, host_code(level, march, folder), fresh_cache(folder):
+        raw = folder / package.name
+        try:
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(raw), inductor_configs=settings
+            )
+        except Exception as why:  # inductor, g++ and triton raise of many kinds
+            raise CompileFailed(
+                f"lower: {type(why).__name__}: {first_line(why)}",
+                hint="is g++ installed? see the lines above, and try --dtype float32",
+            ) from why
+        clean = folder / "clean"
+        unpack_all(raw, clean)
+        finish(clean, folder)
+        pack(clean, package)
+
+
+def finish(folder: Path, building: Path) -> None:
+    """Drop the sources, and make sure that the libraries can be published."""
+    for source in folder.rglob("*.cpp"):
+        source.unlink()
+    secret = [building, Path(torch.__file__).parents[1], Path(sys.prefix), Path.home()]
+    for library in folder.rglob("*.so"):
+        refuse_executable_stack(library)
+        refuse_paths(library, [path for path in secret if len(path.parts) > 2])
+
+
+@contextmanager
+def workplace() -> Iterator[Path]:
+    """A folder of ours at a fixed, neutral path, empty, for one build at a time.
+
+    The path is part of what inductor hashes, so that equal builds need equal paths; and a folder
+    that others could write to would let them plant code in what is built.
+
+    Raises:
+        UnsafeFolder: somebody else made a folder of that name.
+    """
+    root = Path(f"/tmp/hubaoti-build-{os.getuid()}")
+    root.mkdir(mode=0o700, exist_ok=True)
+    found = root.lstat()
+    if root.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise UnsafeFolder(
+            f"{root} belongs to somebody else, or others may write it",
+            hint=f"remove it, or: chmod 700 {root}",
+        )
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = root / "build"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def fresh_cache(folder: Path) -> Iterator[None]:
+    """Let inductor write below `folder`, and forget what it compiled before at another path."""
+    from torch._inductor.utils import clear_caches
+
+    cache = str(folder / "cache")
+    clear_caches()
+    with environment(TORCHINDUCTOR_CACHE_DIR=cache, TRITON_CACHE_DIR=f"{cache}/triton"):
+        yield
+    clear_caches()
+
+
+@contextmanager
+def host_code(level: str, march: str, folder: Path) -> Iterator[None]:
+    """Make inductor's C++ for a CPU level, with a stack that is not executable and no paths.
+
+    Private, checked on torch 2.11 and 2.13: `cpp_builder._get_optimization_cflags` (its flags have
+    no public door; `cpp.march` came with 2.13) and `cpu_vec_isa.valid_vec_isa_list` (which would
+    add what this very CPU has beyond the level, as avx512_bf16). Where they are gone, the checks of
+    `finish` refuse what would not be fit to publish.
+    """
+    from torch._inductor import cpp_builder, cpu_vec_isa
+
+    with ExitStack() as patches:
+        if hasattr(cpp_builder, "_get_optimization_cflags"):
+            flags = flags_for(cpp_builder._get_optimization_cflags, march, folder)
+            patches.enter_context(patch.object(cpp_builder, "_get_optimization_cflags", flags))
+        if hasattr(cpu_vec_isa, "valid_vec_isa_list"):
+            isas = vector_isas(cpu_vec_isa, level)
+            patches.enter_context(patch.object(cpu_vec_isa, "valid_vec_isa_list", lambda: isas))
+        yield
+
+
+def flags_for(
+    original: Callable[..., tuple[list[str], list[str]]], march: str, folder: Path
+) -> Callable[..., tuple[list[str], list[str]]]:
+    """The compiler's flags with another `-march`, no debug lines, and neutral file names."""
+    maps = {torch_root(): "torch", folder: "build", Path(sys.prefix): "python"}
+
+    def flags(*args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
+        cflags, ldflags = original(*args, **kwargs)
+        kept = [f for f in cflags if not f.startswith(("march=", "mcpu=")) and f != "g1"]
+        kept += [f"march={march}", *(f"ffile-prefix-map={a}={b}" for a, b in maps.items())]
+        return kept, [*ldflags, "Wl,-z,noexecstack"]
+
+    return flags
+
+
+def torch_root() -> Path:
+    """Where torch's headers are."""
+    return Path(torch.__file__).parent
+
+
+def vector_isas(cpu_vec_isa: Any, level: str) -> list[Any]:
+    """The one vector ISA of a level, without asking g++ what this CPU has besides."""
+    names = {"x86_64_v3": "VecAVX2", "x86_64_v4": "VecAVX512", "aarch64": "VecNEON"}
+    if level not in names:
+        return []
+    base = getattr(cpu_vec_isa, names[level])
+    plain = type(names[level], (base,), {"__bool__": lambda self: True, "__hash__": base.__hash__})
+    return [plain()]

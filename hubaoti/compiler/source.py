@@ -1,0 +1,298 @@
+"""A model from its config alone: no weight is read, parameters are memory that nobody touched.
+
+The model's own `forward` is replaced, on the instance, by the one of its task: token ids and mask
+in, a tuple of plain tensors out. So the graph's constants have the names that the model gives them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional
+
+from hubaoti.compiler.program import program_of
+from hubaoti.compiler.request import Range
+from hubaoti.errors import CompileFailed, ModelNotFound, UnknownTask
+from hubaoti.manifest import Program
+
+# What is read of a model; weights are in none of these patterns.
+PATTERNS = ("*.json", "*.txt", "*.py", "*.model", "*/config.json", "tokenizer*")
+POOLING = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+LARGEST = 1 << 20  # tokenizers write 1e30 where a model has no limit
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model ready to export, and what must be known of it."""
+
+    model: nn.Module
+    program: Program
+    dtype: str
+    attention: str
+    output: str
+    vocabulary: int
+    default_dims: dict[str, Range]
+
+
+def load(
+    folder: Path, task: str | None, dtype: str | None, device: torch.device, weights: bool = False
+) -> Source:
+    """Build the model of a folder for a task; `weights=True` is eager's way, for comparing.
+
+    Raises:
+        ModelNotFound: the folder has no config, or one that transformers does not know.
+        UnknownTask: the model cannot do the task.
+    """
+    config = read_config(folder)
+    task = task or task_of(folder, config)
+    chosen = dtype or dtype_in(config)
+    steps = sentence_steps(folder) if task == "embed" else ()
+    model, attention = build(folder, config, task, getattr(torch, chosen), weights)
+    model = model.eval().to(device)
+    forward, output = FORWARDS[task]
+    model.forward = forward(model, steps)  # type: ignore[method-assign]
+    return Source(
+        model=model,
+        program=program_of(model, config, task, steps),
+        dtype=chosen,
+        attention=attention,
+        output=output,
+        vocabulary=config.get_text_config().vocab_size,
+        default_dims={"batch": Range(1, 32), "seq": Range(2, longest(folder, config))},
+    )
+
+
+def read_config(folder: Path) -> Any:
+    """The model's config.
+
+    Raises:
+        ModelNotFound: there is none, or transformers does not know its kind.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelNotFound(
+            f"{folder} has no config.json", hint="give a Hub id or the folder of a model"
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as why:
+        raise ModelNotFound(
+            f"transformers cannot read the config of {folder}: {first_line(why)}",
+            hint="models that bring their own code, and kinds newer than this transformers, "
+            "cannot be compiled from their config",
+        ) from why
+
+
+def task_of(folder: Path, config: Any) -> str:
+    """What a model is for, as its files say.
+
+    Raises:
+        UnknownTask: they do not say.
+    """
+    if (folder / "modules.json").is_file():
+        return "embed"
+    names = " ".join(config.architectures or ())
+    if "ForSequenceClassification" in names:
+        return "classify"
+    if "ForCausalLM" in names or "ForMaskedLM" in names or "LMHead" in names:
+        return "logits"
+    if names.endswith("Model"):
+        return "embed"
+    raise UnknownTask(
+        f"{folder.name} does not say what it is for (architectures: {names or 'none'})",
+        hint="say it with --task embed, classify or logits",
+    )
+
+
+def dtype_in(config: Any) -> str:
+    """The dtype that a config names, float32 where it names none."""
+    dtype = getattr(config, "dtype", None) or torch.float32
+    return str(dtype).removeprefix("torch.")
+
+
+def build(
+    folder: Path, config: Any, task: str, dtype: torch.dtype, weights: bool
+) -> tuple[nn.Module, str]:
+    """The model of a task and its attention: sdpa where the model has it, else eager."""
+    for attention in ("sdpa", "eager"):
+        try:
+            with quiet():
+                return make(folder, config, task, dtype, attention, weights), attention
+        except ValueError as why:
+            if attention == "sdpa" and "scaled_dot_product_attention" in str(why):
+                continue
+            raise UnknownTask(
+                f"{folder.name} cannot do {task}: {first_line(why)}", hint="try another --task"
+            ) from why
+    raise CompileFailed(f"{folder.name} has no attention that can be compiled")
+
+
+def make(
+    folder: Path, config: Any, task: str, dtype: torch.dtype, attention: str, weights: bool
+) -> nn.Module:
+    """Build with weights, or without: buffers for real, parameters as untouched memory."""
+    auto = auto_class(task, config)
+    if weights:
+        return auto.from_pretrained(folder, dtype=dtype, attn_implementation=attention)  # type: ignore[no-any-return]
+    with no_init_weights():
+        return auto.from_config(config, dtype=dtype, attn_implementation=attention)  # type: ignore[no-any-return]
+
+
+def auto_class(task: str, config: Any) -> Any:
+    """The transformers class that makes the model of a task."""
+    if task == "embed":
+        return transformers.AutoModel
+    if task == "classify":
+        return transformers.AutoModelForSequenceClassification
+    if "ForMaskedLM" in " ".join(config.architectures or ()):
+        return transformers.AutoModelForMaskedLM
+    return transformers.AutoModelForCausalLM
+
+
+@contextmanager
+def no_init_weights() -> Iterator[None]:
+    """Skip filling parameters with random numbers.
+
+    Private, checked on transformers 5.17 to 5.22: `transformers.initialization.no_init_weights`.
+    Where it is gone, models are built the public way, which only takes longer.
+    """
+    try:
+        from transformers.initialization import no_init_weights as private
+    except ImportError:
+        yield
+        return
+    with private():
+        yield
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' bars and advice out of our output; its errors are ours to tell."""
+    level = logging.getLogger("transformers").level
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def longest(folder: Path, config: Any) -> int:
+    """The largest default for `seq`: 512, or less where the model or its tokenizer ends before."""
+    limits = [512, getattr(config.get_text_config(), "max_position_embeddings", None)]
+    limits.append(read_json(folder / "tokenizer_config.json").get("model_max_length"))
+    return min(int(n) for n in limits if isinstance(n, (int, float)) and 2 <= n < LARGEST)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, empty where there is no such file."""
+    value = msgspec.json.decode(path.read_bytes()) if path.is_file() else {}
+    return value if isinstance(value, dict) else {}
+
+
+def sentence_steps(folder: Path) -> tuple[str, ...]:
+    """What follows the encoder, as the sentence-transformers files say; mean pooling without them.
+
+    Raises:
+        UnknownTask: a module that a graph cannot hold yet.
+    """
+    listing = folder / "modules.json"
+    if not listing.is_file():
+        return ("mean",)
+    steps: list[str] = []
+    for module in msgspec.json.decode(listing.read_bytes())[1:]:
+        kind = str(module["type"]).rsplit(".", 1)[-1]
+        if kind == "Pooling":
+            steps += pooling_modes(read_json(folder / module["path"] / "config.json"))
+        elif kind == "Normalize":
+            steps.append("normalize")
+        else:
+            raise UnknownTask(
+                f"{folder.name} ends with {kind}, which embed does not know",
+                hint="embed takes Pooling and Normalize",
+            )
+    return tuple(steps)
+
+
+def pooling_modes(config: dict[str, Any]) -> list[str]:
+    """The poolings that a sentence-transformers config turns on, in the order they are joined."""
+    named = config.get("pooling_mode")
+    if isinstance(named, str):
+        named = {"mean_sqrt_len": "mean_sqrt_len_tokens"}.get(named, named)
+        modes = [named] if named in POOLING else []
+    else:
+        spelled = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens"}
+        spelled |= {"weightedmean": "weightedmean_tokens"}
+        modes = [m for m in POOLING if config.get(f"pooling_mode_{spelled.get(m, m)}")]
+    if not modes:
+        raise UnknownTask("the model's pooling is not one that embed knows", hint=str(config))
+    return modes
+
+
+def pool(mode: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """One vector a row from (batch, seq, width) and a (batch, seq) mask.
+
+    As sentence_transformers.models.Pooling computes it.
+    """
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    if mode == "cls":
+        return hidden[:, 0]
+    if mode == "max":
+        return hidden.masked_fill(weights == 0, -1e9).amax(1)
+    if mode == "lasttoken":
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+        return hidden.take_along_dim(last.view(-1, 1, 1), 1).squeeze(1)
+    if mode == "weightedmean":
+        weights = weights * torch.arange(1, mask.shape[1] + 1, device=mask.device).view(1, -1, 1)
+    total = (hidden * weights).sum(1)
+    count = weights.sum(1).clamp(min=1e-9)
+    return total / (count.sqrt() if mode == "mean_sqrt_len_tokens" else count)
+
+
+Forward = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+def embedder(model: nn.Module, steps: tuple[str, ...]) -> Forward:
+    """`forward` of embed: one vector a row."""
+    inner = model.forward
+
+    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hidden = inner(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        pooled = [pool(mode, hidden, attention_mask) for mode in steps if mode in POOLING]
+        vectors = torch.cat(pooled, 1) if len(pooled) > 1 else pooled[0]
+        return (functional.normalize(vectors, dim=1) if "normalize" in steps else vectors,)
+
+    return forward
+
+
+def scorer(model: nn.Module, steps: tuple[str, ...]) -> Forward:
+    """`forward` of classify and logits: the model's own logits."""
+    inner = model.forward
+
+    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (inner(input_ids=input_ids, attention_mask=attention_mask).logits,)
+
+    return forward
+
+
+FORWARDS = {
+    "embed": (embedder, "embedding"),
+    "classify": (scorer, "logits"),
+    "logits": (scorer, "logits"),
+}
+
+
+def first_line(why: BaseException) -> str:
+    """The first line of an error that says something."""
+    return next((line for line in str(why).splitlines() if line.strip()), type(why).__name__)

@@ -1,0 +1,135 @@
+"""The constants of a graph: mapped from a model's checkpoint, or from the artifact's own file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hubaoti.errors import BadInput, MissingConstant
+from hubaoti.manifest import Constant
+from hubaoti.manifest import Graph as Entry
+from hubaoti.runtime.graph import alignment_of, dtype_of
+
+INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """A folder's safetensors files by tensor name; a tensor is mapped, not read, on a CPU."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        """Look at the headers.
+
+        Raises:
+            MissingConstant: the folder has no safetensors file, or a damaged one.
+        """
+        self.folder = folder
+        self._device = device
+        self._files = {}
+        for file in checkpoint_files(folder):
+            try:
+                opened = safe_open(file, framework="pt", device=str(device))
+            except (SafetensorError, OSError) as why:
+                raise MissingConstant(
+                    f"{file} is not a whole safetensors file: {why}", hint="download it again"
+                ) from why
+            self._files.update(dict.fromkeys(opened.keys(), opened))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._files[name].get_tensor(name)  # type: ignore[no-any-return]
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, as its index or its only name says.
+
+    Raises:
+        MissingConstant: there is none.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        named = msgspec.json.decode(index.read_bytes()).get("weight_map", {}).values()
+        # Names from outside: only files of this very folder are taken.
+        files = [folder / name for name in sorted({*named}) if Path(name).name == name]
+    else:
+        files = [folder / "model.safetensors"]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise MissingConstant(
+            f"{folder} has no {', '.join(missing) or 'safetensors file'}",
+            hint="--model takes a folder or a Hub id with the weights as safetensors",
+        )
+    return files
+
+
+def constants(
+    entry: Entry, artifact: Path, checkpoint: Checkpoint, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Every constant of a graph by fqn; by reference where the file's bytes can be used as they are.
+
+    Raises:
+        MissingConstant: the checkpoint has none of a constant's names, or another shape of it.
+    """
+    shipped = dict(shipped_tensors(entry, artifact, device))
+    found = {}
+    for constant in entry.constants:
+        if constant.origin.file:
+            found[constant.fqn] = shipped[constant.fqn]
+        else:
+            found[constant.fqn] = from_checkpoint(constant, checkpoint, device)
+    return found
+
+
+def shipped_tensors(
+    entry: Entry, artifact: Path, device: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The constants that came with the artifact."""
+    for file in sorted({c.origin.file for c in entry.constants if c.origin.file}):
+        with safe_open(artifact / file, framework="pt", device=str(device)) as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                yield name, aligned(opened.get_tensor(name), device)
+
+
+def from_checkpoint(
+    constant: Constant, checkpoint: Checkpoint, device: torch.device
+) -> torch.Tensor:
+    """One constant, by the first of its names that the checkpoint has."""
+    origin = constant.origin
+    name = next((name for name in origin.checkpoint if name in checkpoint), None)
+    if name is None or origin.transform:
+        why = f"transformers makes it ({origin.transform})" if origin.transform else "not there"
+        raise MissingConstant(
+            f"{checkpoint.folder} has no tensor for {constant.fqn}: looked for "
+            f"{', '.join(origin.checkpoint) or 'none'}; {why}",
+            hint="use a checkpoint whose names are the manifest's, or --eager",
+        )
+    tensor = checkpoint[name]
+    if tuple(tensor.shape) != constant.shape:
+        raise MissingConstant(
+            f"{name} has shape {list(tensor.shape)} in {checkpoint.folder}; the graph was compiled "
+            f"for {list(constant.shape)}",
+            hint="this checkpoint belongs to another model than the artifact",
+        )
+    return aligned(cast(name, tensor, dtype_of(constant.dtype)), device)
+
+
+def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `from_pretrained(dtype=…)` does: a floating tensor in the graph's floating dtype."""
+    if tensor.dtype == dtype:
+        return tensor
+    if not (tensor.is_floating_point() and dtype.is_floating_point):
+        raise BadInput(
+            f"{name} is {tensor.dtype} in the checkpoint; the graph was compiled for {dtype}",
+            hint="use a checkpoint of the dtype that the recipe names",
+        )
+    return tensor.to(dtype)
+
+
+def aligned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor, or a copy where a file's layout put it at an address that cannot be used."""
+    return tensor.clone() if tensor.data_ptr() % alignment_of(tensor.dtype, device) else tensor
