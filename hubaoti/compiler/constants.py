@@ -34,7 +34,7 @@ def describe(
                 hint="report it with the model's config",
             )
         if fqn in saved:
-            origin = Origin(**checkpoint_names(model, fqn, tensor, aliases[fqn]))
+            origin = checkpoint_origin(model, fqn, tensor, aliases[fqn])
         else:
             origin = Origin(file=BUFFERS)
             shipped[fqn] = tensor.detach().contiguous().cpu().clone()
@@ -68,9 +68,9 @@ def tied(named: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
     }
 
 
-def checkpoint_names(
+def checkpoint_origin(
     model: nn.Module, fqn: str, tensor: torch.Tensor, aliases: Iterable[str]
-) -> dict[str, object]:
+) -> Origin:
     """The names to look for in a checkpoint: the model's own first, then with and without a head.
 
     A checkpoint saved from a model with another head has the base model's prefix, or lacks it.
@@ -86,7 +86,7 @@ def checkpoint_names(
             if prefix:
                 short = each.removeprefix(f"{prefix}.")
                 names.append(short if short != each else f"{prefix}.{each}")
-    return {"checkpoint": tuple(dict.fromkeys(names)), "transform": transform}
+    return Origin(checkpoint=tuple(dict.fromkeys(names)), transform=transform)
 
 
 def saved_names(model: nn.Module, fqn: str, tensor: torch.Tensor) -> tuple[list[str], str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from elftools.elf.elffile import ELFFile
 from packaging.version import Version
@@ -27,7 +28,7 @@ def needs_of(library: Path) -> Needs:
     """Read DT_NEEDED and the version needs of a shared library."""
     with library.open("rb") as file:
         elf = ELFFile(file)
-        dynamic = elf.get_section_by_name(".dynamic")
+        dynamic: Any = elf.get_section_by_name(".dynamic")
         tags = dynamic.iter_tags() if dynamic else ()
         libraries = sorted(tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED")
         versions = version_needs(elf)
@@ -41,7 +42,7 @@ def needs_of(library: Path) -> Needs:
 
 def version_needs(elf: ELFFile) -> list[str]:
     """The symbol versions that a library asks for, as `GLIBC_2.34`."""
-    section = elf.get_section_by_name(".gnu.version_r")
+    section: Any = elf.get_section_by_name(".gnu.version_r")
     if section is None:
         return []
     return [need.name for _, needs in section.iter_versions() for need in needs]

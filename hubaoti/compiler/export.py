@@ -62,13 +62,15 @@ def trace(model: nn.Module, inputs: dict[str, torch.Tensor], shapes: Any) -> Exp
     Checked on transformers 5.17 to 5.22 (there since 5.15, marked experimental). The public way,
     `torch.export.export`, takes the same inputs.
     """
-    shapes = {name: {a: d for a, d in axes.items()} for name, axes in shapes.items()}
     try:
-        from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+        from transformers.exporters import exporter_dynamo
     except ImportError:
         with torch.no_grad():
             return torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
-    return DynamoExporter().export(model, dict(inputs), DynamoConfig(dynamic_shapes=shapes))
+    private: Any = exporter_dynamo
+    config = private.DynamoConfig(dynamic_shapes=shapes)
+    program: ExportedProgram = private.DynamoExporter().export(model, dict(inputs), config)
+    return program
 
 
 def explained(why: Exception) -> BadDim | CompileFailed:

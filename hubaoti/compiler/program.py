@@ -61,7 +61,7 @@ def program_of(model: nn.Module, config: Any, task: str, steps: tuple[str, ...])
 
 
 def normalized(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without names, labels, token ids, versions and training's knobs, nested ones too."""
+    """The config without names, labels, token ids, versions and knobs of training, at any depth."""
     kept = {}
     for key, value in config.items():
         if key in NAMES or TRAINING.search(key) or value is None:

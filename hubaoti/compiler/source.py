@@ -6,7 +6,6 @@ in, a tuple of plain tensors out. So the graph's constants have the names that t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ class Source:
     """A model ready to export, and what must be known of it."""
 
     model: nn.Module
+    config: Any
     program: Program
     dtype: str
     attention: str
@@ -59,9 +59,10 @@ def load(
     model, attention = build(folder, config, task, getattr(torch, chosen), weights)
     model = model.eval().to(device)
     forward, output = FORWARDS[task]
-    model.forward = forward(model, steps)  # type: ignore[method-assign]
+    model.forward = forward(model, steps)
     return Source(
         model=model,
+        config=config,
         program=program_of(model, config, task, steps),
         dtype=chosen,
         attention=attention,
@@ -140,6 +141,7 @@ def make(
 ) -> nn.Module:
     """Build with weights, or without: buffers for real, parameters as untouched memory."""
     auto = auto_class(task, config)
+    config.use_cache = False  # a cache would be one more output
     if weights:
         return auto.from_pretrained(folder, dtype=dtype, attn_implementation=attention)  # type: ignore[no-any-return]
     with no_init_weights():
@@ -176,16 +178,16 @@ def no_init_weights() -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers' bars and advice out of our output; its errors are ours to tell."""
-    level = logging.getLogger("transformers").level
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    log: Any = transformers.utils.logging  # its functions have no types
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.utils.logging.set_verbosity(level)
+        log.set_verbosity(level)
         if bars:
-            transformers.utils.logging.enable_progress_bar()
+            log.enable_progress_bar()
 
 
 def longest(folder: Path, config: Any) -> int:

@@ -10,10 +10,12 @@ import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from hubaoti.compiler.constants import tensors_of
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.shapes import Probe, Sizes, example_inputs, probes
 from hubaoti.compiler.source import Source
@@ -21,6 +23,7 @@ from hubaoti.errors import CheckFailed
 from hubaoti.manifest import Check
 from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.graph import Graph
+from hubaoti.runtime.weights import shipped_tensors
 
 # Largest difference allowed, as a part of the largest value: float32 sums in another order, the
 # half types also round where eager keeps a fused step's result, or the other way round.
@@ -115,9 +118,7 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
     return difference, (finite.max().item() if finite.numel() else 1.0) or 1.0
 
 
-def capped(
-    sizes: Sizes, dims: dict[str, Range], source: Source, seconds_per_token: float
-) -> Probe:
+def capped(sizes: Sizes, dims: dict[str, Range], source: Source, seconds_per_token: float) -> Probe:
     """The probe, its largest dim halved until it fits into the budgets of time and memory."""
     small = dict(sizes)
     why = over_budget(small, source, seconds_per_token)
@@ -133,7 +134,7 @@ def capped(
 def over_budget(sizes: Sizes, source: Source, seconds_per_token: float) -> str | None:
     """Which budget these sizes would break, if any."""
     batch, seq = sizes["batch"], sizes["seq"]
-    config = source.model.config.get_text_config()
+    config: Any = source.config.get_text_config()
     width = 8 * config.hidden_size + (source.vocabulary if source.output == "logits" else 0)
     # Two outputs in double precision are held at once; a mask of scores a head is the other part.
     scores = seq * getattr(config, "num_attention_heads", 1)
@@ -148,12 +149,8 @@ def over_budget(sizes: Sizes, source: Source, seconds_per_token: float) -> str |
 
 def constants_of(model: nn.Module, entry: Entry, folder: Path) -> Mapping[str, torch.Tensor]:
     """The memory that eager uses, for the graph: parameters by name, the rest from its file."""
-    from hubaoti.runtime.weights import shipped_tensors
-
     device = next(model.parameters()).device
-    own = dict(model.named_parameters(remove_duplicate=False))
-    own |= dict(model.named_buffers(remove_duplicate=False))
-    return own | dict(shipped_tensors(entry, folder, device))
+    return tensors_of(model) | dict(shipped_tensors(entry, folder, device))
 
 
 def named(sizes: Sizes) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -28,10 +29,10 @@ class Checkpoint:
         """
         self.folder = folder
         self._device = device
-        self._files = {}
+        self._files: dict[str, Any] = {}
         for file in checkpoint_files(folder):
             try:
-                opened = safe_open(file, framework="pt", device=str(device))
+                opened: Any = safe_open(file, framework="pt", device=str(device))
             except (SafetensorError, OSError) as why:
                 raise MissingConstant(
                     f"{file} is not a whole safetensors file: {why}", hint="download it again"
@@ -42,7 +43,8 @@ class Checkpoint:
         return name in self._files
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)  # type: ignore[no-any-return]
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -70,7 +72,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 def constants(
     entry: Entry, artifact: Path, checkpoint: Checkpoint, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Every constant of a graph by fqn; by reference where the file's bytes can be used as they are.
+    """Every constant of a graph by fqn; mapped where the file's bytes can be used as they are.
 
     Raises:
         MissingConstant: the checkpoint has none of a constant's names, or another shape of it.
