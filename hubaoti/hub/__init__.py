@@ -1,0 +1,1 @@
+"""The remote store: bundles pushed to Hub repos, artifacts pulled from them."""

@@ -1,0 +1,363 @@
+"""The one door to the Hub: huggingface_hub's client, with our errors and nothing printed.
+
+huggingface_hub takes half a second to import, so it is imported by the first request, not before.
+It is the transport: what it brings is verified by those who asked for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hubaoti.errors import (
+    AuthFailed,
+    BadRequest,
+    Conflict,
+    DigestMismatch,
+    HubaotiError,
+    HubUnreachable,
+    RepoNotFound,
+)
+from hubaoti.mirror.folders import FULL, no_room
+from hubaoti.settings import Settings
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_MODEL = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class StaleParent(Exception):
+    """The branch moved since it was read: read it again and try again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file of a commit: its git blob id, or the sha256 of what git only points to."""
+
+    path: str
+    size: int
+    blob: str
+    sha256: str | None
+
+    def is_of(self, content: bytes) -> bool:
+        """Whether these are the file's bytes."""
+        if self.sha256 is not None:
+            return hashlib.sha256(content).hexdigest() == self.sha256
+        head = b"blob %d\0" % len(content)
+        return hashlib.sha1(head + content, usedforsecurity=False).hexdigest() == self.blob
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """A commit that was made, and where people see it."""
+
+    commit: str
+    url: str
+
+
+class HubClient:
+    """The Hub at `settings.endpoint`. Every method may raise these, and those it names itself:
+
+    Raises:
+        RepoNotFound: there is no such repo, revision or file, or not for this token.
+        AuthFailed: the token is missing, wrong, or may not do this.
+        HubUnreachable: the endpoint is down, drops the connection, or we are offline.
+        DiskFull: there is no room for what was asked for.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.endpoint = settings.endpoint
+        # A commit id proves nothing about an endpoint: what one says must not answer for another.
+        self.cache = settings.mirror / "hub" / folder_of(settings.endpoint)
+
+    @cached_property
+    def _api(self) -> HfApi:
+        from huggingface_hub import HfApi
+
+        return HfApi(self.endpoint, token=self._settings.token, library_name="hubaoti")
+
+    # Reading
+
+    def resolve(self, repo: str, revision: str | None = None) -> str:
+        """The full commit id that a revision (by default the default branch) is at now."""
+        with self._door(f"{repo}@{revision}" if revision else repo):
+            commit = self._api.repo_info(repo, revision=revision).sha
+        if commit is None or not re.fullmatch("[0-9a-f]{40}", commit):
+            raise HubUnreachable(f"{self.endpoint} names no commit of {repo}", hint=_NO_HUB)
+        return commit
+
+    def files(self, repo: str, commit: str) -> tuple[Entry, ...]:
+        """Every file of a commit."""
+        from huggingface_hub.hf_api import RepoFile
+
+        with self._door(f"{repo}@{commit}"):
+            tree = self._api.list_repo_tree(repo, recursive=True, revision=commit)
+            return tuple(
+                Entry(file.path, file.size, file.blob_id, file.lfs.sha256 if file.lfs else None)
+                for file in tree
+                if isinstance(file, RepoFile)
+            )
+
+    def download(self, repo: str, commit: str, path: str) -> Path:
+        """A file of a commit, in this endpoint's cache folder; asked for once."""
+        with self._door(f"{path} of {repo}"):
+            return Path(
+                self._api.hf_hub_download(repo, path, revision=commit, cache_dir=self.cache)
+            )
+
+    def read(self, repo: str, commit: str, entry: Entry) -> bytes:
+        """The bytes of a small file, compared with what the commit lists.
+
+        Raises:
+            DigestMismatch: the endpoint gives others.
+        """
+        for _ in range(2):
+            path = self.download(repo, commit, entry.path)
+            content = path.read_bytes()
+            if entry.is_of(content):
+                return content
+            self.drop(path)  # it may have been changed here, since it was downloaded
+        raise DigestMismatch(
+            f"{self.endpoint} gives other bytes of {entry.path} than {repo} lists",
+            hint="try again; if it stays so, the endpoint or something on the way is broken",
+        )
+
+    def drop(self, path: Path) -> None:
+        """Remove a downloaded file, and what it links to, from the cache folder."""
+        cache = self.cache.resolve()
+        with suppress(FileNotFoundError):
+            while path.parent.resolve().is_relative_to(cache):
+                target = path.parent / path.readlink() if path.is_symlink() else None
+                path.unlink()
+                if target is None:
+                    break
+                path = target
+
+    def model_folder(
+        self, model: str, revision: str | None = None, patterns: Iterable[str] = ()
+    ) -> tuple[Path, str]:
+        """A model's files that match the patterns, in huggingface_hub's own cache; its commit.
+
+        Offline, what is there already is used.
+
+        Raises:
+            BadRequest: this is no model's id.
+        """
+        if not _MODEL.fullmatch(model):
+            raise BadRequest(f"malformed model id: {model!r:.120}", hint="write it as owner/name")
+        offline = self._settings.offline
+        wanted = revision if offline else self.resolve(model, revision)
+        with self._door(model, local=offline):
+            folder = self._api.snapshot_download(
+                model, revision=wanted, allow_patterns=list(patterns), local_files_only=offline
+            )
+        return Path(folder), wanted if wanted and not offline else Path(folder).name
+
+    # Writing
+
+    def create(self, repo: str, private: bool) -> bool:
+        """See that a repo exists; whether it is private, which an existing one decides itself."""
+        with self._door(repo, writing=True):
+            self._api.create_repo(repo, private=private, exist_ok=True)
+            return bool(self._api.repo_info(repo).private)
+
+    def commit(
+        self,
+        repo: str,
+        add: Mapping[str, Path | bytes],
+        delete: Iterable[str],
+        message: str,
+        parent: str,
+    ) -> Pushed:
+        """Make one commit on top of `parent`, with all of this or none of it.
+
+        Raises:
+            StaleParent: `parent` is no longer the head.
+        """
+        from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+
+        operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+            *(CommitOperationDelete(path, is_folder=False) for path in delete),
+            *(CommitOperationAdd(path, content) for path, content in add.items()),
+        ]
+        with self._door(repo, writing=True):
+            made = self._api.create_commit(
+                repo, operations, commit_message=message, parent_commit=parent
+            )
+            return Pushed(str(made.oid), str(made.commit_url))
+
+    def tags(self, repo: str) -> dict[str, str]:
+        """Every tag's commit."""
+        with self._door(repo):
+            return {each.name: each.target_commit for each in self._api.list_repo_refs(repo).tags}
+
+    def tag(self, repo: str, name: str, commit: str) -> None:
+        """Name a commit.
+
+        Raises:
+            Conflict: the name is taken.
+        """
+        with self._door(f"tag {name} of {repo}", writing=True):
+            self._api.create_tag(repo, tag=name, revision=commit)
+
+    # The door
+
+    @contextmanager
+    def _door(self, what: str, writing: bool = False, local: bool = False) -> Iterator[None]:
+        """Around every request: foreign errors become ours, and nothing is printed."""
+        if self._settings.offline and not local:
+            raise HubUnreachable(
+                f"{what} is not asked for at {self.endpoint}: HF_HUB_OFFLINE is set",
+                hint="unset HF_HUB_OFFLINE, or name a full commit id that was pulled before",
+            )
+        try:
+            # Its warning of a full disk comes before the error, which says it better.
+            with warnings.catch_warnings(action="ignore"), quiet():
+                yield
+        except (HubaotiError, StaleParent):
+            raise
+        except Exception as why:
+            raise self._explained(why, what, writing) from why
+
+    def _explained(self, why: Exception, what: str, writing: bool) -> Exception:
+        """A foreign error in our words."""
+        from huggingface_hub import errors
+
+        cause = why.__cause__
+        if isinstance(why, errors.LocalEntryNotFoundError) and isinstance(cause, Exception):
+            return self._explained(cause, what, writing)
+        if isinstance(why, errors.HfHubHTTPError):
+            return self._refused(why, what, writing)
+        if isinstance(why, errors.HFValidationError):
+            return BadRequest(f"{what}: {self._words(why)}", hint="write a repo as owner/name")
+        if _is_full(why):
+            return no_room(self.cache, 0)
+        if isinstance(why, OSError) and why.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            hint = "see that you may write it, or set HUBAOTI_HOME to another folder"
+            return HubaotiError(f"cannot write {why.filename}: {why.strerror}", hint=hint)
+        return self._unreachable(why, what)
+
+    def _refused(self, why: Any, what: str, writing: bool) -> Exception:
+        """An answer that is no success."""
+        from huggingface_hub import errors
+
+        status = why.response.status_code if why.response is not None else 0
+        if status == 412:
+            return StaleParent(what)
+        if isinstance(why, errors.GatedRepoError):
+            hint = f"ask for access at {self.endpoint}/{what}, then set HF_TOKEN"
+            return AuthFailed(f"{what} is gated", hint=hint)
+        if isinstance(why, errors.RepositoryNotFoundError | errors.RevisionNotFoundError) and (
+            not writing or status == 404
+        ):
+            return self._not_found(why, what)
+        if status in (401, 403):
+            return self._unauthorized(why, what)
+        if status == 404:
+            return self._not_found(why, what)
+        if status == 409:
+            return Conflict(f"{what}: {self._words(why)}", hint="choose another name")
+        if status == 429 or status >= 500 or status == 0:
+            return self._unreachable(why, what)
+        hint = "see whether the endpoint serves the Hub's protocol"
+        return HubaotiError(f"{self.endpoint} refused {what}: {self._words(why)}", hint=hint)
+
+    def _not_found(self, why: Exception, what: str) -> RepoNotFound:
+        from huggingface_hub import errors
+
+        thing = "revision" if isinstance(why, errors.RevisionNotFoundError) else "repo or file"
+        hint = "check the name; if the repo is private, set HF_TOKEN to a token that may read it"
+        return RepoNotFound(f"{self.endpoint} shows no such {thing}: {what}", hint=hint)
+
+    def _unauthorized(self, why: Exception, what: str) -> AuthFailed:
+        if self._token() is None:
+            hint = "set HF_TOKEN, or log in with: hf auth login"
+            return AuthFailed(f"{self.endpoint} wants a token for {what}", hint=hint)
+        hint = "set HF_TOKEN to a token of this endpoint that may do this"
+        message = f"{self.endpoint} refused the token for {what}: {self._words(why)}"
+        return AuthFailed(message, hint=hint)
+
+    def _unreachable(self, why: Exception, what: str) -> HubUnreachable:
+        return HubUnreachable(
+            f"{self.endpoint} could not be asked for {what}: {self._words(why)}", hint=_NO_HUB
+        )
+
+    def _words(self, why: BaseException) -> str:
+        """The first line of a foreign message, without the token."""
+        lines = [line.strip() for line in str(why).splitlines() if line.strip()]
+        words = lines[0] if lines else type(why).__name__
+        token = self._token()
+        return (words.replace(token, "***") if token else words)[:300]
+
+    def _token(self) -> str | None:
+        from huggingface_hub import get_token
+
+        return self._settings.token or get_token()
+
+
+_NO_HUB = "see whether the endpoint is up and HF_ENDPOINT names it, then try again"
+
+
+def folder_of(endpoint: str) -> str:
+    """A folder's name for an endpoint: one that people recognize, and no other endpoint has."""
+    host = re.sub(r"[^A-Za-z0-9.-]", "_", endpoint.partition("://")[2])[:60]
+    return f"{host}~{hashlib.sha256(endpoint.encode()).hexdigest()[:8]}"
+
+
+def _is_full(why: BaseException) -> bool:
+    """Whether an error says that the disk is full; hf_xet says it in words only."""
+    return (isinstance(why, OSError) and why.errno in FULL) or "No space left" in str(why)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """huggingface_hub's progress bars off, as long as the user did not ask for them."""
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def split_card(text: str) -> tuple[dict[str, Any], str]:
+    """A README's metadata and its text.
+
+    Raises:
+        Conflict: its metadata is not readable.
+    """
+    from huggingface_hub import RepoCard
+
+    if not text.lstrip().startswith("---"):
+        return {}, text
+    try:
+        card = RepoCard(text)
+    except Exception as why:  # yaml's errors have no root that huggingface_hub exports
+        hint = "correct the block between the --- lines of README.md"
+        raise Conflict(f"the repo's README.md has unreadable metadata: {why}", hint=hint) from why
+    return dict(vars(card.data)), card.text
+
+
+def join_card(metadata: dict[str, Any], text: str) -> str:
+    """A README of metadata and text."""
+    from huggingface_hub import CardData
+
+    return f"---\n{CardData(**metadata).to_yaml()}\n---\n{text}"

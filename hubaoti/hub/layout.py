@@ -1,0 +1,132 @@
+"""Where things lie in a Hub repo, and how a repo is named.
+
+owner/name[@revision]                   a repo, at a branch, tag or commit
+<recipe>/<variant>/hubaoti.json         an artifact's manifest; its other files beside it
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from hubaoti.errors import BadManifest, BadRequest
+from hubaoti.manifest import FILENAME, Manifest
+from hubaoti.variant import Recipe, Variant
+
+REPO_HINT = "write it as owner/name or owner/name@revision"
+
+_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# What git forbids in a branch's or tag's name, and what a URL or a shell would trip over.
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]{0,199}")
+_NOT_IN_REVISION = re.compile(r"\.\.|//|/\.|\./|/$|\.$|\.lock(?:/|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class RepoRef:
+    """A repo of the Hub, at a revision; only valid ones exist. No revision is the default branch.
+
+    Raises:
+        BadRequest: a part is malformed.
+    """
+
+    repo: str
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        owner, slash, name = self.repo.partition("/")
+        good = slash and all(map(is_name, (owner, name))) and len(self.repo) <= 96
+        if not good:
+            raise BadRequest(f"malformed repo: {self.repo!r:.120}", hint=REPO_HINT)
+        if self.revision is not None and not is_revision(self.revision):
+            raise BadRequest(f"malformed revision: {self.revision!r:.120}", hint=REPO_HINT)
+
+    @classmethod
+    def parse(cls, text: str) -> RepoRef:
+        """Read what `str` writes, and nothing else.
+
+        Raises:
+            BadRequest: the text names no repo.
+        """
+        repo, at, revision = text.partition("@")
+        return cls(repo, revision if at else None)
+
+    def __str__(self) -> str:
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+
+    @property
+    def owner(self) -> str:
+        """Who publishes what is in it."""
+        return self.repo.partition("/")[0]
+
+    @property
+    def commit(self) -> str | None:
+        """The revision, if it is a full commit id, which nothing can move."""
+        full = self.revision is not None and _COMMIT.fullmatch(self.revision)
+        return self.revision if full else None
+
+
+def is_name(text: str) -> bool:
+    """Whether an owner or a repo may be called so."""
+    odd = "--" in text or ".." in text or text.endswith(".git")
+    return _NAME.fullmatch(text) is not None and not odd
+
+
+def is_revision(text: str) -> bool:
+    """Whether a branch, tag or commit may be called so."""
+    return _REVISION.fullmatch(text) is not None and _NOT_IN_REVISION.search(text) is None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An artifact's folder in a repo."""
+
+    recipe: Recipe
+    variant: Variant
+
+    @classmethod
+    def parse(cls, text: str) -> Place:
+        """Read what `str` writes, and nothing else.
+
+        Raises:
+            BadRequest: the text is no `<recipe>/<variant>`.
+        """
+        recipe, slash, variant = text.partition("/")
+        if not slash:
+            raise BadRequest(f"malformed artifact's path: {text!r:.120}", hint="<recipe>/<variant>")
+        return cls(Recipe.parse(recipe), Variant.parse(variant))
+
+    def __str__(self) -> str:
+        return f"{self.recipe}/{self.variant}"
+
+    @property
+    def manifest(self) -> str:
+        """The path of its manifest."""
+        return f"{self}/{FILENAME}"
+
+    def file(self, path: str) -> str:
+        """The path, in the repo, of one of the artifact's files."""
+        return f"{self}/{path}"
+
+
+def place_of(manifest: Manifest, label: str | None = None) -> Place:
+    """Where an artifact lies; `label` is the user's own part of the path.
+
+    Raises:
+        BadRequest: the label is malformed.
+    """
+    return Place(replace(manifest.recipe, label=label), manifest.variant)
+
+
+def require_agreement(place: Place, manifest: Manifest) -> None:
+    """See that a path says what its manifest says; the label is free.
+
+    Raises:
+        BadManifest: it does not.
+    """
+    own = place_of(manifest, place.recipe.label)
+    if own != place:
+        raise BadManifest(
+            f"{place.manifest} describes {own}",
+            hint="the artifact was moved or made to mislead: ask its publisher",
+        )

@@ -1,0 +1,305 @@
+"""Pull: the artifact of a repo that fits this host best, verified and unpacked into the mirror.
+
+The order is the promise: the commit is pinned before anything is read, every manifest is judged
+before one is chosen, its publisher is known before a graph is fetched, and each byte is compared
+with the manifest before it has a name in the mirror.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hubaoti.errors import (
+    DigestMismatch,
+    HubaotiError,
+    NoArtifact,
+    NoMatch,
+    Untrusted,
+)
+from hubaoti.host import Host
+from hubaoti.hub.catalog import Catalog, Say, Unreadable, read_catalog, silent
+from hubaoti.hub.client import HubClient
+from hubaoti.hub.layout import Place, RepoRef
+from hubaoti.hub.trust import Trust
+from hubaoti.manifest import File, Manifest
+from hubaoti.match import Candidate, Fit, Verdict, judge, rank
+from hubaoti.mirror import Artifact, Mirror, Origin
+from hubaoti.mirror.folders import require_room
+from hubaoti.mirror.index import Pin
+from hubaoti.mirror.store import unpacked_size
+from hubaoti.package import sha256_of
+from hubaoti.settings import Settings
+from hubaoti.variant import Recipe
+
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Considered:
+    """An artifact that was looked at: its verdict, or why its manifest cannot be used."""
+
+    place: Place
+    manifest: Manifest | None
+    verdict: Verdict | None
+    error: Unreadable | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What a pull chose, why, and among what; `from_mirror` says that nothing was fetched."""
+
+    artifact: Artifact
+    ref: RepoRef
+    commit: str
+    place: Place
+    verdict: Verdict
+    considered: tuple[Considered, ...]
+    notes: tuple[str, ...]
+    from_mirror: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is asked of a pull beside the repo: a recipe, and trust for its publisher."""
+
+    recipe: Recipe | None = None
+    trust: bool = False
+
+
+def pull(
+    ref: RepoRef, settings: Settings, host: Host, wish: Wish = Wish(), say: Say = silent
+) -> Pulled:
+    """Choose, fetch, verify and store the artifact of `ref` that fits `host` best.
+
+    A second pull of the same commit asks the Hub nothing; of a revision, only its commit.
+
+    Raises:
+        NoArtifact: the repo holds none.
+        NoMatch: none fits; the message has every variant with every reason.
+        Untrusted: the publisher was never trusted, and this machine did not build the artifact.
+        BadManifest, NewerSchema: no manifest of the repo can be read.
+        DigestMismatch, BadPackage: a file is not the one that the manifest lists.
+        DiskFull: there is no room; nothing half-written stays.
+        RepoNotFound, AuthFailed, HubUnreachable: from the Hub.
+    """
+    with Mirror.open(settings.mirror) as mirror:
+        return Puller(mirror, settings, host, wish, say).pull(ref)
+
+
+class Puller:
+    """One pull: the steps share the mirror, the Hub, the host and the wish."""
+
+    def __init__(
+        self, mirror: Mirror, settings: Settings, host: Host, wish: Wish, say: Say
+    ) -> None:
+        self._mirror = mirror
+        self._client = HubClient(settings)
+        self._trust = Trust(settings.trust)
+        self._host = host
+        self._wish = wish
+        self._say = say
+
+    def pull(self, ref: RepoRef) -> Pulled:
+        """All of it."""
+        commit = ref.commit or self._resolve(ref)
+        return self._from_mirror(ref, commit) or self._from_hub(ref, commit)
+
+    def _resolve(self, ref: RepoRef) -> str:
+        self._say(f"asking {self._client.endpoint} for the commit of {ref}")
+        return self._client.resolve(ref.repo, ref.revision)
+
+    def _from_mirror(self, ref: RepoRef, commit: str) -> Pulled | None:
+        """What an earlier pull of this commit chose, if it still may run here."""
+        found = self._mirror.pulled(self._pin(ref, commit))
+        if found is None:
+            return None
+        artifact, path = found
+        verdict = judge(artifact.manifest.requires, self._host)
+        if verdict.fit is Fit.INCOMPATIBLE:
+            return None
+        place = Place.parse(path)
+        self._require_trust(ref, commit, place, artifact.manifest)
+        considered = (Considered(place, artifact.manifest, verdict),)
+        return Pulled(artifact, ref, commit, place, verdict, considered, (), True)
+
+    def _from_hub(self, ref: RepoRef, commit: str) -> Pulled:
+        self._say(f"reading the manifests of {ref.repo} at {commit[:12]}")
+        catalog = read_catalog(self._client, ref.repo, commit)
+        considered = tuple(self._consider(catalog))
+        chosen = choose(catalog, considered, self._wish.recipe)
+        manifest, verdict = chosen.manifest, chosen.verdict
+        assert manifest is not None and verdict is not None  # only judged ones are chosen
+        self._require_trust(ref, commit, chosen.place, manifest)
+        # Another commit, or another repo, may have brought the same artifact before.
+        mirrored = self._mirror.artifact(manifest.digest)
+        artifact = mirrored or self._fetch(catalog, chosen.place, manifest)
+        self._mirror.index.record_pull(self._pin(ref, commit), artifact.digest, str(chosen.place))
+        return Pulled(
+            artifact, ref, commit, chosen.place, verdict, considered, catalog.notes, False
+        )
+
+    def _consider(self, catalog: Catalog) -> Iterator[Considered]:
+        for place, found in catalog.artifacts.items():
+            if isinstance(found, Manifest):
+                yield Considered(place, found, judge(found.requires, self._host))
+            else:
+                yield Considered(place, None, None, found)
+
+    def _require_trust(self, ref: RepoRef, commit: str, place: Place, manifest: Manifest) -> None:
+        """See that code of this publisher may run here; `--trust` says so once for all.
+
+        Raises:
+            Untrusted: nobody ever said so.
+        """
+        endpoint = self._client.endpoint
+        if self._mirror.index.is_built(manifest.digest):
+            return
+        if self._wish.trust:
+            self._trust.add(endpoint, ref.owner)
+        elif not self._trust.holds(endpoint, ref.owner):
+            raise Untrusted(
+                f"{ref.owner} publishes {place} in {ref.repo} at {endpoint} (commit {commit}, "
+                f"artifact {manifest.digest}). Opening it runs their native code on this "
+                f"machine, and {ref.owner} was never trusted here",
+                hint=f"if you trust {ref.owner}, say so once with --trust",
+            )
+
+    def _fetch(self, catalog: Catalog, place: Place, manifest: Manifest) -> Artifact:
+        """Download, verify, unpack; what was downloaded is not kept twice."""
+        origin = Origin(self._client.endpoint, catalog.repo, catalog.commit, str(place))
+        require_listed(catalog, place, manifest)
+        for attempt in range(ATTEMPTS):
+            # The zips, and what is unpacked from them, lie on the disk together for a while.
+            require_room(self._mirror.root, manifest.size + unpacked_size(manifest))
+            try:
+                with self._downloaded(catalog, place, manifest) as files:
+                    self._say(f"unpacking {place}")
+                    return self._mirror.put(manifest, files, origin, place.recipe)
+            except FileNotFoundError:
+                # Another pull of the same artifact removed its downloads, which were ours too.
+                if attempt + 1 == ATTEMPTS:
+                    raise
+        raise AssertionError("unreachable")
+
+    @contextmanager
+    def _downloaded(
+        self, catalog: Catalog, place: Place, manifest: Manifest
+    ) -> Iterator[dict[str, Path]]:
+        """The artifact's files, verified; they leave the cache folder once they are stored.
+
+        After an error those that are whole stay, so that the next pull need not fetch them again.
+
+        Raises:
+            DigestMismatch: a file is not the listed one; it does not stay.
+        """
+        files: dict[str, Path] = {}
+        for file in manifest.all_files():
+            path = place.file(file.path)
+            self._say(f"downloading {path} ({file.size / 1e6:.1f} MB)")
+            files[file.path] = self._client.download(catalog.repo, catalog.commit, path)
+            if not is_same(files[file.path], file):
+                self._client.drop(files[file.path])
+                raise DigestMismatch(
+                    f"{path} from {self._client.endpoint} is not the file that its manifest lists",
+                    hint="pull again; if it stays so, ask the publisher to push it again",
+                )
+        yield files
+        for downloaded in files.values():
+            self._client.drop(downloaded)
+
+    def _pin(self, ref: RepoRef, commit: str) -> Pin:
+        asked = "" if self._wish.recipe is None else str(self._wish.recipe)
+        return Pin(self._client.endpoint, ref.repo, commit, asked, fingerprint(self._host))
+
+
+def choose(
+    catalog: Catalog, considered: tuple[Considered, ...], recipe: Recipe | None
+) -> Considered:
+    """The best of those that fit.
+
+    Raises:
+        NoArtifact, NoMatch, BadManifest, NewerSchema, DigestMismatch: there is none.
+    """
+    by_path = {str(each.place): each for each in considered}
+    ranked = rank(
+        [
+            Candidate(each.place.recipe, each.place.variant, each.verdict, path)
+            for path, each in by_path.items()
+            if each.verdict is not None
+        ],
+        recipe,
+    )
+    if ranked:
+        return by_path[ranked[0].id]
+    raise no_choice(catalog, considered, recipe)
+
+
+def no_choice(
+    catalog: Catalog, considered: tuple[Considered, ...], recipe: Recipe | None
+) -> HubaotiError:
+    """Why nothing was chosen, of everything that was looked at."""
+    where = f"{catalog.repo} at {catalog.commit[:12]}"
+    if not considered:
+        return NoArtifact(
+            "\n".join((f"{where} holds no artifact", *catalog.notes)),
+            hint=f"compile one and push it: hubaoti push DIR {catalog.repo}",
+        )
+    lines = [line for each in considered for line in lines_of(each, recipe)]
+    errors = [each.error for each in considered if each.error is not None]
+    if len(errors) == len(considered):
+        message = "\n".join((f"no manifest of {where} can be used:", *lines))
+        return type(errors[0])(message, hint=errors[0].hint)
+    return NoMatch(
+        "\n".join((f"no artifact of {where} fits this host:", *lines)),
+        hint="follow one of the advices above, or compile an artifact here: hubaoti compile",
+    )
+
+
+def lines_of(each: Considered, recipe: Recipe | None) -> list[str]:
+    """An artifact and every reason against it."""
+    if each.verdict is None:
+        return [f"  {each.place}", f"    {each.error}"]
+    reasons = [
+        f"    needs {refusal.need}; here is {refusal.have}: {refusal.advice}"
+        for refusal in each.verdict.refusals
+    ]
+    if recipe is not None and each.place.recipe != recipe:
+        reasons.append(f"    is not of the recipe {recipe}: ask for --recipe {each.place.recipe}")
+    if recipe is None and each.place.recipe.quantization is not None:
+        reasons.append(f"    is quantized: ask for it with --recipe {each.place.recipe}")
+    return [f"  {each.place}", *reasons]
+
+
+def require_listed(catalog: Catalog, place: Place, manifest: Manifest) -> None:
+    """See that the commit has the manifest's files, of their sizes, before one is fetched.
+
+    Raises:
+        DigestMismatch: one is missing, or another.
+    """
+    for file in manifest.all_files():
+        entry = catalog.files.get(place.file(file.path))
+        if entry is None or entry.size != file.size:
+            found = "is missing" if entry is None else f"has {entry.size} bytes"
+            raise DigestMismatch(
+                f"{place.file(file.path)} {found} in {catalog.repo}; its manifest lists "
+                f"{file.size} bytes",
+                hint="ask the publisher to push it again",
+            )
+
+
+def is_same(path: Path, file: File) -> bool:
+    """Whether a downloaded file is the listed one."""
+    return path.stat().st_size == file.size and sha256_of(path) == file.sha256
+
+
+def fingerprint(host: Host) -> str:
+    """The facts by which artifacts are ranked, in one short word: another host chooses anew."""
+    torch = None if host.torch is None else (host.torch.version, host.torch.cuda)
+    gpus = [(gpu.name, gpu.sm) for gpu in host.gpus]
+    libraries = (host.glibc, host.glibcxx, host.cxxabi)
+    facts = (host.os, host.level, torch, gpus, host.driver_cuda, libraries)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

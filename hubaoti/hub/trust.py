@@ -1,0 +1,102 @@
+"""The publishers whose native code may run on this machine: `$HUBAOTI_HOME/trust.toml`.
+
+[[publisher]]
+endpoint = "https://huggingface.co"
+owner = "acme"
+since = 2026-01-31
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import tomllib
+from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+import tomli_w
+
+from hubaoti.errors import HubaotiError, UnsafeFolder
+from hubaoti.mirror.folders import explained, make_private, refuse_shared
+
+
+@dataclass(frozen=True, slots=True)
+class Publisher:
+    """An owner of repos at an endpoint, trusted since a date."""
+
+    endpoint: str
+    owner: str
+    since: date
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """The file at `path`, read anew at each question: another process may have changed it."""
+
+    path: Path
+
+    def publishers(self) -> tuple[Publisher, ...]:
+        """Everyone who is trusted, in the order of their being added.
+
+        Raises:
+            UnsafeFolder: others may write the file, so it says nothing.
+            HubaotiError: it cannot be read.
+        """
+        try:
+            refuse_shared(self.path.parent)
+            refuse_shared(self.path)
+            return parse(self.path.read_text("utf-8"))
+        except FileNotFoundError:
+            return ()
+        except UnsafeFolder:
+            raise
+        except (OSError, ValueError, TypeError, AttributeError) as why:
+            hint = "correct it or remove it; each publisher is asked about again"
+            raise HubaotiError(f"{self.path} cannot be read: {why}", hint=hint) from why
+
+    def holds(self, endpoint: str, owner: str) -> bool:
+        """Whether code of this publisher may run here."""
+        return any((each.endpoint, each.owner) == (endpoint, owner) for each in self.publishers())
+
+    def add(self, endpoint: str, owner: str) -> None:
+        """Trust a publisher from now on; one that is trusted keeps the date."""
+        if not self.holds(endpoint, owner):
+            today = datetime.now(UTC).date()
+            self._write((*self.publishers(), Publisher(endpoint, owner, today)))
+
+    def remove(self, endpoint: str, owner: str) -> bool:
+        """Trust a publisher no longer; whether there was anything to take back."""
+        before = self.publishers()
+        after = tuple(each for each in before if (each.endpoint, each.owner) != (endpoint, owner))
+        if after != before:
+            self._write(after)
+        return after != before
+
+    def _write(self, publishers: tuple[Publisher, ...]) -> None:
+        text = tomli_w.dumps({"publisher": [asdict(each) for each in publishers]})
+        with explained(self.path.parent):
+            make_private(self.path.parent)
+            handle, name = tempfile.mkstemp(prefix=".trust.", dir=self.path.parent)
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                Path(name).replace(self.path)
+            finally:
+                Path(name).unlink(missing_ok=True)
+
+
+def parse(text: str) -> tuple[Publisher, ...]:
+    """Read the file's text.
+
+    Raises:
+        ValueError, TypeError, AttributeError: it is not one of ours.
+    """
+    found = tuple(Publisher(**entry) for entry in tomllib.loads(text).get("publisher", ()))
+    for each in found:
+        strings = isinstance(each.endpoint, str) and isinstance(each.owner, str)
+        if not strings or not isinstance(each.since, date):
+            raise ValueError(f"malformed publisher {each.owner!r:.80}")
+    return found

@@ -1,0 +1,163 @@
+"""Folders that nobody else may write, and temporary ones that never outlive their work."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from hubaoti.errors import DiskFull, HubaotiError, UnsafeFolder
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+# Of another machine on a shared disk, nobody can ask whether its process still lives.
+LONGEST_WORK = 24 * 3600
+
+
+def make_private(folder: Path) -> None:
+    """Make the folder, and the missing ones above it, for this user only.
+
+    Raises:
+        UnsafeFolder: it is there, and another user owns it or may write it.
+    """
+    if not folder.is_dir():
+        if not folder.parent.is_dir():
+            make_private(folder.parent)
+        # mkdir's mode is cut by the umask, which can only take rights away.
+        folder.mkdir(mode=0o700, exist_ok=True)
+    refuse_shared(folder)
+
+
+def refuse_shared(path: Path) -> None:
+    """Refuse a file or folder that is not ours alone to write; a missing one is safe.
+
+    Raises:
+        UnsafeFolder: another user owns it, or may write it.
+    """
+    with suppress(FileNotFoundError):
+        for status in (path.lstat(), path.stat()):
+            if status.st_uid != os.geteuid():
+                raise _unsafe(path, f"belongs to user {status.st_uid}")
+            # A link's own mode says nothing.
+            if status.st_mode & OTHERS_WRITE and not stat.S_ISLNK(status.st_mode):
+                raise _unsafe(path, "may be written by other users")
+
+
+def _unsafe(path: Path, why: str) -> UnsafeFolder:
+    return UnsafeFolder(
+        f"{path} {why}, who could plant code there",
+        hint=f"make it yours alone (chmod go-w {path}), or set HUBAOTI_HOME to a folder that is",
+    )
+
+
+@contextmanager
+def explained(folder: Path, needed: int = 0) -> Iterator[None]:
+    """Around work that writes `needed` bytes below `folder`: a full or closed disk is said so.
+
+    Raises:
+        DiskFull: the disk, or the quota, has no room.
+        HubaotiError: the disk may not be written, or is broken.
+        FileNotFoundError: as it came: only the caller knows what is missing.
+    """
+    try:
+        yield
+    except OSError as why:
+        if why.errno in FULL:
+            raise no_room(folder, needed) from why
+        if why.errno in CLOSED:
+            raise HubaotiError(
+                f"cannot write {why.filename or folder}: {why.strerror}",
+                hint="set HUBAOTI_HOME to a folder that you may write",
+            ) from why
+        if isinstance(why, FileNotFoundError):
+            raise
+        raise HubaotiError(
+            f"cannot write {why.filename or folder}: {why.strerror}",
+            hint="see that the folder and its disk are well, or set HUBAOTI_HOME to another",
+        ) from why
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """See that `needed` more bytes go below `folder`, before any is written.
+
+    Raises:
+        DiskFull: they do not.
+    """
+    if free_bytes(folder) < needed:
+        raise no_room(folder, needed)
+
+
+def no_room(folder: Path, needed: int) -> DiskFull:
+    """The error that says how much is needed, and how much is free."""
+    need = f"{mebibytes(needed)} needed, " if needed else ""
+    return DiskFull(
+        f"no room on the disk of {folder}: {need}{mebibytes(free_bytes(folder))} free",
+        hint="free some space, or set HUBAOTI_HOME to a folder on a larger disk",
+    )
+
+
+def free_bytes(folder: Path) -> int:
+    """The bytes that this user may still write on the disk of a folder, existing or not."""
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / (1 << 20):.1f} MiB"
+
+
+@contextmanager
+def workspace(tmp: Path) -> Iterator[Path]:
+    """A folder of our own below `tmp`, gone at the block's end, whatever ends it."""
+    folder = tmp / f"{platform.node()}~{os.getpid()}~{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(mode=0o700)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(tmp: Path) -> None:
+    """Remove what killed processes left below `tmp`; what a living one writes stays."""
+    for entry in list(tmp.iterdir()):
+        with suppress(OSError):
+            if is_abandoned(entry):
+                shutil.rmtree(entry)
+
+
+def is_abandoned(entry: Path) -> bool:
+    """Whether nobody works in this temporary folder any more."""
+    if time.time() - entry.stat().st_mtime > LONGEST_WORK:
+        return True
+    node, _, rest = entry.name.partition("~")
+    pid = rest.partition("~")[0]
+    return node == platform.node() and pid.isdigit() and not is_alive(int(pid))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,236 @@
+"""The mirror's index: which artifacts are here, where they came from, which pull gave which.
+
+It is SQLite, and it never promises what the disk lacks: a row is written after its files, and
+removed before them.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from hubaoti.errors import DiskFull, HubaotiError
+from hubaoti.manifest import Manifest
+from hubaoti.mirror.folders import no_room
+
+VERSION = 1
+PATIENCE = 30.0  # seconds to wait for another process's transaction
+
+SCHEMA = """
+create table artifacts (
+    digest text primary key, key text not null, recipe text not null, variant text not null,
+    size integer not null, added real not null,
+    endpoint text not null, repo text not null, revision text not null, path text not null
+) strict;
+create index artifacts_by_key on artifacts (key);
+create table holds (
+    digest text not null references artifacts on delete cascade, graph text not null,
+    primary key (digest, graph)
+) strict;
+create index holds_by_graph on holds (graph);
+create table pulls (
+    endpoint text not null, repo text not null, revision text not null,
+    asked text not null, host text not null,
+    digest text not null references artifacts on delete cascade, path text not null,
+    primary key (endpoint, repo, revision, asked, host)
+) strict;
+create table built (digest text primary key, key text not null, at real not null) strict;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an artifact came from: a path in a repo at a commit; all empty if built here."""
+
+    endpoint: str = ""
+    repo: str = ""
+    commit: str = ""
+    path: str = ""
+
+    @property
+    def publisher(self) -> str:
+        """The owner of the repo; empty if built here."""
+        return self.repo.partition("/")[0]
+
+
+BUILT_HERE = Origin()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One artifact as `mirror ls` lists it; `size` in bytes on disk, `added` in Unix seconds."""
+
+    digest: str
+    key: str
+    recipe: str
+    variant: str
+    size: int
+    added: float
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """What was asked of which repo, at which commit, for which kind of host."""
+
+    endpoint: str
+    repo: str
+    commit: str
+    recipe: str
+    host: str
+
+
+class Index:
+    """`index.sqlite3`; each method is one transaction, safe beside other processes."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the index, or make it.
+
+        Raises:
+            HubaotiError: it is damaged, was written by a newer hubaoti, or cannot be written.
+        """
+        self._path = path
+        with self._explained():
+            self._db = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
+            self._db.execute("pragma foreign_keys = on")
+            if self._version() == 0:
+                self._create()
+            version = self._version()
+        if version > VERSION:
+            raise HubaotiError(
+                f"{path} was written by a newer hubaoti", hint="upgrade hubaoti on this machine"
+            )
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._db.close()
+
+    def add(self, row: Row, graphs: Iterable[str]) -> None:
+        """Promise an artifact, whose files are all there; a known one keeps its row."""
+        values = (row.digest, row.key, row.recipe, row.variant, row.size, row.added)
+        with self._writing() as db:
+            db.execute(
+                "insert or ignore into artifacts values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*values, *astuple(row.origin)),
+            )
+            db.executemany(
+                "insert or ignore into holds values (?, ?)",
+                [(row.digest, graph) for graph in graphs],
+            )
+
+    def remove(self, digest: str) -> None:
+        """Stop promising an artifact, and every pull that gave it."""
+        with self._writing() as db:
+            db.execute("delete from artifacts where digest = ?", (digest,))
+
+    def remove_graph(self, graph: str) -> None:
+        """Stop promising every artifact that holds a graph (by its package's sha256)."""
+        with self._writing() as db:
+            db.execute(
+                "delete from artifacts where digest in (select digest from holds where graph = ?)",
+                (graph,),
+            )
+
+    def row(self, digest: str) -> Row | None:
+        """The artifact's row; None when it is not promised."""
+        found = self._rows("where digest = ?", digest)
+        return found[0] if found else None
+
+    def rows(self, key: str | None = None) -> list[Row]:
+        """Every artifact, or those of one key, the newest first."""
+        if key is None:
+            return self._rows("order by added desc, digest")
+        return self._rows("where key = ? order by added desc, digest", key)
+
+    def record_pull(self, pin: Pin, digest: str, path: str) -> None:
+        """Remember what a pull gave; forgotten together with the artifact."""
+        with self._writing() as db:
+            db.execute(
+                "insert or replace into pulls select ?, ?, ?, ?, ?, digest, ? "
+                "from artifacts where digest = ?",
+                (*astuple(pin), path, digest),
+            )
+
+    def pulled(self, pin: Pin) -> tuple[str, str] | None:
+        """The digest and path that this pull gave before; None when it gave none."""
+        with self._explained():
+            found = self._db.execute(
+                "select digest, path from pulls where endpoint = ? and repo = ? "
+                "and revision = ? and asked = ? and host = ?",
+                astuple(pin),
+            ).fetchone()
+        return None if found is None else (str(found[0]), str(found[1]))
+
+    def record_built(self, manifest: Manifest) -> None:
+        """Remember that this machine built this artifact, so it needs no one's trust."""
+        with self._writing() as db:
+            db.execute(
+                "insert or ignore into built values (?, ?, ?)",
+                (manifest.digest, manifest.key, time.time()),
+            )
+
+    def is_built(self, digest: str) -> bool:
+        """Whether this machine built it."""
+        query = "select 1 from built where digest = ?"
+        with self._explained():
+            return self._db.execute(query, (digest,)).fetchone() is not None
+
+    def _rows(self, where: str, *values: str) -> list[Row]:
+        columns = "digest, key, recipe, variant, size, added, endpoint, repo, revision, path"
+        with self._explained():
+            found = self._db.execute(f"select {columns} from artifacts {where}", values).fetchall()
+        return [_row(each) for each in found]
+
+    def _version(self) -> int:
+        return int(self._db.execute("pragma user_version").fetchone()[0])
+
+    def _create(self) -> None:
+        # WAL where the disk allows it: SQLite answers with the mode it took, and goes on.
+        self._db.execute("pragma journal_mode = wal")
+        self._db.execute("begin immediate")
+        if self._version() == 0:  # another process may have been faster
+            for statement in SCHEMA.split(";"):
+                self._db.execute(statement)
+            self._db.execute(f"pragma user_version = {VERSION}")
+        self._db.execute("commit")
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One change: alone from its first read to its commit, undone by any error."""
+        with self._explained():
+            self._db.execute("begin immediate")
+            try:
+                yield self._db
+                self._db.execute("commit")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("rollback")
+                raise
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as why:
+            raise self._wrapped(why) from why
+
+    def _wrapped(self, why: sqlite3.DatabaseError) -> HubaotiError:
+        code = getattr(why, "sqlite_errorcode", 0) & 0xFF
+        if code == sqlite3.SQLITE_FULL:
+            return DiskFull(str(no_room(self._path.parent, 0)), hint="free some space")
+        if code == sqlite3.SQLITE_BUSY:
+            return HubaotiError(f"{self._path} is busy", hint="another hubaoti works; try again")
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            hint = f"remove {self._path} and pull again; what is unpacked is used again"
+            return HubaotiError(f"{self._path} is damaged: {why}", hint=hint)
+        hint = "see that you may write it, or set HUBAOTI_HOME to another folder"
+        return HubaotiError(f"{self._path}: {why}", hint=hint)
+
+
+def _row(found: tuple[str, str, str, str, int, float, str, str, str, str]) -> Row:
+    digest, key, recipe, variant, size, added, *origin = found
+    return Row(digest, key, recipe, variant, size, added, Origin(*origin))

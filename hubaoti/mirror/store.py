@@ -1,0 +1,340 @@
+"""The mirror: artifacts as verified files, each whole or absent.
+
+    index.sqlite3       what is here and where it came from
+    hub/                huggingface_hub's cache folders, one for each endpoint: transport
+    artifacts/<digest>/ the manifest and the small tensors
+    graphs/<sha256>/    one unpacked package, read-only
+    quarantine/  tmp/
+
+Everything is written below tmp/, hashed while it is written, synced and renamed; its row comes
+last. Whatever is killed in between leaves nothing that is believed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from hubaoti import manifest as manifests
+from hubaoti.errors import BadManifest, DigestMismatch, HubaotiError
+from hubaoti.manifest import File, Graph, Manifest
+from hubaoti.mirror.folders import (
+    explained,
+    make_private,
+    refuse_shared,
+    require_room,
+    sweep,
+    sync_folder,
+    workspace,
+)
+from hubaoti.mirror.index import BUILT_HERE, Index, Origin, Pin, Row
+from hubaoti.package import copy_hashed, sha256_of, unpack
+from hubaoti.variant import Recipe
+
+FOLDERS = ("hub", "artifacts", "graphs", "quarantine", "tmp")
+TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A verified artifact of the mirror: `path` has its manifest and small tensors."""
+
+    digest: str
+    path: Path
+    graphs: Path
+    manifest: Manifest
+
+    def graph_folder(self, graph: Graph) -> Path:
+        """Where a graph's package lies unpacked."""
+        return self.graphs / graph.sha256
+
+    def file(self, path: str) -> Path:
+        """Where one of the small tensors' files lies."""
+        return self.path / path
+
+
+class Mirror:
+    """The local store below one folder; safe beside other processes."""
+
+    def __init__(self, root: Path, index: Index) -> None:
+        self.root = root
+        self.index = index
+
+    @classmethod
+    def open(cls, root: Path) -> Mirror:
+        """Open the mirror below `root`, or make one.
+
+        Raises:
+            UnsafeFolder: other users own or may write it.
+            DiskFull: there is no room for it.
+            HubaotiError: its folder or its index cannot be used.
+        """
+        with explained(root):
+            for folder in (root, *(root / name for name in FOLDERS)):
+                make_private(folder)
+            for suffix in ("", "-wal", "-shm"):
+                refuse_shared(root / f"index.sqlite3{suffix}")
+            sweep(root / "tmp")
+        return cls(root, Index(root / "index.sqlite3"))
+
+    def close(self) -> None:
+        """Let go of the index."""
+        self.index.close()
+
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def put(
+        self,
+        manifest: Manifest,
+        files: Mapping[str, Path],
+        origin: Origin = BUILT_HERE,
+        recipe: Recipe | None = None,
+    ) -> Artifact:
+        """Store an artifact, given its files by their paths in the manifest.
+
+        Nothing is believed of the files: each byte that lands here is hashed on its way. `recipe`
+        is the label under which it is listed, by default the manifest's.
+
+        Raises:
+            DigestMismatch: a file has other bytes than the manifest lists.
+            BadPackage: a package is damaged, or lacks a listed member.
+            DiskFull: there is no room; nothing half-written stays.
+        """
+        artifact = self._artifact(manifest)
+        self._store(artifact, files)
+        row = Row(
+            digest=artifact.digest,
+            key=manifest.key,
+            recipe=str(recipe or manifest.recipe),
+            variant=str(manifest.variant),
+            size=unpacked_size(manifest),
+            added=time.time(),
+            origin=origin,
+        )
+        self.index.add(row, {graph.sha256 for graph in manifest.graphs})
+        return artifact
+
+    def artifact(self, digest: str) -> Artifact | None:
+        """The artifact of this digest; None when it is not here, or not whole.
+
+        Its manifest is hashed again before it is believed; see `verify` for the other files.
+        """
+        if self.index.row(digest) is None:
+            return None
+        try:
+            artifact = self._read(digest)
+        except (OSError, BadManifest, DigestMismatch):
+            self.index.remove(digest)
+            self._quarantine(self.root / "artifacts" / digest)
+            return None
+        if not has_sizes(artifact):
+            self.index.remove(digest)
+            return None
+        return artifact
+
+    def by_key(self, key: str) -> list[Artifact]:
+        """The artifacts that answer "is this already built?", the newest first."""
+        found = (self.artifact(row.digest) for row in self.index.rows(key))
+        return [artifact for artifact in found if artifact is not None]
+
+    def ls(self) -> list[Row]:
+        """What is here, the newest first."""
+        return self.index.rows()
+
+    def pulled(self, pin: Pin) -> tuple[Artifact, str] | None:
+        """The artifact that this pull gave before, and its path in the repo."""
+        found = self.index.pulled(pin)
+        if found is None:
+            return None
+        artifact = self.artifact(found[0])
+        return None if artifact is None else (artifact, found[1])
+
+    def record_built(self, manifest: Manifest) -> None:
+        """Remember that this machine built this artifact, so it needs no one's trust."""
+        self.index.record_built(manifest)
+
+    def verify(self, artifact: Artifact) -> None:
+        """Hash every file of an artifact again.
+
+        Raises:
+            DigestMismatch: one has other bytes; it is in quarantine, the artifact no longer here.
+        """
+        for graph in artifact.manifest.graphs:
+            self.verify_graph(graph)
+        for file in artifact.manifest.files:
+            self.verify_file(artifact, file)
+
+    def verify_graph(self, graph: Graph) -> None:
+        """Hash an unpacked graph again, member by member.
+
+        Raises:
+            DigestMismatch: one has other bytes; the graph is in quarantine, and every artifact
+                that holds it no longer here, so that the next pull fetches it again.
+        """
+        folder = self.root / "graphs" / graph.sha256
+        for member in graph.members:
+            if not has_bytes(folder / member.path, member.sha256):
+                self.index.remove_graph(graph.sha256)
+                self._quarantine(folder)
+                raise changed(folder / member.path)
+
+    def verify_file(self, artifact: Artifact, file: File) -> Path:
+        """Hash one of the small tensors' files again; where it lies.
+
+        Raises:
+            DigestMismatch: it has other bytes; the artifact is in quarantine and no longer here.
+        """
+        path = artifact.file(file.path)
+        if not has_bytes(path, file.sha256):
+            self.index.remove(artifact.digest)
+            self._quarantine(artifact.path)
+            raise changed(path)
+        return path
+
+    def _artifact(self, manifest: Manifest) -> Artifact:
+        digest = manifest.digest
+        path = self.root / "artifacts" / digest
+        return Artifact(digest, path, self.root / "graphs", manifest)
+
+    def _read(self, digest: str) -> Artifact:
+        path = self.root / "artifacts" / digest / manifests.FILENAME
+        text = path.read_bytes()
+        if hashlib.sha256(text).hexdigest() != digest:
+            raise changed(path)
+        return self._artifact(manifests.parse(text, str(path)))
+
+    def _store(self, artifact: Artifact, files: Mapping[str, Path]) -> None:
+        """Write what is missing; the artifact's own folder, which names the graphs, comes last."""
+        graphs = [
+            graph
+            for graph in artifact.manifest.graphs
+            if not holds_members(artifact.graph_folder(graph), graph)
+        ]
+        needed = sum(member.size for graph in graphs for member in graph.members)
+        needed += sum(file.size for file in artifact.manifest.files)
+        tmp = self.root / "tmp"
+        with explained(tmp, needed):
+            require_room(tmp, needed)
+            with workspace(tmp) as work:
+                for graph in graphs:
+                    folder = work / graph.sha256
+                    unpack_synced(files[graph.file], graph, folder)
+                    target = artifact.graph_folder(graph)
+                    self._settle(folder, target, partial(holds_members, target, graph))
+                if not holds_small(artifact):
+                    folder = work / artifact.digest
+                    write_small(artifact.manifest, files, folder)
+                    self._settle(folder, artifact.path, partial(holds_small, artifact))
+
+    def _settle(self, folder: Path, target: Path, is_good: Callable[[], bool]) -> None:
+        """Give a written folder its name, unless another process gave an equal one the name."""
+        sync_folder(folder)
+        for _ in range(ATTEMPTS):
+            try:
+                folder.rename(target)
+            except OSError as why:
+                if why.errno not in TAKEN:
+                    raise
+                if is_good():
+                    return
+                self._quarantine(target)
+            else:
+                sync_folder(target.parent)
+                return
+        raise HubaotiError(f"{target} is replaced again and again", hint="run it again")
+
+    def _quarantine(self, folder: Path) -> None:
+        with suppress(FileNotFoundError):
+            folder.rename(self.root / "quarantine" / f"{folder.name}~{secrets.token_hex(4)}")
+
+
+def unpacked_size(manifest: Manifest) -> int:
+    """The bytes that an artifact takes in the mirror."""
+    members = sum(member.size for graph in manifest.graphs for member in graph.members)
+    return members + sum(file.size for file in manifest.files) + len(manifest.to_json())
+
+
+def unpack_synced(package: Path, graph: Graph, folder: Path) -> None:
+    """Unpack a graph's listed members so that they survive a power cut."""
+    folder.mkdir(mode=0o700)
+    unpack(package, graph.members, folder)
+    for each in folder.rglob("*"):
+        if each.is_dir():
+            sync_folder(each)
+
+
+def write_small(manifest: Manifest, files: Mapping[str, Path], folder: Path) -> None:
+    """Write the manifest and the small tensors, read-only."""
+    folder.mkdir(mode=0o700)
+    for file in manifest.files:
+        target = folder / file.path
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with files[file.path].open("rb") as source, target.open("xb") as sink:
+            digest = copy_hashed(source, sink, file.size)
+            sink.flush()
+            os.fsync(sink.fileno())
+        if digest != file.sha256:
+            raise changed(files[file.path])
+        target.chmod(0o444)
+    target = folder / manifests.FILENAME
+    with target.open("xb") as sink:
+        sink.write(manifest.to_json())
+        sink.flush()
+        os.fsync(sink.fileno())
+    target.chmod(0o444)
+
+
+def has_sizes(artifact: Artifact) -> bool:
+    """Whether every file is there, of the right size; their bytes are for `verify`."""
+    sizes = {artifact.file(file.path): file.size for file in artifact.manifest.files}
+    for graph in artifact.manifest.graphs:
+        folder = artifact.graph_folder(graph)
+        sizes |= {folder / member.path: member.size for member in graph.members}
+    return all(has_size(path, size) for path, size in sizes.items())
+
+
+def has_size(path: Path, size: int) -> bool:
+    """Whether a file is there, of this size."""
+    try:
+        return path.lstat().st_size == size
+    except OSError:
+        return False
+
+
+def holds_members(folder: Path, graph: Graph) -> bool:
+    """Whether an unpacked graph is there, byte for byte."""
+    members = graph.members
+    return folder.is_dir() and all(has_bytes(folder / each.path, each.sha256) for each in members)
+
+
+def holds_small(artifact: Artifact) -> bool:
+    """Whether the manifest and the small tensors are there, byte for byte."""
+    files = artifact.manifest.files
+    return has_bytes(artifact.path / manifests.FILENAME, artifact.digest) and all(
+        has_bytes(artifact.file(file.path), file.sha256) for file in files
+    )
+
+
+def has_bytes(path: Path, sha256: str) -> bool:
+    """Whether a file is there, and no link, with these bytes."""
+    return path.is_file() and not path.is_symlink() and sha256_of(path) == sha256
+
+
+def changed(path: Path) -> DigestMismatch:
+    return DigestMismatch(
+        f"{path} has other bytes than its manifest lists",
+        hint="pull it again; a broken copy is kept in the mirror's quarantine, never opened",
+    )
