@@ -3,4 +3,21 @@
 Importing this imports nothing heavy; the names below are loaded on first use.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hubaoti.api import compile, eager, load, pull, push
+
 __version__ = "0.1.0"
+__all__ = ["compile", "eager", "load", "pull", "push"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a verb when it is first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module 'hubaoti' has no attribute {name!r}")
+    from hubaoti import api
+
+    return getattr(api, name)

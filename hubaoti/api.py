@@ -1,0 +1,256 @@
+"""The verbs: where compiler, runtime, mirror and hub work together.
+
+Nothing heavy is imported before a verb needs it: `pull` works without torch, a warm one without the
+Hub's client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hubaoti.bundle import Bundle
+from hubaoti.errors import BadRequest, ModelNotFound, RepoNotFound
+from hubaoti.host import probe
+from hubaoti.hub.layout import RepoRef
+from hubaoti.manifest import Source
+from hubaoti.mirror import Artifact, Mirror
+from hubaoti.settings import Settings
+from hubaoti.variant import Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from hubaoti.hub.pull import Pulled
+    from hubaoti.hub.push import Commit
+    from hubaoti.runtime.text import TextModel
+
+Say = Callable[[str], None]
+
+# What the runtime reads of a model: its tokenizer and its weights.
+RUN_FILES = ("tokenizer.json", "*.safetensors", "*.safetensors.index.json")
+EAGER_FILES = ("*.json", "*.txt", "*.model", "*/config.json", "*.safetensors")
+
+
+def silent(step: str) -> None:
+    """Say nothing."""
+
+
+def compile(  # noqa: PLR0913 - a face of keywords
+    model: str | Path,
+    output: str | Path,
+    *,
+    task: str | None = None,
+    dims: Mapping[str, tuple[int, int]] | Iterable[str] = (),
+    dtype: str | None = None,
+    level: str | None = None,
+    device: str = "cpu",
+    revision: str | None = None,
+    settings: Settings | None = None,
+    say: Say = silent,
+) -> Bundle:
+    """Compile a model, a Hub id or a local folder, into the bundle `output`; no weight is read.
+
+    `task` is embed, classify or logits, by default what the model's files say. `dims` gives bounds
+    as `{"batch": (1, 32)}` or `["batch=1:32"]`. `level` is the CPU level of the host code, as
+    archspec names it. `say` is called with the name of each step as it starts.
+
+    Raises:
+        HubaotiError: what failed and what to do; no half-written bundle is left.
+    """
+    from hubaoti.compiler.request import Range, Request, parse_dims
+
+    settings = settings or Settings.from_env()
+    if isinstance(dims, Mapping):
+        ranges = {name: Range(*sizes) for name, sizes in dims.items()}
+    else:
+        ranges = parse_dims(dims)
+    request = Request(task=task, dims=ranges, dtype=dtype, level=level, device=device)
+    from hubaoti.compiler.build import build
+    from hubaoti.compiler.source import PATTERNS
+
+    folder, source = model_files(model, revision, PATTERNS, settings)
+    bundle = build(folder, source, request, probe(settings), Path(output), say)
+    with Mirror.open(settings.mirror) as mirror:
+        mirror.record_built(bundle.manifest)
+    return bundle
+
+
+def push(  # noqa: PLR0913 - a face of keywords
+    bundle: Bundle | str | Path,
+    repo: str,
+    *,
+    tag: str | None = None,
+    label: str | None = None,
+    private: bool = False,
+    settings: Settings | None = None,
+    say: Say = silent,
+) -> Commit:
+    """Publish a bundle in one commit; the repo is made when there is none.
+
+    Raises:
+        DigestMismatch: a file of the bundle is not the one its manifest names.
+        Conflict: the path or the tag is taken; AuthFailed, HubUnreachable: of the Hub.
+    """
+    from hubaoti.hub.push import Destination
+    from hubaoti.hub.push import push as push_to
+
+    settings = settings or Settings.from_env()
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(Path(bundle))
+    place = Destination(RepoRef.parse(repo), tag=tag, label=label, private=private)
+    return push_to(bundle, place, settings, say)
+
+
+def pull(
+    repo: str,
+    *,
+    recipe: str | None = None,
+    trust: bool = False,
+    settings: Settings | None = None,
+    say: Say = silent,
+) -> Pulled:
+    """The artifact of `owner/name[@revision]` that fits this host best, verified, in the mirror.
+
+    Raises:
+        NoMatch: none fits, with every reason; NoArtifact: the repo has none.
+        Untrusted: its publisher was never trusted here; `trust=True` remembers that it is.
+    """
+    from hubaoti.hub.pull import Wish
+    from hubaoti.hub.pull import pull as pull_from
+
+    settings = settings or Settings.from_env()
+    wish = Wish(Recipe.parse(recipe) if recipe else None, trust)
+    return pull_from(RepoRef.parse(repo), settings, probe(settings), wish, say)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model says to texts: `values` has one row a text, on the CPU."""
+
+    task: str
+    values: torch.Tensor
+
+
+def run(  # noqa: PLR0913 - a face of keywords
+    repo: str,
+    model: str | Path,
+    texts: Sequence[str],
+    *,
+    recipe: str | None = None,
+    trust: bool = False,
+    device: str | None = None,
+    settings: Settings | None = None,
+    say: Say = silent,
+) -> Answer:
+    """Pull, open and call: the answers of a repo's graph over a model's weights.
+
+    Raises:
+        HubaotiError: as `pull` and `load` do; OutOfBounds: a text is too long for the graph.
+    """
+    settings = settings or Settings.from_env()
+    pulled = pull(repo, recipe=recipe, trust=trust, settings=settings, say=say)
+    opened = load(pulled.artifact, model, device=device, settings=settings, say=say)
+    say("run")
+    return Answer(pulled.artifact.manifest.program.task, opened(texts))
+
+
+def load(
+    artifact: Artifact,
+    model: str | Path,
+    *,
+    device: str | None = None,
+    revision: str | None = None,
+    settings: Settings | None = None,
+    say: Say = silent,
+) -> TextModel:
+    """Open an artifact over a model's tokenizer and weights: texts in, tensors out.
+
+    Raises:
+        DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
+        MissingConstant: the model's checkpoint lacks a tensor that the graph reads.
+    """
+    settings = settings or Settings.from_env()
+    folder, _ = model_files(model, revision, RUN_FILES, settings)
+    say("open")
+    import torch
+
+    from hubaoti.runtime.graph import open_graph
+    from hubaoti.runtime.text import TextEncoder, TextModel
+    from hubaoti.runtime.weights import Checkpoint, constants
+
+    where = torch.device(device or {"cuda": "cuda:0"}.get(artifact.manifest.target.device, "cpu"))
+    entry = artifact.manifest.graphs[0]
+    with Mirror.open(settings.mirror) as mirror:
+        mirror.verify(artifact)
+    graph = open_graph(artifact.graph_folder(entry), entry, where)
+    say("bind")
+    graph.bind(constants(entry, artifact.path, Checkpoint(folder, where), where))
+    return TextModel(graph, TextEncoder(folder))
+
+
+def eager(
+    model: str | Path,
+    texts: Sequence[str],
+    *,
+    repo: str | None = None,
+    settings: Settings | None = None,
+    say: Say = silent,
+) -> Answer:
+    """The same answers through transformers, for comparison; nothing compiled is opened.
+
+    Task and dtype are those of the artifact that was pulled from `repo`, if one was, else what the
+    model's files say.
+    """
+    import torch
+
+    from hubaoti.compiler import source
+    from hubaoti.runtime.text import TextEncoder
+
+    settings = settings or Settings.from_env()
+    folder, _ = model_files(model, None, EAGER_FILES, settings)
+    task, dtype = pulled_before(repo, settings) if repo else (None, None)
+    say("load")
+    whole = source.load(folder, task, dtype, torch.device("cpu"), weights=True)
+    encoded = TextEncoder(folder).encode(texts)
+    say("run")
+    with torch.no_grad():
+        values = whole.model(encoded.input_ids, encoded.attention_mask)[0]
+    return Answer(whole.program.task, values)
+
+
+def pulled_before(repo: str, settings: Settings) -> tuple[str | None, str | None]:
+    """Task and dtype of the newest artifact in the mirror that came from a repo."""
+    name = RepoRef.parse(repo).repo
+    with Mirror.open(settings.mirror) as mirror:
+        for row in mirror.ls():
+            artifact = mirror.artifact(row.digest) if row.origin.repo == name else None
+            if artifact is not None:
+                return artifact.manifest.program.task, artifact.manifest.build.dtype
+    return None, None
+
+
+def model_files(
+    model: str | Path, revision: str | None, patterns: Sequence[str], settings: Settings
+) -> tuple[Path, Source]:
+    """The folder of a model, and where it came from: a local one as it is, else of the Hub.
+
+    A local path is not written into the source: it would end up in a published manifest.
+
+    Raises:
+        ModelNotFound: neither a folder nor a repo of the Hub.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder, Source(model=folder.resolve().name)
+    from hubaoti.hub.client import HubClient
+
+    try:
+        found, commit = HubClient(settings).model_folder(str(model), revision, patterns)
+    except (BadRequest, RepoNotFound) as why:
+        raise ModelNotFound(
+            f"{model} is neither a folder nor a model of {settings.endpoint}",
+            hint="give a Hub id as owner/name, or the folder of a model",
+        ) from why
+    return found, Source(model=str(model), commit=commit)

@@ -1,0 +1,79 @@
+"""The command line: a command parses, calls one verb, prints. Errors become words in one place."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import click
+
+from hubaoti import __version__
+from hubaoti.errors import HubaotiError
+
+# Each command's module, loaded when the command is named, and the line that help shows for it.
+COMMANDS = {
+    "doctor": ("doctor", "This host, as facts that artifacts are judged by."),
+    "compile": ("compile", "Compile a model from its config into a bundle."),
+    "push": ("hub", "Publish a bundle as a commit of a Hub repo."),
+    "pull": ("hub", "Fetch the artifact that fits this host best, verified."),
+    "run": ("run", "Answer texts with a pulled graph and a model's weights."),
+    "serve": ("serve", "An endpoint that speaks the Hub protocol, on this machine."),
+    "mirror": ("mirror", "What is stored on this machine."),
+    "trust": ("trust", "The publishers whose code may run here."),
+}
+INTERRUPTED = 130
+
+
+class Commands(click.Group):
+    """Commands that are imported when they are used: `--help` costs nothing."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every command, in the order of the road."""
+        return [*COMMANDS]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """The command itself."""
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"hubaoti.cli.{COMMANDS[name][0]}")
+        command: click.Command = getattr(module, f"{name}_command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list that `--help` shows, without importing any of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="hubaoti")
+def group() -> None:
+    """hubaoti: the package manager for compiled PyTorch graphs."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; its exit code is the error's, 2 for bad usage, 130 for an interrupt."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """The one boundary where errors become words."""
+    try:
+        group.main(arguments, prog_name="hubaoti", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing half-written was left", err=True)
+        return INTERRUPTED
+    except HubaotiError as error:
+        click.echo(f"error: {error}", err=True)
+        if error.hint:
+            click.echo(f"hint: {error.hint}", err=True)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of our output left, as `head` does; there is nobody to tell.
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    return 0

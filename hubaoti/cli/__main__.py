@@ -1,0 +1,5 @@
+"""`python -m hubaoti.cli` is `hubaoti`."""
+
+from hubaoti.cli import main
+
+main()

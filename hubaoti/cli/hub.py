@@ -1,0 +1,79 @@
+"""`hubaoti push` and `hubaoti pull`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from hubaoti.cli.output import Steps, human_size, print_json
+
+if TYPE_CHECKING:
+    from hubaoti.hub.pull import Pulled
+
+
+@click.command("push")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--tag", help="name the commit, as v1")
+@click.option("--label", help="the user's own part of the recipe's path")
+@click.option("--private", is_flag=True, help="when the repo has to be made")
+@click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
+def push_command(bundle: Path, repo: str, quiet: bool, **options: str) -> None:
+    """Publish BUNDLE to REPO (owner/name) in one commit."""
+    from hubaoti import api
+
+    with Steps(quiet) as say:
+        commit = api.push(bundle, repo, say=say, **options)  # type: ignore[arg-type]
+    if not quiet:
+        what = "published" if commit.created else "was there already"
+        click.echo(f"{commit.repo}@{commit.commit[:12]}: {commit.path} {what}")
+        click.echo(f"  {commit.url}")
+
+
+@click.command("pull")
+@click.argument("repo")
+@click.option("--recipe", help="only this one, as bfloat16-sdpa")
+@click.option("--trust", is_flag=True, help="trust the publisher, now and from now on")
+@click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+@click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
+def pull_command(repo: str, recipe: str | None, trust: bool, as_json: bool, quiet: bool) -> None:
+    """Fetch the artifact of REPO (owner/name[@revision]) that fits this host best."""
+    from hubaoti import api
+
+    with Steps(quiet or as_json) as say:
+        pulled = api.pull(repo, recipe=recipe, trust=trust, say=say)
+    if as_json:
+        print_json(chosen(pulled))
+    elif not quiet:
+        source = "the mirror" if pulled.from_mirror else "the Hub"
+        size = human_size(pulled.artifact.manifest.size)
+        click.echo(f"{pulled.place} ({pulled.verdict.fit}, {size}) from {source}")
+        click.echo(f"  commit {pulled.commit[:12]}, digest {pulled.artifact.digest[:12]}")
+        for reason in pulled.verdict.notes:
+            click.echo(f"  built for {reason.need}, here is {reason.have}")
+        for note in pulled.notes:
+            click.echo(f"  {note}")
+
+
+def chosen(pulled: Pulled) -> dict[str, object]:
+    """What was chosen, among what and why, as plain values."""
+    considered = [
+        {
+            "path": str(each.place),
+            "verdict": each.verdict.to_dict() if each.verdict else None,
+            "error": str(each.error) if each.error else None,
+        }
+        for each in pulled.considered
+    ]
+    return {
+        "path": str(pulled.place),
+        "commit": pulled.commit,
+        "digest": pulled.artifact.digest,
+        "folder": str(pulled.artifact.path),
+        "from_mirror": pulled.from_mirror,
+        "verdict": pulled.verdict.to_dict(),
+        "considered": considered,
+        "notes": list(pulled.notes),
+    }

@@ -1,0 +1,75 @@
+"""What a person reads: steps with their times, tables; and the same facts as JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+import click
+
+
+class Steps:
+    """Prints each step with its time, on standard error, as a context manager that is called."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._current = ""
+        self._since = 0.0
+
+    def __call__(self, step: str) -> None:
+        """The next step starts; the one before has ended."""
+        self._end()
+        self._current, self._since = step, time.perf_counter()
+        if not self._quiet:
+            click.echo(f"  {step:<10}", nl=False, err=True)
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._end()
+        elif self._current and not self._quiet:
+            click.echo(" stopped", err=True)
+
+    def _end(self) -> None:
+        if self._current and not self._quiet:
+            click.echo(f"{time.perf_counter() - self._since:7.1f} s", err=True)
+        self._current = ""
+
+
+def print_json(value: Any) -> None:
+    """A value as indented JSON on standard output."""
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table as wide as its words; a pipe gets it unbroken."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 1000
+    console.print(table)
+
+
+def human_size(size: float | None) -> str:
+    """Bytes in the unit that a person would say."""
+    if size is None:
+        return "unknown"
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,119 @@
+"""Text in, tensors out, without transformers: a tokenizer, an open graph, and its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from hubaoti.errors import BadInput, ModelNotFound, OutOfBounds
+from hubaoti.runtime.graph import Graph
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Texts as a graph takes them: ids and mask of (batch, seq), int64."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+class TextEncoder:
+    """A model's own tokenizer, that neither truncates nor pads further than asked."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read `tokenizer.json`.
+
+        Raises:
+            ModelNotFound: the folder has none, or one that cannot be read.
+        """
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise ModelNotFound(
+                f"{folder} has no tokenizer.json",
+                hint="--model takes the model's folder or Hub id; slow tokenizers need --eager",
+            )
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as why:  # tokenizers raises bare Exception
+            raise ModelNotFound(f"{file} cannot be read: {why}", hint="download it again") from why
+        padding = self._tokenizer.padding or {}
+        self._pad_id = int(padding.get("pad_id", 0))
+        self._left = padding.get("direction") == "left"
+        # Silent truncation would change answers: a text that is too long is an error here.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def encode(self, texts: Sequence[str], low: int = 1, high: int | None = None) -> Encoded:
+        """Token ids of the texts, padded to the longest, and to `low` at least.
+
+        Raises:
+            OutOfBounds: a text has more than `high` tokens.
+        """
+        rows = [item.ids for item in self._tokenizer.encode_batch(list(texts))]
+        width = max(low, *(len(row) for row in rows))
+        for text, row in zip(texts, rows, strict=True):
+            if high is not None and len(row) > high:
+                raise OutOfBounds(
+                    f"the text {shortened(text)!r} has {len(row)} tokens; this graph takes seq "
+                    f"up to {high}",
+                    hint=f"shorten it, or compile with --dim seq={low}:{len(row)}",
+                )
+        ids = torch.full((len(rows), width), self._pad_id, dtype=torch.int64)
+        mask = torch.zeros(len(rows), width, dtype=torch.int64)
+        for at, row in enumerate(rows):
+            place = slice(width - len(row), width) if self._left else slice(0, len(row))
+            ids[at, place] = torch.tensor(row, dtype=torch.int64)
+            mask[at, place] = 1
+        return Encoded(ids, mask)
+
+
+class TextModel:
+    """An open graph that answers texts: `embed`, `classify` and `logits` alike."""
+
+    def __init__(self, graph: Graph, encoder: TextEncoder) -> None:
+        """Raises BadInput when the graph takes something else than ids and a mask."""
+        names = {item.name for item in graph.entry.inputs}
+        if not names <= {"input_ids", "attention_mask"}:
+            raise BadInput(
+                f"graph {graph.entry.id} takes {', '.join(sorted(names))}, not texts",
+                hint="call it from Python with its tensors",
+            )
+        self.graph = graph
+        self._encoder = encoder
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """The graph's first output for all texts, in their order, as a CPU tensor.
+
+        Raises:
+            OutOfBounds: a text is longer than the graph's `seq`.
+            BadInput: no text is given.
+        """
+        if not texts:
+            raise BadInput("no text is given", hint='give one or more: --text "…"')
+        low, high = self.graph.entry.bounds["seq"]
+        encoded = self._encoder.encode(texts, low, high)
+        parts = [self._run(encoded, rows, real) for rows, real in self._batches(len(texts))]
+        return torch.cat(parts)
+
+    def _batches(self, count: int) -> Iterator[tuple[list[int], int]]:
+        """Row numbers of each batch, and how many of them count; a short one repeats its last."""
+        low, high = self.graph.entry.bounds["batch"]
+        for start in range(0, count, high):
+            rows = list(range(start, min(start + high, count)))
+            yield rows + [rows[-1]] * (low - len(rows)), len(rows)
+
+    def _run(self, encoded: Encoded, rows: list[int], real: int) -> torch.Tensor:
+        """One batch."""
+        device = self.graph.device
+        whole = {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
+        inputs = [whole[item.name][rows].to(device) for item in self.graph.entry.inputs]
+        return self.graph(*inputs)[0][:real].cpu()
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text, for a message."""
+    return text if len(text) <= 40 else f"{text[:39]}…"
