@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 LIFETIME = 3600
 """How many seconds a signature serves."""
@@ -18,8 +18,8 @@ LIFETIME = 3600
 class Guard:
     """Judges tokens and signatures; both compare in constant time."""
 
-    token: str
-    secret: bytes
+    token: str = field(repr=False)
+    secret: bytes = field(repr=False)
 
     def knows(self, authorization: str | None) -> bool:
         """Whether this `Authorization` header carries the token."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hubaoti.server.hub import Hub, open_hub
-from hubaoti.server.problems import Problem
+from hubaoti.server.problems import Problem, disk_full
 from hubaoti.server.routes import ROUTES
 
 
@@ -44,6 +45,7 @@ def app_of(hub: Hub) -> ASGIApp:
             HTTPException: _no_route,
             ClientDisconnect: _gone,
             OSError: _disk,
+            sqlite3.OperationalError: _database,
             Exception: _broken,
         },
     )
@@ -82,7 +84,14 @@ def _gone(request: Request, error: Exception) -> Response:
 def _disk(request: Request, error: Exception) -> Response:
     assert isinstance(error, OSError)
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return Problem(507, "The disk of the endpoint is full").response()
+        return disk_full().response()
+    raise error
+
+
+def _database(request: Request, error: Exception) -> Response:
+    assert isinstance(error, sqlite3.OperationalError)
+    if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+        return disk_full().response()
     raise error
 
 

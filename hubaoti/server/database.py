@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _SCHEMA = """
@@ -40,6 +40,7 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._closed = False
         self._idle: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
         with self._connection() as db:
             db.executescript(_SCHEMA)
@@ -77,6 +78,8 @@ class Database:
             yield db
         finally:
             self._idle.put(db)
+            if self._closed:
+                self.close()
 
     def _open(self) -> sqlite3.Connection:
         # Each connection is used by one thread at a time, though not always by the same one.
@@ -93,6 +96,8 @@ class Database:
         return str(row[0])
 
     def close(self) -> None:
-        """Close every idle connection."""
-        while not self._idle.empty():
-            self._idle.get_nowait().close()
+        """Close every connection: the idle ones now, a busy one at its transaction's end."""
+        self._closed = True
+        with suppress(queue.Empty):
+            while True:
+                self._idle.get_nowait().close()

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from hubaoti.server.database import Database
 from hubaoti.server.objects import Incoming, Objects
-from hubaoti.server.problems import Problem
+from hubaoti.server.problems import disk_full
 from hubaoti.server.xet import BadXet, File, Segment, chunks_of, files_of, read_chunk
 
 _RAW = ""
@@ -86,7 +86,7 @@ class Ingest:
         if self._is_done(file, places):
             return
         if sum(segment.length for segment in file.segments) > self._objects.free():
-            raise Problem(507, "The disk of the endpoint is full")
+            raise disk_full()
         self._remember(self._write(file, places))
         for xorb, known in places.items():
             if _moved(known):

@@ -55,6 +55,11 @@ class Query:
             expand=frozenset(query.getlist("expand")),
         )
 
+    @property
+    def files(self) -> bool:
+        """Whether the repos' files are asked for."""
+        return self.full or bool(self.expand & {"siblings", "usedStorage"})
+
     def wants(self, said: dict[str, Any]) -> bool:
         """Whether this repo is one of those asked for; ours are never gated."""
         name = said["id"].lower()
@@ -71,13 +76,12 @@ class Query:
         return shown | ({"cardData": said["cardData"]} if self.card else {})
 
 
-def listed(repos: list[dict[str, Any]], query: Query) -> tuple[list[dict[str, Any]], int | None]:
+def page_of(repos: list[dict[str, Any]], query: Query) -> tuple[list[dict[str, Any]], int | None]:
     """A page of the repos asked for, and where the next one starts, if there is one."""
     found = sorted(filter(query.wants, repos), key=lambda said: str(said["id"]))
     found.sort(key=lambda said: said[query.sort], reverse=True)
     end = query.start + query.limit
-    page = [query.shown(said) for said in found[query.start : end]]
-    return page, end if query.limit and end < len(found) else None
+    return found[query.start : end], end if query.limit and end < len(found) else None
 
 
 def _flag(query: QueryParams, name: str) -> bool:

@@ -65,6 +65,11 @@ def repo_not_found(repo: object, *, trusted: bool) -> Problem:
     return Problem(status, f"Repository not found: {repo}{why}", code="RepoNotFound")
 
 
+def disk_full() -> Problem:
+    """507: there is no room; nothing half-written stays."""
+    return Problem(507, "The disk of the endpoint is full")
+
+
 def revision_not_found(revision: str) -> Problem:
     """404: no such branch, tag or commit."""
     return Problem(404, f"Invalid rev id: {revision}", code="RevisionNotFound")

@@ -133,6 +133,8 @@ def resolve(db: Connection, repo: Repo, revision: str) -> str:
     A full commit id is looked up first, so that no ref can pose as a pinned commit.
     """
     folder, name = _ref_of(revision)
+    if name.startswith("refs/"):
+        raise revision_not_found(f"{revision} (only branches and tags are served, no PRs)")
     commit = _commit(db, repo, revision) if len(revision) == 40 else None
     for place in ("heads", "tags") if folder is None else (folder,):
         commit = commit or ref(db, repo, place, name)

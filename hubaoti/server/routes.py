@@ -27,8 +27,7 @@ class _Kind(Convertor[str]):
 
 register_url_convertor("kind", _Kind())
 
-_API = [
-    ("GET", "", reads(views_repos.describe)),
+_API: list[tuple[str, str, Endpoint]] = [
     ("GET", "/revision/{revision}", reads(views_repos.describe)),
     ("GET", "/auth-check", reads(views_repos.auth_check)),
     ("GET", "/auth-check/{write:path}", reads(views_repos.auth_check)),
@@ -46,23 +45,23 @@ _API = [
     ("POST", "/preupload/{revision}", writes(views_uploads.preupload)),
     ("GET", "/xet-write-token/{revision}", reads(views_uploads.xet_token)),
     ("POST", "/commit/{revision}", views_uploads.commit),
+    ("GET", "", reads(views_repos.describe)),
 ]
 
 
-def _on_every_repo(prefix: str, method: str, rest: str, endpoint: Endpoint) -> list[Route]:
-    # `name` first: `owner/name` would take `name/refs` for a repo.
-    repos = ("{name}", "{owner}/{name}")
-    return [Route(f"{prefix}/{repo}{rest}", endpoint, methods=[method]) for repo in repos]
+_PAGES: list[tuple[str, str, Endpoint]] = [
+    ("GET", "/resolve/{revision}/{path:path}", reads(views_files.content)),
+    ("POST", ".git/info/lfs/objects/batch", writes(views_uploads.lfs_batch)),
+]
 
 
-def _pages() -> list[Route]:
-    """What lies outside of `/api`: a model's page has no prefix, the other kinds' have theirs."""
-    routes: list[Route] = []
-    for prefix in ("/{kind:kind}", ""):
-        content, batch = reads(views_files.content), writes(views_uploads.lfs_batch)
-        routes += _on_every_repo(prefix, "GET", "/resolve/{revision}/{path:path}", content)
-        routes += _on_every_repo(prefix, "POST", ".git/info/lfs/objects/batch", batch)
-    return routes
+def _of_repos(prefix: str, rows: list[tuple[str, str, Endpoint]]) -> list[Route]:
+    """The rows for both spellings; all of `name` first, for `owner/name` would take `name/refs`."""
+    return [
+        Route(f"{prefix}/{repo}{rest}", endpoint, methods=[method])
+        for repo in ("{name}", "{owner}/{name}")
+        for method, rest, endpoint in rows
+    ]
 
 
 ROUTES = [
@@ -71,12 +70,19 @@ ROUTES = [
     Route("/api/repos/create", writes(views_repos.create), methods=["POST"]),
     Route("/api/repos/delete", writes(views_repos.delete), methods=["DELETE"]),
     Route("/api/repos/move", writes(views_repos.move), methods=["POST"]),
+    Route("/api/settings/repositories", reads(views_repos.storage), methods=["GET"]),
+    Route(
+        "/api/organizations/{owner}/settings/repositories",
+        reads(views_repos.storage),
+        methods=["GET"],
+    ),
     Route("/api/{kind:kind}", reads(views_repos.search), methods=["GET"]),
-    *[route for row in _API for route in _on_every_repo("/api/{kind:kind}", *row)],
+    *_of_repos("/api/{kind:kind}", _API),
     Route("/_lfs/{oid}", views_uploads.lfs_put, methods=["PUT"]),
     Route("/_cas/{epoch}/v1/xorbs/{prefix}/{hash}", views_uploads.xorb_post, methods=["POST"]),
     Route("/_cas/{epoch}/v1/shards", views_uploads.shard_post, methods=["POST"]),
     # Whatever else hf_xet asks for first (grants, known chunks) it does without, when it is a 404.
     Mount("/_cas", routes=[]),
-    *_pages(),
+    *_of_repos("/{kind:kind}", _PAGES),
+    *_of_repos("", _PAGES),
 ]

@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
@@ -26,7 +26,7 @@ class Endpoint:
     """Where a running endpoint is, and the token for it."""
 
     url: str
-    token: str
+    token: str = field(repr=False)
 
 
 def serve(
@@ -78,6 +78,7 @@ class _Server(uvicorn.Server):
             app_of(hub),
             log_level="error",
             access_log=False,
+            log_config=None,  # how a process logs is its own affair
             lifespan="on",
             ws="none",
             timeout_graceful_shutdown=_GRACE,

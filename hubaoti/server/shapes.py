@@ -20,8 +20,8 @@ _NOT_IN_LISTS = frozenset({"siblings", "cardData", "sha", "lastModified", "autho
 _NOT_IN_LISTS |= {"disabled"}
 
 
-def repo(of: Repo, head: Revision, tree: Tree, *, blobs: bool = False) -> Json:
-    """All that there is to say about a repo at a commit."""
+def repo(of: Repo, head: Revision) -> Json:
+    """All that there is to say about a repo at a commit, but for its files."""
     name = of.id.full_name
     said: Json = {
         "_id": hashlib.sha256(f"{of.id.kind}/{of.row}".encode()).hexdigest()[:24],
@@ -39,11 +39,22 @@ def repo(of: Repo, head: Revision, tree: Tree, *, blobs: bool = False) -> Json:
         "trendingScore": 0,
         "tags": card.tags(of.id.kind, of.card),
         "cardData": of.card,
-        "usedStorage": sum({e.sha256: e.size for e in tree.values()}.values()),
-        "siblings": [sibling(path, entry, blobs) for path, entry in sorted(tree.items())],
     }
     said |= {key: of.card[key] for key in ("library_name", "pipeline_tag", "sdk") if key in of.card}
     return said | ({"modelId": name} if of.id.kind == "model" else {})
+
+
+def files(tree: Tree, *, blobs: bool = False) -> Json:
+    """What there is to say about a repo's files."""
+    return {
+        "siblings": [sibling(path, entry, blobs) for path, entry in sorted(tree.items())],
+        "usedStorage": storage(tree),
+    }
+
+
+def storage(tree: Tree) -> int:
+    """The bytes of all files, equal ones counted once."""
+    return sum({entry.sha256: entry.size for entry in tree.values()}.values())
 
 
 def chosen(said: Json, *, expand: set[str], listed: bool = False, full: bool = False) -> Json:

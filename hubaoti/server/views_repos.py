@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from sqlite3 import Connection
 
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from hubaoti.server import repos, shapes, trees, words
 from hubaoti.server.ask import Ask, Body
-from hubaoti.server.listing import Query, listed
+from hubaoti.server.listing import Query, page_of
 from hubaoti.server.problems import Problem, malformed
+from hubaoti.server.repos import Repo
+from hubaoti.server.shapes import Json
 from hubaoti.server.uploads import LFS_SUFFIXES
 from hubaoti.server.words import RepoId
 
@@ -97,25 +99,56 @@ def describe(ask: Ask) -> Response:
         repo = ask.repo(db)
         oid = repos.resolve(db, repo, revision)
         head, tree = ask.hub.history.revision(db, repo, oid), ask.hub.history.tree(db, repo, oid)
-    said = shapes.repo(repo, head, tree, blobs=ask.flag("blobs"))
+    said = shapes.repo(repo, head) | shapes.files(tree, blobs=ask.flag("blobs"))
     return JSONResponse(shapes.chosen(said, expand=set(query.getlist("expand"))))
 
 
 def search(ask: Ask) -> Response:
     """The list of repos of a kind: filtered, sorted, in pages."""
-    kind = words.KINDS[ask.request.path_params["kind"]]
+    kind = ask.request.path_params["kind"]
     query = Query.parse(ask.request.query_params)
     with ask.hub.database.reading() as db:
-        found: list[dict[str, Any]] = []
-        for repo in repos.every(db, kind):
-            if ask.trusted or not repo.private:
-                oid = repos.head(db, repo, "main")
-                head = ask.hub.history.revision(db, repo, oid)
-                found.append(shapes.repo(repo, head, ask.hub.history.tree(db, repo, oid)))
-    page, following = listed(found, query)
-    path = f"/api/{ask.request.path_params['kind']}"
-    headers = ask.next_page(path, cursor=following) if following is not None else None
-    return JSONResponse(page, headers=headers)
+        found = [_head(ask, db, repo) for repo in _visible(ask, db, words.KINDS[kind])]
+        page, following = page_of(found, query)
+        if query.files:
+            page = [said | _files(ask, db, words.KINDS[kind], said) for said in page]
+    headers = ask.next_page(f"/api/{kind}", cursor=following) if following is not None else None
+    return JSONResponse([query.shown(said) for said in page], headers=headers)
+
+
+def _visible(ask: Ask, db: Connection, kind: str) -> list[Repo]:
+    return [repo for repo in repos.every(db, kind) if ask.trusted or not repo.private]
+
+
+def _head(ask: Ask, db: Connection, repo: Repo) -> Json:
+    return shapes.repo(repo, ask.hub.history.revision(db, repo, repos.head(db, repo, "main")))
+
+
+def _files(ask: Ask, db: Connection, kind: str, said: Json) -> Json:
+    repo = ask.repo(db, words.repo_id(kind, said["id"], ask.hub.user))
+    return shapes.files(ask.hub.history.tree(db, repo, said["sha"]))
+
+
+def storage(ask: Ask) -> Response:
+    """What takes how much room: all repos, or those of one owner."""
+    ask.demand_token()
+    owner = ask.word("owner") if "owner" in ask.request.path_params else None
+    with ask.hub.database.reading() as db:
+        found = [repo for kind in words.KINDS.values() for repo in repos.every(db, kind)]
+        said = [_stored(ask, db, repo) for repo in found if owner in {None, repo.id.owner}]
+    total = sum(repo["storage"] for repo in said) or 1
+    return JSONResponse([repo | {"storagePercent": repo["storage"] / total} for repo in said])
+
+
+def _stored(ask: Ask, db: Connection, repo: Repo) -> Json:
+    head = _head(ask, db, repo)
+    return {
+        "id": repo.id.full_name,
+        "type": repo.id.kind,
+        "updatedAt": head["lastModified"],
+        "visibility": "private" if repo.private else "public",
+        "storage": shapes.storage(ask.hub.history.tree(db, repo, head["sha"])),
+    }
 
 
 def auth_check(ask: Ask) -> Response:

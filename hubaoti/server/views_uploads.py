@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from hubaoti.server import access, repos, trees, words
 from hubaoti.server.ask import Ask, Body, bounded, whole_body
 from hubaoti.server.history import Draft
-from hubaoti.server.problems import Problem, malformed, too_large
+from hubaoti.server.problems import Problem, disk_full, malformed, too_large
 from hubaoti.server.uploads import is_large
 from hubaoti.server.xet import MAX_SHARD, MAX_XORB, BadXet
 
@@ -89,7 +89,7 @@ async def lfs_put(request: Request) -> Response:
         raise Problem(403, "The upload's URL is not signed by this endpoint, or has expired")
     size = int(said)
     if size > ask.hub.objects.free():
-        raise Problem(507, "The disk of the endpoint is full")
+        raise disk_full()
     with ask.hub.objects.receive() as incoming:
         async for chunk in bounded(request, size):
             await run_in_threadpool(incoming.write, chunk)

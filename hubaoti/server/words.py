@@ -24,6 +24,7 @@ _OPERATIONS = """
 OPERATIONS = frozenset(_OPERATIONS.split())
 """Words that follow a repo's name in a URL, so no repo may be named so."""
 
+_DEPTH = 100
 _SEGMENT = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
@@ -89,9 +90,9 @@ def is_commit(word: str) -> bool:
 
 def file_path(word: object) -> str:
     """A file's path in a repo: relative, of plain segments, none of them `.git`."""
-    path = text(word, "a path")
+    path = text(word, "a path", 1024)
     segments = path.split("/")
-    if not path or "\\" in path or any(not _is_path_segment(s) for s in segments):
+    if len(segments) > _DEPTH or "\\" in path or any(not _is_path_segment(s) for s in segments):
         raise malformed(f"Invalid path in repo: {path[:200]!r}")
     return path
 

@@ -16,7 +16,7 @@ import lz4.frame  # type: ignore[import-untyped]  # lz4 ships no types
 MAX_XORB = 80 * 2**20
 """A xorb's bytes at most: hf_xet's limit is 64 MiB before its headers."""
 
-MAX_SHARD = 256 * 2**20
+MAX_SHARD = 128 * 2**20
 """A shard's bytes at most: hf_xet cuts them at 64 MiB."""
 
 _MAX_CHUNK = 2**20
