@@ -62,18 +62,19 @@ class Pulled:
     from_mirror: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What is asked of a pull beside the repo: a recipe, and trust for its publisher."""
-
-    recipe: Recipe | None = None
-    trust: bool = False
-
-
 def pull(
-    ref: RepoRef, settings: Settings, host: Host, wish: Wish = Wish(), say: Say = silent
+    ref: RepoRef,
+    settings: Settings,
+    host: Host,
+    *,
+    recipe: Recipe | None = None,
+    trust: bool = False,
+    say: Say = silent,
 ) -> Pulled:
     """Choose, fetch, verify and store the artifact of `ref` that fits `host` best.
+
+    An asked `recipe` is a condition. `trust` trusts the publisher, from now on. `say` is called
+    with the name of each step as it starts.
 
     A second pull of the same commit asks the Hub nothing; of a revision, only its commit.
 
@@ -87,21 +88,28 @@ def pull(
         RepoNotFound, AuthFailed, HubUnreachable: from the Hub.
     """
     with Mirror.open(settings.mirror) as mirror:
-        return Puller(mirror, settings, host, wish, say).pull(ref)
+        return Puller(
+            mirror=mirror,
+            client=HubClient(settings),
+            trusted=Trust(settings.trust),
+            host=host,
+            recipe=recipe,
+            trust=trust,
+            say=say,
+        ).pull(ref)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Puller:
-    """One pull: the steps share the mirror, the Hub, the host and the wish."""
+    """One pull; its steps share all this."""
 
-    def __init__(
-        self, mirror: Mirror, settings: Settings, host: Host, wish: Wish, say: Say
-    ) -> None:
-        self._mirror = mirror
-        self._client = HubClient(settings)
-        self._trust = Trust(settings.trust)
-        self._host = host
-        self._wish = wish
-        self._say = say
+    mirror: Mirror
+    client: HubClient
+    trusted: Trust
+    host: Host
+    recipe: Recipe | None
+    trust: bool
+    say: Say
 
     def pull(self, ref: RepoRef) -> Pulled:
         """All of it."""
@@ -109,16 +117,16 @@ class Puller:
         return self._from_mirror(ref, commit) or self._from_hub(ref, commit)
 
     def _resolve(self, ref: RepoRef) -> str:
-        self._say(f"asking {self._client.endpoint} for the commit of {ref}")
-        return self._client.resolve(ref.repo, ref.revision)
+        self.say(f"asking {self.client.endpoint} for the commit of {ref}")
+        return self.client.resolve(ref.repo, ref.revision)
 
     def _from_mirror(self, ref: RepoRef, commit: str) -> Pulled | None:
         """What an earlier pull of this commit chose, if it still may run here."""
-        found = self._mirror.pulled(self._pin(ref, commit))
+        found = self.mirror.pulled(self._pin(ref, commit))
         if found is None:
             return None
         artifact, path = found
-        verdict = judge(artifact.manifest.requires, self._host)
+        verdict = judge(artifact.manifest.requires, self.host)
         if verdict.fit is Fit.INCOMPATIBLE:
             return None
         place = Place.parse(path)
@@ -127,17 +135,17 @@ class Puller:
         return Pulled(artifact, ref, commit, place, verdict, considered, (), True)
 
     def _from_hub(self, ref: RepoRef, commit: str) -> Pulled:
-        self._say(f"reading the manifests of {ref.repo} at {commit[:12]}")
-        catalog = read_catalog(self._client, ref.repo, commit)
+        self.say(f"reading the manifests of {ref.repo} at {commit[:12]}")
+        catalog = read_catalog(self.client, ref.repo, commit)
         considered = tuple(self._consider(catalog))
-        chosen = choose(catalog, considered, self._wish.recipe)
+        chosen = choose(catalog, considered, self.recipe)
         manifest, verdict = chosen.manifest, chosen.verdict
         assert manifest is not None and verdict is not None  # only judged ones are chosen
         self._require_trust(ref, commit, chosen.place, manifest)
         # Another commit, or another repo, may have brought the same artifact before.
-        mirrored = self._mirror.artifact(manifest.digest)
+        mirrored = self.mirror.artifact(manifest.digest)
         artifact = mirrored or self._fetch(catalog, chosen.place, manifest)
-        self._mirror.index.record_pull(self._pin(ref, commit), artifact.digest, str(chosen.place))
+        self.mirror.index.record_pull(self._pin(ref, commit), artifact.digest, str(chosen.place))
         return Pulled(
             artifact, ref, commit, chosen.place, verdict, considered, catalog.notes, False
         )
@@ -145,7 +153,7 @@ class Puller:
     def _consider(self, catalog: Catalog) -> Iterator[Considered]:
         for place, found in catalog.artifacts.items():
             if isinstance(found, Manifest):
-                yield Considered(place, found, judge(found.requires, self._host))
+                yield Considered(place, found, judge(found.requires, self.host))
             else:
                 yield Considered(place, None, None, found)
 
@@ -155,12 +163,12 @@ class Puller:
         Raises:
             Untrusted: nobody ever said so.
         """
-        endpoint = self._client.endpoint
-        if self._mirror.index.is_built(manifest.digest):
+        endpoint = self.client.endpoint
+        if self.mirror.index.is_built(manifest.digest):
             return
-        if self._wish.trust:
-            self._trust.add(endpoint, ref.owner)
-        elif not self._trust.holds(endpoint, ref.owner):
+        if self.trust:
+            self.trusted.add(endpoint, ref.owner)
+        elif not self.trusted.holds(endpoint, ref.owner):
             raise Untrusted(
                 f"{ref.owner} publishes {place} in {ref.repo} at {endpoint} (commit {commit}, "
                 f"artifact {manifest.digest}). Opening it runs their native code on this "
@@ -170,15 +178,15 @@ class Puller:
 
     def _fetch(self, catalog: Catalog, place: Place, manifest: Manifest) -> Artifact:
         """Download, verify, unpack; what was downloaded is not kept twice."""
-        origin = Origin(self._client.endpoint, catalog.repo, catalog.commit, str(place))
+        origin = Origin(self.client.endpoint, catalog.repo, catalog.commit, str(place))
         require_listed(catalog, place, manifest)
         for attempt in range(ATTEMPTS):
             # The zips, and what is unpacked from them, lie on the disk together for a while.
-            require_room(self._mirror.root, manifest.size + unpacked_size(manifest))
+            require_room(self.mirror.root, manifest.size + unpacked_size(manifest))
             try:
                 with self._downloaded(catalog, place, manifest) as files:
-                    self._say(f"unpacking {place}")
-                    return self._mirror.put(manifest, files, origin, place.recipe)
+                    self.say(f"unpacking {place}")
+                    return self.mirror.put(manifest, files, origin, place.recipe)
             except FileNotFoundError:
                 # Another pull of the same artifact removed its downloads, which were ours too.
                 if attempt + 1 == ATTEMPTS:
@@ -199,21 +207,21 @@ class Puller:
         files: dict[str, Path] = {}
         for file in manifest.all_files():
             path = place.file(file.path)
-            self._say(f"downloading {path} ({file.size / 1e6:.1f} MB)")
-            files[file.path] = self._client.download(catalog.repo, catalog.commit, path)
+            self.say(f"downloading {path} ({file.size / 1e6:.1f} MB)")
+            files[file.path] = self.client.download(catalog.repo, catalog.commit, path)
             if not is_same(files[file.path], file):
-                self._client.drop(files[file.path])
+                self.client.drop(files[file.path])
                 raise DigestMismatch(
-                    f"{path} from {self._client.endpoint} is not the file that its manifest lists",
+                    f"{path} from {self.client.endpoint} is not the file that its manifest lists",
                     hint="pull again; if it stays so, ask the publisher to push it again",
                 )
         yield files
         for downloaded in files.values():
-            self._client.drop(downloaded)
+            self.client.drop(downloaded)
 
     def _pin(self, ref: RepoRef, commit: str) -> Pin:
-        asked = "" if self._wish.recipe is None else str(self._wish.recipe)
-        return Pin(self._client.endpoint, ref.repo, commit, asked, fingerprint(self._host))
+        asked = "" if self.recipe is None else str(self.recipe)
+        return Pin(self.client.endpoint, ref.repo, commit, asked, fingerprint(self.host))
 
 
 def choose(
