@@ -60,14 +60,11 @@ def compile(  # noqa: PLR0913 - a face of keywords
     Raises:
         HubaotiError: what failed and what to do; no half-written bundle is left.
     """
-    from hubaoti.compiler.request import Range, Request, parse_dims
+    from hubaoti.compiler.request import Request, ranges
 
     settings = settings or Settings.from_env()
-    if isinstance(dims, Mapping):
-        ranges = {name: Range(*sizes) for name, sizes in dims.items()}
-    else:
-        ranges = parse_dims(dims)
-    request = Request(task=task, dims=ranges, dtype=dtype, level=level, device=device)
+    request = Request(task=task, dims=ranges(dims), dtype=dtype, level=level, device=device)
+    say("torch")
     from hubaoti.compiler.build import build
     from hubaoti.compiler.source import PATTERNS
 
@@ -117,12 +114,12 @@ def pull(
         NoMatch: none fits, with every reason; NoArtifact: the repo has none.
         Untrusted: its publisher was never trusted here; `trust=True` remembers that it is.
     """
-    from hubaoti.hub.pull import Wish
     from hubaoti.hub.pull import pull as pull_from
 
     settings = settings or Settings.from_env()
-    wish = Wish(Recipe.parse(recipe) if recipe else None, trust)
-    return pull_from(RepoRef.parse(repo), settings, probe(settings), wish, say)
+    asked = Recipe.parse(recipe) if recipe else None
+    ref, host = RepoRef.parse(repo), probe(settings)
+    return pull_from(ref, settings, host, recipe=asked, trust=trust, say=say)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,13 +170,14 @@ def load(
     """
     settings = settings or Settings.from_env()
     folder, _ = model_files(model, revision, RUN_FILES, settings)
-    say("open")
+    say("torch")  # importing it takes longer than all the rest
     import torch
 
     from hubaoti.runtime.graph import open_graph
     from hubaoti.runtime.text import TextEncoder, TextModel
     from hubaoti.runtime.weights import Checkpoint, constants
 
+    say("open")
     where = torch.device(device or {"cuda": "cuda:0"}.get(artifact.manifest.target.device, "cpu"))
     entry = artifact.manifest.graphs[0]
     with Mirror.open(settings.mirror) as mirror:

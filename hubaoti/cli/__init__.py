@@ -74,6 +74,6 @@ def run(arguments: Sequence[str] | None) -> int:
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output left, as `head` does; there is nobody to tell.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 0
     return 0

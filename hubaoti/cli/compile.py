@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,7 +22,7 @@ from hubaoti.cli.output import Steps, human_size, print_json
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
 def compile_command(
-    model: str, output: Path, dims: tuple[str, ...], as_json: bool, quiet: bool, **options: str
+    model: str, output: Path, dims: tuple[str, ...], as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Compile MODEL (a Hub id or a folder) from its config; its weights are never read."""
     from hubaoti import api

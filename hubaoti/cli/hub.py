@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 @click.option("--label", help="the user's own part of the recipe's path")
 @click.option("--private", is_flag=True, help="when the repo has to be made")
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
-def push_command(bundle: Path, repo: str, quiet: bool, **options: str) -> None:
+def push_command(bundle: Path, repo: str, quiet: bool, **options: Any) -> None:
     """Publish BUNDLE to REPO (owner/name) in one commit."""
     from hubaoti import api
 
     with Steps(quiet) as say:
-        commit = api.push(bundle, repo, say=say, **options)  # type: ignore[arg-type]
+        commit = api.push(bundle, repo, say=say, **options)
     if not quiet:
         what = "published" if commit.created else "was there already"
         click.echo(f"{commit.repo}@{commit.commit[:12]}: {commit.path} {what}")

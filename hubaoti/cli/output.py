@@ -39,7 +39,7 @@ class Steps:
 
     def _end(self) -> None:
         if self._current and not self._quiet:
-            click.echo(f"{time.perf_counter() - self._since:7.1f} s", err=True)
+            click.echo(f" {human_time(time.perf_counter() - self._since):>8}", err=True)
         self._current = ""
 
 
@@ -62,6 +62,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     if not console.is_terminal:
         console.width = 1000
     console.print(table)
+
+
+def human_time(seconds: float) -> str:
+    """A time in the unit that a person would say."""
+    return f"{seconds:.1f} s" if seconds >= 0.5 else f"{seconds * 1000:.1f} ms"
 
 
 def human_size(size: float | None) -> str:

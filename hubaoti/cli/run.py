@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="print all values as JSON")
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
 def run_command(
-    repo: str, texts: tuple[str, ...], eager: bool, as_json: bool, quiet: bool, **options: str
+    repo: str, texts: tuple[str, ...], eager: bool, as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Answer texts with the graph of REPO (owner/name[@revision]) and a model's weights."""
     from hubaoti import api
@@ -34,7 +34,7 @@ def run_command(
         if eager:
             answer = api.eager(options["model"], texts, repo=repo, say=say)
         else:
-            answer = api.run(repo, texts=texts, say=say, **options)  # type: ignore[arg-type]
+            answer = api.run(repo, texts=texts, say=say, **options)
     seconds = time.perf_counter() - started
     if as_json:
         facts = {"repo": repo, "task": answer.task, "eager": eager, "seconds": round(seconds, 3)}

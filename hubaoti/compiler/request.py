@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,13 @@ def check_dim(name: str, sizes: Range) -> None:
             f"dim {name} goes from {sizes.low} to {sizes.high}",
             hint=f"give a range with 1 <= min <= max: --dim {name}=1:32",
         )
+
+
+def ranges(dims: Mapping[str, tuple[int, int]] | Iterable[str]) -> dict[str, Range]:
+    """Dims as Python or the command line gives them."""
+    if isinstance(dims, Mapping):
+        return {name: Range(*sizes) for name, sizes in dims.items()}
+    return parse_dims(dims)
 
 
 def parse_dims(texts: Iterable[str]) -> dict[str, Range]:
