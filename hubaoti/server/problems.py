@@ -46,7 +46,7 @@ class Problem(Exception):
 
 def _header_line(message: str) -> str:
     line = message.encode("ascii", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else " " for c in line)[:500]
+    return "".join(c if c.isprintable() else " " for c in line)[:500].strip()
 
 
 def malformed(message: str) -> Problem:
