@@ -10,21 +10,27 @@ from typing import Any
 
 import click
 
+COLUMN = 60  # where times stand
+
 
 class Steps:
-    """Prints each step with its time, on standard error, as a context manager that is called."""
+    """Prints each step with its time, as a context manager that is called with each step.
 
-    def __init__(self, quiet: bool = False) -> None:
+    On standard error, unless told otherwise: standard output is for what was asked for.
+    """
+
+    def __init__(self, quiet: bool = False, err: bool = True) -> None:
         self._quiet = quiet
+        self._err = err
         self._current = ""
         self._since = 0.0
 
     def __call__(self, step: str) -> None:
         """The next step starts; the one before has ended."""
-        self._end()
+        self.end()
         self._current, self._since = step, time.perf_counter()
         if not self._quiet:
-            click.echo(f"  {step:<10}", nl=False, err=True)
+            click.echo(f"  {step:<{COLUMN}}", nl=False, err=self._err)
 
     def __enter__(self) -> Steps:
         return self
@@ -33,13 +39,15 @@ class Steps:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if error is None:
-            self._end()
+            self.end()
         elif self._current and not self._quiet:
-            click.echo(" stopped", err=True)
+            click.echo(" stopped", err=self._err)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """The current step has ended, and no other starts."""
         if self._current and not self._quiet:
-            click.echo(f" {human_time(time.perf_counter() - self._since):>8}", err=True)
+            spent = human_time(time.perf_counter() - self._since)
+            click.echo(f" {spent:>9}", err=self._err)
         self._current = ""
 
 

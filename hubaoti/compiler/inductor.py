@@ -9,6 +9,7 @@ import fcntl
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -50,9 +51,10 @@ def lower(program: ExportedProgram, level: str, options: dict[str, Any], package
     with workplace() as folder, host_code(level, march, folder), fresh_cache(folder):
         raw = folder / package.name
         try:
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(raw), inductor_configs=settings
-            )
+            with warnings.catch_warnings(action="ignore"):  # of torch about torch
+                torch._inductor.aoti_compile_and_package(
+                    program, package_path=str(raw), inductor_configs=settings
+                )
         except Exception as why:  # inductor, g++ and triton raise of many kinds
             raise CompileFailed(
                 f"lower: {type(why).__name__}: {first_line(why)}",
