@@ -1,0 +1,111 @@
+"""A real proxy before an endpoint: it counts requests, and can be slow or cut the connection."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+PIECE = 4096
+
+
+class Proxy:
+    """What a test reads (`requests`) and sets; `matching` picks the requests by a part of the path.
+
+    `cut_after`: bytes of an answer's body after which the connection is dropped.
+    `pause`: seconds between the pieces of a body, 4 KiB each, of a request or an answer.
+    `flip`: change the first byte of the body.
+    """
+
+    def __init__(self, upstream: str) -> None:
+        self.upstream = upstream
+        self.url = ""
+        self.requests: list[tuple[str, str]] = []
+        self.matching = ""
+        self.cut_after: int | None = None
+        self.pause = 0.0
+        self.flip = False
+
+    def reset(self) -> None:
+        """Forget the requests, and be an honest proxy again."""
+        self.requests.clear()
+        self.matching, self.cut_after, self.pause, self.flip = "", None, 0.0, False
+
+
+class Server(ThreadingHTTPServer):
+    """The proxy's listening side."""
+
+    daemon_threads = True
+    proxy: Proxy
+
+    def handle_error(self, *_: Any) -> None:
+        """Say nothing of clients that went away: tests kill some."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Forwards each request of one connection."""
+
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def forward(self) -> None:
+        proxy = self.server.proxy
+        proxy.requests.append((self.command, self.path))
+        picked = proxy.matching in self.path
+        body = self.read_body(proxy.pause if picked else 0)
+        netloc = urlsplit(proxy.upstream).netloc
+        with closing(http.client.HTTPConnection(netloc)) as upstream:
+            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                upstream.putheader(name, value)
+            upstream.endheaders(body)
+            response = upstream.getresponse()
+            self.answer(response, response.read(), proxy if picked else Proxy(""))
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = forward
+
+    def read_body(self, pause: float) -> bytes:
+        left, found = int(self.headers.get("Content-Length", 0)), b""
+        while left > len(found):
+            time.sleep(pause)
+            found += self.rfile.read(min(PIECE, left - len(found)))
+        return found
+
+    def answer(self, response: http.client.HTTPResponse, content: bytes, how: Proxy) -> None:
+        self.send_response(response.status)
+        for name, value in response.headers.items():
+            if name.lower() not in {"date", "server", "transfer-encoding", "connection"}:
+                self.send_header(name, value)
+        self.end_headers()
+        if how.flip and content:
+            content = bytes([content[0] ^ 1]) + content[1:]
+        if how.cut_after is not None and content:
+            self.wfile.write(content[: how.cut_after])
+            self.close_connection = True
+            return
+        for start in range(0, len(content), PIECE):
+            time.sleep(how.pause)
+            self.wfile.write(content[start : start + PIECE])
+
+
+@contextmanager
+def proxying(upstream: str) -> Iterator[Proxy]:
+    """A proxy on 127.0.0.1, as long as the block runs."""
+    with Server(("127.0.0.1", 0), Handler) as server:
+        server.proxy = Proxy(upstream)
+        server.proxy.url = f"http://127.0.0.1:{server.server_address[1]}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield server.proxy
+        finally:
+            server.shutdown()
+            thread.join()

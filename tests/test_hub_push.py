@@ -1,0 +1,353 @@
+"""Push: one commit of checked files with its card; never over another's work."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bundles import CPU, CUDA, changed, make_bundle, make_host, tree_of
+from huggingface_hub import HfApi, ModelCard
+from proxies import Proxy, proxying
+
+from hubaoti.bundle import Bundle
+from hubaoti.errors import (
+    AuthFailed,
+    BadPackage,
+    BadRequest,
+    Conflict,
+    DigestMismatch,
+    HubUnreachable,
+)
+from hubaoti.hub.client import HubClient, Pushed, StaleParent
+from hubaoti.hub.layout import RepoRef
+from hubaoti.hub.pull import pull
+from hubaoti.hub.push import ATTEMPTS, Commit, Destination, push
+from hubaoti.manifest import FILENAME, Source
+from hubaoti.server import Endpoint
+from hubaoti.settings import Settings
+
+PLACE = "float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
+
+
+@pytest.fixture(scope="module")
+def proxy(endpoint: Endpoint) -> Iterator[Proxy]:
+    with proxying(endpoint.url) as found:
+        yield found
+
+
+@pytest.fixture
+def settings(proxy: Proxy, endpoint: Endpoint, tmp_path: Path) -> Settings:
+    proxy.reset()
+    return Settings(home=tmp_path / "home", endpoint=proxy.url, token=endpoint.token)
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> str:
+    """A repo's name that no other test has."""
+    return f"acme/{tmp_path.name}"
+
+
+@pytest.fixture
+def api(settings: Settings) -> HfApi:
+    return HfApi(settings.endpoint, token=settings.token)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return make_bundle(tmp_path / "bundle")
+
+
+def ship(bundle: Bundle, repo: str, settings: Settings, **to: str | bool) -> Commit:
+    return push(bundle, Destination(RepoRef(repo), **to), settings)  # type: ignore[arg-type]
+
+
+def titles(api: HfApi, repo: str) -> list[str]:
+    return [commit.title for commit in api.list_repo_commits(repo)]
+
+
+def card(api: HfApi, repo: str) -> str:
+    return Path(api.hf_hub_download(repo, "README.md")).read_text()
+
+
+def test_a_push_is_one_commit_in_the_design_s_layout(
+    bundle: Bundle, repo: str, settings: Settings, api: HfApi
+) -> None:
+    made = ship(bundle, repo, settings)
+    assert made.created
+    assert made.path == PLACE
+    assert made.digest == bundle.manifest.digest
+    assert made.commit == api.repo_info(repo).sha
+    assert made.commit in made.url
+    files = {file for file in api.list_repo_files(repo) if not file.startswith(".")}
+    assert files == {"README.md", *(f"{PLACE}/{name}" for name in tree_of(bundle.path))}
+    assert titles(api, repo) == [f"Add {PLACE}", "initial commit"]
+
+
+def test_the_same_bundle_again_makes_no_commit(
+    bundle: Bundle, repo: str, settings: Settings, api: HfApi
+) -> None:
+    first = ship(bundle, repo, settings)
+    again = ship(bundle, repo, settings, tag="v1")
+    assert (again.commit, again.created, again.url) == (first.commit, False, first.url)
+    assert len(titles(api, repo)) == 2
+    assert [tag.target_commit for tag in api.list_repo_refs(repo).tags] == [first.commit]
+
+
+def test_a_bundle_edited_after_compile_is_refused_before_any_request(
+    bundle: Bundle, repo: str, settings: Settings, proxy: Proxy
+) -> None:
+    package = bundle.path / "graphs/root.pt2"
+    content = bytearray(package.read_bytes())
+    content[50] ^= 1
+    package.write_bytes(content)
+    with pytest.raises(DigestMismatch, match=r"root\.pt2 was changed") as caught:
+        ship(bundle, repo, settings)
+    assert caught.value.hint
+    assert proxy.requests == []
+
+
+def test_a_bundle_with_a_truncated_package_is_refused(
+    bundle: Bundle, repo: str, settings: Settings
+) -> None:
+    from bundles import describe
+
+    graph = bundle.manifest.graphs[0]
+    package = bundle.path / graph.file
+    package.write_bytes(package.read_bytes()[:-30])
+    with pytest.raises(BadPackage):
+        describe(bundle.path, "root")
+    with pytest.raises(DigestMismatch):
+        ship(bundle, repo, settings)
+
+
+def test_rebuilding_the_same_key_replaces_the_artifact(
+    tmp_path: Path, bundle: Bundle, repo: str, settings: Settings, api: HfApi
+) -> None:
+    first = ship(bundle, repo, settings)
+    other = make_bundle(tmp_path / "other", members={"model/new.so": b"new"})
+    assert other.manifest.key == bundle.manifest.key
+    second = ship(other, repo, settings)
+    assert second.created and second.digest != first.digest
+    pulled = pull(RepoRef(repo), settings, make_host(), trust=True)
+    assert pulled.artifact.digest == second.digest
+
+
+def test_files_of_the_replaced_artifact_do_not_stay(
+    tmp_path: Path, repo: str, settings: Settings, api: HfApi
+) -> None:
+    ship(make_bundle(tmp_path / "two", graphs=("root", "step")), repo, settings)
+    ship(make_bundle(tmp_path / "one", graphs=("root",)), repo, settings)
+    assert f"{PLACE}/graphs/step.pt2" not in api.list_repo_files(repo)
+    assert f"{PLACE}/graphs/root.pt2" in api.list_repo_files(repo)
+
+
+def test_an_artifact_that_lost_a_file_is_made_whole(
+    bundle: Bundle, repo: str, settings: Settings, api: HfApi
+) -> None:
+    ship(bundle, repo, settings)
+    api.delete_file(f"{PLACE}/golden.safetensors", repo)
+    assert ship(bundle, repo, settings).created
+    assert f"{PLACE}/golden.safetensors" in api.list_repo_files(repo)
+
+
+def test_another_key_at_the_same_path_needs_a_label(
+    tmp_path: Path, bundle: Bundle, repo: str, settings: Settings, api: HfApi
+) -> None:
+    first = ship(bundle, repo, settings)
+    other = make_bundle(tmp_path / "other", mode="max-autotune")
+    with pytest.raises(Conflict, match=PLACE.replace("+", r"\+")) as caught:
+        ship(other, repo, settings)
+    assert "--label" in caught.value.hint
+    assert api.repo_info(repo).sha == first.commit
+    made = ship(other, repo, settings, label="tuned")
+    assert made.path == PLACE.replace("sdpa", "sdpa+tuned")
+
+
+def test_an_unreadable_artifact_is_not_overwritten(
+    bundle: Bundle, repo: str, settings: Settings, api: HfApi
+) -> None:
+    api.create_repo(repo)
+    path = f"{PLACE}/{FILENAME}"
+    api.upload_file(path_or_fileobj=b'{"schema":2}', path_in_repo=path, repo_id=repo)
+    with pytest.raises(Conflict, match="schema 2"):
+        ship(bundle, repo, settings)
+    made = ship(bundle, repo, settings, label="mine")
+    assert made.created
+    assert f"cannot be read: `{PLACE}`" in card(api, repo)
+
+
+def test_a_malformed_label_or_tag_or_a_revision_is_refused(
+    bundle: Bundle, settings: Settings, proxy: Proxy
+) -> None:
+    with pytest.raises(BadRequest, match="label"):
+        ship(bundle, "acme/x", settings, label="Not/good")
+    with pytest.raises(BadRequest, match="tag"):
+        Destination(RepoRef("acme/x"), tag="a..b")
+    with pytest.raises(BadRequest, match="default branch"):
+        Destination(RepoRef("acme/x", "dev"))
+    assert proxy.requests == []
+
+
+def test_a_tag_is_never_moved(
+    tmp_path: Path, bundle: Bundle, repo: str, settings: Settings, api: HfApi
+) -> None:
+    first = ship(bundle, repo, settings, tag="v1")
+    other = make_bundle(tmp_path / "other", target=CUDA)
+    with pytest.raises(Conflict, match="v1") as caught:
+        ship(other, repo, settings, tag="v1")
+    assert caught.value.hint
+    assert api.repo_info(repo).sha == first.commit  # and nothing was pushed
+    assert pull(RepoRef(repo, "v1"), settings, make_host(), trust=True).commit == first.commit
+
+
+def test_a_private_repo_is_made_private_and_a_public_one_left_alone(
+    bundle: Bundle, repo: str, settings: Settings, api: HfApi
+) -> None:
+    said: list[str] = []
+    assert ship(bundle, repo, settings, private=True).private
+    assert api.repo_info(repo).private
+    api.create_repo(f"{repo}-public", private=False)
+    to = Destination(RepoRef(f"{repo}-public"), private=True)
+    assert not push(bundle, to, settings, said.append).private
+    assert any("public already" in line for line in said)
+
+
+@pytest.mark.parametrize("token", [None, "hf_wrong_token"])
+def test_without_a_good_token_nothing_is_pushed(
+    bundle: Bundle, repo: str, settings: Settings, token: str | None
+) -> None:
+    with pytest.raises(AuthFailed) as caught:
+        ship(bundle, repo, replace(settings, token=token))
+    assert "HF_TOKEN" in caught.value.hint
+    assert "hf_wrong_token" not in str(caught.value)
+    assert caught.value.exit_code == 16
+
+
+def test_an_endpoint_that_drops_the_upload_leaves_no_commit(
+    bundle: Bundle, repo: str, settings: Settings, proxy: Proxy, api: HfApi
+) -> None:
+    api.create_repo(repo)
+    proxy.matching, proxy.cut_after = "/commit/", 0
+    with pytest.raises(HubUnreachable, match=settings.endpoint):
+        ship(bundle, repo, settings)
+
+
+def push_one(folder: Path, repo: str, settings: Settings) -> str:
+    return ship(Bundle.read(folder), repo, settings).commit
+
+
+def test_two_machines_push_two_variants_at_once(
+    tmp_path: Path, repo: str, settings: Settings, api: HfApi
+) -> None:
+    levels = ("x86_64_v2", "x86_64_v3", "x86_64_v4")
+    for level in levels:
+        make_bundle(tmp_path / level, target={**CPU, "level": level})
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(3) as pool:
+        work = [(tmp_path / level, repo, settings) for level in levels]
+        commits = pool.starmap(push_one, work)
+        pool.close()
+        pool.join()
+    assert len(set(commits)) == 3
+    found = [file for file in api.list_repo_files(repo) if file.endswith(FILENAME)]
+    assert len(found) == 3
+    assert all(level in card(api, repo) for level in levels)
+
+
+def test_a_head_that_moves_under_a_push_is_read_again(
+    bundle: Bundle, repo: str, settings: Settings, api: HfApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.create_repo(repo)
+    commit, moves = HubClient.commit, iter(range(2))
+
+    def move_first(self: HubClient, *args: object) -> Pushed:
+        for move in moves:
+            api.upload_file(path_or_fileobj=b"x", path_in_repo=f"{move}.txt", repo_id=repo)
+            break
+        return commit(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HubClient, "commit", move_first)
+    assert ship(bundle, repo, settings).created
+    assert {"0.txt", "1.txt", f"{PLACE}/{FILENAME}"} <= {*api.list_repo_files(repo)}
+
+
+def test_a_head_that_never_rests_gives_up(
+    bundle: Bundle, repo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: object) -> None:
+        raise StaleParent
+
+    monkeypatch.setattr(HubClient, "commit", stale)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(Conflict, match=f"changed {ATTEMPTS} times"):
+        ship(bundle, repo, settings)
+
+
+def test_the_card_has_the_tags_and_the_table(
+    tmp_path: Path, bundle: Bundle, repo: str, settings: Settings, api: HfApi
+) -> None:
+    ship(bundle, repo, settings)
+    ship(make_bundle(tmp_path / "cuda", target=CUDA), repo, settings)
+    found = ModelCard(card(api, repo))
+    data = found.data.to_dict()
+    assert {*data["tags"]} == {
+        "hubaoti",
+        bundle.manifest.program.tag,
+        "torch-2.13",
+        "cuda-13.0",
+        "sm-90",
+        "x86_64_v3",
+    }
+    assert data["library_name"] == "hubaoti"
+    assert data["base_model"] == "acme/tiny"
+    assert f"hubaoti pull {repo}" in found.text
+    assert found.text.count("| `float32-sdpa` |") == 2
+    assert "1.5e-07" in found.text
+    assert [model.id for model in api.list_models(filter=bundle.manifest.program.tag, search=repo)]
+
+
+def test_what_the_user_wrote_in_the_card_stays(
+    tmp_path: Path, bundle: Bundle, repo: str, settings: Settings, api: HfApi
+) -> None:
+    text = "---\nlicense: mit\ntags:\n- mine\n- torch-2.1\n---\n# My title\n\nMy words.\n"
+    api.create_repo(repo)
+    api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo)
+    ship(bundle, repo, settings)
+    below = card(api, repo) + "\nMore words below.\n"
+    api.upload_file(path_or_fileobj=below.encode(), path_in_repo="README.md", repo_id=repo)
+    ship(make_bundle(tmp_path / "cuda", target=CUDA), repo, settings)
+    found = ModelCard(card(api, repo))
+    for words in ("# My title", "My words.", "More words below."):
+        assert found.text.count(words) == 1
+    assert found.text.count("## Compiled graphs") == 1
+    assert found.data.to_dict()["license"] == "mit"
+    tags = found.data.to_dict()["tags"]
+    assert tags[0] == "mine" and "torch-2.1" not in tags and len(tags) == len(set(tags))
+
+
+def test_a_card_with_unreadable_metadata_is_not_overwritten(
+    bundle: Bundle, repo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hubaoti.hub.card import render
+
+    with pytest.raises(Conflict, match="unreadable metadata"):
+        render(repo, "---\n[: bad\n---\nText", {}, bundle.manifest)
+
+
+def test_a_local_model_s_name_and_path_do_not_leak(
+    tmp_path: Path, repo: str, settings: Settings, api: HfApi
+) -> None:
+    source = Source(model="home/secret-project")  # a folder can look like an id
+    ship(make_bundle(tmp_path / "bundle", source=source), repo, settings)
+    assert "secret-project" not in card(api, repo)
+    assert str(tmp_path) not in card(api, repo)
+
+
+def test_an_unchecked_artifact_says_so(
+    bundle: Bundle, repo: str, settings: Settings, api: HfApi
+) -> None:
+    ship(changed(bundle, checks=()), repo, settings)
+    assert "not checked" in card(api, repo)
