@@ -42,8 +42,12 @@ class Database:
         self._path = path
         self._closed = False
         self._idle: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
-        with self._connection() as db:
-            db.executescript(_SCHEMA)
+        try:
+            with self._connection() as db:
+                db.executescript(_SCHEMA)
+        except sqlite3.Error:
+            self.close()
+            raise
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

@@ -6,6 +6,7 @@ import fcntl
 import os
 import secrets
 import sqlite3
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -55,13 +56,11 @@ def open_hub(root: Path, token: str | None = None, user: str = "local") -> Hub:
     if not is_owner(user):
         raise BadRequest(f"a user cannot be named {user!r}")
     _claim(root)
-    lock = _lock(root)
-    try:
-        return _open(root, lock, token, user)
-    except sqlite3.DatabaseError as error:
-        lock.close()
-        hint = "move the folder away and start with an empty one"
-        raise HubaotiError(f"{root / _INDEX} cannot be read: {error}", hint=hint) from error
+    with ExitStack() as undo:
+        lock = undo.enter_context(_lock(root))
+        hub = _open(root, lock, token, user)
+        undo.pop_all()
+    return hub
 
 
 def new_token() -> str:
@@ -70,7 +69,11 @@ def new_token() -> str:
 
 
 def _open(root: Path, lock: IO[str], token: str, user: str) -> Hub:
-    database = Database(root / _INDEX)
+    try:
+        database = Database(root / _INDEX)
+    except sqlite3.DatabaseError as error:
+        hint = "move the folder away and start with an empty one"
+        raise HubaotiError(f"{root / _INDEX} cannot be read: {error}", hint=hint) from error
     objects = Objects(root)
     return Hub(
         database=database,
