@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import re
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -31,6 +32,8 @@ from hubaoti.settings import Settings
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+LONGEST_SILENCE = 600  # seconds without a byte, after which nobody waits for the rest
 
 _MODEL = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -111,9 +114,24 @@ class HubClient:
     def download(self, repo: str, commit: str, path: str) -> Path:
         """A file of a commit, in this endpoint's cache folder; asked for once."""
         with self._door(f"{path} of {repo}"):
-            return Path(
-                self._api.hf_hub_download(repo, path, revision=commit, cache_dir=self.cache)
-            )
+            try:
+                return self._download(repo, commit, path)
+            except FileNotFoundError as why:
+                if why.errno is None:  # huggingface_hub's own, not the system's
+                    raise
+                # Another process dropped the file while we linked to it.
+                return self._download(repo, commit, path)
+
+    def _download(self, repo: str, commit: str, path: str) -> Path:
+        cache = self.cache
+        return Path(self._api.hf_hub_download(repo, path, revision=commit, cache_dir=cache))
+
+    def sweep(self) -> None:
+        """Remove what killed downloads left; a living one has written to its file just now."""
+        for path in self.cache.glob("*/blobs/*.incomplete"):
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > LONGEST_SILENCE:
+                    path.unlink()
 
     def read(self, repo: str, commit: str, entry: Entry) -> bytes:
         """The bytes of a small file, compared with what the commit lists.

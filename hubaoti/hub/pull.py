@@ -180,7 +180,8 @@ class Puller:
         """Download, verify, unpack; what was downloaded is not kept twice."""
         origin = Origin(self.client.endpoint, catalog.repo, catalog.commit, str(place))
         require_listed(catalog, place, manifest)
-        for attempt in range(ATTEMPTS):
+        self.client.sweep()
+        for _ in range(ATTEMPTS):
             # The zips, and what is unpacked from them, lie on the disk together for a while.
             require_room(self.mirror.root, manifest.size + unpacked_size(manifest))
             try:
@@ -188,10 +189,12 @@ class Puller:
                     self.say(f"unpacking {place}")
                     return self.mirror.put(manifest, files, origin, place.recipe)
             except FileNotFoundError:
-                # Another pull of the same artifact removed its downloads, which were ours too.
-                if attempt + 1 == ATTEMPTS:
-                    raise
-        raise AssertionError("unreachable")
+                # Another pull of the same artifact stored it, and removed what we shared.
+                self.say(f"downloading {place} again: another pull removed it")
+        raise HubaotiError(
+            f"the downloads of {place} were removed {ATTEMPTS} times",
+            hint=f"see who else works in {self.mirror.root}, then pull again",
+        )
 
     @contextmanager
     def _downloaded(

@@ -96,13 +96,22 @@ class Index:
         self._path = path
         with self._explained():
             self._db = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
+        with self._explained():
             self._db.execute("pragma foreign_keys = on")
             if self._version() == 0:
                 self._create()
             version = self._version()
         if version > VERSION:
             raise HubaotiError(
-                f"{path} was written by a newer hubaoti", hint="upgrade hubaoti on this machine"
+                f"{self._path} was written by a newer hubaoti",
+                hint="upgrade hubaoti on this machine",
             )
 
     def close(self) -> None:

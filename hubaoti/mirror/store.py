@@ -268,11 +268,12 @@ def unpacked_size(manifest: Manifest) -> int:
 
 
 def unpack_synced(package: Path, graph: Graph, folder: Path) -> None:
-    """Unpack a graph's listed members so that they survive a power cut."""
+    """Unpack a graph's listed members, for us alone and so that they survive a power cut."""
     folder.mkdir(mode=0o700)
     unpack(package, graph.members, folder)
     for each in folder.rglob("*"):
         if each.is_dir():
+            each.chmod(0o700)
             sync_folder(each)
 
 

@@ -1,0 +1,130 @@
+"""Push and pull when the process dies in the middle: real signals to real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bundles import make_bundle, make_host, tree_of
+from huggingface_hub import HfApi
+from proxies import Proxy, proxying
+
+from hubaoti.bundle import Bundle
+from hubaoti.hub.layout import RepoRef
+from hubaoti.hub.pull import pull
+from hubaoti.hub.push import Destination, push
+from hubaoti.server import Endpoint
+from hubaoti.settings import Settings
+
+PULL = """
+import sys; sys.path.insert(0, "tests")
+from pathlib import Path
+from bundles import make_host
+from hubaoti.hub.layout import RepoRef
+from hubaoti.hub.pull import pull
+from hubaoti.settings import Settings
+home, endpoint, token, repo = sys.argv[1:5]
+settings = Settings(home=Path(home), endpoint=endpoint, token=token)
+pull(RepoRef(repo), settings, make_host(), trust=True, say=lambda step: print(step, flush=True))
+"""
+PUSH = """
+import sys
+from pathlib import Path
+from hubaoti.bundle import Bundle
+from hubaoti.hub.layout import RepoRef
+from hubaoti.hub.push import Destination, push
+from hubaoti.settings import Settings
+home, endpoint, token, repo, folder = sys.argv[1:6]
+settings = Settings(home=Path(home), endpoint=endpoint, token=token)
+say = lambda step: print(step, flush=True)
+push(Bundle.read(Path(folder)), Destination(RepoRef(repo)), settings, say)
+"""
+
+
+@pytest.fixture(scope="module")
+def proxy(endpoint: Endpoint) -> Iterator[Proxy]:
+    with proxying(endpoint.url) as found:
+        yield found
+
+
+@pytest.fixture
+def settings(proxy: Proxy, endpoint: Endpoint, tmp_path: Path) -> Settings:
+    proxy.reset()
+    return Settings(home=tmp_path / "home", endpoint=proxy.url, token=endpoint.token)
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> str:
+    return f"acme/{tmp_path.name}"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return make_bundle(tmp_path / "bundle", members={"model/root.so": bytes(range(256)) * 400})
+
+
+def start(code: str, settings: Settings, repo: str, *more: Path) -> subprocess.Popen[str]:
+    values = (str(settings.home), settings.endpoint, str(settings.token), repo, *map(str, more))
+    command = [sys.executable, "-c", code, *values]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def stop_during(process: subprocess.Popen[str], step: str, number: signal.Signals) -> None:
+    """Let a process come to a step, give it a moment in there, and send a signal."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(step):
+            break
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(number)
+    process.communicate()
+    assert process.returncode != 0
+
+
+def left_over(settings: Settings) -> list[str]:
+    names = tree_of(settings.mirror)
+    return [name for name in names if not name.startswith(("index.sqlite3", "hub/"))]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_pull_that_is_stopped_leaves_nothing_that_is_believed(
+    bundle: Bundle, repo: str, settings: Settings, proxy: Proxy, number: signal.Signals
+) -> None:
+    push(bundle, Destination(RepoRef(repo)), settings)
+    proxy.matching, proxy.pause = ".pt2", 0.1
+    with start(PULL, settings, repo) as process:
+        stop_during(process, "downloading", number)
+    assert left_over(settings) == []
+    if number is signal.SIGINT:
+        assert not list(settings.mirror.rglob("*.incomplete"))
+    for half in settings.mirror.rglob("*.incomplete"):
+        os.utime(half, (0, 0))  # as if it were long ago
+    proxy.reset()
+    pulled = pull(RepoRef(repo), settings, make_host(), trust=True)
+    assert pulled.artifact.digest == bundle.manifest.digest
+    assert not list(settings.mirror.rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_push_that_is_stopped_makes_no_commit(
+    bundle: Bundle, repo: str, settings: Settings, proxy: Proxy, number: signal.Signals
+) -> None:
+    api = HfApi(settings.endpoint, token=settings.token)
+    api.create_repo(repo)
+    head = api.repo_info(repo).sha
+    before = tree_of(bundle.path)
+    proxy.matching, proxy.pause = "/commit/", 0.5
+    with start(PUSH, settings, repo, bundle.path) as process:
+        stop_during(process, "uploading", number)
+    assert api.repo_info(repo).sha == head
+    assert tree_of(bundle.path) == before
+    assert left_over(settings) == []
+    proxy.reset()
+    assert push(bundle, Destination(RepoRef(repo)), settings).created

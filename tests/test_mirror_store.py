@@ -1,0 +1,509 @@
+"""The mirror: whole and verified, or absent; beside other processes, and after a kill."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bundles import MEMBERS, make_bundle, tree_of, write_zip
+
+from hubaoti.bundle import Bundle
+from hubaoti.errors import (
+    BadPackage,
+    DigestMismatch,
+    DiskFull,
+    HubaotiError,
+    UnsafeFolder,
+)
+from hubaoti.manifest import FILENAME
+from hubaoti.mirror import BUILT_HERE, Artifact, Mirror, Origin
+from hubaoti.mirror.index import Index, Pin
+from hubaoti.variant import Recipe
+
+ORIGIN = Origin("https://hub", "acme/tiny", "c" * 40, "float32-sdpa/x")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return make_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Iterator[Mirror]:
+    with Mirror.open(tmp_path / "home/mirror") as found:
+        yield found
+
+
+def files_of(bundle: Bundle) -> dict[str, Path]:
+    return {file.path: bundle.path / file.path for file in bundle.manifest.all_files()}
+
+
+def put(mirror: Mirror, bundle: Bundle, origin: Origin = ORIGIN) -> Artifact:
+    return mirror.put(bundle.manifest, files_of(bundle), origin)
+
+
+def is_empty(folder: Path) -> bool:
+    return not any(folder.iterdir())
+
+
+def holds_nothing(mirror: Mirror) -> bool:
+    return mirror.ls() == [] and all(
+        is_empty(mirror.root / name) for name in ("tmp", "graphs", "artifacts")
+    )
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.chmod(0o600)
+    path.write_bytes(content)
+
+
+def test_what_is_put_is_found_again(mirror: Mirror, bundle: Bundle) -> None:
+    artifact = put(mirror, bundle)
+    assert mirror.artifact(artifact.digest) == artifact
+    assert mirror.by_key(bundle.manifest.key) == [artifact]
+    assert mirror.by_key("0" * 64) == []
+    assert artifact.file("golden.safetensors").read_bytes() == b"golden" * 100
+    so = artifact.graph_folder(bundle.manifest.graphs[0]) / "model/root.so"
+    assert so.read_bytes() == MEMBERS["model/root.so"]
+    mirror.verify(artifact)
+    assert is_empty(mirror.root / "tmp")
+
+
+def test_files_are_read_only_and_folders_are_ours(mirror: Mirror, bundle: Bundle) -> None:
+    put(mirror, bundle)
+    for path in mirror.root.rglob("*"):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if path.is_dir():
+            assert mode == 0o700, path
+        elif "sqlite3" not in path.name:
+            assert not mode & 0o222, path
+
+
+def test_the_listing_says_where_it_came_from(mirror: Mirror, bundle: Bundle) -> None:
+    before = time.time()
+    artifact = mirror.put(
+        bundle.manifest, files_of(bundle), ORIGIN, Recipe("float32", "sdpa", None, "mine")
+    )
+    (row,) = mirror.ls()
+    assert row.digest == artifact.digest
+    assert (row.recipe, row.variant) == ("float32-sdpa+mine", str(bundle.manifest.variant))
+    assert before <= row.added <= time.time()
+    assert row.origin == ORIGIN and row.origin.publisher == "acme"
+    held = sum(path.stat().st_size for path in mirror.root.glob("[ag]*/**/*") if path.is_file())
+    assert row.size == held
+
+
+def test_what_was_built_here_has_no_publisher(mirror: Mirror, bundle: Bundle) -> None:
+    put(mirror, bundle, BUILT_HERE)
+    assert mirror.ls()[0].origin.publisher == ""
+    assert not mirror.index.is_built(bundle.manifest.digest)
+    mirror.record_built(bundle.manifest)
+    assert mirror.index.is_built(bundle.manifest.digest)
+
+
+def test_putting_twice_is_putting_once(mirror: Mirror, bundle: Bundle) -> None:
+    first = put(mirror, bundle)
+    before = {path: path.stat().st_mtime_ns for path in first.graphs.rglob("*")}
+    assert put(mirror, bundle) == first
+    assert {path: path.stat().st_mtime_ns for path in first.graphs.rglob("*")} == before
+    assert len(mirror.ls()) == 1
+
+
+def test_two_artifacts_share_a_graph(mirror: Mirror, tmp_path: Path, bundle: Bundle) -> None:
+    other = make_bundle(tmp_path / "other", mode="other")
+    assert other.manifest.digest != bundle.manifest.digest
+    put(mirror, bundle), put(mirror, other)
+    assert len(list((mirror.root / "graphs").iterdir())) == 1
+    damage(next((mirror.root / "graphs").rglob("*.so")))
+    with pytest.raises(DigestMismatch):
+        mirror.verify_graph(bundle.manifest.graphs[0])
+    assert mirror.ls() == []  # neither is promised any more
+    put(mirror, other)
+    assert mirror.artifact(bundle.manifest.digest) is None
+    assert mirror.artifact(other.manifest.digest) is not None
+
+
+@pytest.mark.parametrize("path", ["golden.safetensors", "graphs/root.pt2"])
+def test_a_file_with_other_bytes_is_never_stored(mirror: Mirror, bundle: Bundle, path: str) -> None:
+    damage(bundle.path / path)
+    with pytest.raises((DigestMismatch, BadPackage)):
+        put(mirror, bundle)
+    assert mirror.ls() == []
+    assert is_empty(mirror.root / "tmp") and is_empty(mirror.root / "artifacts")
+
+
+def test_a_missing_member_is_never_stored(mirror: Mirror, bundle: Bundle) -> None:
+    write_zip(bundle.path / "graphs/root.pt2", {"model/root.so": b"x"})
+    with pytest.raises(BadPackage, match="has not the listed"):
+        put(mirror, bundle)
+    assert holds_nothing(mirror)
+
+
+def test_a_flipped_bit_in_the_mirror_is_found_and_kept_apart(
+    mirror: Mirror, bundle: Bundle
+) -> None:
+    artifact = put(mirror, bundle)
+    graph = bundle.manifest.graphs[0]
+    damage(artifact.graph_folder(graph) / "model/root.so")
+    with pytest.raises(DigestMismatch, match=r"root\.so") as caught:
+        mirror.verify(artifact)
+    assert "pull it again" in caught.value.hint
+    assert mirror.artifact(artifact.digest) is None
+    assert not artifact.graph_folder(graph).exists()
+    assert len(list((mirror.root / "quarantine").iterdir())) == 1
+    put(mirror, bundle)
+    mirror.verify(artifact)
+
+
+def test_a_changed_tensor_is_found_and_kept_apart(mirror: Mirror, bundle: Bundle) -> None:
+    artifact = put(mirror, bundle)
+    assert mirror.verify_file(artifact, bundle.manifest.files[0]).is_file()
+    damage(artifact.file("golden.safetensors"))
+    with pytest.raises(DigestMismatch, match="golden"):
+        mirror.verify(artifact)
+    assert mirror.artifact(artifact.digest) is None
+    put(mirror, bundle)
+    mirror.verify(artifact)
+
+
+def test_a_link_in_the_place_of_a_member_is_no_member(mirror: Mirror, bundle: Bundle) -> None:
+    artifact = put(mirror, bundle)
+    member = artifact.graph_folder(bundle.manifest.graphs[0]) / "model/root.so"
+    outside = bundle.path / "outside.so"
+    shutil.move(member, outside)
+    member.symlink_to(outside)
+    with pytest.raises(DigestMismatch):
+        mirror.verify(artifact)
+
+
+def test_a_changed_manifest_is_not_believed(mirror: Mirror, bundle: Bundle) -> None:
+    artifact = put(mirror, bundle)
+    damage(artifact.path / FILENAME)
+    assert mirror.artifact(artifact.digest) is None
+    assert mirror.ls() == []
+    put(mirror, bundle)
+    assert mirror.artifact(artifact.digest) == artifact
+
+
+def test_a_promise_that_the_disk_lacks_is_withdrawn(mirror: Mirror, bundle: Bundle) -> None:
+    artifact = put(mirror, bundle)
+    shutil.rmtree(artifact.graph_folder(bundle.manifest.graphs[0]))
+    assert mirror.artifact(artifact.digest) is None
+    assert mirror.ls() == []
+    put(mirror, bundle)
+    shutil.rmtree(artifact.path)
+    assert mirror.artifact(artifact.digest) is None
+    assert mirror.artifact("0" * 64) is None
+
+
+def test_a_damaged_copy_is_replaced_by_a_put(mirror: Mirror, bundle: Bundle) -> None:
+    artifact = put(mirror, bundle)
+    damage(artifact.graph_folder(bundle.manifest.graphs[0]) / "model/root.so")
+    damage(artifact.file("golden.safetensors"))
+    put(mirror, bundle)
+    mirror.verify(artifact)
+    assert len(list((mirror.root / "quarantine").iterdir())) == 2
+
+
+def test_a_pull_is_remembered_with_its_artifact(mirror: Mirror, bundle: Bundle) -> None:
+    pin = Pin("https://hub", "acme/tiny", "c" * 40, "", "host")
+    mirror.index.record_pull(pin, "0" * 64, "path")
+    assert mirror.pulled(pin) is None  # of an artifact that is not here there is no memory
+    artifact = put(mirror, bundle)
+    mirror.index.record_pull(pin, artifact.digest, "path")
+    assert mirror.pulled(pin) == (artifact, "path")
+    assert mirror.pulled(replace(pin, endpoint="https://other")) is None
+    damage(artifact.path / FILENAME)
+    assert mirror.pulled(pin) is None
+    assert mirror.index.pulled(pin) is None
+
+
+def put_in_process(root: Path, folder: Path) -> str:
+    with Mirror.open(root) as mirror:
+        return put(mirror, Bundle.read(folder)).digest
+
+
+def test_many_processes_put_the_same_artifact_at_once(tmp_path: Path, bundle: Bundle) -> None:
+    root = tmp_path / "mirror"  # and all of them make the mirror
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(4) as pool:
+        digests = pool.starmap(put_in_process, [(root, bundle.path)] * 8)
+        pool.close()
+        pool.join()
+    assert set(digests) == {bundle.manifest.digest}
+    with Mirror.open(root) as mirror:
+        (row,) = mirror.ls()
+        found = mirror.artifact(row.digest)
+        assert found is not None
+        mirror.verify(found)
+        assert is_empty(root / "tmp") and is_empty(root / "quarantine")
+
+
+SLOW_PUT = """
+import sys; sys.path.insert(0, "tests")
+from pathlib import Path
+from hubaoti import package
+from hubaoti.bundle import Bundle
+from hubaoti.mirror import Mirror
+import time
+
+def slow(*a, copy=package.copy_hashed):
+    print("writing", flush=True)
+    time.sleep(0.05)
+    digest = copy(*a)
+    print("written", flush=True)
+    time.sleep(0.05)
+    return digest
+
+package.copy_hashed = slow
+bundle = Bundle.read(Path(sys.argv[2]))
+files = {file.path: bundle.path / file.path for file in bundle.manifest.all_files()}
+with Mirror.open(Path(sys.argv[1])) as mirror:
+    mirror.put(bundle.manifest, files)
+"""
+
+
+def start_slow_put(root: Path, bundle: Bundle) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SLOW_PUT, str(root), str(bundle.path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("lines", [1, 2, 3, 4])
+def test_a_kill_at_any_moment_leaves_nothing_that_is_believed(
+    tmp_path: Path, bundle: Bundle, lines: int
+) -> None:
+    root = tmp_path / "mirror"
+    with start_slow_put(root, bundle) as process:
+        assert process.stdout is not None
+        for _ in range(lines):
+            process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    assert not is_empty(root / "tmp")
+    with Mirror.open(root) as mirror:
+        assert holds_nothing(mirror)
+        mirror.verify(put(mirror, bundle))
+
+
+def test_an_interrupted_put_removes_its_traces(tmp_path: Path, bundle: Bundle) -> None:
+    root = tmp_path / "mirror"
+    with start_slow_put(root, bundle) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+    assert process.returncode != 0
+    assert is_empty(root / "tmp")
+    with Mirror.open(root) as mirror:
+        assert holds_nothing(mirror)
+
+
+def test_a_living_process_s_work_is_not_swept(tmp_path: Path, bundle: Bundle) -> None:
+    root = tmp_path / "mirror"
+    with start_slow_put(root, bundle) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with Mirror.open(root):
+            assert not is_empty(root / "tmp")
+        process.communicate()
+    assert process.returncode == 0
+    with Mirror.open(root) as mirror:
+        assert len(mirror.ls()) == 1
+
+
+def test_a_file_that_vanished_is_the_callers_to_explain(mirror: Mirror, bundle: Bundle) -> None:
+    (bundle.path / "graphs/root.pt2").unlink()
+    with pytest.raises(FileNotFoundError):
+        put(mirror, bundle)
+    assert holds_nothing(mirror)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir(mode=0o700)
+    command = ["mount", "-t", "tmpfs", "-o", "size=400k,mode=0700", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle", members={"model/root.so": os.urandom(1 << 20)})
+    with Mirror.open(small_disk / "mirror") as mirror:
+        with pytest.raises(DiskFull, match=r"1\.0 MiB needed, 0\.[0-9] MiB free") as caught:
+            put(mirror, bundle)
+        assert caught.value.hint
+        assert holds_nothing(mirror)
+
+
+def test_a_disk_that_fills_during_unpacking_leaves_nothing(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle", members={"model/root.so": os.urandom(1 << 20)})
+    with Mirror.open(small_disk / "mirror") as mirror:
+        monkeypatch.setattr("hubaoti.mirror.store.require_room", lambda *_: None)
+        with pytest.raises(DiskFull, match="needed"):
+            put(mirror, bundle)
+        assert holds_nothing(mirror)
+
+
+def test_a_disk_without_room_for_the_index_is_said(small_disk: Path) -> None:
+    (small_disk / "ballast").write_bytes(bytes(396 << 10))
+    with pytest.raises(DiskFull):
+        Mirror.open(small_disk / "mirror").close()
+
+
+def test_a_limit_on_file_sizes_is_a_full_disk(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", members={"model/root.so": os.urandom(1 << 20)})
+    code = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from hubaoti.bundle import Bundle; from hubaoti.mirror import Mirror\n"
+        "from hubaoti.errors import DiskFull\n"
+        "bundle = Bundle.read(Path(sys.argv[1]))\n"
+        "files = {file.path: bundle.path / file.path for file in bundle.manifest.all_files()}\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "with Mirror.open(Path(sys.argv[2])) as mirror:\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "    try:\n"
+        "        mirror.put(bundle.manifest, files)\n"
+        "    except DiskFull:\n"
+        "        assert not any((mirror.root / 'tmp').iterdir())\n"
+        "        print('full')\n"
+    )
+    command = [sys.executable, "-c", code, str(bundle.path), str(tmp_path / "mirror")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "full\n"
+
+
+@pytest.mark.parametrize("name", [".", "graphs", "tmp", "index.sqlite3", "index.sqlite3-wal"])
+def test_what_others_may_write_is_refused(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "mirror"
+    keeper = Mirror.open(root)  # keeps the -wal file there
+    keeper.record_built(make_bundle(tmp_path / "bundle").manifest)
+    (root / name).chmod(0o777)
+    with pytest.raises(UnsafeFolder, match="may be written") as caught:
+        Mirror.open(root)
+    assert "chmod" in caught.value.hint
+    keeper.close()
+
+
+def test_what_another_user_owns_is_refused(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    root = tmp_path / "mirror"
+    Mirror.open(root).close()
+    os.chown(root / "graphs", 12345, -1)
+    with pytest.raises(UnsafeFolder, match="user 12345"):
+        Mirror.open(root)
+
+
+def test_a_link_of_another_user_is_refused(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give links away")
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "mirror").symlink_to(tmp_path / "real")
+    Mirror.open(tmp_path / "mirror").close()  # our own link to our own folder is ours
+    os.chown(tmp_path / "mirror", 12345, -1, follow_symlinks=False)
+    with pytest.raises(UnsafeFolder):
+        Mirror.open(tmp_path / "mirror")
+
+
+def test_folders_above_are_made_for_us_alone(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        Mirror.open(tmp_path / "a/b/mirror").close()
+    finally:
+        os.umask(old)
+    for folder in ("a", "a/b", "a/b/mirror", "a/b/mirror/graphs"):
+        assert stat.S_IMODE((tmp_path / folder).stat().st_mode) == 0o700
+
+
+def test_a_file_in_the_place_of_the_mirror_is_said(tmp_path: Path) -> None:
+    (tmp_path / "mirror").write_text("x")
+    with pytest.raises(HubaotiError, match="cannot write") as caught:
+        Mirror.open(tmp_path / "mirror")
+    assert caught.value.hint
+
+
+def test_a_disk_that_may_not_be_written_is_said(tmp_path: Path) -> None:
+    folder = tmp_path / "disk"
+    folder.mkdir(mode=0o700)
+    command = ["mount", "-t", "tmpfs", "-o", "ro,mode=0700", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a read-only disk cannot be mounted here")
+    try:
+        with pytest.raises(HubaotiError, match="Read-only") as caught:
+            Mirror.open(folder / "mirror")
+        assert "HUBAOTI_HOME" in caught.value.hint
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_damaged_index_says_what_to_do_and_the_files_are_used_again(
+    tmp_path: Path, bundle: Bundle
+) -> None:
+    root = tmp_path / "mirror"
+    with Mirror.open(root) as mirror:
+        put(mirror, bundle)
+    (root / "index.sqlite3").write_bytes(b"not a database, but long enough to be looked at" * 99)
+    with pytest.raises(HubaotiError, match="damaged") as caught:
+        Mirror.open(root)
+    assert "remove" in caught.value.hint
+    for path in root.glob("index.sqlite3*"):
+        path.unlink()
+    with Mirror.open(root) as mirror:
+        before = tree_of(root / "graphs")
+        put(mirror, bundle)
+        assert tree_of(root / "graphs") == before
+
+
+def test_an_index_of_a_newer_hubaoti_is_left_alone(tmp_path: Path) -> None:
+    root = tmp_path / "mirror"
+    with Mirror.open(root) as mirror:
+        mirror.index._db.execute("pragma user_version = 99")
+    with pytest.raises(HubaotiError, match="newer hubaoti"):
+        Mirror.open(root)
+
+
+def test_a_busy_index_says_so(
+    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hubaoti.mirror.index.PATIENCE", 0.05)
+    with Mirror.open(tmp_path / "mirror") as mirror, Mirror.open(tmp_path / "mirror") as other:
+        other.index._db.execute("begin immediate")
+        with pytest.raises(HubaotiError, match="busy"):
+            mirror.record_built(bundle.manifest)
+        other.index._db.execute("rollback")
+        mirror.record_built(bundle.manifest)
+
+
+def test_an_index_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
+    with pytest.raises(HubaotiError, match="unable to open"):
+        Index(tmp_path / "absent/index.sqlite3")
+
+
+def test_opening_and_listing_is_fast(tmp_path: Path, bundle: Bundle) -> None:
+    root = tmp_path / "mirror"
+    with Mirror.open(root) as mirror:
+        put(mirror, bundle)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        with Mirror.open(root) as mirror:
+            assert len(mirror.ls()) == 1
+        best = min(best, time.perf_counter() - start)
+    assert best < 0.05
