@@ -62,7 +62,8 @@ def build(
     with writing(output) as scratch:
         say("source")
         model = source.load(folder, request.task, request.dtype, device)
-        dims = bounded(request.dims, model.default_dims)
+        dims = bounded(request.dims, model.default_dims, model.positions)
+        verify.attempt(model, dims, device)
         lowered = lower_and_check(model, dims, target, request.options, scratch, say)
         made = build_of(model, dims, request)
         manifest = Manifest(

@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 
 from hubaoti.compiler.elf import refuse_executable_stack, refuse_paths
 from hubaoti.compiler.source import first_line
-from hubaoti.errors import CompileFailed, UnsafeFolder
+from hubaoti.errors import CompileFailed, DiskFull, HubaotiError, UnsafeFolder
 from hubaoti.package import pack, unpack_all
 from hubaoti.settings import environment
 
@@ -56,14 +56,24 @@ def lower(program: ExportedProgram, level: str, options: dict[str, Any], package
                     program, package_path=str(raw), inductor_configs=settings
                 )
         except Exception as why:  # inductor, g++ and triton raise of many kinds
-            raise CompileFailed(
-                f"lower: {type(why).__name__}: {first_line(why)}",
-                hint="is g++ installed? see the lines above, and try --dtype float32",
-            ) from why
+            raise explained(why, folder) from why
         clean = folder / "clean"
         unpack_all(raw, clean)
         finish(clean, folder)
         pack(clean, package)
+
+
+def explained(why: Exception, folder: Path) -> HubaotiError:
+    """Of the pages that inductor and g++ write, the line that names the cause."""
+    text = str(why)
+    if "No space left on device" in text:
+        return DiskFull(f"lower: no room on the disk of {folder}", hint="free some space there")
+    causes = [line for line in text.splitlines() if "error: " in line]
+    cause = first_line(CompileFailed(causes[0])) if causes else first_line(why)
+    return CompileFailed(
+        f"lower: {type(why).__name__}: {cause}",
+        hint="is g++ installed, and does it work? else try --dtype float32",
+    )
 
 
 def finish(folder: Path, building: Path) -> None:

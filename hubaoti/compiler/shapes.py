@@ -21,7 +21,9 @@ class Probe:
     capped: str | None = None
 
 
-def bounded(asked: dict[str, Range], default: dict[str, Range]) -> dict[str, Range]:
+def bounded(
+    asked: dict[str, Range], default: dict[str, Range], positions: int | None
+) -> dict[str, Range]:
     """The dims of a model with the asked bounds.
 
     Raises:
@@ -29,7 +31,13 @@ def bounded(asked: dict[str, Range], default: dict[str, Range]) -> dict[str, Ran
     """
     for name in asked.keys() - default.keys():
         raise BadDim(f"the model has no dim {name!r}", hint=f"its dims are: {', '.join(default)}")
-    return default | asked
+    dims = default | asked
+    if positions is not None and dims["seq"].high > positions:
+        raise BadDim(
+            f"seq goes up to {dims['seq'].high}, the model has {positions} positions",
+            hint=f"end it there: --dim seq={min(dims['seq'].low, positions)}:{positions}",
+        )
+    return dims
 
 
 def probes(dims: dict[str, Range]) -> list[Sizes]:

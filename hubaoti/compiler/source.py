@@ -19,14 +19,21 @@ from torch import nn
 from torch.nn import functional
 
 from hubaoti.compiler.program import program_of
-from hubaoti.compiler.request import Range
-from hubaoti.errors import CompileFailed, ModelNotFound, UnknownTask
+from hubaoti.compiler.request import DTYPES, Range
+from hubaoti.errors import (
+    BadRequest,
+    CompileFailed,
+    MissingConstant,
+    ModelNotFound,
+    UnknownTask,
+)
 from hubaoti.manifest import Program
 
 # What is read of a model; weights are in none of these patterns.
 PATTERNS = ("*.json", "*.txt", "*.py", "*.model", "*/config.json", "tokenizer*")
 POOLING = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 LARGEST = 1 << 20  # tokenizers write 1e30 where a model has no limit
+LINE = 300  # characters of somebody else's error message
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,7 @@ class Source:
     attention: str
     output: str
     vocabulary: int
+    positions: int | None  # of a learned table; None where any length has a position
     default_dims: dict[str, Range]
 
 
@@ -50,9 +58,13 @@ def load(
 
     Raises:
         ModelNotFound: the folder has no config, or one that transformers does not know.
-        UnknownTask: the model cannot do the task.
+        UnknownTask: the model cannot do the task, or takes no text.
+        MissingConstant: eager's weights are not there.
     """
     config = read_config(folder)
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if vocabulary is None:
+        raise UnknownTask(f"{folder.name} takes no text", hint="a model of texts is needed")
     task = task or task_of(folder, config)
     chosen = dtype or dtype_in(config)
     steps = sentence_steps(folder) if task == "embed" else ()
@@ -60,6 +72,7 @@ def load(
     model = model.eval().to(device)
     forward, output = FORWARDS[task]
     model.forward = forward(model, steps)
+    positions = learned_positions(model)
     return Source(
         model=model,
         config=config,
@@ -67,8 +80,9 @@ def load(
         dtype=chosen,
         attention=attention,
         output=output,
-        vocabulary=config.get_text_config().vocab_size,
-        default_dims={"batch": Range(1, 32), "seq": Range(2, longest(folder, config))},
+        vocabulary=vocabulary,
+        positions=positions,
+        default_dims={"batch": Range(1, 32), "seq": Range(2, longest(folder, config, positions))},
     )
 
 
@@ -84,7 +98,7 @@ def read_config(folder: Path) -> Any:
         )
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as why:
+    except Exception as why:  # of many kinds, as a value is of the wrong type or size
         raise ModelNotFound(
             f"transformers cannot read the config of {folder}: {first_line(why)}",
             hint="models that bring their own code, and kinds newer than this transformers, "
@@ -114,9 +128,17 @@ def task_of(folder: Path, config: Any) -> str:
 
 
 def dtype_in(config: Any) -> str:
-    """The dtype that a config names, float32 where it names none."""
-    dtype = getattr(config, "dtype", None) or torch.float32
-    return str(dtype).removeprefix("torch.")
+    """The dtype that a config names, float32 where it names none.
+
+    Raises:
+        BadRequest: it names one that graphs are not compiled for.
+    """
+    dtype = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise BadRequest(
+            f"the model's dtype is {dtype}", hint=f"say --dtype, one of: {', '.join(DTYPES)}"
+        )
+    return dtype
 
 
 def build(
@@ -132,6 +154,16 @@ def build(
                 continue
             raise UnknownTask(
                 f"{folder.name} cannot do {task}: {first_line(why)}", hint="try another --task"
+            ) from why
+        except OSError as why:
+            raise MissingConstant(
+                f"transformers cannot load the weights of {folder}: {first_line(why)}",
+                hint="--model takes a folder or a Hub id with the weights as safetensors",
+            ) from why
+        except Exception as why:  # whatever a model's constructor makes of an odd config
+            raise CompileFailed(
+                f"source: {type(why).__name__}: {first_line(why)}",
+                hint="the config contradicts itself, or is of another transformers",
             ) from why
     raise CompileFailed(f"{folder.name} has no attention that can be compiled")
 
@@ -190,33 +222,58 @@ def quiet() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def longest(folder: Path, config: Any) -> int:
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions a model's own table has; None where it has no such table.
+
+    RoBERTa's begin after the padding id.
+    """
+    sizes = [
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and name.rpartition(".")[2] in {"position_embeddings", "embed_positions", "wpe"}
+    ]
+    return min(sizes, default=None)
+
+
+def longest(folder: Path, config: Any, positions: int | None) -> int:
     """The largest default for `seq`: 512, or less where the model or its tokenizer ends before."""
-    limits = [512, getattr(config.get_text_config(), "max_position_embeddings", None)]
+    limits = [512, positions, getattr(config.get_text_config(), "max_position_embeddings", None)]
     limits.append(read_json(folder / "tokenizer_config.json").get("model_max_length"))
     return min(int(n) for n in limits if isinstance(n, (int, float)) and 2 <= n < LARGEST)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, empty where there is no such file."""
-    value = msgspec.json.decode(path.read_bytes()) if path.is_file() else {}
+    """A JSON object from a file, empty where there is no such file.
+
+    Raises:
+        ModelNotFound: the file is not JSON.
+    """
+    value = decoded(path) if path.is_file() else {}
     return value if isinstance(value, dict) else {}
+
+
+def decoded(path: Path) -> Any:
+    """What a JSON file says."""
+    try:
+        return msgspec.json.decode(path.read_bytes())
+    except msgspec.DecodeError as why:
+        raise ModelNotFound(f"{path} cannot be read: {why}", hint="download it again") from why
 
 
 def sentence_steps(folder: Path) -> tuple[str, ...]:
     """What follows the encoder, as the sentence-transformers files say; mean pooling without them.
 
     Raises:
-        UnknownTask: a module that a graph cannot hold yet.
+        UnknownTask: a module that a graph cannot hold yet, or no pooling.
     """
     listing = folder / "modules.json"
     if not listing.is_file():
         return ("mean",)
     steps: list[str] = []
-    for module in msgspec.json.decode(listing.read_bytes())[1:]:
-        kind = str(module["type"]).rsplit(".", 1)[-1]
+    for kind, path in modules_in(listing)[1:]:
         if kind == "Pooling":
-            steps += pooling_modes(read_json(folder / module["path"] / "config.json"))
+            steps += pooling_modes(read_json(folder / path / "config.json"))
         elif kind == "Normalize":
             steps.append("normalize")
         else:
@@ -224,7 +281,25 @@ def sentence_steps(folder: Path) -> tuple[str, ...]:
                 f"{folder.name} ends with {kind}, which embed does not know",
                 hint="embed takes Pooling and Normalize",
             )
+    if not set(steps) & set(POOLING):
+        raise UnknownTask(
+            f"{folder.name} ends without a Pooling", hint="embed gives one vector a sentence"
+        )
     return tuple(steps)
+
+
+def modules_in(listing: Path) -> list[tuple[str, str]]:
+    """The kinds and folders of a sentence-transformers model's modules.
+
+    Raises:
+        ModelNotFound: the listing is not one.
+    """
+    try:
+        return [(m["type"].rpartition(".")[2], m.get("path", "")) for m in decoded(listing)]
+    except (TypeError, KeyError, AttributeError) as why:
+        raise ModelNotFound(
+            f"{listing} is no list of modules: {why!r}", hint="download it again"
+        ) from why
 
 
 def pooling_modes(config: dict[str, Any]) -> list[str]:
@@ -296,5 +371,7 @@ FORWARDS = {
 
 
 def first_line(why: BaseException) -> str:
-    """The first line of an error that says something."""
-    return next((line for line in str(why).splitlines() if line.strip()), type(why).__name__)
+    """The first line of an error that says something, as long as a person reads."""
+    lines = (line.strip() for line in str(why).splitlines())
+    line = next((line for line in lines if line), type(why).__name__)
+    return line if len(line) <= LINE else f"{line[: LINE - 1]}…"

@@ -18,8 +18,8 @@ from torch import nn
 from hubaoti.compiler.constants import tensors_of
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.shapes import Probe, Sizes, example_inputs, probes
-from hubaoti.compiler.source import Source
-from hubaoti.errors import CheckFailed
+from hubaoti.compiler.source import Source, first_line
+from hubaoti.errors import BadDim, CheckFailed, CompileFailed
 from hubaoti.manifest import Check
 from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.graph import Graph
@@ -43,6 +43,27 @@ def fill(model: nn.Module) -> None:
             values += 1.0  # a norm's scale
         with torch.no_grad():
             parameter.copy_(values)
+
+
+def attempt(source: Source, dims: dict[str, Range], device: torch.device) -> None:
+    """Ask eager alone, before minutes are spent on what it cannot do either.
+
+    Raises:
+        CompileFailed: it cannot answer the smallest inputs, whatever their size.
+        BadDim: it can, and fails at larger ones.
+    """
+    for at, sizes in enumerate(probes(dims)):
+        probe = capped(sizes, dims, source, 0.0)
+        try:
+            with torch.no_grad():
+                outputs = source.model(**example_inputs(probe.sizes, source.vocabulary, device))
+                outputs[0].flatten()[:1].cpu()  # a GPU tells of its errors late
+        except Exception as why:  # whatever a model's code raises
+            told = f"source: at {named(probe.sizes)} eager itself fails: {first_line(why)}"
+            if at == 0:
+                hint = "the model wants more than ids and a mask, or these sizes are too small"
+                raise CompileFailed(told, hint=hint) from why
+            raise BadDim(told, hint="narrow the dims: --dim batch=1:32 --dim seq=2:128") from why
 
 
 def verify(
