@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hubaoti import manifest as manifests
-from hubaoti.errors import BadManifest, DigestMismatch, OutputExists
+from hubaoti.errors import (
+    BadManifest,
+    DigestMismatch,
+    DiskFull,
+    HubaotiError,
+    OutputExists,
+)
 from hubaoti.manifest import File, Manifest
 from hubaoti.package import members_of, sha256_of
 
@@ -90,17 +97,37 @@ def writing(path: Path) -> Iterator[Path]:
 
     Raises:
         OutputExists: `path` exists and is not a bundle, so it is not ours to replace.
+        DiskFull: there is no room for it.
+        HubaotiError: its place may not be written.
     """
     path = path.absolute()
-    refuse_foreign(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with explained(path):
+        refuse_foreign(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield folder
+            folder.chmod(0o755)
+            replace_folder(folder, path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Around work on the bundle `path`: what the system refuses, in words."""
     try:
-        yield folder
-        folder.chmod(0o755)
-        replace_folder(folder, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        yield
+    except OSError as why:
+        if why.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise DiskFull(
+                f"no room on the disk of {path} for the bundle",
+                hint="free some space, or choose another folder with -o",
+            ) from why
+        raise HubaotiError(
+            f"cannot write {why.filename or path}: {why.strerror or why}",
+            hint="choose a folder that you may write with -o",
+        ) from why
 
 
 def refuse_foreign(path: Path) -> None:
