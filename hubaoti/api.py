@@ -15,7 +15,7 @@ from hubaoti.bundle import Bundle
 from hubaoti.errors import BadRequest, ModelNotFound, RepoNotFound
 from hubaoti.host import probe
 from hubaoti.hub.layout import RepoRef
-from hubaoti.manifest import Source
+from hubaoti.manifest import Program, Source
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.settings import Settings
 from hubaoti.variant import Recipe
@@ -185,7 +185,13 @@ def load(
     graph = open_graph(artifact.graph_folder(entry), entry, where)
     say("bind")
     graph.bind(constants(entry, artifact.path, Checkpoint(folder, where), where))
-    return TextModel(graph, TextEncoder(folder))
+    return TextModel(graph, TextEncoder(folder, pad_of(artifact.manifest.program)))
+
+
+def pad_of(program: Program) -> int | None:
+    """The padding id, of a program that computes with it."""
+    pad = program.config.get("pad_token_id")
+    return pad if isinstance(pad, int) and pad >= 0 else None
 
 
 def eager(
@@ -211,7 +217,7 @@ def eager(
     task, dtype = pulled_before(repo, settings) if repo else (None, None)
     say("load")
     whole = source.load(folder, task, dtype, torch.device("cpu"), weights=True)
-    encoded = TextEncoder(folder).encode(texts)
+    encoded = TextEncoder(folder, pad_of(whole.program)).encode(texts)
     say("run")
     with torch.no_grad():
         values = whole.model(encoded.input_ids, encoded.attention_mask)[0]

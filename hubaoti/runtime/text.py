@@ -24,8 +24,8 @@ class Encoded:
 class TextEncoder:
     """A model's own tokenizer, that neither truncates nor pads further than asked."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read `tokenizer.json`.
+    def __init__(self, folder: Path, pad_id: int | None = None) -> None:
+        """Read `tokenizer.json`; `pad_id` is the model's, where it computes with it.
 
         Raises:
             ModelNotFound: the folder has none, or one that cannot be read.
@@ -41,7 +41,7 @@ class TextEncoder:
         except Exception as why:  # tokenizers raises bare Exception
             raise ModelNotFound(f"{file} cannot be read: {why}", hint="download it again") from why
         padding = self._tokenizer.padding or {}
-        self._pad_id = int(padding.get("pad_id", 0))
+        self._pad_id = int(padding.get("pad_id", 0)) if pad_id is None else pad_id
         self._left = padding.get("direction") == "left"
         # Silent truncation would change answers: a text that is too long is an error here.
         self._tokenizer.no_truncation()

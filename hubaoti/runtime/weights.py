@@ -18,6 +18,12 @@ from hubaoti.runtime.graph import alignment_of, dtype_of
 INDEX = "model.safetensors.index.json"
 
 
+class Index(msgspec.Struct):
+    """What is read of `model.safetensors.index.json`: each tensor's file."""
+
+    weight_map: dict[str, str]
+
+
 class Checkpoint:
     """A folder's safetensors files by tensor name; a tensor is mapped, not read, on a CPU."""
 
@@ -51,13 +57,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """The safetensors files of a model, as its index or its only name says.
 
     Raises:
-        MissingConstant: there is none.
+        MissingConstant: there is none, or the index is not one.
     """
     index = folder / INDEX
     if index.is_file():
-        named = msgspec.json.decode(index.read_bytes()).get("weight_map", {}).values()
         # Names from outside: only files of this very folder are taken.
-        files = [folder / name for name in sorted({*named}) if Path(name).name == name]
+        files = [folder / name for name in sorted(names_in(index)) if Path(name).name == name]
     else:
         files = [folder / "model.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
@@ -67,6 +72,14 @@ def checkpoint_files(folder: Path) -> list[Path]:
             hint="--model takes a folder or a Hub id with the weights as safetensors",
         )
     return files
+
+
+def names_in(index: Path) -> set[str]:
+    """The files that a checkpoint's index names."""
+    try:
+        return {*msgspec.json.decode(index.read_bytes(), type=Index).weight_map.values()}
+    except msgspec.MsgspecError as why:
+        raise MissingConstant(f"{index} is no index: {why}", hint="download it again") from why
 
 
 def constants(
