@@ -1,6 +1,7 @@
 """Requests that no honest client sends: each gets a clear no, and never a 500."""
 
 import base64
+import errno
 import hashlib
 import http.client
 import json
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hubaoti.server import Endpoint
+from hubaoti.server.objects import Objects
 from hubaoti.server.views_uploads import MAX_REGULAR
 
 REPO = "hostile/target"
@@ -514,3 +516,42 @@ def test_pages_of_a_list_follow_each_other(send: Send) -> None:
         path = f"{url.path}?{url.query}" if link else None
     assert found == ["page/2", "page/1", "page/0"]
     assert send("GET", "/api/models?limit=0").json == []
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (OSError(errno.ENOSPC, "fake"), 507),
+        (OSError(errno.EIO, "fake"), 500),
+        (RuntimeError("fake"), 500),
+    ],
+)
+def test_a_failure_of_our_own_is_told_in_json_and_the_endpoint_goes_on(
+    endpoint: Endpoint,
+    send: Send,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    status: int,
+) -> None:
+    def fake(self: Objects, content: bytes) -> str:
+        raise error
+
+    monkeypatch.setattr(Objects, "put", fake)
+    body, auth = lines(put("f")), {"Authorization": f"Bearer {endpoint.token}"}
+    connection = http.client.HTTPConnection(urlsplit(endpoint.url).netloc)
+    connection.request("POST", f"/api/models/{REPO}/commit/main", body, auth)
+    answer = connection.getresponse()
+    assert answer.status == status and json.loads(answer.read())["error"]
+    connection.close()
+    monkeypatch.undo()
+    assert commit(send, put("f")).status == 200
+
+
+def test_a_full_disk_refuses_an_upload_before_it_starts(
+    send: Send, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Objects, "free", lambda self: 10)
+    (found,) = batch(send, hashlib.sha256(b"full").hexdigest(), 100).json["objects"]
+    href = urlsplit(found["actions"]["upload"]["href"])
+    with pytest.raises(AssertionError, match="507"):
+        send("PUT", f"{href.path}?{href.query}", bytes(100))

@@ -64,7 +64,9 @@ class Ingest:
         if self._places(xorb) is not None:
             return False
         incoming.move_to(self._raw / xorb)
-        self._remember({xorb: [Place(_RAW, chunk.offset, chunk.length) for chunk in chunks]})
+        places = [Place(_RAW, chunk.offset, chunk.length) for chunk in chunks]
+        # If the same xorb came twice at once, what the other one has come to is kept.
+        self._remember({xorb: places}, "insert or ignore")
         return True
 
     def assemble(self, shard: bytes) -> None:
@@ -122,10 +124,10 @@ class Ingest:
             row = db.execute("select places from xorb where hash = ?", (xorb,)).fetchone()
         return [Place(*place) for place in json.loads(row[0])] if row else None
 
-    def _remember(self, places: dict[str, list[Place]]) -> None:
+    def _remember(self, places: dict[str, list[Place]], how: str = "insert or replace") -> None:
         rows = [(xorb, json.dumps([astuple(p) for p in held])) for xorb, held in places.items()]
         with self._database.writing() as db:
-            db.executemany("insert or replace into xorb values (?, ?)", rows)
+            db.executemany(f"{how} into xorb values (?, ?)", rows)
 
 
 def _judge(segment: Segment, places: list[Place]) -> None:

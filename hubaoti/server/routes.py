@@ -30,7 +30,7 @@ register_url_convertor("kind", _Kind())
 _API: list[tuple[str, str, Endpoint]] = [
     ("GET", "/revision/{revision}", reads(views_repos.describe)),
     ("GET", "/auth-check", reads(views_repos.auth_check)),
-    ("GET", "/auth-check/{write:path}", reads(views_repos.auth_check)),
+    ("GET", "/auth-check/write", reads(views_repos.write_check)),
     ("PUT", "/settings", writes(views_repos.settings)),
     ("GET", "/refs", reads(views_refs.refs)),
     ("GET", "/commits/{revision}", reads(views_refs.log)),

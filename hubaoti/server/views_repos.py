@@ -155,6 +155,10 @@ def auth_check(ask: Ask) -> Response:
     """Whether the repo is there, for this client."""
     with ask.hub.database.reading() as db:
         ask.repo(db)
-    if "write" in ask.request.path_params:
-        ask.demand_token()
     return PlainTextResponse("OK")
+
+
+def write_check(ask: Ask) -> Response:
+    """Whether this client may write to the repo."""
+    ask.demand_token()
+    return auth_check(ask)
