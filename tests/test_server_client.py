@@ -379,8 +379,10 @@ def test_every_write_needs_the_token(
         assert caught.value.response.status_code == 401
 
 
-def test_the_token_says_who_i_am(api: HfApi, endpoint: Endpoint) -> None:
+def test_the_token_says_who_i_am_and_what_i_may(api: HfApi, endpoint: Endpoint, repo: str) -> None:
     assert api.whoami()["name"] == "local"
+    api.auth_check(repo)
+    api.auth_check(repo, write=True)
     with pytest.raises(HfHubHTTPError, match="Invalid user token"):
         HfApi(endpoint.url, token="wrong").whoami()
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hubaoti.server import Endpoint
+from hubaoti.server import Endpoint, views_uploads
 from hubaoti.server.objects import Objects
 from hubaoti.server.views_uploads import MAX_REGULAR
 
@@ -369,8 +369,18 @@ def test_big_bodies_are_cut_off(send: Send, endpoint: Endpoint) -> None:
     connection.endheaders()
     assert connection.getresponse().status == 413
     connection.close()
-    content = base64.b64encode(bytes(MAX_REGULAR + 1)).decode()
-    refused(commit(send, ("file", {"path": "f", "content": content, "encoding": "base64"})), 413)
+    for size in (MAX_REGULAR + 1, MAX_REGULAR + 2**20):
+        content = base64.b64encode(bytes(size)).decode()
+        file = {"path": "f", "content": content, "encoding": "base64"}
+        refused(commit(send, ("file", file)), 413)
+
+
+def test_a_commit_has_so_many_changes_and_no_more(
+    send: Send, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views_uploads, "_MAX_CHANGES", 2)
+    refused(commit(send, put("a"), put("b"), put("c")), 413)
+    assert commit(send, put("a"), put("b")).status == 200
 
 
 def test_a_body_without_a_length_is_bounded_too(send: Send, endpoint: Endpoint) -> None:

@@ -109,7 +109,8 @@ BAD_CHUNKS = {
     "nothing inside": chunk_head(3, 0, 0) + b"abc",
     "too long a chunk": chunk_head(3, 1, 2**24 - 1) + b"abc",
     "another length": chunk_head(3, 0, 4) + b"abc",
-    "not compressed": chunk_head(3, 1, 3) + b"abc",
+    "not compressed": chunk_head(30, 1, 30) + b"abc" * 10,
+    "compressed in part": chunk_head(3, 1, 3) + lz4.frame.compress(b"abc")[:3],
     "shorter than said": chunk_head(len(lz4.frame.compress(b"ab")), 1, 3)
     + lz4.frame.compress(b"ab"),
     "a bomb": chunk_head(len(BOMB), 1, 1000) + BOMB,

@@ -164,7 +164,7 @@ async def commit(request: Request) -> Response:
         if header is None:
             header = _header(said.get("key"), value)
         elif len(changes) == _MAX_CHANGES:
-            raise too_large("The commit", _MAX_CHANGES)
+            raise Problem(413, f"A commit has at most {_MAX_CHANGES} changes")
         else:
             changes.append(await run_in_threadpool(_change, ask, said.get("key"), value))
     if header is None:
