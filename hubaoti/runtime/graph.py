@@ -108,7 +108,7 @@ class PublicRunner:
 
 def refusal(graph: str, folder: Path, why: str) -> CannotOpen | MissingOps:
     """What the loader's message means, in words that say what to do."""
-    first = next((line for line in why.splitlines() if line.strip()), why)
+    first = first_line(why)
     if "Could not find schema for" in why:
         return MissingOps(
             f"graph {graph} calls an op that is not registered: {first}",
@@ -128,6 +128,11 @@ def refusal(graph: str, folder: Path, why: str) -> CannotOpen | MissingOps:
         f"graph {graph} cannot be opened: {first}",
         hint="see what it needs and what is here with: hubaoti doctor",
     )
+
+
+def first_line(why: str) -> str:
+    """The first line of a message that says something."""
+    return next((line for line in why.splitlines() if line.strip()), why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +203,20 @@ class Graph:
 
         Raises:
             BadInput: not the graph's number of inputs, dtype, rank, size or device; constants are
-                not bound; an input that the graph writes does not fit as it is.
+                not bound; an input that the graph writes does not fit as it is; an id is not one
+                of the vocabulary.
             OutOfBounds: a dim is outside of what the graph was compiled for.
         """
         if not self._ready:
             raise BadInput(f"graph {self.entry.id} has no constants yet", hint="call bind first")
-        return self._runner.run(self._checked(inputs))
+        fitting = self._checked(inputs)
+        try:
+            return self._runner.run(fitting)
+        except RuntimeError as why:  # the native code's own checks, as of an embedding's ids
+            raise BadInput(
+                f"graph {self.entry.id} failed: {first_line(str(why))}",
+                hint="see that its inputs are what the manifest says of their values",
+            ) from why
 
     def _checked(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The inputs as the graph may have them."""

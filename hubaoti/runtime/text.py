@@ -96,8 +96,20 @@ class TextModel:
             raise BadInput("no text is given", hint='give one or more: --text "…"')
         low, high = self.graph.entry.bounds["seq"]
         encoded = self._encoder.encode(texts, low, high)
+        self._refuse_foreign(encoded)
         parts = [self._run(encoded, rows, real) for rows, real in self._batches(len(texts))]
         return torch.cat(parts)
+
+    def _refuse_foreign(self, encoded: Encoded) -> None:
+        """On a GPU an id that the model does not have would end the process, not the call."""
+        largest = int(encoded.input_ids.max())
+        for item in self.graph.entry.inputs:
+            bound = item.values.removeprefix("ids<")
+            if bound.isdigit() and largest >= int(bound):
+                raise BadInput(
+                    f"the tokenizer gives the id {largest}, the model knows ids below {bound}",
+                    hint="--model takes the folder of a model that has this program",
+                )
 
     def _batches(self, count: int) -> Iterator[tuple[list[int], int]]:
         """Row numbers of each batch, and how many of them count; a short one repeats its last."""
