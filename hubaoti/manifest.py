@@ -20,6 +20,8 @@ from hubaoti.variant import Recipe, Variant
 SCHEMA = 1
 FILENAME = "hubaoti.json"
 LARGEST = 16 << 20  # bytes of a manifest; the one of an 80-layer model is some hundred kB
+SAFE = 2**53 - 1  # the largest integer that is no other one's double
+LARGEST_DOUBLE = 2**1023
 
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Size = Annotated[int, msgspec.Meta(ge=0)]
@@ -254,7 +256,23 @@ class Manifest(Record, frozen=True, kw_only=True):
 
 def canonical(value: Any) -> bytes:
     """RFC 8785: sorted keys, no spaces, one spelling for each number."""
-    return rfc8785.dumps(value)
+    return rfc8785.dumps(as_doubles(value))
+
+
+def as_doubles(value: Any) -> Any:
+    """JSON's numbers are doubles: a large integer that is one, or is spelled as one, is a float.
+
+    Else a float of 2**53 or more, which is written without a point, could not be read back.
+    """
+    if isinstance(value, dict):
+        return {name: as_doubles(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_doubles(each) for each in value]
+    if isinstance(value, int) and SAFE < abs(value) < LARGEST_DOUBLE:
+        double = float(value)
+        if double == value or rfc8785.dumps(double) == str(value).encode():
+            return double
+    return value
 
 
 def digest_of(value: Any) -> str:
@@ -287,8 +305,8 @@ def parse(text: bytes, where: str) -> Manifest:
         raise BadManifest(f"{where} is not a manifest: {why}", hint=hint) from why
     if not same:
         raise BadManifest(f"{where} is not in canonical form: it was edited", hint=hint)
-    for problem in contradictions(manifest):
-        raise BadManifest(f"{where} contradicts itself: {problem}", hint=hint)
+    if problems := contradictions(manifest):
+        raise BadManifest(f"{where} contradicts itself: {'; '.join(problems)}", hint=hint)
     return manifest
 
 

@@ -6,9 +6,12 @@ manifest's while the bytes are read, and an entry that points outside condemns t
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import lzma
 import os
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -21,6 +24,18 @@ from hubaoti.manifest import Member
 
 CHUNK = 1 << 20
 ENTRIES = 100_000  # of one package; an honest one has some dozens
+# What zipfile and its decompressors raise of damaged files.
+DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    IndexError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+)
 HINT = "the package is damaged or was made to harm: pull it again, or ask its publisher"
 
 
@@ -53,9 +68,11 @@ def unpack(package: Path, members: tuple[Member, ...], folder: Path) -> None:
             entry = entries.get(member.path)
             if entry is None or entry.file_size != member.size:
                 raise BadPackage(f"{package.name} has not the listed {member.path}", hint=HINT)
-            target = folder / member.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            copy_member(archive, entry, member, target)
+            try:
+                copy_member(archive, entry, member, folder / member.path)
+            except (FileExistsError, NotADirectoryError) as why:
+                message = f"{package.name}: {member.path} is a file and a folder"
+                raise BadPackage(message, hint=HINT) from why
 
 
 def unpack_all(package: Path, folder: Path) -> None:
@@ -80,7 +97,12 @@ def opened(package: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(package) as archive:
             yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as why:
+    except DAMAGE as why:
+        raise BadPackage(f"{package.name} is not a whole zip file: {why}", hint=HINT) from why
+    except OSError as why:
+        # A made-up offset is an invalid argument of seek, and bz2 gives its errors no number.
+        if why.errno not in (errno.EINVAL, None):
+            raise
         raise BadPackage(f"{package.name} is not a whole zip file: {why}", hint=HINT) from why
 
 
@@ -101,10 +123,14 @@ def safe_entries(package: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInf
 
 
 def leads_outside(name: str) -> bool:
-    """Whether an entry's name is absolute, climbs, or could be read as either somewhere."""
+    """Whether an entry's name is absolute, climbs, or could be read as either somewhere.
+
+    So is every name that is not its own plain spelling (`./a`, `a//b`).
+    """
     odd = "\\" in name or "\0" in name or ":" in name
     path = PurePosixPath(name)
-    return not name or odd or path.is_absolute() or ".." in path.parts
+    plain = str(path) == name.removesuffix("/") and name != "."
+    return not name or odd or not plain or path.is_absolute() or ".." in path.parts
 
 
 def measured(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Member:
@@ -118,6 +144,7 @@ def copy_member(
     archive: zipfile.ZipFile, entry: zipfile.ZipInfo, member: Member, target: Path
 ) -> None:
     """Write one entry while hashing it; a zip bomb stops at the listed size."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     with archive.open(entry) as source, target.open("xb") as sink:
         digest = copy_hashed(source, sink, member.size)
         sink.flush()

@@ -1,0 +1,252 @@
+"""The manifest: one spelling, checked once, refused with the reason."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from bundles import CPU, CUDA, make_bundle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hubaoti.errors import BadManifest, NewerSchema
+from hubaoti.manifest import (
+    LARGEST,
+    Build,
+    Built,
+    Check,
+    Constant,
+    Manifest,
+    Origin,
+    Program,
+    Source,
+    Target,
+    canonical,
+    key_of,
+    parse,
+)
+from hubaoti.requirements import Requirements
+from hubaoti.variant import Recipe, Variant
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle", CUDA).manifest
+
+
+def edited(manifest: Manifest, edit: Edit, rekey: bool = True) -> bytes:
+    """The manifest's text after an edit by someone who knows the format."""
+    value = json.loads(manifest.to_json())
+    edit(value)
+    if rekey:
+        parts = {name: value[name] for name in ("program", "build", "target")}
+        value["key"] = hashlib.sha256(canonical(parts)).hexdigest()
+    return canonical(value)
+
+
+def test_a_manifest_is_its_own_canonical_form(manifest: Manifest) -> None:
+    assert parse(manifest.to_json(), "x") == manifest
+    assert parse(manifest.to_json(), "x").digest == manifest.digest
+
+
+def test_it_names_its_recipe_variant_size_and_program(manifest: Manifest) -> None:
+    assert manifest.recipe == Recipe("float32", "sdpa")
+    assert manifest.variant == Variant("2.13", "13.0", 90, "x86_64_v3")
+    assert manifest.size == sum(file.size for file in manifest.all_files())
+    assert manifest.program.tag == f"hubaoti-program-{manifest.program.digest[:12]}"
+
+
+def test_the_key_is_of_program_build_and_target_alone(manifest: Manifest, tmp_path: Path) -> None:
+    other = make_bundle(tmp_path / "b", CUDA, source=Source(model="other/model")).manifest
+    assert other.key == manifest.key
+    assert other.digest != manifest.digest
+    assert make_bundle(tmp_path / "c", CPU).manifest.key != manifest.key
+    assert make_bundle(tmp_path / "d", CUDA, mode="other").manifest.key != manifest.key
+
+
+def test_a_newer_schema_says_upgrade(manifest: Manifest) -> None:
+    text = edited(manifest, lambda value: value.update(schema=2, future={"x": 1}))
+    with pytest.raises(NewerSchema, match="schema 2") as caught:
+        parse(text, "repo/hubaoti.json")
+    assert "upgrade" in caught.value.hint
+    assert caught.value.exit_code == 12
+
+
+@pytest.mark.parametrize("schema", [0, -1, "1", None, 1.5, True])
+def test_a_schema_that_never_was_is_refused(manifest: Manifest, schema: object) -> None:
+    text = edited(manifest, lambda value: value.update(schema=schema))
+    with pytest.raises(BadManifest) as caught:
+        parse(text, "x")
+    assert caught.value.exit_code == 11
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b"1e999", b'"schema"']
+)
+def test_what_is_no_manifest_is_refused(text: bytes) -> None:
+    with pytest.raises(BadManifest) as caught:
+        parse(text, "here")
+    assert "here" in str(caught.value)
+    assert caught.value.hint
+
+
+def test_a_manifest_of_any_size_is_not_read() -> None:
+    with pytest.raises(BadManifest, match="larger than"):
+        parse(b" " * (LARGEST + 1), "x")
+
+
+def test_another_spelling_of_the_same_is_refused(manifest: Manifest) -> None:
+    pretty = json.dumps(json.loads(manifest.to_json()), indent=1).encode()
+    twice = manifest.to_json().replace(b'"schema":1', b'"schema":1,"schema":1')
+    for text in (pretty, twice, manifest.to_json() + b"\n"):
+        with pytest.raises(BadManifest, match="canonical"):
+            parse(text, "x")
+
+
+def rename(value: dict[str, Any], path: str) -> None:
+    value["graphs"][0]["file"] = path
+
+
+def put(*keys: str | int, to: object) -> Edit:
+    def edit(value: Any) -> None:
+        for key in keys[:-1]:
+            value = value[key]
+        value[keys[-1]] = to
+
+    return edit
+
+
+BAD = {
+    "an unknown field": put("extra", to=1),
+    "a missing field": lambda value: value.pop("graphs"),
+    "a negative size": put("graphs", 0, "size", to=-1),
+    "a short digest": put("graphs", 0, "sha256", to="ab"),
+    "a digest with a newline": put("graphs", 0, "sha256", to="a" * 64 + "\n"),
+    "a path that climbs": put("graphs", 0, "file", to="../x.pt2"),
+    "an absolute path": put("files", 0, "path", to="/etc/passwd"),
+    "a hidden path": put("files", 0, "path", to=".bashrc"),
+    "an empty segment": put("files", 0, "path", to="a//b"),
+    "a backslash": put("files", 0, "path", to="a\\b"),
+    "a member that climbs": put("graphs", 0, "members", 0, "path", to="model/../../x"),
+    "a member that is absolute": put("graphs", 0, "members", 0, "path", to="/x"),
+    "a member that is a dot": put("graphs", 0, "members", 0, "path", to="./x"),
+    "an unknown task": put("program", "task", to="steal"),
+    "an unknown device": put("target", "device", to="tpu"),
+    "a malformed dtype": put("build", "dtype", to="Float 32"),
+    "an attention without a name": put("build", "attention", to="A/B"),
+    "a torch without a version": put("target", "torch", to="x"),
+    "values of no kind": put("graphs", 0, "inputs", 0, "values", to="ids<x"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_malformed_field_is_refused(manifest: Manifest, what: str) -> None:
+    with pytest.raises(BadManifest):
+        parse(edited(manifest, BAD[what]), "x")
+
+
+def twice(value: dict[str, Any], list_of: str) -> None:
+    value[list_of].append(value[list_of][0])
+
+
+CLASHES: dict[str, tuple[Edit, str]] = {
+    "a graph twice": (lambda value: twice(value, "graphs"), "graph root is listed twice"),
+    "a file twice": (lambda value: twice(value, "files"), "golden.safetensors is listed twice"),
+    "a file as the manifest": (put("files", 0, "path", to="Hubaoti.json"), "listed twice"),
+    "a member twice": (
+        lambda value: value["graphs"][0]["members"].append(value["graphs"][0]["members"][0]),
+        "member",
+    ),
+    "a dim without bounds": (put("graphs", 0, "bounds", to={}), "dim batch has no bounds"),
+    "empty bounds": (put("graphs", 0, "bounds", "batch", to=[3, 2]), "bounded by"),
+    "two tales of the host": (put("requires", "sm", to=80), "target.sm is 90"),
+}
+
+
+@pytest.mark.parametrize("what", CLASHES)
+def test_a_contradiction_is_refused_with_its_reason(manifest: Manifest, what: str) -> None:
+    edit, reason = CLASHES[what]
+    with pytest.raises(BadManifest, match=reason):
+        parse(edited(manifest, edit), "x")
+
+
+def test_a_key_of_something_else_is_refused(manifest: Manifest) -> None:
+    text = edited(manifest, put("key", to="0" * 64), rekey=False)
+    with pytest.raises(BadManifest, match="the key is not"):
+        parse(text, "x")
+
+
+def test_a_constant_from_an_unlisted_file_is_refused(manifest: Manifest) -> None:
+    constant = Constant(
+        fqn="weight", dtype="float32", shape=(1,), stride=(1,), origin=Origin(file="absent.bin")
+    )
+    graph = msgspec.structs.replace(manifest.graphs[0], constants=(constant,))
+    bad = msgspec.structs.replace(manifest, graphs=(graph,))
+    with pytest.raises(BadManifest, match=r"constants from absent\.bin"):
+        parse(bad.to_json(), "x")
+    good = msgspec.structs.replace(constant, origin=Origin(file="golden.safetensors"))
+    graph = msgspec.structs.replace(graph, constants=(good,))
+    fine = msgspec.structs.replace(manifest, graphs=(graph,))
+    assert parse(fine.to_json(), "x") == fine
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53) + 1, 2**53 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+DIMS = st.dictionaries(
+    st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True),
+    st.tuples(st.integers(1, 9), st.integers(9, 99), st.just(1)),
+    max_size=3,
+)
+FLOATS = st.floats(0, 1e300)
+
+
+@settings(max_examples=60, deadline=None)
+@given(config=st.dictionaries(st.sampled_from(["a", "b", "é"]), JSON), dims=DIMS, error=FLOATS)
+def test_parse_reads_whatever_to_json_writes(
+    config: dict[str, Any], dims: dict[str, tuple[int, int, int]], error: float
+) -> None:
+    program = Program(config=config, code="a" * 64, task="logits", steps=("x",))
+    build = Build(regions="whole", dims=dims, dtype="float32", attention="sdpa")
+    target = Target(git="b" * 40, **CPU)
+    check = Check(graph="r", dims={}, max_absolute=error, max_relative=error, tolerance=error)
+    written = Manifest(
+        program=program,
+        build=build,
+        target=target,
+        key=key_of(program, build, target),
+        source=Source(model="m"),
+        requires=Requirements(**CPU),  # type: ignore[arg-type]
+        graphs=(),
+        checks=(check,),
+        built=Built(at="now", seconds=error, peak_bytes=1, host="h", hubaoti="0", transformers="5"),
+    )
+    read = parse(written.to_json(), "x")
+    assert read.to_json() == written.to_json()
+    assert read.digest == written.digest
+
+
+@settings(max_examples=100, deadline=None)
+@given(cut=st.integers(0, 10**6), mask=st.integers(1, 255))
+def test_no_flipped_byte_is_the_same_artifact(manifest: Manifest, cut: int, mask: int) -> None:
+    text = bytearray(manifest.to_json())
+    text[cut % len(text)] ^= mask
+    with suppress(BadManifest):
+        assert parse(bytes(text), "x").digest != manifest.digest
