@@ -21,7 +21,7 @@ from hubaoti import manifest as manifests
 from hubaoti.bundle import Bundle, file_entry, writing
 from hubaoti.compiler import constants, elf, source, verify
 from hubaoti.compiler.export import Exported, export
-from hubaoti.compiler.inductor import LEVELS, lower
+from hubaoti.compiler.inductor import LEVELS, lower, options_for
 from hubaoti.compiler.request import DEFAULT_LEVEL, Range, Request
 from hubaoti.compiler.shapes import bounded
 from hubaoti.errors import BadRequest
@@ -64,8 +64,8 @@ def build(
         model = source.load(folder, request.task, request.dtype, device)
         dims = bounded(request.dims, model.default_dims, model.positions)
         verify.attempt(model, dims, device)
-        lowered = lower_and_check(model, dims, target, request.options, scratch, say)
-        made = build_of(model, dims, request)
+        made = build_of(model, dims, target)
+        lowered = lower_and_check(model, dims, target, made.options, scratch, say)
         manifest = Manifest(
             program=model.program,
             build=made,
@@ -163,14 +163,14 @@ def requirements(target: Target, needs: elf.Needs | None = None) -> Requirements
     )
 
 
-def build_of(model: source.Source, dims: dict[str, Range], request: Request) -> Build:
+def build_of(model: source.Source, dims: dict[str, Range], target: Target) -> Build:
     """The options, as the manifest and the key have them."""
     return Build(
         regions="none",
         dims={name: (sizes.low, sizes.high, sizes.step) for name, sizes in dims.items()},
         dtype=model.dtype,
         attention=model.attention,
-        options=request.options,
+        options=options_for(target),
     )
 
 

@@ -20,8 +20,10 @@ import torch
 from torch.export import ExportedProgram
 
 from hubaoti.compiler.elf import refuse_executable_stack, refuse_paths
+from hubaoti.compiler.passes import UnfuseBias
 from hubaoti.compiler.source import first_line
 from hubaoti.errors import CompileFailed, DiskFull, HubaotiError, UnsafeFolder
+from hubaoti.manifest import Target
 from hubaoti.package import pack, unpack_all
 from hubaoti.settings import environment
 
@@ -40,14 +42,26 @@ LEVELS = {
 }
 
 
+UNFUSE = UnfuseBias()
+PASSES = {UNFUSE.uuid(): UNFUSE}  # by the names that manifests give them
+
+
+def options_for(target: Target) -> dict[str, Any]:
+    """Every inductor option that is not at its default, as the manifest and the key have it."""
+    options: dict[str, Any] = WEIGHTLESS | {"cpp.simdlen": LEVELS[target.level][1]}
+    if target.device == "cpu":
+        options["post_grad_custom_post_pass"] = UNFUSE.uuid()
+    return options
+
+
 def lower(program: ExportedProgram, level: str, options: dict[str, Any], package: Path) -> None:
     """Compile a program into `package`, a `.pt2` without weights, sources or paths.
 
     Raises:
         CompileFailed: inductor or the C++ compiler failed.
     """
-    march, width = LEVELS[level]
-    settings = WEIGHTLESS | {"cpp.simdlen": width} | options
+    march = LEVELS[level][0]
+    settings = {name: PASSES.get(str(value), value) for name, value in options.items()}
     with workplace() as folder, host_code(level, march, folder), fresh_cache(folder):
         raw = folder / package.name
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from hubaoti.errors import BadDim, BadRequest, UnknownTask
 
@@ -40,7 +39,6 @@ class Request:
     dtype: str | None = None
     level: str | None = None
     device: str = "cpu"
-    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
