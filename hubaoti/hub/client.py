@@ -166,7 +166,7 @@ class HubClient:
     ) -> tuple[Path, str]:
         """A model's files that match the patterns, in huggingface_hub's own cache; its commit.
 
-        Offline, what is there already is used.
+        Offline, or when the Hub cannot be asked, what is there already is used.
 
         Raises:
             BadRequest: this is no model's id.
@@ -174,12 +174,12 @@ class HubClient:
         if not _MODEL.fullmatch(model):
             raise BadRequest(f"malformed model id: {model!r:.120}", hint="write it as owner/name")
         offline = self._settings.offline
-        wanted = revision if offline else self.resolve(model, revision)
         with self._door(model, local=offline):
+            # By its own name, not by its commit: so it is found by that name when offline.
             folder = self._api.snapshot_download(
-                model, revision=wanted, allow_patterns=list(patterns), local_files_only=offline
+                model, revision=revision, allow_patterns=list(patterns), local_files_only=offline
             )
-        return Path(folder), wanted if wanted and not offline else Path(folder).name
+        return Path(folder), Path(folder).name
 
     # Writing
 
