@@ -177,7 +177,9 @@ def make(
     if weights:
         return auto.from_pretrained(folder, dtype=dtype, attn_implementation=attention)  # type: ignore[no-any-return]
     with no_init_weights():
-        return auto.from_config(config, dtype=dtype, attn_implementation=attention)  # type: ignore[no-any-return]
+        model: nn.Module = auto.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.tie_weights()  # type: ignore[operator]  # which was skipped, too
+    return model
 
 
 def auto_class(task: str, config: Any) -> Any:
