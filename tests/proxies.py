@@ -51,6 +51,7 @@ class Handler(BaseHTTPRequestHandler):
     """Forwards each request of one connection."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each small answer waits 40 ms for an acknowledgement
     server: Server
 
     def log_message(self, *_: Any) -> None:

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import HfApi, errors
+from huggingface_hub import HfApi, constants, errors
 from huggingface_hub.utils import httpx
 from proxies import Proxy, proxying
 
@@ -24,10 +26,19 @@ from hubaoti.errors import (
     HubUnreachable,
     RepoNotFound,
 )
-from hubaoti.hub.client import Entry, HubClient, StaleParent, folder_of, join_card, split_card
+from hubaoti.hub.client import (
+    Entry,
+    HubClient,
+    StaleParent,
+    folder_of,
+    join_card,
+    quiet,
+    split_card,
+)
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
+bars = import_module("huggingface_hub.utils.tqdm")
 TOKEN = "hf_secret_of_ours"
 
 
@@ -254,16 +265,44 @@ def test_a_tag_that_exists_is_a_conflict(client: HubClient, model: str) -> None:
         client.tag(model, "v1", commit)
 
 
-def test_progress_bars_are_off_and_come_back(client: HubClient) -> None:
-    code = (
-        "from huggingface_hub.utils.tqdm import are_progress_bars_disabled as off\n"
-        "from hubaoti.hub.client import quiet\n"
-        "assert not off()\n"
-        "with quiet():\n    assert off()\n"
-        "assert not off()\n"
-    )
-    env = {"PATH": "/usr/bin"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+@pytest.mark.parametrize("said", [None, True, False])
+def test_progress_bars_are_off_and_come_back_unless_the_user_said(
+    monkeypatch: pytest.MonkeyPatch, said: bool | None
+) -> None:
+    for module in (constants, bars):
+        monkeypatch.setattr(module, "HF_HUB_DISABLE_PROGRESS_BARS", said, raising=False)
+    monkeypatch.setattr(bars, "progress_bar_states", {})
+    before = bars.are_progress_bars_disabled()
+    with quiet():
+        assert bars.are_progress_bars_disabled() is (said is not False)
+        with quiet():
+            pass
+        assert bars.are_progress_bars_disabled() is (said is not False)
+    assert bars.are_progress_bars_disabled() == before
+
+
+def test_an_endpoint_that_names_no_commit_is_no_hub(
+    client: HubClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha="../../etc"))
+    with pytest.raises(HubUnreachable, match="names no commit"):
+        client.resolve("acme/x")
+
+
+def test_a_download_that_another_process_dropped_is_asked_for_again(
+    client: HubClient, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, download, failures = client.resolve(model), HfApi.hf_hub_download, [2]
+
+    def vanish(*args: object, **more: object) -> str:
+        if failures.pop() > 0:
+            failures.append(0)
+            raise FileNotFoundError(errno.ENOENT, "No such file", "blobs/x")
+        failures.append(0)
+        return str(download(*args, **more))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HfApi, "hf_hub_download", vanish)
+    assert client.download(model, commit, "config.json").read_bytes() == b"config.json"
 
 
 @pytest.mark.parametrize("text", ["", "Just words", "# A title\n\n---\n\nbelow a line\n"])

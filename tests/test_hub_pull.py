@@ -546,3 +546,23 @@ def test_the_steps_are_said(tmp_path: Path, repo: str, settings: Settings) -> No
         "downloading",
         "unpacking",
     ]
+
+
+def test_downloads_that_another_pull_removed_are_fetched_again(
+    tmp_path: Path, repo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ship(tmp_path, repo, settings)
+    put, calls = Mirror.put, [0]
+
+    def vanish(self: Mirror, *args: object) -> object:
+        calls[0] += 1
+        if calls[0] < 3:
+            raise FileNotFoundError
+        return put(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Mirror, "put", vanish)
+    assert get(repo, settings).artifact
+    calls[0] = -9
+    monkeypatch.setattr(Mirror, "artifact", lambda *_: None)
+    with pytest.raises(HubaotiError, match="removed 3 times"):
+        get(repo, settings)

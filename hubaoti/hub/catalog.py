@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from hubaoti.errors import BadManifest, BadRequest, DigestMismatch
-from hubaoti.hub.client import Entry, HubClient
+from hubaoti.hub.client import Entry, HubClient, quiet
 from hubaoti.hub.layout import Place, require_agreement
 from hubaoti.manifest import FILENAME, LARGEST, Manifest, parse
 
@@ -49,7 +49,7 @@ def read_catalog(client: HubClient, repo: str, commit: str) -> Catalog:
     """
     files = {entry.path: entry for entry in client.files(repo, commit)}
     places, notes = places_in(files)
-    with ThreadPoolExecutor(READERS) as pool:
+    with quiet(), ThreadPoolExecutor(READERS) as pool:
         manifests = pool.map(
             lambda place: read_manifest(client, repo, commit, files[place.manifest]), places
         )

@@ -10,7 +10,6 @@ import errno
 import hashlib
 import re
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -239,8 +238,7 @@ class HubClient:
                 hint="unset HF_HUB_OFFLINE, or name a full commit id that was pulled before",
             )
         try:
-            # Its warning of a full disk comes before the error, which says it better.
-            with warnings.catch_warnings(action="ignore"), quiet():
+            with quiet():
                 yield
         except (HubaotiError, StaleParent):
             raise
@@ -339,14 +337,18 @@ def _is_full(why: BaseException) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """huggingface_hub's progress bars off, as long as the user did not ask for them."""
+    """huggingface_hub's progress bars off, unless the user's environment says on or off.
+
+    They are one switch of the whole process: around work in threads, hold this outside of them.
+    """
+    from huggingface_hub import constants
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
 
-    if are_progress_bars_disabled():
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
         yield
         return
     disable_progress_bars()
