@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import HfApi, constants, errors
-from huggingface_hub.utils import httpx
 from proxies import Proxy, proxying
 
 from hubaoti.errors import (
@@ -37,6 +36,11 @@ from hubaoti.hub.client import (
 )
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
+
+try:
+    from huggingface_hub.utils import httpx
+except ImportError:  # 1.30 has no name for its own transport
+    import httpx
 
 bars = import_module("huggingface_hub.utils.tqdm")
 TOKEN = "hf_secret_of_ours"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from hubaoti.errors import BadManifest, BadRequest, DigestMismatch
@@ -47,6 +46,8 @@ def read_catalog(client: HubClient, repo: str, commit: str) -> Catalog:
     Raises:
         RepoNotFound, AuthFailed, HubUnreachable: from the client.
     """
+    from concurrent.futures import ThreadPoolExecutor  # not for a warm pull, which counts ms
+
     files = {entry.path: entry for entry in client.files(repo, commit)}
     places, notes = places_in(files)
     with quiet(), ThreadPoolExecutor(READERS) as pool:

@@ -1,7 +1,8 @@
 """The mirror: artifacts as verified files, each whole or absent.
 
     index.sqlite3       what is here and where it came from
-    hub/                huggingface_hub's cache folders, one for each endpoint: transport
+    hub/                huggingface_hub's cache folders, one for each endpoint: transport. Packages
+                        leave them once they are unpacked, so nothing lies here twice
     artifacts/<digest>/ the manifest and the small tensors
     graphs/<sha256>/    one unpacked package, read-only
     quarantine/  tmp/
