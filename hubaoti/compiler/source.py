@@ -307,36 +307,41 @@ def modules_in(listing: Path) -> list[tuple[str, str]]:
 def pooling_modes(config: dict[str, Any]) -> list[str]:
     """The poolings that a sentence-transformers config turns on, in the order they are joined."""
     named = config.get("pooling_mode")
-    if isinstance(named, str):
-        named = {"mean_sqrt_len": "mean_sqrt_len_tokens"}.get(named, named)
-        modes = [named] if named in POOLING else []
-    else:
+    if named is None:
         spelled = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens"}
         spelled |= {"weightedmean": "weightedmean_tokens"}
         modes = [m for m in POOLING if config.get(f"pooling_mode_{spelled.get(m, m)}")]
-    if not modes:
-        raise UnknownTask("the model's pooling is not one that embed knows", hint=str(config))
+        return modes or ["mean"]
+    modes = [named] if isinstance(named, str) else list(named)
+    if not modes or not set(modes) <= {*POOLING}:
+        raise UnknownTask(
+            f"the model's pooling is {named}, which embed does not know",
+            hint=f"embed takes {', '.join(POOLING)}",
+        )
     return modes
 
 
 def pool(mode: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """One vector a row from (batch, seq, width) and a (batch, seq) mask.
 
-    As sentence_transformers.models.Pooling computes it.
+    As the Pooling of sentence-transformers 6 computes it: padding may stand on either side, and
+    half types are summed in float32.
     """
-    weights = mask.unsqueeze(-1).to(hidden.dtype)
-    if mode == "cls":
-        return hidden[:, 0]
+    first = mask.argmax(1)
+    places = torch.arange(mask.shape[1], device=mask.device)
     if mode == "max":
-        return hidden.masked_fill(weights == 0, -1e9).amax(1)
-    if mode == "lasttoken":
-        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
-        return hidden.take_along_dim(last.view(-1, 1, 1), 1).squeeze(1)
+        return hidden.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).amax(1)
+    if mode in {"cls", "lasttoken"}:
+        at = first if mode == "cls" else (mask * places).argmax(1)
+        return hidden.take_along_dim(at.view(-1, 1, 1), 1).squeeze(1)
     if mode == "weightedmean":
-        weights = weights * torch.arange(1, mask.shape[1] + 1, device=mask.device).view(1, -1, 1)
-    total = (hidden * weights).sum(1)
+        mask = mask * (places + 1 - first.unsqueeze(1))
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    weights = mask.unsqueeze(-1).to(precise)
     count = weights.sum(1).clamp(min=1e-9)
-    return total / (count.sqrt() if mode == "mean_sqrt_len_tokens" else count)
+    if mode == "mean_sqrt_len_tokens":
+        count = count.sqrt()
+    return ((hidden * weights).sum(1) / count).to(hidden.dtype)
 
 
 Forward = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
