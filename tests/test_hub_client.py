@@ -109,6 +109,7 @@ HTTP = errors.HfHubHTTPError
         (OSError("Consistency check failed: file should be of size 3"), HubUnreachable, False),
         (RuntimeError("Data processing error: CAS service error"), HubUnreachable, True),
         (RuntimeError("IO Error: No space left on device (os error 28)"), DiskFull, False),
+        (UserWarning("Not enough free disk space to download"), DiskFull, False),
         (OSError(errno.ENOSPC, "No space left on device"), DiskFull, False),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), HubaotiError, False),
         (ValueError("Expecting value: line 1"), HubUnreachable, False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -566,3 +567,28 @@ def test_downloads_that_another_pull_removed_are_fetched_again(
     monkeypatch.setattr(Mirror, "artifact", lambda *_: None)
     with pytest.raises(HubaotiError, match="removed 3 times"):
         get(repo, settings)
+
+
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")
+@pytest.mark.parametrize("size", ["300k", "800k"], ids=["downloading", "unpacking"])
+def test_a_disk_that_fills_up_on_the_way_leaves_nothing(
+    tmp_path: Path, repo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir(mode=0o700)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        small = replace(settings, home=disk / "home")
+        ship(tmp_path, repo, settings, members={"model/root.so": bytes(500_000)})
+        for module in ("hub.pull", "mirror.store"):
+            monkeypatch.setattr(f"hubaoti.{module}.require_room", lambda *_: None)
+        with pytest.raises(DiskFull, match="free") as caught:
+            get(repo, small)
+        assert caught.value.hint
+        assert left_over(small) == []
+        assert not any((small.mirror / "tmp").iterdir())
+        assert not list(small.mirror.rglob("*.incomplete"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

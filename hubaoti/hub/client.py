@@ -331,8 +331,14 @@ def folder_of(endpoint: str) -> str:
 
 
 def _is_full(why: BaseException) -> bool:
-    """Whether an error says that the disk is full; hf_xet says it in words only."""
-    return (isinstance(why, OSError) and why.errno in FULL) or "No space left" in str(why)
+    """Whether an error says that the disk is full.
+
+    hf_xet says it in words only; huggingface_hub warns of it, which is an error where the user
+    made warnings errors.
+    """
+    words = ("No space left", "Not enough free disk space")
+    numbered = isinstance(why, OSError) and why.errno in FULL
+    return numbered or any(each in str(why) for each in words)
 
 
 @contextmanager
