@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
+# What the compiler reads of a model: config, tokenizer and code; no pattern matches weights.
+COMPILE_FILES = ("*.json", "*.txt", "*.py", "*.model", "*/config.json", "tokenizer*")
 # What the runtime reads of a model: its tokenizer and its weights.
 RUN_FILES = ("tokenizer.json", "*.safetensors", "*.safetensors.index.json")
-EAGER_FILES = ("*.json", "*.txt", "*.model", "*/config.json", "*.safetensors")
+EAGER_FILES = (*COMPILE_FILES, "*.safetensors")
 
 
 def silent(step: str) -> None:
@@ -64,13 +66,13 @@ def compile(  # noqa: PLR0913 - a face of keywords
 
     settings = settings or Settings.from_env()
     request = Request(task=task, dims=ranges(dims), dtype=dtype, level=level, device=device)
-    say("torch")
-    from hubaoti.compiler.build import build
-    from hubaoti.compiler.source import PATTERNS
-
-    folder, source = model_files(model, revision, PATTERNS, settings)
-    bundle = build(folder, source, request, probe(settings), Path(output), say)
     with Mirror.open(settings.mirror) as mirror:
+        say("files")
+        folder, source = model_files(model, revision, COMPILE_FILES, settings)
+        say("torch")  # importing it takes longer than most steps
+        from hubaoti.compiler.build import build
+
+        bundle = build(folder, source, request, probe(settings), Path(output), say)
         mirror.record_built(bundle.manifest)
     return bundle
 

@@ -29,8 +29,6 @@ from hubaoti.errors import (
 )
 from hubaoti.manifest import Program
 
-# What is read of a model; weights are in none of these patterns.
-PATTERNS = ("*.json", "*.txt", "*.py", "*.model", "*/config.json", "tokenizer*")
 POOLING = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 LARGEST = 1 << 20  # tokenizers write 1e30 where a model has no limit
 LINE = 300  # characters of somebody else's error message
