@@ -46,18 +46,22 @@ NAMES = {
     "_attn_implementation_autoset",
     "attn_implementation",
 }
+# Packages that are no part of a model's own code; torch's version stands in the target.
+OUTSIDE = {"torch", "builtins", "typing", "hubaoti"}
+GENERAL = {"modeling_utils", "peft", "hub", "distributed", "distributed_mixin", "generation"}
 TRAINING = re.compile(r"drop|_loss|_token_ids?\Z")
 
 
 def program_of(model: nn.Module, config: Any, task: str, steps: tuple[str, ...]) -> Program:
     """The program of a transformers model that does a task, followed by steps."""
-    sources = source_files(model)
+    classes = classes_of(model)
     plain = normalized(config.to_dict())
     if task == "classify":
         plain["num_labels"] = config.num_labels
-    if reads_pad_token(sources):
+    if reads_pad_token(classes):
         plain["pad_token_id"] = getattr(config, "pad_token_id", None)
-    return Program(config=plain, code=digest_of_sources(sources), task=task, steps=steps)  # type: ignore[arg-type]
+    code = digest_of_sources(source_files(classes))
+    return Program(config=plain, code=code, task=task, steps=steps)  # type: ignore[arg-type]
 
 
 def normalized(config: dict[str, Any]) -> dict[str, Any]:
@@ -81,17 +85,21 @@ def plain_value(value: Any) -> Any:
     return str(value)
 
 
-def source_files(model: nn.Module) -> list[Path]:
-    """The Python files that define the classes of a model and their bases, torch's left out."""
+def classes_of(model: nn.Module) -> set[type]:
+    """The classes that compute a model: its modules' and their bases, torch's left out."""
     classes = {base for module in model.modules() for base in type(module).__mro__}
-    files = set()
-    for cls in classes:
-        if cls.__module__.split(".")[0] not in {"torch", "builtins", "typing", "hubaoti"}:
-            source = inspect.getsourcefile(sys.modules[cls.__module__])
-            files |= {Path(source)} if source else set()
-    # What every transformers model inherits (loading, saving, generating) computes nothing here.
-    general = {"modeling_utils.py", "peft.py", "hub.py", "distributed_mixin.py"}
-    return sorted(file for file in files if file.name not in general)
+    return {cls for cls in classes if cls.__module__.split(".")[0] not in OUTSIDE and computes(cls)}
+
+
+def computes(cls: type) -> bool:
+    """Not what every transformers model inherits: loading, saving, generating."""
+    return not {*cls.__module__.split(".")} & GENERAL
+
+
+def source_files(classes: set[type]) -> list[Path]:
+    """The Python files that define classes."""
+    sources = {inspect.getsourcefile(sys.modules[cls.__module__]) for cls in classes}
+    return sorted(Path(source) for source in sources if source)
 
 
 def digest_of_sources(files: list[Path]) -> str:
@@ -102,11 +110,12 @@ def digest_of_sources(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def reads_pad_token(files: list[Path]) -> bool:
+def reads_pad_token(classes: set[type]) -> bool:
     """Whether a model computes with the padding id (positions of RoBERTa, last token of GPT-2).
 
-    `nn.Embedding(…, padding_idx=config.pad_token_id)` only keeps a row from being trained.
+    An `nn.Embedding` only keeps that row from being trained, and its keeping is often named first.
+    The classes are read, not their files, in which other models' heads stand, too.
     """
-    text = "".join(file.read_text() for file in files)
-    text = re.sub(r"padding_idx=\s*(self\.)?config\.pad_token_id", "", text)
+    text = "".join(inspect.getsource(cls) for cls in classes)
+    text = re.sub(r"nn\.Embedding\([^()]*\)|self\.padding_idx = config\.pad_token_id", "", text)
     return re.search(r"pad_token_id|self\.padding_idx", text) is not None
