@@ -77,7 +77,7 @@ def test_example_inputs_are_of_the_vocabulary_and_every_row_has_a_token(
     ids, mask = made["input_ids"], made["attention_mask"]
     assert ids.shape == mask.shape == (batch, seq)
     assert ids.dtype == mask.dtype == torch.int64
-    assert 0 <= ids.min() and ids.max() < vocabulary
+    assert ids.min() >= 0 and ids.max() < vocabulary
     assert set(mask.unique().tolist()) <= {0, 1}
     assert mask.sum(1).min() >= 1
     if batch > 1 and seq > 1:

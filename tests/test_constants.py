@@ -1,0 +1,116 @@
+"""Constants: where a runtime finds the values that a graph reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from hubaoti.compiler.constants import BUFFERS, checkpoint_origin, describe, tensors_of, tied
+from hubaoti.errors import CompileFailed
+
+TINY: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 32,
+}
+
+
+def traced(module: nn.Module, *inputs: torch.Tensor) -> torch.export.ExportedProgram:
+    return torch.export.export(module.eval(), inputs, strict=False)
+
+
+class Small(nn.Module):
+    """A weight, a saved buffer, one that is not saved, and a tensor that is neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+        self.register_buffer("saved", torch.randn(4))
+        self.register_buffer("table", torch.randn(4, 4).t(), persistent=False)
+        self.loose = torch.arange(4.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        saved: Any = self.saved
+        table: Any = self.table
+        return (x @ self.weight.t() + saved) @ table + self.loose
+
+
+def test_saved_tensors_come_from_the_checkpoint_and_the_others_are_shipped() -> None:
+    module = Small()
+    program = traced(module, torch.ones(2, 3))
+    loose = [*program.constants][0]
+    listed, shipped = describe(["weight", "saved", "table", loose], module, program)
+    origins = {constant.fqn: constant.origin for constant in listed}
+    assert origins["weight"].checkpoint == ("weight",)
+    assert origins["saved"].checkpoint == ("saved",)
+    assert origins["table"].file == origins[loose].file == BUFFERS
+    assert shipped.keys() == {"table", loose}
+    assert torch.equal(shipped["table"], module.table)  # type: ignore[arg-type]
+    assert torch.equal(shipped[loose], module.loose)
+
+
+def test_a_constant_has_the_dtype_shape_and_stride_that_the_graph_reads() -> None:
+    module = Small().to(torch.float64)
+    listed, _ = describe(["weight"], module, traced(module, torch.ones(2, 3).double()))
+    (weight,) = listed
+    assert (weight.dtype, weight.shape, weight.stride) == ("float64", (4, 3), (3, 1))
+
+
+def test_a_tensor_that_nobody_has_fails_the_compile() -> None:
+    module = Small()
+    with pytest.raises(CompileFailed, match="reads ghost"):
+        describe(["ghost"], module, traced(module, torch.ones(2, 3)))
+
+
+def test_a_checkpoint_is_searched_with_and_without_the_head_s_prefix() -> None:
+    config = transformers.BertConfig(**TINY)
+    fqn = "embeddings.word_embeddings.weight"
+    base = transformers.BertModel(config)
+    headed = transformers.BertForSequenceClassification(config)
+    names = {
+        checkpoint_origin(model, name, tensors_of(model)[name], ()).checkpoint
+        for model, name in ((base, fqn), (headed, f"bert.{fqn}"))
+    }
+    assert names == {(fqn, f"bert.{fqn}"), (f"bert.{fqn}", fqn)}
+
+
+def test_every_name_of_a_tied_weight_is_looked_for() -> None:
+    config = transformers.LlamaConfig(**TINY, tie_word_embeddings=True)
+    model = transformers.LlamaForCausalLM(config)
+    both = {"lm_head.weight", "model.embed_tokens.weight"}
+    aliases = tied(tensors_of(model))
+    for name in both:
+        assert {name, *aliases[name]} == both
+        origin = checkpoint_origin(model, name, tensors_of(model)[name], aliases[name])
+        assert both <= {*origin.checkpoint}
+        assert origin.checkpoint[0] == name
+        assert origin.transform is None
+
+
+@pytest.mark.parametrize(
+    ("make_config", "head"),
+    [
+        (transformers.MixtralConfig, transformers.MixtralForCausalLM),
+        (transformers.Qwen2MoeConfig, transformers.Qwen2MoeForCausalLM),
+    ],
+)
+def test_experts_that_transformers_fuse_are_not_taken_for_tensors_of_the_checkpoint(
+    make_config: Any, head: Any
+) -> None:
+    experts = {"num_local_experts": 2, "num_experts": 2, "moe_intermediate_size": 8}
+    model = head(make_config(**TINY, **experts, num_experts_per_tok=1, num_key_value_heads=1))
+    origins = {
+        name: checkpoint_origin(model, name, tensor, ())
+        for name, tensor in tensors_of(model).items()
+        if name in model.state_dict()
+    }
+    fused = {name for name in origins if ".experts." in name}
+    assert fused
+    assert {name for name, origin in origins.items() if origin.transform} == fused
