@@ -33,7 +33,7 @@ def export(source: Source, dims: dict[str, Range], device: torch.device) -> Expo
 
     Raises:
         BadDim: the model takes only one size of a dim.
-        CompileFailed: it cannot be traced, or it writes to its own buffers.
+        CompileFailed: it cannot be traced.
     """
     inputs = example_inputs(example_sizes(dims), source.vocabulary, device)
     named = {name: dim_of(name, sizes) for name, sizes in dims.items()}
@@ -43,11 +43,6 @@ def export(source: Source, dims: dict[str, Range], device: torch.device) -> Expo
             program = trace(source.model, inputs, shapes)
     except Exception as why:  # torch raises of many kinds, each with its own words
         raise explained(why) from why
-    for written in program.graph_signature.buffers_to_mutate.values():
-        raise CompileFailed(
-            f"export: the model writes to its own {written}",
-            hint="a graph's constants must stay as they are: this model stays eager",
-        )
     return Exported(program, inputs_of(program, dims, source), outputs_of(program, source))
 
 

@@ -50,9 +50,10 @@ def attempt(source: Source, dims: dict[str, Range], device: torch.device) -> Non
     """Ask eager alone, before minutes are spent on what it cannot do either.
 
     Raises:
-        CompileFailed: it cannot answer the smallest inputs, whatever their size.
+        CompileFailed: it cannot answer the smallest inputs, or writes to its own tensors.
         BadDim: it can, and fails at larger ones.
     """
+    before = versions(source.model)
     for at, sizes in enumerate(probes(dims)):
         probe = capped(sizes, dims, source, 0.0)
         try:
@@ -65,6 +66,16 @@ def attempt(source: Source, dims: dict[str, Range], device: torch.device) -> Non
                 hint = "the model wants more than ids and a mask, or these sizes are too small"
                 raise CompileFailed(told, hint=hint) from why
             raise BadDim(told, hint="narrow the dims: --dim batch=1:32 --dim seq=2:128") from why
+        for written in sorted(name for name, _ in versions(source.model) ^ before):
+            raise CompileFailed(
+                f"source: at {named(probe.sizes)} the model writes to its own {written}",
+                hint="a graph's constants must stay as they are: this model stays eager",
+            )
+
+
+def versions(model: nn.Module) -> set[tuple[str, tuple[int, int]]]:
+    """Each tensor of a model by name, with what changes when it is replaced or written."""
+    return {(name, (id(each), each._version)) for name, each in tensors_of(model).items()}
 
 
 def verify(
@@ -114,7 +125,7 @@ def compared(
         absolute = max(absolute, difference)
         relative = max(relative, difference / largest)
     tolerance = TOLERANCE[dtype]
-    if not relative <= tolerance:  # also refuses nan
+    if relative > tolerance:
         raise CheckFailed(
             f"check: at {named(probe.sizes)} graph {graph} differs from eager by {relative:.1e} "
             f"of the largest value; {dtype} allows {tolerance:.0e}",
@@ -132,10 +143,11 @@ def compared(
 
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
-    """The largest difference and the largest value; nan where one answers nan and one does not."""
+    """The largest difference and the largest value; infinite where only one of them answers nan."""
     ours, theirs = ours.double(), theirs.double()
     same = (ours == theirs) | (ours.isnan() & theirs.isnan())
-    difference = torch.where(same, 0.0, ours - theirs).abs().max().item()
+    apart = torch.where(same, 0.0, ours - theirs).abs()
+    difference = apart.nan_to_num(nan=float("inf")).max().item()
     finite = theirs[theirs.isfinite()].abs()
     return difference, (finite.max().item() if finite.numel() else 1.0) or 1.0
 
