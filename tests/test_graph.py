@@ -1,0 +1,316 @@
+"""Graph: nothing unchecked reaches native code, and what is bound is used as it lies there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from hubaoti.bundle import Bundle
+from hubaoti.errors import BadInput, CannotOpen, MissingConstant, MissingOps, OutOfBounds
+from hubaoti.manifest import Graph as Entry
+from hubaoti.runtime.graph import Graph, fit, native_runner, open_graph, public_runner, refusal
+from hubaoti.runtime.weights import Checkpoint, constants
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def entry(roberta_bundle: Bundle) -> Entry:
+    return roberta_bundle.manifest.graphs[0]
+
+
+@pytest.fixture(scope="module")
+def values(roberta_bundle: Bundle, entry: Entry, tiny_roberta: Path) -> dict[str, torch.Tensor]:
+    """The graph's constants, from the model's checkpoint."""
+    return constants(entry, roberta_bundle.path, Checkpoint(tiny_roberta, CPU), CPU)
+
+
+@pytest.fixture(scope="module")
+def graph(roberta_unpacked: Path, entry: Entry, values: dict[str, torch.Tensor]) -> Graph:
+    """The tiny classifier, ready to be called."""
+    opened = open_graph(roberta_unpacked, entry, CPU)
+    opened.bind(values)
+    return opened
+
+
+def inputs(batch: int = 3, seq: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.arange(5, 5 + batch * seq).view(batch, seq)
+    mask = torch.ones(batch, seq, dtype=torch.int64)
+    mask[1:, seq - 2 :] = 0
+    return ids, mask
+
+
+def expected(tiny_roberta: Path, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    import transformers
+
+    model = transformers.RobertaForSequenceClassification.from_pretrained(tiny_roberta).eval()
+    with torch.no_grad():
+        return model(ids, mask).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("batch", "seq"), [(1, 2), (3, 7), (32, 2), (1, 64), (5, 33)])
+def test_it_answers_as_eager_with_the_checkpoint_s_weights(
+    batch: int, seq: int, graph: Graph, tiny_roberta: Path
+) -> None:
+    ids, mask = inputs(batch, seq)
+    (found,) = graph(ids, mask)
+    torch.testing.assert_close(found, expected(tiny_roberta, ids, mask), atol=1e-5, rtol=0)
+
+
+def test_constants_are_bound_by_reference(
+    roberta_unpacked: Path, entry: Entry, values: dict[str, torch.Tensor]
+) -> None:
+    mine = {name: tensor.clone() for name, tensor in values.items()}
+    graph = open_graph(roberta_unpacked, entry, CPU)
+    graph.bind(mine)
+    before = graph(*inputs())[0].clone()
+    mine["classifier.out_proj.bias"] += 1
+    torch.testing.assert_close(graph(*inputs())[0], before + 1)
+
+
+def test_constants_outlive_the_names_that_they_were_bound_by(
+    roberta_unpacked: Path, entry: Entry, values: dict[str, torch.Tensor], graph: Graph
+) -> None:
+    other = open_graph(roberta_unpacked, entry, CPU)
+    other.bind({name: tensor.clone() for name, tensor in values.items()})
+    ballast = [torch.full((1000,), float("nan")) for _ in range(100)]
+    assert torch.equal(other(*inputs())[0], graph(*inputs())[0])
+    del ballast
+
+
+def test_two_graphs_of_one_library_keep_their_own_constants(
+    roberta_unpacked: Path, entry: Entry, values: dict[str, torch.Tensor], graph: Graph
+) -> None:
+    before = graph(*inputs())[0].clone()
+    other = open_graph(roberta_unpacked, entry, CPU)
+    other.bind({name: torch.zeros_like(tensor) for name, tensor in values.items()})
+    assert not other(*inputs())[0].any()
+    assert torch.equal(graph(*inputs())[0], before)
+
+
+def test_the_public_loader_gives_the_same_numbers(
+    roberta_unpacked: Path,
+    entry: Entry,
+    values: dict[str, torch.Tensor],
+    graph: Graph,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._C import _aoti
+
+    monkeypatch.delattr(_aoti, "AOTIModelContainerRunnerCpu")
+    public = open_graph(roberta_unpacked, entry, CPU)
+    assert type(public._runner).__name__ == "PublicRunner"
+    with pytest.raises(BadInput, match="no constants yet"):
+        public(*inputs())
+    assert public.constant_fqns() == graph.constant_fqns()
+    public.bind(values)
+    assert torch.equal(public(*inputs())[0], graph(*inputs())[0])
+
+
+def test_the_container_runner_is_what_this_torch_has(roberta_unpacked: Path, entry: Entry) -> None:
+    (library,) = roberta_unpacked.rglob("*.wrapper.so")
+    assert type(native_runner(roberta_unpacked, library, CPU)).__name__.startswith("AOTIModel")
+
+
+def test_a_torch_without_the_private_module_takes_the_public_way(
+    roberta_unpacked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torch._C._aoti", None)
+    monkeypatch.delattr(torch._C, "_aoti")
+    with monkeypatch.context() as inner:
+        inner.setattr("hubaoti.runtime.graph.public_runner", lambda *_: "the public one")
+        (library,) = roberta_unpacked.rglob("*.wrapper.so")
+        assert native_runner(roberta_unpacked, library, CPU) == "the public one"  # type: ignore[comparison-overlap]
+    assert public_runner is not None
+
+
+def test_a_graph_without_constants_is_not_called(roberta_unpacked: Path, entry: Entry) -> None:
+    with pytest.raises(BadInput, match="no constants yet") as caught:
+        open_graph(roberta_unpacked, entry, CPU)(*inputs())
+    assert caught.value.hint
+
+
+Change = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+REFUSED: dict[str, tuple[Change, type[Exception], str]] = {
+    "too few": (lambda i, m: (i,), BadInput, "takes 2 inputs, got 1"),
+    "too many": (lambda i, m: (i, m, m), BadInput, "takes 2 inputs, got 3"),
+    "int32 ids": (lambda i, m: (i.int(), m), BadInput, "input_ids is a int32"),
+    "float mask": (lambda i, m: (i, m.float()), BadInput, "attention_mask is a float32"),
+    "bool mask": (lambda i, m: (i, m.bool()), BadInput, "attention_mask is a bool"),
+    "one axis": (lambda i, m: (i[0], m), BadInput, "of 1 axes"),
+    "three axes": (lambda i, m: (i[None], m), BadInput, "of 3 axes"),
+    "another device": (lambda i, m: (i.to("meta"), m), BadInput, "on meta"),
+    "sparse": (lambda i, m: (i.to_sparse(), m), BadInput, "input_ids is"),
+    "seq too long": (lambda i, m: inputs(1, 65), OutOfBounds, "seq is 65; .* takes 2 to 64"),
+    "seq too short": (lambda i, m: inputs(1, 1), OutOfBounds, "seq is 1;"),
+    "no row": (lambda i, m: (i[:0], m[:0]), OutOfBounds, "batch is 0;"),
+    "batch too large": (lambda i, m: inputs(33, 2), OutOfBounds, "batch is 33;"),
+    "two batches": (lambda i, m: (i, m[:2]), BadInput, "another input has"),
+    "two seqs": (lambda i, m: (i, m[:, :5]), BadInput, "another input has"),
+    "an id above": (lambda i, m: (i + 30522, m), BadInput, "index out of bounds"),
+    "an id below": (lambda i, m: (i - 30522, m), BadInput, "index out of bounds"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_input_that_the_graph_was_not_compiled_for_is_refused(case: str, graph: Graph) -> None:
+    change, kind, words = REFUSED[case]
+    with pytest.raises(kind, match=words) as caught:
+        graph(*change(*inputs()))
+    assert caught.value.hint  # type: ignore[attr-defined]
+    assert "\n" not in str(caught.value)
+    assert len(graph(*inputs())) == 1, "the graph answers no more"
+
+
+def test_a_size_that_is_fixed_is_compared(graph: Graph) -> None:
+    fixed = [
+        msgspec.structs.replace(item, shape=(3, "seq")) if item.name == "input_ids" else item
+        for item in graph.entry.inputs
+    ]
+    entry = msgspec.structs.replace(graph.entry, inputs=tuple(fixed))
+    strict = Graph(entry, graph._runner, CPU)
+    strict._ready = True
+    assert torch.equal(strict(*inputs(3))[0], graph(*inputs(3))[0])
+    with pytest.raises(BadInput, match="size 2 on axis 0, not 3"):
+        strict(*inputs(2))
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """Equal values, every second place in memory."""
+    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), -1, dtype=tensor.dtype)
+    wide[..., ::2] = tensor
+    return wide[..., ::2]
+
+
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    """Equal values, the axes the other way round in memory."""
+    return tensor.t().contiguous().t()
+
+
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """Equal values, four bytes off the multiple of eight."""
+    raw = torch.zeros(tensor.numel() * 8 + 8, dtype=torch.uint8)
+    offset = 4 if raw.data_ptr() % 8 == 0 else 0
+    part = raw[offset : offset + tensor.numel() * 8]
+    part.copy_(tensor.contiguous().view(-1).view(torch.uint8))
+    with_address = torch.frombuffer(
+        memoryview(raw.numpy())[offset : offset + tensor.numel() * 8], dtype=tensor.dtype
+    )
+    return with_address.view(tensor.shape)
+
+
+@pytest.mark.parametrize("layout", [strided, transposed, shifted])
+def test_an_input_that_is_only_read_is_copied_where_it_lies_otherwise(
+    layout: Callable[[torch.Tensor], torch.Tensor], graph: Graph
+) -> None:
+    ids, mask = inputs()
+    odd = layout(ids)
+    assert torch.equal(odd, ids)
+    assert not odd.is_contiguous() or odd.data_ptr() % 8
+    assert torch.equal(graph(odd, layout(mask))[0], graph(ids, mask)[0])
+
+
+@pytest.mark.parametrize("layout", [strided, transposed, shifted])
+def test_an_input_that_the_graph_writes_is_refused_where_it_lies_otherwise(
+    layout: Callable[[torch.Tensor], torch.Tensor], graph: Graph
+) -> None:
+    written = tuple(msgspec.structs.replace(item, mutated=True) for item in graph.entry.inputs)
+    entry = msgspec.structs.replace(graph.entry, inputs=written)
+    writing = Graph(entry, graph._runner, CPU)
+    writing._ready = True
+    ids, mask = inputs()
+    with pytest.raises(BadInput, match="is written by the graph"):
+        writing(layout(ids), mask)
+    assert fit(writing._slots[0], ids) is ids
+
+
+Wrong = Callable[[torch.Tensor], Any]
+WRONG: dict[str, Wrong] = {
+    "dtype": lambda t: t.double(),
+    "shape": lambda t: t[:-1].clone(),
+    "stride": lambda t: t.t().contiguous().t(),
+    "device": lambda t: t.to("meta"),
+    "alignment": lambda t: torch.frombuffer(
+        memoryview(bytearray(t.numel() * 4 + 8))[1 : 1 + t.numel() * 4], dtype=torch.float32
+    ).view(t.shape),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_constant_that_the_graph_was_not_compiled_for_is_refused(
+    wrong: str, roberta_unpacked: Path, entry: Entry, values: dict[str, torch.Tensor]
+) -> None:
+    name = "classifier.dense.weight"
+    opened = open_graph(roberta_unpacked, entry, CPU)
+    with pytest.raises(MissingConstant, match=name) as caught:
+        opened.bind(values | {name: WRONG[wrong](values[name])})
+    assert caught.value.hint
+    with pytest.raises(BadInput, match="no constants yet"):
+        opened(*inputs())
+
+
+def test_a_constant_that_is_not_given_is_named(
+    roberta_unpacked: Path, entry: Entry, values: dict[str, torch.Tensor]
+) -> None:
+    name = "classifier.dense.weight"
+    opened = open_graph(roberta_unpacked, entry, CPU)
+    with pytest.raises(MissingConstant, match=f"{name}, which is not given"):
+        opened.bind({key: value for key, value in values.items() if key != name})
+
+
+def test_a_constant_that_the_manifest_does_not_list_is_named(
+    roberta_unpacked: Path, entry: Entry, values: dict[str, torch.Tensor]
+) -> None:
+    fewer = msgspec.structs.replace(entry, constants=entry.constants[1:])
+    with pytest.raises(MissingConstant, match="not in its manifest"):
+        open_graph(roberta_unpacked, fewer, CPU).bind(values)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_package_has_one_library(count: int, entry: Entry, tmp_path: Path) -> None:
+    (one,) = [member for member in entry.members if member.path.endswith(".wrapper.so")]
+    listed = msgspec.structs.replace(entry, members=(one,) * count)
+    with pytest.raises(CannotOpen, match=f"has {count} libraries"):
+        open_graph(tmp_path, listed, CPU)
+
+
+def test_a_library_that_is_none_is_refused_in_one_line(entry: Entry, tmp_path: Path) -> None:
+    (one,) = [member for member in entry.members if member.path.endswith(".wrapper.so")]
+    library = tmp_path / one.path
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"no ELF file at all")
+    with pytest.raises(CannotOpen, match="cannot be opened") as caught:
+        open_graph(tmp_path, entry, CPU)
+    assert caught.value.hint
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dtype_that_this_torch_does_not_have_is_refused(graph: Graph) -> None:
+    odd = tuple(msgspec.structs.replace(item, dtype="float3") for item in graph.entry.inputs)
+    with pytest.raises(BadInput, match="no dtype float3"):
+        Graph(msgspec.structs.replace(graph.entry, inputs=odd), graph._runner, CPU)
+
+
+@pytest.mark.parametrize(
+    ("why", "kind", "word"),
+    [
+        ("Could not find schema for acme::attend", MissingOps, "acme::attend"),
+        ("a.so: failed to map segment from shared object", CannotOpen, "does not allow code"),
+        ("libcudart.so.13: cannot open shared object file", CannotOpen, "libcudart"),
+        ("\nodd\nmore", CannotOpen, "odd"),
+    ],
+)
+def test_what_the_system_refuses_is_told_with_what_to_do(
+    why: str, kind: type[CannotOpen], word: str
+) -> None:
+    error = refusal("root", Path("/mirror"), why)
+    assert type(error) is kind
+    assert word in str(error)
+    assert error.hint
