@@ -88,15 +88,18 @@ def constants(
     """Every constant of a graph by fqn; mapped where the file's bytes can be used as they are.
 
     Raises:
-        MissingConstant: the checkpoint has none of a constant's names, or another shape of it.
+        MissingConstant: the checkpoint has none of a constant's names, or another shape of it; or
+            the artifact lacks one that should have come with it.
     """
-    shipped = dict(shipped_tensors(entry, artifact, device))
-    found = {}
+    found = dict(shipped_tensors(entry, artifact, device))
     for constant in entry.constants:
-        if constant.origin.file:
-            found[constant.fqn] = shipped[constant.fqn]
-        else:
+        if not constant.origin.file:
             found[constant.fqn] = from_checkpoint(constant, checkpoint, device)
+        elif constant.fqn not in found:
+            raise MissingConstant(
+                f"{constant.origin.file} of the artifact has no {constant.fqn}",
+                hint="its publisher must compile it again",
+            )
     return found
 
 
