@@ -1,0 +1,43 @@
+"""The command line as a stranger uses it: in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from hubaoti.settings import Settings
+
+HUBAOTI = Path(sys.executable).with_name("hubaoti")
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command said, and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def environment_of(settings: Settings) -> dict[str, str]:
+    """The environment that gives a process these settings."""
+    kept = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    token = {"HF_TOKEN": settings.token} if settings.token else {}
+    return kept | token | {"HUBAOTI_HOME": str(settings.home), "HF_ENDPOINT": settings.endpoint}
+
+
+def hubaoti(settings: Settings, *words: object, cwd: Path | None = None) -> Done:
+    """Run a command to its end; a traceback is never an answer."""
+    done = subprocess.run(
+        [HUBAOTI, *map(str, words)],
+        env=environment_of(settings),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "Traceback" not in done.stdout + done.stderr, done.stderr
+    return Done(done.returncode, done.stdout, done.stderr)

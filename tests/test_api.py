@@ -1,0 +1,228 @@
+"""The verbs: what each gives, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from bundles import make_bundle, tree_of
+from huggingface_hub import HfApi
+
+import hubaoti
+from hubaoti import api
+from hubaoti.bundle import Bundle, writing
+from hubaoti.errors import (
+    BadManifest,
+    BadRequest,
+    HubUnreachable,
+    MissingConstant,
+    ModelNotFound,
+    NoArtifact,
+    NoMatch,
+    OutOfBounds,
+    Untrusted,
+)
+from hubaoti.hub.pull import Pulled
+from hubaoti.mirror import Mirror
+from hubaoti.server import Endpoint
+from hubaoti.settings import Settings
+
+TEXTS = ("The cat sits on the windowsill.", "Interest rates rose.", "cat")
+
+
+@pytest.fixture(scope="module")
+def reader(
+    tmp_path_factory: pytest.TempPathFactory, endpoint: Endpoint, roberta_bundle: Bundle
+) -> Settings:
+    """A machine that pulled the tiny classifier, trusting its publisher."""
+    home = tmp_path_factory.mktemp("api") / "home"
+    settings = Settings(home, endpoint.url, endpoint.token)
+    hubaoti.push(roberta_bundle, "acme/api-roberta", tag="v1", settings=settings)
+    hubaoti.pull("acme/api-roberta", trust=True, settings=settings)
+    return settings
+
+
+@pytest.fixture(scope="module")
+def pulled(reader: Settings) -> Pulled:
+    return hubaoti.pull("acme/api-roberta", settings=reader)
+
+
+def test_the_face_has_what_it_names_and_nothing_else() -> None:
+    assert all(getattr(hubaoti, name) is getattr(api, name) for name in hubaoti.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'install'"):
+        _ = hubaoti.install
+
+
+def test_a_bundle_is_pushed_by_its_folder_or_as_it_is(
+    roberta_bundle: Bundle, settings: Settings, tmp_path: Path
+) -> None:
+    repo = f"acme/{tmp_path.name}"
+    first = hubaoti.push(roberta_bundle.path, repo, settings=settings)
+    second = hubaoti.push(roberta_bundle, repo, settings=settings)
+    assert (first.created, second.created) == (True, False)
+    assert first.digest == second.digest == roberta_bundle.manifest.digest
+
+
+def test_pull_open_and_call_gives_the_model_s_own_answer(
+    reader: Settings, tiny_roberta: Path
+) -> None:
+    steps: list[str] = []
+    answer = api.run("acme/api-roberta@v1", tiny_roberta, TEXTS, settings=reader, say=steps.append)
+    eager = api.eager(tiny_roberta, TEXTS, repo="acme/api-roberta", settings=reader)
+    assert answer.task == eager.task == "classify"
+    assert answer.values.shape == (3, 3)
+    torch.testing.assert_close(answer.values, eager.values, atol=1e-5, rtol=0)
+    assert steps[-3:] == ["open", "bind", "run"]
+
+
+def test_eager_takes_the_dtype_of_the_artifact_that_was_pulled(
+    reader: Settings, llama_bundle: Bundle, tiny_llama: Path, tiny_roberta: Path
+) -> None:
+    assert api.pulled_before("acme/api-roberta@v1", reader) == ("classify", "float32")
+    assert api.pulled_before("acme/never-pulled", reader) == (None, None)
+    eager = api.eager(tiny_llama, TEXTS[:1], settings=reader)
+    assert (eager.task, eager.values.dtype) == ("logits", torch.bfloat16)
+
+
+def test_a_language_model_of_one_row_answers_each_text(
+    settings: Settings, llama_bundle: Bundle, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Also: a checkpoint that holds a tied weight once, by one of its two names."""
+    repo = f"acme/{tmp_path.name}"
+    hubaoti.push(llama_bundle, repo, settings=settings)
+    answer = api.run(repo, tiny_llama, TEXTS, trust=True, settings=settings)
+    eager = api.eager(tiny_llama, TEXTS, repo=repo, settings=settings)
+    assert answer.values.shape == eager.values.shape
+    largest = eager.values.float().abs().max()
+    real = (answer.values.float() - eager.values.float()).abs()[0]
+    assert real.max() < 0.04 * largest
+
+
+def test_a_text_beyond_the_graph_s_bounds_is_refused(
+    pulled: Pulled, reader: Settings, tiny_roberta: Path
+) -> None:
+    opened = hubaoti.load(pulled.artifact, tiny_roberta, settings=reader)
+    with pytest.raises(OutOfBounds, match="70 tokens"):
+        opened(["cat " * 68])
+
+
+def test_the_weights_of_another_model_are_refused(
+    pulled: Pulled, reader: Settings, minilm: Path
+) -> None:
+    with pytest.raises(MissingConstant):
+        hubaoti.load(pulled.artifact, minilm, settings=reader)
+
+
+def test_padding_is_with_the_id_that_the_program_computes_with(
+    roberta_bundle: Bundle, llama_bundle: Bundle, minilm_bundle: Bundle
+) -> None:
+    bundles = (roberta_bundle, llama_bundle, minilm_bundle)
+    assert [api.pad_of(bundle.manifest.program) for bundle in bundles] == [1, None, None]
+
+
+def test_what_was_built_here_needs_no_trust(
+    settings: Settings, roberta_bundle: Bundle, tmp_path: Path
+) -> None:
+    repo = f"acme/{tmp_path.name}"
+    hubaoti.push(roberta_bundle, repo, settings=settings)
+    with pytest.raises(Untrusted):
+        hubaoti.pull(repo, settings=settings)
+    with Mirror.open(settings.mirror) as mirror:
+        mirror.record_built(roberta_bundle.manifest)
+    assert hubaoti.pull(repo, settings=settings).artifact.digest == roberta_bundle.manifest.digest
+
+
+def test_a_recipe_that_is_none_is_a_bad_request(settings: Settings) -> None:
+    with pytest.raises(BadRequest, match="fast"):
+        hubaoti.pull("acme/any", recipe="fast", settings=settings)
+
+
+@pytest.mark.parametrize("repo", ["acme", "a/b/c", "acme/", "acme/x@", "/acme/x"])
+def test_a_repo_is_owner_and_name(repo: str, settings: Settings) -> None:
+    with pytest.raises(BadRequest) as caught:
+        hubaoti.pull(repo, settings=settings)
+    assert caught.value.hint
+
+
+def test_a_recipe_that_the_repo_does_not_have_is_no_match(reader: Settings) -> None:
+    with pytest.raises(NoMatch, match="float16-sdpa"):
+        hubaoti.pull("acme/api-roberta", recipe="float16-sdpa", settings=reader)
+
+
+def test_a_repo_of_nothing_has_no_artifact(settings: Settings, tmp_path: Path) -> None:
+    HfApi(settings.endpoint, token=settings.token).create_repo(f"acme/{tmp_path.name}")
+    with pytest.raises(NoArtifact):
+        hubaoti.pull(f"acme/{tmp_path.name}", settings=settings)
+
+
+def test_a_folder_that_is_no_bundle_is_not_pushed(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(BadManifest, match="not a bundle"):
+        hubaoti.push(tmp_path, "acme/any", settings=settings)
+
+
+@pytest.mark.parametrize("model", ["acme/nowhere", "no folder", "./nowhere", "a/b/c", "~/nowhere"])
+def test_a_model_that_is_nowhere_is_not_found(
+    model: str, settings: Settings, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelNotFound) as caught:
+        hubaoti.compile(model, tmp_path / "out", settings=settings)
+    assert model in str(caught.value)
+    assert caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_endpoint_that_is_down_is_said_so(settings: Settings, tmp_path: Path) -> None:
+    down = replace(settings, endpoint="http://127.0.0.1:9")
+    with pytest.raises(HubUnreachable) as caught:
+        hubaoti.compile("acme/model", tmp_path / "out", settings=down)
+    assert caught.value.hint
+
+
+def test_a_model_of_the_hub_is_compiled_from_its_config_without_its_weights(
+    settings: Settings, tiny_roberta: Path, tmp_path: Path
+) -> None:
+    """Up to the compiler, which other tests run: the files, and where they came from."""
+    hub = HfApi(settings.endpoint, token=settings.token)
+    repo = f"acme/{tmp_path.name}"
+    hub.create_repo(repo)
+    commit = hub.upload_folder(repo_id=repo, folder_path=tiny_roberta).oid
+    folder, source = api.model_files(repo, None, api.COMPILE_FILES, settings)
+    assert (source.model, source.commit) == (repo, commit)
+    names = tree_of(folder).keys()
+    assert {"config.json", "tokenizer.json"} <= names
+    assert not any(name.endswith(".safetensors") for name in names)
+    runnable, _ = api.model_files(repo, commit, api.RUN_FILES, settings)
+    assert "model.safetensors" in tree_of(runnable)
+
+
+def test_a_local_path_is_not_written_into_the_source(tiny_roberta: Path) -> None:
+    _, source = api.model_files(tiny_roberta, None, (), Settings(home=Path("/nowhere")))
+    assert (source.model, source.commit) == ("tiny-roberta", None)
+
+
+def test_a_bundle_is_replaced_by_a_newer_one_and_never_half(tmp_path: Path) -> None:
+    old = make_bundle(tmp_path / "bundle")
+    before = tree_of(tmp_path)
+    with pytest.raises(ZeroDivisionError), writing(old.path) as folder:
+        (folder / "half").write_text("")
+        _ = 1 / 0
+    assert tree_of(tmp_path) == before
+    with writing(old.path) as folder:
+        (folder / "whole").write_text("")
+    assert tree_of(tmp_path).keys() == {"bundle/whole"}
+
+
+def test_the_runtime_needs_no_transformers(reader: Settings, tiny_roberta: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from hubaoti import api;"
+        "from hubaoti.settings import Settings;"
+        f"s = Settings(Path({str(reader.home)!r}), {reader.endpoint!r});"
+        f"api.run('acme/api-roberta@v1', {str(tiny_roberta)!r}, ['cat'], settings=s);"
+        "assert 'torch' in sys.modules; assert 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
