@@ -22,6 +22,14 @@ FILENAME = "hubaoti.json"
 LARGEST = 16 << 20  # bytes of a manifest; the one of an 80-layer model is some hundred kB
 SAFE = 2**53 - 1  # the largest integer that is no other one's double
 LARGEST_DOUBLE = 2**1023
+# What is raised of a text that is no manifest, by msgspec, by ours and by the canonical form.
+MALFORMED = (
+    msgspec.MsgspecError,
+    rfc8785.CanonicalizationError,
+    BadManifest,
+    ValueError,
+    RecursionError,
+)
 
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Size = Annotated[int, msgspec.Meta(ge=0)]
@@ -254,6 +262,10 @@ class Manifest(Record, frozen=True, kw_only=True):
         return hashlib.sha256(self.to_json()).hexdigest()
 
 
+# msgspec learns a type when it is first used, and two threads that meet there end the process.
+msgspec.json.Decoder(Manifest)
+
+
 def canonical(value: Any) -> bytes:
     """RFC 8785: sorted keys, no spaces, one spelling for each number."""
     return rfc8785.dumps(as_doubles(value))
@@ -301,8 +313,10 @@ def parse(text: bytes, where: str) -> Manifest:
         refuse_newer(value, where)
         manifest = msgspec.convert(value, Manifest)
         same = manifest.to_json() == text
-    except (msgspec.MsgspecError, rfc8785.CanonicalizationError, ValueError, RecursionError) as why:
-        raise BadManifest(f"{where} is not a manifest: {why}", hint=hint) from why
+    except NewerSchema:
+        raise
+    except MALFORMED as why:
+        raise BadManifest(f"{where} is not a manifest: {why!s:.300}", hint=hint) from why
     if not same:
         raise BadManifest(f"{where} is not in canonical form: it was edited", hint=hint)
     if problems := contradictions(manifest):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -96,6 +98,34 @@ def test_what_is_no_manifest_is_refused(text: bytes) -> None:
         parse(text, "here")
     assert "here" in str(caught.value)
     assert caught.value.hint
+
+
+def test_what_a_requirement_lacks_is_said_with_the_name_of_the_file(manifest: Manifest) -> None:
+    text = edited(manifest, lambda value: value["requires"].update(sm=None))
+    with pytest.raises(BadManifest, match="^here is not a manifest: requires: malformed sm"):
+        parse(text, "here")
+
+
+def test_threads_may_read_their_first_manifests_at_once(manifest: Manifest, tmp_path: Path) -> None:
+    file = tmp_path / "hubaoti.json"
+    file.write_bytes(manifest.to_json())
+    program = f"""
+import sys, threading
+from pathlib import Path
+from hubaoti.manifest import parse
+sys.setswitchinterval(1e-6)
+text, start = Path({str(file)!r}).read_bytes(), threading.Barrier(8)
+def read():
+    start.wait()
+    parse(text, "here")
+threads = [threading.Thread(target=read) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_manifest_of_any_size_is_not_read() -> None:

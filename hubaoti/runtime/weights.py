@@ -24,6 +24,9 @@ class Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
+INDEX_DECODER = msgspec.json.Decoder(Index)  # here, not at its first use: threads may meet there
+
+
 class Checkpoint:
     """A folder's safetensors files by tensor name; a tensor is mapped, not read, on a CPU."""
 
@@ -77,7 +80,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 def names_in(index: Path) -> set[str]:
     """The files that a checkpoint's index names."""
     try:
-        return {*msgspec.json.decode(index.read_bytes(), type=Index).weight_map.values()}
+        return {*INDEX_DECODER.decode(index.read_bytes()).weight_map.values()}
     except msgspec.MsgspecError as why:
         raise MissingConstant(f"{index} is no index: {why}", hint="download it again") from why
 
