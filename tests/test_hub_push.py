@@ -21,10 +21,11 @@ from hubaoti.errors import (
     DigestMismatch,
     HubUnreachable,
 )
+from hubaoti.hub.card import render
 from hubaoti.hub.client import HubClient, Pushed, StaleParent
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import pull
-from hubaoti.hub.push import ATTEMPTS, Commit, Destination, push
+from hubaoti.hub.push import ATTEMPTS, Commit, Destination, decoded, push
 from hubaoti.manifest import FILENAME, Source
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
@@ -332,10 +333,19 @@ def test_what_the_user_wrote_in_the_card_stays(
 def test_a_card_with_unreadable_metadata_is_not_overwritten(
     bundle: Bundle, repo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hubaoti.hub.card import render
-
     with pytest.raises(Conflict, match="unreadable metadata"):
         render(repo, "---\n[: bad\n---\nText", {}, bundle.manifest)
+
+
+def test_a_card_that_is_no_text_is_not_overwritten() -> None:
+    with pytest.raises(Conflict, match="not UTF-8"):
+        decoded("# café".encode("latin-1"))
+    assert decoded(b"\xef\xbb\xbf---\nlicense: mit\n---\n").startswith("---")
+
+
+def test_a_card_s_only_tag_stays_one_word(bundle: Bundle, repo: str) -> None:
+    found = ModelCard(render(repo, "---\ntags: mine\n---\nText", {}, bundle.manifest))
+    assert found.data.to_dict()["tags"] == ["mine"]
 
 
 def test_a_local_model_s_name_and_path_do_not_leak(

@@ -103,6 +103,7 @@ def tags_of(manifest: Manifest) -> list[str]:
 def merge_metadata(metadata: dict[str, Any], manifests: Any, base: str | None) -> dict[str, Any]:
     """The user's metadata with ours: our tags name what is there now, everything else stays."""
     before = metadata.get("tags") or []
+    before = before if isinstance(before, list) else [before]  # yaml's `tags: mine` is one word
     theirs = [tag for tag in before if not _OUR_TAG.fullmatch(str(tag))]
     ours = sorted({tag for manifest in manifests for tag in tags_of(manifest)})
     merged = {"library_name": "hubaoti", **metadata}

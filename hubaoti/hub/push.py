@@ -169,7 +169,20 @@ def commit(client: HubClient, catalog: Catalog, bundle: Bundle, place: Place) ->
 def new_card(client: HubClient, catalog: Catalog, place: Place, manifest: Manifest) -> str:
     """The README once the artifact is there."""
     there = catalog.files.get(README)
-    text = client.read(catalog.repo, catalog.commit, there).decode("utf-8") if there else ""
+    text = decoded(client.read(catalog.repo, catalog.commit, there)) if there else ""
     artifacts = {**catalog.readable, place: manifest}
     unreadable = tuple(str(each) for each in catalog.artifacts if each not in artifacts)
     return render(catalog.repo, text, artifacts, manifest, unreadable)
+
+
+def decoded(readme: bytes) -> str:
+    """The text of a README that is there, without the mark that some editors begin it with.
+
+    Raises:
+        Conflict: it is no text, so nothing can be added to it.
+    """
+    try:
+        return readme.decode("utf-8-sig")
+    except UnicodeDecodeError as why:
+        hint = "save it as UTF-8, then push again"
+        raise Conflict(f"the repo's README.md is not UTF-8: {why}", hint=hint) from why
