@@ -53,11 +53,14 @@ def group() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; its exit code is the error's, 2 for bad usage, 130 for an interrupt."""
-    sys.exit(run(arguments))
+    """Run a command; its exit code is the error's, 2 for bad usage, 130 for an interrupt.
+
+    Where the reader of our output left, as `head` does, click ends the process with 1, in silence.
+    """
+    sys.exit(dispatch(arguments))
 
 
-def run(arguments: Sequence[str] | None) -> int:
+def dispatch(arguments: Sequence[str] | None) -> int:
     """The one boundary where errors become words."""
     try:
         group.main(arguments, prog_name="hubaoti", standalone_mode=False)
@@ -72,8 +75,4 @@ def run(arguments: Sequence[str] | None) -> int:
         if error.hint:
             click.echo(f"hint: {error.hint}", err=True)
         return error.exit_code
-    except BrokenPipeError:
-        # The reader of our output left, as `head` does; there is nobody to tell.
-        sys.stdout = None
-        return 0
     return 0
