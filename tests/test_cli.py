@@ -1,0 +1,494 @@
+"""The command line: each command as a stranger runs it, its exit codes, and how it ends early."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bundles import CPU, make_bundle, tree_of
+from commands import HUBAOTI, Done, environment_of, hubaoti
+
+from hubaoti import __version__, cli, errors
+from hubaoti.bundle import Bundle
+from hubaoti.cli import COMMANDS, dispatch
+from hubaoti.cli.output import Steps, human_size, human_time, print_table
+from hubaoti.settings import Settings
+
+BUILDING = Path(f"/tmp/hubaoti-build-{os.getuid()}/build")
+
+
+@pytest.fixture
+def env(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """This process, too, has the test's settings."""
+    for name, value in environment_of(settings).items():
+        monkeypatch.setenv(name, value)
+    return settings
+
+
+@pytest.fixture
+def repo(settings: Settings, tmp_path: Path) -> str:
+    """A repo with one small artifact for hosts as this one, or nearly."""
+    name = f"acme/{tmp_path.name}"
+    make_bundle(tmp_path / "bundle")
+    assert hubaoti(settings, "push", tmp_path / "bundle", name).code == 0
+    return name
+
+
+def refused(done: Done, kind: type[errors.HubaotiError], *words: str) -> None:
+    """An error, a hint, the code of its kind, and nothing on standard output."""
+    assert done.code == kind.exit_code, done
+    assert done.out == ""
+    assert "error: " in done.err
+    assert "hint: " in done.err
+    assert [word for word in words if word not in done.err] == []
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], *([name, "--help"] for name in COMMANDS)])
+def test_every_command_has_help(
+    words: list[str], capsys: pytest.CaptureFixture[str], env: Settings
+) -> None:
+    assert dispatch(words) == 0
+    said = capsys.readouterr().out
+    assert "Usage: hubaoti" in said
+    if words[0] in COMMANDS:
+        assert len(said.splitlines()) > 4
+
+
+def test_help_lists_every_command_in_the_order_of_the_road(env: Settings) -> None:
+    said = hubaoti(env, "--help").out
+    places = [said.index(f"\n  {name} ") for name in COMMANDS]
+    assert places == sorted(places)
+
+
+def test_the_version_is_that_of_the_package(env: Settings) -> None:
+    assert hubaoti(env, "--version").out.split() == ["hubaoti,", "version", __version__]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fly"],
+        ["compile"],
+        ["compile", "model"],
+        ["push", "x"],
+        ["run", "a/b"],
+        ["serve", "--port", "x"],
+        ["mirror", "mv"],
+        ["pull", "--fast", "a/b"],
+    ],
+)
+def test_bad_usage_ends_with_2(
+    words: list[str], capsys: pytest.CaptureFixture[str], env: Settings
+) -> None:
+    assert dispatch(words) == 2
+    said = capsys.readouterr()
+    assert "Usage: hubaoti" in said.err
+    assert said.out == ""
+
+
+def test_doctor_says_what_artifacts_are_judged_by(env: Settings) -> None:
+    table = hubaoti(env, "doctor").out
+    facts = json.loads(hubaoti(env, "doctor", "--json").out)
+    for name in ("torch", "glibc", "driver", "CPU", "endpoint", "mirror"):
+        assert f"\n{name} " in table
+    assert facts["level"] in table
+    assert str(facts["glibc"]) in table
+    assert facts["endpoint"] == env.endpoint
+    assert tree_of(env.home.parent) == {}, "doctor changes nothing"
+
+
+def test_push_and_pull_say_what_they_did(env: Settings, tmp_path: Path) -> None:
+    repo = f"acme/{tmp_path.name}"
+    make_bundle(tmp_path / "bundle")
+    first = hubaoti(env, "push", tmp_path / "bundle", repo, "--tag", "v1")
+    again = hubaoti(env, "push", tmp_path / "bundle", repo)
+    assert (first.code, again.code) == (0, 0)
+    assert "float32-sdpa/" in first.out and "published" in first.out
+    assert "was there already" in again.out
+    pulled = hubaoti(env, "pull", f"{repo}@v1", "--trust")
+    assert pulled.code == 0, pulled
+    assert "from the Hub" in pulled.out
+    assert "from the mirror" in hubaoti(env, "pull", f"{repo}@v1").out
+
+
+def test_pull_as_json_says_what_was_chosen_among_what(env: Settings, repo: str) -> None:
+    done = hubaoti(env, "pull", repo, "--trust", "--json")
+    facts = json.loads(done.out)
+    assert done.err == ""
+    assert facts["verdict"]["fit"] in {"exact", "compatible"}
+    assert [each["path"] for each in facts["considered"]] == [facts["path"]]
+    assert Path(facts["folder"]).is_dir()
+
+
+def test_quiet_is_silent(env: Settings, repo: str, tmp_path: Path) -> None:
+    for words in (["push", tmp_path / "bundle", repo], ["pull", repo, "--trust"]):
+        done = hubaoti(env, *words, "--quiet")
+        assert (done.code, done.out, done.err) == (0, "", "")
+
+
+def test_the_mirror_lists_what_was_pulled(env: Settings, repo: str) -> None:
+    empty = hubaoti(env, "mirror", "ls")
+    assert (empty.code, len(empty.out.splitlines())) == (0, 1)
+    assert json.loads(hubaoti(env, "mirror", "ls", "--json").out) == []
+    hubaoti(env, "pull", repo, "--trust")
+    table = hubaoti(env, "mirror", "ls").out
+    (row,) = json.loads(hubaoti(env, "mirror", "ls", "--json").out)
+    assert row["origin"]["repo"] == repo
+    assert repo in table and row["digest"][:12] in table and "float32-sdpa" in table
+
+
+def test_trust_is_listed_and_taken_back(env: Settings, repo: str) -> None:
+    assert json.loads(hubaoti(env, "trust", "ls", "--json").out) == []
+    hubaoti(env, "pull", repo, "--trust")
+    assert "acme" in hubaoti(env, "trust", "ls").out
+    (publisher,) = json.loads(hubaoti(env, "trust", "ls", "--json").out)
+    assert (publisher["owner"], publisher["endpoint"]) == ("acme", env.endpoint)
+    assert "no longer trusted" in hubaoti(env, "trust", "rm", "acme").out
+    refused(hubaoti(env, "pull", repo), errors.Untrusted, "acme")
+    refused(hubaoti(env, "trust", "rm", "acme"), errors.BadRequest, "trust ls")
+
+
+def test_an_untrusted_publisher_is_named_and_nothing_is_kept(env: Settings, repo: str) -> None:
+    done = hubaoti(env, "pull", repo)
+    refused(done, errors.Untrusted, "acme", repo, env.endpoint, "--trust")
+    assert json.loads(hubaoti(env, "mirror", "ls", "--json").out) == []
+
+
+def test_a_bundle_that_was_edited_is_not_pushed(env: Settings, tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle")
+    (tmp_path / "bundle" / "golden.safetensors").write_bytes(b"other")
+    done = hubaoti(env, "push", tmp_path / "bundle", f"acme/{tmp_path.name}")
+    refused(done, errors.DigestMismatch, "golden.safetensors")
+
+
+def test_a_newer_manifest_is_told_from_a_bad_one(env: Settings, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    file = bundle.path / "hubaoti.json"
+    file.write_bytes(file.read_bytes().replace(b'"schema":1', b'"schema":7'))
+    refused(hubaoti(env, "push", bundle.path, "acme/x"), errors.NewerSchema, "upgrade hubaoti")
+    file.write_bytes(b"{}")
+    refused(hubaoti(env, "push", bundle.path, "acme/x"), errors.BadManifest)
+
+
+def test_an_artifact_for_another_host_is_refused_with_every_reason(
+    env: Settings, tmp_path: Path
+) -> None:
+    target = CPU | {"torch": "2.9.0+cpu"}
+    make_bundle(tmp_path / "bundle", target=target)
+    repo = f"acme/{tmp_path.name}"
+    hubaoti(env, "push", tmp_path / "bundle", repo)
+    refused(hubaoti(env, "pull", repo, "--trust"), errors.NoMatch, "torch2.9", "needs ")
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (["pull", "acme"], errors.BadRequest),
+        (["pull", "acme/nowhere"], errors.RepoNotFound),
+        (["run", "acme/nowhere", "--model", ".", "--text", "x"], errors.RepoNotFound),
+        (["push", ".", "acme/x"], errors.BadManifest),
+        (["compile", "acme/nowhere", "-o", "out"], errors.ModelNotFound),
+        (["compile", ".", "-o", "out"], errors.ModelNotFound),
+        (["compile", ".", "-o", "out", "--task", "fly"], errors.UnknownTask),
+        (["compile", ".", "-o", "out", "--dim", "seq=5:4"], errors.BadDim),
+        (["compile", ".", "-o", "out", "--dtype", "int3"], errors.BadRequest),
+    ],
+)
+def test_what_cannot_be_done_leaves_nothing(
+    words: list[str],
+    kind: type[errors.HubaotiError],
+    capsys: pytest.CaptureFixture[str],
+    env: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    code = dispatch(words)
+    said = capsys.readouterr()
+    refused(Done(code, said.out, said.err.replace("\n  ", "")), kind)
+    assert list(here.iterdir()) == []
+
+
+def test_a_wrong_token_and_no_token_are_told(env: Settings, tmp_path: Path) -> None:
+    make_bundle(tmp_path / "bundle")
+    for token in ("wrong", None):
+        done = hubaoti(replace(env, token=token), "push", tmp_path / "bundle", "acme/x-token")
+        refused(done, errors.AuthFailed, "oken")
+
+
+def test_an_endpoint_that_is_down_is_told(env: Settings, tmp_path: Path) -> None:
+    down = replace(env, endpoint="http://127.0.0.1:9")
+    refused(hubaoti(down, "pull", "acme/x"), errors.HubUnreachable, "127.0.0.1:9")
+
+
+def test_a_home_that_others_may_write_is_refused(env: Settings, repo: str) -> None:
+    env.mirror.mkdir(parents=True, mode=0o700)
+    env.mirror.chmod(0o777)
+    for words in (["mirror", "ls"], ["pull", repo, "--trust"]):
+        refused(hubaoti(env, *words), errors.UnsafeFolder, "chmod", str(env.mirror))
+
+
+def test_a_home_that_is_a_file_is_refused_in_words(tmp_path: Path, env: Settings) -> None:
+    (tmp_path / "file").write_text("")
+    done = hubaoti(replace(env, home=tmp_path / "file"), "mirror", "ls")
+    assert done.code not in {0, 130}
+    assert "error: " in done.err
+
+
+@pytest.mark.parametrize("words", [["doctor"], ["doctor", "--json"], ["--help"], ["mirror", "ls"]])
+def test_a_reader_that_leaves_is_not_told_about_it(words: list[str], env: Settings) -> None:
+    """As in `hubaoti doctor | head -0`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [HUBAOTI, *words], env=environment_of(env), stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def compiler_runs(session: int) -> bool:
+    """Whether a C++ compiler works in a session of processes."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, rest = stat.read_text().partition("(")[2].rsplit(")", 1)
+        except OSError:
+            continue  # it ended
+        if name == "cc1plus" and int(rest.split()[3]) == session:
+            return True
+    return False
+
+
+def test_an_interrupted_compile_leaves_nothing(
+    env: Settings, tiny_llama: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out" / "bundle"
+    output.parent.mkdir()
+    working = subprocess.Popen(
+        [HUBAOTI, "compile", tiny_llama, "-o", output, "--dim", "seq=2:16"],
+        env=environment_of(env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 300  # another compile of this user has its turn before
+    while not compiler_runs(working.pid):
+        assert working.poll() is None and time.monotonic() < until, "g++ never ran"
+        time.sleep(0.02)
+    assert list(output.parent.iterdir()), "the scratch folder stands beside the output"
+    os.killpg(working.pid, signal.SIGINT)  # as a terminal does
+    out, err = working.communicate(timeout=60)
+    assert working.returncode == 130, err
+    assert out == ""
+    assert "interrupted; nothing half-written was left" in err
+    assert "Traceback" not in err
+    assert list(output.parent.iterdir()) == []
+    with BUILDING.with_name("lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another compile of this user may have its turn
+        assert not BUILDING.exists()
+    assert not compiler_runs(working.pid)
+
+
+def noexec(path: Path) -> bool:
+    """Mount a disk from which no code may run."""
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "noexec,mode=700", "tmpfs", str(path)]
+    return subprocess.run(mount, capture_output=True).returncode == 0
+
+
+def test_a_disk_that_does_not_allow_code_is_told(
+    env: Settings, roberta_bundle: Bundle, tiny_roberta: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    if not noexec(disk):
+        pytest.skip("mounting a noexec disk is not permitted here")
+    try:
+        there = replace(env, home=disk / "home")
+        repo = f"acme/{tmp_path.name}"
+        assert hubaoti(there, "push", roberta_bundle.path, repo).code == 0
+        words = ["run", repo, "--trust", "--model", tiny_roberta, "--text", "cat"]
+        refused(hubaoti(there, *words), errors.CannotOpen, "noexec", "HUBAOTI_HOME")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_run_prints_answers_as_words_and_as_json(
+    env: Settings, roberta_bundle: Bundle, tiny_roberta: Path, tmp_path: Path
+) -> None:
+    repo = f"acme/{tmp_path.name}"
+    assert hubaoti(env, "push", roberta_bundle.path, repo).code == 0
+    words = ["run", repo, "--model", tiny_roberta, "--text", "a cat", "--text", "rates rose"]
+    refused(hubaoti(env, *words), errors.Untrusted)
+    done = hubaoti(env, *words, "--trust")
+    assert done.code == 0, done
+    assert "a cat: [3] [" in done.out and "rates rose: [3] [" in done.out
+    assert "open" in done.err
+    quiet = hubaoti(env, *words, "--quiet")
+    assert (quiet.err, quiet.out) == ("", done.out)
+    ours = json.loads(hubaoti(env, *words, "--json").out)
+    eager = json.loads(hubaoti(env, *words, "--json", "--eager").out)
+    assert (ours["task"], ours["texts"]) == ("classify", ["a cat", "rates rose"])
+    pairs = zip(ours["values"], eager["values"], strict=True)
+    assert all(a == pytest.approx(b, abs=1e-5) for a, b in pairs)
+    refused(hubaoti(env, *words, "--text", "cat " * 80), errors.OutOfBounds, "82 tokens")
+
+
+def test_run_without_weights_or_tokenizer_says_what_is_missing(
+    env: Settings,
+    roberta_bundle: Bundle,
+    tiny_roberta: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    repo, model = f"acme/{tmp_path.name}", tmp_path / "model"
+    model.mkdir()
+    hubaoti(env, "push", roberta_bundle.path, repo)
+    words = ["run", repo, "--trust", "--model", str(model), "--text", "x"]
+    for missing, kind in (
+        ("model.safetensors", errors.MissingConstant),
+        ("tokenizer.json", errors.ModelNotFound),
+    ):
+        assert dispatch(words) == kind.exit_code
+        assert f"has no {missing}" in capsys.readouterr().err
+        (model / missing).write_bytes((tiny_roberta / missing).read_bytes())
+    assert dispatch(words) == 0
+    assert "x: [3] [" in capsys.readouterr().out
+
+
+def test_similarity_is_printed_for_the_vectors_of_some_texts(
+    env: Settings,
+    minilm_bundle: Bundle,
+    minilm: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    repo = f"acme/{tmp_path.name}"
+    hubaoti(env, "push", minilm_bundle.path, repo)
+    words = ["run", repo, "--trust", "--model", str(minilm)]
+    words += ["--text", "a cat", "--text", "a kitten"]
+    assert dispatch(words) == 0
+    said = capsys.readouterr().out
+    assert "a kitten" in said and "1.000" in said
+    assert dispatch(words[:-2]) == 0
+    assert "a cat: [384] [" in capsys.readouterr().out
+
+
+def test_compile_says_what_it_made(
+    env: Settings,
+    roberta_bundle: Bundle,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The words only: the compiler itself is replaced by a fake that gives a made bundle."""
+
+    def fake(*_: object, say: Steps, **asked: object) -> Bundle:
+        assert asked["dims"] == ("seq=2:64",)
+        say("compile")
+        return roberta_bundle
+
+    monkeypatch.setattr("hubaoti.api.compile", fake)
+    words = ["compile", "m", "-o", "out", "--dim", "seq=2:64"]
+    assert dispatch(words) == 0
+    said = capsys.readouterr()
+    assert "float32-sdpa for torch" in said.out and "checks against eager" in said.out
+    assert "compile" in said.err
+    assert dispatch([*words, "--quiet"]) == 0
+    quiet = capsys.readouterr()
+    assert (quiet.out, quiet.err) == ("", "")
+    assert dispatch([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["key"] == roberta_bundle.manifest.key
+
+
+def test_serve_prints_how_to_use_it_and_ends_with_a_signal(env: Settings) -> None:
+    serving = subprocess.Popen(
+        [HUBAOTI, "serve", "--port", "0"],
+        env=environment_of(env) | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert serving.stdout is not None
+    where, export = serving.stdout.readline(), serving.stdout.readline()
+    url, token = (word.split("=")[1] for word in export.split()[1:])
+    assert url in where
+    there = replace(env, endpoint=url, token=token)
+    make_bundle(env.home.parent / "bundle")
+    assert hubaoti(there, "push", env.home.parent / "bundle", "acme/served").code == 0
+    serving.send_signal(signal.SIGINT)
+    assert "Traceback" not in serving.communicate(timeout=30)[1]
+
+
+def test_an_error_without_a_hint_prints_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], env: Settings
+) -> None:
+    def fake(*_: object, **__: object) -> None:
+        raise errors.HubaotiError("it broke")
+
+    monkeypatch.setattr("hubaoti.api.pull", fake)
+    assert dispatch(["pull", "a/b"]) == 1
+    assert capsys.readouterr().err == "error: it broke\n"
+
+
+def test_main_ends_the_process_with_the_code(env: Settings) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["trust", "rm", "nobody"])
+    assert ended.value.code == 2
+
+
+def test_each_step_is_printed_with_its_time(capsys: pytest.CaptureFixture[str]) -> None:
+    with Steps() as say:
+        say("one")
+        say("two")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in lines] == ["one", "two"]
+    assert all(line.endswith("s") for line in lines)
+    with pytest.raises(ZeroDivisionError), Steps() as say:
+        say("three")
+        _ = 1 / 0
+    assert capsys.readouterr().err.split() == ["three", "stopped"]
+    with Steps(quiet=True) as say:
+        say("four")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_table_in_a_pipe_is_not_broken(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "x" * 300
+    print_table(["name", "value"], [("[bold]", long)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert "[bold]" in lines[1] and long in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (None, "unknown"),
+        (0, "0 B"),
+        (999, "999 B"),
+        (1500, "1.5 kB"),
+        (2_000_000, "2.0 MB"),
+        (3e9, "3.0 GB"),
+        (4e12, "4.0 TB"),
+    ],
+)
+def test_a_size_is_in_the_unit_that_a_person_would_say(size: float | None, words: str) -> None:
+    assert human_size(size) == words
+
+
+def test_a_time_is_in_the_unit_that_a_person_would_say() -> None:
+    assert [human_time(each) for each in (0.0012, 0.4, 0.5, 61)] == [
+        "1.2 ms",
+        "400.0 ms",
+        "0.5 s",
+        "61.0 s",
+    ]
