@@ -267,7 +267,7 @@ def _libstdcxx(notes: list[str]) -> tuple[str | None, str | None]:
     try:
         # Only the loader knows which file it takes, so it is asked to take it.
         ctypes.CDLL(LIBSTDCXX)
-        path = _mapped(LIBSTDCXX)
+        path = mapped(LIBSTDCXX)
         versions = list(_defined_versions(path)) if path else []
     except (OSError, ValueError) as error:
         notes.append(f"{LIBSTDCXX}: {error}")
@@ -275,7 +275,7 @@ def _libstdcxx(notes: list[str]) -> tuple[str | None, str | None]:
     return _highest("GLIBCXX", versions), _highest("CXXABI", versions)
 
 
-def _mapped(soname: str) -> Path | None:
+def mapped(soname: str) -> Path | None:
     """The file of a library that is loaded in this process."""
     for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         path = Path(line.split(maxsplit=5)[-1])

@@ -345,7 +345,7 @@ def test_a_library_that_is_no_elf_file_is_a_note(
 ) -> None:
     text = tmp_path / "libstdc++.so.6"
     text.write_text("INPUT(-lstdc++)")
-    monkeypatch.setattr(host, "_mapped", lambda soname: text)
+    monkeypatch.setattr(host, "mapped", lambda soname: text)
     here = probe(settings, kernel_caches=())
     assert here.glibcxx is None
     assert any("not an ELF library" in note for note in here.notes)

@@ -11,18 +11,20 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from packaging.version import Version
 from torch.export import ExportedProgram
 
 from hubaoti.compiler.elf import refuse_executable_stack, refuse_paths
 from hubaoti.compiler.passes import UnfuseBias
 from hubaoti.compiler.source import first_line
 from hubaoti.errors import CompileFailed, DiskFull, HubaotiError, UnsafeFolder
+from hubaoti.host import mapped
 from hubaoti.manifest import Target
 from hubaoti.package import pack, unpack_all
 from hubaoti.settings import environment
@@ -33,6 +35,9 @@ WEIGHTLESS = {
     "always_keep_tensor_constants": True,
     "joint_graph_constant_folding": False,
 }
+# How a build is done, which changes nothing that is built. Headers that were precompiled lie in a
+# folder that all builds share, and compile workers keep the environment that they started with.
+ALONE = {"aot_inductor.precompile_headers": False, "compile_threads": 1}
 # A level's name for g++, and the width of its vectors; 1 turns inductor's own vectors off.
 LEVELS = {
     "x86_64_v2": ("x86-64-v2", 1),
@@ -40,7 +45,7 @@ LEVELS = {
     "x86_64_v4": ("x86-64-v4", 512),
     "aarch64": ("armv8-a", 128),
 }
-
+DRIVER = "driver"  # a folder of the build
 
 UNFUSE = UnfuseBias()
 PASSES = {UNFUSE.uuid(): UNFUSE}  # by the names that manifests give them
@@ -51,6 +56,9 @@ def options_for(target: Target) -> dict[str, Any]:
     options: dict[str, Any] = WEIGHTLESS | {"cpp.simdlen": LEVELS[target.level][1]}
     if target.device == "cpu":
         options["post_grad_custom_post_pass"] = UNFUSE.uuid()
+    if target.device == "cuda":
+        # Else the library holds the path of the build, under which each kernel is a file.
+        options["aot_inductor.embed_kernel_binary"] = True
     return options
 
 
@@ -61,8 +69,11 @@ def lower(program: ExportedProgram, level: str, options: dict[str, Any], package
         CompileFailed: inductor or the C++ compiler failed.
     """
     march = LEVELS[level][0]
-    settings = {name: PASSES.get(str(value), value) for name, value in options.items()}
-    with workplace() as folder, host_code(level, march, folder), fresh_cache(folder):
+    settings = ALONE | {name: PASSES.get(str(value), value) for name, value in options.items()}
+    with ExitStack() as around:
+        folder = around.enter_context(workplace())
+        for preparing in (host_code(level, march, folder), cuda_code(folder), fresh_cache(folder)):
+            around.enter_context(preparing)
         raw = folder / package.name
         try:
             with warnings.catch_warnings(action="ignore"):  # of torch about torch
@@ -82,11 +93,11 @@ def explained(why: Exception, folder: Path) -> HubaotiError:
     text = str(why)
     if "No space left on device" in text:
         return DiskFull(f"lower: no room on the disk of {folder}", hint="free some space there")
-    causes = [line for line in text.splitlines() if "error: " in line]
+    causes = [line for line in text.splitlines() if "error: " in line or "cannot find -l" in line]
     cause = first_line(CompileFailed(causes[0])) if causes else first_line(why)
     return CompileFailed(
         f"lower: {type(why).__name__}: {cause}",
-        hint="is g++ installed, and does it work? else try --dtype float32",
+        hint="are g++ and, for a GPU, the CUDA toolkit installed? else try --dtype float32",
     )
 
 
@@ -94,6 +105,9 @@ def finish(folder: Path, building: Path) -> None:
     """Drop the sources, and make sure that the libraries can be published."""
     for source in folder.rglob("*.cpp"):
         source.unlink()
+        # Torch's own loader of 2.11 finds the metadata by this name; that of 2.13 does not need it.
+        if source.name.endswith(".wrapper.cpp") and Version(torch.__version__) < Version("2.13"):
+            source.touch()
     secret = [building, Path(torch.__file__).parents[1], Path(sys.prefix), Path.home()]
     for library in folder.rglob("*.so"):
         refuse_executable_stack(library)
@@ -136,7 +150,11 @@ def fresh_cache(folder: Path) -> Iterator[None]:
 
     cache = str(folder / "cache")
     clear_caches()
-    with environment(TORCHINDUCTOR_CACHE_DIR=cache, TRITON_CACHE_DIR=f"{cache}/triton"):
+    with environment(
+        TORCHINDUCTOR_CACHE_DIR=cache,
+        TRITON_CACHE_DIR=f"{cache}/triton",
+        TRITON_DISABLE_LINE_INFO="1",  # else each kernel holds the paths of its Python files
+    ):
         yield
     clear_caches()
 
@@ -172,9 +190,33 @@ def flags_for(
         cflags, ldflags = original(*args, **kwargs)
         kept = [f for f in cflags if not f.startswith(("march=", "mcpu=")) and f != "g1"]
         kept += [f"march={march}", *(f"ffile-prefix-map={a}={b}" for a, b in maps.items())]
-        return kept, [*ldflags, "Wl,-z,noexecstack"]
+        return kept, [*ldflags, "Wl,-z,noexecstack", f"L{folder / DRIVER}"]
 
     return flags
+
+
+@contextmanager
+def cuda_code(folder: Path) -> Iterator[None]:
+    """Let g++ find CUDA's headers, and the driver by the name under which it is linked.
+
+    Private, checked on torch 2.11: `cpp_extension.CUDA_HOME`, the folder above the first `nvcc`,
+    which may be a script far from the toolkit. `libcuda.so` is a name that only some toolkits'
+    stubs have; the driver itself, `libcuda.so.1`, is in this process once there is a GPU.
+    """
+    if torch.version.cuda is None:
+        yield
+        return
+    from torch.utils import cpp_extension
+
+    driver = mapped("libcuda.so.1")
+    if driver:
+        (folder / DRIVER).mkdir()
+        (folder / DRIVER / "libcuda.so").symlink_to(driver)
+    usual = (f"/usr/local/cuda-{torch.version.cuda}", "/usr/local/cuda")
+    homes = [home for home in (cpp_extension.CUDA_HOME, *usual) if home]
+    home = next((h for h in homes if Path(h, "include/crt/host_defines.h").is_file()), None)
+    with patch.object(cpp_extension, "CUDA_HOME", home) if home else nullcontext():
+        yield
 
 
 def torch_root() -> Path:
