@@ -173,14 +173,12 @@ def load(
     settings = settings or Settings.from_env()
     folder, _ = model_files(model, revision, RUN_FILES, settings)
     say("torch")  # importing it takes longer than all the rest
-    import torch
-
-    from hubaoti.runtime.graph import open_graph
+    from hubaoti.runtime.graph import device_for, open_graph
     from hubaoti.runtime.text import TextEncoder, TextModel
     from hubaoti.runtime.weights import Checkpoint, constants
 
     say("open")
-    where = torch.device(device or {"cuda": "cuda:0"}.get(artifact.manifest.target.device, "cpu"))
+    where = device_for(artifact.manifest.target.device, device)
     entry = artifact.manifest.graphs[0]
     with Mirror.open(settings.mirror) as mirror:
         mirror.verify(artifact)

@@ -23,13 +23,7 @@ LARGEST = 16 << 20  # bytes of a manifest; the one of an 80-layer model is some 
 SAFE = 2**53 - 1  # the largest integer that is no other one's double
 LARGEST_DOUBLE = 2**1023
 # What is raised of a text that is no manifest, by msgspec, by ours and by the canonical form.
-MALFORMED = (
-    msgspec.MsgspecError,
-    rfc8785.CanonicalizationError,
-    BadManifest,
-    ValueError,
-    RecursionError,
-)
+MALFORMED = (msgspec.MsgspecError, BadManifest, ValueError, RecursionError)
 
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Size = Annotated[int, msgspec.Meta(ge=0)]
@@ -341,6 +335,8 @@ def contradictions(manifest: Manifest) -> list[str]:
     found = []
     if manifest.key != key_of(manifest.program, manifest.build, manifest.target):
         found.append("the key is not the one of its program, build and target")
+    if not manifest.graphs:
+        found.append("it lists no graph")
     found += unspeakable_labels(manifest)
     found += clashing_files(manifest)
     found += requirement_clashes(manifest)
@@ -389,7 +385,7 @@ def unknown_dims(graph: Graph) -> list[str]:
     named = {size for entry in graph.inputs for size in entry.shape if isinstance(size, str)}
     found = [f"{graph.id}: dim {dim} has no bounds" for dim in sorted(named - {*graph.bounds})]
     for dim, (low, high) in graph.bounds.items():
-        if not 0 <= low <= high:
+        if not 0 <= low <= high or high == 0:
             found.append(f"{graph.id}: dim {dim} is bounded by [{low}, {high}]")
     return found
 

@@ -11,9 +11,24 @@ import pytest
 import torch
 
 from hubaoti.bundle import Bundle
-from hubaoti.errors import BadInput, CannotOpen, MissingConstant, MissingOps, OutOfBounds
+from hubaoti.errors import (
+    BadInput,
+    BadRequest,
+    CannotOpen,
+    MissingConstant,
+    MissingOps,
+    OutOfBounds,
+)
 from hubaoti.manifest import Graph as Entry
-from hubaoti.runtime.graph import Graph, fit, native_runner, open_graph, public_runner, refusal
+from hubaoti.runtime.graph import (
+    Graph,
+    device_for,
+    fit,
+    native_runner,
+    open_graph,
+    public_runner,
+    refusal,
+)
 from hubaoti.runtime.weights import Checkpoint, constants
 
 CPU = torch.device("cpu")
@@ -271,6 +286,27 @@ def test_a_constant_that_the_manifest_does_not_list_is_named(
     fewer = msgspec.structs.replace(entry, constants=entry.constants[1:])
     with pytest.raises(MissingConstant, match="not in its manifest"):
         open_graph(roberta_unpacked, fewer, CPU).bind(values)
+
+
+@pytest.mark.parametrize(
+    ("target", "asked", "found"),
+    [
+        ("cpu", None, "cpu"),
+        ("cpu", "cpu:0", "cpu"),
+        ("cuda", None, "cuda:0"),
+        ("cuda", "cuda", "cuda:0"),
+        ("cuda", "cuda:3", "cuda:3"),
+    ],
+)
+def test_a_device_is_named_as_its_tensors_name_it(target: str, asked: str, found: str) -> None:
+    assert str(device_for(target, asked)) == found
+
+
+@pytest.mark.parametrize("asked", ["cuda:0", "meta", "toaster"])
+def test_a_device_that_the_graph_was_not_built_for_is_refused(asked: str) -> None:
+    with pytest.raises(BadRequest, match=asked) as caught:
+        device_for("cpu", asked)
+    assert caught.value.hint == "ask for cpu"
 
 
 @pytest.mark.parametrize("count", [0, 2])

@@ -196,6 +196,8 @@ CLASHES: dict[str, tuple[Edit, str]] = {
         "member",
     ),
     "a dim without bounds": (put("graphs", 0, "bounds", to={}), "dim batch has no bounds"),
+    "no graph": (put("graphs", to=[]), "it lists no graph"),
+    "bounds of nothing": (put("graphs", 0, "bounds", "batch", to=[0, 0]), "bounded by"),
     "empty bounds": (put("graphs", 0, "bounds", "batch", to=[3, 2]), "bounded by"),
     "two tales of the host": (put("requires", "sm", to=80), "target.sm is 90"),
 }
@@ -251,7 +253,10 @@ FLOATS = st.floats(0, 1e300)
 @settings(max_examples=60, deadline=None)
 @given(config=st.dictionaries(st.sampled_from(["a", "b", "é"]), JSON), dims=DIMS, error=FLOATS)
 def test_parse_reads_whatever_to_json_writes(
-    config: dict[str, Any], dims: dict[str, tuple[int, int, int]], error: float
+    manifest: Manifest,
+    config: dict[str, Any],
+    dims: dict[str, tuple[int, int, int]],
+    error: float,
 ) -> None:
     program = Program(config=config, code="a" * 64, task="logits", steps=("x",))
     build = Build(regions="whole", dims=dims, dtype="float32", attention="sdpa")
@@ -264,7 +269,7 @@ def test_parse_reads_whatever_to_json_writes(
         key=key_of(program, build, target),
         source=Source(model="m"),
         requires=Requirements(**CPU),  # type: ignore[arg-type]
-        graphs=(),
+        graphs=manifest.graphs,
         checks=(check,),
         built=Built(at="now", seconds=error, peak_bytes=1, host="h", hubaoti="0", transformers="5"),
     )

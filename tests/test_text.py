@@ -204,3 +204,13 @@ def test_a_graph_of_other_inputs_takes_no_texts(
     with pytest.raises(BadInput, match="takes attention_mask, pixels, not texts") as caught:
         TextModel(Graph(whole, runner, CPU), TextEncoder(folder))
     assert caught.value.hint
+
+
+def test_a_graph_without_dims_takes_no_texts(
+    runner: FakeRunner, entry: Entry, folder: Path
+) -> None:
+    fixed = tuple(msgspec.structs.replace(item, shape=(1, "seq")) for item in entry.inputs)
+    for inputs in (fixed, ()):
+        whole = msgspec.structs.replace(entry, inputs=inputs, bounds={"seq": (2, 24)})
+        with pytest.raises(BadInput, match="not texts"):
+            TextModel(Graph(whole, runner, CPU), TextEncoder(folder))

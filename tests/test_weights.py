@@ -186,6 +186,17 @@ def test_constants_of_the_artifact_come_from_its_own_file(
     assert torch.equal(found["table"], torch.full((4,), 7.0))
 
 
+def test_an_artifact_s_file_that_is_no_safetensors_is_an_error_that_says_so(
+    tmp_path: Path, entry: Entry, checkpoint: Checkpoint
+) -> None:
+    (tmp_path / "buffers.safetensors").write_bytes(b"garbage")
+    shipped = msgspec.structs.replace(constant("table"), origin=Origin(file="buffers.safetensors"))
+    whole = msgspec.structs.replace(entry, constants=(shipped,))
+    with pytest.raises(MissingConstant, match="buffers.safetensors of the artifact") as caught:
+        constants(whole, tmp_path, checkpoint, CPU)
+    assert "compile it again" in caught.value.hint
+
+
 def test_a_constant_that_the_artifact_s_file_lacks_is_an_error_that_says_so(
     tmp_path: Path, entry: Entry, checkpoint: Checkpoint
 ) -> None:

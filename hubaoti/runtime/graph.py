@@ -14,7 +14,14 @@ from typing import Any, Protocol
 
 import torch
 
-from hubaoti.errors import BadInput, CannotOpen, MissingConstant, MissingOps, OutOfBounds
+from hubaoti.errors import (
+    BadInput,
+    BadRequest,
+    CannotOpen,
+    MissingConstant,
+    MissingOps,
+    OutOfBounds,
+)
 from hubaoti.manifest import Constant, Input
 from hubaoti.manifest import Graph as Entry
 from hubaoti.package import pack
@@ -34,6 +41,24 @@ class Runner(Protocol):
     def update_constant_buffer(
         self, tensors: dict[str, torch.Tensor], inactive: bool, validate: bool, managed: bool
     ) -> None: ...
+
+
+def device_for(target: str, asked: str | None = None) -> torch.device:
+    """Where a graph that was built for `target` (cpu or cuda) is opened: by default its first.
+
+    Raises:
+        BadRequest: what is asked for is no device, or one of another kind.
+    """
+    try:
+        device = torch.device(asked or target)
+    except RuntimeError as why:
+        raise BadRequest(f"unknown device: {asked!r:.120}", hint=f"ask for {target}") from why
+    if device.type != target:
+        raise BadRequest(
+            f"the artifact was built for {target}, not for {device}", hint=f"ask for {target}"
+        )
+    # A CUDA graph is always told which GPU; the CPU has no number.
+    return torch.device("cuda", device.index or 0) if target == "cuda" else torch.device("cpu")
 
 
 def open_graph(folder: Path, entry: Entry, device: torch.device) -> Graph:

@@ -76,10 +76,12 @@ class TextModel:
 
     def __init__(self, graph: Graph, encoder: TextEncoder) -> None:
         """Raises BadInput when the graph takes something else than ids and a mask."""
-        names = {item.name for item in graph.entry.inputs}
-        if not names <= {"input_ids", "attention_mask"}:
+        taken = {item.name: item.shape for item in graph.entry.inputs}
+        shapes = {*taken.values()}
+        if not taken.keys() <= {"input_ids", "attention_mask"} or shapes != {("batch", "seq")}:
             raise BadInput(
-                f"graph {graph.entry.id} takes {', '.join(sorted(names))}, not texts",
+                f"graph {graph.entry.id} takes {', '.join(sorted(taken)) or 'nothing'}, not texts "
+                "of any batch and seq",
                 hint="call it from Python with its tensors",
             )
         self.graph = graph

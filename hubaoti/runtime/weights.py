@@ -111,9 +111,13 @@ def shipped_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The constants that came with the artifact."""
     for file in sorted({c.origin.file for c in entry.constants if c.origin.file}):
-        with safe_open(artifact / file, framework="pt", device=str(device)) as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a mapping
-                yield name, aligned(opened.get_tensor(name), device)
+        try:
+            with safe_open(artifact / file, framework="pt", device=str(device)) as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    yield name, aligned(opened.get_tensor(name), device)
+        except SafetensorError as why:
+            hint = "its publisher must compile it again"
+            raise MissingConstant(f"{file} of the artifact: {why}", hint=hint) from why
 
 
 def from_checkpoint(
