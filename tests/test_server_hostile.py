@@ -200,6 +200,7 @@ def test_a_path_is_a_file_or_a_folder_but_not_both(send: Send) -> None:
         lines(("file", {"path": "a", "content": 5})),
         lines(("file", {"path": "a", "content": "!!!", "encoding": "base64"})),
         lines(("file", {"path": "a", "content": "x", "encoding": "rot13"})),
+        lines(("file", {"path": "a", "content": "x", "encoding": ["base64"]})),
         lines(("lfsFile", {"path": "a", "oid": "../../etc/passwd"})),
         lines(("lfsFile", {"path": "a", "oid": "A" * 64})),
         lines(("lfsFile", {"path": "a", "oid": "0" * 64})),
@@ -478,7 +479,8 @@ def test_a_repo_is_public_or_private(send: Send, visibility: object) -> None:
 
 def test_a_space_needs_an_sdk_and_a_repo_a_known_kind(send: Send) -> None:
     refused(send("POST", "/api/repos/create", {"name": "v", "type": "space"}), 400)
-    refused(send("POST", "/api/repos/create", {"name": "v", "type": "space", "sdk": "a: b"}), 400)
+    for sdk in ("a: b", ["gradio"], {}):
+        refused(send("POST", "/api/repos/create", {"name": "v", "type": "space", "sdk": sdk}), 400)
     for kind in ("models", "bucket", 5, ["model"]):
         refused(send("POST", "/api/repos/create", {"name": "v", "type": kind}), 400)
 
@@ -490,6 +492,11 @@ CARDS = [
     "---\nx: .nan\nw: 2020-01-01\n3: {2020-01-01: .inf}\ns: !!set {a}\nb: !!binary aGk=\n---\n",
     '---\nx: "\\ud800"\ntags: [1, 2.5, null, [a], {b: c}, true]\n---\n',
     "---\n!!python/object/apply:os.system ['true']\n---\n",
+    "---\nx: !!int ''\n---\n",
+    "---\nx: !!bool maybe\n---\n",
+    "---\nx: !!timestamp now\n---\n",
+    "---\nx: 0x" + "f" * 5000 + "\n---\n",
+    "---\nx: " + "1:" * 200 + "1.0\n---\n",
     "---\ntags: hello\nlicense: [a, b]\nbase_model_relation: finetune\nbase_model: a/b\n---",
     "---\n---\n",
     "---\nnever closed",

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hubaoti.server import access, card, gitids, trees, words
@@ -32,6 +32,11 @@ ENTRY = st.builds(
 )
 
 
+# A deadline would measure whoever shares the machine.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@unhurried
 @given(st.text(max_size=30) | PATH)
 def test_an_accepted_path_names_something_below_its_folder(path: str) -> None:
     try:
@@ -43,6 +48,7 @@ def test_an_accepted_path_names_something_below_its_folder(path: str) -> None:
     assert (base / path).resolve().is_relative_to(base) and (base / path).resolve() != base
 
 
+@unhurried
 @given(SEGMENT, SEGMENT)
 def test_plain_paths_are_accepted_as_they_are(folder: str, name: str) -> None:
     assert words.file_path(f"{folder}/{name}") == f"{folder}/{name}"
@@ -58,6 +64,7 @@ REPO_NAME = st.from_regex(r"[A-Za-z0-9_]([A-Za-z0-9_.]?[A-Za-z0-9_]){0,40}", ful
 )
 
 
+@unhurried
 @given(st.sampled_from(sorted(words.KINDS.values())), REPO_NAME, REPO_NAME)
 def test_a_repos_name_is_read_as_it_is_written(kind: str, owner: str, name: str) -> None:
     found = words.repo_id(kind, f"{owner}/{name}", "local")
@@ -103,6 +110,13 @@ def test_a_folder_is_deleted_with_all_in_it_and_nothing_beside_it() -> None:
     assert trees.changed(tree, [Delete("b", folder=True)], "").keys() == {"a", "bc"}
     with pytest.raises(Problem, match="not found"):
         trees.changed(tree, [Delete("b")], "")
+
+
+def test_thousands_of_files_are_deleted_at_once() -> None:
+    tree = {f"d/{number}": trees.large("0" * 64, 1) for number in range(8000)}
+    start = time.process_time()
+    assert trees.changed(tree, [Delete(path) for path in tree], "") == {}
+    assert time.process_time() - start < 5  # a look at each file for each deletion takes 17
 
 
 def test_a_file_put_again_unchanged_keeps_its_last_commit() -> None:
@@ -157,6 +171,7 @@ def test_a_signature_serves_one_errand_for_an_hour(monkeypatch: pytest.MonkeyPat
     assert not guard.honours("errand", signature)
 
 
+@unhurried
 @given(st.text(max_size=40))
 def test_no_made_up_signature_or_token_is_honoured(said: str) -> None:
     guard = Guard("token", b"secret")
@@ -165,6 +180,7 @@ def test_no_made_up_signature_or_token_is_honoured(said: str) -> None:
     assert "token" not in repr(guard) and "secret" not in repr(guard)
 
 
+@unhurried
 @given(st.text(max_size=200))
 def test_any_readme_is_read_or_refused(text: str) -> None:
     try:
@@ -173,6 +189,19 @@ def test_any_readme_is_read_or_refused(text: str) -> None:
         return
     card.tags("model", found)
     card.tags("dataset", found)
+
+
+@pytest.mark.parametrize(
+    "readme",
+    [
+        "---\n# ---\nlicense: mit\n---\n# Title\n---\n",
+        "---\nlicense: mit # a---\n---",
+        "\ufeff\n---  \r\nlicense: mit\r\n---\r\ntext",
+    ],
+    ids=ascii,
+)
+def test_front_matter_ends_at_a_line_of_dashes_only(readme: str) -> None:
+    assert card.parse(readme) == {"license": "mit"}
 
 
 def test_a_datasets_card_makes_the_tags_that_its_filters_ask_for() -> None:
@@ -239,4 +268,20 @@ def test_an_object_is_whole_and_read_only_or_absent(tmp_path: Path) -> None:
     assert objects.path(sha256).stat().st_mode & 0o777 == 0o400
     (tmp_path / "tmp/leftover").write_bytes(b"x")
     Objects(tmp_path)
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_bytes_that_find_no_room_leave_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def fake_open(path: Path, mode: str) -> object:
+        path.touch()
+        return opened(Path("/dev/full"), "wb")
+
+    objects = Objects(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Path, "open", fake_open)
+        objects.put(b"too much")
     assert not list((tmp_path / "tmp").iterdir())

@@ -16,9 +16,7 @@ import yaml
 LIMIT = 128 * 1024
 """How many bytes of a README are looked at."""
 
-_FRONT_MATTER = re.compile(
-    r"\ufeff?\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|$)", re.DOTALL
-)
+_FRONT_MATTER = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
 _TAG_KEYS = {
     "language": "",
@@ -65,12 +63,13 @@ def parse(readme: str) -> dict[str, Any]:
     if match is None:
         return {}
     try:
-        found = yaml.load(match[1], _Loader) or {}
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        found = _plain(yaml.load(match[1], _Loader) or {})
+    # PyYAML lets through whatever Python raises at a scalar that is not what its tag says.
+    except Exception as error:
         raise BadCard(f"the metadata is not valid YAML: {error}"[:500]) from None
     if not isinstance(found, dict):
         raise BadCard("the metadata is not a YAML mapping")
-    return {_word(key): _plain(value) for key, value in found.items()}
+    return found
 
 
 def tags(kind: str, card: dict[str, Any]) -> list[str]:

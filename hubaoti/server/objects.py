@@ -72,8 +72,10 @@ class Incoming:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        try:
+            self._file.close()  # which fails when its last bytes find no room
+        finally:
+            self._path.unlink(missing_ok=True)
 
     def write(self, content: bytes) -> None:
         """Append these bytes."""
@@ -103,7 +105,9 @@ class Incoming:
         self._file.flush()
         os.fchmod(self._file.fileno(), 0o400)
         os.fsync(self._file.fileno())
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            _sync_folder(path.parent.parent)
         self._path.replace(path)
         _sync_folder(path.parent)
 

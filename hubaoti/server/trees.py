@@ -86,13 +86,18 @@ def _kept(old: Entry | None, new: Entry) -> Entry:
 
 
 def _delete(after: dict[str, Entry], before: Tree, change: Delete, commit: str) -> None:
-    def doomed(path: str) -> bool:
-        return path.startswith(f"{change.path}/") if change.folder else path == change.path
-
-    if not any(doomed(path) for path in (*before, *after)):
+    doomed = _files_of(after, change)
+    if not doomed and not _files_of(before, change):
         raise entry_not_found(change.path, commit)
-    for path in [path for path in after if doomed(path)]:
+    for path in doomed:
         del after[path]
+
+
+def _files_of(tree: Tree, change: Delete) -> list[str]:
+    """The files that a deletion means."""
+    if change.folder:
+        return [path for path in tree if path.startswith(f"{change.path}/")]
+    return [change.path] if change.path in tree else []
 
 
 def _refuse_clashes(tree: Tree) -> None:

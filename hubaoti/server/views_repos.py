@@ -15,7 +15,7 @@ from hubaoti.server.shapes import Json
 from hubaoti.server.uploads import LFS_SUFFIXES
 from hubaoti.server.words import RepoId
 
-_SDK = {"gradio", "streamlit", "docker", "static"}
+_SDKS = ("docker", "gradio", "static", "streamlit")
 
 
 def create(ask: Ask, body: Body) -> Response:
@@ -52,8 +52,8 @@ def _first_files(ask: Ask, repo_id: RepoId, body: Body) -> tuple[trees.Change, .
     files = {".gitattributes": patterns}
     if repo_id.kind == "space":
         sdk = body.get("sdk")
-        if sdk not in _SDK:
-            raise malformed(f"A Space's sdk is one of {', '.join(sorted(_SDK))}, not {sdk!r}")
+        if sdk not in _SDKS:
+            raise malformed(f"A Space's sdk is one of {', '.join(_SDKS)}, not {sdk!r}")
         files["README.md"] = f"---\ntitle: {repo_id.name}\nsdk: {sdk}\n---\n"
     return tuple(_put(ask, path, content.encode()) for path, content in files.items())
 
@@ -137,7 +137,7 @@ def storage(ask: Ask) -> Response:
         found = [repo for kind in words.KINDS.values() for repo in repos.every(db, kind)]
         said = [_stored(ask, db, repo) for repo in found if owner in {None, repo.id.owner}]
     total = sum(repo["storage"] for repo in said) or 1
-    return JSONResponse([repo | {"storagePercent": repo["storage"] / total} for repo in said])
+    return JSONResponse([repo | {"storagePercent": 100 * repo["storage"] / total} for repo in said])
 
 
 def _stored(ask: Ask, db: Connection, repo: Repo) -> Json:

@@ -228,7 +228,7 @@ def _change(ask: Ask, key: object, value: dict[str, Any]) -> trees.Change:
 
 def _regular(ask: Ask, value: dict[str, Any]) -> trees.Entry:
     said, encoding = value.get("content"), value.get("encoding", "utf-8")
-    if encoding not in {"base64", "utf-8"}:
+    if encoding not in ("base64", "utf-8"):
         raise malformed(f"Unknown encoding: {str(encoding)[:100]!r}")
     text = words.text(said, "content", _MAX_LINE)
     content = _decoded(text) if encoding == "base64" else text.encode()
