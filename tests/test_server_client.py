@@ -320,7 +320,8 @@ def test_repos_are_listed_by_author_words_and_time_and_in_pages(api: HfApi) -> N
     assert not list(api.list_models(author="lister"))
     with pytest.raises(BadRequestError, match="cannot filter by apps"):
         list(api.list_models(apps="vllm"))
-    assert {found.id for found in api.list_user_repos(namespace="lister")} == set(names)
+    stored = {found.id: found.storage_percent for found in api.list_user_repos(namespace="lister")}
+    assert stored == dict.fromkeys(names, 20)
     for name in names:
         api.delete_repo(name, repo_type="dataset")
 

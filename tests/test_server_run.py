@@ -20,7 +20,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from hubaoti import errors
-from hubaoti.server import create_app, running, serve
+from hubaoti.server import create_app, run, running, serve
 from hubaoti.server.hub import open_hub
 
 PROGRAM = """
@@ -61,6 +61,19 @@ def test_a_signal_ends_it_in_good_order(tmp_path: Path, number: signal.Signals) 
         assert server.stdout and server.stdout.read() == "stopped\n"
     with running(tmp_path / "root") as endpoint:
         assert HfApi(endpoint.url).repo_exists("o/r")
+
+
+def test_what_is_cut_off_at_the_end_is_no_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(run, "_GRACE", 0.1)
+    with socket.socket() as client, running(tmp_path / "root") as endpoint:
+        address = urlsplit(endpoint.url)
+        client.connect((address.hostname, address.port))
+        head = b"POST /api/validate-yaml HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
+        client.sendall(head + b"Expect: 100-continue\r\n\r\n")
+        assert b"100 Continue" in client.recv(100)
+    assert caplog.records and not any(record.exc_info for record in caplog.records)
 
 
 FILES = {f"f{number}.bin": os.urandom(600_000) for number in range(3)}

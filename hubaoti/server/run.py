@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hubaoti.errors import HubaotiError
 from hubaoti.server.app import app_of
@@ -75,7 +77,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, hub: Hub, ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
-            app_of(hub),
+            _cut_off_in_silence(app_of(hub)),
             log_level="error",
             access_log=False,
             log_config=None,  # how a process logs is its own affair
@@ -91,6 +93,16 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._ready()
+
+
+def _cut_off_in_silence(app: ASGIApp) -> ASGIApp:
+    """The app; uvicorn, which cancels what outlasts the grace, would print each one's traceback."""
+
+    async def quiet(scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(asyncio.CancelledError):
+            await app(scope, receive, send)
+
+    return quiet
 
 
 @contextmanager
