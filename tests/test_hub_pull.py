@@ -24,6 +24,7 @@ from bundles import (
     tree_of,
     write_zip,
 )
+from commands import hubaoti
 from huggingface_hub import HfApi
 from proxies import Proxy, proxying
 
@@ -148,6 +149,21 @@ def test_a_second_pull_asks_nothing_but_the_revision(
     proxy.requests.clear()
     again = get(repo, settings)
     assert again.from_mirror
+    assert proxy.requests == [("GET", f"/api/models/{repo}")]
+
+
+def test_huggingface_hub_asks_nothing_of_its_own(
+    tmp_path: Path,
+    repo: str,
+    settings: Settings,
+    proxy: Proxy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ship(tmp_path, repo, settings)
+    monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY")
+    assert hubaoti(settings, "pull", repo, "--trust").code == 0
+    proxy.requests.clear()
+    assert hubaoti(settings, "pull", repo).code == 0
     assert proxy.requests == [("GET", f"/api/models/{repo}")]
 
 

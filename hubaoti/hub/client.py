@@ -84,8 +84,10 @@ class HubClient:
 
     @cached_property
     def _api(self) -> HfApi:
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, constants
 
+        # Else each process first asks its endpoint for a list of the tools that it may run in.
+        constants.HF_HUB_DISABLE_TELEMETRY = True
         return HfApi(self.endpoint, token=self._settings.token, library_name="hubaoti")
 
     # Reading
