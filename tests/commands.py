@@ -1,14 +1,17 @@
-"""The command line as a stranger uses it: in a process of its own."""
+"""The command line as a stranger uses it, in a process of its own; or in this one, where equal."""
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from hubaoti.settings import Settings
+from hubaoti.cli import dispatch
+from hubaoti.settings import Settings, environment
 
 HUBAOTI = Path(sys.executable).with_name("hubaoti")
 
@@ -41,3 +44,12 @@ def hubaoti(settings: Settings, *words: object, cwd: Path | None = None) -> Done
     )
     assert "Traceback" not in done.stdout + done.stderr, done.stderr
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def inside(settings: Settings, *words: object) -> Done:
+    """Run a command in this process: start-up is not what is tested."""
+    out, err = io.StringIO(), io.StringIO()
+    values = environment_of(settings) | {"HF_TOKEN": settings.token or ""}
+    with environment(**values), redirect_stdout(out), redirect_stderr(err):
+        code = dispatch([str(word) for word in words])
+    return Done(code, out.getvalue(), err.getvalue())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from bundles import CPU, make_bundle, tree_of
-from commands import HUBAOTI, Done, environment_of, hubaoti
+from commands import HUBAOTI, Done, environment_of, hubaoti, inside
 
 from hubaoti import __version__, cli, errors
 from hubaoti.bundle import Bundle
@@ -94,8 +94,8 @@ def test_bad_usage_ends_with_2(
 
 
 def test_doctor_says_what_artifacts_are_judged_by(env: Settings) -> None:
-    table = hubaoti(env, "doctor").out
-    facts = json.loads(hubaoti(env, "doctor", "--json").out)
+    table = inside(env, "doctor").out
+    facts = json.loads(inside(env, "doctor", "--json").out)
     for name in ("torch", "glibc", "driver", "CPU", "endpoint", "mirror"):
         assert f"\n{name} " in table
     assert facts["level"] in table
@@ -107,19 +107,19 @@ def test_doctor_says_what_artifacts_are_judged_by(env: Settings) -> None:
 def test_push_and_pull_say_what_they_did(env: Settings, tmp_path: Path) -> None:
     repo = f"acme/{tmp_path.name}"
     make_bundle(tmp_path / "bundle")
-    first = hubaoti(env, "push", tmp_path / "bundle", repo, "--tag", "v1")
-    again = hubaoti(env, "push", tmp_path / "bundle", repo)
+    first = inside(env, "push", tmp_path / "bundle", repo, "--tag", "v1")
+    again = inside(env, "push", tmp_path / "bundle", repo)
     assert (first.code, again.code) == (0, 0)
     assert "float32-sdpa/" in first.out and "published" in first.out
     assert "was there already" in again.out
-    pulled = hubaoti(env, "pull", f"{repo}@v1", "--trust")
+    pulled = inside(env, "pull", f"{repo}@v1", "--trust")
     assert pulled.code == 0, pulled
     assert "from the Hub" in pulled.out
-    assert "from the mirror" in hubaoti(env, "pull", f"{repo}@v1").out
+    assert "from the mirror" in inside(env, "pull", f"{repo}@v1").out
 
 
 def test_pull_as_json_says_what_was_chosen_among_what(env: Settings, repo: str) -> None:
-    done = hubaoti(env, "pull", repo, "--trust", "--json")
+    done = inside(env, "pull", repo, "--trust", "--json")
     facts = json.loads(done.out)
     assert done.err == ""
     assert facts["verdict"]["fit"] in {"exact", "compatible"}
@@ -129,42 +129,42 @@ def test_pull_as_json_says_what_was_chosen_among_what(env: Settings, repo: str) 
 
 def test_quiet_is_silent(env: Settings, repo: str, tmp_path: Path) -> None:
     for words in (["push", tmp_path / "bundle", repo], ["pull", repo, "--trust"]):
-        done = hubaoti(env, *words, "--quiet")
+        done = inside(env, *words, "--quiet")
         assert (done.code, done.out, done.err) == (0, "", "")
 
 
 def test_the_mirror_lists_what_was_pulled(env: Settings, repo: str) -> None:
-    empty = hubaoti(env, "mirror", "ls")
+    empty = inside(env, "mirror", "ls")
     assert (empty.code, len(empty.out.splitlines())) == (0, 1)
-    assert json.loads(hubaoti(env, "mirror", "ls", "--json").out) == []
-    hubaoti(env, "pull", repo, "--trust")
-    table = hubaoti(env, "mirror", "ls").out
-    (row,) = json.loads(hubaoti(env, "mirror", "ls", "--json").out)
+    assert json.loads(inside(env, "mirror", "ls", "--json").out) == []
+    inside(env, "pull", repo, "--trust")
+    table = inside(env, "mirror", "ls").out
+    (row,) = json.loads(inside(env, "mirror", "ls", "--json").out)
     assert row["origin"]["repo"] == repo
     assert repo in table and row["digest"][:12] in table and "float32-sdpa" in table
 
 
 def test_trust_is_listed_and_taken_back(env: Settings, repo: str) -> None:
-    assert json.loads(hubaoti(env, "trust", "ls", "--json").out) == []
-    hubaoti(env, "pull", repo, "--trust")
-    assert "acme" in hubaoti(env, "trust", "ls").out
-    (publisher,) = json.loads(hubaoti(env, "trust", "ls", "--json").out)
+    assert json.loads(inside(env, "trust", "ls", "--json").out) == []
+    inside(env, "pull", repo, "--trust")
+    assert "acme" in inside(env, "trust", "ls").out
+    (publisher,) = json.loads(inside(env, "trust", "ls", "--json").out)
     assert (publisher["owner"], publisher["endpoint"]) == ("acme", env.endpoint)
-    assert "no longer trusted" in hubaoti(env, "trust", "rm", "acme").out
-    refused(hubaoti(env, "pull", repo), errors.Untrusted, "acme")
-    refused(hubaoti(env, "trust", "rm", "acme"), errors.BadRequest, "trust ls")
+    assert "no longer trusted" in inside(env, "trust", "rm", "acme").out
+    refused(inside(env, "pull", repo), errors.Untrusted, "acme")
+    refused(inside(env, "trust", "rm", "acme"), errors.BadRequest, "trust ls")
 
 
 def test_an_untrusted_publisher_is_named_and_nothing_is_kept(env: Settings, repo: str) -> None:
-    done = hubaoti(env, "pull", repo)
+    done = inside(env, "pull", repo)
     refused(done, errors.Untrusted, "acme", repo, env.endpoint, "--trust")
-    assert json.loads(hubaoti(env, "mirror", "ls", "--json").out) == []
+    assert json.loads(inside(env, "mirror", "ls", "--json").out) == []
 
 
 def test_a_bundle_that_was_edited_is_not_pushed(env: Settings, tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle")
     (tmp_path / "bundle" / "golden.safetensors").write_bytes(b"other")
-    done = hubaoti(env, "push", tmp_path / "bundle", f"acme/{tmp_path.name}")
+    done = inside(env, "push", tmp_path / "bundle", f"acme/{tmp_path.name}")
     refused(done, errors.DigestMismatch, "golden.safetensors")
 
 
@@ -172,9 +172,9 @@ def test_a_newer_manifest_is_told_from_a_bad_one(env: Settings, tmp_path: Path) 
     bundle = make_bundle(tmp_path / "bundle")
     file = bundle.path / "hubaoti.json"
     file.write_bytes(file.read_bytes().replace(b'"schema":1', b'"schema":7'))
-    refused(hubaoti(env, "push", bundle.path, "acme/x"), errors.NewerSchema, "upgrade hubaoti")
+    refused(inside(env, "push", bundle.path, "acme/x"), errors.NewerSchema, "upgrade hubaoti")
     file.write_bytes(b"{}")
-    refused(hubaoti(env, "push", bundle.path, "acme/x"), errors.BadManifest)
+    refused(inside(env, "push", bundle.path, "acme/x"), errors.BadManifest)
 
 
 def test_an_artifact_for_another_host_is_refused_with_every_reason(
@@ -183,8 +183,8 @@ def test_an_artifact_for_another_host_is_refused_with_every_reason(
     target = CPU | {"torch": "2.9.0+cpu"}
     make_bundle(tmp_path / "bundle", target=target)
     repo = f"acme/{tmp_path.name}"
-    hubaoti(env, "push", tmp_path / "bundle", repo)
-    refused(hubaoti(env, "pull", repo, "--trust"), errors.NoMatch, "torch2.9", "needs ")
+    inside(env, "push", tmp_path / "bundle", repo)
+    refused(inside(env, "pull", repo, "--trust"), errors.NoMatch, "torch2.9", "needs ")
 
 
 @pytest.mark.parametrize(
@@ -221,25 +221,25 @@ def test_what_cannot_be_done_leaves_nothing(
 def test_a_wrong_token_and_no_token_are_told(env: Settings, tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle")
     for token in ("wrong", None):
-        done = hubaoti(replace(env, token=token), "push", tmp_path / "bundle", "acme/x-token")
+        done = inside(replace(env, token=token), "push", tmp_path / "bundle", "acme/x-token")
         refused(done, errors.AuthFailed, "oken")
 
 
 def test_an_endpoint_that_is_down_is_told(env: Settings, tmp_path: Path) -> None:
     down = replace(env, endpoint="http://127.0.0.1:9")
-    refused(hubaoti(down, "pull", "acme/x"), errors.HubUnreachable, "127.0.0.1:9")
+    refused(inside(down, "pull", "acme/x"), errors.HubUnreachable, "127.0.0.1:9")
 
 
 def test_a_home_that_others_may_write_is_refused(env: Settings, repo: str) -> None:
     env.mirror.mkdir(parents=True, mode=0o700)
     env.mirror.chmod(0o777)
     for words in (["mirror", "ls"], ["pull", repo, "--trust"]):
-        refused(hubaoti(env, *words), errors.UnsafeFolder, "chmod", str(env.mirror))
+        refused(inside(env, *words), errors.UnsafeFolder, "chmod", str(env.mirror))
 
 
 def test_a_home_that_is_a_file_is_refused_in_words(tmp_path: Path, env: Settings) -> None:
     (tmp_path / "file").write_text("")
-    done = hubaoti(replace(env, home=tmp_path / "file"), "mirror", "ls")
+    done = inside(replace(env, home=tmp_path / "file"), "mirror", "ls")
     assert done.code not in {0, 130}
     assert "error: " in done.err
 

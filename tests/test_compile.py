@@ -19,6 +19,7 @@ from safetensors import safe_open
 import hubaoti
 from hubaoti.bundle import Bundle, writing
 from hubaoti.compiler.build import build_of, default_level, requirements, target_of
+from hubaoti.compiler.inductor import explained, vector_isas
 from hubaoti.compiler.request import ranges
 from hubaoti.compiler.source import load
 from hubaoti.errors import (
@@ -209,7 +210,7 @@ def test_a_bad_request_is_refused_and_leaves_nothing(
         hubaoti.compile(minilm, tmp_path / "out" / "bundle", settings=settings, **asked)
     assert word in str(caught.value)
     assert caught.value.hint
-    assert tree_of(tmp_path) == {}
+    assert [*(tmp_path / "out").rglob("*")] == []
 
 
 def test_a_level_above_this_host_is_refused(built_at: Settings) -> None:
@@ -236,7 +237,9 @@ def test_a_cuda_target_wants_the_driver_of_its_major_version(minilm_bundle: Bund
 
 
 @pytest.mark.parametrize("content", ["file", "folder"])
-def test_a_foreign_output_is_not_replaced(content: str, minilm: Path, tmp_path: Path) -> None:
+def test_a_foreign_output_is_not_replaced(
+    content: str, minilm: Path, built_at: Settings, tmp_path: Path
+) -> None:
     output = tmp_path / "mine"
     if content == "folder":
         output.mkdir()
@@ -245,7 +248,7 @@ def test_a_foreign_output_is_not_replaced(content: str, minilm: Path, tmp_path: 
         output.write_text("years of work")
     before = tree_of(tmp_path)
     with pytest.raises(OutputExists) as caught:
-        hubaoti.compile(minilm, output, settings=Settings(home=tmp_path / "home"))
+        hubaoti.compile(minilm, output, settings=built_at)
     assert caught.value.hint
     assert tree_of(tmp_path) == before
 
@@ -310,3 +313,23 @@ def test_a_config_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
     with pytest.raises((CompileFailed, ModelNotFound)) as caught:
         load(tmp_path, None, None, CPU)
     assert caught.value.hint
+
+
+def test_of_the_pages_that_a_compiler_writes_the_cause_is_told() -> None:
+    page = "C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\na.cpp:1: error: no such header\n"
+    told = explained(RuntimeError(page), Path("/tmp/build"))
+    assert type(told) is CompileFailed
+    assert "a.cpp:1: error: no such header" in str(told)
+    assert type(explained(OSError("No space left on device"), Path("/tmp"))) is DiskFull
+    assert len(str(explained(RuntimeError("x" * 9999), Path("/tmp")))) < 500
+
+
+@pytest.mark.parametrize(
+    ("level", "count"), [("x86_64_v2", 0), ("x86_64_v3", 1), ("x86_64_v4", 1), ("aarch64", 1)]
+)
+def test_a_level_has_one_vector_isa_or_none(level: str, count: int) -> None:
+    from torch._inductor import cpu_vec_isa
+
+    isas = vector_isas(cpu_vec_isa, level)
+    assert len(isas) == count
+    assert all(isas)
