@@ -188,6 +188,18 @@ def test_chunks_sent_once_serve_later_shards(filled: Store) -> None:
     assert objects.path(digest(reverse)).read_bytes() == reverse
 
 
+def test_a_xorb_that_lies_gives_way_to_the_true_one(filled: Store) -> None:
+    ingest, objects, _ = filled
+    file = shard(file_rows([(NONE, 4, 0, 1)], digest(b"true")))
+    for lie in (chunk(b"lies"), chunk(b"longer lies")):
+        assert keep(filled, NONE, lie)
+        with pytest.raises((BadXet, Problem)):
+            ingest.assemble(file)
+    assert keep(filled, NONE, chunk(b"true"))
+    ingest.assemble(file)
+    assert objects.path(digest(b"true")).read_bytes() == b"true"
+
+
 BAD_SHARDS = {
     "nothing": b"",
     "no magic": bytes(48) + END,

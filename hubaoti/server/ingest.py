@@ -6,8 +6,8 @@ which xorbs it sent and never sends them again, so for every chunk we remember a
 the raw xorb, then in a plain object; when all chunks of a xorb have moved, the raw file goes.
 
 A xorb's own hash is not recomputed: one that lies about its content can only lead to a file whose
-SHA-256 does not match, which is refused. For the client's memory is tied to the upload's URL,
-that URL holds an epoch, drawn once for each root.
+SHA-256 does not match, which is refused, and the next upload of that hash replaces it. For the
+client's memory is tied to the upload's URL, that URL holds an epoch, drawn once for each root.
 """
 
 from __future__ import annotations
@@ -54,19 +54,20 @@ class Ingest:
                 file.unlink()
 
     def keep_xorb(self, xorb: str, incoming: Incoming) -> bool:
-        """Store an uploaded xorb; False when it was here before.
+        """Store an uploaded xorb; False when files were made of it before.
+
+        Until then the newest upload counts: one that lies cannot keep the true one out.
 
         Raises:
             BadXet: it is malformed.
         """
         with incoming.reread() as file:
             chunks = chunks_of(file, incoming.size)
-        if self._places(xorb) is not None:
-            return False
-        incoming.move_to(self._raw / xorb)
-        places = [Place(_RAW, chunk.offset, chunk.length) for chunk in chunks]
-        # If the same xorb came twice at once, what the other one has come to is kept.
-        self._remember({xorb: places}, "insert or ignore")
+        with self._lock:
+            if any(place.source != _RAW for place in self._places(xorb) or ()):
+                return False
+            incoming.move_to(self._raw / xorb)
+            self._remember({xorb: [Place(_RAW, chunk.offset, chunk.length) for chunk in chunks]})
         return True
 
     def assemble(self, shard: bytes) -> None:
@@ -124,10 +125,10 @@ class Ingest:
             row = db.execute("select places from xorb where hash = ?", (xorb,)).fetchone()
         return [Place(*place) for place in json.loads(row[0])] if row else None
 
-    def _remember(self, places: dict[str, list[Place]], how: str = "insert or replace") -> None:
+    def _remember(self, places: dict[str, list[Place]]) -> None:
         rows = [(xorb, json.dumps([astuple(p) for p in held])) for xorb, held in places.items()]
         with self._database.writing() as db:
-            db.executemany(f"{how} into xorb values (?, ?)", rows)
+            db.executemany("insert or replace into xorb values (?, ?)", rows)
 
 
 def _judge(segment: Segment, places: list[Place]) -> None:
