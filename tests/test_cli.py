@@ -299,6 +299,24 @@ def test_an_interrupted_compile_leaves_nothing(
     assert not compiler_runs(working.pid)
 
 
+def test_a_stopped_compile_leaves_nothing(env: Settings, tiny_llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out" / "bundle"
+    output.parent.mkdir()
+    working = subprocess.Popen(
+        [HUBAOTI, "compile", tiny_llama, "-o", output],
+        env=environment_of(env),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(output.parent.iterdir()):
+        assert working.poll() is None
+        time.sleep(0.02)
+    working.terminate()  # as a scheduler does
+    assert "Traceback" not in working.communicate(timeout=60)[1]
+    assert working.returncode == 143
+    assert list(output.parent.iterdir()) == []
+
+
 def noexec(path: Path) -> bool:
     """Mount a disk from which no code may run."""
     path.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -22,7 +23,7 @@ COMMANDS = {
     "mirror": ("mirror", "What is stored on this machine."),
     "trust": ("trust", "The publishers whose code may run here."),
 }
-INTERRUPTED = 130
+INTERRUPTED, STOPPED = 130, 143
 
 
 class Commands(click.Group):
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Where the reader of our output left, as `head` does, click ends the process with 1, in silence.
     """
+    # As an interrupt does, being stopped lets every step take its temporary files along.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     sys.exit(dispatch(arguments))
 
 

@@ -189,7 +189,7 @@ def lower_and_check(
     say("compile")
     package = scratch / "graphs" / f"{ROOT}.pt2"
     package.parent.mkdir()
-    lower(exported.program, target.level, options, package)
+    lower(exported.program, target.level, options, package, say)
     say("check")
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         unpacked = Path(folder)

@@ -29,6 +29,8 @@ from hubaoti.manifest import Target
 from hubaoti.package import pack, unpack_all
 from hubaoti.settings import environment
 
+Say = Callable[[str], None]
+
 # Weights stay outside, and nothing is computed from them while compiling.
 WEIGHTLESS = {
     "aot_inductor.package_constants_in_so": False,
@@ -62,7 +64,9 @@ def options_for(target: Target) -> dict[str, Any]:
     return options
 
 
-def lower(program: ExportedProgram, level: str, options: dict[str, Any], package: Path) -> None:
+def lower(
+    program: ExportedProgram, level: str, options: dict[str, Any], package: Path, say: Say
+) -> None:
     """Compile a program into `package`, a `.pt2` without weights, sources or paths.
 
     Raises:
@@ -71,7 +75,7 @@ def lower(program: ExportedProgram, level: str, options: dict[str, Any], package
     march = LEVELS[level][0]
     settings = ALONE | {name: PASSES.get(str(value), value) for name, value in options.items()}
     with ExitStack() as around:
-        folder = around.enter_context(workplace())
+        folder = around.enter_context(workplace(say))
         for preparing in (host_code(level, march, folder), cuda_code(folder), fresh_cache(folder)):
             around.enter_context(preparing)
         raw = folder / package.name
@@ -115,7 +119,7 @@ def finish(folder: Path, building: Path) -> None:
 
 
 @contextmanager
-def workplace() -> Iterator[Path]:
+def workplace(say: Say) -> Iterator[Path]:
     """A folder of ours at a fixed, neutral path, empty, for one build at a time.
 
     The path is part of what inductor hashes, so that equal builds need equal paths; and a folder
@@ -133,7 +137,12 @@ def workplace() -> Iterator[Path]:
             hint=f"remove it, or: chmod 700 {root}",
         )
     with (root / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another compile of this user")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            say("compile")
         folder = root / "build"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
