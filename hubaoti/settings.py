@@ -32,7 +32,8 @@ class Settings:
         return cls(
             home=home.expanduser().absolute(),
             endpoint=(env.get("HF_ENDPOINT") or ENDPOINT).rstrip("/"),
-            token=env.get("HF_TOKEN") or None,
+            # As huggingface_hub reads it: a file's last newline comes along easily.
+            token="".join(env.get("HF_TOKEN", "").split()) or None,
             offline=env.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"},
         )
 

@@ -144,6 +144,13 @@ def test_no_message_carries_the_token(settings: Settings, kind: type[Exception])
     assert "***" in str(caught.value)
 
 
+def test_no_message_carries_a_token_that_is_spelled_otherwise(settings: Settings) -> None:
+    client = HubClient(replace(settings, token=f"{TOKEN}\n\x01"))
+    with pytest.raises(HubUnreachable) as caught:
+        client.resolve("acme/x")
+    assert TOKEN not in str(caught.value) + caught.value.hint
+
+
 def test_our_own_errors_pass(client: HubClient) -> None:
     with pytest.raises(DigestMismatch, match="mine"), client._door("acme/x"):
         raise DigestMismatch("mine")

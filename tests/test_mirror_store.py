@@ -407,8 +407,14 @@ def test_what_another_user_owns_is_refused(tmp_path: Path) -> None:
     root = tmp_path / "mirror"
     Mirror.open(root).close()
     os.chown(root / "graphs", 12345, -1)
-    with pytest.raises(UnsafeFolder, match="user 12345"):
+    with pytest.raises(UnsafeFolder, match="user 12345") as caught:
         Mirror.open(root)
+    assert "chown" in caught.value.hint
+
+
+def test_a_place_where_nothing_can_be_made_is_named() -> None:
+    with pytest.raises(HubaotiError, match="cannot make /proc/nowhere"):
+        Mirror.open(Path("/proc/nowhere/mirror"))
 
 
 def test_a_link_of_another_user_is_refused(tmp_path: Path) -> None:

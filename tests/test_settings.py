@@ -35,6 +35,11 @@ def test_an_empty_variable_is_an_unset_one() -> None:
     assert Settings.from_env(dict.fromkeys(names, "")) == Settings.from_env({})
 
 
+@pytest.mark.parametrize("text", ["hf_secret\n", " hf_secret\r\n", "hf_\nsecret"])
+def test_no_white_space_is_part_of_a_token(text: str) -> None:
+    assert Settings.from_env({"HF_TOKEN": text}).token == "hf_secret"
+
+
 def test_the_cache_folder_of_the_system_is_used() -> None:
     assert Settings.from_env({"XDG_CACHE_HOME": "/c"}).home == Path("/c/hubaoti")
 

@@ -314,8 +314,10 @@ class HubClient:
         """The first line of a foreign message, without the token."""
         lines = [line.strip() for line in str(why).splitlines() if line.strip()]
         words = lines[0] if lines else type(why).__name__
-        token = self._token()
-        return (words.replace(token, "***") if token else words)[:300]
+        if token := self._token():
+            for spelling in (token, repr(token)[1:-1]):
+                words = words.replace(spelling, "***")
+        return words[:300]
 
     def _token(self) -> str | None:
         from huggingface_hub import get_token

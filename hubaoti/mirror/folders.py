@@ -27,12 +27,17 @@ def make_private(folder: Path) -> None:
 
     Raises:
         UnsafeFolder: it is there, and another user owns it or may write it.
+        HubaotiError: nothing can be made there.
     """
     if not folder.is_dir():
         if not folder.parent.is_dir():
             make_private(folder.parent)
         # mkdir's mode is cut by the umask, which can only take rights away.
-        folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        except FileNotFoundError as why:  # in /proc and its like
+            hint = "set HUBAOTI_HOME to a folder that you may write"
+            raise HubaotiError(f"cannot make {folder}", hint=hint) from why
     refuse_shared(folder)
 
 
@@ -45,16 +50,16 @@ def refuse_shared(path: Path) -> None:
     with suppress(FileNotFoundError):
         for status in (path.lstat(), path.stat()):
             if status.st_uid != os.geteuid():
-                raise _unsafe(path, f"belongs to user {status.st_uid}")
+                raise _unsafe(path, f"belongs to user {status.st_uid}", f"chown {os.geteuid()}")
             # A link's own mode says nothing.
             if status.st_mode & OTHERS_WRITE and not stat.S_ISLNK(status.st_mode):
-                raise _unsafe(path, "may be written by other users")
+                raise _unsafe(path, "may be written by other users", "chmod go-w")
 
 
-def _unsafe(path: Path, why: str) -> UnsafeFolder:
+def _unsafe(path: Path, why: str, remedy: str) -> UnsafeFolder:
     return UnsafeFolder(
         f"{path} {why}, who could plant code there",
-        hint=f"make it yours alone (chmod go-w {path}), or set HUBAOTI_HOME to a folder that is",
+        hint=f"make it yours alone ({remedy} {path}), or set HUBAOTI_HOME to a folder that is",
     )
 
 
