@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -128,6 +129,27 @@ def test_a_large_file_is_one_object_and_leaves_no_xorb_behind(tmp_path: Path) ->
         assert read(api, "o/r", "c.bin", tmp_path) == BIG + b"more"
     assert (tmp_path / "root/objects" / object_path(BIG)).read_bytes() == BIG
     assert not [*(tmp_path / "root/xorbs").iterdir(), *(tmp_path / "root/tmp").iterdir()]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        os.urandom(1),
+        *(os.urandom(chunks << 16) for chunks in (1, 2, 3, 9, 40)),
+        bytes(9_000_000),
+        BIG[: 1 << 20] * 20,
+        b"".join(b"line %d\n" % number for number in range(500_000)),
+        b"".join(struct.pack("<f", number / 3) for number in range(500_000)),
+        os.urandom(70_000_000),
+    ],
+    ids=lambda content: f"{len(content)} bytes",
+)
+def test_whatever_the_client_packs_is_named_as_we_name_it(
+    api: HfApi, repo: str, content: bytes, tmp_path: Path
+) -> None:
+    """A xorb's hash, made again: of a chunk, of many, of equal ones, packed in each scheme."""
+    api.upload_file(path_or_fileobj=content, path_in_repo="a.bin", repo_id=repo)
+    assert read(api, repo, "a.bin", tmp_path) == content
 
 
 def object_path(content: bytes) -> str:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hubaoti.server import Endpoint
+from hubaoti.server import Endpoint, merkle
 from hubaoti.server.database import Database
 from hubaoti.server.ingest import Ingest
 from hubaoti.server.objects import Objects
@@ -68,6 +68,19 @@ def shard(*files: bytes) -> bytes:
 
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def named(*parts: bytes) -> str:
+    return merkle.root(map(merkle.leaf, parts))
+
+
+def test_a_xorbs_hash_is_the_one_of_xets_test_vectors() -> None:
+    alone = "d8d408e608fb9ca213b9909a65d86d725f2de4d8d540324be8a363e7a6e228cb"
+    assert named(b"Hello World!") == alone
+    first = "c28f58387a60d4aa200c311cda7c7f77f686614864f5869eadebf765d0a14a69"
+    second = "6e4e3263e073ce2c0e78cc770c361e2778db3b054b98ab65e277fc084fa70f22"
+    both = merkle.root([merkle.Node(first, 100), merkle.Node(second, 200)])
+    assert both == "be64c7003ccd3cf4357364750e04c9592b3c36705dee76a71590c011766b6c14"
 
 
 @settings(deadline=None, max_examples=50)
@@ -141,8 +154,8 @@ def keep(store: Store, name: str, content: bytes) -> bool:
         return store[0].keep_xorb(name, incoming)
 
 
-ONE, TWO, NONE = "1" * 64, "2" * 64, "0" * 64
 PARTS = [b"alpha" * 20, b"beta", b"gamma" * 7]
+ONE, TWO, NONE = named(*PARTS), named(b"delta"), "0" * 64
 
 
 @pytest.fixture
@@ -177,7 +190,8 @@ def test_chunks_sent_once_serve_later_shards(filled: Store) -> None:
     ingest, objects, root = filled
     ingest.assemble(shard(file_rows([(ONE, lengths(0, 2), 0, 2)], None)))
     assert (root / "xorbs" / ONE).exists(), "its third chunk is still needed"
-    assert not keep(filled, ONE, chunk(b"x")), "known already"
+    known = b"".join(chunk(part) for part in PARTS)
+    assert not keep(filled, ONE, known), "its chunks need not be kept again"
     ingest.assemble(shard(file_rows([(ONE, lengths(1, 3), 1, 3)], digest(PARTS[1] + PARTS[2]))))
     assert not (root / "xorbs" / ONE).exists()
     reverse = PARTS[2] + PARTS[0]
@@ -188,16 +202,31 @@ def test_chunks_sent_once_serve_later_shards(filled: Store) -> None:
     assert objects.path(digest(reverse)).read_bytes() == reverse
 
 
-def test_a_xorb_that_lies_gives_way_to_the_true_one(filled: Store) -> None:
-    ingest, objects, _ = filled
-    file = shard(file_rows([(NONE, 4, 0, 1)], digest(b"true")))
-    for lie in (chunk(b"lies"), chunk(b"longer lies")):
-        assert keep(filled, NONE, lie)
-        with pytest.raises((BadXet, Problem)):
-            ingest.assemble(file)
-    assert keep(filled, NONE, chunk(b"true"))
+@pytest.mark.parametrize(
+    "lie",
+    [[PARTS[0]], PARTS[1:], PARTS[::-1], [*PARTS, b"x"], [b"".join(PARTS)], [b"delta"]],
+    ids=["a part", "another part", "another order", "more", "joined", "another's"],
+)
+def test_a_xorb_of_another_hash_is_refused_and_leaves_nothing(
+    store: Store, lie: list[bytes]
+) -> None:
+    with pytest.raises(BadXet, match="hash mismatch"):
+        keep(store, ONE, b"".join(chunk(part) for part in lie))
+    left = [path for folder in ("xorbs", "tmp") for path in (store[2] / folder).iterdir()]
+    assert not left
+    assert keep(store, ONE, b"".join(chunk(part) for part in PARTS))
+
+
+def test_a_xorb_that_the_disk_spoilt_gives_way_to_the_next_upload(filled: Store) -> None:
+    ingest, objects, root = filled
+    (root / "xorbs" / TWO).unlink()
+    (root / "xorbs" / TWO).write_bytes(chunk(b"spoil"))
+    file = shard(file_rows([(TWO, 5, 0, 1)], digest(b"delta")))
+    with pytest.raises(Problem, match="SHA-256 mismatch"):
+        ingest.assemble(file)
+    assert keep(filled, TWO, chunk(b"delta"))
     ingest.assemble(file)
-    assert objects.path(digest(b"true")).read_bytes() == b"true"
+    assert objects.path(digest(b"delta")).read_bytes() == b"delta"
 
 
 BAD_SHARDS = {
@@ -244,11 +273,11 @@ def test_a_full_disk_is_told_before_it_is_filled(
 
 
 def test_many_xorbs_are_read_with_few_open_files(store: Store) -> None:
-    names = [f"{number:064x}" for number in range(40)]
-    for name in names:
-        keep(store, name, chunk(name.encode()))
-    content = "".join(names).encode()
-    segments: Segments = [(name, 64, 0, 1) for name in names]
+    parts = [b"%02d" % number for number in range(40)]
+    for part in parts:
+        keep(store, named(part), chunk(part))
+    content = b"".join(parts)
+    segments: Segments = [(named(part), 2, 0, 1) for part in parts]
     store[0].assemble(shard(file_rows(segments, digest(content))))
     assert store[1].path(digest(content)).read_bytes() == content
 
@@ -291,12 +320,13 @@ def post(endpoint: Endpoint, path: str, body: bytes, token: str) -> int:
 def test_uploads_over_http_are_judged_the_same(endpoint: Endpoint, cas: dict[str, str]) -> None:
     xorbs, shards = f"{cas['path']}/v1/xorbs/default", f"{cas['path']}/v1/shards"
     content = os.urandom(1000)
-    name = digest(b"name" + content)
+    name = named(content)
 
     def send(path: str, body: bytes) -> int:
         return post(endpoint, path, body, cas["token"])
 
     assert send(f"{xorbs}/{name}", b"nonsense") == 400
+    assert send(f"{xorbs}/{name}", chunk(content[1:])) == 400
     assert send(f"{xorbs}/..%2F..%2Fhub.sqlite3", chunk(content)) == 400
     assert send(f"{xorbs}/{name}", chunk(content)) == 200
     for lie in BAD_SHARDS.values():

@@ -8,7 +8,8 @@
     database     SQLite, transactions                            objects  files under their digest
     repos        repos and refs        history  commits          trees    a commit's files
     gitids       git's own names       card     a README's head  listing  the list of repos
-    uploads      which files are large xet      its two formats  ingest   Xet uploads taken apart
+    uploads      which files are large xet      its two formats  merkle   a xorb's hash
+    ingest       Xet uploads taken apart
 
 Under the root: `hub.sqlite3` (repos, refs, commits), `objects/` (files under their SHA-256),
 `xorbs/` (Xet uploads not yet taken apart), `tmp/` (files being written, emptied at the start) and

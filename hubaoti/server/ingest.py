@@ -5,8 +5,7 @@ file is put together at once and its digest checked, so downloads need no Xet. T
 which xorbs it sent and never sends them again, so for every chunk we remember a place: first in
 the raw xorb, then in a plain object; when all chunks of a xorb have moved, the raw file goes.
 
-A xorb's own hash is not recomputed: one that lies about its content can only lead to a file whose
-SHA-256 does not match, which is refused, and the next upload of that hash replaces it. For the
+Nothing is believed: a xorb's hash and a file's SHA-256 are both made again from the bytes. For the
 client's memory is tied to the upload's URL, that URL holds an epoch, drawn once for each root.
 """
 
@@ -18,6 +17,7 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from hubaoti.server import merkle
 from hubaoti.server.database import Database
 from hubaoti.server.objects import Incoming, Objects
 from hubaoti.server.problems import disk_full
@@ -56,13 +56,16 @@ class Ingest:
     def keep_xorb(self, xorb: str, incoming: Incoming) -> bool:
         """Store an uploaded xorb; False when files were made of it before.
 
-        Until then the newest upload counts: one that lies cannot keep the true one out.
+        Until then the newest upload counts: one that the disk spoilt does not stay.
 
         Raises:
-            BadXet: it is malformed.
+            BadXet: it is malformed, or its hash is another one.
         """
         with incoming.reread() as file:
             chunks = chunks_of(file, incoming.size)
+            found = merkle.root(merkle.leaf(read_chunk(file, chunk.offset)) for chunk in chunks)
+        if found != xorb:
+            raise BadXet(f"xorb hash mismatch: expected {xorb}, received {found}")
         with self._lock:
             if any(place.source != _RAW for place in self._places(xorb) or ()):
                 return False

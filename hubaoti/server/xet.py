@@ -13,6 +13,8 @@ from typing import BinaryIO
 
 import lz4.frame  # type: ignore[import-untyped]  # lz4 ships no types
 
+from hubaoti.server.merkle import hash_text
+
 MAX_XORB = 80 * 2**20
 """A xorb's bytes at most: hf_xet's limit is 64 MiB before its headers."""
 
@@ -154,7 +156,7 @@ def files_of(shard: bytes) -> Iterator[File]:
         segments = tuple(_segment(rows.next()) for _ in range(count))
         if flags & _HAS_VERIFICATION:
             rows.skip(count)
-        sha256 = _hash(rows.next()) if flags & _HAS_SHA256 else None
+        sha256 = hash_text(rows.next()) if flags & _HAS_SHA256 else None
         yield File(sha256, segments)
 
 
@@ -178,9 +180,4 @@ class _Rows:
 
 def _segment(row: bytes) -> Segment:
     _, length, first, last = struct.unpack_from("<IIII", row, 32)
-    return Segment(_hash(row), length, first, last)
-
-
-def _hash(row: bytes) -> str:
-    """A hash as Xet writes it: four little-endian numbers of 64 bits."""
-    return "".join(f"{number:016x}" for number in struct.unpack_from("<4Q", row))
+    return Segment(hash_text(row), length, first, last)
