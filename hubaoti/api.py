@@ -245,8 +245,7 @@ def model_files(
     Raises:
         ModelNotFound: neither a folder nor a repo of the Hub.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    if folder := local_folder(model):
         return folder, Source(model=folder.resolve().name)
     from hubaoti.hub.client import HubClient
 
@@ -258,3 +257,12 @@ def model_files(
             hint="give a Hub id as owner/name, or the folder of a model",
         ) from why
     return found, Source(model=str(model), commit=commit)
+
+
+def local_folder(model: str | Path) -> Path | None:
+    """The folder of this name; None where there is none, or can be none."""
+    try:
+        folder = Path(model).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError):  # too long a name; the home of a user that there is not
+        return None

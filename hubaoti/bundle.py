@@ -35,14 +35,16 @@ class Bundle:
 
         Raises:
             BadManifest: there is none, or it is not a good one.
+            HubaotiError: it may not be read.
         """
         file = path / manifests.FILENAME
-        if not file.is_file():
-            raise BadManifest(
-                f"{path} is not a bundle: it has no {manifests.FILENAME}",
-                hint="make one with: hubaoti compile MODEL -o DIR",
-            )
-        return cls(path, manifests.parse(file.read_bytes(), str(file)))
+        with readable(path):
+            if not file.is_file():
+                raise BadManifest(
+                    f"{path} is not a bundle: it has no {manifests.FILENAME}",
+                    hint="make one with: hubaoti compile MODEL -o DIR",
+                )
+            return cls(path, manifests.parse(file.read_bytes(), str(file)))
 
     def check(self) -> None:
         """Compare every file with the manifest, and every package's entries with their list.
@@ -50,7 +52,12 @@ class Bundle:
         Raises:
             DigestMismatch: a file is missing, has other bytes, or is not listed.
             BadPackage: a package is damaged, or its entries are not the listed ones.
+            HubaotiError: a file may not be read.
         """
+        with readable(self.path):
+            self._check()
+
+    def _check(self) -> None:
         listed = {file.path: file for file in self.manifest.all_files()}
         for file in listed.values():
             check_file(self.path / file.path, file)
@@ -66,6 +73,18 @@ class Bundle:
                     f"{graph.file} has other entries than its manifest lists",
                     hint="compile the bundle again",
                 )
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Around reading the bundle `path`: what the system refuses, in words."""
+    try:
+        yield
+    except OSError as why:
+        raise HubaotiError(
+            f"cannot read {why.filename or path}: {why.strerror or why}",
+            hint="give the folder of a bundle that you may read",
+        ) from why
 
 
 def check_file(path: Path, file: File) -> None:

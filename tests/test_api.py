@@ -164,7 +164,10 @@ def test_a_folder_that_is_no_bundle_is_not_pushed(settings: Settings, tmp_path: 
         hubaoti.push(tmp_path, "acme/any", settings=settings)
 
 
-@pytest.mark.parametrize("model", ["acme/nowhere", "no folder", "./nowhere", "a/b/c", "~/nowhere"])
+NOWHERE = ["acme/nowhere", "no folder", "./nowhere", "a/b/c", "~/nowhere", "~nobody-at-all/x"]
+
+
+@pytest.mark.parametrize("model", [*NOWHERE, "a" * 300])
 def test_a_model_that_is_nowhere_is_not_found(
     model: str, settings: Settings, tmp_path: Path
 ) -> None:

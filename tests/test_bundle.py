@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from bundles import changed, make_bundle, tree_of, write_zip
 
-from hubaoti.bundle import Bundle, file_entry, writing
+from hubaoti.bundle import Bundle, file_entry, readable, writing
 from hubaoti.errors import BadManifest, DigestMismatch, HubaotiError, OutputExists
 from hubaoti.manifest import FILENAME
 
@@ -74,6 +74,13 @@ def test_a_folder_that_is_no_bundle_says_how_to_make_one(tmp_path: Path) -> None
     with pytest.raises(BadManifest, match="not a bundle") as caught:
         Bundle.read(tmp_path)
     assert "hubaoti compile" in caught.value.hint
+
+
+def test_what_may_not_be_read_is_named(bundle: Bundle) -> None:
+    with pytest.raises(HubaotiError, match="cannot read"):
+        Bundle.read(Path("x" * 300))
+    with pytest.raises(HubaotiError, match=r"cannot read .*\.pt2"), readable(bundle.path):
+        raise PermissionError(13, "Permission denied", "graphs/root.pt2")
 
 
 def test_writing_gives_a_whole_folder(tmp_path: Path) -> None:

@@ -103,6 +103,13 @@ def test_a_text_beyond_the_bound_is_refused_with_its_tokens(folder: Path) -> Non
     assert f"--dim seq=2:{tokens}" in caught.value.hint
 
 
+def test_bytes_that_are_no_text_are_refused(folder: Path) -> None:
+    text = b"caf\xe9".decode(errors="surrogateescape")  # as Python reads a command line
+    with pytest.raises(BadInput, match="not UTF-8") as caught:
+        TextEncoder(folder).encode([SHORT, text])
+    assert caught.value.hint
+
+
 def test_a_long_text_is_shown_by_its_beginning() -> None:
     assert shortened("a" * 40) == "a" * 40
     assert shortened("a" * 41) == "a" * 39 + "…"

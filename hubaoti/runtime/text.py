@@ -52,7 +52,10 @@ class TextEncoder:
 
         Raises:
             OutOfBounds: a text has more than `high` tokens.
+            BadInput: a text is not Unicode, as what a shell passed on byte by byte.
         """
+        for text in texts:
+            require_unicode(text)
         rows = [item.ids for item in self._tokenizer.encode_batch(list(texts))]
         width = max(low, *(len(row) for row in rows))
         for text, row in zip(texts, rows, strict=True):
@@ -126,6 +129,19 @@ class TextModel:
         whole = {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
         inputs = [whole[item.name][rows].to(device) for item in self.graph.entry.inputs]
         return self.graph(*inputs)[0][:real].cpu()
+
+
+def require_unicode(text: str) -> None:
+    """See that a text has no half characters.
+
+    Raises:
+        BadInput: it has.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as why:
+        message = f"the text {shortened(text)!r} is not UTF-8"
+        raise BadInput(message, hint="give it in the encoding UTF-8") from why
 
 
 def shortened(text: str) -> str:
