@@ -1,8 +1,10 @@
 """The endpoint as a process: starting, stopping, being killed, one root for one process."""
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -305,6 +307,28 @@ def test_a_spoilt_index_is_an_error_with_advice(tmp_path: Path) -> None:
     with pytest.raises(errors.HubaotiError, match="cannot be read") as caught:
         open_hub(tmp_path / "root")
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("size", ["4k", "16k", "64k", "100k"])
+def test_a_full_disk_asks_for_space(tmp_path: Path, size: str) -> None:
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        with pytest.raises(errors.DiskFull, match="no room") as caught:
+            open_hub(tmp_path / "root")
+        assert "free some space" in caught.value.hint
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_is_no_unsafe_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(self: Path, **more: object) -> None:
+        raise OSError(errno.ENOSPC, "fake")
+
+    monkeypatch.setattr(Path, "mkdir", fake)
+    with pytest.raises(errors.DiskFull):
+        open_hub(tmp_path / "root")
 
 
 def test_without_starlette_the_package_says_what_to_install(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hubaoti.server.hub import Hub, open_hub
-from hubaoti.server.problems import Problem, disk_full
+from hubaoti.server.problems import Problem, disk_full, says_full
 from hubaoti.server.routes import ROUTES
 
 
@@ -24,6 +23,7 @@ def create_app(root: Path, token: str | None = None, user: str = "local") -> ASG
 
     Raises:
         UnsafeFolder: others own or may enter the folder, or it holds something else.
+        DiskFull: there is no room.
         HubaotiError: another process serves it.
     """
     return app_of(open_hub(root, token, user))
@@ -45,7 +45,7 @@ def app_of(hub: Hub) -> ASGIApp:
             HTTPException: _no_route,
             ClientDisconnect: _gone,
             OSError: _disk,
-            sqlite3.OperationalError: _database,
+            sqlite3.OperationalError: _disk,
             Exception: _broken,
         },
     )
@@ -82,15 +82,7 @@ def _gone(request: Request, error: Exception) -> Response:
 
 
 def _disk(request: Request, error: Exception) -> Response:
-    assert isinstance(error, OSError)
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return disk_full().response()
-    raise error
-
-
-def _database(request: Request, error: Exception) -> Response:
-    assert isinstance(error, sqlite3.OperationalError)
-    if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+    if says_full(error):
         return disk_full().response()
     raise error
 

@@ -6,17 +6,19 @@ import fcntl
 import os
 import secrets
 import sqlite3
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from hubaoti.errors import BadRequest, HubaotiError, UnsafeFolder
+from hubaoti.errors import BadRequest, DiskFull, HubaotiError, UnsafeFolder
 from hubaoti.server.access import Guard
 from hubaoti.server.database import Database
 from hubaoti.server.history import History
 from hubaoti.server.ingest import Ingest
 from hubaoti.server.objects import Objects
+from hubaoti.server.problems import says_full
 from hubaoti.server.words import is_owner
 
 _INDEX = "hub.sqlite3"
@@ -24,7 +26,7 @@ _INDEX = "hub.sqlite3"
 
 @dataclass(frozen=True)
 class Hub:
-    """One endpoint's state; the only thing that handlers share."""
+    """One endpoint's state; the only thing that requests share."""
 
     database: Database
     objects: Objects
@@ -47,6 +49,7 @@ def open_hub(root: Path, token: str | None = None, user: str = "local") -> Hub:
     Raises:
         BadRequest: the token or the user's name cannot be one.
         UnsafeFolder: others own or may enter the folder, or it holds something else.
+        DiskFull: there is no room.
         HubaotiError: another process serves it.
     """
     if token is None:
@@ -55,10 +58,11 @@ def open_hub(root: Path, token: str | None = None, user: str = "local") -> Hub:
         raise BadRequest("a token is printable ASCII without spaces")
     if not is_owner(user):
         raise BadRequest(f"a user cannot be named {user!r}")
-    _claim(root)
-    with ExitStack() as undo:
+    with _told(root), ExitStack() as undo:
+        _claim(root)
         lock = undo.enter_context(_lock(root))
-        hub = _open(root, lock, token, user)
+        database = undo.enter_context(closing(Database(root / _INDEX)))
+        hub = _open(root, lock, database, token, user)
         undo.pop_all()
     return hub
 
@@ -68,12 +72,7 @@ def new_token() -> str:
     return f"hf_{secrets.token_urlsafe(24)}"
 
 
-def _open(root: Path, lock: IO[str], token: str, user: str) -> Hub:
-    try:
-        database = Database(root / _INDEX)
-    except sqlite3.DatabaseError as error:
-        hint = "move the folder away and start with an empty one"
-        raise HubaotiError(f"{root / _INDEX} cannot be read: {error}", hint=hint) from error
+def _open(root: Path, lock: IO[str], database: Database, token: str, user: str) -> Hub:
     objects = Objects(root)
     return Hub(
         database=database,
@@ -87,13 +86,29 @@ def _open(root: Path, lock: IO[str], token: str, user: str) -> Hub:
     )
 
 
+@contextmanager
+def _told(root: Path) -> Iterator[None]:
+    """Say in words what is wrong with the folder, its disk or its index."""
+    try:
+        yield
+    except (OSError, sqlite3.DatabaseError) as error:
+        raise _trouble(root, error) from error
+
+
+def _trouble(root: Path, error: OSError | sqlite3.DatabaseError) -> HubaotiError:
+    if says_full(error):
+        hint = "free some space there, or choose another --root"
+        return DiskFull(f"no room on the disk of {root}", hint=hint)
+    if isinstance(error, OSError):
+        return UnsafeFolder(f"{root} cannot be used: {error.strerror}")
+    hint = "move the folder away and start with an empty one"
+    return HubaotiError(f"{root / _INDEX} cannot be read: {error}", hint=hint)
+
+
 def _claim(root: Path) -> None:
     """Make the folder ours alone: 0700, empty or a hub's."""
-    try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        empty = next(root.iterdir(), None) is None
-    except OSError as error:
-        raise UnsafeFolder(f"{root} cannot be used: {error.strerror}") from error
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    empty = next(root.iterdir(), None) is None
     stat = root.stat()
     if stat.st_uid != os.geteuid():
         raise UnsafeFolder(f"{root} belongs to another user", hint="choose another --root")

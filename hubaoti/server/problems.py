@@ -6,6 +6,8 @@ says the same as JSON for everyone else.
 
 from __future__ import annotations
 
+import errno
+import sqlite3
 from collections.abc import Mapping
 
 from starlette.responses import JSONResponse
@@ -68,6 +70,15 @@ def repo_not_found(repo: object, *, trusted: bool) -> Problem:
 def disk_full() -> Problem:
     """507: there is no room; nothing half-written stays."""
     return Problem(507, "The disk of the endpoint is full")
+
+
+def says_full(error: Exception) -> bool:
+    """Whether an error of the system's or of SQLite's says that the disk is full."""
+    if isinstance(error, OSError):
+        return error.errno in {errno.ENOSPC, errno.EDQUOT}
+    # SQLite calls it an I/O error when there is no room for its shared memory.
+    full = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE}
+    return getattr(error, "sqlite_errorcode", None) in full
 
 
 def revision_not_found(revision: str) -> Problem:

@@ -46,6 +46,7 @@ def serve(
     Raises:
         HubaotiError: the address is in use, or another process serves the folder.
         UnsafeFolder: the folder is not ours alone.
+        DiskFull: there is no room in it.
     """
     with _listening(host, port) as listener, _opened(root, token) as hub:
         endpoint = Endpoint(_url(listener), hub.guard.token)
