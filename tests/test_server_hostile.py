@@ -518,6 +518,8 @@ def test_no_card_breaks_the_list(send: Send, card: str) -> None:
 def test_what_a_list_cannot_answer_it_refuses(send: Send) -> None:
     for query in ("sort=hearts", "limit=-1", "limit=x", "cursor=1e5", "num_parameters=min:6B"):
         refused(send("GET", f"/api/models?{query}"), 400)
+    for query in ("models=o/m", "datasets=o/d", "linked=True"):
+        refused(send("GET", f"/api/spaces?{query}"), 400)
 
 
 def test_pages_of_a_list_follow_each_other(send: Send) -> None:

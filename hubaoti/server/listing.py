@@ -15,6 +15,7 @@ _SORTS = frozenset(
     {"createdAt", "downloads", "downloadsAllTime", "lastModified", "likes", "trendingScore"}
 )
 _UNSUPPORTED = frozenset({"apps", "inference", "inference_provider", "num_parameters"})
+_UNSUPPORTED |= {"models", "datasets", "linked"}
 """Filters that the Hub has and we cannot answer: refused, for a wrong list would be worse."""
 
 
