@@ -18,6 +18,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,7 @@ class Host:
 def probe(settings: Settings, kernel_caches: Iterable[Path] | None = None) -> Host:
     """Ask this machine for its facts; takes some 100 ms and changes nothing.
 
-    `kernel_caches` are the folders of huggingface_hub's layout in which kernels are looked for; by
-    default the mirror's and the one in the home folder.
+    Kernels are looked for in `kernel_caches`, by default the mirror's and the home folder's.
     """
     if kernel_caches is None:
         kernel_caches = (settings.mirror / "hub", Path.home() / ".cache/huggingface/hub")
@@ -368,15 +368,16 @@ def _loader_folders() -> list[str]:
 
 
 def _kernels(caches: Iterable[Path]) -> Iterator[str]:
-    """`repo@commit` of each repo snapshot that could be a kernel's.
+    """`repo@commit` of each repo snapshot that could be a kernel's; what cannot be read has none.
 
     A kernel lives in a repo of its own type, or, where it is older, in a model repo.
     """
     for cache in caches:
-        for snapshot in cache.glob("*--*--*/snapshots/*"):
-            kind, owner, name = snapshot.parent.parent.name.split("--", maxsplit=2)
-            if kind in {"kernels", "models"} and any(snapshot.iterdir()):
-                yield f"{owner}/{name}@{snapshot.name}"
+        with suppress(OSError):
+            for snapshot in cache.glob("*--*--*/snapshots/*"):
+                kind, owner, name = snapshot.parent.parent.name.split("--", maxsplit=2)
+                if kind in {"kernels", "models"} and any(snapshot.iterdir()):
+                    yield f"{owner}/{name}@{snapshot.name}"
 
 
 def _disk_free(folder: Path) -> int | None:

@@ -154,6 +154,17 @@ def test_kernels_are_read_from_either_layout_and_only_if_not_empty(
     assert found == {f"kernels-community/flash-attn3@{one}", f"kernels-community/rmsnorm@{two}"}
 
 
+class ClosedFolder(type(Path())):  # type: ignore[misc]
+    """A folder that may not be read, also by root, who may run these tests."""
+
+    def glob(self, pattern: str) -> Any:
+        raise PermissionError(13, "Permission denied", str(self))
+
+
+def test_a_folder_that_may_not_be_read_has_no_kernels(settings: Settings, tmp_path: Path) -> None:
+    assert probe(settings, kernel_caches=[ClosedFolder(tmp_path)]).kernels == set()
+
+
 # torch, in fake folders
 
 

@@ -167,6 +167,22 @@ def test_a_flipped_bit_in_the_mirror_is_found_and_kept_apart(
     mirror.verify(artifact)
 
 
+def test_a_file_that_cannot_be_read_is_a_broken_one(
+    mirror: Mirror, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = put(mirror, bundle)
+
+    def unreadable(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("hubaoti.mirror.store.sha256_of", unreadable)
+    with pytest.raises(DigestMismatch):
+        mirror.verify(artifact)
+    monkeypatch.undo()
+    put(mirror, bundle)
+    mirror.verify(artifact)
+
+
 def test_a_changed_tensor_is_found_and_kept_apart(mirror: Mirror, bundle: Bundle) -> None:
     artifact = put(mirror, bundle)
     assert mirror.verify_file(artifact, bundle.manifest.files[0]).is_file()

@@ -331,8 +331,11 @@ def holds_small(artifact: Artifact) -> bool:
 
 
 def has_bytes(path: Path, sha256: str) -> bool:
-    """Whether a file is there, and no link, with these bytes."""
-    return path.is_file() and not path.is_symlink() and sha256_of(path) == sha256
+    """Whether a file is there, and no link, with these bytes; one that cannot be read has none."""
+    try:
+        return path.is_file() and not path.is_symlink() and sha256_of(path) == sha256
+    except OSError:
+        return False
 
 
 def changed(path: Path) -> DigestMismatch:
