@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hubaoti.server import Endpoint, views_uploads
+from hubaoti.server import Endpoint, card, views_uploads
 from hubaoti.server.objects import Objects
 from hubaoti.server.views_uploads import MAX_REGULAR
 
@@ -513,6 +513,40 @@ def test_no_card_breaks_the_list(send: Send, card: str) -> None:
     assert [repo["id"] for repo in found] == [REPO]
     said = send("POST", "/api/validate-yaml", {"content": card, "repoType": "model"})
     assert said.status in {200, 400} and "errors" in said.json
+
+
+def test_a_card_is_read_while_others_may_write(
+    endpoint: Endpoint, send: Send, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(readme: str) -> dict[str, Any]:
+        assert send("POST", "/api/repos/create", {"name": "meanwhile"}).status == 200
+        return {"tags": ["read"]}
+
+    monkeypatch.setattr(card, "parse", fake)
+    assert commit(send, ("file", {"path": "README.md", "content": "---"})).status == 200
+    assert "read" in send("GET", f"/api/models/{REPO}").json["tags"]
+
+
+def test_a_card_is_the_one_of_mains_last_readme(send: Send) -> None:
+    def readme(tag: str) -> tuple[str, object]:
+        return ("file", {"path": "README.md", "content": f"---\ntags: [{tag}]\n---\n"})
+
+    def tags_after(*changes: tuple[str, object], branch: str = "main") -> list[str]:
+        assert commit(send, *changes, branch=branch).status == 200
+        tags: list[str] = send("GET", f"/api/models/{REPO}").json["tags"]
+        return tags
+
+    gone = ("deletedFile", {"path": "README.md"})
+    assert tags_after(readme("a"), readme("b")) == ["b"]
+    assert tags_after(put("other")) == ["b"]
+    send("POST", f"/api/models/{REPO}/branch/aside", {})
+    assert tags_after(readme("c"), branch="aside") == ["b"]
+    assert send("POST", f"/api/models/{REPO}/super-squash/main", {}).status == 200
+    assert tags_after(put("another")) == ["b"]
+    assert tags_after(readme("d"), gone) == []
+    assert tags_after(readme("d")) == ["d"]
+    assert tags_after(gone, readme("e")) == ["e"]
+    assert tags_after(gone) == []
 
 
 def test_what_a_list_cannot_answer_it_refuses(send: Send) -> None:

@@ -1,13 +1,13 @@
-"""Commits: recorded, read, squashed. Every method runs inside a transaction of its caller's."""
+"""Commits: recorded, read, squashed. What takes a `db` runs inside its caller's transaction."""
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from sqlite3 import Connection
+from typing import Any
 
 from hubaoti.server import card, repos, trees
 from hubaoti.server.gitids import CommitText
@@ -16,6 +16,9 @@ from hubaoti.server.problems import Problem
 from hubaoti.server.repos import Repo
 from hubaoti.server.trees import Tree
 
+Card = dict[str, Any]
+
+_README = "README.md"
 _REMEMBERED = 64
 """How many trees are kept unpacked in memory."""
 
@@ -86,8 +89,30 @@ class History:
                 del self._trees[next(iter(self._trees))]
         return tree
 
-    def commit(self, db: Connection, repo: Repo, branch: str, draft: Draft) -> str:
-        """Add a commit to a branch; returns its id.
+    def card_after(self, changes: Sequence[trees.Change]) -> Card | None:
+        """What a repo's card says after these changes; None when they leave it as it is.
+
+        To read one may take a second: ask before the transaction that would keep others waiting.
+        """
+        for change in reversed(changes):
+            if isinstance(change, trees.Put) and change.path == _README:
+                return self._read_card(change.entry.sha256)
+            if change == trees.Delete(_README):
+                return {}
+        return None
+
+    def _read_card(self, sha256: str) -> Card:
+        with self._objects.path(sha256).open("rb") as file:
+            text = file.read(card.LIMIT).decode("utf-8", "replace")
+        try:
+            return card.parse(text)
+        except card.BadCard:
+            return {}  # a broken card hides nothing else of the repo
+
+    def commit(
+        self, db: Connection, repo: Repo, branch: str, draft: Draft, new_card: Card | None
+    ) -> str:
+        """Add a commit to a branch; returns its id. `new_card` is the card after its changes.
 
         Raises:
             Problem: 404, there is no such branch; 412, it moved on since `draft.parent`.
@@ -97,11 +122,14 @@ class History:
             message = "A commit has happened since. Please refresh and try again."
             raise Problem(412, f"{message} ({branch} is at {head}, not at {draft.parent})")
         tree = trees.changed(self.tree(db, repo, head), draft.changes, head)
+        if branch == "main" and new_card is not None:
+            repos.set_card(db, repo, new_card)
         return self._record(db, repo, branch, head, draft, tree)
 
     def begin(self, db: Connection, repo: Repo, changes: tuple[trees.Change, ...]) -> str:
         """The first commit of a new repo, which makes its main branch."""
         tree = trees.changed({}, changes, "")
+        repos.set_card(db, repo, self.card_after(changes) or {})
         return self._record(db, repo, "main", None, Draft("initial commit"), tree)
 
     def squash(self, db: Connection, repo: Repo, branch: str, title: str) -> str:
@@ -130,18 +158,4 @@ class History:
             "on conflict (repo, folder, name) do update set oid = excluded.oid",
             (repo.row, branch, oid),
         )
-        if branch == "main":
-            words = json.dumps(self._card(tree))
-            db.execute("update repo set card = ? where id = ?", (words, repo.row))
         return oid
-
-    def _card(self, tree: Tree) -> dict[str, object]:
-        readme = tree.get("README.md")
-        if readme is None:
-            return {}
-        with self._objects.path(readme.sha256).open("rb") as file:
-            text = file.read(card.LIMIT).decode("utf-8", "replace")
-        try:
-            return card.parse(text)
-        except card.BadCard:
-            return {}  # a broken card hides nothing else of the repo

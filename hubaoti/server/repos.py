@@ -87,6 +87,11 @@ def set_private(db: Connection, repo: Repo, private: bool) -> None:
     db.execute("update repo set private = ? where id = ?", (private, repo.row))
 
 
+def set_card(db: Connection, repo: Repo, card: dict[str, Any]) -> None:
+    """Keep what the main branch's README says of the repo."""
+    db.execute("update repo set card = ? where id = ?", (json.dumps(card), repo.row))
+
+
 def refs(db: Connection, repo: Repo) -> list[Ref]:
     """Every branch and tag, by name."""
     rows = db.execute("select folder, name, oid from ref where repo = ? order by name", (repo.row,))

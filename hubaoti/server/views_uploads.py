@@ -250,8 +250,9 @@ def _large(ask: Ask, path: str, value: dict[str, Any]) -> trees.Entry:
 
 
 def _commit(ask: Ask, branch: str, draft: Draft) -> Response:
+    card = ask.hub.history.card_after(draft.changes)
     with ask.hub.database.writing() as db:
         repo = ask.repo(db)
-        oid = ask.hub.history.commit(db, repo, branch, draft)
+        oid = ask.hub.history.commit(db, repo, branch, draft, card)
     url = f"{ask.base}/{repo.id.page}/commit/{oid}"
     return JSONResponse({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
