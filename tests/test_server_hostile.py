@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hubaoti.server import Endpoint, card, views_uploads
+from hubaoti.server import Endpoint, card, views_commit
 from hubaoti.server.objects import Objects
-from hubaoti.server.views_uploads import MAX_REGULAR
+from hubaoti.server.views_commit import MAX_REGULAR
 
 REPO = "hostile/target"
 CONTENT = base64.b64encode(b"hello").decode()
@@ -199,6 +199,7 @@ def test_a_path_is_a_file_or_a_folder_but_not_both(send: Send) -> None:
         lines(("file", {"path": "a"})),
         lines(("file", {"path": "a", "content": 5})),
         lines(("file", {"path": "a", "content": "!!!", "encoding": "base64"})),
+        lines(("file", {"path": "a", "content": "\xe9", "encoding": "base64"})),
         lines(("file", {"path": "a", "content": "x", "encoding": "rot13"})),
         lines(("file", {"path": "a", "content": "x", "encoding": ["base64"]})),
         lines(("lfsFile", {"path": "a", "oid": "../../etc/passwd"})),
@@ -379,7 +380,7 @@ def test_big_bodies_are_cut_off(send: Send, endpoint: Endpoint) -> None:
 def test_a_commit_has_so_many_changes_and_no_more(
     send: Send, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(views_uploads, "_MAX_CHANGES", 2)
+    monkeypatch.setattr(views_commit, "_MAX_CHANGES", 2)
     refused(commit(send, put("a"), put("b"), put("c")), 413)
     assert commit(send, put("a"), put("b")).status == 200
 
@@ -547,6 +548,17 @@ def test_a_card_is_the_one_of_mains_last_readme(send: Send) -> None:
     assert tags_after(readme("d")) == ["d"]
     assert tags_after(gone, readme("e")) == ["e"]
     assert tags_after(gone) == []
+
+
+FLAGS = {"true": True, "True": True, "1": True, "yes": True, "false": False, "": False}
+
+
+def test_flags_are_spelled_alike_everywhere(send: Send) -> None:
+    for word, set_ in FLAGS.items():
+        (found,) = send("GET", f"/api/models?full={word}&author=hostile&search=target").json
+        assert ("siblings" in found) is set_
+        (first, *_) = send("GET", f"/api/models/{REPO}?blobs={word}").json["siblings"]
+        assert ("size" in first) is set_
 
 
 def test_what_a_list_cannot_answer_it_refuses(send: Send) -> None:

@@ -45,7 +45,7 @@ class Ask:
 
     def flag(self, name: str) -> bool:
         """Whether the URL's query sets this."""
-        return self.request.query_params.get(name, "").lower() in {"1", "true", "yes"}
+        return words.is_set(self.request.query_params.get(name, ""))
 
     @cached_property
     def repo_id(self) -> RepoId:
@@ -65,6 +65,11 @@ class Ask:
         if not self.trusted:
             said = self.request.headers.get("authorization")
             raise Problem(401, BAD_TOKEN if said else NO_TOKEN)
+
+    def refuse_pr(self) -> None:
+        """400 to whoever asks for a pull request."""
+        if self.flag("create_pr"):
+            raise malformed("Pull requests are not supported by this endpoint")
 
     def repo(self, db: Connection, repo_id: RepoId | None = None) -> Repo:
         """The repo that the path (or the caller) names; a private one only for the trusted."""
@@ -90,30 +95,30 @@ class Ask:
 
 
 Body = dict[str, Any]
-Endpoint = Callable[[Request], Response | Awaitable[Response]]
+View = Callable[[Request], Response | Awaitable[Response]]
 
 
-def reads(view: Callable[[Ask], Response]) -> Endpoint:
-    """An endpoint that anybody may call; what is private the view itself hides."""
+def reads(view: Callable[[Ask], Response]) -> View:
+    """A view that anybody may call; what is private it hides itself."""
 
     @wraps(view)
-    def endpoint(request: Request) -> Response:
+    def answer(request: Request) -> Response:
         return view(Ask(request))
 
-    return endpoint
+    return answer
 
 
-def writes(view: Callable[[Ask, Body], Response]) -> Endpoint:
-    """An endpoint that needs the token, checked before the JSON body is read."""
+def writes(view: Callable[[Ask, Body], Response]) -> View:
+    """A view that needs the token, checked before the JSON body is read."""
 
     @wraps(view)
-    async def endpoint(request: Request) -> Response:
+    async def answer(request: Request) -> Response:
         ask = Ask(request)
         ask.demand_token()
         body = words.json_object(await whole_body(request, MAX_BODY))
         return await run_in_threadpool(view, ask, body)
 
-    return endpoint
+    return answer
 
 
 async def whole_body(request: Request, limit: int) -> bytes:

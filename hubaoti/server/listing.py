@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.datastructures import QueryParams
 
-from hubaoti.server import shapes
+from hubaoti.server import shapes, words
 from hubaoti.server.problems import malformed
 
 _PAGE = 1000
@@ -47,17 +47,17 @@ class Query:
             tags=frozenset(filter(None, [*tags, query.get("pipeline_tag", "")])),
             author=query.get("author", ""),
             search=tuple(word.lower() for said in query.getlist("search") for word in said.split()),
-            gated=query.get("gated", "").lower() in {"true", "1", "auto", "manual"},
+            gated=_is_gated(query.get("gated", "")),
             sort=sort,
             start=_number(query, "cursor", 0),
             limit=min(_number(query, "limit", _PAGE), _PAGE),
-            full=_flag(query, "full"),
-            card=_flag(query, "cardData"),
+            full=words.is_set(query.get("full", "")),
+            card=words.is_set(query.get("cardData", "")),
             expand=frozenset(query.getlist("expand")),
         )
 
     @property
-    def files(self) -> bool:
+    def wants_files(self) -> bool:
         """Whether the repos' files are asked for."""
         return self.full or bool(self.expand & {"siblings", "usedStorage"})
 
@@ -85,8 +85,8 @@ def page_of(repos: list[dict[str, Any]], query: Query) -> tuple[list[dict[str, A
     return found[query.start : end], end if query.limit and end < len(found) else None
 
 
-def _flag(query: QueryParams, name: str) -> bool:
-    return query.get(name, "").lower() in {"1", "true"}
+def _is_gated(said: str) -> bool:
+    return words.is_set(said) or said.lower() in {"auto", "manual"}
 
 
 def _number(query: QueryParams, name: str, default: int) -> int:

@@ -10,8 +10,15 @@ from __future__ import annotations
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.routing import Mount, Route
 
-from hubaoti.server import views_account, views_files, views_refs, views_repos, views_uploads
-from hubaoti.server.ask import Endpoint, reads, writes
+from hubaoti.server import (
+    views_account,
+    views_commit,
+    views_files,
+    views_refs,
+    views_repos,
+    views_uploads,
+)
+from hubaoti.server.ask import View, reads, writes
 from hubaoti.server.words import KINDS
 
 
@@ -27,7 +34,7 @@ class _Kind(Convertor[str]):
 
 register_url_convertor("kind", _Kind())
 
-_API: list[tuple[str, str, Endpoint]] = [
+_API: list[tuple[str, str, View]] = [
     ("GET", "/revision/{revision}", reads(views_repos.describe)),
     ("GET", "/auth-check", reads(views_repos.auth_check)),
     ("GET", "/auth-check/write", reads(views_repos.write_check)),
@@ -44,23 +51,23 @@ _API: list[tuple[str, str, Endpoint]] = [
     ("POST", "/paths-info/{revision}", views_files.paths),
     ("POST", "/preupload/{revision}", writes(views_uploads.preupload)),
     ("GET", "/xet-write-token/{revision}", reads(views_uploads.xet_token)),
-    ("POST", "/commit/{revision}", views_uploads.commit),
+    ("POST", "/commit/{revision}", views_commit.commit),
     ("GET", "", reads(views_repos.describe)),
 ]
 
 
-_PAGES: list[tuple[str, str, Endpoint]] = [
+_PAGES: list[tuple[str, str, View]] = [
     ("GET", "/resolve/{revision}/{path:path}", reads(views_files.content)),
     ("POST", ".git/info/lfs/objects/batch", writes(views_uploads.lfs_batch)),
 ]
 
 
-def _of_repos(prefix: str, rows: list[tuple[str, str, Endpoint]]) -> list[Route]:
+def _of_repos(prefix: str, rows: list[tuple[str, str, View]]) -> list[Route]:
     """The rows for both spellings; all of `name` first, for `owner/name` would take `name/refs`."""
     return [
-        Route(f"{prefix}/{repo}{rest}", endpoint, methods=[method])
+        Route(f"{prefix}/{repo}{rest}", view, methods=[method])
         for repo in ("{name}", "{owner}/{name}")
-        for method, rest, endpoint in rows
+        for method, rest, view in rows
     ]
 
 

@@ -79,7 +79,7 @@ def _wanted(media: str, body: bytes) -> tuple[list[str], bool]:
         form = parse_qs(body.decode(), max_num_fields=_PATHS)
     except ValueError:
         raise malformed("The body is not a form of at most 10000 fields") from None
-    return form.get("paths", []), form.get("expand", [""])[-1].lower() in {"1", "true"}
+    return form.get("paths", []), words.is_set(form.get("expand", [""])[-1])
 
 
 def content(ask: Ask) -> Response:

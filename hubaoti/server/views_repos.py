@@ -110,7 +110,7 @@ def search(ask: Ask) -> Response:
     with ask.hub.database.reading() as db:
         found = [_head(ask, db, repo) for repo in _visible(ask, db, words.KINDS[kind])]
         page, following = page_of(found, query)
-        if query.files:
+        if query.wants_files:
             page = [said | _files(ask, db, words.KINDS[kind], said) for said in page]
     headers = ask.next_page(f"/api/{kind}", cursor=following) if following is not None else None
     return JSONResponse([query.shown(said) for said in page], headers=headers)

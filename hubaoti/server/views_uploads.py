@@ -1,10 +1,7 @@
-"""The road of a file into a repo: ask how, send it by LFS or Xet, commit it."""
+"""The road of a file into a repo: ask how, send it by LFS or Xet."""
 
 from __future__ import annotations
 
-import base64
-import binascii
-from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlencode
 
@@ -14,29 +11,16 @@ from starlette.responses import JSONResponse, Response
 
 from hubaoti.server import access, repos, trees, words
 from hubaoti.server.ask import Ask, Body, bounded, whole_body
-from hubaoti.server.history import Draft
-from hubaoti.server.problems import Problem, disk_full, malformed, too_large
+from hubaoti.server.problems import Problem, disk_full, malformed
 from hubaoti.server.uploads import is_large
 from hubaoti.server.xet import MAX_SHARD, MAX_XORB, BadXet
 
-MAX_REGULAR = 16 * 2**20
-"""The bytes at most of a file that is sent inside its commit."""
-
-_MAX_LINE = MAX_REGULAR * 4 // 3 + 65536
-_MAX_COMMIT = 2**30
-_MAX_CHANGES = 100_000
 _XET_ERRAND = "xet"
-
-
-def refuse_pr(ask: Ask) -> None:
-    """400 to whoever asks for a pull request."""
-    if ask.flag("create_pr"):
-        raise malformed("Pull requests are not supported by this endpoint")
 
 
 def preupload(ask: Ask, body: Body) -> Response:
     """Which files are sent apart, and which ones inside their commit."""
-    refuse_pr(ask)
+    ask.refuse_pr()
     branch = words.ref_name(ask.word("revision"), "heads")
     with ask.hub.database.reading() as db:
         repo = ask.repo(db)
@@ -47,17 +31,10 @@ def preupload(ask: Ask, body: Body) -> Response:
 
 def _upload_mode(said: dict[str, Any], tree: trees.Tree) -> dict[str, Any]:
     path, size = words.file_path(said.get("path")), words.size(said.get("size"))
-    sample = _decoded(said.get("sample") or "")
+    sample = words.base64_bytes(said.get("sample") or "", 65536)
     mode = "lfs" if is_large(path, size, sample) else "regular"
     answer = {"path": path, "uploadMode": mode, "shouldIgnore": False}
     return answer | ({"oid": tree[path].etag} if path in tree else {})
-
-
-def _decoded(said: object) -> bytes:
-    try:
-        return base64.b64decode(words.text(said, "base64", _MAX_LINE), validate=True)
-    except binascii.Error:
-        raise malformed("Not base64") from None
 
 
 def lfs_batch(ask: Ask, body: Body) -> Response:
@@ -100,7 +77,7 @@ async def lfs_put(request: Request) -> Response:
 def xet_token(ask: Ask) -> Response:
     """Where hf_xet sends its uploads, and the token that it sends with them."""
     ask.demand_token()
-    refuse_pr(ask)
+    ask.refuse_pr()
     with ask.hub.database.reading() as db:
         repos.head(db, ask.repo(db), words.ref_name(ask.word("revision"), "heads"))
     token = ask.hub.guard.sign(_XET_ERRAND)
@@ -147,112 +124,3 @@ async def shard_post(request: Request) -> Response:
     except BadXet as error:
         raise malformed(str(error)) from None
     return JSONResponse({"result": 1})
-
-
-async def commit(request: Request) -> Response:
-    """Commit the changes of an NDJSON body, all or none."""
-    ask = Ask(request)
-    ask.demand_token()
-    refuse_pr(ask)
-    branch = words.ref_name(ask.word("revision"), "heads")
-    await run_in_threadpool(_branch_is_there, ask, branch)
-    header: dict[str, Any] | None = None
-    changes: list[trees.Change] = []
-    async for line in _lines(request):
-        said = words.json_object(line)
-        value = words.item(said.get("value"))
-        if header is None:
-            header = _header(said.get("key"), value)
-        elif len(changes) == _MAX_CHANGES:
-            raise Problem(413, f"A commit has at most {_MAX_CHANGES} changes")
-        else:
-            changes.append(await run_in_threadpool(_change, ask, said.get("key"), value))
-    if header is None:
-        raise malformed("The commit has no header")
-    return await run_in_threadpool(_commit, ask, branch, _draft(header, changes))
-
-
-def _branch_is_there(ask: Ask, branch: str) -> None:
-    with ask.hub.database.reading() as db:
-        repos.head(db, ask.repo(db), branch)
-
-
-async def _lines(request: Request) -> AsyncIterator[bytes]:
-    """The body's lines that hold something."""
-    rest = bytearray()
-    async for chunk in bounded(request, _MAX_COMMIT):
-        *lines, tail = chunk.split(b"\n")
-        for line in lines:
-            rest += line
-            if rest.strip():
-                yield bytes(rest)
-            rest.clear()
-        rest += tail
-        if len(rest) > _MAX_LINE:
-            raise too_large("A file inside a commit", MAX_REGULAR)
-    if rest.strip():
-        yield bytes(rest)
-
-
-def _header(key: object, value: dict[str, Any]) -> dict[str, Any]:
-    if key != "header":
-        raise malformed("The commit's first line must be its header")
-    return value
-
-
-def _draft(header: dict[str, Any], changes: list[trees.Change]) -> Draft:
-    parent = words.text(header.get("parentCommit") or "", "parentCommit")
-    if parent and not words.is_commit(parent):
-        raise malformed(f"parentCommit is not a commit: {parent[:100]!r}")
-    return Draft(
-        title=words.text(header.get("summary"), "the summary", 65536) or "Commit",
-        message=words.text(header.get("description") or "", "the description", 2**20),
-        parent=parent,
-        changes=tuple(changes),
-    )
-
-
-def _change(ask: Ask, key: object, value: dict[str, Any]) -> trees.Change:
-    """One change; a file's bytes are stored before the commit that names them."""
-    if key == "deletedFile":
-        return trees.Delete(words.file_path(value.get("path")))
-    if key == "deletedFolder":
-        return trees.Delete(words.folder_path(value.get("path")), folder=True)
-    path = words.file_path(value.get("path"))
-    if key == "file":
-        return trees.Put(path, _regular(ask, value))
-    if key == "lfsFile":
-        return trees.Put(path, _large(ask, path, value))
-    raise malformed(f"Unknown kind of change: {str(key)[:100]!r}")
-
-
-def _regular(ask: Ask, value: dict[str, Any]) -> trees.Entry:
-    said, encoding = value.get("content"), value.get("encoding", "utf-8")
-    if encoding not in ("base64", "utf-8"):
-        raise malformed(f"Unknown encoding: {str(encoding)[:100]!r}")
-    text = words.text(said, "content", _MAX_LINE)
-    content = _decoded(text) if encoding == "base64" else text.encode()
-    if len(content) > MAX_REGULAR:
-        raise too_large("A file inside a commit", MAX_REGULAR)
-    return trees.regular(content, ask.hub.objects.put(content))
-
-
-def _large(ask: Ask, path: str, value: dict[str, Any]) -> trees.Entry:
-    oid = words.digest(value.get("oid"))
-    size = ask.hub.objects.size(oid)
-    if value.get("algo", "sha256") != "sha256":
-        raise malformed("LFS objects are named by SHA-256")
-    if size is None:
-        raise malformed(f"LFS object {oid} ({path}) was not uploaded")
-    if "size" in value and words.size(value["size"]) != size:
-        raise malformed(f"LFS object {oid} ({path}) has {size} bytes, not {value['size']}")
-    return trees.large(oid, size)
-
-
-def _commit(ask: Ask, branch: str, draft: Draft) -> Response:
-    card = ask.hub.history.card_after(draft.changes)
-    with ask.hub.database.writing() as db:
-        repo = ask.repo(db)
-        oid = ask.hub.history.commit(db, repo, branch, draft, card)
-    url = f"{ask.base}/{repo.id.page}/commit/{oid}"
-    return JSONResponse({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})

@@ -5,6 +5,7 @@ Each function returns its word, safe to use, or raises a `Problem`.
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from dataclasses import dataclass
@@ -129,6 +130,19 @@ def text(word: object, what: str, limit: int = 4096) -> str:
     except UnicodeEncodeError:
         raise malformed(f"{what} is not valid Unicode") from None
     return word
+
+
+def is_set(word: str) -> bool:
+    """Whether a flag of a query or a form is set."""
+    return word.lower() in {"1", "true", "yes"}
+
+
+def base64_bytes(word: object, limit: int) -> bytes:
+    """What `limit` characters of base64, at most, stand for."""
+    try:
+        return base64.b64decode(text(word, "base64", limit), validate=True)
+    except ValueError:
+        raise malformed("Not base64") from None
 
 
 def size(word: object) -> int:
