@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from urllib.parse import quote, urlsplit
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.routing import Route
 
 from hubaoti.server import Endpoint, card, views_commit
 from hubaoti.server.objects import Objects
+from hubaoti.server.routes import ROUTES
 from hubaoti.server.views_commit import MAX_REGULAR
 
 REPO = "hostile/target"
@@ -435,6 +438,28 @@ def test_a_token_is_asked_for_before_a_body_is_read(send: Send) -> None:
     refused(send("POST", f"/api/models/{REPO}/commit/main", b"{", token=None), 401)
     refused(send("GET", f"/api/models/{REPO}/xet-write-token/main", token=None), 401)
     refused(send("GET", "/api/settings/repositories", token=None), 401)
+
+
+OPEN = {"paths", "validate_yaml"}
+WRITING = [
+    route
+    for route in ROUTES
+    if isinstance(route, Route) and route.methods != {"GET", "HEAD"} and route.name not in OPEN
+]
+
+
+@pytest.mark.parametrize("route", WRITING, ids=lambda route: route.path)
+def test_no_route_writes_for_whoever_comes(send: Send, route: Route) -> None:
+    url = send("GET", f"/api/models/{REPO}/xet-write-token/main").json["casUrl"]
+    words = dict.fromkeys(route.param_convertors, "0" * 64) | {
+        "kind": "models",
+        "owner": "hostile",
+        "name": "target",
+        "epoch": url.rpartition("/")[2],
+    }
+    path = re.sub(r"\{(\w+)[^}]*\}", lambda match: words[match[1]], route.path)
+    (method,) = route.methods or ()
+    refused(send(method, path, b"nonsense", token=None), 403 if "_lfs" in path else 401)
 
 
 def test_a_hidden_repo_and_none_at_all_look_the_same(send: Send) -> None:

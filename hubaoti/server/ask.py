@@ -1,6 +1,6 @@
-"""One request, and the two ways to answer it: views that read, and views that write.
+"""One request, and the ways to answer it: views that read, that write, that take a stream.
 
-A view is a plain function, run in a thread: it may use files and SQLite as it likes.
+All but the last are plain functions, run in a thread: they may use files and SQLite as they like.
 """
 
 from __future__ import annotations
@@ -95,6 +95,9 @@ class Ask:
 
 
 Body = dict[str, Any]
+Permit = Callable[[Ask], None]
+"""Raises unless a request may do what it asks for."""
+
 View = Callable[[Request], Response | Awaitable[Response]]
 
 
@@ -117,6 +120,29 @@ def writes(view: Callable[[Ask, Body], Response]) -> View:
         ask.demand_token()
         body = words.json_object(await whole_body(request, MAX_BODY))
         return await run_in_threadpool(view, ask, body)
+
+    return answer
+
+
+def reads_body(view: Callable[[Ask, bytes], Response]) -> View:
+    """A view that anybody may call, and whose question is in its body."""
+
+    @wraps(view)
+    async def answer(request: Request) -> Response:
+        body = await whole_body(request, MAX_BODY)
+        return await run_in_threadpool(view, Ask(request), body)
+
+    return answer
+
+
+def streams(permit: Permit, view: Callable[[Ask], Awaitable[Response]]) -> View:
+    """A view that reads its body itself, once `permit` lets it; work that blocks goes to threads."""
+
+    @wraps(view)
+    async def answer(request: Request) -> Response:
+        ask = Ask(request)
+        permit(ask)
+        return await view(ask)
 
     return answer
 

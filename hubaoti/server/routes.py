@@ -18,7 +18,8 @@ from hubaoti.server import (
     views_repos,
     views_uploads,
 )
-from hubaoti.server.ask import View, reads, writes
+from hubaoti.server.ask import Ask, View, reads, reads_body, streams, writes
+from hubaoti.server.views_uploads import demand_lfs, demand_xet
 from hubaoti.server.words import KINDS
 
 
@@ -48,10 +49,10 @@ _API: list[tuple[str, str, View]] = [
     ("POST", "/super-squash/{branch}", writes(views_refs.squash)),
     ("GET", "/tree/{revision}", reads(views_files.tree)),
     ("GET", "/tree/{revision}/{path:path}", reads(views_files.tree)),
-    ("POST", "/paths-info/{revision}", views_files.paths),
+    ("POST", "/paths-info/{revision}", reads_body(views_files.paths)),
     ("POST", "/preupload/{revision}", writes(views_uploads.preupload)),
     ("GET", "/xet-write-token/{revision}", reads(views_uploads.xet_token)),
-    ("POST", "/commit/{revision}", views_commit.commit),
+    ("POST", "/commit/{revision}", streams(Ask.demand_token, views_commit.commit)),
     ("GET", "", reads(views_repos.describe)),
 ]
 
@@ -73,7 +74,7 @@ def _of_repos(prefix: str, rows: list[tuple[str, str, View]]) -> list[Route]:
 
 ROUTES = [
     Route("/api/whoami-v2", reads(views_account.whoami), methods=["GET"]),
-    Route("/api/validate-yaml", views_account.validate_yaml, methods=["POST"]),
+    Route("/api/validate-yaml", reads_body(views_account.validate_yaml), methods=["POST"]),
     Route("/api/repos/create", writes(views_repos.create), methods=["POST"]),
     Route("/api/repos/delete", writes(views_repos.delete), methods=["DELETE"]),
     Route("/api/repos/move", writes(views_repos.move), methods=["POST"]),
@@ -85,9 +86,15 @@ ROUTES = [
     ),
     Route("/api/{kind:kind}", reads(views_repos.search), methods=["GET"]),
     *_of_repos("/api/{kind:kind}", _API),
-    Route("/_lfs/{oid}", views_uploads.lfs_put, methods=["PUT"]),
-    Route("/_cas/{epoch}/v1/xorbs/{prefix}/{hash}", views_uploads.xorb_post, methods=["POST"]),
-    Route("/_cas/{epoch}/v1/shards", views_uploads.shard_post, methods=["POST"]),
+    Route("/_lfs/{oid}", streams(demand_lfs, views_uploads.lfs_put), methods=["PUT"]),
+    Route(
+        "/_cas/{epoch}/v1/xorbs/{prefix}/{hash}",
+        streams(demand_xet, views_uploads.xorb_post),
+        methods=["POST"],
+    ),
+    Route(
+        "/_cas/{epoch}/v1/shards", streams(demand_xet, views_uploads.shard_post), methods=["POST"]
+    ),
     # Whatever else hf_xet asks for first (grants, known chunks) it does without, when it is a 404.
     Mount("/_cas", routes=[]),
     *_of_repos("/{kind:kind}", _PAGES),

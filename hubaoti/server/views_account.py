@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from hubaoti.server import card, words
-from hubaoti.server.ask import MAX_BODY, Ask, whole_body
+from hubaoti.server.ask import MAX_BODY, Ask
 from hubaoti.server.problems import BAD_TOKEN, Problem
 
 
@@ -30,12 +28,11 @@ def whoami(ask: Ask) -> Response:
     )
 
 
-async def validate_yaml(request: Request) -> Response:
+def validate_yaml(ask: Ask, body: bytes) -> Response:
     """Whether a README's front matter can be read; 400 with the reason when it cannot."""
-    said = words.json_object(await whole_body(request, MAX_BODY)).get("content")
-    content = words.text(said, "content", MAX_BODY)
+    content = words.text(words.json_object(body).get("content"), "content", MAX_BODY)
     try:
-        await run_in_threadpool(card.parse, content[: card.LIMIT])
+        card.parse(content[: card.LIMIT])
     except card.BadCard as error:
         errors = [{"message": str(error)}]
         raise Problem(400, str(error), more={"errors": errors, "warnings": []}) from None

@@ -22,16 +22,14 @@ _MAX_COMMIT = 2**30
 _MAX_CHANGES = 100_000
 
 
-async def commit(request: Request) -> Response:
+async def commit(ask: Ask) -> Response:
     """Commit the changes of an NDJSON body, all or none."""
-    ask = Ask(request)
-    ask.demand_token()
     ask.refuse_pr()
     branch = words.ref_name(ask.word("revision"), "heads")
     await run_in_threadpool(_branch_is_there, ask, branch)
     header: dict[str, Any] | None = None
     changes: list[trees.Change] = []
-    async for line in _lines(request):
+    async for line in _lines(ask.request):
         said = words.json_object(line)
         value = words.item(said.get("value"))
         if header is None:

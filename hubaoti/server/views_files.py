@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from urllib.parse import parse_qs, quote
 
-from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from hubaoti.server import repos, shapes, trees, words
-from hubaoti.server.ask import MAX_BODY, Ask, whole_body
+from hubaoti.server.ask import Ask
 from hubaoti.server.problems import entry_not_found, malformed
 from hubaoti.server.shapes import Json
 from hubaoti.server.trees import Entry
@@ -55,14 +53,8 @@ def _items(ask: Ask, revision: str, expand: bool) -> tuple[str, dict[str, Json]]
     return oid, shapes.items(tree, revisions)
 
 
-async def paths(request: Request) -> Response:
+def paths(ask: Ask, body: bytes) -> Response:
     """What some paths are; those that do not exist are left out."""
-    ask = Ask(request)
-    body = await whole_body(request, MAX_BODY)
-    return await run_in_threadpool(_paths, ask, body)
-
-
-def _paths(ask: Ask, body: bytes) -> Response:
     wanted, expand = _wanted(ask.request.headers.get("content-type", ""), body)
     _, items = _items(ask, ask.word("revision"), expand)
     found = dict.fromkeys(path.strip("/") for path in wanted)

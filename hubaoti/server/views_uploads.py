@@ -6,7 +6,6 @@ from typing import Any
 from urllib.parse import urlencode
 
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from hubaoti.server import access, repos, trees, words
@@ -58,17 +57,21 @@ def _lfs_object(ask: Ask, said: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-async def lfs_put(request: Request) -> Response:
-    """Take an object; the client sends no token here, so the URL is signed, size included."""
-    ask = Ask(request)
-    oid, said = words.digest(ask.word("oid")), request.query_params.get("size", "")
-    if not ask.hub.guard.honours(f"lfs {oid} {said}", request.query_params.get("signature", "")):
+def demand_lfs(ask: Ask) -> None:
+    """403 unless we signed the URL, size included: the client sends no token here."""
+    oid, query = words.digest(ask.word("oid")), ask.request.query_params
+    errand = f"lfs {oid} {query.get('size', '')}"
+    if not ask.hub.guard.honours(errand, query.get("signature", "")):
         raise Problem(403, "The upload's URL is not signed by this endpoint, or has expired")
-    size = int(said)
+
+
+async def lfs_put(ask: Ask) -> Response:
+    """Take an object of the size that we signed."""
+    oid, size = words.digest(ask.word("oid")), int(ask.request.query_params["size"])
     if size > ask.hub.objects.free():
         raise disk_full()
     with ask.hub.objects.receive() as incoming:
-        async for chunk in bounded(request, size):
+        async for chunk in bounded(ask.request, size):
             await run_in_threadpool(incoming.write, chunk)
         await run_in_threadpool(incoming.keep, oid)
     return Response()
@@ -90,23 +93,20 @@ def xet_token(ask: Ask) -> Response:
     return JSONResponse({"casUrl": url, "exp": expires, "accessToken": token}, headers=headers)
 
 
-def _xet(request: Request) -> Ask:
-    """A Xet upload, by the holder of a token that we signed."""
-    ask = Ask(request)
+def demand_xet(ask: Ask) -> None:
+    """404 for another root's URL, 401 unless we signed the token."""
     if ask.word("epoch") != ask.hub.epoch:
         raise Problem(404, "No such Xet store; ask for a new write token")
-    token = access.bearer(request.headers.get("authorization"))
+    token = access.bearer(ask.request.headers.get("authorization"))
     if not ask.hub.guard.honours(_XET_ERRAND, token):
         raise Problem(401, "The Xet token is not signed by this endpoint, or has expired")
-    return ask
 
 
-async def xorb_post(request: Request) -> Response:
+async def xorb_post(ask: Ask) -> Response:
     """Take a xorb."""
-    ask = _xet(request)
     name = words.digest(ask.word("hash"))
     with ask.hub.objects.receive() as incoming:
-        async for chunk in bounded(request, MAX_XORB):
+        async for chunk in bounded(ask.request, MAX_XORB):
             await run_in_threadpool(incoming.write, chunk)
         try:
             new = await run_in_threadpool(ask.hub.ingest.keep_xorb, name, incoming)
@@ -115,10 +115,9 @@ async def xorb_post(request: Request) -> Response:
     return JSONResponse({"was_inserted": new})
 
 
-async def shard_post(request: Request) -> Response:
+async def shard_post(ask: Ask) -> Response:
     """Take a shard, and put its files together."""
-    ask = _xet(request)
-    shard = await whole_body(request, MAX_SHARD)
+    shard = await whole_body(ask.request, MAX_SHARD)
     try:
         await run_in_threadpool(ask.hub.ingest.assemble, shard)
     except BadXet as error:
