@@ -438,6 +438,8 @@ def test_a_token_is_asked_for_before_a_body_is_read(send: Send) -> None:
     refused(send("POST", f"/api/models/{REPO}/commit/main", b"{", token=None), 401)
     refused(send("GET", f"/api/models/{REPO}/xet-write-token/main", token=None), 401)
     refused(send("GET", "/api/settings/repositories", token=None), 401)
+    refused(send("GET", "/api/organizations/o/settings/repositories", token=None), 401)
+    refused(send("GET", f"/api/models/{REPO}/auth-check/write", token=None), 401)
 
 
 OPEN = {"paths", "validate_yaml"}

@@ -101,12 +101,18 @@ Permit = Callable[[Ask], None]
 View = Callable[[Request], Response | Awaitable[Response]]
 
 
-def reads(view: Callable[[Ask], Response]) -> View:
-    """A view that anybody may call; what is private it hides itself."""
+def anybody(ask: Ask) -> None:
+    """Let every request pass: what is private the view itself hides."""
+
+
+def reads(view: Callable[[Ask], Response], permit: Permit = anybody) -> View:
+    """A view that needs no body."""
 
     @wraps(view)
     def answer(request: Request) -> Response:
-        return view(Ask(request))
+        ask = Ask(request)
+        permit(ask)
+        return view(ask)
 
     return answer
 
@@ -135,8 +141,8 @@ def reads_body(view: Callable[[Ask, bytes], Response]) -> View:
     return answer
 
 
-def streams(permit: Permit, view: Callable[[Ask], Awaitable[Response]]) -> View:
-    """A view that reads its body itself, once `permit` lets it; work that blocks goes to threads."""
+def streams(view: Callable[[Ask], Awaitable[Response]], permit: Permit) -> View:
+    """A view that reads its body itself, once it may; work that blocks goes to threads."""
 
     @wraps(view)
     async def answer(request: Request) -> Response:

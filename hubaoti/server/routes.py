@@ -38,7 +38,7 @@ register_url_convertor("kind", _Kind())
 _API: list[tuple[str, str, View]] = [
     ("GET", "/revision/{revision}", reads(views_repos.describe)),
     ("GET", "/auth-check", reads(views_repos.auth_check)),
-    ("GET", "/auth-check/write", reads(views_repos.write_check)),
+    ("GET", "/auth-check/write", reads(views_repos.auth_check, Ask.demand_token)),
     ("PUT", "/settings", writes(views_repos.settings)),
     ("GET", "/refs", reads(views_refs.refs)),
     ("GET", "/commits/{revision}", reads(views_refs.log)),
@@ -51,8 +51,8 @@ _API: list[tuple[str, str, View]] = [
     ("GET", "/tree/{revision}/{path:path}", reads(views_files.tree)),
     ("POST", "/paths-info/{revision}", reads_body(views_files.paths)),
     ("POST", "/preupload/{revision}", writes(views_uploads.preupload)),
-    ("GET", "/xet-write-token/{revision}", reads(views_uploads.xet_token)),
-    ("POST", "/commit/{revision}", streams(Ask.demand_token, views_commit.commit)),
+    ("GET", "/xet-write-token/{revision}", reads(views_uploads.xet_token, Ask.demand_token)),
+    ("POST", "/commit/{revision}", streams(views_commit.commit, Ask.demand_token)),
     ("GET", "", reads(views_repos.describe)),
 ]
 
@@ -78,22 +78,26 @@ ROUTES = [
     Route("/api/repos/create", writes(views_repos.create), methods=["POST"]),
     Route("/api/repos/delete", writes(views_repos.delete), methods=["DELETE"]),
     Route("/api/repos/move", writes(views_repos.move), methods=["POST"]),
-    Route("/api/settings/repositories", reads(views_repos.storage), methods=["GET"]),
+    Route(
+        "/api/settings/repositories",
+        reads(views_repos.storage, Ask.demand_token),
+        methods=["GET"],
+    ),
     Route(
         "/api/organizations/{owner}/settings/repositories",
-        reads(views_repos.storage),
+        reads(views_repos.storage, Ask.demand_token),
         methods=["GET"],
     ),
     Route("/api/{kind:kind}", reads(views_repos.search), methods=["GET"]),
     *_of_repos("/api/{kind:kind}", _API),
-    Route("/_lfs/{oid}", streams(demand_lfs, views_uploads.lfs_put), methods=["PUT"]),
+    Route("/_lfs/{oid}", streams(views_uploads.lfs_put, demand_lfs), methods=["PUT"]),
     Route(
         "/_cas/{epoch}/v1/xorbs/{prefix}/{hash}",
-        streams(demand_xet, views_uploads.xorb_post),
+        streams(views_uploads.xorb_post, demand_xet),
         methods=["POST"],
     ),
     Route(
-        "/_cas/{epoch}/v1/shards", streams(demand_xet, views_uploads.shard_post), methods=["POST"]
+        "/_cas/{epoch}/v1/shards", streams(views_uploads.shard_post, demand_xet), methods=["POST"]
     ),
     # Whatever else hf_xet asks for first (grants, known chunks) it does without, when it is a 404.
     Mount("/_cas", routes=[]),

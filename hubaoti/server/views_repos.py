@@ -131,7 +131,6 @@ def _files(ask: Ask, db: Connection, kind: str, said: Json) -> Json:
 
 def storage(ask: Ask) -> Response:
     """What takes how much room: all repos, or those of one owner."""
-    ask.demand_token()
     owner = ask.word("owner") if "owner" in ask.request.path_params else None
     with ask.hub.database.reading() as db:
         found = [repo for kind in words.KINDS.values() for repo in repos.every(db, kind)]
@@ -156,9 +155,3 @@ def auth_check(ask: Ask) -> Response:
     with ask.hub.database.reading() as db:
         ask.repo(db)
     return PlainTextResponse("OK")
-
-
-def write_check(ask: Ask) -> Response:
-    """Whether this client may write to the repo."""
-    ask.demand_token()
-    return auth_check(ask)
