@@ -17,6 +17,7 @@ from hubaoti.host import probe
 from hubaoti.hub.layout import RepoRef
 from hubaoti.manifest import Program, Source
 from hubaoti.mirror import Artifact, Mirror
+from hubaoti.model_files import refuse_other_program
 from hubaoti.settings import Settings
 from hubaoti.variant import Recipe
 
@@ -31,8 +32,9 @@ Say = Callable[[str], None]
 
 # What the compiler reads of a model: config, tokenizer and code; no pattern matches weights.
 COMPILE_FILES = ("*.json", "*.txt", "*.py", "*.model", "*/config.json", "tokenizer*")
-# What the runtime reads of a model: its tokenizer and its weights.
-RUN_FILES = ("tokenizer.json", "*.safetensors", "*.safetensors.index.json")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+# What the runtime reads of a model: what it says of itself, its tokenizer and its weights.
+RUN_FILES = ("config.json", "modules.json", "*/config.json", "tokenizer.json", *WEIGHTS)
 EAGER_FILES = (*COMPILE_FILES, "*.safetensors")
 
 
@@ -67,6 +69,7 @@ def compile(  # noqa: PLR0913 - a face of keywords
     settings = settings or Settings.from_env()
     request = Request(task=task, dims=ranges(dims), dtype=dtype, level=level, device=device)
     with Mirror.open(settings.mirror) as mirror:
+        mirror.require_writable()
         say("files")
         folder, source = model_files(model, revision, COMPILE_FILES, settings)
         say("torch")  # importing it takes longer than most steps
@@ -168,10 +171,12 @@ def load(
 
     Raises:
         DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
+        OtherProgram: the model's config says something else than the graph computes.
         MissingConstant: the model's checkpoint lacks a tensor that the graph reads.
     """
     settings = settings or Settings.from_env()
     folder, _ = model_files(model, revision, RUN_FILES, settings)
+    refuse_other_program(folder, artifact.manifest.program)
     say("torch")  # importing it takes longer than all the rest
     from hubaoti.runtime.graph import device_for, open_graph
     from hubaoti.runtime.text import TextEncoder, TextModel

@@ -174,3 +174,9 @@ class OutputExists(HubaotiError):
     """The output folder exists and is not a bundle, so it is not ours to replace."""
 
     exit_code = 27
+
+
+class OtherProgram(HubaotiError):
+    """The model's own files say that it computes something else than the graph does."""
+
+    exit_code = 28

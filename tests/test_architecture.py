@@ -27,6 +27,7 @@ BASE = (
     "requirements",
     "match",
     "manifest",
+    "model_files",
     "package",
     "bundle",
 )

@@ -13,17 +13,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from hubaoti.compiler.request import Range
-from hubaoti.compiler.source import (
-    LINE,
-    POOLING,
-    first_line,
-    load,
-    pool,
-    pooling_modes,
-    sentence_steps,
-    task_of,
-)
+from hubaoti.compiler.source import LINE, first_line, load, pool, task_of
 from hubaoti.errors import BadRequest, MissingConstant, ModelNotFound, UnknownTask
+from hubaoti.model_files import POOLING, pooling_modes, sentence_steps
 
 CPU = torch.device("cpu")
 BERT: dict[str, Any] = {

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 import transformers
 from torch import nn
@@ -28,8 +27,8 @@ from hubaoti.errors import (
     UnknownTask,
 )
 from hubaoti.manifest import Program
+from hubaoti.model_files import POOLING, read_json, sentence_steps
 
-POOLING = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 LARGEST = 1 << 20  # tokenizers write 1e30 where a model has no limit
 LINE = 300  # characters of somebody else's error message
 
@@ -241,82 +240,6 @@ def longest(folder: Path, config: Any, positions: int | None) -> int:
     limits = [512, positions, getattr(config.get_text_config(), "max_position_embeddings", None)]
     limits.append(read_json(folder / "tokenizer_config.json").get("model_max_length"))
     return min(int(n) for n in limits if isinstance(n, (int, float)) and 2 <= n < LARGEST)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, empty where there is no such file.
-
-    Raises:
-        ModelNotFound: the file is not JSON.
-    """
-    value = decoded(path) if path.is_file() else {}
-    return value if isinstance(value, dict) else {}
-
-
-def decoded(path: Path) -> Any:
-    """What a JSON file says."""
-    try:
-        return msgspec.json.decode(path.read_bytes())
-    except msgspec.DecodeError as why:
-        raise ModelNotFound(f"{path} cannot be read: {why}", hint="download it again") from why
-
-
-def sentence_steps(folder: Path) -> tuple[str, ...]:
-    """What follows the encoder, as the sentence-transformers files say; mean pooling without them.
-
-    Raises:
-        UnknownTask: a module that a graph cannot hold yet, or no pooling.
-    """
-    listing = folder / "modules.json"
-    if not listing.is_file():
-        return ("mean",)
-    steps: list[str] = []
-    for kind, path in modules_in(listing)[1:]:
-        if kind == "Pooling":
-            steps += pooling_modes(read_json(folder / path / "config.json"))
-        elif kind == "Normalize":
-            steps.append("normalize")
-        else:
-            raise UnknownTask(
-                f"{folder.name} ends with {kind}, which embed does not know",
-                hint="embed takes Pooling and Normalize",
-            )
-    if not set(steps) & set(POOLING):
-        raise UnknownTask(
-            f"{folder.name} ends without a Pooling", hint="embed gives one vector a sentence"
-        )
-    return tuple(steps)
-
-
-def modules_in(listing: Path) -> list[tuple[str, str]]:
-    """The kinds and folders of a sentence-transformers model's modules.
-
-    Raises:
-        ModelNotFound: the listing is not one.
-    """
-    try:
-        return [(m["type"].rpartition(".")[2], m.get("path", "")) for m in decoded(listing)]
-    except (TypeError, KeyError, AttributeError) as why:
-        raise ModelNotFound(
-            f"{listing} is no list of modules: {why!r}", hint="download it again"
-        ) from why
-
-
-def pooling_modes(config: dict[str, Any]) -> list[str]:
-    """The poolings that a sentence-transformers config turns on, in the order they are joined."""
-    named = config.get("pooling_mode")
-    if named is None:
-        spelled = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens"}
-        spelled |= {"weightedmean": "weightedmean_tokens"}
-        modes = [m for m in POOLING if config.get(f"pooling_mode_{spelled.get(m, m)}")]
-        return modes or ["mean"]
-    modes = [named] if isinstance(named, str) else list(named)
-    if not modes or not set(modes) <= {*POOLING}:
-        raise UnknownTask(
-            f"the model's pooling is {named}, which embed does not know",
-            hint=f"embed takes {', '.join(POOLING)}",
-        )
-    return modes
 
 
 def pool(mode: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
