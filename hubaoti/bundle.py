@@ -21,6 +21,8 @@ from hubaoti.errors import (
 from hubaoti.manifest import File, Manifest
 from hubaoti.package import members_of, sha256_of
 
+SEAL = f"{manifests.FILENAME}.sha256"  # stays here; on the Hub the digest is the artifact's name
+
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
@@ -61,8 +63,9 @@ class Bundle:
         listed = {file.path: file for file in self.manifest.all_files()}
         for file in listed.values():
             check_file(self.path / file.path, file)
+        self._check_seal()
         present = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()}
-        for extra in sorted(present - {*listed, manifests.FILENAME}):
+        for extra in sorted(present - {*listed, manifests.FILENAME, SEAL}):
             raise DigestMismatch(
                 f"{self.path / extra} is not in the manifest",
                 hint="remove it, or compile the bundle again",
@@ -73,6 +76,26 @@ class Bundle:
                     f"{graph.file} has other entries than its manifest lists",
                     hint="compile the bundle again",
                 )
+
+    def _check_seal(self) -> None:
+        """A manifest that was edited may be canonical, and even agree with itself."""
+        seal = self.path / SEAL
+        if seal.is_file() and seal.read_text() != seal_of(self.manifest):
+            raise DigestMismatch(
+                f"{self.path / manifests.FILENAME} was edited after it was compiled",
+                hint="compile the bundle again",
+            )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Finish a bundle: its manifest, and the manifest's own digest beside it."""
+    (folder / manifests.FILENAME).write_bytes(manifest.to_json())
+    (folder / SEAL).write_text(seal_of(manifest))
+
+
+def seal_of(manifest: Manifest) -> str:
+    """A line that `sha256sum --check` reads."""
+    return f"{manifest.digest}  {manifests.FILENAME}\n"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from bundles import changed, make_bundle, tree_of, write_zip
 
-from hubaoti.bundle import Bundle, file_entry, readable, writing
+from hubaoti.bundle import SEAL, Bundle, file_entry, readable, write_manifest, writing
 from hubaoti.errors import BadManifest, DigestMismatch, HubaotiError, OutputExists
 from hubaoti.manifest import FILENAME
 
@@ -29,6 +29,20 @@ def test_equal_builds_have_equal_digests(tmp_path: Path, bundle: Bundle) -> None
     other = make_bundle(tmp_path / "other", graphs=("root", "step"))
     assert other.manifest.digest == bundle.manifest.digest
     assert tree_of(other.path) == tree_of(bundle.path)
+
+
+def test_a_manifest_edited_into_another_good_one_is_refused(bundle: Bundle) -> None:
+    write_manifest(bundle.path, bundle.manifest)
+    bundle.check()
+    seal = (bundle.path / SEAL).read_text()
+    assert seal == f"{bundle.manifest.digest}  {FILENAME}\n"
+    graphs = tuple(
+        msgspec.structs.replace(graph, bounds={**graph.bounds, "batch": (1, 4096)})
+        for graph in bundle.manifest.graphs
+    )
+    changed(bundle, graphs=graphs)
+    with pytest.raises(DigestMismatch, match="edited after it was compiled"):
+        Bundle.read(bundle.path).check()
 
 
 @pytest.mark.parametrize("path", ["graphs/root.pt2", "graphs/step.pt2", "golden.safetensors"])

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from hubaoti import __version__
 from hubaoti import manifest as manifests
-from hubaoti.bundle import Bundle, file_entry, writing
+from hubaoti.bundle import Bundle, file_entry, write_manifest, writing
 from hubaoti.compiler import constants, elf, source, verify
 from hubaoti.compiler.export import Exported, export
 from hubaoti.compiler.inductor import LEVELS, lower, options_for
@@ -85,9 +85,9 @@ def build(
                 transformers=transformers.__version__,
             ),
         )
-        text = manifest.to_json()
-        manifests.parse(text, "the new manifest")  # what we would refuse to read we do not write
-        (scratch / manifests.FILENAME).write_bytes(text)
+        # What we would refuse to read we do not write.
+        manifests.parse(manifest.to_json(), "the new manifest")
+        write_manifest(scratch, manifest)
     return Bundle.read(output)
 
 
