@@ -25,6 +25,7 @@ from bundles import (
     write_zip,
 )
 from commands import hubaoti
+from disks import read_only
 from huggingface_hub import HfApi
 from proxies import Proxy, proxying
 
@@ -545,6 +546,26 @@ def test_offline_only_a_pulled_commit_is_there(
     with pytest.raises(HubUnreachable, match="HF_HUB_OFFLINE"):
         get(repo, offline)
     assert proxy.requests == []
+
+
+def test_a_home_in_a_read_only_image_gives_the_commits_that_are_in_it(
+    tmp_path: Path, repo: str, settings: Settings, proxy: Proxy
+) -> None:
+    made = ship(tmp_path, repo, settings)
+    get(repo, settings)
+    upload(repo, settings, {"notes.txt": b"more"})
+    proxy.requests.clear()
+    with read_only(settings.home):
+        pulled = get(f"{repo}@{made.commit}", settings)
+        assert pulled.from_mirror
+        with Mirror.open(settings.mirror) as mirror:
+            mirror.verify(pulled.artifact)
+        assert proxy.requests == []
+        with pytest.raises(HubaotiError, match="read-only") as caught:
+            get(repo, settings)
+        assert "commit" in caught.value.hint
+        with pytest.raises(HubaotiError, match="Read-only"):
+            Trust(settings.trust).add(settings.endpoint, "stranger")
 
 
 def test_an_endpoint_that_is_down_is_named(repo: str, settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -10,12 +11,13 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from bundles import MEMBERS, make_bundle, tree_of, write_zip
+from disks import read_only
 
 from hubaoti.bundle import Bundle
 from hubaoti.errors import (
@@ -473,6 +475,82 @@ def test_a_disk_that_may_not_be_written_is_said(tmp_path: Path) -> None:
         assert "HUBAOTI_HOME" in caught.value.hint
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_read_only_mirror_gives_what_it_has(tmp_path: Path, bundle: Bundle) -> None:
+    home, pin = tmp_path / "home", Pin("https://hub", "acme/tiny", "c" * 40, "", "host")
+    with Mirror.open(home / "mirror") as mirror:
+        artifact = put(mirror, bundle)
+        mirror.index.record_pull(pin, artifact.digest, "path")
+        for folder in ("tmp", "quarantine", "hub"):  # an image may lack what was empty
+            (mirror.root / folder).rmdir()
+    with read_only(home), Mirror.open(home / "mirror") as mirror:
+        assert [row.digest for row in mirror.ls()] == [artifact.digest]
+        assert mirror.pulled(pin) == (artifact, "path")
+        mirror.verify(artifact)
+
+
+def test_a_read_only_mirror_says_that_it_is_where_it_had_to_write(
+    tmp_path: Path, bundle: Bundle
+) -> None:
+    home = tmp_path / "home"
+    with Mirror.open(home / "mirror") as mirror:
+        artifact = put(mirror, bundle)
+    damage(artifact.file("golden.safetensors"))
+    with read_only(home), Mirror.open(home / "mirror") as mirror:
+        works: list[Callable[[], object]] = [
+            lambda: put(mirror, bundle),
+            lambda: mirror.record_built(bundle.manifest),
+            lambda: mirror.index.remove(artifact.digest),
+            mirror.require_writable,
+        ]
+        for work in works:
+            with pytest.raises(HubaotiError, match=r"mirror is read-only") as caught:
+                work()
+            assert "HUBAOTI_HOME" in caught.value.hint
+        with pytest.raises(DigestMismatch, match="golden"):
+            mirror.verify(artifact)
+
+
+def test_what_was_last_written_to_a_baked_index_is_seen(tmp_path: Path, bundle: Bundle) -> None:
+    """A process that is killed leaves its rows in the -wal file beside the index."""
+    living = Mirror.open(tmp_path / "living")
+    put(living, bundle)
+    shutil.copytree(living.root, tmp_path / "home/mirror")
+    living.close()
+    assert (tmp_path / "home/mirror/index.sqlite3-wal").stat().st_size
+    with read_only(tmp_path / "home"), Mirror.open(tmp_path / "home/mirror") as mirror:
+        assert [row.digest for row in mirror.ls()] == [bundle.manifest.digest]
+
+
+def forbid_all() -> None:
+    """Take from this process root's right to write what its permissions forbid."""
+    PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
+    ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
+
+
+def test_a_mirror_with_read_only_permissions_gives_what_it_has(
+    tmp_path: Path, bundle: Bundle
+) -> None:
+    root = tmp_path / "home/mirror"
+    with Mirror.open(root) as mirror:
+        put(mirror, bundle)
+    paths = [root.parent, *root.parent.rglob("*")]
+    before = {path: path.stat().st_mode for path in paths}
+    for path, mode in before.items():
+        path.chmod(mode & ~0o222)
+    code = (
+        "import sys; from pathlib import Path; from hubaoti.mirror import Mirror\n"
+        "with Mirror.open(Path(sys.argv[1])) as mirror:\n"
+        "    (row,) = mirror.ls()\n"
+        "    mirror.verify(mirror.artifact(row.digest))\n"
+        "    print(mirror.index.is_writable)\n"
+    )
+    command = [sys.executable, "-c", code, str(root)]
+    done = subprocess.run(command, preexec_fn=forbid_all, capture_output=True, text=True)
+    for path, mode in before.items():
+        path.chmod(mode)
+    assert (done.stdout, done.stderr) == ("False\n", "")
 
 
 def test_a_damaged_index_says_what_to_do_and_the_files_are_used_again(

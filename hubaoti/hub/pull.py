@@ -135,6 +135,7 @@ class Puller:
         return Pulled(artifact, ref, commit, place, verdict, considered, (), True)
 
     def _from_hub(self, ref: RepoRef, commit: str) -> Pulled:
+        self.mirror.require_writable()
         self.say(f"reading the manifests of {ref.repo} at {commit[:12]}")
         catalog = read_catalog(self.client, ref.repo, commit)
         considered = tuple(self._consider(catalog))

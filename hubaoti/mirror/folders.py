@@ -56,6 +56,11 @@ def refuse_shared(path: Path) -> None:
                 raise _unsafe(path, "may be written by other users", "chmod go-w")
 
 
+def may_write(path: Path) -> bool:
+    """Whether the disk and its permissions let this user write a file or folder that is there."""
+    return os.access(path, os.W_OK)
+
+
 def _unsafe(path: Path, why: str, remedy: str) -> UnsafeFolder:
     return UnsafeFolder(
         f"{path} {why}, who could plant code there",

@@ -87,20 +87,43 @@ class Pin:
 class Index:
     """`index.sqlite3`; each method is one transaction, safe beside other processes."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the index, or make it.
+    def __init__(self, path: Path, is_writable: bool = True) -> None:
+        """Open the index, or make it; one that is not writable is only read.
 
         Raises:
             HubaotiError: it is damaged, was written by a newer hubaoti, or cannot be written.
         """
         self._path = path
+        self.is_writable = is_writable
+        name = path.as_uri() + ("" if is_writable else self._read_only())
         with self._explained():
-            self._db = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
+            self._db = sqlite3.connect(name, timeout=PATIENCE, isolation_level=None, uri=True)
         try:
             self._prepare()
         except BaseException:
             self.close()
             raise
+
+    def _read_only(self) -> str:
+        """How SQLite is told to write nothing, not even its lock.
+
+        It then does not look at the -wal file; where there is one, it has to.
+        """
+        wal = self._path.with_name(f"{self._path.name}-wal")
+        return "?mode=ro" if has_content(wal) else "?mode=ro&immutable=1"
+
+    def require_writable(self) -> None:
+        """See that something can be stored.
+
+        Raises:
+            HubaotiError: the disk, or what it permits, is read-only.
+        """
+        if not self.is_writable:
+            raise HubaotiError(
+                f"{self._path.parent} is read-only: nothing can be stored or changed there",
+                hint="name the full commit of what was pulled into it before, or set HUBAOTI_HOME "
+                "to a folder that you may write",
+            )
 
     def _prepare(self) -> None:
         with self._explained():
@@ -198,6 +221,7 @@ class Index:
         return int(self._db.execute("pragma user_version").fetchone()[0])
 
     def _create(self) -> None:
+        self.require_writable()
         # WAL where the disk allows it: SQLite answers with the mode it took, and goes on.
         self._db.execute("pragma journal_mode = wal")
         self._db.execute("begin immediate")
@@ -210,6 +234,7 @@ class Index:
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """One change: alone from its first read to its commit, undone by any error."""
+        self.require_writable()
         with self._explained():
             self._db.execute("begin immediate")
             try:
@@ -238,6 +263,11 @@ class Index:
             return HubaotiError(f"{self._path} is damaged: {why}", hint=hint)
         hint = "see that you may write it, or set HUBAOTI_HOME to another folder"
         return HubaotiError(f"{self._path}: {why}", hint=hint)
+
+
+def has_content(path: Path) -> bool:
+    """Whether a file is there, and not empty."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _row(found: tuple[str, str, str, str, int, float, str, str, str, str]) -> Row:

@@ -30,6 +30,7 @@ from hubaoti.manifest import File, Graph, Manifest
 from hubaoti.mirror.folders import (
     explained,
     make_private,
+    may_write,
     refuse_shared,
     require_room,
     sweep,
@@ -72,20 +73,33 @@ class Mirror:
 
     @classmethod
     def open(cls, root: Path) -> Mirror:
-        """Open the mirror below `root`, or make one.
+        """Open the mirror below `root`, or make one; one that may not be written is only read.
 
         Raises:
             UnsafeFolder: other users own or may write it.
             DiskFull: there is no room for it.
             HubaotiError: its folder or its index cannot be used.
         """
+        index = root / "index.sqlite3"
         with explained(root):
+            # One that was baked into an image: what was put there before can be used.
+            is_writable = not index.is_file() or (may_write(root) and may_write(index))
+            see = make_private if is_writable else refuse_shared
             for folder in (root, *(root / name for name in FOLDERS)):
-                make_private(folder)
+                see(folder)
             for suffix in ("", "-wal", "-shm"):
                 refuse_shared(root / f"index.sqlite3{suffix}")
-            sweep(root / "tmp")
-        return cls(root, Index(root / "index.sqlite3"))
+            if is_writable:
+                sweep(root / "tmp")
+        return cls(root, Index(index, is_writable))
+
+    def require_writable(self) -> None:
+        """See that something can be stored here.
+
+        Raises:
+            HubaotiError: the disk, or what it permits, is read-only.
+        """
+        self.index.require_writable()
 
     def close(self) -> None:
         """Let go of the index."""
@@ -114,6 +128,7 @@ class Mirror:
             BadPackage: a package is damaged, or lacks a listed member.
             DiskFull: there is no room; nothing half-written stays.
         """
+        self.require_writable()
         artifact = self._artifact(manifest)
         self._store(artifact, files)
         row = Row(
@@ -138,11 +153,10 @@ class Mirror:
         try:
             artifact = self._read(digest)
         except (OSError, BadManifest, DigestMismatch):
-            self.index.remove(digest)
-            self._quarantine(self.root / "artifacts" / digest)
+            self._withdraw(digest, self.root / "artifacts" / digest)
             return None
         if not has_sizes(artifact):
-            self.index.remove(digest)
+            self._withdraw(digest)
             return None
         return artifact
 
@@ -188,8 +202,9 @@ class Mirror:
         folder = self.root / "graphs" / graph.sha256
         for member in graph.members:
             if not has_bytes(folder / member.path, member.sha256):
-                self.index.remove_graph(graph.sha256)
-                self._quarantine(folder)
+                if self.index.is_writable:
+                    self.index.remove_graph(graph.sha256)
+                    self._quarantine(folder)
                 raise changed(folder / member.path)
 
     def verify_file(self, artifact: Artifact, file: File) -> Path:
@@ -200,8 +215,7 @@ class Mirror:
         """
         path = artifact.file(file.path)
         if not has_bytes(path, file.sha256):
-            self.index.remove(artifact.digest)
-            self._quarantine(artifact.path)
+            self._withdraw(artifact.digest, artifact.path)
             raise changed(path)
         return path
 
@@ -256,6 +270,16 @@ class Mirror:
                 sync_folder(target.parent)
                 return
         raise HubaotiError(f"{target} is replaced again and again", hint="run it again")
+
+    def _withdraw(self, digest: str, broken: Path | None = None) -> None:
+        """Promise an artifact no longer, its broken folder kept apart.
+
+        A mirror that may not be written keeps both.
+        """
+        if self.index.is_writable:
+            self.index.remove(digest)
+            if broken is not None:
+                self._quarantine(broken)
 
     def _quarantine(self, folder: Path) -> None:
         with suppress(FileNotFoundError):
@@ -341,5 +365,6 @@ def has_bytes(path: Path, sha256: str) -> bool:
 def changed(path: Path) -> DigestMismatch:
     return DigestMismatch(
         f"{path} has other bytes than its manifest lists",
-        hint="pull it again; a broken copy is kept in the mirror's quarantine, never opened",
+        hint="pull it again, into a HUBAOTI_HOME that you may write; a broken copy is kept in the "
+        "mirror's quarantine, never opened",
     )

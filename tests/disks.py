@@ -1,0 +1,27 @@
+"""Disks as some machines have them, mounted for a while."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """A folder as in a baked image: on a disk that may not be written."""
+    steps = [["--bind", str(folder)], ["-o", "remount,ro,bind"]]
+    for at, step in enumerate(steps):
+        command = ["mount", *step, str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            if at:
+                subprocess.run(["umount", str(folder)], check=True)
+            pytest.skip("a folder cannot be mounted read-only here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
