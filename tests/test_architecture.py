@@ -49,7 +49,7 @@ ROOMS = {
 DOORS = {
     "torch": {"compiler", "runtime", "engines"},
     "transformers": {"compiler", "engines"},
-    "huggingface_hub": {"hub/client.py"},
+    "huggingface_hub": {"hub/client.py", "hub/words.py"},
     "sqlite3": {"mirror", "server"},
     "starlette": {"server"},
     "uvicorn": {"server"},

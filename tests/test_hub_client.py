@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import HfApi, constants, errors
+from huggingface_hub import HfApi, ModelInfo, constants, errors
 from proxies import Proxy, proxying
 
 from hubaoti.errors import (
@@ -28,12 +29,11 @@ from hubaoti.errors import (
 from hubaoti.hub.client import (
     Entry,
     HubClient,
-    StaleParent,
     folder_of,
     join_card,
-    quiet,
     split_card,
 )
+from hubaoti.hub.words import StaleParent, quiet
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
@@ -112,7 +112,10 @@ HTTP = errors.HfHubHTTPError
         (UserWarning("Not enough free disk space to download"), DiskFull, False),
         (OSError(errno.ENOSPC, "No space left on device"), DiskFull, False),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), HubaotiError, False),
-        (ValueError("Expecting value: line 1"), HubUnreachable, False),
+        (json.JSONDecodeError("Expecting value", "<html>", 0), HubUnreachable, False),
+        (ValueError("not of the network"), HubaotiError, False),
+        (OSError(errno.EIO, "Input/output error", "/x"), HubaotiError, False),
+        (KeyError("sha"), HubaotiError, False),
     ],
     ids=lambda value: getattr(value, "__name__", None) or type(value).__name__,
 )
@@ -138,7 +141,7 @@ def test_the_reason_behind_a_missing_local_file_is_the_reason(client: HubClient)
 def test_no_message_carries_the_token(settings: Settings, kind: type[Exception]) -> None:
     client = HubClient(replace(settings, token=TOKEN))
     why = kind(f"Illegal header value b'Bearer {TOKEN}'")
-    with pytest.raises(HubUnreachable) as caught, client._door("acme/x"):
+    with pytest.raises(HubaotiError) as caught, client._door("acme/x"):
         raise why
     assert TOKEN not in str(caught.value) + caught.value.hint
     assert "***" in str(caught.value)
@@ -149,6 +152,18 @@ def test_no_message_carries_a_token_that_is_spelled_otherwise(settings: Settings
     with pytest.raises(HubUnreachable) as caught:
         client.resolve("acme/x")
     assert TOKEN not in str(caught.value) + caught.value.hint
+
+
+def test_an_odd_card_is_not_blamed_on_the_network(
+    client: HubClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odd(*_: object, **__: object) -> ModelInfo:
+        return ModelInfo(id="acme/x", tags=[], cardData={"tags": 5})
+
+    monkeypatch.setattr(HfApi, "repo_info", odd)
+    with pytest.raises(HubaotiError, match=r"acme/x: \w+: ") as caught:
+        client.resolve("acme/x")
+    assert type(caught.value) is HubaotiError
 
 
 def test_our_own_errors_pass(client: HubClient) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from hubaoti.errors import BadManifest, BadRequest, DigestMismatch
-from hubaoti.hub.client import Entry, HubClient, quiet
+from hubaoti.hub.client import Entry, HubClient
 from hubaoti.hub.layout import Place, require_agreement
+from hubaoti.hub.words import quiet
 from hubaoti.manifest import FILENAME, LARGEST, Manifest, parse
 
 Say = Callable[[str], None]

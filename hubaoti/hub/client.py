@@ -6,7 +6,6 @@ It is the transport: what it brings is verified by those who asked for it.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import re
 import time
@@ -18,15 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubaoti.errors import (
-    AuthFailed,
     BadRequest,
     Conflict,
     DigestMismatch,
     HubaotiError,
     HubUnreachable,
-    RepoNotFound,
 )
-from hubaoti.mirror.folders import FULL, no_room
+from hubaoti.hub.words import NO_HUB, StaleParent, Words, quiet
 from hubaoti.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,10 +32,6 @@ if TYPE_CHECKING:
 LONGEST_SILENCE = 600  # seconds without a byte, after which nobody waits for the rest
 
 _MODEL = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
-
-
-class StaleParent(Exception):
-    """The branch moved since it was read: read it again and try again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +74,7 @@ class HubClient:
         self.endpoint = settings.endpoint
         # A commit id proves nothing about an endpoint: what one says must not answer for another.
         self.cache = settings.mirror / "hub" / folder_of(settings.endpoint)
+        self._words = Words(self.endpoint, settings.token, self.cache)
 
     @cached_property
     def _api(self) -> HfApi:
@@ -97,7 +91,7 @@ class HubClient:
         with self._door(f"{repo}@{revision}" if revision else repo):
             commit = self._api.repo_info(repo, revision=revision).sha
         if commit is None or not re.fullmatch("[0-9a-f]{40}", commit):
-            raise HubUnreachable(f"{self.endpoint} names no commit of {repo}", hint=_NO_HUB)
+            raise HubUnreachable(f"{self.endpoint} names no commit of {repo}", hint=NO_HUB)
         return commit
 
     def files(self, repo: str, commit: str) -> tuple[Entry, ...]:
@@ -245,127 +239,13 @@ class HubClient:
         except (HubaotiError, StaleParent):
             raise
         except Exception as why:
-            raise self._explained(why, what, writing) from why
-
-    def _explained(self, why: Exception, what: str, writing: bool) -> Exception:
-        """A foreign error in our words."""
-        from huggingface_hub import errors
-
-        cause = why.__cause__
-        if isinstance(why, errors.LocalEntryNotFoundError) and isinstance(cause, Exception):
-            return self._explained(cause, what, writing)
-        if isinstance(why, errors.HfHubHTTPError):
-            return self._refused(why, what, writing)
-        if isinstance(why, errors.HFValidationError):
-            return BadRequest(f"{what}: {self._words(why)}", hint="write a repo as owner/name")
-        if _is_full(why):
-            return no_room(self.cache, 0)
-        if isinstance(why, OSError) and why.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            hint = "see that you may write it, or set HUBAOTI_HOME to another folder"
-            return HubaotiError(f"cannot write {why.filename}: {why.strerror}", hint=hint)
-        return self._unreachable(why, what)
-
-    def _refused(self, why: Any, what: str, writing: bool) -> Exception:
-        """An answer that is no success."""
-        from huggingface_hub import errors
-
-        status = why.response.status_code if why.response is not None else 0
-        if status == 412:
-            return StaleParent(what)
-        if isinstance(why, errors.GatedRepoError):
-            hint = f"ask for access at {self.endpoint}/{what}, then set HF_TOKEN"
-            return AuthFailed(f"{what} is gated", hint=hint)
-        if isinstance(why, errors.RepositoryNotFoundError | errors.RevisionNotFoundError) and (
-            not writing or status == 404
-        ):
-            return self._not_found(why, what)
-        if status in (401, 403):
-            return self._unauthorized(why, what)
-        if status == 404:
-            return self._not_found(why, what)
-        if status == 409:
-            return Conflict(f"{what}: {self._words(why)}", hint="choose another name")
-        if status == 429 or status >= 500 or status == 0:
-            return self._unreachable(why, what)
-        hint = "see whether the endpoint serves the Hub's protocol"
-        return HubaotiError(f"{self.endpoint} refused {what}: {self._words(why)}", hint=hint)
-
-    def _not_found(self, why: Exception, what: str) -> RepoNotFound:
-        from huggingface_hub import errors
-
-        thing = "revision" if isinstance(why, errors.RevisionNotFoundError) else "repo or file"
-        hint = "check the name; if the repo is private, set HF_TOKEN to a token that may read it"
-        return RepoNotFound(f"{self.endpoint} shows no such {thing}: {what}", hint=hint)
-
-    def _unauthorized(self, why: Exception, what: str) -> AuthFailed:
-        if self._token() is None:
-            hint = "set HF_TOKEN, or log in with: hf auth login"
-            return AuthFailed(f"{self.endpoint} wants a token for {what}", hint=hint)
-        hint = "set HF_TOKEN to a token of this endpoint that may do this"
-        message = f"{self.endpoint} refused the token for {what}: {self._words(why)}"
-        return AuthFailed(message, hint=hint)
-
-    def _unreachable(self, why: Exception, what: str) -> HubUnreachable:
-        return HubUnreachable(
-            f"{self.endpoint} could not be asked for {what}: {self._words(why)}", hint=_NO_HUB
-        )
-
-    def _words(self, why: BaseException) -> str:
-        """The first line of a foreign message, without the token."""
-        lines = [line.strip() for line in str(why).splitlines() if line.strip()]
-        words = lines[0] if lines else type(why).__name__
-        if token := self._token():
-            for spelling in (token, repr(token)[1:-1]):
-                words = words.replace(spelling, "***")
-        return words[:300]
-
-    def _token(self) -> str | None:
-        from huggingface_hub import get_token
-
-        return self._settings.token or get_token()
-
-
-_NO_HUB = "see whether the endpoint is up and HF_ENDPOINT names it, then try again"
+            raise self._words.explained(why, what, writing) from why
 
 
 def folder_of(endpoint: str) -> str:
     """A folder's name for an endpoint: one that people recognize, and no other endpoint has."""
     host = re.sub(r"[^A-Za-z0-9.-]", "_", endpoint.partition("://")[2])[:60]
     return f"{host}~{hashlib.sha256(endpoint.encode()).hexdigest()[:8]}"
-
-
-def _is_full(why: BaseException) -> bool:
-    """Whether an error says that the disk is full.
-
-    hf_xet says it in words only; huggingface_hub warns of it, which is an error where the user
-    made warnings errors.
-    """
-    words = ("No space left", "Not enough free disk space")
-    numbered = isinstance(why, OSError) and why.errno in FULL
-    return numbered or any(each in str(why) for each in words)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """huggingface_hub's progress bars off, unless the user's environment says on or off.
-
-    They are one switch of the whole process: around work in threads, hold this outside of them.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:

@@ -11,8 +11,9 @@ from hubaoti.bundle import Bundle
 from hubaoti.errors import BadRequest, Conflict
 from hubaoti.hub.card import render
 from hubaoti.hub.catalog import Catalog, Say, read_catalog, silent
-from hubaoti.hub.client import HubClient, Pushed, StaleParent
+from hubaoti.hub.client import HubClient, Pushed
 from hubaoti.hub.layout import Place, RepoRef, is_revision, place_of
+from hubaoti.hub.words import StaleParent
 from hubaoti.manifest import FILENAME, Manifest
 from hubaoti.settings import Settings
 

@@ -1,0 +1,166 @@
+"""What huggingface_hub says, in our words: its errors become ours, its printing nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hubaoti.errors import (
+    AuthFailed,
+    BadRequest,
+    Conflict,
+    HubaotiError,
+    HubUnreachable,
+    RepoNotFound,
+)
+from hubaoti.mirror.folders import FULL, no_room
+
+NO_HUB = "see whether the endpoint is up and HF_ENDPOINT names it, then try again"
+
+
+class StaleParent(Exception):
+    """The branch moved since it was read: read it again and try again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The words for errors of an endpoint; none of them holds `token`, or the stored login's."""
+
+    endpoint: str
+    token: str | None
+    cache: Path
+
+    def explained(self, why: Exception, what: str, writing: bool) -> Exception:
+        """A foreign error in our words."""
+        from huggingface_hub import errors
+
+        cause = why.__cause__
+        if isinstance(why, errors.LocalEntryNotFoundError) and isinstance(cause, Exception):
+            return self.explained(cause, what, writing)
+        if isinstance(why, errors.HfHubHTTPError):
+            return self._refused(why, what, writing)
+        if isinstance(why, errors.HFValidationError):
+            return BadRequest(f"{what}: {self.first_line(why)}", hint="write a repo as owner/name")
+        if is_full(why):
+            return no_room(self.cache, 0)
+        if isinstance(why, OSError) and why.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            hint = "see that you may write it, or set HUBAOTI_HOME to another folder"
+            return HubaotiError(f"cannot write {why.filename}: {why.strerror}", hint=hint)
+        if is_of_network(why):
+            return self._unreachable(why, what)
+        hint = "see whether the repo's card or files are odd; it is not the network"
+        said = f"{type(why).__name__}: {self.first_line(why)}"
+        return HubaotiError(f"huggingface_hub failed on {what}: {said}", hint=hint)
+
+    def _refused(self, why: Any, what: str, writing: bool) -> Exception:
+        """An answer that is no success."""
+        from huggingface_hub import errors
+
+        status = why.response.status_code if why.response is not None else 0
+        if status == 412:
+            return StaleParent(what)
+        if isinstance(why, errors.GatedRepoError):
+            hint = f"ask for access at {self.endpoint}/{what}, then set HF_TOKEN"
+            return AuthFailed(f"{what} is gated", hint=hint)
+        if isinstance(why, errors.RepositoryNotFoundError | errors.RevisionNotFoundError) and (
+            not writing or status == 404
+        ):
+            return self._not_found(why, what)
+        if status in (401, 403):
+            return self._unauthorized(why, what)
+        if status == 404:
+            return self._not_found(why, what)
+        if status == 409:
+            return Conflict(f"{what}: {self.first_line(why)}", hint="choose another name")
+        if status == 429 or status >= 500 or status == 0:
+            return self._unreachable(why, what)
+        hint = "see whether the endpoint serves the Hub's protocol"
+        return HubaotiError(f"{self.endpoint} refused {what}: {self.first_line(why)}", hint=hint)
+
+    def _not_found(self, why: Exception, what: str) -> RepoNotFound:
+        from huggingface_hub import errors
+
+        thing = "revision" if isinstance(why, errors.RevisionNotFoundError) else "repo or file"
+        hint = "check the name; if the repo is private, set HF_TOKEN to a token that may read it"
+        return RepoNotFound(f"{self.endpoint} shows no such {thing}: {what}", hint=hint)
+
+    def _unauthorized(self, why: Exception, what: str) -> AuthFailed:
+        if self._secret() is None:
+            hint = "set HF_TOKEN, or log in with: hf auth login"
+            return AuthFailed(f"{self.endpoint} wants a token for {what}", hint=hint)
+        hint = "set HF_TOKEN to a token of this endpoint that may do this"
+        message = f"{self.endpoint} refused the token for {what}: {self.first_line(why)}"
+        return AuthFailed(message, hint=hint)
+
+    def _unreachable(self, why: Exception, what: str) -> HubUnreachable:
+        return HubUnreachable(
+            f"{self.endpoint} could not be asked for {what}: {self.first_line(why)}", hint=NO_HUB
+        )
+
+    def first_line(self, why: BaseException) -> str:
+        """The first line of a foreign message, without the token."""
+        lines = [line.strip() for line in str(why).splitlines() if line.strip()]
+        words = lines[0] if lines else type(why).__name__
+        if token := self._secret():
+            for spelling in (token, repr(token)[1:-1]):
+                words = words.replace(spelling, "***")
+        return words[:300]
+
+    def _secret(self) -> str | None:
+        from huggingface_hub import get_token
+
+        return self.token or get_token()
+
+
+def is_full(why: BaseException) -> bool:
+    """Whether an error says that the disk is full.
+
+    hf_xet says it in words only; huggingface_hub warns of it, which is an error where the user
+    made warnings errors.
+    """
+    words = ("No space left", "Not enough free disk space")
+    numbered = isinstance(why, OSError) and why.errno in FULL
+    return numbered or any(each in str(why) for each in words)
+
+
+def is_of_network(why: BaseException) -> bool:
+    """Whether the endpoint, or the way to it, is to blame.
+
+    hf_xet's errors are plain RuntimeErrors; huggingface_hub's own OSErrors, as of a file that came
+    too short, have no number. What is no JSON came from something that is no Hub.
+    """
+    from huggingface_hub import errors
+
+    numberless = isinstance(why, OSError) and why.errno is None
+    # Its transport's root, which is httpx in its releases 1 and httpx2 in 2.
+    root = errors.HTTPError  # type: ignore[attr-defined]
+    kinds = (root, ConnectionError, TimeoutError, json.JSONDecodeError)
+    return isinstance(why, kinds) or numberless or type(why) is RuntimeError
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """huggingface_hub's progress bars off, unless the user's environment says on or off.
+
+    They are one switch of the whole process: around work in threads, hold this outside of them.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
