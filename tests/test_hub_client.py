@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import HfApi, ModelInfo, constants, errors
+from huggingface_hub.utils import logging
 from proxies import Proxy, proxying
 
 from hubaoti.errors import (
@@ -306,6 +307,30 @@ def test_progress_bars_are_off_and_come_back_unless_the_user_said(
             pass
         assert bars.are_progress_bars_disabled() is (said is not False)
     assert bars.are_progress_bars_disabled() == before
+
+
+def test_retries_are_not_printed_unless_the_user_asked(
+    settings: Settings, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)  # the client's patience between its retries
+    before = logging.get_verbosity()
+    down = HubClient(replace(settings, endpoint="http://127.0.0.1:9"))
+    with pytest.raises(HubUnreachable):
+        down.download("acme/x", "0" * 40, "x")
+    assert capfd.readouterr() == ("", "")
+    assert logging.get_verbosity() == before
+    monkeypatch.setattr(logging._get_library_root_logger(), "level", logging.INFO)
+    with quiet():
+        assert logging.get_verbosity() == logging.INFO
+
+
+def test_what_huggingface_hub_warns_of_is_not_printed() -> None:
+    log = logging.get_logger("huggingface_hub.utils._http")
+    with quiet():
+        with quiet():
+            assert not log.isEnabledFor(logging.WARNING)
+        assert not log.isEnabledFor(logging.WARNING)
+    assert log.isEnabledFor(logging.WARNING)
 
 
 def test_an_endpoint_that_names_no_commit_is_no_hub(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,10 +146,32 @@ def is_of_network(why: BaseException) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """huggingface_hub's progress bars off, unless the user's environment says on or off.
+    """No progress bars and no log lines, as of retries, unless the user's environment asks.
 
-    They are one switch of the whole process: around work in threads, hold this outside of them.
+    Both are switches of the whole process: around work in threads, hold this outside of them.
     """
+    with without_bars(), without_warnings():
+        yield
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """huggingface_hub's log as it is where the user changed its level, else only its errors."""
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
+
+    if get_verbosity() != logging.WARNING:
+        yield
+        return
+    set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        set_verbosity(logging.WARNING)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """huggingface_hub's progress bars off, unless the user's environment says on or off."""
     from huggingface_hub import constants
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
