@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from bundles import make_bundle, make_host, tree_of
+from commands import HUBAOTI, environment_of
 from huggingface_hub import HfApi
 from proxies import Proxy, proxying
 
@@ -110,6 +111,29 @@ def test_a_pull_that_is_stopped_leaves_nothing_that_is_believed(
     pulled = pull(RepoRef(repo), settings, make_host(), trust=True)
     assert pulled.artifact.digest == bundle.manifest.digest
     assert not list(settings.mirror.rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_reading_manifests_of_a_slow_endpoint_ends_at_once(
+    bundle: Bundle, repo: str, settings: Settings, proxy: Proxy, number: signal.Signals
+) -> None:
+    push(bundle, Destination(RepoRef(repo)), settings)
+    proxy.matching, proxy.pause = "hubaoti.json", 20
+    command = [HUBAOTI, "pull", repo, "--trust"]
+    env = environment_of(settings)
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 30
+        while not any("hubaoti.json" in path for _, path in proxy.requests):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(number)
+        stopped = time.monotonic()
+        _, said = process.communicate(timeout=10)
+    assert time.monotonic() - stopped < 1
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert "Traceback" not in said
+    assert left_over(settings) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

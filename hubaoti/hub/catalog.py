@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Thread
 
 from hubaoti.errors import BadManifest, BadRequest, DigestMismatch
 from hubaoti.hub.client import Entry, HubClient
@@ -47,15 +50,12 @@ def read_catalog(client: HubClient, repo: str, commit: str) -> Catalog:
     Raises:
         RepoNotFound, AuthFailed, HubUnreachable: from the client.
     """
-    from concurrent.futures import ThreadPoolExecutor  # not for a warm pull, which counts ms
-
     files = {entry.path: entry for entry in client.files(repo, commit)}
     places, notes = places_in(files)
-    with quiet(), ThreadPoolExecutor(READERS) as pool:
-        manifests = pool.map(
+    with quiet():
+        artifacts = read_all(
             lambda place: read_manifest(client, repo, commit, files[place.manifest]), places
         )
-        artifacts = dict(zip(places, manifests, strict=True))
     return Catalog(repo, commit, files, artifacts, notes)
 
 
@@ -70,6 +70,43 @@ def places_in(paths: Iterable[str]) -> tuple[list[Place], tuple[str, ...]]:
             except BadRequest as why:
                 notes.append(f"{path} is ignored: {why}")
     return places, tuple(notes)
+
+
+def read_all(
+    read: Callable[[Place], Manifest | Unreadable], places: Sequence[Place]
+) -> dict[Place, Manifest | Unreadable]:
+    """What `read` gives for each place, several at once.
+
+    An interrupt or an error waits for nobody who still reads, not even at the process's end, as a
+    pool's would: of a slow endpoint that takes minutes.
+    """
+    from concurrent.futures import Future  # not for a warm pull, which counts ms
+
+    answers: dict[Place, Future[Manifest | Unreadable]] = {place: Future() for place in places}
+    waiting: SimpleQueue[Place] = SimpleQueue()
+    for place in places:
+        waiting.put(place)
+
+    def work() -> None:
+        for place in emptied(waiting):
+            try:
+                answers[place].set_result(read(place))
+            except Exception as why:
+                answers[place].set_exception(why)
+
+    for _ in range(min(READERS, len(places))):
+        Thread(target=work, daemon=True).start()
+    try:
+        return {place: answer.result() for place, answer in answers.items()}
+    finally:
+        list(emptied(waiting))
+
+
+def emptied(queue: SimpleQueue[Place]) -> Iterator[Place]:
+    """What waits in a queue, until nothing does."""
+    with suppress(Empty):
+        while True:
+            yield queue.get_nowait()
 
 
 def read_manifest(client: HubClient, repo: str, commit: str, entry: Entry) -> Manifest | Unreadable:
