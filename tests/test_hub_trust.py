@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import stat
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from disks import read_only
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -58,7 +60,33 @@ def test_the_file_is_ours_alone(trust: Trust) -> None:
     trust.add(HUB, "acme")
     assert stat.S_IMODE(trust.path.stat().st_mode) == 0o600
     assert stat.S_IMODE(trust.path.parent.stat().st_mode) == 0o700
-    assert [path.name for path in trust.path.parent.iterdir()] == ["trust.toml"]
+    names = {path.name for path in trust.path.parent.iterdir()}
+    assert names == {"trust.toml", "trust.toml.lock"}
+
+
+def change(path: Path, owner: str) -> None:
+    trust = Trust(path)
+    for turn in range(5):
+        trust.add(HUB, f"{owner}-{turn}")
+    trust.remove(HUB, f"{owner}-0")
+
+
+def test_no_change_is_lost_among_many_processes(trust: Trust) -> None:
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        pool.starmap(change, [(trust.path, f"owner{at}") for at in range(8)], chunksize=1)
+        pool.close()
+        pool.join()
+    expected = {f"owner{at}-{turn}" for at in range(8) for turn in range(1, 5)}
+    assert {each.owner for each in trust.publishers()} == expected
+
+
+def test_what_is_trusted_already_is_so_without_writing(trust: Trust) -> None:
+    trust.add(HUB, "acme")
+    with read_only(trust.path.parent):
+        trust.add(HUB, "acme")
+        assert not trust.remove(HUB, "stranger")
+        with pytest.raises(HubaotiError, match="Read-only"):
+            trust.remove(HUB, "acme")
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])

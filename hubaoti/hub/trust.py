@@ -8,9 +8,12 @@ since = 2026-01-31
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -61,22 +64,40 @@ class Trust:
 
     def add(self, endpoint: str, owner: str) -> None:
         """Trust a publisher from now on; one that is trusted keeps the date."""
-        if not self.holds(endpoint, owner):
-            today = datetime.now(UTC).date()
-            self._write((*self.publishers(), Publisher(endpoint, owner, today)))
+        if self.holds(endpoint, owner):
+            return
+        with self._alone():
+            if not self.holds(endpoint, owner):
+                today = datetime.now(UTC).date()
+                self._write((*self.publishers(), Publisher(endpoint, owner, today)))
 
     def remove(self, endpoint: str, owner: str) -> bool:
         """Trust a publisher no longer; whether there was anything to take back."""
-        before = self.publishers()
-        after = tuple(each for each in before if (each.endpoint, each.owner) != (endpoint, owner))
-        if after != before:
-            self._write(after)
-        return after != before
+        if not self.holds(endpoint, owner):
+            return False
+        gone = (endpoint, owner)
+        with self._alone():
+            before = self.publishers()
+            self._write(tuple(each for each in before if (each.endpoint, each.owner) != gone))
+        return True
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other process changes the file, so that no change of it is lost."""
+        lock = self.path.with_name(f"{self.path.name}.lock")
+        with explained(self.path.parent):
+            make_private(self.path.parent)
+            refuse_shared(lock)
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
 
     def _write(self, publishers: tuple[Publisher, ...]) -> None:
         text = tomli_w.dumps({"publisher": [asdict(each) for each in publishers]})
         with explained(self.path.parent):
-            make_private(self.path.parent)
             handle, name = tempfile.mkstemp(prefix=".trust.", dir=self.path.parent)
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as file:
