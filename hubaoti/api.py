@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from hubaoti.hub.pull import Pulled
     from hubaoti.hub.push import Commit
+    from hubaoti.match import Verdict
     from hubaoti.runtime.text import TextModel
 
 Say = Callable[[str], None]
@@ -153,7 +154,8 @@ def run(  # noqa: PLR0913 - a face of keywords
     """
     settings = settings or Settings.from_env()
     pulled = pull(repo, recipe=recipe, trust=trust, settings=settings, say=say)
-    opened = load(pulled.artifact, model, device=device, settings=settings, say=say)
+    where = device or device_of(pulled.verdict)
+    opened = load(pulled.artifact, model, device=where, settings=settings, say=say)
     say("run")
     return Answer(pulled.artifact.manifest.program.task, opened(texts))
 
@@ -191,6 +193,19 @@ def load(
     say("bind")
     graph.bind(constants(entry, artifact.path, Checkpoint(folder, where), where))
     return TextModel(graph, TextEncoder(folder, pad_of(artifact.manifest.program)))
+
+
+def device_of(verdict: Verdict) -> str | None:
+    """The GPU that an artifact was judged to fit; None is the first of those that torch sees.
+
+    A verdict counts all GPUs of the host, torch those that CUDA_VISIBLE_DEVICES shows: where it
+    shows fewer, nothing is said.
+    """
+    if not verdict.device:
+        return None
+    import torch
+
+    return f"cuda:{verdict.device}" if verdict.device < torch.cuda.device_count() else None
 
 
 def pad_of(program: Program) -> int | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from hubaoti.errors import (
     Untrusted,
 )
 from hubaoti.hub.pull import Pulled
+from hubaoti.match import Verdict
 from hubaoti.mirror import Mirror
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
@@ -100,6 +103,40 @@ def test_a_language_model_of_one_row_answers_each_text(
     largest = eager.values.float().abs().max()
     real = (answer.values.float() - eager.values.float()).abs()[0]
     assert real.max() < 0.04 * largest
+
+
+@pytest.mark.parametrize(
+    ("chosen", "visible", "asked", "opened"),
+    [
+        (1, 2, None, "cuda:1"),
+        (0, 2, None, None),
+        (None, 0, None, None),
+        (1, 1, None, None),  # CUDA_VISIBLE_DEVICES shows one of two
+        (1, 2, "cuda:0", "cuda:0"),
+    ],
+)
+def test_a_graph_is_opened_on_the_gpu_that_it_was_judged_for(
+    monkeypatch: pytest.MonkeyPatch,
+    settings: Settings,
+    chosen: int | None,
+    visible: int,
+    asked: str | None,
+    opened: str | None,
+) -> None:
+    """Of fake GPUs: one machine with two kinds of them is not at hand."""
+    artifact = SimpleNamespace(manifest=SimpleNamespace(program=SimpleNamespace(task="embed")))
+    fake = SimpleNamespace(artifact=artifact, verdict=Verdict(device=chosen))
+    devices = []
+
+    def load(*_: object, device: str | None, **__: object) -> Callable[[object], torch.Tensor]:
+        devices.append(device)
+        return lambda texts: torch.zeros(1)
+
+    monkeypatch.setattr(api, "pull", lambda *_, **__: fake)
+    monkeypatch.setattr(api, "load", load)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    api.run("acme/x", "model", ["cat"], device=asked, settings=settings)
+    assert devices == [opened]
 
 
 def test_a_text_beyond_the_graph_s_bounds_is_refused(
