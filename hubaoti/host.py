@@ -97,10 +97,10 @@ class Host:
 def probe(settings: Settings, kernel_caches: Iterable[Path] | None = None) -> Host:
     """Ask this machine for its facts; takes some 100 ms and changes nothing.
 
-    Kernels are looked for in `kernel_caches`, by default the mirror's and the home folder's.
+    Kernels are looked for in `kernel_caches`, by default where the settings say.
     """
     if kernel_caches is None:
-        kernel_caches = (settings.mirror / "hub", Path.home() / ".cache/huggingface/hub")
+        kernel_caches = () if settings.kernel_cache is None else (settings.kernel_cache,)
     notes: list[str] = []
     level, cpu = _cpu(notes)
     torch = find_torch(notes)

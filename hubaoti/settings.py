@@ -16,16 +16,18 @@ class Settings:
     """Where things are: our folder, the Hub, and the token for it.
 
     `token` is None when the environment has none; the client then uses the stored login.
+    `kernel_cache` is where the kernels library keeps what it fetched; None is nowhere.
     """
 
     home: Path
     endpoint: str = ENDPOINT
     token: str | None = None
     offline: bool = False
+    kernel_cache: Path | None = None
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
-        """Read `HUBAOTI_HOME`, `HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE`."""
+        """Read `HUBAOTI_HOME`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, and the caches'."""
         env = os.environ if env is None else env
         cache = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         home = Path(env.get("HUBAOTI_HOME") or cache / "hubaoti")
@@ -35,6 +37,7 @@ class Settings:
             # As huggingface_hub reads it: a file's last newline comes along easily.
             token="".join(env.get("HF_TOKEN", "").split()) or None,
             offline=env.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"},
+            kernel_cache=kernel_cache(env, cache),
         )
 
     def __repr__(self) -> str:
@@ -51,6 +54,14 @@ class Settings:
     def trust(self) -> Path:
         """The publishers whose code this machine may run."""
         return self.home / "trust.toml"
+
+
+def kernel_cache(env: Mapping[str, str], cache: Path) -> Path:
+    """The folder of the kernels library, by default huggingface_hub's, as both of them read it."""
+    names = ("KERNELS_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
+    said = next((env[name] for name in names if env.get(name)), None)
+    folder = Path(said) if said else Path(env.get("HF_HOME") or cache / "huggingface") / "hub"
+    return folder.expanduser().absolute()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,14 @@ def test_offline_and_free_disk_are_facts(tmp_path: Path) -> None:
     assert here.disk_free is not None and here.disk_free > 0
 
 
-def test_the_default_kernel_caches_may_be_absent(settings: Settings) -> None:
-    assert all("@" in kernel for kernel in probe(settings).kernels)
+def test_kernels_are_looked_for_where_the_settings_say(settings: Settings, tmp_path: Path) -> None:
+    assert probe(settings).kernels == set()
+    here = replace(settings, kernel_cache=tmp_path / "hub")
+    assert probe(here).kernels == set()  # there may be none
+    snapshot = tmp_path / f"hub/kernels--someone--op/snapshots/{'1' * 40}"
+    snapshot.mkdir(parents=True)
+    (snapshot / "metadata.json").touch()
+    assert probe(here).kernels == {f"someone/op@{'1' * 40}"}
 
 
 # Kernels in a cache folder

@@ -25,9 +25,28 @@ def test_every_variable_is_read() -> None:
             "HF_ENDPOINT": "http://hub.local:8000/",
             "HF_TOKEN": "hf_secret",
             "HF_HUB_OFFLINE": "1",
+            "KERNELS_CACHE": "/kernels",
         }
     )
-    assert settings == Settings(Path("/data/h"), "http://hub.local:8000", "hf_secret", True)
+    kernels = Path("/kernels")
+    expected = Settings(Path("/data/h"), "http://hub.local:8000", "hf_secret", True, kernels)
+    assert settings == expected
+
+
+@pytest.mark.parametrize(
+    ("env", "folder"),
+    [
+        ({"KERNELS_CACHE": "/k", "HF_HUB_CACHE": "/c"}, "/k"),
+        ({"HF_HUB_CACHE": "/c", "HF_HOME": "/h"}, "/c"),
+        ({"HUGGINGFACE_HUB_CACHE": "/old", "HF_HOME": "/h"}, "/old"),
+        ({"HF_HOME": "/h", "XDG_CACHE_HOME": "/x"}, "/h/hub"),
+        ({"XDG_CACHE_HOME": "/x"}, "/x/huggingface/hub"),
+        ({}, "~/.cache/huggingface/hub"),
+        ({"HF_HUB_CACHE": "~/c"}, "~/c"),
+    ],
+)
+def test_kernels_are_where_their_library_keeps_them(env: dict[str, str], folder: str) -> None:
+    assert Settings.from_env(env).kernel_cache == Path(folder).expanduser()
 
 
 def test_an_empty_variable_is_an_unset_one() -> None:
