@@ -118,12 +118,12 @@ def pull(
 
     Raises:
         NoMatch: none fits, with every reason; NoArtifact: the repo has none.
-        Untrusted: its publisher was never trusted here; `trust=True` remembers that it is.
+        Untrusted: its publisher is not trusted here; `trust=True` remembers that it is.
     """
     from hubaoti.hub.pull import pull as pull_from
 
     settings = settings or Settings.from_env()
-    asked = Recipe.parse(recipe) if recipe else None
+    asked = None if recipe is None else Recipe.parse(recipe)
     ref, host = RepoRef.parse(repo), probe(settings)
     return pull_from(ref, settings, host, recipe=asked, trust=trust, say=say)
 
@@ -245,12 +245,11 @@ def eager(
 
 
 def pulled_before(repo: str, settings: Settings) -> tuple[str | None, str | None]:
-    """Task and dtype of the newest artifact in the mirror that came from a repo."""
-    name = RepoRef.parse(repo).repo
+    """Task and dtype of the artifact that was last pulled from a repo, and is still here."""
+    ref = RepoRef.parse(repo)
     with Mirror.open(settings.mirror) as mirror:
-        for row in mirror.ls():
-            artifact = mirror.artifact(row.digest) if row.origin.repo == name else None
-            if artifact is not None:
+        for digest in mirror.index.pulled_from(settings.endpoint, ref.repo, ref.commit):
+            if artifact := mirror.artifact(digest):
                 return artifact.manifest.program.task, artifact.manifest.build.dtype
     return None, None
 

@@ -33,7 +33,7 @@ class NoMatch(HubaotiError):
 
 
 class Untrusted(HubaotiError):
-    """Native code from a publisher that was never trusted on this machine."""
+    """Native code from a publisher that is not trusted on this machine."""
 
     exit_code = 4
 

@@ -164,8 +164,9 @@ def judge_torch(requires: Requirements, host: Host) -> Finding:
     final = not built.is_prerelease and not here.is_prerelease
     if final and series(built) == series(here) and built.epoch == here.epoch:
         return Compromise(need, have, f"install torch {requires.torch} to match exactly")
-    advice = f"pull a torch{series(here)} variant, or install torch {requires.torch}"
-    return Refusal(need, have, advice)
+    alone = here.is_prerelease or series(built) == series(here)  # another variant is no better
+    other = "compile one here" if alone else f"pull a torch{series(here)} variant"
+    return Refusal(need, have, f"{other}, or install torch {requires.torch}")
 
 
 def judge_cuda(requires: Requirements, host: Host) -> Finding:

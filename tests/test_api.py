@@ -178,6 +178,11 @@ def test_a_recipe_that_is_none_is_a_bad_request(settings: Settings) -> None:
         hubaoti.pull("acme/any", recipe="fast", settings=settings)
 
 
+def test_no_recipe_and_an_empty_one_are_not_the_same(settings: Settings) -> None:
+    with pytest.raises(BadRequest, match="recipe"):
+        hubaoti.pull("acme/any", recipe="", settings=settings)
+
+
 @pytest.mark.parametrize("repo", ["acme", "a/b/c", "acme/", "acme/x@", "/acme/x"])
 def test_a_repo_is_owner_and_name(repo: str, settings: Settings) -> None:
     with pytest.raises(BadRequest) as caught:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from bundles import CPU, make_bundle, tree_of
 from commands import HUBAOTI, Done, environment_of, hubaoti, inside
+from huggingface_hub import HfApi
 
 from hubaoti import __version__, cli, errors
 from hubaoti.bundle import Bundle
@@ -125,6 +126,27 @@ def test_pull_as_json_says_what_was_chosen_among_what(env: Settings, repo: str) 
     assert facts["verdict"]["fit"] in {"exact", "compatible"}
     assert [each["path"] for each in facts["considered"]] == [facts["path"]]
     assert Path(facts["folder"]).is_dir()
+
+
+def test_pull_as_json_says_in_words_what_went_wrong(env: Settings, repo: str) -> None:
+    refused(inside(env, "pull", repo, "--json"), errors.Untrusted, "acme is not trusted here")
+    refused(inside(env, "pull", "acme/nowhere", "--json"), errors.RepoNotFound)
+
+
+def test_pull_mentions_a_manifest_that_it_could_not_use(env: Settings, repo: str) -> None:
+    odd = "bfloat16-sdpa/torch2.13-cpu-x86_64_v4-linux"
+    HfApi(env.endpoint, token=env.token).upload_file(
+        path_or_fileobj=b"{}", path_in_repo=f"{odd}/hubaoti.json", repo_id=repo
+    )
+    done = inside(env, "pull", repo, "--trust")
+    assert done.code == 0, done
+    assert f"  {odd} cannot be used: " in done.out
+
+
+@pytest.mark.parametrize("option", [["--recipe", "float32-sdpa"], ["--device", "cpu"]])
+def test_eager_refuses_what_is_of_a_graph(env: Settings, option: list[str]) -> None:
+    words = ["run", "acme/x", "--model", ".", "--text", "x", "--eager"]
+    refused(inside(env, *words, *option), errors.BadRequest, option[0], "--eager")
 
 
 def test_quiet_is_silent(env: Settings, repo: str, tmp_path: Path) -> None:

@@ -451,8 +451,9 @@ def test_a_package_that_points_outside_is_never_unpacked(
     entry = file_entry(bundle.path, graph.file)
     hostile = msgspec.structs.replace(graph, sha256=entry.sha256, size=len(content))
     upload_bundle(repo, settings, changed(bundle, graphs=(hostile,)))
-    with pytest.raises(BadPackage, match="leads outside"):
+    with pytest.raises(BadPackage, match=f"linux of {repo}: .*leads outside") as caught:
         get(repo, settings)
+    assert "publisher" in caught.value.hint
     assert left_over(settings) == []
     assert not list(tmp_path.rglob("evil.so"))
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from bundles import CPU, CUDA, changed, make_bundle, make_host, tree_of
 from huggingface_hub import HfApi, ModelCard
 from proxies import Proxy, proxying
 
-from hubaoti.bundle import Bundle
+from hubaoti.bundle import Bundle, file_entry
 from hubaoti.errors import (
     AuthFailed,
     BadPackage,
@@ -362,3 +363,16 @@ def test_an_unchecked_artifact_says_so(
 ) -> None:
     ship(changed(bundle, checks=()), repo, settings)
     assert "not checked" in card(api, repo)
+
+
+def test_a_bundle_of_a_damaged_package_is_to_be_compiled_again(
+    bundle: Bundle, repo: str, settings: Settings
+) -> None:
+    graph = bundle.manifest.graphs[0]
+    package = bundle.path / graph.file
+    package.write_bytes(package.read_bytes()[:-30])
+    entry = file_entry(bundle.path, graph.file)
+    listed = msgspec.structs.replace(graph, sha256=entry.sha256, size=entry.size)
+    with pytest.raises(BadPackage, match="root.pt2") as caught:
+        ship(changed(bundle, graphs=(listed,)), repo, settings)
+    assert "compile the bundle again" in caught.value.hint

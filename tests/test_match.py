@@ -124,6 +124,25 @@ def test_torch(built: str, here: str, fit: Fit) -> None:
 
 
 @pytest.mark.parametrize(
+    ("built", "here", "advice"),
+    [
+        ("2.13.0+cpu", "2.12.0+cpu", "pull a torch2.12 variant, or install torch 2.13.0+cpu"),
+        ("2.14.0.dev1+cpu", "2.13.0+cpu", "pull a torch2.13 variant, or install"),
+        ("2.13.0+cpu", "2.13.0rc1+cpu", "compile one here, or install torch 2.13.0+cpu"),
+        ("2.13.0+cpu", "2.14.0.dev1+cpu", "compile one here, or install torch 2.13.0+cpu"),
+        ("2.14.0.dev1+cpu", "2.14.0.dev2+cpu", "compile one here, or install torch 2.14.0.dev1"),
+        ("2.13.0a0+git1a2b3c4", "2.13.0+cpu", "compile one here, or install torch 2.13.0a0"),
+    ],
+)
+def test_the_advice_about_torch_leads_to_an_artifact_that_runs(
+    built: str, here: str, advice: str
+) -> None:
+    host = replace(fake_cpu_host, torch=fake_torch(here, None))
+    (refusal,) = judge(replace(CPU, torch=built), host).refusals
+    assert refusal.advice.startswith(advice)
+
+
+@pytest.mark.parametrize(
     ("built", "here", "fit"),
     [
         ("13.0", "13.0", Fit.EXACT),

@@ -248,6 +248,21 @@ def test_a_pull_is_remembered_with_its_artifact(mirror: Mirror, bundle: Bundle) 
     assert mirror.index.pulled(pin) is None
 
 
+def test_what_a_repo_gave_is_known_also_where_another_gave_it_first(
+    mirror: Mirror, bundle: Bundle, tmp_path: Path
+) -> None:
+    first, second = Pin("https://hub", "acme/a", "a" * 40, "", "host"), "b" * 40
+    one = put(mirror, bundle)
+    two = put(mirror, make_bundle(tmp_path / "other", mode="other"))
+    for repo in ("acme/a", "acme/b"):
+        mirror.index.record_pull(replace(first, repo=repo), one.digest, "path")
+    mirror.index.record_pull(replace(first, commit=second), two.digest, "path")
+    assert mirror.index.pulled_from("https://hub", "acme/a") == [two.digest, one.digest]
+    assert mirror.index.pulled_from("https://hub", "acme/a", "a" * 40) == [one.digest]
+    assert mirror.index.pulled_from("https://hub", "acme/b") == [one.digest]
+    assert mirror.index.pulled_from("https://other", "acme/b") == []
+
+
 def put_in_process(root: Path, folder: Path) -> str:
     with Mirror.open(root) as mirror:
         return put(mirror, Bundle.read(folder)).digest
@@ -382,8 +397,9 @@ def test_a_disk_that_fills_during_unpacking_leaves_nothing(
 
 def test_a_disk_without_room_for_the_index_is_said(small_disk: Path) -> None:
     (small_disk / "ballast").write_bytes(bytes(396 << 10))
-    with pytest.raises(DiskFull):
+    with pytest.raises(DiskFull, match="free") as caught:
         Mirror.open(small_disk / "mirror").close()
+    assert "HUBAOTI_HOME" in caught.value.hint
 
 
 def test_a_limit_on_file_sizes_is_a_full_disk(tmp_path: Path) -> None:

@@ -53,6 +53,9 @@ def pull_command(repo: str, recipe: str | None, trust: bool, as_json: bool, quie
         click.echo(f"  commit {pulled.commit[:12]}, digest {pulled.artifact.digest[:12]}")
         for reason in pulled.verdict.notes:
             click.echo(f"  built for {reason.need}, here is {reason.have}")
+        for each in pulled.considered:
+            if each.error is not None:
+                click.echo(f"  {each.place} cannot be used: {each.error}")
         for note in pulled.notes:
             click.echo(f"  {note}")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hubaoti.cli.output import Steps, print_json, print_table
+from hubaoti.errors import BadRequest
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,8 @@ def run_command(
     """Answer texts with the graph of REPO (owner/name[@revision]) and a model's weights."""
     from hubaoti import api
 
+    if eager:
+        refuse_unread(options)
     started = time.perf_counter()
     with Steps(quiet or as_json) as say:
         if eager:
@@ -43,6 +46,21 @@ def run_command(
         print_similarity(texts, answer.values)
     else:
         print_values(texts, answer.values)
+
+
+def refuse_unread(options: dict[str, Any]) -> None:
+    """Refuse what says something about a graph, where none is opened.
+
+    Raises:
+        BadRequest: it was given.
+    """
+    for name in ("recipe", "device"):
+        if options[name] is not None:
+            raise BadRequest(
+                f"--{name} is of the graph, and --eager opens none: it runs on the CPU, through "
+                "transformers",
+                hint=f"leave out --{name} or --eager",
+            )
 
 
 def print_similarity(texts: tuple[str, ...], vectors: torch.Tensor) -> None:

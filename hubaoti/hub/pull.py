@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hubaoti.errors import (
+    BadPackage,
     DigestMismatch,
     HubaotiError,
     NoArtifact,
@@ -81,7 +82,7 @@ def pull(
     Raises:
         NoArtifact: the repo holds none.
         NoMatch: none fits; the message has every variant with every reason.
-        Untrusted: the publisher was never trusted, and this machine did not build the artifact.
+        Untrusted: the publisher is not trusted, and this machine did not build the artifact.
         BadManifest, NewerSchema: no manifest of the repo can be read.
         DigestMismatch, BadPackage: a file is not the one that the manifest lists.
         DiskFull: there is no room; nothing half-written stays.
@@ -173,7 +174,7 @@ class Puller:
             raise Untrusted(
                 f"{ref.owner} publishes {place} in {ref.repo} at {endpoint} (commit {commit}, "
                 f"artifact {manifest.digest}). Opening it runs their native code on this "
-                f"machine, and {ref.owner} was never trusted here",
+                f"machine, and {ref.owner} is not trusted here",
                 hint=f"if you trust {ref.owner}, say so once with --trust",
             )
 
@@ -192,6 +193,8 @@ class Puller:
             except FileNotFoundError:
                 # Another pull of the same artifact stored it, and removed what we shared.
                 self.say(f"downloading {place} again: another pull removed it")
+            except BadPackage as why:
+                raise BadPackage(f"{place} of {catalog.repo}: {why}", hint=why.hint) from why
         raise HubaotiError(
             f"the downloads of {place} were removed {ATTEMPTS} times",
             hint=f"see who else works in {self.mirror.root}, then pull again",

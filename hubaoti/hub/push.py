@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hubaoti.bundle import Bundle
-from hubaoti.errors import BadRequest, Conflict
+from hubaoti.errors import BadPackage, BadRequest, Conflict
 from hubaoti.hub.card import render
 from hubaoti.hub.catalog import Catalog, Say, read_catalog, silent
 from hubaoti.hub.client import HubClient, Pushed
@@ -72,7 +72,7 @@ def push(bundle: Bundle, to: Destination, settings: Settings, say: Say = silent)
     """
     place = place_of(bundle.manifest, to.label)
     say(f"checking {bundle.path}")
-    bundle.check()
+    check(bundle)
     client, repo = HubClient(settings), to.repo.repo
     say(f"looking into {repo} at {client.endpoint}")
     private = client.create(repo, to.private)
@@ -92,6 +92,19 @@ def push(bundle: Bundle, to: Destination, settings: Settings, say: Say = silent)
         created=created,
         private=private,
     )
+
+
+def check(bundle: Bundle) -> None:
+    """See that a bundle is what its manifest says.
+
+    Raises:
+        DigestMismatch, BadPackage: it is not.
+    """
+    try:
+        bundle.check()
+    except BadPackage as why:
+        hint = "compile the bundle again, or copy it again from where it came"
+        raise BadPackage(str(why), hint=hint) from why
 
 
 def commit_on_head(

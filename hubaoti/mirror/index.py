@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from hubaoti.errors import DiskFull, HubaotiError
+from hubaoti.errors import HubaotiError
 from hubaoti.manifest import Manifest
 from hubaoti.mirror.folders import no_room
 
@@ -197,6 +197,16 @@ class Index:
             ).fetchone()
         return None if found is None else (str(found[0]), str(found[1]))
 
+    def pulled_from(self, endpoint: str, repo: str, commit: str | None = None) -> list[str]:
+        """The digests that pulls from a repo gave, of one commit if it is named, the last first."""
+        query = (
+            "select digest from pulls where endpoint = ? and repo = ? "
+            "and revision = coalesce(?, revision) order by rowid desc"
+        )
+        with self._explained():
+            found = self._db.execute(query, (endpoint, repo, commit)).fetchall()
+        return [str(digest) for (digest,) in found]
+
     def record_built(self, manifest: Manifest) -> None:
         """Remember that this machine built this artifact, so it needs no one's trust."""
         with self._writing() as db:
@@ -255,7 +265,7 @@ class Index:
     def _wrapped(self, why: sqlite3.DatabaseError) -> HubaotiError:
         code = getattr(why, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_FULL:
-            return DiskFull(str(no_room(self._path.parent, 0)), hint="free some space")
+            return no_room(self._path.parent, 0)
         if code == sqlite3.SQLITE_BUSY:
             return HubaotiError(f"{self._path} is busy", hint="another hubaoti works; try again")
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
