@@ -29,6 +29,7 @@ from hubaoti.errors import (
 )
 from hubaoti.manifest import FILENAME
 from hubaoti.mirror import BUILT_HERE, Artifact, Mirror, Origin
+from hubaoti.mirror.folders import keep_newest
 from hubaoti.mirror.index import Index, Pin
 from hubaoti.variant import Recipe
 
@@ -233,6 +234,31 @@ def test_a_damaged_copy_is_replaced_by_a_put(mirror: Mirror, bundle: Bundle) -> 
     put(mirror, bundle)
     mirror.verify(artifact)
     assert len(list((mirror.root / "quarantine").iterdir())) == 2
+
+
+def test_only_the_newest_broken_copies_are_kept(mirror: Mirror, bundle: Bundle) -> None:
+    quarantine = mirror.root / "quarantine"
+    for turn in range(7):
+        artifact = put(mirror, bundle)
+        damage(artifact.file("golden.safetensors"))
+        with pytest.raises(DigestMismatch):
+            mirror.verify(artifact)
+        (newest,) = (path for path in quarantine.iterdir() if not (path / "turn").exists())
+        (newest / "turn").write_text(str(turn))
+        os.utime(newest, (turn, turn))
+    kept = sorted(path.read_text() for path in quarantine.glob("*/turn"))
+    assert kept == ["2", "3", "4", "5", "6"]
+
+
+def test_broken_copies_beyond_a_size_go_the_oldest_first(tmp_path: Path) -> None:
+    for turn, size in enumerate((10, 10, 10, 50)):
+        (tmp_path / f"{turn}").mkdir()
+        (tmp_path / f"{turn}/file").write_bytes(bytes(size))
+        os.utime(tmp_path / f"{turn}", (turn, turn))
+    keep_newest(tmp_path, 5, 60)
+    assert {path.name for path in tmp_path.iterdir()} == {"3", "2"}
+    keep_newest(tmp_path, 5, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"3"}
 
 
 def test_a_pull_is_remembered_with_its_artifact(mirror: Mirror, bundle: Bundle) -> None:

@@ -144,6 +144,35 @@ def sweep(tmp: Path) -> None:
                 shutil.rmtree(entry)
 
 
+def keep_newest(folder: Path, most: int, size: int) -> None:
+    """Remove what is oldest below `folder`: `most` entries stay, of at most `size` bytes together.
+
+    The newest stays, whatever its size.
+    """
+    for at, entry in enumerate(sorted(folder.iterdir(), key=changed_at, reverse=True)):
+        size -= bytes_below(entry)
+        if at and (at >= most or size < 0):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def changed_at(path: Path) -> float:
+    """When it was changed; long ago, if another process removed it."""
+    try:
+        return path.lstat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def bytes_below(folder: Path) -> int:
+    """The bytes of all files below a folder that can be seen."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += (Path(parent) / name).lstat().st_size
+    return total
+
+
 def is_abandoned(entry: Path) -> bool:
     """Whether nobody works in this temporary folder any more."""
     if time.time() - entry.stat().st_mtime > LONGEST_WORK:

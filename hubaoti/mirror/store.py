@@ -5,7 +5,8 @@
                         leave them once they are unpacked, so nothing lies here twice
     artifacts/<digest>/ the manifest and the small tensors
     graphs/<sha256>/    one unpacked package, read-only
-    quarantine/  tmp/
+    quarantine/         the newest broken copies, to be looked at
+    tmp/
 
 Everything is written below tmp/, hashed while it is written, synced and renamed; its row comes
 last. Whatever is killed in between leaves nothing that is believed.
@@ -29,6 +30,7 @@ from hubaoti.errors import BadManifest, DigestMismatch, HubaotiError
 from hubaoti.manifest import File, Graph, Manifest
 from hubaoti.mirror.folders import (
     explained,
+    keep_newest,
     make_private,
     may_write,
     refuse_shared,
@@ -44,6 +46,7 @@ from hubaoti.variant import Recipe
 FOLDERS = ("hub", "artifacts", "graphs", "quarantine", "tmp")
 TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
 ATTEMPTS = 3
+KEPT = 5, 1 << 30  # broken copies that stay to be looked at, and the most bytes of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,8 +285,11 @@ class Mirror:
                 self._quarantine(broken)
 
     def _quarantine(self, folder: Path) -> None:
+        apart = self.root / "quarantine"
         with suppress(FileNotFoundError):
-            folder.rename(self.root / "quarantine" / f"{folder.name}~{secrets.token_hex(4)}")
+            broken = folder.rename(apart / f"{folder.name}~{secrets.token_hex(4)}")
+            os.utime(broken)  # else it has the time at which it was unpacked
+            keep_newest(apart, *KEPT)
 
 
 def unpacked_size(manifest: Manifest) -> int:
