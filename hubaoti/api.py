@@ -6,7 +6,7 @@ Hub's client.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from hubaoti.manifest import Program, Source
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.model_files import refuse_other_program
 from hubaoti.settings import Settings
+from hubaoti.steps import Say, silent
 from hubaoti.variant import Recipe
 
 if TYPE_CHECKING:
@@ -29,18 +30,12 @@ if TYPE_CHECKING:
     from hubaoti.match import Verdict
     from hubaoti.runtime.text import TextModel
 
-Say = Callable[[str], None]
-
 # What the compiler reads of a model: config, tokenizer and code; no pattern matches weights.
 COMPILE_FILES = ("*.json", "*.txt", "*.py", "*.model", "*/config.json", "tokenizer*")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # What the runtime reads of a model: what it says of itself, its tokenizer and its weights.
 RUN_FILES = ("config.json", "modules.json", "*/config.json", "tokenizer.json", *WEIGHTS)
 EAGER_FILES = (*COMPILE_FILES, "*.safetensors")
-
-
-def silent(step: str) -> None:
-    """Say nothing."""
 
 
 def compile(  # noqa: PLR0913 - a face of keywords

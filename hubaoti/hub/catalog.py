@@ -14,14 +14,9 @@ from hubaoti.hub.layout import Place, require_agreement
 from hubaoti.hub.words import quiet
 from hubaoti.manifest import FILENAME, LARGEST, Manifest, parse
 
-Say = Callable[[str], None]
 READERS = 8  # manifests that are fetched at once
 
 Unreadable = BadManifest | DigestMismatch
-
-
-def silent(step: str) -> None:
-    """Say nothing."""
 
 
 @dataclass(frozen=True, slots=True)

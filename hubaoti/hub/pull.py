@@ -22,7 +22,7 @@ from hubaoti.errors import (
     Untrusted,
 )
 from hubaoti.host import Host
-from hubaoti.hub.catalog import Catalog, Say, Unreadable, read_catalog, silent
+from hubaoti.hub.catalog import Catalog, Unreadable, read_catalog
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import Place, RepoRef
 from hubaoti.hub.trust import Trust
@@ -34,6 +34,7 @@ from hubaoti.mirror.index import Pin
 from hubaoti.mirror.store import unpacked_size
 from hubaoti.package import sha256_of
 from hubaoti.settings import Settings
+from hubaoti.steps import Say, silent
 from hubaoti.variant import Recipe
 
 ATTEMPTS = 3

@@ -10,12 +10,13 @@ from pathlib import Path
 from hubaoti.bundle import Bundle
 from hubaoti.errors import BadPackage, BadRequest, Conflict
 from hubaoti.hub.card import render
-from hubaoti.hub.catalog import Catalog, Say, read_catalog, silent
+from hubaoti.hub.catalog import Catalog, read_catalog
 from hubaoti.hub.client import HubClient, Pushed
 from hubaoti.hub.layout import Place, RepoRef, is_revision, place_of
 from hubaoti.hub.words import StaleParent
 from hubaoti.manifest import FILENAME, Manifest
 from hubaoti.settings import Settings
+from hubaoti.steps import Say, silent
 
 README = "README.md"
 ATTEMPTS = 6  # one, and five more when another push was faster
