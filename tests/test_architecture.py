@@ -21,6 +21,7 @@ from hubaoti.cli import COMMANDS, group
 ROOT = Path(hubaoti.__file__).parent
 BASE = (
     "errors",
+    "disks",
     "steps",
     "settings",
     "variant",

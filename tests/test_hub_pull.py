@@ -473,7 +473,7 @@ def test_too_small_a_disk_is_found_before_anything_is_fetched(
     tmp_path: Path, repo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch, proxy: Proxy
 ) -> None:
     ship(tmp_path, repo, settings)
-    monkeypatch.setattr("hubaoti.mirror.folders.free_bytes", lambda _: 100)
+    monkeypatch.setattr("hubaoti.disks.free_bytes", lambda _: 100)
     proxy.requests.clear()
     with pytest.raises(DiskFull, match="needed") as caught:
         get(repo, settings)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hubaoti.disks import require_room
 from hubaoti.errors import (
     BadPackage,
     DigestMismatch,
@@ -29,7 +30,6 @@ from hubaoti.hub.trust import Trust
 from hubaoti.manifest import File, Manifest
 from hubaoti.match import Candidate, Fit, Verdict, judge, rank
 from hubaoti.mirror import Artifact, Mirror, Origin
-from hubaoti.mirror.folders import require_room
 from hubaoti.mirror.index import Pin
 from hubaoti.mirror.store import unpacked_size
 from hubaoti.package import sha256_of

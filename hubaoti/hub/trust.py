@@ -20,8 +20,9 @@ from pathlib import Path
 
 import tomli_w
 
+from hubaoti.disks import explained
 from hubaoti.errors import HubaotiError, UnsafeFolder
-from hubaoti.mirror.folders import explained, make_private, refuse_shared
+from hubaoti.mirror.folders import make_private, refuse_shared
 
 
 @dataclass(frozen=True, slots=True)

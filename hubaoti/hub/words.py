@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hubaoti.disks import CLOSED, FULL, no_room, refused
 from hubaoti.errors import (
     AuthFailed,
     BadRequest,
@@ -19,7 +19,6 @@ from hubaoti.errors import (
     HubUnreachable,
     RepoNotFound,
 )
-from hubaoti.mirror.folders import FULL, no_room
 
 NO_HUB = "see whether the endpoint is up and HF_ENDPOINT names it, then try again"
 
@@ -49,9 +48,8 @@ class Words:
             return BadRequest(f"{what}: {self.first_line(why)}", hint="write a repo as owner/name")
         if is_full(why):
             return no_room(self.cache, 0)
-        if isinstance(why, OSError) and why.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            hint = "see that you may write it, or set HUBAOTI_HOME to another folder"
-            return HubaotiError(f"cannot write {why.filename}: {why.strerror}", hint=hint)
+        if isinstance(why, OSError) and why.errno in CLOSED:
+            return refused(why, self.cache)
         if is_of_network(why):
             return self._unreachable(why, what)
         hint = "see whether the repo's card or files are odd; it is not the network"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import platform
 import secrets
@@ -13,10 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hubaoti.errors import DiskFull, HubaotiError, UnsafeFolder
+from hubaoti.errors import HubaotiError, UnsafeFolder
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 # Of another machine on a shared disk, nobody can ask whether its process still lives.
 LONGEST_WORK = 24 * 3600
@@ -66,63 +63,6 @@ def _unsafe(path: Path, why: str, remedy: str) -> UnsafeFolder:
         f"{path} {why}, who could plant code there",
         hint=f"make it yours alone ({remedy} {path}), or set HUBAOTI_HOME to a folder that is",
     )
-
-
-@contextmanager
-def explained(folder: Path, needed: int = 0) -> Iterator[None]:
-    """Around work that writes `needed` bytes below `folder`: a full or closed disk is said so.
-
-    Raises:
-        DiskFull: the disk, or the quota, has no room.
-        HubaotiError: the disk may not be written, or is broken.
-        FileNotFoundError: as it came: only the caller knows what is missing.
-    """
-    try:
-        yield
-    except OSError as why:
-        if why.errno in FULL:
-            raise no_room(folder, needed) from why
-        if why.errno in CLOSED:
-            raise HubaotiError(
-                f"cannot write {why.filename or folder}: {why.strerror}",
-                hint="set HUBAOTI_HOME to a folder that you may write",
-            ) from why
-        if isinstance(why, FileNotFoundError):
-            raise
-        raise HubaotiError(
-            f"cannot write {why.filename or folder}: {why.strerror}",
-            hint="see that the folder and its disk are well, or set HUBAOTI_HOME to another",
-        ) from why
-
-
-def require_room(folder: Path, needed: int) -> None:
-    """See that `needed` more bytes go below `folder`, before any is written.
-
-    Raises:
-        DiskFull: they do not.
-    """
-    if free_bytes(folder) < needed:
-        raise no_room(folder, needed)
-
-
-def no_room(folder: Path, needed: int) -> DiskFull:
-    """The error that says how much is needed, and how much is free."""
-    need = f"{mebibytes(needed)} needed, " if needed else ""
-    return DiskFull(
-        f"no room on the disk of {folder}: {need}{mebibytes(free_bytes(folder))} free",
-        hint="free some space, or set HUBAOTI_HOME to a folder on a larger disk",
-    )
-
-
-def free_bytes(folder: Path) -> int:
-    """The bytes that this user may still write on the disk of a folder, existing or not."""
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def mebibytes(size: int) -> str:
-    return f"{size / (1 << 20):.1f} MiB"
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
+from hubaoti.disks import no_room
 from hubaoti.errors import HubaotiError
 from hubaoti.manifest import Manifest
-from hubaoti.mirror.folders import no_room
 
 VERSION = 1
 PATIENCE = 30.0  # seconds to wait for another process's transaction

@@ -26,15 +26,14 @@ from functools import partial
 from pathlib import Path
 
 from hubaoti import manifest as manifests
+from hubaoti.disks import explained, require_room
 from hubaoti.errors import BadManifest, DigestMismatch, HubaotiError
 from hubaoti.manifest import File, Graph, Manifest
 from hubaoti.mirror.folders import (
-    explained,
     keep_newest,
     make_private,
     may_write,
     refuse_shared,
-    require_room,
     sweep,
     sync_folder,
     workspace,
