@@ -121,8 +121,8 @@ class Index:
         if not self.is_writable:
             raise HubaotiError(
                 f"{self._path.parent} is read-only: nothing can be stored or changed there",
-                hint="name the full commit of what was pulled into it before, or set HUBAOTI_HOME "
-                "to a folder that you may write",
+                hint="set HUBAOTI_HOME to a folder that you may write; what was pulled before is "
+                "found by its full commit",
             )
 
     def _prepare(self) -> None:
