@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hubaoti import manifest as manifests
+from hubaoti.disks import FULL
 from hubaoti.errors import (
     BadManifest,
     DigestMismatch,
@@ -161,7 +161,7 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as why:
-        if why.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        if why.errno in FULL:
             raise DiskFull(
                 f"no room on the disk of {path} for the bundle",
                 hint="free some space, or choose another folder with -o",

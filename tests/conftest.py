@@ -21,6 +21,8 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_HOME / "inductor")
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+from proxies import Proxy, proxying  # noqa: E402
+
 import hubaoti  # noqa: E402
 from hubaoti.bundle import Bundle  # noqa: E402
 from hubaoti.package import unpack_all  # noqa: E402
@@ -35,6 +37,26 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     """A running endpoint, one for all tests: `.url` and `.token`."""
     with running(tmp_path_factory.mktemp("endpoint") / "root") as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def proxy(endpoint: Endpoint) -> Iterator[Proxy]:
+    """Between the endpoint and its clients: it counts, delays and cuts."""
+    with proxying(endpoint.url) as found:
+        yield found
+
+
+@pytest.fixture
+def settings(proxy: Proxy, endpoint: Endpoint, tmp_path: Path) -> Settings:
+    """An empty home, and the endpoint through the proxy, with its token."""
+    proxy.reset()
+    return Settings(home=tmp_path / "home", endpoint=proxy.url, token=endpoint.token)
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> str:
+    """A repo's name that no other test has."""
+    return f"acme/{tmp_path.name}"
 
 
 @pytest.fixture(scope="session")
@@ -135,9 +157,3 @@ def roberta_unpacked(roberta_bundle: Bundle, built_at: Settings) -> Path:
     folder = built_at.home.parent / "roberta-unpacked"
     unpack_all(roberta_bundle.path / roberta_bundle.manifest.graphs[0].file, folder)
     return folder
-
-
-@pytest.fixture
-def settings(tmp_path: Path, endpoint: Endpoint) -> Settings:
-    """An empty home, with the endpoint's token."""
-    return Settings(home=tmp_path / "home", endpoint=endpoint.url, token=endpoint.token)

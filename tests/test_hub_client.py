@@ -6,7 +6,6 @@ import errno
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import HfApi, ModelInfo, constants, errors
 from huggingface_hub.utils import logging
-from proxies import Proxy, proxying
+from proxies import Proxy
 
 from hubaoti.errors import (
     AuthFailed,
@@ -45,18 +44,6 @@ except ImportError:  # 1.30 has no name for its own transport
 
 bars = import_module("huggingface_hub.utils.tqdm")
 TOKEN = "hf_secret_of_ours"
-
-
-@pytest.fixture(scope="module")
-def proxy(endpoint: Endpoint) -> Iterator[Proxy]:
-    with proxying(endpoint.url) as found:
-        yield found
-
-
-@pytest.fixture
-def settings(proxy: Proxy, endpoint: Endpoint, tmp_path: Path) -> Settings:
-    proxy.reset()
-    return Settings(home=tmp_path / "home", endpoint=proxy.url, token=endpoint.token)
 
 
 @pytest.fixture

@@ -7,20 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from bundles import make_bundle, make_host, tree_of
 from commands import HUBAOTI, environment_of
 from huggingface_hub import HfApi
-from proxies import Proxy, proxying
+from proxies import Proxy
 
 from hubaoti.bundle import Bundle
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import pull
 from hubaoti.hub.push import Destination, push
-from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
 PULL = """
@@ -46,23 +44,6 @@ settings = Settings(home=Path(home), endpoint=endpoint, token=token)
 say = lambda step: print(step, flush=True)
 push(Bundle.read(Path(folder)), Destination(RepoRef(repo)), settings, say)
 """
-
-
-@pytest.fixture(scope="module")
-def proxy(endpoint: Endpoint) -> Iterator[Proxy]:
-    with proxying(endpoint.url) as found:
-        yield found
-
-
-@pytest.fixture
-def settings(proxy: Proxy, endpoint: Endpoint, tmp_path: Path) -> Settings:
-    proxy.reset()
-    return Settings(home=tmp_path / "home", endpoint=proxy.url, token=endpoint.token)
-
-
-@pytest.fixture
-def repo(tmp_path: Path) -> str:
-    return f"acme/{tmp_path.name}"
 
 
 @pytest.fixture

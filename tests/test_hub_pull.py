@@ -6,7 +6,6 @@ import dataclasses
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from bundles import (
 from commands import hubaoti
 from disks import read_only
 from huggingface_hub import HfApi
-from proxies import Proxy, proxying
+from proxies import Proxy
 
 from hubaoti.bundle import Bundle
 from hubaoti.errors import (
@@ -57,24 +56,6 @@ from hubaoti.settings import Settings
 from hubaoti.variant import Recipe
 
 HOST = make_host()
-
-
-@pytest.fixture(scope="module")
-def proxy(endpoint: Endpoint) -> Iterator[Proxy]:
-    with proxying(endpoint.url) as found:
-        yield found
-
-
-@pytest.fixture
-def settings(proxy: Proxy, endpoint: Endpoint, tmp_path: Path) -> Settings:
-    proxy.reset()
-    return Settings(home=tmp_path / "home", endpoint=proxy.url, token=endpoint.token)
-
-
-@pytest.fixture
-def repo(tmp_path: Path) -> str:
-    """A repo's name that no other test has."""
-    return f"acme/{tmp_path.name}"
 
 
 def ship(

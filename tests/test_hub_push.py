@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import msgspec
 import pytest
 from bundles import CPU, CUDA, changed, make_bundle, make_host, tree_of
 from huggingface_hub import HfApi, ModelCard
-from proxies import Proxy, proxying
+from proxies import Proxy
 
 from hubaoti.bundle import Bundle, file_entry
 from hubaoti.errors import (
@@ -28,28 +27,9 @@ from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import pull
 from hubaoti.hub.push import ATTEMPTS, Commit, Destination, decoded, push
 from hubaoti.manifest import FILENAME, Source
-from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
 PLACE = "float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
-
-
-@pytest.fixture(scope="module")
-def proxy(endpoint: Endpoint) -> Iterator[Proxy]:
-    with proxying(endpoint.url) as found:
-        yield found
-
-
-@pytest.fixture
-def settings(proxy: Proxy, endpoint: Endpoint, tmp_path: Path) -> Settings:
-    proxy.reset()
-    return Settings(home=tmp_path / "home", endpoint=proxy.url, token=endpoint.token)
-
-
-@pytest.fixture
-def repo(tmp_path: Path) -> str:
-    """A repo's name that no other test has."""
-    return f"acme/{tmp_path.name}"
 
 
 @pytest.fixture

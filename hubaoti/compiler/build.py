@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,9 +30,9 @@ from hubaoti.match import Refusal, judge_level
 from hubaoti.package import members_of, unpack_all
 from hubaoti.requirements import Requirements
 from hubaoti.runtime.graph import open_graph
+from hubaoti.steps import Say
 
 ROOT = "root"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)

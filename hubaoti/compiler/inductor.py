@@ -28,8 +28,7 @@ from hubaoti.host import mapped
 from hubaoti.manifest import Target
 from hubaoti.package import pack, unpack_all
 from hubaoti.settings import environment
-
-Say = Callable[[str], None]
+from hubaoti.steps import Say
 
 # Weights stay outside, and nothing is computed from them while compiling.
 WEIGHTLESS = {
