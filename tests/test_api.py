@@ -25,6 +25,7 @@ from hubaoti.errors import (
     ModelNotFound,
     NoArtifact,
     NoMatch,
+    OtherProgram,
     OutOfBounds,
     Untrusted,
 )
@@ -148,10 +149,16 @@ def test_a_text_beyond_the_graph_s_bounds_is_refused(
 
 
 def test_the_weights_of_another_model_are_refused(
-    pulled: Pulled, reader: Settings, minilm: Path
+    pulled: Pulled, reader: Settings, minilm: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(MissingConstant):
+    with pytest.raises(OtherProgram, match="model_type is 'bert', the graph has 'roberta'"):
         hubaoti.load(pulled.artifact, minilm, settings=reader)
+    silent = tmp_path / "silent"  # a folder that says nothing of itself
+    silent.mkdir()
+    for name in ("tokenizer.json", "model.safetensors"):
+        (silent / name).symlink_to(minilm / name)
+    with pytest.raises(MissingConstant):
+        hubaoti.load(pulled.artifact, silent, settings=reader)
 
 
 def test_padding_is_with_the_id_that_the_program_computes_with(
