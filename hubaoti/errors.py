@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+LINE = 300  # characters of somebody else's error message
+
 
 class HubaotiError(Exception):
     """The root of the tree; `hint` says what to do next."""
@@ -180,3 +182,11 @@ class OtherProgram(HubaotiError):
     """The model's own files say that it computes something else than the graph does."""
 
     exit_code = 28
+
+
+def first_line(why: BaseException | str) -> str:
+    """The first line of somebody else's message that says something, as long as a person reads."""
+    lines = (line.strip() for line in str(why).splitlines())
+    nothing = why if isinstance(why, str) else type(why).__name__
+    line = next((line for line in lines if line), nothing)
+    return line if len(line) <= LINE else f"{line[: LINE - 1]}…"

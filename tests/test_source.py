@@ -13,8 +13,15 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from hubaoti.compiler.request import Range
-from hubaoti.compiler.source import LINE, first_line, load, pool, task_of
-from hubaoti.errors import BadRequest, MissingConstant, ModelNotFound, UnknownTask
+from hubaoti.compiler.source import load, pool, task_of
+from hubaoti.errors import (
+    LINE,
+    BadRequest,
+    MissingConstant,
+    ModelNotFound,
+    UnknownTask,
+    first_line,
+)
 from hubaoti.model_files import POOLING, pooling_modes, sentence_steps
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from torch.export.graph_signature import InputKind
 
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.shapes import example_inputs, example_sizes
-from hubaoti.compiler.source import Source, first_line, quiet
-from hubaoti.errors import BadDim, CompileFailed
+from hubaoti.compiler.source import Source, quiet
+from hubaoti.errors import BadDim, CompileFailed, first_line
 from hubaoti.manifest import Input, Output, Outputs
 
 VALUES = {"attention_mask": "mask"}

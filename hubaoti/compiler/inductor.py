@@ -22,8 +22,7 @@ from torch.export import ExportedProgram
 
 from hubaoti.compiler.elf import refuse_executable_stack, refuse_paths
 from hubaoti.compiler.passes import UnfuseBias
-from hubaoti.compiler.source import first_line
-from hubaoti.errors import CompileFailed, DiskFull, HubaotiError, UnsafeFolder
+from hubaoti.errors import CompileFailed, DiskFull, HubaotiError, UnsafeFolder, first_line
 from hubaoti.host import mapped
 from hubaoti.manifest import Target
 from hubaoti.package import pack, unpack_all
@@ -97,7 +96,7 @@ def explained(why: Exception, folder: Path) -> HubaotiError:
     if "No space left on device" in text:
         return DiskFull(f"lower: no room on the disk of {folder}", hint="free some space there")
     causes = [line for line in text.splitlines() if "error: " in line or "cannot find -l" in line]
-    cause = first_line(CompileFailed(causes[0])) if causes else first_line(why)
+    cause = first_line(causes[0] if causes else why)
     return CompileFailed(
         f"lower: {type(why).__name__}: {cause}",
         hint="are g++ and, for a GPU, the CUDA toolkit installed? else try --dtype float32",

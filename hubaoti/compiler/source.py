@@ -25,12 +25,12 @@ from hubaoti.errors import (
     MissingConstant,
     ModelNotFound,
     UnknownTask,
+    first_line,
 )
 from hubaoti.manifest import Program
 from hubaoti.model_files import POOLING, read_json, sentence_steps
 
 LARGEST = 1 << 20  # tokenizers write 1e30 where a model has no limit
-LINE = 300  # characters of somebody else's error message
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,10 +296,3 @@ FORWARDS = {
     "classify": (scorer, "logits"),
     "logits": (scorer, "logits"),
 }
-
-
-def first_line(why: BaseException) -> str:
-    """The first line of an error that says something, as long as a person reads."""
-    lines = (line.strip() for line in str(why).splitlines())
-    line = next((line for line in lines if line), type(why).__name__)
-    return line if len(line) <= LINE else f"{line[: LINE - 1]}…"

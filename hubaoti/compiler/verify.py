@@ -18,8 +18,8 @@ from torch import nn
 from hubaoti.compiler.constants import tensors_of
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.shapes import Probe, Sizes, example_inputs, probes
-from hubaoti.compiler.source import Source, first_line
-from hubaoti.errors import BadDim, CheckFailed, CompileFailed
+from hubaoti.compiler.source import Source
+from hubaoti.errors import BadDim, CheckFailed, CompileFailed, first_line
 from hubaoti.manifest import Check
 from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.graph import Graph

@@ -21,6 +21,7 @@ from hubaoti.errors import (
     MissingConstant,
     MissingOps,
     OutOfBounds,
+    first_line,
 )
 from hubaoti.manifest import Constant, Input
 from hubaoti.manifest import Graph as Entry
@@ -155,11 +156,6 @@ def refusal(graph: str, folder: Path, why: str) -> CannotOpen | MissingOps:
     )
 
 
-def first_line(why: str) -> str:
-    """The first line of a message that says something."""
-    return next((line for line in why.splitlines() if line.strip()), why)
-
-
 @dataclass(frozen=True, slots=True)
 class Slot:
     """What one input must be, worked out once when the graph is opened."""
@@ -239,7 +235,7 @@ class Graph:
             return self._runner.run(fitting)
         except RuntimeError as why:  # the native code's own checks, as of an embedding's ids
             raise BadInput(
-                f"graph {self.entry.id} failed: {first_line(str(why))}",
+                f"graph {self.entry.id} failed: {first_line(why)}",
                 hint="see that its inputs are what the manifest says of their values",
             ) from why
 
