@@ -11,17 +11,17 @@ import hashlib
 from typing import Annotated, Any, Literal
 
 import msgspec
-import rfc8785
 
-from hubaoti.errors import BadManifest, BadRequest, NewerSchema
+from hubaoti.canonical import canonical, digest_of
+from hubaoti.consistency import MANIFEST, contradictions
+from hubaoti.errors import BadManifest, NewerSchema
+from hubaoti.extents import PATTERN
 from hubaoti.match import KernelPin, Requirements
 from hubaoti.variant import Recipe, Variant
 
 SCHEMA = 1
-FILENAME = "hubaoti.json"
+FILENAME = MANIFEST
 LARGEST = 16 << 20  # bytes of a manifest; the one of an 80-layer model is some hundred kB
-SAFE = 2**53 - 1  # the largest integer that is no other one's double
-LARGEST_DOUBLE = 2**1023
 # What is raised of a text that is no manifest, by msgspec, by ours and by the canonical form.
 MALFORMED = (msgspec.MsgspecError, BadManifest, ValueError, RecursionError)
 
@@ -38,6 +38,7 @@ MemberPath = Annotated[
 ]
 Dim = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
 Dtype = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
+Extents = tuple[Annotated[str, msgspec.Meta(pattern=PATTERN)] | Size, ...]
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,7 +50,7 @@ class Program(Record, frozen=True, kw_only=True):
 
     config: dict[str, Any]
     code: Sha256
-    task: Literal["embed", "classify", "logits"]
+    task: Literal["embed", "classify", "logits", "generate", "forward"]
     steps: tuple[str, ...] = ()
 
     @property
@@ -113,14 +114,15 @@ class Member(Record, frozen=True, kw_only=True):
 
 
 class Input(Record, frozen=True, kw_only=True):
-    """A tensor that a graph takes. `shape` names dims or gives sizes.
+    """A tensor that a graph takes. `shape` has sizes, dims, and extents that follow from dims.
 
-    `values` says what the numbers mean: `ids<N`, `mask`, `position` or `real`.
+    `values` says what the numbers mean: `ids<N` (below N), `mask` (true, 1 or 0.0 where to look),
+    `position` (counting on along the last axis) or `real`. A mutated input is written in place.
     """
 
     name: str
     dtype: Dtype
-    shape: tuple[Dim | Size, ...]
+    shape: Extents
     layout: Literal["contiguous"] = "contiguous"
     values: Annotated[str, msgspec.Meta(pattern=r"^(ids<[0-9]+|mask|position|real)\Z")]
     mutated: bool = False
@@ -131,7 +133,7 @@ class Output(Record, frozen=True, kw_only=True):
 
     name: str
     dtype: Dtype
-    shape: tuple[Dim | Size | None, ...]
+    shape: tuple[Annotated[str, msgspec.Meta(pattern=PATTERN)] | Size | None, ...]
 
 
 class Outputs(Record, frozen=True, kw_only=True):
@@ -147,12 +149,15 @@ class Origin(Record, frozen=True, kw_only=True, omit_defaults=True):
     `checkpoint` gives tensor names in the order to try them. `transform` is None where that tensor
     is the constant; otherwise it names how transformers makes the constant while loading, which a
     plain reader of the checkpoint cannot do. `file` ships with the artifact, the constant in it is
-    called by its `fqn`.
+    called by its `fqn`. `module` is its name in the module that the graph serves, which holds it
+    without a checkpoint having it. For a graph that serves several modules, names of a checkpoint
+    are relative to the module's own.
     """
 
     checkpoint: tuple[str, ...] = ()
     transform: str | None = None
     file: SafePath | None = None
+    module: str | None = None
 
 
 class Constant(Record, frozen=True, kw_only=True):
@@ -167,8 +172,39 @@ class Constant(Record, frozen=True, kw_only=True):
     shared_by_all_modules: bool = False
 
 
+class Cache(Record, frozen=True, kw_only=True):
+    """A layer's KV cache among a graph's inputs, by their places; it is written in place.
+
+    `static`: the new keys and values go to `position`, and what is looked at are the first
+    `filled` places, the size of the mask's last axis; `filled` is at most `cache`. `sliding`: the
+    cache is full, the oldest entries leave it, and what is looked at are `cache+seq-1` places.
+    """
+
+    kind: Literal["static", "sliding"]
+    keys: Size
+    values: Size
+    position: Size | None = None
+    window: Size | None = None
+
+
+class Golden(Record, frozen=True, kw_only=True):
+    """The answers in `golden.safetensors`: at which dims, how near, with how much memory (bytes).
+
+    Tolerances are by tensor, each a part of the tensor's largest value; the tensors of the file
+    are called `<graph>/<tensor>`.
+    """
+
+    dims: dict[Dim, int]
+    tolerances: dict[str, float]
+    memory: Size
+
+
 class Graph(Record, frozen=True, kw_only=True):
-    """One region, compiled: its package, whom it serves, what it takes, gives and needs bound."""
+    """One region, compiled: its package, whom it serves, what it takes, gives and needs bound.
+
+    `bounds` are the smallest and largest size of each dim, `steps` what its size is a multiple of.
+    Of the graphs that serve a module, the first by `order` whose bounds hold a call serves it.
+    """
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")]
     file: SafePath
@@ -177,12 +213,14 @@ class Graph(Record, frozen=True, kw_only=True):
     members: tuple[Member, ...]
     modules: tuple[str, ...]
     bounds: dict[Dim, tuple[int, int]]
+    steps: dict[Dim, int] = {}
     order: int = 0
     call: dict[str, Any]
     inputs: tuple[Input, ...]
     outputs: Outputs
     constants: tuple[Constant, ...]
-    cache: dict[str, Any] | None = None
+    cache: Cache | None = None
+    golden: Golden | None = None
 
 
 class Check(Record, frozen=True, kw_only=True):
@@ -260,32 +298,6 @@ class Manifest(Record, frozen=True, kw_only=True):
 msgspec.json.Decoder(Manifest)
 
 
-def canonical(value: Any) -> bytes:
-    """RFC 8785: sorted keys, no spaces, one spelling for each number."""
-    return rfc8785.dumps(as_doubles(value))
-
-
-def as_doubles(value: Any) -> Any:
-    """JSON's numbers are doubles: a large integer that is one, or is spelled as one, is a float.
-
-    Else a float of 2**53 or more, which is written without a point, could not be read back.
-    """
-    if isinstance(value, dict):
-        return {name: as_doubles(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_doubles(each) for each in value]
-    if isinstance(value, int) and SAFE < abs(value) < LARGEST_DOUBLE:
-        double = float(value)
-        if double == value or rfc8785.dumps(double) == str(value).encode():
-            return double
-    return value
-
-
-def digest_of(value: Any) -> str:
-    """The sha256 of a value's canonical JSON."""
-    return hashlib.sha256(canonical(value)).hexdigest()
-
-
 def key_of(program: Program, build: Build, target: Target) -> str:
     """The key: "is this already built?" Two honest builds of one key may differ in digest."""
     parts = {"program": program, "build": build, "target": target}
@@ -313,7 +325,10 @@ def parse(text: bytes, where: str) -> Manifest:
         raise BadManifest(f"{where} is not a manifest: {why!s:.300}", hint=hint) from why
     if not same:
         raise BadManifest(f"{where} is not in canonical form: it was edited", hint=hint)
-    if problems := contradictions(manifest):
+    problems = contradictions(manifest)
+    if manifest.key != key_of(manifest.program, manifest.build, manifest.target):
+        problems.insert(0, "the key is not the one of its program, build and target")
+    if problems:
         raise BadManifest(f"{where} contradicts itself: {'; '.join(problems)}", hint=hint)
     return manifest
 
@@ -328,69 +343,3 @@ def refuse_newer(value: Any, where: str) -> None:
         )
     if schema != SCHEMA:
         raise ValueError(f"schema is {schema!r}, not {SCHEMA}")
-
-
-def contradictions(manifest: Manifest) -> list[str]:
-    """What cannot be true together; a good manifest has none."""
-    found = []
-    if manifest.key != key_of(manifest.program, manifest.build, manifest.target):
-        found.append("the key is not the one of its program, build and target")
-    if not manifest.graphs:
-        found.append("it lists no graph")
-    found += unspeakable_labels(manifest)
-    found += clashing_files(manifest)
-    found += requirement_clashes(manifest)
-    for graph in manifest.graphs:
-        found += unknown_dims(graph)
-    return found
-
-
-def unspeakable_labels(manifest: Manifest) -> list[str]:
-    """A recipe or a variant that has no name, and so no path in a repo."""
-    found = []
-    for name in ("recipe", "variant"):
-        try:
-            getattr(manifest, name)
-        except BadRequest as why:
-            found.append(f"its {name}: {why}")
-    return found
-
-
-def clashing_files(manifest: Manifest) -> list[str]:
-    """Paths that two files share, and constants from files that are not listed."""
-    paths = [file.path for file in manifest.all_files()]
-    ids = [graph.id for graph in manifest.graphs]
-    found = [f"{path} is listed twice" for path in repeated([*paths, FILENAME])]
-    found += [f"graph {name} is listed twice" for name in repeated(ids)]
-    for graph in manifest.graphs:
-        members = [member.path for member in graph.members]
-        found += [f"{graph.id}: member {path} is listed twice" for path in repeated(members)]
-        files = {c.origin.file for c in graph.constants if c.origin.file}
-        found += [f"{graph.id}: constants from {f}, not listed" for f in sorted(files - {*paths})]
-    return found
-
-
-def requirement_clashes(manifest: Manifest) -> list[str]:
-    """`requires` and `target` describe one host; where both speak they must agree."""
-    target, needs = manifest.target, manifest.requires
-    return [
-        f"target.{name} is {getattr(target, name)}, requires.{name} is {getattr(needs, name)}"
-        for name in ("device", "os", "level", "torch", "cuda", "sm")
-        if getattr(target, name) != getattr(needs, name)
-    ]
-
-
-def unknown_dims(graph: Graph) -> list[str]:
-    """Dims that a shape names and the bounds do not, and bounds that are empty."""
-    named = {size for entry in graph.inputs for size in entry.shape if isinstance(size, str)}
-    found = [f"{graph.id}: dim {dim} has no bounds" for dim in sorted(named - {*graph.bounds})]
-    for dim, (low, high) in graph.bounds.items():
-        if not 0 <= low <= high or high == 0:
-            found.append(f"{graph.id}: dim {dim} is bounded by [{low}, {high}]")
-    return found
-
-
-def repeated(names: list[str]) -> list[str]:
-    """The names that stand more than once, compared as a case-folding disk would."""
-    folded = [name.casefold() for name in names]
-    return sorted({name for name in folded if folded.count(name) > 1})

@@ -173,6 +173,7 @@ BAD = {
     "a malformed dtype": put("build", "dtype", to="Float 32"),
     "an attention without a name": put("build", "attention", to="A/B"),
     "a torch without a version": put("target", "torch", to="x"),
+    "an extent that is none": put("graphs", 0, "inputs", 0, "shape", to=["batch//2", 8]),
     "values of no kind": put("graphs", 0, "inputs", 0, "values", to="ids<x"),
 }
 
@@ -196,6 +197,19 @@ CLASHES: dict[str, tuple[Edit, str]] = {
         "member",
     ),
     "a dim without bounds": (put("graphs", 0, "bounds", to={}), "dim batch has no bounds"),
+    "an extent without bounds": (
+        put("graphs", 0, "inputs", 0, "shape", to=["batch", "2*seq+1"]),
+        "dim seq has no bounds",
+    ),
+    "a step without bounds": (put("graphs", 0, "steps", to={"seq": 8}), "seq has a step"),
+    "a cache that is no input": (
+        put("graphs", 0, "cache", to={"kind": "static", "keys": 7, "values": 8}),
+        "its cache is not among its mutated inputs",
+    ),
+    "a cache that is not written": (
+        put("graphs", 0, "cache", to={"kind": "static", "keys": 0, "values": 0}),
+        "its cache is not among its mutated inputs",
+    ),
     "no graph": (put("graphs", to=[]), "it lists no graph"),
     "bounds of nothing": (put("graphs", 0, "bounds", "batch", to=[0, 0]), "bounded by"),
     "empty bounds": (put("graphs", 0, "bounds", "batch", to=[3, 2]), "bounded by"),
