@@ -188,6 +188,7 @@ def twice(value: dict[str, Any], list_of: str) -> None:
     value[list_of].append(value[list_of][0])
 
 
+CACHE = {"kind": "static", "keys": 0, "values": 0, "position": None, "window": None}
 CLASHES: dict[str, tuple[Edit, str]] = {
     "a graph twice": (lambda value: twice(value, "graphs"), "graph root is listed twice"),
     "a file twice": (lambda value: twice(value, "files"), "golden.safetensors is listed twice"),
@@ -203,11 +204,11 @@ CLASHES: dict[str, tuple[Edit, str]] = {
     ),
     "a step without bounds": (put("graphs", 0, "steps", to={"seq": 8}), "seq has a step"),
     "a cache that is no input": (
-        put("graphs", 0, "cache", to={"kind": "static", "keys": 7, "values": 8}),
+        put("graphs", 0, "cache", to=CACHE | {"keys": 7}),
         "its cache is not among its mutated inputs",
     ),
     "a cache that is not written": (
-        put("graphs", 0, "cache", to={"kind": "static", "keys": 0, "values": 0}),
+        put("graphs", 0, "cache", to=CACHE),
         "its cache is not among its mutated inputs",
     ),
     "no graph": (put("graphs", to=[]), "it lists no graph"),
