@@ -47,6 +47,7 @@ def compile(  # noqa: PLR0913 - a face of keywords
     dtype: str | None = None,
     level: str | None = None,
     device: str = "cpu",
+    regions: str | None = None,
     revision: str | None = None,
     settings: Settings | None = None,
     say: Say = silent,
@@ -63,15 +64,26 @@ def compile(  # noqa: PLR0913 - a face of keywords
     from hubaoti.compiler.request import Request, ranges
 
     settings = settings or Settings.from_env()
-    request = Request(task=task, dims=ranges(dims), dtype=dtype, level=level, device=device)
+    request = Request(
+        task=task, dims=ranges(dims), dtype=dtype, level=level, device=device, regions=regions
+    )
     with Mirror.open(settings.mirror) as mirror:
         mirror.require_writable()
         say("files")
         folder, source = model_files(model, revision, COMPILE_FILES, settings)
         say("torch")  # importing it takes longer than most steps
-        from hubaoti.compiler.build import build
+        from hubaoti.compiler.build import Job, build, device_of, target_of
+        from hubaoti.compiler.plan import plan
+        from hubaoti.compiler.source import load as load_source
 
-        bundle = build(folder, source, request, probe(settings), Path(output), say)
+        host = probe(settings)
+        where = device_of(request.device)
+        target = target_of(host, where, request.level)
+        say("source")
+        job = Job.of(
+            plan(load_source(folder, request, where), request, where), request, target, where
+        )
+        bundle = build(job, source, host, Path(output), say)
         mirror.record_built(bundle.manifest)
     return bundle
 
@@ -225,13 +237,15 @@ def eager(
     import torch
 
     from hubaoti.compiler import source
+    from hubaoti.compiler.request import Request
     from hubaoti.runtime.text import TextEncoder
 
     settings = settings or Settings.from_env()
     folder, _ = model_files(model, None, EAGER_FILES, settings)
     task, dtype = pulled_before(repo, settings) if repo else (None, None)
     say("load")
-    whole = source.load(folder, task, dtype, torch.device("cpu"), weights=True)
+    asked = Request(task=task, dtype=dtype, regions="none")
+    whole = source.load(folder, asked, torch.device("cpu"), weights=True)
     encoded = TextEncoder(folder, pad_of(whole.program)).encode(texts)
     say("run")
     with torch.no_grad():

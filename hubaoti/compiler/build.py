@@ -1,16 +1,14 @@
-"""The whole road of compiling: source, export, lower, describe, check, bundle."""
+"""The whole road of compiling: source, capture, export, lower, describe, check, bundle."""
 
 from __future__ import annotations
 
 import resource
-import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -18,37 +16,43 @@ from safetensors.torch import save_file
 from hubaoti import __version__
 from hubaoti import manifest as manifests
 from hubaoti.bundle import Bundle, file_entry, write_manifest, writing
-from hubaoti.compiler import constants, elf, source, verify
-from hubaoti.compiler.export import Exported, export
-from hubaoti.compiler.inductor import LEVELS, lower, options_for
-from hubaoti.compiler.request import DEFAULT_LEVEL, Range, Request
-from hubaoti.compiler.shapes import bounded
+from hubaoti.compiler import elf
+from hubaoti.compiler.inductor import LEVELS, options_for
+from hubaoti.compiler.plan import Plan
+from hubaoti.compiler.request import DEFAULT_LEVEL, Request
+from hubaoti.compiler.unit import Built as BuiltUnit
+from hubaoti.compiler.unit import build_unit
 from hubaoti.errors import BadRequest
 from hubaoti.host import Host
-from hubaoti.manifest import Build, Built, Check, File, Graph, Manifest, Source, Target, key_of
+from hubaoti.manifest import Build, Built, File, Manifest, Source, Target, key_of
 from hubaoti.match import Refusal, judge_level
-from hubaoti.package import members_of, unpack_all
 from hubaoti.requirements import Requirements
-from hubaoti.runtime.graph import open_graph
+from hubaoti.runtime.golden import GOLDEN
 from hubaoti.steps import Say
-
-ROOT = "root"
 
 
 @dataclass(frozen=True, slots=True)
-class Lowered:
-    """A compiled graph as the manifest has it, what its library needs, and how it was checked."""
+class Job:
+    """A plan and all that its key is made of; `key` says whether it is already built."""
 
-    graph: Graph
-    needs: elf.Needs
-    files: tuple[File, ...]
-    checks: tuple[Check, ...] = ()
+    plan: Plan
+    build: Build
+    target: Target
+    device: torch.device
+
+    @classmethod
+    def of(cls, plan: Plan, request: Request, target: Target, device: torch.device) -> Job:
+        """The job that a request asks for."""
+        return cls(plan, build_of(plan, request, target), target, device)
+
+    @property
+    def key(self) -> str:
+        """The sha256 of program, build and target."""
+        return key_of(self.plan.source.program, self.build, self.target)
 
 
-def build(
-    folder: Path, origin: Source, request: Request, host: Host, output: Path, say: Say
-) -> Bundle:
-    """Compile the model in `folder` into the bundle `output`; no weight is read.
+def build(job: Job, origin: Source, host: Host, output: Path, say: Say) -> Bundle:
+    """Compile a job into the bundle `output`; no weight is read.
 
     `say` is called with the name of each step as it starts.
 
@@ -56,25 +60,20 @@ def build(
         HubaotiError: of the step that failed; nothing is left behind.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
-    device = device_of(request.device)
-    target = target_of(host, device, request.level)
     with writing(output) as scratch:
-        say("source")
-        model = source.load(folder, request.task, request.dtype, device)
-        dims = bounded(request.dims, model.default_dims, model.positions)
-        verify.attempt(model, dims, device)
-        made = build_of(model, dims, target)
-        lowered = lower_and_check(model, dims, target, made.options, scratch, say)
+        (scratch / "graphs").mkdir()
+        built = [build_unit(job, unit, scratch, say) for unit in job.plan.units]
+        files = write_golden(built, scratch)
         manifest = Manifest(
-            program=model.program,
-            build=made,
-            target=target,
-            key=key_of(model.program, made, target),
+            program=job.plan.source.program,
+            build=job.build,
+            target=job.target,
+            key=job.key,
             source=origin,
-            requires=requirements(target, lowered.needs),
-            graphs=(lowered.graph,),
-            files=lowered.files,
-            checks=lowered.checks,
+            requires=requirements(job.target, needs_of(built)),
+            graphs=tuple(each.graph for each in built),
+            files=(*(file for each in built for file in each.files), *files),
+            checks=tuple(check for each in built for check in each.checks),
             built=Built(
                 at=started.isoformat(timespec="seconds"),
                 seconds=round(time.perf_counter() - clock, 1),
@@ -88,6 +87,20 @@ def build(
         manifests.parse(manifest.to_json(), "the new manifest")
         write_manifest(scratch, manifest)
     return Bundle.read(output)
+
+
+def write_golden(built: Sequence[BuiltUnit], scratch: Path) -> tuple[File, ...]:
+    """The golden answers of all graphs, as one file."""
+    answers = {name: tensor for each in built for name, tensor in each.golden.items()}
+    if not answers:
+        return ()
+    save_file(answers, scratch / GOLDEN)
+    return (file_entry(scratch, GOLDEN),)
+
+
+def needs_of(built: Sequence[BuiltUnit]) -> elf.Needs:
+    """What all libraries need together."""
+    return elf.together([each.needs for each in built])
 
 
 def device_of(name: str) -> torch.device:
@@ -162,79 +175,20 @@ def requirements(target: Target, needs: elf.Needs | None = None) -> Requirements
     )
 
 
-def build_of(model: source.Source, dims: dict[str, Range], target: Target) -> Build:
+def build_of(plan: Plan, request: Request, target: Target) -> Build:
     """The options, as the manifest and the key have them."""
     return Build(
-        regions="none",
-        dims={name: (sizes.low, sizes.high, sizes.step) for name, sizes in dims.items()},
-        dtype=model.dtype,
-        attention=model.attention,
-        options=options_for(target),
-    )
-
-
-def lower_and_check(
-    model: source.Source,
-    dims: dict[str, Range],
-    target: Target,
-    options: dict[str, Any],
-    scratch: Path,
-    say: Say,
-) -> Lowered:
-    """Export and compile the one graph of a whole model, then compare it with eager."""
-    device = next(model.model.parameters()).device
-    say("export")
-    exported = export(model, dims, device)
-    say("compile")
-    package = scratch / "graphs" / f"{ROOT}.pt2"
-    package.parent.mkdir()
-    lower(exported.program, target.level, options, package, say)
-    say("check")
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        unpacked = Path(folder)
-        unpack_all(package, unpacked)
-        entry = bare_graph(file_entry(scratch, f"graphs/{ROOT}.pt2"), package, exported, dims)
-        lowered = described(model, entry, exported, unpacked, scratch)
-        graph = open_graph(unpacked, lowered.graph, device)
-        verify.fill(model.model)
-        graph.bind(verify.constants_of(model.model, lowered.graph, scratch))
-        return replace(lowered, checks=verify.verify(graph, model, dims, device))
-
-
-def bare_graph(file: File, package: Path, exported: Exported, dims: dict[str, Range]) -> Graph:
-    """The manifest's graph, its constants not yet known."""
-    return Graph(
-        id=ROOT,
-        file=file.path,
-        sha256=file.sha256,
-        size=file.size,
-        members=members_of(package),
-        modules=("",),
-        bounds={name: (sizes.low, sizes.high) for name, sizes in dims.items()},
-        call={
-            "args": [],
-            "kwargs": {item.name: {"tensor": at} for at, item in enumerate(exported.inputs)},
-        },
-        inputs=exported.inputs,
-        outputs=exported.outputs,
-        constants=(),
-    )
-
-
-def described(
-    model: source.Source, bare: Graph, exported: Exported, unpacked: Path, scratch: Path
-) -> Lowered:
-    """Add what only the compiled library can tell: the constants that it reads, and its needs."""
-    device = next(model.model.parameters()).device
-    fqns = open_graph(unpacked, bare, device).constant_fqns()
-    listed, shipped = constants.describe(fqns, model.model, exported.program)
-    files: tuple[File, ...] = ()
-    if shipped:
-        save_file(shipped, scratch / constants.BUFFERS)
-        files = (file_entry(scratch, constants.BUFFERS),)
-    libraries = [unpacked / m.path for m in bare.members if m.path.endswith(".wrapper.so")]
-    return Lowered(
-        msgspec.structs.replace(bare, constants=listed), elf.needs_of(libraries[0]), files
+        regions=plan.source.regions,
+        dims={name: (sizes.low, sizes.high, sizes.step) for name, sizes in plan.dims.items()},
+        dtype=plan.source.dtype,
+        attention=plan.source.attention,
+        quantization=request.quantize,
+        mode=request.mode,
+        buckets=tuple(
+            {name: (sizes.low, sizes.high) for name, sizes in bucket.items()}
+            for bucket in request.buckets
+        ),
+        options=options_for(target) | request.inductor,
     )
 
 

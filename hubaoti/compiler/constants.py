@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,16 +15,29 @@ from hubaoti.manifest import Constant, Origin
 BUFFERS = "buffers.safetensors"
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a compiled module lies in its model; the model's own path is empty."""
+
+    model: nn.Module
+    path: str
+    file: str = BUFFERS
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself."""
+        return self.model.get_submodule(self.path)
+
+
 def describe(
-    fqns: Iterable[str], model: nn.Module, program: ExportedProgram
+    fqns: Iterable[str], place: Place, program: ExportedProgram
 ) -> tuple[tuple[Constant, ...], dict[str, torch.Tensor]]:
     """The constants that a compiled graph reads, and the values of those in no checkpoint.
 
     Raises:
-        CompileFailed: the graph reads something that neither the model nor the program has.
+        CompileFailed: the graph reads something that neither the module nor the program has.
     """
-    saved = set(model.state_dict(keep_vars=True))
-    named = tensors_of(model)
+    named = tensors_of(place.module)
     aliases = tied(named)
     constants, shipped = [], {}
     for fqn in sorted(fqns):
@@ -33,10 +47,8 @@ def describe(
                 f"build: the graph reads {fqn}, which the model does not have",
                 hint="report it with the model's config",
             )
-        if fqn in saved:
-            origin = checkpoint_origin(model, fqn, tensor, aliases[fqn])
-        else:
-            origin = Origin(file=BUFFERS)
+        origin = origin_of(place, fqn, tensor, aliases.get(fqn, ()))
+        if origin.file:
             shipped[fqn] = tensor.detach().contiguous().cpu().clone()
         constants.append(
             Constant(
@@ -46,9 +58,35 @@ def describe(
                 shape=tuple(tensor.shape),
                 stride=tuple(tensor.stride()),
                 origin=origin,
+                shared_by_all_modules=fqn not in named,
             )
         )
     return tuple(constants), shipped
+
+
+def origin_of(place: Place, fqn: str, tensor: torch.Tensor, aliases: Iterable[str]) -> Origin:
+    """Where a constant's values come from: a whole model's from its checkpoint, or a file of ours.
+
+    A region's come from the module that it serves. Its buffers are in the file, too, as those of
+    the module that was compiled: who checks the graph without a model needs good ones.
+    """
+    saved = fqn in place.module.state_dict(keep_vars=True)
+    if not place.path:
+        return (
+            checkpoint_origin(place.model, fqn, tensor, aliases)
+            if saved
+            else Origin(file=place.file)
+        )
+    named = tensors_of(place.module)
+    if fqn not in named:
+        return Origin(file=place.file)
+    names, transform = (
+        saved_names(place.model, f"{place.path}.{fqn}", tensor) if saved else ([], None)
+    )
+    start = f"{place.path}."
+    relative = tuple(name.removeprefix(start) for name in names if name.startswith(start))
+    file = None if isinstance(named[fqn], nn.Parameter) else place.file
+    return Origin(checkpoint=relative, transform=transform, file=file, module=fqn)
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,17 @@ def needs_of(library: Path) -> Needs:
         newest(versions, "GLIBCXX_"),
         newest(versions, "CXXABI_"),
     )
+
+
+def together(needs: Sequence[Needs]) -> Needs:
+    """What several libraries need of one host."""
+
+    def highest(name: str) -> str | None:
+        found = (getattr(each, name) for each in needs)
+        return max((version for version in found if version), key=Version, default=None)
+
+    libraries = sorted({library for each in needs for library in each.libraries})
+    return Needs(tuple(libraries), highest("glibc"), highest("glibcxx"), highest("cxxabi"))
 
 
 def version_needs(elf: ELFFile) -> list[str]:

@@ -1,108 +1,283 @@
-"""torch.export, through transformers' exporter, with one named Dim for each of ours."""
+"""torch.export of a module as its face calls it, with one named Dim for each of ours."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+import sympy
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from hubaoti.compiler.faces import Face, Flat, plain_size, substitute
+from hubaoti.compiler.guards import Fixes, fixes_in, guard_lines
 from hubaoti.compiler.request import Range
-from hubaoti.compiler.shapes import example_inputs, example_sizes
-from hubaoti.compiler.source import Source, quiet
-from hubaoti.errors import BadDim, CompileFailed, first_line
-from hubaoti.manifest import Input, Output, Outputs
+from hubaoti.compiler.shapes import Bounds
+from hubaoti.compiler.source import quiet
+from hubaoti.errors import BadDim, CompileFailed, HubaotiError, first_line
+from hubaoti.extents import Extent
+from hubaoti.manifest import Output, Outputs
 
-VALUES = {"attention_mask": "mask"}
+ATTEMPTS = 4  # at refining dims; torch tells of one thing at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A program that torch can lower, and its face in the manifest's words."""
+    """A program that torch can lower, the face and the bounds it has, and what it answers."""
 
     program: ExportedProgram
-    inputs: tuple[Input, ...]
+    face: Face
+    bounds: Bounds
     outputs: Outputs
 
 
-def export(source: Source, dims: dict[str, Range], device: torch.device) -> Exported:
-    """Trace a model once, for every size within the dims.
+def export(
+    module: nn.Module,
+    face: Face,
+    bounds: Bounds,
+    tensors: Sequence[torch.Tensor],
+    stated: frozenset[str],
+) -> Exported:
+    """Trace a module once, for every size within the bounds.
+
+    Dims that nobody stated are refined as the model's code wants them; of a stated one the user is
+    told.
 
     Raises:
-        BadDim: the model takes only one size of a dim.
+        BadDim: the model takes only some sizes of a stated dim, or relates it to another.
         CompileFailed: it cannot be traced.
     """
-    inputs = example_inputs(example_sizes(dims), source.vocabulary, device)
-    named = {name: dim_of(name, sizes) for name, sizes in dims.items()}
-    shapes = {name: {0: named["batch"], 1: named["seq"]} for name in inputs}
-    try:
-        with quiet():
-            program = trace(source.model, inputs, shapes)
-    except Exception as why:  # torch raises of many kinds, each with its own words
-        raise explained(why) from why
-    return Exported(program, inputs_of(program, dims, source), outputs_of(program, source))
+    for _ in range(ATTEMPTS):
+        flat = Flat(module, face)
+        try:
+            with flat.answering(), quiet():
+                program = trace(module, face, bounds, tensors)
+        except HubaotiError:
+            raise
+        except Exception as why:  # torch raises of many kinds, each with its own words
+            fixes = fixes_in(str(why))
+            lines = lines_of(module, face, bounds, tensors)
+            require_allowed(fixes, bounds, stated, lines)
+            if not any((fixes.multiples, fixes.related, fixes.ranges)):
+                raise refused(why, lines) from why
+            face, bounds = refined(face, bounds, fixes)
+            continue
+        face, bounds = related(program, face, bounds)
+        return Exported(program, face, bounds, outputs_of(program, face, bounds, flat))
+    raise CompileFailed(
+        f"export: torch wants other dims after {ATTEMPTS} attempts",
+        hint="state the dims of the inputs, or compile with fewer of them",
+    )
 
 
-def dim_of(name: str, sizes: Range) -> Any:
-    """A named Dim, or the number itself where there is only one size."""
-    return Dim(name, min=sizes.low, max=sizes.high) if sizes.low < sizes.high else sizes.low
-
-
-def trace(model: nn.Module, inputs: dict[str, torch.Tensor], shapes: Any) -> ExportedProgram:
-    """Export through transformers, whose patches make more models traceable.
+def trace(
+    module: nn.Module, face: Face, bounds: Bounds, tensors: Sequence[torch.Tensor]
+) -> ExportedProgram:
+    """Export through transformers for a whole model, whose patches make more of them traceable.
 
     Checked on transformers 5.17 to 5.22 (there since 5.15, marked experimental). The public way,
-    `torch.export.export`, takes the same inputs.
+    `torch.export.export`, takes the same tensors.
     """
-    try:
-        from transformers.exporters import exporter_dynamo
-    except ImportError:
+    shapes = dynamic_shapes(face, bounds)
+    names = [entry.name for entry in face.inputs]
+    exporter = whole_exporter(module)
+    if exporter is None:
         with torch.no_grad():
-            return torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
-    private: Any = exporter_dynamo
-    config = private.DynamoConfig(dynamic_shapes=shapes)
-    program: ExportedProgram = private.DynamoExporter().export(model, dict(inputs), config)
+            return torch.export.export(
+                module, tuple(tensors), dynamic_shapes=(tuple(shapes),), strict=False
+            )
+    config = exporter.DynamoConfig(dynamic_shapes=dict(zip(names, shapes, strict=True)))
+    program: ExportedProgram = exporter.DynamoExporter().export(
+        module, dict(zip(names, tensors, strict=True)), config
+    )
     return program
 
 
-def explained(why: Exception) -> BadDim | CompileFailed:
-    """Torch's words, and what to do about them."""
-    if "ConstraintViolation" in type(why).__name__ or "Constraints violated" in str(why):
-        return BadDim(
-            f"export: the model does not take every size of a dim: {constraint(str(why))}",
-            hint="narrow the dim with --dim, as the message says",
+def whole_exporter(module: nn.Module) -> Any:
+    """transformers' exporter, for what it is made for: whole models of transformers."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(module, PreTrainedModel):
+        return None
+    try:
+        from transformers.exporters import exporter_dynamo
+    except ImportError:
+        return None
+    return exporter_dynamo
+
+
+def dynamic_shapes(face: Face, bounds: Bounds) -> list[dict[int, Any]]:
+    """Torch's Dims for each input; an axis with one size has none."""
+    roots = {name: root_of(name, sizes) for name, sizes in bounds.items()}
+    single = {name: sizes.low for name, sizes in bounds.items() if sizes.low == sizes.high}
+    shapes: list[dict[int, Any]] = [{} for _ in face.inputs]
+    for at, axis, whole in face.extents():
+        extent = substitute(whole, single)
+        if not extent.terms:
+            continue
+        if len(extent.terms) > 1:  # torch finds the sum by itself
+            shapes[at][axis] = Dim.DYNAMIC
+            continue
+        name, factor = extent.terms[0]
+        dim = times(roots[name], factor * bounds[name].step)
+        shapes[at][axis] = dim + extent.plus if extent.plus else dim
+    return shapes
+
+
+def times(dim: Any, factor: int) -> Any:
+    """A multiple of a Dim; torch has no word for the one-fold of one."""
+    return factor * dim if factor != 1 else dim
+
+
+def root_of(name: str, sizes: Range) -> Any:
+    """The Dim that counts the steps of one of ours."""
+    step = sizes.step
+    own = name if step == 1 else f"_{name}"
+    return Dim(own, min=sizes.low // step, max=sizes.high // step)
+
+
+def require_allowed(
+    fixes: Fixes, bounds: Bounds, stated: frozenset[str], lines: Sequence[str]
+) -> None:
+    """Refuse what nobody may decide but the user, and what no bounds can mend.
+
+    Raises:
+        BadDim: with the dim, the line of model code and the remedy.
+    """
+    for name, size in fixes.sizes.items():
+        raise BadDim(
+            f"export: the model's code makes {name} the constant {size}{at_line(lines[-1:])}",
+            hint=f"give it that one size (--dim {name}={size}:{size}), or change that line",
         )
+    for name, factor in fixes.multiples.items():
+        if name in stated:
+            first, last = -(-bounds[name].low // factor), bounds[name].high // factor
+            raise BadDim(
+                f"export: {name} must be a multiple of {factor}{at_line(lines)}",
+                hint=f"say so: --dim {name}={max(first, 1) * factor}:{last * factor}:{factor}",
+            )
+    for name, extent in fixes.related.items():
+        if name in stated:
+            raise BadDim(
+                f"export: {name} must always be {extent}{at_line(lines)}",
+                hint=f'say so where the shape names {name}: shapes={{…: ("{extent}", …)}}',
+            )
+    for name, (low, high) in fixes.ranges.items():
+        if name in stated:
+            narrow = Range(
+                max(low or 1, bounds[name].low), min(high or bounds[name].high, bounds[name].high)
+            )
+            raise BadDim(
+                f"export: the model does not take every {name} of {bounds[name]}{at_line(lines)}",
+                hint=f"narrow it: --dim {name}={narrow}",
+            )
+
+
+def at_line(lines: Sequence[str]) -> str:
+    """Where it was decided, as the end of a sentence."""
+    return f", at {lines[0]}" if lines else ""
+
+
+def lines_of(
+    module: nn.Module, face: Face, bounds: Bounds, tensors: Sequence[torch.Tensor]
+) -> list[str]:
+    """Trace once more, to see where torch decides on sizes."""
+    answering = Flat(module, face).answering()
+    # It failed before, too; only where it passes on the way is of interest.
+    with guard_lines() as lines, suppress(Exception), quiet(), answering:
+        trace(module, face, bounds, tensors)
+    return lines.each
+
+
+def refined(face: Face, bounds: Bounds, fixes: Fixes) -> tuple[Face, Bounds]:
+    """Face and bounds with what torch suggests of dims that nobody stated."""
+    fitting = dict(bounds)
+    for name, factor in fixes.multiples.items():
+        old = bounds[name]
+        low, high = -(-old.low // factor) * factor, old.high // factor * factor
+        fitting[name] = Range(low, high, factor)
+    for name, (least, most) in fixes.ranges.items():
+        old = fitting[name]
+        fitting[name] = Range(max(old.low, least or 1), min(old.high, most or old.high), old.step)
+    for name in fixes.related:
+        fitting.pop(name, None)
+    return face.renamed(fixes.related), fitting
+
+
+def refused(why: Exception, lines: Sequence[str]) -> CompileFailed:
+    """Torch's words, and what to do about them."""
     return CompileFailed(
-        f"export: {type(why).__name__}: {first_line(why)}",
+        f"export: {type(why).__name__}: {first_line(why)}{at_line(lines[-1:])}",
         hint="the model does something that cannot be traced; it stays eager",
     )
 
 
-def constraint(text: str) -> str:
-    """The line of torch's message that names the dim."""
-    lines = [line.strip(" -") for line in text.splitlines() if line.strip().startswith("-")]
-    return lines[0] if lines else text.splitlines()[0]
+def related(program: ExportedProgram, face: Face, bounds: Bounds) -> tuple[Face, Bounds]:
+    """Face and bounds with the relations that torch found by itself, as of a sum.
 
-
-def inputs_of(
-    program: ExportedProgram, dims: dict[str, Range], source: Source
-) -> tuple[Input, ...]:
-    """The inputs in the order in which the compiled graph takes them."""
-    found = []
-    for node in placeholders(program):
-        fake = node.meta["val"]
-        found.append(
-            Input(
-                name=node.name,
-                dtype=str(fake.dtype).removeprefix("torch."),
-                shape=("batch", "seq"),
-                values=VALUES.get(node.name, f"ids<{source.vocabulary}"),
+    Raises:
+        CompileFailed: a size follows from others in a way that no extent says.
+    """
+    symbols = symbols_of(program, face, bounds)
+    inputs = list(face.inputs)
+    for at, axis, _ in face.extents():
+        size = fake(program, at).shape[axis]
+        if isinstance(size, int):
+            continue
+        extent = extent_of(size, symbols)
+        if extent is None:
+            raise CompileFailed(
+                f"export: {inputs[at].name} has a size of {size} on axis {axis}",
+                hint="state the dims of the inputs with shapes=",
             )
-        )
-    return tuple(found)
+        shape = list(inputs[at].shape)
+        shape[axis] = plain_size(extent)
+        inputs[at] = msgspec.structs.replace(inputs[at], shape=tuple(shape))
+    found = replace(face, inputs=tuple(inputs))
+    return found, {name: bounds[name] for name in bounds if name in found.dims}
+
+
+def symbols_of(program: ExportedProgram, face: Face, bounds: Bounds) -> dict[Any, Any]:
+    """Torch's symbols, as what they are of our dims."""
+    symbols: dict[Any, Any] = {}
+    for at, axis, extent in face.extents():
+        size = fake(program, at).shape[axis]
+        if isinstance(size, int) or len(size.node.expr.free_symbols) != 1:
+            continue
+        (symbol,) = size.node.expr.free_symbols
+        if symbol not in symbols:
+            named = sum(factor * sympy.Symbol(name) for name, factor in extent.terms)
+            symbols[symbol] = sympy.solve(size.node.expr - named - extent.plus, symbol)[0]
+    return symbols
+
+
+def extent_of(size: Any, symbols: Mapping[Any, Any]) -> Extent | None:
+    """The extent that torch's expression is; None where it is no sum of dims."""
+    if isinstance(size, int):
+        return Extent.of({}, size)
+    expression = sympy.expand(size.node.expr.subs(symbols))
+    terms: dict[str, int] = {}
+    plus = 0
+    for term, factor in expression.as_coefficients_dict().items():
+        if not factor.is_Integer:
+            return None
+        if term == 1:
+            plus = int(factor)
+        elif term.is_Symbol and term not in symbols:
+            terms[str(term)] = int(factor)
+        else:
+            return None
+    return Extent.of(terms, plus)
+
+
+def fake(program: ExportedProgram, at: int) -> Any:
+    """What torch knows of an input."""
+    return placeholders(program)[at].meta["val"]
 
 
 def placeholders(program: ExportedProgram) -> list[torch.fx.Node]:
@@ -116,24 +291,30 @@ def placeholders(program: ExportedProgram) -> list[torch.fx.Node]:
     return [nodes[name] for name in names]
 
 
-def outputs_of(program: ExportedProgram, source: Source) -> Outputs:
-    """The outputs, with the dims that torch's symbols stand for."""
-    names: dict[str, str] = {}
-    for node in placeholders(program):
-        sizes = zip(node.meta["val"].shape, ("batch", "seq"), strict=True)
-        names |= {str(size): dim for size, dim in sizes if not isinstance(size, int)}
-    results = [n for n in program.graph.nodes if n.op == "output"][0].args[0]
+def outputs_of(program: ExportedProgram, face: Face, bounds: Bounds, flat: Flat) -> Outputs:
+    """What the graph answers, with the dims that torch's symbols stand for."""
+    symbols = symbols_of(program, face, bounds)
+    names = iter(flat.names)
     tensors = tuple(
         Output(
-            name=source.output if at == 0 else f"{source.output}_{at}",
-            dtype=str(node.meta["val"].dtype).removeprefix("torch."),
-            shape=tuple(size_name(size, names) for size in node.meta["val"].shape),
+            name=next(names),
+            dtype=str(result.dtype).removeprefix("torch."),
+            shape=tuple(named_size(size, symbols) for size in result.shape),
         )
-        for at, node in enumerate(results)
+        for result in results_of(program)
     )
-    return Outputs(template=[{"tensor": at} for at in range(len(tensors))], tensors=tensors)
+    return Outputs(template=flat.template, tensors=tensors)
 
 
-def size_name(size: Any, names: dict[str, str]) -> str | int | None:
-    """A size as the manifest says it: a number, a dim, or None for an expression."""
-    return size if isinstance(size, int) else names.get(str(size))
+def named_size(size: Any, symbols: Mapping[Any, Any]) -> str | int | None:
+    """A size as the manifest says it: a number, an extent, or None for another expression."""
+    extent = extent_of(size, symbols)
+    return None if extent is None else plain_size(extent)
+
+
+def results_of(program: ExportedProgram) -> Iterator[Any]:
+    """What the user gets of a graph's results: mutated inputs are results, too, inside of torch."""
+    wanted = {*program.graph_signature.user_outputs}
+    for node in next(n for n in program.graph.nodes if n.op == "output").args[0]:
+        if node.name in wanted:
+            yield node.meta["val"]

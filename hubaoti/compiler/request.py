@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from hubaoti.errors import BadDim, BadRequest, UnknownTask
 
-TASKS = ("embed", "classify", "logits")
+TASKS = ("embed", "classify", "logits", "generate", "forward")
 DTYPES = ("float32", "bfloat16", "float16")
-DIMS = ("batch", "seq")
 DEFAULT_LEVEL = "x86_64_v3"
 
 
@@ -23,7 +23,7 @@ class Range:
     step: int = 1
 
     def __str__(self) -> str:
-        return f"{self.low}:{self.high}"
+        return f"{self.low}:{self.high}" + (f":{self.step}" if self.step != 1 else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,12 @@ class Request:
     dtype: str | None = None
     level: str | None = None
     device: str = "cpu"
+    regions: str | None = None
+    buckets: tuple[dict[str, Range], ...] = ()
+    mode: str = "default"
+    inductor: dict[str, Any] = field(default_factory=dict)
+    quantize: str | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
@@ -52,9 +58,12 @@ class Request:
 
 
 def check_dim(name: str, sizes: Range) -> None:
-    """Refuse a dim that the tasks do not have, or that no size can have."""
-    if name not in DIMS:
-        raise BadDim(f"the model has no dim {name!r}", hint=f"its dims are: {', '.join(DIMS)}")
+    """Refuse bounds that no size can have."""
+    if sizes.step < 1 or sizes.low % sizes.step or sizes.high % sizes.step:
+        raise BadDim(
+            f"dim {name} goes from {sizes.low} to {sizes.high} in steps of {sizes.step}",
+            hint=f"begin and end it at multiples of the step: --dim {name}=8:4096:8",
+        )
     if not 1 <= sizes.low <= sizes.high:
         raise BadDim(
             f"dim {name} goes from {sizes.low} to {sizes.high}",
@@ -62,7 +71,10 @@ def check_dim(name: str, sizes: Range) -> None:
         )
 
 
-def ranges(dims: Mapping[str, tuple[int, int]] | Iterable[str]) -> dict[str, Range]:
+Bounds = tuple[int, int] | tuple[int, int, int]
+
+
+def ranges(dims: Mapping[str, Bounds] | Iterable[str]) -> dict[str, Range]:
     """Dims as Python or the command line gives them."""
     if isinstance(dims, Mapping):
         return {name: Range(*sizes) for name, sizes in dims.items()}
@@ -70,16 +82,25 @@ def ranges(dims: Mapping[str, tuple[int, int]] | Iterable[str]) -> dict[str, Ran
 
 
 def parse_dims(texts: Iterable[str]) -> dict[str, Range]:
-    """Read `name=min:max` words, as `--dim` takes them.
+    """Read `name=min:max` or `name=min:max:step` words, as `--dim` takes them.
 
     Raises:
         BadDim: a word is malformed, or names a dim twice.
     """
     dims: dict[str, Range] = {}
     for text in texts:
-        match = re.fullmatch(r"([a-z_]+)=(\d{1,9}):(\d{1,9})", text)
+        match = re.fullmatch(r"([a-z][a-z0-9_]*)=(\d{1,9}):(\d{1,9})(?::(\d{1,9}))?", text)
         if match is None or match[1] in dims:
             what = "is malformed" if match is None else "gives its dim twice"
             raise BadDim(f"--dim {text} {what}", hint="write it as --dim batch=1:32")
-        dims[match[1]] = Range(int(match[2]), int(match[3]))
+        dims[match[1]] = Range(int(match[2]), int(match[3]), int(match[4] or 1))
     return dims
+
+
+def parse_buckets(texts: Iterable[str]) -> tuple[dict[str, Range], ...]:
+    """Read `name=min:max[,name=min:max]` words, as `--bucket` takes them.
+
+    Raises:
+        BadDim: a word is malformed.
+    """
+    return tuple(parse_dims(text.split(",")) for text in texts)

@@ -1,15 +1,18 @@
-"""Dims: their bounds, the points at which a graph is checked, and example inputs for them."""
+"""Dims: their bounds, and the sizes at which a graph is traced and checked."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from hubaoti.compiler.request import Range
 from hubaoti.errors import BadDim
 
 Sizes = dict[str, int]
+Bounds = dict[str, Range]
+# A dim of these is at most the next one: what a call brings, what a cache then holds, what it can.
+NESTED = ("seq", "filled", "cache")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,54 +24,145 @@ class Probe:
     capped: str | None = None
 
 
-def bounded(
-    asked: dict[str, Range], default: dict[str, Range], positions: int | None
-) -> dict[str, Range]:
+def bounded(asked: Mapping[str, Range], default: Bounds, positions: int | None) -> Bounds:
     """The dims of a model with the asked bounds.
 
     Raises:
-        BadDim: the model's positions end before the asked maximum.
+        BadDim: it has no such dim, its positions end before the asked maximum, or a cache is
+            smaller than what one call brings.
     """
     for name in asked.keys() - default.keys():
-        raise BadDim(f"the model has no dim {name!r}", hint=f"its dims are: {', '.join(default)}")
-    dims = default | asked
-    if positions is not None and dims["seq"].high > positions:
-        raise BadDim(
-            f"seq goes up to {dims['seq'].high}, the model has {positions} positions",
-            hint=f"end it there: --dim seq={min(dims['seq'].low, positions)}:{positions}",
-        )
+        names = ", ".join(default) or "none"
+        raise BadDim(f"the model has no dim {name!r}", hint=f"its dims are: {names}")
+    dims: Bounds = {**default, **asked}
+    for name in ("seq", "cache"):
+        if positions is not None and name in dims and dims[name].high > positions:
+            raise BadDim(
+                f"{name} goes up to {dims[name].high}, the model has {positions} positions",
+                hint=f"end it there: --dim {name}={min(dims[name].low, positions)}:{positions}",
+            )
+    if "cache" in dims and dims["seq"].high > dims["cache"].high:
+        if "seq" in asked and "cache" in asked:
+            raise BadDim(
+                f"seq goes up to {dims['seq'].high}, the cache to {dims['cache'].high}",
+                hint=f"one call fills no more than the cache: --dim seq=1:{dims['cache'].high}",
+            )
+        dims.update(shorter(dims, "seq" if "cache" in asked else "cache"))
     return dims
 
 
-def probes(dims: dict[str, Range]) -> list[Sizes]:
+def shorter(dims: Bounds, name: str) -> Bounds:
+    """The bounds of seq or cache, of which nobody said how far it goes, made to fit the other."""
+    seq, cache = dims["seq"], dims["cache"]
+    if name == "seq":
+        return {"seq": Range(min(seq.low, cache.high), cache.high)}
+    return {"cache": Range(min(cache.low, seq.high), seq.high)}
+
+
+def of_dims(dims: Bounds, names: Iterable[str], bucket: Mapping[str, Range]) -> Bounds:
+    """The bounds of a graph's dims: the model's, or the bucket's where it has the dim."""
+    found = {}
+    for name in names:
+        if name == "filled":
+            low = (bucket.get("seq") or dims["seq"]).low
+            found[name] = Range(low, (bucket.get("cache") or dims["cache"]).high)
+        else:
+            found[name] = bucket.get(name) or dims[name]
+    return found
+
+
+def require_covered(dims: Bounds, buckets: Sequence[Mapping[str, Range]]) -> None:
+    """Refuse buckets that leave a shape of the dims to no graph.
+
+    Sizes between two neighbouring ends of the buckets are alike, so one of each is looked at.
+
+    Raises:
+        BadDim: a bucket leaves the dims, or a shape is in no bucket; the message names it.
+    """
+    for bucket in buckets:
+        for name, sizes in bucket.items():
+            require_inside(dims, name, sizes)
+    names = sorted({name for bucket in buckets for name in bucket})
+    cuts = [starts(dims[name], [b[name] for b in buckets if name in b]) for name in names]
+    for point in itertools.product(*cuts) if buckets else ():
+        shape = dict(zip(names, point, strict=True))
+        if not any(holds(bucket, shape) for bucket in buckets):
+            words = ", ".join(f"{name} = {size}" for name, size in shape.items())
+            raise BadDim(
+                f"no bucket serves {words}", hint="add a bucket for it, or narrow the dims"
+            )
+
+
+def require_inside(dims: Bounds, name: str, sizes: Range) -> None:
+    """Refuse a bucket over a dim that is not there, or beyond its bounds."""
+    if name not in dims:
+        raise BadDim(
+            f"a bucket is over {name!r}, which the model does not have",
+            hint=f"its dims are: {', '.join(dims)}",
+        )
+    if sizes.low < dims[name].low or sizes.high > dims[name].high:
+        raise BadDim(
+            f"the bucket {name}={sizes} is outside of the dim, {name}={dims[name]}",
+            hint="widen the dim with --dim, or narrow the bucket",
+        )
+
+
+def starts(dim: Range, pieces: Sequence[Range]) -> list[int]:
+    """The sizes of a dim at which a bucket begins, or the sizes after one begin."""
+    ends = (piece.high + dim.step for piece in pieces)
+    found = {dim.low, *(piece.low for piece in pieces), *ends}
+    return sorted(size for size in found if size <= dim.high)
+
+
+def holds(bucket: Mapping[str, Range], sizes: Mapping[str, int]) -> bool:
+    """Whether a shape is in a bucket."""
+    return all(bounds.low <= sizes[name] <= bounds.high for name, bounds in bucket.items())
+
+
+def bucket_name(bucket: Mapping[str, Range]) -> str:
+    """A bucket as a part of a graph's name: `seq1`, `seq2_4096`."""
+    words = (
+        f"{name}{sizes.low}" + (f"_{sizes.high}" if sizes.high != sizes.low else "")
+        for name, sizes in bucket.items()
+    )
+    return ".".join(words)
+
+
+def probes(dims: Bounds) -> list[Sizes]:
     """All dims smallest, an odd middle, and each dim at its largest with the others smallest."""
     smallest = {name: sizes.low for name, sizes in dims.items()}
     middle = {name: odd_middle(sizes) for name, sizes in dims.items()}
     points = [smallest, middle]
     points += [smallest | {name: sizes.high} for name, sizes in dims.items()]
+    points = [nested(point, dims) for point in points]
     return [point for at, point in enumerate(points) if point not in points[:at]]
+
+
+def nested(sizes: Sizes, dims: Bounds) -> Sizes:
+    """The sizes, made such that a call fits into what is filled, and that into the cache."""
+    fitting = dict(sizes)
+    for inner, outer in itertools.pairwise(name for name in NESTED if name in sizes):
+        if "filled" in sizes:
+            fitting[outer] = min(max(fitting[outer], fitting[inner]), dims[outer].high)
+    return fitting
 
 
 def odd_middle(sizes: Range) -> int:
     """An odd size between the bounds, not far above the smallest: a shape nobody tuned for."""
+    if sizes.step > 1:
+        return min(sizes.low + sizes.step, sizes.high)
     middle = min((sizes.low + sizes.high) // 2, sizes.low + 60) | 1
     return max(sizes.low, min(middle, sizes.high))
 
 
-def example_sizes(dims: dict[str, Range]) -> Sizes:
+def example_sizes(dims: Bounds) -> Sizes:
     """Sizes to trace with: no two alike, none 0 or 1, which tracing would take for constants."""
     sizes: Sizes = {}
-    for name, bounds in dims.items():
-        candidates = (n for n in range(max(bounds.low, 3), bounds.high + 1))
+    order = sorted(dims, key=lambda name: NESTED.index(name) if name in NESTED else -1)
+    for name in order:
+        bounds = dims[name]
+        least = max([3, *(sizes[inner] + 1 for inner in NESTED if inner in sizes)])
+        start = max(bounds.low, -(-(least if name in NESTED else 3) // bounds.step) * bounds.step)
+        candidates = range(start, bounds.high + 1, bounds.step)
         sizes[name] = next((n for n in candidates if n not in sizes.values()), bounds.high)
-    return sizes
-
-
-def example_inputs(sizes: Sizes, vocabulary: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Token ids and a mask of these sizes, always the same; every second row is padded."""
-    batch, seq = sizes["batch"], sizes["seq"]
-    count = torch.arange(batch * seq, dtype=torch.int64).view(batch, seq)
-    ids = (count * 7919 + 11) % vocabulary
-    mask = torch.ones(batch, seq, dtype=torch.int64)
-    mask[1::2, max(1, seq // 2) :] = 0
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    return {name: sizes[name] for name in dims}

@@ -1,13 +1,13 @@
-"""A model from its config alone: no weight is read, parameters are memory that nobody touched.
+"""A model from its config alone: no weight is read.
 
-The model's own `forward` is replaced, on the instance, by the one of its task: token ids and mask
-in, a tuple of plain tensors out. So the graph's constants have the names that the model gives them.
+For regions, parameters have no memory at all; for a whole graph they are memory that nobody
+touched. Buffers are made for real, since the model's own code computes them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.nn import functional
 
+from hubaoti.compiler import tasks
+from hubaoti.compiler.faces import Face
+from hubaoti.compiler.observe import storage_free
 from hubaoti.compiler.program import program_of
-from hubaoti.compiler.request import DTYPES, Range
+from hubaoti.compiler.request import DTYPES, Range, Request
 from hubaoti.errors import (
     BadRequest,
     CompileFailed,
@@ -28,9 +30,7 @@ from hubaoti.errors import (
     first_line,
 )
 from hubaoti.manifest import Program
-from hubaoti.model_files import POOLING, read_json, sentence_steps
-
-LARGEST = 1 << 20  # tokenizers write 1e30 where a model has no limit
+from hubaoti.model_files import read_json, sentence_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +38,19 @@ class Source:
     """A model ready to export, and what must be known of it."""
 
     model: nn.Module
-    config: Any
     program: Program
+    regions: str  # none, auto or a path
     dtype: str
     attention: str
-    output: str
-    vocabulary: int
-    positions: int | None  # of a learned table; None where any length has a position
+    face: Face
     default_dims: dict[str, Range]
+    vocabulary: int = 0
+    positions: int | None = None  # of a learned table; None where any length has a position
+    outputs: tuple[str, ...] = ()  # names of what a whole graph answers, where the task has them
+    config: Any = None
 
 
-def load(
-    folder: Path, task: str | None, dtype: str | None, device: torch.device, weights: bool = False
-) -> Source:
+def load(folder: Path, request: Request, device: torch.device, weights: bool = False) -> Source:
     """Build the model of a folder for a task; `weights=True` is eager's way, for comparing.
 
     Raises:
@@ -58,70 +58,61 @@ def load(
         UnknownTask: the model cannot do the task, or takes no text.
         MissingConstant: eager's weights are not there.
     """
-    config = read_config(folder)
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    if vocabulary is None:
-        raise UnknownTask(f"{folder.name} takes no text", hint="a model of texts is needed")
-    task = task or task_of(folder, config)
-    chosen = dtype or dtype_in(config)
+    config = read_config(folder, request.trust_remote_code)
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 0
+    task = request.task or tasks.task_of(folder, config)
+    if not vocabulary and task != "forward":
+        raise UnknownTask(f"{folder.name} takes no text", hint="compile it with --task forward")
+    regions = request.regions or ("none" if task in tasks.WHOLE else "auto")
+    chosen = request.dtype or dtype_in(config)
+    made = Making(folder, config, task, getattr(torch, chosen), weights, regions != "none")
+    model, attention = build(made, request.trust_remote_code)
     steps = sentence_steps(folder) if task == "embed" else ()
-    model, attention = build(folder, config, task, getattr(torch, chosen), weights)
-    model = model.eval().to(device)
-    forward, output = FORWARDS[task]
-    model.forward = forward(model, steps)
-    positions = learned_positions(model)
+    positions = tasks.learned_positions(model)
+    face = tasks.own_face(model, config, task, vocabulary)
+    outputs: tuple[str, ...] = ()
+    if regions == "none":
+        model = model.to(device)
+        if task in tasks.WHOLE:
+            face, outputs = tasks.whole_face(vocabulary), (tasks.answer(model, task, steps),)
     return Source(
         model=model,
-        config=config,
         program=program_of(model, config, task, steps),
+        regions=regions,
         dtype=chosen,
         attention=attention,
-        output=output,
+        face=face,
+        default_dims=tasks.default_dims(face, folder, config, positions, task),
         vocabulary=vocabulary,
         positions=positions,
-        default_dims={"batch": Range(1, 32), "seq": Range(2, longest(folder, config, positions))},
+        outputs=outputs,
+        config=config,
     )
 
 
-def read_config(folder: Path) -> Any:
+def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """The model's config.
 
     Raises:
         ModelNotFound: there is none, or transformers does not know its kind.
+        BadRequest: the model brings its own code, which nobody said to trust.
     """
     if not (folder / "config.json").is_file():
         raise ModelNotFound(
             f"{folder} has no config.json", hint="give a Hub id or the folder of a model"
         )
+    if "auto_map" in read_json(folder / "config.json") and not trust_remote_code:
+        raise BadRequest(
+            f"{folder.name} brings its own code, which would run here",
+            hint="read it; if you trust it: --trust-remote-code",
+        )
     try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as why:  # of many kinds, as a value is of the wrong type or size
         raise ModelNotFound(
             f"transformers cannot read the config of {folder}: {first_line(why)}",
-            hint="models that bring their own code, and kinds newer than this transformers, "
-            "cannot be compiled from their config",
+            hint="its kind may be newer than this transformers: pip install -U transformers",
         ) from why
-
-
-def task_of(folder: Path, config: Any) -> str:
-    """What a model is for, as its files say.
-
-    Raises:
-        UnknownTask: they do not say.
-    """
-    if (folder / "modules.json").is_file():
-        return "embed"
-    names = " ".join(config.architectures or ())
-    if "ForSequenceClassification" in names:
-        return "classify"
-    if "ForCausalLM" in names or "ForMaskedLM" in names or "LMHead" in names:
-        return "logits"
-    if names.endswith("Model"):
-        return "embed"
-    raise UnknownTask(
-        f"{folder.name} does not say what it is for (architectures: {names or 'none'})",
-        hint="say it with --task embed, classify or logits",
-    )
 
 
 def dtype_in(config: Any) -> str:
@@ -138,23 +129,34 @@ def dtype_in(config: Any) -> str:
     return dtype
 
 
-def build(
-    folder: Path, config: Any, task: str, dtype: torch.dtype, weights: bool
-) -> tuple[nn.Module, str]:
+@dataclass(frozen=True, slots=True)
+class Making:
+    """What a model is made from, and with what of its memory."""
+
+    folder: Path
+    config: Any
+    task: str
+    dtype: torch.dtype
+    weights: bool
+    bare: bool
+
+
+def build(making: Making, trust: bool) -> tuple[nn.Module, str]:
     """The model of a task and its attention: sdpa where the model has it, else eager."""
+    name = making.folder.name
     for attention in ("sdpa", "eager"):
         try:
             with quiet():
-                return make(folder, config, task, dtype, attention, weights), attention
+                return make(making, attention, trust).eval(), attention
         except ValueError as why:
             if attention == "sdpa" and "scaled_dot_product_attention" in str(why):
                 continue
             raise UnknownTask(
-                f"{folder.name} cannot do {task}: {first_line(why)}", hint="try another --task"
+                f"{name} cannot do {making.task}: {first_line(why)}", hint="try another --task"
             ) from why
         except OSError as why:
             raise MissingConstant(
-                f"transformers cannot load the weights of {folder}: {first_line(why)}",
+                f"transformers cannot load the weights of {making.folder}: {first_line(why)}",
                 hint="--model takes a folder or a Hub id with the weights as safetensors",
             ) from why
         except Exception as why:  # whatever a model's constructor makes of an odd config
@@ -162,32 +164,51 @@ def build(
                 f"source: {type(why).__name__}: {first_line(why)}",
                 hint="the config contradicts itself, or is of another transformers",
             ) from why
-    raise CompileFailed(f"{folder.name} has no attention that can be compiled")
+    raise CompileFailed(f"{name} has no attention that can be compiled")
 
 
-def make(
-    folder: Path, config: Any, task: str, dtype: torch.dtype, attention: str, weights: bool
-) -> nn.Module:
-    """Build with weights, or without: buffers for real, parameters as untouched memory."""
-    auto = auto_class(task, config)
-    config.use_cache = False  # a cache would be one more output
-    if weights:
-        return auto.from_pretrained(folder, dtype=dtype, attn_implementation=attention)  # type: ignore[no-any-return]
-    with no_init_weights():
-        model: nn.Module = auto.from_config(config, dtype=dtype, attn_implementation=attention)
+def make(making: Making, attention: str, trust: bool) -> nn.Module:
+    """Build with weights, or without: buffers for real, parameters untouched or not there."""
+    auto = tasks.auto_class(making.task, making.config)
+    making.config.use_cache = making.task == "generate"  # a cache would be one more output
+    options = {"dtype": making.dtype, "attn_implementation": attention, "trust_remote_code": trust}
+    if making.weights:
+        return auto.from_pretrained(making.folder, **options)  # type: ignore[no-any-return]
+    with no_init_weights(), storage_free() if making.bare else nullcontext():
+        model: nn.Module = auto.from_config(making.config, **options)
     model.tie_weights()  # type: ignore[operator]  # which was skipped, too
+    return with_traceable_experts(model, making.dtype)
+
+
+def with_traceable_experts(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Experts as products of batches where torch cannot compile grouped ones: all but bfloat16.
+
+    transformers' own fallback there is an op of its own, which no graph could bring along
+    (integrations/moe.py, 5.22).
+    """
+    settable = getattr(model, "_can_set_experts_implementation", None)
+    if dtype != torch.bfloat16 and settable is not None and settable():
+        model.set_experts_implementation("batched_mm")  # type: ignore[operator]
     return model
 
 
-def auto_class(task: str, config: Any) -> Any:
-    """The transformers class that makes the model of a task."""
-    if task == "embed":
-        return transformers.AutoModel
-    if task == "classify":
-        return transformers.AutoModelForSequenceClassification
-    if "ForMaskedLM" in " ".join(config.architectures or ()):
-        return transformers.AutoModelForMaskedLM
-    return transformers.AutoModelForCausalLM
+@contextmanager
+def attention_of(model: nn.Module, name: str) -> Iterator[None]:
+    """Let a model use another attention for a while; its blocks ask their configs."""
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c}
+    kept = [(each, each._attn_implementation) for each in configs.values() if switches(each)]
+    for config, _ in kept:
+        config._attn_implementation = name
+    try:
+        yield
+    finally:
+        for config, before in kept:
+            config._attn_implementation = before
+
+
+def switches(config: Any) -> bool:
+    """Whether a config says which attention is used."""
+    return getattr(config, "_attn_implementation", None) is not None
 
 
 @contextmanager
@@ -219,80 +240,3 @@ def quiet() -> Iterator[None]:
         log.set_verbosity(level)
         if bars:
             log.enable_progress_bar()
-
-
-def learned_positions(model: nn.Module) -> int | None:
-    """How many positions a model's own table has; None where it has no such table.
-
-    RoBERTa's begin after the padding id.
-    """
-    sizes = [
-        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
-        and name.rpartition(".")[2] in {"position_embeddings", "embed_positions", "wpe"}
-    ]
-    return min(sizes, default=None)
-
-
-def longest(folder: Path, config: Any, positions: int | None) -> int:
-    """The largest default for `seq`: 512, or less where the model or its tokenizer ends before."""
-    limits = [512, positions, getattr(config.get_text_config(), "max_position_embeddings", None)]
-    limits.append(read_json(folder / "tokenizer_config.json").get("model_max_length"))
-    return min(int(n) for n in limits if isinstance(n, (int, float)) and 2 <= n < LARGEST)
-
-
-def pool(mode: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """One vector a row from (batch, seq, width) and a (batch, seq) mask.
-
-    As the Pooling of sentence-transformers 6 computes it: padding may stand on either side, and
-    half types are summed in float32.
-    """
-    first = mask.argmax(1)
-    places = torch.arange(mask.shape[1], device=mask.device)
-    if mode == "max":
-        return hidden.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).amax(1)
-    if mode in {"cls", "lasttoken"}:
-        at = first if mode == "cls" else (mask * places).argmax(1)
-        return hidden.take_along_dim(at.view(-1, 1, 1), 1).squeeze(1)
-    if mode == "weightedmean":
-        mask = mask * (places + 1 - first.unsqueeze(1))
-    precise = torch.promote_types(hidden.dtype, torch.float32)
-    weights = mask.unsqueeze(-1).to(precise)
-    count = weights.sum(1).clamp(min=1e-9)
-    if mode == "mean_sqrt_len_tokens":
-        count = count.sqrt()
-    return ((hidden * weights).sum(1) / count).to(hidden.dtype)
-
-
-Forward = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
-
-
-def embedder(model: nn.Module, steps: tuple[str, ...]) -> Forward:
-    """`forward` of embed: one vector a row."""
-    inner = model.forward
-
-    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        hidden = inner(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        pooled = [pool(mode, hidden, attention_mask) for mode in steps if mode in POOLING]
-        vectors = torch.cat(pooled, 1) if len(pooled) > 1 else pooled[0]
-        return (functional.normalize(vectors, dim=1) if "normalize" in steps else vectors,)
-
-    return forward
-
-
-def scorer(model: nn.Module, steps: tuple[str, ...]) -> Forward:
-    """`forward` of classify and logits: the model's own logits."""
-    inner = model.forward
-
-    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (inner(input_ids=input_ids, attention_mask=attention_mask).logits,)
-
-    return forward
-
-
-FORWARDS = {
-    "embed": (embedder, "embedding"),
-    "classify": (scorer, "logits"),
-    "logits": (scorer, "logits"),
-}

@@ -1,72 +1,79 @@
 """The compiled graph against eager, at the corners of the dims.
 
-Without the model's weights: its parameters get values by a fixed rule, the graph is bound to the
+Without the model's weights: its parameters get values by the golden rule, the graph is bound to the
 same memory, and both answer the same inputs.
 """
 
 from __future__ import annotations
 
+import math
 import time
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from hubaoti.compiler.constants import tensors_of
-from hubaoti.compiler.request import Range
-from hubaoti.compiler.shapes import Probe, Sizes, example_inputs, probes
-from hubaoti.compiler.source import Source
+from hubaoti.compiler.shapes import Bounds, Probe, Sizes, nested, probes
 from hubaoti.errors import BadDim, CheckFailed, CompileFailed, first_line
 from hubaoti.manifest import Check
 from hubaoti.manifest import Graph as Entry
+from hubaoti.runtime.golden import inputs_for, shape_at, width
 from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.weights import shipped_tensors
 
 # Largest difference allowed, as a part of the largest value: float32 sums in another order, the
 # half types also round where eager keeps a fused step's result, or the other way round.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2}
-SECONDS = 20.0  # of eager, for one probe
+SECONDS = 5.0  # of eager, for one probe
 FEW_TOKENS = 16  # a call of fewer takes as long: it waits for the weights
-MEMORY = 512 << 20  # bytes of activations, for one probe
+MEMORY = 256 << 20  # bytes of activations, for one probe
+LIVE = 8  # tensors of the size of what goes in and out that are held at once
+
+Eager = Callable[..., tuple[torch.Tensor, ...]]
 
 
-def fill(model: nn.Module) -> None:
-    """Give parameters values: the same ones for a name and shape, of a trained model's size."""
-    for name, parameter in model.named_parameters():
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        values = torch.empty(parameter.shape, dtype=torch.float32)
-        scale = 0.02 if parameter.dim() > 1 else 0.1
-        values.normal_(0.0, scale, generator=generator)
-        if parameter.dim() == 1 and name.endswith("weight"):
-            values += 1.0  # a norm's scale
-        with torch.no_grad():
-            parameter.copy_(values)
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What a graph is compared with, and the budget's facts: `scores` is attention heads."""
+
+    entry: Entry
+    bounds: Bounds
+    eager: Eager
+    module: nn.Module
+    device: torch.device
+    dtype: str
+    scores: int = 0
+    width: int = 0
+
+    def inputs(self, sizes: Sizes) -> list[torch.Tensor]:
+        """The same inputs for the same sizes, on the device."""
+        return [tensor.to(self.device) for tensor in inputs_for(self.entry, sizes)]
 
 
-def attempt(source: Source, dims: dict[str, Range], device: torch.device) -> None:
+def attempt(trial: Trial) -> None:
     """Ask eager alone, before minutes are spent on what it cannot do either.
 
     Raises:
         CompileFailed: it cannot answer the smallest inputs, or writes to its own tensors.
         BadDim: it can, and fails at larger ones.
     """
-    before = versions(source.model)
-    for at, sizes in enumerate(probes(dims)):
-        probe = capped(sizes, dims, source, 0.0)
+    before = versions(trial.module)
+    for at, sizes in enumerate(probes(trial.bounds)):
+        probe = capped(sizes, trial, 0.0)
         try:
             with torch.no_grad():
-                outputs = source.model(**example_inputs(probe.sizes, source.vocabulary, device))
+                outputs = trial.eager(*trial.inputs(probe.sizes))
                 outputs[0].flatten()[:1].cpu()  # a GPU tells of its errors late
         except Exception as why:  # whatever a model's code raises
             told = f"source: at {named(probe.sizes)} eager itself fails: {first_line(why)}"
             if at == 0:
-                hint = "the model wants more than ids and a mask, or these sizes are too small"
+                hint = "the model wants other inputs, or these sizes are too small"
                 raise CompileFailed(told, hint=hint) from why
             raise BadDim(told, hint="narrow the dims: --dim batch=1:32 --dim seq=2:128") from why
-        for written in sorted(name for name, _ in versions(source.model) ^ before):
+        for written in sorted(name for name, _ in versions(trial.module) ^ before):
             raise CompileFailed(
                 f"source: at {named(probe.sizes)} the model writes to its own {written}",
                 hint="a graph's constants must stay as they are: this model stays eager",
@@ -78,34 +85,49 @@ def versions(model: nn.Module) -> set[tuple[str, tuple[int, int]]]:
     return {(name, (id(each), each._version)) for name, each in tensors_of(model).items()}
 
 
-def verify(
-    graph: Graph, source: Source, dims: dict[str, Range], device: torch.device
-) -> tuple[Check, ...]:
+def verify(graph: Graph, trial: Trial) -> tuple[Check, ...]:
     """Compare at every probe point, as far as time and memory allow.
 
     Raises:
-        CheckFailed: the graph answers something else than eager.
+        CheckFailed: the graph answers, or writes, something else than eager.
     """
-    checks = []
+    checks: list[Check] = []
+    seen: list[Sizes] = []
     seconds_per_token = 0.0
-    for sizes in probes(dims):
-        probe = capped(sizes, dims, source, seconds_per_token)
-        inputs = example_inputs(probe.sizes, source.vocabulary, device)
+    for sizes in probes(trial.bounds):
+        probe = capped(sizes, trial, seconds_per_token)
+        if probe.sizes in seen:
+            continue
+        seen.append(probe.sizes)
+        inputs = trial.inputs(probe.sizes)
         with torch.no_grad():
             start = time.perf_counter()
-            expected = source.model(**inputs)
+            expected = answers(trial.entry, inputs, trial.eager)
             spent = time.perf_counter() - start
-            found = graph(*(inputs[item.name] for item in graph.entry.inputs))
-        seconds_per_token = spent / max(inputs["input_ids"].numel(), FEW_TOKENS)
-        checks.append(compared(graph.entry.id, probe, found, expected, source.dtype))
+            found = answers(trial.entry, inputs, graph)
+        seconds_per_token = spent / max(tokens(probe.sizes), FEW_TOKENS)
+        checks.append(compared(graph.entry.id, probe, found, expected, trial.dtype))
     return tuple(checks)
+
+
+def answers(
+    entry: Entry, inputs: Sequence[torch.Tensor], call: Callable[..., Sequence[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """What a call answers, and then the inputs that it may write, as it left them."""
+    own = [
+        tensor.clone() if item.mutated else tensor
+        for tensor, item in zip(inputs, entry.inputs, strict=True)
+    ]
+    outputs = call(*own)
+    written = (tensor for tensor, item in zip(own, entry.inputs, strict=True) if item.mutated)
+    return [*outputs, *written]
 
 
 def compared(
     graph: str,
     probe: Probe,
-    found: list[torch.Tensor],
-    expected: tuple[torch.Tensor, ...],
+    found: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
     dtype: str,
 ) -> Check:
     """One comparison, as the manifest keeps it.
@@ -144,6 +166,8 @@ def compared(
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
     """The largest difference and the largest value; infinite where only one of them answers nan."""
+    if not ours.numel():
+        return 0.0, 1.0
     ours, theirs = ours.double(), theirs.double()
     same = (ours == theirs) | (ours.isnan() & theirs.isnan())
     apart = torch.where(same, 0.0, ours - theirs).abs()
@@ -152,28 +176,36 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
     return difference, (finite.max().item() if finite.numel() else 1.0) or 1.0
 
 
-def capped(sizes: Sizes, dims: dict[str, Range], source: Source, seconds_per_token: float) -> Probe:
+def capped(sizes: Sizes, trial: Trial, seconds_per_token: float) -> Probe:
     """The probe, its largest dim halved until it fits into the budgets of time and memory."""
+    bounds = trial.bounds
     small = dict(sizes)
-    why = over_budget(small, source, seconds_per_token)
-    while reason := over_budget(small, source, seconds_per_token):
-        widest = max(small, key=lambda name: small[name] / dims[name].low)
-        if small[widest] // 2 < dims[widest].low:
+    why = over_budget(small, trial, seconds_per_token)
+    while reason := over_budget(small, trial, seconds_per_token):
+        widest = max(small, key=lambda name: small[name] / bounds[name].low)
+        step = bounds[widest].step
+        half = small[widest] // 2 // step * step
+        if half < bounds[widest].low:
             break
-        small[widest] //= 2
+        small[widest] = half
+        if "cache" in small:
+            small["filled"] = min(small["filled"], small["cache"])
+            small["seq"] = min(small["seq"], small["filled"])
         why = reason
+    small = nested(small, bounds)
     return Probe(small, sizes, why) if small != sizes else Probe(small)
 
 
-def over_budget(sizes: Sizes, source: Source, seconds_per_token: float) -> str | None:
+def over_budget(sizes: Sizes, trial: Trial, seconds_per_token: float) -> str | None:
     """Which budget these sizes would break, if any."""
-    batch, seq = sizes["batch"], sizes["seq"]
-    config: Any = source.config.get_text_config()
-    width = 8 * config.hidden_size + (source.vocabulary if source.output == "logits" else 0)
+    entry = trial.entry
+    tensors = (*entry.inputs, *entry.outputs.tensors)
+    moving = sum(math.prod(shape_at(entry, t.shape, sizes)) * width(t.dtype) for t in tensors)
     # Two outputs in double precision are held at once; a mask of scores a head is the other part.
-    scores = seq * getattr(config, "num_attention_heads", 1)
-    memory = batch * seq * (width + scores) * 8
-    seconds = batch * seq * seconds_per_token
+    length = sizes.get("filled", sizes.get("seq", 1))
+    scores = 8 * tokens(sizes) * (trial.scores * length + LIVE * trial.width)
+    memory = LIVE * moving + scores
+    seconds = tokens(sizes) * seconds_per_token
     if memory > MEMORY:
         return f"memory: it would take {memory >> 20} MiB, a probe has {MEMORY >> 20}"
     if seconds > SECONDS:
@@ -181,10 +213,17 @@ def over_budget(sizes: Sizes, source: Source, seconds_per_token: float) -> str |
     return None
 
 
-def constants_of(model: nn.Module, entry: Entry, folder: Path) -> Mapping[str, torch.Tensor]:
+def tokens(sizes: Sizes) -> int:
+    """What a call brings: rows times what is in a row; what a cache holds already is no work."""
+    return math.prod(size for name, size in sizes.items() if name not in {"filled", "cache"})
+
+
+def constants_of(module: nn.Module, entry: Entry, folder: Path) -> Mapping[str, torch.Tensor]:
     """The memory that eager uses, for the graph: parameters by name, the rest from its file."""
-    device = next(model.parameters()).device
-    return tensors_of(model) | dict(shipped_tensors(entry, folder, device))
+    device = next(module.parameters()).device
+    own = tensors_of(module)
+    shipped = dict(shipped_tensors(entry, folder, device))
+    return {**own, **shipped}
 
 
 def named(sizes: Sizes) -> str:

@@ -1,0 +1,192 @@
+"""KV caches whose tensors belong to somebody else: the inputs of a region, written in place.
+
+Both kinds have transformers' face, so a decoder block takes them as it takes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from hubaoti.errors import CompileFailed
+
+ATTENTION = "hubaoti_sdpa"
+# What sdpa takes beside its tensors, and what blocks pass along that no attention computes with:
+# the mask has the window already.
+KNOWN = {"dropout", "scaling", "is_causal"}
+HARMLESS = {
+    "cache_position",
+    "layer_idx",
+    "output_attentions",
+    "output_hidden_states",
+    "position_ids",
+    "sliding_window",
+    "use_cache",
+}
+
+
+class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """What all our layers answer: how much is filled, and how long the mask is."""
+
+    is_compileable = True
+
+    def __init__(self, filled: Any, seq: Any, sliding: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.filled, self.seq, self.is_sliding = filled, seq, sliding
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """The tensors are there already."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what a mask covers."""
+        return self.filled, 0
+
+    def get_seq_length(self) -> int:
+        """How much was filled before this call."""
+        length: int = self.filled - self.seq
+        return length
+
+    def get_max_length(self) -> int:
+        """No more than this is ever asked for."""
+        length: int = self.filled
+        return length
+
+
+class Seen(Layer):  # type: ignore[no-untyped-call]
+    """Notes what a block puts into its cache, and answers with tensors of the filled length."""
+
+    def __init__(self, filled: int, seq: int) -> None:
+        super().__init__(filled, seq)
+        self.puts: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as if the cache held `filled` of them."""
+        self.puts.append((key_states, value_states))
+        return self._long(key_states), self._long(value_states)
+
+    def _long(self, states: torch.Tensor) -> torch.Tensor:
+        batch, heads, _, width = states.shape
+        return states.new_empty(batch, heads, self.filled, width)
+
+
+class Static(Layer):  # type: ignore[no-untyped-call]
+    """New entries go to `position`; what is looked at are the first `filled` places."""
+
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor, filled: Any
+    ) -> None:
+        super().__init__(filled, position.shape[0])
+        self.held, self.position = (keys, values), position
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Narrowing in here, and not by the caller: a graph does not check its inputs' strides."""
+        return self._put(self.held[0], key_states), self._put(self.held[1], value_states)
+
+    def _put(self, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        torch._check(self.filled <= held.shape[2])  # type: ignore[no-untyped-call]
+        held.index_copy_(2, self.position, new)
+        return held.narrow(2, 0, self.filled)
+
+
+class Sliding(Layer):  # type: ignore[no-untyped-call]
+    """A full window: the oldest entries leave, `cache+seq-1` places are looked at.
+
+    As transformers' StaticSlidingWindowLayer does it once it is full (cache_utils, 5.22).
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, seq: Any) -> None:
+        super().__init__(keys.shape[2] + seq - 1, seq, sliding=True)
+        self.held = (keys, values)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The entries that the mask covers; the last `cache` of them stay."""
+        return shifted(self.held[0], key_states), shifted(self.held[1], value_states)
+
+
+def shifted(kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """All of a full window but its oldest entry, and then the new ones."""
+    whole = torch.cat((kept[:, :, 1:], new), 2)
+    kept.copy_(whole.narrow(2, new.shape[2] - 1, kept.shape[2]))
+    return whole
+
+
+def cache_of(layer: Layer, layers: int) -> Cache:
+    """A cache that has this one layer wherever a block looks for its own."""
+    return Cache(layers=[layer] * layers)
+
+
+def seen(filled: int, seq: int, layers: int) -> Cache:
+    """A cache for looking at a model: each layer notes what it is given."""
+    return Cache(layers=[Seen(filled, seq) for _ in range(layers)])
+
+
+def layers_of(module: nn.Module) -> int:
+    """One more than the largest layer number in a module."""
+    numbers = [
+        value
+        for each in module.modules()
+        for name, value in vars(each).items()
+        if name in {"layer_idx", "layer_id", "layer_number"} and isinstance(value, int)
+    ]
+    return max(numbers, default=0) + 1
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' sdpa, but over the cache itself where heads are grouped.
+
+    transformers repeats the keys and values of a group in memory whenever there is a mask, which
+    costs more than all the rest of a decoding step.
+
+    Raises:
+        CompileFailed: it is given something that it does not know, and would have to leave out.
+    """
+    unknown = {name for name, item in rest.items() if item is not None} - KNOWN - HARMLESS
+    grouped = query.shape[1] != key.shape[1]
+    if attention_mask is None or not grouped or unknown == {"position_bias"}:
+        refuse(unknown - {"position_bias"})
+        answer: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **rest
+        )
+        return answer
+    refuse(unknown)
+    looked = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=rest.get("scaling"), enable_gqa=True
+    )
+    return looked.transpose(1, 2).contiguous(), None
+
+
+def refuse(unknown: set[str]) -> None:
+    """Refuse arguments of an attention that would be left out in silence."""
+    if unknown:
+        raise CompileFailed(
+            f"capture: the attention takes {', '.join(sorted(unknown))}, which sdpa does not",
+            hint="this model's attention is compiled as transformers' eager one",
+        )
+
+
+def register() -> None:
+    """Make our attention known to transformers, with sdpa's masks."""
+    attention: Callable[..., Any] = grouped_attention
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,255 @@
+"""Calls: what a module was given, as a template of literals and a flat list of tensors.
+
+A template is JSON: `{"tensor": 0}` stands for the first tensor, `{"size": "seq"}` for a number that
+follows a dim, `{"cache": true}` for the KV cache; tuples, dtypes and devices have such words, too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.utils.generic import ModelOutput
+
+from hubaoti.errors import BadRequest, first_line
+
+LITERALS = (bool, int, float, str, type(None))
+
+
+class Opaque(Exception):
+    """A value that no template can hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call: its template, its tensors in order, and a name for each."""
+
+    template: dict[str, Any]
+    tensors: tuple[torch.Tensor, ...]
+    names: tuple[str, ...]
+    caches: tuple[Any, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the tensors."""
+        return tuple(tuple(tensor.shape) for tensor in self.tensors)
+
+
+@dataclass(slots=True)
+class Frozen:
+    """Tensors and caches met while a value is made a template."""
+
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    caches: list[Any] = field(default_factory=list)
+
+    def freeze(self, value: Any, name: str) -> Any:
+        """The template of a value.
+
+        Raises:
+            Opaque: there is none.
+        """
+        if isinstance(value, torch.Tensor):
+            return {"tensor": self._place(value, name)}
+        if isinstance(value, LITERALS):
+            return value
+        if isinstance(value, (torch.dtype, torch.device)):
+            return {type(value).__name__: str(value).removeprefix("torch.")}
+        if isinstance(value, Cache):
+            self.caches.append(value)
+            return {"cache": True}
+        if isinstance(value, ModelOutput):
+            return {"fields": self._each(value, name), "class": class_name(value)}
+        if isinstance(value, Mapping):
+            return {"dict": self._each(value, name)}
+        if isinstance(value, (tuple, list)):
+            items = [self.freeze(item, f"{name}_{at}") for at, item in enumerate(value)]
+            return {"tuple": items} if isinstance(value, tuple) else items
+        raise Opaque(f"{name} is a {class_name(value)}")
+
+    def _each(self, value: Mapping[Any, Any], name: str) -> dict[str, Any]:
+        if not all(isinstance(key, str) for key in value):
+            raise Opaque(f"{name} has keys that are no words")
+        return {key: self.freeze(item, f"{name}_{key}") for key, item in value.items()}
+
+    def _place(self, tensor: torch.Tensor, name: str) -> int:
+        """A tensor that is given twice has one place, so that the graph has one input for it."""
+        for at, seen in enumerate(self.tensors):
+            if seen is tensor:
+                return at
+        self.tensors.append(tensor)
+        self.names.append(name)
+        return len(self.tensors) - 1
+
+
+def thaw(template: Any, tensors: Sequence[torch.Tensor], known: Mapping[str, Any]) -> Any:
+    """The value of a template; `known` has the sizes of dims, and the cache."""
+    if isinstance(template, list):
+        return [thaw(item, tensors, known) for item in template]
+    if not isinstance(template, dict):
+        return template
+    word, inner = next(iter(template.items()))
+    if word == "tensor":
+        return tensors[inner]
+    if word == "tuple":
+        return tuple(thaw(item, tensors, known) for item in inner)
+    if word in {"dict", "fields"}:  # a graph takes plain dictionaries
+        return {key: thaw(item, tensors, known) for key, item in inner.items()}
+    return CONSTANTS[word](inner, known)
+
+
+def arguments(
+    template: Mapping[str, Any], tensors: Sequence[torch.Tensor], known: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """The positional and the keyword arguments of a call's template."""
+    args = [thaw(item, tensors, known) for item in template["args"]]
+    return args, {name: thaw(item, tensors, known) for name, item in template["kwargs"].items()}
+
+
+CONSTANTS: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {
+    "size": lambda extent, known: known["size"](extent),
+    "cache": lambda _, known: known["cache"],
+    "dtype": lambda name, _: getattr(torch, name),
+    "device": lambda name, _: torch.device(name),
+}
+
+
+def class_name(value: Any) -> str:
+    """The full name of a value's class."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def call_of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """A call as its template; positional arguments are named as `forward` calls them.
+
+    Raises:
+        Opaque: it was given something that no template can hold.
+    """
+    frozen = Frozen()
+    named = [
+        p.name
+        for p in inspect.signature(forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    names = [*named, *(f"input_{at}" for at in range(len(named), len(args)))]
+    template = {
+        "args": [frozen.freeze(arg, name) for arg, name in zip(args, names, strict=False)],
+        "kwargs": {name: frozen.freeze(kwargs[name], name) for name in kwargs},
+    }
+    return Call(template, tuple(frozen.tensors), tuple(frozen.names), tuple(frozen.caches))
+
+
+class Enough(BaseException):
+    """Leaves the block of `capture`: the calls that were asked for have come."""
+
+
+@dataclass(slots=True)
+class Calls:
+    """The calls that a module received: one of each structure and sizes, in order."""
+
+    module: nn.Module
+    limit: int | None = None
+    run: bool = True
+    came: int = 0
+    each: list[Call] = field(default_factory=list)
+    problem: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.each)
+
+    def __iter__(self) -> Iterator[Call]:
+        return iter(self.each)
+
+    def add(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Keep a call; its tensors are copied, since the module may write into them."""
+        try:
+            call = call_of(forward, args, kwargs)
+        except Opaque as why:
+            self.problem = self.problem or str(why)
+            return
+        if all(call.template != old.template or call.sizes != old.sizes for old in self.each):
+            copies = tuple(tensor.detach().clone() for tensor in call.tensors)
+            self.each.append(Call(call.template, copies, call.names, call.caches))
+
+    def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward`, recorded."""
+
+        def recording(*args: Any, **kwargs: Any) -> Any:
+            self.came += 1
+            if self.limit is None or self.came <= self.limit:
+                self.add(forward, args, kwargs)
+            if self.run:
+                return forward(*args, **kwargs)
+            if self.came == self.limit:
+                raise Enough
+            return None
+
+        return recording
+
+    def require(self) -> list[Call]:
+        """The calls, of which there is one at least.
+
+        Raises:
+            BadRequest: none came, or they could not be recorded.
+        """
+        if self.each:
+            return self.each
+        kind = type(self.module).__name__
+        if self.problem:
+            raise BadRequest(
+                f"capture: a call of {kind} cannot be recorded: {self.problem}",
+                hint="capture a module inside that takes tensors and plain values",
+            )
+        raise BadRequest(
+            f"capture: {kind} was never called",
+            hint="call the pipeline inside `with hubaoti.capture(module) as calls:`",
+        )
+
+
+@contextmanager
+def capture(module: nn.Module, n: int | None = None, *, run: bool = True) -> Iterator[Calls]:
+    """Record the calls that `module` receives inside the block, whoever makes them.
+
+    All of them, or the first `n`. With `run=False` the module is not run, its calls answer None,
+    and the block is left, without an error, as soon as `n` of them (one, by default) have come.
+    Direct calls of `module.forward` are seen, too. Tensors are copied.
+
+    Raises:
+        BadRequest: `n` is less than one; what called the module cannot go on without its answer.
+    """
+    if n is not None and n < 1:
+        raise BadRequest(f"capture was asked for {n} calls", hint="ask for one or more")
+    calls = Calls(module, n or (None if run else 1), run)
+    with replaced(module, calls.around(module.forward)):
+        try:
+            yield calls
+        except Enough:
+            pass
+        except Exception as why:
+            if run or not calls.came:
+                raise
+            raise BadRequest(
+                f"capture: the caller needed the answer of call {calls.came}: {first_line(why)}",
+                hint="leave `run=False` out, or ask for one call",
+            ) from why
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give one module, and no other of its class, another `forward` for a while."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own

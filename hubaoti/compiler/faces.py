@@ -1,0 +1,196 @@
+"""Faces: how a module is called, with the dims that the sizes of its tensors follow.
+
+`infer.py` finds a face from calls; here is what is done with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from hubaoti.compiler import cache as caches
+from hubaoti.compiler.calls import Frozen, Opaque, arguments, replaced
+from hubaoti.errors import CompileFailed
+from hubaoti.extents import Extent
+from hubaoti.manifest import Cache, Input
+
+
+@dataclass(frozen=True, slots=True)
+class Face:
+    """A call template, the tensors it takes, and the KV cache among them."""
+
+    template: dict[str, Any]
+    inputs: tuple[Input, ...]
+    cache: Cache | None = None
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The dims of the inputs, in their order."""
+        found = (dim for _, _, extent in self.extents() for dim in extent.dims)
+        return tuple(dict.fromkeys(found))
+
+    def extents(self) -> Iterator[tuple[int, int, Extent]]:
+        """Input, axis and extent of each size that changes."""
+        for at, entry in enumerate(self.inputs):
+            for axis, size in enumerate(entry.shape):
+                if isinstance(size, str):
+                    yield at, axis, Extent.parse(size)
+
+    def sizes_of(self, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """The sizes of the dims, as tensors have them; symbols while tracing."""
+        found: dict[str, Any] = {}
+        for at, axis, extent in self.extents():
+            if extent.plain:
+                found.setdefault(extent.dims[0], tensors[at].shape[axis])
+        for at, axis, extent in self.extents():
+            if len(extent.terms) == 1 and extent.dims[0] not in found:
+                size = tensors[at].shape[axis]
+                found[extent.dims[0]] = (size - extent.plus) // extent.terms[0][1]
+        return found
+
+    def renamed(self, extents: Mapping[str, int | Extent]) -> Face:
+        """The face with sizes or other extents in the place of dims."""
+
+        def other(size: int | str) -> int | str:
+            if isinstance(size, int):
+                return size
+            extent = Extent.parse(size)
+            return plain_size(substitute(extent, extents))
+
+        inputs = tuple(
+            msgspec.structs.replace(entry, shape=tuple(other(size) for size in entry.shape))
+            for entry in self.inputs
+        )
+        return Face(self.template, inputs, self.cache)
+
+
+def substitute(extent: Extent, extents: Mapping[str, int | Extent]) -> Extent:
+    """An extent with sizes or extents in the place of its dims."""
+    terms: dict[str, int] = {}
+    plus = extent.plus
+    for name, factor in extent.terms:
+        value = extents.get(name, Extent(((name, 1),)))
+        if isinstance(value, int):
+            plus += factor * value
+            continue
+        plus += factor * value.plus
+        for inner, times in value.terms:
+            terms[inner] = terms.get(inner, 0) + factor * times
+    return Extent.of(terms, plus)
+
+
+def plain_size(extent: Extent) -> int | str:
+    """An extent as a manifest has it: a number where it has no dims."""
+    return str(extent) if extent.terms else extent.plus
+
+
+def unique(inputs: tuple[Input, ...]) -> tuple[Input, ...]:
+    """Inputs of which no two have one name."""
+    names: list[str] = []
+    for entry in inputs:
+        name = entry.name
+        while name in names:
+            name += "x"
+        names.append(name)
+    return tuple(
+        msgspec.structs.replace(entry, name=name) for entry, name in zip(inputs, names, strict=True)
+    )
+
+
+def with_cache(face: Face, keys: torch.Tensor, values: torch.Tensor) -> Face:
+    """The face of a decoder's block whose cache is among its inputs.
+
+    Raises:
+        CompileFailed: no input tells how much of the cache is filled.
+    """
+    if "filled" not in face.dims:
+        raise CompileFailed(
+            "capture: no input of the block tells how much of its cache is filled",
+            hint="its attention takes no mask: it stays eager",
+        )
+    dtype = str(keys.dtype).removeprefix("torch.")
+    at = len(face.inputs)
+
+    def held(name: str, tensor: torch.Tensor) -> Input:
+        shape = ("batch", tensor.shape[1], "cache", tensor.shape[3])
+        return Input(name=name, dtype=dtype, shape=shape, values="real", mutated=True)
+
+    position = Input(name="position", dtype="int64", shape=("seq",), values="position")
+    inputs = (*face.inputs, held("keys", keys), held("values", values), position)
+    return Face(
+        face.template,
+        unique(inputs),
+        Cache(kind="static", keys=at, values=at + 1, position=at + 2),
+    )
+
+
+def sliding(face: Face, window: int) -> Face:
+    """The same block when its window is full: the oldest entries leave as the new ones come."""
+    assert face.cache is not None
+    inputs = tuple(entry for at, entry in enumerate(face.inputs) if at != face.cache.position)
+    cache = Cache(kind="sliding", keys=face.cache.keys, values=face.cache.values, window=window)
+    full: dict[str, int | Extent] = {"cache": window, "filled": Extent.of({"seq": 1}, window - 1)}
+    return Face(face.template, inputs, cache).renamed(full)
+
+
+@dataclass(slots=True)
+class Flat:
+    """A module as a function of a flat list of tensors; `outputs` is the template of its answer."""
+
+    module: nn.Module
+    face: Face
+    names: tuple[str, ...] = ()
+    template: Any = None
+    _forward: Callable[..., Any] = field(init=False)
+    _layers: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._forward = self.module.forward
+        self._layers = caches.layers_of(self.module)
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tensors that the module answers.
+
+        Raises:
+            CompileFailed: it answers something that is neither a tensor nor a plain value.
+        """
+        sizes = self.face.sizes_of(tensors)
+        known = {"size": lambda text: Extent.parse(text).at(sizes), "cache": None}
+        if self.face.cache is not None:
+            known["cache"] = self._cache(tensors, sizes)
+        args, kwargs = arguments(self.face.template, tensors, known)
+        answer = self._forward(*args, **kwargs)
+        frozen = Frozen()
+        try:
+            self.template = frozen.freeze(answer, "output")
+        except Opaque as why:
+            raise CompileFailed(
+                f"capture: the module answers something that a graph cannot: {why}",
+                hint="compile a module inside that answers tensors",
+            ) from why
+        self.names = tuple(frozen.names)
+        return tuple(frozen.tensors)
+
+    def _cache(self, tensors: Sequence[torch.Tensor], sizes: Mapping[str, Any]) -> Any:
+        cache = self.face.cache
+        assert cache is not None
+        keys, values = tensors[cache.keys], tensors[cache.values]
+        if cache.position is None:
+            return caches.cache_of(caches.Sliding(keys, values, sizes["seq"]), self._layers)
+        position = tensors[cache.position]
+        layer = caches.Static(keys, values, position, sizes["filled"])
+        return caches.cache_of(layer, self._layers)
+
+    def answering(self) -> AbstractContextManager[None]:
+        """Around tracing: the module's own `forward` is this function."""
+
+        def forward(*tensors: torch.Tensor, **named: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self(*tensors, *(named[entry.name] for entry in self.face.inputs if named))
+
+        return replaced(self.module, forward)

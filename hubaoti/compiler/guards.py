@@ -1,0 +1,98 @@
+"""Where torch decides on a size: the lines of model code, and the remedies that torch suggests."""
+
+from __future__ import annotations
+
+import linecache
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from hubaoti.extents import Extent
+
+TORCH = str(Path(torch.__file__).parent)
+OURS = str(Path(__file__).parent)
+# Torch tells of each guard as it adds it (checked on torch 2.11 and 2.13). Where it does not, an
+# error names no line.
+LOGGER = "torch.fx.experimental.symbolic_shapes"
+
+
+@dataclass(frozen=True, slots=True)
+class Fixes:
+    """What torch says that must hold: `sizes` of dims, `multiples`, `related` and `ranges`."""
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    multiples: dict[str, int] = field(default_factory=dict)
+    related: dict[str, Extent] = field(default_factory=dict)
+    ranges: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
+
+
+def fixes_in(message: str) -> Fixes:
+    """Read the suggested fixes of an export's error."""
+    fixes = Fixes()
+    made: set[str] = set()
+    for line in message.partition("Suggested fixes:")[2].splitlines():
+        name, _, text = (part.strip() for part in line.partition("="))
+        if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
+            continue
+        if bounds := re.fullmatch(r"Dim\('\w+'(?:, min=(\w+))?(?:, max=(\w+))?\)", text):
+            made.add(name)
+            low, high = (int(n) if n and n.isdigit() else None for n in bounds.groups())
+            if not name.startswith("_"):
+                fixes.ranges[name] = (low, high)
+        elif text.isdigit():
+            fixes.sizes[name] = int(text)
+        elif multiple := re.fullmatch(rf"(\d+)\*_{re.escape(name)}", text):
+            fixes.multiples[name] = int(multiple[1])
+        elif re.fullmatch(r"[a-z0-9_*+ -]+", text) and not text.startswith("_"):
+            fixes.related[name] = Extent.parse(text.replace(" ", ""))
+    return fixes
+
+
+@dataclass(slots=True)
+class Lines:
+    """Lines of model code at which torch added a guard that fixes or relates sizes, in order."""
+
+    each: list[str] = field(default_factory=list)
+
+    def note(self, record: logging.LogRecord) -> bool:
+        """Look at a record of torch's; none of them is printed."""
+        text = record.getMessage()
+        if "[guard added]" in text and re.search(r"eval (\[guard suppressed\] )?Eq\(", text):
+            line = model_line(sys._getframe())
+            if line and line not in self.each:
+                self.each.append(line)
+        return False
+
+
+def model_line(frame: FrameType | None) -> str | None:
+    """The innermost line on the stack that is neither torch's nor ours."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        outside = not file.startswith((TORCH, OURS)) and Path(file).is_file()
+        if outside and "logging" not in Path(file).parts:
+            code = linecache.getline(file, frame.f_lineno).strip()
+            return f"{Path(file).name}:{frame.f_lineno}: {code}"
+        frame = frame.f_back
+    return None
+
+
+@contextmanager
+def guard_lines() -> Iterator[Lines]:
+    """Collect the lines of model code at which torch fixes or relates sizes inside the block."""
+    lines = Lines()
+    logger = logging.getLogger(LOGGER)
+    level = logger.level
+    logger.addFilter(lines.note)
+    logger.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        logger.setLevel(level)
+        logger.removeFilter(lines.note)

@@ -1,0 +1,248 @@
+"""A face from calls of different sizes.
+
+Sizes that change together are one dim, a size that is always twice another's is `2*seq`, the sum
+of two is `image+text`, and a number that follows a size is that size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hubaoti.compiler.calls import Call
+from hubaoti.compiler.faces import Face, plain_size, unique
+from hubaoti.errors import BadDim, BadRequest
+from hubaoti.extents import Extent
+from hubaoti.manifest import Input
+
+Series = tuple[int, ...]  # one size in each of the calls
+
+
+@dataclass(slots=True)
+class Dims:
+    """Dims by the sizes they had in some calls; unknown ones get a name as they are met."""
+
+    series: dict[str, Series]
+    fresh: list[str] = field(default_factory=list)
+
+    def extent(self, sizes: Series, name: str) -> Extent:
+        """The extent that had these sizes: a dim, one that follows from dims, or a new dim."""
+        for known in (self.equal, self.linear, self.total):
+            if (found := known(sizes)) is not None:
+                return found
+        fresh = name
+        while fresh in self.series:
+            fresh += "x"
+        self.series[fresh] = sizes
+        self.fresh.append(fresh)
+        return Extent.of({fresh: 1})
+
+    def equal(self, sizes: Series) -> Extent | None:
+        """A dim that always had these sizes."""
+        same = (name for name, series in self.series.items() if series == sizes)
+        name = next(same, None)
+        return None if name is None else Extent.of({name: 1})
+
+    def linear(self, sizes: Series) -> Extent | None:
+        """A multiple of a dim, plus a number; two calls are too few to tell."""
+        for name, series in self.series.items():
+            steps = [(s - series[0], z - sizes[0]) for s, z in zip(series, sizes, strict=True)]
+            moved = [(ours, theirs) for ours, theirs in steps if ours]
+            if len({*series}) < 3 or not moved:
+                continue
+            factor, rest = divmod(moved[0][1], moved[0][0])
+            same = all(factor * ours == theirs for ours, theirs in steps)
+            if not rest and factor > 0 and same:
+                return Extent.of({name: factor}, sizes[0] - factor * series[0])
+        return None
+
+    def total(self, sizes: Series) -> Extent | None:
+        """The sum of two dims, in three calls or more, as of image and text tokens."""
+        if len({*sizes}) < 3:
+            return None
+        names = list(self.series)
+        for at, first in enumerate(names):
+            for second in names[at + 1 :]:
+                pairs = zip(self.series[first], self.series[second], strict=True)
+                if tuple(a + b for a, b in pairs) == sizes:
+                    return Extent.of({first: 1, second: 1})
+        return None
+
+
+def face_of(
+    calls: Sequence[Call], dims: Dims, vocabulary: int | None, where: str = "the module"
+) -> Face:
+    """The face that all of some calls have; `dims` learns the dims that it does not know.
+
+    Raises:
+        BadRequest: the calls have different structures.
+    """
+    first = calls[0]
+    for call in calls[1:]:
+        require_same(first, call, where)
+    shapes: list[list[int | str]] = [list(sizes) for sizes in first.sizes]
+    for series, at, axis in changing(calls):
+        name = f"{word(first.names[at])}_{axis}"
+        shapes[at][axis] = plain_size(dims.extent(series, name))
+    inputs = tuple(
+        Input(
+            name=word(name),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(shape),
+            values=values_of(name, [call.tensors[at] for call in calls], vocabulary),
+        )
+        for at, (name, tensor, shape) in enumerate(
+            zip(first.names, first.tensors, shapes, strict=True)
+        )
+    )
+    template = merged([call.template for call in calls], dims, where)
+    return Face(template, unique(inputs))
+
+
+def changing(calls: Sequence[Call]) -> list[tuple[Series, int, int]]:
+    """The sizes that change, the smaller ones first, so that others can follow from them."""
+    found = []
+    for at, tensor in enumerate(calls[0].tensors):
+        for axis in range(tensor.dim()):
+            series = tuple(call.tensors[at].shape[axis] for call in calls)
+            if len({*series}) > 1:
+                found.append((series, at, axis))
+    return sorted(found, key=lambda each: each[0])
+
+
+def require_same(first: Call, other: Call, where: str) -> None:
+    """Refuse calls of which one gives a tensor where the other gives none, or of another kind."""
+    kinds = [[(t.dtype, t.dim()) for t in call.tensors] for call in (first, other)]
+    if first.names != other.names or kinds[0] != kinds[1]:
+        raise BadRequest(
+            f"capture: calls of {where} have different structures: "
+            f"{faces_text(first)} and {faces_text(other)}",
+            hint="give calls of one structure, and compile the other structure on its own",
+        )
+
+
+def faces_text(call: Call) -> str:
+    """The tensors of a call in words."""
+    kinds = [f"{str(t.dtype).removeprefix('torch.')} of {t.dim()} axes" for t in call.tensors]
+    return ", ".join(f"{name} ({kind})" for name, kind in zip(call.names, kinds, strict=True))
+
+
+def merged(templates: Sequence[Any], dims: Dims, where: str) -> Any:
+    """The one template of several: numbers that follow a size become that size.
+
+    Raises:
+        BadRequest: they differ in something else.
+    """
+    first = templates[0]
+    if all(template == first and type(template) is type(first) for template in templates[1:]):
+        return first
+    if isinstance(first, dict) and all(same_keys(first, each) for each in templates):
+        return {key: merged([each[key] for each in templates], dims, where) for key in first}
+    if isinstance(first, list) and all(same_length(first, each) for each in templates):
+        return [merged(list(each), dims, where) for each in zip(*templates, strict=True)]
+    if all(isinstance(each, int) and not isinstance(each, bool) for each in templates):
+        found = dims.equal(tuple(templates)) or dims.linear(tuple(templates))
+        if found:
+            return {"size": str(found)}
+    raise BadRequest(
+        f"capture: calls of {where} differ in a value that is no tensor: "
+        + ", ".join(repr(each) for each in templates),
+        hint="give it as a tensor, or compile one bundle for each of the values",
+    )
+
+
+def same_keys(first: dict[str, Any], other: Any) -> bool:
+    """Whether both are dictionaries with the same keys."""
+    return isinstance(other, dict) and first.keys() == other.keys()
+
+
+def same_length(first: list[Any], other: Any) -> bool:
+    """Whether both are lists of one length."""
+    return isinstance(other, list) and len(first) == len(other)
+
+
+def word(name: str) -> str:
+    """A name as manifests have them."""
+    lower = "".join(letter if letter.isalnum() else "_" for letter in name.lower())
+    return lower if lower[:1].isalpha() else f"x{lower}"
+
+
+def values_of(name: str, tensors: Sequence[torch.Tensor], vocabulary: int | None) -> str:
+    """What the numbers of an input mean, by its name and dtype, and by those that were seen."""
+    dtype = tensors[0].dtype
+    if dtype == torch.bool or "mask" in name:
+        return "mask"
+    if dtype.is_floating_point or dtype.is_complex:
+        return "real"
+    if "position" in name:
+        return "position"
+    if name.endswith("input_ids") and vocabulary:
+        return f"ids<{vocabulary}"
+    seen = [int(tensor.max()) for tensor in tensors if not tensor.is_meta and tensor.numel()]
+    return f"ids<{max([0, *seen]) + 1}"
+
+
+def stated(calls: Sequence[Call], shapes: Mapping[str, Sequence[str | int | None]]) -> Dims:
+    """Dims as the user names them: `{"hidden_states": ("batch", "seq", None)}`.
+
+    Raises:
+        BadDim: an input is not there, has another number of axes, or a name stands for two sizes.
+    """
+    series: dict[str, Series] = {}
+    for name, shape in shapes.items():
+        at = place_of(name, calls[0])
+        rank = calls[0].tensors[at].dim()
+        if len(shape) != rank:
+            raise BadDim(
+                f"{name} has {rank} axes, its shape names {len(shape)}",
+                hint="give one name, or None, for each axis",
+            )
+        for axis, dim in enumerate(shape):
+            if not isinstance(dim, str) or not Extent.parse(dim).plain:
+                continue
+            sizes = tuple(call.tensors[at].shape[axis] for call in calls)
+            if series.setdefault(dim, sizes) != sizes:
+                raise BadDim(
+                    f"{dim} is {series[dim]} in one input, and {sizes} in {name}",
+                    hint="give them different names",
+                )
+    return Dims(series)
+
+
+def place_of(name: str, call: Call) -> int:
+    """The place of an input by its name.
+
+    Raises:
+        BadDim: there is none.
+    """
+    if name not in call.names:
+        raise BadDim(
+            f"the calls have no input {name!r}", hint=f"they have: {', '.join(call.names)}"
+        )
+    return call.names.index(name)
+
+
+def varied(call: Call, shapes: Mapping[str, Sequence[str | int | None]]) -> list[Call]:
+    """A call, and two of other sizes without values, where only one call was recorded."""
+    named = {
+        dim: call.tensors[place_of(name, call)].shape[axis]
+        for name, shape in shapes.items()
+        for axis, dim in enumerate(shape)
+        if isinstance(dim, str) and Extent.parse(dim).plain
+    }
+    calls = [call]
+    for more in (3, 7):
+        sizes = {dim: size + more * (at + 2) for at, (dim, size) in enumerate(named.items())}
+        tensors = list(call.tensors)
+        for name, shape in shapes.items():
+            at = place_of(name, call)
+            size = [
+                Extent.parse(dim).at(sizes) if isinstance(dim, str) else old
+                for dim, old in zip(shape, tensors[at].shape, strict=True)
+            ]
+            tensors[at] = torch.empty(size, dtype=tensors[at].dtype, device="meta")
+        calls.append(Call(call.template, tuple(tensors), call.names, call.caches))
+    return calls

@@ -1,0 +1,217 @@
+"""The plan: which regions a model is compiled as, with which dims and buckets, into which graphs.
+
+Nothing is compiled here, and nothing has memory yet: `hubaoti compile --explain` prints a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from hubaoti.compiler import cache as caches
+from hubaoti.compiler.calls import arguments
+from hubaoti.compiler.faces import Face, sliding, with_cache
+from hubaoti.compiler.infer import Dims, face_of
+from hubaoti.compiler.observe import Given, Observed, observe
+from hubaoti.compiler.regions import blocks_of, groups_of
+from hubaoti.compiler.request import Range, Request
+from hubaoti.compiler.shapes import (
+    Bounds,
+    bounded,
+    bucket_name,
+    of_dims,
+    require_covered,
+)
+from hubaoti.compiler.source import Source, attention_of
+from hubaoti.errors import CompileFailed
+from hubaoti.extents import Extent
+from hubaoti.runtime.graph import dtype_of
+
+ROOT = "root"
+# Sizes at which a model is looked at. No dim's are another's plus a number or times one, nor the
+# sum of two others', so whatever changes with them says which it follows.
+LOOKS = {
+    "batch": (2, 3, 5),
+    "seq": (6, 11, 13),
+    "filled": (17, 23, 37),
+    "target": (7, 9, 19),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One graph to build: the face it has, for which sizes, and the modules it serves."""
+
+    id: str
+    modules: tuple[str, ...]
+    face: Face
+    bounds: Bounds
+    order: int = 0
+    stated: tuple[str, ...] = ()  # dims that the user named or bounded
+
+    @property
+    def region(self) -> str:
+        """The first of the modules, which is the one that is compiled."""
+        return self.modules[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All graphs of a model, the dims of all of them, and what was left out, and why."""
+
+    source: Source
+    dims: Bounds
+    units: tuple[Unit, ...]
+    left_out: tuple[str, ...] = ()
+
+
+def plan(source: Source, request: Request, device: torch.device) -> Plan:
+    """Find the regions of a model, how they are called, and which graphs serve them.
+
+    Raises:
+        BadDim: a dim that the model does not have, or a shape that no bucket serves.
+        CompileFailed: no block of it can be compiled; the reasons are in the message.
+    """
+    dims = bounded(request.dims, source.default_dims, source.positions)
+    require_covered(dims, request.buckets)
+    if source.regions != "none" and (blocks := blocks_of(source.model, source.regions)):
+        return regional(source, dims, request.buckets, blocks, device)
+    units = in_buckets(ROOT, ("",), source.face, dims, request.buckets)
+    return Plan(replace(source, regions="none"), dims, tuple(units))
+
+
+def regional(
+    source: Source,
+    dims: Bounds,
+    buckets: Sequence[Mapping[str, Range]],
+    blocks: Mapping[str, nn.Module],
+    device: torch.device,
+) -> Plan:
+    """The plan of a model's blocks."""
+    source, observed = observed_with(source, blocks, device)
+    units: list[Unit] = []
+    left_out = [f"{path}: {seen.problem}" for path, seen in observed.items() if seen.problem]
+    fine = {path: seen for path, seen in observed.items() if not seen.problem}
+    for group in groups_of(blocks, fine):
+        try:
+            faces = faces_of(source, blocks[group.modules[0]], fine[group.modules[0]], dims)
+        except CompileFailed as why:
+            left_out.append(f"{group.id}: {why}")
+            continue
+        for suffix, face in faces.items():
+            units += in_buckets(f"{group.id}{suffix}", group.modules, face, dims, buckets)
+    if not units:
+        reasons = "; ".join(left_out) or "the model calls none of them"
+        raise CompileFailed(
+            f"capture: none of the blocks can be compiled: {reasons}",
+            hint="compile the whole model with --regions none, or one place with --regions PATH",
+        )
+    return Plan(source, dims, tuple(units), tuple(left_out))
+
+
+def observed_with(
+    source: Source, blocks: Mapping[str, nn.Module], device: torch.device
+) -> tuple[Source, dict[str, Observed]]:
+    """What the blocks are given, with the fastest attention that the model can have."""
+    looks = [look(source.face, at, blocks, device) for at in range(3)]
+    for attention in dict.fromkeys((tracing_attention(source), "eager")):
+        try:
+            with attention_of(source.model, attention):
+                found = observe(source.model, blocks, looks, device)
+        except CompileFailed as why:
+            if attention == "eager" or "attention" not in str(why):
+                raise
+            continue
+        kept = "sdpa" if attention == caches.ATTENTION else attention
+        return replace(source, attention=kept), found
+    raise AssertionError("the last attention answers or raises")
+
+
+def tracing_attention(source: Source) -> str:
+    """The attention that graphs are traced with: ours, in the place of sdpa, over a cache."""
+    if source.program.task == "generate" and source.attention == "sdpa":
+        caches.register()
+        return caches.ATTENTION
+    return source.attention
+
+
+def look(face: Face, at: int, blocks: Mapping[str, nn.Module], device: torch.device) -> Any:
+    """A call of a whole model at the sizes of look number `at`, made where it is used."""
+
+    def given() -> Given:
+        sizes = {name: series[at] for name, series in LOOKS.items()}
+        tensors = [
+            torch.empty(
+                [n if isinstance(n, int) else Extent.parse(n).at(sizes) for n in entry.shape],
+                dtype=dtype_of(entry.dtype),
+                device=device,
+            )
+            for entry in face.inputs
+        ]
+        layers = max(caches.layers_of(block) for block in blocks.values())
+        seen = caches.seen(sizes["filled"], sizes["seq"], layers)
+        known = {"size": lambda text: Extent.parse(text).at(sizes), "cache": seen}
+        args, kwargs = arguments(face.template, tensors, known)
+        return Given(tuple(args), kwargs)
+
+    return given
+
+
+def faces_of(source: Source, block: nn.Module, seen: Observed, dims: Bounds) -> dict[str, Face]:
+    """The forms of a block by the suffix of their graphs' names: one, or two with a window."""
+    face = face_of(seen.calls, Dims(dict(LOOKS)), source.vocabulary)
+    held = next((cache for call in seen.calls for cache in call.caches), None)
+    if held is None:
+        return {"": face}
+    puts = [put for layer in held.layers for put in getattr(layer, "puts", ())]
+    index = caches.layers_of(block) - 1
+    puts = held.layers[index].puts or puts
+    if not puts:
+        return {"": face}
+    face = with_cache(face, *puts[0])
+    window = window_of(block, source.config)
+    if window is None or dims["cache"].high < window:
+        return {"": face}
+    return {"": face, "-full": sliding(face, window)}
+
+
+def window_of(block: nn.Module, config: Any) -> int | None:
+    """How far a block looks back, where it does not look at everything."""
+    for module in block.modules():
+        window = getattr(module, "sliding_window", None)
+        if isinstance(window, int) and not isinstance(window, bool):
+            return window
+    text = config.get_text_config(decoder=True) if config is not None else None
+    window = getattr(text, "sliding_window", None)
+    everywhere = getattr(text, "layer_types", None) is None
+    return window if everywhere and isinstance(window, int) else None
+
+
+def in_buckets(
+    name: str,
+    modules: tuple[str, ...],
+    face: Face,
+    dims: Bounds,
+    buckets: Sequence[Mapping[str, Range]],
+) -> list[Unit]:
+    """The units of one face: one for all sizes, or one for each bucket, in their order.
+
+    A bucket over a dim that the face does not have says nothing about it.
+    """
+    named = [{n: b for n, b in bucket.items() if n in face.dims} for bucket in buckets]
+    kept = [bucket for at, bucket in enumerate(named) if bucket and bucket not in named[:at]]
+    return [
+        Unit(
+            f"{name}-{bucket_name(bucket)}" if bucket else name,
+            modules,
+            face,
+            of_dims(dims, face.dims, bucket),
+            order,
+            tuple(dims),
+        )
+        for order, bucket in enumerate(kept or [{}])
+    ]

@@ -1,0 +1,188 @@
+"""Regions: the repeated blocks of any module, grouped by what they compute.
+
+Equal shapes are not enough: Gemma 3's sliding and full layers have the same, and so do two blocks
+of which one scales by another number. So members of a group agree in class, tensors, attributes,
+in how they are called, and in every operation of a call. `export.py` compares two of them again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import types
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hubaoti.canonical import canonical
+from hubaoti.compiler.observe import Observed
+from hubaoti.errors import BadRequest
+
+# Attributes that differ between equal blocks: their number, and what only training uses.
+NUMBERS = {"layer_idx", "layer_id", "layer_number", "layer_num", "layer_index", "block_idx", "idx"}
+TRAINING = ("drop", "gradient_checkpointing", "training")
+OWN = set(vars(nn.Module()))  # what every module has: parameters, hooks, …
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Modules that one graph serves, by their paths; `id` is what the graph is called."""
+
+    id: str
+    modules: tuple[str, ...]
+
+
+def blocks_of(model: nn.Module, regions: str) -> dict[str, nn.Module]:
+    """The modules to compile, by path: repeated blocks (`auto`), or those at one path.
+
+    Raises:
+        BadRequest: there is no module at the path.
+    """
+    if regions == "auto":
+        return dict(repeated(model, ""))
+    modules = dict(model.named_modules())
+    if regions not in modules:
+        near = difflib.get_close_matches(regions, modules, 3)
+        raise BadRequest(
+            f"the model has no module {regions!r}",
+            hint=f"near: {', '.join(near)}" if near else "see: hubaoti compile --explain MODEL",
+        )
+    found = modules[regions]
+    if isinstance(found, (nn.ModuleList, nn.Sequential)):
+        return {f"{regions}.{name}": child for name, child in found.named_children()}
+    return {regions: found}
+
+
+def repeated(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost blocks: children of a list of which two have one class and equal tensors.
+
+    And what the model's own code calls its blocks, even where there is but one of them.
+    """
+    named = {*(getattr(module, "_repeated_blocks", None) or ())}
+    named |= {*(getattr(module, "_no_split_modules", None) or ())}
+    yield from walk(module, path, named)
+
+
+def walk(module: nn.Module, path: str, named: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Blocks below a module, from the outside to the inside."""
+    children = [(f"{path}.{name}".lstrip("."), each) for name, each in module.named_children()]
+    if isinstance(module, (nn.ModuleList, nn.Sequential)):
+        large = [(name, each) for name, each in children if is_block(each)]
+        kinds = Counter((type(each), tensors_of(each)) for _, each in large)
+        named_here = any(type(each).__name__ in named for _, each in large)
+        if named_here or any(count > 1 for count in kinds.values()):
+            yield from large
+            return
+    for name, child in children:
+        yield from walk(child, name, named)
+
+
+def is_block(module: nn.Module) -> bool:
+    """More than a layer: it has children that compute, and two parameters at least."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return False
+    return any(True for _ in module.children()) and sum(1 for _ in module.parameters()) > 1
+
+
+def tensors_of(module: nn.Module) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
+    """Names, shapes and dtypes of a module's parameters and buffers."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors)
+
+
+def groups_of(
+    blocks: Mapping[str, nn.Module], observed: Mapping[str, Observed]
+) -> tuple[Group, ...]:
+    """Blocks that one graph serves, in the order in which the model holds them.
+
+    Blocks that were never called are in no group.
+    """
+    members: dict[str, list[str]] = {}
+    for path, block in blocks.items():
+        if seen := observed.get(path):
+            members.setdefault(signature(block, seen), []).append(path)
+    names = group_names([paths for paths in members.values()], blocks)
+    return tuple(
+        Group(name, tuple(paths)) for name, paths in zip(names, members.values(), strict=True)
+    )
+
+
+def signature(block: nn.Module, seen: Observed) -> str:
+    """What blocks of one group have in common."""
+    templates = [call.template for call in seen.calls]
+    sizes = [[list(size) for size in call.sizes] for call in seen.calls]
+    text = canonical([templates, sizes]).decode() + seen.operations
+    return "\n".join([*map(repr, tensors_of(block)), *attributes(block), text])
+
+
+def attributes(block: nn.Module) -> list[str]:
+    """The attributes of a block and of what is in it, private ones too, without layer numbers."""
+    found = []
+    for path, module in block.named_modules():
+        found.append(f"{path}: {type(module).__module__}.{type(module).__qualname__}")
+        for name, value in sorted(vars(module).items()):
+            if name in OWN or name in NUMBERS or any(word in name for word in TRAINING):
+                continue
+            found.append(f"{path}.{name} = {spelled(value)}")
+    return found
+
+
+def spelled(value: Any, depth: int = 3) -> str:
+    """A value as text that is equal for equal values; what has no such text is its class."""
+    if isinstance(value, (bool, int, float, str, type(None), torch.dtype, torch.device)):
+        return repr(value)
+    if isinstance(value, torch.Tensor):
+        return f"tensor {tuple(value.shape)} {bytes_of(value)}"
+    if isinstance(value, types.FunctionType):
+        return function_text(value, depth)
+    if depth and isinstance(value, (tuple, list)):
+        return f"[{', '.join(spelled(item, depth - 1) for item in value)}]"
+    if depth and isinstance(value, dict):
+        return f"{{{', '.join(f'{k!r}: {spelled(v, depth - 1)}' for k, v in value.items())}}}"
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def function_text(function: types.FunctionType, depth: int) -> str:
+    """A function by its code and what it closes over."""
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    held = [spelled(each, depth - 1) for each in cells] if depth else []
+    code = hashlib.sha256(function.__code__.co_code).hexdigest()[:12]
+    return f"{function.__qualname__} {code} {function.__code__.co_consts!r} {held}"
+
+
+def bytes_of(tensor: torch.Tensor) -> str:
+    """The digest of a tensor's values; a tensor without storage has none."""
+    if tensor.is_meta:
+        return "meta"
+    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(plain.numpy().tobytes()).hexdigest()[:12]
+
+
+def group_names(groups: Sequence[Sequence[str]], blocks: Mapping[str, nn.Module]) -> list[str]:
+    """A name for each group: where it lies, and where several lie there, of what kind it is."""
+    places = [paths[0].rpartition(".")[0] or paths[0] for paths in groups]
+    names = []
+    for place, paths in zip(places, groups, strict=True):
+        alone = places.count(place) == 1 and (len(paths) > 1 or place != paths[0])
+        names.append(place if alone else f"{place}.{kind_of(paths, blocks)}")
+    return [
+        name if names.count(name) == 1 else f"{name}{paths[0].rpartition('.')[2]}"
+        for name, paths in zip(names, groups, strict=True)
+    ]
+
+
+def kind_of(paths: Sequence[str], blocks: Mapping[str, nn.Module]) -> str:
+    """A word for a group: its layer type, or its class."""
+    block = blocks[paths[0]]
+    for module in block.modules():
+        for name in ("attention_type", "layer_type", "is_sliding"):
+            value = getattr(module, name, None)
+            if isinstance(value, str):
+                return value.removesuffix("_attention")
+            if value is True:
+                return "sliding"
+    return type(block).__name__.lower()

@@ -1,0 +1,217 @@
+"""Tasks: which class makes the model, what it is called with, and what a whole graph answers.
+
+For a whole graph the model's own `forward` is replaced, on the instance, by its task's: token ids
+and mask in, a tuple of plain tensors out. So the graph's constants have the model's own names.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional
+
+from hubaoti.compiler.faces import Face
+from hubaoti.compiler.request import Range
+from hubaoti.errors import UnknownTask
+from hubaoti.manifest import Input
+from hubaoti.model_files import POOLING, read_json
+
+LARGEST = 1 << 20  # tokenizers write 1e30 where a model has no limit
+WHOLE = {"embed", "classify", "logits"}  # tasks whose graph answers texts without transformers
+
+
+def task_of(folder: Path, config: Any) -> str:
+    """What a model is for, as its files say.
+
+    Raises:
+        UnknownTask: they do not say.
+    """
+    if (folder / "modules.json").is_file():
+        return "embed"
+    names = " ".join(config.architectures or ())
+    if "ForSequenceClassification" in names:
+        return "classify"
+    if "ForCausalLM" in names or "ForMaskedLM" in names or "LMHead" in names:
+        return "logits"
+    if names.endswith("Model"):
+        return "embed"
+    raise UnknownTask(
+        f"{folder.name} does not say what it is for (architectures: {names or 'none'})",
+        hint="say it with --task embed, classify, logits, generate or forward",
+    )
+
+
+def auto_class(task: str, config: Any) -> Any:
+    """The transformers class that makes the model of a task."""
+    if task in {"embed", "forward"}:
+        return transformers.AutoModel
+    if task == "classify":
+        return transformers.AutoModelForSequenceClassification
+    if task == "logits" and "ForMaskedLM" in " ".join(config.architectures or ()):
+        return transformers.AutoModelForMaskedLM
+    return transformers.AutoModelForCausalLM
+
+
+def whole_face(vocabulary: int) -> Face:
+    """How the `forward` of embed, classify and logits is called."""
+    inputs = (ids("input_ids", "seq", vocabulary), mask("attention_mask", "seq"))
+    return face_of_inputs(inputs, {})
+
+
+def own_face(model: nn.Module, config: Any, task: str, vocabulary: int) -> Face:
+    """How a model's own `forward` is called: with whatever it takes of what models take."""
+    taken = inspect.signature(model.forward).parameters
+    inputs = tuple(
+        entry for entry in possible_inputs(config, task, vocabulary) if entry.name in taken
+    )
+    literals: dict[str, Any] = {"use_cache": task == "generate"} if "use_cache" in taken else {}
+    if task == "generate":
+        literals["past_key_values"] = {"cache": True}
+    return face_of_inputs(inputs, literals)
+
+
+def face_of_inputs(inputs: tuple[Input, ...], literals: dict[str, Any]) -> Face:
+    """A face of keyword arguments."""
+    kwargs = {entry.name: {"tensor": at} for at, entry in enumerate(inputs)}
+    return Face({"args": [], "kwargs": kwargs | literals}, inputs)
+
+
+def possible_inputs(config: Any, task: str, vocabulary: int) -> list[Input]:
+    """What models of transformers take, with sizes as a config gives them."""
+    length = "filled" if task == "generate" else "seq"
+    inputs = []
+    if vocabulary:
+        inputs += [
+            ids("input_ids", "seq", vocabulary),
+            mask("attention_mask", length),
+            Input(name="position_ids", dtype="int64", shape=("batch", "seq"), values="position"),
+        ]
+    if config.is_encoder_decoder:
+        inputs.append(ids("decoder_input_ids", "target", vocabulary))
+    vision = getattr(config, "vision_config", None) or config
+    if hasattr(vision, "image_size"):
+        sizes = (getattr(vision, "num_channels", 3), *square(vision.image_size))
+        inputs.append(real("pixel_values", sizes))
+    if hasattr(config, "num_mel_bins"):
+        frames = 2 * getattr(config, "max_source_positions", 512)
+        inputs.append(real("input_features", (config.num_mel_bins, frames)))
+        inputs = [entry for entry in inputs if entry.name not in {"input_ids", "attention_mask"}]
+    return inputs
+
+
+def real(name: str, sizes: tuple[int, ...]) -> Input:
+    """Numbers of any size, as of images and sounds."""
+    return Input(name=name, dtype="float32", shape=("batch", *sizes), values="real")
+
+
+def square(size: Any) -> tuple[int, int]:
+    """Height and width of images, which a config may give as one number."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def ids(name: str, length: str, vocabulary: int) -> Input:
+    """Token ids, below the size of the vocabulary."""
+    shape = ("batch", length)
+    return Input(name=name, dtype="int64", shape=shape, values=f"ids<{vocabulary}")
+
+
+def mask(name: str, length: str) -> Input:
+    """One for each token that is there, zero for padding."""
+    return Input(name=name, dtype="int64", shape=("batch", length), values="mask")
+
+
+def default_dims(
+    face: Face, folder: Path, config: Any, positions: int | None, task: str
+) -> dict[str, Range]:
+    """The bounds of a model's dims where nothing else is asked."""
+    if task != "generate":
+        most = longest(folder, config, positions, 512)
+        return {dim: Range(1, 32) if dim == "batch" else Range(2, most) for dim in face.dims}
+    most = longest(folder, config, positions, 4096)
+    cache = longest(folder, config, positions, 32768)
+    return {"batch": Range(1, 32), "seq": Range(1, most), "cache": Range(min(16, cache), cache)}
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions a model's own table has; None where it has no such table.
+
+    RoBERTa's begin after the padding id.
+    """
+    sizes = [
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and name.rpartition(".")[2] in {"position_embeddings", "embed_positions", "wpe"}
+    ]
+    return min(sizes, default=None)
+
+
+def longest(folder: Path, config: Any, positions: int | None, most: int) -> int:
+    """The largest default for a length: less where the model or its tokenizer ends before."""
+    limits = [most, positions, getattr(config.get_text_config(), "max_position_embeddings", None)]
+    limits.append(read_json(folder / "tokenizer_config.json").get("model_max_length"))
+    return min(int(n) for n in limits if isinstance(n, (int, float)) and 2 <= n < LARGEST)
+
+
+def pool(mode: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """One vector a row from (batch, seq, width) and a (batch, seq) mask.
+
+    As the Pooling of sentence-transformers 6 computes it: padding may stand on either side, and
+    half types are summed in float32.
+    """
+    first = mask.argmax(1)
+    places = torch.arange(mask.shape[1], device=mask.device)
+    if mode == "max":
+        return hidden.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).amax(1)
+    if mode in {"cls", "lasttoken"}:
+        at = first if mode == "cls" else (mask * places).argmax(1)
+        return hidden.take_along_dim(at.view(-1, 1, 1), 1).squeeze(1)
+    if mode == "weightedmean":
+        mask = mask * (places + 1 - first.unsqueeze(1))
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    weights = mask.unsqueeze(-1).to(precise)
+    count = weights.sum(1).clamp(min=1e-9)
+    if mode == "mean_sqrt_len_tokens":
+        count = count.sqrt()
+    return ((hidden * weights).sum(1) / count).to(hidden.dtype)
+
+
+Forward = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+
+
+def answer(model: nn.Module, task: str, steps: tuple[str, ...]) -> str:
+    """Let a model answer its task, from now on; returns what the answer is called."""
+    if task == "embed":
+        model.forward = embedder(model, steps)
+        return "embedding"
+    model.forward = scorer(model)
+    return "logits"
+
+
+def embedder(model: nn.Module, steps: tuple[str, ...]) -> Forward:
+    """`forward` of embed: one vector a row."""
+    inner = model.forward
+
+    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        hidden = inner(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        pooled = [pool(mode, hidden, attention_mask) for mode in steps if mode in POOLING]
+        vectors = torch.cat(pooled, 1) if len(pooled) > 1 else pooled[0]
+        return (functional.normalize(vectors, dim=1) if "normalize" in steps else vectors,)
+
+    return forward
+
+
+def scorer(model: nn.Module) -> Forward:
+    """`forward` of classify and logits: the model's own logits."""
+    inner = model.forward
+
+    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (inner(input_ids=input_ids, attention_mask=attention_mask).logits,)
+
+    return forward

@@ -1,0 +1,238 @@
+"""One graph: given memory, exported, lowered, described, checked against eager, and questioned."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hubaoti.bundle import file_entry
+from hubaoti.compiler import constants, elf, verify
+from hubaoti.compiler.export import Exported, export
+from hubaoti.compiler.faces import Flat
+from hubaoti.compiler.inductor import lower
+from hubaoti.compiler.plan import Unit, tracing_attention
+from hubaoti.compiler.shapes import example_sizes
+from hubaoti.compiler.source import Source, attention_of
+from hubaoti.errors import CompileFailed
+from hubaoti.manifest import Check, File, Graph, Outputs
+from hubaoti.package import members_of, unpack_all
+from hubaoti.runtime import golden
+from hubaoti.runtime.graph import Graph as Open
+from hubaoti.runtime.graph import open_graph
+from hubaoti.steps import Say
+
+if TYPE_CHECKING:
+    from hubaoti.compiler.build import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A graph as the manifest has it, what its library needs, and how it was checked."""
+
+    graph: Graph
+    needs: elf.Needs
+    files: tuple[File, ...] = ()
+    checks: tuple[Check, ...] = ()
+    golden: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def build_unit(job: Job, unit: Unit, scratch: Path, say: Say) -> Built:
+    """Compile one unit of a plan into `scratch`.
+
+    Raises:
+        HubaotiError: of the step that failed.
+    """
+    source = job.plan.source
+    modules = [source.model.get_submodule(path) for path in (unit.modules[0], unit.modules[-1])]
+    with in_memory(modules, job.device) as (module, twin):
+        say(f"export {unit.id}")
+        exported = traced(source, unit, module, job.device)
+        if twin is not module:
+            require_same(exported, traced(source, unit, twin, job.device), unit)
+        say(f"compile {unit.id}")
+        package = scratch / "graphs" / f"{unit.id}.pt2"
+        lower(exported.program, job.target.level, job.build.options, package, say)
+        say(f"check {unit.id}")
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            unpack_all(package, Path(folder))
+            return checked(job, unit, exported, Path(folder), scratch)
+
+
+@contextmanager
+def in_memory(
+    modules: list[nn.Module], device: torch.device
+) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Modules with memory where they had none; all of them share it, their values do not matter.
+
+    Afterwards they have none again.
+    """
+    made = {
+        name: nn.Parameter(filled(name, old, device), requires_grad=False)
+        for name, old in modules[0].named_parameters()
+        if old.is_meta
+    }
+    kept = [(owner, name, old) for module in modules for owner, name, old in slots(module)]
+    for module in modules:
+        new = {id(old): made[name] for name, old in module.named_parameters() if name in made}
+        for owner, name, old in slots(module):
+            owner._parameters[name] = new.get(id(old), old)
+        if made:
+            module.to(device)  # its buffers, which are real
+    try:
+        yield modules[0], modules[-1]
+    finally:
+        for owner, name, old in kept:
+            owner._parameters[name] = old
+
+
+def filled(name: str, old: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A parameter's memory, with the values that the golden rule gives to its name."""
+    tensor = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
+    golden.write(tensor, name)
+    return tensor
+
+
+def slots(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Every place of a module that holds a parameter; a tied one has several."""
+    return [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None
+    ]
+
+
+def traced(source: Source, unit: Unit, module: nn.Module, device: torch.device) -> Exported:
+    """The unit's program, of one of its modules; eager is asked first whether it can at all."""
+    sizes = example_sizes(unit.bounds)
+    entry = bare_graph(unit)
+    tensors = [tensor.to(device) for tensor in golden.inputs_for(entry, sizes)]
+    verify.attempt(trial_of(source, unit, entry, module, device))
+    with attention_of(source.model, tracing_attention(source)):
+        return export(module, unit.face, unit.bounds, tensors, frozenset(unit.stated))
+
+
+def trial_of(
+    source: Source, unit: Unit, entry: Graph, module: nn.Module, device: torch.device
+) -> verify.Trial:
+    """What the unit's graph is compared with: the module with transformers' own attention."""
+    text = source.config.get_text_config() if source.config is not None else None
+    flat = Flat(module, unit.face)
+
+    def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with attention_of(source.model, source.attention):
+            return flat(*tensors)
+
+    return verify.Trial(
+        entry=entry,
+        bounds=unit.bounds,
+        eager=eager,
+        module=module,
+        device=device,
+        dtype=source.dtype,
+        scores=getattr(text, "num_attention_heads", 1),
+        width=getattr(text, "hidden_size", 0) + (source.vocabulary if not unit.region else 0),
+    )
+
+
+def require_same(first: Exported, other: Exported, unit: Unit) -> None:
+    """Refuse a group of which two members compute something else.
+
+    Raises:
+        CompileFailed: their programs differ, or constants that are in no module.
+    """
+    same = code_of(first) == code_of(other) and all(
+        torch.equal(value, other.program.constants[name])
+        for name, value in first.program.constants.items()
+        if isinstance(value, torch.Tensor)
+    )
+    if not same:
+        raise CompileFailed(
+            f"export: {unit.modules[0]} and {unit.modules[-1]} look alike and compute something "
+            "else",
+            hint=f"compile each of them: --regions {unit.modules[0]}",
+        )
+
+
+def code_of(exported: Exported) -> str:
+    """A program as text, without the numbers that torch gives to symbols."""
+    return exported.program.graph_module.code
+
+
+def bare_graph(unit: Unit, outputs: Outputs | None = None) -> Graph:
+    """The manifest's graph as far as it is known before it is compiled."""
+    return Graph(
+        id=unit.id,
+        file=f"graphs/{unit.id}.pt2",
+        sha256="",
+        size=0,
+        members=(),
+        modules=unit.modules,
+        bounds={name: (sizes.low, sizes.high) for name, sizes in unit.bounds.items()},
+        steps={name: sizes.step for name, sizes in unit.bounds.items() if sizes.step > 1},
+        order=unit.order,
+        call=unit.face.template,
+        inputs=unit.face.inputs,
+        outputs=outputs or Outputs(template=None, tensors=()),
+        constants=(),
+        cache=unit.face.cache,
+    )
+
+
+def checked(job: Job, unit: Unit, exported: Exported, unpacked: Path, scratch: Path) -> Built:
+    """Describe a compiled graph, compare it with eager, and ask it the golden questions."""
+    source = job.plan.source
+    final = replace(unit, face=exported.face, bounds=exported.bounds)
+    module = source.model.get_submodule(unit.region)
+    file = file_entry(scratch, f"graphs/{unit.id}.pt2")
+    entry = msgspec.structs.replace(
+        bare_graph(final, exported.outputs),
+        sha256=file.sha256,
+        size=file.size,
+        members=members_of(scratch / file.path),
+    )
+    entry, files = described(source, entry, exported, unpacked, scratch, job.device)
+    graph = open_graph(unpacked, entry, job.device)
+    graph.bind(verify.constants_of(module, entry, scratch))
+    trial = trial_of(source, final, entry, module, job.device)
+    checks = verify.verify(graph, trial)
+    asked = questioned(graph, scratch, len(job.plan.units))
+    libraries = [unpacked / m.path for m in entry.members if m.path.endswith(".wrapper.so")]
+    return Built(asked[0], elf.needs_of(libraries[0]), files, checks, asked[1])
+
+
+def described(
+    source: Source,
+    bare: Graph,
+    exported: Exported,
+    unpacked: Path,
+    scratch: Path,
+    device: torch.device,
+) -> tuple[Graph, tuple[File, ...]]:
+    """Add what only the compiled library can tell: the constants that it reads."""
+    path = bare.modules[0]
+    file = f"buffers/{bare.id}.safetensors" if path else constants.BUFFERS
+    fqns = open_graph(unpacked, bare, device).constant_fqns()
+    listed, shipped = constants.describe(
+        fqns, constants.Place(source.model, path, file), exported.program
+    )
+    files: tuple[File, ...] = ()
+    if shipped:
+        (scratch / file).parent.mkdir(exist_ok=True)
+        save_file(shipped, scratch / file)
+        files = (file_entry(scratch, file),)
+    return msgspec.structs.replace(bare, constants=listed), files
+
+
+def questioned(graph: Open, folder: Path, graphs: int) -> tuple[Graph, dict[str, Any]]:
+    """TODO golden"""
+    return graph.entry, {}
