@@ -1,0 +1,324 @@
+"""Golden answers: what a graph says to constants and inputs that anyone can make without a model.
+
+An artifact ships the answers; whoever opens a graph of it makes the questions again by the rule,
+asks, and compares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hubaoti.errors import BadInput, MissingConstant
+from hubaoti.extents import Extent
+from hubaoti.manifest import Constant, Golden
+from hubaoti.manifest import Graph as Entry
+from hubaoti.runtime.graph import Graph, dtype_of
+from hubaoti.runtime.quantize import make
+from hubaoti.runtime.rule import made, write
+from hubaoti.runtime.weights import shipped_tensors
+
+GOLDEN = "golden.safetensors"
+LARGEST = 1_000_000  # bytes of that file
+HEADER = 128  # bytes that a tensor's dtype, shape and place take in it, at most
+
+INT4 = "int4wo.qdata"  # the transform whose result lies differently on different CPUs
+ROWS = 128  # of such a weight at a time: a multiple of every CPU's block of rows
+
+# Largest difference allowed, as a part of the largest value. A decoder block on CPUs of SSE to AMX
+# differs by 1e-6 in float32, 1e-3 in float16, 6e-3 in bfloat16; a GPU may multiply float32 in TF32.
+TOLERANCE = {
+    "float64": 1e-3,
+    "float32": 1e-3,
+    "complex64": 1e-3,
+    "float16": 1.5e-2,
+    "bfloat16": 6e-2,
+    "float8_e4m3fn": 1.5e-1,
+    "float8_e5m2": 1.5e-1,
+}
+SCRATCH = 64 << 20  # bytes that a BLAS and an allocator take, whatever the sizes
+LIVE = 16  # intermediates of an input's or output's size that are held at once
+
+
+def smallest(entry: Entry) -> dict[str, int]:
+    """The smallest dims at which a graph's inputs are valid."""
+    sizes = {dim: stepped(entry, dim, max(low, 1)) for dim, (low, _) in entry.bounds.items()}
+    if entry.cache is not None and entry.cache.kind == "static":
+        for inner, outer in (("seq", "filled"), ("filled", "cache")):
+            if inner in sizes and outer in sizes:
+                sizes[outer] = stepped(entry, outer, max(sizes[inner], sizes[outer]))
+    return sizes
+
+
+def stepped(entry: Entry, dim: str, size: int) -> int:
+    """The next size of a dim that is a multiple of its step."""
+    step = max(entry.steps.get(dim, 1), 1)
+    return -(-size // step) * step
+
+
+def inputs_for(entry: Entry, sizes: Mapping[str, int]) -> list[torch.Tensor]:
+    """A graph's inputs at these dims, on the CPU, in the manifest's order.
+
+    With a static cache, positions are the last of the filled places; the cache's own places hold
+    numbers beyond them too, which the graph has to ignore.
+
+    Raises:
+        BadInput: a shape cannot be at these dims.
+    """
+    shapes = [shape_at(entry, item.shape, sizes) for item in entry.inputs]
+    start = first_position(entry, shapes)
+    return [
+        made(item.name, shape, dtype_of(item.dtype), item.values, start)
+        for item, shape in zip(entry.inputs, shapes, strict=True)
+    ]
+
+
+def shape_at(
+    entry: Entry, shape: Sequence[str | int | None], sizes: Mapping[str, int]
+) -> list[int]:
+    """A shape of the manifest in numbers; a size that nobody knows is 1.
+
+    Raises:
+        BadInput: it needs a dim that has no size, or comes to less than nothing.
+    """
+    try:
+        known = [1 if size is None else size for size in shape]
+        found = [Extent.parse(n).at(sizes) if isinstance(n, str) else n for n in known]
+    except KeyError as why:
+        raise BadInput(f"graph {entry.id} has no size for the dim {why}", hint="name it") from why
+    if min(found, default=0) < 0:
+        raise BadInput(
+            f"graph {entry.id} cannot have {list(shape)} at {dict(sizes)}",
+            hint="its publisher must compile it again",
+        )
+    return found
+
+
+def first_position(entry: Entry, shapes: Sequence[Sequence[int]]) -> int:
+    """Where positions count from: after the places of a static cache that were filled before."""
+    cache = entry.cache
+    if cache is None or cache.kind != "static" or cache.position is None:
+        return 0
+    masks = (s for item, s in zip(entry.inputs, shapes, strict=True) if item.values == "mask" and s)
+    filled = next(masks, [shapes[cache.keys][-2]])[-1]
+    return max(0, filled - (1, *shapes[cache.position])[-1])
+
+
+def constants_for(entry: Entry, folder: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    """Every constant of a graph by fqn, as the manifest says it lies: by the rule, or shipped.
+
+    Raises:
+        MissingConstant: the artifact lacks one that should have come with it.
+    """
+    shipped = dict(shipped_tensors(entry, folder, device))
+    found = {}
+    for constant in entry.constants:
+        tensor = torch.empty_strided(
+            constant.shape, constant.stride, dtype=dtype_of(constant.dtype), device=device
+        )
+        if constant.origin.file:
+            tensor.copy_(brought(constant, shipped))
+        elif constant.origin.transform == INT4 and device.type == "cpu":
+            pack(tensor, constant.fqn)
+        else:
+            write(tensor, constant.fqn)
+        found[constant.fqn] = tensor
+    return found
+
+
+def brought(constant: Constant, shipped: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A constant that came with the artifact.
+
+    Raises:
+        MissingConstant: it did not, or has another shape.
+    """
+    tensor = shipped.get(constant.fqn)
+    if tensor is None or tensor.shape != constant.shape:
+        raise MissingConstant(
+            f"{constant.origin.file} of the artifact has no {constant.fqn} of shape "
+            f"{list(constant.shape)}",
+            hint="its publisher must compile it again",
+        )
+    return tensor
+
+
+def pack(tensor: torch.Tensor, name: str) -> None:
+    """Write four-bit weights (out, in / 2) as this CPU's kernel reads them: each has its own order.
+
+    On every CPU the same weights: some rows of the rule's, again and again, since packing is slow.
+    """
+    rows, half = tensor.shape
+    weight = made(name, (min(rows, ROWS), 2 * half), torch.float32)
+    packed = make(INT4, weight)
+    for row in range(0, rows, ROWS):
+        part = tensor[row : row + ROWS]
+        part.copy_(packed if len(part) == len(weight) else make(INT4, weight[: len(part)]))
+
+
+def memory_of(entry: Entry, sizes: Mapping[str, int]) -> int:
+    """Bytes that `answer` takes at these dims on top of a process that has torch.
+
+    Counted are constants, inputs and outputs. Added is an allowance: the largest constant once
+    more, as a BLAS may pack it, LIVE times the inputs and outputs for what is computed in between,
+    and SCRATCH.
+    """
+    tensors = [
+        *((item.shape, item.dtype) for item in entry.inputs),
+        *((item.shape, item.dtype) for item in entry.outputs.tensors),
+    ]
+    moving = sum(math.prod(shape_at(entry, shape, sizes)) * width(d) for shape, d in tensors)
+    constants = [math.prod(c.shape) * width(c.dtype) for c in entry.constants]
+    return sum(constants) + max(constants, default=0) + (1 + LIVE) * moving + SCRATCH
+
+
+def width(dtype: str) -> int:
+    """Bytes of one number."""
+    return dtype_of(dtype).itemsize
+
+
+def answer(graph: Graph, folder: Path) -> dict[str, torch.Tensor]:
+    """What an open graph of the artifact in `folder` says to the rule's constants and inputs.
+
+    The graph stays bound to these constants.
+
+    Raises:
+        MissingConstant, BadInput, OutOfBounds: as for any call; a manifest that is wrong.
+    """
+    if graph.entry.constants:
+        graph.bind(constants_for(graph.entry, folder, graph.device))
+    return replies(graph)
+
+
+def replies(graph: Graph) -> dict[str, torch.Tensor]:
+    """A bound graph's mutated inputs afterwards and its outputs, on the CPU, by their names.
+
+    Dims are the ones that its manifest has for this, else the smallest.
+    """
+    entry = graph.entry
+    inputs = [tensor.to(graph.device) for tensor in inputs_for(entry, dims_of(entry))]
+    outputs = graph(*inputs)
+    pairs = zip(entry.inputs, inputs, strict=True)
+    answers = [(item.name, tensor) for item, tensor in pairs if item.mutated]
+    # A graph that gives fewer than it should is not an error here: its answers are missing.
+    answers += zip((item.name for item in entry.outputs.tensors), outputs, strict=False)
+    named = {f"{entry.id}/{name}": plain(tensor) for name, tensor in answers}
+    if len(named) < len(answers):
+        raise BadInput(
+            f"graph {entry.id} has two answers of one name among {', '.join(named)}",
+            hint="its publisher must compile it again",
+        )
+    return named
+
+
+def dims_of(entry: Entry) -> dict[str, int]:
+    """The dims of a graph's golden answers."""
+    return smallest(entry) | (entry.golden.dims if entry.golden else {})
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU; complex numbers as pairs."""
+    tensor = tensor.detach().cpu()
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def golden_of(entry: Entry, answers: Mapping[str, torch.Tensor]) -> Golden:
+    """What the manifest says of a graph's answers."""
+    dims = dims_of(entry)
+    return Golden(dims=dims, tolerances=tolerances(entry, answers), memory=memory_of(entry, dims))
+
+
+def tolerances(entry: Entry, answers: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """How far each answer may be off; whole numbers not at all.
+
+    A float32 answer may come from bfloat16 constants, so the coarsest dtype of the graph counts.
+    """
+    dtypes = {item.dtype for item in entry.inputs} | {item.dtype for item in entry.constants}
+    dtypes |= {item.dtype for item in entry.outputs.tensors}
+    coarsest = max((TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+    return {
+        name: coarsest if tensor.is_floating_point() else 0.0 for name, tensor in answers.items()
+    }
+
+
+def kept(answers: Mapping[str, torch.Tensor], budget: int = LARGEST) -> dict[str, torch.Tensor]:
+    """All answers of an artifact, the largest of them sampled, so that their file has its size."""
+    room = budget - sum(HEADER + len(name.encode()) for name in ("", *answers))
+    found = {}
+    for at, name in enumerate(sorted(answers, key=lambda name: answers[name].nbytes)):
+        share = room // (len(answers) - at)
+        limit = max(1, share // answers[name].itemsize)
+        found[name] = sampled(answers[name], limit).contiguous()
+        room -= found[name].nbytes
+    return {name: found[name] for name in answers}
+
+
+def sampled(tensor: torch.Tensor, limit: int) -> torch.Tensor:
+    """The tensor, or `limit` of its elements, from the first to the last, evenly spread."""
+    if tensor.numel() <= limit:
+        return tensor
+    places = torch.arange(limit) * (tensor.numel() - 1) // max(limit - 1, 1)
+    return tensor.flatten()[places]
+
+
+def expected(entry: Entry, folder: Path) -> dict[str, torch.Tensor]:
+    """The golden answers of a graph that came with the artifact in `folder`.
+
+    Raises:
+        MissingConstant: the artifact has none, or a damaged file of them.
+    """
+    try:
+        with safe_open(folder / GOLDEN, framework="pt") as opened:
+            names = [name for name in opened.keys() if name.startswith(f"{entry.id}/")]  # noqa: SIM118
+            return {name: opened.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as why:
+        hint = "its publisher must compile it again"
+        raise MissingConstant(f"{GOLDEN} of the artifact: {why}", hint=hint) from why
+
+
+def differences(
+    found: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    allowed: Mapping[str, float],
+) -> list[str]:
+    """Why answers are not the golden ones, in words; nothing where they are."""
+    if not expected:
+        return ["there is no golden answer"]
+    told = [
+        difference(name, found.get(name), theirs, allowed.get(name, 0.0))
+        for name, theirs in expected.items()
+    ]
+    return [reason for reason in told if reason]
+
+
+def difference(
+    name: str, found: torch.Tensor | None, theirs: torch.Tensor, allowed: float
+) -> str | None:
+    """Why an answer is not the golden one, which may be a sample."""
+    if found is None:
+        return f"{name} is missing"
+    ours = sampled(found, theirs.numel())
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        return f"{name} is {kind(found)}; expected is {kind(theirs)}"
+    relative = apart(ours, theirs)
+    if relative <= allowed:
+        return None
+    return f"{name} is off by {relative:.1e} of its largest value; {allowed:.0e} is allowed"
+
+
+def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference, as a part of their largest value; infinite where one is nan."""
+    ours, theirs = ours.double(), theirs.double()
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    difference = torch.where(same, 0.0, ours - theirs).abs().nan_to_num(nan=float("inf"))
+    finite = theirs[theirs.isfinite()].abs()
+    largest = finite.max().item() if finite.numel() else 0.0
+    return (difference.max().item() if difference.numel() else 0.0) / (largest or 1.0)
+
+
+def kind(tensor: torch.Tensor) -> str:
+    """A tensor's dtype and shape in words."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
