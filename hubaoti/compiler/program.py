@@ -1,30 +1,31 @@
 """The program of a model: what it computes, whatever its weights.
 
-Two fine-tunes have one program, so the config is normalized: what only names, labels, trains or
-versions a model is left out. The code that computes is taken in by its digest.
+Two fine-tunes have one program, so the config is normalized: a key counts where the code that
+computes reads it, and where it is no name, label, version or knob of training. Measured over the
+788 configs of transformers 5.22: what they name and do not count is read by no code that computes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
+import math
 import re
-import sys
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
+from hubaoti.canonical import SAFE, digest_of
+from hubaoti.compiler.modelcode import Code, code_of, is_loose
+from hubaoti.compiler.structure import Listing
 from hubaoti.manifest import Program
 
-# Keys that change no number of a forward pass in eval mode.
+# Names, labels, and what is done while training; dtype and attention stand in the build.
 NAMES = {
     "_name_or_path",
     "_commit_hash",
     "name_or_path",
     "architectures",
     "auto_map",
-    "model_name",
     "transformers_version",
     "finetuning_task",
     "task_specific_params",
@@ -36,86 +37,177 @@ NAMES = {
     "dtype",
     "torch_dtype",
     "gradient_checkpointing",
-    "use_cache",
-    "return_dict",
-    "output_attentions",
-    "output_hidden_states",
-    "chunk_size_feed_forward",
     "initializer_range",
     "initializer_factor",
     "_attn_implementation_autoset",
     "attn_implementation",
+    "generation_config",
+    "warnings_issued",
 }
-# Packages that are no part of a model's own code; torch's version stands in the target.
-OUTSIDE = {"torch", "builtins", "typing", "hubaoti"}
-GENERAL = {"modeling_utils", "peft", "hub", "distributed", "distributed_mixin", "generation"}
-TRAINING = re.compile(r"drop|_loss|_token_ids?\Z")
+# What comes out beside the answer. The tasks decide it themselves, so it counts only without one.
+OUTPUTS = {
+    "use_cache",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+}
+# What counts though it is read where models are made, not where they compute.
+ALWAYS = {"model_type", "tie_word_embeddings", "quantization_config", "per_layer_config"}
+DROPS = re.compile(r"drop|pdrop")
+LOSSES = re.compile(r"(\A|_)loss_(coef|coefficient|weight)\Z")
 
 
 def program_of(model: nn.Module, config: Any, task: str, steps: tuple[str, ...]) -> Program:
     """The program of a transformers model that does a task, followed by steps."""
-    classes = classes_of(model)
-    plain = normalized(config.to_dict())
-    if task == "classify":
-        plain["num_labels"] = config.num_labels
-    if reads_pad_token(classes):
-        plain["pad_token_id"] = getattr(config, "pad_token_id", None)
-    code = digest_of_sources(source_files(classes))
-    return Program(config=plain, code=code, task=task, steps=steps)  # type: ignore[arg-type]
+    code = code_of(model, config_classes(config))
+    plain = Normal(code, task).whole(config)
+    return Program(config=plain, code=digest_of_code(code, model), task=task, steps=steps)  # type: ignore[arg-type]
 
 
-def normalized(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without names, labels, token ids, versions and knobs of training, at any depth."""
-    kept = {}
-    for key, value in config.items():
-        if key in NAMES or TRAINING.search(key) or value is None:
-            continue
-        kept[key] = plain_value(value)
-    return kept
+def program_of_module(module: nn.Module, task: str = "forward") -> Program:
+    """The program of any module, as it stands: patched, fused or adapted.
 
-
-def plain_value(value: Any) -> Any:
-    """A config value as canonical JSON can have it."""
-    if isinstance(value, dict):
-        return normalized({str(key): item for key, item in value.items()})
-    if isinstance(value, (list, tuple)):
-        return [plain_value(item) for item in value]
-    if isinstance(value, (bool, int, float, str)) or value is None:
-        return value
-    return str(value)
-
-
-def classes_of(model: nn.Module) -> set[type]:
-    """The classes that compute a model: its modules' and their bases, torch's left out."""
-    classes = {base for module in model.modules() for base in type(module).__mro__}
-    return {cls for cls in classes if cls.__module__.split(".")[0] not in OUTSIDE and computes(cls)}
-
-
-def computes(cls: type) -> bool:
-    """Not what every transformers model inherits: loading, saving, generating."""
-    return not {*cls.__module__.split(".")} & GENERAL
-
-
-def source_files(classes: set[type]) -> list[Path]:
-    """The Python files that define classes."""
-    sources = {inspect.getsourcefile(sys.modules[cls.__module__]) for cls in classes}
-    return sorted(Path(source) for source in sources if source)
-
-
-def digest_of_sources(files: list[Path]) -> str:
-    """One sha256 over the files' names and bytes."""
-    digest = hashlib.sha256()
-    for file in sorted(files, key=lambda file: file.name):
-        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
-
-
-def reads_pad_token(classes: set[type]) -> bool:
-    """Whether a model computes with the padding id (positions of RoBERTa, last token of GPT-2).
-
-    An `nn.Embedding` only keeps that row from being trained, and its keeping is often named first.
-    The classes are read, not their files, in which other models' heads stand, too.
+    Its config is that of transformers or diffusers, where it has one, and always a digest of its
+    structure: classes, attributes, shapes and dtypes, and code that no file tells of. What is
+    trained does not count. Code without a file is known by its bytecode, which is one Python's.
     """
-    text = "".join(inspect.getsource(cls) for cls in classes)
-    text = re.sub(r"nn\.Embedding\([^()]*\)|self\.padding_idx = config\.pad_token_id", "", text)
-    return re.search(r"pad_token_id|self\.padding_idx", text) is not None
+    config = getattr(module, "config", None)
+    configs = {cls for part in module.modules() for cls in config_classes(vars(part).get("config"))}
+    code = code_of(module, configs)
+    normal = Normal(code, task)
+    listing = Listing(module, normal.has_attribute, normal.config_of_part)
+    structure = digest_of(listing.parts())
+    plain = {"class": type(module).__qualname__, "structure": structure}
+    return Program(
+        config=normal.whole(config) | plain,
+        code=code_of(module, configs, listing.modules).digest,
+        task=task,  # type: ignore[arg-type]
+    )
+
+
+class Normal:
+    """What of a config counts for a program, given the code that computes and the task."""
+
+    def __init__(self, code: Code, task: str) -> None:
+        self.code = code
+        self.left_out = NAMES if task == "forward" else NAMES | OUTPUTS
+        self.other_names: dict[str, set[str]] = {"pad_token_id": {"padding_idx"}}
+
+    def whole(self, config: Any) -> dict[str, Any]:
+        """A config of transformers or diffusers; nothing of any other kind."""
+        if not is_transformers(config):
+            return self.diffusers(config) if is_diffusers(config) else {}
+        for each in configs_in(config):
+            for alias, name in each.attribute_map.items():
+                self.other_names.setdefault(name, set()).add(alias)
+        plain = self.normalized(config.to_dict())
+        if self.code.reads("num_labels", "id2label"):
+            plain["num_labels"] = config.num_labels
+        return plain
+
+    def normalized(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys that count, in this config and in those within it."""
+        return {
+            key: self.plain(value)
+            for key, value in config.items()
+            if self.has(key, value) and (is_config(value) or self.is_read(key))
+        }
+
+    def diffusers(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A diffusers config: what its class was made with, read or not."""
+        kept = {key: value for key, value in config.items() if not key.startswith("_")}
+        return {key: self.plain(value) for key, value in kept.items() if self.has(key, value)}
+
+    def has(self, key: str, value: Any) -> bool:
+        """Whether a key may count, by its name and value."""
+        if value is None or key in self.left_out or LOSSES.search(key):
+            return False
+        return not is_probability(key, value) or self.code.scales_by(key)
+
+    def is_read(self, key: str) -> bool:
+        """Whether the code that computes reads a key, by any of its names."""
+        return key in ALWAYS | OUTPUTS or self.code.reads(key, *self.other_names.get(key, ()))
+
+    def plain(self, value: Any) -> Any:
+        """A config value as canonical JSON can have it."""
+        if is_config(value):
+            return self.normalized(value)
+        if isinstance(value, Mapping):
+            items = {str(key): item for key, item in value.items()}
+            return {key: self.plain(item) for key, item in items.items() if item is not None}
+        if isinstance(value, (list, tuple)):
+            return [self.plain(item) for item in value]
+        return value if is_json(value) else str(value)
+
+    def has_attribute(self, name: str, value: Any) -> bool:
+        """Whether an attribute of a module may count.
+
+        Token ids, and what is private, only where the code reads them: libraries keep plans of
+        loading and sharding there. Empty ones count, for code may ask whether they are.
+        """
+        if name == "padding_idx":
+            return self.is_read("pad_token_id")
+        if name.startswith("_") or name.endswith(("token_id", "token_ids")):
+            return self.is_read(name)
+        return value is None or self.has(name, value)
+
+    def config_of_part(self, value: Any) -> Any:
+        """The config that a part of a module holds, normalized; not of anything else."""
+        known = is_transformers(value) or is_diffusers(value)
+        return self.whole(value) if known else NotImplemented
+
+
+def digest_of_code(code: Code, model: nn.Module) -> str:
+    """The digest of a model's code, with that of its classes that no file tells of."""
+    loose = sorted((cls for cls in code.classes if is_loose(cls)), key=lambda cls: cls.__qualname__)
+    if not loose:
+        return code.digest
+    listing = Listing(model)
+    return digest_of([code.digest, [listing.kind(cls) for cls in loose]])
+
+
+def is_transformers(config: Any) -> bool:
+    """Whether a value is a config of transformers, or of code for it."""
+    return callable(getattr(config, "to_dict", None)) and hasattr(config, "attribute_map")
+
+
+def is_diffusers(config: Any) -> bool:
+    """Whether a value is a config of diffusers."""
+    marks = {"_class_name", "_use_default_values"}
+    return isinstance(config, Mapping) and not marks.isdisjoint(config)
+
+
+def is_config(value: Any) -> bool:
+    """Whether a value of a config is itself a config, and no row of parameters."""
+    return isinstance(value, Mapping) and "model_type" in value
+
+
+def configs_in(config: Any) -> Iterator[Any]:
+    """A transformers config and those within it."""
+    if is_transformers(config):
+        yield config
+        for value in vars(config).values():
+            yield from configs_in(value)
+
+
+def config_classes(config: Any) -> set[type]:
+    """The classes of a config and of those within it."""
+    return {type(each) for each in configs_in(config)}
+
+
+def is_probability(key: str, value: Any) -> bool:
+    """A rate of dropout: a number, or one a layer, below a name that says so; never a choice."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(is_probability(key, item) for item in value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 <= value <= 1 and DROPS.search(key) is not None
+
+
+def is_json(value: Any) -> bool:
+    """Whether canonical JSON has this value."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= SAFE
+    return isinstance(value, (bool, str))

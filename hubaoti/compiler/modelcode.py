@@ -1,0 +1,249 @@
+"""The code of a model: the files that compute it, their digest, and the names that they read.
+
+Files are known by their names and bytes, so the digest is the same wherever packages lie. What has
+no file of its own, a class of a notebook or of the script that runs, is left to `structure`.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import re
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+
+from torch import nn
+
+from hubaoti.compiler.words import (
+    has_forward,
+    parsed,
+    reads_by_computed_name,
+    words_in,
+    words_of,
+)
+
+# Packages that are no part of a model's own code; torch's version stands in the target.
+OUTSIDE = {"torch", "builtins", "typing", "hubaoti", *sys.stdlib_module_names} - {"__main__"}
+REMOTE = "transformers_modules"  # where transformers puts the code that models bring
+# Of large libraries, what computes: the rest loads, saves, generates, and changes by the week.
+COMPUTES = {
+    "transformers": re.compile(
+        r"models\.(?!auto\b|.*\.(generation|tokenization|processing|image_processing)_).+"
+        r"|activations|(masking|pytorch|time_series|vision)_utils|modeling_(layers|rope_utils)"
+        r"|integrations\.(moe|sdpa_attention)"
+    ),
+    "diffusers": re.compile(
+        r"models\.(?!auto_model|cache_utils|model_loading|modeling_(utils|outputs)|_modeling).+"
+    ),
+}
+BY_NAME = ("transformers.integrations.sdpa_attention",)  # chosen by a word, imported by nobody
+ROPE = "transformers.modeling_rope_utils"  # reads `head_dim` by a name that is an argument
+
+
+@dataclass(frozen=True)
+class Code:
+    """The classes of a model and its config, and all modules that compute it."""
+
+    classes: frozenset[type]
+    configs: frozenset[type]
+    modules: tuple[ModuleType, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """One sha256 over the classes' names, and over the files' names and bytes."""
+        classes = {f"{neutral(cls.__module__)}.{cls.__qualname__}" for cls in self.classes}
+        return digest_of_sources(
+            [(neutral(each.__name__), file) for each in self.modules if (file := file_of(each))],
+            sorted(classes),
+        )
+
+    @cached_property
+    def words(self) -> frozenset[str] | None:
+        """What the code reads, attributes and strings; None where it cannot be told."""
+        found = {word for cls in self.classes if is_loose(cls) for word in words_of(cls)}
+        for module in self.modules:
+            text = text_of(module)
+            if text is None and file_of(module) is not None:
+                return None
+            computing, describing = self.parts(module, text or "")
+            if module.__name__ != ROPE and any(map(reads_by_computed_name, computing)):
+                return None
+            found = found.union(*map(words_in, [*computing, *describing]))
+            for value in list(vars(module).values()) if text is None else ():
+                found |= words_of(value) if of_module(value, module) else set()
+        return frozenset(found)
+
+    def parts(self, module: ModuleType, text: str) -> tuple[list[ast.stmt], list[ast.stmt]]:
+        """The statements of a module that compute, and the methods of the model's config.
+
+        Other models that happen to share the file are left out.
+        """
+        named = {cls.__qualname__ for cls in self.configs if cls.__module__ == module.__name__}
+        computing: list[ast.stmt] = []
+        describing: list[ast.stmt] = []
+        for node in parsed(text).body:
+            cls = vars(module).get(node.name) if isinstance(node, ast.ClassDef) else None
+            if isinstance(node, ast.ClassDef) and node.name in named:
+                describing += [each for each in node.body if isinstance(each, ast.FunctionDef)]
+            elif cls in self.classes or not (is_module_class(cls) or has_forward(node)):
+                computing.append(node)
+        return computing, describing
+
+    def reads(self, name: str, *aliases: str) -> bool:
+        """Whether the code may read an attribute or key by one of these names."""
+        return self.words is None or not self.words.isdisjoint({name, *aliases})
+
+    def scales_by(self, name: str) -> bool:
+        """Whether the code multiplies by what a probability leaves, as some do without training."""
+        rest = re.compile(rf"\b1(\.0)? - (\w+\.)*{re.escape(name)}\b")
+        return any(rest.search(text_of(module) or "") for module in self.modules)
+
+
+def code_of(model: nn.Module, configs: Iterable[type] = (), further: Iterable[str] = ()) -> Code:
+    """The code of a model, of its config's classes, and of modules that are named besides."""
+    classes = classes_of(model)
+    described = {base for config in configs for base in config.__mro__ if computes(base)}
+    start = {cls.__module__ for cls in {*classes, *described}} | {*further}
+    if any(name.split(".")[0] in {"transformers", REMOTE} for name in start):
+        start |= {*BY_NAME}
+    modules = [sys.modules[name] for name in sorted(behind(start)) if name in sys.modules]
+    return Code(frozenset(classes), frozenset(described), tuple(modules))
+
+
+def classes_of(model: nn.Module) -> set[type]:
+    """The classes that compute a model: its modules' and their bases, torch's left out."""
+    return {
+        base
+        for module in model.modules()
+        for base in type(module).__mro__
+        if computes(base) or (is_loose(base) and issubclass(base, nn.Module))
+    }
+
+
+def computes(cls: type) -> bool:
+    """Neither torch nor what every model of a library inherits: loading, saving, generating."""
+    return followed(cls.__module__)
+
+
+def followed(name: str) -> bool:
+    """Whether a module belongs to a model's code, by its name."""
+    package, _, rest = name.partition(".")
+    if package in OUTSIDE:
+        return False
+    return package not in COMPUTES or COMPUTES[package].fullmatch(rest) is not None
+
+
+def behind(start: Iterable[str]) -> set[str]:
+    """Modules by name, and all those whose functions, classes and constants they import.
+
+    Of other packages only those that are not installed: the folder of a project.
+    """
+    seen: set[str] = set()
+    waiting = [name for name in start if followed(name)]
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        module = sys.modules.get(name)
+        if module is None or name == "__main__":
+            continue
+        waiting += [each for each in imported(module) if followed(each) and near(each, name)]
+    return seen
+
+
+def near(name: str, importer: str) -> bool:
+    """Whether a module is of the importer's package, or of a folder that is not installed."""
+    if name.split(".")[0] == importer.split(".")[0]:
+        return True
+    file = file_of(sys.modules.get(name))
+    installed = {"site-packages", "dist-packages"}
+    stdlib = sysconfig.get_path("stdlib")
+    return file is not None and not {*file.parts} & installed and not f"{file}".startswith(stdlib)
+
+
+def imported(module: ModuleType) -> Iterator[str]:
+    """The names of the modules from which a module imports, where they are defined."""
+    text = text_of(module)
+    for node in statements(parsed(text).body) if text else ():
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            base = from_where(module, node)
+            for alias in node.names:
+                value = vars(module).get(alias.asname or alias.name)
+                defined = getattr(value, "__module__", None)
+                yield value.__name__ if isinstance(value, ModuleType) else base
+                yield defined if isinstance(defined, str) else base
+
+
+def from_where(module: ModuleType, node: ast.ImportFrom) -> str:
+    """The absolute name of what `from … import` names."""
+    package = (module.__package__ or "").split(".")
+    parts = package[: len(package) + 1 - node.level] if node.level else []
+    return ".".join([*parts, *([node.module] if node.module else [])])
+
+
+def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """What runs when a module is imported, `if TYPE_CHECKING` left out."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.Try):
+            yield from statements([*node.body, *node.orelse])
+            yield from statements([each for handler in node.handlers for each in handler.body])
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.dump(node.test):
+            yield from statements([*node.body, *node.orelse])
+
+
+def digest_of_sources(files: Iterable[tuple[str, Path]], names: Iterable[str] = ()) -> str:
+    """One sha256 over names, and over files by their modules' names and their bytes."""
+    lines = {f"{name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}" for name, file in files}
+    return hashlib.sha256("\n".join([*names, *sorted(lines)]).encode()).hexdigest()
+
+
+def neutral(name: str) -> str:
+    """A module's name; of code that a model brings without its folder, a repo and a commit."""
+    return name.rpartition(".")[2] if name.startswith(f"{REMOTE}.") else name
+
+
+def file_of(module: ModuleType | None) -> Path | None:
+    """The file of a module; None for the script that runs, and where there is none."""
+    file = getattr(module, "__file__", None)
+    if file is None or module is None or module.__name__ == "__main__":
+        return None
+    return Path(file) if Path(file).is_file() else None
+
+
+def text_of(module: ModuleType) -> str | None:
+    """The source of a module, where it has one."""
+    file = file_of(module)
+    return None if file is None or file.suffix != ".py" else file.read_text(encoding="utf-8")
+
+
+def is_loose(cls: type) -> bool:
+    """Whether a class is not what its module's file says: made in a function or in a notebook."""
+    if cls.__module__.split(".")[0] in OUTSIDE:
+        return is_generated(vars(cls).get("forward"))  # torch.fx writes classes
+    return "<locals>" in cls.__qualname__ or file_of(sys.modules.get(cls.__module__)) is None
+
+
+def is_generated(function: object) -> bool:
+    """Whether a function was written by `exec`, so that no file has it."""
+    file = getattr(getattr(function, "__code__", None), "co_filename", "")
+    return file.startswith("<") and not file.startswith("<frozen")
+
+
+def is_module_class(value: object) -> bool:
+    """Whether a value is a class of modules."""
+    return inspect.isclass(value) and issubclass(value, nn.Module)
+
+
+def of_module(value: object, module: ModuleType) -> bool:
+    """Whether a function or class was defined in a module."""
+    return getattr(value, "__module__", None) == module.__name__

@@ -1,0 +1,100 @@
+"""The names that code reads: attributes and strings, from its source or from its bytecode."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from functools import lru_cache
+from types import CodeType, FunctionType
+from typing import Any
+
+KEEPING = {f"self.padding_idx = {whose}config.pad_token_id" for whose in ("", "self.")}
+UNTRAINED = {"_init_weights", "init_weights", "reset_parameters"}  # weights are replaced
+
+
+@lru_cache(maxsize=64)
+def parsed(text: str) -> ast.Module:
+    """The syntax tree of a source; kept, because models of one kind share files."""
+    return ast.parse(text)
+
+
+@lru_cache(maxsize=4096)
+def words_in(node: ast.AST) -> frozenset[str]:
+    """Attributes that are read and strings, except where weights are made."""
+    found: set[str] = set()
+    waiting = [node]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, ast.FunctionDef) and each.name in UNTRAINED:
+            continue
+        if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Load):
+            found.add(each.attr)
+        elif isinstance(each, ast.Constant) and isinstance(each.value, str):
+            found.add(each.value)
+        waiting += that_compute(each)
+    return frozenset(found)
+
+
+def words_of(value: object) -> set[str]:
+    """What a function or class without a source reads, as its bytecode names it."""
+    if isinstance(value, CodeType):
+        inner = [words_of(item) for item in value.co_consts if isinstance(item, CodeType)]
+        texts = {item for item in value.co_consts if isinstance(item, str)}
+        return {*value.co_names, *texts}.union(*inner)
+    if isinstance(value, type):
+        return set[str]().union(*(words_of(bare(item)) for item in vars(value).values()))
+    return words_of(getattr(value, "__code__", None)) if isinstance(value, FunctionType) else set()
+
+
+def bare(value: Any) -> Any:
+    """The function behind a property, a class method or a static one."""
+    if isinstance(value, property):
+        return value.fget
+    return value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+
+
+def that_compute(node: ast.AST) -> Iterable[ast.AST]:
+    """The parts of a node, without the padding id of an `nn.Embedding`, and its keeping.
+
+    Such an embedding only keeps that row from being trained.
+    """
+    if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "Embedding":
+        return [*node.args[:2], *(each for each in node.keywords if each.arg != "padding_idx")]
+    kept = isinstance(node, ast.Assign) and getattr(node.value, "attr", "") == "pad_token_id"
+    if kept and ast.unparse(node) in KEEPING:
+        return []
+    return ast.iter_child_nodes(node)
+
+
+@lru_cache(maxsize=4096)
+def reads_by_computed_name(node: ast.AST) -> bool:
+    """Whether a config is read as a whole, or by a name that is put together."""
+    return any(
+        of_config(each.value)
+        if isinstance(each, ast.Attribute) and each.attr in {"to_dict", "__dict__"}
+        else isinstance(each, ast.Call) and by_computed_name(each)
+        for each in ast.walk(node)
+    )
+
+
+def by_computed_name(call: ast.Call) -> bool:
+    """Whether a call is `getattr(config, name)`, `vars(config)` or has `**config`."""
+    if any(each.arg is None and of_config(each.value) for each in call.keywords):
+        return True
+    name = call.func.id if isinstance(call.func, ast.Name) else ""
+    if name not in {"getattr", "hasattr", "vars"} or not call.args or not of_config(call.args[0]):
+        return False
+    return name == "vars" or not isinstance(call.args[1], ast.Constant)
+
+
+def of_config(node: ast.expr) -> bool:
+    """Whether an expression is somebody's config."""
+    text = ast.unparse(node).lower()
+    return text.endswith("config") and not text.endswith("generation_config")
+
+
+def has_forward(node: ast.stmt) -> bool:
+    """Whether a statement is a class that is mixed into modules."""
+    if not isinstance(node, ast.ClassDef):
+        return False
+    return any(isinstance(each, ast.FunctionDef) and each.name == "forward" for each in node.body)
