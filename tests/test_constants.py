@@ -9,8 +9,16 @@ import torch
 import transformers
 from torch import nn
 
-from hubaoti.compiler.constants import BUFFERS, checkpoint_origin, describe, tensors_of, tied
+from hubaoti.compiler.constants import (
+    BUFFERS,
+    Place,
+    checkpoint_origin,
+    describe,
+    tensors_of,
+    tied,
+)
 from hubaoti.errors import CompileFailed
+from hubaoti.manifest import Origin
 
 TINY: dict[str, Any] = {
     "vocab_size": 50,
@@ -46,7 +54,7 @@ def test_saved_tensors_come_from_the_checkpoint_and_the_others_are_shipped() -> 
     module = Small()
     program = traced(module, torch.ones(2, 3))
     loose = [*program.constants][0]
-    listed, shipped = describe(["weight", "saved", "table", loose], module, program)
+    listed, shipped = describe(["weight", "saved", "table", loose], Place(module, ""), program)
     origins = {constant.fqn: constant.origin for constant in listed}
     assert origins["weight"].checkpoint == ("weight",)
     assert origins["saved"].checkpoint == ("saved",)
@@ -58,7 +66,7 @@ def test_saved_tensors_come_from_the_checkpoint_and_the_others_are_shipped() -> 
 
 def test_a_constant_has_the_dtype_shape_and_stride_that_the_graph_reads() -> None:
     module = Small().to(torch.float64)
-    listed, _ = describe(["weight"], module, traced(module, torch.ones(2, 3).double()))
+    listed, _ = describe(["weight"], Place(module, ""), traced(module, torch.ones(2, 3).double()))
     (weight,) = listed
     assert (weight.dtype, weight.shape, weight.stride) == ("float64", (4, 3), (3, 1))
 
@@ -66,7 +74,50 @@ def test_a_constant_has_the_dtype_shape_and_stride_that_the_graph_reads() -> Non
 def test_a_tensor_that_nobody_has_fails_the_compile() -> None:
     module = Small()
     with pytest.raises(CompileFailed, match="reads ghost"):
-        describe(["ghost"], module, traced(module, torch.ones(2, 3)))
+        describe(["ghost"], Place(module, ""), traced(module, torch.ones(2, 3)))
+
+
+def test_a_region_s_constants_are_those_of_the_module_that_it_serves() -> None:
+    model = nn.ModuleDict({"first": Small(), "second": Small()})
+    program = traced(model["first"], torch.ones(2, 3))
+    loose = [*program.constants][0]
+    place = Place(model, "first", "buffers/first.safetensors")
+    listed, shipped = describe(["weight", "saved", "table", loose], place, program)
+    origins = {constant.fqn: constant.origin for constant in listed}
+    assert origins["weight"] == Origin(checkpoint=("weight",), module="weight")
+    assert origins["saved"] == Origin(checkpoint=("saved",), file=place.file, module="saved")
+    assert origins["table"] == Origin(file=place.file, module="table")
+    assert origins[loose] == Origin(file=place.file)
+    assert {c.fqn: c.shared_by_all_modules for c in listed} == {
+        "weight": False,
+        "saved": False,
+        "table": False,
+        loose: True,
+    }
+    assert shipped.keys() == {"saved", "table", loose}
+    assert torch.equal(shipped["table"], model["first"].table)  # type: ignore[arg-type]
+
+
+def test_a_layer_s_names_in_a_checkpoint_are_relative_to_the_layer() -> None:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
+    path = "model.layers.0"
+    place = Place(model, path)
+    names = [*tensors_of(place.module)]
+    listed, shipped = describe(names, place, traced(Small(), torch.ones(2, 3)))
+    saved = model.state_dict().keys()
+    assert listed and not shipped
+    for constant in listed:
+        assert constant.origin == Origin(checkpoint=(constant.fqn,), module=constant.fqn)
+        assert f"{path}.{constant.fqn}" in saved
+
+
+def test_what_is_shipped_is_a_copy() -> None:
+    module = Small()
+    _, shipped = describe(["table"], Place(module, ""), traced(module, torch.ones(2, 3)))
+    before = shipped["table"].clone()
+    module.table.zero_()  # type: ignore[operator,union-attr]
+    assert torch.equal(shipped["table"], before)
+    assert shipped["table"].is_contiguous()
 
 
 def test_a_checkpoint_is_searched_with_and_without_the_head_s_prefix() -> None:

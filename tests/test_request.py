@@ -6,17 +6,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hubaoti.compiler.request import DIMS, DTYPES, TASKS, Range, Request, parse_dims, ranges
+from hubaoti.compiler.request import (
+    DTYPES,
+    TASKS,
+    Range,
+    Request,
+    parse_buckets,
+    parse_dims,
+    ranges,
+)
 from hubaoti.errors import BadDim, BadRequest, UnknownTask
 
-names = st.from_regex(r"[a-z_]+", fullmatch=True)
+names = st.from_regex(r"[a-z][a-z0-9_]*", fullmatch=True)
 sizes = st.integers(0, 10**9 - 1)
+steps = st.integers(1, 10**9 - 1)
+bounds_of = st.tuples(sizes, sizes) | st.tuples(sizes, sizes, steps)
 
 
-@given(st.dictionaries(names, st.tuples(sizes, sizes), max_size=4))
+@given(st.dictionaries(names, bounds_of, max_size=4))
 def test_parse_is_the_inverse_of_str(dims: dict[str, tuple[int, int]]) -> None:
     words = [f"{name}={Range(*bounds)}" for name, bounds in dims.items()]
     assert parse_dims(words) == ranges(dims) == ranges(words)
+
+
+@given(st.lists(st.dictionaries(names, bounds_of, min_size=1, max_size=3), max_size=3))
+def test_a_bucket_is_some_dims_between_commas(
+    buckets: list[dict[str, tuple[int, int]]],
+) -> None:
+    words = [",".join(f"{n}={Range(*b)}" for n, b in bucket.items()) for bucket in buckets]
+    assert parse_buckets(words) == tuple(ranges(bucket) for bucket in buckets)
 
 
 @given(st.text())
@@ -27,23 +45,29 @@ def test_any_other_text_is_a_bad_dim(text: str) -> None:
         assert error.hint
     else:
         name, _, bounds = text.partition("=")
-        assert name.replace("_", "a").isalpha()
+        assert name.replace("_", "a").isalnum() and name[0].isalpha()
         assert all(part.isdecimal() for part in bounds.split(":"))
 
 
-@pytest.mark.parametrize("text", ["", "seq", "seq=", "a=1", "a=1:", "a=-1:2", "=1:2", "a=1:2:3"])
+MALFORMED = ["", "seq", "seq=", "a=1", "a=1:", "a=-1:2", "=1:2", "1a=1:2", "a=1:2:", "a=1:2:3:4"]
+
+
+@pytest.mark.parametrize("text", MALFORMED)
 def test_a_malformed_dim_is_refused_with_an_example(text: str) -> None:
-    with pytest.raises(BadDim, match="malformed") as caught:
-        parse_dims([text])
-    assert "--dim" in caught.value.hint
+    for parse in (parse_dims, parse_buckets):
+        with pytest.raises(BadDim, match="malformed") as caught:
+            parse([text])
+        assert "--dim" in caught.value.hint
 
 
 def test_a_dim_is_given_once() -> None:
     with pytest.raises(BadDim, match="twice"):
         parse_dims(["seq=1:2", "seq=1:2"])
+    with pytest.raises(BadDim, match="twice"):
+        parse_buckets(["seq=1:2,seq=1:2"])
 
 
-@given(st.sampled_from(DIMS), st.integers(-5, 50), st.integers(-5, 50))
+@given(names, st.integers(-5, 50), st.integers(-5, 50))
 def test_a_dim_that_no_size_has_is_refused(name: str, low: int, high: int) -> None:
     if 1 <= low <= high:
         assert Request(dims={name: Range(low, high)}).dims[name] == Range(low, high)
@@ -52,10 +76,17 @@ def test_a_dim_that_no_size_has_is_refused(name: str, low: int, high: int) -> No
             Request(dims={name: Range(low, high)})
 
 
-def test_a_dim_that_no_model_has_is_refused_with_those_there_are() -> None:
-    with pytest.raises(BadDim, match="depth") as caught:
-        Request(dims={"depth": Range(1, 2)})
-    assert all(name in caught.value.hint for name in DIMS)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(-2, 16))
+def test_a_step_that_the_ends_are_no_multiples_of_is_refused(
+    low: int, high: int, step: int
+) -> None:
+    low, high = min(low, high), max(low, high)
+    if step > 0 and low % step == 0 and high % step == 0:
+        assert Request(dims={"seq": Range(low, high, step)}).dims["seq"].step == step
+    else:
+        with pytest.raises(BadDim, match=f"in steps of {step}") as caught:
+            Request(dims={"seq": Range(low, high, step)})
+        assert "--dim seq=8:4096:8" in caught.value.hint
 
 
 @pytest.mark.parametrize(
