@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hubaoti.compiler.request import Range
+from hubaoti.compiler.request import Range, check_dim
 from hubaoti.errors import BadDim
 
 Sizes = dict[str, int]
@@ -60,15 +60,33 @@ def shorter(dims: Bounds, name: str) -> Bounds:
 
 
 def of_dims(dims: Bounds, names: Iterable[str], bucket: Mapping[str, Range]) -> Bounds:
-    """The bounds of a graph's dims: the model's, or the bucket's where it has the dim."""
-    found = {}
-    for name in names:
-        if name == "filled":
-            low = (bucket.get("seq") or dims["seq"]).low
-            found[name] = Range(low, (bucket.get("cache") or dims["cache"]).high)
-        else:
-            found[name] = bucket.get(name) or dims[name]
-    return found
+    """The bounds of a graph's dims: the model's, or the bucket's where it has the dim.
+
+    A call fits into its cache, so that a cache of fewer places than a call brings has no graph.
+
+    Raises:
+        BadDim: no call fits into a bucket's cache.
+    """
+    found = {name: sizes for name, sizes in dims.items() if name not in bucket}
+    for name, sizes in bucket.items():
+        found[name] = Range(sizes.low, sizes.high, dims[name].step)
+    if "cache" in found:
+        seq, cache = found["seq"], found["cache"]
+        found["seq"] = Range(seq.low, upto(cache.high, seq), seq.step)
+        found["cache"] = Range(stepped(max(seq.low, cache.low), cache), cache.high, cache.step)
+        found["filled"] = Range(seq.low, cache.high)
+        check_dim("seq", found["seq"])
+    return {name: found[name] for name in names}
+
+
+def upto(high: int, sizes: Range) -> int:
+    """The largest size of a dim that is no more than `high`."""
+    return min(sizes.high, high // sizes.step * sizes.step)
+
+
+def stepped(size: int, sizes: Range) -> int:
+    """The next size that keeps to the steps of a dim."""
+    return -(-size // sizes.step) * sizes.step
 
 
 def require_covered(dims: Bounds, buckets: Sequence[Mapping[str, Range]]) -> None:
@@ -100,6 +118,7 @@ def require_inside(dims: Bounds, name: str, sizes: Range) -> None:
             f"a bucket is over {name!r}, which the model does not have",
             hint=f"its dims are: {', '.join(dims)}",
         )
+    check_dim(name, Range(sizes.low, sizes.high, dims[name].step))
     if sizes.low < dims[name].low or sizes.high > dims[name].high:
         raise BadDim(
             f"the bucket {name}={sizes} is outside of the dim, {name}={dims[name]}",
@@ -143,7 +162,8 @@ def nested(sizes: Sizes, dims: Bounds) -> Sizes:
     fitting = dict(sizes)
     for inner, outer in itertools.pairwise(name for name in NESTED if name in sizes):
         if "filled" in sizes:
-            fitting[outer] = min(max(fitting[outer], fitting[inner]), dims[outer].high)
+            least = stepped(max(fitting[outer], fitting[inner]), dims[outer])
+            fitting[outer] = min(least, dims[outer].high)
     return fitting
 
 
