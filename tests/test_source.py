@@ -12,8 +12,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from hubaoti.compiler.request import Range
-from hubaoti.compiler.source import load, pool, task_of
+from hubaoti.compiler.request import Range, Request
+from hubaoti.compiler.source import load
+from hubaoti.compiler.tasks import pool, task_of
 from hubaoti.errors import (
     LINE,
     BadRequest,
@@ -71,7 +72,7 @@ def test_a_model_embeds_as_sentence_transformers_do(minilm: Path) -> None:
     texts = ["A cat sits on the sill.", "Interest rates were raised again by the bank."]
     theirs = SentenceTransformer(str(minilm), device="cpu")
     tokens = theirs.tokenizer(texts, padding=True, return_tensors="pt")
-    ours = load(minilm, None, None, CPU, weights=True)
+    ours = load(minilm, Request(), CPU, weights=True)
     with torch.no_grad():
         (found,) = ours.model(tokens["input_ids"], tokens["attention_mask"])
     expected = theirs.encode(texts, convert_to_tensor=True)
@@ -112,7 +113,7 @@ def test_the_steps_after_the_encoder_are_those_of_the_listing(tmp_path: Path) ->
     assert sentence_steps(folder) == ("mean", "normalize")
     model_of(folder / "Pooling", {"pooling_mode": ["cls", "max"]})
     assert sentence_steps(folder) == ("cls", "max", "normalize")
-    loaded = load(folder, None, None, CPU)
+    loaded = load(folder, Request(), CPU)
     assert loaded.program.steps == ("cls", "max", "normalize")
     with torch.no_grad():
         for parameter in loaded.model.parameters():
@@ -126,7 +127,7 @@ def test_the_steps_after_the_encoder_are_those_of_the_listing(tmp_path: Path) ->
 def test_an_end_that_a_graph_cannot_hold_is_refused(kinds: tuple[str, ...], tmp_path: Path) -> None:
     folder = model_of(tmp_path / "m", BERT, modules=modules(*kinds))
     with pytest.raises(UnknownTask) as caught:
-        load(folder, "embed", None, CPU)
+        load(folder, Request(task="embed"), CPU)
     assert caught.value.hint
 
 
@@ -154,16 +155,16 @@ def test_a_model_that_does_not_say_its_task_has_to_be_told(
 ) -> None:
     folder = model_of(tmp_path / "m", BERT | {"architectures": architectures})
     with pytest.raises(UnknownTask, match="does not say") as caught:
-        load(folder, None, None, CPU)
+        load(folder, Request(), CPU)
     assert "--task" in caught.value.hint
-    assert load(folder, "embed", None, CPU).program.task == "embed"
+    assert load(folder, Request(task="embed"), CPU).program.task == "embed"
 
 
 def test_a_masked_language_model_keeps_its_own_head(tmp_path: Path) -> None:
     folder = model_of(tmp_path / "m", BERT | {"architectures": ["BertForMaskedLM"]})
-    loaded = load(folder, None, None, CPU)
+    loaded = load(folder, Request(), CPU)
     assert type(loaded.model).__name__ == "BertForMaskedLM"
-    assert loaded.output == "logits"
+    assert loaded.outputs == ("logits",)
 
 
 VIT = {"model_type": "vit", "architectures": ["ViTModel"], "hidden_size": 8}
@@ -171,32 +172,48 @@ VIT = {"model_type": "vit", "architectures": ["ViTModel"], "hidden_size": 8}
 
 def test_a_model_of_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownTask, match="takes no text"):
-        load(model_of(tmp_path / "m", VIT), "embed", None, CPU)
+        load(model_of(tmp_path / "m", VIT), Request(task="embed"), CPU)
 
 
 def test_a_model_without_the_head_of_a_task_is_refused(tmp_path: Path) -> None:
     folder = model_of(tmp_path / "m", BERT | {"model_type": "clip_text_model"})
     with pytest.raises(UnknownTask, match="cannot do logits") as caught:
-        load(folder, "logits", None, CPU)
+        load(folder, Request(task="logits"), CPU)
     assert len(str(caught.value)) < LINE + 100
     assert "--task" in caught.value.hint
 
 
 def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="no config.json") as caught:
-        load(tmp_path, None, None, CPU)
+        load(tmp_path, Request(), CPU)
     assert caught.value.hint
 
 
-def test_code_that_a_model_brings_is_never_run(tmp_path: Path) -> None:
+@pytest.fixture
+def own_code(tmp_path: Path) -> tuple[Path, Path]:
+    """A model that brings its own code, and the file that the code would write."""
     ran = tmp_path / "ran"
     config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}
     folder = model_of(tmp_path / "m", config)
-    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")
-    with pytest.raises(ModelNotFound, match="config") as caught:
-        load(folder, "embed", None, CPU)
-    assert "own code" in caught.value.hint
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    return folder, ran
+
+
+def test_code_that_a_model_brings_is_not_run_before_it_is_trusted(
+    own_code: tuple[Path, Path],
+) -> None:
+    folder, ran = own_code
+    with pytest.raises(BadRequest, match="brings its own code") as caught:
+        load(folder, Request(task="embed"), CPU)
+    assert "--trust-remote-code" in caught.value.hint
     assert not ran.exists()
+
+
+def test_code_that_is_trusted_is_run(own_code: tuple[Path, Path]) -> None:
+    folder, ran = own_code
+    with pytest.raises(ModelNotFound, match="has no attribute 'Own'"):  # it defines nothing
+        load(folder, Request(task="embed", trust_remote_code=True), CPU)
+    assert ran.exists()
 
 
 @pytest.mark.parametrize(
@@ -208,50 +225,126 @@ def test_seq_ends_where_the_model_or_its_tokenizer_ends(
 ) -> None:
     config = BERT | {"max_position_embeddings": positions}
     folder = model_of(tmp_path / "m", config, tokenizer_config={"model_max_length": limit})
-    assert load(folder, None, None, CPU).default_dims["seq"] == Range(2, longest)
+    assert load(folder, Request(), CPU).default_dims["seq"] == Range(2, longest)
 
 
 def test_the_positions_of_a_roberta_begin_after_its_padding(tiny_roberta: Path) -> None:
-    assert load(tiny_roberta, None, None, CPU).positions == 64
+    assert load(tiny_roberta, Request(), CPU).positions == 64
 
 
 def test_a_model_of_rotary_positions_has_no_table_of_them(tiny_llama: Path) -> None:
-    loaded = load(tiny_llama, None, None, CPU)
+    loaded = load(tiny_llama, Request(), CPU)
     assert loaded.positions is None
     assert loaded.default_dims["seq"].high == 64
 
 
 def test_the_dtype_is_the_config_s_unless_another_is_asked(tiny_llama: Path) -> None:
     for asked, dtype in ((None, torch.bfloat16), ("float32", torch.float32)):
-        model = load(tiny_llama, None, asked, CPU).model
+        model = load(tiny_llama, Request(dtype=asked), CPU).model
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
 def test_a_dtype_that_is_not_compiled_has_to_be_replaced(tmp_path: Path) -> None:
     folder = model_of(tmp_path / "m", BERT | {"dtype": "float64"})
     with pytest.raises(BadRequest, match="float64") as caught:
-        load(folder, None, None, CPU)
+        load(folder, Request(), CPU)
     assert "--dtype" in caught.value.hint
-    assert load(folder, None, "float32", CPU).dtype == "float32"
+    assert load(folder, Request(dtype="float32"), CPU).dtype == "float32"
 
 
 def test_no_weight_file_is_opened(minilm: Path, tmp_path: Path) -> None:
     folder = tmp_path / "m"
     shutil.copytree(minilm, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    whole = load(folder, None, None, CPU)
+    whole = load(folder, Request(), CPU)
     for name in ("model.safetensors", "pytorch_model.bin"):
         (folder / name).write_bytes(b"neither a tensor nor a pickle")
-    assert load(folder, None, None, CPU).program == whole.program
+    assert load(folder, Request(), CPU).program == whole.program
 
 
 def test_weights_that_are_tied_are_one_tensor_though_none_is_made(tiny_llama: Path) -> None:
-    model: Any = load(tiny_llama, None, None, CPU).model
+    model: Any = load(tiny_llama, Request(), CPU).model
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("asked", "regions", "bare"),
+    [
+        (Request(), "none", False),
+        (Request(task="generate"), "auto", True),
+        (Request(task="forward"), "auto", True),
+        (Request(regions="model.layers.0"), "model.layers.0", True),
+        (Request(task="generate", regions="none"), "none", False),
+    ],
+)
+def test_a_model_that_is_compiled_by_regions_has_no_memory(
+    asked: Request, regions: str, bare: bool, tiny_llama: Path
+) -> None:
+    loaded = load(tiny_llama, asked, CPU)
+    assert loaded.regions == regions
+    assert {parameter.is_meta for parameter in loaded.model.parameters()} == {bare}
+    assert not any(buffer.is_meta for buffer in loaded.model.buffers())
+
+
+def test_a_model_s_buffers_are_those_of_one_that_has_its_weights(tiny_llama: Path) -> None:
+    bare = load(tiny_llama, Request(task="generate"), CPU).model
+    whole = load(tiny_llama, Request(), CPU, weights=True).model
+    expected = dict(whole.named_buffers())
+    found = dict(bare.named_buffers())
+    assert found.keys() == expected.keys() and found
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_model_without_memory_keeps_its_tied_weights(tiny_llama: Path) -> None:
+    model: Any = load(tiny_llama, Request(task="generate"), CPU).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_decoder_takes_what_is_filled_as_its_mask_s_length(tiny_llama: Path) -> None:
+    loaded = load(tiny_llama, Request(task="generate"), CPU)
+    shapes = {entry.name: entry.shape for entry in loaded.face.inputs}
+    assert shapes == {
+        "input_ids": ("batch", "seq"),
+        "attention_mask": ("batch", "filled"),
+        "position_ids": ("batch", "seq"),
+    }
+    assert loaded.face.template["kwargs"]["past_key_values"] == {"cache": True}
+    assert loaded.default_dims == {
+        "batch": Range(1, 32),
+        "seq": Range(1, 64),
+        "cache": Range(16, 64),
+    }
+
+
+T5 = {
+    "model_type": "t5",
+    "architectures": ["T5Model"],
+    "vocab_size": 100,
+    "d_model": 8,
+    "d_kv": 4,
+    "d_ff": 8,
+    "num_layers": 2,
+    "num_heads": 2,
+}
+
+
+def test_an_encoder_and_decoder_takes_the_target_s_tokens_too(tmp_path: Path) -> None:
+    loaded = load(model_of(tmp_path / "m", T5), Request(task="forward"), CPU)
+    shapes = {entry.name: entry.shape for entry in loaded.face.inputs}
+    assert shapes["decoder_input_ids"] == ("batch", "target")
+    assert loaded.default_dims.keys() == {"batch", "seq", "target"}
+
+
+def test_a_model_of_images_takes_them_at_its_config_s_size(tmp_path: Path) -> None:
+    config = VIT | {"image_size": 8, "patch_size": 4, "num_attention_heads": 2}
+    config |= {"num_hidden_layers": 2, "intermediate_size": 8, "num_channels": 1}
+    loaded = load(model_of(tmp_path / "m", config), Request(task="forward"), CPU)
+    assert [(e.name, e.shape) for e in loaded.face.inputs] == [("pixel_values", ("batch", 1, 8, 8))]
+    assert loaded.default_dims == {"batch": Range(1, 32)}
 
 
 def test_eager_without_weights_says_so(tmp_path: Path) -> None:
     with pytest.raises(MissingConstant, match="weights") as caught:
-        load(model_of(tmp_path / "m", BERT), None, None, CPU, weights=True)
+        load(model_of(tmp_path / "m", BERT), Request(), CPU, weights=True)
     assert "--model" in caught.value.hint
 
 
