@@ -6,6 +6,7 @@ of two is `image+text`, and a number that follows a size is that size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -226,7 +227,10 @@ def place_of(name: str, call: Call) -> int:
 
 
 def varied(call: Call, shapes: Mapping[str, Sequence[str | int | None]]) -> list[Call]:
-    """A call, and two of other sizes without values, where only one call was recorded."""
+    """A call, and two of other sizes without values, where only one call was recorded.
+
+    They grow by numbers and by their squares, of which none are multiples or sums of others'.
+    """
     named = {
         dim: call.tensors[place_of(name, call)].shape[axis]
         for name, shape in shapes.items()
@@ -234,8 +238,9 @@ def varied(call: Call, shapes: Mapping[str, Sequence[str | int | None]]) -> list
         if isinstance(dim, str) and Extent.parse(dim).plain
     }
     calls = [call]
-    for more in (3, 7):
-        sizes = {dim: size + more * (at + 2) for at, (dim, size) in enumerate(named.items())}
+    for power in (1, 2):
+        grown = zip(named.items(), itertools.count(3), strict=False)
+        sizes = {dim: size + more**power for (dim, size), more in grown}
         tensors = list(call.tensors)
         for name, shape in shapes.items():
             at = place_of(name, call)
