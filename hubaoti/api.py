@@ -6,16 +6,17 @@ Hub's client.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 from hubaoti.bundle import Bundle
-from hubaoti.errors import BadRequest, ModelNotFound, RepoNotFound
+from hubaoti.compiling import existing
+from hubaoti.fetching import EAGER_FILES, RUN_FILES, model_files
 from hubaoti.host import probe
 from hubaoti.hub.layout import RepoRef
-from hubaoti.manifest import Program, Source
+from hubaoti.manifest import Program
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.model_files import refuse_other_program
 from hubaoti.settings import Settings
@@ -24,68 +25,70 @@ from hubaoti.variant import Recipe
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
+    from hubaoti.compiling import Asked, Explanation
     from hubaoti.hub.pull import Pulled
     from hubaoti.hub.push import Commit
     from hubaoti.match import Verdict
     from hubaoti.runtime.text import TextModel
 
-# What the compiler reads of a model: config, tokenizer and code; no pattern matches weights.
-COMPILE_FILES = ("*.json", "*.txt", "*.py", "*.model", "*/config.json", "tokenizer*")
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-# What the runtime reads of a model: what it says of itself, its tokenizer and its weights.
-RUN_FILES = ("config.json", "modules.json", "*/config.json", "tokenizer.json", *WEIGHTS)
-EAGER_FILES = (*COMPILE_FILES, "*.safetensors")
 
-
-def compile(  # noqa: PLR0913 - a face of keywords
-    model: str | Path,
-    output: str | Path,
+def compile(
+    model: str | Path | nn.Module,
+    output: str | Path = "bundle",
     *,
-    task: str | None = None,
-    dims: Mapping[str, tuple[int, int]] | Iterable[str] = (),
-    dtype: str | None = None,
-    level: str | None = None,
-    device: str = "cpu",
-    regions: str | None = None,
-    revision: str | None = None,
+    force: bool = False,
+    jobs: int | None = None,
     settings: Settings | None = None,
     say: Say = silent,
+    **asked: Unpack[Asked],
 ) -> Bundle:
-    """Compile a model, a Hub id or a local folder, into the bundle `output`; no weight is read.
+    """Compile a model into the bundle `output`; what is built already is found and not built again.
 
-    `task` is embed, classify or logits, by default what the model's files say. `dims` gives bounds
-    as `{"batch": (1, 32)}` or `["batch=1:32"]`. `level` is the CPU level of the host code, as
-    archspec names it. `say` is called with the name of each step as it starts.
+    `model` is a Hub id or a folder, of which no weight is read, or a module with the `calls` that
+    `hubaoti.capture` recorded. What may be asked of it stands at `hubaoti.compiling.Asked`. `force`
+    builds in any case, `jobs` graphs are compiled at a time, by default as many as memory and cores
+    allow. `say` is called with the name of each step as it starts.
 
     Raises:
         HubaotiError: what failed and what to do; no half-written bundle is left.
     """
-    from hubaoti.compiler.request import Request, ranges
+    from hubaoti.compiling import compiled, job_of
 
     settings = settings or Settings.from_env()
-    request = Request(
-        task=task, dims=ranges(dims), dtype=dtype, level=level, device=device, regions=regions
-    )
+    host = probe(settings)
     with Mirror.open(settings.mirror) as mirror:
         mirror.require_writable()
-        say("files")
-        folder, source = model_files(model, revision, COMPILE_FILES, settings)
-        say("torch")  # importing it takes longer than most steps
-        from hubaoti.compiler.build import Job, build, device_of, target_of
-        from hubaoti.compiler.plan import plan
-        from hubaoti.compiler.source import load as load_source
-
-        host = probe(settings)
-        where = device_of(request.device)
-        target = target_of(host, where, request.level)
-        say("source")
-        job = Job.of(
-            plan(load_source(folder, request, where), request, where), request, target, where
-        )
-        bundle = build(job, source, host, Path(output), say)
+        job, origin = job_of(model, asked, host, settings, say)
+        if not force and (found := existing(job.key, Path(output), mirror, say)):
+            return found
+        bundle = compiled(job, origin, Path(output), host, jobs, say)
+        files = {file.path: bundle.path / file.path for file in bundle.manifest.all_files()}
+        mirror.put(bundle.manifest, files)
         mirror.record_built(bundle.manifest)
-    return bundle
+        return bundle
+
+
+def explain(
+    model: str | Path | nn.Module,
+    output: str | Path | None = None,
+    *,
+    settings: Settings | None = None,
+    say: Say = silent,
+    **asked: Unpack[Asked],
+) -> Explanation:
+    """What `compile` would do with the same words: regions, dims, graphs, recipe and key.
+
+    Raises:
+        HubaotiError: why it could not be done.
+    """
+    from hubaoti.compiling import explanation, job_of
+
+    settings = settings or Settings.from_env()
+    with Mirror.open(settings.mirror) as mirror:
+        job, _ = job_of(model, asked, probe(settings), settings, say)
+        return explanation(job, Path(output) if output else None, mirror)
 
 
 def push(  # noqa: PLR0913 - a face of keywords
@@ -261,36 +264,3 @@ def pulled_before(repo: str, settings: Settings) -> tuple[str | None, str | None
             if artifact := mirror.artifact(digest):
                 return artifact.manifest.program.task, artifact.manifest.build.dtype
     return None, None
-
-
-def model_files(
-    model: str | Path, revision: str | None, patterns: Sequence[str], settings: Settings
-) -> tuple[Path, Source]:
-    """The folder of a model, and where it came from: a local one as it is, else of the Hub.
-
-    A local path is not written into the source: it would end up in a published manifest.
-
-    Raises:
-        ModelNotFound: neither a folder nor a repo of the Hub.
-    """
-    if folder := local_folder(model):
-        return folder, Source(model=folder.resolve().name)
-    from hubaoti.hub.client import HubClient
-
-    try:
-        found, commit = HubClient(settings).model_folder(str(model), revision, patterns)
-    except (BadRequest, RepoNotFound) as why:
-        raise ModelNotFound(
-            f"{model} is neither a folder nor a model of {settings.endpoint}",
-            hint="give a Hub id as owner/name, or the folder of a model",
-        ) from why
-    return found, Source(model=str(model), commit=commit)
-
-
-def local_folder(model: str | Path) -> Path | None:
-    """The folder of this name; None where there is none, or can be none."""
-    try:
-        folder = Path(model).expanduser()
-        return folder if folder.is_dir() else None
-    except (OSError, RuntimeError):  # too long a name; the home of a user that there is not
-        return None

@@ -184,6 +184,12 @@ class OtherProgram(HubaotiError):
     exit_code = 28
 
 
+class NotEnoughMemory(HubaotiError):
+    """A build would take more memory than is free here."""
+
+    exit_code = 29
+
+
 def first_line(why: BaseException | str) -> str:
     """The first line of somebody else's message that says something, as long as a person reads."""
     lines = (line.strip() for line in str(why).splitlines())

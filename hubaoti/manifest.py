@@ -147,8 +147,9 @@ class Origin(Record, frozen=True, kw_only=True, omit_defaults=True):
     """Where a constant's values come from: the model's checkpoint, or a file of the artifact.
 
     `checkpoint` gives tensor names in the order to try them. `transform` is None where that tensor
-    is the constant; otherwise it names how transformers makes the constant while loading, which a
-    plain reader of the checkpoint cannot do. `file` ships with the artifact, the constant in it is
+    is the constant; otherwise it names how the constant is made: by `runtime.quantize.make` of that
+    tensor in `dtype`, or by transformers while loading, which a plain reader of the checkpoint
+    cannot do. `file` ships with the artifact, the constant in it is
     called by its `fqn`. `module` is its name in the module that the graph serves, which holds it
     without a checkpoint having it. For a graph that serves several modules, names of a checkpoint
     are relative to the module's own.
@@ -156,6 +157,7 @@ class Origin(Record, frozen=True, kw_only=True, omit_defaults=True):
 
     checkpoint: tuple[str, ...] = ()
     transform: str | None = None
+    dtype: Dtype | None = None
     file: SafePath | None = None
     module: str | None = None
 
@@ -265,14 +267,12 @@ class Manifest(Record, frozen=True, kw_only=True):
     @property
     def recipe(self) -> Recipe:
         """How the graphs were built, as a label; the user's own part of it is in the path only."""
-        return Recipe(self.build.dtype, self.build.attention, self.build.quantization)
+        return recipe_of(self.build)
 
     @property
     def variant(self) -> Variant:
         """The kind of host the graphs were built for, as a label."""
-        torch = ".".join(self.target.torch.split("+")[0].split(".")[:2])
-        target = self.target
-        return Variant(torch, target.cuda, target.sm, target.level, target.os)
+        return variant_of(self.target)
 
     @property
     def size(self) -> int:
@@ -292,6 +292,17 @@ class Manifest(Record, frozen=True, kw_only=True):
     def digest(self) -> str:
         """The artifact's digest."""
         return hashlib.sha256(self.to_json()).hexdigest()
+
+
+def recipe_of(build: Build) -> Recipe:
+    """How graphs are built, as a label."""
+    return Recipe(build.dtype, build.attention, build.quantization)
+
+
+def variant_of(target: Target) -> Variant:
+    """The kind of host that graphs are built for, as a label."""
+    torch = ".".join(target.torch.split("+")[0].split(".")[:2])
+    return Variant(torch, target.cuda, target.sm, target.level, target.os)
 
 
 # msgspec learns a type when it is first used, and two threads that meet there end the process.

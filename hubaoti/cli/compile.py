@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,39 @@ from hubaoti.cli.output import Steps, human_size, print_json
 
 @click.command("compile")
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="the bundle")
-@click.option("--task", help="embed, classify or logits; by default what the model's files say")
-@click.option("--dim", "dims", multiple=True, metavar="NAME=MIN:MAX", help="as batch=1:32")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="the bundle")
+@click.option("--task", help="embed, classify, logits, generate or forward; by default as it says")
+@click.option("--dim", "dims", multiple=True, metavar="NAME=MIN:MAX[:STEP]", help="as batch=1:32")
+@click.option(
+    "--bucket", "buckets", multiple=True, metavar="NAME=MIN:MAX", help="a graph of its own: seq=1:1"
+)
+@click.option("--regions", help="auto (repeated blocks), none (the whole model) or a module's path")
 @click.option("--dtype", help="float32, bfloat16 or float16; by default the config's")
+@click.option("--quantize", help="int8wo, int4wo or float8dq, through torchao")
+@click.option("--mode", default="default", help="default, max-autotune or reduce-overhead")
+@click.option("--inductor", multiple=True, metavar="KEY=VALUE", help="an option of torch.inductor")
 @click.option("--level", help="CPU level of the host code, as x86_64_v3")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:0")
 @click.option("--revision", help="of the model: a branch, tag or commit")
+@click.option("--trust-remote-code", is_flag=True, help="run the code that the model brings")
+@click.option("--jobs", type=int, help="graphs compiled at a time; by default what memory allows")
+@click.option("--force", is_flag=True, help="compile again what is built already")
+@click.option("--explain", is_flag=True, help="only say what would be compiled, and how")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
 def compile_command(
-    model: str, output: Path, dims: tuple[str, ...], as_json: bool, quiet: bool, **options: Any
+    model: str, output: Path | None, explain: bool, as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Compile MODEL (a Hub id or a folder) from its config; its weights are never read."""
+    if explain:
+        explain_model(model, output, as_json, quiet, options)
+        return
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
     from hubaoti import api
 
     with Steps(quiet) as say:
-        bundle = api.compile(model, output, dims=dims, say=say, **options)
+        bundle = api.compile(model, output, say=say, **options)
     manifest = bundle.manifest
     if as_json:
         facts = {"path": str(bundle.path), "key": manifest.key, "digest": manifest.digest}
@@ -37,5 +54,40 @@ def compile_command(
         worst = max(check.max_relative for check in manifest.checks)
         memory, seconds = human_size(manifest.built.peak_bytes), manifest.built.seconds
         click.echo(f"{bundle.path}: {manifest.recipe} for {manifest.variant}")
+        for graph in manifest.graphs:
+            click.echo(f"  {graph.id} serves {counted(len(graph.modules), 'module')}")
         click.echo(f"  {human_size(manifest.size)}, in {seconds:.0f} s with {memory} at most")
         click.echo(f"  {len(manifest.checks)} checks against eager, largest error {worst:.1e}")
+
+
+def explain_model(
+    model: str, output: Path | None, as_json: bool, quiet: bool, options: dict[str, Any]
+) -> None:
+    """Print what would be compiled."""
+    from hubaoti import api
+
+    for name in ("force", "jobs"):
+        options.pop(name)
+    with Steps(quiet) as say:
+        found = api.explain(model, output, say=say, **options)
+    if as_json:
+        print_json(dataclasses.asdict(found))
+        return
+    click.echo(f"{found.recipe} for {found.variant}, regions {found.regions}")
+    click.echo(f"  key {found.key[:12]}, {'in ' + found.built if found.built else 'not built yet'}")
+    for graph in found.graphs:
+        served = counted(len(graph["modules"]), "module")
+        click.echo(f"  {graph['id']}: {served}, from {graph['modules'][0] or 'the model itself'}")
+        bounds = ", ".join(f"{name}={sizes}" for name, sizes in graph["dims"].items())
+        click.echo(
+            f"    dims {bounds or 'none'}" + (f"; {graph['cache']} cache" * bool(graph["cache"]))
+        )
+        for name, shape in graph["inputs"].items():
+            click.echo(f"    {name} ({', '.join(map(str, shape))})")
+    for reason in found.left_out:
+        click.echo(f"  stays eager: {reason}")
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,17 +17,22 @@ from hubaoti import manifest as manifests
 from hubaoti.bundle import Bundle, file_entry, write_manifest, writing
 from hubaoti.compiler import elf
 from hubaoti.compiler.inductor import LEVELS, options_for
-from hubaoti.compiler.plan import Plan
+from hubaoti.compiler.jobs import build_all, how_many
+from hubaoti.compiler.memory import OVERHEAD, Peak, require_memory
+from hubaoti.compiler.plan import Plan, Unit
 from hubaoti.compiler.request import DEFAULT_LEVEL, Request
 from hubaoti.compiler.unit import Built as BuiltUnit
 from hubaoti.compiler.unit import build_unit
+from hubaoti.disks import require_room
 from hubaoti.errors import BadRequest
 from hubaoti.host import Host
 from hubaoti.manifest import Build, Built, File, Manifest, Source, Target, key_of
 from hubaoti.match import Refusal, judge_level
 from hubaoti.requirements import Requirements
-from hubaoti.runtime.golden import GOLDEN
+from hubaoti.runtime.golden import GOLDEN, kept
 from hubaoti.steps import Say
+
+ROOM = 64 << 20  # bytes on disk that one graph takes while it is built, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +55,31 @@ class Job:
         return key_of(self.plan.source.program, self.build, self.target)
 
 
-def build(job: Job, origin: Source, host: Host, output: Path, say: Say) -> Bundle:
+def build(
+    job: Job, origin: Source, host: Host, output: Path, say: Say, jobs: int | None = None
+) -> Bundle:
     """Compile a job into the bundle `output`; no weight is read.
 
-    `say` is called with the name of each step as it starts.
+    `say` is called with the name of each step as it starts. `jobs` units are compiled at a time, by
+    default as many as memory and cores allow.
 
     Raises:
         HubaotiError: of the step that failed; nothing is left behind.
+        NotEnoughMemory, DiskFull: there is too little of it, which is seen before.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
-    with writing(output) as scratch:
+    weights = max(bytes_of(job.plan, unit) for unit in job.plan.units)
+    require_memory(weights + OVERHEAD, f"{job.plan.units[0].id} of {origin.model}")
+    at_once = how_many(jobs, len(job.plan.units), weights, job.device)
+    with Peak.watched() as peak, writing(output) as scratch:
+        require_room(scratch, ROOM * len(job.plan.units))
+        require_room(Path("/tmp"), ROOM * at_once)
         (scratch / "graphs").mkdir()
-        built = [build_unit(job, unit, scratch, say) for unit in job.plan.units]
+
+        def one(unit: Unit) -> BuiltUnit:
+            return build_unit(job, unit, scratch, say)
+
+        built = build_all(job.plan.units, one, at_once, scratch)
         files = write_golden(built, scratch)
         manifest = Manifest(
             program=job.plan.source.program,
@@ -77,7 +94,7 @@ def build(job: Job, origin: Source, host: Host, output: Path, say: Say) -> Bundl
             built=Built(
                 at=started.isoformat(timespec="seconds"),
                 seconds=round(time.perf_counter() - clock, 1),
-                peak_bytes=peak_bytes(),
+                peak_bytes=peak.bytes,
                 host=f"{host.cpu}, {host.cores} cores",
                 hubaoti=__version__,
                 transformers=transformers.__version__,
@@ -89,12 +106,18 @@ def build(job: Job, origin: Source, host: Host, output: Path, say: Say) -> Bundl
     return Bundle.read(output)
 
 
+def bytes_of(plan: Plan, unit: Unit) -> int:
+    """The memory of one module of a unit, in bytes."""
+    module = plan.source.model.get_submodule(unit.region)
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
 def write_golden(built: Sequence[BuiltUnit], scratch: Path) -> tuple[File, ...]:
     """The golden answers of all graphs, as one file."""
     answers = {name: tensor for each in built for name, tensor in each.golden.items()}
     if not answers:
         return ()
-    save_file(answers, scratch / GOLDEN)
+    save_file(kept(answers), scratch / GOLDEN)
     return (file_entry(scratch, GOLDEN),)
 
 
@@ -190,10 +213,3 @@ def build_of(plan: Plan, request: Request, target: Target) -> Build:
         ),
         options=options_for(target) | request.inductor,
     )
-
-
-def peak_bytes() -> int:
-    """The most memory that this process and its largest child ever held together, at most."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return (own + child) << 10

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hubaoti.errors import CompileFailed
+from hubaoti.runtime.quantize import quiet
 
 ATTENTION = "hubaoti_sdpa"
 # What sdpa takes beside its tensors, and what blocks pass along that no attention computes with:
@@ -187,6 +187,8 @@ def refuse(unknown: set[str]) -> None:
 
 def register() -> None:
     """Make our attention known to transformers, with sdpa's masks."""
+    with quiet():  # the first look at this part of transformers brings torchao
+        from transformers import AttentionInterface, AttentionMaskInterface
     attention: Callable[..., Any] = grouped_attention
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -11,22 +11,30 @@ from torch.export import ExportedProgram
 
 from hubaoti.errors import CompileFailed
 from hubaoti.manifest import Constant, Origin
+from hubaoti.runtime.quantize import Made, lowered
 
 BUFFERS = "buffers.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a compiled module lies in its model; the model's own path is empty."""
+    """A compiled module, where it lies in its model, and what of it was quantized.
+
+    The model's own path is empty. `module` may be a copy of what lies there.
+    """
 
     model: nn.Module
     path: str
+    module: nn.Module
     file: str = BUFFERS
+    made: Mapping[str, Made] = field(default_factory=dict)
+    recipe: str | None = None
 
-    @property
-    def module(self) -> nn.Module:
-        """The module itself."""
-        return self.model.get_submodule(self.path)
+    def lowered(self, fqn: str) -> torch.Tensor | None:
+        """A constant that only the lowering of a quantized product makes."""
+        if self.recipe is None:
+            return None
+        return lowered(self.recipe, next(self.module.parameters()).device, fqn)
 
 
 def describe(
@@ -41,7 +49,7 @@ def describe(
     aliases = tied(named)
     constants, shipped = [], {}
     for fqn in sorted(fqns):
-        tensor = named.get(fqn, program.constants.get(fqn))
+        tensor = named.get(fqn, program.constants.get(fqn, place.lowered(fqn)))
         if not isinstance(tensor, torch.Tensor):
             raise CompileFailed(
                 f"build: the graph reads {fqn}, which the model does not have",
@@ -70,23 +78,32 @@ def origin_of(place: Place, fqn: str, tensor: torch.Tensor, aliases: Iterable[st
     A region's come from the module that it serves. Its buffers are in the file, too, as those of
     the module that was compiled: who checks the graph without a model needs good ones.
     """
+    made = place.made.get(fqn)
+    if made is not None:
+        names = names_in_checkpoint(place, made.source, torch.empty(made.shape, device="meta"))
+        module = made.source if place.path else None
+        return Origin(checkpoint=names, transform=made.transform, dtype=made.dtype, module=module)
+    if fqn not in tensors_of(place.module):
+        return Origin(file=place.file)
     saved = fqn in place.module.state_dict(keep_vars=True)
     if not place.path:
-        return (
-            checkpoint_origin(place.model, fqn, tensor, aliases)
-            if saved
-            else Origin(file=place.file)
-        )
-    named = tensors_of(place.module)
-    if fqn not in named:
-        return Origin(file=place.file)
-    names, transform = (
-        saved_names(place.model, f"{place.path}.{fqn}", tensor) if saved else ([], None)
-    )
+        if not saved:
+            return Origin(file=place.file)
+        return checkpoint_origin(place.model, fqn, tensor, aliases)
+    if not isinstance(tensor, nn.Parameter):
+        return Origin(file=place.file, module=fqn)
+    _, transform = saved_names(place.model, f"{place.path}.{fqn}", tensor)
+    names = names_in_checkpoint(place, fqn, tensor)
+    return Origin(checkpoint=names, transform=transform, module=fqn)
+
+
+def names_in_checkpoint(place: Place, fqn: str, tensor: torch.Tensor) -> tuple[str, ...]:
+    """The names of a tensor in a checkpoint, those of a region relative to its module."""
+    if not place.path:
+        return checkpoint_origin(place.model, fqn, tensor, ()).checkpoint
     start = f"{place.path}."
-    relative = tuple(name.removeprefix(start) for name in names if name.startswith(start))
-    file = None if isinstance(named[fqn], nn.Parameter) else place.file
-    return Origin(checkpoint=relative, transform=transform, file=file, module=fqn)
+    names, _ = saved_names(place.model, start + fqn, tensor)
+    return tuple(name.removeprefix(start) for name in names if name.startswith(start))
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -133,6 +150,8 @@ def saved_names(model: nn.Module, fqn: str, tensor: torch.Tensor) -> tuple[list[
     Private, checked on transformers 5.17 to 5.22: `core_model_loading.revert_weight_conversion`.
     Where it is gone, the model's own name is the only one.
     """
+    if not hasattr(model, "base_model_prefix"):
+        return [fqn], None  # no model of transformers
     try:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:

@@ -6,12 +6,13 @@ Host code is made for a named CPU level, never for the machine that happens to b
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +28,6 @@ from hubaoti.host import mapped
 from hubaoti.manifest import Target
 from hubaoti.package import pack, unpack_all
 from hubaoti.settings import environment
-from hubaoti.steps import Say
 
 # Weights stay outside, and nothing is computed from them while compiling.
 WEIGHTLESS = {
@@ -63,9 +63,12 @@ def options_for(target: Target) -> dict[str, Any]:
 
 
 def lower(
-    program: ExportedProgram, level: str, options: dict[str, Any], package: Path, say: Say
+    program: ExportedProgram, level: str, options: dict[str, Any], package: Path, where: str
 ) -> None:
     """Compile a program into `package`, a `.pt2` without weights, sources or paths.
+
+    `where` names the folder of the build, whose path is a part of what is built: the same name for
+    the same program.
 
     Raises:
         CompileFailed: inductor or the C++ compiler failed.
@@ -73,7 +76,7 @@ def lower(
     march = LEVELS[level][0]
     settings = ALONE | {name: PASSES.get(str(value), value) for name, value in options.items()}
     with ExitStack() as around:
-        folder = around.enter_context(workplace(say))
+        folder = around.enter_context(workplace(where))
         for preparing in (host_code(level, march, folder), cuda_code(folder), fresh_cache(folder)):
             around.enter_context(preparing)
         raw = folder / package.name
@@ -117,8 +120,8 @@ def finish(folder: Path, building: Path) -> None:
 
 
 @contextmanager
-def workplace(say: Say) -> Iterator[Path]:
-    """A folder of ours at a fixed, neutral path, empty, for one build at a time.
+def workplace(name: str) -> Iterator[Path]:
+    """A folder of ours at a fixed, neutral path, empty, for one build of this name at a time.
 
     The path is part of what inductor hashes, so that equal builds need equal paths; and a folder
     that others could write to would let them plant code in what is built.
@@ -134,20 +137,36 @@ def workplace(say: Say) -> Iterator[Path]:
             f"{root} belongs to somebody else, or others may write it",
             hint=f"remove it, or: chmod 700 {root}",
         )
-    with (root / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waiting for another compile of this user")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            say("compile")
-        folder = root / "build"
+    sweep(root)
+    folder = root / hashlib.sha256(name.encode()).hexdigest()[:16]
+    with locked(folder.with_suffix(".lock")):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            folder.with_suffix(".lock").unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of this name; who held it before may have removed its file."""
+    while True:
+        with path.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+                yield
+                return
+
+
+def sweep(root: Path) -> None:
+    """Remove what builds left that were killed: folders whose lock nobody holds."""
+    for path in root.glob("*.lock"):
+        with suppress(OSError), path.open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+            path.unlink()
 
 
 @contextmanager

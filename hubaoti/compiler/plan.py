@@ -32,14 +32,6 @@ from hubaoti.extents import Extent
 from hubaoti.runtime.graph import dtype_of
 
 ROOT = "root"
-# Sizes at which a model is looked at. No dim's are another's plus a number or times one, nor the
-# sum of two others', so whatever changes with them says which it follows.
-LOOKS = {
-    "batch": (2, 3, 5),
-    "seq": (6, 11, 13),
-    "filled": (17, 23, 37),
-    "target": (7, 9, 19),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +43,6 @@ class Unit:
     face: Face
     bounds: Bounds
     order: int = 0
-    stated: tuple[str, ...] = ()  # dims that the user named or bounded
 
     @property
     def region(self) -> str:
@@ -117,7 +108,7 @@ def observed_with(
     source: Source, blocks: Mapping[str, nn.Module], device: torch.device
 ) -> tuple[Source, dict[str, Observed]]:
     """What the blocks are given, with the fastest attention that the model can have."""
-    looks = [look(source.face, at, blocks, device) for at in range(3)]
+    looks = [look(source, at, blocks, device) for at in range(runs_of(source))]
     for attention in dict.fromkeys((tracing_attention(source), "eager")):
         try:
             with attention_of(source.model, attention):
@@ -139,23 +130,28 @@ def tracing_attention(source: Source) -> str:
     return source.attention
 
 
-def look(face: Face, at: int, blocks: Mapping[str, nn.Module], device: torch.device) -> Any:
+def runs_of(source: Source) -> int:
+    """How many times a model is looked at: once for each size that its dims had."""
+    return len(next(iter(source.looks.values()), (1,)))
+
+
+def look(source: Source, at: int, blocks: Mapping[str, nn.Module], device: torch.device) -> Any:
     """A call of a whole model at the sizes of look number `at`, made where it is used."""
 
     def given() -> Given:
-        sizes = {name: series[at] for name, series in LOOKS.items()}
+        sizes = {name: series[at] for name, series in source.looks.items()}
         tensors = [
             torch.empty(
                 [n if isinstance(n, int) else Extent.parse(n).at(sizes) for n in entry.shape],
                 dtype=dtype_of(entry.dtype),
                 device=device,
             )
-            for entry in face.inputs
+            for entry in source.face.inputs
         ]
         layers = max(caches.layers_of(block) for block in blocks.values())
-        seen = caches.seen(sizes["filled"], sizes["seq"], layers)
+        seen = caches.seen(sizes.get("filled", 1), sizes.get("seq", 1), layers)
         known = {"size": lambda text: Extent.parse(text).at(sizes), "cache": seen}
-        args, kwargs = arguments(face.template, tensors, known)
+        args, kwargs = arguments(source.face.template, tensors, known)
         return Given(tuple(args), kwargs)
 
     return given
@@ -163,7 +159,7 @@ def look(face: Face, at: int, blocks: Mapping[str, nn.Module], device: torch.dev
 
 def faces_of(source: Source, block: nn.Module, seen: Observed, dims: Bounds) -> dict[str, Face]:
     """The forms of a block by the suffix of their graphs' names: one, or two with a window."""
-    face = face_of(seen.calls, Dims(dict(LOOKS)), source.vocabulary)
+    face = face_of(seen.calls, Dims(dict(source.looks)), source.vocabulary)
     held = next((cache for call in seen.calls for cache in call.caches), None)
     if held is None:
         return {"": face}
@@ -211,7 +207,6 @@ def in_buckets(
             face,
             of_dims(dims, face.dims, bucket),
             order,
-            tuple(dims),
         )
         for order, bucket in enumerate(kept or [{}])
     ]

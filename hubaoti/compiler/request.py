@@ -97,10 +97,9 @@ def parse_dims(texts: Iterable[str]) -> dict[str, Range]:
     return dims
 
 
-def parse_buckets(texts: Iterable[str]) -> tuple[dict[str, Range], ...]:
-    """Read `name=min:max[,name=min:max]` words, as `--bucket` takes them.
-
-    Raises:
-        BadDim: a word is malformed.
-    """
-    return tuple(parse_dims(text.split(",")) for text in texts)
+def bucket_ranges(buckets: Iterable[Mapping[str, Bounds] | str]) -> tuple[dict[str, Range], ...]:
+    """Buckets as Python or the command line gives them."""
+    found = []
+    for bucket in buckets:
+        found.append(parse_dims(bucket.split(",")) if isinstance(bucket, str) else ranges(bucket))
+    return tuple(found)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from hubaoti.compiler import tasks
 from hubaoti.compiler.faces import Face
+from hubaoti.compiler.infer import Series
 from hubaoti.compiler.observe import storage_free
 from hubaoti.compiler.program import program_of
 from hubaoti.compiler.request import DTYPES, Range, Request
@@ -31,6 +32,7 @@ from hubaoti.errors import (
 )
 from hubaoti.manifest import Program
 from hubaoti.model_files import read_json, sentence_steps
+from hubaoti.runtime.quantize import quiet as quiet_torchao
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,9 @@ class Source:
     positions: int | None = None  # of a learned table; None where any length has a position
     outputs: tuple[str, ...] = ()  # names of what a whole graph answers, where the task has them
     config: Any = None
+    looks: dict[str, Series] = field(default_factory=dict)  # sizes at which it is looked at
+    stated: frozenset[str] = frozenset()  # dims that the user named or bounded
+    live: bool = False  # the user's own module, whose weights are not ours to change
 
 
 def load(folder: Path, request: Request, device: torch.device, weights: bool = False) -> Source:
@@ -61,6 +66,7 @@ def load(folder: Path, request: Request, device: torch.device, weights: bool = F
     config = read_config(folder, request.trust_remote_code)
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 0
     task = request.task or tasks.task_of(folder, config)
+    refuse_quantized(folder, config)
     if not vocabulary and task != "forward":
         raise UnknownTask(f"{folder.name} takes no text", hint="compile it with --task forward")
     regions = request.regions or ("none" if task in tasks.WHOLE else "auto")
@@ -87,6 +93,8 @@ def load(folder: Path, request: Request, device: torch.device, weights: bool = F
         positions=positions,
         outputs=outputs,
         config=config,
+        looks=tasks.LOOKS,
+        stated=frozenset(request.dims),
     )
 
 
@@ -113,6 +121,25 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
             f"transformers cannot read the config of {folder}: {first_line(why)}",
             hint="its kind may be newer than this transformers: pip install -U transformers",
         ) from why
+
+
+def refuse_quantized(folder: Path, config: Any) -> None:
+    """Refuse a checkpoint that was quantized before: from its config alone transformers would make
+    the plain model, whose weights that checkpoint does not have.
+
+    Raises:
+        CompileFailed: it was, with the method's name.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    plain = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = plain.get("quant_method", "an unknown method")
+    raise CompileFailed(
+        f"source: {folder.name} is quantized with {getattr(method, 'value', method)}, whose "
+        "layers are built from ops of other packages, while its checkpoint is loaded",
+        hint="compile the model it was made from, with --quantize int4wo or int8wo",
+    )
 
 
 def dtype_in(config: Any) -> str:
@@ -229,13 +256,14 @@ def no_init_weights() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' bars and advice out of our output; its errors are ours to tell."""
+    """Keep bars and advice of transformers, and torchao's notes, out of our output."""
     log: Any = transformers.utils.logging  # its functions have no types
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
     try:
-        yield
+        with quiet_torchao():
+            yield
     finally:
         log.set_verbosity(level)
         if bars:

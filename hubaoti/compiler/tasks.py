@@ -23,6 +23,14 @@ from hubaoti.manifest import Input
 from hubaoti.model_files import POOLING, read_json
 
 LARGEST = 1 << 20  # tokenizers write 1e30 where a model has no limit
+# Sizes at which a model is looked at. No dim's are another's plus a number or times one, nor the
+# sum of two others', so whatever changes with them says which it follows.
+LOOKS: dict[str, tuple[int, ...]] = {
+    "batch": (2, 3, 5),
+    "seq": (6, 11, 13),
+    "filled": (17, 23, 37),
+    "target": (7, 9, 19),
+}
 WHOLE = {"embed", "classify", "logits"}  # tasks whose graph answers texts without transformers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,18 +17,21 @@ from torch import nn
 
 from hubaoti.bundle import file_entry
 from hubaoti.compiler import constants, elf, verify
+from hubaoti.compiler.constants import Place
 from hubaoti.compiler.export import Exported, export
 from hubaoti.compiler.faces import Flat
 from hubaoti.compiler.inductor import lower
 from hubaoti.compiler.plan import Unit, tracing_attention
 from hubaoti.compiler.shapes import example_sizes
 from hubaoti.compiler.source import Source, attention_of
-from hubaoti.errors import CompileFailed
-from hubaoti.manifest import Check, File, Graph, Outputs
+from hubaoti.errors import CompileFailed, HubaotiError
+from hubaoti.manifest import Check, File, Golden, Graph, Outputs
 from hubaoti.package import members_of, unpack_all
 from hubaoti.runtime import golden
 from hubaoti.runtime.graph import Graph as Open
 from hubaoti.runtime.graph import open_graph
+from hubaoti.runtime.quantize import quantize
+from hubaoti.runtime.rule import write
 from hubaoti.steps import Say
 
 if TYPE_CHECKING:
@@ -49,44 +53,76 @@ def build_unit(job: Job, unit: Unit, scratch: Path, say: Say) -> Built:
     """Compile one unit of a plan into `scratch`.
 
     Raises:
-        HubaotiError: of the step that failed.
+        HubaotiError: of the step that failed; the message names the unit.
     """
     source = job.plan.source
     modules = [source.model.get_submodule(path) for path in (unit.modules[0], unit.modules[-1])]
-    with in_memory(modules, job.device) as (module, twin):
-        say(f"export {unit.id}")
-        exported = traced(source, unit, module, job.device)
-        if twin is not module:
-            require_same(exported, traced(source, unit, twin, job.device), unit)
-        say(f"compile {unit.id}")
-        package = scratch / "graphs" / f"{unit.id}.pt2"
-        lower(exported.program, job.target.level, job.build.options, package, say)
-        say(f"check {unit.id}")
-        with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            unpack_all(package, Path(folder))
-            return checked(job, unit, exported, Path(folder), scratch)
+    try:
+        with in_memory(modules, job.device, source.live) as (module, twin):
+            say(f"export {unit.id}")
+            exported = traced(source, unit, module, job.device)
+            if twin is not module:
+                require_same(exported, traced(source, unit, twin, job.device), unit)
+            place = Place(source.model, unit.region, module, file_of(unit))
+            if job.build.quantization:
+                place = quantized(place, job.build.quantization, job.device)
+                exported = traced(source, unit, place.module, job.device)
+            return lowered_and_checked(job, unit, place, exported, scratch, say)
+    except HubaotiError as why:
+        step, _, told = str(why).partition(": ")
+        raise type(why)(f"{step} {unit.id}: {told}", hint=why.hint) from why
+
+
+def lowered_and_checked(
+    job: Job, unit: Unit, place: Place, exported: Exported, scratch: Path, say: Say
+) -> Built:
+    """From a program to a graph that was compared with eager."""
+    say(f"compile {unit.id}")
+    package = scratch / "graphs" / f"{unit.id}.pt2"
+    where = f"{job.key[:12]}-{unit.id}"
+    lower(exported.program, job.target.level, job.build.options, package, where)
+    say(f"check {unit.id}")
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        unpack_all(package, Path(folder))
+        return checked(job, unit, place, exported, Path(folder), scratch)
+
+
+def file_of(unit: Unit) -> str:
+    """Where a unit's own small tensors are; a whole model's have one file."""
+    return f"buffers/{unit.id}.safetensors" if unit.region else constants.BUFFERS
+
+
+def quantized(place: Place, recipe: str, device: torch.device) -> Place:
+    """The place with a copy of its module whose weights are quantized; configs are not copied."""
+    parts = place.module.modules()
+    configs = [part.config for part in parts if isinstance(getattr(part, "config", None), object)]
+    memo: dict[int, Any] = {id(config): config for config in configs}
+    module = copy.deepcopy(place.module, memo)
+    made = quantize(module, recipe, device).made
+    return replace(place, module=module, made=made, recipe=recipe)
 
 
 @contextmanager
 def in_memory(
-    modules: list[nn.Module], device: torch.device
+    modules: list[nn.Module], device: torch.device, live: bool
 ) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Modules with memory where they had none; all of them share it, their values do not matter.
 
-    Afterwards they have none again.
+    Afterwards they have none again. A live module keeps what it has.
     """
+    if live:
+        yield modules[0], modules[-1]
+        return
     made = {
         name: nn.Parameter(filled(name, old, device), requires_grad=False)
         for name, old in modules[0].named_parameters()
-        if old.is_meta
     }
     kept = [(owner, name, old) for module in modules for owner, name, old in slots(module)]
     for module in modules:
         new = {id(old): made[name] for name, old in module.named_parameters() if name in made}
         for owner, name, old in slots(module):
             owner._parameters[name] = new.get(id(old), old)
-        if made:
-            module.to(device)  # its buffers, which are real
+        module.to(device)  # its buffers, which are real
     try:
         yield modules[0], modules[-1]
     finally:
@@ -96,8 +132,10 @@ def in_memory(
 
 def filled(name: str, old: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A parameter's memory, with the values that the golden rule gives to its name."""
-    tensor = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
-    golden.write(tensor, name)
+    tensor = old.detach()
+    if old.is_meta:
+        tensor = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
+    write(tensor, name)
     return tensor
 
 
@@ -116,17 +154,18 @@ def traced(source: Source, unit: Unit, module: nn.Module, device: torch.device) 
     sizes = example_sizes(unit.bounds)
     entry = bare_graph(unit)
     tensors = [tensor.to(device) for tensor in golden.inputs_for(entry, sizes)]
-    verify.attempt(trial_of(source, unit, entry, module, device))
+    place = Place(source.model, unit.region, module)
+    verify.attempt(trial_of(source, unit, entry, place, device))
     with attention_of(source.model, tracing_attention(source)):
-        return export(module, unit.face, unit.bounds, tensors, frozenset(unit.stated))
+        return export(module, unit.face, unit.bounds, tensors, source.stated)
 
 
 def trial_of(
-    source: Source, unit: Unit, entry: Graph, module: nn.Module, device: torch.device
+    source: Source, unit: Unit, entry: Graph, place: Place, device: torch.device
 ) -> verify.Trial:
     """What the unit's graph is compared with: the module with transformers' own attention."""
     text = source.config.get_text_config() if source.config is not None else None
-    flat = Flat(module, unit.face)
+    flat = Flat(place.module, unit.face)
 
     def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with attention_of(source.model, source.attention):
@@ -136,9 +175,9 @@ def trial_of(
         entry=entry,
         bounds=unit.bounds,
         eager=eager,
-        module=module,
+        module=place.module,
         device=device,
-        dtype=source.dtype,
+        tolerance=max(verify.TOLERANCE[source.dtype], verify.COARSE.get(place.recipe or "", 0.0)),
         scores=getattr(text, "num_attention_heads", 1),
         width=getattr(text, "hidden_size", 0) + (source.vocabulary if not unit.region else 0),
     )
@@ -165,7 +204,7 @@ def require_same(first: Exported, other: Exported, unit: Unit) -> None:
 
 def code_of(exported: Exported) -> str:
     """A program as text, without the numbers that torch gives to symbols."""
-    return exported.program.graph_module.code
+    return str(exported.program.graph_module.code)
 
 
 def bare_graph(unit: Unit, outputs: Outputs | None = None) -> Graph:
@@ -188,51 +227,67 @@ def bare_graph(unit: Unit, outputs: Outputs | None = None) -> Graph:
     )
 
 
-def checked(job: Job, unit: Unit, exported: Exported, unpacked: Path, scratch: Path) -> Built:
+def checked(
+    job: Job, unit: Unit, place: Place, exported: Exported, unpacked: Path, scratch: Path
+) -> Built:
     """Describe a compiled graph, compare it with eager, and ask it the golden questions."""
-    source = job.plan.source
+    source, device = job.plan.source, job.device
     final = replace(unit, face=exported.face, bounds=exported.bounds)
-    module = source.model.get_submodule(unit.region)
+    entry = final_entry(final, exported, scratch)
+    entry, files = described(entry, place, exported, unpacked, scratch)
+    graph = open_graph(unpacked, entry, device)
+    graph.bind(verify.constants_of(place.module, entry, scratch))
+    trial = trial_of(source, final, entry, place, device)
+    checks = verify.verify(graph, trial)
+    libraries = [unpacked / m.path for m in entry.members if m.path.endswith(".wrapper.so")]
+    by_rule = not source.live and not place.made
+    entry, answers = questioned(graph, scratch, by_rule)
+    return Built(entry, elf.needs_of(libraries[0]), files, checks, answers)
+
+
+def final_entry(unit: Unit, exported: Exported, scratch: Path) -> Graph:
+    """The manifest's graph with its package, its constants not yet known."""
     file = file_entry(scratch, f"graphs/{unit.id}.pt2")
-    entry = msgspec.structs.replace(
-        bare_graph(final, exported.outputs),
+    return msgspec.structs.replace(
+        bare_graph(unit, exported.outputs),
         sha256=file.sha256,
         size=file.size,
         members=members_of(scratch / file.path),
     )
-    entry, files = described(source, entry, exported, unpacked, scratch, job.device)
-    graph = open_graph(unpacked, entry, job.device)
-    graph.bind(verify.constants_of(module, entry, scratch))
-    trial = trial_of(source, final, entry, module, job.device)
-    checks = verify.verify(graph, trial)
-    asked = questioned(graph, scratch, len(job.plan.units))
-    libraries = [unpacked / m.path for m in entry.members if m.path.endswith(".wrapper.so")]
-    return Built(asked[0], elf.needs_of(libraries[0]), files, checks, asked[1])
 
 
 def described(
-    source: Source,
-    bare: Graph,
-    exported: Exported,
-    unpacked: Path,
-    scratch: Path,
-    device: torch.device,
+    bare: Graph, place: Place, exported: Exported, unpacked: Path, scratch: Path
 ) -> tuple[Graph, tuple[File, ...]]:
     """Add what only the compiled library can tell: the constants that it reads."""
-    path = bare.modules[0]
-    file = f"buffers/{bare.id}.safetensors" if path else constants.BUFFERS
+    device = next(place.module.parameters()).device
     fqns = open_graph(unpacked, bare, device).constant_fqns()
-    listed, shipped = constants.describe(
-        fqns, constants.Place(source.model, path, file), exported.program
-    )
+    listed, shipped = constants.describe(fqns, place, exported.program)
     files: tuple[File, ...] = ()
     if shipped:
-        (scratch / file).parent.mkdir(exist_ok=True)
-        save_file(shipped, scratch / file)
-        files = (file_entry(scratch, file),)
+        (scratch / place.file).parent.mkdir(exist_ok=True)
+        save_file(shipped, scratch / place.file)
+        files = (file_entry(scratch, place.file),)
     return msgspec.structs.replace(bare, constants=listed), files
 
 
-def questioned(graph: Open, folder: Path, graphs: int) -> tuple[Graph, dict[str, Any]]:
-    """TODO golden"""
-    return graph.entry, {}
+def questioned(graph: Open, folder: Path, by_rule: bool) -> tuple[Graph, dict[str, torch.Tensor]]:
+    """The golden answers of a graph, and its entry that tells of them.
+
+    A graph that is bound to the rule's constants already is asked as it is. A decoder is asked with
+    two places filled, since attention over one place says nothing about keys.
+
+    Raises:
+        CheckFailed: the answers would prove nothing.
+    """
+    entry = graph.entry
+    sizes = golden.smallest(entry)
+    if "filled" in sizes and entry.bounds["filled"][1] > 1:
+        sizes |= {"filled": max(2, sizes["filled"]), "cache": max(2, sizes["cache"])}
+    blank = Golden(dims=sizes, tolerances={}, memory=0)
+    graph.entry = msgspec.structs.replace(entry, golden=blank)
+    answers = golden.replies(graph) if by_rule else golden.answer(graph, folder)
+    if not all(tensor.isfinite().all() for tensor in answers.values()):
+        graph.entry = entry
+        return entry, {}
+    return msgspec.structs.replace(entry, golden=golden.golden_of(graph.entry, answers)), answers

@@ -23,6 +23,7 @@ from hubaoti.errors import (
     OutOfBounds,
     first_line,
 )
+from hubaoti.extents import Extent
 from hubaoti.manifest import Constant, Input
 from hubaoti.manifest import Graph as Entry
 from hubaoti.package import pack
@@ -30,6 +31,7 @@ from hubaoti.package import pack
 # A CUDA graph clones an input whose address is not a multiple of this, and loses writes to it
 # (torch._inductor.utils.ALIGNMENT).
 CUDA_ALIGNMENT = 16
+LARGEST = 1 << 62  # a size that no dim has
 
 
 class Runner(Protocol):
@@ -165,6 +167,7 @@ class Slot:
     rank: int
     fixed: tuple[tuple[int, int], ...]  # (axis, size)
     dims: tuple[tuple[int, str], ...]  # (axis, name)
+    extents: tuple[tuple[int, Extent], ...]  # (axis, what follows from dims)
     alignment: int
 
     @classmethod
@@ -172,12 +175,14 @@ class Slot:
         """Read a manifest's input."""
         dtype = dtype_of(entry.dtype)
         sizes = list(enumerate(entry.shape))
+        follow = [(axis, Extent.parse(size)) for axis, size in sizes if isinstance(size, str)]
         return cls(
             entry,
             dtype,
             len(sizes),
             tuple((axis, size) for axis, size in sizes if isinstance(size, int)),
-            tuple((axis, size) for axis, size in sizes if isinstance(size, str)),
+            tuple((axis, extent.dims[0]) for axis, extent in follow if extent.plain),
+            tuple((axis, extent) for axis, extent in follow if not extent.plain),
             alignment_of(dtype, device),
         )
 
@@ -252,6 +257,7 @@ class Graph:
             self._check_kind(slot, tensor)
             self._check_sizes(slot, tensor, sizes)
             fitting.append(fit(slot, tensor))
+        self._check_related(inputs, sizes)
         return fitting
 
     def _check_kind(self, slot: Slot, tensor: torch.Tensor) -> None:
@@ -275,19 +281,42 @@ class Graph:
                     hint="this graph was compiled for another shape",
                 )
         for axis, dim in slot.dims:
-            size = shape[axis]
-            low, high = self.entry.bounds[dim]
-            if not low <= size <= high:
-                raise OutOfBounds(
-                    f"{dim} is {size}; graph {self.entry.id} takes {low} to {high}",
-                    hint=f"stay within, or compile with --dim {dim}={min(low, size)}:"
-                    f"{max(high, size)}",
-                )
-            if sizes.setdefault(dim, size) != size:
-                raise BadInput(
-                    f"{slot.entry.name} has {dim} = {size}, another input has {sizes[dim]}",
-                    hint=f"all inputs of one call share {dim}",
-                )
+            self._take(dim, shape[axis], slot, sizes)
+
+    def _take(self, dim: str, size: int, slot: Slot, sizes: dict[str, int]) -> None:
+        """Learn a dim's size; refuse one outside its bounds, or another than before."""
+        low, high = self.entry.bounds[dim]
+        if not low <= size <= high or size % self.entry.steps.get(dim, 1):
+            step = f" in steps of {self.entry.steps[dim]}" if dim in self.entry.steps else ""
+            raise OutOfBounds(
+                f"{dim} is {size}; graph {self.entry.id} takes {low} to {high}{step}",
+                hint=f"stay within, or compile with --dim {dim}={min(low, size)}:{max(high, size)}",
+            )
+        if sizes.setdefault(dim, size) != size:
+            raise BadInput(
+                f"{slot.entry.name} has {dim} = {size}, another input has {sizes[dim]}",
+                hint=f"all inputs of one call share {dim}",
+            )
+
+    def _check_related(self, inputs: Sequence[torch.Tensor], sizes: dict[str, int]) -> None:
+        """Refuse a size that does not follow from the dims as the manifest says it does."""
+        for slot, tensor in zip(self._slots, inputs, strict=True):
+            for axis, extent in slot.extents:
+                size = tensor.shape[axis]
+                unknown = [dim for dim in extent.dims if dim not in sizes]
+                dim_size = extent.solve(size) if unknown else None
+                if dim_size is not None:
+                    self._take(unknown[0], dim_size, slot, sizes)
+                elif unknown or extent.at(sizes) != size:
+                    raise BadInput(
+                        f"{slot.entry.name} has size {size} on axis {axis}, which is not {extent}",
+                        hint=f"the dims of this call are {sizes}",
+                    )
+        if sizes.get("filled", 0) > sizes.get("cache", LARGEST) and self.entry.cache:
+            raise OutOfBounds(
+                f"filled is {sizes['filled']}, the cache holds {sizes['cache']}",
+                hint="make a longer cache",
+            )
 
 
 def fit(slot: Slot, tensor: torch.Tensor) -> torch.Tensor:

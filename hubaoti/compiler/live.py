@@ -1,0 +1,151 @@
+"""A module that somebody built, with the calls that it received, as a source to compile."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hubaoti.compiler.calls import Call, Calls
+from hubaoti.compiler.infer import Dims, face_of, stated, varied
+from hubaoti.compiler.program import program_of_module
+from hubaoti.compiler.regions import repeated
+from hubaoti.compiler.request import DTYPES, Range, Request
+from hubaoti.compiler.source import Source
+from hubaoti.errors import BadDim, BadRequest
+from hubaoti.extents import Extent
+
+Shapes = Mapping[str, Sequence[str | int | None]]
+
+
+def source_of(
+    module: nn.Module, sets: Sequence[Calls | Sequence[Call]], shapes: Shapes, request: Request
+) -> tuple[Source, tuple[dict[str, Range], ...]]:
+    """A module as a source, and a bucket for each set of calls where there are several.
+
+    Dims come from calls of different sizes, or from `shapes`, which names them; their bounds are
+    the sizes that were seen, unless the request has others.
+
+    Raises:
+        BadRequest: no call came, calls have different structures, or one holds a KV cache.
+        BadDim: `shapes` names what is not there; a dim of the request is in no input.
+    """
+    calls = [call for each in sets for call in required(each)]
+    if any(call.caches for call in calls):
+        raise BadRequest(
+            f"a call of {type(module).__name__} holds a KV cache, which is made while it runs",
+            hint="compile the model from its folder with --task generate",
+        )
+    looked = varied(calls[0], shapes) if shapes and len(calls) == 1 else calls
+    dims = stated(looked, shapes)
+    face = face_of(looked, dims, None, type(module).__name__)
+    for name in request.dims.keys() - set(face.dims):
+        raise BadDim(
+            f"no input has a dim {name!r}",
+            hint=f"the dims are: {', '.join(face.dims) or 'none; give calls of two sizes'}",
+        )
+    bounds = {name: range_of(dims.series[name]) for name in face.dims}
+    if shapes and len(calls) == 1:
+        require_bounded(bounds, request)
+    regions = request.regions or ("auto" if any(True for _ in repeated(module, "")) else "none")
+    source = Source(
+        model=module.eval(),
+        program=program_of_module(module),
+        regions=regions,
+        dtype=request.dtype or dtype_of(module),
+        attention=attention_in(module),
+        face=face,
+        default_dims=bounds,
+        config=config_of(module),
+        looks={name: series for name, series in dims.series.items() if name in face.dims},
+        stated=frozenset(request.dims) | names_in(shapes),
+        live=True,
+    )
+    return source, buckets_of(sets, calls, dims, face.dims)
+
+
+def required(calls: Calls | Sequence[Call]) -> Sequence[Call]:
+    """The calls of one set, of which there is at least one."""
+    if isinstance(calls, Calls):
+        return calls.require()
+    if not calls:
+        raise BadRequest("there are no calls", hint="see hubaoti.capture")
+    return calls
+
+
+def range_of(series: Sequence[int]) -> Range:
+    """The bounds of the sizes that were seen."""
+    return Range(min(series), max(series))
+
+
+def require_bounded(bounds: Mapping[str, Range], request: Request) -> None:
+    """Of a dim that only a name tells of, no size but one was seen: its bounds must be given.
+
+    Raises:
+        BadDim: they are not.
+    """
+    for name in bounds.keys() - request.dims.keys():
+        raise BadDim(
+            f"{name} is named, and only one size of it was seen",
+            hint=f'give its bounds: dims={{"{name}": (1, 4096)}}, or calls of other sizes',
+        )
+
+
+def names_in(shapes: Shapes) -> frozenset[str]:
+    """The dims that shapes name."""
+    words = (size for shape in shapes.values() for size in shape if isinstance(size, str))
+    return frozenset(name for word in words for name in Extent.parse(word).dims)
+
+
+def dtype_of(module: nn.Module) -> str:
+    """The dtype that most of a module's numbers have.
+
+    Raises:
+        BadRequest: graphs are not compiled for it, or the module has no floating parameter.
+    """
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] += parameter.numel()
+    found = counts.most_common(1)
+    dtype = str(found[0][0]).removeprefix("torch.") if found else "none"
+    if dtype not in DTYPES:
+        raise BadRequest(
+            f"{type(module).__name__} computes in {dtype}",
+            hint=f"convert it before: {', '.join(DTYPES)}",
+        )
+    return dtype
+
+
+def attention_in(module: nn.Module) -> str:
+    """The attention that a model of transformers says it has; else it is the module's own."""
+    name = getattr(config_of(module), "_attn_implementation", None)
+    return name if isinstance(name, str) else "native"
+
+
+def config_of(module: nn.Module) -> Any:
+    """The config of a model of transformers."""
+    config = getattr(module, "config", None)
+    return config if hasattr(config, "get_text_config") else None
+
+
+def buckets_of(
+    sets: Sequence[Calls | Sequence[Call]],
+    calls: Sequence[Call],
+    dims: Dims,
+    names: Sequence[str],
+) -> tuple[dict[str, Range], ...]:
+    """A bucket for each set of calls, over the dims that changed between the sets."""
+    if len(sets) < 2:
+        return ()
+    buckets, start = [], 0
+    for each in sets:
+        end = start + len(required(each))
+        seen = {name: dims.series[name][start:end] for name in names}
+        buckets.append({name: range_of(series) for name, series in seen.items()})
+        start = end
+    changed = [name for name in names if len({str(bucket[name]) for bucket in buckets}) > 1]
+    return tuple({name: bucket[name] for name in changed} for bucket in buckets)

@@ -1,0 +1,101 @@
+"""Memory of a build: what it took at most, and what there is before it starts."""
+
+from __future__ import annotations
+
+import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hubaoti.errors import NotEnoughMemory
+
+INTERVAL = 0.2  # seconds between two looks
+# What torch, inductor and a C++ compiler take beside the weights of one block (measured: 0.9 GB).
+OVERHEAD = 1 << 30
+CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+
+
+@dataclass(slots=True)
+class Peak:
+    """The most memory that this process and its descendants held together, in bytes.
+
+    Pages that processes share are counted once (PSS of `proc(5)`); between two looks only this
+    process is seen.
+    """
+
+    seen: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def bytes(self) -> int:
+        """So far."""
+        return max(self.seen, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+
+    @classmethod
+    @contextmanager
+    def watched(cls) -> Iterator[Peak]:
+        """Look every INTERVAL seconds while the block runs."""
+        peak = cls()
+        watcher = threading.Thread(target=peak._watch, name="hubaoti-memory", daemon=True)
+        watcher.start()
+        try:
+            yield peak
+        finally:
+            peak._stop.set()
+            watcher.join()
+
+    def _watch(self) -> None:
+        own = Path("/proc/self").resolve().name if Path("/proc/self").exists() else ""
+        while own and not self._stop.wait(INTERVAL):
+            processes = descendants(own)
+            if len(processes) > 1:
+                self.seen = max(self.seen, sum(held(process) for process in processes))
+
+
+def descendants(process: str) -> list[str]:
+    """A process and all that it started, by pid."""
+    found = [process]
+    for each in found:
+        with suppress(OSError):
+            for task in Path(f"/proc/{each}/task").iterdir():
+                found += (task / "children").read_text().split()
+    return found
+
+
+def held(process: str) -> int:
+    """The bytes that a process holds, shared pages in parts; 0 where it is gone."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
+def available() -> int:
+    """The bytes that may still be taken here: of the machine, and of the container's limit."""
+    found = []
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) << 10)
+    for limit, used in zip(CGROUPS, USED, strict=True):
+        with suppress(OSError, ValueError):  # "max" where there is none
+            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return min(found, default=1 << 62)
+
+
+def require_memory(needed: int, what: str) -> None:
+    """See that so many bytes can be taken, before minutes are spent.
+
+    Raises:
+        NotEnoughMemory: they cannot.
+    """
+    if (have := available()) < needed:
+        raise NotEnoughMemory(
+            f"compiling {what} takes about {needed / 1e9:.1f} GB of memory; {have / 1e9:.1f} GB "
+            "are free",
+            hint="free some, compile on a larger machine, or compile a smaller part: --regions",
+        )
