@@ -113,12 +113,13 @@ def job_of(
         folder, origin = model_files(model, asked.get("revision"), COMPILE_FILES, settings)
     say("torch")  # importing it takes longer than most steps
     from hubaoti.compiler.build import Job, device_of, target_of
-    from hubaoti.compiler.options import parse_options
+    from hubaoti.compiler.options import options_of
     from hubaoti.compiler.plan import plan
 
     device = device_of(request.device)
     target = target_of(host, device, request.level)
-    request = replace(request, inductor=parse_options(asked.get("inductor", ())))
+    chosen = options_of(request.mode, asked.get("inductor", ()), request.device)
+    request = replace(request, inductor=chosen)
     say("source")
     if isinstance(model, (str, Path)):
         from hubaoti.compiler.source import load

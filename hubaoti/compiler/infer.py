@@ -20,25 +20,32 @@ from hubaoti.extents import Extent
 from hubaoti.manifest import Input
 
 Series = tuple[int, ...]  # one size in each of the calls
+LOOKS = 4  # recorded calls at which a module is looked at again, at most
 
 
 @dataclass(slots=True)
 class Dims:
-    """Dims by the sizes they had in some calls; unknown ones get a name as they are met."""
+    """Dims by the sizes they had in some calls; unknown ones get a name as they are met.
+
+    With `related`, a size may be found to be a multiple of another. That is for calls whose sizes
+    we chose: from batches of 1, 2 and 3 and texts of 8, 16 and 24 nothing follows. `given` are
+    extents that the user stated, by input and axis.
+    """
 
     series: dict[str, Series]
-    fresh: list[str] = field(default_factory=list)
+    related: bool = True
+    given: dict[tuple[str, int], Extent] = field(default_factory=dict)
 
     def extent(self, sizes: Series, name: str) -> Extent:
         """The extent that had these sizes: a dim, one that follows from dims, or a new dim."""
-        for known in (self.equal, self.linear, self.total):
+        ways = (self.equal, self.linear, self.total) if self.related else (self.equal, self.total)
+        for known in ways:
             if (found := known(sizes)) is not None:
                 return found
         fresh = name
         while fresh in self.series:
             fresh += "x"
         self.series[fresh] = sizes
-        self.fresh.append(fresh)
         return Extent.of({fresh: 1})
 
     def equal(self, sizes: Series) -> Extent | None:
@@ -61,9 +68,7 @@ class Dims:
         return None
 
     def total(self, sizes: Series) -> Extent | None:
-        """The sum of two dims, in three calls or more, as of image and text tokens."""
-        if len({*sizes}) < 3:
-            return None
+        """The sum of two dims, as of image and text tokens."""
         names = list(self.series)
         for at, first in enumerate(names):
             for second in names[at + 1 :]:
@@ -86,8 +91,9 @@ def face_of(
         require_same(first, call, where)
     shapes: list[list[int | str]] = [list(sizes) for sizes in first.sizes]
     for series, at, axis in changing(calls):
+        extent = dims.given.get((first.names[at], axis))
         name = f"{word(first.names[at])}_{axis}"
-        shapes[at][axis] = plain_size(dims.extent(series, name))
+        shapes[at][axis] = plain_size(extent or dims.extent(series, name))
     inputs = tuple(
         Input(
             name=word(name),
@@ -192,7 +198,7 @@ def stated(calls: Sequence[Call], shapes: Mapping[str, Sequence[str | int | None
     Raises:
         BadDim: an input is not there, has another number of axes, or a name stands for two sizes.
     """
-    series: dict[str, Series] = {}
+    dims = Dims({}, related=False)
     for name, shape in shapes.items():
         at = place_of(name, calls[0])
         rank = calls[0].tensors[at].dim()
@@ -201,16 +207,61 @@ def stated(calls: Sequence[Call], shapes: Mapping[str, Sequence[str | int | None
                 f"{name} has {rank} axes, its shape names {len(shape)}",
                 hint="give one name, or None, for each axis",
             )
-        for axis, dim in enumerate(shape):
-            if not isinstance(dim, str) or not Extent.parse(dim).plain:
-                continue
-            sizes = tuple(call.tensors[at].shape[axis] for call in calls)
-            if series.setdefault(dim, sizes) != sizes:
-                raise BadDim(
-                    f"{dim} is {series[dim]} in one input, and {sizes} in {name}",
-                    hint="give them different names",
-                )
-    return Dims(series)
+        for axis, text in enumerate(shape):
+            if isinstance(text, str):
+                sizes = tuple(call.tensors[at].shape[axis] for call in calls)
+                state(dims, (name, axis), extent_in(text), sizes)
+    for (name, axis), extent in dims.given.items():
+        require_stated(
+            dims, name, extent, [c.tensors[place_of(name, c)].shape[axis] for c in calls]
+        )
+    return dims
+
+
+def state(dims: Dims, place: tuple[str, int], extent: Extent, sizes: Series) -> None:
+    """Take what the user says of one size.
+
+    Raises:
+        BadDim: a name stands for two sizes.
+    """
+    dims.given[place] = extent
+    if extent.plain and dims.series.setdefault(extent.dims[0], sizes) != sizes:
+        dim = extent.dims[0]
+        raise BadDim(
+            f"{dim} is {dims.series[dim]} in one input, and {sizes} in {place[0]}",
+            hint="give them different names",
+        )
+
+
+def require_stated(dims: Dims, name: str, extent: Extent, sizes: Sequence[int]) -> None:
+    """Refuse an extent over dims that nobody stated, or that the calls do not have."""
+    unknown = [dim for dim in extent.dims if dim not in dims.series]
+    found = (
+        []
+        if unknown
+        else [
+            extent.at({dim: dims.series[dim][at] for dim in extent.dims})
+            for at in range(len(sizes))
+        ]
+    )
+    if found != list(sizes):
+        why = f"{unknown[0]} stands alone nowhere" if unknown else f"that is {found}"
+        raise BadDim(
+            f"{name} has sizes {list(sizes)}, its shape says {extent}: {why}",
+            hint="name the dims of the shapes as the calls have them",
+        )
+
+
+def extent_in(text: str) -> Extent:
+    """An extent as the user writes it.
+
+    Raises:
+        BadDim: it is none.
+    """
+    try:
+        return Extent.parse(text)
+    except ValueError as why:
+        raise BadDim(str(why), hint='as "batch", "2*seq" or "image+text"') from why
 
 
 def place_of(name: str, call: Call) -> int:
@@ -235,7 +286,7 @@ def varied(call: Call, shapes: Mapping[str, Sequence[str | int | None]]) -> list
         dim: call.tensors[place_of(name, call)].shape[axis]
         for name, shape in shapes.items()
         for axis, dim in enumerate(shape)
-        if isinstance(dim, str) and Extent.parse(dim).plain
+        if isinstance(dim, str) and extent_in(dim).plain
     }
     calls = [call]
     for power in (1, 2):
@@ -245,9 +296,22 @@ def varied(call: Call, shapes: Mapping[str, Sequence[str | int | None]]) -> list
         for name, shape in shapes.items():
             at = place_of(name, call)
             size = [
-                Extent.parse(dim).at(sizes) if isinstance(dim, str) else old
+                extent_in(dim).at(sizes) if isinstance(dim, str) else old
                 for dim, old in zip(shape, tensors[at].shape, strict=True)
             ]
             tensors[at] = torch.empty(size, dtype=tensors[at].dtype, device="meta")
         calls.append(Call(call.template, tuple(tensors), call.names, call.caches))
     return calls
+
+
+def mixed(series: Mapping[str, Series]) -> dict[str, Series]:
+    """Sizes at which to look at a module again: those of its calls, and each dim changed alone.
+
+    So what changes with a dim says which one it follows, however the calls' own sizes did.
+    """
+    calls = min(max((len(sizes) for sizes in series.values()), default=0), LOOKS)
+    found = {name: list(sizes[:calls]) for name, sizes in series.items()}
+    for alone in ("", *series):
+        for name, sizes in series.items():
+            found[name].append(max(sizes) if name == alone else min(sizes))
+    return {name: tuple(sizes) for name, sizes in found.items()}

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from hubaoti.compiler.calls import Call, Calls
-from hubaoti.compiler.infer import Dims, face_of, stated, varied
+from hubaoti.compiler.faces import Face
+from hubaoti.compiler.infer import Dims, face_of, mixed, stated, varied
 from hubaoti.compiler.program import program_of_module
 from hubaoti.compiler.regions import repeated
 from hubaoti.compiler.request import DTYPES, Range, Request
@@ -41,16 +42,18 @@ def source_of(
         )
     looked = varied(calls[0], shapes) if shapes and len(calls) == 1 else calls
     dims = stated(looked, shapes)
-    face = face_of(looked, dims, None, type(module).__name__)
-    for name in request.dims.keys() - set(face.dims):
-        raise BadDim(
-            f"no input has a dim {name!r}",
-            hint=f"the dims are: {', '.join(face.dims) or 'none; give calls of two sizes'}",
-        )
+    kind = type(module).__name__
+    regions = request.regions or ("auto" if any(True for _ in repeated(module, "")) else "none")
+    try:
+        face = face_of(looked, dims, None, kind)
+    except BadRequest:
+        if regions == "none" or shapes:
+            raise
+        # Its blocks may be called alike though the module is not, as with lists of image sizes.
+        dims, face = Dims({}, related=False), Face(calls[0].template, ())
     bounds = {name: range_of(dims.series[name]) for name in face.dims}
     if shapes and len(calls) == 1:
         require_bounded(bounds, request)
-    regions = request.regions or ("auto" if any(True for _ in repeated(module, "")) else "none")
     source = Source(
         model=module.eval(),
         program=program_of_module(module),
@@ -60,9 +63,11 @@ def source_of(
         face=face,
         default_dims=bounds,
         config=config_of(module),
-        looks={name: series for name, series in dims.series.items() if name in face.dims},
+        looks=mixed({name: dims.series[name] for name in face.dims}),
+        recorded={name: dims.series[name] for name in face.dims},
         stated=frozenset(request.dims) | names_in(shapes),
         live=True,
+        calls=() if face.inputs else tuple(calls),
     )
     return source, buckets_of(sets, calls, dims, face.dims)
 

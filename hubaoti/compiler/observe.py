@@ -6,6 +6,7 @@ a second and in no memory, and no mask is left out because its values would allo
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -44,23 +46,33 @@ def storage_free() -> Iterator[None]:
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down the operations of the block that runs: names, numbers, and whose results."""
+    """Writes down the operations of the block that runs: names, numbers, and of what they are.
 
-    def __init__(self) -> None:
+    Tensors are called by what they are to the block: one of its inputs, one of its own by name, a
+    result by its place. Any other tensor is a constant, which only its values tell from others.
+    """
+
+    def __init__(self, own: Mapping[str, torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.lines: list[str] | None = None
-        self._places: dict[int, int] = {}
+        self._own = {id(tensor): name for name, tensor in own.items()}
+        self._start = ""
+        self._words: dict[int, str] = {}
         self._kept: list[torch.Tensor] = []  # an id is one tensor's only while it lives
 
-    def begin(self) -> None:
-        """Write down from here on."""
-        self.lines, self._places, self._kept = [], {}, []
+    def begin(self, path: str, given: Sequence[torch.Tensor]) -> None:
+        """Write down from here on what the block at a path does with what it is given."""
+        self._start = f"{path}."
+        self._words = {id(tensor): f"input {at}" for at, tensor in enumerate(given)}
+        self.lines, self._kept = [], [*given]
 
-    def end(self) -> str:
-        """What was written."""
-        text = "\n".join(self.lines or ())
-        self.lines, self._places, self._kept = None, {}, []
-        return text
+    def end(self, answer: Any) -> str:
+        """What was written, and what of it the block answers."""
+        lines, self.lines = self.lines or [], None
+        leaves = tree_leaves(answer)
+        last = " ".join(self._word(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
+        self._words, self._kept = {}, []
+        return "\n".join([*lines, last])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -73,10 +85,29 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _word(self, leaf: Any) -> str:
         if not isinstance(leaf, torch.Tensor):
             return repr(leaf)
-        if id(leaf) not in self._places:
-            self._places[id(leaf)] = len(self._places)
+        if id(leaf) not in self._words:
+            self._words[id(leaf)] = self._new_word(leaf)
             self._kept.append(leaf)
-        return f"%{self._places[id(leaf)]}{list(leaf.shape)}"
+        return f"%{self._words[id(leaf)]}{list(leaf.shape)}"
+
+    def _new_word(self, tensor: torch.Tensor) -> str:
+        if id(tensor) in self._own:
+            return self._own[id(tensor)].removeprefix(self._start)
+        place = str(len(self._words))
+        return place if isinstance(tensor, FakeTensor) else f"{place} {bytes_of(tensor)}"
+
+
+def bytes_of(tensor: torch.Tensor) -> str:
+    """The digest of a tensor's values; a tensor without storage has none.
+
+    Private, checked on torch 2.11 and 2.13: `unset_fake_temporarily`. Within a mode of fake tensors
+    there is no public way to the values of a real one.
+    """
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        return "no values"
+    with unset_fake_temporarily():
+        plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return hashlib.sha256(plain.numpy().tobytes()).hexdigest()[:12]
 
 
 @dataclass(slots=True)
@@ -88,8 +119,10 @@ class Observed:
     problem: str | None = None
     called: bool = False
 
-    def around(self, forward: Callable[..., Any], operations: Operations) -> Callable[..., Any]:
-        """The block's `forward`, noted."""
+    def around(
+        self, forward: Callable[..., Any], path: str, operations: Operations
+    ) -> Callable[..., Any]:
+        """The `forward` of the block at a path, noted."""
 
         def watching(*args: Any, **kwargs: Any) -> Any:
             if self.called:
@@ -99,11 +132,12 @@ class Observed:
                 self.calls.append(call_of(forward, args, kwargs))
             except Opaque as why:
                 self.problem = str(why)
+                return forward(*args, **kwargs)
             if self.operations or operations.lines is not None:
                 return forward(*args, **kwargs)
-            operations.begin()
+            operations.begin(path, self.calls[-1].tensors)
             out = forward(*args, **kwargs)
-            self.operations = operations.end()
+            self.operations = operations.end(out)
             return out
 
         return watching
@@ -130,17 +164,17 @@ def observe(
     """
     found: dict[str, Observed] = {path: Observed() for path in blocks}
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
-    operations = Operations()
     with ExitStack() as around:
-        for path, block in blocks.items():
-            watching = found[path].around(block.forward, operations)
-            around.enter_context(replaced(block, watching))
         around.enter_context(torch.no_grad())
         around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         tensors = {
             name: torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device=device)
             for name, each in (*model.named_parameters(), *model.named_buffers())
         }
+        operations = Operations(tensors)
+        for path, block in blocks.items():
+            watching = found[path].around(block.forward, path, operations)
+            around.enter_context(replaced(block, watching))
         around.enter_context(operations)
         for call in calls:
             given = call()

@@ -17,7 +17,7 @@ from hubaoti.compiler.calls import arguments
 from hubaoti.compiler.faces import Face, sliding, with_cache
 from hubaoti.compiler.infer import Dims, face_of
 from hubaoti.compiler.observe import Given, Observed, observe
-from hubaoti.compiler.regions import blocks_of, groups_of
+from hubaoti.compiler.regions import Group, blocks_of, groups_of
 from hubaoti.compiler.request import Range, Request
 from hubaoti.compiler.shapes import (
     Bounds,
@@ -27,7 +27,7 @@ from hubaoti.compiler.shapes import (
     require_covered,
 )
 from hubaoti.compiler.source import Source, attention_of
-from hubaoti.errors import CompileFailed
+from hubaoti.errors import BadRequest, CompileFailed
 from hubaoti.extents import Extent
 from hubaoti.runtime.graph import dtype_of
 
@@ -67,59 +67,93 @@ def plan(source: Source, request: Request, device: torch.device) -> Plan:
         BadDim: a dim that the model does not have, or a shape that no bucket serves.
         CompileFailed: no block of it can be compiled; the reasons are in the message.
     """
-    dims = bounded(request.dims, source.default_dims, source.positions)
-    require_covered(dims, request.buckets)
+    own = {name: sizes for name, sizes in request.dims.items() if name in source.default_dims}
+    dims = bounded(own, source.default_dims, source.positions)
+    forms: list[Form] = [Form(Group(ROOT, ("",)), "", source.face)]
+    left_out: list[str] = []
     if source.regions != "none" and (blocks := blocks_of(source.model, source.regions)):
-        return regional(source, dims, request.buckets, blocks, device)
-    units = in_buckets(ROOT, ("",), source.face, dims, request.buckets)
-    return Plan(replace(source, regions="none"), dims, tuple(units))
+        found = Dims(dict(source.looks), related=not source.calls)
+        source, forms, left_out = forms_of(source, blocks, dims, found, device)
+        dims |= {name: span(found.series[name]) for name in found.series if name not in dims}
+    else:
+        source = replace(source, regions="none")
+    dims = bounded(request.dims, dims, source.positions)
+    require_covered(dims, request.buckets)
+    units = [unit for form in forms for unit in in_buckets(form, dims, request.buckets)]
+    used = {name for unit in units for name in unit.bounds} | {*source.default_dims}
+    kept = {name: sizes for name, sizes in dims.items() if name in used and name != "filled"}
+    return Plan(source, kept, tuple(units), tuple(left_out))
 
 
-def regional(
+def span(series: Sequence[int]) -> Range:
+    """The bounds of the sizes that were seen."""
+    return Range(min(series), max(series))
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One way in which the modules of a group are called; `suffix` ends the name of its graph."""
+
+    group: Group
+    suffix: str
+    face: Face
+
+
+def forms_of(
     source: Source,
-    dims: Bounds,
-    buckets: Sequence[Mapping[str, Range]],
     blocks: Mapping[str, nn.Module],
+    dims: Bounds,
+    found: Dims,
     device: torch.device,
-) -> Plan:
-    """The plan of a model's blocks."""
+) -> tuple[Source, list[Form], list[str]]:
+    """The forms of a model's blocks, and what stays eager, and why; `found` learns their dims."""
     source, observed = observed_with(source, blocks, device)
-    units: list[Unit] = []
+    found.series = dict(source.looks)
+    forms: list[Form] = []
     left_out = [f"{path}: {seen.problem}" for path, seen in observed.items() if seen.problem]
     fine = {path: seen for path, seen in observed.items() if not seen.problem}
     for group in groups_of(blocks, fine):
+        path = group.modules[0]
         try:
-            faces = faces_of(source, blocks[group.modules[0]], fine[group.modules[0]], dims)
-        except CompileFailed as why:
+            faces = faces_of(source, blocks[path], fine[path], dims, found)
+        except (CompileFailed, BadRequest) as why:
             left_out.append(f"{group.id}: {why}")
             continue
-        for suffix, face in faces.items():
-            units += in_buckets(f"{group.id}{suffix}", group.modules, face, dims, buckets)
-    if not units:
+        forms += [Form(group, suffix, face) for suffix, face in faces.items()]
+    if not forms:
         reasons = "; ".join(left_out) or "the model calls none of them"
         raise CompileFailed(
             f"capture: none of the blocks can be compiled: {reasons}",
             hint="compile the whole model with --regions none, or one place with --regions PATH",
         )
-    return Plan(source, dims, tuple(units), tuple(left_out))
+    return source, forms, left_out
 
 
 def observed_with(
     source: Source, blocks: Mapping[str, nn.Module], device: torch.device
 ) -> tuple[Source, dict[str, Observed]]:
-    """What the blocks are given, with the fastest attention that the model can have."""
-    looks = [look(source, at, blocks, device) for at in range(runs_of(source))]
-    for attention in dict.fromkeys((tracing_attention(source), "eager")):
+    """What the blocks are given, with the fastest attention that the model can have.
+
+    A module may take only sizes that go together, as those of its calls.
+    """
+    tries = [(tracing_attention(source), source.looks)]
+    if source.live and source.recorded != source.looks:
+        tries.append((source.attention, source.recorded))
+    elif source.attention != "eager" and not source.live:
+        tries.append(("eager", source.looks))
+    for attention, sizes in tries:
+        looked = replace(source, looks=sizes)
+        looks = [look(looked, at, blocks, device) for at in range(runs_of(looked))]
         try:
             with attention_of(source.model, attention):
                 found = observe(source.model, blocks, looks, device)
         except CompileFailed as why:
-            if attention == "eager" or "attention" not in str(why):
+            if (attention, sizes) == tries[-1] or not (source.live or "attention" in str(why)):
                 raise
             continue
         kept = "sdpa" if attention == caches.ATTENTION else attention
-        return replace(source, attention=kept), found
-    raise AssertionError("the last attention answers or raises")
+        return replace(looked, attention=kept), found
+    raise AssertionError("the last try answers or raises")
 
 
 def tracing_attention(source: Source) -> str:
@@ -132,11 +166,19 @@ def tracing_attention(source: Source) -> str:
 
 def runs_of(source: Source) -> int:
     """How many times a model is looked at: once for each size that its dims had."""
-    return len(next(iter(source.looks.values()), (1,)))
+    return len(source.calls) or len(next(iter(source.looks.values()), (1,)))
 
 
 def look(source: Source, at: int, blocks: Mapping[str, nn.Module], device: torch.device) -> Any:
     """A call of a whole model at the sizes of look number `at`, made where it is used."""
+
+    def again() -> Given:
+        call = source.calls[at]
+        tensors = [
+            torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for tensor in call.tensors
+        ]
+        args, kwargs = arguments(call.template, tensors, {})
+        return Given(tuple(args), kwargs)
 
     def given() -> Given:
         sizes = {name: series[at] for name, series in source.looks.items()}
@@ -154,12 +196,14 @@ def look(source: Source, at: int, blocks: Mapping[str, nn.Module], device: torch
         args, kwargs = arguments(source.face.template, tensors, known)
         return Given(tuple(args), kwargs)
 
-    return given
+    return again if source.calls else given
 
 
-def faces_of(source: Source, block: nn.Module, seen: Observed, dims: Bounds) -> dict[str, Face]:
-    """The forms of a block by the suffix of their graphs' names: one, or two with a window."""
-    face = face_of(seen.calls, Dims(dict(source.looks)), source.vocabulary)
+def faces_of(
+    source: Source, block: nn.Module, seen: Observed, dims: Bounds, found: Dims
+) -> dict[str, Face]:
+    """How a block is called, by the suffix of its graph's name: once, or twice with a window."""
+    face = face_of(seen.calls, found, source.vocabulary, type(block).__name__)
     held = next((cache for call in seen.calls for cache in call.caches), None)
     if held is None:
         return {"": face}
@@ -170,7 +214,7 @@ def faces_of(source: Source, block: nn.Module, seen: Observed, dims: Bounds) -> 
         return {"": face}
     face = with_cache(face, *puts[0])
     window = window_of(block, source.config)
-    if window is None or dims["cache"].high < window:
+    if window is None or "cache" not in dims or dims["cache"].high < window:
         return {"": face}
     return {"": face, "-full": sliding(face, window)}
 
@@ -187,23 +231,18 @@ def window_of(block: nn.Module, config: Any) -> int | None:
     return window if everywhere and isinstance(window, int) else None
 
 
-def in_buckets(
-    name: str,
-    modules: tuple[str, ...],
-    face: Face,
-    dims: Bounds,
-    buckets: Sequence[Mapping[str, Range]],
-) -> list[Unit]:
-    """The units of one face: one for all sizes, or one for each bucket, in their order.
+def in_buckets(form: Form, dims: Bounds, buckets: Sequence[Mapping[str, Range]]) -> list[Unit]:
+    """The units of one form: one for all sizes, or one for each bucket, in their order.
 
     A bucket over a dim that the face does not have says nothing about it.
     """
+    face, name = form.face, f"{form.group.id}{form.suffix}"
     named = [{n: b for n, b in bucket.items() if n in face.dims} for bucket in buckets]
     kept = [bucket for at, bucket in enumerate(named) if bucket and bucket not in named[:at]]
     return [
         Unit(
             f"{name}-{bucket_name(bucket)}" if bucket else name,
-            modules,
+            form.group.modules,
             face,
             of_dims(dims, face.dims, bucket),
             order,

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from hubaoti.canonical import canonical
-from hubaoti.compiler.observe import Observed
+from hubaoti.compiler.observe import Observed, bytes_of
 from hubaoti.errors import BadRequest
 
 # Attributes that differ between equal blocks: their number, and what only training uses.
@@ -152,14 +152,6 @@ def function_text(function: types.FunctionType, depth: int) -> str:
     held = [spelled(each, depth - 1) for each in cells] if depth else []
     code = hashlib.sha256(function.__code__.co_code).hexdigest()[:12]
     return f"{function.__qualname__} {code} {function.__code__.co_consts!r} {held}"
-
-
-def bytes_of(tensor: torch.Tensor) -> str:
-    """The digest of a tensor's values; a tensor without storage has none."""
-    if tensor.is_meta:
-        return "meta"
-    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(plain.numpy().tobytes()).hexdigest()[:12]
 
 
 def group_names(groups: Sequence[Sequence[str]], blocks: Mapping[str, nn.Module]) -> list[str]:

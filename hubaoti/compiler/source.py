@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 from hubaoti.compiler import tasks
+from hubaoti.compiler.calls import Call
 from hubaoti.compiler.faces import Face
 from hubaoti.compiler.infer import Series
 from hubaoti.compiler.observe import storage_free
@@ -51,7 +52,9 @@ class Source:
     outputs: tuple[str, ...] = ()  # names of what a whole graph answers, where the task has them
     config: Any = None
     looks: dict[str, Series] = field(default_factory=dict)  # sizes at which it is looked at
+    recorded: dict[str, Series] = field(default_factory=dict)  # those of the user's calls
     stated: frozenset[str] = frozenset()  # dims that the user named or bounded
+    calls: tuple[Call, ...] = ()  # those to look at it with, where they have no face
     live: bool = False  # the user's own module, whose weights are not ours to change
 
 
