@@ -58,8 +58,10 @@ def looks(*rows: int, **rest: Any) -> list[Callable[[], Given]]:
 
 
 def observed(model: Model, *rows: int, **rest: Any) -> dict[str, Observed]:
-    blocks = {name: block for name, block in model.blocks.named_children()}
-    return observe(model, blocks, looks(*rows, **rest), CPU)
+    """What each block saw, by its number."""
+    blocks = {f"blocks.{name}": block for name, block in model.blocks.named_children()}
+    found = observe(model, blocks, looks(*rows, **rest), CPU)
+    return {path.removeprefix("blocks."): seen for path, seen in found.items()}
 
 
 # Storage
