@@ -122,6 +122,7 @@ def test_an_option_is_given_once() -> None:
         *((name, "every build") for name in (*WEIGHTLESS, *ALONE)),
         ("cpp.simdlen", "target"),
         ("cpp.march", "target"),
+        ("cpp.dynamic_threads", "target"),
         ("post_grad_custom_post_pass", "target"),
         ("joint_custom_pre_pass", "target"),
         ("freezing", "weights"),
@@ -171,7 +172,7 @@ def test_no_path_of_this_machine_can_be_an_option() -> None:
 
 def test_most_of_what_shapes_kernels_is_for_users() -> None:
     wanted = {"max_autotune", "coordinate_descent_tuning", "use_fast_math", "shape_padding"}
-    wanted |= {"cpp.threads", "cpp.dynamic_threads", "cpp.min_chunk_size", "combo_kernels"}
+    wanted |= {"cpp.threads", "cpp.min_chunk_size", "combo_kernels"}
     wanted |= {"triton.persistent_reductions", "triton.multi_kernel", "cutlass.use_fast_math"}
     assert wanted <= {*ALLOWED}
 

@@ -26,7 +26,8 @@ WORD = re.compile(r"[\w.,:+-]*\Z")  # no paths and no commands
 SPOKEN = {"true": True, "false": False, "none": None, "null": None}
 # Why a user may not set what an option's name says; the first that matches is the reason.
 REFUSED = {
-    "hubaoti sets it for the target": r"cpp\.(simdlen|march|vec_isa_ok)|.*_custom_\w*pass(es)?",
+    "hubaoti sets it for the target": r"cpp\.(simdlen|march|vec_isa_ok|dynamic_threads)"
+    r"|.*_custom_\w*pass(es)?",
     "it computes with weights while compiling, and a graph holds none": (
         r"freezing\w*|cpp\.(weight_prepack|enable_concat_linear)|enable_linear_binary_folding"
     ),
