@@ -109,6 +109,14 @@ def test_sizes_to_trace_a_cache_with_differ_where_there_is_room(dims: Bounds) ->
         assert len({*sizes.values()}) == len(sizes) or dims["seq"].high < 5
 
 
+def test_sizes_to_trace_with_are_several_times_the_smallest() -> None:
+    """Of a size that is one step only, tracing would take the number of steps for a constant."""
+    dims = {"batch": Range(1, 8), "seq": Range(8, 64, 8), "wide": Range(8, 64)}
+    assert example_sizes(dims) == {"batch": 3, "seq": 24, "wide": 16}
+    assert example_sizes({"seq": Range(8, 8, 8)}) == {"seq": 8}
+    assert example_sizes({"seq": Range(20, 30)}) == {"seq": 20}
+
+
 # Bounds
 
 

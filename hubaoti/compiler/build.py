@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import save_file
 
 from hubaoti import __version__
 from hubaoti import manifest as manifests
 from hubaoti.bundle import Bundle, file_entry, write_manifest, writing
 from hubaoti.compiler import elf
+from hubaoti.compiler.constants import save
 from hubaoti.compiler.inductor import LEVELS, options_for
 from hubaoti.compiler.jobs import build_all, how_many
 from hubaoti.compiler.memory import OVERHEAD, Peak, require_memory
@@ -117,7 +117,7 @@ def write_golden(built: Sequence[BuiltUnit], scratch: Path) -> tuple[File, ...]:
     answers = {name: tensor for each in built for name, tensor in each.golden.items()}
     if not answers:
         return ()
-    save_file(kept(answers), scratch / GOLDEN)
+    save(kept(answers), scratch / GOLDEN)
     return (file_entry(scratch, GOLDEN),)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -95,6 +97,12 @@ def origin_of(place: Place, fqn: str, tensor: torch.Tensor, aliases: Iterable[st
     _, transform = saved_names(place.model, f"{place.path}.{fqn}", tensor)
     names = names_in_checkpoint(place, fqn, tensor)
     return Origin(checkpoint=names, transform=transform, module=fqn)
+
+
+def save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write tensors into a file that whoever may read the bundle may read, too."""
+    save_file(dict(tensors), path)
+    path.chmod(0o644)
 
 
 def names_in_checkpoint(place: Place, fqn: str, tensor: torch.Tensor) -> tuple[str, ...]:

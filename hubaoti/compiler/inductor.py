@@ -29,8 +29,9 @@ from hubaoti.manifest import Target
 from hubaoti.package import pack, unpack_all
 from hubaoti.settings import environment
 
-# Weights stay outside, and nothing is computed from them while compiling.
+# Weights stay outside, and nothing is computed from them while compiling, as packed copies are.
 WEIGHTLESS = {
+    "cpp.weight_prepack": False,
     "aot_inductor.package_constants_in_so": False,
     "always_keep_tensor_constants": True,
     "joint_graph_constant_folding": False,
@@ -55,6 +56,9 @@ def options_for(target: Target) -> dict[str, Any]:
     """Every inductor option that is not at its default, as the manifest and the key have it."""
     options: dict[str, Any] = WEIGHTLESS | {"cpp.simdlen": LEVELS[target.level][1]}
     if target.device == "cpu":
+        # Else sums are kept in arrays for as many threads as the builder has, and a host that has
+        # more writes beyond them (measured: a crash).
+        options["cpp.dynamic_threads"] = True
         options["post_grad_custom_post_pass"] = UNFUSE.uuid()
     if target.device == "cuda":
         # Else the library holds the path of the build, under which each kernel is a file.

@@ -176,13 +176,25 @@ def odd_middle(sizes: Range) -> int:
 
 
 def example_sizes(dims: Bounds) -> Sizes:
-    """Sizes to trace with: no two alike, none 0 or 1, which tracing would take for constants."""
+    """Sizes to trace with: no two alike, none 0 or 1, which tracing would take for constants.
+
+    Where there is room they are multiples of the smallest size, and not that size: a model that
+    takes only multiples of 8, of which 8 is the smallest, takes those, and is seen to do so.
+    """
     sizes: Sizes = {}
     order = sorted(dims, key=lambda name: NESTED.index(name) if name in NESTED else -1)
     for name in order:
-        bounds = dims[name]
-        least = max([3, *(sizes[inner] + 1 for inner in NESTED if inner in sizes)])
-        start = max(bounds.low, -(-(least if name in NESTED else 3) // bounds.step) * bounds.step)
-        candidates = range(start, bounds.high + 1, bounds.step)
-        sizes[name] = next((n for n in candidates if n not in sizes.values()), bounds.high)
+        inner = [sizes[each] + 1 for each in NESTED if each in sizes and name in NESTED]
+        bounds, least = dims[name], max([3, *inner])
+        candidates = [upwards(max(least, bounds.low), bounds.step, bounds.high)]
+        if name != "filled":
+            candidates.insert(0, upwards(max(least, 2 * bounds.low), bounds.low, bounds.high))
+        sizes[name] = next(
+            (n for n in itertools.chain(*candidates) if n not in sizes.values()), bounds.high
+        )
     return {name: sizes[name] for name in dims}
+
+
+def upwards(least: int, unit: int, high: int) -> range:
+    """The multiples of a unit from `least` to `high`."""
+    return range(-(-least // unit) * unit, high + 1, unit)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from hubaoti.bundle import file_entry
@@ -60,10 +59,11 @@ def build_unit(job: Job, unit: Unit, scratch: Path, say: Say) -> Built:
     try:
         with in_memory(modules, job.device, source.live) as (module, twin):
             say(f"export {unit.id}")
+            place = Place(source.model, unit.region, module, file_of(unit))
+            verify.attempt(trial_of(source, unit, bare_graph(unit), place, job.device))
             exported = traced(source, unit, module, job.device)
             if twin is not module:
                 require_same(exported, traced(source, unit, twin, job.device), unit)
-            place = Place(source.model, unit.region, module, file_of(unit))
             if job.build.quantization:
                 place = quantized(place, job.build.quantization, job.device)
                 exported = traced(source, unit, place.module, job.device)
@@ -94,9 +94,8 @@ def file_of(unit: Unit) -> str:
 
 def quantized(place: Place, recipe: str, device: torch.device) -> Place:
     """The place with a copy of its module whose weights are quantized; configs are not copied."""
-    parts = place.module.modules()
-    configs = [part.config for part in parts if isinstance(getattr(part, "config", None), object)]
-    memo: dict[int, Any] = {id(config): config for config in configs}
+    configs = (getattr(part, "config", None) for part in place.module.modules())
+    memo: dict[int, Any] = {id(config): config for config in configs if config is not None}
     module = copy.deepcopy(place.module, memo)
     made = quantize(module, recipe, device).made
     return replace(place, module=module, made=made, recipe=recipe)
@@ -150,12 +149,9 @@ def slots(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
 
 
 def traced(source: Source, unit: Unit, module: nn.Module, device: torch.device) -> Exported:
-    """The unit's program, of one of its modules; eager is asked first whether it can at all."""
+    """The unit's program, of one of its modules."""
     sizes = example_sizes(unit.bounds)
-    entry = bare_graph(unit)
-    tensors = [tensor.to(device) for tensor in golden.inputs_for(entry, sizes)]
-    place = Place(source.model, unit.region, module)
-    verify.attempt(trial_of(source, unit, entry, place, device))
+    tensors = [tensor.to(device) for tensor in golden.inputs_for(bare_graph(unit), sizes)]
     with attention_of(source.model, tracing_attention(source)):
         return export(module, unit.face, unit.bounds, tensors, source.stated)
 
@@ -266,7 +262,7 @@ def described(
     files: tuple[File, ...] = ()
     if shipped:
         (scratch / place.file).parent.mkdir(exist_ok=True)
-        save_file(shipped, scratch / place.file)
+        constants.save(shipped, scratch / place.file)
         files = (file_entry(scratch, place.file),)
     return msgspec.structs.replace(bare, constants=listed), files
 

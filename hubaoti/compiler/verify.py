@@ -29,6 +29,7 @@ from hubaoti.runtime.weights import shipped_tensors
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2}
 COARSE = {"float8dq": 1e-1}  # activations are rounded to three bits, here or there another way
 SECONDS = 5.0  # of eager, for one probe
+CHECKS = 5  # as many seconds go into the comparison of a probe as into the attempt, times this
 FEW_TOKENS = 16  # a call of fewer takes as long: it waits for the weights
 MEMORY = 256 << 20  # bytes of activations, for one probe
 LIVE = 8  # tensors of the size of what goes in and out that are held at once
@@ -62,8 +63,10 @@ def attempt(trial: Trial) -> None:
         BadDim: it can, and fails at larger ones.
     """
     before = versions(trial.module)
+    seconds_per_token = 0.0
     for at, sizes in enumerate(probes(trial.bounds)):
-        probe = capped(sizes, trial, 0.0)
+        probe = capped(sizes, trial, seconds_per_token * CHECKS)
+        start = time.perf_counter()
         try:
             with torch.no_grad():
                 outputs = trial.eager(*trial.inputs(probe.sizes))
@@ -74,6 +77,8 @@ def attempt(trial: Trial) -> None:
                 hint = "the model wants other inputs, or these sizes are too small"
                 raise CompileFailed(told, hint=hint) from why
             raise BadDim(told, hint="narrow the dims: --dim batch=1:32 --dim seq=2:128") from why
+        spent = time.perf_counter() - start
+        seconds_per_token = spent / max(tokens(probe.sizes), FEW_TOKENS)
         for written in sorted(name for name, _ in versions(trial.module) ^ before):
             raise CompileFailed(
                 f"source: at {named(probe.sizes)} the model writes to its own {written}",
