@@ -113,8 +113,8 @@ def whole_exporter(module: nn.Module) -> Any:
 
 def dynamic_shapes(face: Face, bounds: Bounds) -> list[dict[int, Any]]:
     """Torch's Dims for each input; an axis with one size has none."""
-    roots = {name: root_of(name, sizes) for name, sizes in bounds.items()}
     single = {name: sizes.low for name, sizes in bounds.items() if sizes.low == sizes.high}
+    roots = {name: root_of(name, bounds[name]) for name in bounds.keys() - single.keys()}
     shapes: list[dict[int, Any]] = [{} for _ in face.inputs]
     for at, axis, whole in face.extents():
         extent = substitute(whole, single)

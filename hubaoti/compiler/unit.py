@@ -21,7 +21,8 @@ from hubaoti.compiler.export import Exported, export
 from hubaoti.compiler.faces import Flat
 from hubaoti.compiler.inductor import lower
 from hubaoti.compiler.plan import Unit, tracing_attention
-from hubaoti.compiler.shapes import example_sizes
+from hubaoti.compiler.request import Range
+from hubaoti.compiler.shapes import example_sizes, probes
 from hubaoti.compiler.source import Source, attention_of
 from hubaoti.errors import CompileFailed, HubaotiError
 from hubaoti.manifest import Check, File, Golden, Graph, Outputs
@@ -60,8 +61,11 @@ def build_unit(job: Job, unit: Unit, scratch: Path, say: Say) -> Built:
         with in_memory(modules, job.device, source.live) as (module, twin):
             say(f"export {unit.id}")
             place = Place(source.model, unit.region, module, file_of(unit))
-            verify.attempt(trial_of(source, unit, bare_graph(unit), place, job.device))
+            unit = with_written(source, unit, place, job.device)
             exported = traced(source, unit, module, job.device)
+            final = replace(unit, face=exported.face, bounds=exported.bounds)
+            trial = trial_of(source, final, bare_graph(final), place, job.device)
+            verify.attempt(trial, probes(final.bounds))
             if twin is not module:
                 require_same(exported, traced(source, unit, twin, job.device), unit)
             if job.build.quantization:
@@ -71,6 +75,36 @@ def build_unit(job: Job, unit: Unit, scratch: Path, say: Say) -> Built:
     except HubaotiError as why:
         step, _, told = str(why).partition(": ")
         raise type(why)(f"{step} {unit.id}: {told}", hint=why.hint) from why
+
+
+def with_written(source: Source, unit: Unit, place: Place, device: torch.device) -> Unit:
+    """The unit, its inputs marked that the module writes; eager is asked whether it can at all."""
+    trial = trial_of(source, unit, bare_graph(unit), place, device)
+    written = verify.attempt(trial, [sizes_to_trace(source, unit)])
+    inputs = tuple(
+        msgspec.structs.replace(entry, mutated=entry.mutated or entry.name in written)
+        for entry in unit.face.inputs
+    )
+    return replace(unit, face=replace(unit.face, inputs=inputs))
+
+
+def sizes_to_trace(source: Source, unit: Unit) -> dict[str, int]:
+    """Sizes to trace with: of one of the user's calls where they fit, which may go together only.
+
+    None is 0 or 1, which tracing would take for constants.
+    """
+    chosen = example_sizes(unit.bounds)
+    for sizes in zip(*source.recorded.values(), strict=True) if source.recorded else ():
+        call = dict(zip(source.recorded, sizes, strict=True))
+        known = all(name in call for name in unit.bounds)
+        if known and all(fits(call[name], bounds) for name, bounds in unit.bounds.items()):
+            return {name: call[name] for name in unit.bounds}
+    return chosen
+
+
+def fits(size: int, bounds: Range) -> bool:
+    """Whether a size can be traced with, and is within bounds."""
+    return size == bounds.low == bounds.high or (size > 1 and bounds.low <= size <= bounds.high)
 
 
 def lowered_and_checked(
@@ -150,7 +184,7 @@ def slots(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
 
 def traced(source: Source, unit: Unit, module: nn.Module, device: torch.device) -> Exported:
     """The unit's program, of one of its modules."""
-    sizes = example_sizes(unit.bounds)
+    sizes = sizes_to_trace(source, unit)
     tensors = [tensor.to(device) for tensor in golden.inputs_for(bare_graph(unit), sizes)]
     with attention_of(source.model, tracing_attention(source)):
         return export(module, unit.face, unit.bounds, tensors, source.stated)

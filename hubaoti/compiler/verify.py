@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from hubaoti.compiler.constants import tensors_of
+from hubaoti.compiler.regions import attributes
 from hubaoti.compiler.shapes import Bounds, Probe, Sizes, nested, probes
 from hubaoti.errors import BadDim, CheckFailed, CompileFailed, first_line
 from hubaoti.manifest import Check
@@ -55,34 +56,73 @@ class Trial:
         return [tensor.to(self.device) for tensor in inputs_for(self.entry, sizes)]
 
 
-def attempt(trial: Trial) -> None:
+def attempt(trial: Trial, points: Sequence[Sizes]) -> frozenset[str]:
     """Ask eager alone, before minutes are spent on what it cannot do either.
 
+    Returns the names of the inputs that it writes.
+
     Raises:
-        CompileFailed: it cannot answer the smallest inputs, or writes to its own tensors.
-        BadDim: it can, and fails at larger ones.
+        CompileFailed: it cannot answer at the first point, writes to its own tensors, or changes
+            from call to call.
+        BadDim: it can, and fails at other ones.
     """
     before = versions(trial.module)
+    written: set[str] = set()
     seconds_per_token = 0.0
-    for at, sizes in enumerate(probes(trial.bounds)):
+    for at, sizes in enumerate(points):
         probe = capped(sizes, trial, seconds_per_token * CHECKS)
         start = time.perf_counter()
         try:
-            with torch.no_grad():
-                outputs = trial.eager(*trial.inputs(probe.sizes))
-                outputs[0].flatten()[:1].cpu()  # a GPU tells of its errors late
+            written |= asked(trial, probe.sizes)
+            if at == 0:
+                refuse_state(trial, probe.sizes)
+        except CompileFailed:
+            raise
         except Exception as why:  # whatever a model's code raises
             told = f"source: at {named(probe.sizes)} eager itself fails: {first_line(why)}"
             if at == 0:
                 hint = "the model wants other inputs, or these sizes are too small"
                 raise CompileFailed(told, hint=hint) from why
-            raise BadDim(told, hint="narrow the dims: --dim batch=1:32 --dim seq=2:128") from why
+            raise BadDim(told, hint=f"narrow the dims: {words(trial.bounds)}") from why
         spent = time.perf_counter() - start
         seconds_per_token = spent / max(tokens(probe.sizes), FEW_TOKENS)
-        for written in sorted(name for name, _ in versions(trial.module) ^ before):
+        for changed in sorted(name for name, _ in versions(trial.module) ^ before):
             raise CompileFailed(
-                f"source: at {named(probe.sizes)} the model writes to its own {written}",
+                f"source: at {named(probe.sizes)} the model writes to its own {changed}",
                 hint="a graph's constants must stay as they are: this model stays eager",
+            )
+    return frozenset(written)
+
+
+def asked(trial: Trial, sizes: Sizes) -> set[str]:
+    """Call eager; the names of the inputs that it wrote."""
+    inputs = trial.inputs(sizes)
+    before = [tensor._version for tensor in inputs]
+    with torch.no_grad():
+        outputs = trial.eager(*inputs)
+        outputs[0].flatten()[:1].cpu()  # a GPU tells of its errors late
+    changed = zip(trial.entry.inputs, inputs, before, strict=True)
+    return {item.name for item, tensor, version in changed if tensor._version != version}
+
+
+def words(bounds: Bounds) -> str:
+    """Bounds as `--dim` takes them."""
+    return " ".join(f"--dim {name}={sizes}" for name, sizes in bounds.items())
+
+
+def refuse_state(trial: Trial, sizes: Sizes) -> None:
+    """Ask the same again: what a module then has changed of itself no graph could carry.
+
+    Raises:
+        CompileFailed: it counts its calls, or keeps what it was given.
+    """
+    before = attributes(trial.module)
+    asked(trial, sizes)
+    for old, new in zip(before, attributes(trial.module), strict=False):
+        if old != new:
+            raise CompileFailed(
+                f"source: at {named(sizes)} the module changes its own {old.partition(' = ')[0]}",
+                hint="a graph cannot keep what changes from call to call: this module stays eager",
             )
 
 
