@@ -8,244 +8,70 @@ patterns and cross-references are checked once, when a manifest is read, so noth
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import msgspec
 
-from hubaoti.canonical import canonical, digest_of
-from hubaoti.consistency import MANIFEST, contradictions
-from hubaoti.errors import BadManifest, NewerSchema
-from hubaoti.extents import PATTERN
+from hubaoti.canonical import canonical
+from hubaoti.errors import BadManifest, BadRequest, NewerSchema
+from hubaoti.extents import Extent
 from hubaoti.match import KernelPin, Requirements
+from hubaoti.schema import (
+    Build,
+    Built,
+    Cache,
+    Check,
+    Constant,
+    File,
+    Golden,
+    Graph,
+    Input,
+    Member,
+    Origin,
+    Output,
+    Outputs,
+    Program,
+    Record,
+    Sha256,
+    Source,
+    Target,
+    key_of,
+)
 from hubaoti.variant import Recipe, Variant
 
+__all__ = [
+    "FILENAME",
+    "LARGEST",
+    "SCHEMA",
+    "Build",
+    "Built",
+    "Cache",
+    "Check",
+    "Constant",
+    "File",
+    "Golden",
+    "Graph",
+    "Input",
+    "Manifest",
+    "Member",
+    "Origin",
+    "Output",
+    "Outputs",
+    "Program",
+    "Record",
+    "Source",
+    "Target",
+    "key_of",
+    "parse",
+    "recipe_of",
+    "variant_of",
+]
+
 SCHEMA = 1
-FILENAME = MANIFEST
+FILENAME = "hubaoti.json"
 LARGEST = 16 << 20  # bytes of a manifest; the one of an 80-layer model is some hundred kB
 # What is raised of a text that is no manifest, by msgspec, by ours and by the canonical form.
 MALFORMED = (msgspec.MsgspecError, BadManifest, ValueError, RecursionError)
-
-Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
-Size = Annotated[int, msgspec.Meta(ge=0)]
-# A relative path below the bundle: no empty, hidden, `.` or `..` segment, no backslash, no colon.
-SafePath = Annotated[
-    str,
-    msgspec.Meta(pattern=r"^[A-Za-z0-9_+-][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)*\Z"),
-]
-MemberPath = Annotated[
-    str,
-    msgspec.Meta(pattern=r"^(?!.*(^|/)\.{1,2}(/|\Z))[A-Za-z0-9_.+-]+(/[A-Za-z0-9_.+-]+)*\Z"),
-]
-Dim = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
-Dtype = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
-Extents = tuple[Annotated[str, msgspec.Meta(pattern=PATTERN)] | Size, ...]
-
-
-class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A frozen record of the manifest; a field that schema 1 does not have is refused."""
-
-
-class Program(Record, frozen=True, kw_only=True):
-    """What is computed, whatever the weights: all fine-tunes of a model have one program."""
-
-    config: dict[str, Any]
-    code: Sha256
-    task: Literal["embed", "classify", "logits", "generate", "forward"]
-    steps: tuple[str, ...] = ()
-
-    @property
-    def digest(self) -> str:
-        """The sha256 of the program's canonical form."""
-        return digest_of(msgspec.to_builtins(self))
-
-    @property
-    def tag(self) -> str:
-        """The repo tag under which all artifacts of this program are found."""
-        return f"hubaoti-program-{self.digest[:12]}"
-
-
-class Build(Record, frozen=True, kw_only=True):
-    """The options it was built with; what is at its default is written all the same."""
-
-    regions: str
-    dims: dict[Dim, tuple[int, int, int]]
-    dtype: Dtype
-    attention: str
-    quantization: str | None = None
-    mode: str = "default"
-    buckets: tuple[dict[Dim, tuple[int, int]], ...] = ()
-    options: dict[str, Any] = {}
-
-
-class Target(Record, frozen=True, kw_only=True):
-    """The kind of host it was built for."""
-
-    device: Literal["cpu", "cuda"]
-    os: str
-    level: str
-    torch: str
-    git: str
-    cuda: str | None = None
-    sm: int | None = None
-
-
-class Source(Record, frozen=True, kw_only=True):
-    """Where the model came from; not in the key."""
-
-    model: str
-    commit: str | None = None
-    subfolder: str | None = None
-
-
-class File(Record, frozen=True, kw_only=True):
-    """A file by its path below the bundle and its bytes."""
-
-    path: SafePath
-    sha256: Sha256
-    size: Size
-
-
-class Member(Record, frozen=True, kw_only=True):
-    """An entry of a `.pt2` that may be unpacked."""
-
-    path: MemberPath
-    sha256: Sha256
-    size: Size
-
-
-class Input(Record, frozen=True, kw_only=True):
-    """A tensor that a graph takes. `shape` has sizes, dims, and extents that follow from dims.
-
-    `values` says what the numbers mean: `ids<N` (below N), `mask` (true, 1 or 0.0 where to look),
-    `position` (counting on along the last axis) or `real`. A mutated input is written in place.
-    """
-
-    name: str
-    dtype: Dtype
-    shape: Extents
-    layout: Literal["contiguous"] = "contiguous"
-    values: Annotated[str, msgspec.Meta(pattern=r"^(ids<[0-9]+|mask|position|real)\Z")]
-    mutated: bool = False
-
-
-class Output(Record, frozen=True, kw_only=True):
-    """A tensor that a graph returns; a size is None where it is neither a dim nor fixed."""
-
-    name: str
-    dtype: Dtype
-    shape: tuple[Annotated[str, msgspec.Meta(pattern=PATTERN)] | Size | None, ...]
-
-
-class Outputs(Record, frozen=True, kw_only=True):
-    """The tensors a graph returns, and the template that puts them back in their places."""
-
-    template: Any
-    tensors: tuple[Output, ...]
-
-
-class Origin(Record, frozen=True, kw_only=True, omit_defaults=True):
-    """Where a constant's values come from: the model's checkpoint, or a file of the artifact.
-
-    `checkpoint` gives tensor names in the order to try them. `transform` is None where that tensor
-    is the constant; otherwise it names how the constant is made: by `runtime.quantize.make` of that
-    tensor in `dtype`, or by transformers while loading, which a plain reader of the checkpoint
-    cannot do. `file` ships with the artifact, the constant in it is
-    called by its `fqn`. `module` is its name in the module that the graph serves, which holds it
-    without a checkpoint having it. For a graph that serves several modules, names of a checkpoint
-    are relative to the module's own.
-    """
-
-    checkpoint: tuple[str, ...] = ()
-    transform: str | None = None
-    dtype: Dtype | None = None
-    file: SafePath | None = None
-    module: str | None = None
-
-
-class Constant(Record, frozen=True, kw_only=True):
-    """A tensor that is bound to a graph before its first call."""
-
-    fqn: str
-    aliases: tuple[str, ...] = ()
-    dtype: Dtype
-    shape: tuple[Size, ...]
-    stride: tuple[Size, ...]
-    origin: Origin = msgspec.field(name="from")
-    shared_by_all_modules: bool = False
-
-
-class Cache(Record, frozen=True, kw_only=True):
-    """A layer's KV cache among a graph's inputs, by their places; it is written in place.
-
-    `static`: the new keys and values go to `position`, and what is looked at are the first
-    `filled` places, the size of the mask's last axis; `filled` is at most `cache`. `sliding`: the
-    cache is full, the oldest entries leave it, and what is looked at are `cache+seq-1` places.
-    """
-
-    kind: Literal["static", "sliding"]
-    keys: Size
-    values: Size
-    position: Size | None = None
-    window: Size | None = None
-
-
-class Golden(Record, frozen=True, kw_only=True):
-    """The answers in `golden.safetensors`: at which dims, how near, with how much memory (bytes).
-
-    Tolerances are by tensor, each a part of the tensor's largest value; the tensors of the file
-    are called `<graph>/<tensor>`.
-    """
-
-    dims: dict[Dim, int]
-    tolerances: dict[str, float]
-    memory: Size
-
-
-class Graph(Record, frozen=True, kw_only=True):
-    """One region, compiled: its package, whom it serves, what it takes, gives and needs bound.
-
-    `bounds` are the smallest and largest size of each dim, `steps` what its size is a multiple of.
-    Of the graphs that serve a module, the first by `order` whose bounds hold a call serves it.
-    """
-
-    id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")]
-    file: SafePath
-    sha256: Sha256
-    size: Size
-    members: tuple[Member, ...]
-    modules: tuple[str, ...]
-    bounds: dict[Dim, tuple[int, int]]
-    steps: dict[Dim, int] = {}
-    order: int = 0
-    call: dict[str, Any]
-    inputs: tuple[Input, ...]
-    outputs: Outputs
-    constants: tuple[Constant, ...]
-    cache: Cache | None = None
-    golden: Golden | None = None
-
-
-class Check(Record, frozen=True, kw_only=True):
-    """One comparison with eager: at which dims, how far apart, and what was allowed."""
-
-    graph: str
-    dims: dict[Dim, int]
-    asked: dict[Dim, int] | None = None
-    max_absolute: float
-    max_relative: float
-    tolerance: float
-    capped: str | None = None
-
-
-class Built(Record, frozen=True, kw_only=True):
-    """When and how it was built; in the digest, not in the key."""
-
-    at: str
-    seconds: float
-    peak_bytes: Size
-    host: str
-    hubaoti: str
-    transformers: str
 
 
 class Manifest(Record, frozen=True, kw_only=True):
@@ -309,12 +135,6 @@ def variant_of(target: Target) -> Variant:
 msgspec.json.Decoder(Manifest)
 
 
-def key_of(program: Program, build: Build, target: Target) -> str:
-    """The key: "is this already built?" Two honest builds of one key may differ in digest."""
-    parts = {"program": program, "build": build, "target": target}
-    return digest_of(msgspec.to_builtins(parts))
-
-
 def parse(text: bytes, where: str) -> Manifest:
     """Read a manifest that came from `where` (a path or URL, for messages).
 
@@ -354,3 +174,84 @@ def refuse_newer(value: Any, where: str) -> None:
         )
     if schema != SCHEMA:
         raise ValueError(f"schema is {schema!r}, not {SCHEMA}")
+
+
+def contradictions(manifest: Manifest) -> list[str]:
+    """What cannot be true together; a good manifest has none."""
+    found = []
+    if not manifest.graphs:
+        found.append("it lists no graph")
+    found += unspeakable_labels(manifest)
+    found += clashing_files(manifest)
+    found += requirement_clashes(manifest)
+    for graph in manifest.graphs:
+        found += unknown_dims(graph)
+        found += misplaced_cache(graph)
+    return found
+
+
+def unspeakable_labels(manifest: Manifest) -> list[str]:
+    """A recipe or a variant that has no name, and so no path in a repo."""
+    found = []
+    for name in ("recipe", "variant"):
+        try:
+            getattr(manifest, name)
+        except BadRequest as why:
+            found.append(f"its {name}: {why}")
+    return found
+
+
+def clashing_files(manifest: Manifest) -> list[str]:
+    """Paths that two files share, and constants from files that are not listed."""
+    paths = [file.path for file in manifest.all_files()]
+    ids = [graph.id for graph in manifest.graphs]
+    found = [f"{path} is listed twice" for path in repeated([*paths, FILENAME])]
+    found += [f"graph {name} is listed twice" for name in repeated(ids)]
+    for graph in manifest.graphs:
+        members = [member.path for member in graph.members]
+        found += [f"{graph.id}: member {path} is listed twice" for path in repeated(members)]
+        files = {c.origin.file for c in graph.constants if c.origin.file}
+        found += [f"{graph.id}: constants from {f}, not listed" for f in sorted(files - {*paths})]
+    return found
+
+
+def requirement_clashes(manifest: Manifest) -> list[str]:
+    """`requires` and `target` describe one host; where both speak they must agree."""
+    target, needs = manifest.target, manifest.requires
+    return [
+        f"target.{name} is {getattr(target, name)}, requires.{name} is {getattr(needs, name)}"
+        for name in ("device", "os", "level", "torch", "cuda", "sm")
+        if getattr(target, name) != getattr(needs, name)
+    ]
+
+
+def unknown_dims(graph: Graph) -> list[str]:
+    """Dims that a shape names and the bounds do not, and bounds that are empty."""
+    extents = [size for entry in graph.inputs for size in entry.shape if isinstance(size, str)]
+    named = {dim for extent in extents for dim in Extent.parse(extent).dims}
+    found = [f"{graph.id}: dim {dim} has no bounds" for dim in sorted(named - {*graph.bounds})]
+    for dim, (low, high) in graph.bounds.items():
+        if not 0 <= low <= high or high == 0:
+            found.append(f"{graph.id}: dim {dim} is bounded by [{low}, {high}]")
+    for dim in sorted(graph.steps.keys() - graph.bounds.keys()):
+        found.append(f"{graph.id}: dim {dim} has a step and no bounds")
+    return found
+
+
+def misplaced_cache(graph: Graph) -> list[str]:
+    """Places of a cache where no such input is, or one that the graph would not write."""
+    if graph.cache is None:
+        return []
+    places = [graph.cache.keys, graph.cache.values]
+    if not all(at < len(graph.inputs) and graph.inputs[at].mutated for at in places):
+        return [f"{graph.id}: its cache is not among its mutated inputs"]
+    position = graph.cache.position
+    if position is not None and not position < len(graph.inputs):
+        return [f"{graph.id}: its cache has no position"]
+    return []
+
+
+def repeated(names: list[str]) -> list[str]:
+    """The names that stand more than once, compared as a case-folding disk would."""
+    folded = [name.casefold() for name in names]
+    return sorted({name for name in folded if folded.count(name) > 1})

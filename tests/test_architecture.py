@@ -21,6 +21,8 @@ from hubaoti.cli import COMMANDS, group
 ROOT = Path(hubaoti.__file__).parent
 BASE = (
     "errors",
+    "extents",
+    "canonical",
     "disks",
     "steps",
     "settings",
@@ -28,6 +30,7 @@ BASE = (
     "host",
     "requirements",
     "match",
+    "schema",
     "manifest",
     "model_files",
     "package",
@@ -40,12 +43,14 @@ ROOMS = {
     "mirror": {*BASE},
     "compiler": {*BASE, "runtime"},
     "hub": {*BASE, "mirror"},
-    "api": {*BASE, "compiler", "runtime", "mirror", "hub"},
+    "fetching": {*BASE, "hub"},
+    "compiling": {*BASE, "compiler", "runtime", "mirror", "fetching"},
+    "api": {*BASE, "compiler", "runtime", "mirror", "hub", "fetching", "compiling"},
     "engines": {*BASE, "compiler", "runtime", "mirror", "hub", "api"},
     "spaces": {*BASE, "compiler", "runtime", "mirror", "hub", "api"},
     "server": {"errors"},
     "cli": {*BASE, "mirror", "hub", "api", "engines", "spaces", "server"},
-    "": {"api"},
+    "": {"api", "compiler"},
 }
 # Who opens which door; a file's room, or its path where only that file may.
 DOORS = {
@@ -58,6 +63,8 @@ DOORS = {
     "click": {"cli"},
     "rich": {"cli"},
     "safetensors": {"compiler", "runtime"},
+    "torchao": {"runtime/quantize.py"},
+    "sympy": {"compiler"},
     "tokenizers": {"compiler", "runtime"},
     "kernels": {"runtime", "compiler"},
     "ray": {"engines"},
@@ -65,7 +72,12 @@ DOORS = {
     "archspec": {"host", "match"},
 }
 # Types and values of torch in signatures: of the verbs, and of what prints them.
-LAZY = {("torch", "api.py"), ("torch", "cli/run.py")}
+LAZY = {
+    ("torch", "api.py"),
+    ("torch", "cli/run.py"),
+    ("torch", "compiling.py"),
+    ("transformers", "compiling.py"),
+}
 
 
 @dataclass(frozen=True)

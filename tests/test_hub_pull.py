@@ -29,6 +29,7 @@ from huggingface_hub import HfApi
 from proxies import Proxy
 
 from hubaoti.bundle import Bundle
+from hubaoti.canonical import canonical
 from hubaoti.errors import (
     AuthFailed,
     BadManifest,
@@ -48,7 +49,7 @@ from hubaoti.hub.layout import RepoRef, place_of
 from hubaoti.hub.pull import Pulled, fingerprint, pull
 from hubaoti.hub.push import Commit, Destination, push
 from hubaoti.hub.trust import Trust
-from hubaoti.manifest import FILENAME, canonical
+from hubaoti.manifest import FILENAME
 from hubaoti.match import Fit
 from hubaoti.mirror import Mirror
 from hubaoti.server import Endpoint
