@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from hubaoti.bundle import Bundle
 from hubaoti.compiling import existing
+from hubaoti.errors import BadRequest
 from hubaoti.fetching import EAGER_FILES, RUN_FILES, model_files
 from hubaoti.host import probe
 from hubaoti.hub.layout import RepoRef
@@ -187,6 +188,7 @@ def load(
         MissingConstant: the model's checkpoint lacks a tensor that the graph reads.
     """
     settings = settings or Settings.from_env()
+    refuse_parts(artifact)
     folder, _ = model_files(model, revision, RUN_FILES, settings)
     refuse_other_program(folder, artifact.manifest.program)
     say("torch")  # importing it takes longer than all the rest
@@ -203,6 +205,22 @@ def load(
     say("bind")
     graph.bind(constants(entry, artifact.path, Checkpoint(folder, where), where))
     return TextModel(graph, TextEncoder(folder, pad_of(artifact.manifest.program)))
+
+
+def refuse_parts(artifact: Artifact) -> None:
+    """Refuse an artifact whose graphs are parts of a model: alone they answer no text.
+
+    Raises:
+        BadRequest: it is one.
+    """
+    manifest = artifact.manifest
+    if manifest.build.regions != "none" or len(manifest.graphs) != 1:
+        served = sum(len(graph.modules) for graph in manifest.graphs if not graph.order)
+        raise BadRequest(
+            f"the artifact was built for {manifest.program.task}, its graphs serve {served} blocks "
+            "of a model and not the whole of it",
+            hint="for texts, compile with --task embed, classify or logits and --regions none",
+        )
 
 
 def device_of(verdict: Verdict) -> str | None:

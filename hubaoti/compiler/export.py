@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from hubaoti.compiler.faces import Face, Flat, plain_size, substitute
-from hubaoti.compiler.guards import Fixes, fixes_in, guard_lines
+from hubaoti.compiler.guards import Fixes, Lines, fixes_in, guard_lines
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.shapes import Bounds
 from hubaoti.compiler.source import quiet
@@ -64,7 +64,7 @@ def export(
             lines = lines_of(module, face, bounds, tensors)
             require_allowed(fixes, bounds, stated, lines)
             if not any((fixes.multiples, fixes.related, fixes.ranges)):
-                raise refused(why, lines) from why
+                raise refused(why, lines.each) from why
             face, bounds = refined(face, bounds, fixes)
             continue
         face, bounds = related(program, face, bounds)
@@ -141,30 +141,24 @@ def root_of(name: str, sizes: Range) -> Any:
     return Dim(own, min=sizes.low // step, max=sizes.high // step)
 
 
-def require_allowed(
-    fixes: Fixes, bounds: Bounds, stated: frozenset[str], lines: Sequence[str]
-) -> None:
+def require_allowed(fixes: Fixes, bounds: Bounds, stated: frozenset[str], lines: Lines) -> None:
     """Refuse what nobody may decide but the user, and what no bounds can mend.
 
     Raises:
         BadDim: with the dim, the line of model code and the remedy.
     """
-    for name, size in fixes.sizes.items():
-        raise BadDim(
-            f"export: the model's code makes {name} the constant {size}{at_line(lines[-1:])}",
-            hint=f"give it that one size (--dim {name}={size}:{size}), or change that line",
-        )
+    refuse_fixed(fixes, lines)
     for name, factor in fixes.multiples.items():
         if name in stated:
             first, last = -(-bounds[name].low // factor), bounds[name].high // factor
             raise BadDim(
-                f"export: {name} must be a multiple of {factor}{at_line(lines)}",
+                f"export: {name} must be a multiple of {factor}{at_line(lines.each)}",
                 hint=f"say so: --dim {name}={max(first, 1) * factor}:{last * factor}:{factor}",
             )
     for name, extent in fixes.related.items():
         if name in stated:
             raise BadDim(
-                f"export: {name} must always be {extent}{at_line(lines)}",
+                f"export: {name} must always be {extent}{at_line(lines.each)}",
                 hint=f'say so where the shape names {name}: shapes={{…: ("{extent}", …)}}',
             )
     for name, (low, high) in fixes.ranges.items():
@@ -172,10 +166,29 @@ def require_allowed(
             narrow = Range(
                 max(low or 1, bounds[name].low), min(high or bounds[name].high, bounds[name].high)
             )
+            where = at_line(lines.bounds or lines.each)
             raise BadDim(
-                f"export: the model does not take every {name} of {bounds[name]}{at_line(lines)}",
+                f"export: the model does not take every {name} of {bounds[name]}{where}",
                 hint=f"narrow it: --dim {name}={narrow}",
             )
+
+
+def refuse_fixed(fixes: Fixes, lines: Lines) -> None:
+    """Refuse a dim of which one size fits only, or sizes that no bounds and steps say.
+
+    Raises:
+        BadDim: with the dim, the line of model code and the remedy.
+    """
+    for name, size in fixes.sizes.items():
+        raise BadDim(
+            f"export: the model's code makes {name} the constant {size}{at_line(lines.each[-1:])}",
+            hint=f"give it that one size (--dim {name}={size}:{size}), or change that line",
+        )
+    for name, form in fixes.forms.items():
+        raise BadDim(
+            f"export: {name} must be {form} for a whole n{at_line(lines.each)}",
+            hint=f"give it one such size, or several as buckets: --bucket {name}=N:N",
+        )
 
 
 def at_line(lines: Sequence[str]) -> str:
@@ -185,13 +198,13 @@ def at_line(lines: Sequence[str]) -> str:
 
 def lines_of(
     module: nn.Module, face: Face, bounds: Bounds, tensors: Sequence[torch.Tensor]
-) -> list[str]:
+) -> Lines:
     """Trace once more, to see where torch decides on sizes."""
     answering = Flat(module, face).answering()
     # It failed before, too; only where it passes on the way is of interest.
     with guard_lines() as lines, suppress(Exception), quiet(), answering:
         trace(module, face, bounds, tensors)
-    return lines.each
+    return lines
 
 
 def refined(face: Face, bounds: Bounds, fixes: Fixes) -> tuple[Face, Bounds]:

@@ -25,24 +25,26 @@ LOGGER = "torch.fx.experimental.symbolic_shapes"
 
 @dataclass(frozen=True, slots=True)
 class Fixes:
-    """What torch says that must hold: `sizes` of dims, `multiples`, `related` and `ranges`."""
+    """What torch says that must hold: `sizes` of dims, `multiples`, `related` and `ranges`.
+
+    `forms` are those that no extent says, as `4*n-1`.
+    """
 
     sizes: dict[str, int] = field(default_factory=dict)
     multiples: dict[str, int] = field(default_factory=dict)
     related: dict[str, Extent] = field(default_factory=dict)
     ranges: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
+    forms: dict[str, str] = field(default_factory=dict)
 
 
 def fixes_in(message: str) -> Fixes:
     """Read the suggested fixes of an export's error."""
     fixes = Fixes()
-    made: set[str] = set()
     for line in message.partition("Suggested fixes:")[2].splitlines():
         name, _, text = (part.strip() for part in line.partition("="))
         if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
             continue
         if bounds := re.fullmatch(r"Dim\('\w+'(?:, min=(\w+))?(?:, max=(\w+))?\)", text):
-            made.add(name)
             low, high = (int(n) if n and n.isdigit() else None for n in bounds.groups())
             if not name.startswith("_"):
                 fixes.ranges[name] = (low, high)
@@ -51,24 +53,41 @@ def fixes_in(message: str) -> Fixes:
         elif multiple := re.fullmatch(rf"(\d+)\*_{re.escape(name)}", text):
             fixes.multiples[name] = int(multiple[1])
         elif re.fullmatch(r"[a-z0-9_*+ -]+", text) and not text.startswith("_"):
-            fixes.related[name] = Extent.parse(text.replace(" ", ""))
+            relate(fixes, name, text.replace(" ", ""))
     return fixes
+
+
+def relate(fixes: Fixes, name: str, text: str) -> None:
+    """Note what a dim must always be."""
+    try:
+        fixes.related[name] = Extent.parse(text)
+    except ValueError:
+        fixes.forms[name] = re.sub(r"\b_\w+", "n", text)
 
 
 @dataclass(slots=True)
 class Lines:
-    """Lines of model code at which torch added a guard that fixes or relates sizes, in order."""
+    """Lines of model code at which torch added a guard, in order.
+
+    `each` are those that fix or relate sizes, `bounds` those that compare them.
+    """
 
     each: list[str] = field(default_factory=list)
+    bounds: list[str] = field(default_factory=list)
 
     def note(self, record: logging.LogRecord) -> bool:
         """Look at a record of torch's; none of them is printed."""
-        text = record.getMessage()
-        if "[guard added]" in text and re.search(r"eval (\[guard suppressed\] )?Eq\(", text):
-            line = model_line(sys._getframe())
-            if line and line not in self.each:
-                self.each.append(line)
+        guard, added, _ = record.getMessage().partition(" [guard added]")
+        if added and re.match(r"eval (\[guard suppressed\] )?Eq\(", guard):
+            self._at(self.each)
+        elif added and re.match(r"eval [^\[]*[<>]", guard):
+            self._at(self.bounds)
         return False
+
+    def _at(self, lines: list[str]) -> None:
+        line = model_line(sys._getframe())
+        if line and line not in lines:
+            lines.append(line)
 
 
 def model_line(frame: FrameType | None) -> str | None:
