@@ -187,7 +187,7 @@ def refuse_fixed(fixes: Fixes, lines: Lines) -> None:
     for name, form in fixes.forms.items():
         raise BadDim(
             f"export: {name} must be {form} for a whole n{at_line(lines.each)}",
-            hint=f"give it one such size, or several as buckets: --bucket {name}=N:N",
+            hint=f"give it one such size: --dim {name}=N:N",
         )
 
 
