@@ -112,12 +112,18 @@ def bytes_of(tensor: torch.Tensor) -> str:
 
 @dataclass(slots=True)
 class Observed:
-    """The first call of one block in each run, and the operations of the very first as text."""
+    """The first call of one block in each run, and the operations of the very first as text.
+
+    A block that did in the first run what another had done need not run again: it answers what that
+    one, its `leader`, has answered.
+    """
 
     calls: list[Call] = field(default_factory=list)
     operations: str = ""
     problem: str | None = None
     called: bool = False
+    leader: Observed | None = None
+    answer: Any = None
 
     def around(
         self, forward: Callable[..., Any], path: str, operations: Operations
@@ -133,14 +139,23 @@ class Observed:
             except Opaque as why:
                 self.problem = str(why)
                 return forward(*args, **kwargs)
-            if self.operations or operations.lines is not None:
-                return forward(*args, **kwargs)
-            operations.begin(path, self.calls[-1].tensors)
-            out = forward(*args, **kwargs)
-            self.operations = operations.end(out)
-            return out
+            if self.leader is not None and self.leader.called:
+                return self.leader.answer
+            alone = not self.operations and operations.lines is None
+            if alone:
+                operations.begin(path, self.calls[-1].tensors)
+            self.answer = forward(*args, **kwargs)
+            if alone:
+                self.operations = operations.end(self.answer)
+            return self.answer
 
         return watching
+
+    def did(self, block: nn.Module) -> str:
+        """What a block was given first, and what it did, as text."""
+        first = self.calls[0]
+        given = [(tuple(t.shape), t.dtype) for t in first.tensors]
+        return f"{type(block)} {first.template} {given} {self.operations}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +191,10 @@ def observe(
             watching = found[path].around(block.forward, path, operations)
             around.enter_context(replaced(block, watching))
         around.enter_context(operations)
-        for call in calls:
+        for at, call in enumerate(calls):
             given = call()
+            if at == 1:
+                follow(found, blocks)
             for seen in found.values():
                 seen.called = False
             try:
@@ -192,6 +209,15 @@ def observe(
     for seen in found.values():
         seen.calls = [bare(call) for call in seen.calls]
     return {path: seen for path, seen in found.items() if seen.calls or seen.problem}
+
+
+def follow(found: Mapping[str, Observed], blocks: Mapping[str, nn.Module]) -> None:
+    """Give each block that did what one before it had done that one as its leader."""
+    first: dict[str, Observed] = {}
+    for path, seen in found.items():
+        if seen.calls and not seen.problem:
+            leader = first.setdefault(seen.did(blocks[path]), seen)
+            seen.leader = None if leader is seen else leader
 
 
 def bare(call: Call) -> Call:

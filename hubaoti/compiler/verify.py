@@ -29,7 +29,7 @@ from hubaoti.runtime.weights import shipped_tensors
 # half types also round where eager keeps a fused step's result, or the other way round.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2}
 COARSE = {"float8dq": 1e-1}  # activations are rounded to three bits, here or there another way
-SECONDS = 5.0  # of eager, for one probe
+SECONDS = 3.0  # of eager, for one probe
 CHECKS = 5  # as many seconds go into the comparison of a probe as into the attempt, times this
 FEW_TOKENS = 16  # a call of fewer takes as long: it waits for the weights
 MEMORY = 256 << 20  # bytes of activations, for one probe
