@@ -19,6 +19,8 @@ from hubaoti.errors import (
     MissingOps,
     OutOfBounds,
 )
+from hubaoti.extents import Extent
+from hubaoti.manifest import Cache, Input, Outputs
 from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.graph import (
     Graph,
@@ -350,3 +352,119 @@ def test_what_the_system_refuses_is_told_with_what_to_do(
     assert type(error) is kind
     assert word in str(error)
     assert error.hint
+
+
+# Sizes that follow from dims
+
+
+class FakeRunner:
+    """Stands for native code: counts how often it is reached."""
+
+    def __init__(self) -> None:
+        self.reached = 0
+
+    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        self.reached += 1
+        return [inputs[0]]
+
+    def get_constant_names_to_original_fqns(self) -> dict[str, str]:
+        return {}
+
+    def update_constant_buffer(self, *_: object) -> None:
+        raise AssertionError("this graph has no constants")
+
+
+def shaped(*shapes: tuple[int | str, ...], **fields: Any) -> tuple[Graph, FakeRunner]:
+    """A graph of float inputs of these shapes, over dims of 1 to 9."""
+    inputs = tuple(
+        Input(name=f"x{at}", dtype="float32", shape=shape, values="real")
+        for at, shape in enumerate(shapes)
+    )
+    dims = sorted(
+        {d for s in shapes for n in s if isinstance(n, str) for d in Extent.parse(n).dims}
+    )
+    entry = Entry(
+        id="layers",
+        file="graphs/layers.pt2",
+        sha256="0" * 64,
+        size=0,
+        members=(),
+        modules=("",),
+        bounds={dim: (1, 9) for dim in dims},
+        call={"args": [], "kwargs": {}},
+        inputs=inputs,
+        outputs=Outputs(template=None, tensors=()),
+        constants=(),
+    )
+    runner = FakeRunner()
+    return Graph(msgspec.structs.replace(entry, **fields), runner, CPU), runner
+
+
+FOLLOWS: dict[str, tuple[list[tuple[int | str, ...]], list[tuple[int, ...]]]] = {
+    "a multiple": ([("batch", 2), ("4*batch", 2)], [(3, 2), (12, 2)]),
+    "a multiple that comes first": ([("4*batch", 2), ("batch", 2)], [(12, 2), (3, 2)]),
+    "a number more": ([("seq",), ("seq+7",)], [(5,), (12,)]),
+    "a number less": ([("seq",), ("2*seq-1",)], [(5,), (9,)]),
+    "a sum": ([("image",), ("text",), ("image+text",)], [(4,), (5,), (9,)]),
+    "a sum that comes first": ([("image+text",), ("image",), ("text",)], [(9,), (4,), (5,)]),
+    "a dim that stands alone nowhere": ([("4*batch", "seq+7")], [(12, 8)]),
+}
+
+
+@pytest.mark.parametrize("case", FOLLOWS)
+def test_a_size_that_follows_from_the_dims_is_taken(case: str) -> None:
+    shapes, sizes = FOLLOWS[case]
+    graph, runner = shaped(*shapes)
+    graph(*(torch.zeros(size) for size in sizes))
+    assert runner.reached == 1
+
+
+@pytest.mark.parametrize("case", FOLLOWS)
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_size_that_does_not_follow_never_reaches_native_code(case: str, more: int) -> None:
+    """Each size of each input in turn is one off."""
+    shapes, sizes = FOLLOWS[case]
+    graph, runner = shaped(*shapes)
+    for at, size in enumerate(sizes):
+        for axis in range(len(size)):
+            if shapes[at][axis] == "seq+7" and case == "a dim that stands alone nowhere":
+                continue  # any number from 8 to 16 is one
+            wrong = [[*each] for each in sizes]
+            wrong[at][axis] += more
+            with pytest.raises((BadInput, OutOfBounds)) as caught:
+                graph(*(torch.zeros(each) for each in wrong))
+            assert caught.value.hint
+    assert runner.reached == 0
+
+
+def test_what_a_size_does_not_follow_from_is_told() -> None:
+    graph, _ = shaped(("batch", 2), ("4*batch", 2))
+    with pytest.raises(BadInput, match=r"x1 has size 13 on axis 0, which is not 4\*batch"):
+        graph(torch.zeros(3, 2), torch.zeros(13, 2))
+    alone, _ = shaped(("4*batch",))
+    with pytest.raises(BadInput, match=r"size 13 on axis 0, which is not 4\*batch"):
+        alone(torch.zeros(13))
+    with pytest.raises(OutOfBounds, match="batch is 10; graph layers takes 1 to 9"):
+        alone(torch.zeros(40))
+
+
+def test_a_dim_keeps_to_its_steps() -> None:
+    graph, runner = shaped(("seq",), ("seq+1",), bounds={"seq": (8, 64)}, steps={"seq": 8})
+    graph(torch.zeros(16), torch.zeros(17))
+    for size in (12, 15, 17):
+        with pytest.raises(OutOfBounds, match="takes 8 to 64 in steps of 8") as caught:
+            graph(torch.zeros(size), torch.zeros(size + 1))
+        assert caught.value.hint
+    assert runner.reached == 1
+
+
+def test_more_than_a_cache_holds_never_reaches_native_code() -> None:
+    shapes = [("batch", "filled"), ("batch", "cache"), ("batch", "cache")]
+    cache = Cache(kind="static", keys=1, values=2)
+    graph, runner = shaped(*shapes, cache=cache)
+    held = [torch.zeros(2, 5), torch.zeros(2, 5)]
+    graph(torch.zeros(2, 5), *held)
+    with pytest.raises(OutOfBounds, match="filled is 6, the cache holds 5") as caught:
+        graph(torch.zeros(2, 6), *held)
+    assert caught.value.hint
+    assert runner.reached == 1
