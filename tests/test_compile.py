@@ -18,9 +18,10 @@ from safetensors import safe_open
 
 import hubaoti
 from hubaoti.bundle import Bundle, writing
-from hubaoti.compiler.build import build_of, default_level, requirements, target_of
+from hubaoti.compiler.build import Job, default_level, requirements, target_of
 from hubaoti.compiler.inductor import explained, vector_isas
-from hubaoti.compiler.request import ranges
+from hubaoti.compiler.plan import plan
+from hubaoti.compiler.request import Request, ranges
 from hubaoti.compiler.source import load
 from hubaoti.errors import (
     BadDim,
@@ -33,7 +34,6 @@ from hubaoti.errors import (
     UnknownTask,
 )
 from hubaoti.host import probe
-from hubaoti.manifest import key_of
 from hubaoti.match import Fit, judge
 from hubaoti.mirror import Mirror
 from hubaoti.package import unpack_all
@@ -144,10 +144,9 @@ def test_the_key_is_the_one_of_an_equal_request(
     """Without compiling again: an equal request has an equal key, another dtype another."""
 
     def key(dtype: str | None, dims: list[str]) -> str:
-        model = load(minilm, None, dtype, CPU)
+        request = Request(dtype=dtype, dims=ranges(dims))
         target = target_of(probe(built_at), CPU, None)
-        build = build_of(model, model.default_dims | ranges(dims), target)
-        return key_of(model.program, build, target)
+        return Job.of(plan(load(minilm, request, CPU), request, CPU), request, target, CPU).key
 
     assert key(None, []) == key("float32", ["seq=2:512"]) == minilm_bundle.manifest.key
     others = [key("bfloat16", []), key("float16", []), key(None, ["seq=2:128"])]
@@ -300,7 +299,7 @@ def test_a_damaged_model_is_refused_by_the_file_s_name(
     shutil.copytree(minilm, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / name).write_text(content)
     with pytest.raises(ModelNotFound) as caught:
-        load(folder, None, None, CPU)
+        load(folder, Request(), CPU)
     assert word in str(caught.value)
     assert len(str(caught.value)) < 800
     assert caught.value.hint
@@ -311,7 +310,7 @@ def test_a_config_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
         '{"model_type": "bert", "architectures": ["BertModel"], "vocab_size": -4}'
     )
     with pytest.raises((CompileFailed, ModelNotFound)) as caught:
-        load(tmp_path, None, None, CPU)
+        load(tmp_path, Request(), CPU)
     assert caught.value.hint
 
 
