@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from hubaoti.bundle import Bundle
-from hubaoti.compiling import existing
+from hubaoti.compiling import evaluating, existing
 from hubaoti.errors import BadRequest
 from hubaoti.fetching import EAGER_FILES, RUN_FILES, model_files
 from hubaoti.host import probe
@@ -59,7 +59,7 @@ def compile(
 
     settings = settings or Settings.from_env()
     host = probe(settings)
-    with Mirror.open(settings.mirror) as mirror:
+    with Mirror.open(settings.mirror) as mirror, evaluating(model):
         mirror.require_writable()
         job, origin = job_of(model, asked, host, settings, say)
         if not force and (found := existing(job.key, Path(output), mirror, say)):
@@ -87,7 +87,7 @@ def explain(
     from hubaoti.compiling import explanation, job_of
 
     settings = settings or Settings.from_env()
-    with Mirror.open(settings.mirror) as mirror:
+    with Mirror.open(settings.mirror) as mirror, evaluating(model):
         job, _ = job_of(model, asked, probe(settings), settings, say)
         return explanation(job, Path(output) if output else None, mirror)
 

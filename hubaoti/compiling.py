@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
 from hubaoti import __version__
 from hubaoti.bundle import Bundle, write_manifest, writing
@@ -107,6 +107,8 @@ def job_of(
         HubaotiError: what was asked cannot be; torch is not loaded for what can be seen before.
     """
     request = request_of(asked)
+    if not isinstance(model, (str, Path)) and "device" not in asked:
+        request = replace(request, device=str(next(model.parameters()).device))
     origin = Source(model=type(model).__name__)
     if isinstance(model, (str, Path)):
         say("files")
@@ -132,6 +134,27 @@ def job_of(
         source, buckets = source_of(model, calls, asked.get("shapes", {}), request)
         request = replace(request, buckets=request.buckets or buckets)
     return Job.of(plan(source, request, device), request, target, device), origin
+
+
+@contextmanager
+def evaluating(model: object) -> Iterator[None]:
+    """Around work on a module from Python: it is in eval mode, and afterwards as it was."""
+    parts: list[Any] = [*model.modules()] if isinstance(model, SupportsModules) else []
+    training = [part for part in parts if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+@runtime_checkable
+class SupportsModules(Protocol):
+    """An `nn.Module`, said without torch."""
+
+    def modules(self) -> Iterator[Any]: ...
 
 
 def sets_of(calls: Any, model: object) -> list[Any]:

@@ -55,7 +55,7 @@ def source_of(
     if shapes and len(calls) == 1:
         require_bounded(bounds, request)
     source = Source(
-        model=module.eval(),
+        model=module,
         program=program_of_module(module),
         regions=regions,
         dtype=request.dtype or dtype_of(module),
