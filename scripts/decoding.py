@@ -1,0 +1,177 @@
+"""What one step of decoding costs: a block over its KV cache, beside transformers' eager one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from figures import Figure, figure, in_turn, ratios
+from recording import apart, attached, opened, shaken
+from transformers.cache_utils import StaticCache
+
+from hubaoti import api
+from hubaoti.bundle import Bundle
+from hubaoti.runtime.graph import Graph
+from hubaoti.settings import Settings
+
+# 8 heads over 4.
+CONFIG = transformers.LlamaConfig(
+    architectures=["LlamaForCausalLM"],
+    hidden_size=512,
+    intermediate_size=1376,
+    max_position_embeddings=16384,
+    num_attention_heads=8,
+    num_hidden_layers=4,
+    num_key_value_heads=4,
+    vocab_size=8000,
+)
+DIMS = {"batch": (1, 4), "seq": (1, 64), "cache": (16, 16384)}
+GOALS = {256: 1.3, 4096: 3.0, 16384: 5.0}  # over eager, at a full cache
+LESS = 3.0  # times as fast again where a quarter of 16384 is filled
+TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of one row through one block, by both sides, over a cache of some length."""
+
+    eager: Callable[[], Any]
+    ours: Callable[[], Any]
+
+
+def bench_cache(scratch: Path, rounds: int) -> list[Figure]:
+    """A decode step over caches of several lengths, full and a quarter filled; then whole texts."""
+    folder = scratch / "grouped"
+    CONFIG.save_pretrained(folder)
+    settings = Settings(home=scratch / "home", endpoint="http://127.0.0.1:9")
+    bundle = api.compile(
+        folder, scratch / "grouped-bundle", task="generate", dims=DIMS, settings=settings
+    )
+    model = shaken(transformers.AutoModelForCausalLM.from_config(CONFIG))
+    (entry,) = bundle.manifest.graphs
+    graph = next(opened(bundle, entry, scratch / "unpacked", model))
+    found = []
+    with torch.no_grad():
+        for length, goal in GOALS.items():
+            found += at_length(graph, model, length, goal, rounds)
+        found.append(same_tokens(model, bundle, scratch))
+    return found
+
+
+def at_length(graph: Graph, model: Any, length: int, goal: float, rounds: int) -> list[Figure]:
+    """The figures of one length of the cache."""
+    steps = {part: step_of(graph, model, length, length // part) for part in (1, 4)}
+    sides = {
+        f"{side} {part}": getattr(step, side)
+        for part, step in steps.items()
+        for side in ("eager", "ours")
+    }
+    in_turn(sides, 5)
+    spent = in_turn(sides, 20 * rounds)
+    again = ratios(spent["ours 1"], spent["ours 4"])
+    times = {part: [t * 1000 for t in spent[f"ours {part}"]] for part in steps}
+    over = {part: ratios(spent[f"eager {part}"], spent[f"ours {part}"]) for part in steps}
+    name = f"cache {length}"
+    found = [
+        figure("cache", f"{name} full, a step", times[1], "ms"),
+        figure("cache", f"{name} full, over eager", over[1], "times", ("at least", goal)),
+        figure("cache", f"{name} a quarter filled, a step", times[4], "ms"),
+        figure("cache", f"{name} a quarter filled, over eager", over[4], "times"),
+        figure("cache", f"{name} a quarter filled, over full", again, "times",
+               ("at least", LESS) if length == max(GOALS) else None),
+    ]  # fmt: skip
+    for side, call in sides.items():
+        more = [peak_of(call) / 1e6 for _ in range(3)]
+        which, part = side.split()
+        words = "full" if part == "1" else "a quarter filled"
+        found.append(figure("cache", f"{name} {words}, memory of {which}", more, "MB"))
+    return found
+
+
+def step_of(graph: Graph, model: Any, length: int, filled: int) -> Step:
+    """Both sides of one step: the last of the filled places is the new one.
+
+    Raises:
+        SystemExit: they answer differently.
+    """
+    block = model.model.layers[0]
+    cache = StaticCache(config=CONFIG, max_cache_len=length)
+    heads, width = CONFIG.num_key_value_heads, CONFIG.hidden_size // CONFIG.num_attention_heads
+    held: Any = cache.layers[0]
+    held.lazy_initialization(*(torch.empty(1, heads, 1, width) for _ in range(2)))
+    held.keys.normal_()
+    held.values.normal_()
+    keys, values = held.keys.clone(), held.values.clone()
+    hidden = torch.randn(1, 1, CONFIG.hidden_size)
+    position = torch.tensor([filled - 1])
+    tables = model.model.rotary_emb(hidden, position[None])
+    mask = torch.zeros(1, 1, 1, length, dtype=torch.bool)
+    mask[..., :filled] = True
+    known: dict[str, Any] = {
+        "hidden_states": hidden,
+        "attention_mask": mask[..., :filled].contiguous(),
+        "position_embeddings_0": tables[0],
+        "position_embeddings_1": tables[1],
+        "position_ids": position[None],
+        "keys": keys,
+        "values": values,
+        "position": position,
+    }
+    inputs = [known[item.name] for item in graph.entry.inputs]
+
+    def eager() -> torch.Tensor:
+        held.cumulative_length.fill_(filled - 1)  # else the cache would be full after one step
+        return block(  # type: ignore[no-any-return]
+            hidden,
+            attention_mask=mask,
+            position_embeddings=tables,
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+    ours = partial(graph, *inputs)
+    if apart(ours(), [eager()]) > 1e-4 or apart([keys, values], [held.keys, held.values]) > 1e-4:
+        raise SystemExit(f"cache {length}, {filled} filled: the graph and eager differ")
+    return Step(eager, ours)
+
+
+def peak_of(call: Callable[[], Any]) -> int:
+    """By how many bytes this process grows while something runs, at most."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = kilobytes("VmRSS")
+    answer = call()
+    grown = kilobytes("VmHWM") - before
+    del answer
+    return max(grown, 0) << 10
+
+
+def kilobytes(name: str) -> int:
+    """A line of what the kernel says of this process's memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def same_tokens(model: Any, bundle: Bundle, scratch: Path) -> Figure:
+    """How many of the tokens of a greedy `generate` over attached blocks are eager's."""
+    prompt = torch.randint(1, CONFIG.vocab_size, (2, 9), generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {
+        "max_new_tokens": TOKENS,
+        "do_sample": False,
+        "cache_implementation": "static",
+        "disable_compile": True,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    mask = torch.ones_like(prompt)
+    mask[0, :3] = 0  # a row that is padded on the left
+    expected = copy.deepcopy(model).generate(prompt, attention_mask=mask, **options)
+    with attached(model, bundle, scratch / "generate"):
+        found = model.generate(prompt, attention_mask=mask, **options)
+    same = (found == expected).float().mean().item()
+    return figure("cache", "generate, tokens equal to eager's", [same], "of 1", ("at least", 1.0))

@@ -1,0 +1,79 @@
+"""Figures of a benchmark: medians with an interval, goals, and sides that are measured in turn.
+
+A ratio is taken of each pair, so that a noisy machine disturbs both sides alike. A figure is the
+median of the ratios, with an interval that holds the true median in 95 of 100 runs; a goal is
+reached when the whole interval is on its side.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hubaoti.cli.output import print_table
+
+Goal = tuple[str, float]  # ("at least" or "at most", number), or ("includes", number)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line: what was measured, its median and interval, and the goal."""
+
+    section: str
+    name: str
+    median: float
+    low: float
+    high: float
+    unit: str
+    goal: str = ""
+    reached: bool | None = None
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the median, from the order of the values (no distribution assumed)."""
+    ordered, count = sorted(values), len(values)
+    reach = 0.98 * count**0.5
+    low = max(0, int(count / 2 - reach))
+    return ordered[low], ordered[count - 1 - low]
+
+
+def figure(
+    section: str, name: str, values: Sequence[float], unit: str, goal: Goal | None = None
+) -> Figure:
+    """A figure of some measurements, judged by its goal."""
+    low, high = interval(values)
+    median = statistics.median(values)
+    if goal is None:
+        return Figure(section, name, median, low, high, unit)
+    word, bound = goal
+    reached = {"at least": low >= bound, "at most": high <= bound, "includes": low <= bound}
+    return Figure(section, name, median, low, high, unit, f"{word} {bound:g} {unit}", reached[word])
+
+
+def in_turn(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side, one call of each a round."""
+    spent: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, call in sides.items():
+            start = time.perf_counter()
+            call()
+            spent[name].append(time.perf_counter() - start)
+    return spent
+
+
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    """How many times as long, pair by pair."""
+    return [a / b for a, b in zip(slow, fast, strict=True)]
+
+
+def shown(figures: Sequence[Figure]) -> None:
+    """The table."""
+    verdicts = {True: "reached", False: "not reached", None: ""}
+    rows = [
+        (f.section, f.name, f"{f.median:.3g}", f"{f.low:.3g} to {f.high:.3g}", f.unit, f.goal,
+         verdicts[f.reached])
+        for f in figures
+    ]  # fmt: skip
+    print_table(["", "what", "median", "interval", "unit", "goal", ""], rows)
