@@ -107,8 +107,14 @@ def job_of(
         HubaotiError: what was asked cannot be; torch is not loaded for what can be seen before.
     """
     request = request_of(asked)
+    for name in settings.tuning:
+        raise BadRequest(
+            f"{name} is set, which changes what inductor builds and stands in no key",
+            hint=f"unset {name}, and say it with --inductor key=value",
+        )
     if not isinstance(model, (str, Path)) and "device" not in asked:
-        request = replace(request, device=str(next(model.parameters()).device))
+        device = next((parameter.device for parameter in model.parameters()), "cpu")
+        request = replace(request, device=str(device))
     origin = Source(model=type(model).__name__)
     if isinstance(model, (str, Path)):
         say("files")
@@ -118,22 +124,22 @@ def job_of(
     from hubaoti.compiler.options import options_of
     from hubaoti.compiler.plan import plan
 
-    device = device_of(request.device)
-    target = target_of(host, device, request.level)
+    where = device_of(request.device)
+    target = target_of(host, where, request.level)
     chosen = options_of(request.mode, asked.get("inductor", ()), request.device)
     request = replace(request, inductor=chosen)
     say("source")
     if isinstance(model, (str, Path)):
         from hubaoti.compiler.source import load
 
-        source = load(folder, request, device)
+        source = load(folder, request, where)
     else:
         from hubaoti.compiler.live import source_of
 
         calls = sets_of(asked.get("calls"), model)
         source, buckets = source_of(model, calls, asked.get("shapes", {}), request)
         request = replace(request, buckets=request.buckets or buckets)
-    return Job.of(plan(source, request, device), request, target, device), origin
+    return Job.of(plan(source, request, where), request, target, where), origin
 
 
 @contextmanager

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 ENDPOINT = "https://huggingface.co"
+# Of inductor's variables, all but those that say how it works and not what it builds.
+TUNING = re.compile(
+    r"TORCHINDUCTOR_(?!\w*(CACHE|THREADS|WORKER|TIMEOUT|LOG|DIR|PROGRESS|COMPILE_TIME))"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +21,8 @@ class Settings:
     """Where things are: our folder, the Hub, and the token for it.
 
     `token` is None when the environment has none; the client then uses the stored login.
-    `kernel_cache` is where the kernels library keeps what it fetched; None is nowhere.
+    `kernel_cache` is where the kernels library keeps what it fetched; None is nowhere. `tuning` are
+    variables that change what inductor builds, which no key would know of.
     """
 
     home: Path
@@ -24,6 +30,7 @@ class Settings:
     token: str | None = None
     offline: bool = False
     kernel_cache: Path | None = None
+    tuning: tuple[str, ...] = ()
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -38,6 +45,7 @@ class Settings:
             token="".join(env.get("HF_TOKEN", "").split()) or None,
             offline=env.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"},
             kernel_cache=kernel_cache(env, cache),
+            tuning=tuple(sorted(name for name in env if TUNING.match(name))),
         )
 
     def __repr__(self) -> str:

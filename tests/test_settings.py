@@ -87,3 +87,10 @@ def test_a_variable_is_set_for_a_while_and_then_as_before(monkeypatch: pytest.Mo
         _ = 1 / 0
     assert os.environ["HUBAOTI_A"] == "before"
     assert "HUBAOTI_B" not in os.environ
+
+
+def test_variables_that_change_what_inductor_builds_are_known() -> None:
+    env = {"TORCHINDUCTOR_FREEZING": "1", "TORCHINDUCTOR_CACHE_DIR": "/x", "TORCHINDUCTORX": "1"}
+    env |= {"TORCHINDUCTOR_MAX_AUTOTUNE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    found = Settings.from_env(env).tuning
+    assert found == ("TORCHINDUCTOR_FREEZING", "TORCHINDUCTOR_MAX_AUTOTUNE")
