@@ -214,7 +214,7 @@ def refuse_parts(artifact: Artifact) -> None:
         BadRequest: it is one.
     """
     manifest = artifact.manifest
-    if manifest.build.regions != "none" or len(manifest.graphs) != 1:
+    if not manifest.is_whole:
         served = sum(len(graph.modules) for graph in manifest.graphs if not graph.order)
         raise BadRequest(
             f"the artifact was built for {manifest.program.task}, its graphs serve {served} blocks "

@@ -101,6 +101,11 @@ class Manifest(Record, frozen=True, kw_only=True):
         return variant_of(self.target)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether its one graph is a whole model, which answers without the model's own code."""
+        return len(self.graphs) == 1 and self.graphs[0].modules == ("",)
+
+    @property
     def size(self) -> int:
         """Bytes of the artifact's files, the manifest left out."""
         return sum(file.size for file in self.all_files())

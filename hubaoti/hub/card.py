@@ -51,6 +51,7 @@ def render(
         "base_model": base_model(newest),
         "tag": newest.program.tag,
         "task": newest.program.task,
+        "answers": newest.is_whole,
     }
     section = template().render(repo=repo, rows=rows, program=program, unreadable=unreadable)
     merged = merge_metadata(metadata, artifacts.values(), program["base_model"])
