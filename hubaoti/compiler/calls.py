@@ -1,7 +1,8 @@
 """Calls: what a module was given, as a template of literals and a flat list of tensors.
 
 A template is JSON: `{"tensor": 0}` stands for the first tensor, `{"size": "seq"}` for a number that
-follows a dim, `{"cache": true}` for the KV cache; tuples, dtypes and devices have such words, too.
+follows a dim, `{"cache": true}` for the KV cache, `{"any": ...}` for a tensor that is not computed
+with, so a caller may give anything; tuples, dtypes and devices have such words, too.
 """
 
 from __future__ import annotations
@@ -115,6 +116,11 @@ def arguments(
 CONSTANTS: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {
     "size": lambda extent, known: known["size"](extent),
     "cache": lambda _, known: known["cache"],
+    "any": lambda face, known: torch.zeros(
+        [known["size"](size) if isinstance(size, str) else size for size in face["shape"]],
+        dtype=getattr(torch, face["dtype"]),
+        device=known["device"],
+    ),
     "dtype": lambda name, _: getattr(torch, name),
     "device": lambda name, _: torch.device(name),
 }

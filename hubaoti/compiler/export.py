@@ -67,12 +67,23 @@ def export(
                 raise refused(why, lines.each) from why
             face, bounds = refined(face, bounds, fixes)
             continue
+        keep_names(program)
         face, bounds = related(program, face, bounds)
         return Exported(program, face, bounds, outputs_of(program, face, bounds, flat))
     raise CompileFailed(
         f"export: torch wants other dims after {ATTEMPTS} attempts",
         hint="state the dims of the inputs, or compile with fewer of them",
     )
+
+
+def keep_names(program: ExportedProgram) -> None:
+    """Let inductor keep the names of tensors that stand in the model's code, as `tensor(16.0)`.
+
+    It gives constants names of its own, which nothing leads back from; buffers keep theirs.
+    """
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.CONSTANT_TENSOR:
+            spec.kind, spec.persistent = InputKind.BUFFER, False
 
 
 def trace(

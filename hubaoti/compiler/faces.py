@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +68,33 @@ class Face:
             for entry in self.inputs
         )
         return Face(self.template, inputs, self.cache)
+
+    def without(self, unused: Set[int]) -> Face:
+        """The face without inputs that are not computed with; their dims others have, too.
+
+        A graph cannot leave out an input that it has, and who calls a block may give none.
+        """
+        kept = [at for at in range(len(self.inputs)) if at not in unused]
+        known = {d for at, _, extent in self.extents() if at in kept for d in extent.dims}
+        needed = [at for at, _, e in self.extents() if at in unused and not known >= {*e.dims}]
+        kept = sorted({*kept, *needed})
+        places: dict[int, Any] = {at: {"tensor": place} for place, at in enumerate(kept)}
+        for at in unused - {*kept}:
+            entry = self.inputs[at]
+            places[at] = {"any": {"dtype": entry.dtype, "shape": list(entry.shape)}}
+        template = moved(self.template, places)
+        return Face(template, tuple(self.inputs[at] for at in kept), self.cache)
+
+
+def moved(template: Any, places: Mapping[int, Any]) -> Any:
+    """A template whose tensors have other places."""
+    if isinstance(template, list):
+        return [moved(item, places) for item in template]
+    if not isinstance(template, dict):
+        return template
+    if isinstance(template.get("tensor"), int) and len(template) == 1:
+        return places[template["tensor"]]
+    return {key: moved(item, places) for key, item in template.items()}
 
 
 def substitute(extent: Extent, extents: Mapping[str, int | Extent]) -> Extent:
@@ -161,7 +188,11 @@ class Flat:
             CompileFailed: it answers something that is neither a tensor nor a plain value.
         """
         sizes = self.face.sizes_of(tensors)
-        known = {"size": lambda text: Extent.parse(text).at(sizes), "cache": None}
+        known: dict[str, Any] = {
+            "size": lambda text: Extent.parse(text).at(sizes),
+            "cache": None,
+            "device": tensors[0].device if tensors else "cpu",
+        }
         if self.face.cache is not None:
             known["cache"] = self._cache(tensors, sizes)
         args, kwargs = arguments(self.face.template, tensors, known)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -150,6 +151,12 @@ class Observed:
             return self.answer
 
         return watching
+
+    @property
+    def unused(self) -> frozenset[int]:
+        """The tensors of its call that a block neither computed with nor answered."""
+        used = {int(place) for place in re.findall(r"%input (\d+)\[", self.operations)}
+        return frozenset(range(len(self.calls[0].tensors))) - used
 
     def did(self, block: nn.Module) -> str:
         """What a block was given first, and what it did, as text."""

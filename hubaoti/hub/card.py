@@ -47,7 +47,7 @@ def render(
     """
     metadata, text = split_card(readme)
     rows = [row_of(place, artifacts[place]) for place in sorted(artifacts, key=str)]
-    program = {
+    program: dict[str, Any] = {
         "base_model": base_model(newest),
         "tag": newest.program.tag,
         "task": newest.program.task,
