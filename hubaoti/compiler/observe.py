@@ -77,7 +77,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.lines is not None:
+        if self.lines is not None and func.namespace != "prim":  # as asking for a device
             given = [self._word(leaf) for leaf in tree_leaves((args, kwargs))]
             made = [self._word(leaf) for leaf in tree_leaves(out)]
             self.lines.append(f"{func} {' '.join(given)} -> {' '.join(made)}")
