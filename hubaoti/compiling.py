@@ -177,9 +177,17 @@ def sets_of(calls: Any, model: object) -> list[Any]:
         )
     from hubaoti.compiler.calls import Call, Calls
 
-    if isinstance(calls, Calls) or all(isinstance(each, Call) for each in calls):
+    if isinstance(calls, Calls):
         return [calls]
-    return list(calls)
+    each = list(calls)
+    if all(isinstance(call, Call) for call in each):
+        return [each]
+    if not all(isinstance(one, (Calls, list, tuple)) for one in each):
+        raise BadRequest(
+            f"calls are {type(calls).__name__} of {type(each[0]).__name__}",
+            hint="give what hubaoti.capture recorded, or a list of such",
+        )
+    return each
 
 
 def compiled(

@@ -1,16 +1,21 @@
 """Units compiled side by side, each in a process of its own, when memory allows.
 
 A process is forked, so it has the model already, which for a module from Python is nowhere else.
-It leaves its graph where it belongs, and tells the rest in a file: nothing is pickled.
+It leaves its graph where it belongs, and tells the rest in files: nothing is pickled, and what it
+prints goes to one of them, so that lines of several never mix.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -24,8 +29,11 @@ from hubaoti.compiler.plan import Unit
 from hubaoti.compiler.unit import Built
 from hubaoti.errors import BadRequest, CompileFailed, HubaotiError, first_line
 from hubaoti.manifest import Check, File, Graph
+from hubaoti.steps import Say, silent
 
 PARTS = ".parts"  # a folder of the bundle in the making
+STOPPED = 143
+PRINTED = 20_000  # characters of what a process printed that a report has
 
 
 class Told(msgspec.Struct):
@@ -52,14 +60,21 @@ def how_many(asked: int | None, units: int, weights: int, device: torch.device) 
             raise BadRequest("--jobs needs --device cpu", hint="a GPU compiles one at a time")
         return 1
     fitting = available() // (OVERHEAD + weights)
-    most = asked or min(os.cpu_count() or 1, max(1, fitting))
+    cores = len(os.sched_getaffinity(0))  # those that a container or `taskset` leaves us
+    most = asked or min(cores, max(1, fitting))
     return min(most, units)
 
 
 def build_all(
-    units: Sequence[Unit], build: Callable[[Unit], Built], jobs: int, scratch: Path
+    units: Sequence[Unit],
+    build: Callable[[Unit], Built],
+    jobs: int,
+    scratch: Path,
+    say: Say = silent,
 ) -> list[Built]:
     """Build every unit, `jobs` at a time, in the order of the units.
+
+    With several, `say` is told which are being built.
 
     Raises:
         HubaotiError: of the first unit that failed; the others are ended.
@@ -74,16 +89,23 @@ def build_all(
             while waiting and len(running) < jobs:
                 unit = waiting.pop(0)
                 running[started(unit, build, parts)] = unit
+            say(f"compile {', '.join(unit.id for unit in running.values())}")
             process, status = ended(running)
             require_done(running.pop(process), status, parts)
         return [read(unit, parts) for unit in units]
     finally:
-        for process in running:
-            os.kill(process, 15)
+        stop(running)
+        shutil.rmtree(parts)
+
+
+def stop(running: Iterable[int]) -> None:
+    """End some processes; each takes its temporary files and its own processes along."""
+    for process in running:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
+    for process in running:
+        with suppress(ChildProcessError):
             os.waitpid(process, 0)
-        for file in parts.iterdir():
-            file.unlink()
-        parts.rmdir()
 
 
 def started(unit: Unit, build: Callable[[Unit], Built], parts: Path) -> int:
@@ -95,18 +117,34 @@ def started(unit: Unit, build: Callable[[Unit], Built], parts: Path) -> int:
         return process
     status = 1
     try:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+        print_to(parts / f"{unit.id}.log")
         # More threads would wait forever for those of the parent, which a fork leaves behind.
         torch.set_num_threads(1)
         write(unit, build(unit), parts)
         status = 0
-    except HubaotiError as why:
-        told = {"kind": type(why).__name__, "message": str(why), "hint": why.hint}
-        (parts / f"{unit.id}.error").write_text(json.dumps(told))
-    except BaseException as why:
-        told = {"kind": "CompileFailed", "message": f"{unit.id}: {first_line(why)}", "hint": ""}
-        (parts / f"{unit.id}.error").write_text(json.dumps(told))
+    except BaseException as why:  # a fork that went on would do the parent's work again
+        (parts / f"{unit.id}.error").write_text(json.dumps(told_of(why, unit)))
     finally:
         os._exit(status)
+
+
+def print_to(log: Path) -> None:
+    """Send what this process and those it starts print to a file."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(file, descriptor)
+
+
+def told_of(why: BaseException, unit: Unit) -> dict[str, str]:
+    """An error as JSON: ours as it is, others in words."""
+    trace = "".join(traceback.format_exception(why))
+    if isinstance(why, HubaotiError):
+        kind, message, hint = type(why).__name__, str(why), why.hint
+    else:
+        kind, message = "CompileFailed", f"build {unit.id}: {type(why).__name__}: {first_line(why)}"
+        hint = "it is none of the errors that we know"
+    return {"kind": kind, "message": message, "hint": hint, "trace": trace}
 
 
 def ended(running: Iterable[int]) -> tuple[int, int]:
@@ -137,14 +175,22 @@ def read(unit: Unit, parts: Path) -> Built:
 
 
 def require_done(unit: Unit, status: int, parts: Path) -> None:
-    """Raise what a process raised, or say how it ended."""
+    """Raise what a process raised, or say how it ended; what it left to read is a note on that.
+
+    Raises:
+        HubaotiError: it did not end well.
+    """
     if status == 0:
         return
-    error = parts / f"{unit.id}.error"
-    if error.is_file():
-        told = json.loads(error.read_text())
-        raise getattr(errors, told["kind"])(told["message"], hint=told["hint"])
-    raise CompileFailed(
-        f"compile: the process of {unit.id} ended with {os.waitstatus_to_exitcode(status)}",
+    error, log = parts / f"{unit.id}.error", parts / f"{unit.id}.log"
+    why: HubaotiError = CompileFailed(
+        f"build {unit.id}: its process ended with {os.waitstatus_to_exitcode(status)}",
         hint="a negative number is a signal, -9 the system's when memory is short: try --jobs 1",
     )
+    if error.is_file():
+        told = json.loads(error.read_text())
+        why = getattr(errors, told["kind"])(told["message"], hint=told["hint"])
+        why.add_note(told["trace"])
+    if log.is_file():
+        why.add_note(log.read_text(errors="replace")[-PRINTED:])
+    raise why

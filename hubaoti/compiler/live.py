@@ -76,8 +76,8 @@ def required(calls: Calls | Sequence[Call]) -> Sequence[Call]:
     """The calls of one set, of which there is at least one."""
     if isinstance(calls, Calls):
         return calls.require()
-    if not calls:
-        raise BadRequest("there are no calls", hint="see hubaoti.capture")
+    if not calls or not all(isinstance(call, Call) for call in calls):
+        raise BadRequest("a set of calls holds no calls", hint="see hubaoti.capture")
     return calls
 
 
