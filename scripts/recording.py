@@ -245,11 +245,12 @@ def tensors_at(template: Any, value: Any, where: str) -> Iterator[tuple[int, Any
             yield inner, value
         elif word in {"dict", "fields"}:
             same_names(inner, value, where)
-            for name, item in inner.items():
-                yield from tensors_at(item, value[name], f"{where}: {name}")
+            for name in inner.keys() & value.keys():
+                yield from tensors_at(inner[name], value[name], f"{where}: {name}")
         elif word == "tuple":
             yield from tensors_at([*inner], [*value], where)
-        return  # sizes are what the shapes say; a cache has its own tensors
+        # Sizes are what the shapes say; a cache has its own tensors; "any" is not computed with.
+        return
     yield from listed(template, value, where)
 
 
@@ -268,12 +269,13 @@ def listed(template: Any, value: Any, where: str) -> Iterator[tuple[int, Any]]:
 
 
 def same_names(template: Mapping[str, Any], value: Mapping[str, Any], where: str) -> None:
-    """Refuse keywords that only one of them has.
+    """Refuse keywords that only one of them has; what may be anything may be missing, too.
 
     Raises:
         Unlike: with their names.
     """
-    if odd := template.keys() ^ value.keys():
+    free = {name for name, item in template.items() if isinstance(item, dict) and "any" in item}
+    if odd := (template.keys() ^ value.keys()) - free:
         raise Unlike(f"{where}: only one of graph and eager has {', '.join(sorted(odd))}")
 
 
@@ -323,7 +325,7 @@ def fitted(item: Input, value: Any, sizes: Mapping[str, int], causal: bool) -> t
     """One input as the graph takes it.
 
     Raises:
-        Unlike: it is no tensor, and no mask or positions that could be made.
+        Unlike: it is no tensor, and no mask that could be made.
     """
     shape = [n if isinstance(n, int) else Extent.parse(n).at(sizes) for n in item.shape]
     if is_tensor(value):
@@ -331,8 +333,6 @@ def fitted(item: Input, value: Any, sizes: Mapping[str, int], causal: bool) -> t
             return value.expand(shape).contiguous()  # type: ignore[no-any-return]
         except RuntimeError as why:
             raise Unlike(f"{item.name} is {list(value.shape)}, the graph wants {shape}") from why
-    if value is None and item.values == "position":
-        return torch.arange(shape[-1]).expand(shape).contiguous()
     if value is not None or item.values != "mask":
         raise Unlike(f"{item.name} is {value!r}, the graph wants a tensor")
     looked = torch.ones(shape, dtype=torch.bool)
