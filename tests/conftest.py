@@ -121,6 +121,24 @@ def tiny_llama(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(transformers.LlamaForCausalLM(config).to(torch.bfloat16), folder, minilm)
 
 
+@pytest.fixture(scope="session")
+def tiny_decoder(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A causal language model of two equal blocks, whose four heads share two of keys."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-decoder"
+    return saved(transformers.LlamaForCausalLM(config), folder, minilm)
+
+
 def saved(model: object, folder: Path, minilm: Path) -> Path:
     """A model as a folder, with MiniLM's tokenizer."""
     import torch
@@ -147,6 +165,18 @@ def llama_bundle(tiny_llama: Path, built_at: Settings) -> Bundle:
         tiny_llama,
         built_at.home.parent / "llama",
         dims={"batch": (1, 1), "seq": (1, 40)},
+        settings=built_at,
+    )
+
+
+@pytest.fixture(scope="session")
+def decoder_bundle(tiny_decoder: Path, built_at: Settings) -> Bundle:
+    """The block of the tiny decoder, compiled once, with its KV cache among its inputs."""
+    return hubaoti.compile(
+        tiny_decoder,
+        built_at.home.parent / "decoder",
+        task="generate",
+        dims={"batch": (1, 4), "seq": (1, 40), "cache": (16, 64)},
         settings=built_at,
     )
 
