@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hubaoti.compiler.calls import Call, call_of
-from hubaoti.compiler.infer import Dims, face_of, stated, varied
+from hubaoti.compiler.infer import Dims, face_of, mixed, stated, varied
 from hubaoti.errors import BadDim, BadRequest
 from hubaoti.extents import Extent
 
@@ -118,7 +118,14 @@ def test_what_is_inferred_holds_in_every_call(series: list[int], factor: int, pl
 def test_a_new_dim_takes_no_name_that_is_taken() -> None:
     dims = Dims({"x_0": (1, 2, 4)})
     assert shapes(*[call(x=(n,)) for n in (9, 12, 14)], dims=dims) == {"x": ("x_0x",)}
-    assert dims.fresh == ["x_0x"]
+    assert dims.series == {"x_0": (1, 2, 4), "x_0x": (9, 12, 14)}
+
+
+def test_of_calls_that_the_user_made_no_multiple_is_inferred() -> None:
+    """Batches of 1, 2 and 3 and texts of 8, 16 and 24 have nothing to do with each other."""
+    calls = [call(x=(n, 8 * n), y=(n + 8 * n,)) for n in (1, 2, 3)]
+    assert shapes(*calls)["x"] == ("x_0", "8*x_0")
+    assert shapes(*calls, dims=Dims({}, related=False)) == {"x": ("x_0", "x_1"), "y": ("x_0+x_1",)}
 
 
 # Numbers
@@ -223,9 +230,22 @@ def test_stated_names_are_those_of_the_dims() -> None:
     assert shapes(*calls, dims=dims) == {"hidden": ("batch", "seq", 4), "mask": ("batch", "seq")}
 
 
+def test_stated_relations_hold_though_the_calls_are_too_few_to_tell() -> None:
+    calls = [call(x=(s, 4), long=(2 * s,), more=(s + 7,)) for s in (6, 11)]
+    named = {"x": ("seq", None), "long": ("2*seq",), "more": ("seq+7",)}
+    assert shapes(*calls, dims=stated(calls, named)) == {
+        "x": ("seq", 4),
+        "long": ("2*seq",),
+        "more": ("seq+7",),
+    }
+
+
 @pytest.mark.parametrize(
     ("shape", "words"),
     [
+        ({"hidden": ("batch", "2*batch", None)}, r"its shape says 2\*batch: that is \[4, 6\]"),
+        ({"hidden": ("2*rows", "seq", None)}, "2\\*rows: rows stands alone nowhere"),
+        ({"hidden": ("batch", "seq/2", None)}, "'seq/2' is no extent"),
         ({"ghost": ("batch",)}, "no input 'ghost'"),
         ({"hidden": ("batch", "seq")}, "hidden has 3 axes, its shape names 2"),
         ({"hidden": ("batch", "batch", None)}, r"batch is \(2, 3\) in one input, and \(6, 11\)"),
@@ -250,6 +270,31 @@ def test_one_call_is_varied_where_its_shapes_are_stated() -> None:
         "mask": ("batch", "2*seq"),
     }
     assert all(tensor.is_meta for each in calls[1:] for tensor in each.tensors)
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ({"x": ("2*rows",)}, "rows stands alone nowhere"),
+        ({"x": ("rows", "columns")}, "x has 1 axes, its shape names 2"),
+        ({"y": ("rows",)}, "no input 'y'"),
+        ({"x": ("rows of x",)}, "no extent"),
+    ],
+)
+def test_a_stated_shape_that_the_only_call_has_not_is_refused(
+    named: dict[str, tuple[str, ...]], words: str
+) -> None:
+    with pytest.raises(BadDim, match=words) as caught:
+        stated(varied(call(x=(4,)), named), named)
+    assert caught.value.hint
+
+
+def test_a_module_is_looked_at_with_each_dim_changed_alone() -> None:
+    """Sizes of the calls come first; at the others no two dims change together."""
+    looks = mixed({"batch": (1, 2), "seq": (8, 16)})
+    pairs = [*zip(looks["batch"], looks["seq"], strict=True)]
+    assert pairs[:2] == [(1, 8), (2, 16)]
+    assert {*pairs[2:]} == {(1, 8), (2, 8), (1, 16)}
 
 
 def test_dims_of_one_size_are_varied_apart() -> None:

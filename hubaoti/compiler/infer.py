@@ -281,13 +281,11 @@ def varied(call: Call, shapes: Mapping[str, Sequence[str | int | None]]) -> list
     """A call, and two of other sizes without values, where only one call was recorded.
 
     They grow by numbers and by their squares, of which none are multiples or sums of others'.
+
+    Raises:
+        BadDim: the shapes are not the call's.
     """
-    named = {
-        dim: call.tensors[place_of(name, call)].shape[axis]
-        for name, shape in shapes.items()
-        for axis, dim in enumerate(shape)
-        if isinstance(dim, str) and extent_in(dim).plain
-    }
+    named = {dim: sizes[0] for dim, sizes in stated([call], shapes).series.items()}
     calls = [call]
     for power in (1, 2):
         grown = zip(named.items(), itertools.count(3), strict=False)
