@@ -134,6 +134,12 @@ def test_a_number_that_follows_a_dim_has_its_size() -> None:
     assert thaw(template, [], known) == [14, "the cache", torch.device("cpu")]
 
 
+def test_a_tensor_that_is_not_computed_with_may_be_any_of_its_shape() -> None:
+    known = {"size": lambda text: {"seq": 7}[text], "device": torch.device("cpu")}
+    made = thaw({"any": {"dtype": "int64", "shape": ["seq", 2]}}, [], known)
+    assert (made.shape, made.dtype) == ((7, 2), torch.int64)
+
+
 # Who calls, and how often
 
 

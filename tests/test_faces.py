@@ -88,6 +88,45 @@ def test_no_two_inputs_have_one_name() -> None:
     ]
 
 
+class Plus(nn.Module):
+    """Computes with two of its inputs, and with the shape of a third."""
+
+    def forward(self, x: torch.Tensor, y: Any, z: torch.Tensor) -> torch.Tensor:
+        return x + z[:, : y[0].shape[0]]
+
+
+NESTED = Face(
+    {"args": [{"tensor": 0}, {"tuple": [{"tensor": 1}]}], "kwargs": {"z": {"tensor": 2}}},
+    (
+        Input(name="x", dtype="float32", shape=("batch", "seq"), values="real"),
+        Input(name="y", dtype="int64", shape=("seq", 2), values="position"),
+        Input(name="z", dtype="float32", shape=("batch", "seq+1"), values="real"),
+    ),
+)
+
+
+def test_an_input_that_is_not_computed_with_is_none() -> None:
+    face = NESTED.without(frozenset({1}))
+    assert [entry.name for entry in face.inputs] == ["x", "z"]
+    assert face.template == {
+        "args": [
+            {"tensor": 0},
+            {"tuple": [{"any": {"dtype": "int64", "shape": ["seq", 2]}}]},
+        ],
+        "kwargs": {"z": {"tensor": 1}},
+    }
+    x, z = torch.randn(3, 5), torch.randn(3, 6)
+    (whole,) = Flat(Plus(), NESTED)(x, torch.zeros(5, 2, dtype=torch.int64), z)
+    (found,) = Flat(Plus(), face)(x, z)
+    assert torch.equal(found, whole)
+
+
+def test_an_input_that_alone_tells_of_a_dim_stays() -> None:
+    face = named(("batch", "seq"), ("filled", 2), ("batch", 4))
+    assert face.without(frozenset({1})).inputs == face.inputs
+    assert len(face.without(frozenset({2})).inputs) == 2
+
+
 # Caches
 
 

@@ -216,6 +216,47 @@ def test_numbers_that_are_computed_in_python_are_seen() -> None:
     assert found["0"].operations != found["1"].operations
 
 
+class Unread(nn.Module):
+    """Computes with one of its inputs, answers another, and asks a third for its shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor, mask: Any = None) -> Any:
+        return x + self.weight * mask[2].shape[0], mask[1]
+
+
+def test_inputs_that_a_block_neither_computes_with_nor_answers_are_unused() -> None:
+    class Gives(Model):
+        def forward(self, x: torch.Tensor, **rest: Any) -> torch.Tensor:
+            pair = [x.sin(), x.cos(), x.tan()]
+            return self.blocks[0](x, mask=pair)[0]
+
+    (seen,) = observed(Gives(Unread()), 2, 3).values()
+    assert seen.calls[0].names == ("x", "mask_0", "mask_1", "mask_2")
+    assert seen.unused == {1, 3}
+
+
+class Counted(Block):
+    """Counts how often it runs."""
+
+    runs = 0
+
+    def forward(self, x: torch.Tensor, mask: Any = None) -> torch.Tensor:
+        Counted.runs += 1
+        return super().forward(x)
+
+
+def test_a_block_that_did_what_another_had_done_does_not_run_again() -> None:
+    """Each of a hundred equal blocks runs once, and all are seen in every run."""
+    Counted.runs = 0
+    found = observed(Model(Counted(), Counted(), Counted(3.0), Block()), 2, 3, 5)
+    assert [len(seen.calls) for seen in found.values()] == [3, 3, 3]
+    assert [call.sizes for call in found["1"].calls] == [((2, 4),), ((3, 4),), ((5, 4),)]
+    assert Counted.runs == 3 + 2 + 2, "the odd one leads itself"
+
+
 # What stays
 
 
