@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from serving import Form, serving
 from torch import nn
 from transformers import AutoModelForCausalLM, StaticCache
 
 from hubaoti.bundle import Bundle
-from hubaoti.compiler.cache import layers_of
-from hubaoti.compiler.calls import call_of, replaced
 from hubaoti.compiler.plan import plan
 from hubaoti.compiler.request import Request
 from hubaoti.compiler.source import Source, load
@@ -119,64 +118,20 @@ def opened(entry: Entry, unpacked: Path, block: nn.Module) -> Graph:
     return graph
 
 
-def matched(ours: Any, theirs: Any) -> Iterator[tuple[int, int | None]]:
-    """Each tensor of a graph's call, and its place among those of a block's call.
-
-    What is not computed with may be anything, all else must be what the graph was compiled for;
-    transformers leave out a mask that is causal and nothing more.
-    """
-    if isinstance(ours, dict) and "tensor" in ours:
-        yield ours["tensor"], theirs and theirs["tensor"]
-    elif isinstance(ours, dict) and "any" not in ours:
-        assert ours.keys() == theirs.keys()
-        for name, item in ours.items():
-            yield from matched(item, theirs[name])
-    elif isinstance(ours, list):
-        for item, other in zip(ours, theirs, strict=True):
-            yield from matched(item, other)
-    elif not isinstance(ours, dict):
-        assert ours == theirs
-
-
-class Served:
-    """A block's `forward` that answers by its graph."""
-
-    def __init__(self, block: nn.Module, graph: Graph) -> None:
-        self.eager, self.graph = block.forward, graph
-        self.index, self.calls = layers_of(block) - 1, 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = call_of(self.eager, args, kwargs)
-        entry = self.graph.entry
-        places = dict(matched(entry.call, call.template))
-        (cache,) = call.caches
-        layer = cache.layers[self.index]
-        start, length = int(layer.cumulative_length), args[0].shape[1]
-        position = torch.arange(start, start + length)
-        layer.cumulative_length.add_(length)
-        rows, filled = args[0].shape[0], start + length
-        causal = torch.ones(length, filled, dtype=torch.bool).tril(start).view(1, 1, length, filled)
-        given = []
-        for at in range(len(places)):
-            place = places[at]
-            tensor = causal if place is None else call.tensors[place]
-            if entry.inputs[at].values == "mask":
-                tensor = tensor[..., :filled]
-            given.append(tensor.expand(rows, *tensor.shape[1:]))
-        self.calls += 1
-        return self.graph(*given, layer.keys, layer.values, position)[0]
-
-
 @contextmanager
-def serving(model: Any, entry: Entry, unpacked: Path) -> Iterator[list[Served]]:
+def by_graphs(model: Any, entry: Entry, unpacked: Path) -> Iterator[list[Form]]:
     """All blocks of a model answer by their graphs."""
-    with ExitStack() as around:
-        served = []
-        for path in entry.modules:
-            block = model.get_submodule(path)
-            served.append(Served(block, opened(entry, unpacked, block)))
-            around.enter_context(replaced(block, served[-1]))
-        yield served
+    forms = {
+        path: Form(
+            entry.call,
+            entry.inputs,
+            entry.cache,
+            opened(entry, unpacked, model.get_submodule(path)),
+        )
+        for path in entry.modules
+    }
+    with serving(model, {path: {"static": form} for path, form in forms.items()}):
+        yield [*forms.values()]
 
 
 def generated(model: Any, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> torch.Tensor:
@@ -215,7 +170,7 @@ def test_it_generates_the_tokens_that_eager_does(
     mask = (ids != 0).long()
     logits: dict[str, list[torch.Tensor]] = {"eager": [], "served": []}
     expected = generated(model, ids, mask, logits=logits["eager"])
-    with serving(model, entry, unpacked) as served:
+    with by_graphs(model, entry, unpacked) as served:
         found = generated(model, ids, mask, logits=logits["served"])
     assert [each.calls for each in served] == [20, 20]
     assert torch.equal(found, expected)
