@@ -60,9 +60,15 @@ def how_many(asked: int | None, units: int, weights: int, device: torch.device) 
             raise BadRequest("--jobs needs --device cpu", hint="a GPU compiles one at a time")
         return 1
     fitting = available() // (OVERHEAD + weights)
-    cores = len(os.sched_getaffinity(0))  # those that a container or `taskset` leaves us
-    most = asked or min(cores, max(1, fitting))
+    most = asked or min(cores(), max(1, fitting))
     return min(most, units)
+
+
+def cores() -> int:
+    """The cores that a container, or `taskset`, leaves to this process."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def build_all(

@@ -14,8 +14,18 @@ from hubaoti.errors import NotEnoughMemory
 INTERVAL = 0.2  # seconds between two looks
 # What torch, inductor and a C++ compiler take beside the weights of one block (measured: 0.9 GB).
 OVERHEAD = 1 << 30
-CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-USED = ("/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory/memory.usage_in_bytes")
+MEMINFO = "/proc/meminfo"
+# Of both kinds of cgroups: the folder, the files of what may be used and is used, and what the
+# second counts and the system gives back when somebody asks for memory: pages of files, read once.
+CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
 
 
 @dataclass(slots=True)
@@ -78,13 +88,24 @@ def available() -> int:
     """The bytes that may still be taken here: of the machine, and of the container's limit."""
     found = []
     with suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in Path(MEMINFO).read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 found.append(int(line.split()[1]) << 10)
-    for limit, used in zip(CGROUPS, USED, strict=True):
+    for folder, limit, used, given_back in CGROUPS:
         with suppress(OSError, ValueError):  # "max" where there is none
-            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return min(found, default=1 << 62)
+            most, taken = (int(Path(folder, name).read_text()) for name in (limit, used))
+            found.append(most - taken + counted(Path(folder, "memory.stat"), given_back))
+    return max(0, min(found, default=1 << 62))
+
+
+def counted(stat: Path, name: str) -> int:
+    """A number of a file of names and numbers; 0 where it says nothing."""
+    with suppress(OSError):
+        for line in stat.read_text().splitlines():
+            word, _, number = line.partition(" ")
+            if word == name:
+                return int(number)
+    return 0
 
 
 def require_memory(needed: int, what: str) -> None:
