@@ -157,11 +157,24 @@ def observed_with(
 
 
 def tracing_attention(source: Source) -> str:
-    """The attention that graphs are traced with: ours, in the place of sdpa, over a cache."""
-    if source.program.task == "generate" and source.attention == "sdpa":
-        caches.register()
-        return caches.ATTENTION
-    return source.attention
+    """The attention that graphs are traced with: ours where heads are grouped, or over a cache.
+
+    Over a cache transformers' own repeats keys in memory; and what it repeats torch 2.11 does not
+    export for every length.
+    """
+    if source.attention != "sdpa" or source.live:
+        return source.attention
+    if source.program.task != "generate" and not has_groups(source.config):
+        return source.attention
+    caches.register()
+    return caches.ATTENTION
+
+
+def has_groups(config: Any) -> bool:
+    """Whether several heads of a model share keys and values."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    return (getattr(text, "num_key_value_heads", None) or heads) != heads
 
 
 def runs_of(source: Source) -> int:
