@@ -161,15 +161,12 @@ def grouped_attention(
     Raises:
         CompileFailed: it is given something that it does not know, and would have to leave out.
     """
-    unknown = {name for name, item in rest.items() if item is not None} - KNOWN - HARMLESS
-    grouped = query.shape[1] != key.shape[1]
-    if attention_mask is None or not grouped or unknown == {"position_bias"}:
-        refuse(unknown - {"position_bias"})
+    if attention_mask is None or query.shape[1] == key.shape[1]:
         answer: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **rest
         )
         return answer
-    refuse(unknown)
+    refuse({name for name, item in rest.items() if item is not None} - KNOWN - HARMLESS)
     looked = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, scale=rest.get("scaling"), enable_gqa=True
     )
