@@ -306,19 +306,30 @@ UNKNOWN = {
     "sinks": torch.zeros(8),
     "cache": object(),
     "alibi": torch.zeros(1),
+    "position_bias": torch.zeros(1, 8, 3, 7),
 }
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-@pytest.mark.parametrize("mask", masks())
-@pytest.mark.parametrize("count", [2, 8])
-def test_an_argument_that_would_be_left_out_is_refused(name: str, mask: str, count: int) -> None:
-    given = (Grouped(), heads(8, 3), heads(count, 7), heads(count, 7), masks()[mask])
+@pytest.mark.parametrize("mask", ["bool", "float"])
+def test_an_argument_that_would_be_left_out_is_refused(name: str, mask: str) -> None:
+    given = (Grouped(), heads(8, 3), heads(2, 7), heads(2, 7), masks()[mask])
     with pytest.raises(CompileFailed, match=f"the attention takes {name}") as caught:
         grouped_attention(*given, **{name: UNKNOWN[name]})
     assert "eager" in caught.value.hint
-    with pytest.raises(CompileFailed, match=name):
-        grouped_attention(*given, position_bias=torch.zeros(1, 8, 3, 7), **{name: UNKNOWN[name]})
+
+
+@pytest.mark.parametrize("mask", masks())
+def test_where_nothing_is_grouped_it_is_transformers_own_in_all_it_takes(mask: str) -> None:
+    module = Grouped()
+    module.num_key_value_groups = 1
+    given = (module, heads(8, 3), heads(8, 7), heads(8, 7), masks()[mask])
+    bias = {"position_bias": torch.randn(1, 8, 3, 7, generator=torch.Generator().manual_seed(1))}
+    found, expected = grouped_attention(*given, **bias), sdpa_attention_forward(*given, **bias)
+    torch.testing.assert_close(found[0], expected[0])
+    assert not torch.equal(found[0], grouped_attention(*given)[0])
+    with pytest.raises((ValueError, CompileFailed), match="softcap"):
+        grouped_attention(*given, softcap=50.0)
 
 
 def test_what_no_attention_computes_with_may_be_given() -> None:
@@ -326,14 +337,6 @@ def test_what_no_attention_computes_with_may_be_given() -> None:
     harmless: dict[str, Any] = dict.fromkeys(caches.HARMLESS, 7) | {"s_aux": None, "softcap": None}
     harmless["output_attentions"] = False
     assert torch.equal(grouped_attention(*given, **harmless)[0], grouped_attention(*given)[0])
-
-
-def test_a_bias_of_positions_is_added_as_transformers_adds_it() -> None:
-    bias = torch.randn(1, 8, 3, 7, generator=torch.Generator().manual_seed(1))
-    given = (Grouped(), heads(8, 3), heads(2, 7), heads(2, 7), masks()["bool"])
-    found = grouped_attention(*given, position_bias=bias)
-    torch.testing.assert_close(found[0], sdpa_attention_forward(*given, position_bias=bias)[0])
-    assert not torch.equal(found[0], grouped_attention(*given)[0])
 
 
 def test_a_registered_attention_has_sdpa_s_masks() -> None:

@@ -18,6 +18,7 @@ from hubaoti.compiler.tasks import pool, task_of
 from hubaoti.errors import (
     LINE,
     BadRequest,
+    CompileFailed,
     MissingConstant,
     ModelNotFound,
     UnknownTask,
@@ -250,6 +251,15 @@ def test_a_dtype_that_is_not_compiled_has_to_be_replaced(tmp_path: Path) -> None
         load(folder, Request(), CPU)
     assert "--dtype" in caught.value.hint
     assert load(folder, Request(dtype="float32"), CPU).dtype == "float32"
+
+
+def test_a_checkpoint_that_was_quantized_before_is_refused_by_the_method_s_name(
+    tmp_path: Path,
+) -> None:
+    quantized = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    with pytest.raises(CompileFailed, match="m is quantized with awq") as caught:
+        load(model_of(tmp_path / "m", BERT | quantized), Request(), CPU)
+    assert "--quantize" in caught.value.hint
 
 
 def test_no_weight_file_is_opened(minilm: Path, tmp_path: Path) -> None:

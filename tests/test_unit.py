@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import hubaoti
 from serving import Form, serving
 from torch import nn
 from transformers import AutoModelForCausalLM, StaticCache
@@ -25,6 +26,7 @@ from hubaoti.package import unpack_all
 from hubaoti.runtime import golden
 from hubaoti.runtime.graph import Graph, open_graph
 from hubaoti.runtime.rule import made
+from hubaoti.settings import Settings, environment
 
 CPU = torch.device("cpu")
 GENERATE = Request(task="generate")
@@ -106,6 +108,34 @@ def test_its_golden_answers_are_what_it_answers(
     assert golden.differences(found, expected, entry.golden.tolerances) == []
     wrong = {name: tensor + 1 for name, tensor in found.items()}
     assert len(golden.differences(wrong, expected, entry.golden.tolerances)) == 3
+
+
+def test_two_builds_of_one_key_have_the_same_graphs_byte_for_byte(
+    decoder_bundle: Bundle, tiny_decoder: Path, built_at: Settings, tmp_path: Path
+) -> None:
+    """By another process, at another home, in another folder, with another seed for hashes."""
+    words = [
+        "--task",
+        "generate",
+        "--dim",
+        "batch=1:4",
+        "--dim",
+        "seq=1:40",
+        "--dim",
+        "cache=16:64",
+        "--force",
+        "-q",
+    ]
+    settings = replace(built_at, home=tmp_path / "home")
+    with environment(PYTHONHASHSEED="7"):
+        done = hubaoti(settings, "compile", tiny_decoder, "-o", "again", *words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    again = Bundle.read(tmp_path / "again").manifest
+    assert again.key == decoder_bundle.manifest.key
+    hashes = [
+        {graph.id: graph.sha256 for graph in m.graphs} for m in (again, decoder_bundle.manifest)
+    ]
+    assert hashes[0] == hashes[1]
 
 
 # Generation
