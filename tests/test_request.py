@@ -11,7 +11,7 @@ from hubaoti.compiler.request import (
     TASKS,
     Range,
     Request,
-    parse_buckets,
+    bucket_ranges,
     parse_dims,
     ranges,
 )
@@ -34,7 +34,8 @@ def test_a_bucket_is_some_dims_between_commas(
     buckets: list[dict[str, tuple[int, int]]],
 ) -> None:
     words = [",".join(f"{n}={Range(*b)}" for n, b in bucket.items()) for bucket in buckets]
-    assert parse_buckets(words) == tuple(ranges(bucket) for bucket in buckets)
+    expected = tuple(ranges(bucket) for bucket in buckets)
+    assert bucket_ranges(words) == bucket_ranges(buckets) == expected
 
 
 @given(st.text())
@@ -54,7 +55,7 @@ MALFORMED = ["", "seq", "seq=", "a=1", "a=1:", "a=-1:2", "=1:2", "1a=1:2", "a=1:
 
 @pytest.mark.parametrize("text", MALFORMED)
 def test_a_malformed_dim_is_refused_with_an_example(text: str) -> None:
-    for parse in (parse_dims, parse_buckets):
+    for parse in (parse_dims, bucket_ranges):
         with pytest.raises(BadDim, match="malformed") as caught:
             parse([text])
         assert "--dim" in caught.value.hint
@@ -64,7 +65,7 @@ def test_a_dim_is_given_once() -> None:
     with pytest.raises(BadDim, match="twice"):
         parse_dims(["seq=1:2", "seq=1:2"])
     with pytest.raises(BadDim, match="twice"):
-        parse_buckets(["seq=1:2,seq=1:2"])
+        bucket_ranges(["seq=1:2,seq=1:2"])
 
 
 @given(names, st.integers(-5, 50), st.integers(-5, 50))

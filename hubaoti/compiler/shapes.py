@@ -188,11 +188,18 @@ def example_sizes(dims: Bounds) -> Sizes:
         bounds, least = dims[name], max([3, *inner])
         candidates = [upwards(max(least, bounds.low), bounds.step, bounds.high)]
         if name != "filled":
-            candidates.insert(0, upwards(max(least, 2 * bounds.low), bounds.low, bounds.high))
+            high = min([bounds.high, *(dims[each].high - 2 for each in outer(name, dims))])
+            candidates.insert(0, upwards(max(least, 2 * bounds.low), bounds.low, high))
         sizes[name] = next(
             (n for n in itertools.chain(*candidates) if n not in sizes.values()), bounds.high
         )
     return {name: sizes[name] for name in dims}
+
+
+def outer(name: str, dims: Bounds) -> list[str]:
+    """The dims that hold this one, for which there must be room."""
+    place = NESTED.index(name) + 1 if name in NESTED else len(NESTED)
+    return [each for each in NESTED[place:] if each in dims]
 
 
 def upwards(least: int, unit: int, high: int) -> range:
