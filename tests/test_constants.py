@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +16,13 @@ from hubaoti.compiler.constants import (
     Place,
     checkpoint_origin,
     describe,
+    save,
     tensors_of,
     tied,
 )
 from hubaoti.errors import CompileFailed
 from hubaoti.manifest import Origin
+from hubaoti.runtime.quantize import quantize
 
 TINY: dict[str, Any] = {
     "vocab_size": 50,
@@ -54,7 +58,9 @@ def test_saved_tensors_come_from_the_checkpoint_and_the_others_are_shipped() -> 
     module = Small()
     program = traced(module, torch.ones(2, 3))
     loose = [*program.constants][0]
-    listed, shipped = describe(["weight", "saved", "table", loose], Place(module, ""), program)
+    listed, shipped = describe(
+        ["weight", "saved", "table", loose], Place(module, "", module), program
+    )
     origins = {constant.fqn: constant.origin for constant in listed}
     assert origins["weight"].checkpoint == ("weight",)
     assert origins["saved"].checkpoint == ("saved",)
@@ -66,7 +72,9 @@ def test_saved_tensors_come_from_the_checkpoint_and_the_others_are_shipped() -> 
 
 def test_a_constant_has_the_dtype_shape_and_stride_that_the_graph_reads() -> None:
     module = Small().to(torch.float64)
-    listed, _ = describe(["weight"], Place(module, ""), traced(module, torch.ones(2, 3).double()))
+    listed, _ = describe(
+        ["weight"], Place(module, "", module), traced(module, torch.ones(2, 3).double())
+    )
     (weight,) = listed
     assert (weight.dtype, weight.shape, weight.stride) == ("float64", (4, 3), (3, 1))
 
@@ -74,18 +82,18 @@ def test_a_constant_has_the_dtype_shape_and_stride_that_the_graph_reads() -> Non
 def test_a_tensor_that_nobody_has_fails_the_compile() -> None:
     module = Small()
     with pytest.raises(CompileFailed, match="reads ghost"):
-        describe(["ghost"], Place(module, ""), traced(module, torch.ones(2, 3)))
+        describe(["ghost"], Place(module, "", module), traced(module, torch.ones(2, 3)))
 
 
 def test_a_region_s_constants_are_those_of_the_module_that_it_serves() -> None:
     model = nn.ModuleDict({"first": Small(), "second": Small()})
     program = traced(model["first"], torch.ones(2, 3))
     loose = [*program.constants][0]
-    place = Place(model, "first", "buffers/first.safetensors")
+    place = Place(model, "first", model["first"], "buffers/first.safetensors")
     listed, shipped = describe(["weight", "saved", "table", loose], place, program)
     origins = {constant.fqn: constant.origin for constant in listed}
     assert origins["weight"] == Origin(checkpoint=("weight",), module="weight")
-    assert origins["saved"] == Origin(checkpoint=("saved",), file=place.file, module="saved")
+    assert origins["saved"] == Origin(file=place.file, module="saved")
     assert origins["table"] == Origin(file=place.file, module="table")
     assert origins[loose] == Origin(file=place.file)
     assert {c.fqn: c.shared_by_all_modules for c in listed} == {
@@ -101,7 +109,7 @@ def test_a_region_s_constants_are_those_of_the_module_that_it_serves() -> None:
 def test_a_layer_s_names_in_a_checkpoint_are_relative_to_the_layer() -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
     path = "model.layers.0"
-    place = Place(model, path)
+    place = Place(model, path, model.get_submodule(path))
     names = [*tensors_of(place.module)]
     listed, shipped = describe(names, place, traced(Small(), torch.ones(2, 3)))
     saved = model.state_dict().keys()
@@ -111,9 +119,35 @@ def test_a_layer_s_names_in_a_checkpoint_are_relative_to_the_layer() -> None:
         assert f"{path}.{constant.fqn}" in saved
 
 
+def test_a_quantized_weight_is_made_of_the_tensor_of_the_checkpoint() -> None:
+    """Of a copy of the layer, whose parameters are the quantized parts of the weights."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
+    path = "model.layers.0"
+    module = copy.deepcopy(model.get_submodule(path))
+    made = quantize(module, "int8wo", torch.device("cpu")).made
+    place = Place(model, path, module, made=made, recipe="int8wo")
+    listed, shipped = describe(tensors_of(module), place, traced(Small(), torch.ones(2, 3)))
+    origins = {constant.fqn: constant.origin for constant in listed}
+    saved = model.state_dict()
+    assert made and made.keys() <= origins.keys() and not shipped
+    for fqn, origin in origins.items():
+        (name,) = origin.checkpoint
+        assert f"{path}.{name}" in saved
+        if fqn in made:
+            assert origin.transform == made[fqn].transform
+            assert (origin.dtype, origin.module) == ("float32", made[fqn].source)
+        else:
+            assert (origin.transform, origin.module) == (None, fqn)
+
+
+def test_files_of_tensors_may_be_read_by_whoever_may_read_the_bundle(tmp_path: Path) -> None:
+    save({"x": torch.ones(2)}, tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_what_is_shipped_is_a_copy() -> None:
     module = Small()
-    _, shipped = describe(["table"], Place(module, ""), traced(module, torch.ones(2, 3)))
+    _, shipped = describe(["table"], Place(module, "", module), traced(module, torch.ones(2, 3)))
     before = shipped["table"].clone()
     module.table.zero_()  # type: ignore[operator,union-attr]
     assert torch.equal(shipped["table"], before)
