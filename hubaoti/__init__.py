@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hubaoti.api import compile, eager, explain, load, pull, push
-    from hubaoti.compiler.calls import capture
+    from hubaoti.api import capture, compile, eager, explain, load, pull, push
 
 __version__ = "0.1.0"
 __all__ = ["capture", "compile", "eager", "explain", "load", "pull", "push"]
@@ -19,10 +18,6 @@ def __getattr__(name: str) -> Any:
     """Load a verb when it is first asked for."""
     if name not in __all__:
         raise AttributeError(f"module 'hubaoti' has no attribute {name!r}")
-    if name == "capture":
-        from hubaoti.compiler import calls
-
-        return calls.capture
     from hubaoti import api
 
     return getattr(api, name)

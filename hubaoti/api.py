@@ -7,6 +7,7 @@ Hub's client.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -28,11 +29,28 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from hubaoti.compiler.calls import Calls
     from hubaoti.compiling import Asked, Explanation
     from hubaoti.hub.pull import Pulled
     from hubaoti.hub.push import Commit
     from hubaoti.match import Verdict
     from hubaoti.runtime.text import TextModel
+
+
+def capture(
+    module: nn.Module, n: int | None = None, *, run: bool = True
+) -> AbstractContextManager[Calls]:
+    """Record the calls that `module` receives inside the block, whoever makes them.
+
+    All of them, or the first `n`. With `run=False` the module is not run, its calls answer None,
+    and the block is left, without an error, as soon as `n` of them (one, by default) have come.
+
+    Raises:
+        BadRequest: `n` is less than one; what called the module cannot go on without its answer.
+    """
+    from hubaoti.compiler import calls
+
+    return calls.capture(module, n, run=run)
 
 
 def compile(

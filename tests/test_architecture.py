@@ -50,7 +50,7 @@ ROOMS = {
     "spaces": {*BASE, "compiler", "runtime", "mirror", "hub", "api"},
     "server": {"errors"},
     "cli": {*BASE, "mirror", "hub", "api", "engines", "spaces", "server"},
-    "": {"api", "compiler"},
+    "": {"api"},
 }
 # Who opens which door; a file's room, or its path where only that file may.
 DOORS = {
