@@ -144,16 +144,25 @@ def job_of(
 
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
-    """Around work on a module from Python: it is in eval mode, and afterwards as it was."""
-    parts: list[Any] = [*model.modules()] if isinstance(model, SupportsModules) else []
-    training = [part for part in parts if part.training]
-    for part in training:
-        part.training = False
-    try:
+    """Around work on a module from Python: it is in eval mode, and afterwards as it was.
+
+    Raises:
+        BadRequest: it is no module.
+    """
+    if isinstance(model, (str, Path)):
         yield
-    finally:
-        for part in training:
-            part.training = True
+        return
+    if not isinstance(model, SupportsModules):
+        raise BadRequest(
+            f"a {type(model).__name__} is neither a module nor the name of a model",
+            hint="give a Hub id, a folder, or a module; of a pipeline one of its modules, as "
+            "pipe.transformer",
+        )
+    from hubaoti.compiler.live import unchanged
+
+    module: Any = model
+    with unchanged(module):
+        yield
 
 
 @runtime_checkable

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -154,3 +155,49 @@ def buckets_of(
         start = end
     changed = [name for name in names if len({str(bucket[name]) for bucket in buckets}) > 1]
     return tuple({name: bucket[name] for name in changed} for bucket in buckets)
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Around work on somebody's module: inside it is in eval mode, afterwards it is as it was.
+
+    Its code is asked with inputs of ours, and run without storage: what it counts, keeps and writes
+    of that is of no use to its owner. Only parameters are not kept: they may fill the memory.
+    """
+    parts = [*module.modules()]
+    kept = [
+        (part, {name: (value, inside(value)) for name, value in vars(part).items()})
+        for part in parts
+    ]
+    buffers = [(buffer, version(buffer), buffer.detach().clone()) for buffer in module.buffers()]
+    for part in parts:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, attributes in kept:
+            put_back(vars(part), attributes)
+        for buffer, before, values in buffers:
+            if version(buffer) != before:
+                buffer.detach().copy_(values)
+
+
+def inside(value: Any) -> Any:
+    """What a list, dictionary or set holds; None of anything else."""
+    return value.copy() if isinstance(value, (list, dict, set)) else None
+
+
+def put_back(attributes: dict[str, Any], before: Mapping[str, tuple[Any, Any]]) -> None:
+    """Give a module the attributes that it had; lists and dictionaries what they held."""
+    for name in attributes.keys() - before.keys():
+        del attributes[name]
+    for name, (value, content) in before.items():
+        attributes[name] = value
+        if content is not None:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """A number that changes when a tensor is written; a tensor of inference mode has none."""
+    return -1 if tensor.is_inference() else tensor._version
