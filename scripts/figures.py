@@ -7,9 +7,11 @@ reached when the whole interval is on its side.
 
 from __future__ import annotations
 
+import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hubaoti.cli.output import print_table
@@ -29,6 +31,31 @@ class Figure:
     unit: str
     goal: str = ""
     reached: bool | None = None
+
+
+@dataclass
+class Cost:
+    """What something took: seconds on the clock, and of processors, its children's among them.
+
+    On a machine that others use the first says more of them than of what was measured.
+    """
+
+    seconds: float = 0.0
+    cpu: float = 0.0
+
+
+@contextmanager
+def costing() -> Iterator[Cost]:
+    """What the block takes, known when it has ended; of children, those that have ended."""
+    cost, start, before = Cost(), time.perf_counter(), used()
+    yield cost
+    cost.seconds, cost.cpu = time.perf_counter() - start, used() - before
+
+
+def used() -> float:
+    """The seconds of processors that this process and its ended children have used."""
+    each = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in each)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
