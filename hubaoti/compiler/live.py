@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +20,7 @@ from hubaoti.compiler.source import Source
 from hubaoti.errors import BadDim, BadRequest
 from hubaoti.extents import Extent
 
+CONTAINERS = {list, dict, set, OrderedDict}
 Shapes = Mapping[str, Sequence[str | int | None]]
 
 
@@ -183,8 +184,8 @@ def unchanged(module: nn.Module) -> Iterator[None]:
 
 
 def inside(value: Any) -> Any:
-    """What a list, dictionary or set holds; None of anything else."""
-    return value.copy() if isinstance(value, (list, dict, set)) else None
+    """What a list, dictionary or set holds; None of anything else, as a frozen dictionary."""
+    return value.copy() if type(value) in CONTAINERS else None
 
 
 def put_back(attributes: dict[str, Any], before: Mapping[str, tuple[Any, Any]]) -> None:
