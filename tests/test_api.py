@@ -29,6 +29,7 @@ from hubaoti.errors import (
     OutOfBounds,
     Untrusted,
 )
+from hubaoti.fetching import COMPILE_FILES, RUN_FILES, model_files
 from hubaoti.hub.pull import Pulled
 from hubaoti.match import Verdict
 from hubaoti.mirror import Mirror
@@ -242,17 +243,17 @@ def test_a_model_of_the_hub_is_compiled_from_its_config_without_its_weights(
     repo = f"acme/{tmp_path.name}"
     hub.create_repo(repo)
     commit = hub.upload_folder(repo_id=repo, folder_path=tiny_roberta).oid
-    folder, source = api.model_files(repo, None, api.COMPILE_FILES, settings)
+    folder, source = model_files(repo, None, COMPILE_FILES, settings)
     assert (source.model, source.commit) == (repo, commit)
     names = tree_of(folder).keys()
     assert {"config.json", "tokenizer.json"} <= names
     assert not any(name.endswith(".safetensors") for name in names)
-    runnable, _ = api.model_files(repo, commit, api.RUN_FILES, settings)
+    runnable, _ = model_files(repo, commit, RUN_FILES, settings)
     assert "model.safetensors" in tree_of(runnable)
 
 
 def test_a_local_path_is_not_written_into_the_source(tiny_roberta: Path) -> None:
-    _, source = api.model_files(tiny_roberta, None, (), Settings(home=Path("/nowhere")))
+    _, source = model_files(tiny_roberta, None, (), Settings(home=Path("/nowhere")))
     assert (source.model, source.commit) == ("tiny-roberta", None)
 
 

@@ -263,7 +263,7 @@ def test_a_stated_shape_that_no_call_has_is_refused(
 def test_one_call_is_varied_where_its_shapes_are_stated() -> None:
     named = {"hidden": ("batch", "seq", None), "mask": ("batch", "2*seq")}
     first = call(hidden=(2, 6, 4), mask=(2, 12))
-    calls = varied(first, named)
+    calls = varied(first, named, {})
     assert calls[0] is first and len(calls) == 3
     assert shapes(*calls, dims=stated(calls, named)) == {
         "hidden": ("batch", "seq", 4),
@@ -285,7 +285,7 @@ def test_a_stated_shape_that_the_only_call_has_not_is_refused(
     named: dict[str, tuple[str, ...]], words: str
 ) -> None:
     with pytest.raises(BadDim, match=words) as caught:
-        stated(varied(call(x=(4,)), named), named)
+        stated(varied(call(x=(4,)), named, {}), named)
     assert caught.value.hint
 
 
@@ -300,5 +300,5 @@ def test_a_module_is_looked_at_with_each_dim_changed_alone() -> None:
 def test_dims_of_one_size_are_varied_apart() -> None:
     """Two dims that happen to have one size in the only call are still two dims."""
     named = {"x": ("rows", "columns")}
-    calls = varied(call(x=(4, 4)), named)
+    calls = varied(call(x=(4, 4)), named, {})
     assert shapes(*calls, dims=stated(calls, named)) == {"x": ("rows", "columns")}

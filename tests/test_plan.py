@@ -310,12 +310,7 @@ def test_a_model_s_whole_is_one_region_where_that_is_asked(planned: Callable[...
     "task",
     [
         "forward",
-        pytest.param(
-            "generate",
-            marks=pytest.mark.xfail(
-                reason="plan.look makes a cache of as many layers as the place needs, not the model"
-            ),
-        ),
+        "generate",
     ],
 )
 def test_one_place_is_planned_alone(task: str, planned: Callable[..., Plan]) -> None:

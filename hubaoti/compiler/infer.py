@@ -277,10 +277,13 @@ def place_of(name: str, call: Call) -> int:
     return call.names.index(name)
 
 
-def varied(call: Call, shapes: Mapping[str, Sequence[str | int | None]]) -> list[Call]:
+def varied(
+    call: Call, shapes: Mapping[str, Sequence[str | int | None]], steps: Mapping[str, int]
+) -> list[Call]:
     """A call, and two of other sizes without values, where only one call was recorded.
 
-    They grow by numbers and by their squares, of which none are multiples or sums of others'.
+    They grow by numbers of steps and by their squares, of which none are multiples or sums of
+    others'.
 
     Raises:
         BadDim: the shapes are not the call's.
@@ -289,7 +292,7 @@ def varied(call: Call, shapes: Mapping[str, Sequence[str | int | None]]) -> list
     calls = [call]
     for power in (1, 2):
         grown = zip(named.items(), itertools.count(3), strict=False)
-        sizes = {dim: size + more**power for (dim, size), more in grown}
+        sizes = {dim: size + steps.get(dim, 1) * more**power for (dim, size), more in grown}
         tensors = list(call.tensors)
         for name, shape in shapes.items():
             at = place_of(name, call)

@@ -42,7 +42,8 @@ def source_of(
             f"a call of {type(module).__name__} holds a KV cache, which is made while it runs",
             hint="compile the model from its folder with --task generate",
         )
-    looked = varied(calls[0], shapes) if shapes and len(calls) == 1 else calls
+    steps = {name: sizes.step for name, sizes in request.dims.items()}
+    looked = varied(calls[0], shapes, steps) if shapes and len(calls) == 1 else calls
     dims = stated(looked, shapes)
     kind = type(module).__name__
     regions = request.regions or ("auto" if any(True for _ in repeated(module, "")) else "none")

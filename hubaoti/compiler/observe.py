@@ -185,8 +185,11 @@ def observe(
         CompileFailed: the model looks at values, or cannot take what it is called with.
     """
     found: dict[str, Observed] = {path: Observed() for path in blocks}
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
     with ExitStack() as around:
+        around.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.CRITICAL)
+        around.callback(forget, model)
         around.enter_context(torch.no_grad())
         around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         tensors = {
@@ -216,6 +219,14 @@ def observe(
     for seen in found.values():
         seen.calls = [bare(call) for call in seen.calls]
     return {path: seen for path, seen in found.items() if seen.calls or seen.problem}
+
+
+def forget(model: nn.Module) -> None:
+    """Empty what the classes of a model cached of a run without storage: it has no values."""
+    for cls in {base for module in model.modules() for base in type(module).__mro__}:
+        for kept in vars(cls).values():
+            if callable(clear := getattr(kept, "cache_clear", None)):
+                clear()
 
 
 def follow(found: Mapping[str, Observed], blocks: Mapping[str, nn.Module]) -> None:

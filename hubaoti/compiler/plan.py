@@ -17,7 +17,7 @@ from hubaoti.compiler.calls import arguments
 from hubaoti.compiler.faces import Face, sliding, with_cache
 from hubaoti.compiler.infer import Dims, face_of
 from hubaoti.compiler.observe import Given, Observed, observe
-from hubaoti.compiler.regions import Group, blocks_of, groups_of
+from hubaoti.compiler.regions import Group, attributes, blocks_of, groups_of
 from hubaoti.compiler.request import Range, Request
 from hubaoti.compiler.shapes import (
     Bounds,
@@ -107,12 +107,13 @@ def forms_of(
     device: torch.device,
 ) -> tuple[Source, list[Form], list[str]]:
     """The forms of a model's blocks, and what stays eager, and why; `found` learns their dims."""
+    before = {path: attributes(block) for path, block in blocks.items()}
     source, observed = observed_with(source, blocks, device)
     found.series = dict(source.looks)
     forms: list[Form] = []
     left_out = [f"{path}: {seen.problem}" for path, seen in observed.items() if seen.problem]
     fine = {path: seen for path, seen in observed.items() if not seen.problem}
-    for group in groups_of(blocks, fine):
+    for group in groups_of(blocks, fine, before):
         path = group.modules[0]
         try:
             faces = faces_of(source, blocks[path], fine[path], dims, found)
@@ -203,7 +204,7 @@ def look(source: Source, at: int, blocks: Mapping[str, nn.Module], device: torch
             )
             for entry in source.face.inputs
         ]
-        layers = max(caches.layers_of(block) for block in blocks.values())
+        layers = caches.layers_of(source.model)
         seen = caches.seen(sizes.get("filled", 1), sizes.get("seq", 1), layers)
         known = {"size": lambda text: Extent.parse(text).at(sizes), "cache": seen}
         args, kwargs = arguments(source.face.template, tensors, known)

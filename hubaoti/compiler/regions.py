@@ -95,28 +95,32 @@ def tensors_of(module: nn.Module) -> tuple[tuple[str, tuple[int, ...], torch.dty
 
 
 def groups_of(
-    blocks: Mapping[str, nn.Module], observed: Mapping[str, Observed]
+    blocks: Mapping[str, nn.Module],
+    observed: Mapping[str, Observed],
+    before: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[Group, ...]:
     """Blocks that one graph serves, in the order in which the model holds them.
 
-    Blocks that were never called are in no group.
+    `before` are their attributes as they were before they were observed, since some keep what they
+    make. Blocks that were never called are in no group.
     """
     members: dict[str, list[str]] = {}
     for path, block in blocks.items():
         if seen := observed.get(path):
-            members.setdefault(signature(block, seen), []).append(path)
+            held = before[path] if before else attributes(block)
+            members.setdefault(signature(block, seen, held), []).append(path)
     names = group_names([paths for paths in members.values()], blocks)
     return tuple(
         Group(name, tuple(paths)) for name, paths in zip(names, members.values(), strict=True)
     )
 
 
-def signature(block: nn.Module, seen: Observed) -> str:
+def signature(block: nn.Module, seen: Observed, held: Sequence[str]) -> str:
     """What blocks of one group have in common."""
     templates = [call.template for call in seen.calls]
     sizes = [[list(size) for size in call.sizes] for call in seen.calls]
     text = canonical([templates, sizes]).decode() + seen.operations
-    return "\n".join([*map(repr, tensors_of(block)), *attributes(block), text])
+    return "\n".join([*map(repr, tensors_of(block)), *held, text])
 
 
 def attributes(block: nn.Module) -> list[str]:

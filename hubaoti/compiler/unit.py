@@ -20,7 +20,7 @@ from hubaoti.compiler.constants import Place
 from hubaoti.compiler.export import Exported, export
 from hubaoti.compiler.faces import Flat
 from hubaoti.compiler.inductor import lower
-from hubaoti.compiler.plan import Unit, tracing_attention
+from hubaoti.compiler.plan import ROOT, Unit, tracing_attention
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.shapes import example_sizes, probes
 from hubaoti.compiler.source import Source, attention_of
@@ -73,8 +73,9 @@ def build_unit(job: Job, unit: Unit, scratch: Path, say: Say) -> Built:
                 exported = traced(source, unit, place.module, job.device)
             return lowered_and_checked(job, unit, place, exported, scratch, say)
     except HubaotiError as why:
-        step, _, told = str(why).partition(": ")
-        raise type(why)(f"{step} {unit.id}: {told}", hint=why.hint) from why
+        step, colon, told = str(why).partition(": ")
+        message = f"{step} {unit.id}: {told}" if colon else f"{unit.id}: {step}"
+        raise type(why)(message, hint=why.hint) from why
 
 
 def with_written(source: Source, unit: Unit, place: Place, device: torch.device) -> Unit:
@@ -123,7 +124,7 @@ def lowered_and_checked(
 
 def file_of(unit: Unit) -> str:
     """Where a unit's own small tensors are; a whole model's have one file."""
-    return f"buffers/{unit.id}.safetensors" if unit.region else constants.BUFFERS
+    return constants.BUFFERS if unit.id == ROOT else f"buffers/{unit.id}.safetensors"
 
 
 def quantized(place: Place, recipe: str, device: torch.device) -> Place:
@@ -196,6 +197,8 @@ def trial_of(
     """What the unit's graph is compared with: the module with transformers' own attention."""
     text = source.config.get_text_config() if source.config is not None else None
     flat = Flat(place.module, unit.face)
+    # A classifier's logits are few; those of a language model are the most that it makes.
+    words = source.outputs if source.program.task == "logits" else ()
 
     def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with attention_of(source.model, source.attention):
@@ -209,7 +212,7 @@ def trial_of(
         device=device,
         tolerance=max(verify.TOLERANCE[source.dtype], verify.COARSE.get(place.recipe or "", 0.0)),
         scores=getattr(text, "num_attention_heads", 1),
-        width=getattr(text, "hidden_size", 0) + (source.vocabulary if not unit.region else 0),
+        width=getattr(text, "hidden_size", 0) + (source.vocabulary if "logits" in words else 0),
     )
 
 
@@ -263,7 +266,7 @@ def checked(
     """Describe a compiled graph, compare it with eager, and ask it the golden questions."""
     source, device = job.plan.source, job.device
     final = replace(unit, face=exported.face, bounds=exported.bounds)
-    entry = final_entry(final, exported, scratch)
+    entry = final_entry(final, exported, scratch, source.outputs)
     entry, files = described(entry, place, exported, unpacked, scratch)
     graph = open_graph(unpacked, entry, device)
     graph.bind(verify.constants_of(place.module, entry, scratch))
@@ -275,11 +278,20 @@ def checked(
     return Built(entry, elf.needs_of(libraries[0]), files, checks, answers)
 
 
-def final_entry(unit: Unit, exported: Exported, scratch: Path) -> Graph:
+def called(outputs: Outputs, names: tuple[str, ...]) -> Outputs:
+    """Outputs by the names that their task has for them."""
+    if len(names) != len(outputs.tensors):
+        return outputs
+    tensors = zip(outputs.tensors, names, strict=True)
+    named = tuple(msgspec.structs.replace(tensor, name=name) for tensor, name in tensors)
+    return msgspec.structs.replace(outputs, tensors=named)
+
+
+def final_entry(unit: Unit, exported: Exported, scratch: Path, names: tuple[str, ...]) -> Graph:
     """The manifest's graph with its package, its constants not yet known."""
     file = file_entry(scratch, f"graphs/{unit.id}.pt2")
     return msgspec.structs.replace(
-        bare_graph(unit, exported.outputs),
+        bare_graph(unit, called(exported.outputs, names)),
         sha256=file.sha256,
         size=file.size,
         members=members_of(scratch / file.path),

@@ -183,10 +183,10 @@ def compared(
     """
     absolute, relative = 0.0, 0.0
     for ours, theirs in zip(found, expected, strict=True):
-        if ours.shape != theirs.shape:
+        if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
             raise CheckFailed(
-                f"check: at {named(probe.sizes)} graph {graph} gives {list(ours.shape)}, "
-                f"eager {list(theirs.shape)}",
+                f"check: at {named(probe.sizes)} graph {graph} gives {ours.dtype} "
+                f"{list(ours.shape)}, eager {theirs.dtype} {list(theirs.shape)}",
                 hint="this model cannot be compiled with these dims; it stays eager",
             )
         difference, largest = distance(ours, theirs)

@@ -169,6 +169,7 @@ class Slot:
     dims: tuple[tuple[int, str], ...]  # (axis, name)
     extents: tuple[tuple[int, Extent], ...]  # (axis, what follows from dims)
     alignment: int
+    below: int | None  # what its numbers must be less than, where they are ids
 
     @classmethod
     def of(cls, entry: Input, device: torch.device) -> Slot:
@@ -184,6 +185,7 @@ class Slot:
             tuple((axis, extent.dims[0]) for axis, extent in follow if extent.plain),
             tuple((axis, extent) for axis, extent in follow if not extent.plain),
             alignment_of(dtype, device),
+            int(entry.values[4:]) if entry.values.startswith("ids<") else None,
         )
 
 
@@ -257,8 +259,24 @@ class Graph:
             self._check_kind(slot, tensor)
             self._check_sizes(slot, tensor, sizes)
             fitting.append(fit(slot, tensor))
+            self._check_values(slot, tensor)
         self._check_related(inputs, sizes)
         return fitting
+
+    def _check_values(self, slot: Slot, tensor: torch.Tensor) -> None:
+        """Refuse ids that no table has, and places that no cache has: native code ends the process.
+
+        Only on a CPU: a GPU would have to be waited for.
+        """
+        if slot.below is None or self.device.type != "cpu" or not tensor.numel():
+            return
+        low, high = (int(edge) for edge in torch.aminmax(tensor))
+        if low < 0 or high >= slot.below:
+            raise BadInput(
+                f"{slot.entry.name} has {low if low < 0 else high}: index out of bounds, which are "
+                f"0 to {slot.below - 1}",
+                hint="see that its inputs are what the manifest says of their values",
+            )
 
     def _check_kind(self, slot: Slot, tensor: torch.Tensor) -> None:
         """Refuse another dtype, device or number of axes."""
@@ -315,6 +333,20 @@ class Graph:
         if sizes.get("filled", 0) > sizes.get("cache", LARGEST) and self.entry.cache:
             raise OutOfBounds(
                 f"filled is {sizes['filled']}, the cache holds {sizes['cache']}",
+                hint="make a longer cache",
+            )
+        self._check_position(inputs)
+
+    def _check_position(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Refuse to write beyond a cache; on a CPU, as for ids."""
+        cache = self.entry.cache
+        if cache is None or cache.position is None or self.device.type != "cpu":
+            return
+        low, high = (int(edge) for edge in torch.aminmax(inputs[cache.position]))
+        places = inputs[cache.keys].shape[2]
+        if low < 0 or high >= places:
+            raise BadInput(
+                f"position {low if low < 0 else high} is outside of a cache of {places} places",
                 hint="make a longer cache",
             )
 
