@@ -29,8 +29,8 @@ from hubaoti.runtime.weights import shipped_tensors
 # half types also round where eager keeps a fused step's result, or the other way round.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2}
 COARSE = {"float8dq": 1e-1}  # activations are rounded to three bits, here or there another way
-SECONDS = 3.0  # of eager, for one probe
-CHECKS = 5  # as many seconds go into the comparison of a probe as into the attempt, times this
+SECONDS = 12.0  # of eager, for all probes of a graph
+ATTEMPT = 3.0  # of eager alone, before a graph is compiled
 FEW_TOKENS = 16  # a call of fewer takes as long: it waits for the weights
 MEMORY = 256 << 20  # bytes of activations, for one probe
 LIVE = 8  # tensors of the size of what goes in and out that are held at once
@@ -68,9 +68,9 @@ def attempt(trial: Trial, points: Sequence[Sizes]) -> frozenset[str]:
     """
     before = versions(trial.module)
     written: set[str] = set()
-    seconds_per_token = 0.0
+    seconds_per_token, left = 0.0, ATTEMPT
     for at, sizes in enumerate(points):
-        probe = capped(sizes, trial, seconds_per_token * CHECKS)
+        probe = capped(sizes, trial, seconds_per_token, left)
         start = time.perf_counter()
         try:
             written |= asked(trial, probe.sizes)
@@ -85,6 +85,7 @@ def attempt(trial: Trial, points: Sequence[Sizes]) -> frozenset[str]:
                 raise CompileFailed(told, hint=hint) from why
             raise BadDim(told, hint=f"narrow the dims: {words(trial.bounds)}") from why
         spent = time.perf_counter() - start
+        left -= spent
         seconds_per_token = spent / max(tokens(probe.sizes), FEW_TOKENS)
         for changed in sorted(name for name, _ in versions(trial.module) ^ before):
             raise CompileFailed(
@@ -139,9 +140,9 @@ def verify(graph: Graph, trial: Trial) -> tuple[Check, ...]:
     """
     checks: list[Check] = []
     seen: list[Sizes] = []
-    seconds_per_token = 0.0
+    seconds_per_token, left = 0.0, SECONDS
     for sizes in probes(trial.bounds):
-        probe = capped(sizes, trial, seconds_per_token)
+        probe = capped(sizes, trial, seconds_per_token, left)
         if probe.sizes in seen:
             continue
         seen.append(probe.sizes)
@@ -151,6 +152,7 @@ def verify(graph: Graph, trial: Trial) -> tuple[Check, ...]:
             expected = answers(trial.entry, inputs, trial.eager)
             spent = time.perf_counter() - start
             found = answers(trial.entry, inputs, graph)
+        left -= spent
         seconds_per_token = spent / max(tokens(probe.sizes), FEW_TOKENS)
         checks.append(compared(graph.entry.id, probe, found, expected, trial.tolerance))
     return tuple(checks)
@@ -221,12 +223,12 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
     return difference, (finite.max().item() if finite.numel() else 1.0) or 1.0
 
 
-def capped(sizes: Sizes, trial: Trial, seconds_per_token: float) -> Probe:
+def capped(sizes: Sizes, trial: Trial, seconds_per_token: float, left: float = SECONDS) -> Probe:
     """The probe, its largest dim halved until it fits into the budgets of time and memory."""
     bounds = trial.bounds
     small = dict(sizes)
-    why = over_budget(small, trial, seconds_per_token)
-    while reason := over_budget(small, trial, seconds_per_token):
+    why = over_budget(small, trial, seconds_per_token, left)
+    while reason := over_budget(small, trial, seconds_per_token, left):
         widest = max(small, key=lambda name: small[name] / bounds[name].low)
         step = bounds[widest].step
         half = small[widest] // 2 // step * step
@@ -241,7 +243,7 @@ def capped(sizes: Sizes, trial: Trial, seconds_per_token: float) -> Probe:
     return Probe(small, sizes, why) if small != sizes else Probe(small)
 
 
-def over_budget(sizes: Sizes, trial: Trial, seconds_per_token: float) -> str | None:
+def over_budget(sizes: Sizes, trial: Trial, seconds_per_token: float, left: float) -> str | None:
     """Which budget these sizes would break, if any."""
     entry = trial.entry
     tensors = [(item.shape, item.dtype) for item in entry.inputs]
@@ -254,8 +256,8 @@ def over_budget(sizes: Sizes, trial: Trial, seconds_per_token: float) -> str | N
     seconds = tokens(sizes) * seconds_per_token
     if memory > MEMORY:
         return f"memory: it would take {memory >> 20} MiB, a probe has {MEMORY >> 20}"
-    if seconds > SECONDS:
-        return f"time: it would take {seconds:.0f} s, a probe has {SECONDS:.0f}"
+    if seconds > left:
+        return f"time: it would take {seconds:.0f} s, and {max(left, 0.0):.0f} are left"
     return None
 
 
