@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -143,6 +144,7 @@ def step_of(graph: Graph, model: Any, length: int, filled: int) -> Step:
 
 def peak_of(call: Callable[[], Any]) -> int:
     """By how many bytes this process grows while something runs, at most."""
+    ctypes.CDLL(None).malloc_trim(0)  # else what was freed before is taken again, unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = kilobytes("VmRSS")
     answer = call()
