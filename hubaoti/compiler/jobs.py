@@ -168,7 +168,8 @@ def write(unit: Unit, built: Built, parts: Path) -> None:
     needs = built.needs
     versions = (needs.glibc, needs.glibcxx, needs.cxxabi)
     told = Told(built.graph, needs.libraries, versions, built.files, built.checks)
-    save_file(built.golden, parts / f"{unit.id}.safetensors")
+    golden = {name: tensor.contiguous() for name, tensor in built.golden.items()}
+    save_file(golden, parts / f"{unit.id}.safetensors")
     (parts / f"{unit.id}.json").write_bytes(msgspec.json.encode(told))
 
 
