@@ -354,3 +354,13 @@ def test_a_registered_attention_has_sdpa_s_masks() -> None:
             found = copy.copy(model)(ids, mask).logits
     torch.testing.assert_close(found, expected)
     assert torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("seq", [1, 3])
+@pytest.mark.parametrize("each_head", [False, True])
+def test_one_token_is_attended_to_as_many_are(seq: int, each_head: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = heads(8, seq), heads(2, 7), heads(2, 7)
+    mask = torch.randn(2, 8 if each_head else 1, seq, 7, generator=generator)
+    found = grouped_attention(Grouped(), query, key, value, mask)[0]
+    torch.testing.assert_close(found, sdpa_attention_forward(Grouped(), query, key, value, mask)[0])
