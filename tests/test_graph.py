@@ -26,11 +26,10 @@ from hubaoti.runtime.graph import (
     Graph,
     device_for,
     fit,
-    native_runner,
     open_graph,
-    public_runner,
     refusal,
 )
+from hubaoti.runtime.runners import native_runner, public_runner
 from hubaoti.runtime.weights import Checkpoint, constants
 
 CPU = torch.device("cpu")
@@ -142,7 +141,7 @@ def test_a_torch_without_the_private_module_takes_the_public_way(
     monkeypatch.setitem(sys.modules, "torch._C._aoti", None)
     monkeypatch.delattr(torch._C, "_aoti")
     with monkeypatch.context() as inner:
-        inner.setattr("hubaoti.runtime.graph.public_runner", lambda *_: "the public one")
+        inner.setattr("hubaoti.runtime.runners.public_runner", lambda *_: "the public one")
         (library,) = roberta_unpacked.rglob("*.wrapper.so")
         assert native_runner(roberta_unpacked, library, CPU) == "the public one"  # type: ignore[comparison-overlap]
     assert public_runner is not None
