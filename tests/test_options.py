@@ -126,7 +126,7 @@ def test_an_option_is_given_once() -> None:
         ("post_grad_custom_post_pass", "target"),
         ("joint_custom_pre_pass", "target"),
         ("freezing", "weights"),
-        ("cpp.weight_prepack", "weights"),
+        ("cpp.weight_prepack", "hubaoti sets it"),
         ("cpp.enable_concat_linear", "weights"),
         ("aot_inductor.output_path", "package"),
         ("aot_inductor.package", "package"),
