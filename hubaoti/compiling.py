@@ -215,14 +215,9 @@ def compiled(
 
 def existing(key: str, output: Path, mirror: Mirror, say: Say) -> Bundle | None:
     """The bundle of a key where it is already: at the output, or in the mirror."""
-    try:
-        bundle = Bundle.read(output)
-        if bundle.manifest.key == key:
-            bundle.check()
-            say(f"found {key[:12]} in {output}")
-            return bundle
-    except (BadManifest, DigestMismatch):
-        pass  # it is not there, or not whole: it will be written
+    if bundle := whole(output, key):
+        say(f"found {key[:12]} in {output}")
+        return bundle
     for artifact in mirror.by_key(key):
         try:
             mirror.verify(artifact)
@@ -290,7 +285,7 @@ def explanation(job: Job, output: Path | None, mirror: Mirror) -> Explanation:
     """What compiling a job would do, without doing it."""
     from hubaoti.manifest import recipe_of, variant_of
 
-    places = [str(output)] if output and holds(output, job.key) else []
+    places = [str(output)] if output and whole(output, job.key) else []
     places += ["the mirror"] if mirror.by_key(job.key) else []
     return Explanation(
         key=job.key,
@@ -313,9 +308,13 @@ def explanation(job: Job, output: Path | None, mirror: Mirror) -> Explanation:
     )
 
 
-def holds(output: Path, key: str) -> bool:
-    """Whether the bundle of a key lies in a folder."""
+def whole(output: Path, key: str) -> Bundle | None:
+    """The bundle of a key that lies in a folder; None where it is not there, or damaged."""
     try:
-        return Bundle.read(output).manifest.key == key
-    except BadManifest:
-        return False
+        bundle = Bundle.read(output)
+        if bundle.manifest.key != key:
+            return None
+        bundle.check()
+    except (BadManifest, DigestMismatch):
+        return None
+    return bundle
