@@ -73,16 +73,16 @@ def compile(
     Raises:
         HubaotiError: what failed and what to do; no half-written bundle is left.
     """
-    from hubaoti.compiling import compiled, job_of
+    from hubaoti.compiling import compiled, planned
 
     settings = settings or Settings.from_env()
-    host = probe(settings)
+    host, place = probe(settings), Path(output)
     with Mirror.open(settings.mirror) as mirror, evaluating(model):
         mirror.require_writable()
-        job, origin = job_of(model, asked, host, settings, say)
-        if not force and (found := existing(job.key, Path(output), mirror, say)):
+        job, origin = planned(model, asked, place, host, settings, say)
+        if not force and (found := existing(job.key, place, mirror, say)):
             return found
-        bundle = compiled(job, origin, Path(output), host, jobs, say)
+        bundle = compiled(job, origin, place, host, jobs, say)
         files = {file.path: bundle.path / file.path for file in bundle.manifest.all_files()}
         mirror.put(bundle.manifest, files)
         mirror.record_built(bundle.manifest)

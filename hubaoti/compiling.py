@@ -24,6 +24,7 @@ from hubaoti.errors import (
     CheckFailed,
     CompileFailed,
     DigestMismatch,
+    HubaotiError,
 )
 from hubaoti.fetching import COMPILE_FILES, model_files
 from hubaoti.host import Host
@@ -142,6 +143,24 @@ def job_of(
     return Job.of(plan(source, request, where), request, target, where), origin
 
 
+def planned(
+    model: str | Path | nn.Module,
+    asked: Asked,
+    output: Path,
+    host: Host,
+    settings: Settings,
+    say: Say,
+) -> tuple[Job, Source]:
+    """`job_of`, with a report beside the output of a model that cannot be read or captured.
+
+    Raises:
+        HubaotiError: what was asked cannot be.
+    """
+    words = {name: value for name, value in asked.items() if name != "calls"}
+    with reported(output, [f"asked: {words}"], (CompileFailed,)):
+        return job_of(model, asked, host, settings, say)
+
+
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
     """Around work on a module from Python: it is in eval mode, and afterwards as it was.
@@ -209,7 +228,9 @@ def compiled(
     """
     from hubaoti.compiler.build import build
 
-    with reported(job, output):
+    graphs = [f"  {unit.id}: {unit.bounds}" for unit in job.plan.units]
+    facts = [str(job.target), str(job.build), "", "graphs", *graphs]
+    with reported(output, facts, (CompileFailed, CheckFailed, BadDim)):
         return build(job, origin, host, output, say, jobs)
 
 
@@ -250,24 +271,27 @@ def copied(artifact: Artifact, output: Path) -> Bundle:
 
 
 @contextmanager
-def reported(job: Job, output: Path) -> Iterator[None]:
-    """Around a build: the whole report of a failure goes to a file beside the output.
+def reported(
+    output: Path, facts: Sequence[str], kinds: tuple[type[HubaotiError], ...]
+) -> Iterator[None]:
+    """Around a step: the whole report of a failure goes to a file beside the output.
 
     Raises:
-        CompileFailed, CheckFailed, BadDim: as they came, with the report's path in the hint.
+        HubaotiError: as it came; one of `kinds` with the report's path in the hint.
     """
     try:
         yield
-    except (CompileFailed, CheckFailed, BadDim) as why:
+    except kinds as why:
         path = output.absolute().with_name(f"{output.absolute().name}.report.txt")
         try:
-            path.write_text(report(job, why))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(report(why, facts))
         except OSError:
             raise why from why.__cause__
         raise type(why)(str(why), hint=f"{why.hint}; the whole report: {path}") from why.__cause__
 
 
-def report(job: Job, why: Exception) -> str:
+def report(why: Exception, facts: Sequence[str]) -> str:
     """All that is known of a failure."""
     import torch
     import transformers
@@ -276,9 +300,8 @@ def report(job: Job, why: Exception) -> str:
         f"hubaoti {__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {sys.version.split()[0]}"
     )
-    graphs = "\n".join(f"  {unit.id}: {unit.bounds}" for unit in job.plan.units)
     trace = "".join(traceback.format_exception(why))
-    return f"{why}\n\n{versions}\n{job.target}\n{job.build}\n\ngraphs\n{graphs}\n\n{trace}"
+    return "\n".join([str(why), "", versions, *facts, "", trace])
 
 
 def explanation(job: Job, output: Path | None, mirror: Mirror) -> Explanation:

@@ -53,7 +53,10 @@ class Program(Record, frozen=True, kw_only=True):
 
 
 class Build(Record, frozen=True, kw_only=True):
-    """The options it was built with; what is at its default is written all the same."""
+    """The options it was built with; what is at its default is written all the same.
+
+    `version` is that of what hubaoti itself puts into graphs, as `compiler.build` has it.
+    """
 
     regions: str
     dims: dict[Dim, tuple[int, int, int]]
@@ -63,6 +66,7 @@ class Build(Record, frozen=True, kw_only=True):
     mode: str = "default"
     buckets: tuple[dict[Dim, tuple[int, int]], ...] = ()
     options: dict[str, Any] = {}
+    version: int = 1
 
 
 class Target(Record, frozen=True, kw_only=True):

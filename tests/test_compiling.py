@@ -338,6 +338,19 @@ def test_the_whole_report_of_a_failure_lies_beside_the_output(
         assert words in text
 
 
+def test_what_fails_before_anything_is_built_is_reported_too(
+    bare: Settings, tiny_decoder: Path, tmp_path: Path
+) -> None:
+    method = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+    quantized = variation(tiny_decoder, tmp_path / "quantized", quantization_config=method)
+    with pytest.raises(CompileFailed, match=r"^source: .*awq") as caught:
+        hubaoti.compile(quantized, tmp_path / "out" / "bundle", settings=bare, **ASKED)
+    (report,) = (tmp_path / "out").iterdir()
+    assert caught.value.hint.endswith(f"; the whole report: {report}")
+    for words in (str(caught.value), "'task': 'generate'", "Traceback", "refuse_quantized"):
+        assert words in report.read_text()
+
+
 def test_a_report_that_cannot_be_written_hides_no_reason(
     failing: tuple[Counts, Any], bare: Settings, tmp_path: Path
 ) -> None:

@@ -348,7 +348,6 @@ def test_complex_inputs_are_inputs_like_others(bundles: dict[str, Bundle]) -> No
     assert entry.golden is not None
 
 
-@pytest.mark.xfail(reason="what a model's code keeps of a run without storage stays kept")
 def test_a_pipeline_answers_after_its_model_was_planned_without_being_run(home: Settings) -> None:
     kind = KINDS["qwen"]
     model, fresh = kind.make(), kind.make()

@@ -228,6 +228,8 @@ def test_what_a_process_prints_and_where_it_failed_is_for_the_report(
 ) -> None:
     def build(unit: Unit) -> Built:
         os.write(2, b"g++: of native code\n")
+        sys.stdout = os.fdopen(1, "w", closefd=False)  # as outside of a test
+        sys.stdout.write("of Python\n")
         subprocess.run(["echo", "of what it started"], check=True)
         try:
             fail_in_other_words()
@@ -238,7 +240,8 @@ def test_what_a_process_prints_and_where_it_failed_is_for_the_report(
     with pytest.raises(CompileFailed) as caught:
         build_all(UNITS, build, 2, scratch)
     notes = "\n".join(caught.value.__notes__)
-    for words in ("fail_in_other_words", "and more of it", "of native code", "of what it started"):
+    said = ("fail_in_other_words", "and more of it", "of native", "of Python", "of what it started")
+    for words in said:
         assert words in notes
     assert capfd.readouterr() == ("", "")
 

@@ -32,6 +32,9 @@ from hubaoti.requirements import Requirements
 from hubaoti.runtime.golden import GOLDEN, kept
 from hubaoti.steps import Say
 
+# Of what hubaoti puts into graphs beside a model's code: attention, caches, quantized weights,
+# templates. It is raised when one of them changes, so that no key stands for two programs.
+VERSION = 1
 ROOM = 64 << 20  # bytes on disk that one graph takes while it is built, at most
 
 
@@ -79,7 +82,7 @@ def build(
         def one(unit: Unit) -> BuiltUnit:
             return build_unit(job, unit, scratch, say)
 
-        built = build_all(job.plan.units, one, at_once, scratch)
+        built = build_all(job.plan.units, one, at_once, scratch, say)
         files = write_golden(built, scratch)
         manifest = Manifest(
             program=job.plan.source.program,
@@ -212,4 +215,5 @@ def build_of(plan: Plan, request: Request, target: Target) -> Build:
             for bucket in request.buckets
         ),
         options=options_for(target) | request.inductor,
+        version=VERSION,
     )

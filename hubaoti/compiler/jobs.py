@@ -132,6 +132,7 @@ def started(unit: Unit, build: Callable[[Unit], Built], parts: Path) -> int:
     except BaseException as why:  # a fork that went on would do the parent's work again
         (parts / f"{unit.id}.error").write_text(json.dumps(told_of(why, unit)))
     finally:
+        sys.stdout.flush()  # for the report; an ended process has no other chance
         os._exit(status)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -225,8 +225,16 @@ def forget(model: nn.Module) -> None:
     """Empty what the classes of a model cached of a run without storage: it has no values."""
     for cls in {base for module in model.modules() for base in type(module).__mro__}:
         for kept in vars(cls).values():
-            if callable(clear := getattr(kept, "cache_clear", None)):
-                clear()
+            for inner in (kept, *closed_over(kept)):
+                if callable(clear := getattr(inner, "cache_clear", None)):
+                    clear()
+
+
+def closed_over(function: Any) -> Iterator[Any]:
+    """What a function closes over, as the cache that a decorator's own function calls."""
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty one
+            yield cell.cell_contents
 
 
 def follow(found: Mapping[str, Observed], blocks: Mapping[str, nn.Module]) -> None:

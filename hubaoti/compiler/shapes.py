@@ -101,13 +101,13 @@ def require_covered(dims: Bounds, buckets: Sequence[Mapping[str, Range]]) -> Non
         for name, sizes in bucket.items():
             require_inside(dims, name, sizes)
     names = sorted({name for bucket in buckets for name in bucket})
-    cuts = [starts(dims[name], [b[name] for b in buckets if name in b]) for name in names]
-    for point in itertools.product(*cuts) if buckets else ():
-        shape = dict(zip(names, point, strict=True))
+    cuts = [pieces(dims[name], [b[name] for b in buckets if name in b]) for name in names]
+    for gap in itertools.product(*cuts) if buckets else ():
+        shape = {name: sizes.low for name, sizes in zip(names, gap, strict=True)}
         if not any(holds(bucket, shape) for bucket in buckets):
-            words = ", ".join(f"{name} = {size}" for name, size in shape.items())
+            words = ",".join(f"{name}={sizes}" for name, sizes in zip(names, gap, strict=True))
             raise BadDim(
-                f"no bucket serves {words}", hint="add a bucket for it, or narrow the dims"
+                f"no bucket serves {words}", hint=f"add a bucket {words}, or narrow the dims"
             )
 
 
@@ -126,11 +126,12 @@ def require_inside(dims: Bounds, name: str, sizes: Range) -> None:
         )
 
 
-def starts(dim: Range, pieces: Sequence[Range]) -> list[int]:
-    """The sizes of a dim at which a bucket begins, or the sizes after one begin."""
-    ends = (piece.high + dim.step for piece in pieces)
-    found = {dim.low, *(piece.low for piece in pieces), *ends}
-    return sorted(size for size in found if size <= dim.high)
+def pieces(dim: Range, buckets: Sequence[Range]) -> list[Range]:
+    """A dim, cut where a bucket begins, and where the sizes after one begin."""
+    ends = (bucket.high + dim.step for bucket in buckets)
+    cuts = sorted({dim.low, *(bucket.low for bucket in buckets), *ends, dim.high + dim.step})
+    inside = [cut for cut in cuts if cut <= dim.high + dim.step]
+    return [Range(low, after - dim.step) for low, after in itertools.pairwise(inside)]
 
 
 def holds(bucket: Mapping[str, Range], sizes: Mapping[str, int]) -> bool:
