@@ -63,6 +63,8 @@ def bench_breadth(
     names: Sequence[str], forms: Sequence[str], outcomes: list[Outcome]
 ) -> list[Figure]:
     """Compile and compare each, print a table and the counts, and leave all in `outcomes`."""
+    if unknown := {*names} - {*ARCHITECTURES}:
+        raise SystemExit(f"no such architecture: {', '.join(unknown)}; {', '.join(ARCHITECTURES)}")
     asked = [(name, form) for name in names or ARCHITECTURES for form in forms]
     todo = [(n, f) for n, f in asked if f == "forward" or ARCHITECTURES[n].generates]
     for at, (name, form) in enumerate(todo):
