@@ -26,7 +26,7 @@ from recording import apart, attached, opened, shaken
 
 from hubaoti import api
 from hubaoti.bundle import Bundle
-from hubaoti.compiler import build, inductor, plan, request, source, unit
+from hubaoti.compiler import build, inductor, lent, plan, request, source, unit
 from hubaoti.host import probe
 from hubaoti.settings import Settings
 
@@ -266,7 +266,7 @@ def lowered(side: str, folder: Path, scratch: Path) -> dict[str, float]:
     target = build.target_of(probe(Settings.from_env()), CPU, None)
     (block,) = planned.units
     module = planned.source.model.get_submodule(block.region)
-    with unit.in_memory([module], CPU, planned.source.live):
+    with lent.in_memory([module], CPU, planned.source.live):
         program = unit.traced(planned.source, block, module, CPU).program
     options = build.build_of(planned, asked, target).options
     package = scratch / "block.pt2"

@@ -532,6 +532,35 @@ def test_a_gap_between_sets_of_calls_is_named(home: Settings) -> None:
     assert [graph["dims"] for graph in found.graphs] == [{"x_0": "1:1"}, {"x_0": "2:9"}]
 
 
+class Packed(nn.Module):
+    """A layer as of a quantizer's package, whose op torch can only run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.scale = nn.Linear(8, 8)
+        self.register_buffer("qweight", torch.ones(8, 8, dtype=torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = torch.ops.hubaoti_tests.packed_product(self.norm(x), self.qweight)
+        return self.scale(product)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("regions", ["auto", "none"])
+def test_an_op_without_a_fake_is_refused_by_its_name(
+    regions: str, home: Settings, tmp_path: Path
+) -> None:
+    library = torch.library.Library("hubaoti_tests", "FRAGMENT")
+    library.define("packed_product(Tensor x, Tensor weight) -> Tensor")
+    library.impl("packed_product", lambda x, weight: x @ weight.float(), "CPU")
+    module = nn.Sequential(Packed(), Packed()).eval()
+    calls = calls_of(module, *rows((2, 8), (5, 8)))
+    with pytest.raises(CompileFailed, match=r"hubaoti_tests\.packed_product") as caught:
+        hubaoti.compile(module, tmp_path / "x", calls=calls, regions=regions, settings=home)
+    assert "register_fake" in caught.value.hint
+    library._destroy()
+
+
 # Planned only
 
 

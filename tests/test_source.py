@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
@@ -208,6 +209,25 @@ def test_code_that_a_model_brings_is_not_run_before_it_is_trusted(
         load(folder, Request(task="embed"), CPU)
     assert "--trust-remote-code" in caught.value.hint
     assert not ran.exists()
+
+
+def test_of_classes_that_transformers_has_by_now_it_takes_its_own(tmp_path: Path) -> None:
+    """As of Phi 3, whose repos still bring what was new once; what is another class is refused."""
+    config = transformers.LlamaConfig(num_hidden_layers=1, hidden_size=64, vocab_size=32)
+    config.architectures = ["LlamaForCausalLM"]
+    config.auto_map = {
+        "AutoConfig": "configuration_llama.LlamaConfig",
+        "AutoModelForCausalLM": "acme/other--modeling_llama.LlamaForCausalLM",
+        "AutoTokenizer": ["tokenization.OwnTokenizer", None],
+    }
+    config.save_pretrained(tmp_path)
+    assert "auto_map" in json.loads((tmp_path / "config.json").read_text())
+    found = load(tmp_path, Request(task="logits"), CPU)
+    assert type(found.model) is transformers.LlamaForCausalLM
+    config.auto_map["AutoModelForCausalLM"] = "modeling_llama.LlamaWithMoreForCausalLM"
+    config.save_pretrained(tmp_path)
+    with pytest.raises(BadRequest, match="its own code"):
+        load(tmp_path, Request(task="logits"), CPU)
 
 
 def test_code_that_is_trusted_is_run(own_code: tuple[Path, Path]) -> None:

@@ -16,16 +16,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, StaticCache
 
 from hubaoti.bundle import Bundle
+from hubaoti.compiler.lent import in_memory
 from hubaoti.compiler.plan import plan
 from hubaoti.compiler.request import Request
 from hubaoti.compiler.source import Source, load
-from hubaoti.compiler.unit import in_memory, require_same, sizes_to_trace, traced
+from hubaoti.compiler.unit import require_same, sizes_to_trace, traced
 from hubaoti.errors import BadInput, CompileFailed, OutOfBounds
 from hubaoti.manifest import Graph as Entry
 from hubaoti.package import unpack_all
 from hubaoti.runtime import golden
 from hubaoti.runtime.graph import Graph, open_graph
-from hubaoti.runtime.rule import made
 from hubaoti.settings import Settings, environment
 
 CPU = torch.device("cpu")
@@ -281,54 +281,6 @@ def bare(tiny_decoder: Path) -> Source:
 
 def blocks_of(source: Source) -> list[nn.Module]:
     return [source.model.get_submodule(f"model.layers.{at}") for at in range(2)]
-
-
-def test_two_blocks_share_one_memory_and_give_it_back(bare: Source) -> None:
-    blocks = blocks_of(bare)
-    before = [dict(block.named_parameters()) for block in blocks]
-    with in_memory(blocks, CPU, live=False) as (module, twin):
-        assert (module, twin) == (blocks[0], blocks[1])
-        for name, parameter in module.named_parameters():
-            assert parameter is twin.get_parameter(name)
-            assert torch.equal(parameter, made(name, parameter.shape, torch.float32, "constant"))
-        others = [p for p in bare.model.parameters() if p.is_meta]
-        assert len(others) == 3, "embedding, last norm and head have no memory"
-    for block, kept in zip(blocks, before, strict=True):
-        assert all(block.get_parameter(name) is old for name, old in kept.items())
-
-
-def test_memory_is_given_back_after_an_error(bare: Source) -> None:
-    with pytest.raises(ZeroDivisionError), in_memory(blocks_of(bare), CPU, live=False):
-        1 / 0  # noqa: B018
-    assert all(parameter.is_meta for parameter in bare.model.parameters())
-
-
-class Tied(nn.Module):
-    """One parameter by two names, made without memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(3, 3, bias=False, device="meta")
-        self.second = nn.Linear(3, 3, bias=False, device="meta")
-        self.second.weight = self.first.weight
-
-
-def test_a_tied_parameter_stays_tied() -> None:
-    module = Tied()
-    with in_memory([module, module], CPU, live=False):
-        assert module.first.weight is module.second.weight
-        assert not module.first.weight.is_meta
-    assert module.first.weight is module.second.weight
-    assert module.first.weight.is_meta
-
-
-def test_a_live_module_keeps_its_values() -> None:
-    module = nn.Linear(2, 2)
-    before = module.weight.clone()
-    with in_memory([module], CPU, live=True) as (same, twin):
-        assert same is twin is module
-        assert torch.equal(module.weight, before)
-    assert torch.equal(module.weight, before)
 
 
 def test_members_that_compute_something_else_are_refused(bare: Source) -> None:

@@ -11,11 +11,13 @@ import msgspec
 import sympy
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from hubaoti.compiler.faces import Face, Flat, plain_size, substitute
 from hubaoti.compiler.guards import Fixes, Lines, fixes_in, guard_lines
+from hubaoti.compiler.observe import without_fake
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.shapes import Bounds
 from hubaoti.compiler.source import quiet
@@ -235,6 +237,8 @@ def refined(face: Face, bounds: Bounds, fixes: Fixes) -> tuple[Face, Bounds]:
 
 def refused(why: Exception, lines: Sequence[str]) -> CompileFailed:
     """Torch's words, and what to do about them."""
+    if isinstance(why, UnsupportedOperatorException):
+        return without_fake("export", why)
     return CompileFailed(
         f"export: {type(why).__name__}: {first_line(why)}{at_line(lines[-1:])}",
         hint="the model does something that cannot be traced; it stays eager",

@@ -8,7 +8,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
+import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 from packaging.version import Version
+from torch._inductor.exc import CppCompileError
 from torch.export import ExportedProgram
 
 from hubaoti.compiler.elf import refuse_executable_stack, refuse_paths
@@ -83,6 +87,7 @@ def lower(
         folder = around.enter_context(workplace(where))
         for preparing in (host_code(level, march, folder), cuda_code(folder), fresh_cache(folder)):
             around.enter_context(preparing)
+        around.enter_context(side_by_side())
         raw = folder / package.name
         try:
             with warnings.catch_warnings(action="ignore"):  # of torch about torch
@@ -223,6 +228,64 @@ def flags_for(
         return kept, [*ldflags, "Wl,-z,noexecstack", f"L{folder / DRIVER}"]
 
     return flags
+
+
+@contextmanager
+def side_by_side() -> Iterator[None]:
+    """Compile what calls the kernels beside the kernels; torch does one after the other.
+
+    Private, checked on torch 2.11 and 2.13: `cpp_builder.CppBuilder`, whose first build is that of
+    `*.wrapper.o`. Where it has another name they are compiled one after the other.
+    """
+    from torch._inductor import cpp_builder
+
+    build, begun = cpp_builder.CppBuilder.build, list[Begun]()
+
+    def beginning(self: Any) -> None:
+        target = Path(self.get_target_file_path())
+        if target.name.endswith(".wrapper.o"):
+            begun.append(Begun(self.get_command_line(), target))
+            return
+        if target.suffix == ".so":
+            for each in begun:
+                each.end()
+        build(self)
+
+    with patch.object(cpp_builder.CppBuilder, "build", beginning):
+        try:
+            yield
+        finally:
+            for each in begun:
+                each.stop()
+
+
+class Begun:
+    """A compiler that was started, and what it says."""
+
+    def __init__(self, command: str, target: Path) -> None:
+        self.command = shlex.split(command)
+        self.log = target.with_suffix(".log")
+        with self.log.open("w") as log:
+            # A group of its own, so that what g++ starts ends with it.
+            self.process = subprocess.Popen(
+                self.command, cwd=target.parent, stdout=log, stderr=log, process_group=0
+            )
+
+    def end(self) -> None:
+        """Wait for it.
+
+        Raises:
+            CppCompileError: it failed; as torch raises it.
+        """
+        if self.process.wait():
+            raise CppCompileError(self.command, self.log.read_text(errors="replace"))
+        self.log.unlink()
+
+    def stop(self) -> None:
+        """End it, where something else failed."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 @contextmanager

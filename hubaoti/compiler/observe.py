@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import UnsupportedOperatorException, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -209,6 +209,8 @@ def observe(
                 seen.called = False
             try:
                 torch.func.functional_call(model, tensors, given.args, dict(given.kwargs))
+            except UnsupportedOperatorException as why:
+                raise without_fake("capture", why) from why
             except Exception as why:  # whatever a model's code raises
                 raise CompileFailed(
                     f"capture: {type(model).__name__} cannot be run without values: "
@@ -219,6 +221,15 @@ def observe(
     for seen in found.values():
         seen.calls = [bare(call) for call in seen.calls]
     return {path: seen for path, seen in found.items() if seen.calls or seen.problem}
+
+
+def without_fake(step: str, op: Exception) -> CompileFailed:
+    """The refusal of an op of which torch does not know what it answers, only how it is run."""
+    return CompileFailed(
+        f"{step}: the op {op} has no fake, so that it cannot be run without values",
+        hint="who made the op can register one, with torch.library.register_fake; until then what "
+        "calls it stays eager",
+    )
 
 
 def forget(model: nn.Module) -> None:

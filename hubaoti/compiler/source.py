@@ -112,7 +112,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise ModelNotFound(
             f"{folder} has no config.json", hint="give a Hub id or the folder of a model"
         )
-    if "auto_map" in read_json(folder / "config.json") and not trust_remote_code:
+    if not trust_remote_code and brings_code(read_json(folder / "config.json")):
         raise BadRequest(
             f"{folder.name} brings its own code, which would run here",
             hint="read it; if you trust it: --trust-remote-code",
@@ -124,6 +124,16 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
             f"transformers cannot read the config of {folder}: {first_line(why)}",
             hint="its kind may be newer than this transformers: pip install -U transformers",
         ) from why
+
+
+def brings_code(config: dict[str, Any]) -> bool:
+    """Whether a config names classes of the model's own, and not only some that transformers has by
+    now, which it takes itself where nobody trusts the others."""
+    own = config.get("auto_map") or {}
+    if not isinstance(own, dict):
+        return True
+    made = [name for auto, name in own.items() if auto.startswith(("AutoConfig", "AutoModel"))]
+    return not all(hasattr(transformers, str(name).rpartition(".")[2]) for name in made)
 
 
 def refuse_quantized(folder: Path, config: Any) -> None:

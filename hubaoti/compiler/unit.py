@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from hubaoti.compiler.constants import Place
 from hubaoti.compiler.export import Exported, export
 from hubaoti.compiler.faces import Flat
 from hubaoti.compiler.inductor import lower
+from hubaoti.compiler.lent import given_back, in_memory
 from hubaoti.compiler.plan import ROOT, Unit, tracing_attention
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.shapes import example_sizes, probes
@@ -31,7 +30,6 @@ from hubaoti.runtime import golden
 from hubaoti.runtime.graph import Graph as Open
 from hubaoti.runtime.graph import open_graph
 from hubaoti.runtime.quantize import quantize
-from hubaoti.runtime.rule import write
 from hubaoti.steps import Say
 
 if TYPE_CHECKING:
@@ -115,7 +113,8 @@ def lowered_and_checked(
     say(f"compile {unit.id}")
     package = scratch / "graphs" / f"{unit.id}.pt2"
     where = f"{job.key[:12]}-{unit.id}"
-    lower(exported.program, job.target.level, job.build.options, package, where)
+    with given_back(place.module):
+        lower(exported.program, job.target.level, job.build.options, package, where)
     say(f"check {unit.id}")
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         unpack_all(package, Path(folder))
@@ -134,53 +133,6 @@ def quantized(place: Place, recipe: str, device: torch.device) -> Place:
     module = copy.deepcopy(place.module, memo)
     made = quantize(module, recipe, device).made
     return replace(place, module=module, made=made, recipe=recipe)
-
-
-@contextmanager
-def in_memory(
-    modules: list[nn.Module], device: torch.device, live: bool
-) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Modules with memory where they had none; all of them share it, their values do not matter.
-
-    Afterwards they have none again. A live module keeps what it has.
-    """
-    if live:
-        yield modules[0], modules[-1]
-        return
-    made = {
-        name: nn.Parameter(filled(name, old, device), requires_grad=False)
-        for name, old in modules[0].named_parameters()
-    }
-    kept = [(owner, name, old) for module in modules for owner, name, old in slots(module)]
-    for module in modules:
-        new = {id(old): made[name] for name, old in module.named_parameters() if name in made}
-        for owner, name, old in slots(module):
-            owner._parameters[name] = new.get(id(old), old)
-        module.to(device)  # its buffers, which are real
-    try:
-        yield modules[0], modules[-1]
-    finally:
-        for owner, name, old in kept:
-            owner._parameters[name] = old
-
-
-def filled(name: str, old: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A parameter's memory, with the values that the golden rule gives to its name."""
-    tensor = old.detach()
-    if old.is_meta:
-        tensor = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
-    write(tensor, name)
-    return tensor
-
-
-def slots(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Every place of a module that holds a parameter; a tied one has several."""
-    return [
-        (owner, name, parameter)
-        for owner in module.modules()
-        for name, parameter in owner._parameters.items()
-        if parameter is not None
-    ]
 
 
 def traced(source: Source, unit: Unit, module: nn.Module, device: torch.device) -> Exported:
