@@ -136,6 +136,28 @@ def test_sliding_and_full_layers_are_planned_apart(planned: Callable[..., Plan])
     assert kinds == ["static", "sliding", "static"]
 
 
+def test_a_layer_that_looks_at_all_has_no_window_though_it_holds_one(
+    planned: Callable[..., Plan],
+) -> None:
+    """As Exaone 4's full layers, which keep the window of the others."""
+    config = transformers.Exaone4Config(
+        **TINY, sliding_window=WINDOW, architectures=["Exaone4ForCausalLM"]
+    )
+    ids = {unit.id: unit.modules[0] for unit in planned(config).units}
+    assert sorted(ids.values()).count("model.layers.3") == 1
+    assert [name.endswith("-full") for name in ids] == [False, True, False]
+
+
+def test_a_model_of_images_takes_no_words(planned: Callable[..., Plan]) -> None:
+    """BEiT's config has a vocabulary, of what its training predicts, and its code takes a mask."""
+    config = transformers.BeitConfig(
+        **TINY, image_size=32, patch_size=8, architectures=["BeitModel"]
+    )
+    found = planned(config, task="forward")
+    assert [entry.name for entry in found.source.face.inputs] == ["pixel_values"]
+    assert sum(len(unit.modules) for unit in found.units) == TINY["num_hidden_layers"]
+
+
 def test_a_cache_that_never_exceeds_the_window_needs_no_other_form(
     planned: Callable[..., Plan],
 ) -> None:

@@ -75,9 +75,9 @@ def whole_face(vocabulary: int) -> Face:
 def own_face(model: nn.Module, config: Any, task: str, vocabulary: int) -> Face:
     """How a model's own `forward` is called: with whatever it takes of what models take."""
     taken = inspect.signature(model.forward).parameters
-    inputs = tuple(
-        entry for entry in possible_inputs(config, task, vocabulary) if entry.name in taken
-    )
+    # A mask beside images alone is none of tokens.
+    words = vocabulary if "input_ids" in taken else 0
+    inputs = tuple(entry for entry in possible_inputs(config, task, words) if entry.name in taken)
     literals: dict[str, Any] = {"use_cache": task == "generate"} if "use_cache" in taken else {}
     if task == "generate":
         literals["past_key_values"] = {"cache": True}
