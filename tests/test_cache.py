@@ -335,7 +335,7 @@ def test_where_nothing_is_grouped_it_is_transformers_own_in_all_it_takes(mask: s
 def test_what_no_attention_computes_with_may_be_given() -> None:
     given = (Grouped(), heads(8, 3), heads(2, 7), heads(2, 7), masks()["bool"])
     harmless: dict[str, Any] = dict.fromkeys(caches.HARMLESS, 7) | {"s_aux": None, "softcap": None}
-    harmless["output_attentions"] = False
+    harmless |= {"output_attentions": False, "output_router_logits": True}
     assert torch.equal(grouped_attention(*given, **harmless)[0], grouped_attention(*given)[0])
 
 

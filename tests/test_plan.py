@@ -15,7 +15,7 @@ from transformers import StaticCache
 
 from hubaoti.compiler.cache import ATTENTION
 from hubaoti.compiler.faces import Face, Flat
-from hubaoti.compiler.plan import Plan, plan
+from hubaoti.compiler.plan import Plan, plan, tracing_attention
 from hubaoti.compiler.request import Range, Request, bucket_ranges, ranges
 from hubaoti.compiler.source import Source, attention_of, load
 from hubaoti.errors import BadDim, BadRequest, CompileFailed
@@ -156,6 +156,21 @@ def test_a_model_of_images_takes_no_words(planned: Callable[..., Plan]) -> None:
     found = planned(config, task="forward")
     assert [entry.name for entry in found.source.face.inputs] == ["pixel_values"]
     assert sum(len(unit.modules) for unit in found.units) == TINY["num_hidden_layers"]
+
+
+def test_code_that_chooses_its_attention_itself_is_given_no_name_of_ours(
+    planned: Callable[..., Plan],
+) -> None:
+    """Falcon's takes the slow one for any name but its own, and answers the scores beside."""
+    config = transformers.FalconConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        architectures=["FalconForCausalLM"],
+    )
+    assert tracing_attention(planned(config).source) == "sdpa"
+    assert tracing_attention(planned(llama()).source) == ATTENTION
 
 
 def test_a_cache_that_never_exceeds_the_window_needs_no_other_form(

@@ -106,22 +106,30 @@ class Sliding(Layer):  # type: ignore[no-untyped-call]
     As transformers' StaticSlidingWindowLayer does it once it is full (cache_utils, 5.22).
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, seq: Any) -> None:
-        super().__init__(keys.shape[2] + seq - 1, seq, sliding=True)
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, seq: Any, looked: Any = None
+    ) -> None:
+        """`looked` is the mask's length, if there is a mask: `cache+seq-1`, but to torch a number
+        of its own, of which it knows that twice as much is more."""
+        super().__init__(keys.shape[2] + seq - 1 if looked is None else looked, seq, sliding=True)
         self.held = (keys, values)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The entries that the mask covers; the last `cache` of them stay."""
-        return shifted(self.held[0], key_states), shifted(self.held[1], value_states)
+        return self._put(self.held[0], key_states), self._put(self.held[1], value_states)
 
-
-def shifted(kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """All of a full window but its oldest entry, and then the new ones."""
-    whole = torch.cat((kept[:, :, 1:], new), 2)
-    kept.copy_(whole.narrow(2, new.shape[2] - 1, kept.shape[2]))
-    return whole
+    def _put(self, kept: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """All of a full window but its oldest entry, and then the new ones."""
+        window = kept.shape[2]
+        places = torch.arange(self.filled, device=kept.device)
+        old = kept.index_select(2, (places + 1).clamp(max=window - 1))
+        came = new.index_select(2, (places - window + 1).clamp(min=0))
+        whole = torch.where((places < window - 1)[:, None], old, came)
+        stay = torch.arange(window, device=kept.device) + self.seq - 1
+        kept.copy_(whole.index_select(2, stay))
+        return whole
 
 
 def cache_of(layer: Layer, layers: int) -> Cache:
@@ -166,10 +174,16 @@ def grouped_attention(
             module, query, key, value, attention_mask, **rest
         )
         return answer
-    refuse({name for name, item in rest.items() if item is not None} - KNOWN - HARMLESS)
+    given = {name for name, item in rest.items() if item is not None and not is_flag(item)}
+    refuse(given - KNOWN - HARMLESS)
     attend = single if is_one(query.shape[2]) else grouped
     looked = attend(query, key, value, attention_mask, rest.get("scaling"))
     return looked.transpose(1, 2).contiguous(), None
+
+
+def is_flag(item: Any) -> bool:
+    """Whether an argument says what else to answer, as `output_router_logits` does."""
+    return isinstance(item, bool)
 
 
 def is_one(size: Any) -> bool:

@@ -213,10 +213,18 @@ class Flat:
         assert cache is not None
         keys, values = tensors[cache.keys], tensors[cache.values]
         if cache.position is None:
-            return caches.cache_of(caches.Sliding(keys, values, sizes["seq"]), self._layers)
+            layer = caches.Sliding(keys, values, sizes["seq"], self._looked_at(tensors))
+            return caches.cache_of(layer, self._layers)
         position = tensors[cache.position]
-        layer = caches.Static(keys, values, position, sizes["filled"])
-        return caches.cache_of(layer, self._layers)
+        static = caches.Static(keys, values, position, sizes["filled"])
+        return caches.cache_of(static, self._layers)
+
+    def _looked_at(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """The length of the mask over a full window; None where there is no mask."""
+        assert self.face.cache is not None and self.face.cache.window is not None
+        length = Extent.of({"seq": 1}, self.face.cache.window - 1)
+        each = (tensors[at].shape[axis] for at, axis, size in self.face.extents() if size == length)
+        return next(each, None)
 
     def answering(self) -> AbstractContextManager[None]:
         """Around tracing: the module's own `forward` is this function."""

@@ -12,8 +12,8 @@ from pathlib import Path
 from hubaoti.errors import NotEnoughMemory
 
 INTERVAL = 0.2  # seconds between two looks
-# What torch, inductor and a C++ compiler take beside the weights of one block (measured: 0.9 GB).
-OVERHEAD = 1 << 30
+# What torch, inductor and two C++ compilers take beside a block's weights (measured: 1.2 GB).
+OVERHEAD = 5 << 28
 MEMINFO = "/proc/meminfo"
 # Of both kinds of cgroups: the folder, the files of what may be used and is used, and what the
 # second counts and the system gives back when somebody asks for memory: pages of files, read once.

@@ -5,6 +5,7 @@ Nothing is compiled here, and nothing has memory yet: `hubaoti compile --explain
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -163,12 +164,21 @@ def tracing_attention(source: Source) -> str:
     Over a cache transformers' own repeats keys in memory; and what it repeats torch 2.11 does not
     export for every length.
     """
-    if source.attention != "sdpa" or source.live:
+    if source.attention != "sdpa" or source.live or not takes_any(source.model):
         return source.attention
     if source.program.task != "generate" and not has_groups(source.config):
         return source.attention
     caches.register()
     return caches.ATTENTION
+
+
+def takes_any(model: nn.Module) -> bool:
+    """Whether a model asks transformers for its attention by name.
+
+    Code of before that has its own for each name it knows, and takes the slow one for any other.
+    """
+    files = {type(module).__module__ for module in model.modules()}
+    return any(hasattr(sys.modules[file], "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 
 def has_groups(config: Any) -> bool:

@@ -73,7 +73,15 @@ def build_unit(job: Job, unit: Unit, scratch: Path, say: Say) -> Built:
     except HubaotiError as why:
         step, colon, told = str(why).partition(": ")
         message = f"{step} {unit.id}: {told}" if colon else f"{unit.id}: {step}"
-        raise type(why)(message, hint=why.hint) from why
+        raise type(why)(message, hint=f"{why.hint}{without_window(unit)}") from why
+
+
+def without_window(unit: Unit) -> str:
+    """What to do where only the form for a full window fails."""
+    cache = unit.face.cache
+    if cache is None or cache.window is None:
+        return ""
+    return f"; a cache below the window needs no such graph: --dim cache=1:{cache.window - 1}"
 
 
 def with_written(source: Source, unit: Unit, place: Place, device: torch.device) -> Unit:
