@@ -109,14 +109,15 @@ class Input(Record, frozen=True, kw_only=True):
     """A tensor that a graph takes. `shape` has sizes, dims, and extents that follow from dims.
 
     `values` says what the numbers mean: `ids<N` (below N), `mask` (true, 1 or 0.0 where to look),
-    `position` (counting on along the last axis) or `real`. A mutated input is written in place.
+    `position` (counting on along the last axis), `real`, or `any<N`: whole numbers of which nothing
+    is known but that those below N may be given. A mutated input is written in place.
     """
 
     name: str
     dtype: Dtype
     shape: Extents
     layout: Literal["contiguous"] = "contiguous"
-    values: Annotated[str, msgspec.Meta(pattern=r"^(ids<[0-9]+|mask|position|real)\Z")]
+    values: Annotated[str, msgspec.Meta(pattern=r"^((ids|any)<[0-9]+|mask|position|real)\Z")]
     mutated: bool = False
 
 

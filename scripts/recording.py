@@ -375,7 +375,7 @@ def apart(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> fl
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
             return float("inf")
         difference = (ours - theirs).abs()
-        difference[ours == theirs] = 0.0  # equal infinities
+        difference[(ours == theirs) | (ours.isnan() & theirs.isnan())] = 0.0  # equal infinities
         scale = theirs[theirs.isfinite()].abs().max().clamp(min=1e-30)
         worst = max(worst, (difference.max() / scale).nan_to_num(nan=float("inf")).item())
     return worst

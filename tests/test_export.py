@@ -43,7 +43,10 @@ def exported(module: nn.Module, face: Face, bounds: Bounds, *stated: str, **size
     """Export at the sizes that the compiler would trace at, or at others."""
     chosen = example_sizes(bounds) | sizes
     tensors = [
-        torch.zeros([n if isinstance(n, int) else Extent.parse(n).at(chosen) for n in entry.shape])
+        torch.zeros(
+            [n if isinstance(n, int) else Extent.parse(n).at(chosen) for n in entry.shape],
+            dtype=getattr(torch, entry.dtype),
+        )
         for entry in face.inputs
     ]
     return export(module.eval(), face, bounds, tensors, frozenset(stated))
@@ -126,6 +129,26 @@ def test_an_input_s_size_may_be_a_multiple_and_a_number_more() -> None:
     found = exported(Adds(), face, DIMS)
     assert shapes(found)["long"] == ("4*batch", "seq+7")
     assert found.outputs.tensors[0].shape == ("4*batch", "seq+7")
+
+
+class Looks(nn.Module):
+    """Looks up the rows of a table, and counts with other whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+
+    def forward(self, kinds: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        return self.table(kinds) * steps.float()[:, None]  # type: ignore[no-any-return]
+
+
+def test_numbers_that_choose_rows_of_a_table_are_below_their_number() -> None:
+    """Whatever numbers were seen; of others nothing is known, and nothing is refused."""
+    names = ("kinds", "steps")
+    inputs = tuple(Input(name=n, dtype="int64", shape=("rows",), values="any<3") for n in names)
+    face = Face({"args": [{"tensor": 0}, {"tensor": 1}], "kwargs": {}}, inputs)
+    found = exported(Looks(), face, {"rows": Range(1, 8)})
+    assert [entry.values for entry in found.face.inputs] == ["ids<7", "any<3"]
 
 
 class Joins(nn.Module):

@@ -204,8 +204,8 @@ def test_what_is_a_literal_once_and_a_list_then_is_refused() -> None:
         ("position_ids", torch.zeros(1, dtype=torch.int64), "position"),
         ("input_ids", torch.tensor([3]), "ids<99"),
         ("decoder_input_ids", torch.tensor([3]), "ids<99"),
-        ("timestep", torch.tensor([3, 8]), "ids<9"),
-        ("timestep", torch.empty(2, dtype=torch.int64, device="meta"), "ids<1"),
+        ("timestep", torch.tensor([3, 8]), "any<9"),
+        ("timestep", torch.empty(2, dtype=torch.int64, device="meta"), "any<1"),
         ("freqs", torch.zeros(1, dtype=torch.complex64), "real"),
     ],
 )

@@ -71,6 +71,7 @@ def export(
             continue
         keep_names(program)
         face, bounds = related(program, face, bounds)
+        face = with_ids(program, face)
         return Exported(program, face, bounds, outputs_of(program, face, bounds, flat))
     raise CompileFailed(
         f"export: torch wants other dims after {ATTEMPTS} attempts",
@@ -268,6 +269,21 @@ def related(program: ExportedProgram, face: Face, bounds: Bounds) -> tuple[Face,
         inputs[at] = msgspec.structs.replace(inputs[at], shape=tuple(shape))
     found = replace(face, inputs=tuple(inputs))
     return found, {name: bounds[name] for name in bounds if name in found.dims}
+
+
+def with_ids(program: ExportedProgram, face: Face) -> Face:
+    """The face with the bounds of numbers that choose rows of a table: others would be outside."""
+    inputs = list(face.inputs)
+    for at, (entry, node) in enumerate(zip(inputs, placeholders(program), strict=True)):
+        looked: list[Any] = [
+            user.args[0]
+            for user in node.users
+            if user.target is torch.ops.aten.embedding.default and user.args[1] is node
+        ]
+        rows = [table.meta["val"].shape[0] for table in looked]
+        if entry.values.startswith("any<") and rows:
+            inputs[at] = msgspec.structs.replace(entry, values=f"ids<{min(rows)}")
+    return replace(face, inputs=tuple(inputs))
 
 
 def symbols_of(program: ExportedProgram, face: Face, bounds: Bounds) -> dict[Any, Any]:

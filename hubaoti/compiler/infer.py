@@ -189,7 +189,7 @@ def values_of(name: str, tensors: Sequence[torch.Tensor], vocabulary: int | None
     if name.endswith("input_ids") and vocabulary:
         return f"ids<{vocabulary}"
     seen = [int(tensor.max()) for tensor in tensors if not tensor.is_meta and tensor.numel()]
-    return f"ids<{max([0, *seen]) + 1}"
+    return f"any<{max([0, *seen]) + 1}"
 
 
 def stated(calls: Sequence[Call], shapes: Mapping[str, Sequence[str | int | None]]) -> Dims:

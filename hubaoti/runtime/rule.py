@@ -75,7 +75,7 @@ def valued(
     numbers: torch.Tensor, name: str, shape: Sequence[int], dtype: torch.dtype, values: str
 ) -> torch.Tensor:
     """What these numbers become in a tensor of this name, shape and dtype."""
-    if values.startswith("ids<"):
+    if values.startswith(("ids<", "any<")):
         return (numbers % max(int(values[4:]), 1)).to(dtype)
     if not dtype.is_floating_point:
         return integers(numbers, name, dtype)
