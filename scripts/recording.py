@@ -265,7 +265,7 @@ def tensors_at(template: Any, value: Any, where: str) -> Iterator[tuple[int, Any
             yield inner, value
         elif word in {"dict", "fields"}:
             same_names(inner, value, where)
-            for name in inner.keys() & value.keys():
+            for name in (each for each in inner if each in value):
                 yield from tensors_at(inner[name], value[name], f"{where}: {name}")
         elif word == "tuple":
             yield from tensors_at([*inner], [*value], where)
@@ -310,7 +310,7 @@ def cached(entry: Entry, call: Recorded, given: dict[int, Any]) -> None:
         return
     if before is None:
         raise Elsewhere("nothing is in the cache before the first call")
-    seq = next(each.shape[1] for each in given.values() if is_tensor(each))
+    seq = sizes_of(entry, given).get("seq", 1)
     full = cache.window is not None and before.filled >= cache.window
     places = before.keys.shape[2]
     if (cache.kind == "sliding") != full or (not full and before.filled + seq > places):
