@@ -27,6 +27,7 @@ from hubaoti import api
 from hubaoti.bundle import Bundle
 from hubaoti.cli.output import print_table
 from hubaoti.errors import HubaotiError
+from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.graph import Graph
 from hubaoti.settings import Settings
 
@@ -192,11 +193,23 @@ def difference(graph: Graph, call: Recorded) -> float | None:
         return None
     with torch.no_grad():
         found = graph(*inputs)
-    worst = apart(found, call.answer)
+    worst = apart(found, as_filled(graph.entry, found, call.answer))
     if graph.entry.cache and call.after:
         written = (inputs[graph.entry.cache.keys], inputs[graph.entry.cache.values])
         worst = max(worst, apart(written, (call.after.keys, call.after.values)))
     return worst
+
+
+def as_filled(
+    entry: Entry, found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Eager's answers, cut to the filled places where they are over the whole cache, as scores."""
+    cut = list(expected)
+    for at, (output, ours) in enumerate(zip(entry.outputs.tensors, found, strict=True)):
+        for axis, size in enumerate(output.shape):
+            if size == "filled":
+                cut[at] = cut[at].narrow(axis, 0, ours.shape[axis])
+    return cut
 
 
 def run_whole(model: nn.Module, architecture: Architecture, form: str) -> None:
