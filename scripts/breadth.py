@@ -60,6 +60,10 @@ class Outcome:
     seconds: float = 0.0
 
 
+class EagerFails(Exception):
+    """A model that transformers itself cannot run in a form."""
+
+
 def bench_breadth(
     names: Sequence[str], forms: Sequence[str], outcomes: list[Outcome]
 ) -> list[Figure]:
@@ -119,6 +123,8 @@ def outcome_of(name: str, form: str, scratch: Path) -> Outcome:
         return Outcome(name, form, "refuse", str(why))
     try:
         return compared(name, architecture, form, bundle, scratch)
+    except EagerFails as why:
+        return Outcome(name, form, "refuse", str(why))
     except Unlike as why:
         return Outcome(name, form, "fail", f"another call: {why}")
     except Exception as why:  # nobody knows what
@@ -156,11 +162,7 @@ def compared(
     model = shaken(auto.from_config(config))
     entries = bundle.manifest.graphs
     served = [path for entry in entries for path in entry.modules]
-    with recording(model, dict.fromkeys(served)) as calls, torch.no_grad():
-        try:
-            run_whole(model, architecture, form)
-        except Exception as why:  # as of Bloom over a static cache (transformers 5.22)
-            return Outcome(name, form, "refuse", f"eager itself fails: {first_line(why)}")
+    calls = recorded(model, served, architecture, form)
     worst, count = 0.0, 0
     for entry in entries:
         for graph, path in zip(opened(bundle, entry, scratch, model), entry.modules, strict=True):
@@ -182,6 +184,22 @@ def compared(
     elif not count:
         verdict, reason = "fail", "no recorded call was one that its graphs take"
     return Outcome(name, form, verdict, reason, len(entries), blocks, count, worst)
+
+
+def recorded(
+    model: nn.Module, served: Sequence[str], architecture: Architecture, form: str
+) -> dict[str, list[Recorded]]:
+    """What the blocks are called with as the model runs.
+
+    Raises:
+        EagerFails: it cannot run at all, as Bloom over a static cache (transformers 5.22).
+    """
+    with recording(model, served) as calls, torch.no_grad():
+        try:
+            run_whole(model, architecture, form)
+        except Exception as why:
+            raise EagerFails(f"eager itself fails: {first_line(why)}") from why
+    return calls
 
 
 def difference(graph: Graph, call: Recorded) -> float | None:
