@@ -13,7 +13,7 @@ from hubaoti import errors
 from hubaoti.bundle import Bundle
 from hubaoti.settings import Settings
 
-# What the session's decoder was compiled with, in words.
+# What the shared decoder was compiled with, in words.
 ASKED = ("--task", "generate", "--dim", "batch=1:4", "--dim", "seq=1:40", "--dim", "cache=16:64")
 
 
