@@ -4,6 +4,7 @@ import atexit
 import importlib.util
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,11 @@ os.environ["HUBAOTI_HOME"] = str(_HOME / "hubaoti")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_HOME / "inductor")
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+# A shell that starts a run with `&` has it ignore interrupts, and so all that it starts: the tests
+# that interrupt a command would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from proxies import Proxy, proxying  # noqa: E402
 
