@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hubaoti.api import capture, compile, eager, explain, load, pull, push
+    from hubaoti.api import attach, capture, compile, detach, eager, explain, load, pull, push
 
 __version__ = "0.1.0"
-__all__ = ["capture", "compile", "eager", "explain", "load", "pull", "push"]
+__all__ = ["attach", "capture", "compile", "detach", "eager", "explain", "load", "pull", "push"]
 
 
 def __getattr__(name: str) -> Any:

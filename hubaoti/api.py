@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hubaoti.hub.pull import Pulled
     from hubaoti.hub.push import Commit
     from hubaoti.match import Verdict
+    from hubaoti.runtime.attach import Attachment
     from hubaoti.runtime.text import TextModel
 
 
@@ -83,8 +84,7 @@ def compile(
         if not force and (found := existing(job.key, place, mirror, say)):
             return found
         bundle = compiled(job, origin, place, host, jobs, say)
-        files = {file.path: bundle.path / file.path for file in bundle.manifest.all_files()}
-        mirror.put(bundle.manifest, files)
+        put(bundle, mirror)
         mirror.record_built(bundle.manifest)
         return bundle
 
@@ -223,6 +223,76 @@ def load(
     say("bind")
     graph.bind(constants(entry, artifact.path, Checkpoint(folder, where), where))
     return TextModel(graph, TextEncoder(folder, pad_of(artifact.manifest.program)))
+
+
+def attach(
+    module: nn.Module,
+    artifact: Artifact | Pulled | Bundle | str,
+    *,
+    strict: bool = False,
+    trust: bool = False,
+    settings: Settings | None = None,
+    say: Say = silent,
+) -> Attachment:
+    """Have an artifact's graphs answer for the regions of a module; all else about it stays.
+
+    `artifact` is one of the mirror, a bundle that `compile` wrote, or a repo to pull. The module's
+    tensors are bound by reference. What no graph serves is answered by the module itself, counted,
+    and warned of once for each reason; with `strict` it raises `NotServed`. A module that has no
+    config, or other code than was compiled, answers the first call of each graph itself, and the
+    graph's answer is compared.
+
+    Raises:
+        OtherProgram: the module's config says that it computes something else.
+        MissingConstant: it lacks tensors that the graphs need; all are named, nothing was touched.
+        AlreadyAttached: it has graphs already.
+        DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
+    """
+    settings = settings or Settings.from_env()
+    from hubaoti.compiler.program import is_program_of
+    from hubaoti.runtime import attach as runtime
+
+    if not settings.graphs:
+        return runtime.nothing(module)
+    found = artifact_of(artifact, trust, settings, say)
+    manifest = found.manifest
+    known = is_program_of(module, manifest.program, manifest.is_whole)
+    say("open")
+    with Mirror.open(settings.mirror) as mirror:
+        mirror.verify(found)
+    parts = runtime.Parts(manifest, found.path, found.graph_folder)
+    return runtime.attach(module, parts, strict=strict, tries=not known)
+
+
+def detach(module: nn.Module) -> None:
+    """Give a module everything back that `attach` took.
+
+    Raises:
+        NotAttached: nothing was attached to it.
+    """
+    from hubaoti.runtime import attach as runtime
+
+    runtime.detach(module)
+
+
+def artifact_of(
+    artifact: Artifact | Pulled | Bundle | str, trust: bool, settings: Settings, say: Say
+) -> Artifact:
+    """An artifact of the mirror, by whatever it is called."""
+    if isinstance(artifact, Artifact):
+        return artifact
+    if isinstance(artifact, str):
+        artifact = pull(artifact, trust=trust, settings=settings, say=say)
+    if not isinstance(artifact, Bundle):
+        return artifact.artifact
+    with Mirror.open(settings.mirror) as mirror:
+        return mirror.artifact(artifact.manifest.digest) or put(artifact, mirror)
+
+
+def put(bundle: Bundle, mirror: Mirror) -> Artifact:
+    """A bundle's files in the mirror, each hashed on its way."""
+    files = {file.path: bundle.path / file.path for file in bundle.manifest.all_files()}
+    return mirror.put(bundle.manifest, files)
 
 
 def refuse_parts(artifact: Artifact) -> None:

@@ -190,6 +190,24 @@ class NotEnoughMemory(HubaotiError):
     exit_code = 29
 
 
+class AlreadyAttached(HubaotiError):
+    """The module answers by graphs already."""
+
+    exit_code = 30
+
+
+class NotAttached(HubaotiError):
+    """The module has no graphs to be detached from."""
+
+    exit_code = 31
+
+
+class NotServed(HubaotiError):
+    """No graph serves a call, and the module itself was not to answer (`strict=True`)."""
+
+    exit_code = 32
+
+
 def first_line(why: BaseException | str) -> str:
     """The first line of somebody else's message that says something, as long as a person reads."""
     lines = (line.strip() for line in str(why).splitlines())

@@ -14,6 +14,8 @@ ENDPOINT = "https://huggingface.co"
 TUNING = re.compile(
     r"TORCHINDUCTOR_(?!\w*(CACHE|THREADS|WORKER|TIMEOUT|LOG|DIR|PROGRESS|COMPILE_TIME))"
 )
+TRUE = {"1", "ON", "YES", "TRUE"}
+FALSE = {"0", "OFF", "NO", "FALSE"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,8 @@ class Settings:
 
     `token` is None when the environment has none; the client then uses the stored login.
     `kernel_cache` is where the kernels library keeps what it fetched; None is nowhere. `tuning` are
-    variables that change what inductor builds, which no key would know of.
+    variables that change what inductor builds, which no key would know of. Without `graphs`,
+    `AOTI_DISABLED=1` or `ENABLE_AOTI_COMPILATION=0`, everything is answered by eager.
     """
 
     home: Path
@@ -31,6 +34,7 @@ class Settings:
     offline: bool = False
     kernel_cache: Path | None = None
     tuning: tuple[str, ...] = ()
+    graphs: bool = True
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -43,9 +47,11 @@ class Settings:
             endpoint=(env.get("HF_ENDPOINT") or ENDPOINT).rstrip("/"),
             # As huggingface_hub reads it: a file's last newline comes along easily.
             token="".join(env.get("HF_TOKEN", "").split()) or None,
-            offline=env.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"},
+            offline=env.get("HF_HUB_OFFLINE", "").upper() in TRUE,
             kernel_cache=kernel_cache(env, cache),
             tuning=tuple(sorted(name for name in env if TUNING.match(name))),
+            graphs=env.get("AOTI_DISABLED", "").upper() not in TRUE
+            and env.get("ENABLE_AOTI_COMPILATION", "").upper() not in FALSE,
         )
 
     def __repr__(self) -> str:

@@ -24,7 +24,8 @@ from hubaoti.extents import Extent
 from hubaoti.manifest import Graph as Entry
 from hubaoti.manifest import Input
 from hubaoti.package import unpack_all
-from hubaoti.runtime.graph import Graph, dtype_of, open_graph
+from hubaoti.runtime.checks import dtype_of
+from hubaoti.runtime.graph import Graph, open_graph
 from hubaoti.runtime.weights import shipped_tensors
 
 CPU = torch.device("cpu")

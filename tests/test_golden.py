@@ -17,6 +17,7 @@ from hubaoti.errors import BadInput, MissingConstant
 from hubaoti.manifest import Cache, Constant, Input, Origin, Output, Outputs
 from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime import golden
+from hubaoti.runtime.checks import check_constant
 from hubaoti.runtime.golden import (
     GOLDEN,
     LARGEST,
@@ -34,7 +35,7 @@ from hubaoti.runtime.golden import (
     smallest,
     tolerances,
 )
-from hubaoti.runtime.graph import Graph, check_constant, open_graph
+from hubaoti.runtime.graph import Graph, open_graph
 from hubaoti.runtime.rule import made
 
 CPU = torch.device("cpu")

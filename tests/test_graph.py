@@ -22,13 +22,8 @@ from hubaoti.errors import (
 from hubaoti.extents import Extent
 from hubaoti.manifest import Cache, Input, Outputs
 from hubaoti.manifest import Graph as Entry
-from hubaoti.runtime.graph import (
-    Graph,
-    device_for,
-    fit,
-    open_graph,
-    refusal,
-)
+from hubaoti.runtime.checks import fit
+from hubaoti.runtime.graph import Graph, device_for, open_graph, refusal
 from hubaoti.runtime.runners import native_runner, public_runner
 from hubaoti.runtime.weights import Checkpoint, constants
 
@@ -247,7 +242,7 @@ def test_an_input_that_the_graph_writes_is_refused_where_it_lies_otherwise(
     ids, mask = inputs()
     with pytest.raises(BadInput, match="is written by the graph"):
         writing(layout(ids), mask)
-    assert fit(writing._slots[0], ids) is ids
+    assert fit(writing.checks.slots[0], ids) is ids
 
 
 Wrong = Callable[[torch.Tensor], Any]

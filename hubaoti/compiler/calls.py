@@ -2,7 +2,9 @@
 
 A template is JSON: `{"tensor": 0}` stands for the first tensor, `{"size": "seq"}` for a number that
 follows a dim, `{"cache": true}` for the KV cache, `{"any": ...}` for a tensor that is not computed
-with, so a caller may give anything; tuples, dtypes and devices have such words, too.
+with, so a caller may give anything; tuples, dtypes and devices have such words, too. A mapping that
+is no plain dictionary has its class beside its fields, one whose keys are in no alphabetic order
+has that order, since JSON keeps none.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.utils.generic import ModelOutput
 
 from hubaoti.errors import BadRequest, first_line
+from hubaoti.runtime.template import word_of
 
 LITERALS = (bool, int, float, str, type(None))
 
@@ -65,19 +67,21 @@ class Frozen:
         if isinstance(value, Cache):
             self.caches.append(value)
             return {"cache": True}
-        if isinstance(value, ModelOutput):
-            return {"fields": self._each(value, name), "class": class_name(value)}
         if isinstance(value, Mapping):
-            return {"dict": self._each(value, name)}
+            return self._mapping(value, name)
         if isinstance(value, (tuple, list)):
             items = [self.freeze(item, f"{name}_{at}") for at, item in enumerate(value)]
             return {"tuple": items} if isinstance(value, tuple) else items
         raise Opaque(f"{name} is a {class_name(value)}")
 
-    def _each(self, value: Mapping[Any, Any], name: str) -> dict[str, Any]:
+    def _mapping(self, value: Mapping[Any, Any], name: str) -> dict[str, Any]:
         if not all(isinstance(key, str) for key in value):
             raise Opaque(f"{name} has keys that are no words")
-        return {key: self.freeze(item, f"{name}_{key}") for key, item in value.items()}
+        items = {key: self.freeze(item, f"{name}_{key}") for key, item in value.items()}
+        if hasattr(value, "__dataclass_fields__"):  # an output of transformers or diffusers
+            return {"fields": items, "class": class_name(value)}
+        in_order = [*items] == sorted(items)
+        return {"dict": items} | ({} if in_order else {"order": [*items]})
 
     def _place(self, tensor: torch.Tensor, name: str) -> int:
         """A tensor that is given twice has one place, so that the graph has one input for it."""
@@ -95,7 +99,7 @@ def thaw(template: Any, tensors: Sequence[torch.Tensor], known: Mapping[str, Any
         return [thaw(item, tensors, known) for item in template]
     if not isinstance(template, dict):
         return template
-    word, inner = next(iter(template.items()))
+    word, inner = word_of(template)
     if word == "tensor":
         return tensors[inner]
     if word == "tuple":

@@ -30,7 +30,7 @@ from hubaoti.compiler.shapes import (
 from hubaoti.compiler.source import Source, attention_of
 from hubaoti.errors import BadRequest, CompileFailed
 from hubaoti.extents import Extent
-from hubaoti.runtime.graph import dtype_of
+from hubaoti.runtime.checks import dtype_of
 
 ROOT = "root"
 

@@ -17,6 +17,7 @@ from torch import nn
 from hubaoti.canonical import SAFE, digest_of
 from hubaoti.compiler.modelcode import Code, code_of, is_loose
 from hubaoti.compiler.structure import Listing
+from hubaoti.errors import OtherProgram
 from hubaoti.manifest import Program
 
 # Names, labels, and what is done while training; dtype and attention stand in the build.
@@ -84,6 +85,39 @@ def program_of_module(module: nn.Module, task: str = "forward") -> Program:
         code=code_of(module, configs, listing.modules).digest,
         task=task,  # type: ignore[arg-type]
     )
+
+
+def is_program_of(model: nn.Module, program: Program, whole: bool) -> bool:
+    """Whether a model that somebody made is known to compute a program; if not, it can be tried.
+
+    Its config, normalized, must say so, and its code must be the code that was compiled. What comes
+    out beside the answer counts only where a graph answers for the `whole` model.
+
+    Raises:
+        OtherProgram: its config says that it computes something else; each key with both values.
+    """
+    config = getattr(model, "config", None)
+    if not (is_transformers(config) or is_diffusers(config)):
+        return False
+    code = code_of(model, config_classes(config))
+    left_out = {"class", "structure"} | (set() if whole else OUTPUTS)
+    ours = Normal(code, program.task).whole(config)
+    differ = [
+        f"{name} is {told(ours, name)}, the program's is {told(program.config, name)}"
+        for name in sorted((ours.keys() | program.config.keys()) - left_out)
+        if ours.get(name) != program.config.get(name)
+    ]
+    if differ:
+        raise OtherProgram(
+            f"{type(model).__name__} is not of the program that was compiled: {'; '.join(differ)}",
+            hint="attach an artifact of this model, or compile one",
+        )
+    return "structure" not in program.config and digest_of_code(code, model) == program.code
+
+
+def told(config: Mapping[str, Any], name: str) -> str:
+    """A value of a config in a few words."""
+    return f"{config[name]!r:.80}" if name in config else "not there"
 
 
 class Normal:

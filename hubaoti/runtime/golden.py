@@ -17,7 +17,8 @@ from hubaoti.errors import BadInput, MissingConstant
 from hubaoti.extents import Extent
 from hubaoti.manifest import Constant, Golden
 from hubaoti.manifest import Graph as Entry
-from hubaoti.runtime.graph import Graph, dtype_of
+from hubaoti.runtime.checks import dtype_of
+from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.quantize import make
 from hubaoti.runtime.rule import made, write
 from hubaoti.runtime.weights import shipped_tensors

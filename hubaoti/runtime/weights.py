@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from hubaoti.errors import BadInput, MissingConstant
 from hubaoti.manifest import Constant
 from hubaoti.manifest import Graph as Entry
-from hubaoti.runtime.graph import alignment_of, dtype_of
+from hubaoti.runtime.checks import alignment_of, dtype_of
 
 INDEX = "model.safetensors.index.json"
 

@@ -1,0 +1,85 @@
+"""Inputs as a graph wants them, of what a model gives: whole masks, and a row for each text.
+
+Transformers leave out a mask that says nothing, and give one row of a table for all rows. A graph
+has the whole, so it is made here: once for all blocks that are given the same tensor.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hubaoti.runtime.kv import is_capturing
+
+KEPT = 8  # adapted tensors that are remembered
+
+Key = tuple[Any, ...]
+
+
+class Adapted:
+    """Tensors made of others, remembered as long as those live and are not written to."""
+
+    def __init__(self) -> None:
+        self._made: dict[Key, tuple[Any, int, torch.Tensor]] = {}
+
+    def shaped(self, source: torch.Tensor, shape: Sequence[int], filled: int | None) -> Any:
+        """A tensor cut to the places that are filled, and with all of its rows.
+
+        What an inference tensor was written since cannot be told: it is adapted each time.
+        """
+        if source.is_inference() or is_capturing(source.device):
+            return shaped(source, shape, filled)
+        key = (id(source), *shape)
+        found = self._made.get(key)
+        if found is not None and found[0]() is source and found[1] == source._version:
+            return found[2]
+        made = shaped(source, shape, filled)
+        if made is not source:
+            self._keep(key, (weakref.ref(source), source._version, made))
+        return made
+
+    def mask(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, causal: bool
+    ) -> torch.Tensor:
+        """The mask that was left out: all that is there is looked at, or all that was before."""
+        key = (None, causal, dtype, device, *shape)
+        found = self._made.get(key)
+        if found is not None:
+            return found[2]
+        made = mask(shape, dtype, device, causal)
+        if not is_capturing(device):
+            self._keep(key, (None, 0, made))
+        return made
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._made = {}
+
+    def _keep(self, key: Key, made: tuple[Any, int, torch.Tensor]) -> None:
+        """Remember the newest; those whose source is gone are the first to be forgotten."""
+        alive = {k: v for k, v in self._made.items() if v[0] is None or v[0]() is not None}
+        alive.pop(key, None)
+        self._made = {**dict([*alive.items()][-(KEPT - 1) :]), key: made}
+
+
+def shaped(source: torch.Tensor, shape: Sequence[int], filled: int | None) -> torch.Tensor:
+    """A tensor cut and expanded to a shape, in memory of its own unless it has it already."""
+    if filled is not None and source.shape[-1] > filled:
+        source = source.narrow(-1, 0, filled)
+    return source.expand(shape).contiguous()
+
+
+def mask(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, causal: bool
+) -> torch.Tensor:
+    """True, 1 or 0.0 where to look; as transformers' sdpa does it without a mask."""
+    seen = torch.ones(tuple(shape), dtype=torch.bool, device=device)
+    if causal and len(shape) == 4 and shape[2] > 1:
+        seen = seen.tril()
+    if dtype.is_floating_point:
+        hidden = torch.finfo(dtype).min
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, hidden)
+    return seen.to(dtype)

@@ -1,0 +1,301 @@
+"""Attach: a module's regions answer by their graphs; everything else about it stays.
+
+All or nothing: whatever the graphs need is looked for in the module before anything of it is
+touched. What is bound is bound by reference, so the module holds its weights once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hubaoti.errors import AlreadyAttached, BadRequest, MissingConstant, NotAttached
+from hubaoti.manifest import Graph as Entry
+from hubaoti.manifest import Manifest
+from hubaoti.runtime.graph import open_graph
+from hubaoti.runtime.inside import Inside
+from hubaoti.runtime.reasons import Unserved
+from hubaoti.runtime.region import Region
+from hubaoti.runtime.tally import Tally
+from hubaoti.runtime.trial import Trials
+from hubaoti.runtime.ways import Ways
+from hubaoti.runtime.weights import shipped_tensors
+
+# Tasks whose whole graph answers something else than the model's own `forward`.
+TEXTS = {"embed", "classify", "logits"}
+# transformers asks the model itself whether `generate` compiles it (generation/utils.py, 5.22).
+AUTO_COMPILE = "_valid_auto_compile_criteria"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """An artifact that was verified: where its small tensors lie, and each graph unpacked."""
+
+    manifest: Manifest
+    path: Path
+    graph_folder: Callable[[Entry], Path]
+
+
+class Attachment:
+    """What was attached to a module: counts, other weights, and the way back."""
+
+    def __init__(self, module: nn.Module, regions: Iterable[Region], tally: Tally) -> None:
+        self._module = weakref.ref(module)
+        self._regions = tuple(regions)
+        self._tally = tally
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """The paths of the modules that graphs answer for."""
+        return tuple(region.path for region in self._regions)
+
+    def rebind(self) -> None:
+        """Bind the module's tensors as they are now, as after other weights were loaded.
+
+        A region also notices by itself, at its next call, when a tensor of it was replaced or
+        moved; this says at once whether all of them fit.
+
+        Raises:
+            MissingConstant: some do not; their regions are answered by the module until they do.
+        """
+        problems = []
+        for region in self._regions:
+            try:
+                region.bind()
+            except Unserved as why:
+                problems.append(f"{region.path}: {why}")
+        if problems:
+            raise MissingConstant(
+                f"{len(problems)} regions cannot be bound: {'; '.join(problems)}",
+                hint="until they can, the module itself answers for them",
+            )
+
+    def detach(self) -> None:
+        """Give the module everything back; a second time does nothing."""
+        for region in self._regions:
+            region.take_away()
+        module = self._module()
+        if module is not None and isinstance(vars(module).get(AUTO_COMPILE), Uncompiled):
+            delattr(module, AUTO_COMPILE)
+        self._regions = ()
+
+    def stats(self) -> dict[str, Any]:
+        """Calls by region: how many each graph answered, how many the module, and why.
+
+        `missed` has the sizes of the calls that no graph could serve. It is plain JSON.
+        """
+        return self._tally.stats({region.path: region.counts() for region in self._regions})
+
+    def save_misses(self, path: str | Path) -> None:
+        """Write `stats` to a file, for `hubaoti compile --from-misses`."""
+        self._tally.save(self.stats(), Path(path))
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+def attach(module: nn.Module, parts: Parts, *, strict: bool, tries: bool) -> Attachment:
+    """Have the graphs of an artifact answer for the regions of a module.
+
+    With `tries`, the first call of each graph is answered by the module, and compared. With
+    `strict`, a call that no graph serves raises.
+
+    Raises:
+        AlreadyAttached: it has graphs already, or is within a module that does.
+        BadRequest: the artifact answers texts, or was built for another kind of device.
+        MissingConstant: the module lacks tensors that the graphs need, or has others; all are
+            named. Nothing was touched.
+    """
+    manifest = parts.manifest
+    refuse_attached(module)
+    if manifest.is_whole and manifest.program.task in TEXTS:
+        raise BadRequest(
+            f"the artifact answers texts ({manifest.program.task}), not calls of a module",
+            hint="open it with hubaoti.load, or compile with --task forward",
+        )
+    by_path = {path: entries_of(manifest, path) for path in paths_of(manifest)}
+    shipped = shipped_of(parts)
+    tally = Tally(manifest, strict)
+    found = [*found_modules(module, by_path, manifest, shipped)]
+    regions = [*opened(found, by_path, parts, shipped)]
+    for region in regions:
+        bind_first(region)
+    trials = Trials(entry.id for entry in manifest.graphs if tries)
+    for region in regions:
+        region.put(tally.missed, trials)
+    if hasattr(module, AUTO_COMPILE):
+        setattr(module, AUTO_COMPILE, Uncompiled(module))
+    return Attachment(module, regions, tally)
+
+
+def nothing(module: nn.Module) -> Attachment:
+    """An attachment without graphs: the module answers everything itself, as it did."""
+    return Attachment(module, (), Tally(None, False))
+
+
+def detach(module: nn.Module) -> None:
+    """Give a module everything back that `attach` took.
+
+    Raises:
+        NotAttached: nothing was attached to it.
+    """
+    regions = [*regions_in(module)]
+    if not regions:
+        raise NotAttached(f"{type(module).__name__} has no graphs attached", hint="nothing to do")
+    Attachment(module, regions, Tally(None, False)).detach()
+
+
+def regions_in(module: nn.Module) -> Iterator[Region]:
+    """The regions that are attached to a module and all within it."""
+    for part in module.modules():
+        forward = vars(part).get("forward")
+        if isinstance(forward, Region):
+            yield forward
+
+
+def refuse_attached(module: nn.Module) -> None:
+    """Refuse a module that has graphs already.
+
+    Raises:
+        AlreadyAttached: with the region.
+    """
+    for region in regions_in(module):
+        raise AlreadyAttached(
+            f"{type(module).__name__} has graphs attached already, at {region.path or 'itself'}",
+            hint="detach it first: hubaoti.detach(model)",
+        )
+
+
+def paths_of(manifest: Manifest) -> list[str]:
+    """The modules that graphs serve, each once."""
+    return [*dict.fromkeys(path for graph in manifest.graphs for path in graph.modules)]
+
+
+def entries_of(manifest: Manifest, path: str) -> tuple[Entry, ...]:
+    """The graphs that serve a module."""
+    return tuple(graph for graph in manifest.graphs if path in graph.modules)
+
+
+def shipped_of(parts: Parts) -> dict[str, dict[str, torch.Tensor]]:
+    """The constants that came with an artifact, by graph, on the CPU."""
+    cpu = torch.device("cpu")
+    return {g.id: dict(shipped_tensors(g, parts.path, cpu)) for g in parts.manifest.graphs}
+
+
+def found_modules(
+    module: nn.Module,
+    by_path: Mapping[str, tuple[Entry, ...]],
+    manifest: Manifest,
+    shipped: Mapping[str, Mapping[str, torch.Tensor]],
+) -> Iterator[tuple[str, nn.Module, torch.device]]:
+    """The modules that graphs serve, each with the device of its tensors.
+
+    Raises:
+        MissingConstant: one is not there, or its tensors do not fit; all of them are named.
+    """
+    problems: list[str] = []
+    found = []
+    for path, entries in by_path.items():
+        try:
+            part = module.get_submodule(path)
+        except AttributeError:
+            problems.append(f"{path} is not there")
+            continue
+        device = device_of(part, manifest.target.device)
+        constants = [*{c.fqn: c for entry in entries for c in entry.constants}.values()]
+        brought = {n: t for entry in entries for n, t in shipped[entry.id].items()}
+        told = Inside(part, constants, brought).problems(device)
+        problems += [f"{path}: {problem}" if path else problem for problem in told]
+        found.append((path, part, device))
+    if problems:
+        raise MissingConstant(
+            f"{type(module).__name__} is not the model that was compiled: {'; '.join(problems)}",
+            hint="attach the artifact of this very model; nothing was changed",
+        )
+    yield from found
+
+
+def device_of(module: nn.Module, target: str) -> torch.device:
+    """The device of a module's tensors; of one without tensors the first of its kind.
+
+    Raises:
+        BadRequest: it is of another kind than the artifact was built for.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    device = next((each.device for each in tensors if not each.is_meta), None)
+    if device is None:
+        return torch.device(target, 0) if target == "cuda" else torch.device(target)
+    if device.type != target:
+        raise BadRequest(
+            f"the artifact was built for {target}, the module is on {device}",
+            hint=f"move the model first: model.to({target!r})",
+        )
+    return device
+
+
+def opened(
+    found: Iterable[tuple[str, nn.Module, torch.device]],
+    by_path: Mapping[str, tuple[Entry, ...]],
+    parts: Parts,
+    shipped: Mapping[str, Mapping[str, torch.Tensor]],
+) -> Iterator[Region]:
+    """A region for each module: graphs of its own over libraries and ways that all share.
+
+    Raises:
+        CannotOpen, MissingOps: a library cannot be loaded here.
+    """
+    expands = "model_type" in parts.manifest.program.config
+    shared: dict[tuple[Any, ...], tuple[Ways, dict[str, torch.Tensor]]] = {}
+    for path, module, device in found:
+        entries = by_path[path]
+        key = (device, type(module), *(entry.id for entry in entries))
+        if key not in shared:
+            own = {n: t for entry in entries for n, t in shipped[entry.id].items()}
+            moved = {name: tensor.to(device) for name, tensor in own.items()}
+            shared[key] = Ways(entries, module, device, expands), moved
+        ways, moved = shared[key]
+        graphs = [
+            open_graph(parts.graph_folder(entry), entry, device, checks)
+            for entry, checks in zip(ways.entries, ways.checks, strict=True)
+        ]
+        yield Region(path, module, ways, graphs, moved)
+
+
+def bind_first(region: Region) -> None:
+    """Bind a region's graphs, before the module is touched.
+
+    Raises:
+        MissingConstant: a tensor does not fit.
+    """
+    try:
+        region.bind()
+    except Unserved as why:
+        if why.reason in {"training", "hooks", "changed", "adapters"}:
+            return  # the module answers, and says so, until that is over
+        raise MissingConstant(
+            f"{region.path}: {why}", hint="nothing was changed; attach what was compiled"
+        ) from why
+
+
+class Uncompiled:
+    """Says for a model that `generate` is not to compile it: its graphs answer."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as the model's own answer."""
+        return getattr, (self._module(), AUTO_COMPILE)

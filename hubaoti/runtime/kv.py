@@ -1,0 +1,156 @@
+"""A decoder block's layer of a static KV cache, as its graphs take it and write it in place.
+
+Private, checked on transformers 5.17 to 5.22: `StaticLayer` and `StaticSlidingWindowLayer` of
+`transformers.cache_utils`, by name and attributes; transformers is not imported. A layer of any
+other class is left to eager.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hubaoti.manifest import Cache, Input
+from hubaoti.manifest import Graph as Entry
+from hubaoti.runtime.checks import dtype_of
+from hubaoti.runtime.reasons import Unserved
+
+STATIC = "StaticLayer"
+SLIDING = "StaticSlidingWindowLayer"
+COUNTED = "_hubaoti_filled"  # on a layer: how much it holds, and at which version of its own count
+
+
+@dataclass(slots=True)
+class Held:
+    """A layer of a cache in one call: what it holds, and how much of it was filled before."""
+
+    layer: Any
+    keys: torch.Tensor
+    values: torch.Tensor
+    before: int
+    seq: int
+    is_sliding: bool
+    counts_on_device: bool  # while a CUDA graph is captured, what is filled is not known here
+    empty: dict[str, Any] | None  # the layer as it was before it had tensors
+
+    @property
+    def filled(self) -> int:
+        """Places that are looked at: all, where only the device knows how much is filled."""
+        return self.keys.shape[2] if self.counts_on_device else self.before + self.seq
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a window was full before the call, so that its oldest entries leave."""
+        return self.is_sliding and self.before >= self.keys.shape[2]
+
+    def require_room(self) -> None:
+        """Refuse a call in which a window becomes full: its mask covers what no cache holds.
+
+        Raises:
+            Unserved: that, or there is no room.
+        """
+        places = self.keys.shape[2]
+        if not self.counts_on_device and not self.is_full and self.before + self.seq > places:
+            what = "the window becomes full" if self.is_sliding else "the cache is too short"
+            told = f"{what}: {self.before} and {self.seq} more in {places} places"
+            raise Unserved("cache", told)
+
+    def position(self) -> torch.Tensor:
+        """Where the new entries go."""
+        steps = torch.arange(self.seq, device=self.keys.device)
+        return steps + (self.layer.cumulative_length if self.counts_on_device else self.before)
+
+    def undo(self) -> None:
+        """Give a layer that was made for a graph back as it was: eager may want another dtype."""
+        if self.empty is not None:
+            vars(self.layer).clear()
+            vars(self.layer).update(self.empty)
+
+    def wrote(self) -> None:
+        """Count the entries that a graph wrote, as the layer's own `update` would have."""
+        count = self.layer.cumulative_length
+        if not self.is_full:
+            count.add_(self.seq)
+        if self.is_sliding:
+            self.layer.cumulative_length_int += self.seq
+        if not self.counts_on_device and not count.is_inference():
+            setattr(self.layer, COUNTED, (self.before + self.seq, count._version))
+
+
+class Place:
+    """Where a block's layer is in a cache, and what its graphs want of it."""
+
+    def __init__(self, block: nn.Module, entries: Sequence[Entry]) -> None:
+        numbers = {vars(part).get("layer_idx") for part in block.modules()} - {None}
+        self._index: int | None = numbers.pop() if len(numbers) == 1 else None
+        self._faces = [(entry.cache, entry) for entry in entries if entry.cache is not None]
+
+    def held(self, cache: Any, rows: int, seq: int, device: torch.device) -> Held:
+        """The block's layer of a cache, made if nothing is in it yet.
+
+        Raises:
+            Unserved: it is no static cache, or the new entries do not fit as a graph writes them.
+        """
+        layer, captures = self._layer(cache), is_capturing(device)
+        is_sliding = type(layer).__name__ == SLIDING
+        if captures and (is_sliding or not layer.is_initialized):
+            raise Unserved("cache", "a cache that is new, or counted in Python, cannot be captured")
+        empty = None if layer.is_initialized else {**vars(layer)}
+        if empty is not None:
+            self._initialize(layer, rows, device)
+        before = 0 if captures else filled_in(layer, is_sliding)
+        return Held(layer, layer.keys, layer.values, before, seq, is_sliding, captures, empty)
+
+    def _layer(self, cache: Any) -> Any:
+        """The block's own layer."""
+        layers = getattr(cache, "layers", None)
+        if cache is None or self._index is None or not isinstance(layers, list):
+            raise Unserved("cache", f"the cache is {type(cache).__name__}")
+        layer = layers[self._index] if self._index < len(layers) else None
+        named = type(layer).__name__ in {STATIC, SLIDING}
+        if not named or type(layer).__module__ != "transformers.cache_utils":
+            raise Unserved("cache", f"the cache's layer is a {type(layer).__name__}")
+        return layer
+
+    def _initialize(self, layer: Any, rows: int, device: torch.device) -> None:
+        """Have a layer make its tensors, as it would at its first `update`."""
+        face, entry = self._faces[0]
+        items = (entry.inputs[face.keys], entry.inputs[face.values])
+        layer.lazy_initialization(*(empty_like_of(item, rows, device) for item in items))
+
+
+def empty_like_of(item: Input, rows: int, device: torch.device) -> torch.Tensor:
+    """A tensor without places that has the heads, the width and the dtype of a cache's."""
+    _, heads, _, width = item.shape
+    shape = [size if isinstance(size, int) else 0 for size in (rows, heads, 0, width)]
+    return torch.empty(shape, dtype=dtype_of(item.dtype), device=device)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured, which is replayed without any Python."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def filled_in(layer: Any, is_sliding: bool) -> int:
+    """How many entries a layer holds; read from the device only where nobody remembers.
+
+    A window's layer counts in Python by itself.
+    """
+    if is_sliding:
+        return int(layer.cumulative_length_int)
+    count = layer.cumulative_length
+    remembered = getattr(layer, COUNTED, None)
+    if remembered is not None and not count.is_inference() and remembered[1] == count._version:
+        return int(remembered[0])
+    return int(count)
+
+
+def put_into(face: Cache, held: Held, inputs: list[Any], position: torch.Tensor | None) -> None:
+    """Give a graph its cache among its inputs."""
+    inputs[face.keys], inputs[face.values] = held.keys, held.values
+    if face.position is not None:
+        inputs[face.position] = position

@@ -1,0 +1,54 @@
+"""What torch is doing around a call that no graph can do: each has its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from hubaoti.runtime.reasons import Unserved
+
+# Private, checked on torch 2.11 and 2.13; each tells of what torch has no public word for.
+functions = torch._C._len_torch_function_stack
+tracing = torch._C._get_tracing_state
+function_modes: Any = _get_current_function_mode_stack
+
+
+def refuse_watchers() -> None:
+    """Refuse what wants to see each operation and leaves no mark on tensors.
+
+    Asked at each call, so it is short; what leaves a mark is asked by `refuse_modes`.
+
+    Raises:
+        Unserved: with the reason.
+    """
+    if functions() and any(map(not_a_device, function_modes())):
+        raise Unserved("modes", "a torch function mode is on")
+    if forward_ad._current_level >= 0:
+        raise Unserved("transforms", "forward gradients are computed")
+    if tracing() is not None:
+        raise Unserved("tracing", "torch.jit traces")
+
+
+def not_a_device(mode: object) -> bool:
+    """Whether a mode is more than `with torch.device(…)`, which changes no operation on tensors."""
+    return not isinstance(mode, DeviceContext)
+
+
+def refuse_modes(device: torch.device) -> None:
+    """Refuse what torch does to each operation beside computing it.
+
+    Raises:
+        Unserved: with the reason.
+    """
+    if torch.is_autocast_enabled(device.type):
+        raise Unserved("autocast", f"autocast is on for {device.type}")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise Unserved("transforms", "a transform of torch.func is on")
+    modes = _get_current_dispatch_mode_stack()
+    if modes:
+        raise Unserved("modes", f"{type(modes[-1]).__name__} is on")

@@ -1,0 +1,331 @@
+"""Ways: which graph answers a call, and what has to be done to its inputs before.
+
+All blocks that share graphs share their ways, so that what is worked out for the first block of a
+model holds for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hubaoti.errors import BadInput, BadManifest, OutOfBounds
+from hubaoti.extents import Extent
+from hubaoti.manifest import Graph as Entry
+from hubaoti.manifest import Input
+from hubaoti.runtime.adapt import Adapted
+from hubaoti.runtime.alike import Alike
+from hubaoti.runtime.checks import BadValue, Checks, Overlap, Slot
+from hubaoti.runtime.kv import Held, put_into
+from hubaoti.runtime.modes import refuse_modes
+from hubaoti.runtime.reasons import Unserved
+from hubaoti.runtime.template import CallPlan, Make, answer_plan, kind
+
+PLAIN = (torch.Tensor, nn.Parameter)
+REASONS: dict[type, str] = {Overlap: "overlap", BadValue: "values"}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What an input is made into; the last axis is cut to what is filled where `cut` says so."""
+
+    place: int
+    sizes: tuple[int, ...]
+    cut: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How calls of one look are answered: by graph number `graph`, with some inputs made anew.
+
+    `numbers` are those that the call had to give, `filled` what is served of a cache, `sizes` the
+    bytes of each input that stays as it is.
+    """
+
+    graph: int
+    shapes: tuple[Shape, ...]
+    sizes: tuple[int, ...]
+    numbers: tuple[int, ...]
+    filled: tuple[int, int, int] | None
+
+
+class Ways:
+    """The graphs that serve the same modules, in their order, and the ways to them."""
+
+    def __init__(
+        self, entries: Sequence[Entry], block: nn.Module, device: torch.device, expands: bool
+    ) -> None:
+        self.entries = sorted(entries, key=lambda entry: entry.order)
+        self.device = device
+        self.checks = [Checks(entry, device) for entry in self.entries]
+        first = max(self.entries, key=lambda entry: len(entry.inputs))
+        refuse_other_calls(first, self.entries)
+        self.plan = CallPlan(first.call, len(first.inputs), block.forward)
+        self.answers: list[Make] = [answer_plan(e.outputs.template) for e in self.entries]
+        self.adapted = Adapted()
+        self.has_cache = first.cache is not None
+        self._rows, self._seq = axis_of(first, "batch"), axis_of(first, "seq")
+        # Who made a model of transformers gives one row for all, and leaves masks out.
+        self._expands = expands
+        # As transformers' sdpa decides where there is no mask.
+        self._is_causal = any(getattr(part, "is_causal", False) for part in block.modules())
+        self._known: Alike[Way] = Alike()
+        self._gaps: dict[tuple[int, ...], Alike[Way]] = {}
+        self._position: tuple[int, int, torch.Tensor] | None = None
+
+    def sizes_of(self, found: Sequence[Any]) -> tuple[int, int]:
+        """Rows and tokens of a call of a decoder's block."""
+        sizes = []
+        for place in (self._rows, self._seq):
+            tensor = found[place[0]] if place else None
+            if place is None or not isinstance(tensor, torch.Tensor) or tensor.dim() <= place[1]:
+                raise Unserved("arguments", "the tokens are not where they were")
+            sizes.append(tensor.shape[place[1]])
+        return sizes[0], sizes[1]
+
+    def with_cache(self, found: list[Any], held: Held) -> None:
+        """Put the layer of a cache among the inputs, and the places that are written."""
+        entry = self._of_kind(held)
+        assert entry.cache is not None
+        put_into(entry.cache, held, found, self._positions(held))
+
+    def of(self, inputs: Sequence[Any], numbers: Sequence[Any], held: Held | None) -> Way:
+        """The way of a call.
+
+        Raises:
+            Unserved: there is none, with the reason.
+        """
+        known, present = self._alike(inputs, held)
+        way = known.of(present)
+        if way is not None and way.numbers == tuple(numbers) and is_within(way, held):
+            return way
+        refuse_modes(self.device)
+        way = self._find(inputs, numbers, held)
+        known.add(present, way)
+        return way
+
+    def follow(self, way: Way, inputs: list[Any], held: Held | None) -> list[torch.Tensor]:
+        """The inputs as the way's graph takes them.
+
+        Raises:
+            Unserved: two share memory that is written, or an id is no id.
+        """
+        filled = held.filled if held is not None else None
+        checks = self.checks[way.graph]
+        for shape in way.shapes:
+            inputs[shape.place] = self._shaped(checks.slots[shape.place], shape, inputs, filled)
+        try:
+            return checks.settled(inputs, way.sizes)
+        except BadInput as why:
+            raise Unserved(REASONS.get(type(why), "layout"), f"{why}") from why
+
+    def _alike(self, inputs: Sequence[Any], held: Held | None) -> tuple[Alike[Way], Sequence[Any]]:
+        """The ways of calls that leave out the same inputs, and those that are there.
+
+        Over a cache a mask is left out only while nothing is in it.
+        """
+        gaps = tuple([at for at, item in enumerate(inputs) if item is None])
+        if not gaps:
+            return self._known, inputs
+        if held is not None and (held.before or held.counts_on_device):
+            raise Unserved("arguments", "a mask is left out, over a cache that is filled")
+        present = [item for item in inputs if item is not None]
+        return self._gaps.setdefault(gaps, Alike()), present
+
+    def _positions(self, held: Held) -> torch.Tensor:
+        """Where new entries go, the same for all layers of a step."""
+        if held.counts_on_device:
+            return held.position()
+        known = self._position
+        if known is None or known[:2] != (held.before, held.seq):
+            known = self._position = (held.before, held.seq, held.position())
+        return known[2]
+
+    def _of_kind(self, held: Held) -> Entry:
+        """A graph for a window that is full, or for one that is not."""
+        wanted = "sliding" if held.is_full else "static"
+        for entry in self.entries:
+            if entry.cache is not None and entry.cache.kind == wanted:
+                return entry
+        raise Unserved("cache", "no graph was compiled for a window that is full")
+
+    def _find(self, inputs: Sequence[Any], numbers: Sequence[Any], held: Held | None) -> Way:
+        """Try the graphs in their order.
+
+        Raises:
+            Unserved: with the reason of the first of them that came near.
+        """
+        problems: list[Unserved] = []
+        for at, entry in enumerate(self.entries):
+            wanted = entry.cache and ("sliding" if held is not None and held.is_full else "static")
+            if entry.cache is not None and entry.cache.kind != wanted:
+                continue
+            try:
+                return self._try(at, inputs[: len(entry.inputs)], numbers, held)
+            except Unserved as why:
+                problems.append(why)
+        raise problems[-1]
+
+    def _try(
+        self, at: int, inputs: Sequence[Any], numbers: Sequence[Any], held: Held | None
+    ) -> Way:
+        """The way by one graph.
+
+        Raises:
+            Unserved: it cannot answer.
+        """
+        entry, checks = self.entries[at], self.checks[at]
+        for slot, item in zip(checks.slots, inputs, strict=True):
+            self._require_kind(slot, item)
+        filled = held.filled if held is not None else None
+        sizes = dims_of(entry, inputs)
+        if filled is not None and "filled" in entry.bounds:
+            sizes["filled"] = filled
+        shapes = [*self._shapes(entry, inputs, sizes)]
+        made = [*inputs]
+        for shape in shapes:
+            made[shape.place] = self._shaped(checks.slots[shape.place], shape, inputs, filled)
+        try:
+            checks.examined(made)
+        except (OutOfBounds, BadInput) as why:
+            raise Unserved("shape", f"{why}", sizes) from why
+        self._require_numbers(numbers, sizes)
+        replaced = {shape.place for shape in shapes}
+        return Way(
+            graph=at,
+            shapes=tuple(shapes),
+            sizes=tuple(0 if n in replaced else t.nbytes for n, t in enumerate(made)),
+            numbers=tuple(numbers),
+            filled=(*entry.bounds["filled"], entry.steps.get("filled", 1))
+            if "filled" in sizes
+            else None,
+        )
+
+    def _require_kind(self, slot: Slot, item: Any) -> None:
+        """Refuse what is no plain tensor of the graph's dtype and device."""
+        name = slot.entry.name
+        if item is None:
+            if slot.entry.values != "mask" or not self._expands:
+                raise Unserved("arguments", f"{name} is left out")
+            return
+        require_plain(name, item)
+        if item.device != self.device or item.layout is not torch.strided:
+            raise Unserved("device", f"{name} is {item.layout} on {item.device}")
+        if item.dtype != slot.dtype:
+            raise Unserved("dtype", f"{name} is {item.dtype}; the graph takes {slot.dtype}")
+        if slot.entry.mutated and not item.is_contiguous():
+            raise Unserved("layout", f"{name}, which is written, is a view")
+
+    def _shapes(
+        self, entry: Entry, inputs: Sequence[Any], sizes: Mapping[str, int]
+    ) -> Iterator[Shape]:
+        """What has to be made of the inputs for them to have the sizes of one call."""
+        for place, (item, tensor) in enumerate(zip(entry.inputs, inputs, strict=True)):
+            wanted = shape_of(item, sizes)
+            cut = bool(item.shape) and item.shape[-1] == "filled"
+            if wanted is None:
+                continue
+            same = tensor is not None and tuple(tensor.shape) == wanted
+            if same and tensor.is_contiguous() and not cut:
+                continue
+            if same or tensor is None or (self._expands and is_less(tensor.shape, wanted, cut)):
+                yield Shape(place, wanted[:-1] if cut else wanted, cut)
+
+    def _shaped(
+        self, slot: Slot, shape: Shape, inputs: Sequence[Any], filled: int | None
+    ) -> torch.Tensor:
+        """An input made into a shape; one that was left out is made."""
+        sizes = (*shape.sizes, filled) if shape.cut and filled is not None else shape.sizes
+        source = inputs[shape.place]
+        if source is None:
+            return self.adapted.mask(sizes, slot.dtype, self.device, self._is_causal)
+        cut = filled if shape.cut else None
+        return self.adapted.shaped(source, sizes, cut)  # type: ignore[no-any-return]
+
+    def _require_numbers(self, numbers: Sequence[Any], sizes: Mapping[str, int]) -> None:
+        """Refuse a number that does not follow from the dims as it did."""
+        for number, extent in zip(numbers, self.plan.extents, strict=True):
+            known = all(dim in sizes for dim in extent.dims)
+            if type(number) is not int or not known or extent.at(sizes) != number:
+                raise Unserved("arguments", f"a number is {number!r:.40}, not {extent}", {**sizes})
+
+
+def require_plain(name: str, item: Any) -> None:
+    """Refuse what is more than a tensor, or not one.
+
+    Raises:
+        Unserved: with what it is.
+    """
+    if not isinstance(item, torch.Tensor):
+        raise Unserved("arguments", f"{name} is {kind(item)}, not a tensor")
+    if type(item) not in PLAIN:
+        raise Unserved("subclass", f"{name} is a {type(item).__name__}")
+    if item.requires_grad and torch.is_grad_enabled():
+        raise Unserved("gradients", f"gradients are wanted of {name}")
+
+
+def refuse_other_calls(first: Entry, entries: Sequence[Entry]) -> None:
+    """Refuse graphs that serve one module and are called in different ways.
+
+    Raises:
+        BadManifest: they are; hubaoti makes none.
+    """
+    for entry in entries:
+        same = entry.call == first.call and first.inputs[: len(entry.inputs)]
+        names = [item.name for item in same or ()]
+        if names != [item.name for item in entry.inputs]:
+            raise BadManifest(
+                f"graphs {first.id} and {entry.id} serve one module and are called differently",
+                hint="its publisher must compile it again",
+            )
+
+
+def axis_of(entry: Entry, dim: str) -> tuple[int, int] | None:
+    """The first input and axis that have a dim's size."""
+    for place, item in enumerate(entry.inputs):
+        if dim in item.shape:
+            return place, item.shape.index(dim)
+    return None
+
+
+def dims_of(entry: Entry, inputs: Sequence[Any]) -> dict[str, int]:
+    """The sizes of the dims in a call; an axis of one may stand for any size."""
+    sizes: dict[str, int] = {}
+    for item, tensor in zip(entry.inputs, inputs, strict=True):
+        if tensor is None:
+            continue
+        if tensor.dim() != len(item.shape):
+            raise Unserved("shape", f"{item.name} has {tensor.dim()} axes, not {len(item.shape)}")
+        for size, named in zip(tensor.shape, item.shape, strict=True):
+            if isinstance(named, str) and (extent := Extent.parse(named)).plain:
+                dim = extent.dims[0]
+                sizes[dim] = max(sizes.get(dim, 1), size)
+    return sizes
+
+
+def shape_of(item: Input, sizes: Mapping[str, int]) -> tuple[int, ...] | None:
+    """The shape of an input at some sizes; None where they do not tell."""
+    try:
+        return tuple(n if isinstance(n, int) else Extent.parse(n).at(sizes) for n in item.shape)
+    except KeyError:
+        return None
+
+
+def is_less(shape: Sequence[int], wanted: Sequence[int], cut: bool) -> bool:
+    """Whether a tensor becomes another by expanding it, and by cutting its last axis."""
+    pairs = [*zip(shape, wanted, strict=True)]
+    whole = pairs[:-1] if cut else pairs
+    fits = not cut or pairs[-1][0] >= pairs[-1][1]
+    return fits and all(have in (1, want) for have, want in whole)
+
+
+def is_within(way: Way, held: Held | None) -> bool:
+    """Whether what is filled is what a way's graph was compiled for."""
+    if way.filled is None or held is None:
+        return True
+    low, high, step = way.filled
+    return low <= held.filled <= high and held.filled % step == 0

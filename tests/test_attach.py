@@ -1,0 +1,913 @@
+"""Attach: a model keeps its face, answers by graphs where it can, and by itself where it cannot."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import pickle
+import shutil
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, StaticCache
+
+import hubaoti
+from hubaoti import api
+from hubaoti.bundle import Bundle
+from hubaoti.errors import (
+    AlreadyAttached,
+    BadRequest,
+    DigestMismatch,
+    MissingConstant,
+    NotAttached,
+    NotServed,
+    OtherProgram,
+)
+from hubaoti.mirror import Artifact, Mirror
+from hubaoti.runtime.attach import Attachment, regions_in
+from hubaoti.runtime.reasons import ADVICE
+from hubaoti.runtime.tally import Fallback
+from hubaoti.settings import Settings
+
+GREEDY: dict[str, Any] = {
+    "max_new_tokens": 20,
+    "do_sample": False,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+STATIC: dict[str, Any] = {**GREEDY, "cache_implementation": "static"}
+PROMPTS = {
+    "one text": [[5, 6, 7, 8]],
+    "one token": [[9]],
+    "three of one length": [[5, 6, 7], [8, 9, 10], [11, 12, 13]],
+    "padded on the left": [[0, 0, 0, 101, 7], [101, 8, 9, 10, 11]],
+}
+
+
+@pytest.fixture
+def model(tiny_decoder: Path) -> Any:
+    """The decoder, anew for each test."""
+    return AutoModelForCausalLM.from_pretrained(tiny_decoder).eval()
+
+
+@pytest.fixture
+def attached(model: Any, decoder_bundle: Bundle, built_at: Settings) -> Iterator[Attachment]:
+    """Graphs over the decoder's blocks."""
+    with hubaoti.attach(model, decoder_bundle, settings=built_at) as attachment:
+        yield attachment
+
+
+@pytest.fixture
+def plain(model: Any) -> Any:
+    """The same decoder without graphs; it has to be asked for before `attached`."""
+    return copy.deepcopy(model)
+
+
+def prompt(case: str) -> dict[str, torch.Tensor]:
+    ids = torch.tensor(PROMPTS[case])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
+
+
+def step(model: Any, ids: torch.Tensor | None = None, length: int = 32) -> torch.Tensor:
+    """The logits of a prefill into a new static cache."""
+    ids = torch.tensor([[5, 6, 7, 8]]) if ids is None else ids
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    return model(ids, past_key_values=cache, use_cache=True).logits  # type: ignore[no-any-return]
+
+
+# Generation
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_plain_generate_over_a_static_cache_is_answered_by_graphs(
+    case: str, plain: Any, model: Any, attached: Attachment
+) -> None:
+    expected = plain.generate(**prompt(case), **STATIC)
+    found = model.generate(**prompt(case), **STATIC)
+    assert torch.equal(found, expected)
+    stats = attached.stats()
+    assert (stats["compiled"], stats["eager"]) == (40, 0)
+    assert stats["regions"]["model.layers.1"] == {"compiled": {"model.layers": 20}, "eager": {}}
+
+
+def test_sampling_and_beams_are_untouched(plain: Any, model: Any, attached: Attachment) -> None:
+    for more in ({"do_sample": True, "top_k": 50}, {"num_beams": 2}):
+        answers = []
+        for each in (plain, model):
+            torch.manual_seed(3)
+            answers.append(each.generate(**prompt("padded on the left"), **{**STATIC, **more}))
+        assert torch.equal(*answers)
+    assert attached.stats()["eager"] == 0
+
+
+def test_it_is_never_compiled_by_generate_itself(model: Any, attached: Attachment) -> None:
+    """On a GPU `generate` compiles for static caches; this word makes a CPU do the same."""
+    from transformers import CompileConfig
+
+    compiles = CompileConfig(backend="eager")
+    compiles._compile_all_devices = True
+    model.generate(**prompt("one text"), **STATIC, compile_config=compiles)
+    assert attached.stats()["eager"] == 0
+    attached.detach()
+    assert model._valid_auto_compile_criteria.__self__ is model
+
+
+def test_over_a_dynamic_cache_it_falls_back_and_says_what_to_do(
+    plain: Any, model: Any, attached: Attachment
+) -> None:
+    with pytest.warns(Fallback, match=r'\(cache\).*cache_implementation="static"'):
+        found = model.generate(**prompt("one text"), **GREEDY)
+    assert torch.equal(found, plain.generate(**prompt("one text"), **GREEDY))
+    assert attached.stats()["regions"]["model.layers.0"]["eager"] == {"cache": 20}
+
+
+def test_a_cache_that_outlives_a_call_goes_on(plain: Any, model: Any, attached: Attachment) -> None:
+    """Prefill by graphs, a step by the module, and steps by graphs again."""
+    ids = torch.tensor([[5, 6, 7, 8]])
+    answers = []
+    for each in (plain, model):
+        cache = StaticCache(config=each.config, max_cache_len=32)
+        with torch.no_grad():
+            each(ids, past_key_values=cache)
+            with warnings.catch_warnings(action="ignore"), torch.enable_grad():
+                each(ids[:, :1], past_key_values=cache)
+            answers.append(
+                [each(ids[:, at : at + 1], past_key_values=cache).logits for at in (1, 2)]
+            )
+            cache.reset()
+            answers[-1].append(each(ids, past_key_values=cache).logits)
+    for ours, theirs in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert attached.stats()["compiled"] == 8
+
+
+# What stays
+
+
+def test_the_model_keeps_its_face(plain: Any, model: Any, attached: Attachment) -> None:
+    assert type(model) is type(plain)
+    assert model.config.to_dict() == plain.config.to_dict()
+    assert (model.dtype, model.device) == (plain.dtype, plain.device)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert [*dict(model.named_modules())] == [*dict(plain.named_modules())]
+
+
+def test_what_it_binds_is_the_model_s_own_memory(model: Any, attached: Attachment) -> None:
+    for region in regions_in(model):
+        own = {each.data_ptr() for each in region.inside.module.parameters()}
+        for graph in region.graphs:
+            assert {each.data_ptr() for each in graph._bound.values()} <= own
+
+
+def test_a_copy_is_the_plain_model(plain: Any, model: Any, attached: Attachment) -> None:
+    other = copy.deepcopy(model)
+    assert not [*regions_in(other)]
+    with torch.no_grad():
+        assert torch.equal(step(other), step(plain))
+        other.model.layers[0].mlp.down_proj.weight.zero_()
+        assert not torch.equal(step(other), step(model))
+    assert attached.stats()["compiled"] == 2
+
+
+def test_hooks_on_a_region_run_around_its_graph(model: Any, attached: Attachment) -> None:
+    seen = []
+    model.model.layers[1].register_forward_hook(lambda *_: seen.append("after"))
+    model.model.layers[1].register_forward_pre_hook(lambda *_: seen.append("before"))
+    with torch.no_grad():
+        step(model)
+    assert seen == ["before", "after"]
+    assert attached.stats()["eager"] == 0
+
+
+def everything(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What each part of a model holds, by identity."""
+    return {name: {**vars(part)} for name, part in model.named_modules()}
+
+
+def test_detach_restores_exactly(model: Any, decoder_bundle: Bundle, built_at: Settings) -> None:
+    before = everything(model)
+    hubaoti.attach(model, decoder_bundle, settings=built_at)
+    assert everything(model) != before
+    hubaoti.detach(model)
+    after = everything(model)
+    assert after.keys() == before.keys()
+    for name, held in before.items():
+        assert after[name].keys() == held.keys()
+        assert all(after[name][key] is value for key, value in held.items() if key != "training")
+
+
+def test_a_forward_that_somebody_gave_a_block_comes_back(
+    model: Any, plain: Any, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    block = model.model.layers[0]
+    own = block.forward = block.forward
+    hubaoti.attach(model, decoder_bundle, settings=built_at)
+    with torch.no_grad():
+        torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
+    assert not [*regions_in(copy.deepcopy(model))]
+    hubaoti.detach(model)
+    assert vars(block)["forward"] is own
+
+
+def test_a_forward_that_somebody_put_over_ours_stays_and_calls_the_module(
+    model: Any, plain: Any, attached: Attachment
+) -> None:
+    block = model.model.layers[0]
+    ours = block.forward
+    block.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    attached.detach()
+    assert "forward" in vars(block)
+    with torch.no_grad():
+        assert torch.equal(step(model), step(plain))
+
+
+def test_a_model_that_nobody_has_any_more_is_gone_at_once(
+    tiny_decoder: Path, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_decoder).eval()
+    hubaoti.attach(model, decoder_bundle, settings=built_at)
+    with torch.no_grad():
+        step(model)
+    gone = weakref.ref(model.model.layers[0].mlp.down_proj.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+# Whom it is attached to
+
+
+def test_a_model_is_attached_once(
+    model: Any, attached: Attachment, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    with pytest.raises(AlreadyAttached, match=r"LlamaForCausalLM .* already, at model\.layers\.0"):
+        hubaoti.attach(model, decoder_bundle, settings=built_at)
+    with pytest.raises(AlreadyAttached):
+        hubaoti.attach(model.model, decoder_bundle, settings=built_at)
+
+
+def test_what_was_not_attached_is_not_detached(model: Any) -> None:
+    with pytest.raises(NotAttached, match="LlamaForCausalLM has no graphs"):
+        hubaoti.detach(model)
+
+
+def test_another_config_is_refused_with_both_values(
+    model: Any, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    model.config.rms_norm_eps = 1e-3
+    with pytest.raises(OtherProgram, match="rms_norm_eps is 0.001, the program's is 1e-06"):
+        hubaoti.attach(model, decoder_bundle, settings=built_at)
+    assert not [*regions_in(model)]
+
+
+def test_what_counts_for_no_program_may_differ(
+    model: Any, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    model.config.use_cache = False
+    model.config.bos_token_id = 17
+    model.config._name_or_path = "somebody/fine-tuned-it"
+    hubaoti.attach(model, decoder_bundle, settings=built_at).detach()
+
+
+def test_constants_that_do_not_fit_are_all_named_and_nothing_is_touched(
+    model: Any, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    layers = model.model.layers
+    layers[1].mlp.down_proj.weight = nn.Parameter(torch.zeros(32, 63))
+    layers[1].input_layernorm.double()
+    del layers[0].self_attn.k_proj.weight
+    before = everything(model)
+    with pytest.raises(MissingConstant) as why:
+        hubaoti.attach(model, decoder_bundle, settings=built_at)
+    told = str(why.value)
+    assert (
+        "model.layers.0: self_attn.k_proj.weight is not there; expected is float32 [16, 32]" in told
+    )
+    assert "model.layers.1: mlp.down_proj.weight is torch.float32 [32, 63]" in told
+    assert "model.layers.1: input_layernorm.weight is torch.float64 [32]" in told
+    assert everything(model) == before
+
+
+def test_a_model_without_weights_is_refused(decoder_bundle: Bundle, built_at: Settings) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(decoder_bundle))
+    with pytest.raises(MissingConstant, match=r"has no values: it is offloaded"):
+        hubaoti.attach(model, decoder_bundle, settings=built_at)
+
+
+def config_of(bundle: Bundle) -> Any:
+    """The config of a bundle's program."""
+    from transformers import AutoConfig
+
+    config = {**bundle.manifest.program.config}
+    return AutoConfig.for_model(config.pop("model_type"), **config)
+
+
+def test_an_artifact_that_answers_texts_is_not_attached(
+    model: Any, roberta_bundle: Bundle, built_at: Settings, tiny_roberta: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    texts = AutoModelForSequenceClassification.from_pretrained(tiny_roberta).eval()
+    with pytest.raises(BadRequest, match="answers texts"):
+        hubaoti.attach(texts, roberta_bundle, settings=built_at)
+
+
+def test_switched_off_it_touches_nothing(
+    plain: Any, model: Any, decoder_bundle: Bundle, tmp_path: Path
+) -> None:
+    for name, value in (("AOTI_DISABLED", "1"), ("ENABLE_AOTI_COMPILATION", "0")):
+        off = Settings.from_env({"HUBAOTI_HOME": str(tmp_path), name: value})
+        before = everything(model)
+        attachment = hubaoti.attach(model, decoder_bundle, settings=off)
+        assert attachment.regions == ()
+        assert everything(model) == before
+        found = model.generate(**prompt("one text"), **STATIC)
+        assert torch.equal(found, plain.generate(**prompt("one text"), **STATIC))
+
+
+# Falling back
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Watched(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Named(torch.Tensor):
+    pass
+
+
+class Adapter(nn.Module):
+    """A layer with two small matrices beside it, as peft puts them."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.merged = False
+        self.more = nn.Parameter(torch.full_like(base_layer.weight, 0.02))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        extra = 0.0 if self.merged else x @ self.more.T
+        return self.base_layer(x) + extra  # type: ignore[no-any-return]
+
+    def merge(self) -> None:
+        with torch.no_grad():
+            self.base_layer.weight += self.more
+        self.merged = True
+
+    def unmerge(self) -> None:
+        with torch.no_grad():
+            self.base_layer.weight -= self.more
+        self.merged = False
+
+
+def trained(model: Any) -> Any:
+    model.model.layers[0].mlp.train()
+
+
+def hooked(model: Any) -> Any:
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+
+
+def patched(model: Any) -> Any:
+    mlp = model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: 2 * forward(x)
+
+
+def swapped(model: Any) -> Any:
+    model.model.layers[0].mlp.act_fn = nn.Tanh().eval()
+
+
+def adapted(model: Any) -> Any:
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj = Adapter(mlp.down_proj).eval()
+
+
+def misfit(model: Any) -> Any:
+    proj = model.model.layers[0].mlp.down_proj
+    proj.weight = nn.Parameter((2 * proj.weight).T.contiguous().T)
+
+
+def subclass(model: Any) -> Any:
+    proj = model.model.layers[0].self_attn.q_proj
+    proj.weight = nn.Parameter((2 * proj.weight).detach().as_subclass(Named))
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a part in train mode": (trained, "training"),
+    "a hook inside": (hooked, "hooks"),
+    "a forward inside": (patched, "changed"),
+    "another part": (swapped, "changed"),
+    "an adapter": (adapted, "adapters"),
+    "a weight that lies otherwise": (misfit, "weights"),
+    "a weight that is a subclass": (subclass, "weights"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_block_that_was_changed_answers_itself(
+    case: str, plain: Any, model: Any, attached: Attachment
+) -> None:
+    change, reason = CHANGES[case]
+    change(plain)
+    change(model)
+    with torch.no_grad():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = step(model)
+        assert f"model.layers.0 was not answered by a graph ({reason})" in str(said[0].message)
+        torch.testing.assert_close(found, step(plain), atol=1e-4, rtol=1e-4)
+    stats = attached.stats()["regions"]
+    assert stats["model.layers.0"]["eager"] == {reason: 1}
+    if reason != "weights":  # of a subclass comes a subclass
+        assert stats["model.layers.1"]["eager"] == {}
+
+
+@contextmanager
+def hooks_everywhere() -> Iterator[None]:
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+MODES: dict[str, tuple[Callable[[], AbstractContextManager[Any]], str]] = {
+    "gradients": (torch.enable_grad, "gradients"),
+    "a dispatch mode": (Watching, "modes"),
+    "a function mode": (Watched, "modes"),
+    "forward gradients": (torch.autograd.forward_ad.dual_level, "transforms"),
+    "hooks on all modules": (hooks_everywhere, "hooks"),
+}
+
+
+@pytest.mark.parametrize("case", MODES)
+def test_what_torch_does_around_a_call_is_left_to_the_module(
+    case: str, plain: Any, model: Any, attached: Attachment
+) -> None:
+    mode, reason = MODES[case]
+    with torch.no_grad():
+        step(model)  # so that the call is one that was examined before
+        with mode():
+            with pytest.warns(Fallback, match=rf"\({reason}\)"):
+                found = step(model)
+            assert torch.equal(found, step(plain))
+        step(model)
+    stats = attached.stats()
+    assert (stats["compiled"], stats["eager"]) == (4, 2)
+    assert stats["regions"]["model.layers.1"]["eager"] == {reason: 1}
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.device("cpu"), nullcontext])
+def test_what_changes_no_operation_is_no_reason(
+    mode: Callable[[], AbstractContextManager[Any]], plain: Any, model: Any, attached: Attachment
+) -> None:
+    with torch.no_grad(), mode():
+        torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
+    assert attached.stats()["eager"] == 0
+
+
+def test_autocast_is_left_to_the_module(plain: Any, model: Any, attached: Attachment) -> None:
+    """Which fails as it always does: over a static cache transformers' keys are of two dtypes."""
+    for each in (plain, model):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            fails = pytest.raises(RuntimeError, match="same dtype")
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), fails:
+                step(each)
+    assert "(autocast)" in str(told[0].message)
+
+
+def test_train_mode_of_the_whole_model(plain: Any, model: Any, attached: Attachment) -> None:
+    with torch.no_grad(), pytest.warns(Fallback, match=r"\(training\).*model\.eval"):
+        step(model.train())
+    assert attached.stats()["eager"] == 2
+    with torch.no_grad():
+        step(model.eval())
+    assert attached.stats()["compiled"] == 2
+
+
+def test_under_torch_func_the_module_answers(plain: Any, model: Any, attached: Attachment) -> None:
+    block, rotary = model.model.layers[0], model.model.rotary_emb
+
+    def called(hidden: torch.Tensor, by: Any) -> torch.Tensor:
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        tables = rotary(hidden, torch.arange(3)[None])
+        mask = torch.ones(1, 1, 3, 16, dtype=torch.bool).tril()
+        return by(  # type: ignore[no-any-return]
+            hidden, attention_mask=mask, position_embeddings=tables,
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+
+    hidden = torch.randn(2, 1, 3, 32)
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        found = torch.func.vmap(lambda h: block.mlp(h))(hidden)
+        assert torch.equal(found, torch.func.vmap(plain.model.layers[0].mlp)(hidden))
+        called(hidden[0], block)
+        try:
+            torch.func.vmap(lambda h: called(h, block))(hidden)
+        except RuntimeError as why:  # the cache itself cannot be written to under vmap
+            assert "vmap" in str(why)
+    assert attached.stats()["regions"]["model.layers.0"]["eager"] == {"transforms": 1}
+
+
+def test_out_of_bounds_is_answered_counted_and_its_sizes_are_kept(
+    plain: Any, model: Any, attached: Attachment, tmp_path: Path
+) -> None:
+    ids = torch.arange(3, 3 + 5 * 2).view(5, 2)
+    with torch.no_grad():
+        with pytest.warns(Fallback, match=r"batch is 5; graph model\.layers takes 1 to 4") as told:
+            found = [step(model, ids), step(model, ids)]
+        assert torch.equal(found[0], step(plain, ids))
+        step(model, ids[:3])
+    assert len(told) == 1
+    assert attached.stats()["missed"] == [
+        {
+            "region": f"model.layers.{layer}",
+            "reason": "shape",
+            "sizes": {"batch": 5, "seq": 2, "filled": 2, "cache": 32},
+            "calls": 2,
+        }
+        for layer in (0, 1)
+    ]
+    attached.save_misses(tmp_path / "misses.json")
+    saved = json.loads((tmp_path / "misses.json").read_text())
+    assert saved["missed"] == attached.stats()["missed"]
+    assert saved["build"]["dims"]["batch"] == [1, 4, 1]
+
+
+def test_another_dtype_is_answered_by_the_module(
+    plain: Any, model: Any, attached: Attachment
+) -> None:
+    plain.double()
+    with torch.no_grad(), pytest.warns(Fallback, match=r"\(weights\).*float64"):
+        assert torch.equal(step(model.double()), step(plain))
+    with torch.no_grad():
+        torch.testing.assert_close(step(model.float()), step(plain.float()), atol=1e-4, rtol=1e-4)
+    assert attached.stats()["compiled"] == 2
+
+
+def test_a_cache_that_shares_its_memory_is_left_to_the_module(
+    model: Any, attached: Attachment
+) -> None:
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    cache.early_initialization(1, 2, 8, torch.float32, torch.device("cpu"))
+    layer: Any = cache.layers[0]
+    layer.values = layer.keys
+    with torch.no_grad(), pytest.warns(Fallback, match=r"\(overlap\)"):
+        model(torch.tensor([[5, 6]]), past_key_values=cache)
+    assert attached.stats()["regions"]["model.layers.1"]["eager"] == {}
+
+
+def test_a_cache_that_is_a_view_is_left_to_the_module(model: Any, attached: Attachment) -> None:
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    cache.early_initialization(1, 2, 8, torch.float32, torch.device("cpu"))
+    layer: Any = cache.layers[0]
+    layer.keys = torch.zeros(1, 2, 64, 8)[:, :, :32]
+    with torch.no_grad(), pytest.warns(Fallback, match=r"\(layout\)"):
+        model(torch.tensor([[5, 6]]), past_key_values=cache)
+
+
+def test_strict_raises_and_says_why(model: Any, decoder_bundle: Bundle, built_at: Settings) -> None:
+    with hubaoti.attach(model, decoder_bundle, strict=True, settings=built_at) as attachment:
+        with (
+            torch.no_grad(),
+            pytest.raises(NotServed, match=r"model\.layers\.0 .*\(shape\)") as why,
+        ):
+            step(model, torch.ones(5, 2, dtype=torch.long))
+        assert "--from-misses" in why.value.hint
+        with pytest.raises(NotServed, match=r"\(gradients\)"):
+            step(model)
+        assert attachment.stats()["eager"] == 2
+
+
+def test_it_is_warned_of_once_for_each_reason(model: Any, attached: Attachment) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            step(model)
+        with torch.no_grad():
+            step(model, torch.ones(5, 2, dtype=torch.long))
+    assert [each.category for each in told] == [Fallback, Fallback]
+    assert ADVICE["gradients"] in str(told[0].message)
+
+
+def test_torch_compile_sees_the_module_itself(plain: Any, model: Any, attached: Attachment) -> None:
+    def logits(model: Any) -> torch.Tensor:
+        found = torch.compile(lambda ids: model(ids, use_cache=False).logits, backend="eager",
+                              fullgraph=True)(torch.tensor([[5, 6, 7]]))  # fmt: skip
+        return found  # type: ignore[no-any-return]
+
+    with torch.no_grad(), pytest.warns(Fallback, match=r"\(tracing\)"):
+        found = logits(model)
+    with torch.no_grad():
+        torch.testing.assert_close(found, logits(plain))
+    assert attached.stats()["regions"]["model.layers.0"]["eager"] == {"tracing": 1}
+
+
+def test_export_sees_the_module_itself(plain: Any, model: Any, attached: Attachment) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        program = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
+        torch.testing.assert_close(program.module()(ids, use_cache=False).logits,
+                                   plain(ids, use_cache=False).logits)  # fmt: skip
+    assert attached.stats()["compiled"] == 0
+
+
+# Other weights
+
+
+def moved_away(model: Any) -> None:
+    model.to(torch.float64).to(torch.float32)
+
+
+def other_data(model: Any) -> None:
+    for each in model.model.layers.parameters():
+        each.data = each.data * 1.5
+
+
+def replaced(model: Any) -> None:
+    for block in model.model.layers:
+        block.mlp.down_proj.weight = nn.Parameter(block.mlp.down_proj.weight * 1.5)
+
+
+def in_place(model: Any) -> None:
+    model.load_state_dict({name: each * 1.5 for name, each in model.state_dict().items()})
+
+
+def assigned(model: Any) -> None:
+    state = {name: each * 1.5 for name, each in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize("change", [moved_away, other_data, replaced, in_place, assigned])
+def test_other_weights_are_noticed_at_the_next_call(
+    change: Callable[[Any], None], plain: Any, model: Any, attached: Attachment
+) -> None:
+    with torch.no_grad():
+        step(model)
+        change(plain)
+        change(model)
+        torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
+    assert attached.stats()["eager"] == 0
+
+
+def test_rebind_says_at_once_whether_weights_fit(model: Any, attached: Attachment) -> None:
+    replaced(model)
+    attached.rebind()
+    misfit(model)
+    with pytest.raises(MissingConstant, match=r"1 regions .*model\.layers\.0: mlp\.down_proj"):
+        attached.rebind()
+
+
+def test_an_adapter_is_served_while_it_is_merged(
+    plain: Any, model: Any, attached: Attachment
+) -> None:
+    adapters = []
+    for each in (plain, model):
+        adapted(each)
+        adapters.append(each.model.layers[0].mlp.down_proj)
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        for change in ("merge", "unmerge", "merge"):
+            for adapter in adapters:
+                getattr(adapter, change)()
+            torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
+        for each in (plain, model):  # as `merge_and_unload` does
+            mlp = each.model.layers[0].mlp
+            mlp.down_proj = mlp.down_proj.base_layer
+        torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
+    counts = attached.stats()["regions"]["model.layers.0"]
+    assert counts == {"compiled": {"model.layers": 3}, "eager": {"adapters": 1}}
+
+
+def test_many_threads_get_their_own_answers(plain: Any, model: Any, attached: Attachment) -> None:
+    prompts = [torch.arange(3 + n, 9 + 2 * n)[None] for n in range(6)]
+    with torch.no_grad():
+        expected = [step(plain, ids) for ids in prompts]
+    wrong: list[int] = []
+
+    def ask(at: int) -> None:
+        for _ in range(5):
+            with torch.no_grad():
+                if not torch.allclose(step(model, prompts[at]), expected[at], atol=1e-4):
+                    wrong.append(at)
+
+    threads = [threading.Thread(target=ask, args=(at,)) for at in range(len(prompts))]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert not wrong
+    assert attached.stats()["compiled"] == 2 * 5 * len(prompts)
+
+
+@pytest.fixture
+def stored(decoder_bundle: Bundle, tmp_path: Path) -> tuple[Artifact, Settings]:
+    """The decoder's artifact in a mirror of its own."""
+    settings = Settings(home=tmp_path / "home", endpoint="http://127.0.0.1:9")
+    with Mirror.open(settings.mirror) as mirror:
+        return api.put(decoder_bundle, mirror), settings
+
+
+def library_of(artifact: Artifact) -> Path:
+    """The native library of an artifact's first graph."""
+    folder = artifact.graph_folder(artifact.manifest.graphs[0])
+    return next(folder.rglob("*.wrapper.so"))
+
+
+def test_a_graph_that_is_removed_or_changed_while_it_is_open_answers_on(
+    stored: tuple[Artifact, Settings], plain: Any, model: Any
+) -> None:
+    artifact, settings = stored
+    library = library_of(artifact)
+    with hubaoti.attach(model, artifact, settings=settings) as attachment, torch.no_grad():
+        shutil.move(library, library.with_suffix(".old"))
+        library.write_bytes(b"no library")
+        torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
+        shutil.rmtree(artifact.graphs)
+        torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
+        assert attachment.stats()["eager"] == 0
+
+
+def test_an_artifact_that_was_changed_is_not_opened(
+    stored: tuple[Artifact, Settings], model: Any
+) -> None:
+    artifact, settings = stored
+    library = library_of(artifact)
+    library.write_bytes(library.read_bytes()[:-1] + b"x")
+    with pytest.raises(DigestMismatch):
+        hubaoti.attach(model, artifact, settings=settings)
+    assert not [*regions_in(model)]
+
+
+# Modules without a config
+
+
+class Cell(nn.Module):
+    """A block whose size no tensor tells: `scale` is a plain number."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor, *, again: bool = False) -> dict[str, torch.Tensor | None]:
+        y = self.linear(x) * self.scale
+        return {"y": y + x, "more": None}
+
+
+class Stack(nn.Module):
+    def __init__(self, scale: float = 2.0) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList([Cell(scale) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for cell in self.cells:
+            x = cell(x)["y"]
+        return x
+
+
+@pytest.fixture(scope="module")
+def stack_bundle(built_at: Settings, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Three equal cells, compiled once, from calls of two sizes."""
+    stack = Stack().eval()
+    with hubaoti.capture(stack) as calls, torch.no_grad():
+        for rows in (2, 3):
+            stack(torch.randn(rows, 8))
+    output = tmp_path_factory.mktemp("stack") / "bundle"
+    return hubaoti.compile(stack, output, calls=calls, settings=built_at, dims={"x_0": (1, 16)})
+
+
+def test_the_first_call_of_a_module_without_config_is_its_own(
+    stack_bundle: Bundle, built_at: Settings
+) -> None:
+    stack = Stack().eval()
+    with torch.no_grad(), hubaoti.attach(stack, stack_bundle, settings=built_at) as attachment:
+        expected = copy.deepcopy(stack)(torch.ones(4, 8))
+        for _ in range(2):
+            torch.testing.assert_close(stack(torch.ones(4, 8)), expected)
+        counts = [each["compiled"] for each in attachment.stats()["regions"].values()]
+        assert counts == [{"cells": 1}, {"cells": 2}, {"cells": 2}]
+        assert attachment.stats()["eager"] == 0
+        assert [*stack.cells[0](torch.ones(4, 8))] == ["y", "more"]
+
+
+def test_a_graph_that_answers_otherwise_than_the_module_is_not_asked_again(
+    stack_bundle: Bundle, built_at: Settings
+) -> None:
+    stack = Stack(scale=3.0).eval()
+    with torch.no_grad(), hubaoti.attach(stack, stack_bundle, settings=built_at) as attachment:
+        expected = copy.deepcopy(stack)(torch.ones(4, 8))
+        with pytest.warns(Fallback, match=r"\(differs\): graph cells: answer 0 is off by"):
+            found = [stack(torch.ones(4, 8)) for _ in range(2)]
+        assert torch.equal(found[0], expected)
+        assert torch.equal(found[1], expected)
+        assert attachment.stats()["compiled"] == 0
+        assert attachment.stats()["eager"] == 5  # the first call was a trial
+
+
+ARGUMENTS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "another constant": (lambda cell: cell(torch.ones(2, 8), again=True), "arguments"),
+    "no tensor": (lambda cell: cell(torch.ones(2, 8).tolist()), "arguments"),
+    "another rank": (lambda cell: cell(torch.ones(8)), "shape"),
+    "a size that is fixed": (lambda cell: cell(torch.ones(2, 1)), "shape"),
+    "another dtype": (lambda cell: cell(torch.ones(2, 8).double()), "dtype"),
+    "another device": (lambda cell: cell(torch.ones(2, 8, device="meta")), "device"),
+    "a subclass": (lambda cell: cell(torch.ones(2, 8).as_subclass(Named)), "subclass"),
+    "a sparse tensor": (lambda cell: cell(torch.ones(2, 8).to_sparse()), "device"),
+    "gradients of the input": (lambda cell: with_gradients(cell), "gradients"),
+    "vmap": (lambda cell: torch.func.vmap(cell)(torch.ones(3, 2, 8))["y"], "transforms"),
+    "autocast": (lambda cell: under_autocast(cell), "autocast"),
+    "jit trace": (lambda cell: jit_traced(cell), "tracing"),
+}
+
+
+def with_gradients(cell: Any) -> Any:
+    with torch.enable_grad():
+        return cell(torch.ones(2, 8, requires_grad=True))
+
+
+def under_autocast(cell: Any) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        return cell(torch.ones(2, 8))
+
+
+def jit_traced(cell: Any) -> Any:
+    with warnings.catch_warnings(action="ignore"):
+        one = torch.jit.trace(lambda x: cell(x)["y"], torch.ones(2, 8), check_trace=False)
+        return one(torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_a_call_that_no_graph_can_answer_is_the_module_s_own(
+    case: str, stack_bundle: Bundle, built_at: Settings
+) -> None:
+    stack = Stack().eval().requires_grad_(False)
+    call, reason = ARGUMENTS[case]
+    with torch.no_grad():
+        expected = outcome(call, copy.deepcopy(stack).cells[1])
+        with hubaoti.attach(stack, stack_bundle, settings=built_at) as attachment:
+            with warnings.catch_warnings(action="ignore"):
+                stack(torch.ones(2, 8))
+                found = outcome(call, stack.cells[1])
+            stats = attachment.stats()["regions"]["cells.1"]
+    assert stats == {"compiled": {"cells": 1}, "eager": {reason: 1}}
+    assert type(found) is type(expected)
+    if isinstance(found, dict):
+        assert found.keys() == expected.keys()
+        if found["y"].device.type == "cpu" and type(found["y"]) is torch.Tensor:
+            assert torch.equal(found["y"], expected["y"])
+
+
+def outcome(call: Callable[[Any], Any], cell: Any) -> Any:
+    """What a call answers, or the error that it raises."""
+    try:
+        return call(cell)
+    except Exception as why:
+        return why
+
+
+def test_inputs_that_lie_otherwise_are_copied(stack_bundle: Bundle, built_at: Settings) -> None:
+    stack = Stack().eval()
+    x = torch.randn(8, 8)[:, ::2].T
+    with torch.no_grad(), hubaoti.attach(stack, stack_bundle, settings=built_at) as attachment:
+        expected = copy.deepcopy(stack)(x)
+        stack(x)
+        torch.testing.assert_close(stack(x), expected)
+        shifted = torch.zeros(4 * 8 * 4 + 8, dtype=torch.uint8)[8:].view(torch.float32).view(4, 8)
+        shifted.copy_(x)
+        torch.testing.assert_close(stack(shifted), expected)
+        assert attachment.stats()["eager"] == 0
+
+
+def test_pickled_it_is_the_plain_module(stack_bundle: Bundle, built_at: Settings) -> None:
+    stack = Stack().eval()
+    with torch.no_grad(), hubaoti.attach(stack, stack_bundle, settings=built_at):
+        expected = stack(torch.ones(2, 8))
+        other = pickle.loads(pickle.dumps(stack))
+        assert not [*regions_in(other)]
+        assert torch.equal(other(torch.ones(2, 8)), expected)
+        other.cells[0].linear.weight.zero_()
+        assert not torch.equal(other(torch.ones(2, 8)), expected)
+        hubaoti.attach(other, stack_bundle, settings=built_at).detach()
