@@ -14,7 +14,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -101,27 +101,41 @@ class Code:
 
     def scales_by(self, name: str) -> bool:
         """Whether the code multiplies by what a probability leaves, as some do without training."""
-        rest = re.compile(rf"\b1(\.0)? - (\w+\.)*{re.escape(name)}\b")
-        return any(rest.search(text_of(module) or "") for module in self.modules)
+        return name in self.left_of_one
+
+    @cached_property
+    def left_of_one(self) -> frozenset[str]:
+        """The names that the code takes from one, as in `1 - config.dropout`."""
+        rest = re.compile(r"\b1(?:\.0)? - (?:\w+\.)*(\w+)\b")
+        return frozenset(n for each in self.modules for n in rest.findall(text_of(each) or ""))
 
 
 def code_of(model: nn.Module, configs: Iterable[type] = (), further: Iterable[str] = ()) -> Code:
     """The code of a model, of its config's classes, and of modules that are named besides."""
-    classes = classes_of(model)
+    types = frozenset(type(module) for module in model.modules())
+    return code_of_types(types, frozenset(configs), frozenset(further))
+
+
+@lru_cache(64)
+def code_of_types(
+    types: frozenset[type], configs: frozenset[type], further: frozenset[str]
+) -> Code:
+    """The same by the classes alone, read once in a process: what is loaded is what computes."""
+    classes = classes_of(types)
     described = {base for config in configs for base in config.__mro__ if computes(base)}
-    start = {cls.__module__ for cls in {*classes, *described}} | {*further}
+    start = {cls.__module__ for cls in {*classes, *described}} | further
     if any(name.split(".")[0] in {"transformers", REMOTE} for name in start):
         start |= {*BY_NAME}
     modules = [sys.modules[name] for name in sorted(behind(start)) if name in sys.modules]
     return Code(frozenset(classes), frozenset(described), tuple(modules))
 
 
-def classes_of(model: nn.Module) -> set[type]:
+def classes_of(types: Iterable[type]) -> set[type]:
     """The classes that compute a model: its modules' and their bases, torch's left out."""
     return {
         base
-        for module in model.modules()
-        for base in type(module).__mro__
+        for cls in types
+        for base in cls.__mro__
         if computes(base) or (is_loose(base) and issubclass(base, nn.Module))
     }
 

@@ -1,7 +1,7 @@
 """Where in a call a graph's inputs stand, and where its outputs stand in what the module answers.
 
-What is read of a manifest's templates here is worked out once, when a module is attached: a call
-then costs a few dictionary look-ups.
+A manifest's template is read when a module is attached, and once more for each order in which
+arguments are given. A call then costs a few look-ups, whatever the template has.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -22,37 +23,29 @@ POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR
 NUMBERS = (int, float)
 BESIDE = {"class", "order"}
 
-Read = Callable[[Any, list[Any]], None]
 Make = Callable[[Sequence[torch.Tensor]], Any]
+Pick = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 class CallPlan:
     """A call as its template has it: arguments by name, whoever gives them and in which order.
 
     `count` is the number of the graph's inputs. What `flat` answers has their places first, then
-    one for the KV cache, then one for each number that follows from a dim.
+    one for the KV cache, then one for each number that follows from a dim, as `extents` has them.
     """
 
     def __init__(self, call: Mapping[str, Any], count: int, forward: Callable[..., Any]) -> None:
         self.count = count
-        self.extents: list[Extent] = []
         parameters = inspect.signature(forward).parameters
-        self._names = [name for name, each in parameters.items() if each.kind in POSITIONAL]
+        self.names = [name for name, each in parameters.items() if each.kind in POSITIONAL]
         self._defaults = {
             name: each.default
             for name, each in parameters.items()
             if each.default is not inspect.Parameter.empty
         }
-        given = self._by_name(call["args"], call["kwargs"])
-        self._reads = [
-            (name, self._default(name), self._read(t, name)) for name, t in given.items()
-        ]
-        self._known = given.keys()
-
-    @property
-    def width(self) -> int:
-        """How many places `flat` answers."""
-        return self.count + 1 + len(self.extents)
+        self.given = {**dict(zip(self.names, call["args"], strict=False)), **call["kwargs"]}
+        self._layouts: dict[tuple[Any, ...], Layout] = {}
+        self.extents = self._layout(len(call["args"]), tuple(call["kwargs"])).extents
 
     def flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """What stands in the place of each tensor, the cache, and each number.
@@ -60,118 +53,176 @@ class CallPlan:
         Raises:
             Unserved: another structure, or another constant than the template has.
         """
-        given = self._by_name(args, kwargs) if args else kwargs
-        found: list[Any] = [None] * self.width
-        for name, default, read in self._reads:
-            read(given.get(name, default), found)
-        if not given.keys() <= self._known:
-            self._refuse_more(given)
-        return found
+        layout = self._layouts.get((len(args), *kwargs))
+        if layout is None:
+            layout = self._layout(len(args), tuple(kwargs))
+        return layout.found_in([*args, *kwargs.values()])
 
-    def _by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """All arguments by the names of their parameters."""
-        if len(args) > len(self._names):
-            raise Unserved("arguments", f"{len(args)} positional arguments are given")
-        return {**dict(zip(self._names, args, strict=False)), **kwargs}
+    def default(self, name: str) -> Any:
+        """What an argument is that is not given; a tensor without a default is None."""
+        is_tensor = isinstance(self.given.get(name), dict) and "tensor" in self.given[name]
+        return self._defaults.get(name, None if is_tensor else MISSING)
 
-    def _default(self, name: str) -> Any:
-        return self._defaults.get(name, MISSING)
+    def _layout(self, count: int, names: tuple[str, ...]) -> Layout:
+        """The layout of calls with so many positional arguments, and these by name.
 
-    def _refuse_more(self, given: Mapping[str, Any]) -> None:
-        """Refuse arguments that the graph was not compiled with, unless they say nothing."""
-        for name in given.keys() - self._known:
-            value = given[name]
-            if value is not None and not same_literal(value, self._default(name)):
-                raise Unserved("arguments", f"{name} is given, which the graph does not know")
+        Raises:
+            Unserved: there are more than the module takes.
+        """
+        if count > len(self.names):
+            raise Unserved("arguments", f"{count} positional arguments are given")
+        layout = Layout(self, (*self.names[:count], *names))
+        self._layouts[count, *names] = layout
+        return layout
 
-    def _read(self, template: Any, where: str) -> Read:
-        """How the value at one place of a call is read."""
+
+class Layout:
+    """Where everything stands in calls that give arguments of the same names in the same order.
+
+    What a call gives is laid out in a row: its arguments, what it leaves out, then what is inside
+    of its tuples and dictionaries. A place is a place in that row.
+    """
+
+    def __init__(self, plan: CallPlan, names: Sequence[str]) -> None:
+        self.extents: list[Extent] = []
+        self._count = plan.count
+        self._tensors: dict[int, int] = {}
+        self._numbers: list[int] = []
+        self._constants: list[tuple[int, Any, str]] = []
+        self._devices: list[tuple[int, str, str]] = []
+        self._opened: list[tuple[int, Callable[[Any], Sequence[Any]]]] = []
+        left_out = [name for name in plan.given if name not in names]
+        self._absent = [plan.default(name) for name in left_out]
+        self._size = len(names) + len(left_out)
+        for place, name in enumerate((*names, *left_out)):
+            if name in plan.given:
+                self._read(plan.given[name], place, name)
+            else:  # an argument that the graph does not know may be given if it says nothing
+                self._constants.append((place, plan.default(name), name))
+        nothing = self._size  # one more place, which stands for what the template does not have
+        wanted = [self._tensors.get(at, nothing) for at in range(plan.count + 1)]
+        self._find = picker([*wanted, *self._numbers])
+        self._pick = picker([place for place, _, _ in self._constants])
+        self._expected = [expected for _, expected, _ in self._constants]
+
+    def found_in(self, row: list[Any]) -> list[Any]:
+        """What `CallPlan.flat` answers, of the arguments in their order.
+
+        Raises:
+            Unserved: another structure, or another constant than the template has.
+        """
+        row += self._absent
+        for place, items in self._opened:
+            row += items(row[place])
+        row.append(None)
+        if not all(map(is_, self._pick(row), self._expected)):
+            self._compare(row)
+        for place, name, where in self._devices:
+            if torch.device(row[place]).type != name:
+                raise Unserved("arguments", f"{where} is {row[place]}; the graph has {name}")
+        return [*self._find(row)]
+
+    def _compare(self, row: Sequence[Any]) -> None:
+        """Compare constants that are not the very same objects."""
+        for place, expected, where in self._constants:
+            if not same_literal(row[place], expected):
+                reason = "cache" if is_cache(row[place]) else "arguments"
+                told = f"{where} is {kind(row[place])}; the graph has {expected!r:.60}"
+                raise Unserved(reason, told)
+
+    def _read(self, template: Any, place: int, where: str) -> None:
+        """Note what the template has at a place."""
         if isinstance(template, list):
-            return self._sequence(template, where)
-        if not isinstance(template, dict):
-            return constant(template, where)
-        word, inner = word_of(template)
-        words: dict[str, Callable[[Any, str], Read]] = {
-            "tensor": lambda place, _: placed(place),
-            "any": lambda _face, _: ignored,
-            "cache": lambda _true, _: placed(self.count),
-            "size": self._size,
-            "tuple": self._sequence,
-            "dict": self._mapping,
-            "fields": self._mapping,
-            "device": of_device,
-            "dtype": lambda name, where: constant(getattr(torch, name), where),
-        }
-        if word not in words:
-            raise BadManifest(
-                f"a call of the artifact has the word {word!r:.40}",
-                hint="it was compiled by a newer hubaoti: upgrade this one",
-            )
-        return words[word](inner, where)
+            self._sequence(template, place, where)
+        elif isinstance(template, dict):
+            word, inner = word_of(template)
+            if word not in WORDS:
+                raise BadManifest(
+                    f"a call of the artifact has the word {word!r:.40}",
+                    hint="it was compiled by a newer hubaoti: upgrade this one",
+                )
+            WORDS[word](self, inner, place, where)
+        else:
+            self._constants.append((place, template, where))
 
-    def _size(self, extent: str, where: str) -> Read:
-        """A number that follows from the dims, which are not known yet."""
+    def _tensor(self, at: int, place: int, where: str) -> None:
+        self._tensors[at] = place
+
+    def _cache(self, _true: bool, place: int, where: str) -> None:
+        self._tensors[self._count] = place
+
+    def _anything(self, _face: Any, place: int, where: str) -> None:
+        """What is not computed with."""
+
+    def _number(self, extent: str, place: int, where: str) -> None:
         self.extents.append(Extent.parse(extent))
-        return placed(self.width - 1)
+        self._numbers.append(place)
 
-    def _sequence(self, items: Sequence[Any], where: str) -> Read:
-        """A list or a tuple, each item as its template says."""
-        reads = [self._read(item, f"{where}[{at}]") for at, item in enumerate(items)]
+    def _dtype(self, name: str, place: int, where: str) -> None:
+        self._constants.append((place, getattr(torch, name), where))
 
-        def read(value: Any, found: list[Any]) -> None:
-            if not isinstance(value, (tuple, list)) or len(value) != len(reads):
-                raise Unserved("arguments", f"{where} is {kind(value)}, not {len(reads)} values")
-            for each, item in zip(reads, value, strict=True):
-                each(item, found)
+    def _device(self, name: str, place: int, where: str) -> None:
+        self._devices.append((place, torch.device(name).type, where))
 
-        return read
+    def _sequence(self, items: Sequence[Any], place: int, where: str) -> None:
+        """A list or a tuple of as many items as there were."""
+        start = self._open(place, items_of(len(items), where), len(items))
+        for at, item in enumerate(items):
+            self._read(item, start + at, f"{where}[{at}]")
 
-    def _mapping(self, items: Mapping[str, Any], where: str) -> Read:
-        """A dictionary, each value as its template says."""
-        reads = {name: self._read(item, f"{where}.{name}") for name, item in items.items()}
+    def _mapping(self, items: Mapping[str, Any], place: int, where: str) -> None:
+        """A dictionary, whose values stand in the row like a tuple's items."""
+        start = self._open(place, fields_of([*items], where), len(items))
+        for at, (name, item) in enumerate(items.items()):
+            self._read(item, start + at, f"{where}.{name}")
 
-        def read(value: Any, found: list[Any]) -> None:
-            if not isinstance(value, Mapping) or value.keys() != reads.keys():
-                raise Unserved("arguments", f"{where} is {kind(value)}, not {', '.join(reads)}")
-            for name, each in reads.items():
-                each(value[name], found)
-
-        return read
-
-
-def ignored(value: Any, found: list[Any]) -> None:
-    """What is not computed with may be anything."""
+    def _open(self, place: int, items: Callable[[Any], Sequence[Any]], count: int) -> int:
+        """Have the items of a container stand at the end of the row; the place of the first."""
+        self._opened.append((place, items))
+        self._size += count
+        return self._size - count
 
 
-def placed(place: int) -> Read:
-    """Put a value in its place."""
-
-    def read(value: Any, found: list[Any]) -> None:
-        found[place] = None if value is MISSING else value
-
-    return read
-
-
-def constant(expected: Any, where: str) -> Read:
-    """Compare a value with the one that the graph was compiled with."""
-
-    def read(value: Any, found: list[Any]) -> None:
-        if value is not expected and not same_literal(value, expected):
-            reason = "cache" if is_cache(value) else "arguments"
-            raise Unserved(reason, f"{where} is {kind(value)}; the graph has {expected!r:.60}")
-
-    return read
+WORDS: dict[str, Callable[[Layout, Any, int, str], None]] = {
+    "tensor": Layout._tensor,
+    "cache": Layout._cache,
+    "any": Layout._anything,
+    "size": Layout._number,
+    "dtype": Layout._dtype,
+    "device": Layout._device,
+    "tuple": Layout._sequence,
+    "dict": Layout._mapping,
+    "fields": Layout._mapping,
+}
 
 
-def of_device(name: str, where: str) -> Read:
-    """Compare the kind of a device; which one of them it is, is the module's."""
-    expected = torch.device(name).type
+def picker(places: Sequence[int]) -> Pick:
+    """What takes the values at some places, in one step."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda row: [row[place] for place in places]
 
-    def read(value: Any, found: list[Any]) -> None:
-        if torch.device(value).type != expected:
-            raise Unserved("arguments", f"{where} is {value}; the graph has {name}")
 
-    return read
+def items_of(count: int, where: str) -> Callable[[Any], Sequence[Any]]:
+    """The items of a tuple or a list."""
+
+    def items(value: Any) -> Sequence[Any]:
+        if not isinstance(value, (tuple, list)) or len(value) != count:
+            raise Unserved("arguments", f"{where} is {kind(value)}, not {count} values")
+        return value
+
+    return items
+
+
+def fields_of(names: Sequence[str], where: str) -> Callable[[Any], Sequence[Any]]:
+    """The values of a dictionary, in the order of the template's."""
+
+    def items(value: Any) -> Sequence[Any]:
+        if not isinstance(value, Mapping) or value.keys() != {*names}:
+            raise Unserved("arguments", f"{where} is {kind(value)}, not {', '.join(names)}")
+        return [value[name] for name in names]
+
+    return items
 
 
 def same_literal(value: Any, expected: Any) -> bool:

@@ -26,6 +26,7 @@ from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.template import CallPlan, Make, answer_plan, kind
 
 PLAIN = (torch.Tensor, nn.Parameter)
+NOTHING = torch.empty(0, dtype=torch.bool, device="cpu")  # stands where an input is left out
 REASONS: dict[type, str] = {Overlap: "overlap", BadValue: "values"}
 
 
@@ -74,7 +75,6 @@ class Ways:
         # As transformers' sdpa decides where there is no mask.
         self._is_causal = any(getattr(part, "is_causal", False) for part in block.modules())
         self._known: Alike[Way] = Alike()
-        self._gaps: dict[tuple[int, ...], Alike[Way]] = {}
         self._position: tuple[int, int, torch.Tensor] | None = None
 
     def sizes_of(self, found: Sequence[Any]) -> tuple[int, int]:
@@ -99,13 +99,16 @@ class Ways:
         Raises:
             Unserved: there is none, with the reason.
         """
-        known, present = self._alike(inputs, held)
-        way = known.of(present)
+        known, look = self._known, inputs
+        way = known.of(look)
+        if way is None:
+            look = self._whole(inputs, held)
+            way = known.of(look)
         if way is not None and way.numbers == tuple(numbers) and is_within(way, held):
             return way
         refuse_modes(self.device)
         way = self._find(inputs, numbers, held)
-        known.add(present, way)
+        known.add(look, way)
         return way
 
     def follow(self, way: Way, inputs: list[Any], held: Held | None) -> list[torch.Tensor]:
@@ -123,18 +126,16 @@ class Ways:
         except BadInput as why:
             raise Unserved(REASONS.get(type(why), "layout"), f"{why}") from why
 
-    def _alike(self, inputs: Sequence[Any], held: Held | None) -> tuple[Alike[Way], Sequence[Any]]:
-        """The ways of calls that leave out the same inputs, and those that are there.
+    def _whole(self, inputs: Sequence[Any], held: Held | None) -> Sequence[Any]:
+        """The inputs with something in the place of those that are left out, which has a look.
 
         Over a cache a mask is left out only while nothing is in it.
         """
-        gaps = tuple([at for at, item in enumerate(inputs) if item is None])
-        if not gaps:
-            return self._known, inputs
-        if held is not None and (held.before or held.counts_on_device):
+        whole = [NOTHING if item is None else item for item in inputs]
+        gaps = any(item is NOTHING for item in whole)
+        if gaps and held is not None and (held.before or held.counts_on_device):
             raise Unserved("arguments", "a mask is left out, over a cache that is filled")
-        present = [item for item in inputs if item is not None]
-        return self._gaps.setdefault(gaps, Alike()), present
+        return whole
 
     def _positions(self, held: Held) -> torch.Tensor:
         """Where new entries go, the same for all layers of a step."""
