@@ -35,6 +35,7 @@ BASE = (
     "model_files",
     "package",
     "bundle",
+    "misses",
 )
 # What each room may import of the others; the base's files each see those before them.
 ROOMS = {

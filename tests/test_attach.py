@@ -19,7 +19,13 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+)
 
 import hubaoti
 from hubaoti import api
@@ -759,6 +765,116 @@ def test_an_artifact_that_was_changed_is_not_opened(
     with pytest.raises(DigestMismatch):
         hubaoti.attach(model, artifact, settings=settings)
     assert not [*regions_in(model)]
+
+
+# A window, and blocks without a cache
+
+WINDOW = 12
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A decoder whose blocks look back twelve places."""
+    config = MistralConfig(
+        architectures=["MistralForCausalLM"],
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        max_position_embeddings=128,
+        sliding_window=WINDOW,
+    )
+    torch.manual_seed(5)
+    model = MistralForCausalLM(config).eval()
+    with torch.no_grad():
+        for each in model.parameters():
+            each += 0.2 * torch.randn(each.shape)
+    model.save_pretrained(tmp_path_factory.mktemp("windowed") / "model")
+    return model
+
+
+@pytest.fixture(scope="module")
+def windowed_bundle(
+    windowed: Any, built_at: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """A graph for a window that fills, and one for a window that is full."""
+    folder = tmp_path_factory.mktemp("windowed") / "config"
+    windowed.config.save_pretrained(folder)
+    return hubaoti.compile(
+        folder,
+        folder.parent / "bundle",
+        task="generate",
+        dims={"batch": (1, 4), "seq": (1, 40), "cache": (8, 64)},
+        settings=built_at,
+    )
+
+
+@pytest.mark.parametrize(("length", "eager"), [(4, 0), (12, 0), (20, 2)])
+def test_over_a_window_it_goes_on_when_that_is_full(
+    length: int, eager: int, windowed: Any, windowed_bundle: Bundle, built_at: Settings
+) -> None:
+    """Only the call in which a window becomes full, and is not filled exactly, has no graph."""
+    ids = torch.arange(3, 3 + 2 * length).view(2, length)
+    expected = windowed.generate(ids, **STATIC)
+    with hubaoti.attach(windowed, windowed_bundle, settings=built_at) as attachment:
+        with warnings.catch_warnings(action="ignore", category=Fallback):
+            assert torch.equal(windowed.generate(ids, **STATIC), expected)
+        stats = attachment.stats()
+    assert (stats["compiled"], stats["eager"]) == (40 - eager, eager)
+    assert all(len(region["compiled"]) == 2 for region in stats["regions"].values())
+    if eager:
+        assert stats["regions"]["model.layers.0"]["eager"] == {"window": 1}
+
+
+@pytest.fixture(scope="module")
+def forward_bundle(tiny_decoder: Path, built_at: Settings) -> Bundle:
+    """The decoder's block without a cache."""
+    return hubaoti.compile(
+        tiny_decoder,
+        built_at.home.parent / "forward",
+        task="forward",
+        dims={"batch": (1, 4), "seq": (1, 40)},
+        settings=built_at,
+    )
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+@pytest.mark.parametrize("masked", [True, False])
+def test_masks_that_are_left_out_and_tables_of_one_row_are_made_whole(
+    case: str, masked: bool, tiny_decoder: Path, forward_bundle: Bundle, built_at: Settings
+) -> None:
+    model = AutoModel.from_pretrained(tiny_decoder).eval()
+    words = prompt(case) | {"use_cache": False}
+    if not masked:
+        del words["attention_mask"]
+    with torch.no_grad():
+        expected = model(**words)[0]
+        with hubaoti.attach(model, forward_bundle, settings=built_at) as attachment:
+            for _ in range(2):
+                torch.testing.assert_close(model(**words)[0], expected, atol=1e-4, rtol=1e-4)
+            assert attachment.stats()["eager"] == 0
+
+
+def test_a_mask_that_is_written_to_is_read_again(
+    tiny_decoder: Path, forward_bundle: Bundle, built_at: Settings
+) -> None:
+    """What is made of a tensor is kept for the next block, and not for another mask."""
+    model = AutoModel.from_pretrained(tiny_decoder).eval()
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    words = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "use_cache": False}
+    with torch.no_grad():
+        expected = []
+        for last in (True, False):
+            mask[0, 0, 2, 0] = last
+            expected.append(model(**words, attention_mask=mask)[0].clone())
+        with hubaoti.attach(model, forward_bundle, strict=True, settings=built_at):
+            for last, answer in zip((True, False), expected, strict=True):
+                mask[0, 0, 2, 0] = last
+                found = model(**words, attention_mask=mask)[0]
+                torch.testing.assert_close(found, answer, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(expected[0], expected[1], atol=1e-4)
 
 
 # Modules without a config

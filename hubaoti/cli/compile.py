@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
 from hubaoti.cli.output import Steps, human_size, print_json
+from hubaoti.misses import proposed, read
 
 
 @click.command("compile")
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="the bundle")
 @click.option("--task", help="embed, classify, logits, generate or forward; by default as it says")
 @click.option("--dim", "dims", multiple=True, metavar="NAME=MIN:MAX[:STEP]", help="as batch=1:32")
@@ -31,12 +33,29 @@ from hubaoti.cli.output import Steps, human_size, print_json
 @click.option("--jobs", type=int, help="graphs compiled at a time; by default what memory allows")
 @click.option("--force", is_flag=True, help="compile again what is built already")
 @click.option("--explain", is_flag=True, help="only say what would be compiled, and how")
+@click.option(
+    "--from-misses",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="only propose dims for the calls that no graph served",
+)
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
 def compile_command(
-    model: str, output: Path | None, explain: bool, as_json: bool, quiet: bool, **options: Any
+    model: str | None,
+    output: Path | None,
+    explain: bool,
+    from_misses: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
 ) -> None:
     """Compile MODEL (a Hub id or a folder) from its config; its weights are never read."""
+    if from_misses is not None:
+        propose(from_misses, model, as_json)
+        return
+    if model is None:
+        raise click.UsageError("Missing argument 'MODEL'.")
     if explain:
         explain_model(model, output, as_json, quiet, options)
         return
@@ -58,6 +77,27 @@ def compile_command(
             click.echo(f"  {graph.id} serves {counted(len(graph.modules), 'module')}")
         click.echo(f"  {human_size(manifest.size)}, in {seconds:.0f} s with {memory} at most")
         click.echo(f"  {len(manifest.checks)} checks against eager, largest error {worst:.1e}")
+
+
+def propose(path: Path, model: str | None, as_json: bool) -> None:
+    """Print what would have served the calls that a file tells of."""
+    misses = read(path)
+    proposal = proposed(misses)
+    if as_json:
+        facts = dataclasses.asdict(proposal) if proposal else {"dims": {}, "buckets": []}
+        print_json(facts | {"reasons": misses.reasons})
+        return
+    for reason, calls in misses.reasons.items():
+        click.echo(f"{counted(calls, 'call')} not served ({reason})")
+    for missed in misses.missed:
+        sizes = ", ".join(f"{name}={size}" for name, size in missed.sizes.items())
+        click.echo(f"  {missed.region} ({missed.reason}): {sizes}; {counted(missed.calls, 'call')}")
+    if proposal is None:
+        click.echo("no call was missed for its sizes: no other dims would have served it")
+        return
+    words = ["hubaoti", "compile", model or misses.build.model or "MODEL"]
+    words += ["--task", misses.build.task] * bool(misses.build.task)
+    click.echo(f"proposed: {shlex.join([*words, *proposal.words(), '-o', 'bundle'])}")
 
 
 def explain_model(

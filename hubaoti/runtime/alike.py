@@ -21,14 +21,15 @@ class Alike(Generic[Found]):
     """
 
     def __init__(self) -> None:
-        self._known: list[tuple[Callable[..., bool], Found]] = []
+        self._known: list[tuple[int, Callable[..., bool], Found]] = []
 
     def of(self, tensors: Sequence[Any]) -> Found | None:
         """What was found out about tensors like these; None where nothing was."""
-        for at, (same, found) in enumerate(self._known):
-            if same(*tensors):
+        count = len(tensors)
+        for at, (many, same, found) in enumerate(self._known):
+            if many == count and same(*tensors):
                 if at:
-                    self._put(same, found)
+                    self._put(many, same, found)
                 return found
         return None
 
@@ -36,16 +37,12 @@ class Alike(Generic[Found]):
         """Remember what was found out about these; what was used least lately is forgotten."""
         same = same_look(tensors)
         if same is not None:
-            self._put(same, found)
+            self._put(len(tensors), same, found)
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._known = []
-
-    def _put(self, same: Callable[..., bool], found: Found) -> None:
+    def _put(self, count: int, same: Callable[..., bool], found: Found) -> None:
         """At the front; other threads see the list of before or the one of after."""
-        others = [each for each in self._known if each[0] is not same]
-        self._known = [(same, found), *others[: KEPT - 1]]
+        others = [each for each in self._known if each[1] is not same]
+        self._known = [(count, same, found), *others[: KEPT - 1]]
 
 
 def same_look(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:

@@ -55,9 +55,8 @@ class Held:
         """
         places = self.keys.shape[2]
         if not self.counts_on_device and not self.is_full and self.before + self.seq > places:
-            what = "the window becomes full" if self.is_sliding else "the cache is too short"
-            told = f"{what}: {self.before} and {self.seq} more in {places} places"
-            raise Unserved("cache", told)
+            told = f"there are {places} places, {self.before} are filled, and {self.seq} come"
+            raise Unserved("window" if self.is_sliding else "cache", told)
 
     def position(self) -> torch.Tensor:
         """Where the new entries go."""

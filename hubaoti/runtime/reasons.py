@@ -21,6 +21,7 @@ ADVICE = {
     "arguments": "call it as it was called when it was compiled",
     "cache": 'generate with cache_implementation="static"; use_cache=False where nothing is '
     "generated",
+    "window": "of a long prompt, only the call in which a window becomes full is the module's own",
     "device": "move the inputs to the module's device",
     "dtype": "give inputs of the dtype that the recipe names, and masks of sdpa attention",
     "shape": "hubaoti compile --from-misses proposes dims and buckets for what "

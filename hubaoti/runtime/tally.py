@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from hubaoti.canonical import canonical
 from hubaoti.errors import NotServed
 from hubaoti.manifest import Manifest
@@ -77,5 +79,8 @@ class Tally:
     def save(self, stats: Mapping[str, Any], path: Path) -> None:
         """Write counts to a file, with the dims that the artifact has."""
         manifest = self._manifest
-        build = {"dims": manifest.build.dims, "model": manifest.source.model} if manifest else {}
-        path.write_bytes(canonical({**stats, "build": build}))
+        asked: dict[str, Any] = {}
+        if manifest is not None:
+            asked = {"dims": manifest.build.dims, "buckets": manifest.build.buckets}
+            asked |= {"model": manifest.source.model, "task": manifest.program.task}
+        path.write_bytes(canonical({**stats, "build": msgspec.to_builtins(asked)}))
