@@ -21,6 +21,7 @@ from hubaoti.hub.layout import RepoRef
 from hubaoti.manifest import Program
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.model_files import refuse_other_program
+from hubaoti.opening import require_sound
 from hubaoti.settings import Settings
 from hubaoti.steps import Say, silent
 from hubaoti.variant import Recipe
@@ -204,6 +205,7 @@ def load(
         DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
         OtherProgram: the model's config says something else than the graph computes.
         MissingConstant: the model's checkpoint lacks a tensor that the graph reads.
+        Quarantined: the graph crashed or differed when it was first opened, in its own process.
     """
     settings = settings or Settings.from_env()
     refuse_parts(artifact)
@@ -218,7 +220,7 @@ def load(
     where = device_for(artifact.manifest.target.device, device)
     entry = artifact.manifest.graphs[0]
     with Mirror.open(settings.mirror) as mirror:
-        mirror.verify(artifact)
+        require_sound(artifact, mirror, where, say)
     graph = open_graph(artifact.graph_folder(entry), entry, where)
     say("bind")
     graph.bind(constants(entry, artifact.path, Checkpoint(folder, where), where))
@@ -247,6 +249,7 @@ def attach(
         MissingConstant: it lacks tensors that the graphs need; all are named, nothing was touched.
         AlreadyAttached: it has graphs already.
         DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
+        Quarantined: a graph crashed or differed when it was first opened, in its own process.
     """
     settings = settings or Settings.from_env()
     from hubaoti.compiler.program import is_program_of
@@ -259,7 +262,7 @@ def attach(
     known = is_program_of(module, manifest.program, manifest.is_whole)
     say("open")
     with Mirror.open(settings.mirror) as mirror:
-        mirror.verify(found)
+        require_sound(found, mirror, runtime.device_of(module, manifest.target.device), say)
     parts = runtime.Parts(manifest, found.path, found.graph_folder)
     return runtime.attach(module, parts, strict=strict, tries=not known)
 

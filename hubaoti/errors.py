@@ -208,6 +208,12 @@ class NotServed(HubaotiError):
     exit_code = 32
 
 
+class Quarantined(HubaotiError):
+    """A graph crashed a process, or answered otherwise than where it was built: it stays shut."""
+
+    exit_code = 33
+
+
 def first_line(why: BaseException | str) -> str:
     """The first line of somebody else's message that says something, as long as a person reads."""
     lines = (line.strip() for line in str(why).splitlines())

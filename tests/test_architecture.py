@@ -24,6 +24,7 @@ BASE = (
     "extents",
     "canonical",
     "disks",
+    "memory",
     "steps",
     "settings",
     "variant",
@@ -45,8 +46,9 @@ ROOMS = {
     "compiler": {*BASE, "runtime"},
     "hub": {*BASE, "mirror"},
     "fetching": {*BASE, "hub"},
+    "opening": {*BASE, "runtime", "mirror"},
     "compiling": {*BASE, "compiler", "runtime", "mirror", "fetching"},
-    "api": {*BASE, "compiler", "runtime", "mirror", "hub", "fetching", "compiling"},
+    "api": {*BASE, "compiler", "runtime", "mirror", "hub", "fetching", "compiling", "opening"},
     "engines": {*BASE, "compiler", "runtime", "mirror", "hub", "api"},
     "spaces": {*BASE, "compiler", "runtime", "mirror", "hub", "api"},
     "server": {"errors"},
@@ -77,6 +79,7 @@ LAZY = {
     ("torch", "api.py"),
     ("torch", "cli/run.py"),
     ("torch", "compiling.py"),
+    ("torch", "opening.py"),
     ("transformers", "compiling.py"),
 }
 

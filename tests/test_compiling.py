@@ -385,7 +385,7 @@ def test_a_mistake_of_the_user_s_has_no_report(
 def test_too_little_memory_is_said_before_anything_is_built(
     bare: Settings, tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hubaoti.compiler.memory.available", lambda: 700_000_000)
+    monkeypatch.setattr("hubaoti.memory.available", lambda: 700_000_000)
     with pytest.raises(NotEnoughMemory, match=r"1\.3 GB of memory; 0\.7 GB are free") as caught:
         hubaoti.compile(tiny_decoder, tmp_path / "bundle", settings=bare, **ASKED)
     assert "model.layers of tiny-decoder" in str(caught.value)

@@ -19,11 +19,11 @@ from hubaoti.compiler import jobs
 from hubaoti.compiler.elf import Needs
 from hubaoti.compiler.faces import Face
 from hubaoti.compiler.jobs import build_all, how_many
-from hubaoti.compiler.memory import OVERHEAD
 from hubaoti.compiler.plan import Unit
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.unit import Built
 from hubaoti.errors import BadDim, BadRequest, CompileFailed, HubaotiError
+from hubaoti.memory import OVERHEAD
 
 CPU = torch.device("cpu")
 WAIT = 20.0  # seconds after which what should come will not come

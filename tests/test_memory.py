@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from hubaoti.compiler import memory
-from hubaoti.compiler.memory import Peak, available, descendants, held, require_memory
+from hubaoti import memory
 from hubaoti.errors import NotEnoughMemory
+from hubaoti.memory import Peak, available, descendants, held, require_memory
 
 MB = 1 << 20
 HOLDING = "import sys, time; held = b'x' * ({size} << 20); print('ready', flush=True); {then}"

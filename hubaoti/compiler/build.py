@@ -18,7 +18,6 @@ from hubaoti.compiler import elf
 from hubaoti.compiler.constants import save
 from hubaoti.compiler.inductor import LEVELS, options_for
 from hubaoti.compiler.jobs import build_all, how_many
-from hubaoti.compiler.memory import OVERHEAD, Peak, require_memory
 from hubaoti.compiler.plan import Plan, Unit
 from hubaoti.compiler.request import DEFAULT_LEVEL, Request
 from hubaoti.compiler.unit import Built as BuiltUnit
@@ -28,6 +27,7 @@ from hubaoti.errors import BadRequest
 from hubaoti.host import Host
 from hubaoti.manifest import Build, Built, File, Manifest, Source, Target, key_of
 from hubaoti.match import Refusal, judge_level
+from hubaoti.memory import OVERHEAD, Peak, require_memory
 from hubaoti.requirements import Requirements
 from hubaoti.runtime.golden import GOLDEN, kept
 from hubaoti.steps import Say

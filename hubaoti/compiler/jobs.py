@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 
 from hubaoti import errors
 from hubaoti.compiler import elf
-from hubaoti.compiler.memory import OVERHEAD, available
 from hubaoti.compiler.plan import Unit
 from hubaoti.compiler.unit import Built
 from hubaoti.errors import BadRequest, CompileFailed, HubaotiError, first_line
 from hubaoti.manifest import Check, File, Graph
+from hubaoti.memory import OVERHEAD, available
 from hubaoti.steps import Say, silent
 
 PARTS = ".parts"  # a folder of the bundle in the making

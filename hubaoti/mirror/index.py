@@ -17,10 +17,9 @@ from hubaoti.disks import no_room
 from hubaoti.errors import HubaotiError
 from hubaoti.manifest import Manifest
 
-VERSION = 1
 PATIENCE = 30.0  # seconds to wait for another process's transaction
 
-SCHEMA = """
+FIRST = """
 create table artifacts (
     digest text primary key, key text not null, recipe text not null, variant text not null,
     size integer not null, added real not null,
@@ -40,6 +39,14 @@ create table pulls (
 ) strict;
 create table built (digest text primary key, key text not null, at real not null) strict;
 """
+SECOND = """
+create table tested (
+    graph text not null, host text not null, problem text not null, at real not null,
+    primary key (graph, host)
+) strict;
+"""
+STEPS = (FIRST, SECOND)  # from nothing to today's tables; one that was released never changes
+VERSION = len(STEPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +135,8 @@ class Index:
     def _prepare(self) -> None:
         with self._explained():
             self._db.execute("pragma foreign_keys = on")
-            if self._version() == 0:
+            before = self._version()
+            if before == 0 or (before < VERSION and self.is_writable):
                 self._create()
             version = self._version()
         if version > VERSION:
@@ -221,6 +229,26 @@ class Index:
         with self._explained():
             return self._db.execute(query, (digest,)).fetchone() is not None
 
+    def record_tested(self, graph: str, host: str, problem: str) -> None:
+        """Remember what came of a graph's first open on a kind of host; nothing where it is fine.
+
+        A problem that is known stays known: what crashed once is not opened again.
+        """
+        with self._writing() as db:
+            db.execute(
+                "insert or ignore into tested values (?, ?, ?, ?)",
+                (graph, host, problem, time.time()),
+            )
+
+    def tested(self, graph: str, host: str) -> str | None:
+        """The problem of a graph on a kind of host, empty where it has none; None if untested."""
+        if self._version() < VERSION:  # of before, and only read
+            return None
+        query = "select problem from tested where graph = ? and host = ?"
+        with self._explained():
+            found = self._db.execute(query, (graph, host)).fetchone()
+        return None if found is None else str(found[0])
+
     def _rows(self, where: str, *values: str) -> list[Row]:
         columns = "digest, key, recipe, variant, size, added, endpoint, repo, revision, path"
         with self._explained():
@@ -235,10 +263,10 @@ class Index:
         # WAL where the disk allows it: SQLite answers with the mode it took, and goes on.
         self._db.execute("pragma journal_mode = wal")
         self._db.execute("begin immediate")
-        if self._version() == 0:  # another process may have been faster
-            for statement in SCHEMA.split(";"):
+        for step in STEPS[self._version() :]:  # another process may have been faster
+            for statement in step.split(";"):
                 self._db.execute(statement)
-            self._db.execute(f"pragma user_version = {VERSION}")
+        self._db.execute(f"pragma user_version = {max(VERSION, self._version())}")
         self._db.execute("commit")
 
     @contextmanager

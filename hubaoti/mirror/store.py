@@ -204,10 +204,14 @@ class Mirror:
         folder = self.root / "graphs" / graph.sha256
         for member in graph.members:
             if not has_bytes(folder / member.path, member.sha256):
-                if self.index.is_writable:
-                    self.index.remove_graph(graph.sha256)
-                    self._quarantine(folder)
+                self.quarantine(graph)
                 raise changed(folder / member.path)
+
+    def quarantine(self, graph: Graph) -> None:
+        """Keep a graph apart that must not be opened, and promise no artifact that holds it."""
+        if self.index.is_writable:
+            self.index.remove_graph(graph.sha256)
+            self._quarantine(self.root / "graphs" / graph.sha256)
 
     def verify_file(self, artifact: Artifact, file: File) -> Path:
         """Hash one of the small tensors' files again; where it lies.

@@ -1,0 +1,190 @@
+"""The first open of a graph, in a process of its own: what crashes there crashes nobody else.
+
+The child asks the graph its golden questions, for which no weights are needed, and says what came
+of each. Who opens the graph afterwards knows that it runs on this machine, and answers as it did
+where it was built.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+import hubaoti
+from hubaoti.errors import HubaotiError, NotEnoughMemory
+from hubaoti.manifest import FILENAME, Manifest, parse
+from hubaoti.manifest import Graph as Entry
+from hubaoti.memory import available
+from hubaoti.runtime import golden
+from hubaoti.runtime.graph import open_graph
+
+BASE = 600 << 20  # bytes of a process that has torch
+SECONDS = 300.0  # for one graph, the start of a process included
+PROGRAM = "import sys; sys.path[:0] = [{home!r}]; from hubaoti.runtime.selftest import main; main()"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came of a graph's first open; `problem` is empty where it answers as it should.
+
+    A problem is `lasting` unless it may have been this moment's: a process that was ended from
+    outside, for memory or for taking too long.
+    """
+
+    graph: str
+    problem: str = ""
+    lasting: bool = True
+
+
+class Said(msgspec.Struct):
+    """A line of the child: a graph that it begins with, or what came of it."""
+
+    graph: str
+    problem: str | None = None
+
+
+DECODER = msgspec.json.Decoder(Said)
+
+
+def selftest(
+    path: Path,
+    graphs: Path,
+    entries: Sequence[Entry],
+    device: torch.device,
+    patience: float = SECONDS,
+) -> list[Verdict]:
+    """Open each graph of the artifact at `path` in a child, and compare its golden answers.
+
+    `graphs` has the unpacked packages by their sha256; the caller has verified both. A graph for
+    which nothing is told within `patience` seconds is ended, and counts as one that crashed.
+
+    Raises:
+        NotEnoughMemory: a graph's answers take more than is free here.
+    """
+    for entry in entries:
+        require_room(entry)
+    waiting = [entry.id for entry in entries]
+    verdicts: list[Verdict] = []
+    while waiting:
+        told = [*asked(path, graphs, waiting, device, patience)]
+        verdicts += told
+        done = {verdict.graph for verdict in told}
+        waiting = [graph for graph in waiting if graph not in done]
+    return verdicts
+
+
+def require_room(entry: Entry) -> None:
+    """See that a graph's golden answers can be asked for here.
+
+    Raises:
+        NotEnoughMemory: with what they take and what is free.
+    """
+    needed = BASE + (entry.golden.memory if entry.golden else 0)
+    if (have := available()) < needed:
+        raise NotEnoughMemory(
+            f"the first open of graph {entry.id} takes {needed / 1e9:.1f} GB of memory; "
+            f"{have / 1e9:.1f} GB are free",
+            hint="free some: a graph is not opened before it was tried",
+        )
+
+
+def asked(
+    path: Path, graphs: Path, waiting: Sequence[str], device: torch.device, patience: float
+) -> Iterator[Verdict]:
+    """What one child says, until it has ended; the graph at which it died has a verdict too."""
+    home = str(Path(hubaoti.__file__).parent.parent)
+    words = [sys.executable, "-c", PROGRAM.format(home=home), path, graphs, device, *waiting]
+    child = subprocess.Popen(
+        [*map(str, words)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    begun = waiting[0]
+    try:
+        out, _ = child.communicate(timeout=patience * len(waiting))
+    except subprocess.TimeoutExpired:
+        child.kill()
+        out, _ = child.communicate()
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
+    finished = set()
+    for said in map(DECODER.decode, out.splitlines()):
+        begun = said.graph
+        if said.problem is not None:
+            finished.add(said.graph)
+            yield Verdict(said.graph, said.problem)
+    left = [graph for graph in waiting if graph not in finished]
+    if left:
+        code = child.returncode
+        at = begun if begun in left else left[0]
+        yield Verdict(at, ended(code), lasting=code != -signal.SIGKILL)
+
+
+def ended(code: int) -> str:
+    """How a process ended before it had said what it should, in words."""
+    if code == -signal.SIGKILL:
+        return "its process was ended: it took too long, or too much memory"
+    if code < 0:
+        return f"it crashed its process ({signal.Signals(-code).name})"
+    return f"its process ended with code {code}"
+
+
+def main() -> None:
+    """The child: artifact, unpacked graphs, device, and the graphs' ids on the command line."""
+    path, graphs, device, *ids = sys.argv[1:]
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what native code prints is no line of ours
+    manifest = parse((Path(path) / FILENAME).read_bytes(), path)
+    for entry in chosen(manifest, ids):
+        say(out, Said(entry.id))
+        say(out, Said(entry.id, problem_of(entry, Path(path), Path(graphs), torch.device(device))))
+
+
+def say(out: Any, said: Said) -> None:
+    """One line, at once: the next graph may end this process."""
+    out.write(msgspec.json.encode(said) + b"\n")
+    out.flush()
+
+
+def chosen(manifest: Manifest, ids: Sequence[str]) -> list[Entry]:
+    """The graphs of these ids, in their order."""
+    return [entry for name in ids for entry in manifest.graphs if entry.id == name]
+
+
+def problem_of(entry: Entry, path: Path, graphs: Path, device: torch.device) -> str:
+    """Open one graph and compare its answers; what is wrong with it in words, else nothing."""
+    try:
+        graph = open_graph(graphs / entry.sha256, entry, device)
+        if entry.golden is None:
+            return ""
+        expected = golden.expected(entry, path)
+        found = golden.answer(graph, path)
+        return "; ".join(golden.differences(found, expected, entry.golden.tolerances))
+    except HubaotiError as why:
+        return f"{why}"
+
+
+def kind_of_host(device: torch.device) -> str:
+    """What a verdict holds for: this torch, and this kind of processor."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        kind = f"{name} {torch.cuda.get_device_capability(device)}"
+    else:
+        kind = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.node()} {platform.machine()} {kind} torch {torch.__version__}"

@@ -1,0 +1,179 @@
+"""Selftest: a graph is first opened by a process of its own, which it may crash."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import hubaoti
+from hubaoti import api
+from hubaoti.bundle import Bundle
+from hubaoti.errors import HubaotiError, NotEnoughMemory, Quarantined
+from hubaoti.mirror import Artifact, Mirror
+from hubaoti.opening import require_sound
+from hubaoti.runtime import selftest as testing
+from hubaoti.runtime.attach import regions_in
+from hubaoti.runtime.selftest import Verdict, selftest
+from hubaoti.settings import Settings
+
+CPU = torch.device("cpu")
+NATIVE = """
+#include <signal.h>
+#include <unistd.h>
+__attribute__((constructor)) static void begin(void) {{ {body}; }}
+"""
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path / "home", endpoint="http://127.0.0.1:9")
+
+
+@pytest.fixture
+def mirror(settings: Settings) -> Iterator[Mirror]:
+    with Mirror.open(settings.mirror) as found:
+        yield found
+
+
+@pytest.fixture
+def artifact(decoder_bundle: Bundle, mirror: Mirror) -> Artifact:
+    """The decoder's artifact, in a mirror that does not know who built it."""
+    return api.put(decoder_bundle, mirror)
+
+
+def tried(artifact: Artifact, patience: float = 120.0) -> list[Verdict]:
+    return selftest(artifact.path, artifact.graphs, artifact.manifest.graphs, CPU, patience)
+
+
+def library(artifact: Artifact, body: str) -> None:
+    """A library in the place of the graph's, which does something when it is opened."""
+    found = next(artifact.graph_folder(artifact.manifest.graphs[0]).rglob("*.wrapper.so"))
+    found.unlink()
+    source = found.with_suffix(".c")
+    source.write_text(NATIVE.format(body=body))
+    subprocess.run(["g++", "-shared", "-fPIC", "-x", "c", source, "-o", found], check=True)
+    source.unlink()
+
+
+def test_a_good_graph_answers_its_golden_questions(artifact: Artifact) -> None:
+    assert tried(artifact) == [Verdict("model.layers")]
+
+
+def test_a_graph_that_crashes_takes_nobody_along(artifact: Artifact) -> None:
+    library(artifact, "raise(SIGSEGV)")
+    assert tried(artifact) == [Verdict("model.layers", "it crashed its process (SIGSEGV)")]
+
+
+def test_a_graph_that_ends_its_process_without_a_word_is_told(artifact: Artifact) -> None:
+    library(artifact, "_exit(0)")
+    assert tried(artifact) == [Verdict("model.layers", "its process ended with code 0")]
+
+
+def test_a_graph_that_never_answers_is_ended_and_may_be_tried_again(artifact: Artifact) -> None:
+    library(artifact, "for (;;) pause()")
+    (verdict,) = tried(artifact, patience=15.0)
+    assert not verdict.lasting
+    assert "took too long" in verdict.problem
+
+
+def test_a_library_that_is_none_is_told_in_words(artifact: Artifact) -> None:
+    library(artifact, "")
+    (verdict,) = tried(artifact)
+    assert "cannot be opened" in verdict.problem
+    assert verdict.lasting
+
+
+def test_other_answers_than_where_it_was_built_are_told(artifact: Artifact) -> None:
+    file = artifact.path / "golden.safetensors"
+    answers = {name: each + 1.0 for name, each in load_file(file).items()}
+    file.unlink()
+    save_file(answers, file)
+    (verdict,) = tried(artifact)
+    assert "model.layers/output is off by" in verdict.problem
+
+
+def test_too_little_memory_is_said_before_anything_is_opened(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(testing, "available", lambda: 100 << 20)
+    with pytest.raises(NotEnoughMemory, match=r"graph model\.layers takes 0\.\d GB .*0\.1 GB"):
+        tried(artifact)
+
+
+def test_it_is_done_once_for_a_graph_and_a_host(
+    artifact: Artifact, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    require_sound(artifact, mirror, CPU, said.append)
+    require_sound(artifact, mirror, CPU, said.append)
+    assert said == ["first open"]
+    monkeypatch.setattr(testing, "kind_of_host", lambda device: "another host")
+    require_sound(artifact, mirror, CPU, said.append)
+    assert said == ["first open"] * 2
+
+
+def test_what_was_built_here_was_compared_when_it_was_built(
+    artifact: Artifact, mirror: Mirror
+) -> None:
+    mirror.record_built(artifact.manifest)
+    said: list[str] = []
+    require_sound(artifact, mirror, CPU, said.append)
+    assert said == []
+
+
+def test_what_failed_is_apart_and_never_opened_in_this_process(
+    artifact: Artifact, settings: Settings, decoder_bundle: Bundle, tiny_decoder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def crashes(*args: Any) -> list[Verdict]:
+        return [Verdict("model.layers", "it crashed its process (SIGILL)")]
+
+    opened: list[Any] = []
+    monkeypatch.setattr(testing, "selftest", crashes)
+    monkeypatch.setattr("hubaoti.runtime.attach.open_graph", lambda *a: opened.append(a))
+    model = AutoModelForCausalLM.from_pretrained(tiny_decoder).eval()
+    for _ in range(2):  # pulled again, it is known
+        with pytest.raises(Quarantined, match=r"model\.layers: it crashed .*\(SIGILL\)"):
+            hubaoti.attach(model, artifact, settings=settings)
+        assert not opened
+        assert not [*regions_in(model)]
+        with Mirror.open(settings.mirror) as mirror:
+            api.put(decoder_bundle, mirror)
+        monkeypatch.setattr(testing, "selftest", lambda *a: pytest.fail("it was tried again"))
+    assert [*(settings.mirror / "quarantine").iterdir()]
+
+
+def test_what_may_have_been_this_moment_s_is_not_held_against_a_graph(
+    artifact: Artifact, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = [Verdict("model.layers", "its process was ended", lasting=False)]
+    with monkeypatch.context() as patch:
+        patch.setattr(testing, "selftest", lambda *a: ended)
+        with pytest.raises(HubaotiError, match="its process was ended"):
+            require_sound(artifact, mirror, CPU, lambda step: None)
+    require_sound(artifact, mirror, CPU, lambda step: None)
+
+
+def test_an_index_of_before_learns_to_remember(artifact: Artifact, settings: Settings) -> None:
+    index = settings.mirror / "index.sqlite3"
+    with Mirror.open(settings.mirror) as mirror:
+        mirror.close()
+    db = sqlite3.connect(index)
+    db.execute("drop table tested")
+    db.execute("pragma user_version = 1")
+    db.commit()
+    db.close()
+    with Mirror.open(settings.mirror) as mirror:
+        assert mirror.artifact(artifact.digest) is not None
+        assert mirror.index.tested("0" * 64, "host") is None
+        mirror.index.record_tested("0" * 64, "host", "it crashed")
+        mirror.index.record_tested("0" * 64, "host", "")
+        assert mirror.index.tested("0" * 64, "host") == "it crashed"
