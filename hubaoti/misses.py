@@ -112,11 +112,13 @@ def proposed(misses: Misses) -> Proposal | None:
         return None
     dims = dict(misses.build.dims)
     for sizes in misses.sizes:
-        # A cache has to hold what is filled of it; how much that is, no one asks for.
-        held = {"cache": sizes["filled"]} if "filled" in sizes and "cache" in dims else {}
-        for name, size in [*sizes.items(), *held.items()]:
+        for name, size in sizes.items():
             if name in dims and size > 0:
                 dims[name] = stretched(dims[name], size)
+        # A cache has to hold what is filled of it; how much that is, no one asks for.
+        if "cache" in dims and sizes.get("filled", 0) > dims["cache"][1]:
+            low, _, step = dims["cache"]
+            dims["cache"] = (low, -(-sizes["filled"] // step) * step, step)
     buckets = misses.build.buckets
     for sizes in misses.sizes:
         buckets = with_room(buckets, sizes)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from decoding import kilobytes
 from figures import Figure, figure, in_turn, ratios
 from recording import apart, shaken
 from torch import nn
@@ -32,6 +33,8 @@ from hubaoti.settings import Settings
 
 BLOCKS, DECODER_BLOCKS = 12, 32
 CALLS = 400  # of one side before the other's turn
+ROUNDS = 1000
+KINDS = ("fd", "task")  # what the kernel lists of this process
 FILLED, PLACES = 100, 256  # of the cache in a decode step
 SMALL: dict[str, Any] = {
     "hidden_size": 256,
@@ -81,6 +84,7 @@ def bench_attach(scratch: Path, rounds: int) -> list[Figure]:
     model = shaken(transformers.LlamaForCausalLM(config(DECODER_BLOCKS)))
     found += seconds_to_attach(model, decoder, settings, rounds)
     found += decode_step(model, decoder, settings, rounds)
+    found += again_and_again(forward, settings)
     del model
     ctypes.CDLL(None).malloc_trim(0)
     return [*found, peak_memory(decoder, settings, scratch)]
@@ -321,6 +325,26 @@ def step(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
     for layer in cache.layers:
         layer.cumulative_length.fill_(FILLED - 1)
     return model(ids, past_key_values=cache).logits  # type: ignore[no-any-return]
+
+
+def again_and_again(bundle: Bundle, settings: Settings) -> Iterator[Figure]:
+    """What is left of a model that is attached, called and detached a thousand times."""
+    model = shaken(transformers.LlamaModel(config(BLOCKS)))
+    artifact = api.artifact_of(bundle, False, settings, lambda step: None)
+    ids = torch.arange(3)[None]
+    held: list[tuple[int, int, int]] = []
+    with torch.no_grad():
+        for at in range(ROUNDS + 1):
+            with hubaoti.attach(model, artifact, strict=True, settings=settings):
+                model(ids, use_cache=False)
+            if at in {ROUNDS // 20, ROUNDS}:
+                files, threads = (len([*Path("/proc/self", each).iterdir()]) for each in KINDS)
+                held.append((files, threads, kilobytes("VmRSS")))
+    name = f"{ROUNDS} times attached and detached"
+    grown = [after - before for before, after in zip(*held, strict=True)]
+    yield figure("attach", f"{name}, files and threads more", [grown[0] + grown[1]], "",
+                 ("at most", 0))  # fmt: skip
+    yield figure("attach", f"{name}, memory more", [grown[2] / 1000], "MB", ("at most", 20))
 
 
 def text(model: Any) -> Any:

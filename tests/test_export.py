@@ -99,7 +99,8 @@ def test_an_answer_s_sizes_are_said_in_the_dims() -> None:
             "half": {"tensor": 1},
             "one": {"tensor": 2},
             "no": None,
-        }
+        },
+        "order": ["twice", "half", "one", "no"],
     }
 
 

@@ -192,7 +192,8 @@ def test_the_template_of_an_answer_is_the_module_s(steps: tuple[Bundle, bool]) -
         ("output_sums_0", ("x_0",)),
     ]
     assert outputs.template == {
-        "dict": {"y": {"tensor": 0}, "nothing": None, "sums": {"tuple": [{"tensor": 1}]}}
+        "dict": {"y": {"tensor": 0}, "nothing": None, "sums": {"tuple": [{"tensor": 1}]}},
+        "order": ["y", "nothing", "sums"],
     }
 
 

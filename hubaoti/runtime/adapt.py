@@ -20,49 +20,59 @@ Key = tuple[Any, ...]
 
 
 class Adapted:
-    """Tensors made of others, remembered as long as those live and are not written to."""
+    """Tensors made of others for the blocks of a model, in one pass through it.
+
+    A block that asks for the same again is in another pass, in which the source may hold something
+    else: what is written through numpy, no version tells.
+    """
 
     def __init__(self) -> None:
-        self._made: dict[Key, tuple[Any, int, torch.Tensor]] = {}
+        self._made: dict[Key, tuple[Any, int, torch.Tensor, set[str]]] = {}
 
-    def shaped(self, source: torch.Tensor, shape: Sequence[int], filled: int | None) -> Any:
-        """A tensor cut to the places that are filled, and with all of its rows.
+    def shaped(
+        self, source: torch.Tensor, shape: Sequence[int], filled: int | None, who: str
+    ) -> torch.Tensor:
+        """A tensor cut to the places that are filled, and with all of its rows, for a block.
 
         What an inference tensor was written since cannot be told: it is adapted each time.
         """
         if source.is_inference() or is_capturing(source.device):
             return shaped(source, shape, filled)
-        key = (id(source), *shape)
+        key = (id(source), stream_of(source.device), *shape)
         found = self._made.get(key)
         if found is not None and found[0]() is source and found[1] == source._version:
-            return found[2]
+            asked = found[3]
+            if who not in asked:
+                asked.add(who)
+                return found[2]
         made = shaped(source, shape, filled)
         if made is not source:
-            self._keep(key, (weakref.ref(source), source._version, made))
+            self._keep(key, (weakref.ref(source), source._version, made, {who}))
         return made
 
     def mask(
         self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, causal: bool
     ) -> torch.Tensor:
         """The mask that was left out: all that is there is looked at, or all that was before."""
-        key = (None, causal, dtype, device, *shape)
+        key = (None, stream_of(device), causal, dtype, device, *shape)
         found = self._made.get(key)
         if found is not None:
             return found[2]
         made = mask(shape, dtype, device, causal)
         if not is_capturing(device):
-            self._keep(key, (None, 0, made))
+            self._keep(key, (None, 0, made, set()))
         return made
 
-    def clear(self) -> None:
-        """Give the memory back."""
-        self._made = {}
-
-    def _keep(self, key: Key, made: tuple[Any, int, torch.Tensor]) -> None:
+    def _keep(self, key: Key, made: tuple[Any, int, torch.Tensor, set[str]]) -> None:
         """Remember the newest; those whose source is gone are the first to be forgotten."""
         alive = {k: v for k, v in self._made.items() if v[0] is None or v[0]() is not None}
         alive.pop(key, None)
         self._made = {**dict([*alive.items()][-(KEPT - 1) :]), key: made}
+
+
+def stream_of(device: torch.device) -> int:
+    """The stream on which tensors are made here; what another one makes may not be there yet."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def shaped(source: torch.Tensor, shape: Sequence[int], filled: int | None) -> torch.Tensor:

@@ -32,6 +32,9 @@ from hubaoti.runtime.weights import shipped_tensors
 TEXTS = {"embed", "classify", "logits"}
 # transformers asks the model itself whether `generate` compiles it (generation/utils.py, 5.22).
 AUTO_COMPILE = "_valid_auto_compile_criteria"
+# Whatever somebody puts over a region's `forward`, it is known here by its module.
+# Neither lives for it: a region is its module's.
+ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Region]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class Attachment:
         problems = []
         for region in self._regions:
             try:
-                region.bind()
+                region.bind(anew=True)
             except Unserved as why:
                 problems.append(f"{region.path}: {why}")
         if problems:
@@ -80,6 +83,8 @@ class Attachment:
     def detach(self) -> None:
         """Give the module everything back; a second time does nothing."""
         for region in self._regions:
+            if not region.inside.is_gone:
+                ATTACHED.pop(region.inside.module, None)
             region.take_away()
         module = self._module()
         if module is not None and isinstance(vars(module).get(AUTO_COMPILE), Uncompiled):
@@ -111,7 +116,7 @@ def attach(module: nn.Module, parts: Parts, *, strict: bool, tries: bool) -> Att
     `strict`, a call that no graph serves raises.
 
     Raises:
-        AlreadyAttached: it has graphs already, or is within a module that does.
+        AlreadyAttached: it has graphs already, or a module within it has.
         BadRequest: the artifact answers texts, or was built for another kind of device.
         MissingConstant: the module lacks tensors that the graphs need, or has others; all are
             named. Nothing was touched.
@@ -130,9 +135,11 @@ def attach(module: nn.Module, parts: Parts, *, strict: bool, tries: bool) -> Att
     regions = [*opened(found, by_path, parts, shipped)]
     for region in regions:
         bind_first(region)
-    trials = Trials(entry.id for entry in manifest.graphs if tries)
     for region in regions:
-        region.put(tally.missed, trials)
+        # What no graph reads may still be computed with: a config tells of no bias that was added.
+        tried = region.ways.entries if tries or region.inside.more else ()
+        region.put(tally.missed, Trials(entry.id for entry in tried))
+        ATTACHED[region.inside.module] = weakref.ref(region)
     if hasattr(module, AUTO_COMPILE):
         setattr(module, AUTO_COMPILE, Uncompiled(module))
     return Attachment(module, regions, tally)
@@ -158,9 +165,9 @@ def detach(module: nn.Module) -> None:
 def regions_in(module: nn.Module) -> Iterator[Region]:
     """The regions that are attached to a module and all within it."""
     for part in module.modules():
-        forward = vars(part).get("forward")
-        if isinstance(forward, Region):
-            yield forward
+        region = ATTACHED[part]() if part in ATTACHED else None
+        if region is not None:
+            yield region
 
 
 def refuse_attached(module: nn.Module) -> None:

@@ -147,7 +147,7 @@ class Graph:
             BadInput: constants are not bound, or were moved since; and as `Checks.fitting` does.
             OutOfBounds: a dim is outside of what the graph was compiled for.
         """
-        if not self._ready or self.is_moved:
+        if self.is_moved:
             raise self._unbound()
         return self.run(self.checks.fitting(inputs))
 
@@ -157,6 +157,9 @@ class Graph:
         Raises:
             BadInput: the native code itself refuses, as of an embedding's ids.
         """
+        bound = self._bound  # held until it has run, whoever binds or releases meanwhile
+        if not self._ready:
+            raise self._unbound()
         try:
             return self._runner.run(inputs)
         except RuntimeError as why:
@@ -164,6 +167,13 @@ class Graph:
                 f"graph {self.entry.id} failed: {first_line(why)}",
                 hint="see that its inputs are what the manifest says of their values",
             ) from why
+        finally:
+            del bound
+
+    def release(self) -> None:
+        """Let go of the constants: it is not called again before it is bound again."""
+        self._ready = not self._bound
+        self._bound, self._given, self._addresses = {}, [], []
 
     def _unbound(self) -> BadInput:
         """Why it cannot be called: what it would read is not there."""

@@ -1,16 +1,12 @@
 """What a region's graphs took of its module: its tensors, its parts, and that nothing listens.
 
-A graph stands for the module as it was. So at each call the module is asked whether it still is: by
-identity of its parts and parameters, by hooks, by train mode. Nothing of this costs a microsecond.
+A graph stands for the module as it was when it was bound; `watch` tells whether it still is.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import repeat
-from operator import getitem, is_
 from typing import Any
 
 import torch
@@ -19,65 +15,32 @@ from torch.nn.modules import module as torch_module
 
 from hubaoti.errors import MissingConstant
 from hubaoti.manifest import Constant
-from hubaoti.runtime.checks import address, alignment_of, check_constant, dtype_of
+from hubaoti.runtime.checks import alignment_of, check_constant, dtype_of
 from hubaoti.runtime.quantize import make
 from hubaoti.runtime.reasons import Unserved
+from hubaoti.runtime.watch import GLOBAL_HOOKS, Found, Watch, is_merged, version
 
 PLAIN = (torch.Tensor, nn.Parameter)
-# Hooks of every module, which a graph's inner modules would not run (torch.nn.modules.module).
-GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A constant in a module: the dictionary and the name that hold it, and the tensor itself.
-
-    `bound` is what a graph is given: the very tensor, unless it has to be made of it, as it was at
-    a version.
-    """
-
-    store: dict[str, Any]
-    name: str
-    tensor: torch.Tensor
-    bound: torch.Tensor
-    version: int = 0
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether the tensor was not written to since something was made of it."""
-        return self.bound is self.tensor or self.version == version(self.tensor)
 
 
 class Inside:
-    """One module as its graphs know it."""
+    """One module as its graphs know it: where it has their constants."""
 
     def __init__(
         self, module: nn.Module, constants: Sequence[Constant], shipped: Mapping[str, torch.Tensor]
     ) -> None:
-        # The module holds its region, which holds this: a way back would keep a model that nobody
-        # has any more, until the garbage collector comes.
         self._module = weakref.ref(module)
         self.constants = constants
         self.shipped = shipped
         self._parts = {n: part for n, part in parts_of(module).items() if part is not module}
+        self._types = {name: type(part) for name, part in self._parts.items()}
         self._found: dict[str, Found] = {}
-        self._adapters: list[Any] = []
-        self._watch({})
+        self.more = self._unread()
 
-    def is_same(self) -> bool:
-        """Whether nothing of it was replaced, hooked, or set to train."""
-        try:
-            return (
-                not self.module.training
-                and not any(self._hooks)
-                and all(map(is_, map(getitem, self._stores, self._names), self._things))
-                and [*map(len, self._states)] == self._sizes
-                and True not in map(getitem, self._states, repeat("training"))
-                and (not self._adapters or all(map(is_merged, self._adapters)))
-                and (not self._made or all(each.is_fresh for each in self._made))
-            )
-        except KeyError:
-            return False
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody has the module any more."""
+        return self._module() is None
 
     @property
     def module(self) -> nn.Module:
@@ -86,25 +49,34 @@ class Inside:
         assert module is not None
         return module
 
-    def wants_gradients(self) -> bool:
-        """Whether one of the tensors that were bound is trained."""
-        return any(tensor.requires_grad for tensor in self._things if isinstance(tensor, PLAIN))
+    def _unread(self) -> frozenset[str]:
+        """The tensors that no graph reads, as a bias that the program has not."""
+        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
+        read = {constant.fqn for constant in self.constants}
+        read |= {constant.origin.module or "" for constant in self.constants}
+        return frozenset(name for name, _ in tensors) - read
 
-    def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The constants by fqn as they are now, from here on the ones that are watched.
+    def look(self, device: torch.device) -> tuple[dict[str, torch.Tensor], Watch]:
+        """The constants by fqn as they are now, and what tells when that is so no more.
 
         Raises:
             Unserved: the module is not what it was, or a tensor does not fit.
         """
         self._require_quiet()
-        self._require_same_parts()
+        adapters = self._merged_adapters()
+        self._require_no_more(bool(adapters))
         found: dict[str, Found] = {}
         problems = [*self._problems(found, device)]
         if problems:
             raise Unserved("weights", "; ".join(problems))
-        self._watch(found)
+        self._found = found
         shipped = {c.fqn: self.shipped[c.fqn] for c in self.constants if c.fqn not in found}
-        return shipped | {fqn: each.bound for fqn, each in found.items()}
+        tensors = shipped | {fqn: each.bound for fqn, each in found.items()}
+        return tensors, Watch(self.module, [*found.values()], adapters)
+
+    def forget(self) -> None:
+        """Make everything anew that is made of the module's tensors."""
+        self._found = {}
 
     def problems(self, device: torch.device) -> list[str]:
         """Why constants do not fit, each with its name, what is expected and what is there."""
@@ -181,26 +153,10 @@ class Inside:
             return before
         return Found(*held, tensor, made(tensor), version(tensor))
 
-    def _watch(self, found: Mapping[str, Found]) -> None:
-        """From here on these are what `is_same` compares with."""
-        parts = [*self.module.modules()]
-        inner = parts[1:]
-        edges = [(vars(p)["_modules"], n, c) for p in parts for n, c in p._modules.items()]
-        watched = [*edges, *((each.store, each.name, each.tensor) for each in found.values())]
-        self._stores = [store for store, _, _ in watched]
-        self._names = [name for _, name, _ in watched]
-        self._things = [thing for _, _, thing in watched]
-        self._states = [vars(part) for part in inner]
-        self._sizes = [*map(len, self._states)]
-        self._hooks = [getattr(torch_module, name) for name in GLOBAL_HOOKS]
-        self._hooks += [part._forward_hooks for part in inner]
-        self._hooks += [part._forward_pre_hooks for part in inner]
-        # What was made of a tensor must be made again when that is written to.
-        self._made = [each for each in found.values() if each.bound is not each.tensor]
-        self._found = {**found}
-
     def _require_quiet(self) -> None:
         """Refuse train mode, hooks, and parts whose `forward` is not their class's any more."""
+        if self._module() is None:
+            raise Unserved("changed", "the module is gone")
         for name, part in self.module.named_modules():
             if part.training:
                 raise Unserved("training", f"{name or 'the region'} is in train mode")
@@ -213,10 +169,22 @@ class Inside:
         if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
             raise Unserved("hooks", "there is a hook on all modules")
 
-    def _require_same_parts(self) -> None:
-        """Refuse parts that were replaced, but by an adapter that is merged into its layer."""
-        now = parts_of(self.module)
-        self._adapters = []
+    def _require_no_more(self, adapted: bool) -> None:
+        """Refuse parts of another class, and tensors that were not there; adapters bring some."""
+        for name, part in self._parts.items():
+            if type(part) is not self._types[name]:
+                raise Unserved("changed", f"{name} is a {type(part).__name__} now")
+        new = self._unread() - self.more
+        if new and not adapted:
+            raise Unserved("changed", f"{', '.join(sorted(new))} is new")
+
+    def _merged_adapters(self) -> list[Any]:
+        """The adapters that stand in the place of parts and are merged into them.
+
+        Raises:
+            Unserved: a part was replaced by anything else, or is new.
+        """
+        now, adapters = parts_of(self.module), {}
         for name, part in self._parts.items():
             current = now.get(name)
             if current is part:
@@ -225,13 +193,11 @@ class Inside:
                 raise Unserved("changed", f"{name} was replaced by a {type(current).__name__}")
             if not is_merged(current):
                 raise Unserved("adapters", f"{name} has an adapter that is not merged")
-            self._adapters.append(current)
-        adapted = tuple(
-            f"{name}." for name, part in self._parts.items() if now.get(name) is not part
-        )
+            adapters[f"{name}."] = current
         for name in now.keys() - self._parts.keys() - {""}:
-            if not name.startswith(adapted):
+            if not name.startswith(tuple(adapters)):
                 raise Unserved("changed", f"{name} is new")
+        return [*adapters.values()]
 
 
 def parts_of(module: nn.Module) -> dict[str, nn.Module]:
@@ -269,16 +235,3 @@ def quantized(constant: Constant, tensor: torch.Tensor) -> torch.Tensor:
         )
     assert origin.transform is not None
     return make(origin.transform, tensor.detach())
-
-
-def is_merged(adapter: Any) -> bool:
-    """Whether an adapter's part is in its layer's own weight, so that the layer answers for both.
-
-    As peft's layers say it, which are found in no other way.
-    """
-    return bool(getattr(adapter, "merged", False))
-
-
-def version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to, and where it lies; inference tensors do not count."""
-    return hash((address(tensor), -1 if tensor.is_inference() else tensor._version))

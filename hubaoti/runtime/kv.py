@@ -7,6 +7,7 @@ other class is left to eager.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,8 @@ from hubaoti.runtime.reasons import Unserved
 
 STATIC = "StaticLayer"
 SLIDING = "StaticSlidingWindowLayer"
-COUNTED = "_hubaoti_filled"  # on a layer: how much it holds, and at which version of its own count
+COUNTED = "_hubaoti_filled"  # on a layer: its own count, at which version, and what that was
+CAPTURED = "captured"  # there: that is not known any more
 
 
 @dataclass(slots=True)
@@ -76,8 +78,14 @@ class Held:
             count.add_(self.seq)
         if self.is_sliding:
             self.layer.cumulative_length_int += self.seq
-        if not self.counts_on_device and not count.is_inference():
-            setattr(self.layer, COUNTED, (self.before + self.seq, count._version))
+        if count.device.type == "cpu":
+            return
+        # A device would have to be waited for. A captured graph counts without anybody knowing.
+        if self.counts_on_device or getattr(self.layer, COUNTED, None) == CAPTURED:
+            setattr(self.layer, COUNTED, CAPTURED)
+        elif not count.is_inference():
+            known = (weakref.ref(count), count._version, self.before + self.seq)
+            setattr(self.layer, COUNTED, known)
 
 
 class Place:
@@ -142,10 +150,11 @@ def filled_in(layer: Any, is_sliding: bool) -> int:
     if is_sliding:
         return int(layer.cumulative_length_int)
     count = layer.cumulative_length
-    remembered = getattr(layer, COUNTED, None)
-    if remembered is not None and not count.is_inference() and remembered[1] == count._version:
-        return int(remembered[0])
-    return int(count)
+    known: Any = getattr(layer, COUNTED, CAPTURED)
+    if isinstance(known, str) or count.is_inference():
+        return int(count)
+    of, version, filled = known
+    return int(filled) if of() is count and version == count._version else int(count)
 
 
 def put_into(face: Cache, held: Held, inputs: list[Any], position: torch.Tensor | None) -> None:

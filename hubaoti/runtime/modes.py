@@ -14,8 +14,8 @@ from hubaoti.runtime.reasons import Unserved
 
 # Private, checked on torch 2.11 and 2.13; each tells of what torch has no public word for.
 functions = torch._C._len_torch_function_stack
-tracing = torch._C._get_tracing_state
 function_modes: Any = _get_current_function_mode_stack
+jit_traces: Any = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 
 def refuse_watchers() -> None:
@@ -30,7 +30,7 @@ def refuse_watchers() -> None:
         raise Unserved("modes", "a torch function mode is on")
     if forward_ad._current_level >= 0:
         raise Unserved("transforms", "forward gradients are computed")
-    if tracing() is not None:
+    if jit_traces():
         raise Unserved("tracing", "torch.jit traces")
 
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from hubaoti.errors import BadInput
+from hubaoti.errors import BadInput, MissingConstant
 from hubaoti.manifest import Constant
 from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.inside import Inside
 from hubaoti.runtime.kv import Held, Place
-from hubaoti.runtime.modes import refuse_watchers
+from hubaoti.runtime.modes import refuse_modes, refuse_watchers
 from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.trial import Trials
+from hubaoti.runtime.watch import Watch
 from hubaoti.runtime.ways import Ways
 
 Missed = Callable[[str, Unserved], None]
@@ -27,7 +29,7 @@ class Region:
     """What answers in the place of a module's `forward`.
 
     It is an attribute of the module and of nothing else: whoever copies, pickles or exports the
-    module gets the module as it was.
+    module gets the module as it was. Only a shallow copy shares it, and answers as the original.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class Region:
         self.graphs = list(graphs)
         self.inside = Inside(module, constants_of(graphs), shipped)
         self._own = vars(module).get("forward")
-        self._class_s = type(module).forward
         self._place = Place(module, ways.entries) if ways.has_cache else None
+        self._watch: Watch | None = None  # nothing is bound
+        self._lock = threading.Lock()
         self._counts = [itertools.count() for _ in graphs]
         self._missed: Missed = ignore
         self._trials = Trials(())
@@ -52,9 +55,9 @@ class Region:
 
     def counts(self) -> dict[str, int]:
         """How many calls each graph answered."""
-        # A count tells its next number to whoever copies it; counting by `next` is safe in threads.
+        # `count(7)`: counting by `next` is safe in threads, and so one asks without counting.
         pairs = zip(self.ways.entries, self._counts, strict=True)
-        return {entry.id: int(count.__reduce__()[1][0]) for entry, count in pairs}
+        return {entry.id: int(repr(count)[6:-1]) for entry, count in pairs}
 
     def put(self, missed: Missed, trials: Trials) -> None:
         """Answer from here on; `missed` is told of each call that the module answers itself."""
@@ -67,29 +70,63 @@ class Region:
 
         Where somebody else has put theirs over it meanwhile, it stays, and only calls the module's.
         """
-        module = self.inside.module
-        if vars(module).get("forward") is self:
-            del module.forward
-            if self._own is not None:
-                module.forward = self._own
-        self.graphs = []
-        self.ways.adapted.clear()
+        if not self.inside.is_gone:
+            module = self.inside.module
+            if vars(module).get("forward") is self:
+                del module.forward
+                if self._own is not None:
+                    module.forward = self._own
+        with self._lock:
+            self._watch = None
+            graphs, self.graphs = self.graphs, []
+            for graph in graphs:
+                graph.release()
 
     def eager(self, *args: Any, **kwargs: Any) -> Any:
         """What the module itself answers."""
         if self._own is not None:
             return self._own(*args, **kwargs)
-        return self._class_s(self.inside.module, *args, **kwargs)
+        module = self.inside.module
+        return type(module).forward(module, *args, **kwargs)
 
-    def bind(self) -> None:
-        """Give the graphs the module's tensors as they are now.
+    def bind(self, *, anew: bool = False) -> None:
+        """Give the graphs the module's tensors as they are now; what is made of them, if need be.
 
         Raises:
-            Unserved: the module is not what it was, or a tensor does not fit.
+            Unserved: the module is not what it was, or a tensor does not fit. Nothing stays bound.
         """
-        tensors = self.inside.tensors(self.ways.device)
+        with self._lock:
+            if not anew and self._is_bound():  # another thread was faster
+                return
+            self._watch = None
+            if anew:
+                self.inside.forget()
+            try:
+                watch = self._give()
+            except (Unserved, MissingConstant) as why:
+                self.inside.forget()
+                for graph in self.graphs:
+                    graph.release()
+                if isinstance(why, Unserved):
+                    raise
+                raise Unserved("weights", f"{why}") from why
+            if self.inside.more:  # what no graph reads may be another by now
+                self._trials.again()
+            self._watch = watch
+
+    def _give(self) -> Watch:
+        """Bind what the module has now."""
+        if is_patched(self._own):
+            raise Unserved("changed", "it had a forward of its own when it was attached")
+        tensors, watch = self.inside.look(self.ways.device)
         for graph in self.graphs:
             graph.bind(tensors)
+        return watch
+
+    def _is_bound(self) -> bool:
+        """Whether the graphs have the module's tensors as they are now."""
+        watch, graphs = self._watch, self.graphs
+        return watch is not None and watch.is_same() and not (graphs and graphs[0].is_moved)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -116,26 +153,38 @@ class Region:
             Unserved: none can, with the reason.
         """
         refuse_watchers()
-        if not self.inside.is_same() or self.graphs[0].is_moved:
+        watch, graphs = self._watch, self.graphs
+        if watch is None or not watch.is_same() or graphs[0].is_moved:
+            refuse_modes(self.ways.device)
             self.bind()
-        if torch.is_grad_enabled() and self.inside.wants_gradients():
+            watch, graphs = self._watch, self.graphs
+        if watch is None or not graphs:
+            raise Unserved("changed", "it is bound anew, or detached, in another thread")
+        if torch.is_grad_enabled() and watch.wants_gradients():
             raise Unserved("gradients", "the region's parameters are trained")
         ways = self.ways
         found = ways.plan.flat(args, kwargs)
+        if torch.is_grad_enabled() and any(map(wants_gradient, found)):
+            raise Unserved("gradients", "gradients are wanted of an input")
         if self._place is None:
-            return self._through(found, None, args, kwargs)
+            return self._through(graphs, found, None, args, kwargs)
         rows, seq = ways.sizes_of(found)
         held = self._place.held(found[ways.plan.count], rows, seq, ways.device)
         try:
             held.require_room()
             ways.with_cache(found, held)
-            return self._through(found, held, args, kwargs)
+            return self._through(graphs, found, held, args, kwargs)
         except Unserved:
             held.undo()
             raise
 
     def _through(
-        self, found: list[Any], held: Held | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self,
+        graphs: Sequence[Graph],
+        found: list[Any],
+        held: Held | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
     ) -> Any:
         """The answer of the graph to which a call's tensors find their way."""
         ways = self.ways
@@ -144,20 +193,14 @@ class Region:
         if held is not None and held.is_full:
             inputs.pop()  # a full window has no position
         way = ways.of(inputs, numbers, held)
-        return self._run(way.graph, ways.follow(way, inputs, held), held, args, kwargs)
-
-    def _run(
-        self,
-        at: int,
-        inputs: list[torch.Tensor],
-        held: Held | None,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
-        """Have a graph answer, or try it beside the module where it was never tried."""
-        graph, answer = self.graphs[at], self.ways.answers[at]
+        inputs = ways.follow(way, inputs, held, self.path)
+        graph = graphs[way.graph]
         if self._trials.wants(graph.entry.id):
             return self._trials.hold(graph, inputs, lambda: self.eager(*args, **kwargs))
+        return self._run(way.graph, graph, inputs, held)
+
+    def _run(self, at: int, graph: Graph, inputs: list[torch.Tensor], held: Held | None) -> Any:
+        """Have a graph answer, and count it."""
         try:
             outputs = graph.run(inputs)
         except BadInput as why:
@@ -167,7 +210,18 @@ class Region:
         if held is not None:
             held.wrote()
         next(self._counts[at])
-        return answer(outputs)
+        return self.ways.answers[at](outputs)
+
+
+def is_patched(own: Any) -> bool:
+    """Whether a module has a `forward` that is not its class's; a copy may have that as its own."""
+    function, of = getattr(own, "__func__", None), type(getattr(own, "__self__", None))
+    return own is not None and (function is None or function is not getattr(of, "forward", None))
+
+
+def wants_gradient(item: Any) -> bool:
+    """Whether gradients are wanted of what a call gives."""
+    return isinstance(item, torch.Tensor) and item.requires_grad
 
 
 def ignore(path: str, why: Unserved) -> None:

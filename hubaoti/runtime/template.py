@@ -88,6 +88,7 @@ class Layout:
         self._count = plan.count
         self._tensors: dict[int, int] = {}
         self._numbers: list[int] = []
+        self._twice: list[tuple[int, int, str]] = []
         self._constants: list[tuple[int, Any, str]] = []
         self._devices: list[tuple[int, str, str]] = []
         self._opened: list[tuple[int, Callable[[Any], Sequence[Any]]]] = []
@@ -118,8 +119,11 @@ class Layout:
         if not all(map(is_, self._pick(row), self._expected)):
             self._compare(row)
         for place, name, where in self._devices:
-            if torch.device(row[place]).type != name:
-                raise Unserved("arguments", f"{where} is {row[place]}; the graph has {name}")
+            if kind_of_device(row[place]) != name:
+                raise Unserved("arguments", f"{where} is {row[place]!r:.40}; the graph has {name}")
+        for place, other, where in self._twice:
+            if row[place] is not row[other]:
+                raise Unserved("arguments", f"{where} was one tensor with another argument")
         return [*self._find(row)]
 
     def _compare(self, row: Sequence[Any]) -> None:
@@ -146,7 +150,10 @@ class Layout:
             self._constants.append((place, template, where))
 
     def _tensor(self, at: int, place: int, where: str) -> None:
-        self._tensors[at] = place
+        # A tensor that was given twice is one input: calls must give it in both places.
+        if at in self._tensors:
+            self._twice.append((self._tensors[at], place, where))
+        self._tensors.setdefault(at, place)
 
     def _cache(self, _true: bool, place: int, where: str) -> None:
         self._tensors[self._count] = place
@@ -232,6 +239,14 @@ def same_literal(value: Any, expected: Any) -> bool:
     if isinstance(value, torch.Tensor) or type(value) is not type(expected):
         return False
     return bool(value == expected)
+
+
+def kind_of_device(value: Any) -> str | None:
+    """The kind of a device, however it is named; None of anything else."""
+    try:
+        return torch.device(value).type if isinstance(value, (str, torch.device)) else None
+    except RuntimeError:
+        return None
 
 
 def is_cache(value: Any) -> bool:

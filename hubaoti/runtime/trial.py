@@ -15,11 +15,17 @@ from hubaoti.runtime.reasons import Unserved
 
 
 class Trials:
-    """Graphs that were not tried yet, and those that answered otherwise than the module."""
+    """Graphs of a region that were not tried yet, and those that answered otherwise than it."""
 
     def __init__(self, graphs: Iterable[str]) -> None:
-        self._waiting = {*graphs}
+        self._all = frozenset(graphs)
+        self._waiting = {*self._all}
         self._refused: dict[str, str] = {}
+
+    def again(self) -> None:
+        """Try all of them once more."""
+        self._refused = {}
+        self._waiting = {*self._all}
 
     def wants(self, graph: str) -> bool:
         """Whether a graph has to be tried first.
@@ -27,9 +33,11 @@ class Trials:
         Raises:
             Unserved: it was tried, and answered otherwise.
         """
+        if graph in self._waiting:  # it leaves here last: who comes in between tries it, too
+            return True
         if graph in self._refused:
             raise Unserved("differs", self._refused[graph])
-        return graph in self._waiting
+        return False
 
     def hold(self, graph: Graph, inputs: list[torch.Tensor], eager: Callable[[], Any]) -> Any:
         """What the module answers, after the graph was asked the same.

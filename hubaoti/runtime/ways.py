@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from hubaoti.errors import BadInput, BadManifest, OutOfBounds
 from hubaoti.extents import Extent
 from hubaoti.manifest import Graph as Entry
 from hubaoti.manifest import Input
-from hubaoti.runtime.adapt import Adapted
+from hubaoti.runtime.adapt import Adapted, stream_of
 from hubaoti.runtime.alike import Alike
 from hubaoti.runtime.checks import BadValue, Checks, Overlap, Slot
 from hubaoti.runtime.kv import Held, put_into
@@ -65,17 +66,20 @@ class Ways:
         self.checks = [Checks(entry, device) for entry in self.entries]
         first = max(self.entries, key=lambda entry: len(entry.inputs))
         refuse_other_calls(first, self.entries)
-        self.plan = CallPlan(first.call, len(first.inputs), block.forward)
+        own = partial(type(block).forward, block)  # whatever somebody has put over it
+        self.plan = CallPlan(first.call, len(first.inputs), own)
         self.answers: list[Make] = [answer_plan(e.outputs.template) for e in self.entries]
         self.adapted = Adapted()
         self.has_cache = first.cache is not None
         self._rows, self._seq = axis_of(first, "batch"), axis_of(first, "seq")
         # Who made a model of transformers gives one row for all, and leaves masks out.
         self._expands = expands
+        self._config = next((p.config for p in block.modules() if hasattr(p, "config")), None)
+        self._masks = sum(item.values == "mask" for item in first.inputs)
         # As transformers' sdpa decides where there is no mask.
         self._is_causal = any(getattr(part, "is_causal", False) for part in block.modules())
         self._known: Alike[Way] = Alike()
-        self._position: tuple[int, int, torch.Tensor] | None = None
+        self._position: tuple[tuple[int, int, int], torch.Tensor] | None = None
 
     def sizes_of(self, found: Sequence[Any]) -> tuple[int, int]:
         """Rows and tokens of a call of a decoder's block."""
@@ -111,8 +115,10 @@ class Ways:
         known.add(look, way)
         return way
 
-    def follow(self, way: Way, inputs: list[Any], held: Held | None) -> list[torch.Tensor]:
-        """The inputs as the way's graph takes them.
+    def follow(
+        self, way: Way, inputs: list[Any], held: Held | None, who: str
+    ) -> list[torch.Tensor]:
+        """The inputs as the way's graph takes them, for the block at a path.
 
         Raises:
             Unserved: two share memory that is written, or an id is no id.
@@ -120,7 +126,9 @@ class Ways:
         filled = held.filled if held is not None else None
         checks = self.checks[way.graph]
         for shape in way.shapes:
-            inputs[shape.place] = self._shaped(checks.slots[shape.place], shape, inputs, filled)
+            inputs[shape.place] = self._shaped(
+                checks.slots[shape.place], shape, inputs, filled, who
+            )
         try:
             return checks.settled(inputs, way.sizes)
         except BadInput as why:
@@ -132,19 +140,31 @@ class Ways:
         Over a cache a mask is left out only while nothing is in it.
         """
         whole = [NOTHING if item is None else item for item in inputs]
-        gaps = any(item is NOTHING for item in whole)
-        if gaps and held is not None and (held.before or held.counts_on_device):
-            raise Unserved("arguments", "a mask is left out, over a cache that is filled")
+        if any(item is NOTHING for item in whole):
+            self._require_plain_mask(held)
         return whole
+
+    def _require_plain_mask(self, held: Held | None) -> None:
+        """Refuse to make a mask that would say something else than leaving it out."""
+        if getattr(self._config, "_attn_implementation", None) != "sdpa":
+            raise Unserved("arguments", "a mask is left out, of an attention that is not sdpa")
+        if self._masks != 1:
+            raise Unserved("arguments", "a mask is left out, and there are several")
+        # Of one token sdpa looks at all places, those that are empty among them.
+        if held is not None and (held.before or held.counts_on_device or held.seq == 1):
+            raise Unserved("arguments", "a mask is left out, over a cache that has more places")
 
     def _positions(self, held: Held) -> torch.Tensor:
         """Where new entries go, the same for all layers of a step."""
         if held.counts_on_device:
             return held.position()
+        at = (held.before, held.seq, stream_of(self.device))
         known = self._position
-        if known is None or known[:2] != (held.before, held.seq):
-            known = self._position = (held.before, held.seq, held.position())
-        return known[2]
+        if known is None or known[0] != at:
+            known = (at, held.position())
+            if type(known[1]) is torch.Tensor:  # and not one of a mode that is refused yet
+                self._position = known
+        return known[1]
 
     def _of_kind(self, held: Held) -> Entry:
         """A graph for a window that is full, or for one that is not."""
@@ -158,7 +178,7 @@ class Ways:
         """Try the graphs in their order.
 
         Raises:
-            Unserved: with the reason of the first of them that came near.
+            Unserved: with the reason of the last of them.
         """
         problems: list[Unserved] = []
         for at, entry in enumerate(self.entries):
@@ -189,7 +209,7 @@ class Ways:
         shapes = [*self._shapes(entry, inputs, sizes)]
         made = [*inputs]
         for shape in shapes:
-            made[shape.place] = self._shaped(checks.slots[shape.place], shape, inputs, filled)
+            made[shape.place] = self._shaped(checks.slots[shape.place], shape, inputs, filled, "")
         try:
             checks.examined(made)
         except (OutOfBounds, BadInput) as why:
@@ -231,21 +251,25 @@ class Ways:
             if wanted is None:
                 continue
             same = tensor is not None and tuple(tensor.shape) == wanted
-            if same and tensor.is_contiguous() and not cut:
+            if item.mutated or (same and tensor.is_contiguous() and not cut):
                 continue
-            if same or tensor is None or (self._expands and is_less(tensor.shape, wanted, cut)):
+            # The input that says how many rows there are stands for itself.
+            expands = self._expands and (self._rows is None or place != self._rows[0])
+            if same or tensor is None or (expands and is_less(tensor.shape, wanted, cut)):
                 yield Shape(place, wanted[:-1] if cut else wanted, cut)
 
     def _shaped(
-        self, slot: Slot, shape: Shape, inputs: Sequence[Any], filled: int | None
+        self, slot: Slot, shape: Shape, inputs: Sequence[Any], filled: int | None, who: str
     ) -> torch.Tensor:
         """An input made into a shape; one that was left out is made."""
         sizes = (*shape.sizes, filled) if shape.cut and filled is not None else shape.sizes
         source = inputs[shape.place]
         if source is None:
-            return self.adapted.mask(sizes, slot.dtype, self.device, self._is_causal)
+            # Over another sequence, as over an encoder's answer, everything is looked at.
+            own = slot.entry.shape[-1] in {slot.entry.shape[-2], "filled"}
+            return self.adapted.mask(sizes, slot.dtype, self.device, own and self._is_causal)
         cut = filled if shape.cut else None
-        return self.adapted.shaped(source, sizes, cut)  # type: ignore[no-any-return]
+        return self.adapted.shaped(source, sizes, cut, who)
 
     def _require_numbers(self, numbers: Sequence[Any], sizes: Mapping[str, int]) -> None:
         """Refuse a number that does not follow from the dims as it did."""

@@ -1,0 +1,112 @@
+"""Whether a module still is what its graphs were bound to; asked at each call, so it is short."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from operator import getitem, is_
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from hubaoti.runtime.checks import address
+
+# Hooks of every module, which a graph's inner modules would not run (torch.nn.modules.module).
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A constant in a module: the dictionary and the name that hold it, and the tensor itself.
+
+    `bound` is what a graph is given: the very tensor, unless it has to be made of it, as it was at
+    a version.
+    """
+
+    store: dict[str, Any]
+    name: str
+    tensor: torch.Tensor
+    bound: torch.Tensor
+    version: int = 0
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the tensor was not written to since something was made of it."""
+        return self.bound is self.tensor or self.version == version(self.tensor)
+
+
+class Watch:
+    """A module as it was when its graphs were bound.
+
+    Seen are other parts, parameters and buffers, hooks, train mode, a `forward` put on a part, and
+    adapters that are merged no more. Not seen are plain attributes that somebody sets, and what is
+    written into a tensor that a graph reads where it lies, which needs not be seen.
+    """
+
+    def __init__(self, module: nn.Module, found: Sequence[Found], adapters: Sequence[Any]) -> None:
+        # The module holds its region, which holds this: a way back would keep a model that nobody
+        # has any more, until the garbage collector comes.
+        self._module = weakref.ref(module)
+        parts = [*module.modules()]
+        stores = [
+            vars(part)[kind] for part in parts for kind in ("_parameters", "_buffers", "_modules")
+        ]
+        held = [(store, name, each) for store in stores for name, each in store.items()]
+        self._stores = [store for store, _, _ in held]
+        self._names = [name for _, name, _ in held]
+        self._things = [each for _, _, each in held]
+        self._children = stores[2::3]
+        self._counts = [*map(len, self._children)]
+        self._inner = parts[1:]
+        self._types = [*map(type, self._inner)]
+        self._states = [vars(part) for part in self._inner]
+        self._sizes = [*map(len, self._states)]
+        self._hooks = [getattr(torch_module, name) for name in GLOBAL_HOOKS]
+        self._hooks += [part._forward_hooks for part in self._inner]
+        self._hooks += [part._forward_pre_hooks for part in self._inner]
+        self._tensors = [each.tensor for each in found]
+        self._made = [each for each in found if each.bound is not each.tensor]
+        self._adapters = [*adapters]
+
+    def is_same(self) -> bool:
+        """Whether nothing of it was replaced, hooked, or set to train."""
+        module = self._module()
+        try:
+            return (
+                module is not None
+                and not module.training
+                and not any(self._hooks)
+                and all(map(is_, map(getitem, self._stores, self._names), self._things))
+                and [*map(len, self._states)] == self._sizes
+                and [*map(len, self._children)] == self._counts
+                and [*map(type, self._inner)] == self._types
+                and True not in map(getitem, self._states, repeat("training"))
+                and (not self._adapters or all(map(is_merged, self._adapters)))
+                and (not self._made or all(each.is_fresh for each in self._made))
+            )
+        except KeyError:
+            return False
+
+    def wants_gradients(self) -> bool:
+        """Whether one of the tensors that were bound is trained."""
+        return any(tensor.requires_grad for tensor in self._tensors)
+
+
+def is_merged(adapter: Any) -> bool:
+    """Whether an adapter's part is in its layer's own weight, so that the layer answers for both.
+
+    As peft's layers say it, which are found in no other way; a disabled one takes its part out
+    again when it is called.
+    """
+    return bool(getattr(adapter, "merged", False)) and not getattr(
+        adapter, "disable_adapters", False
+    )
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to, and where it lies; inference tensors do not count."""
+    return hash((address(tensor), -1 if tensor.is_inference() else tensor._version))
