@@ -43,7 +43,8 @@ def require_sound(artifact: Artifact, mirror: Mirror, device: torch.device, say:
     if not waiting:
         return
     say("first open")
-    verdicts = selftest(artifact.path, artifact.graphs, waiting, device)
+    told = selftest(artifact.path, artifact.graphs, waiting, device)
+    verdicts = [verdict for verdict in told if verdict.opened]
     remember(verdicts, {graph.id: graph for graph in waiting}, mirror, host)
     refuse({each.graph: each.problem for each in verdicts if each.problem}, artifact)
 

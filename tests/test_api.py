@@ -81,7 +81,7 @@ def test_pull_open_and_call_gives_the_model_s_own_answer(
     assert answer.task == eager.task == "classify"
     assert answer.values.shape == (3, 3)
     torch.testing.assert_close(answer.values, eager.values, atol=1e-5, rtol=0)
-    assert steps[-3:] == ["open", "bind", "run"]
+    assert [step for step in steps if step != "first open"][-3:] == ["open", "bind", "run"]
 
 
 def test_eager_takes_the_dtype_of_the_artifact_that_was_pulled(

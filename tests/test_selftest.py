@@ -67,6 +67,13 @@ def test_a_good_graph_answers_its_golden_questions(artifact: Artifact) -> None:
     assert tried(artifact) == [Verdict("model.layers")]
 
 
+def test_whole_models_answer_theirs_tied_weights_among_them(
+    roberta_bundle: Bundle, llama_bundle: Bundle, mirror: Mirror
+) -> None:
+    for bundle in (roberta_bundle, llama_bundle):
+        assert tried(api.put(bundle, mirror)) == [Verdict("root")]
+
+
 def test_a_graph_that_crashes_takes_nobody_along(artifact: Artifact) -> None:
     library(artifact, "raise(SIGSEGV)")
     assert tried(artifact) == [Verdict("model.layers", "it crashed its process (SIGSEGV)")]
@@ -84,11 +91,19 @@ def test_a_graph_that_never_answers_is_ended_and_may_be_tried_again(artifact: Ar
     assert "took too long" in verdict.problem
 
 
-def test_a_library_that_is_none_is_told_in_words(artifact: Artifact) -> None:
+def test_what_cannot_even_be_loaded_is_not_held_against_a_graph(
+    artifact: Artifact, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who opens it is told what the system says."""
     library(artifact, "")
     (verdict,) = tried(artifact)
     assert "cannot be opened" in verdict.problem
-    assert verdict.lasting
+    assert not verdict.opened
+    monkeypatch.setattr(Mirror, "verify", lambda *a: None)
+    for _ in range(2):
+        said: list[str] = []
+        require_sound(artifact, mirror, CPU, said.append)
+        assert said == ["first open"]
 
 
 def test_other_answers_than_where_it_was_built_are_told(artifact: Artifact) -> None:

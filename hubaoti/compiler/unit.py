@@ -30,6 +30,7 @@ from hubaoti.runtime import golden
 from hubaoti.runtime.graph import Graph as Open
 from hubaoti.runtime.graph import open_graph
 from hubaoti.runtime.quantize import quantize
+from hubaoti.runtime.rule import write
 from hubaoti.steps import Say
 
 if TYPE_CHECKING:
@@ -234,6 +235,8 @@ def checked(
     checks = verify.verify(graph, trial)
     libraries = [unpacked / m.path for m in entry.members if m.path.endswith(".wrapper.so")]
     by_rule = not source.live and not place.made
+    if by_rule:
+        name_by_rule(graph, place.module)
     entry, answers = questioned(graph, scratch, by_rule)
     return Built(entry, elf.needs_of(libraries[0]), files, checks, answers)
 
@@ -271,6 +274,17 @@ def described(
         constants.save(shipped, scratch / place.file)
         files = (file_entry(scratch, place.file),)
     return msgspec.structs.replace(bare, constants=listed), files
+
+
+def name_by_rule(graph: Open, module: nn.Module) -> None:
+    """Give tied constants the values of the name that the graph has for them, of their several.
+
+    Who opens the graph knows no other; the module's parameters got theirs by its own first name.
+    """
+    named = constants.tensors_of(module)
+    for constant in graph.entry.constants:
+        if constant.aliases and isinstance(named.get(constant.fqn), nn.Parameter):
+            write(named[constant.fqn], constant.fqn)
 
 
 def questioned(graph: Open, folder: Path, by_rule: bool) -> tuple[Graph, dict[str, torch.Tensor]]:

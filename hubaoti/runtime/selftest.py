@@ -22,7 +22,7 @@ import msgspec
 import torch
 
 import hubaoti
-from hubaoti.errors import HubaotiError, NotEnoughMemory
+from hubaoti.errors import CannotOpen, HubaotiError, MissingOps, NotEnoughMemory
 from hubaoti.manifest import FILENAME, Manifest, parse
 from hubaoti.manifest import Graph as Entry
 from hubaoti.memory import available
@@ -39,12 +39,14 @@ class Verdict:
     """What came of a graph's first open; `problem` is empty where it answers as it should.
 
     A problem is `lasting` unless it may have been this moment's: a process that was ended from
-    outside, for memory or for taking too long.
+    outside, for memory or for taking too long. What the system does not even load, as on a disk
+    from which no code may run, was not `opened`: whoever opens it is told the same.
     """
 
     graph: str
     problem: str = ""
     lasting: bool = True
+    opened: bool = True
 
 
 class Said(msgspec.Struct):
@@ -52,6 +54,7 @@ class Said(msgspec.Struct):
 
     graph: str
     problem: str | None = None
+    opened: bool = True
 
 
 DECODER = msgspec.json.Decoder(Said)
@@ -127,7 +130,7 @@ def asked(
         begun = said.graph
         if said.problem is not None:
             finished.add(said.graph)
-            yield Verdict(said.graph, said.problem)
+            yield Verdict(said.graph, said.problem, said.opened, said.opened)
     left = [graph for graph in waiting if graph not in finished]
     if left:
         code = child.returncode
@@ -153,7 +156,7 @@ def main() -> None:
     manifest = parse((Path(path) / FILENAME).read_bytes(), path)
     for entry in chosen(manifest, ids):
         say(out, Said(entry.id))
-        say(out, Said(entry.id, problem_of(entry, Path(path), Path(graphs), torch.device(device))))
+        say(out, tried(entry, Path(path), Path(graphs), torch.device(device)))
 
 
 def say(out: Any, said: Said) -> None:
@@ -167,17 +170,21 @@ def chosen(manifest: Manifest, ids: Sequence[str]) -> list[Entry]:
     return [entry for name in ids for entry in manifest.graphs if entry.id == name]
 
 
-def problem_of(entry: Entry, path: Path, graphs: Path, device: torch.device) -> str:
+def tried(entry: Entry, path: Path, graphs: Path, device: torch.device) -> Said:
     """Open one graph and compare its answers; what is wrong with it in words, else nothing."""
     try:
         graph = open_graph(graphs / entry.sha256, entry, device)
-        if entry.golden is None:
-            return ""
+    except (CannotOpen, MissingOps) as why:
+        return Said(entry.id, f"{why}", opened=False)
+    if entry.golden is None:
+        return Said(entry.id, "")
+    try:
         expected = golden.expected(entry, path)
         found = golden.answer(graph, path)
-        return "; ".join(golden.differences(found, expected, entry.golden.tolerances))
     except HubaotiError as why:
-        return f"{why}"
+        return Said(entry.id, f"{why}")
+    problems = golden.differences(found, expected, entry.golden.tolerances)
+    return Said(entry.id, "; ".join(problems))
 
 
 def kind_of_host(device: torch.device) -> str:
