@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from hubaoti.errors import AlreadyAttached, BadRequest, MissingConstant, NotAtta
 from hubaoti.manifest import Graph as Entry
 from hubaoti.manifest import Manifest
 from hubaoti.runtime.graph import open_graph
-from hubaoti.runtime.inside import Inside
+from hubaoti.runtime.inside import Inside, constants_of
 from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.region import Region
 from hubaoti.runtime.tally import Tally
@@ -128,11 +128,8 @@ def attach(module: nn.Module, parts: Parts, *, strict: bool, tries: bool) -> Att
             f"the artifact answers texts ({manifest.program.task}), not calls of a module",
             hint="open it with hubaoti.load, or compile with --task forward",
         )
-    by_path = {path: entries_of(manifest, path) for path in paths_of(manifest)}
-    shipped = shipped_of(parts)
     tally = Tally(manifest, strict)
-    found = [*found_modules(module, by_path, manifest, shipped)]
-    regions = [*opened(found, by_path, parts, shipped)]
+    regions = [*opened(found_modules(module, parts), parts)]
     for region in regions:
         bind_first(region)
     for region in regions:
@@ -193,43 +190,47 @@ def entries_of(manifest: Manifest, path: str) -> tuple[Entry, ...]:
     return tuple(graph for graph in manifest.graphs if path in graph.modules)
 
 
-def shipped_of(parts: Parts) -> dict[str, dict[str, torch.Tensor]]:
-    """The constants that came with an artifact, by graph, on the CPU."""
-    cpu = torch.device("cpu")
-    return {g.id: dict(shipped_tensors(g, parts.path, cpu)) for g in parts.manifest.graphs}
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A module that graphs serve: where it is, on which device, and what it has for them."""
+
+    path: str
+    entries: tuple[Entry, ...]
+    device: torch.device
+    inside: Inside
 
 
-def found_modules(
-    module: nn.Module,
-    by_path: Mapping[str, tuple[Entry, ...]],
-    manifest: Manifest,
-    shipped: Mapping[str, Mapping[str, torch.Tensor]],
-) -> Iterator[tuple[str, nn.Module, torch.device]]:
-    """The modules that graphs serve, each with the device of its tensors.
+def found_modules(module: nn.Module, parts: Parts) -> list[Served]:
+    """The modules that graphs serve; nothing is opened and nothing is touched.
 
     Raises:
         MissingConstant: one is not there, or its tensors do not fit; all of them are named.
     """
     problems: list[str] = []
     found = []
-    for path, entries in by_path.items():
+    brought: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
+    for path in paths_of(parts.manifest):
         try:
             part = module.get_submodule(path)
         except AttributeError:
             problems.append(f"{path} is not there")
             continue
-        device = device_of(part, manifest.target.device)
-        constants = [*{c.fqn: c for entry in entries for c in entry.constants}.values()]
-        brought = {n: t for entry in entries for n, t in shipped[entry.id].items()}
-        told = Inside(part, constants, brought).problems(device)
+        entries = entries_of(parts.manifest, path)
+        device = device_of(part, parts.manifest.target.device)
+        key = (device, *(entry.id for entry in entries))
+        if key not in brought:
+            each = (pair for e in entries for pair in shipped_tensors(e, parts.path, device))
+            brought[key] = dict(each)
+        inside = Inside(part, constants_of(entries), brought[key])
+        told = inside.problems(device)
         problems += [f"{path}: {problem}" if path else problem for problem in told]
-        found.append((path, part, device))
+        found.append(Served(path, entries, device, inside))
     if problems:
         raise MissingConstant(
             f"{type(module).__name__} is not the model that was compiled: {'; '.join(problems)}",
             hint="attach the artifact of this very model; nothing was changed",
         )
-    yield from found
+    return found
 
 
 def device_of(module: nn.Module, target: str) -> torch.device:
@@ -250,32 +251,25 @@ def device_of(module: nn.Module, target: str) -> torch.device:
     return device
 
 
-def opened(
-    found: Iterable[tuple[str, nn.Module, torch.device]],
-    by_path: Mapping[str, tuple[Entry, ...]],
-    parts: Parts,
-    shipped: Mapping[str, Mapping[str, torch.Tensor]],
-) -> Iterator[Region]:
+def opened(found: Iterable[Served], parts: Parts) -> Iterator[Region]:
     """A region for each module: graphs of its own over libraries and ways that all share.
 
     Raises:
         CannotOpen, MissingOps: a library cannot be loaded here.
     """
     expands = "model_type" in parts.manifest.program.config
-    shared: dict[tuple[Any, ...], tuple[Ways, dict[str, torch.Tensor]]] = {}
-    for path, module, device in found:
-        entries = by_path[path]
-        key = (device, type(module), *(entry.id for entry in entries))
+    shared: dict[tuple[Any, ...], Ways] = {}
+    for each in found:
+        module, device = each.inside.module, each.device
+        key = (device, type(module), *(entry.id for entry in each.entries))
         if key not in shared:
-            own = {n: t for entry in entries for n, t in shipped[entry.id].items()}
-            moved = {name: tensor.to(device) for name, tensor in own.items()}
-            shared[key] = Ways(entries, module, device, expands), moved
-        ways, moved = shared[key]
+            shared[key] = Ways(each.entries, module, device, expands)
+        ways = shared[key]
         graphs = [
             open_graph(parts.graph_folder(entry), entry, device, checks)
             for entry, checks in zip(ways.entries, ways.checks, strict=True)
         ]
-        yield Region(path, module, ways, graphs, moved)
+        yield Region(each.path, ways, graphs, each.inside)
 
 
 def bind_first(region: Region) -> None:

@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 
 from hubaoti.errors import MissingConstant
 from hubaoti.manifest import Constant
+from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.checks import alignment_of, check_constant, dtype_of
 from hubaoti.runtime.quantize import make
 from hubaoti.runtime.reasons import Unserved
@@ -79,8 +80,12 @@ class Inside:
         self._found = {}
 
     def problems(self, device: torch.device) -> list[str]:
-        """Why constants do not fit, each with its name, what is expected and what is there."""
-        return [*self._problems({}, device)]
+        """Why constants do not fit, each with its name, what is expected and what is there.
+
+        What had to be made to tell is kept for `look`.
+        """
+        self._found = {}
+        return [*self._problems(self._found, device)]
 
     def _problems(self, found: dict[str, Found], device: torch.device) -> Iterator[str]:
         for constant in self.constants:
@@ -198,6 +203,11 @@ class Inside:
             if not name.startswith(tuple(adapters)):
                 raise Unserved("changed", f"{name} is new")
         return [*adapters.values()]
+
+
+def constants_of(entries: Sequence[Entry]) -> list[Constant]:
+    """The constants of all graphs of a module, each once."""
+    return [*{each.fqn: each for entry in entries for each in entry.constants}.values()]
 
 
 def parts_of(module: nn.Module) -> dict[str, nn.Module]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 # By their names, which stand in `Attachment.stats` and in files of misses: do not rename.
 ADVICE = {
-    "off": "graphs are switched off by AOTI_DISABLED=1 or ENABLE_AOTI_COMPILATION=0",
     "tracing": "torch.compile, export and jit trace the module itself; leave them out where graphs "
     "answer",
     "gradients": "call it under torch.inference_mode() or torch.no_grad()",

@@ -9,10 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from hubaoti.errors import BadInput, MissingConstant
-from hubaoti.manifest import Constant
 from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.inside import Inside
 from hubaoti.runtime.kv import Held, Place
@@ -35,15 +33,15 @@ class Region:
     def __init__(
         self,
         path: str,
-        module: nn.Module,
         ways: Ways,
         graphs: Sequence[Graph],
-        shipped: Mapping[str, torch.Tensor],
+        inside: Inside,
     ) -> None:
         self.path = path
         self.ways = ways
         self.graphs = list(graphs)
-        self.inside = Inside(module, constants_of(graphs), shipped)
+        self.inside = inside
+        module = inside.module
         self._own = vars(module).get("forward")
         self._place = Place(module, ways.entries) if ways.has_cache else None
         self._watch: Watch | None = None  # nothing is bound
@@ -236,8 +234,3 @@ def noting(missed: Missed, path: str) -> Callable[[], None]:
 
     told: Callable[[], None] = torch.compiler.assume_constant_result(traced)  # type: ignore[no-untyped-call]
     return told
-
-
-def constants_of(graphs: Sequence[Graph]) -> list[Constant]:
-    """The constants of all graphs of a module, each once."""
-    return [*{each.fqn: each for graph in graphs for each in graph.entry.constants}.values()]

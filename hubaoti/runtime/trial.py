@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from hubaoti.errors import BadInput
-from hubaoti.runtime.golden import TOLERANCE, apart
+from hubaoti.runtime import golden
 from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.reasons import Unserved
 
@@ -67,11 +67,13 @@ def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> str | No
     """How a graph's answers differ from the module's, in words; None where they do not."""
     if len(ours) != len(theirs):
         return f"it gives {len(ours)} tensors, the module {len(theirs)}"
-    for at, (our, their) in enumerate(zip(ours, theirs, strict=True)):
-        if our.shape != their.shape or our.dtype != their.dtype:
-            return f"answer {at} is {our.dtype} {list(our.shape)}, not {their.dtype} "
-        allowed = TOLERANCE.get(str(our.dtype).removeprefix("torch."), 0.0)
-        relative = apart(our, their)
-        if relative > allowed:
-            return f"answer {at} is off by {relative:.1e} of its largest value"
-    return None
+    told = (
+        golden.difference(f"answer {at}", our, their, golden.TOLERANCE.get(dtype_in(our), 0.0))
+        for at, (our, their) in enumerate(zip(ours, theirs, strict=True))
+    )
+    return next(filter(None, told), None)
+
+
+def dtype_in(tensor: torch.Tensor) -> str:
+    """A tensor's dtype as a manifest names it."""
+    return str(tensor.dtype).removeprefix("torch.")
