@@ -7,6 +7,7 @@ SIGINT's.
 
 from __future__ import annotations
 
+import signal
 from typing import ClassVar
 
 LINE = 300  # characters of somebody else's error message
@@ -185,7 +186,7 @@ class OtherProgram(HubaotiError):
 
 
 class NotEnoughMemory(HubaotiError):
-    """A build would take more memory than is free here."""
+    """Something takes more memory than is free here, or than it may take."""
 
     exit_code = 29
 
@@ -212,6 +213,29 @@ class Quarantined(HubaotiError):
     """A graph crashed a process, or answered otherwise than where it was built: it stays shut."""
 
     exit_code = 33
+
+
+class WorkerEnded(HubaotiError):
+    """A model's own process ended in the middle of a request."""
+
+    exit_code = 34
+
+
+def again(kind: str, message: str, hint: str) -> HubaotiError:
+    """An error that another process told of, as it was there."""
+    found = globals().get(kind)
+    if isinstance(found, type) and issubclass(found, HubaotiError):
+        return found(message, hint=hint)
+    return HubaotiError(message, hint=hint)
+
+
+def ended(code: int) -> str:
+    """How a process ended before it had said what it should, in words."""
+    if code == -signal.SIGKILL:
+        return "its process was ended: it took too long, or too much memory"
+    if code < 0:
+        return f"it crashed its process ({signal.Signals(-code).name})"
+    return f"its process ended with code {code}"
 
 
 def first_line(why: BaseException | str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
 import resource
 import threading
 from collections.abc import Iterator
@@ -9,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hubaoti.errors import NotEnoughMemory
+from hubaoti.errors import BadRequest, NotEnoughMemory
 
 INTERVAL = 0.2  # seconds between two looks
 # What torch, inductor and two C++ compilers take beside a block's weights (measured: 1.2 GB).
@@ -120,3 +122,26 @@ def require_memory(needed: int, what: str) -> None:
             "are free",
             hint="free some, compile on a larger machine, or compile a smaller part: --regions",
         )
+
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+
+
+def size_of(text: int | str) -> int:
+    """The bytes of a number, or of a size as people write it: "8GB", "512 MiB".
+
+    Raises:
+        BadRequest: it is none.
+    """
+    match = SIZE.fullmatch(str(text).strip())
+    if match is None or isinstance(text, bool):
+        raise BadRequest(f"{text!r} is no size of memory", hint='write it as "8GB" or "512MiB"')
+    number, unit, binary = match.groups()
+    power = "KMGT".find(unit.upper()) + 1 if unit else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def give_back() -> None:
+    """Have the C library give the system what was freed; one that knows no such call keeps it."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

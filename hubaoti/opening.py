@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def require_sound(artifact: Artifact, mirror: Mirror, device: torch.device, say: Say) -> None:
     """See that an artifact's graphs may be opened here; what was tried before is remembered.
 
-    What was built on this machine was compared with eager when it was built.
+    What was built on this machine was compared with eager when it was built; it may have crashed
+    since.
 
     Raises:
         DigestMismatch: a file was changed; it is in quarantine.
@@ -30,8 +31,6 @@ def require_sound(artifact: Artifact, mirror: Mirror, device: torch.device, say:
         NotEnoughMemory: there is too little to try it.
     """
     mirror.verify(artifact)
-    if mirror.index.is_built(artifact.digest):
-        return
     from hubaoti.runtime.selftest import kind_of_host, selftest
 
     host = kind_of_host(device)
@@ -39,6 +38,8 @@ def require_sound(artifact: Artifact, mirror: Mirror, device: torch.device, say:
         graph.id: mirror.index.tested(graph.sha256, host) for graph in artifact.manifest.graphs
     }
     refuse({graph: problem for graph, problem in known.items() if problem}, artifact)
+    if mirror.index.is_built(artifact.digest):
+        return
     waiting = [graph for graph in artifact.manifest.graphs if known[graph.id] is None]
     if not waiting:
         return

@@ -54,6 +54,18 @@ class Settings:
             and env.get("ENABLE_AOTI_COMPILATION", "").upper() not in FALSE,
         )
 
+    def to_env(self) -> dict[str, str]:
+        """The variables that say this to another process; `from_env` reads them back."""
+        said = {
+            "HUBAOTI_HOME": str(self.home),
+            "HF_ENDPOINT": self.endpoint,
+            "HF_TOKEN": self.token or "",
+            "HF_HUB_OFFLINE": "1" if self.offline else "",
+            "KERNELS_CACHE": str(self.kernel_cache or ""),
+            "AOTI_DISABLED": "" if self.graphs else "1",
+        }
+        return said | dict.fromkeys(self.tuning, "1")
+
     def __repr__(self) -> str:
         """As a dataclass prints, without the token."""
         token = "set" if self.token else "unset"

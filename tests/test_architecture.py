@@ -49,11 +49,11 @@ ROOMS = {
     "opening": {*BASE, "runtime", "mirror"},
     "compiling": {*BASE, "compiler", "runtime", "mirror", "fetching"},
     "api": {*BASE, "compiler", "runtime", "mirror", "hub", "fetching", "compiling", "opening"},
-    "engines": {*BASE, "compiler", "runtime", "mirror", "hub", "api"},
+    "engines": {*BASE, "compiler", "runtime", "mirror", "hub", "fetching", "compiling", "api"},
     "spaces": {*BASE, "compiler", "runtime", "mirror", "hub", "api"},
     "server": {"errors"},
     "cli": {*BASE, "mirror", "hub", "api", "engines", "spaces", "server"},
-    "": {"api"},
+    "": {"api", "engines"},
 }
 # Who opens which door; a file's room, or its path where only that file may.
 DOORS = {
@@ -65,7 +65,7 @@ DOORS = {
     "uvicorn": {"server"},
     "click": {"cli"},
     "rich": {"cli"},
-    "safetensors": {"compiler", "runtime"},
+    "safetensors": {"compiler", "runtime", "engines"},
     "torchao": {"runtime/quantize.py"},
     "sympy": {"compiler"},
     "tokenizers": {"compiler", "runtime"},

@@ -230,13 +230,14 @@ class Index:
             return self._db.execute(query, (digest,)).fetchone() is not None
 
     def record_tested(self, graph: str, host: str, problem: str) -> None:
-        """Remember what came of a graph's first open on a kind of host; nothing where it is fine.
+        """Remember what came of a graph on a kind of host; nothing where it is fine.
 
-        A problem that is known stays known: what crashed once is not opened again.
+        A problem that is known stays known, and one of what was fine before is.
         """
         with self._writing() as db:
             db.execute(
-                "insert or ignore into tested values (?, ?, ?, ?)",
+                "insert into tested values (?, ?, ?, ?) on conflict do update "
+                "set problem = excluded.problem, at = excluded.at where problem = ''",
                 (graph, host, problem, time.time()),
             )
 

@@ -19,7 +19,7 @@ from torch import nn
 from hubaoti.errors import AlreadyAttached, BadRequest, MissingConstant, NotAttached
 from hubaoti.manifest import Graph as Entry
 from hubaoti.manifest import Manifest
-from hubaoti.runtime.graph import open_graph
+from hubaoti.runtime.graph import Graph, open_graph
 from hubaoti.runtime.inside import Inside, constants_of
 from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.region import Region
@@ -58,6 +58,11 @@ class Attachment:
     def regions(self) -> tuple[str, ...]:
         """The paths of the modules that graphs answer for."""
         return tuple(region.path for region in self._regions)
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """The open graphs of all regions."""
+        return tuple(graph for region in self._regions for graph in region.graphs)
 
     def rebind(self) -> None:
         """Bind the module's tensors as they are now, as after other weights were loaded.

@@ -6,7 +6,7 @@ reads what is not there any more. So every call is asked first, here and in `che
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -105,6 +105,12 @@ class Graph:
         self._addresses: list[int] = []
         self._bound: dict[str, torch.Tensor] = {}
         self._ready = not runner.get_constant_names_to_original_fqns()
+        self.note: Callable[[], None] | None = None  # told before native code is entered
+
+    @property
+    def bound(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that it reads, as they were given."""
+        return (*self._given,)
 
     def constant_fqns(self) -> set[str]:
         """The names of the constants that the library reads."""
@@ -160,6 +166,8 @@ class Graph:
         bound = self._bound  # held until it has run, whoever binds or releases meanwhile
         if not self._ready:
             raise self._unbound()
+        if self.note is not None:
+            self.note()
         try:
             return self._runner.run(inputs)
         except RuntimeError as why:

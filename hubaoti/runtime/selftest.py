@@ -22,7 +22,7 @@ import msgspec
 import torch
 
 import hubaoti
-from hubaoti.errors import CannotOpen, HubaotiError, MissingOps, NotEnoughMemory
+from hubaoti.errors import CannotOpen, HubaotiError, MissingOps, NotEnoughMemory, ended
 from hubaoti.manifest import FILENAME, Manifest, parse
 from hubaoti.manifest import Graph as Entry
 from hubaoti.memory import available
@@ -136,15 +136,6 @@ def asked(
         code = child.returncode
         at = begun if begun in left else left[0]
         yield Verdict(at, ended(code), lasting=code != -signal.SIGKILL)
-
-
-def ended(code: int) -> str:
-    """How a process ended before it had said what it should, in words."""
-    if code == -signal.SIGKILL:
-        return "its process was ended: it took too long, or too much memory"
-    if code < 0:
-        return f"it crashed its process ({signal.Signals(-code).name})"
-    return f"its process ended with code {code}"
 
 
 def main() -> None:

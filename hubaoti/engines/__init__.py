@@ -1,0 +1,1 @@
+"""Engines: what holds models and answers requests."""

@@ -1,0 +1,383 @@
+"""A causal language model over texts: generate, score and embed, by its graphs or by itself.
+
+With graphs, every call gets a static cache of a length that they serve; without, the model's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from hubaoti.compiler.source import quiet
+from hubaoti.compiler.tasks import pool
+from hubaoti.engines.asks import Generation, Item, Likelihood, Message, Prompt, Sampling
+from hubaoti.errors import BadInput, BadRequest, ModelNotFound, OutOfBounds, first_line
+from hubaoti.manifest import Manifest
+from hubaoti.runtime.text import require_unicode, shortened
+
+ROWS = 8  # prompts of a batch, where no graph says how many
+LOGITS = 1 << 28  # bytes of float32 logits that scoring holds at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What graphs serve: batches up to `rows`, static caches of `low` to `high` places, by `step`.
+
+    Without graphs the caches are the model's own, and `high` is what it has positions for.
+    """
+
+    rows: int = ROWS
+    low: int | None = None
+    high: int | None = None
+    step: int = 1
+
+    @classmethod
+    def by(cls, manifest: Manifest) -> Served:
+        """What the graphs of a `generate` artifact serve."""
+        rows = manifest.build.dims.get("batch", (1, ROWS, 1))[1]
+        low, high, step = manifest.build.dims.get("cache", (None, None, 1))
+        return cls(rows, low, high, step)
+
+    def cache(self, needed: int) -> int:
+        """The length of a cache that has so many places."""
+        assert self.low is not None
+        return max(self.low, -(-needed // self.step) * self.step)
+
+
+class Decoder:
+    """A model of transformers that generates, with its own tokenizer."""
+
+    def __init__(self, model: nn.Module, folder: Path, steps: tuple[str, ...]) -> None:
+        """`steps` are what follows the last hidden state where texts are embedded.
+
+        Raises:
+            ModelNotFound: the folder has no tokenizer that transformers can read.
+        """
+        self.model: Any = model
+        self.steps = steps
+        self.served = self.own = Served(high=positions_of(model))
+        self._tokenizer = tokenizer_in(folder)
+        self._takes = inspect.signature(model.forward).parameters
+
+    def serve(self, manifest: Manifest | None) -> None:
+        """Graphs answer from now on, or the model itself."""
+        self.served = self.own if manifest is None else Served.by(manifest)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
+        """What follows each prompt, in their order.
+
+        Raises:
+            OutOfBounds: a prompt and its new tokens are longer than the cache; nothing was
+                generated.
+            BadInput: a prompt has no token, or is not Unicode.
+        """
+        rows = [self.prompt_ids(prompt) for prompt in prompts]
+        for prompt, row in zip(prompts, rows, strict=True):
+            self._require_room(prompt, len(row), sampling.max_new_tokens)
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        answers: dict[int, Generation] = {}
+        for batch in batches([len(row) for row in rows], self.served.rows):
+            found = self._continued([rows[at] for at in batch], sampling)
+            answers |= zip(batch, found, strict=True)
+        return [answers[at] for at in range(len(rows))]
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """A prompt's tokens; of a conversation, as the model's chat template writes it."""
+        if isinstance(prompt, str):
+            require_unicode(prompt)
+            ids = self._tokenizer(prompt)["input_ids"]
+        else:
+            ids = self._conversation_ids(prompt)
+        if not ids:
+            raise BadInput(
+                f"the prompt {told(prompt)!r} has no token", hint="say something to go on with"
+            )
+        return [int(token) for token in ids]
+
+    def _conversation_ids(self, messages: list[Message]) -> Sequence[int]:
+        if getattr(self._tokenizer, "chat_template", None) is None:
+            raise BadRequest(
+                "the model's tokenizer has no chat template, so it takes texts and no messages",
+                hint='give {"prompt": "..."}',
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as why:  # a template raises what it likes
+            raise BadRequest(
+                f"the model's chat template refuses the messages: {first_line(why)}",
+                hint='messages are {"role": "user", "content": "..."}',
+            ) from why
+        ids: Sequence[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _require_room(self, prompt: Prompt, length: int, new: int) -> None:
+        """Refuse what is longer than the cache, before anything is generated."""
+        what = f"the prompt {told(prompt)!r} has {length} tokens and {new} are to follow"
+        if self.own.high is not None and length + new > self.own.high:
+            raise OutOfBounds(
+                f"{what}; the model has {self.own.high} positions",
+                hint="shorten it, or ask for fewer with max_new_tokens",
+            )
+        most = self.served.high
+        if most is not None and length + new > most:
+            raise OutOfBounds(
+                f"{what}; the graphs' cache has up to {most} places",
+                hint="shorten it, ask for fewer with max_new_tokens, or compile with "
+                f"--dim cache={self.served.low}:{length + new}",
+            )
+
+    def _continued(self, rows: list[list[int]], sampling: Sampling) -> list[Generation]:
+        """What follows a batch of prompts, padded on the left."""
+        width = max(len(row) for row in rows)
+        ids, mask = padded(rows, self._pad, self.device, left=True)
+        words: dict[str, Any] = {"generation_config": self._config(sampling)}
+        if self.served.low is not None:
+            words["past_key_values"] = self._cache(width + sampling.max_new_tokens)
+        if sampling.stop:
+            words |= {"stop_strings": [*sampling.stop], "tokenizer": self._tokenizer}
+        with quiet():
+            found = self.model.generate(ids, attention_mask=mask, **words)
+        new = found[:, width:].tolist()
+        return [
+            self._ended(row, len(prompt), sampling) for row, prompt in zip(new, rows, strict=True)
+        ]
+
+    def _config(self, sampling: Sampling) -> Any:
+        """The model's own generation config, with what was asked."""
+        own = copy.deepcopy(self.model.generation_config)
+        own.max_length = own.min_length = None
+        own.cache_implementation = None  # it gets its cache, where it gets one
+        own.return_dict_in_generate = False
+        own.num_return_sequences = 1
+        own.max_new_tokens = sampling.max_new_tokens
+        own.pad_token_id = self._pad
+        for name in sampling.__struct_fields__:
+            value = getattr(sampling, name)
+            if value is not None and name not in {"max_new_tokens", "seed", "stop"}:
+                setattr(own, name, value)
+        return own
+
+    def _ended(self, row: list[int], prompt_tokens: int, sampling: Sampling) -> Generation:
+        """A row of new tokens up to where it ended; after that a batch has padding."""
+        ends = [at for at, token in enumerate(row) if token in self._ends]
+        if ends:
+            row = row[: ends[0] + 1]
+        text: str = self._tokenizer.decode(row, skip_special_tokens=True)
+        places = [text.find(stop) for stop in sampling.stop]
+        found = [at for at in places if at >= 0]
+        if found:
+            text = text[: min(found)]
+        stopped = bool(ends or found)
+        return Generation(text, row, prompt_tokens, "stop" if stopped else "length")
+
+    @torch.no_grad()
+    def score(self, items: Sequence[Item]) -> list[Likelihood]:
+        """The log-likelihood of each continuation after its context, in their order.
+
+        As evaluation harnesses count it: spaces at the end of a context are its continuation's,
+        and an empty context is the token that begins texts.
+
+        Raises:
+            OutOfBounds: an item is longer than the cache; nothing was scored.
+            BadInput: a continuation has no token.
+        """
+        pairs = [self._pair(item) for item in items]
+        for item, (context, continuation) in zip(items, pairs, strict=True):
+            self._require_room(item.context, len(context) + len(continuation) - 1, 0)
+        answers: dict[int, Likelihood] = {}
+        for batch in batches([len(a) + len(b) for a, b in pairs], self.served.rows):
+            found = self._likelihoods([pairs[at] for at in batch])
+            answers |= zip(batch, found, strict=True)
+        return [answers[at] for at in range(len(items))]
+
+    def _pair(self, item: Item) -> tuple[list[int], list[int]]:
+        """The tokens of a context and of its continuation."""
+        require_unicode(item.context + item.continuation)
+        context = item.context.rstrip()
+        continuation = item.context[len(context) :] + item.continuation
+        if not context:
+            first = [self._first]
+            rest = self._tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        else:
+            # Encoded together, since a token may begin in one and end in the other.
+            first = self._plain(context)
+            rest = self._plain(context + continuation)[len(first) :]
+        if not rest:
+            raise BadInput(
+                f"the continuation {shortened(item.continuation)!r} has no token of its own",
+                hint="an item is a context and what may follow it",
+            )
+        return first, rest
+
+    def _plain(self, text: str) -> list[int]:
+        """A text's tokens, begun as the model's texts begin, and not ended."""
+        ids = self._tokenizer(text)["input_ids"]
+        while ids and ids[-1] in self._closing and len(ids) > 1:
+            ids = ids[:-1]
+        return [int(token) for token in ids]
+
+    def _likelihoods(self, pairs: list[tuple[list[int], list[int]]]) -> Iterator[Likelihood]:
+        """Of a batch, padded on the right: what comes later is not looked at."""
+        rows = [(first + rest)[:-1] for first, rest in pairs]
+        ids, _ = padded(rows, self._pad, self.device, left=False)
+        width = ids.shape[1]
+        keeps = "logits_to_keep" in self._takes
+        begin = min(len(first) for first, _ in pairs) - 1 if keeps else 0
+        kept = {"logits_to_keep": width - begin} if keeps else {}
+        for few in parts(len(pairs), (width - begin) * self._vocabulary * 4):
+            logits = self.model(input_ids=ids[few], **kept, **self._words(width)).logits
+            for found, (first, rest) in zip(logits, pairs[few], strict=True):
+                place = len(first) - 1 - begin
+                yield likelihood(found[place : place + len(rest)], rest)
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """One vector for each text, on the CPU: the last hidden states, pooled.
+
+        Raises:
+            OutOfBounds: a text is longer than the cache.
+            BadInput: no text is given, or one has no token.
+        """
+        if not texts:
+            raise BadInput("no text is given", hint="give one or more")
+        rows = [self.prompt_ids(text) for text in texts]
+        for text, row in zip(texts, rows, strict=True):
+            self._require_room(text, len(row), 0)
+        vectors: dict[int, torch.Tensor] = {}
+        for batch in batches([len(row) for row in rows], self.served.rows):
+            ids, mask = padded([rows[at] for at in batch], self._pad, self.device, left=False)
+            hidden = self.model.base_model(input_ids=ids, **self._words(ids.shape[1]))[0]
+            pooled = torch.cat([pool(mode, hidden, mask) for mode in self._pooling], 1)
+            if "normalize" in self.steps:
+                pooled = nn.functional.normalize(pooled, dim=1)
+            vectors |= zip(batch, pooled.float().cpu(), strict=True)
+        return torch.stack([vectors[at] for at in range(len(texts))])
+
+    def _words(self, width: int) -> dict[str, Any]:
+        """What a call gets beside its tokens."""
+        if self.served.low is None:
+            return {"use_cache": False}
+        return {"use_cache": True, "past_key_values": self._cache(width)}
+
+    def _cache(self, places: int) -> Any:
+        """A static cache, of a length that the graphs serve."""
+        config = self.model.config
+        return transformers.StaticCache(config=config, max_cache_len=self.served.cache(places))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        found: torch.device = next(self.model.parameters()).device
+        return found
+
+    @property
+    def _pooling(self) -> list[str]:
+        return [step for step in self.steps if step != "normalize"]
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
+    @property
+    def _ends(self) -> set[int]:
+        """The tokens that end an answer."""
+        said = self.model.generation_config.eos_token_id
+        return {*said} if isinstance(said, (list, tuple)) else {said} - {None}
+
+    @property
+    def _closing(self) -> set[int]:
+        """Tokens that a tokenizer puts behind a text, which is over there."""
+        own = {self._tokenizer.eos_token_id, self._tokenizer.sep_token_id}
+        return (own | self._ends) - {None}
+
+    @property
+    def _first(self) -> int:
+        """The token before a text that follows nothing."""
+        names = ("bos_token_id", "cls_token_id", "eos_token_id", "pad_token_id")
+        own = (getattr(self._tokenizer, name, None) for name in names)
+        return next((int(token) for token in own if token is not None), 0)
+
+    @property
+    def _pad(self) -> int:
+        """What fills short rows; it is looked at by nobody."""
+        own = (self._tokenizer.pad_token_id, self.model.generation_config.pad_token_id)
+        return next((int(token) for token in (*own, *self._ends) if token is not None), 0)
+
+
+def tokenizer_in(folder: Path) -> Any:
+    """A model's own tokenizer.
+
+    Raises:
+        ModelNotFound: there is none that transformers can read.
+    """
+    try:
+        with quiet():
+            return transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as why:  # of many kinds, as files are missing or odd
+        raise ModelNotFound(
+            f"transformers cannot read a tokenizer in {folder}: {first_line(why)}",
+            hint="give the model's whole folder, or its Hub id",
+        ) from why
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """How many positions a model has; None where its config does not say."""
+    config: Any = model.config
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def told(prompt: Prompt) -> str:
+    """The beginning of a prompt, for a message."""
+    last = (
+        prompt if isinstance(prompt, str) else str(prompt[-1].get("content", "")) if prompt else ""
+    )
+    return shortened(last)
+
+
+def batches(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:
+    """Numbers of rows that are answered together: long ones beside long ones."""
+    order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
+    for start in range(0, len(order), rows):
+        yield order[start : start + rows]
+
+
+def parts(rows: int, each: int) -> Iterator[slice]:
+    """Rows whose logits fit into memory together; `each` is the bytes of one."""
+    few = max(1, LOGITS // max(1, each))
+    for start in range(0, rows, few):
+        yield slice(start, min(start + few, rows))
+
+
+def padded(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and mask of (rows, the longest)."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad, dtype=torch.int64)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for at, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[at, place] = torch.tensor(row, dtype=torch.int64)
+        mask[at, place] = 1
+    return ids.to(device), mask.to(device)
+
+
+def likelihood(logits: torch.Tensor, tokens: list[int]) -> Likelihood:
+    """How likely tokens are, each after those before it."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    wanted = torch.tensor(tokens, device=logits.device)
+    summed = logprobs.gather(1, wanted.unsqueeze(1)).double().sum()
+    return Likelihood(float(summed), len(tokens), bool((logprobs.argmax(1) == wanted).all()))

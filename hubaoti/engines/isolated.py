@@ -1,0 +1,208 @@
+"""A model in a process of its own, seen from the engine: asked, ended, and started again."""
+
+from __future__ import annotations
+
+import mmap
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+import hubaoti
+from hubaoti.engines.asks import Ask, Begin, Failed, Hello, Reply, State, Tell, Use
+from hubaoti.engines.wire import Gone, receive, send
+from hubaoti.errors import HubaotiError, WorkerEnded, again, ended
+from hubaoti.memory import held
+from hubaoti.mirror import Mirror
+from hubaoti.settings import Settings
+
+PROGRAM = "import sys; sys.path[:0] = [{home!r}]; from hubaoti.engines.worker import main; main()"
+PATIENCE = 5.0  # seconds for a worker to end by itself
+CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
+TWICE = 2
+
+
+class Isolated:
+    """A model's worker; `ask` it one thing at a time."""
+
+    def __init__(self, begin: Begin, settings: Settings) -> None:
+        """Start it, and wait until the model is loaded.
+
+        Raises:
+            HubaotiError: the model cannot be loaded; WorkerEnded: its process ended meanwhile.
+        """
+        self._begin = begin
+        self._settings = settings
+        self._crashes: Counter[str] = Counter()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._host = ""
+        self.problem = ""  # why its graphs do not answer any more
+        self._start()
+        try:
+            self._loaded()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int | None:
+        """Of its process; None while it has none."""
+        return self._child.pid if self._child else None
+
+    @property
+    def bytes(self) -> int:
+        """The memory of its process, pages that it shares in parts."""
+        return held(str(self.pid)) if self.pid else 0
+
+    def ask(self, ask: Ask) -> Reply:
+        """Have the worker answer.
+
+        Raises:
+            WorkerEnded: its process ended meanwhile; another one is being started.
+            HubaotiError: what the worker raised.
+        """
+        if self._child is None:
+            self._start()
+        if not self._is_ready:
+            self._loaded()
+        reply = self._exchange(ask)
+        if isinstance(ask, Use) and isinstance(reply, State):
+            self._begin = msgspec.structs.replace(self._begin, digest=reply.artifact)
+        return reply
+
+    def state(self) -> State:
+        """How it stands."""
+        reply = self.ask(Tell())
+        assert isinstance(reply, State)
+        return reply
+
+    def close(self) -> None:
+        """End its process, with all its memory."""
+        child, self._child = self._child, None
+        if child is None:
+            return
+        self._socket.close()
+        self._running.close()
+        try:
+            child.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+    def _start(self) -> None:
+        """Start its process; it loads the model by itself."""
+        self._is_ready = False
+        ours, theirs = socket.socketpair()
+        with theirs, tempfile.TemporaryFile() as note:
+            note.truncate(mmap.PAGESIZE)
+            home = str(Path(hubaoti.__file__).parent.parent)
+            words = [
+                sys.executable,
+                "-c",
+                PROGRAM.format(home=home),
+                theirs.fileno(),
+                note.fileno(),
+            ]
+            self._running = mmap.mmap(note.fileno(), mmap.PAGESIZE)
+            self._child = subprocess.Popen(
+                [*map(str, words)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), note.fileno()),
+                start_new_session=True,
+            )
+        self._socket = ours
+        with suppress(Gone):  # which `_loaded` meets as well
+            send(ours, Hello(self._begin, self._settings.to_env()))
+
+    def _loaded(self) -> None:
+        """Wait until the model is loaded."""
+        try:
+            reply = self._reply()
+        except Gone:
+            code = self._end()
+            raise WorkerEnded(
+                f"{self._name} cannot be loaded: {ended(code)}",
+                hint="see that there is memory for it, and try again",
+            ) from None
+        except BaseException:
+            self._kill()
+            raise
+        assert isinstance(reply, State)
+        self._host = reply.host
+        self._is_ready = True
+
+    def _exchange(self, ask: Ask) -> Reply:
+        try:
+            send(self._socket, ask)
+            return self._reply()
+        except Gone:
+            raise self._ended_early() from None
+        except HubaotiError:
+            raise
+        except BaseException:  # an interrupt: its answer would be taken for the next one's
+            self._kill()
+            raise
+
+    def _reply(self) -> Reply:
+        reply: Reply = receive(self._socket, Reply)
+        if isinstance(reply, Failed):
+            raise again(reply.kind, reply.message, reply.hint)
+        return reply
+
+    def _ended_early(self) -> WorkerEnded:
+        """Start it again, and say what happened."""
+        number = int.from_bytes(self._running[:4], sys.byteorder)
+        code = self._end()
+        blamed = self._blamed(number) if -code in CRASHES else ""
+        self._start()
+        return WorkerEnded(
+            f"a request to {self._name} has no answer: {ended(code)} in the middle of it{blamed}",
+            hint="ask again: the model is being loaded by another process",
+        )
+
+    def _blamed(self, number: int) -> str:
+        """Count a crash for the graph that ran last; after the second it is in quarantine."""
+        if not number or self._begin.digest is None:
+            return ""
+        with Mirror.open(self._settings.mirror) as mirror:
+            artifact = mirror.artifact(self._begin.digest)
+            if artifact is None:
+                return ""
+            graph = artifact.manifest.graphs[number - 1]
+            self._crashes[graph.sha256] += 1
+            if self._crashes[graph.sha256] < TWICE:
+                return f", after graph {graph.id} had been called"
+            self.problem = f"graph {graph.id} crashed its process twice"
+            if mirror.index.is_writable:
+                mirror.index.record_tested(graph.sha256, self._host, self.problem)
+            mirror.quarantine(graph)
+        self._begin = msgspec.structs.replace(self._begin, digest=None)
+        return f"; {self.problem}: it is in quarantine, and the model goes on without graphs"
+
+    def _kill(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._end()
+
+    def _end(self) -> int:
+        """Wait for a process that is ending; its exit code."""
+        child, self._child = self._child, None
+        assert child is not None
+        try:
+            code = child.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            code = child.wait()
+        self._socket.close()
+        self._running.close()
+        return code
+
+    @property
+    def _name(self) -> str:
+        return Path(self._begin.folder).name

@@ -1,0 +1,95 @@
+"""The process of one model: it loads it, answers one request after the other, and ends with its
+engine. What crashes here, or takes too much memory, ends nobody else.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import resource
+import select
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from hubaoti.engines.asks import Ask, Failed, Hello, Reply, Tell
+from hubaoti.engines.resident import Resident
+from hubaoti.engines.wire import Gone, receive, send
+from hubaoti.errors import HubaotiError, first_line
+from hubaoti.settings import Settings
+
+# The system ends this process for memory before it ends the engine (proc(5)).
+FIRST_TO_GO = "500"
+
+
+def main() -> None:
+    """The worker: its socket and its note of running graphs on the command line, by number."""
+    engine = socket.socket(fileno=int(sys.argv[1]))
+    running = memoryview(mmap.mmap(int(sys.argv[2]), mmap.PAGESIZE)).cast("I")
+    os.dup2(2, 1)  # what is printed here is nobody's answer
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(FIRST_TO_GO)
+    threading.Thread(target=end_with, args=(engine,), daemon=True).start()
+    with suppress(Gone):
+        serve(engine, running)
+    os._exit(0)  # without waiting for what libraries do at their end
+
+
+def end_with(engine: socket.socket) -> None:
+    """End this process when its engine is gone, even in the middle of a request."""
+    hangup = getattr(select, "POLLRDHUP", select.POLLHUP)
+    watch = select.poll()
+    watch.register(engine.fileno(), hangup)
+    watch.poll()
+    os._exit(0)
+
+
+def serve(engine: socket.socket, running: memoryview) -> None:
+    """Load the model, say how it stands, and answer until the engine is gone."""
+    hello = receive(engine, Hello)
+    held: list[Resident] = []
+
+    def begin() -> Reply:
+        held.append(Resident(hello.begin, Settings.from_env(hello.env)))
+        note_runs(held[0], running)
+        return held[0].state()
+
+    send(engine, answered(begin))
+    while held:
+        ask: Ask = receive(engine, Ask)
+        running[0] = 0
+        send(engine, answered(partial(held[0].ask, ask)))
+        if not isinstance(ask, Tell):
+            note_runs(held[0], running)
+
+
+def note_runs(resident: Resident, running: memoryview) -> None:
+    """Have each graph write its number, counted from one, where the engine reads it afterwards."""
+    for graph in resident.graphs:
+        if graph.note is None:
+            graph.note = noting(running, resident.number_of(graph))
+
+
+def noting(running: memoryview, number: int) -> Callable[[], None]:
+    """What a graph calls before native code is entered."""
+
+    def note() -> None:
+        running[0] = number
+
+    return note
+
+
+def answered(answer: Callable[[], Reply]) -> Reply:
+    """A reply, or the error that was raised instead."""
+    try:
+        return answer()
+    except HubaotiError as why:
+        return Failed(type(why).__name__, str(why), why.hint)
+    except Exception as why:  # a model raises what it likes; the worker goes on
+        told = f"{type(why).__name__}: {first_line(why)}"
+        return Failed("HubaotiError", told, "see whether --eager answers")
