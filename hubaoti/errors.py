@@ -232,7 +232,7 @@ def again(kind: str, message: str, hint: str) -> HubaotiError:
 def ended(code: int) -> str:
     """How a process ended before it had said what it should, in words."""
     if code == -signal.SIGKILL:
-        return "its process was ended: it took too long, or too much memory"
+        return "its process was ended (SIGKILL: it took too much memory, or too long)"
     if code < 0:
         return f"it crashed its process ({signal.Signals(-code).name})"
     return f"its process ended with code {code}"

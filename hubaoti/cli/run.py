@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,54 +14,82 @@ from hubaoti.errors import BadRequest
 if TYPE_CHECKING:
     import torch
 
+FILE = click.Path(path_type=Path, dir_okay=False)
+GENERATES = ("out", "max_new_tokens", "temperature", "seed", "isolate", "memory")
+
 
 @click.command("run")
-@click.argument("repo")
+@click.argument("repo", required=False)
 @click.option("--model", required=True, help="whose weights and tokenizer: a Hub id or a folder")
-@click.option("--text", "texts", multiple=True, required=True, help="may be given many times")
+@click.option("--text", "texts", multiple=True, help="to be embedded; may be given many times")
+@click.option("--prompt", "prompts", multiple=True, help="to go on with; may be given many times")
+@click.option("--file", type=FILE, help='lines of {"prompt": "..."}')
+@click.option("--out", type=FILE, help="where their answers go; goes on where it stopped")
+@click.option("--max-new-tokens", type=int, help="for each prompt  [default: 128]")
+@click.option("--temperature", type=float, help="0 is greedy; by default as the model's files say")
+@click.option("--seed", type=int, help="sample alike again")
+@click.option("--isolate", is_flag=True, help="the model in a process of its own")
+@click.option("--memory", help="refuse a model that takes more, as 8GB")
 @click.option("--recipe", help="only this one, as bfloat16-sdpa")
 @click.option("--trust", is_flag=True, help="trust the publisher, now and from now on")
 @click.option("--eager", is_flag=True, help="the same through transformers, for comparison")
 @click.option("--device", help="cpu or cuda:0; by default what the artifact is for")
 @click.option("--json", "as_json", is_flag=True, help="print all values as JSON")
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
-def run_command(
-    repo: str, texts: tuple[str, ...], eager: bool, as_json: bool, quiet: bool, **options: Any
-) -> None:
-    """Answer texts with the graph of REPO (owner/name[@revision]) and a model's weights."""
+def run_command(as_json: bool, quiet: bool, **options: Any) -> None:
+    """Answer texts or prompts by the graphs of REPO (owner/name[@revision]) over a model's weights.
+
+    Without REPO, prompts are answered by what the mirror has for the model.
+    """
+    asked = [name for name in ("texts", "prompts", "file") if options[name]]
+    if len(asked) != 1:
+        raise click.UsageError("Give one of --text, --prompt and --file.")
+    if asked == ["texts"]:
+        refuse_given(options, GENERATES, "of prompts, and --text only embeds or classifies")
+        answer_texts(options, as_json, quiet)
+    else:
+        from hubaoti.cli.prompts import answer_prompts
+
+        answer_prompts(options, as_json, quiet)
+
+
+def answer_texts(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """Print what a whole graph, or eager, says to texts."""
     from hubaoti import api
 
-    if eager:
-        refuse_unread(options)
+    repo, texts = options["repo"], options["texts"]
+    if repo is None:
+        raise click.UsageError("Missing argument 'REPO'.")
+    words = {name: options[name] for name in ("recipe", "trust", "device")}
+    if options["eager"]:
+        refuse_given(options, ("recipe", "device"), "of the graph, and --eager opens none")
     started = time.perf_counter()
     with Steps(quiet or as_json) as say:
-        if eager:
+        if options["eager"]:
             answer = api.eager(options["model"], texts, repo=repo, say=say)
         else:
-            answer = api.run(repo, texts=texts, say=say, **options)
+            answer = api.run(repo, options["model"], texts, say=say, **words)
     seconds = time.perf_counter() - started
     if as_json:
-        facts = {"repo": repo, "task": answer.task, "eager": eager, "seconds": round(seconds, 3)}
-        print_json(facts | {"texts": list(texts), "values": answer.values.tolist()})
+        facts = {"repo": repo, "task": answer.task, "eager": options["eager"]}
+        facts |= {"seconds": round(seconds, 3), "texts": list(texts)}
+        print_json(facts | {"values": answer.values.tolist()})
     elif answer.task == "embed" and len(texts) > 1:
         print_similarity(texts, answer.values)
     else:
         print_values(texts, answer.values)
 
 
-def refuse_unread(options: dict[str, Any]) -> None:
-    """Refuse what says something about a graph, where none is opened.
+def refuse_given(options: dict[str, Any], names: tuple[str, ...], why: str) -> None:
+    """Refuse what would not be read.
 
     Raises:
         BadRequest: it was given.
     """
-    for name in ("recipe", "device"):
-        if options[name] is not None:
-            raise BadRequest(
-                f"--{name} is of the graph, and --eager opens none: it runs on the CPU, through "
-                "transformers",
-                hint=f"leave out --{name} or --eager",
-            )
+    for name in names:
+        if options[name] not in (None, False):
+            option = f"--{name.replace('_', '-')}"
+            raise BadRequest(f"{option} is {why}", hint=f"leave out {option}")
 
 
 def print_similarity(texts: tuple[str, ...], vectors: torch.Tensor) -> None:

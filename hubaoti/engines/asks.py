@@ -95,6 +95,19 @@ class Generated(msgspec.Struct, frozen=True, tag=True):
     answers: list[Generation]
 
 
+class Measure(msgspec.Struct, frozen=True, tag=True):
+    """How many tokens has each prompt, and is there room for what is to follow?"""
+
+    prompts: list[Prompt]
+    sampling: Sampling
+
+
+class Measured(msgspec.Struct, frozen=True, tag=True):
+    """The tokens of each prompt, in their order."""
+
+    tokens: list[int]
+
+
 class Item(msgspec.Struct, frozen=True):
     """A continuation to be scored after its context."""
 
@@ -172,5 +185,5 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     hint: str
 
 
-Ask: TypeAlias = Generate | Score | Embed | Use | Tell
-Reply: TypeAlias = Generated | Scored | Embedded | State | Failed
+Ask: TypeAlias = Generate | Measure | Score | Embed | Use | Tell
+Reply: TypeAlias = Generated | Measured | Scored | Embedded | State | Failed

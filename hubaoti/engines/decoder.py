@@ -80,9 +80,7 @@ class Decoder:
                 generated.
             BadInput: a prompt has no token, or is not Unicode.
         """
-        rows = [self.prompt_ids(prompt) for prompt in prompts]
-        for prompt, row in zip(prompts, rows, strict=True):
-            self._require_room(prompt, len(row), sampling.max_new_tokens)
+        rows = self.measured(prompts, sampling)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         answers: dict[int, Generation] = {}
@@ -90,6 +88,18 @@ class Decoder:
             found = self._continued([rows[at] for at in batch], sampling)
             answers |= zip(batch, found, strict=True)
         return [answers[at] for at in range(len(rows))]
+
+    def measured(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
+        """The tokens of each prompt, for whose answers there is room.
+
+        Raises:
+            OutOfBounds, BadInput: as `generate`.
+        """
+        rows = [self.prompt_ids(prompt) for prompt in prompts]
+        for at, (prompt, row) in enumerate(zip(prompts, rows, strict=True), 1):
+            told = f"prompt {at} ({beginning(prompt)!r})"
+            self._require_room(told, len(row), sampling.max_new_tokens)
+        return rows
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """A prompt's tokens; of a conversation, as the model's chat template writes it."""
@@ -100,7 +110,7 @@ class Decoder:
             ids = self._conversation_ids(prompt)
         if not ids:
             raise BadInput(
-                f"the prompt {told(prompt)!r} has no token", hint="say something to go on with"
+                f"the prompt {beginning(prompt)!r} has no token", hint="say something to go on with"
             )
         return [int(token) for token in ids]
 
@@ -122,19 +132,19 @@ class Decoder:
         ids: Sequence[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _require_room(self, prompt: Prompt, length: int, new: int) -> None:
+    def _require_room(self, told: str, length: int, new: int) -> None:
         """Refuse what is longer than the cache, before anything is generated."""
-        what = f"the prompt {told(prompt)!r} has {length} tokens and {new} are to follow"
+        what = f"{told} has {length} tokens" + (f" and {new} are to follow" if new else "")
         if self.own.high is not None and length + new > self.own.high:
             raise OutOfBounds(
                 f"{what}; the model has {self.own.high} positions",
-                hint="shorten it, or ask for fewer with max_new_tokens",
+                hint="shorten it, or ask for fewer new tokens (max_new_tokens)",
             )
         most = self.served.high
         if most is not None and length + new > most:
             raise OutOfBounds(
                 f"{what}; the graphs' cache has up to {most} places",
-                hint="shorten it, ask for fewer with max_new_tokens, or compile with "
+                hint="shorten it, ask for fewer new tokens (max_new_tokens), or compile with "
                 f"--dim cache={self.served.low}:{length + new}",
             )
 
@@ -194,8 +204,9 @@ class Decoder:
             BadInput: a continuation has no token.
         """
         pairs = [self._pair(item) for item in items]
-        for item, (context, continuation) in zip(items, pairs, strict=True):
-            self._require_room(item.context, len(context) + len(continuation) - 1, 0)
+        for at, (first, rest) in enumerate(pairs, 1):
+            told = f"item {at} ({shortened(items[at - 1].context)!r})"
+            self._require_room(told, len(first) + len(rest) - 1, 0)
         answers: dict[int, Likelihood] = {}
         for batch in batches([len(a) + len(b) for a, b in pairs], self.served.rows):
             found = self._likelihoods([pairs[at] for at in batch])
@@ -253,8 +264,8 @@ class Decoder:
         if not texts:
             raise BadInput("no text is given", hint="give one or more")
         rows = [self.prompt_ids(text) for text in texts]
-        for text, row in zip(texts, rows, strict=True):
-            self._require_room(text, len(row), 0)
+        for at, row in enumerate(rows, 1):
+            self._require_room(f"text {at} ({shortened(texts[at - 1])!r})", len(row), 0)
         vectors: dict[int, torch.Tensor] = {}
         for batch in batches([len(row) for row in rows], self.served.rows):
             ids, mask = padded([rows[at] for at in batch], self._pad, self.device, left=False)
@@ -339,12 +350,11 @@ def positions_of(model: nn.Module) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def told(prompt: Prompt) -> str:
-    """The beginning of a prompt, for a message."""
-    last = (
-        prompt if isinstance(prompt, str) else str(prompt[-1].get("content", "")) if prompt else ""
-    )
-    return shortened(last)
+def beginning(prompt: Prompt) -> str:
+    """The beginning of a prompt, or of its last message, for an error."""
+    if isinstance(prompt, str):
+        return shortened(prompt)
+    return shortened(str(prompt[-1].get("content", ""))) if prompt else ""
 
 
 def batches(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:

@@ -20,6 +20,7 @@ import msgspec
 
 from hubaoti import api
 from hubaoti.compiling import request_of
+from hubaoti.disks import mebibytes
 from hubaoti.engines.asks import (
     Ask,
     Begin,
@@ -30,6 +31,8 @@ from hubaoti.engines.asks import (
     Generation,
     Item,
     Likelihood,
+    Measure,
+    Measured,
     Prompt,
     Reply,
     Sampling,
@@ -224,6 +227,16 @@ class LightweightEngine:
         reply = self._ask(model, Generate(texts, Sampling.of(sampling)))
         assert isinstance(reply, Generated)
         return reply.answers
+
+    def measure(self, model: str | Path, prompts: Sequence[Prompt], **sampling: Any) -> list[int]:
+        """The tokens of each prompt; nothing is generated.
+
+        Raises:
+            OutOfBounds: one, with the new tokens that `sampling` asks for, is longer than the cache.
+        """
+        reply = self._ask(model, Measure([*prompts], Sampling.of(sampling)), requests=0)
+        assert isinstance(reply, Measured)
+        return reply.tokens
 
     def score(self, model: str | Path, items: Sequence[Item | tuple[str, str]]) -> list[Likelihood]:
         """The log-likelihood of each (context, continuation), in their order.
@@ -465,6 +478,7 @@ class LightweightEngine:
             from hubaoti.engines.isolated import Isolated
 
             return Isolated(begin, self._settings)
+        self._say("torch")  # importing it takes longer than most steps
         from hubaoti.engines.resident import Resident
 
         return Resident(begin, self._settings, self._say)
@@ -499,7 +513,7 @@ class LightweightEngine:
         have = place.needs - lacking
         said = "may be held" if self._most is not None and have >= self._most else "are free"
         return NotEnoughMemory(
-            f"{place.name} takes {place.needs / 1e9:.2f} GB of memory; {have / 1e9:.2f} GB {said}",
+            f"{place.name} takes {mebibytes(place.needs)} of memory; {mebibytes(have)} {said}",
             hint="give the engine more memory, or load it in bfloat16 or quantized",
         )
 

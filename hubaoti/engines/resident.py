@@ -20,6 +20,8 @@ from hubaoti.engines.asks import (
     Embedded,
     Generate,
     Generated,
+    Measure,
+    Measured,
     Reply,
     Score,
     Scored,
@@ -161,6 +163,9 @@ class Resident:
         match ask:
             case Generate(prompts, sampling):
                 return Generated(self._decoder("generate").generate(prompts, sampling))
+            case Measure(prompts, sampling):
+                rows = self._decoder("generate").measured(prompts, sampling)
+                return Measured([*map(len, rows)])
             case Score(items):
                 return Scored(self._decoder("score").score(items))
             case Embed(texts):
