@@ -29,7 +29,7 @@ def answer_prompts(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
         else:
             print_answers(engine, options, as_json)
         if not (quiet or as_json):
-            click.echo(counted(engine.state(model)), err=True)
+            click.echo(counted(engine.state(model), engine.models()[0].why), err=True)
 
 
 def refuse_odd(options: dict[str, Any]) -> None:
@@ -153,10 +153,10 @@ def told(state: State) -> dict[str, Any]:
     return facts | {"reasons": state.reasons}
 
 
-def counted(state: State) -> str:
+def counted(state: State, why: str) -> str:
     """Who answered, in a line."""
     if state.artifact is None:
-        return "  answered without graphs"
+        return f"  answered without graphs: {why}"
     why = ", ".join(f"{reason} {calls}" for reason, calls in state.reasons.items())
     own = f", the model itself {state.eager} ({why})" if state.eager else ""
     return f"  graphs answered {state.compiled} calls of blocks{own}"

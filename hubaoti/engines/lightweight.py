@@ -232,7 +232,7 @@ class LightweightEngine:
         """The tokens of each prompt; nothing is generated.
 
         Raises:
-            OutOfBounds: one, with the new tokens that `sampling` asks for, is longer than the cache.
+            OutOfBounds: one, with what `sampling` has follow it, is longer than the cache.
         """
         reply = self._ask(model, Measure([*prompts], Sampling.of(sampling)), requests=0)
         assert isinstance(reply, Measured)
