@@ -9,6 +9,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,15 @@ class Decoder:
             ModelNotFound: the folder has no tokenizer that transformers can read.
         """
         self.model: Any = model
+        # How long, over which cache and in which form is said by each call. `generate` fills in
+        # from here what a call leaves out, so it must not stand here either.
+        own = self.model.generation_config
+        own.max_length = own.min_length = own.cache_implementation = None
+        own.return_dict_in_generate, own.num_return_sequences = False, 1
         self.steps = steps
         self.served = self.own = Served(high=positions_of(model))
         self._tokenizer = tokenizer_in(folder)
+        self._begin = beginning_of(self._tokenizer)
         self._takes = inspect.signature(model.forward).parameters
 
     def serve(self, manifest: Manifest | None) -> None:
@@ -167,10 +174,6 @@ class Decoder:
     def _config(self, sampling: Sampling) -> Any:
         """The model's own generation config, with what was asked."""
         own = copy.deepcopy(self.model.generation_config)
-        own.max_length = own.min_length = None
-        own.cache_implementation = None  # it gets its cache, where it gets one
-        own.return_dict_in_generate = False
-        own.num_return_sequences = 1
         own.max_new_tokens = sampling.max_new_tokens
         own.pad_token_id = self._pad
         for name in sampling.__struct_fields__:
@@ -219,12 +222,14 @@ class Decoder:
         context = item.context.rstrip()
         continuation = item.context[len(context) :] + item.continuation
         if not context:
-            first = [self._first]
+            first = self._first
             rest = self._tokenizer(continuation, add_special_tokens=False)["input_ids"]
         else:
             # Encoded together, since a token may begin in one and end in the other.
-            first = self._plain(context)
-            rest = self._plain(context + continuation)[len(first) :]
+            first, whole = self._plain(context), self._plain(context + continuation)
+            if len(whole) <= len(first):  # its last token goes on in the continuation
+                first = common(first, whole)
+            rest = whole[len(first) :]
         if not rest:
             raise BadInput(
                 f"the continuation {shortened(item.continuation)!r} has no token of its own",
@@ -234,10 +239,8 @@ class Decoder:
 
     def _plain(self, text: str) -> list[int]:
         """A text's tokens, begun as the model's texts begin, and not ended."""
-        ids = self._tokenizer(text)["input_ids"]
-        while ids and ids[-1] in self._closing and len(ids) > 1:
-            ids = ids[:-1]
-        return [int(token) for token in ids]
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._begin + [int(token) for token in ids]
 
     def _likelihoods(self, pairs: list[tuple[list[int], list[int]]]) -> Iterator[Likelihood]:
         """Of a batch, padded on the right: what comes later is not looked at."""
@@ -308,17 +311,11 @@ class Decoder:
         return {*said} if isinstance(said, (list, tuple)) else {said} - {None}
 
     @property
-    def _closing(self) -> set[int]:
-        """Tokens that a tokenizer puts behind a text, which is over there."""
-        own = {self._tokenizer.eos_token_id, self._tokenizer.sep_token_id}
-        return (own | self._ends) - {None}
-
-    @property
-    def _first(self) -> int:
+    def _first(self) -> list[int]:
         """The token before a text that follows nothing."""
-        names = ("bos_token_id", "cls_token_id", "eos_token_id", "pad_token_id")
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
         own = (getattr(self._tokenizer, name, None) for name in names)
-        return next((int(token) for token in own if token is not None), 0)
+        return self._begin or [next((int(token) for token in own if token is not None), 0)]
 
     @property
     def _pad(self) -> int:
@@ -341,6 +338,13 @@ def tokenizer_in(folder: Path) -> Any:
             f"transformers cannot read a tokenizer in {folder}: {first_line(why)}",
             hint="give the model's whole folder, or its Hub id",
         ) from why
+
+
+def beginning_of(tokenizer: Any) -> list[int]:
+    """The tokens that a tokenizer puts before a text."""
+    bare, whole = (tokenizer("a", add_special_tokens=each)["input_ids"] for each in (False, True))
+    places = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return [int(token) for token in whole[: next(places, 0)]]
 
 
 def positions_of(model: nn.Module) -> int | None:
@@ -383,6 +387,12 @@ def padded(
         ids[at, place] = torch.tensor(row, dtype=torch.int64)
         mask[at, place] = 1
     return ids.to(device), mask.to(device)
+
+
+def common(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    """The tokens with which both begin."""
+    pairs = zip(first, second, strict=False)
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def likelihood(logits: torch.Tensor, tokens: list[int]) -> Likelihood:
