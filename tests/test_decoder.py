@@ -38,9 +38,7 @@ def plain(tiny_decoder: Path) -> Decoder:
 
 
 @pytest.fixture
-def attachment(
-    served: Decoder, decoder_bundle: Bundle, built_at: Settings
-) -> Iterator[Attachment]:
+def attachment(served: Decoder, decoder_bundle: Bundle, built_at: Settings) -> Iterator[Attachment]:
     with hubaoti.attach(served.model, decoder_bundle, settings=built_at) as found:
         served.serve(decoder_bundle.manifest)
         yield found
@@ -206,7 +204,7 @@ def test_scoring_holds_few_logits_at_a_time(
 
 
 def test_a_continuation_that_ends_a_token_of_its_context_is_scored_with_it(plain: Decoder) -> None:
-    """"sun" and "shine" are one token together."""
+    """ "sun" and "shine" are one token together."""
     first, rest = plain._pair(Item("the sun", "shine"))
     assert first + rest == plain._plain("the sunshine")
     assert len(rest) == 1

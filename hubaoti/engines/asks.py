@@ -115,6 +115,21 @@ class Item(msgspec.Struct, frozen=True):
     continuation: str
 
 
+def item_of(said: Any) -> Item:
+    """An item from a pair of texts.
+
+    Raises:
+        BadRequest: it is none.
+    """
+    if isinstance(said, Item):
+        return said
+    if isinstance(said, str) or [*map(type, said)] != [str, str]:
+        raise BadRequest(
+            f"{said!r:.80} is no item to score", hint="give a context and a continuation, as texts"
+        )
+    return Item(*said)
+
+
 class Score(msgspec.Struct, frozen=True, tag=True):
     """How likely is each continuation?"""
 

@@ -41,6 +41,7 @@ from hubaoti.engines.asks import (
     State,
     Tell,
     Use,
+    item_of,
 )
 from hubaoti.engines.building import Building, Work
 from hubaoti.engines.found import (
@@ -244,8 +245,7 @@ class LightweightEngine:
         Raises:
             OutOfBounds: an item is longer than the cache. WorkerEnded: as `generate`.
         """
-        asked = [item if isinstance(item, Item) else Item(*item) for item in items]
-        reply = self._ask(model, Score(asked))
+        reply = self._ask(model, Score([item_of(item) for item in items]))
         assert isinstance(reply, Scored)
         return reply.answers
 

@@ -1,0 +1,406 @@
+"""LightweightEngine in this process: which graphs, which models in memory, what is refused."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hubaoti
+from hubaoti import LightweightEngine
+from hubaoti.bundle import Bundle
+from hubaoti.engines.found import task_in, weights_bytes
+from hubaoti.engines.lightweight import NoGraphs
+from hubaoti.engines.resident import Resident, bytes_of
+from hubaoti.errors import (
+    BadDim,
+    BadRequest,
+    HubaotiError,
+    ModelNotFound,
+    NotEnoughMemory,
+    OtherProgram,
+    OutOfBounds,
+    UnknownTask,
+)
+from hubaoti.memory import size_of
+from hubaoti.mirror import Mirror
+from hubaoti.settings import Settings
+
+WORDS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+
+
+@pytest.fixture
+def engine(decoder_bundle: Bundle, built_at: Settings) -> Iterator[LightweightEngine]:
+    """An engine whose mirror has the decoder's graphs."""
+    with LightweightEngine(built_at) as found:
+        yield found
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Settings:
+    """A home with nothing in it, and no Hub."""
+    return Settings(tmp_path / "home", "http://127.0.0.1:9")
+
+
+@pytest.fixture
+def three(tiny_decoder: Path, tmp_path: Path) -> list[Path]:
+    """Three models of one program."""
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        shutil.copytree(tiny_decoder, folder)
+    return folders
+
+
+@pytest.fixture
+def size(tiny_decoder: Path) -> int:
+    """The bytes of one of them."""
+    return weights_bytes(tiny_decoder, None)
+
+
+def test_a_model_is_answered_by_the_graphs_that_the_mirror_has(
+    engine: LightweightEngine, tiny_decoder: Path, decoder_bundle: Bundle, alone: Settings
+) -> None:
+    standing = engine.load(tiny_decoder)
+    assert (standing.state, standing.artifact) == ("compiled", decoder_bundle.manifest.digest)
+    (found,) = engine.generate(tiny_decoder, "A cat sits", **WORDS)
+    with LightweightEngine(alone) as plain:
+        assert plain.load(tiny_decoder).state == "eager"
+        assert plain.generate(tiny_decoder, ["A cat sits"], **WORDS) == [found]
+        assert "no artifact" in plain.models()[0].why
+    state = engine.state(tiny_decoder)
+    assert (state.compiled, state.eager) == (8, 0)
+    assert engine.models()[0].requests == 1
+
+
+def test_an_encoder_is_answered_by_its_graph_without_the_model(
+    minilm: Path, minilm_bundle: Bundle, built_at: Settings, alone: Settings
+) -> None:
+    texts = ["A cat sits on the mat.", "hello"]
+    with LightweightEngine(built_at) as engine, LightweightEngine(alone) as plain:
+        assert engine.load(minilm).state == "compiled"
+        assert plain.load(minilm).state == "eager"
+        ours, theirs = engine.embed(minilm, texts), plain.embed(minilm, texts)
+        assert ours.shape == (2, 384)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+        with pytest.raises(BadRequest, match="embeds texts; it cannot generate"):
+            engine.generate(minilm, "hello")
+        for each in (engine, plain):
+            with pytest.raises(OutOfBounds, match="602 tokens"):
+                each.embed(minilm, "word " * 600)
+
+
+def test_graphs_of_a_repo_are_pulled_where_the_mirror_has_none(
+    tiny_decoder: Path, decoder_bundle: Bundle, settings: Settings, repo: str, tmp_path: Path
+) -> None:
+    hubaoti.push(decoder_bundle, repo, settings=replace(settings, home=tmp_path / "publisher"))
+    with LightweightEngine(settings, repos=["acme/nothing", repo]) as engine:
+        standing = engine.load(tiny_decoder)
+        assert standing.state == "eager"
+        assert f"{repo}: acme publishes" in standing.why
+        assert "acme/nothing: " in standing.why
+    with LightweightEngine(settings, repos=[repo], trust=True) as engine:
+        assert engine.load(tiny_decoder).state == "compiled"
+    with LightweightEngine(settings) as engine:  # it is in the mirror by now
+        assert engine.load(tiny_decoder).state == "compiled"
+    settings.trust.unlink()
+    with LightweightEngine(settings) as engine:
+        assert engine.load(tiny_decoder).state == "eager", "nobody trusts its publisher any more"
+
+
+def test_graphs_of_another_model_are_refused_and_never_taken(
+    roberta_bundle: Bundle, decoder_bundle: Bundle, built_at: Settings, three: list[Path]
+) -> None:
+    other = three[0] / "config.json"
+    other.write_text(other.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    with LightweightEngine(built_at) as engine:
+        with pytest.raises(OtherProgram, match="rms_norm_eps"):
+            engine.load(three[0], decoder_bundle)
+        with pytest.raises(BadRequest, match="not for classify"):
+            engine.load(three[0], roberta_bundle)
+        assert engine.models() == []
+        assert engine.load(three[0]).state == "eager"
+        with pytest.raises(OtherProgram, match="rms_norm_eps"):
+            engine.load(three[0], decoder_bundle)
+        assert engine.load(three[1], decoder_bundle).state == "compiled"
+
+
+def test_a_loaded_model_gets_the_graphs_that_are_given_later(
+    tiny_decoder: Path, decoder_bundle: Bundle, alone: Settings
+) -> None:
+    with LightweightEngine(alone) as engine:
+        engine.load(tiny_decoder)
+        before = engine.generate(tiny_decoder, "hello", **WORDS)
+        assert engine.load(tiny_decoder).state == "eager"
+        assert engine.load(tiny_decoder, decoder_bundle).state == "compiled"
+        assert engine.generate(tiny_decoder, "hello", **WORDS) == before
+        assert engine.state(tiny_decoder).compiled == 8
+
+
+def test_without_graphs_everything_is_eager(
+    tiny_decoder: Path, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    with LightweightEngine(replace(built_at, graphs=False)) as engine:
+        assert engine.load(tiny_decoder, decoder_bundle, compile="now").state == "eager"
+        assert engine.state(tiny_decoder).compiled == 0
+
+
+def test_the_least_valuable_model_makes_room(three: list[Path], size: int, alone: Settings) -> None:
+    with LightweightEngine(alone, memory=int(2.5 * size)) as engine:
+        for folder in three[:2]:
+            engine.load(folder)
+        for _ in range(5):
+            engine.generate(three[0], "hello", **WORDS)
+        expected = engine.generate(three[1], "hello", **WORDS)
+        engine.load(three[2])
+        states = {standing.model: standing.state for standing in engine.models()}
+        assert states == {
+            str(three[0]): "eager",
+            str(three[1]): "unloaded",
+            str(three[2]): "eager",
+        }
+        assert sum(standing.bytes for standing in engine.models()) == pytest.approx(
+            2 * size, rel=0.01
+        )
+        assert engine.generate(three[1], "hello", **WORDS) == expected, "it is loaded again"
+
+
+def test_a_model_in_use_never_leaves(three: list[Path], size: int, alone: Settings) -> None:
+    with LightweightEngine(alone, memory=int(1.5 * size)) as engine:
+        engine.load(three[0])
+        entered, leave = threading.Event(), threading.Event()
+        module = engine._places[str(three[0])].holder.module  # type: ignore[union-attr]
+
+        def held(*_: Any) -> None:
+            entered.set()
+            assert leave.wait(30)
+
+        module.register_forward_pre_hook(held)
+        answers: list[Any] = []
+
+        def ask(model: Path) -> None:
+            answers.append(engine.generate(model, "hello", **WORDS))
+
+        first = threading.Thread(target=ask, args=(three[0],))
+        first.start()
+        assert entered.wait(30)
+        second = threading.Thread(target=lambda: engine.load(three[1]))
+        second.start()
+        second.join(1)
+        assert second.is_alive(), "there is no room before the first is answered"
+        assert engine.models()[0].state == "eager"
+        leave.set()
+        first.join(30)
+        second.join(30)
+        assert len(answers) == 1
+        assert [standing.state for standing in engine.models()] == ["unloaded", "eager"]
+
+
+def test_a_model_that_can_never_fit_is_refused_before_it_is_loaded(
+    three: list[Path], size: int, alone: Settings
+) -> None:
+    with LightweightEngine(alone, memory=size - 1) as engine:
+        with pytest.raises(
+            NotEnoughMemory, match=r"takes 7\.5 MiB of memory; 7\.5 MiB may be held"
+        ):
+            engine.load(three[0])
+        assert engine.models() == []
+    with LightweightEngine(alone, memory=int(1.5 * size)) as engine:
+        engine.load(three[0])
+        with torch.no_grad():
+            engine.load(three[1])
+        assert [standing.state for standing in engine.models()] == ["unloaded", "eager"]
+
+
+def test_unloading_gives_everything_back(engine: LightweightEngine, tiny_decoder: Path) -> None:
+    engine.load(tiny_decoder)
+    engine.generate(tiny_decoder, "hello", **WORDS)
+    holder = engine._places[str(tiny_decoder)].holder
+    assert isinstance(holder, Resident)
+    module = holder.module
+    assert module is not None
+    assert bytes_of(module) == engine.models()[0].bytes
+    gone = weakref.ref(next(module.parameters()))
+    del module
+    engine.unload(tiny_decoder)
+    gc.collect()
+    assert gone() is None
+    assert engine.models() == []
+    for request in (
+        lambda: engine.generate(tiny_decoder, "hello"),
+        lambda: engine.score(tiny_decoder, [("hello", " you")]),
+        lambda: engine.embed(tiny_decoder, "hello"),
+        lambda: engine.unload(tiny_decoder),
+    ):
+        with pytest.raises(BadRequest, match="is not loaded"):
+            request()
+
+
+def test_requests_of_many_threads_are_all_answered(
+    engine: LightweightEngine, tiny_decoder: Path
+) -> None:
+    engine.load(tiny_decoder)
+    expected = engine.generate(tiny_decoder, "A cat sits", **WORDS)
+    found: list[Any] = []
+    threads = [
+        threading.Thread(
+            target=lambda: found.append(engine.generate(tiny_decoder, "A cat sits", **WORDS))
+        )
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 8
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Wait for something that comes by itself."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_what_a_child_compiled_answers_between_two_requests(
+    tiny_decoder: Path, decoder_bundle: Bundle, built_at: Settings, tmp_path: Path
+) -> None:
+    """The child finds by its key what another machine has built; so it takes no compiler here."""
+    home = tmp_path / "home"
+    shutil.copytree(built_at.home, home)
+    settings = replace(built_at, home=home)
+    with Mirror.open(settings.mirror) as mirror:
+        mirror.index._db.execute("delete from built")
+    dims = {"batch": (1, 4), "seq": (1, 40), "cache": (16, 64)}
+    with LightweightEngine(settings) as engine:
+        standing = engine.load(tiny_decoder, compile="background", dims=dims)
+        assert (standing.state, standing.is_building) == ("eager", True)
+        expected = engine.generate(tiny_decoder, "hello", **WORDS)
+        building = engine._places[str(tiny_decoder)].building
+        assert building is not None
+        wait_until(building.is_done)
+        assert engine.generate(tiny_decoder, "hello", **WORDS) == expected
+        (standing,) = engine.models()
+        assert (standing.state, standing.is_building) == ("compiled", False)
+        assert standing.artifact == decoder_bundle.manifest.digest
+        assert engine.state(tiny_decoder).compiled == 8
+
+
+def test_a_compile_that_fails_leaves_the_model_as_it_is(
+    tiny_decoder: Path, alone: Settings
+) -> None:
+    with LightweightEngine(alone) as engine:
+        with pytest.warns(NoGraphs, match=r"answers without graphs: .*\bnot_a_dim\b"):
+            engine.load(tiny_decoder, compile="now", dims={"not_a_dim": (1, 4)})
+        assert engine.generate(tiny_decoder, "hello", **WORDS)
+        assert "not_a_dim" in engine.models()[0].why
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "told"),
+    [
+        ({"compile": "later"}, BadRequest, "compile='later'"),
+        ({"compile": "now", "dims": {"seq": (4, 1)}}, BadDim, "seq"),
+        ({"compile": "now", "colour": "red"}, BadRequest, "colour"),
+        ({"task": "sing"}, BadRequest, "sing"),
+        ({"task": "classify"}, BadRequest, "classify"),
+    ],
+)
+def test_what_cannot_be_asked_of_load_is_said_at_once(
+    words: dict[str, Any], kind: type[HubaotiError], told: str, tiny_decoder: Path, alone: Settings
+) -> None:
+    with LightweightEngine(alone) as engine:
+        with pytest.raises(kind, match=told):
+            engine.load(tiny_decoder, **words)
+        assert engine.models() == []
+
+
+def test_a_model_that_is_nowhere_is_said_so(alone: Settings, tmp_path: Path) -> None:
+    with LightweightEngine(replace(alone, offline=True)) as engine:
+        with pytest.raises(ModelNotFound):
+            engine.load(tmp_path / "nothing")
+        (tmp_path / "empty").mkdir()
+        with pytest.raises((ModelNotFound, UnknownTask)):
+            engine.load(tmp_path / "empty")
+        assert engine.models() == []
+
+
+@pytest.mark.parametrize(
+    "words", [{"max_new_tokens": 0}, {"max_new_tokens": "x"}, {"temprature": 1.0}]
+)
+def test_what_cannot_be_asked_of_generate_is_said_at_once(
+    words: dict[str, Any], engine: LightweightEngine, tiny_decoder: Path
+) -> None:
+    engine.load(tiny_decoder)
+    with pytest.raises(BadRequest):
+        engine.generate(tiny_decoder, "hello", **words)
+
+
+def test_items_that_are_no_pairs_are_refused(engine: LightweightEngine, tiny_decoder: Path) -> None:
+    engine.load(tiny_decoder)
+    for items in (["hello"], [("hello",)], [("hello", 3)]):
+        with pytest.raises(BadRequest, match="no item to score"):
+            engine.score(tiny_decoder, items)  # type: ignore[arg-type]
+
+
+def test_too_little_memory_for_a_request_is_said_and_the_model_goes_on(
+    engine: LightweightEngine, tiny_decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.load(tiny_decoder)
+    holder: Any = engine._places[str(tiny_decoder)].holder
+
+    def full(*_: Any) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    hook = holder.module.register_forward_pre_hook(full)
+    with pytest.raises(NotEnoughMemory, match="ran out of memory"):
+        engine.generate(tiny_decoder, "hello", **WORDS)
+    hook.remove()
+    assert engine.generate(tiny_decoder, "hello", **WORDS)
+
+
+def test_the_size_of_weights_is_known_from_their_headers(tiny_llama: Path) -> None:
+    own = weights_bytes(tiny_llama, None)
+    (file,) = tiny_llama.glob("*.safetensors")
+    assert own == file.stat().st_size - header_bytes(tiny_llama)
+    assert weights_bytes(tiny_llama, "float32") == 2 * own
+    assert weights_bytes(tiny_llama, "bfloat16") == own
+
+
+def header_bytes(folder: Path) -> int:
+    """What is not weights in a model's file."""
+    (file,) = folder.glob("*.safetensors")
+    return 8 + int.from_bytes(file.read_bytes()[:8], "little")
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"),
+    [("8GB", 8 * 10**9), ("512 MiB", 1 << 29), ("1.5kb", 1500), (7, 7), ("12", 12), ("1T", 10**12)],
+)
+def test_sizes_of_memory_are_read_as_people_write_them(text: str | int, bytes_: int) -> None:
+    assert size_of(text) == bytes_
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1GB", "8 G B", True])
+def test_what_is_no_size_of_memory_is_refused(text: Any, alone: Settings) -> None:
+    with pytest.raises(BadRequest, match="no size of memory"):
+        LightweightEngine(alone, memory=text)
+
+
+def test_a_model_is_for_what_its_files_say(
+    tiny_decoder: Path, tiny_roberta: Path, minilm: Path
+) -> None:
+    assert [task_in(each) for each in (tiny_decoder, tiny_roberta, minilm)] == [
+        "generate",
+        "embed",
+        "embed",
+    ]
