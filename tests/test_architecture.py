@@ -238,7 +238,11 @@ def every_command(root: click.Command, path: tuple[str, ...] = ()) -> Iterator[c
 def test_every_command_says_what_it_does() -> None:
     commands = [*every_command(group)]
     assert len(commands) > len(COMMANDS)
-    silent = [each.name for each in commands if not each.help or not each.help.endswith((".", ":"))]
+    silent = [
+        each.name
+        for each in commands
+        if not each.help or not each.help.rstrip().endswith((".", ":"))
+    ]
     assert silent == []
 
 

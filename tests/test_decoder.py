@@ -15,7 +15,8 @@ from hubaoti.bundle import Bundle
 from hubaoti.compiler.tasks import pool
 from hubaoti.engines import decoder as texts
 from hubaoti.engines.asks import Item, Sampling
-from hubaoti.engines.decoder import Decoder, Served, batches, padded
+from hubaoti.engines.decoder import Decoder, Served
+from hubaoti.engines.tokens import batches, padded
 from hubaoti.errors import BadInput, BadRequest, ModelNotFound, OutOfBounds
 from hubaoti.runtime.attach import Attachment
 from hubaoti.settings import Settings

@@ -177,7 +177,7 @@ def test_a_model_in_use_never_leaves(three: list[Path], size: int, alone: Settin
     with LightweightEngine(alone, memory=int(1.5 * size)) as engine:
         engine.load(three[0])
         entered, leave = threading.Event(), threading.Event()
-        module = engine._places[str(three[0])].holder.module  # type: ignore[union-attr]
+        module = engine._room.get(str(three[0])).holder.module  # type: ignore[union-attr]
 
         def held(*_: Any) -> None:
             entered.set()
@@ -223,7 +223,7 @@ def test_a_model_that_can_never_fit_is_refused_before_it_is_loaded(
 def test_unloading_gives_everything_back(engine: LightweightEngine, tiny_decoder: Path) -> None:
     engine.load(tiny_decoder)
     engine.generate(tiny_decoder, "hello", **WORDS)
-    holder = engine._places[str(tiny_decoder)].holder
+    holder = engine._room.get(str(tiny_decoder)).holder
     assert isinstance(holder, Resident)
     module = holder.module
     assert module is not None
@@ -285,7 +285,7 @@ def test_what_a_child_compiled_answers_between_two_requests(
         standing = engine.load(tiny_decoder, compile="background", dims=dims)
         assert (standing.state, standing.is_building) == ("eager", True)
         expected = engine.generate(tiny_decoder, "hello", **WORDS)
-        building = engine._places[str(tiny_decoder)].building
+        building = engine._room.get(str(tiny_decoder)).building
         assert building is not None
         wait_until(building.is_done)
         assert engine.generate(tiny_decoder, "hello", **WORDS) == expected
@@ -356,7 +356,7 @@ def test_too_little_memory_for_a_request_is_said_and_the_model_goes_on(
     engine: LightweightEngine, tiny_decoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.load(tiny_decoder)
-    holder: Any = engine._places[str(tiny_decoder)].holder
+    holder: Any = engine._room.get(str(tiny_decoder)).holder
 
     def full(*_: Any) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)

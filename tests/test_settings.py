@@ -34,6 +34,19 @@ def test_every_variable_is_read() -> None:
 
 
 @pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        {"HUBAOTI_HOME": "/h", "HF_ENDPOINT": "http://a:1", "HF_TOKEN": "t", "HF_HUB_OFFLINE": "1"},
+        {"KERNELS_CACHE": "/k", "AOTI_DISABLED": "1", "TORCHINDUCTOR_MAX_AUTOTUNE": "1"},
+    ],
+)
+def test_another_process_reads_the_same_settings(env: dict[str, str]) -> None:
+    settings = Settings.from_env(env)
+    assert Settings.from_env(settings.to_env()) == settings
+
+
+@pytest.mark.parametrize(
     ("env", "folder"),
     [
         ({"KERNELS_CACHE": "/k", "HF_HUB_CACHE": "/c"}, "/k"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from hubaoti.compiler import tasks
@@ -194,7 +195,7 @@ def build(making: Making, trust: bool) -> tuple[nn.Module, str]:
             raise UnknownTask(
                 f"{name} cannot do {making.task}: {first_line(why)}", hint="try another --task"
             ) from why
-        except OSError as why:
+        except (OSError, SafetensorError) as why:
             raise MissingConstant(
                 f"transformers cannot load the weights of {making.folder}: {first_line(why)}",
                 hint="--model takes a folder or a Hub id with the weights as safetensors",

@@ -9,7 +9,6 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,16 @@ from torch import nn
 from hubaoti.compiler.source import quiet
 from hubaoti.compiler.tasks import pool
 from hubaoti.engines.asks import Generation, Item, Likelihood, Message, Prompt, Sampling
-from hubaoti.errors import BadInput, BadRequest, ModelNotFound, OutOfBounds, first_line
+from hubaoti.engines.tokens import (
+    batches,
+    beginning,
+    beginning_of,
+    common,
+    padded,
+    parts,
+    tokenizer_in,
+)
+from hubaoti.errors import BadInput, BadRequest, OutOfBounds, first_line
 from hubaoti.manifest import Manifest
 from hubaoti.runtime.text import require_unicode, shortened
 
@@ -65,7 +73,7 @@ class Decoder:
         self.model: Any = model
         # How long, over which cache and in which form is said by each call. `generate` fills in
         # from here what a call leaves out, so it must not stand here either.
-        own = self.model.generation_config
+        own: Any = self.model.generation_config
         own.max_length = own.min_length = own.cache_implementation = None
         own.return_dict_in_generate, own.num_return_sequences = False, 1
         self.steps = steps
@@ -250,7 +258,7 @@ class Decoder:
         keeps = "logits_to_keep" in self._takes
         begin = min(len(first) for first, _ in pairs) - 1 if keeps else 0
         kept = {"logits_to_keep": width - begin} if keeps else {}
-        for few in parts(len(pairs), (width - begin) * self._vocabulary * 4):
+        for few in parts(len(pairs), (width - begin) * self._vocabulary * 4, LOGITS):
             logits = self.model(input_ids=ids[few], **kept, **self._words(width)).logits
             for found, (first, rest) in zip(logits, pairs[few], strict=True):
                 place = len(first) - 1 - begin
@@ -324,75 +332,11 @@ class Decoder:
         return next((int(token) for token in (*own, *self._ends) if token is not None), 0)
 
 
-def tokenizer_in(folder: Path) -> Any:
-    """A model's own tokenizer.
-
-    Raises:
-        ModelNotFound: there is none that transformers can read.
-    """
-    try:
-        with quiet():
-            return transformers.AutoTokenizer.from_pretrained(folder)
-    except Exception as why:  # of many kinds, as files are missing or odd
-        raise ModelNotFound(
-            f"transformers cannot read a tokenizer in {folder}: {first_line(why)}",
-            hint="give the model's whole folder, or its Hub id",
-        ) from why
-
-
-def beginning_of(tokenizer: Any) -> list[int]:
-    """The tokens that a tokenizer puts before a text."""
-    bare, whole = (tokenizer("a", add_special_tokens=each)["input_ids"] for each in (False, True))
-    places = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
-    return [int(token) for token in whole[: next(places, 0)]]
-
-
 def positions_of(model: nn.Module) -> int | None:
     """How many positions a model has; None where its config does not say."""
     config: Any = model.config
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
-
-
-def beginning(prompt: Prompt) -> str:
-    """The beginning of a prompt, or of its last message, for an error."""
-    if isinstance(prompt, str):
-        return shortened(prompt)
-    return shortened(str(prompt[-1].get("content", ""))) if prompt else ""
-
-
-def batches(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:
-    """Numbers of rows that are answered together: long ones beside long ones."""
-    order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
-    for start in range(0, len(order), rows):
-        yield order[start : start + rows]
-
-
-def parts(rows: int, each: int) -> Iterator[slice]:
-    """Rows whose logits fit into memory together; `each` is the bytes of one."""
-    few = max(1, LOGITS // max(1, each))
-    for start in range(0, rows, few):
-        yield slice(start, min(start + few, rows))
-
-
-def padded(
-    rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and mask of (rows, the longest)."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    for at, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[at, place] = torch.tensor(row, dtype=torch.int64)
-        mask[at, place] = 1
-    return ids.to(device), mask.to(device)
-
-
-def common(first: Sequence[int], second: Sequence[int]) -> list[int]:
-    """The tokens with which both begin."""
-    pairs = zip(first, second, strict=False)
-    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def likelihood(logits: torch.Tensor, tokens: list[int]) -> Likelihood:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hubaoti.compiler.tasks import longest
-from hubaoti.engines.decoder import batches
+from hubaoti.engines.tokens import batches
 from hubaoti.errors import BadInput, OutOfBounds
 from hubaoti.runtime.text import TextEncoder, shortened
 

@@ -1,26 +1,22 @@
 """LightweightEngine: several models at once on one machine, within a memory that is told.
 
-Each model answers by its graphs where there are some, and by itself where there are none. A model
-is loaded when it is asked for, and the one whose loading would cost the least for the memory that
-it holds makes room for another (GDSF: seconds × uses / bytes, above what left last).
+Each model answers by its graphs where there are some, and by itself where there are none. It is
+loaded when it is asked for, and makes room for another when it is not.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from hubaoti import api
 from hubaoti.compiling import request_of
-from hubaoti.disks import mebibytes
 from hubaoti.engines.asks import (
     Ask,
     Begin,
@@ -52,10 +48,11 @@ from hubaoti.engines.found import (
     task_in,
     weights_bytes,
 )
+from hubaoti.engines.room import Holder, Place, Room, Standing
 from hubaoti.errors import BadRequest, HubaotiError, NotEnoughMemory
 from hubaoti.fetching import EAGER_FILES, local_folder, model_files
 from hubaoti.host import Host, probe
-from hubaoti.memory import available, size_of
+from hubaoti.memory import size_of
 from hubaoti.settings import Settings
 from hubaoti.steps import Say, silent
 
@@ -72,60 +69,6 @@ PROCESS = 400 << 20  # bytes of a worker beside its weights
 
 class NoGraphs(UserWarning):
     """A model answers without graphs, and why."""
-
-
-class Holder(Protocol):
-    """What holds a loaded model: this process (`Resident`) or one of its own (`Isolated`)."""
-
-    @property
-    def bytes(self) -> int: ...
-    def ask(self, ask: Ask) -> Reply: ...
-    def state(self) -> State: ...
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """How a model stands: `compiled`, `eager` or `unloaded`; `why` says why it has no graphs.
-
-    `bytes` are what it holds now, `seconds` what loading it took, `requests` what it was asked so
-    far; `pid` is of its worker, where it has one.
-    """
-
-    model: str
-    task: str
-    state: str
-    artifact: str | None
-    bytes: int
-    seconds: float
-    requests: int
-    is_building: bool
-    pid: int | None
-    why: str
-
-
-@dataclass(slots=True)
-class Place:
-    """A model that the engine knows, loaded or not."""
-
-    name: str
-    begin: Begin
-    needs: int
-    holder: Holder | None = None
-    bytes: int = 0  # what it counts for; as soon as it is being loaded
-    users: int = 0
-    requests: int = 0
-    seconds: float = 0.0
-    clock: float = 0.0
-    why: str = ""
-    is_asked: bool = False  # its artifact was given: what is wrong with it is raised
-    building: Building | None = None
-    lock: threading.RLock = field(default_factory=threading.RLock)
-
-    @property
-    def value(self) -> float:
-        """What would be lost with it, for each byte."""
-        return self.clock + self.seconds * max(1, self.requests) / max(1, self.bytes)
 
 
 class LightweightEngine:
@@ -153,16 +96,13 @@ class LightweightEngine:
             BadRequest: `memory` is no size.
         """
         self._settings = settings or Settings.from_env()
-        self._most = None if memory is None else size_of(memory)
+        self._room = Room(None if memory is None else size_of(memory))
         self._repos = tuple(repos)
         self._host = probe(self._settings)
         self._device = device or device_of(self._host)
         self._isolates = isolate
         self._trust = trust
         self._say = say
-        self._places: dict[str, Place] = {}
-        self._free = threading.Condition()
-        self._clock = 0.0
 
     def load(
         self,
@@ -191,9 +131,7 @@ class LightweightEngine:
         if compile not in ("never", "background", "now"):
             raise BadRequest(f"compile={compile!r}", hint='say "never", "background" or "now"')
         name = str(model)
-        with self._free:
-            known = self._places.get(name)
-        if known is not None:
+        if (known := self._room.find(name)) is not None:
             return self._loaded_again(known, artifact)
         place = self._placed(name, artifact, task, revision)
         work = self._work(place, name, push, revision, asked)
@@ -202,16 +140,16 @@ class LightweightEngine:
             if compile == "now":
                 self._say(f"compile {name}")
                 self._take_built(place)
-        with self._free:
-            place = self._places.setdefault(name, place)
+        if self._room.add(place) is not place:
+            if place.building is not None:  # another thread was faster
+                place.building.stop()
+            return self._loaded_again(self._room.get(name), artifact)
         try:
-            with self._using(name, requests=0):
-                pass
+            with self._using(name):
+                return place.standing()
         except BaseException:
-            if place.holder is None:
-                self.unload(name)
+            self._room.remove(name)
             raise
-        return self._standing(place)
 
     def generate(
         self, model: str | Path, prompts: str | Sequence[Prompt], **sampling: Any
@@ -273,25 +211,15 @@ class LightweightEngine:
         Raises:
             BadRequest: it is not loaded.
         """
-        place = self._known(str(model))
-        with place.lock:
-            if place.building is not None:
-                place.building.stop()
-                place.building = None
-            with self._free:
-                self._let_go(place)
-                self._places.pop(place.name, None)
-                self._free.notify_all()
+        self._room.remove(str(model))
 
     def models(self) -> list[Standing]:
         """How each model stands."""
-        with self._free:
-            places = [*self._places.values()]
-        return [self._standing(place) for place in places]
+        return [place.standing() for place in self._room]
 
     def close(self) -> None:
         """Unload every model."""
-        for place in [*self._places.values()]:
+        for place in self._room:
             self.unload(place.name)
 
     def __enter__(self) -> LightweightEngine:
@@ -300,53 +228,23 @@ class LightweightEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # One request
-
     def _ask(self, model: str | Path, ask: Ask, requests: int = 1) -> Reply:
-        with self._using(str(model), requests) as (place, holder):
+        with self._using(str(model)) as (place, holder):
+            place.requests += requests
             try:
                 return holder.ask(ask)
             finally:
-                self._note(place)
-
-    def _known(self, name: str) -> Place:
-        with self._free:
-            if name not in self._places:
-                raise unknown(name)
-            return self._places[name]
+                self._room.settle(place)
+                if holder.problem and place.begin.digest is not None:
+                    self._lost(place, holder.problem)
 
     @contextmanager
-    def _using(self, name: str, requests: int = 1) -> Iterator[tuple[Place, Holder]]:
+    def _using(self, name: str) -> Iterator[tuple[Place, Holder]]:
         """A model that is loaded, and stays while it is used; loaded again if it had to leave."""
-        with self._free:
-            place = self._known(name)
-            place.users += 1
-        try:
-            with place.lock:
-                if self._places.get(name) is not place:  # unloaded by another thread
-                    raise unknown(name)
-                place.requests += requests
-                place.clock = self._clock
-                if place.building is not None and place.building.is_done():
-                    self._take_built(place)
-                yield place, self._held(place)
-        finally:
-            with self._free:
-                place.users -= 1
-                self._free.notify_all()
-
-    def _note(self, place: Place) -> None:
-        """What a request may have changed: the memory that is held, graphs that had to go."""
-        holder = place.holder
-        if holder is None:
-            return
-        with self._free:
-            place.bytes = holder.bytes
-        problem = getattr(holder, "problem", "")
-        if problem and place.begin.digest is not None:
-            self._lost(place, problem)
-
-    # Finding graphs
+        with self._room.using(name) as place:
+            if place.building is not None and place.building.is_done():
+                self._take_built(place)
+            yield place, self._held(place)
 
     def _placed(
         self,
@@ -390,7 +288,7 @@ class LightweightEngine:
 
     def _loaded_again(self, place: Place, artifact: Any) -> Standing:
         """A model that is known; other graphs answer from now on, where some are given."""
-        with self._using(place.name, requests=0) as (_, holder):
+        with self._using(place.name) as (_, holder):
             if artifact is not None and self._settings.graphs:
                 given = api.artifact_of(artifact, self._trust, self._settings, self._say)
                 begin = place.begin
@@ -398,7 +296,7 @@ class LightweightEngine:
                 if refusal := wanted.refusal(given.manifest):
                     raise refusal
                 self._use(place, holder, given.digest)
-        return self._standing(place)
+        return place.standing()
 
     def _work(
         self, place: Place, name: str, push: str | None, revision: str | None, asked: dict[str, Any]
@@ -442,25 +340,17 @@ class LightweightEngine:
         place.why = why
         warnings.warn(f"{place.name} answers without graphs: {why}", NoGraphs, stacklevel=4)
 
-    # Memory
-
     def _held(self, place: Place) -> Holder:
         """The model in memory; others make room for it."""
-        if place.holder is not None:
-            return place.holder
-        self._reserve(place)
-        started = time.perf_counter()
-        try:
-            place.holder = self._begun(place)
-        except BaseException:
-            with self._free:
-                place.bytes = 0
-                self._free.notify_all()
-            raise
-        place.seconds = time.perf_counter() - started
-        place.is_asked = False
-        with self._free:
-            place.bytes = place.holder.bytes
+        if place.holder is None:
+            self._room.reserve(place)
+            started = time.perf_counter()
+            try:
+                place.holder = self._begun(place)
+                place.seconds = time.perf_counter() - started
+                place.is_asked = False
+            finally:
+                self._room.settle(place)
         return place.holder
 
     def _begun(self, place: Place) -> Holder:
@@ -482,72 +372,6 @@ class LightweightEngine:
         from hubaoti.engines.resident import Resident
 
         return Resident(begin, self._settings, self._say)
-
-    def _reserve(self, place: Place) -> None:
-        """Count a model's memory as taken, when there is enough.
-
-        Raises:
-            NotEnoughMemory: there never will be.
-        """
-        with self._free:
-            while (lacking := self._lacking(place)) > 0:
-                held = [each for each in self._places.values() if each.bytes and each is not place]
-                idle = [each for each in held if not each.users and each.holder is not None]
-                if idle:
-                    self._evict(min(idle, key=lambda each: each.value))
-                elif held:
-                    self._free.wait()
-                else:
-                    raise self._too_large(place, lacking)
-            place.bytes = place.needs
-
-    def _lacking(self, place: Place) -> int:
-        """The bytes that a model lacks."""
-        lacking = place.needs - available()
-        if self._most is not None:
-            held = sum(each.bytes for each in self._places.values() if each is not place)
-            lacking = max(lacking, held + place.needs - self._most)
-        return lacking
-
-    def _too_large(self, place: Place, lacking: int) -> NotEnoughMemory:
-        have = place.needs - lacking
-        said = "may be held" if self._most is not None and have >= self._most else "are free"
-        return NotEnoughMemory(
-            f"{place.name} takes {mebibytes(place.needs)} of memory; {mebibytes(have)} {said}",
-            hint="give the engine more memory, or load it in bfloat16 or quantized",
-        )
-
-    def _evict(self, place: Place) -> None:
-        """Unload the least valuable; it is loaded again when it is asked for."""
-        self._clock = place.value
-        self._let_go(place)
-
-    def _let_go(self, place: Place) -> None:
-        holder, place.holder = place.holder, None
-        place.bytes = 0
-        if holder is not None:
-            holder.close()
-
-    def _standing(self, place: Place) -> Standing:
-        holder = place.holder
-        state = "unloaded" if holder is None else "compiled" if place.begin.digest else "eager"
-        return Standing(
-            model=place.name,
-            task=place.begin.task,
-            state=state,
-            artifact=place.begin.digest,
-            bytes=place.bytes,
-            seconds=round(place.seconds, 3),
-            requests=place.requests,
-            is_building=place.building is not None and not place.building.is_done(),
-            pid=getattr(holder, "pid", None),
-            why=place.why,
-        )
-
-
-def unknown(name: str) -> BadRequest:
-    """No such model."""
-    return BadRequest(f"{name} is not loaded", hint=f"engine.load({name!r}) first")
 
 
 def device_of(host: Host) -> str:

@@ -56,6 +56,9 @@ class Counted:
 class Resident:
     """A model in this process; `ask` it one thing at a time."""
 
+    pid: int | None = None  # it has no process of its own
+    problem = ""
+
     def __init__(self, begin: Begin, settings: Settings, say: Say = silent) -> None:
         """Load it.
 
