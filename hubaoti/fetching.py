@@ -14,7 +14,7 @@ COMPILE_FILES = ("*.json", "*.txt", "*.py", "*.model", "*/config.json", "tokeniz
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # What the runtime reads of a model: what it says of itself, its tokenizer and its weights.
 RUN_FILES = ("config.json", "modules.json", "*/config.json", "tokenizer.json", *WEIGHTS)
-EAGER_FILES = (*COMPILE_FILES, "*.safetensors")
+EAGER_FILES = (*COMPILE_FILES, "*.safetensors", "*.jinja")
 
 
 def model_files(

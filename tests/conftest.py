@@ -130,6 +130,7 @@ def tiny_llama(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_decoder(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A causal language model of two equal blocks, whose four heads share two of keys."""
+    import torch
     import transformers
 
     config = transformers.LlamaConfig(
@@ -142,7 +143,10 @@ def tiny_decoder(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         max_position_embeddings=64,
     )
     folder = tmp_path_factory.mktemp("models") / "tiny-decoder"
-    return saved(transformers.LlamaForCausalLM(config), folder, minilm)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)  # the same weights each time, so that what it says is known
+        model = transformers.LlamaForCausalLM(config)
+    return saved(model, folder, minilm)
 
 
 def saved(model: object, folder: Path, minilm: Path) -> Path:

@@ -78,13 +78,19 @@ def test_an_answer_ends_at_its_end_token_and_not_at_that_of_another_row(
     tiny_decoder: Path, plain: Decoder
 ) -> None:
     free = [answer.tokens for answer in plain.generate(PROMPTS, GREEDY)]
-    end = free[0][2]
-    assert all(end not in tokens for tokens in free[1:])
+    end = next(token for token in free[0][1:-1] if all(token not in row for row in free[1:]))
     plain.model.generation_config.eos_token_id = end
     found = plain.generate(PROMPTS, GREEDY)
     assert found[0].tokens == free[0][: free[0].index(end) + 1]
     assert [answer.tokens for answer in found[1:]] == free[1:]
     assert [answer.finish for answer in found] == ["stop"] + 4 * ["length"]
+
+
+def test_padding_is_in_the_vocabulary_whatever_a_config_says(plain: Decoder) -> None:
+    expected = [answer.tokens for answer in plain.generate(PROMPTS, GREEDY)]
+    plain._tokenizer.pad_token = None
+    plain.model.generation_config.pad_token_id = 50256
+    assert [answer.tokens for answer in plain.generate(PROMPTS, GREEDY)] == expected
 
 
 def test_a_text_to_stop_at_is_no_part_of_the_answer(plain: Decoder) -> None:

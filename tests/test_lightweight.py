@@ -271,18 +271,16 @@ def wait_until(holds: Callable[[], bool], seconds: float = 120.0) -> None:
         time.sleep(0.05)
 
 
-def test_what_a_child_compiled_answers_between_two_requests(
-    tiny_decoder: Path, decoder_bundle: Bundle, built_at: Settings, tmp_path: Path
+def test_what_a_child_compiled_answers_between_two_requests_and_is_pushed(
+    tiny_decoder: Path, decoder_bundle: Bundle, built_at: Settings, settings: Settings, repo: str
 ) -> None:
     """The child finds by its key what another machine has built; so it takes no compiler here."""
-    home = tmp_path / "home"
-    shutil.copytree(built_at.home, home)
-    settings = replace(built_at, home=home)
+    shutil.copytree(built_at.home, settings.home)
     with Mirror.open(settings.mirror) as mirror:
         mirror.index._db.execute("delete from built")
     dims = {"batch": (1, 4), "seq": (1, 40), "cache": (16, 64)}
     with LightweightEngine(settings) as engine:
-        standing = engine.load(tiny_decoder, compile="background", dims=dims)
+        standing = engine.load(tiny_decoder, compile="background", push=repo, dims=dims)
         assert (standing.state, standing.is_building) == ("eager", True)
         expected = engine.generate(tiny_decoder, "hello", **WORDS)
         building = engine._room.get(str(tiny_decoder)).building
@@ -293,6 +291,9 @@ def test_what_a_child_compiled_answers_between_two_requests(
         assert (standing.state, standing.is_building) == ("compiled", False)
         assert standing.artifact == decoder_bundle.manifest.digest
         assert engine.state(tiny_decoder).compiled == 8
+    stranger = replace(settings, home=settings.home.with_name("other"), token=None)
+    pulled = hubaoti.pull(repo, trust=True, settings=stranger)
+    assert pulled.artifact.digest == decoder_bundle.manifest.digest
 
 
 def test_a_compile_that_fails_leaves_the_model_as_it_is(

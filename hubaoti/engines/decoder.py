@@ -327,9 +327,10 @@ class Decoder:
 
     @property
     def _pad(self) -> int:
-        """What fills short rows; it is looked at by nobody."""
-        own = (self._tokenizer.pad_token_id, self.model.generation_config.pad_token_id)
-        return next((int(token) for token in (*own, *self._ends) if token is not None), 0)
+        """What fills short rows; nobody looks at it, but it has to be in the vocabulary."""
+        own = (self._tokenizer.pad_token_id, self.model.generation_config.pad_token_id, *self._ends)
+        known = (token for token in own if token is not None and 0 <= token < self._vocabulary)
+        return next((int(token) for token in known), 0)
 
 
 def positions_of(model: nn.Module) -> int | None:

@@ -147,7 +147,9 @@ class Resident:
         """
         try:
             return self._answer(ask)
-        except (RuntimeError, MemoryError) as why:
+        except HubaotiError:
+            raise
+        except Exception as why:  # a model raises what it likes
             told = f"{why}".lower()
             if isinstance(why, MemoryError) or any(words in told for words in OUT_OF_MEMORY):
                 raise NotEnoughMemory(
@@ -155,7 +157,8 @@ class Resident:
                     hint="ask for shorter texts or for fewer at a time, or unload another model",
                 ) from why
             raise HubaotiError(
-                f"{self._name} failed: {first_line(why)}", hint="see whether --eager answers"
+                f"{self._name} failed: {type(why).__name__}: {first_line(why)}",
+                hint="see whether it answers without graphs, and whether its files are whole",
             ) from why
 
     @property

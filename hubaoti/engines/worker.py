@@ -90,6 +90,6 @@ def answered(answer: Callable[[], Reply]) -> Reply:
         return answer()
     except HubaotiError as why:
         return Failed(type(why).__name__, str(why), why.hint)
-    except Exception as why:  # a model raises what it likes; the worker goes on
+    except Exception as why:  # which should not be; the worker goes on
         told = f"{type(why).__name__}: {first_line(why)}"
         return Failed("HubaotiError", told, "see whether --eager answers")

