@@ -227,11 +227,12 @@ def load(
     return TextModel(graph, TextEncoder(folder, pad_of(artifact.manifest.program)))
 
 
-def attach(
+def attach(  # noqa: PLR0913 - a face of keywords
     module: nn.Module,
     artifact: Artifact | Pulled | Bundle | str,
     *,
     strict: bool = False,
+    quantize: bool = False,
     trust: bool = False,
     settings: Settings | None = None,
     say: Say = silent,
@@ -244,10 +245,16 @@ def attach(
     config, or other code than was compiled, answers the first call of each graph itself, and the
     graph's answer is compared.
 
+    Of an artifact that was compiled with `--quantize`, the graphs make quantized weights of the
+    module's, which then has both. With `quantize`, the module gives its own up and is smaller: what
+    it answers itself is of the quantized weights too, and stays so after `detach`.
+
     Raises:
         OtherProgram: the module's config says that it computes something else.
         MissingConstant: it lacks tensors that the graphs need; all are named, nothing was touched.
         AlreadyAttached: it has graphs already.
+        BadRequest: `quantize` is asked of an artifact without quantized weights, or of layers that
+            are no plain Linears.
         DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
         Quarantined: a graph crashed or differed when it was first opened, in its own process.
     """
@@ -264,7 +271,7 @@ def attach(
     with Mirror.open(settings.mirror) as mirror:
         require_sound(found, mirror, runtime.device_of(module, manifest.target.device), say)
     parts = runtime.Parts(manifest, found.path, found.graph_folder)
-    return runtime.attach(module, parts, strict=strict, tries=not known)
+    return runtime.attach(module, parts, strict=strict, tries=not known, quantize=quantize)
 
 
 def detach(module: nn.Module) -> None:

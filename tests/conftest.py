@@ -192,6 +192,19 @@ def decoder_bundle(tiny_decoder: Path, built_at: Settings) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def quantized_bundle(tiny_decoder: Path, built_at: Settings) -> Bundle:
+    """The block of the tiny decoder again, its weights in eight bits."""
+    return hubaoti.compile(
+        tiny_decoder,
+        built_at.home.parent / "quantized",
+        task="generate",
+        quantize="int8wo",
+        dims={"batch": (1, 4), "seq": (1, 40), "cache": (16, 64)},
+        settings=built_at,
+    )
+
+
+@pytest.fixture(scope="session")
 def roberta_unpacked(roberta_bundle: Bundle, built_at: Settings) -> Path:
     """The tiny classifier's graph, unpacked as the mirror would."""
     folder = built_at.home.parent / "roberta-unpacked"

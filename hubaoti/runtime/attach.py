@@ -21,6 +21,7 @@ from hubaoti.manifest import Graph as Entry
 from hubaoti.manifest import Manifest
 from hubaoti.runtime.graph import Graph, open_graph
 from hubaoti.runtime.inside import Inside, constants_of
+from hubaoti.runtime.quantized import Sketched, refuse_other_layers
 from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.region import Region
 from hubaoti.runtime.tally import Tally
@@ -114,15 +115,19 @@ class Attachment:
         self.detach()
 
 
-def attach(module: nn.Module, parts: Parts, *, strict: bool, tries: bool) -> Attachment:
+def attach(
+    module: nn.Module, parts: Parts, *, strict: bool, tries: bool, quantize: bool = False
+) -> Attachment:
     """Have the graphs of an artifact answer for the regions of a module.
 
     With `tries`, the first call of each graph is answered by the module, and compared. With
-    `strict`, a call that no graph serves raises.
+    `strict`, a call that no graph serves raises. With `quantize`, the weights that the graphs have
+    quantized are replaced in the module, too.
 
     Raises:
         AlreadyAttached: it has graphs already, or a module within it has.
-        BadRequest: the artifact answers texts, or was built for another kind of device.
+        BadRequest: the artifact answers texts, or was built for another kind of device; what is to
+            be quantized is not quantized in the artifact, or cannot be in the module.
         MissingConstant: the module lacks tensors that the graphs need, or has others; all are
             named. Nothing was touched.
     """
@@ -134,8 +139,13 @@ def attach(module: nn.Module, parts: Parts, *, strict: bool, tries: bool) -> Att
             hint="open it with hubaoti.load, or compile with --task forward",
         )
     tally = Tally(manifest, strict)
-    regions = [*opened(found_modules(module, parts), parts)]
+    if quantize:
+        require_quantized(manifest)
+    found = found_modules(module, parts, Sketched() if quantize else None)
+    regions = [*opened(found, parts)]
     for region in regions:
+        if quantize:
+            region.inside.quantize()
         bind_first(region)
     for region in regions:
         # What no graph reads may still be computed with: a config tells of no bias that was added.
@@ -205,10 +215,13 @@ class Served:
     inside: Inside
 
 
-def found_modules(module: nn.Module, parts: Parts) -> list[Served]:
+def found_modules(module: nn.Module, parts: Parts, sketched: Sketched | None) -> list[Served]:
     """The modules that graphs serve; nothing is opened and nothing is touched.
 
+    With `sketched`, they are to be quantized.
+
     Raises:
+        BadRequest: one cannot be quantized in place.
         MissingConstant: one is not there, or its tensors do not fit; all of them are named.
     """
     problems: list[str] = []
@@ -227,7 +240,9 @@ def found_modules(module: nn.Module, parts: Parts) -> list[Served]:
             each = (pair for e in entries for pair in shipped_tensors(e, parts.path, device))
             brought[key] = dict(each)
         inside = Inside(part, constants_of(entries), brought[key])
-        told = inside.problems(device)
+        told = inside.problems(device, sketched)
+        if sketched is not None:
+            refuse_other_layers(part, inside.constants)
         problems += [f"{path}: {problem}" if path else problem for problem in told]
         found.append(Served(path, entries, device, inside))
     if problems:
@@ -236,6 +251,19 @@ def found_modules(module: nn.Module, parts: Parts) -> list[Served]:
             hint="attach the artifact of this very model; nothing was changed",
         )
     return found
+
+
+def require_quantized(manifest: Manifest) -> None:
+    """Refuse to quantize a module as an artifact is that is not quantized.
+
+    Raises:
+        BadRequest: with its recipe.
+    """
+    if manifest.build.quantization is None:
+        raise BadRequest(
+            f"the artifact's weights are not quantized: its recipe is {manifest.recipe}",
+            hint="leave quantize=True out, or attach one that was compiled with --quantize",
+        )
 
 
 def device_of(module: nn.Module, target: str) -> torch.device:

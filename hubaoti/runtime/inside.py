@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,13 @@ from hubaoti.manifest import Constant
 from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.checks import alignment_of, check_constant, dtype_of
 from hubaoti.runtime.quantize import make
+from hubaoti.runtime.quantized import Sketched, place_of, quantize_in_place
 from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.watch import GLOBAL_HOOKS, Found, Watch, is_merged, version
 
 PLAIN = (torch.Tensor, nn.Parameter)
+
+Make = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 class Inside:
@@ -30,11 +34,12 @@ class Inside:
     def __init__(
         self, module: nn.Module, constants: Sequence[Constant], shipped: Mapping[str, torch.Tensor]
     ) -> None:
+        self._make: Make = make
         self._module = weakref.ref(module)
         self.constants = constants
         self.shipped = shipped
         self._parts = {n: part for n, part in parts_of(module).items() if part is not module}
-        self._types = {name: type(part) for name, part in self._parts.items()}
+        self._types = self._types_now()
         self._found: dict[str, Found] = {}
         self.more = self._unread()
 
@@ -50,11 +55,23 @@ class Inside:
         assert module is not None
         return module
 
+    def _types_now(self) -> dict[str, type]:
+        """The classes of all parts."""
+        return {name: type(part) for name, part in self._parts.items()}
+
+    def quantize(self) -> None:
+        """Have the module hold what its graphs read, and not what that is made of."""
+        self.forget()
+        self._make = make
+        quantize_in_place(self.module, self.constants)
+        self._types, self.more = self._types_now(), self._unread()
+
     def _unread(self) -> frozenset[str]:
         """The tensors that no graph reads, as a bias that the program has not."""
         tensors = (*self.module.named_parameters(), *self.module.named_buffers())
         read = {constant.fqn for constant in self.constants}
         read |= {constant.origin.module or "" for constant in self.constants}
+        read |= {place_of(constant) or "" for constant in self.constants}
         return frozenset(name for name, _ in tensors) - read
 
     def look(self, device: torch.device) -> tuple[dict[str, torch.Tensor], Watch]:
@@ -79,11 +96,14 @@ class Inside:
         """Make everything anew that is made of the module's tensors."""
         self._found = {}
 
-    def problems(self, device: torch.device) -> list[str]:
+    def problems(self, device: torch.device, sketched: Sketched | None = None) -> list[str]:
         """Why constants do not fit, each with its name, what is expected and what is there.
 
-        What had to be made to tell is kept for `look`.
+        What had to be made to tell is kept for `look`; what was only sketched is not.
         """
+        if sketched is not None:
+            self._make = sketched
+            return [*self._problems({}, device)]
         self._found = {}
         return [*self._problems(self._found, device)]
 
@@ -103,10 +123,11 @@ class Inside:
         Raises:
             MissingConstant: it is nowhere, or another tensor than the graph was compiled for.
         """
-        held, made = self._held(constant.fqn), lambda tensor: tensor.detach().clone()
         origin = constant.origin
+        held = self._held(constant.fqn) or self._held(place_of(constant) or "")
+        made: Callable[[torch.Tensor], torch.Tensor] = copied
         if held is None and origin.transform and origin.module:
-            held, made = self._held(origin.module), lambda tensor: quantized(constant, tensor)
+            held, made = self._held(origin.module), partial(quantized, constant, self._make)
         elif held is not None and self._fits(constant, held[0][held[1]], device):
             return Found(*held, held[0][held[1]], held[0][held[1]])
         if held is not None:
@@ -230,7 +251,12 @@ def require_plain(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def quantized(constant: Constant, tensor: torch.Tensor) -> torch.Tensor:
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values at an address that can be used."""
+    return tensor.detach().clone()
+
+
+def quantized(constant: Constant, make: Make, tensor: torch.Tensor) -> torch.Tensor:
     """A quantized constant, of the module's own weight.
 
     Raises:
