@@ -23,6 +23,7 @@ from recording import apart, shaken
 from torch import nn
 from torch._inductor import aoti_load_package
 from transformers.cache_utils import StaticCache
+from weighing import bench_quantized
 
 import hubaoti
 from hubaoti import api
@@ -87,7 +88,8 @@ def bench_attach(scratch: Path, rounds: int) -> list[Figure]:
     found += again_and_again(forward, settings)
     del model
     ctypes.CDLL(None).malloc_trim(0)
-    return [*found, peak_memory(decoder, settings, scratch)]
+    found.append(peak_memory(decoder, settings, scratch))
+    return [*found, *bench_quantized(settings, scratch)]
 
 
 def compiled(scratch: Path, settings: Settings, task: str, blocks: int, **asked: Any) -> Bundle:
