@@ -20,6 +20,7 @@ from hubaoti.errors import (
     first_line,
 )
 from hubaoti.manifest import Graph as Entry
+from hubaoti.runtime.aliases import Bound
 from hubaoti.runtime.checks import Checks, address, check_constant
 from hubaoti.runtime.runners import Runner, native_runner
 
@@ -103,7 +104,7 @@ class Graph:
         self._runner = runner
         self._given: list[torch.Tensor] = []
         self._addresses: list[int] = []
-        self._bound: dict[str, torch.Tensor] = {}
+        self._bound = Bound({})
         self._ready = not runner.get_constant_names_to_original_fqns()
         self.note: Callable[[], None] | None = None  # told before native code is entered
 
@@ -133,8 +134,8 @@ class Graph:
                     hint="bind every constant that the manifest lists",
                 )
             check_constant(listed[fqn], tensors[fqn], self.device)
-        bound = {inner: tensors[fqn].detach() for inner, fqn in names.items()}
-        self._runner.update_constant_buffer(bound, False, True, True)
+        bound = Bound({inner: tensors[fqn] for inner, fqn in names.items()})
+        self._runner.update_constant_buffer(bound.aliases, False, True, True)
         # The memory that the library reads now must not be given to somebody else before it.
         self._bound = bound
         self._given = [tensors[fqn] for fqn in names.values()]
@@ -181,7 +182,7 @@ class Graph:
     def release(self) -> None:
         """Let go of the constants: it is not called again before it is bound again."""
         self._ready = not self._bound
-        self._bound, self._given, self._addresses = {}, [], []
+        self._bound, self._given, self._addresses = Bound({}), [], []
 
     def _unbound(self) -> BadInput:
         """Why it cannot be called: what it would read is not there."""
