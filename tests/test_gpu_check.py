@@ -24,6 +24,7 @@ from gpu_road import Check, Failed, Finding, Road, Skipped, apart, median, run_o
 
 STEPS = ("compile", "push", "pull", "open", "answer", "run", "time")
 FORMS = ("block-plain", "block-cache", "block-int8wo", "block-float8dq", "block-autotune")
+ATTACHED = ("attach-model", "attach-int8wo", "attach-fork")
 
 
 def check(folder: Path, *words: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
@@ -92,7 +93,7 @@ def test_without_a_gpu_it_says_so_and_nothing_failed(tmp_path: Path) -> None:
     lines = json.loads((tmp_path / "gpu_check.json").read_text())["checks"]
     assert {line["result"] for line in lines} == {"skipped"}
     assert all("no NVIDIA GPU" in line["why"] for line in lines)
-    assert {line["name"].split()[0] for line in lines} >= {*FORMS}
+    assert {line["name"].split()[0] for line in lines} >= {*FORMS, *ATTACHED}
 
 
 def test_a_failure_is_the_exit_code_and_the_reason_of_what_needs_it(
@@ -214,7 +215,8 @@ def test_only_takes_several_names(script: ModuleType) -> None:
 
 def test_what_shares_nothing_is_apart(script: ModuleType) -> None:
     parts = [{each.name.split()[0] for each in part} for part in apart(script.CHECKS)]
-    assert parts == [{"machine"}, {"serve", "encoder", "causal-lm"}, *({name} for name in FORMS)]
+    assert parts[:2] == [{"machine"}, {"serve", "encoder", "causal-lm"}]
+    assert parts[2:] == [{name} for name in (*FORMS, *ATTACHED)]
     assert sum(len(part) for part in apart(script.CHECKS)) == len(script.CHECKS)
 
 
