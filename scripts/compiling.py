@@ -22,8 +22,9 @@ import transformers
 from children import in_child
 from decoding import CONFIG, DIMS
 from figures import Cost, Figure, Goal, costing, figure, in_turn, ratios
-from recording import apart, attached, opened, shaken
+from recording import apart, opened, shaken
 
+import hubaoti
 from hubaoti import api
 from hubaoti.bundle import Bundle
 from hubaoti.compiler import build, inductor, lent, plan, request, source, unit
@@ -216,6 +217,7 @@ def called(
     model = shaken(transformers.AutoModel.from_config(config))
     (entry,) = whole.manifest.graphs
     (graph,) = opened(whole, entry, scratch / "whole", model)
+    settings = Settings(home=scratch / "home", endpoint="http://127.0.0.1:9")
     found = []
     for batch, seq in SHAPES:
         ids = torch.randint(1, config.vocab_size, (batch, seq))
@@ -224,7 +226,7 @@ def called(
         tensors = {"input_ids": ids, "attention_mask": mask,
                    "position_ids": torch.arange(seq).expand(batch, seq).contiguous()}  # fmt: skip
         inputs = [tensors[item.name] for item in entry.inputs]
-        with attached(model, regional, scratch / "regional"), torch.no_grad():
+        with hubaoti.attach(model, regional, strict=True, settings=settings), torch.no_grad():
             by_regions: Callable[[], Any] = partial(model, **tensors)
             sides = {"regional": by_regions, "whole": partial(graph, *inputs)}
             answers = by_regions().last_hidden_state, graph(*inputs)[0]

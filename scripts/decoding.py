@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import transformers
 from figures import Figure, figure, in_turn, ratios
-from recording import apart, attached, opened, shaken
+from recording import apart, opened, shaken
 from transformers.cache_utils import StaticCache
 
+import hubaoti
 from hubaoti import api
 from hubaoti.bundle import Bundle
 from hubaoti.runtime.graph import Graph
@@ -186,7 +187,8 @@ def same_tokens(model: Any, bundle: Bundle, scratch: Path) -> Figure:
     mask = torch.ones_like(prompt)
     mask[0, :3] = 0  # a row that is padded on the left
     expected = copy.deepcopy(model).generate(prompt, attention_mask=mask, **options)
-    with attached(model, bundle, scratch / "generate"):
+    settings = Settings(home=scratch / "home", endpoint="http://127.0.0.1:9")
+    with hubaoti.attach(model, bundle, strict=True, settings=settings):
         found = model.generate(prompt, attention_mask=mask, **options)
     same = (found == expected).float().mean().item()
     return figure("cache", "generate, tokens equal to eager's", [same], "of 1", ("at least", 1.0))

@@ -7,7 +7,7 @@ mask out, or gives a table of one row for all rows, a graph wants the whole: tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers.cache_utils import Cache
 
 from hubaoti.bundle import Bundle
-from hubaoti.compiler.calls import replaced, thaw
+from hubaoti.compiler.calls import replaced
 from hubaoti.extents import Extent
 from hubaoti.manifest import Graph as Entry
 from hubaoti.manifest import Input
@@ -144,99 +144,6 @@ def opened(bundle: Bundle, entry: Entry, scratch: Path, model: nn.Module) -> Ite
         own |= dict(module.named_buffers(remove_duplicate=False))
         graph.bind(own | dict(shipped_tensors(entry, bundle.path, CPU)))
         yield graph
-
-
-@contextmanager
-def attached(model: nn.Module, bundle: Bundle, scratch: Path) -> Iterator[None]:
-    """Inside the block the graphs of a bundle answer for the modules that they serve.
-
-    With a cache only what a static one can do, and none of a layer that is not there yet.
-    """
-    serving: dict[str, list[Graph]] = {}
-    for entry in sorted(bundle.manifest.graphs, key=lambda each: each.order):
-        graphs = opened(bundle, entry, scratch, model)
-        for graph, path in zip(graphs, entry.modules, strict=True):
-            serving.setdefault(path, []).append(graph)
-    with ExitStack() as around:
-        for path, graphs_of_it in serving.items():
-            block = model.get_submodule(path)
-            around.enter_context(replaced(block, answering(graphs_of_it, block)))
-        yield
-
-
-def answering(graphs: Sequence[Graph], block: nn.Module) -> Any:
-    """A `forward` that the first graph answers in whose bounds a call is."""
-    eager, layer = block.forward, layer_of(block)
-    places = [places_in(graph.entry) for graph in graphs]
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        held_by = None
-        if graphs[0].entry.cache is not None:
-            held_by = kwargs["past_key_values"].layers[layer]
-            if not held_by.is_initialized:
-                return eager(*args, **kwargs)
-        call = {"args": args, "kwargs": kwargs}
-        for graph, where in zip(graphs, places, strict=True):
-            inputs = [reached(call, path) if path else None for path in where]
-            if held_by is not None:
-                stepped(graph.entry, inputs, held_by)
-            if len(graphs) == 1 or serves(graph.entry, inputs):
-                break
-        else:
-            raise Unlike(f"{layer}: no graph has the sizes of this call")
-        if held_by is not None:
-            held_by.cumulative_length.add_(inputs[0].shape[1])
-        return thaw(graph.entry.outputs.template, graph(*inputs), {})
-
-    return forward
-
-
-def serves(entry: Entry, inputs: Sequence[torch.Tensor]) -> bool:
-    """Whether a call is within the bounds of a graph."""
-    sizes = sizes_of(entry, dict(enumerate(inputs)))
-    return all(low <= sizes.get(dim, low) <= high for dim, (low, high) in entry.bounds.items())
-
-
-def places_in(entry: Entry) -> list[tuple[Any, ...]]:
-    """Where in a call each input of a graph stands; nowhere for those of its cache."""
-    found = dict(places_of(entry.call["args"], ("args",)))
-    found |= dict(places_of({"dict": entry.call["kwargs"]}, ("kwargs",)))
-    return [found.get(at, ()) for at in range(len(entry.inputs))]
-
-
-def places_of(template: Any, path: tuple[Any, ...]) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """Where in a call each tensor of a template stands."""
-    if isinstance(template, list):
-        for at, item in enumerate(template):
-            yield from places_of(item, (*path, at))
-    elif isinstance(template, dict):
-        ((word, inner),) = template.items()
-        if word == "tensor":
-            yield inner, path
-        elif word == "tuple":
-            yield from places_of([*inner], path)
-        elif word in {"dict", "fields"}:
-            for name, item in inner.items():
-                yield from places_of(item, (*path, name))
-
-
-def reached(call: Any, path: tuple[Any, ...]) -> Any:
-    """What stands at a place of a call."""
-    for step in path:
-        call = call[step]
-    return call
-
-
-def stepped(entry: Entry, inputs: list[Any], layer: Any) -> None:
-    """The cache's tensors, where the new entries go, and the mask of what is then filled."""
-    assert entry.cache is not None and entry.cache.position is not None
-    before, seq = int(layer.cumulative_length), inputs[0].shape[1]
-    inputs[entry.cache.keys], inputs[entry.cache.values] = layer.keys, layer.values
-    inputs[entry.cache.position] = torch.arange(before, before + seq)
-    for at, item in enumerate(entry.inputs):
-        if "filled" in item.shape:
-            axis = item.shape.index("filled")
-            inputs[at] = inputs[at].narrow(axis, 0, before + seq).contiguous()
 
 
 def adapted(entry: Entry, call: Recorded) -> list[torch.Tensor]:

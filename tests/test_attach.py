@@ -1183,6 +1183,24 @@ def test_a_tensor_that_was_given_twice_has_to_be_given_twice() -> None:
         plan.flat((one, other), {})
 
 
+class Keyword(Cell):
+    """A block with the same tensors, which is called by name only."""
+
+    def forward(self, *, x: torch.Tensor) -> dict[str, torch.Tensor | None]:  # type: ignore[override]
+        return super().forward(x)
+
+
+def test_a_module_that_is_called_otherwise_is_refused_and_not_touched(
+    stack_bundle: Bundle, built_at: Settings
+) -> None:
+    stack = Stack().eval()
+    stack.cells[1] = Keyword(2.0).eval()
+    with pytest.raises(OtherProgram, match=r"cells\.1 is called otherwise.*1 positional") as why:
+        hubaoti.attach(stack, stack_bundle, settings=built_at)
+    assert "attach the artifact" in why.value.hint
+    assert not [*regions_in(stack)] and not any("forward" in vars(each) for each in stack.cells)
+
+
 def test_inputs_that_lie_otherwise_are_copied(stack_bundle: Bundle, built_at: Settings) -> None:
     stack = Stack().eval()
     x = torch.randn(8, 8)[:, ::2].T

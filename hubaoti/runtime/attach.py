@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.errors import AlreadyAttached, BadRequest, MissingConstant, NotAttached
+from hubaoti.errors import (
+    AlreadyAttached,
+    BadRequest,
+    MissingConstant,
+    NotAttached,
+    OtherProgram,
+)
 from hubaoti.manifest import Graph as Entry
 from hubaoti.manifest import Manifest
 from hubaoti.runtime.graph import Graph, open_graph
@@ -289,6 +295,7 @@ def opened(found: Iterable[Served], parts: Parts) -> Iterator[Region]:
 
     Raises:
         CannotOpen, MissingOps: a library cannot be loaded here.
+        OtherProgram: a module cannot be called as the one that was compiled. Nothing was touched.
     """
     expands = "model_type" in parts.manifest.program.config
     shared: dict[tuple[Any, ...], Ways] = {}
@@ -296,13 +303,30 @@ def opened(found: Iterable[Served], parts: Parts) -> Iterator[Region]:
         module, device = each.inside.module, each.device
         key = (device, type(module), *(entry.id for entry in each.entries))
         if key not in shared:
-            shared[key] = Ways(each.entries, module, device, expands)
+            shared[key] = ways_of(each, device, expands)
         ways = shared[key]
         graphs = [
             open_graph(parts.graph_folder(entry), entry, device, checks)
             for entry, checks in zip(ways.entries, ways.checks, strict=True)
         ]
         yield Region(each.path, ways, graphs, each.inside)
+
+
+def ways_of(served: Served, device: torch.device, expands: bool) -> Ways:
+    """How the graphs of a module are called.
+
+    Raises:
+        OtherProgram: not as this module is.
+    """
+    module = served.inside.module
+    try:
+        return Ways(served.entries, module, device, expands)
+    except Unserved as why:
+        raise OtherProgram(
+            f"{served.path or type(module).__name__} is called otherwise than the module that was "
+            f"compiled: {why}",
+            hint="attach the artifact of this very model; nothing was changed",
+        ) from why
 
 
 def bind_first(region: Region) -> None:
