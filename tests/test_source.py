@@ -172,6 +172,32 @@ def test_a_masked_language_model_keeps_its_own_head(tmp_path: Path) -> None:
 VIT = {"model_type": "vit", "architectures": ["ViTModel"], "hidden_size": 8}
 
 
+HALVES: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+
+
+@pytest.mark.parametrize("task", ["forward", "embed"])
+def test_an_encoder_that_stands_for_itself_wants_no_decoder_s_tokens(
+    task: str, tmp_path: Path
+) -> None:
+    encoder = transformers.T5EncoderModel(transformers.T5Config(**HALVES, vocab_size=100)).eval()
+    encoder.save_pretrained(tmp_path)
+    found = load(tmp_path, Request(task=task, regions="none"), CPU, weights=True)
+    assert type(found.model) is transformers.T5EncoderModel
+    assert [entry.name for entry in found.face.inputs] == ["input_ids", "attention_mask"]
+    words = {"input_ids": torch.tensor([[3, 4]]), "attention_mask": torch.ones(1, 2).long()}
+    with torch.no_grad():
+        answer = found.model(**words)
+        hidden = encoder(**words).last_hidden_state
+    assert torch.equal(answer[0], hidden if task == "forward" else hidden.mean(1))
+
+
+def test_a_model_with_both_halves_keeps_them(tmp_path: Path) -> None:
+    transformers.T5Model(transformers.T5Config(**HALVES, vocab_size=100)).save_pretrained(tmp_path)
+    found = load(tmp_path, Request(task="forward", regions="none"), CPU, weights=True)
+    assert type(found.model) is transformers.T5Model
+    assert "decoder_input_ids" in [entry.name for entry in found.face.inputs]
+
+
 def test_a_model_of_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnknownTask, match="takes no text"):
         load(model_of(tmp_path / "m", VIT), Request(task="embed"), CPU)

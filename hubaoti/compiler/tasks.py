@@ -58,12 +58,20 @@ def task_of(folder: Path, config: Any) -> str:
 def auto_class(task: str, config: Any) -> Any:
     """The transformers class that makes the model of a task."""
     if task in {"embed", "forward"}:
-        return transformers.AutoModel
+        return transformers.AutoModelForTextEncoding if is_half(config) else transformers.AutoModel
     if task == "classify":
         return transformers.AutoModelForSequenceClassification
     if task == "logits" and "ForMaskedLM" in " ".join(config.architectures or ()):
         return transformers.AutoModelForMaskedLM
     return transformers.AutoModelForCausalLM
+
+
+def is_half(config: Any) -> bool:
+    """Whether the files are those of an encoder whose whole model has a decoder, or eyes, too."""
+    half: Any = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    whole = transformers.MODEL_MAPPING.get(type(config), None)
+    named = [*(config.architectures or ())]
+    return half is not None and half is not whole and named == [half.__name__]
 
 
 def whole_face(vocabulary: int) -> Face:
