@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    BartConfig,
+    BartModel,
     MistralConfig,
     MistralForCausalLM,
     StaticCache,
@@ -1224,3 +1226,85 @@ def test_pickled_it_is_the_plain_module(stack_bundle: Bundle, built_at: Settings
         other.cells[0].linear.weight.zero_()
         assert not torch.equal(other(torch.ones(2, 8)), expected)
         hubaoti.attach(other, stack_bundle, settings=built_at).detach()
+
+
+# Two halves
+
+
+@pytest.fixture(scope="module")
+def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder and a decoder, whose blocks look at themselves and at the encoder's answer."""
+    config = BartConfig(
+        architectures=["BartModel"],
+        vocab_size=128,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(5)
+    folder = tmp_path_factory.mktemp("models") / "bart"
+    BartModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bart_bundle(bart: Path, built_at: Settings) -> Bundle:
+    """Both kinds of block, compiled once."""
+    return hubaoti.compile(
+        bart,
+        built_at.home.parent / "bart",
+        task="forward",
+        dims={"batch": (1, 4), "seq": (1, 32), "target": (1, 32)},
+        settings=built_at,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 3])
+def test_both_halves_of_a_model_with_several_masks_answer_by_graphs(
+    rows: int, bart: Path, bart_bundle: Bundle, built_at: Settings
+) -> None:
+    model = AutoModel.from_pretrained(bart).eval()
+    model.config.use_cache = False  # which its encoder asks, whatever a call says
+    words = {
+        "input_ids": torch.arange(3, 3 + 7 * rows).reshape(rows, 7),
+        "attention_mask": torch.ones(rows, 7).long(),
+        "decoder_input_ids": torch.arange(40, 40 + 5 * rows).reshape(rows, 5),
+        "decoder_attention_mask": torch.ones(rows, 5).long(),
+        "use_cache": False,
+    }
+    words["attention_mask"][-1, 4:] = 0
+    words["decoder_attention_mask"][-1, 3:] = 0
+    with torch.no_grad():
+        expected = model(**words).last_hidden_state
+        with hubaoti.attach(model, bart_bundle, strict=True, settings=built_at) as attachment:
+            found = model(**words).last_hidden_state
+            stats = attachment.stats()
+    torch.testing.assert_close(found, expected)
+    assert (stats["compiled"], stats["eager"]) == (4, 0)
+    assert {path.split(".")[0] for path in stats["regions"]} == {"encoder", "decoder"}
+
+
+@pytest.mark.slow
+def test_where_one_of_several_masks_is_left_out_the_block_answers_itself(
+    bart: Path, bart_bundle: Bundle, built_at: Settings
+) -> None:
+    model = AutoModel.from_pretrained(bart).eval()
+    model.config.use_cache = False
+    ids = {"input_ids": torch.tensor([[3, 4, 5]]), "decoder_input_ids": torch.tensor([[6, 7]])}
+    with torch.no_grad():
+        expected = model(**ids, use_cache=False).last_hidden_state
+        with hubaoti.attach(model, bart_bundle, settings=built_at) as attachment:
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                found = model(**ids, use_cache=False).last_hidden_state
+            stats = attachment.stats()
+    torch.testing.assert_close(found, expected)
+    assert stats["compiled"] + stats["eager"] == 4
+    assert stats["regions"]["decoder.layers.0"]["eager"] == {"arguments": 1}
+    assert any("a mask is left out" in str(each.message) for each in told)
