@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import resource
 import threading
@@ -139,9 +138,3 @@ def size_of(text: int | str) -> int:
     number, unit, binary = match.groups()
     power = "KMGT".find(unit.upper()) + 1 if unit else 0
     return int(float(number) * (1024 if binary else 1000) ** power)
-
-
-def give_back() -> None:
-    """Have the C library give the system what was freed; one that knows no such call keeps it."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -32,11 +32,11 @@ from hubaoti.engines.asks import (
 from hubaoti.engines.decoder import Decoder
 from hubaoti.engines.encoder import Encoder
 from hubaoti.errors import BadRequest, HubaotiError, NotEnoughMemory, first_line
-from hubaoti.memory import give_back
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.model_files import sentence_steps
 from hubaoti.runtime.attach import Attachment
 from hubaoti.runtime.graph import Graph, device_for
+from hubaoti.runtime.pages import give_back
 from hubaoti.runtime.selftest import kind_of_host
 from hubaoti.runtime.text import TextModel
 from hubaoti.settings import Settings
@@ -127,7 +127,13 @@ class Resident:
             module = self.module
             assert module is not None
             self._detach()
-            self._attachment = api.attach(module, artifact, settings=self._settings, say=self._say)
+            self._attachment = api.attach(
+                module,
+                artifact,
+                quantize=artifact.manifest.build.quantization is not None,
+                settings=self._settings,
+                say=self._say,
+            )
             if isinstance(self._model, Decoder) and self._settings.graphs:
                 self._model.serve(artifact.manifest)
         self._artifact = artifact
@@ -243,7 +249,7 @@ class Resident:
         self._detach()
         self._model = None
         gc.collect()
-        give_back()
+        give_back(())
 
 
 def place_of(device: str) -> torch.device:
