@@ -81,6 +81,30 @@ def test_a_model_is_answered_by_the_graphs_that_the_mirror_has(
     assert engine.models()[0].requests == 1
 
 
+def test_quantized_graphs_answer_where_they_are_asked_for(
+    tiny_decoder: Path, decoder_bundle: Bundle, quantized_bundle: Bundle, built_at: Settings
+) -> None:
+    with LightweightEngine(built_at) as plain, LightweightEngine(built_at) as engine:
+        assert plain.load(tiny_decoder).artifact == decoder_bundle.manifest.digest
+        standing = engine.load(tiny_decoder, quantize="int8wo")
+        assert standing.artifact == quantized_bundle.manifest.digest
+        assert standing.bytes < plain.models()[0].bytes, "the weights themselves are gone"
+        assert engine.generate(tiny_decoder, "hello", **WORDS)
+        assert engine.state(tiny_decoder).eager == 0
+
+
+def test_a_dtype_that_is_asked_for_is_that_of_the_model(
+    tiny_decoder: Path, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    with LightweightEngine(built_at) as engine:
+        standing = engine.load(tiny_decoder, dtype="bfloat16")
+        assert (standing.state, standing.artifact) == ("eager", None)
+        module = engine._room.get(str(tiny_decoder)).holder.module  # type: ignore[union-attr]
+        assert module.dtype == torch.bfloat16
+        with pytest.raises(BadRequest, match="computes in float32, not in bfloat16"):
+            LightweightEngine(built_at).load(tiny_decoder, decoder_bundle, dtype="bfloat16")
+
+
 def test_an_encoder_is_answered_by_its_graph_without_the_model(
     minilm: Path, minilm_bundle: Bundle, built_at: Settings, alone: Settings
 ) -> None:

@@ -64,8 +64,11 @@ class Served:
 class Decoder:
     """A model of transformers that generates, with its own tokenizer."""
 
-    def __init__(self, model: nn.Module, folder: Path, steps: tuple[str, ...]) -> None:
-        """`steps` are what follows the last hidden state where texts are embedded.
+    def __init__(
+        self, model: nn.Module, folder: Path, steps: tuple[str, ...], trust: bool = False
+    ) -> None:
+        """`steps` are what follows the last hidden state where texts are embedded; with `trust` the
+        tokenizer's own code may run.
 
         Raises:
             ModelNotFound: the folder has no tokenizer that transformers can read.
@@ -78,7 +81,7 @@ class Decoder:
         own.return_dict_in_generate, own.num_return_sequences = False, 1
         self.steps = steps
         self.served = self.own = Served(high=positions_of(model))
-        self._tokenizer = tokenizer_in(folder)
+        self._tokenizer = tokenizer_in(folder, trust)
         self._begin = beginning_of(self._tokenizer)
         self._takes = inspect.signature(model.forward).parameters
 

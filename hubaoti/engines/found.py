@@ -25,12 +25,17 @@ BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16":
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What graphs are wanted for: a model's folder and task, on a device of a host."""
+    """What graphs are wanted for: a model's folder and task, on a device of a host.
+
+    A `dtype` or a `quantization` that is asked for is a condition.
+    """
 
     folder: Path
     task: str
     device: str
     host: Host
+    dtype: str | None = None
+    quantization: str | None = None
 
     def refusal(self, manifest: Manifest) -> HubaotiError | None:
         """Why an artifact does not serve it; None where it does."""
@@ -45,6 +50,11 @@ class Wanted:
                 f"the artifact was built for {manifest.target.device}, the model is on "
                 f"{self.device}",
                 hint=f"load the model on {manifest.target.device}",
+            )
+        if self.dtype not in (None, manifest.build.dtype):
+            return BadRequest(
+                f"the artifact computes in {manifest.build.dtype}, not in {self.dtype}",
+                hint="ask for its dtype, or for none",
             )
         try:
             refuse_other_program(self.folder, manifest.program)
@@ -62,7 +72,7 @@ def task_in(folder: Path) -> str:
 
 
 def in_mirror(wanted: Wanted, settings: Settings) -> Artifact | None:
-    """The best artifact of the mirror for a model; quantized ones answer something else."""
+    """The best artifact of the mirror for a model; a quantized one only where that is wanted."""
     with Mirror.open(settings.mirror) as mirror:
         fitting = {artifact.digest: artifact for artifact in candidates(wanted, mirror, settings)}
     judged = [
@@ -74,7 +84,10 @@ def in_mirror(wanted: Wanted, settings: Settings) -> Artifact | None:
         )
         for digest, artifact in fitting.items()
     ]
-    best = next(iter(rank(judged)), None)
+    same = [each for each in judged if each.recipe.quantization == wanted.quantization]
+    # Quantized ones answer something else, so they are ranked only by their recipe's name.
+    recipes = sorted({each.recipe for each in same}, key=str) if wanted.quantization else [None]
+    best = next((each for recipe in recipes for each in rank(same, recipe)), None)
     return None if best is None else fitting[best.id]
 
 

@@ -133,7 +133,7 @@ class LightweightEngine:
         name = str(model)
         if (known := self._room.find(name)) is not None:
             return self._loaded_again(known, artifact)
-        place = self._placed(name, artifact, task, revision)
+        place = self._placed(name, artifact, task, revision, asked)
         work = self._work(place, name, push, revision, asked)
         if place.begin.digest is None and compile != "never" and self._settings.graphs:
             place.building = Building(work)
@@ -252,6 +252,7 @@ class LightweightEngine:
         artifact: Artifact | Pulled | Bundle | str | None,
         task: str | None,
         revision: str | None,
+        asked: dict[str, Any],
     ) -> Place:
         """A model with its files here, and the artifact that serves it."""
         self._say("files")
@@ -266,16 +267,23 @@ class LightweightEngine:
                 f"an engine has models to {' or '.join(TASKS)}, not for {chosen}",
                 hint="compile it with --task generate or embed; hubaoti.attach takes the others",
             )
-        wanted = Wanted(folder, chosen, self._device, self._host)
+        dtype, quantization = asked.get("dtype"), asked.get("quantize")
+        wanted = Wanted(folder, chosen, self._device, self._host, dtype, quantization)
         why = ""
         if given is not None:
             if refusal := wanted.refusal(given.manifest):
                 raise refusal
         elif self._settings.graphs:
             given, why = self._found(wanted)
-        dtype = given.manifest.build.dtype if given else None
-        begin = Begin(str(folder), chosen, self._device, dtype, given.digest if given else None)
-        needs = weights_bytes(folder, dtype) + (PROCESS if self._isolates else 0)
+        begin = Begin(
+            str(folder),
+            chosen,
+            self._device,
+            given.manifest.build.dtype if given else dtype,
+            given.digest if given else None,
+            bool(asked.get("trust_remote_code")),
+        )
+        needs = weights_bytes(folder, begin.dtype) + (PROCESS if self._isolates else 0)
         told = why or ("" if given else "no graphs are wanted")
         return Place(name, begin, needs, why=told, is_asked=artifact is not None)
 

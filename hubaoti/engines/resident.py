@@ -108,7 +108,8 @@ class Resident:
         found = source.load(folder, asked, device, weights=True)
         if begin.task == "embed":
             return Encoder(found.model, folder, found.config, found.positions)
-        return Decoder(found.model.to(device), folder, sentence_steps(folder))
+        steps = sentence_steps(folder)
+        return Decoder(found.model.to(device), folder, steps, begin.trust_remote_code)
 
     def _use(self, artifact: Artifact) -> None:
         """Have an artifact's graphs answer; where they cannot, all stays as it was."""

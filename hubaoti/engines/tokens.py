@@ -16,7 +16,7 @@ from hubaoti.errors import ModelNotFound, first_line
 from hubaoti.runtime.text import shortened
 
 
-def tokenizer_in(folder: Path) -> Any:
+def tokenizer_in(folder: Path, trust: bool) -> Any:
     """A model's own tokenizer.
 
     Raises:
@@ -24,7 +24,7 @@ def tokenizer_in(folder: Path) -> Any:
     """
     try:
         with quiet():
-            return transformers.AutoTokenizer.from_pretrained(folder)
+            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except Exception as why:  # of many kinds, as files are missing or odd
         raise ModelNotFound(
             f"transformers cannot read a tokenizer in {folder}: {first_line(why)}",
