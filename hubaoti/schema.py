@@ -194,6 +194,17 @@ class Golden(Record, frozen=True, kw_only=True):
     memory: Size
 
 
+class Direct(Record, frozen=True, kw_only=True):
+    """The package itself takes the module's own call and gives its answer, without a manifest.
+
+    `every` is the list whose children are the graph's modules, all of them; `absent` are constants
+    that the `state_dict` of such a module does not have.
+    """
+
+    every: str | None = None
+    absent: tuple[str, ...] = ()
+
+
 class Graph(Record, frozen=True, kw_only=True):
     """One region, compiled: its package, whom it serves, what it takes, gives and needs bound.
 
@@ -216,6 +227,7 @@ class Graph(Record, frozen=True, kw_only=True):
     constants: tuple[Constant, ...]
     cache: Cache | None = None
     golden: Golden | None = None
+    direct: Direct | msgspec.UnsetType = msgspec.UNSET  # not in what was compiled before it was
 
 
 class Check(Record, frozen=True, kw_only=True):

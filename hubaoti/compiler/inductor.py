@@ -25,6 +25,7 @@ from packaging.version import Version
 from torch._inductor.exc import CppCompileError
 from torch.export import ExportedProgram
 
+from hubaoti.compiler.callspec import CallSpec, writing_spec
 from hubaoti.compiler.elf import refuse_executable_stack, refuse_paths
 from hubaoti.compiler.passes import UnfuseBias
 from hubaoti.errors import CompileFailed, DiskFull, HubaotiError, UnsafeFolder, first_line
@@ -70,13 +71,19 @@ def options_for(target: Target) -> dict[str, Any]:
     return options
 
 
-def lower(
-    program: ExportedProgram, level: str, options: dict[str, Any], package: Path, where: str
+def lower(  # noqa: PLR0913 - what is built, of what, how and where
+    program: ExportedProgram,
+    level: str,
+    options: dict[str, Any],
+    package: Path,
+    where: str,
+    spec: CallSpec | None = None,
 ) -> None:
     """Compile a program into `package`, a `.pt2` without weights, sources or paths.
 
-    `where` names the folder of the build, whose path is a part of what is built: the same name for
-    the same program.
+    `spec` is how loaders without a manifest flatten calls, by default as the program does. `where`
+    names the folder of the build, whose path is a part of what is built: the same name for the
+    same program.
 
     Raises:
         CompileFailed: inductor or the C++ compiler failed.
@@ -88,6 +95,7 @@ def lower(
         for preparing in (host_code(level, march, folder), cuda_code(folder), fresh_cache(folder)):
             around.enter_context(preparing)
         around.enter_context(side_by_side())
+        around.enter_context(writing_spec(spec))
         raw = folder / package.name
         try:
             with warnings.catch_warnings(action="ignore"):  # of torch about torch

@@ -14,6 +14,7 @@ from torch import nn
 
 from hubaoti.bundle import file_entry
 from hubaoti.compiler import constants, elf, verify
+from hubaoti.compiler.callspec import CallSpec, call_spec_of, direct_of
 from hubaoti.compiler.constants import Place
 from hubaoti.compiler.export import Exported, export
 from hubaoti.compiler.faces import Flat
@@ -23,6 +24,7 @@ from hubaoti.compiler.plan import ROOT, Unit, tracing_attention
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.shapes import example_sizes, probes
 from hubaoti.compiler.source import Source, attention_of
+from hubaoti.compiler.tasks import WHOLE
 from hubaoti.errors import CompileFailed, HubaotiError
 from hubaoti.manifest import Check, File, Golden, Graph, Outputs
 from hubaoti.package import members_of, unpack_all
@@ -123,11 +125,19 @@ def lowered_and_checked(
     package = scratch / "graphs" / f"{unit.id}.pt2"
     where = f"{job.key[:12]}-{unit.id}"
     with given_back(place.module):
-        lower(exported.program, job.target.level, job.build.options, package, where)
+        spec = own_spec(job.plan.source, unit, exported)
+        lower(exported.program, job.target.level, job.build.options, package, where, spec)
     say(f"check {unit.id}")
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         unpack_all(package, Path(folder))
         return checked(job, unit, place, exported, Path(folder), scratch)
+
+
+def own_spec(source: Source, unit: Unit, exported: Exported) -> CallSpec | None:
+    """How the module itself is called; a whole model's task may be called in another way."""
+    if unit.id == ROOT and source.program.task in WHOLE:
+        return None
+    return call_spec_of(exported.face, exported.outputs.template)
 
 
 def file_of(unit: Unit) -> str:
@@ -230,6 +240,8 @@ def checked(
     entry = final_entry(final, exported, scratch, source.outputs)
     entry, files = described(entry, place, exported, unpacked, scratch)
     graph = open_graph(unpacked, entry, device)
+    spec = own_spec(source, unit, exported)
+    graph.entry = entry = direct_of(entry, spec, graph.call_spec(), source.model)
     graph.bind(verify.constants_of(place.module, entry, scratch))
     trial = trial_of(source, final, entry, place, device)
     checks = verify.verify(graph, trial)

@@ -117,6 +117,10 @@ class Graph:
         """The names of the constants that the library reads."""
         return {*self._runner.get_constant_names_to_original_fqns().values()}
 
+    def call_spec(self) -> list[str]:
+        """How torch's own loader flattens a call, and what it makes of the answer."""
+        return self._runner.get_call_spec()
+
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Give the graph its constants, by fqn; they are kept alive and not copied.
 

@@ -16,6 +16,8 @@ class Runner(Protocol):
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]: ...
 
+    def get_call_spec(self) -> list[str]: ...
+
     def get_constant_names_to_original_fqns(self) -> dict[str, str]: ...
 
     def update_constant_buffer(
@@ -61,6 +63,9 @@ class PublicRunner:
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         return self._model.loader.run(inputs)  # type: ignore[no-any-return]
+
+    def get_call_spec(self) -> list[str]:
+        return self._model.loader.get_call_spec()  # type: ignore[no-any-return]
 
     def get_constant_names_to_original_fqns(self) -> dict[str, str]:
         return {fqn: fqn for fqn in self._model.get_constant_fqns()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import is_, itemgetter
 from typing import Any
 
@@ -290,6 +290,27 @@ def answer_plan(template: Any) -> Make:
         return lambda tensors: cls(**{name: make(tensors) for name, make in fields.items()})
     value = getattr(torch, inner) if word == "dtype" else torch.device(inner)
     return lambda tensors: value
+
+
+def is_own_call(call: Mapping[str, Any]) -> bool:
+    """Whether a graph takes every tensor that a call gives, and its template says all of the call.
+
+    It does not of an output of a library among the arguments, whose class graphs do not know.
+    """
+    words = [word for item in (*call["args"], *call["kwargs"].values()) for word in words_in(item)]
+    return not {"any", "cache", "fields"} & {*words}
+
+
+def words_in(template: Any) -> Iterator[str]:
+    """The words of a template, a tensor's for each of its places."""
+    if isinstance(template, dict):
+        word, inner = word_of(template)
+        yield word
+        items = inner.values() if word in {"dict", "fields"} else inner if word == "tuple" else ()
+    else:
+        items = template if isinstance(template, list) else ()
+    for item in items:
+        yield from words_in(item)
 
 
 def output_class(name: str) -> type[Any]:

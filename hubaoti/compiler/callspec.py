@@ -1,0 +1,110 @@
+"""A graph's own call spec: how loaders that know no manifest flatten a module's call.
+
+torch writes two trees into a library: how a call becomes a list of tensors, and how an answer is
+made of one. Our graphs take a flat list, so their trees would be flat, too; here they are those of
+the module's own call, wherever that is all that the graph takes and gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import msgspec
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from hubaoti.compiler.calls import arguments
+from hubaoti.compiler.faces import Face
+from hubaoti.errors import BadManifest
+from hubaoti.manifest import Direct, Graph
+from hubaoti.runtime.template import answer_plan, is_own_call, words_in
+
+CallSpec = tuple[str, str]
+
+
+def call_spec_of(face: Face, answer: Any) -> CallSpec | None:
+    """The trees of a module's call and answer; None where they are not the graph's, in its order.
+
+    Not the graph's are a KV cache among its inputs, a tensor that it was compiled without, and
+    numbers in the answer: torch's loader gives a library every tensor, and makes answers of those
+    that it gets.
+    """
+    if face.cache is not None or not is_own_call(face.template):
+        return None
+    tensors = [torch.empty(0) for _ in face.inputs]
+    known = {"size": lambda _: 2, "cache": None, "device": "cpu"}
+    args, kwargs = arguments(face.template, tensors, known)
+    given, taken = pytree.tree_flatten((tuple(args), kwargs))
+    if not is_row([each for each in given if isinstance(each, torch.Tensor)], tensors):
+        return None
+    results = [torch.empty(0) for _ in range(sum(word == "tensor" for word in words_in(answer)))]
+    try:
+        answered, made = pytree.tree_flatten(answer_plan(answer)(results))
+        return (spelled(taken), spelled(made)) if is_row(answered, results) else None
+    except (BadManifest, NotImplementedError):  # a class that torch cannot name
+        return None
+
+
+def is_row(found: Sequence[Any], tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether these are the tensors, each once and in their order."""
+    return len(found) == len(tensors) and all(map(lambda a, b: a is b, found, tensors))
+
+
+def spelled(tree: Any) -> str:
+    """A tree as torch writes it into a library."""
+    return str(pytree.treespec_dumps(tree))
+
+
+@contextmanager
+def writing_spec(spec: CallSpec | None) -> Iterator[None]:
+    """Have inductor write these trees into the library.
+
+    Private, checked on torch 2.13: `compile_fx._aoti_flatten_inputs`, which takes the trees of the
+    exported program whatever the options say. Where it has another name the trees stay flat, and
+    `direct_of` says that they are.
+    """
+    from torch._inductor import compile_fx
+
+    original = getattr(compile_fx, "_aoti_flatten_inputs", None)
+    if spec is None or original is None:
+        yield
+        return
+
+    def flattened(*args: Any, **kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+        inputs, options = original(*args, **kwargs)
+        trees = dict(zip(("in", "out"), spec, strict=True))
+        return inputs, options | {
+            f"aot_inductor.serialized_{way}_spec": tree for way, tree in trees.items()
+        }
+
+    with patch.object(compile_fx, "_aoti_flatten_inputs", flattened):
+        yield
+
+
+def direct_of(
+    entry: Graph, spec: CallSpec | None, written: Sequence[str], model: nn.Module
+) -> Graph:
+    """The graph's entry, which tells of its call spec where the library has one.
+
+    `every` names a list whose children are all served, `absent` are constants that the `state_dict`
+    of a served module does not have: loaders without a manifest bind what is in there.
+    """
+    if spec is None or tuple(written) != spec:
+        return entry
+    saved = model.get_submodule(entry.modules[0]).state_dict(keep_vars=True)
+    absent = tuple(sorted(each.fqn for each in entry.constants if each.fqn not in saved))
+    return msgspec.structs.replace(entry, direct=Direct(every=list_of(entry, model), absent=absent))
+
+
+def list_of(entry: Graph, model: nn.Module) -> str | None:
+    """The list whose children, all of them, a graph serves; one that computes nothing itself."""
+    path = entry.modules[0].rpartition(".")[0]
+    found = model.get_submodule(path)
+    if type(found) is not nn.ModuleList or not path:
+        return None
+    children = {f"{path}.{name}" for name, _ in found.named_children()}
+    return path if children == {*entry.modules} else None
