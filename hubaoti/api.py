@@ -118,12 +118,17 @@ def push(  # noqa: PLR0913 - a face of keywords
     tag: str | None = None,
     label: str | None = None,
     private: bool = False,
+    layout: str | None = None,
     settings: Settings | None = None,
     say: Say = silent,
 ) -> Commit:
     """Publish a bundle in one commit; the repo is made when there is none.
 
+    With the layout `zerogpu` it goes to the branch `zerogpu/<recipe>/<variant>`, as a `package/`
+    that `spaces.aoti_load` and `aokit` read.
+
     Raises:
+        BadRequest: the graphs do not answer without hubaoti, as that layout's loaders ask them.
         DigestMismatch: a file of the bundle is not the one its manifest names.
         Conflict: the path or the tag is taken; AuthFailed, HubUnreachable: of the Hub.
     """
@@ -132,7 +137,7 @@ def push(  # noqa: PLR0913 - a face of keywords
 
     settings = settings or Settings.from_env()
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(Path(bundle))
-    place = Destination(RepoRef.parse(repo), tag=tag, label=label, private=private)
+    place = Destination(RepoRef.parse(repo), tag=tag, label=label, private=private, layout=layout)
     return push_to(bundle, place, settings, say)
 
 

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 @click.option("--tag", help="name the commit, as v1")
 @click.option("--label", help="the user's own part of the recipe's path")
 @click.option("--private", is_flag=True, help="when the repo has to be made")
+@click.option(
+    "--layout",
+    type=click.Choice(["zerogpu"]),
+    help="onto a branch that spaces.aoti_load and aokit read",
+)
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
 def push_command(bundle: Path, repo: str, quiet: bool, **options: Any) -> None:
     """Publish BUNDLE to REPO (owner/name) in one commit."""
@@ -29,6 +34,8 @@ def push_command(bundle: Path, repo: str, quiet: bool, **options: Any) -> None:
     if not quiet:
         what = "published" if commit.created else "was there already"
         click.echo(f"{commit.repo}@{commit.commit[:12]}: {commit.path} {what}")
+        if commit.branch is not None:
+            click.echo(f"  branch {commit.branch}")
         click.echo(f"  {commit.url}")
 
 

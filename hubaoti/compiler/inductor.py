@@ -71,7 +71,7 @@ def options_for(target: Target) -> dict[str, Any]:
     return options
 
 
-def lower(  # noqa: PLR0913 - what is built, of what, how and where
+def lower(
     program: ExportedProgram,
     level: str,
     options: dict[str, Any],

@@ -191,8 +191,9 @@ class HubClient:
         delete: Iterable[str],
         message: str,
         parent: str,
+        branch: str | None = None,
     ) -> Pushed:
-        """Make one commit on top of `parent`, with all of this or none of it.
+        """Make one commit on top of `parent`, the head of a branch, with all of this or none of it.
 
         Raises:
             StaleParent: `parent` is no longer the head.
@@ -205,7 +206,7 @@ class HubClient:
         ]
         with self._door(repo, writing=True):
             made = self._api.create_commit(
-                repo, operations, commit_message=message, parent_commit=parent
+                repo, operations, commit_message=message, parent_commit=parent, revision=branch
             )
             return Pushed(str(made.oid), str(made.commit_url))
 
@@ -222,6 +223,25 @@ class HubClient:
         """
         with self._door(f"tag {name} of {repo}", writing=True):
             self._api.create_tag(repo, tag=name, revision=commit)
+
+    def branches(self, repo: str) -> dict[str, str]:
+        """Every branch's commit."""
+        with self._door(repo):
+            refs = self._api.list_repo_refs(repo).branches
+            return {each.name: each.target_commit for each in refs}
+
+    def make_branch(self, repo: str, name: str) -> bool:
+        """See that a branch exists, off the default one; whether it was made now."""
+        if name in self.branches(repo):
+            return False
+        with self._door(f"branch {name} of {repo}", writing=True):
+            self._api.create_branch(repo, branch=name, exist_ok=True)
+        return True
+
+    def drop_branch(self, repo: str, name: str) -> None:
+        """Remove a branch; its commits stay."""
+        with self._door(f"branch {name} of {repo}", writing=True):
+            self._api.delete_branch(repo, branch=name)
 
     # The door
 

@@ -1,24 +1,43 @@
-"""Push: a checked bundle becomes one commit of a Hub repo, its card rendered anew."""
+"""Push: a checked bundle becomes one commit of a Hub repo, its card rendered anew.
+
+It goes to the default branch, beside other artifacts; or to a branch that holds it alone, in the
+layout of other loaders.
+"""
 
 from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hubaoti.bundle import Bundle
-from hubaoti.errors import BadPackage, BadRequest, Conflict
+from hubaoti.errors import BadPackage, BadRequest, Conflict, HubaotiError
 from hubaoti.hub.card import render
 from hubaoti.hub.catalog import Catalog, read_catalog
 from hubaoti.hub.client import HubClient, Pushed
 from hubaoti.hub.layout import Place, RepoRef, is_revision, place_of
 from hubaoti.hub.words import StaleParent
+from hubaoti.hub.zerogpu import LAYOUT, branch_of, packages_of
 from hubaoti.manifest import FILENAME, Manifest
 from hubaoti.settings import Settings
 from hubaoti.steps import Say, silent
 
 README = "README.md"
+ATTRIBUTES = ".gitattributes"  # the Hub's own, which says how large files are kept
+BRANCH_CARD = """# {repo}
+
+`package/` on this branch is read by these loaders, which check nothing before they open it:
+
+    spaces.aoti_load(module, "{repo}", revision="{branch}")
+    aokit.load(module, "{repo}", revision="{branch}")
+
+and by one that verifies every byte first, and falls back where a graph does not fit:
+
+    hubaoti.spaces.load(module, "{repo}", revision="{branch}")
+"""
 ATTEMPTS = 6  # one, and five more when another push was faster
 
 
@@ -26,16 +45,18 @@ ATTEMPTS = 6  # one, and five more when another push was faster
 class Destination:
     """Where a bundle goes: the repo, a tag for the commit, the user's own label in the path.
 
-    `private` is for a repo that is made; one that exists keeps its visibility.
+    `private` is for a repo that is made; one that exists keeps its visibility. `layout` is None, or
+    `zerogpu`, which other loaders read from a branch.
 
     Raises:
-        BadRequest: the repo has a revision, or the tag is malformed.
+        BadRequest: the repo has a revision, the tag is malformed, or the layout unknown.
     """
 
     repo: RepoRef
     tag: str | None = None
     label: str | None = None
     private: bool = False
+    layout: str | None = None
 
     def __post_init__(self) -> None:
         if self.repo.revision is not None:
@@ -45,11 +66,16 @@ class Destination:
             )
         if self.tag is not None and not is_revision(self.tag):
             raise BadRequest(f"malformed tag: {self.tag!r:.120}", hint="write it as v1")
+        if self.layout not in {None, LAYOUT}:
+            raise BadRequest(f"unknown layout: {self.layout!r:.120}", hint=f"there is {LAYOUT}")
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Where a pushed artifact is. `created` is False when the repo held it already."""
+    """Where a pushed artifact is. `created` is False when the repo held it already.
+
+    `branch` is None for the default one.
+    """
 
     repo: str
     commit: str
@@ -59,6 +85,33 @@ class Commit:
     tag: str | None
     created: bool
     private: bool
+    branch: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shipment:
+    """A bundle on its way: its place, on a branch of its own or beside others on the default one.
+
+    `packages` are files of the bundle that lie at other paths, too.
+    """
+
+    bundle: Bundle
+    place: Place
+    branch: str | None = None
+    packages: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, Path | bytes]:
+        """What is uploaded, by its path in the repo."""
+        names = [FILENAME, *(file.path for file in self.bundle.manifest.all_files())]
+        paths = {self.place.file(name): name for name in names} | {**self.packages}
+        return {path: self.bundle.path / name for path, name in paths.items()}
+
+    def is_in_the_way(self, path: str) -> bool:
+        """Whether a file that is there, and not one of ours, leaves with this commit."""
+        if self.branch is not None:
+            return path != ATTRIBUTES
+        return path.startswith(f"{self.place}/")
 
 
 def push(bundle: Bundle, to: Destination, settings: Settings, say: Say = silent) -> Commit:
@@ -67,11 +120,12 @@ def push(bundle: Bundle, to: Destination, settings: Settings, say: Say = silent)
     Raises:
         DigestMismatch: the bundle's files are not what its manifest says.
         BadPackage: one of its packages is damaged.
+        BadRequest: the loaders that a layout is for could not call it.
         Conflict: the path holds an artifact of another key, the tag names another commit, or the
             branch moves faster than we do.
         AuthFailed, RepoNotFound, HubUnreachable: from the Hub.
     """
-    place = place_of(bundle.manifest, to.label)
+    shipment = shipment_of(bundle, to)
     say(f"checking {bundle.path}")
     check(bundle)
     client, repo = HubClient(settings), to.repo.repo
@@ -79,7 +133,8 @@ def push(bundle: Bundle, to: Destination, settings: Settings, say: Say = silent)
     private = client.create(repo, to.private)
     if to.private and not private:
         say(f"{repo} is public already, and stays so")
-    made, created = commit_on_head(client, bundle, place, to, say)
+    with branched(client, repo, shipment.branch):
+        made, created = commit_on_head(client, shipment, to, say)
     if to.tag is not None and client.tags(repo).get(to.tag) != made.commit:
         say(f"tagging {made.commit[:12]} as {to.tag}")
         client.tag(repo, to.tag, made.commit)
@@ -87,12 +142,38 @@ def push(bundle: Bundle, to: Destination, settings: Settings, say: Say = silent)
         repo=repo,
         commit=made.commit,
         url=made.url,
-        path=str(place),
+        path=str(shipment.place),
         digest=bundle.manifest.digest,
         tag=to.tag,
         created=created,
         private=private,
+        branch=shipment.branch,
     )
+
+
+def shipment_of(bundle: Bundle, to: Destination) -> Shipment:
+    """What goes where.
+
+    Raises:
+        BadRequest: the label is malformed, or the bundle cannot be had in this layout.
+    """
+    place = place_of(bundle.manifest, to.label)
+    if to.layout is None:
+        return Shipment(bundle, place)
+    return Shipment(bundle, place, branch_of(place), packages_of(bundle.manifest))
+
+
+@contextmanager
+def branched(client: HubClient, repo: str, branch: str | None) -> Iterator[None]:
+    """While there is this branch; one that was made for a commit that failed does not stay."""
+    made = branch is not None and client.make_branch(repo, branch)
+    try:
+        yield
+    except BaseException:
+        if made and branch is not None:
+            with suppress(HubaotiError):
+                client.drop_branch(repo, branch)
+        raise
 
 
 def check(bundle: Bundle) -> None:
@@ -109,13 +190,13 @@ def check(bundle: Bundle) -> None:
 
 
 def commit_on_head(
-    client: HubClient, bundle: Bundle, place: Place, to: Destination, say: Say
+    client: HubClient, shipment: Shipment, to: Destination, say: Say
 ) -> tuple[Pushed, bool]:
     """The commit that holds the bundle, and whether it was made now; retried on a moving head."""
-    repo = to.repo.repo
+    repo, bundle, place = to.repo.repo, shipment.bundle, shipment.place
     for attempt in range(ATTEMPTS):
-        catalog = read_catalog(client, repo, client.resolve(repo))
-        present = is_present(catalog, place, bundle.manifest)
+        catalog = read_catalog(client, repo, client.resolve(repo, shipment.branch))
+        present = is_present(catalog, shipment)
         if to.tag is not None:
             require_free(client, repo, to.tag, catalog.commit if present else None)
         if present:
@@ -125,7 +206,7 @@ def commit_on_head(
             ), False
         try:
             say(f"uploading {place} ({bundle.manifest.size / 1e6:.1f} MB)")
-            return commit(client, catalog, bundle, place), True
+            return commit(client, catalog, shipment), True
         except StaleParent:
             say("another push was faster: reading the repo again")
             time.sleep(random.uniform(0, 0.2 * (attempt + 1)))
@@ -135,12 +216,13 @@ def commit_on_head(
     )
 
 
-def is_present(catalog: Catalog, place: Place, manifest: Manifest) -> bool:
-    """Whether a commit holds this very artifact, all of it, at this place.
+def is_present(catalog: Catalog, shipment: Shipment) -> bool:
+    """Whether a commit holds this very artifact, all of it, at its place.
 
     Raises:
         Conflict: it holds another one there, which is not ours to replace.
     """
+    place, manifest = shipment.place, shipment.bundle.manifest
     there = catalog.artifacts.get(place)
     if there is None:
         return False
@@ -153,7 +235,7 @@ def is_present(catalog: Catalog, place: Place, manifest: Manifest) -> bool:
             f"this one's {manifest.key[:12]}",
             hint=hint,
         )
-    whole = all(place.file(file.path) in catalog.files for file in manifest.all_files())
+    whole = shipment.files.keys() <= catalog.files.keys()
     return whole and there.digest == manifest.digest
 
 
@@ -171,18 +253,26 @@ def require_free(client: HubClient, repo: str, tag: str, commit: str | None) -> 
         )
 
 
-def commit(client: HubClient, catalog: Catalog, bundle: Bundle, place: Place) -> Pushed:
+def commit(client: HubClient, catalog: Catalog, shipment: Shipment) -> Pushed:
     """One commit: the bundle's files, those of the artifact it replaces removed, the new card."""
-    manifest = bundle.manifest
-    names = [FILENAME, *(file.path for file in manifest.all_files())]
-    add: dict[str, Path | bytes] = {place.file(name): bundle.path / name for name in names}
-    stale = [path for path in catalog.files if path.startswith(f"{place}/") and path not in add]
-    add[README] = new_card(client, catalog, place, manifest).encode()
-    return client.commit(catalog.repo, add, stale, f"Add {place}", catalog.commit)
+    add = shipment.files
+    card = new_card if shipment.branch is None else branch_card
+    add[README] = card(client, catalog, shipment).encode()
+    stale = [path for path in catalog.files if shipment.is_in_the_way(path) and path not in add]
+    message = f"Add {shipment.place}"
+    return client.commit(catalog.repo, add, stale, message, catalog.commit, shipment.branch)
 
 
-def new_card(client: HubClient, catalog: Catalog, place: Place, manifest: Manifest) -> str:
+def branch_card(client: HubClient, catalog: Catalog, shipment: Shipment) -> str:
+    """The README of a branch that holds one artifact for other loaders."""
+    manifest = shipment.bundle.manifest
+    text = BRANCH_CARD.format(repo=catalog.repo, branch=shipment.branch)
+    return render(catalog.repo, text, {shipment.place: manifest}, manifest)
+
+
+def new_card(client: HubClient, catalog: Catalog, shipment: Shipment) -> str:
     """The README once the artifact is there."""
+    place, manifest = shipment.place, shipment.bundle.manifest
     there = catalog.files.get(README)
     text = decoded(client.read(catalog.repo, catalog.commit, there)) if there else ""
     artifacts = {**catalog.readable, place: manifest}

@@ -1,0 +1,86 @@
+"""The layout that `spaces.aoti_load` and `aokit` read, on a branch of its own.
+
+zerogpu/<recipe>/<variant>                     the branch
+package/root/package.pt2                       the graph of the whole module
+package/submodules/<dotted.name>/package.pt2   the graph of a module inside of it, or of each child
+                                               of a list
+<recipe>/<variant>/hubaoti.json                the artifact as everywhere, so that what it is and
+                                               its digests can be seen there, too
+
+Those loaders know no manifest: they call a package as its module is called, and bind what is in the
+module's `state_dict`. So only graphs that are whole by themselves can lie there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from hubaoti.errors import BadRequest
+from hubaoti.hub.layout import Place
+from hubaoti.manifest import Direct, Graph, Manifest
+
+LAYOUT = "zerogpu"
+ROOT = "package/root"
+SUBMODULES = "package/submodules"
+PACKAGE = "package.pt2"
+TEXTS = {"embed", "classify", "logits"}
+
+
+def branch_of(place: Place) -> str:
+    """The branch that holds an artifact in this layout."""
+    return f"{LAYOUT}/{place}"
+
+
+def packages_of(manifest: Manifest) -> Mapping[str, str]:
+    """The bundle's file for each path of the layout.
+
+    Raises:
+        BadRequest: its graphs do not answer without hubaoti; with every reason.
+    """
+    reasons = [*reasons_of(manifest)]
+    if reasons:
+        raise BadRequest(
+            f"the artifact cannot be read by spaces.aoti_load and aokit: {'; '.join(reasons)}",
+            hint="compile the module from captured calls, or a model with --task forward and "
+            "--regions none; or push without --layout, and use hubaoti.spaces.load",
+        )
+    return {path: graph.file for graph in manifest.graphs for path in paths_of(graph)}
+
+
+def paths_of(graph: Graph) -> Iterator[str]:
+    """Where a graph's package lies: once for a list whose children it serves, all of them."""
+    every = graph.direct.every if isinstance(graph.direct, Direct) else None
+    for module in [every] if every else graph.modules:
+        yield f"{SUBMODULES}/{module}/{PACKAGE}" if module else f"{ROOT}/{PACKAGE}"
+
+
+def reasons_of(manifest: Manifest) -> Iterator[str]:
+    """Why loaders without a manifest cannot serve a module by these graphs."""
+    if manifest.is_whole and manifest.program.task in TEXTS:
+        yield f"it answers texts ({manifest.program.task}), not calls of the module"
+    elif not manifest.is_whole and "model_type" in manifest.program.config:
+        # transformers leave masks out and give one row for all, and hubaoti makes them whole.
+        yield "blocks of this model are called without masks and with fewer rows than they compute"
+    for graph in manifest.graphs:
+        if why := reason_of(graph):
+            yield f"graph {graph.id} {why}"
+    served = Counter(path for graph in manifest.graphs for path in graph.modules)
+    for path, count in served.items():
+        if count > 1:
+            yield f"{path or 'the module'} has {count} graphs, and only hubaoti chooses by sizes"
+
+
+def reason_of(graph: Graph) -> str | None:
+    """Why a graph does not answer by itself; None where it does."""
+    if graph.cache is not None:
+        return "takes the layers of a KV cache, which are no arguments of its module"
+    if not isinstance(graph.direct, Direct):
+        return (
+            "is not called as its module is: calls give it what it was compiled without, or its "
+            "module answers more than tensors, or it was compiled by an older hubaoti (--force)"
+        )
+    if graph.direct.absent:
+        names = ", ".join(graph.direct.absent)
+        return f"reads {names}, which the state_dict of its module does not have"
+    return None
