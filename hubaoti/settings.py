@@ -25,7 +25,8 @@ class Settings:
     `token` is None when the environment has none; the client then uses the stored login.
     `kernel_cache` is where the kernels library keeps what it fetched; None is nowhere. `tuning` are
     variables that change what inductor builds, which no key would know of. Without `graphs`,
-    `AOTI_DISABLED=1` or `ENABLE_AOTI_COMPILATION=0`, everything is answered by eager.
+    `AOTI_DISABLED=1` or `ENABLE_AOTI_COMPILATION=0`, everything is answered by eager. `zerogpu` is
+    `SPACES_ZERO_GPU`: this is a Space whose workers have a GPU, and this process has none.
     """
 
     home: Path
@@ -35,6 +36,7 @@ class Settings:
     kernel_cache: Path | None = None
     tuning: tuple[str, ...] = ()
     graphs: bool = True
+    zerogpu: bool = False
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -52,6 +54,7 @@ class Settings:
             tuning=tuple(sorted(name for name in env if TUNING.match(name))),
             graphs=env.get("AOTI_DISABLED", "").upper() not in TRUE
             and env.get("ENABLE_AOTI_COMPILATION", "").upper() not in FALSE,
+            zerogpu=env.get("SPACES_ZERO_GPU", "").upper() in {*TRUE, "T"},
         )
 
     def to_env(self) -> dict[str, str]:

@@ -50,7 +50,7 @@ ROOMS = {
     "compiling": {*BASE, "compiler", "runtime", "mirror", "fetching"},
     "api": {*BASE, "compiler", "runtime", "mirror", "hub", "fetching", "compiling", "opening"},
     "engines": {*BASE, "compiler", "runtime", "mirror", "hub", "fetching", "compiling", "api"},
-    "spaces": {*BASE, "compiler", "runtime", "mirror", "hub", "api"},
+    "spaces": {*BASE, "compiler", "runtime", "mirror", "hub", "opening", "api"},
     "server": {"errors"},
     "cli": {*BASE, "mirror", "hub", "api", "engines", "spaces", "server"},
     "": {"api", "engines"},
@@ -80,6 +80,8 @@ LAZY = {
     ("torch", "cli/run.py"),
     ("torch", "compiling.py"),
     ("torch", "opening.py"),
+    ("torch", "spaces/__init__.py"),
+    ("torch", "spaces/worker.py"),
     ("transformers", "compiling.py"),
 }
 

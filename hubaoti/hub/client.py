@@ -76,6 +76,11 @@ class HubClient:
         self.cache = settings.mirror / "hub" / folder_of(settings.endpoint)
         self._words = Words(self.endpoint, settings.token, self.cache)
 
+    @property
+    def is_offline(self) -> bool:
+        """Whether nothing may be asked for."""
+        return self._settings.offline
+
     @cached_property
     def _api(self) -> HfApi:
         from huggingface_hub import HfApi, constants

@@ -132,7 +132,7 @@ class Puller:
         if verdict.fit is Fit.INCOMPATIBLE:
             return None
         place = Place.parse(path)
-        self._require_trust(ref, commit, place, artifact.manifest)
+        self.require_trust(ref, commit, place, artifact.manifest)
         considered = (Considered(place, artifact.manifest, verdict),)
         return Pulled(artifact, ref, commit, place, verdict, considered, (), True)
 
@@ -142,16 +142,23 @@ class Puller:
         catalog = read_catalog(self.client, ref.repo, commit)
         considered = tuple(self._consider(catalog))
         chosen = choose(catalog, considered, self.recipe)
-        manifest, verdict = chosen.manifest, chosen.verdict
-        assert manifest is not None and verdict is not None  # only judged ones are chosen
-        self._require_trust(ref, commit, chosen.place, manifest)
-        # Another commit, or another repo, may have brought the same artifact before.
-        mirrored = self.mirror.artifact(manifest.digest)
-        artifact = mirrored or self._fetch(catalog, chosen.place, manifest)
-        self.mirror.index.record_pull(self._pin(ref, commit), artifact.digest, str(chosen.place))
+        artifact = self.taken(ref, catalog, chosen, self._pin(ref, commit))
+        verdict = chosen.verdict
+        assert verdict is not None
         return Pulled(
             artifact, ref, commit, chosen.place, verdict, considered, catalog.notes, False
         )
+
+    def taken(self, ref: RepoRef, catalog: Catalog, chosen: Considered, pin: Pin) -> Artifact:
+        """An artifact that was chosen: of a trusted publisher, verified, in the mirror."""
+        manifest = chosen.manifest
+        assert manifest is not None  # only judged ones are chosen
+        self.require_trust(ref, catalog.commit, chosen.place, manifest)
+        # Another commit, or another repo, may have brought the same artifact before.
+        mirrored = self.mirror.artifact(manifest.digest)
+        artifact = mirrored or self._fetch(catalog, chosen.place, manifest)
+        self.mirror.index.record_pull(pin, artifact.digest, str(chosen.place))
+        return artifact
 
     def _consider(self, catalog: Catalog) -> Iterator[Considered]:
         for place, found in catalog.artifacts.items():
@@ -160,22 +167,29 @@ class Puller:
             else:
                 yield Considered(place, None, None, found)
 
-    def _require_trust(self, ref: RepoRef, commit: str, place: Place, manifest: Manifest) -> None:
+    def require_trust(self, ref: RepoRef, commit: str, place: Place, manifest: Manifest) -> None:
+        """See that code of this publisher may run here; what was built here needs no one's trust.
+
+        Raises:
+            Untrusted: nobody ever said so.
+        """
+        if not self.mirror.index.is_built(manifest.digest):
+            what = f"{place} in {ref.repo}", f"commit {commit}, artifact {manifest.digest}"
+            self.require_publisher(ref, *what)
+
+    def require_publisher(self, ref: RepoRef, what: str, which: str) -> None:
         """See that code of this publisher may run here; `--trust` says so once for all.
 
         Raises:
             Untrusted: nobody ever said so.
         """
         endpoint = self.client.endpoint
-        if self.mirror.index.is_built(manifest.digest):
-            return
         if self.trust:
             self.trusted.add(endpoint, ref.owner)
         elif not self.trusted.holds(endpoint, ref.owner):
             raise Untrusted(
-                f"{ref.owner} publishes {place} in {ref.repo} at {endpoint} (commit {commit}, "
-                f"artifact {manifest.digest}). Opening it runs their native code on this "
-                f"machine, and {ref.owner} is not trusted here",
+                f"{ref.owner} publishes {what} at {endpoint} ({which}). Opening it runs their "
+                f"native code on this machine, and {ref.owner} is not trusted here",
                 hint=f"if you trust {ref.owner}, say so once with --trust",
             )
 
@@ -228,7 +242,10 @@ class Puller:
             self.client.drop(downloaded)
 
     def _pin(self, ref: RepoRef, commit: str) -> Pin:
-        asked = "" if self.recipe is None else str(self.recipe)
+        return self.pin(ref, commit, "" if self.recipe is None else str(self.recipe))
+
+    def pin(self, ref: RepoRef, commit: str, asked: str) -> Pin:
+        """What is remembered of a pull: of which commit, of what was asked for, on which host."""
         return Pin(self.client.endpoint, ref.repo, commit, asked, fingerprint(self.host))
 
 

@@ -40,8 +40,8 @@ TEXTS = {"embed", "classify", "logits"}
 # transformers asks the model itself whether `generate` compiles it (generation/utils.py, 5.22).
 AUTO_COMPILE = "_valid_auto_compile_criteria"
 # Whatever somebody puts over a region's `forward`, it is known here by its module.
-# Neither lives for it: a region is its module's.
-ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Region]] = weakref.WeakKeyDictionary()
+# Neither lives for it: a region, or what waits in its place, is its module's.
+ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ ADVICE = {
     "overlap": "give what is written in place a memory of its own",
     "values": "see that ids are below the vocabulary's size",
     "differs": "the graph answers otherwise than this module: compile the module itself",
+    "main": "call it in a function that has @spaces.GPU",
+    "unopened": "this process answers without graphs; what to do is said above",
     "failed": "the graph failed while it ran; see that its inputs are what its manifest says",
 }
 

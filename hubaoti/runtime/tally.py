@@ -34,6 +34,10 @@ class Tally:
         self._said: set[str] = set()
         self._lock = threading.Lock()
 
+    def anew(self) -> Tally:
+        """The same without a count, for another process."""
+        return Tally(self._manifest, self.strict)
+
     def missed(self, path: str, why: Unserved) -> None:
         """Count a call, and warn of the first one for each reason.
 

@@ -1,0 +1,34 @@
+"""The device that this very process was given, as torch sees it."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hubaoti.runtime.planned import kind_of
+
+
+def device_here(module: nn.Module) -> torch.device:
+    """Where a module would be served: on the device of its tensors, else on what there is."""
+    kind = kind_of(module) or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind != "cuda":
+        return torch.device(kind)
+    placed = (each.device for each in (*module.parameters(), *module.buffers()))
+    return next((each for each in placed if each.type == "cuda"), torch.device("cuda", 0))
+
+
+def gpu_at(device: torch.device) -> tuple[str, int, int]:
+    """The name, the compute capability without its dot, and the bytes of a GPU."""
+    major, minor = torch.cuda.get_device_capability(device)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return torch.cuda.get_device_name(device), 10 * major + minor, memory
+
+
+def driver_cuda() -> str | None:
+    """The newest CUDA that the driver serves; of use where NVML does not answer.
+
+    Private, checked on torch 2.13: `torch._C._cuda_getDriverVersion`. Without it nothing is known.
+    """
+    asks = getattr(torch._C, "_cuda_getDriverVersion", None)
+    number = int(asks()) if asks is not None else 0
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None

@@ -1,0 +1,138 @@
+"""What a worker does at its first call: judge the device that it was given, and open what fits."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from hubaoti.errors import HubaotiError, NoMatch
+from hubaoti.host import Gpu, Host
+from hubaoti.hub.fleet import Offer, best_first
+from hubaoti.match import judge
+from hubaoti.mirror import Mirror
+from hubaoti.opening import require_sound
+from hubaoti.settings import Settings
+from hubaoti.steps import silent
+from hubaoti.variant import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from hubaoti.runtime.attach import Attachment
+    from hubaoti.runtime.planned import Spot
+    from hubaoti.runtime.waiting import Deferred
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An artifact that may serve a module: where, and whether the module is known to be its own."""
+
+    offer: Offer
+    spots: tuple[Spot, ...]
+    known: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """All that a process needs to open graphs for a module, found out by the one before it."""
+
+    module: weakref.ref[nn.Module]
+    plans: tuple[Plan, ...]
+    host: Host
+    settings: Settings
+    recipe: Recipe | None
+    strict: bool
+
+    def open(self) -> Attachment:
+        """Attach the best of what fits this process's device; what fails there is passed over.
+
+        Raises:
+            NoMatch: nothing fits, with every reason.
+            HubaotiError: what fits cannot be opened, with every reason.
+        """
+        from hubaoti.runtime.devices import device_here
+
+        module = self.module()
+        assert module is not None  # it is being called
+        problems: list[str] = []
+        for plan in self._fitting(device_here(module)):
+            try:
+                return self._attached(module, plan)
+            except HubaotiError as why:
+                problems.append(f"{plan.offer.place}: {why}")
+        raise HubaotiError("; ".join(problems), hint="see what is said of each artifact")
+
+    def _fitting(self, device: torch.device) -> list[Plan]:
+        """The plans for a device, the best first.
+
+        Raises:
+            NoMatch: there is none.
+        """
+        host = host_of(self.host, device)
+        plans = {plan.offer.place: plan for plan in self.plans}
+        offers = tuple(plan.offer for plan in self.plans)
+        same = tuple(o for o in offers if o.artifact.manifest.target.device == device.type)
+        found, verdicts = best_first(same, lambda needs: judge(needs, host), self.recipe)
+        if found:
+            return [plans[offer.place] for offer in found]
+        told = [
+            f"{place} needs {refusal.need}, here is {refusal.have}"
+            for place, verdict in verdicts.items()
+            for refusal in verdict.refusals
+        ]
+        others = ", ".join(str(offer.place) for offer in offers if offer not in same)
+        told += (
+            [f"the module is on {device.type}, {others} is for another device"] if others else []
+        )
+        raise NoMatch("; ".join(told), hint="compile and push an artifact for this kind of host")
+
+    def _attached(self, module: nn.Module, plan: Plan) -> Attachment:
+        """The graphs of one artifact, checked once more where they are opened."""
+        from hubaoti.runtime import attach as runtime
+
+        artifact = plan.offer.artifact
+        device = runtime.device_of(module, artifact.manifest.target.device)
+        with Mirror.open(self.settings.mirror) as mirror:
+            require_sound(artifact, mirror, device, silent)
+        parts = runtime.Parts(artifact.manifest, artifact.path, artifact.graph_folder)
+        return runtime.attach(module, parts, strict=self.strict, tries=not plan.known)
+
+
+def host_of(host: Host, device: torch.device) -> Host:
+    """The host as a worker has it: with the GPU that its torch sees."""
+    if device.type != "cuda":
+        return host
+    from hubaoti.runtime.devices import driver_cuda, gpu_at
+
+    name, sm, memory = gpu_at(device)
+    driver = host.driver_cuda or driver_cuda()
+    return replace(host, gpus=(Gpu(name, sm, memory),), driver_cuda=driver)
+
+
+def deferred(
+    module: nn.Module,
+    plans: Sequence[Plan],
+    host: Host,
+    settings: Settings,
+    *,
+    strict: bool,
+    recipe: Recipe | None,
+) -> Deferred:
+    """The module, waiting for a process that calls it."""
+    from hubaoti.runtime.planned import kind_of
+    from hubaoti.runtime.tally import Tally
+    from hubaoti.runtime.waiting import Deferred
+
+    worker = Worker(weakref.ref(module), tuple(plans), host, settings, recipe, strict)
+    spots = {spot.path: spot for plan in plans for spot in plan.spots}
+    return Deferred(
+        module,
+        spots.values(),
+        worker.open,
+        Tally(plans[0].offer.artifact.manifest, strict),
+        only_elsewhere=settings.zerogpu,
+        single=kind_of(module) != "cuda" and not settings.zerogpu,
+    )
