@@ -122,13 +122,20 @@ class Attachment:
 
 
 def attach(
-    module: nn.Module, parts: Parts, *, strict: bool, tries: bool, quantize: bool = False
+    module: nn.Module,
+    parts: Parts,
+    *,
+    strict: bool,
+    tries: bool,
+    quantize: bool = False,
+    trials: Callable[[str, Iterable[str]], Trials] | None = None,
 ) -> Attachment:
     """Have the graphs of an artifact answer for the regions of a module.
 
-    With `tries`, the first call of each graph is answered by the module, and compared. With
-    `strict`, a call that no graph serves raises. With `quantize`, the weights that the graphs have
-    quantized are replaced in the module, too.
+    With `tries`, the first call of each graph is answered by the module, and compared; `trials`
+    makes what remembers that of a region's graphs. With `strict`, a call that no graph serves
+    raises. With `quantize`, the weights that the graphs have quantized are replaced in the module,
+    too.
 
     Raises:
         AlreadyAttached: it has graphs already, or a module within it has.
@@ -156,7 +163,8 @@ def attach(
     for region in regions:
         # What no graph reads may still be computed with: a config tells of no bias that was added.
         tried = region.ways.entries if tries or region.inside.more else ()
-        region.put(tally.missed, Trials(entry.id for entry in tried))
+        names = [entry.id for entry in tried]
+        region.put(tally.missed, trials(region.path, names) if trials else Trials(names))
         ATTACHED[region.inside.module] = weakref.ref(region)
     if hasattr(module, AUTO_COMPILE):
         setattr(module, AUTO_COMPILE, Uncompiled(module))

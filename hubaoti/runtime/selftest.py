@@ -7,6 +7,7 @@ where it was built.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from hubaoti.runtime import golden
 from hubaoti.runtime.graph import open_graph
 
 BASE = 600 << 20  # bytes of a process that has torch
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SECONDS = 300.0  # for one graph, the start of a process included
 PROGRAM = "import sys; sys.path[:0] = [{home!r}]; from hubaoti.runtime.selftest import main; main()"
 
@@ -107,7 +110,8 @@ def asked(
 ) -> Iterator[Verdict]:
     """What one child says, until it has ended; the graph at which it died has a verdict too."""
     home = str(Path(hubaoti.__file__).parent.parent)
-    words = [sys.executable, "-c", PROGRAM.format(home=home), path, graphs, device, *waiting]
+    program = PROGRAM.format(home=home)
+    words = [sys.executable, "-c", program, os.getpid(), path, graphs, device, *waiting]
     child = subprocess.Popen(
         [*map(str, words)],
         stdin=subprocess.DEVNULL,
@@ -139,8 +143,9 @@ def asked(
 
 
 def main() -> None:
-    """The child: artifact, unpacked graphs, device, and the graphs' ids on the command line."""
-    path, graphs, device, *ids = sys.argv[1:]
+    """The child: its parent, artifact, unpacked graphs, device, and the graphs' ids are given."""
+    parent, path, graphs, device, *ids = sys.argv[1:]
+    end_with(int(parent))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what native code prints is no line of ours
@@ -148,6 +153,17 @@ def main() -> None:
     for entry in chosen(manifest, ids):
         say(out, Said(entry.id))
         say(out, tried(entry, Path(path), Path(graphs), torch.device(device)))
+
+
+def end_with(parent: int) -> None:
+    """Have the system end this process when its parent ends, which may be killed at any moment.
+
+    Where a system has no such word, a child whose parent is gone ends when it has answered.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was faster
+        os._exit(1)
 
 
 def say(out: Any, said: Said) -> None:

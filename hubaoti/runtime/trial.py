@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,8 @@ from hubaoti.errors import BadInput
 from hubaoti.runtime import golden
 from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.reasons import Unserved
+
+UNTRIED, AGREES, DIFFERS = range(3)
 
 
 class Trials:
@@ -60,6 +63,68 @@ class Trials:
         if problem := difference(ours, theirs):
             self._refused[graph.entry.id] = f"graph {graph.entry.id}: {problem}"
         self._waiting.discard(graph.entry.id)
+        return answer
+
+
+class Verdicts:
+    """What came of trials, in memory that a process shares with all that are forked from it.
+
+    A worker that serves one call would answer it by the module itself for ever.
+    """
+
+    def __init__(self, names: Iterable[tuple[str, str]]) -> None:
+        """Room for these regions' graphs, by path and id."""
+        self._places = {name: at for at, name in enumerate(dict.fromkeys(names))}
+        self._bytes = mmap.mmap(-1, max(1, len(self._places)))
+
+    def __getitem__(self, name: tuple[str, str]) -> int:
+        return self._bytes[self._places[name]] if name in self._places else UNTRIED
+
+    def __setitem__(self, name: tuple[str, str], verdict: int) -> None:
+        if name in self._places:
+            self._bytes[self._places[name]] = verdict
+
+    def trials(self, path: str, graphs: Iterable[str]) -> SharedTrials:
+        """The trials of one region's graphs."""
+        return SharedTrials(path, graphs, self)
+
+
+class SharedTrials(Trials):
+    """Trials of which one for all processes is enough."""
+
+    def __init__(self, path: str, graphs: Iterable[str], verdicts: Verdicts) -> None:
+        super().__init__(graphs)
+        self._path = path
+        self._verdicts: Verdicts | None = verdicts
+
+    def again(self) -> None:
+        """Try all of them once more; what others saw was of other tensors."""
+        super().again()
+        self._verdicts = None
+
+    def wants(self, graph: str) -> bool:
+        """Whether a graph has to be tried first, here or anywhere.
+
+        Raises:
+            Unserved: it was tried, and answered otherwise.
+        """
+        known = UNTRIED if self._verdicts is None else self._verdicts[self._path, graph]
+        if known == AGREES:
+            self._waiting.discard(graph)
+        elif known == DIFFERS:
+            raise Unserved("differs", f"graph {graph} answered otherwise in another process")
+        return super().wants(graph)
+
+    def hold(self, graph: Graph, inputs: list[torch.Tensor], eager: Callable[[], Any]) -> Any:
+        """As everywhere; what came of it is told to the others.
+
+        Raises:
+            Unserved: the graph fails.
+        """
+        answer = super().hold(graph, inputs, eager)
+        if self._verdicts is not None:
+            name = (self._path, graph.entry.id)
+            self._verdicts[name] = DIFFERS if graph.entry.id in self._refused else AGREES
         return answer
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hubaoti.errors import HubaotiError, NoMatch
 from hubaoti.host import Gpu, Host
 from hubaoti.hub.fleet import Offer, best_first
+from hubaoti.manifest import Manifest
 from hubaoti.match import judge
 from hubaoti.mirror import Mirror
 from hubaoti.opening import require_sound
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from hubaoti.runtime.attach import Attachment
     from hubaoti.runtime.planned import Spot
+    from hubaoti.runtime.trial import Verdicts
     from hubaoti.runtime.waiting import Deferred
 
 
@@ -45,6 +47,7 @@ class Worker:
     settings: Settings
     recipe: Recipe | None
     strict: bool
+    verdicts: Mapping[str, Verdicts]
 
     def open(self) -> Attachment:
         """Attach the best of what fits this process's device; what fails there is passed over.
@@ -98,7 +101,8 @@ class Worker:
         with Mirror.open(self.settings.mirror) as mirror:
             require_sound(artifact, mirror, device, silent)
         parts = runtime.Parts(artifact.manifest, artifact.path, artifact.graph_folder)
-        return runtime.attach(module, parts, strict=self.strict, tries=not plan.known)
+        tries, trials = not plan.known, self.verdicts[artifact.digest].trials
+        return runtime.attach(module, parts, strict=self.strict, tries=tries, trials=trials)
 
 
 def host_of(host: Host, device: torch.device) -> Host:
@@ -124,15 +128,34 @@ def deferred(
     """The module, waiting for a process that calls it."""
     from hubaoti.runtime.planned import kind_of
     from hubaoti.runtime.tally import Tally
+    from hubaoti.runtime.trial import Verdicts
     from hubaoti.runtime.waiting import Deferred
 
-    worker = Worker(weakref.ref(module), tuple(plans), host, settings, recipe, strict)
+    artifacts = [plan.offer.artifact for plan in plans]
+    verdicts = {each.digest: Verdicts(names_in(each.manifest)) for each in artifacts}
+    worker = Worker(weakref.ref(module), tuple(plans), host, settings, recipe, strict, verdicts)
+    warm(module)
     spots = {spot.path: spot for plan in plans for spot in plan.spots}
     return Deferred(
         module,
         spots.values(),
         worker.open,
-        Tally(plans[0].offer.artifact.manifest, strict),
+        Tally(artifacts[0].manifest, strict),
         only_elsewhere=settings.zerogpu,
         single=kind_of(module) != "cuda" and not settings.zerogpu,
     )
+
+
+def names_in(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Each region's graphs, by path and id."""
+    for graph in manifest.graphs:
+        yield from ((path, graph.id) for path in graph.modules)
+
+
+def warm(module: nn.Module) -> None:
+    """Import what each worker needs, once for all that are forked from here."""
+    from hubaoti.runtime import devices, selftest
+    from hubaoti.runtime.region import ignore, noting
+
+    noting(ignore, "")  # torch._dynamo, which takes more than a second
+    assert devices and selftest
