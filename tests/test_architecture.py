@@ -82,6 +82,7 @@ LAZY = {
     ("torch", "opening.py"),
     ("torch", "spaces/__init__.py"),
     ("torch", "spaces/worker.py"),
+    ("torch", "spaces/loose.py"),
     ("transformers", "compiling.py"),
 }
 

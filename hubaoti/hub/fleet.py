@@ -6,7 +6,7 @@ several kinds. So whatever fits in everything else is pulled, and judged again w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hubaoti.errors import HubaotiError, NoArtifact
@@ -51,16 +51,15 @@ def best_first(
     return found, {by_id[name].place: verdict for name, verdict in verdicts.items()}
 
 
-def pull_fleet(puller: Puller, ref: RepoRef, kinds: frozenset[str]) -> tuple[Offer, ...]:
+def pull_fleet(
+    puller: Puller, ref: RepoRef, catalogs: Sequence[Catalog], kinds: frozenset[str]
+) -> tuple[Offer, ...]:
     """The artifacts for these kinds of device ("cpu", "cuda"): every CUDA one, the best CPU one.
-
-    Where the default branch holds none, the branches of the zerogpu layout are looked at.
 
     Raises:
         NoArtifact, NoMatch: there is none, or none fits; with every reason.
         HubaotiError: as `pull` raises.
     """
-    catalogs = [*catalogs_of(puller, ref)]
     chosen = [
         (catalog, each)
         for catalog in catalogs
@@ -97,17 +96,19 @@ def pulled_before(puller: Puller, ref: RepoRef) -> tuple[Offer, ...]:
     return tuple(offers.values())
 
 
-def catalogs_of(puller: Puller, ref: RepoRef) -> Iterator[Catalog]:
-    """What the revision holds, or else the branches that hold one artifact each."""
+def first_catalog(puller: Puller, ref: RepoRef) -> Catalog:
+    """What the revision holds."""
     client, repo = puller.client, ref.repo
     puller.say(f"reading the manifests of {ref}")
-    first = read_catalog(client, repo, ref.commit or client.resolve(repo, ref.revision))
-    yield first
-    if first.artifacts or ref.revision is not None:
-        return
-    for branch, commit in sorted(client.branches(repo).items()):
+    return read_catalog(client, repo, ref.commit or client.resolve(repo, ref.revision))
+
+
+def branch_catalogs(puller: Puller, ref: RepoRef) -> Iterator[Catalog]:
+    """What the branches of the zerogpu layout hold: one artifact each."""
+    client = puller.client
+    for branch, commit in sorted(client.branches(ref.repo).items()):
         if branch.startswith(f"{LAYOUT}/"):
-            yield read_catalog(client, repo, commit)
+            yield read_catalog(client, ref.repo, commit)
 
 
 def considered_of(puller: Puller, catalog: Catalog) -> tuple[Considered, ...]:

@@ -145,6 +145,23 @@ class Mirror:
         self.index.add(row, {graph.sha256 for graph in manifest.graphs})
         return artifact
 
+    def put_graph(self, graph: Graph, package: Path) -> Path:
+        """Unpack a package that is of no artifact, and promise nothing of it; where it lies.
+
+        Raises:
+            BadPackage: it is damaged, or lacks a listed member.
+            DiskFull: there is no room; nothing half-written stays.
+        """
+        self.require_writable()
+        target, tmp = self.root / "graphs" / graph.sha256, self.root / "tmp"
+        needed = sum(member.size for member in graph.members)
+        if not holds_members(target, graph):
+            with explained(tmp, needed), workspace(tmp) as work:
+                require_room(tmp, needed)
+                unpack_synced(package, graph, work / graph.sha256)
+                self._settle(work / graph.sha256, target, partial(holds_members, target, graph))
+        return target
+
     def artifact(self, digest: str) -> Artifact | None:
         """The artifact of this digest; None when it is not here, or not whole.
 

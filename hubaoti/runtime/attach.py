@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -35,6 +35,9 @@ from hubaoti.runtime.trial import Trials
 from hubaoti.runtime.ways import Ways
 from hubaoti.runtime.weights import shipped_tensors
 
+if TYPE_CHECKING:
+    from hubaoti.runtime.loose import LooseRegion
+
 # Tasks whose whole graph answers something else than the model's own `forward`.
 TEXTS = {"embed", "classify", "logits"}
 # transformers asks the model itself whether `generate` compiles it (generation/utils.py, 5.22).
@@ -56,7 +59,9 @@ class Parts:
 class Attachment:
     """What was attached to a module: counts, other weights, and the way back."""
 
-    def __init__(self, module: nn.Module, regions: Iterable[Region], tally: Tally) -> None:
+    def __init__(
+        self, module: nn.Module, regions: Iterable[Region | LooseRegion], tally: Tally
+    ) -> None:
         self._module = weakref.ref(module)
         self._regions = tuple(regions)
         self._tally = tally

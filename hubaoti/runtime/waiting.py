@@ -24,7 +24,6 @@ from hubaoti.runtime.attach import ATTACHED, Attachment
 from hubaoti.runtime.attach import nothing as no_graphs
 from hubaoti.runtime.planned import Spot, kind_of
 from hubaoti.runtime.reasons import Unserved
-from hubaoti.runtime.region import Region
 from hubaoti.runtime.tally import Tally
 
 Open = Callable[[], Attachment]
@@ -39,7 +38,7 @@ class Waiting:
     def __init__(self, spot: Spot, deferred: Deferred) -> None:
         self.path = spot.path
         self.deferred = deferred
-        self.region: Region | None = None
+        self.region: Any = None  # one with a manifest or without
         self.is_away = False
         self._module = weakref.ref(spot.module)
         self._own = vars(spot.module).get("forward")
@@ -91,7 +90,7 @@ class Waiting:
     def hand_over(self, over: Any) -> None:
         """The process has opened its graphs: a region answers, below what somebody put over us."""
         found = vars(self.module).get("forward")
-        self.region = found if isinstance(found, Region) else None
+        self.region = found if found is not self._own else None
         if over is not self and over is not None:
             self.module.forward = over
 

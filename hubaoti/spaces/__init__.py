@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from hubaoti.errors import HubaotiError
 from hubaoti.host import Host, probe
 from hubaoti.hub.client import HubClient
-from hubaoti.hub.fleet import Offer, pull_fleet, pulled_before
+from hubaoti.hub.fleet import Offer, branch_catalogs, first_catalog, pull_fleet, pulled_before
+from hubaoti.hub.foreign import Fetched, fetch, packages_in
+from hubaoti.hub.foreign import NoDigests as NoDigests
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import Puller
 from hubaoti.hub.trust import Trust
@@ -78,11 +80,15 @@ def load(  # noqa: PLR0913 - a face of keywords
             trust=trust,
             say=say,
         )
-        offers = offered(puller, ref, module)
+        found = brought(puller, ref, module, variant)
     say("plan")
-    plans = plans_of(module, offers)
+    if isinstance(found, Fetched):
+        from hubaoti.spaces import loose
+
+        return loose.deferred(module, found, host, settings, strict=strict)
     from hubaoti.spaces.worker import deferred
 
+    plans = plans_of(module, found)
     return deferred(module, plans, host, settings, strict=strict, recipe=asked)
 
 
@@ -95,15 +101,22 @@ def reference(repo: str, revision: str | None) -> RepoRef:
     return RepoRef.parse(repo) if revision is None else RepoRef(repo, revision)
 
 
-def offered(puller: Puller, ref: RepoRef, module: nn.Module) -> tuple[Offer, ...]:
-    """The artifacts that may serve a module on this host, in the mirror.
+def brought(
+    puller: Puller, ref: RepoRef, module: nn.Module, variant: str | None
+) -> tuple[Offer, ...] | Fetched:
+    """The artifacts that may serve a module on this host, in the mirror; or packages of others.
 
     Raises:
         HubaotiError: as `pull` raises.
     """
     if puller.client.is_offline:
         return pulled_before(puller, ref)
-    return pull_fleet(puller, ref, kinds_for(module, puller.host))
+    catalogs = [first_catalog(puller, ref)]
+    if not catalogs[0].artifacts:
+        if packages := packages_in(catalogs[0], variant):
+            return fetch(puller, ref, catalogs[0], packages, variant)
+        catalogs += branch_catalogs(puller, ref) if ref.revision is None else ()
+    return pull_fleet(puller, ref, catalogs, kinds_for(module, puller.host))
 
 
 def kinds_for(module: nn.Module, host: Host) -> frozenset[str]:

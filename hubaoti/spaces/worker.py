@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from hubaoti.errors import HubaotiError, NoMatch
@@ -126,7 +127,6 @@ def deferred(
     recipe: Recipe | None,
 ) -> Deferred:
     """The module, waiting for a process that calls it."""
-    from hubaoti.runtime.planned import kind_of
     from hubaoti.runtime.tally import Tally
     from hubaoti.runtime.trial import Verdicts
     from hubaoti.runtime.waiting import Deferred
@@ -134,7 +134,7 @@ def deferred(
     artifacts = [plan.offer.artifact for plan in plans]
     verdicts = {each.digest: Verdicts(names_in(each.manifest)) for each in artifacts}
     worker = Worker(weakref.ref(module), tuple(plans), host, settings, recipe, strict, verdicts)
-    warm(module)
+    warm()
     spots = {spot.path: spot for plan in plans for spot in plan.spots}
     return Deferred(
         module,
@@ -142,7 +142,7 @@ def deferred(
         worker.open,
         Tally(artifacts[0].manifest, strict),
         only_elsewhere=settings.zerogpu,
-        single=kind_of(module) != "cuda" and not settings.zerogpu,
+        single=is_single(module, settings),
     )
 
 
@@ -152,10 +152,14 @@ def names_in(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield from ((path, graph.id) for path in graph.modules)
 
 
-def warm(module: nn.Module) -> None:
-    """Import what each worker needs, once for all that are forked from here."""
-    from hubaoti.runtime import devices, selftest
-    from hubaoti.runtime.region import ignore, noting
+def is_single(module: nn.Module, settings: Settings) -> bool:
+    """Whether forked children compute on the CPU, where they cannot use their parent's threads."""
+    from hubaoti.runtime.planned import kind_of
 
-    noting(ignore, "")  # torch._dynamo, which takes more than a second
-    assert devices and selftest
+    return kind_of(module) != "cuda" and not settings.zerogpu
+
+
+def warm() -> None:
+    """Import what each worker needs, once for all that are forked from here."""
+    for name in ("torch._dynamo", "hubaoti.runtime.selftest", "hubaoti.runtime.devices"):
+        import_module(name)

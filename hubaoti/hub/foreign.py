@@ -1,0 +1,178 @@
+"""Repos of packages that `spaces` and `aokit` read: found, fetched, unpacked; without digests.
+
+package/root/package.pt2                        the whole module
+package/submodules/<dotted.name>/package.pt2    a module inside of it, or each child of a list
+{BlockClass}[.{variant}]/package.pt2            every module of a class
+config[.{variant}].json                         {"kernels": [...]}: what `get_kernel` is called with
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hubaoti.errors import BadRequest, DigestMismatch
+from hubaoti.hub.catalog import Catalog
+from hubaoti.hub.client import Entry, HubClient
+from hubaoti.hub.layout import RepoRef
+from hubaoti.hub.pull import Puller
+from hubaoti.hub.zerogpu import PACKAGE, ROOT, SUBMODULES
+from hubaoti.manifest import Graph, Outputs
+from hubaoti.package import members_of, sha256_of
+
+LARGEST = 1 << 20  # bytes of a config
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+# What `kernels.get_kernel` is called with; anything else could do more than fetch.
+WORDS = {"repo_id", "revision", "version"}
+
+
+class NoDigests(UserWarning):
+    """A package came without a manifest: nothing says which bytes its publisher meant."""
+
+
+class Config(msgspec.Struct):
+    """What is read of `config.json`."""
+
+    kernels: list[dict[str, Any]] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A package of a repo, and whom it serves: a module by its path, or all of a class."""
+
+    path: str
+    module: str | None = None
+    cls: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Packages that lie unpacked in the mirror, each as a graph of which little is known."""
+
+    repo: str
+    commit: str
+    packages: tuple[tuple[Package, Graph], ...]
+    kernels: tuple[dict[str, Any], ...]
+
+
+def packages_in(catalog: Catalog, variant: str | None) -> tuple[Package, ...]:
+    """The packages of a commit: the one layout, or else the folders of classes.
+
+    Raises:
+        BadRequest: the variant is no name.
+    """
+    if variant is not None and not NAME.fullmatch(variant):
+        raise BadRequest(f"malformed variant: {variant!r:.120}", hint="write it as fa3")
+    found = tuple(by_path(catalog))
+    return found or tuple(by_class(catalog, variant))
+
+
+def by_path(catalog: Catalog) -> Iterator[Package]:
+    """The packages below `package/`."""
+    for path in sorted(catalog.files):
+        if path == f"{ROOT}/{PACKAGE}":
+            yield Package(path, module="")
+        start, _, name = path.rpartition("/")
+        module = start.removeprefix(f"{SUBMODULES}/")
+        if name == PACKAGE and module != start and NAME.fullmatch(module):
+            yield Package(path, module=module)
+
+
+def by_class(catalog: Catalog, variant: str | None) -> Iterator[Package]:
+    """The packages in folders that are called as a class, and perhaps as a variant."""
+    for path in sorted(catalog.files):
+        folder, _, name = path.rpartition("/")
+        cls, _, rest = folder.partition(".")
+        if name == PACKAGE and cls.isidentifier() and rest == (variant or ""):
+            yield Package(path, cls=cls)
+
+
+def fetch(
+    puller: Puller,
+    ref: RepoRef,
+    catalog: Catalog,
+    packages: tuple[Package, ...],
+    variant: str | None,
+) -> Fetched:
+    """The packages, unpacked: of a publisher who is trusted, with the bytes that the commit lists.
+
+    Raises:
+        Untrusted: code of this publisher may not run here.
+        BadPackage: one is damaged, or made to harm.
+        DigestMismatch: the endpoint gives other bytes than the commit lists.
+    """
+    client, commit = puller.client, catalog.commit
+    puller.require_publisher(ref, f"packages in {ref.repo}", f"commit {commit}, no manifest")
+    found = []
+    for package in packages:
+        puller.say(f"downloading {package.path}")
+        path = verified(client, catalog, catalog.files[package.path])
+        graph = described(path, package)
+        puller.mirror.put_graph(graph, path)
+        client.drop(path)
+        found.append((package, graph))
+    return Fetched(catalog.repo, commit, tuple(found), kernels_of(client, catalog, variant))
+
+
+def verified(client: HubClient, catalog: Catalog, entry: Entry) -> Path:
+    """A downloaded file, with the bytes that its commit lists.
+
+    Raises:
+        DigestMismatch: it has others.
+    """
+    path = client.download(catalog.repo, catalog.commit, entry.path)
+    same = sha256_of(path) == entry.sha256 if entry.sha256 else entry.is_of(path.read_bytes())
+    if not same:
+        client.drop(path)
+        raise DigestMismatch(
+            f"{client.endpoint} gives other bytes of {entry.path} than {catalog.repo} lists",
+            hint="try again; if it stays so, the endpoint or something on the way is broken",
+        )
+    return path
+
+
+def described(path: Path, package: Package) -> Graph:
+    """All that can be known of a package by looking at its zip."""
+    return Graph(
+        id=package.path.removesuffix(f"/{PACKAGE}"),
+        file=PACKAGE,
+        sha256=sha256_of(path),
+        size=path.stat().st_size,
+        members=members_of(path),
+        modules=() if package.module is None else (package.module,),
+        bounds={},
+        call={"args": [], "kwargs": {}},
+        inputs=(),
+        outputs=Outputs(template=None, tensors=()),
+        constants=(),
+    )
+
+
+def kernels_of(
+    client: HubClient, catalog: Catalog, variant: str | None
+) -> tuple[dict[str, Any], ...]:
+    """What the repo's config says that `get_kernel` is to be called with.
+
+    Raises:
+        BadRequest: it is no such config.
+    """
+    name = f"config.{variant}.json" if variant else "config.json"
+    entry = catalog.files.get(name)
+    if entry is None or entry.size > LARGEST:
+        return ()
+    try:
+        kernels = msgspec.json.decode(client.read(catalog.repo, catalog.commit, entry), type=Config)
+    except msgspec.MsgspecError as why:
+        raise BadRequest(f"{name} of {catalog.repo} cannot be read: {why}", hint=NO_KERNEL) from why
+    for each in kernels.kernels:
+        if not each.keys() <= WORDS or "repo_id" not in each:
+            raise BadRequest(f"{name} of {catalog.repo} names no kernel: {each}", hint=NO_KERNEL)
+    return tuple(kernels.kernels)
+
+
+NO_KERNEL = "ask its publisher for a config whose kernels have a repo_id, and perhaps a revision"

@@ -1,0 +1,290 @@
+"""Packages without a manifest, as other tools make them: called by their own call spec.
+
+Nothing says for which calls and which module such a package was made. So each call of a new look is
+answered by the module first, and the graph's answer compared; and whatever cannot be seen to fit
+is answered by the module.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from hubaoti.errors import CannotOpen, MissingConstant
+from hubaoti.manifest import Graph as Entry
+from hubaoti.runtime.checks import address, alignment_of
+from hubaoti.runtime.graph import refusal
+from hubaoti.runtime.modes import refuse_modes, refuse_watchers
+from hubaoti.runtime.reasons import Unserved
+from hubaoti.runtime.region import ignore, wants_gradient
+from hubaoti.runtime.runners import Runner, native_runner
+from hubaoti.runtime.trial import AGREES, DIFFERS, UNTRIED, difference
+
+PLAIN = (torch.Tensor, nn.Parameter)
+LOOKS = 1 << 16
+# c10/core/ScalarType.h: the numbers by which a library names the dtypes of its constants.
+DTYPES = {
+    **dict(enumerate((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))),
+    **{5: torch.float16, 6: torch.float32, 7: torch.float64, 11: torch.bool, 15: torch.bfloat16},
+    **{23: torch.float8_e5m2, 24: torch.float8_e4m3fn},
+}
+
+
+def open_package(folder: Path, entry: Entry, device: torch.device) -> Runner:
+    """Make an unpacked package callable; the caller has verified the folder.
+
+    Raises:
+        CannotOpen, MissingOps: it has no library, or one that cannot be loaded here.
+    """
+    names = [member.path for member in entry.members if member.path.endswith(".so")]
+    libraries = [name for name in names if name.endswith(".wrapper.so")] or names
+    if len(libraries) != 1:
+        raise CannotOpen(
+            f"{entry.id} has {len(libraries)} libraries, not one", hint="ask its publisher"
+        )
+    try:
+        return native_runner(folder, folder / libraries[0], device)
+    except (RuntimeError, OSError) as why:
+        raise refusal(entry.id, folder, str(why)) from why
+
+
+class Looks:
+    """What came of calls by their look, in memory shared with all that are forked from here.
+
+    Two looks may share a place, once in some ten thousand: the second is then not tried.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = mmap.mmap(-1, LOOKS)
+
+    def __getitem__(self, look: object) -> int:
+        return self._bytes[hash(look) % LOOKS]
+
+    def __setitem__(self, look: object, verdict: int) -> None:
+        self._bytes[hash(look) % LOOKS] = verdict
+
+
+class LooseRegion:
+    """A module's `forward` that a package answers by its own call spec, or else the module."""
+
+    def __init__(self, path: str, module: nn.Module, entry: Entry, runner: Runner) -> None:
+        self.path = path
+        self.entry = entry
+        self.graphs = [runner]
+        self._module = weakref.ref(module)
+        self._own = vars(module).get("forward")
+        self._names = runner.get_constant_names_to_original_fqns()
+        dtypes = getattr(runner, "get_constant_names_to_dtypes", None)
+        self._dtypes: dict[str, int] = dtypes() if dtypes else {}
+        self._taken, self._made = map(pytree.treespec_loads, runner.get_call_spec())
+        self._device = torch.device("cpu")
+        self._given: list[torch.Tensor] = []
+        self._bound: dict[str, torch.Tensor] = {}
+        self._addresses: list[int] = []
+        self._lock = threading.Lock()
+        self._count = itertools.count()
+        self._missed: Callable[[str, Unserved], None] = ignore
+        self._looks: Looks | None = None
+
+    @property
+    def inside(self) -> LooseRegion:
+        """As a region has it: where the module is."""
+        return self
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody has the module any more."""
+        return self._module() is None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module; who calls it holds it."""
+        module = self._module()
+        assert module is not None
+        return module
+
+    def counts(self) -> dict[str, int]:
+        """How many calls the package answered."""
+        return {self.entry.id: int(repr(self._count)[6:-1])}
+
+    def put(self, missed: Callable[[str, Unserved], None], looks: Looks) -> None:
+        """Answer from here on."""
+        self._missed, self._looks = missed, looks
+        self.module.forward = self
+
+    def take_away(self) -> None:
+        """Give the module its own `forward` back; where somebody put theirs over it, it stays."""
+        if not self.is_gone and vars(self.module).get("forward") is self:
+            del self.module.forward
+            if self._own is not None:
+                self.module.forward = self._own
+        with self._lock:
+            self.graphs = []
+            self._given, self._bound, self._addresses = [], {}, []
+
+    def bind(self, *, anew: bool = False) -> None:
+        """Give the package the module's tensors as they are now.
+
+        Raises:
+            Unserved: one is not there, or is of another dtype.
+        """
+        with self._lock:
+            if not self.graphs or (not anew and self._is_bound()):
+                return
+            self._given = []
+            found = tensors_of(self.module)
+            given = {inner: self._tensor(found, inner) for inner in self._names}
+            self._device = next((each.device for each in given.values()), self._device)
+            bound = {inner: aligned(tensor) for inner, tensor in given.items()}
+            self.graphs[0].update_constant_buffer(bound, False, True, True)
+            self._bound, self._given = bound, [*given.values()]
+            self._addresses = [*map(address, self._given)]
+
+    def _tensor(self, found: Mapping[str, torch.Tensor], inner: str) -> torch.Tensor:
+        """One constant.
+
+        Raises:
+            Unserved: it is not there, or does not fit.
+        """
+        fqn = self._names[inner]
+        tensor, dtype = found.get(fqn), DTYPES.get(self._dtypes.get(inner, -1))
+        if tensor is None or type(tensor) not in PLAIN or tensor.is_meta:
+            told = "is not there" if tensor is None else f"is a {type(tensor).__name__}"
+            raise Unserved("weights", f"{fqn} {told}")
+        if dtype is not None and tensor.dtype != dtype:
+            raise Unserved("weights", f"{fqn} is {tensor.dtype}; the package takes {dtype}")
+        return tensor
+
+    def _is_bound(self) -> bool:
+        """Whether the package has the module's tensors as they are now."""
+        if len(self._given) != len(self._names):
+            return False
+        found = tensors_of(self.module)
+        same = (
+            found.get(self._names[inner]) is self._given[at] for at, inner in enumerate(self._names)
+        )
+        return [*map(address, self._given)] == self._addresses and all(same)
+
+    def eager(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module itself answers."""
+        if self._own is not None:
+            return self._own(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not self.graphs:
+            return self.eager(*args, **kwargs)
+        try:
+            return self._answer(args, kwargs)
+        except Unserved as why:
+            self._missed(self.path, why)
+        return self.eager(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as the module's own `forward`."""
+        return getattr, (self.module, "forward")
+
+    def _answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the package answers, once its answer to a call of this look was compared.
+
+        Raises:
+            Unserved: it cannot, with the reason.
+        """
+        refuse_watchers()
+        refuse_modes(self._device)
+        self._require_quiet()
+        self.bind()
+        inputs = self._inputs(args, kwargs)
+        look = (self.path, self.entry.id, *((*each.shape, str(each.dtype)) for each in inputs))
+        assert self._looks is not None
+        verdict = self._looks[look]
+        if verdict == DIFFERS:
+            raise Unserved("differs", "the package answers otherwise than this module")
+        outputs = self._run(inputs if verdict == AGREES else [each.clone() for each in inputs])
+        if verdict == UNTRIED:
+            answer = self.eager(*args, **kwargs)
+            theirs = [each for each in pytree.tree_leaves(answer) if isinstance(each, torch.Tensor)]
+            self._looks[look] = DIFFERS if difference(outputs, theirs) else AGREES
+            return answer
+        next(self._count)
+        return pytree.tree_unflatten(outputs, self._made)
+
+    def _require_quiet(self) -> None:
+        """Refuse train mode, and gradients of the module's own tensors."""
+        if any(part.training for part in self.module.modules()):
+            raise Unserved("training", "it is in train mode")
+        if torch.is_grad_enabled() and any(each.requires_grad for each in self.module.parameters()):
+            raise Unserved("gradients", "the module's parameters are trained")
+
+    def _inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The tensors of a call that is as the package's own call spec has it.
+
+        Raises:
+            Unserved: it is not, or a tensor is not plain.
+        """
+        names = self._taken.child(1).context
+        if {*kwargs} != {*names}:
+            raise Unserved("arguments", f"{', '.join(kwargs) or 'nothing'} is given by name")
+        leaves, given = pytree.tree_flatten((tuple(args), {name: kwargs[name] for name in names}))
+        if given != self._taken:
+            raise Unserved("arguments", "the call has another structure than the package's")
+        inputs = [each for each in leaves if isinstance(each, torch.Tensor)]
+        for each in inputs:
+            if type(each) not in PLAIN:
+                raise Unserved("subclass", f"an input is a {type(each).__name__}")
+            if torch.is_grad_enabled() and wants_gradient(each):
+                raise Unserved("gradients", "gradients are wanted of an input")
+            if each.device != self._device:
+                raise Unserved("device", f"an input is on {each.device}")
+            if not each.is_contiguous():
+                raise Unserved("layout", "an input is a view")
+        return inputs
+
+    def _run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The package's answer to a list of tensors.
+
+        Raises:
+            Unserved: it refuses them.
+        """
+        bound = self._bound  # held until it has run
+        try:
+            return self.graphs[0].run([aligned(each) for each in inputs])
+        except (RuntimeError, IndexError) as why:
+            raise Unserved("failed", f"{why!s:.200}") from why
+        finally:
+            del bound
+
+
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What a package may read, by every name: parameters and buffers, saved or not."""
+    named: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    return named | dict(module.named_buffers(remove_duplicate=False))
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy where it starts at an address that cannot be read."""
+    off = tensor.data_ptr() % alignment_of(tensor.dtype, tensor.device)
+    return tensor.detach().clone() if off else tensor.detach()
+
+
+def require_names(path: str, module: nn.Module, fqns: Sequence[str]) -> None:
+    """See that a module has the tensors that a package reads.
+
+    Raises:
+        MissingConstant: some are not there; all of them are named.
+    """
+    missing = sorted({*fqns} - tensors_of(module).keys())
+    if missing:
+        raise MissingConstant(
+            f"{path or type(module).__name__} has no {', '.join(missing)}, which its package reads",
+            hint="load the packages of this very model",
+        )

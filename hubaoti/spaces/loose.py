@@ -1,0 +1,247 @@
+"""Packages without a manifest: whom they serve, and what a worker does before it opens one."""
+
+from __future__ import annotations
+
+import json
+import warnings
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hubaoti.errors import HubaotiError, MissingConstant, NoMatch, Quarantined
+from hubaoti.host import Host
+from hubaoti.hub.foreign import Fetched, NoDigests, Package
+from hubaoti.manifest import Graph
+from hubaoti.mirror import Mirror
+from hubaoti.settings import Settings
+from hubaoti.spaces.worker import host_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from hubaoti.runtime.attach import Attachment
+    from hubaoti.runtime.loose import Looks, LooseRegion
+    from hubaoti.runtime.planned import Spot
+    from hubaoti.runtime.waiting import Deferred
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A package, and the modules that it serves."""
+
+    graph: Graph
+    spots: tuple[Spot, ...]
+
+
+def warn_of(fetched: Fetched) -> None:
+    """Say what nobody can check."""
+    kernels = "".join(f", and calls the kernel {each['repo_id']}" for each in fetched.kernels)
+    warnings.warn(
+        f"{fetched.repo} at {fetched.commit[:12]} has packages without a manifest{kernels}: no "
+        "digests say which bytes its publisher meant, and nothing for which module and calls they "
+        "were made. Each call of a new look is answered by the module first, and compared",
+        NoDigests,
+        stacklevel=3,
+    )
+
+
+def served_by(module: nn.Module, fetched: Fetched) -> tuple[Served, ...]:
+    """The modules that each package serves.
+
+    Raises:
+        MissingConstant: a module is not there, or none is.
+    """
+    found = []
+    for package, graph in fetched.packages:
+        spots = tuple(spots_of(module, package))
+        if spots:
+            found.append(Served(graph, spots))
+    if not found:
+        names = ", ".join(package.path for package, _ in fetched.packages)
+        raise MissingConstant(
+            f"{type(module).__name__} has no module that {names} of {fetched.repo} would serve",
+            hint="load the packages of this very model; nothing was changed",
+        )
+    return tuple(found)
+
+
+def spots_of(module: nn.Module, package: Package) -> Iterator[Spot]:
+    """The modules of a class; or the one at a path, or each child of a list there.
+
+    Raises:
+        MissingConstant: there is no module at the path.
+    """
+    from hubaoti.runtime.planned import Spot
+
+    if package.module is None:
+        for path, part in module.named_modules():
+            if type(part).__name__ == package.cls:
+                yield Spot(path, part)
+        return
+    try:
+        part = module.get_submodule(package.module)
+    except AttributeError as why:
+        raise MissingConstant(
+            f"{type(module).__name__} has no {package.module}, for which there is a package",
+            hint="load the packages of this very model; nothing was changed",
+        ) from why
+    if not is_list(part):
+        yield Spot(package.module, part)
+        return
+    for name, child in part.named_children():
+        yield Spot(f"{package.module}.{name}".removeprefix("."), child)
+
+
+def is_list(part: nn.Module) -> bool:
+    """Whether a package at a module's path is for each of its children.
+
+    `spaces` means all that can be walked through, `aokit` lists only; a sequence of unequal parts
+    can only be meant as one.
+    """
+    from torch import nn
+
+    if isinstance(part, nn.Sequential):
+        return len(part) > 1 and len({type(child) for child in part}) == 1
+    return isinstance(part, nn.ModuleList)
+
+
+@dataclass(frozen=True, slots=True)
+class LooseWorker:
+    """All that a process needs to open packages for a module."""
+
+    module: weakref.ref[nn.Module]
+    served: tuple[Served, ...]
+    fetched: Fetched
+    host: Host
+    settings: Settings
+    strict: bool
+    looks: Looks
+
+    def open(self) -> Attachment:
+        """Attach all packages, or none.
+
+        Raises:
+            NoMatch: one is for another device or host.
+            DigestMismatch: one was changed since it was pulled.
+            Quarantined: one cannot be loaded by a process of its own.
+            CannotOpen, MissingOps: one cannot be loaded here.
+        """
+        from hubaoti.runtime.attach import ATTACHED, Attachment
+        from hubaoti.runtime.devices import device_here
+        from hubaoti.runtime.loose_open import register
+        from hubaoti.runtime.tally import Tally
+
+        module = self.module()
+        assert module is not None  # it is being called
+        device = device_here(module)
+        with Mirror.open(self.settings.mirror) as mirror:
+            for each in self.served:
+                self._require_sound(each.graph, mirror, device)
+        register(self.fetched.kernels)
+        regions = [*self._regions(device)]
+        tally = Tally(None, self.strict)
+        for region in regions:
+            region.put(tally.missed, self.looks)
+            ATTACHED[region.module] = weakref.ref(region)
+        return Attachment(module, regions, tally)
+
+    def _regions(self, device: torch.device) -> Iterator[LooseRegion]:
+        """Each module's own container over the library that all share."""
+        from hubaoti.runtime.loose import LooseRegion, open_package, require_names
+
+        for each in self.served:
+            folder = self._folder(each.graph)
+            for spot in each.spots:
+                runner = open_package(folder, each.graph, device)
+                names = runner.get_constant_names_to_original_fqns()
+                require_names(spot.path, spot.module, [*names.values()])
+                yield LooseRegion(spot.path, spot.module, each.graph, runner)
+
+    def _require_sound(self, graph: Graph, mirror: Mirror, device: torch.device) -> None:
+        """See that a package is what was pulled, is for this host, and can be loaded at all."""
+        mirror.verify_graph(graph)
+        folder = self._folder(graph)
+        if why := misfit(said_of(folder, graph), host_of(self.host, device), device):
+            raise NoMatch(f"{graph.id} {why}", hint="use packages that were built for this host")
+        from hubaoti.runtime.loose_open import first_open
+        from hubaoti.runtime.selftest import kind_of_host
+
+        host = kind_of_host(device)
+        problem = mirror.index.tested(graph.sha256, host)
+        if problem is None:
+            verdict = first_open(folder, graph, device, self.fetched.kernels)
+            if not verdict.opened or not verdict.lasting:
+                raise HubaotiError(f"{graph.id}: {verdict.problem}", hint="it was not opened here")
+            problem = verdict.problem
+            if mirror.index.is_writable:
+                mirror.index.record_tested(graph.sha256, host, problem)
+        if problem:
+            mirror.quarantine(graph)
+            raise Quarantined(f"{graph.id}: {problem}", hint="ask its publisher")
+
+    def _folder(self, graph: Graph) -> Path:
+        """Where a package lies unpacked."""
+        return self.settings.mirror / "graphs" / graph.sha256
+
+
+def said_of(folder: Path, graph: Graph) -> dict[str, Any]:
+    """What torch wrote into a package about the host that built it."""
+    said: dict[str, Any] = {}
+    for member in graph.members:
+        if member.path.endswith("_metadata.json"):
+            try:
+                found = json.loads((folder / member.path).read_bytes())
+            except ValueError:
+                continue
+            said |= found if isinstance(found, dict) else {}
+    return said
+
+
+def misfit(said: dict[str, Any], host: Host, device: torch.device) -> str | None:
+    """Why a package cannot run here, as far as it says; None where nothing speaks against it."""
+    sm = "".join(each for each in str(said.get("AOTI_COMPUTE_CAPABILITY", "")) if each.isdigit())
+    pairs = {
+        "device": (said.get("AOTI_DEVICE_KEY"), device.type),
+        "operating system": (said.get("AOTI_PLATFORM"), host.os),
+        "machine": (said.get("AOTI_MACHINE"), host.machine),
+        "GPU": (
+            f"sm_{sm}" if sm and host.gpus else None,
+            f"sm_{host.gpus[0].sm if host.gpus else 0}",
+        ),
+    }
+    for what, (built, here) in pairs.items():
+        if built and built != here:
+            return f"was built for the {what} {built}; here is {here}"
+    wide = "AVX512" in str(said.get("AOTI_CPU_ISA", "")) and device.type == "cpu"
+    if wide and host.level != "x86_64_v4":
+        return f"was built for AVX-512; here is {host.level}"
+    return None
+
+
+def deferred(
+    module: nn.Module, fetched: Fetched, host: Host, settings: Settings, *, strict: bool
+) -> Deferred:
+    """The module, waiting for a process that calls it."""
+    from hubaoti.runtime.loose import Looks
+    from hubaoti.runtime.tally import Tally
+    from hubaoti.runtime.waiting import Deferred
+    from hubaoti.spaces.worker import is_single, warm
+
+    served = served_by(module, fetched)
+    warn_of(fetched)
+    worker = LooseWorker(
+        weakref.ref(module), served, fetched, host, settings, strict, looks=Looks()
+    )
+    warm()
+    spots = {spot.path: spot for each in served for spot in each.spots}
+    return Deferred(
+        module,
+        spots.values(),
+        worker.open,
+        Tally(None, strict),
+        only_elsewhere=settings.zerogpu,
+        single=is_single(module, settings),
+    )
