@@ -139,7 +139,7 @@ def verified(client: HubClient, catalog: Catalog, entry: Entry) -> Path:
 def described(path: Path, package: Package) -> Graph:
     """All that can be known of a package by looking at its zip."""
     return Graph(
-        id=package.path.removesuffix(f"/{PACKAGE}"),
+        id=package.path.removesuffix(f"/{PACKAGE}").replace("/", "."),
         file=PACKAGE,
         sha256=sha256_of(path),
         size=path.stat().st_size,

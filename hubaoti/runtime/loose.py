@@ -12,6 +12,7 @@ import mmap
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,12 @@ from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.region import ignore, wants_gradient
 from hubaoti.runtime.runners import Runner, native_runner
 from hubaoti.runtime.trial import AGREES, DIFFERS, UNTRIED, difference
+from hubaoti.settings import environment
 
 PLAIN = (torch.Tensor, nn.Parameter)
 LOOKS = 1 << 16
+# Read by a library at its first run: it compares its inputs with the sizes that it was made for.
+CHECKS = {"AOTI_RUNTIME_CHECK_INPUTS": "1"}
 # c10/core/ScalarType.h: the numbers by which a library names the dtypes of its constants.
 DTYPES = {
     **dict(enumerate((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))),
@@ -39,11 +43,11 @@ DTYPES = {
 }
 
 
-def open_package(folder: Path, entry: Entry, device: torch.device) -> Runner:
-    """Make an unpacked package callable; the caller has verified the folder.
+def library_of(entry: Entry) -> str:
+    """The path of a package's library inside of it.
 
     Raises:
-        CannotOpen, MissingOps: it has no library, or one that cannot be loaded here.
+        CannotOpen: it has none, or several.
     """
     names = [member.path for member in entry.members if member.path.endswith(".so")]
     libraries = [name for name in names if name.endswith(".wrapper.so")] or names
@@ -51,10 +55,19 @@ def open_package(folder: Path, entry: Entry, device: torch.device) -> Runner:
         raise CannotOpen(
             f"{entry.id} has {len(libraries)} libraries, not one", hint="ask its publisher"
         )
+    return libraries[0]
+
+
+def open_package(folder: Path, library: str, name: str, device: torch.device) -> Runner:
+    """Make an unpacked package callable; the caller has verified the folder.
+
+    Raises:
+        CannotOpen, MissingOps: it cannot be loaded here.
+    """
     try:
-        return native_runner(folder, folder / libraries[0], device)
+        return native_runner(folder, folder / library, device)
     except (RuntimeError, OSError) as why:
-        raise refusal(entry.id, folder, str(why)) from why
+        raise refusal(name, folder, str(why)) from why
 
 
 class Looks:
@@ -90,6 +103,7 @@ class LooseRegion:
         self._given: list[torch.Tensor] = []
         self._bound: dict[str, torch.Tensor] = {}
         self._addresses: list[int] = []
+        self._has_run = False
         self._lock = threading.Lock()
         self._count = itertools.count()
         self._missed: Callable[[str, Unserved], None] = ignore
@@ -208,13 +222,15 @@ class LooseRegion:
         assert self._looks is not None
         verdict = self._looks[look]
         if verdict == DIFFERS:
-            raise Unserved("differs", "the package answers otherwise than this module")
-        outputs = self._run(inputs if verdict == AGREES else [each.clone() for each in inputs])
+            raise Unserved("differs", "the package refused such a call, or answered otherwise")
         if verdict == UNTRIED:
+            self._looks[look] = DIFFERS  # should it be refused, or end this process
+            ours = self._run([each.clone() for each in inputs])
             answer = self.eager(*args, **kwargs)
             theirs = [each for each in pytree.tree_leaves(answer) if isinstance(each, torch.Tensor)]
-            self._looks[look] = DIFFERS if difference(outputs, theirs) else AGREES
+            self._looks[look] = DIFFERS if difference(ours, theirs) else AGREES
             return answer
+        outputs = self._run(inputs)
         next(self._count)
         return pytree.tree_unflatten(outputs, self._made)
 
@@ -257,7 +273,9 @@ class LooseRegion:
         """
         bound = self._bound  # held until it has run
         try:
-            return self.graphs[0].run([aligned(each) for each in inputs])
+            with nullcontext() if self._has_run else environment(**CHECKS):
+                self._has_run = True
+                return self.graphs[0].run([aligned(each) for each in inputs])
         except (RuntimeError, IndexError) as why:
             raise Unserved("failed", f"{why!s:.200}") from why
         finally:

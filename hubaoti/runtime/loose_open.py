@@ -20,7 +20,7 @@ import torch
 import hubaoti
 from hubaoti.errors import HubaotiError, MissingDependency, first_line
 from hubaoti.manifest import Graph as Entry
-from hubaoti.runtime.loose import open_package
+from hubaoti.runtime.loose import library_of, open_package
 from hubaoti.runtime.selftest import SECONDS, Verdict, end_with, ended
 
 PROGRAM = (
@@ -33,7 +33,7 @@ class Asked(msgspec.Struct):
 
     parent: int
     folder: str
-    entry: Entry
+    library: str
     device: str
     kernels: list[dict[str, Any]]
 
@@ -42,7 +42,13 @@ def first_open(
     folder: Path, entry: Entry, device: torch.device, kernels: Sequence[Mapping[str, Any]]
 ) -> Verdict:
     """Open a package in a child; what came of it."""
-    asked = Asked(os.getpid(), str(folder), entry, str(device), [dict(each) for each in kernels])
+    asked = Asked(
+        parent=os.getpid(),
+        folder=str(folder),
+        library=library_of(entry),
+        device=str(device),
+        kernels=[dict(each) for each in kernels],
+    )
     home = str(Path(hubaoti.__file__).parent.parent)
     child = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(home=home)],
@@ -63,7 +69,9 @@ def first_open(
     if child.returncode == 0 and out:
         problem = out.decode(errors="replace").strip()
         return Verdict(entry.id, "" if problem == "good" else problem, opened=problem == "good")
-    return Verdict(entry.id, ended(child.returncode), lasting=child.returncode != -signal.SIGKILL)
+    code = child.returncode
+    crashed = code < 0 and code != -signal.SIGKILL
+    return Verdict(entry.id, ended(code), lasting=crashed, opened=crashed)
 
 
 def main() -> None:
@@ -76,7 +84,9 @@ def main() -> None:
     told = "good"
     try:
         register(asked.kernels)
-        runner = open_package(Path(asked.folder), asked.entry, torch.device(asked.device))
+        runner = open_package(
+            Path(asked.folder), asked.library, "of the package", torch.device(asked.device)
+        )
         runner.get_constant_names_to_original_fqns()
         runner.get_call_spec()
     except HubaotiError as why:

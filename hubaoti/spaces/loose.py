@@ -150,12 +150,12 @@ class LooseWorker:
 
     def _regions(self, device: torch.device) -> Iterator[LooseRegion]:
         """Each module's own container over the library that all share."""
-        from hubaoti.runtime.loose import LooseRegion, open_package, require_names
+        from hubaoti.runtime.loose import LooseRegion, library_of, open_package, require_names
 
         for each in self.served:
             folder = self._folder(each.graph)
             for spot in each.spots:
-                runner = open_package(folder, each.graph, device)
+                runner = open_package(folder, library_of(each.graph), each.graph.id, device)
                 names = runner.get_constant_names_to_original_fqns()
                 require_names(spot.path, spot.module, [*names.values()])
                 yield LooseRegion(spot.path, spot.module, each.graph, runner)
