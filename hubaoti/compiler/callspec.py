@@ -7,6 +7,7 @@ the module's own call, wherever that is all that the graph takes and gives.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -67,7 +68,8 @@ def writing_spec(spec: CallSpec | None) -> Iterator[None]:
     exported program whatever the options say. Where it has another name the trees stay flat, and
     `direct_of` says that they are.
     """
-    from torch._inductor import compile_fx
+    with warnings.catch_warnings(action="ignore"):  # of torch about torch
+        from torch._inductor import compile_fx
 
     original = getattr(compile_fx, "_aoti_flatten_inputs", None)
     if spec is None or original is None:

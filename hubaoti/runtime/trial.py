@@ -84,9 +84,22 @@ class Verdicts:
         if name in self._places:
             self._bytes[self._places[name]] = verdict
 
+    def is_sound(self, name: str, host: str) -> bool:
+        """Whether a process on this kind of host has opened this artifact or package before."""
+        return self[name, ""] == mark_of(host)
+
+    def remember(self, name: str, host: str) -> None:
+        """It was opened, after all that is asked before."""
+        self[name, ""] = mark_of(host)
+
     def trials(self, path: str, graphs: Iterable[str]) -> SharedTrials:
         """The trials of one region's graphs."""
         return SharedTrials(path, graphs, self)
+
+
+def mark_of(host: str) -> int:
+    """A kind of host in one byte, which is not 0."""
+    return 1 + hash(host) % 255
 
 
 class SharedTrials(Trials):

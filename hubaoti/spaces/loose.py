@@ -15,6 +15,7 @@ from hubaoti.host import Host
 from hubaoti.hub.foreign import Fetched, NoDigests, Package
 from hubaoti.manifest import Graph
 from hubaoti.mirror import Mirror
+from hubaoti.mirror.store import holds_members
 from hubaoti.settings import Settings
 from hubaoti.spaces.worker import host_of
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from hubaoti.runtime.attach import Attachment
     from hubaoti.runtime.loose import Looks, LooseRegion
     from hubaoti.runtime.planned import Spot
+    from hubaoti.runtime.trial import Verdicts
     from hubaoti.runtime.waiting import Deferred
 
 
@@ -119,6 +121,7 @@ class LooseWorker:
     settings: Settings
     strict: bool
     looks: Looks
+    verdicts: Verdicts
 
     def open(self) -> Attachment:
         """Attach all packages, or none.
@@ -137,9 +140,7 @@ class LooseWorker:
         module = self.module()
         assert module is not None  # it is being called
         device = device_here(module)
-        with Mirror.open(self.settings.mirror) as mirror:
-            for each in self.served:
-                self._require_sound(each.graph, mirror, device)
+        self._require_all_sound(device)
         register(self.fetched.kernels)
         regions = [*self._regions(device)]
         tally = Tally(None, self.strict)
@@ -159,6 +160,24 @@ class LooseWorker:
                 names = runner.get_constant_names_to_original_fqns()
                 require_names(spot.path, spot.module, [*names.values()])
                 yield LooseRegion(spot.path, spot.module, each.graph, runner)
+
+    def _require_all_sound(self, device: torch.device) -> None:
+        """See that nothing speaks against opening these packages here.
+
+        Where another worker has asked, the files alone are looked at: a worker may be killed at any
+        moment, and most of them shall not even touch the index.
+        """
+        from hubaoti.runtime.selftest import kind_of_host
+
+        graphs, host = [each.graph for each in self.served], kind_of_host(device)
+        known = all(self.verdicts.is_sound(graph.sha256, host) for graph in graphs)
+        if known and all(holds_members(self._folder(graph), graph) for graph in graphs):
+            return
+        with Mirror.open(self.settings.mirror) as mirror:
+            for graph in graphs:
+                self._require_sound(graph, mirror, device)
+        for graph in graphs:
+            self.verdicts.remember(graph.sha256, host)
 
     def _require_sound(self, graph: Graph, mirror: Mirror, device: torch.device) -> None:
         """See that a package is what was pulled, is for this host, and can be loaded at all."""
@@ -232,8 +251,9 @@ def deferred(
 
     served = served_by(module, fetched)
     warn_of(fetched)
+    verdicts = Verdicts((each.graph.sha256, "") for each in served)
     worker = LooseWorker(
-        weakref.ref(module), served, fetched, host, settings, strict, looks=Looks()
+        weakref.ref(module), served, fetched, host, settings, strict, Looks(), verdicts
     )
     warm()
     spots = {spot.path: spot for each in served for spot in each.spots}

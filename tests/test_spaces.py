@@ -1,0 +1,525 @@
+"""Spaces: planned where there is no GPU, opened by each worker for itself, nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bundles import CUDA, changed, make_gpu_host, make_host
+from commands import environment_of
+from huggingface_hub import HfApi, snapshot_download
+from space import Net, X, net
+
+import hubaoti
+import hubaoti.spaces
+from hubaoti import api
+from hubaoti.bundle import Bundle
+from hubaoti.errors import (
+    AlreadyAttached,
+    BadRequest,
+    MissingConstant,
+    NoArtifact,
+    NoMatch,
+    NotServed,
+    OtherProgram,
+    Untrusted,
+)
+from hubaoti.hub.fleet import judge_without_gpu
+from hubaoti.hub.foreign import NoDigests
+from hubaoti.mirror import Mirror
+from hubaoti.package import pack
+from hubaoti.requirements import Requirements
+from hubaoti.runtime.tally import Fallback
+from hubaoti.settings import Settings
+from hubaoti.spaces.loose import misfit
+from hubaoti.spaces.worker import host_of
+
+SPACE = Path(__file__).with_name("space.py")
+PLACE = "float32-native/torch2.13-cpu-x86_64_v3-linux"
+BRANCH = f"zerogpu/{PLACE}"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def blocks(built_at: Settings, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The blocks of the net, which share one graph."""
+    return compiled(tmp_path_factory.mktemp("blocks") / "bundle", built_at)
+
+
+@pytest.fixture(scope="module")
+def whole(built_at: Settings, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The net as one graph."""
+    folder = tmp_path_factory.mktemp("whole") / "bundle"
+    return compiled(folder, built_at, regions="none")
+
+
+def compiled(folder: Path, settings: Settings, **how: Any) -> Bundle:
+    module = net()
+    with hubaoti.capture(module) as calls, torch.no_grad():
+        for shape in ((2, 5, 8), (3, 7, 8)):
+            module(torch.randn(shape))
+    return api.compile(module, folder, calls=calls, settings=settings, **how)
+
+
+@pytest.fixture
+def repo_of_blocks(blocks: Bundle, repo: str, settings: Settings) -> str:
+    api.push(blocks, repo, settings=settings)
+    return repo
+
+
+def play(settings: Settings, scene: str, repo: str, *, main: str = "", **how: Any) -> Any:
+    """A scene of a Space, in a process without a GPU; `main` is its `SPACES_ZERO_GPU`."""
+    temporary = settings.home.parent / "temporary"
+    temporary.mkdir(exist_ok=True)
+    gone = {"CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(temporary), "SPACES_ZERO_GPU": main}
+    done = subprocess.run(
+        [sys.executable, SPACE, scene, repo, json.dumps(how)],
+        env=environment_of(settings) | gone,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# Workers
+
+
+def test_workers_answer_by_graphs_that_each_opens_for_itself(
+    repo_of_blocks: str, settings: Settings
+) -> None:
+    told = play(settings, "few", repo_of_blocks)
+    answers = [*told["workers"], told["main"], told["after"]]
+    assert max(answer["off"] for answer in answers) < 1e-6
+    # Nobody knows this module: one call is answered by it, and compared, for all workers.
+    counts = [(each["stats"]["compiled"], each["stats"]["eager"]) for each in answers]
+    assert counts == [(3, 0), (6, 0), (6, 0), (3, 0), (3, 0)]
+    assert len({answer["stats"]["process"]["pid"] for answer in answers}) == 5
+    assert all(answer["stats"]["process"]["open"] for answer in answers)
+    assert told["clean"]
+    assert told["regions"] == []
+
+
+def test_the_main_process_of_a_zerogpu_space_opens_nothing(
+    repo_of_blocks: str, settings: Settings
+) -> None:
+    told = play(settings, "few", repo_of_blocks, main="true")
+    main = told["main"]["stats"]
+    assert (main["compiled"], main["eager"], main["process"]["open"]) == (0, 3, False)
+    assert main["regions"]["blocks.0"]["eager"] == {"main": 1}
+    assert [each["stats"]["compiled"] for each in told["workers"]] == [3, 6, 6]
+
+
+def test_fifty_workers_in_a_row_leave_no_file_no_process_and_no_growth(
+    repo_of_blocks: str, settings: Settings
+) -> None:
+    told = play(settings, "fifty", repo_of_blocks)
+    assert told["new"] == []
+    assert told["left"] == []
+    assert told["grown"] < 8 << 20
+    with Mirror.open(settings.mirror) as mirror:
+        assert mirror.ls()
+    assert [path.name for path in settings.mirror.glob("index*")] == ["index.sqlite3"]
+
+
+def test_threads_and_fresh_contexts_of_a_worker_open_once(
+    repo_of_blocks: str, settings: Settings
+) -> None:
+    told = play(settings, "crowd", repo_of_blocks)
+    for each in told.values():
+        assert (each["opened"], each["answers"]) == (1, 8)
+        assert each["off"] < 1e-6
+
+
+def test_what_the_parent_has_open_is_of_no_matter_to_its_children(
+    repo_of_blocks: str, settings: Settings
+) -> None:
+    """Its threads are not, either: without care a child would wait for them for ever."""
+    told = play(settings, "parent_first", repo_of_blocks)
+    assert told["main"]["stats"]["compiled"] == 3
+    for each in told["workers"]:
+        assert each["off"] < 1e-6
+        assert each["stats"]["compiled"] == 3
+        assert each["stats"]["process"]["pid"] != told["pid"]
+    assert told["then"]["stats"]["compiled"] == 6
+
+
+def test_the_first_open_is_the_first_worker_s_and_remembered(
+    repo_of_blocks: str, settings: Settings
+) -> None:
+    told = play(settings, "first_opens", repo_of_blocks)
+    assert (told["main"], [each["started"] for each in told["workers"]]) == (0, [1, 0, 0])
+
+
+def test_bytes_that_change_after_the_pull_are_never_opened(
+    repo_of_blocks: str, settings: Settings
+) -> None:
+    answer = play(settings, "tampered", repo_of_blocks)
+    assert answer["off"] == 0.0
+    assert answer["stats"]["compiled"] == 0
+    assert answer["stats"]["regions"]["blocks.0"]["eager"] == {"unopened": 1}
+    assert "other bytes than its manifest lists" in answer["stats"]["process"]["why"]
+
+
+def test_a_first_open_ends_with_the_worker_that_asked_for_it(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    child = (
+        "import os, sys, time; from hubaoti.runtime.selftest import end_with; "
+        "end_with(int(sys.argv[1])); open(sys.argv[2], 'w').write(str(os.getpid())); time.sleep(60)"
+    )
+    parent = (
+        "import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1], "
+        "str(os.getpid()), sys.argv[2]], start_new_session=True).wait()"
+    )
+    started = subprocess.Popen([sys.executable, "-c", parent, child, told])
+    wait_until(lambda: told.is_file() and told.read_text())
+    pid = int(told.read_text())
+    os.kill(started.pid, signal.SIGKILL)
+    started.wait()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists() or is_zombie(pid))
+
+
+def is_zombie(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def wait_until(is_so: Any, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+# What is planned
+
+
+def load(module: torch.nn.Module, repo: str, settings: Settings, **how: Any) -> Any:
+    return hubaoti.spaces.load(module, repo, settings=settings, **{"trust": True, **how})
+
+
+def test_another_model_is_refused_at_import_with_every_name(
+    repo_of_blocks: str, settings: Settings
+) -> None:
+    module = Net(blocks=2, size=12).eval()
+    with pytest.raises(MissingConstant, match=r"(?s)blocks\.0: wide\.weight.*blocks\.2 is not"):
+        load(module, repo_of_blocks, settings)
+    assert not any("forward" in vars(part) for part in module.modules())
+
+
+def test_code_of_a_publisher_who_is_not_trusted_is_not_pulled(
+    repo_of_blocks: str, settings: Settings
+) -> None:
+    with pytest.raises(Untrusted):
+        load(net(), repo_of_blocks, settings, trust=False)
+    assert not any((settings.mirror / "graphs").iterdir())
+
+
+def test_a_module_is_loaded_once(repo_of_blocks: str, settings: Settings) -> None:
+    module = net()
+    with load(module, repo_of_blocks, settings):
+        with pytest.raises(AlreadyAttached):
+            load(module, repo_of_blocks, settings)
+        with pytest.raises(AlreadyAttached):
+            hubaoti.attach(module, repo_of_blocks, settings=settings)
+    load(module, repo_of_blocks, settings)
+    hubaoti.detach(module)
+    assert not any("forward" in vars(part) for part in module.modules())
+
+
+def test_copies_and_pickles_are_of_the_module_as_it_was(
+    repo_of_blocks: str, settings: Settings
+) -> None:
+    module = net()
+    with load(module, repo_of_blocks, settings) as loaded, torch.no_grad():
+        expected = module(X)["y"]
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert torch.equal(other(X)["y"], expected)
+        assert loaded.stats()["compiled"] == 0  # the one call was compared
+
+
+def test_a_forward_that_somebody_put_over_it_stays(repo_of_blocks: str, settings: Settings) -> None:
+    module, seen = net(), []
+    with load(module, repo_of_blocks, settings) as loaded, torch.no_grad():
+        below = module.blocks[1].forward
+
+        def over(*args: Any, **kwargs: Any) -> Any:
+            seen.append(1)
+            return below(*args, **kwargs)
+
+        module.blocks[1].forward = over
+        for _ in range(3):
+            module(X)
+        assert len(seen) == 3
+        assert loaded.stats()["regions"]["blocks.1"]["compiled"] == {"blocks": 2}
+
+
+def test_what_is_asked_strictly_raises(repo_of_blocks: str, settings: Settings) -> None:
+    module = net()
+    load(module, repo_of_blocks, replace(settings, zerogpu=True), strict=True)
+    with torch.no_grad(), pytest.raises(NotServed, match="main"):
+        module(X)
+
+
+def test_with_graphs_switched_off_nothing_is_pulled(settings: Settings, repo: str) -> None:
+    module = net()
+    loaded = load(module, repo, replace(settings, graphs=False))
+    assert "forward" not in vars(module)
+    assert loaded.stats()["regions"] == {}
+
+
+def test_without_a_network_what_was_pulled_before_serves(
+    repo_of_blocks: str, settings: Settings
+) -> None:
+    load(net(), repo_of_blocks, settings).detach()
+    offline = replace(settings, offline=True)
+    with load(net(), repo_of_blocks, offline) as loaded:
+        assert len(loaded.regions) == 3
+    with pytest.raises(NoArtifact, match="HF_HUB_OFFLINE"):
+        load(net(), "acme/never-pulled", offline)
+
+
+def test_an_artifact_of_another_kind_of_host_is_refused_with_its_reasons(
+    blocks: Bundle, repo: str, settings: Settings, tmp_path: Path
+) -> None:
+    other = copied(blocks, tmp_path / "other")
+    needs = replace(other.manifest.requires, glibc="9.99")
+    api.push(changed(other, requires=needs), repo, settings=settings)
+    with pytest.raises(NoMatch, match=r"glibc 9\.99"):
+        load(net(), repo, settings)
+
+
+def copied(bundle: Bundle, folder: Path) -> Bundle:
+    import shutil
+
+    shutil.copytree(bundle.path, folder, ignore=shutil.ignore_patterns("*.sha256"))
+    return Bundle.read(folder)
+
+
+# The GPU that is not there
+
+
+def requirements(**facts: Any) -> Requirements:
+    return Requirements(**{**CUDA, "driver": "13.0", **facts})
+
+
+def test_where_there_is_no_gpu_all_else_is_judged() -> None:
+    host = make_gpu_host()
+    blind = replace(host, gpus=(), driver=None, driver_cuda=None)
+    for sm in (90, 120):
+        assert not judge_without_gpu(requirements(sm=sm), blind).refusals
+    for wrong in ({"glibc": "9.99"}, {"cuda": "12.8"}, {"torch": "2.11.0+cu130"}):
+        assert judge_without_gpu(requirements(**wrong), blind).refusals
+    assert judge_without_gpu(requirements(), make_host()).refusals
+
+
+def test_a_worker_judges_the_gpu_that_its_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is here: what torch would say of one is made up."""
+    from hubaoti.runtime import devices
+
+    monkeypatch.setattr(devices, "gpu_at", lambda _: ("fake B200", 100, 1 << 37))
+    monkeypatch.setattr(devices, "driver_cuda", lambda: "13.1")
+    blind = replace(make_gpu_host(), gpus=(), driver_cuda=None)
+    found = host_of(blind, torch.device("cuda", 0))
+    assert [(gpu.name, gpu.sm) for gpu in found.gpus] == [("fake B200", 100)]
+    assert found.driver_cuda == "13.1"
+    assert host_of(blind, CPU) is blind
+
+
+# The layout of other loaders
+
+
+def test_a_branch_in_the_layout_of_other_loaders_is_loaded_with_its_digests(
+    blocks: Bundle, repo: str, settings: Settings
+) -> None:
+    made = api.push(blocks, repo, layout="zerogpu", settings=settings)
+    for revision in (made.branch, None):  # the default branch is empty: the others are looked at
+        module = net()
+        with load(module, repo, settings, revision=revision) as loaded, torch.no_grad():
+            assert loaded.stats()["artifact"] == blocks.manifest.digest
+            for _ in range(2):
+                answer = module(X)["y"]
+            assert torch.allclose(answer, net()(X)["y"], atol=1e-6)
+            assert loaded.stats()["compiled"] == 3
+
+
+@pytest.mark.parametrize("kind", ["blocks", "whole"])
+def test_its_packages_answer_by_torch_s_own_loader_as_those_loaders_use_it(
+    kind: str, request: pytest.FixtureRequest, repo: str, settings: Settings
+) -> None:
+    made = api.push(request.getfixturevalue(kind), repo, layout="zerogpu", settings=settings)
+    folder = snapshot_download(
+        repo, revision=made.branch, allow_patterns="package/*", endpoint=settings.endpoint
+    )
+    path = {"blocks": "submodules/blocks", "whole": "root"}[kind]
+    package = Path(folder) / "package" / path / "package.pt2"
+    assert sum(each.is_file() for each in Path(folder).rglob("*")) == 1
+    module = net()
+    part = module.blocks[1] if kind == "blocks" else module
+    loaded = torch._inductor.aoti_load_package(str(package))
+    constants = {name: part.state_dict()[name] for name in loaded.get_constant_fqns()}
+    loaded.load_constants(constants, check_full_update=True, user_managed=True)
+    with torch.no_grad():
+        if kind == "whole":
+            answer, expected = loaded(X)["y"], module(X)["y"]
+        else:
+            hidden = torch.randn(3, 4, 16)
+            answer = loaded(hidden, mask=torch.ones_like(hidden))
+            expected = part(hidden, mask=torch.ones_like(hidden))
+    assert torch.allclose(answer, expected, atol=1e-6)
+
+
+@pytest.fixture
+def hub(settings: Settings, repo: str) -> HfApi:
+    found = HfApi(settings.endpoint, token=settings.token)
+    found.create_repo(repo)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "variant"),
+    [
+        ("whole", "package/root/package.pt2", None),
+        ("blocks", "package/submodules/blocks/package.pt2", None),
+        ("blocks", "Block/package.pt2", None),
+        ("blocks", "Block.fast/package.pt2", "fast"),
+    ],
+)
+def test_packages_without_a_manifest_are_loaded_with_a_warning(
+    kind: str,
+    path: str,
+    variant: str | None,
+    request: pytest.FixtureRequest,
+    repo: str,
+    settings: Settings,
+) -> None:
+    bundle: Bundle = request.getfixturevalue(kind)
+    put(
+        request.getfixturevalue("hub"),
+        repo,
+        path,
+        (bundle.path / bundle.manifest.graphs[0].file).read_bytes(),
+    )
+    told = play(settings, "few", repo, variant=variant)
+    assert told["warned"] == ["NoDigests"]
+    answers = [*told["workers"], told["main"], told["after"]]
+    assert max(answer["off"] for answer in answers) < 1e-6
+    served = 1 if kind == "whole" else 3
+    counts = [each["stats"]["compiled"] for each in answers]
+    assert counts == [served, 2 * served, 2 * served, served, served]
+    assert told["clean"]
+
+
+def put(hub: HfApi, repo: str, path: str, content: bytes) -> None:
+    hub.upload_file(path_or_fileobj=content, path_in_repo=path, repo_id=repo)
+
+
+def test_packages_of_a_publisher_who_is_not_trusted_are_not_fetched(
+    whole: Bundle, hub: HfApi, repo: str, settings: Settings
+) -> None:
+    put(hub, repo, "package/root/package.pt2", (whole.path / "graphs/root.pt2").read_bytes())
+    put(hub, repo, "config.json", b'{"kernels": [{"repo_id": "acme/kernel"}]}')
+    with pytest.raises(Untrusted, match="no manifest"):
+        load(net(), repo, settings, trust=False)
+    assert not any((settings.mirror / "graphs").iterdir())
+
+
+def test_packages_of_another_module_are_never_believed(
+    whole: Bundle, hub: HfApi, repo: str, settings: Settings
+) -> None:
+    """Of the same shapes, and something else: nothing but its answers tells."""
+    put(hub, repo, "package/root/package.pt2", (whole.path / "graphs/root.pt2").read_bytes())
+    module = net()
+    module.blocks[0].narrow.register_forward_hook(lambda *a: a[-1] + 1.0)
+    expected = module(X)["y"].detach()
+    with pytest.warns(NoDigests):
+        loaded = load(module, repo, settings)
+    with torch.no_grad(), pytest.warns(Fallback, match="answered otherwise"):
+        for _ in range(2):
+            assert torch.equal(module(X)["y"], expected)
+    assert loaded.stats()["compiled"] == 0
+    loaded.detach()
+
+
+def test_a_package_that_crashes_takes_no_worker_along(
+    hub: HfApi, repo: str, settings: Settings, tmp_path: Path
+) -> None:
+    source = tmp_path / "crash.c"
+    source.write_text(
+        "#include <signal.h>\n__attribute__((constructor)) void f(void) { raise(SIGSEGV); }"
+    )
+    folder = tmp_path / "package/model/data/aotinductor/model"
+    folder.mkdir(parents=True)
+    library = folder / "a.wrapper.so"
+    subprocess.run(["g++", "-shared", "-fPIC", "-x", "c", source, "-o", library], check=True)
+    pack(tmp_path / "package", tmp_path / "package.pt2")
+    put(hub, repo, "package/root/package.pt2", (tmp_path / "package.pt2").read_bytes())
+    told = play(settings, "few", repo)
+    answers = [*told["workers"], told["main"], told["after"]]
+    assert {answer["off"] for answer in answers} == {0.0}
+    assert "SIGSEGV" in told["workers"][0]["stats"]["process"]["why"]
+    assert all(answer["stats"]["compiled"] == 0 for answer in answers)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [b"[", b'{"kernels": [{"repo_id": "a/b", "trust_remote_code": true}]}', b'{"kernels": [{}]}'],
+)
+def test_a_config_that_says_more_than_which_kernel_is_refused(
+    config: bytes, whole: Bundle, hub: HfApi, repo: str, settings: Settings
+) -> None:
+    put(hub, repo, "package/root/package.pt2", (whole.path / "graphs/root.pt2").read_bytes())
+    put(hub, repo, "config.json", config)
+    with pytest.raises(BadRequest, match=r"config\.json"):
+        load(net(), repo, settings)
+
+
+def test_a_repo_with_nothing_to_run_says_so(hub: HfApi, repo: str, settings: Settings) -> None:
+    put(hub, repo, "package/root/other.bin", b"1")
+    with pytest.raises(NoArtifact):
+        load(net(), repo, settings)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"AOTI_DEVICE_KEY": "cuda"}, "device cuda"),
+        ({"AOTI_PLATFORM": "win32"}, "operating system win32"),
+        ({"AOTI_MACHINE": "aarch64"}, "machine aarch64"),
+        ({"AOTI_CPU_ISA": "AVX512 AVX512_VNNI"}, "AVX-512"),
+        ({}, None),
+        ({"AOTI_DEVICE_KEY": "cpu", "AOTI_CPU_ISA": "AVX2"}, None),
+    ],
+)
+def test_what_a_package_says_of_its_host_is_judged(said: dict[str, str], why: str | None) -> None:
+    found = misfit(said, make_host(), CPU)
+    assert (found is None) if why is None else (why in (found or ""))
+
+
+def test_a_package_of_another_gpu_is_refused() -> None:
+    host, cuda = make_gpu_host(), torch.device("cuda", 0)
+    assert misfit({"AOTI_COMPUTE_CAPABILITY": "90"}, host, cuda) is None
+    assert "sm_120" in (misfit({"AOTI_COMPUTE_CAPABILITY": "120"}, host, cuda) or "")
+
+
+def test_a_model_whose_config_says_something_else_is_refused(
+    roberta_bundle: Bundle, repo: str, settings: Settings
+) -> None:
+    """A whole model's graph that answers texts is refused, too, and says what to compile."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    api.push(roberta_bundle, repo, settings=settings)
+    config = RobertaConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2)
+    with pytest.raises((OtherProgram, BadRequest)):
+        load(RobertaForSequenceClassification(config).eval(), repo, settings)
