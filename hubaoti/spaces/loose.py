@@ -246,6 +246,7 @@ def deferred(
     """The module, waiting for a process that calls it."""
     from hubaoti.runtime.loose import Looks
     from hubaoti.runtime.tally import Tally
+    from hubaoti.runtime.trial import Verdicts
     from hubaoti.runtime.waiting import Deferred
     from hubaoti.spaces.worker import is_single, warm
 

@@ -1,0 +1,236 @@
+"""The layout of other loaders: a branch that holds what answers without hubaoti, or nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from bundles import CUDA, changed, make_bundle, tree_of
+from commands import hubaoti, inside
+from huggingface_hub import HfApi
+from proxies import Proxy
+
+from hubaoti import api
+from hubaoti.bundle import Bundle
+from hubaoti.compiler.callspec import call_spec_of
+from hubaoti.compiler.faces import Face
+from hubaoti.errors import BadRequest, Conflict, HubaotiError
+from hubaoti.hub.client import HubClient
+from hubaoti.hub.layout import place_of
+from hubaoti.hub.zerogpu import branch_of, packages_of
+from hubaoti.manifest import Cache, Direct, Input, Manifest, Program, key_of, parse
+from hubaoti.settings import Settings
+
+PLACE = "float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
+BRANCH = f"zerogpu/{PLACE}"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    """A whole module's graph that answers by itself."""
+    return direct(make_bundle(tmp_path / "bundle"))
+
+
+@pytest.fixture
+def hub(settings: Settings) -> HfApi:
+    return HfApi(settings.endpoint, token=settings.token)
+
+
+def direct(bundle: Bundle, task: str = "forward", **fields: Any) -> Bundle:
+    """The bundle of a module's own task, whose graphs tell of their call spec."""
+    manifest = bundle.manifest
+    program = msgspec.structs.replace(manifest.program, task=task)
+    key = key_of(program, manifest.build, manifest.target)
+    fields = {"direct": Direct(), **fields}
+    graphs = tuple(msgspec.structs.replace(graph, **fields) for graph in manifest.graphs)
+    return changed(bundle, program=program, key=key, graphs=graphs)
+
+
+def push(bundle: Bundle, repo: str, settings: Settings, **how: Any) -> Any:
+    return api.push(bundle, repo, layout="zerogpu", settings=settings, **how)
+
+
+def test_the_branch_holds_the_packages_and_the_artifact_and_nothing_else(
+    bundle: Bundle, repo: str, settings: Settings, hub: HfApi
+) -> None:
+    made = push(bundle, repo, settings, tag="v1")
+    assert (made.branch, made.path, made.created) == (BRANCH, PLACE, True)
+    files = {f for f in hub.list_repo_files(repo, revision=BRANCH) if not f.startswith(".")}
+    artifact = {f"{PLACE}/{name}" for name in tree_of(bundle.path)}
+    assert files == {"README.md", "package/root/package.pt2", *artifact}
+    package = hub.hf_hub_download(repo, "package/root/package.pt2", revision=BRANCH)
+    assert Path(package).read_bytes() == (bundle.path / "graphs/root.pt2").read_bytes()
+    card = Path(hub.hf_hub_download(repo, "README.md", revision=BRANCH)).read_text()
+    assert f'spaces.aoti_load(module, "{repo}", revision="{BRANCH}")' in card
+    titles = [commit.title for commit in hub.list_repo_commits(repo, revision=BRANCH)]
+    assert titles == [f"Add {PLACE}", "initial commit"]
+    assert {f for f in hub.list_repo_files(repo) if not f.startswith(".")} == set()
+    assert [tag.target_commit for tag in hub.list_repo_refs(repo).tags] == [made.commit]
+
+
+def test_the_same_again_makes_no_commit_and_what_lay_on_the_default_branch_stays_there(
+    bundle: Bundle, repo: str, settings: Settings, hub: HfApi
+) -> None:
+    beside = api.push(bundle, repo, settings=settings)
+    first = push(bundle, repo, settings)
+    again = push(bundle, repo, settings)
+    assert (again.commit, again.created) == (first.commit, False)
+    assert hub.repo_info(repo).sha == beside.commit
+    # The other branch began with all that was there, of which only the artifact's own is left.
+    assert f"{PLACE}/hubaoti.json" in hub.list_repo_files(repo)
+    pulled = api.pull(f"{repo}@{BRANCH}", settings=settings, trust=True)
+    assert pulled.artifact.digest == bundle.manifest.digest
+
+
+def test_other_artifacts_do_not_come_along(
+    bundle: Bundle, repo: str, settings: Settings, hub: HfApi, tmp_path: Path
+) -> None:
+    api.push(make_bundle(tmp_path / "other", CUDA), repo, settings=settings)
+    push(bundle, repo, settings)
+    files = hub.list_repo_files(repo, revision=BRANCH)
+    assert not [path for path in files if "cu130" in path]
+
+
+def test_another_artifact_on_the_branch_is_not_replaced(
+    bundle: Bundle, repo: str, settings: Settings, tmp_path: Path
+) -> None:
+    push(bundle, repo, settings)
+    other = direct(make_bundle(tmp_path / "other", mode="max-autotune"))
+    with pytest.raises(Conflict, match="holds another artifact") as caught:
+        push(other, repo, settings)
+    assert "--label" in caught.value.hint
+    assert push(other, repo, settings, label="fast").branch == branch_of(
+        place_of(other.manifest, "fast")
+    )
+
+
+def test_a_push_that_fails_leaves_no_branch(
+    bundle: Bundle, repo: str, settings: Settings, hub: HfApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> Any:
+        raise HubaotiError("no", hint="again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HubClient, "commit", fails)
+        with pytest.raises(HubaotiError, match="no"):
+            push(bundle, repo, settings)
+    assert [branch.name for branch in hub.list_repo_refs(repo).branches] == ["main"]
+    push(bundle, repo, settings)
+
+
+def test_a_list_whose_children_are_all_served_has_one_package(tmp_path: Path) -> None:
+    modules = tuple(f"net.blocks.{at}" for at in range(3))
+    bundle = make_bundle(tmp_path / "bundle")
+    every = direct(bundle, modules=modules, direct=Direct(every="net.blocks"))
+    assert packages_of(every.manifest) == {
+        "package/submodules/net.blocks/package.pt2": "graphs/root.pt2"
+    }
+    some = direct(bundle, modules=modules[:2])
+    assert [*packages_of(some.manifest)] == [
+        f"package/submodules/net.blocks.{at}/package.pt2" for at in range(2)
+    ]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a task that answers texts": ({"task": "embed"}, "answers texts"),
+    "a KV cache": ({"cache": Cache(kind="static", keys=0, values=0)}, "KV cache"),
+    "a flat call": ({"direct": msgspec.UNSET}, "not called as its module is"),
+    "constants that are not saved": ({"direct": Direct(absent=("rope",))}, "reads rope"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_graphs_that_need_hubaoti_are_refused_before_any_request(
+    case: str, repo: str, settings: Settings, proxy: Proxy, tmp_path: Path
+) -> None:
+    fields, why = REFUSED[case]
+    inputs = (Input(name="k", dtype="float32", shape=(1,), values="real", mutated=True),)
+    if "cache" in fields:
+        fields = {**fields, "inputs": inputs, "bounds": {}}
+    refused = direct(make_bundle(tmp_path / "bundle"), **fields)
+    assert parse(refused.manifest.to_json(), "x") == refused.manifest
+    with pytest.raises(BadRequest, match=why) as caught:
+        push(refused, repo, settings)
+    assert "captured calls" in caught.value.hint
+    assert proxy.requests == []
+
+
+def test_several_graphs_of_one_module_are_refused(tmp_path: Path) -> None:
+    both = direct(make_bundle(tmp_path / "bundle", graphs=("one", "two")))
+    with pytest.raises(BadRequest, match="2 graphs, and only hubaoti chooses"):
+        packages_of(both.manifest)
+
+
+def test_blocks_of_transformers_are_refused(tmp_path: Path) -> None:
+    """They are called without masks and with one row for all, and those loaders add nothing."""
+    bundle = direct(make_bundle(tmp_path / "bundle"), modules=("layers.0",))
+    program = Program(config={"model_type": "llama"}, code="a" * 64, task="forward")
+    manifest: Manifest = msgspec.structs.replace(bundle.manifest, program=program)
+    with pytest.raises(BadRequest, match="called without masks"):
+        packages_of(manifest)
+
+
+def test_a_decoder_s_real_blocks_are_refused(decoder_bundle: Bundle) -> None:
+    with pytest.raises(BadRequest, match="KV cache"):
+        packages_of(decoder_bundle.manifest)
+
+
+def test_the_command_says_which_branch(bundle: Bundle, repo: str, settings: Settings) -> None:
+    done = inside(settings, "push", bundle.path, repo, "--layout", "zerogpu")
+    assert done.code == 0, done.err
+    assert f"branch {BRANCH}" in done.out
+    assert hubaoti(settings, "push", bundle.path, repo, "--layout", "other").code == 2
+
+
+def test_an_unknown_layout_is_refused(bundle: Bundle, repo: str, settings: Settings) -> None:
+    with pytest.raises(BadRequest, match="unknown layout"):
+        api.push(bundle, repo, layout="hub", settings=settings)
+
+
+# Call specs
+
+
+def face(args: list[Any], kwargs: dict[str, Any], count: int) -> Face:
+    inputs = tuple(
+        Input(name=f"x{at}", dtype="float32", shape=(2,), values="real") for at in range(count)
+    )
+    return Face({"args": args, "kwargs": kwargs}, inputs)
+
+
+ONE: dict[str, Any] = {"tensor": 0}
+TWO: dict[str, Any] = {"tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "count", "answer"),
+    [
+        ([ONE], {}, 1, {"tensor": 0}),
+        ([ONE, None, 0.5], {"mask": TWO, "size": {"size": "seq"}}, 2, {"tuple": [ONE, TWO]}),
+        ([{"tuple": [ONE, TWO]}], {"names": ["a"]}, 2, {"dict": {"y": ONE}}),
+        ([ONE], {"cache": None, "any": TWO}, 2, [ONE]),
+    ],
+)
+def test_a_call_and_an_answer_of_tensors_have_a_spec(
+    args: list[Any], kwargs: dict[str, Any], count: int, answer: Any
+) -> None:
+    assert call_spec_of(face(args, kwargs, count), answer) is not None
+
+
+@pytest.mark.parametrize(
+    ("args", "count", "answer"),
+    [
+        ([ONE, {"any": {"dtype": "float32", "shape": [2]}}], 1, ONE),
+        ([ONE, ONE], 1, ONE),
+        ([TWO, ONE], 2, ONE),
+        ([ONE, {"cache": True}], 1, ONE),
+        ([ONE], 1, {"tuple": [ONE, None]}),
+        ([ONE], 1, {"tuple": [ONE, ONE]}),
+        ([ONE], 1, {"fields": {"y": ONE}, "class": "nowhere.Output"}),
+    ],
+)
+def test_what_torch_s_loader_would_call_otherwise_has_none(
+    args: list[Any], count: int, answer: Any
+) -> None:
+    assert call_spec_of(face(args, {}, count), answer) is None
