@@ -6,7 +6,6 @@ It runs by itself, so that what is forked is not a test runner with threads; it 
 from __future__ import annotations
 
 import contextvars
-import ctypes
 import json
 import os
 import random
@@ -63,7 +62,7 @@ def net() -> Net:
 
 
 X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))
-LIBC = ctypes.CDLL(None)
+BIG = torch.ones(512, 512)  # its product takes threads, which a forked child has not
 
 
 def worker(work: Callable[[], Any]) -> dict[str, Any]:
@@ -98,11 +97,13 @@ class Space:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             self.loaded = hubaoti.spaces.load(self.module, repo, trust=True, **how)
+        torch.mm(BIG, BIG)
         self.warned = [type(each.message).__name__ for each in caught]
 
     def ask(self, times: int = 1) -> dict[str, Any]:
         """Calls of this process: how far from eager the answers are, and the counts."""
         off = 0.0
+        torch.mm(BIG, BIG)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             for _ in range(times):
@@ -211,7 +212,6 @@ def crowd(repo: str) -> dict[str, Any]:
 def parent_first(repo: str) -> dict[str, Any]:
     """The main process has opened its graphs, and used its threads, before it forks."""
     space = Space(repo)
-    torch.mm(torch.randn(512, 512), torch.randn(512, 512))
     main = [space.ask(), space.ask()][-1]
     after = space.workers(2)
     return {"main": main, "workers": after, "then": space.ask(), "pid": os.getpid()}

@@ -264,5 +264,5 @@ def deferred(
         worker.open,
         Tally(None, strict),
         only_elsewhere=settings.zerogpu,
-        single=is_single(module, settings),
+        single=is_single(module),
     )

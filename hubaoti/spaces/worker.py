@@ -164,7 +164,7 @@ def deferred(
         worker.open,
         Tally(artifacts[0].manifest, strict),
         only_elsewhere=settings.zerogpu,
-        single=is_single(module, settings),
+        single=is_single(module),
     )
 
 
@@ -175,11 +175,14 @@ def names_in(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield from ((path, graph.id) for path in graph.modules)
 
 
-def is_single(module: nn.Module, settings: Settings) -> bool:
-    """Whether forked children compute on the CPU, where they cannot use their parent's threads."""
+def is_single(module: nn.Module) -> bool:
+    """Whether forked children may compute on the CPU, where they cannot use their parent's threads.
+
+    One that moves the module to a GPU has one thread for the rest: slow is better than a hang.
+    """
     from hubaoti.runtime.planned import kind_of
 
-    return kind_of(module) != "cuda" and not settings.zerogpu
+    return kind_of(module) != "cuda"
 
 
 def warm() -> None:
