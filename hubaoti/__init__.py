@@ -5,6 +5,7 @@ Importing this imports nothing heavy; the names below are loaded on first use.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load a verb, or an engine, when it is first asked for."""
+    """Load a verb, an engine, or `hubaoti.spaces`, when it is first asked for."""
+    if name == "spaces":
+        return import_module("hubaoti.spaces")
     if name not in __all__:
         raise AttributeError(f"module 'hubaoti' has no attribute {name!r}")
     if name == "LightweightEngine":

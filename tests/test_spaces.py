@@ -78,14 +78,22 @@ def repo_of_blocks(blocks: Bundle, repo: str, settings: Settings) -> str:
     return repo
 
 
-def play(settings: Settings, scene: str, repo: str, *, main: str = "", **how: Any) -> Any:
+def play(
+    settings: Settings,
+    scene: str,
+    repo: str,
+    *,
+    main: str = "",
+    more: dict[str, str] | None = None,
+    **how: Any,
+) -> Any:
     """A scene of a Space, in a process without a GPU; `main` is its `SPACES_ZERO_GPU`."""
     temporary = settings.home.parent / "temporary"
     temporary.mkdir(exist_ok=True)
     gone = {"CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(temporary), "SPACES_ZERO_GPU": main}
     done = subprocess.run(
         [sys.executable, SPACE, scene, repo, json.dumps(how)],
-        env=environment_of(settings) | gone,
+        env=environment_of(settings) | gone | (more or {}),
         capture_output=True,
         text=True,
         timeout=300,
@@ -247,6 +255,27 @@ def test_copies_and_pickles_are_of_the_module_as_it_was(
         for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
             assert torch.equal(other(X)["y"], expected)
         assert loaded.stats()["compiled"] == 0  # the one call was compared
+
+
+def test_a_fork_while_another_thread_opens_graphs_waits_again(
+    repo_of_blocks: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the child does right after the fork, done here at such a moment."""
+    from hubaoti.runtime import attach
+
+    module, loaded, forwards = net(), [], []
+
+    def halfway(*args: Any, **kwargs: Any) -> Any:
+        loaded[0].renew()
+        forwards.extend(vars(block)["forward"].path for block in module.blocks)
+        raise RuntimeError("the thread is not there any more")
+
+    loaded.append(load(module, repo_of_blocks, settings))
+    monkeypatch.setattr(attach, "attach", halfway)
+    with torch.no_grad(), pytest.warns(Fallback, match="not there any more"):
+        module(X)
+    assert forwards == ["blocks.0", "blocks.1", "blocks.2"]
+    loaded[0].detach()
 
 
 def test_a_forward_that_somebody_put_over_it_stays(repo_of_blocks: str, settings: Settings) -> None:
@@ -470,6 +499,34 @@ def test_a_package_that_crashes_takes_no_worker_along(
     assert {answer["off"] for answer in answers} == {0.0}
     assert "SIGSEGV" in told["workers"][0]["stats"]["process"]["why"]
     assert all(answer["stats"]["compiled"] == 0 for answer in answers)
+
+
+FAKE_KERNELS = """
+import json, os
+def get_kernel(**words):
+    with open(os.environ["FAKE_KERNELS"], "a") as file:
+        print(json.dumps([words, os.getpid()]), file=file)
+"""
+
+
+def test_kernels_of_a_config_are_asked_for_where_packages_are_opened(
+    whole: Bundle, hub: HfApi, repo: str, settings: Settings, tmp_path: Path
+) -> None:
+    kernel = {"repo_id": "acme/kernel", "revision": "v1"}
+    put(hub, repo, "package/root/package.pt2", (whole.path / "graphs/root.pt2").read_bytes())
+    put(hub, repo, "config.json", json.dumps({"kernels": [kernel]}).encode())
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "kernels.py").write_text(FAKE_KERNELS)
+    asked = tmp_path / "asked"
+    more = {"FAKE_KERNELS": str(asked), "PYTHONPATH": f"{tmp_path / 'fake'}:{SPACE.parents[1]}"}
+    told = play(settings, "few", repo, more=more, main="1")
+    found = [json.loads(line) for line in asked.read_text().splitlines()]
+    assert all(words == kernel for words, _ in found)
+    # The four workers, and the process of its own in which the first opens it first.
+    pids = {answer["stats"]["process"]["pid"] for answer in [*told["workers"], told["after"]]}
+    assert len({pid for _, pid in found} - pids) == 1
+    assert pids < {pid for _, pid in found}
+    assert told["after"]["stats"]["compiled"] == 1
 
 
 @pytest.mark.parametrize(

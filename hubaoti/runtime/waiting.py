@@ -40,6 +40,7 @@ class Waiting:
         self.deferred = deferred
         self.region: Any = None  # one with a manifest or without
         self.is_away = False
+        self.over: Any = None  # what stood in our place when this process began to open graphs
         self._module = weakref.ref(spot.module)
         self._own = vars(spot.module).get("forward")
 
@@ -78,13 +79,18 @@ class Waiting:
         if found is not None and found() is self:
             del ATTACHED[self.module]
 
-    def renew(self) -> None:
-        """Wait again, unless the module was given back before."""
+    def renew(self, halfway: bool) -> None:
+        """Wait again, unless the module was given back before.
+
+        `halfway` is of a fork while another thread was opening graphs, who is not here.
+        """
         region, self.region = self.region, None
         if self.is_gone or self.is_away or (region is not None and not region.graphs):
             return
         ATTACHED[self.module] = weakref.ref(self)
-        if region is not None and vars(self.module).get("forward") is region:
+        if halfway:
+            self.module.forward = self.over or self
+        elif region is not None and vars(self.module).get("forward") is region:
             self.module.forward = self
 
     def hand_over(self, over: Any) -> None:
@@ -145,6 +151,7 @@ class Deferred:
         self._attachment: Attachment | None = None
         self._problem: tuple[str, str | None] | None = None
         self._is_detached = False
+        self._is_opening = False
 
     @property
     def regions(self) -> tuple[str, ...]:
@@ -189,7 +196,9 @@ class Deferred:
     def _attach(self) -> None:
         """Have regions in the place of those who wait, below what somebody put over them."""
         living = [each for each in self._waiting if not each.is_gone]
-        over = [vars(each.module).get("forward") for each in living]
+        for each in living:
+            each.over = vars(each.module).get("forward")
+        self._is_opening = True
         try:
             for each in living:
                 vars(each.module).pop("forward", None)
@@ -198,22 +207,24 @@ class Deferred:
                 ATTACHED.pop(each.module, None)
             self._attachment = self._opens()
         except BaseException:
-            for each, forward in zip(living, over, strict=True):
-                each.put(forward)
+            for each in living:
+                each.put(each.over)
             raise
-        for each, forward in zip(living, over, strict=True):
-            each.hand_over(forward)
+        finally:
+            self._is_opening = False
+        for each in living:
+            each.hand_over(each.over)
 
     def renew(self) -> None:
         """After a fork: this process has opened nothing yet."""
         if self._attachment is not None:
             self._left.append(self._attachment)
-        gone = self._is_detached
+        gone, halfway = self._is_detached, self._is_opening
         self._begin()
         self._is_detached = gone
         self._tally = self._tally.anew()
         for each in self._waiting:
-            each.renew()
+            each.renew(halfway)
         if self._single and not gone:
             torch.set_num_threads(1)
 
