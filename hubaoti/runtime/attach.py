@@ -73,8 +73,9 @@ class Attachment:
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
-        """The open graphs of all regions."""
-        return tuple(graph for region in self._regions for graph in region.graphs)
+        """The open graphs of all regions; packages without a manifest are none."""
+        each = (graph for region in self._regions for graph in region.graphs)
+        return tuple(graph for graph in each if isinstance(graph, Graph))
 
     def rebind(self) -> None:
         """Bind the module's tensors as they are now, as after other weights were loaded.

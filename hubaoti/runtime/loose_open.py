@@ -18,10 +18,10 @@ import msgspec
 import torch
 
 import hubaoti
-from hubaoti.errors import HubaotiError, MissingDependency, first_line
+from hubaoti.errors import HubaotiError, MissingDependency, ended, first_line
 from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.loose import library_of, open_package
-from hubaoti.runtime.selftest import SECONDS, Verdict, end_with, ended
+from hubaoti.runtime.selftest import SECONDS, Verdict, end_with
 
 PROGRAM = (
     "import sys; sys.path[:0] = [{home!r}]; from hubaoti.runtime.loose_open import main; main()"
