@@ -34,7 +34,7 @@ from hubaoti.steps import Say
 
 # Of what hubaoti puts into graphs beside a model's code: attention, caches, quantized weights,
 # templates. It is raised when one of them changes, so that no key stands for two programs.
-VERSION = 1
+VERSION = 2
 ROOM = 64 << 20  # bytes on disk that one graph takes while it is built, at most
 
 
