@@ -131,6 +131,30 @@ def test_it_is_never_compiled_by_generate_itself(model: Any, attached: Attachmen
     assert model._valid_auto_compile_criteria.__self__ is model
 
 
+def test_what_a_cuda_graph_captures_is_the_modules_own(
+    plain: Any, model: Any, attached: Attachment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    cache, other = (StaticCache(config=model.config, max_cache_len=32) for _ in range(2))
+    model(ids, past_key_values=cache)
+    with monkeypatch.context() as fake:
+        fake.setattr("hubaoti.runtime.kv.is_capturing", lambda device: True)
+        with pytest.warns(Fallback, match=r"\(capture\)"):
+            found = model(ids[:, :1], past_key_values=cache).logits
+    plain(ids, past_key_values=other)
+    assert torch.equal(found, plain(ids[:, :1], past_key_values=other).logits)
+    for layer in cache.layers:  # as a replay does, which nobody here sees
+        layer.cumulative_length.fill_(4)
+    for layer in other.layers:
+        layer.cumulative_length.fill_(4)
+    again = model(ids[:, 1:2], past_key_values=cache).logits
+    torch.testing.assert_close(again, plain(ids[:, 1:2], past_key_values=other).logits)
+    assert attached.stats()["regions"]["model.layers.0"] == {
+        "compiled": {"model.layers": 2},
+        "eager": {"capture": 1},
+    }
+
+
 def test_over_a_dynamic_cache_it_falls_back_and_says_what_to_do(
     plain: Any, model: Any, attached: Attachment
 ) -> None:

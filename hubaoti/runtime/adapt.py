@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from hubaoti.runtime.kv import is_capturing
-
 KEPT = 8  # adapted tensors that are remembered
 
 Key = tuple[Any, ...]
@@ -36,7 +34,7 @@ class Adapted:
 
         What an inference tensor was written since cannot be told: it is adapted each time.
         """
-        if source.is_inference() or is_capturing(source.device):
+        if source.is_inference():
             return shaped(source, shape, filled)
         key = (id(source), stream_of(source.device), *shape)
         found = self._made.get(key)
@@ -59,8 +57,7 @@ class Adapted:
         if found is not None:
             return found[2]
         made = mask(shape, dtype, device, causal)
-        if not is_capturing(device):
-            self._keep(key, (None, 0, made, set()))
+        self._keep(key, (None, 0, made, set()))
         return made
 
     def _keep(self, key: Key, made: tuple[Any, int, torch.Tensor, set[str]]) -> None:

@@ -36,13 +36,12 @@ class Held:
     before: int
     seq: int
     is_sliding: bool
-    counts_on_device: bool  # while a CUDA graph is captured, what is filled is not known here
     empty: dict[str, Any] | None  # the layer as it was before it had tensors
 
     @property
     def filled(self) -> int:
-        """Places that are looked at: all, where only the device knows how much is filled."""
-        return self.keys.shape[2] if self.counts_on_device else self.before + self.seq
+        """Places that are looked at."""
+        return self.before + self.seq
 
     @property
     def is_full(self) -> bool:
@@ -56,14 +55,13 @@ class Held:
             Unserved: that, or there is no room.
         """
         places = self.keys.shape[2]
-        if not self.counts_on_device and not self.is_full and self.before + self.seq > places:
+        if not self.is_full and self.before + self.seq > places:
             told = f"there are {places} places, {self.before} are filled, and {self.seq} come"
             raise Unserved("window" if self.is_sliding else "cache", told)
 
     def position(self) -> torch.Tensor:
         """Where the new entries go."""
-        steps = torch.arange(self.seq, device=self.keys.device)
-        return steps + (self.layer.cumulative_length if self.counts_on_device else self.before)
+        return torch.arange(self.before, self.filled, device=self.keys.device)
 
     def undo(self) -> None:
         """Give a layer that was made for a graph back as it was: eager may want another dtype."""
@@ -80,10 +78,8 @@ class Held:
             self.layer.cumulative_length_int += self.seq
         if count.device.type == "cpu":
             return
-        # A device would have to be waited for. A captured graph counts without anybody knowing.
-        if self.counts_on_device or getattr(self.layer, COUNTED, None) == CAPTURED:
-            setattr(self.layer, COUNTED, CAPTURED)
-        elif not count.is_inference():
+        # A device would have to be waited for; a replayed graph counts without anybody knowing.
+        if getattr(self.layer, COUNTED, None) != CAPTURED and not count.is_inference():
             known = (weakref.ref(count), count._version, self.before + self.seq)
             setattr(self.layer, COUNTED, known)
 
@@ -102,15 +98,16 @@ class Place:
         Raises:
             Unserved: it is no static cache, or the new entries do not fit as a graph writes them.
         """
-        layer, captures = self._layer(cache), is_capturing(device)
+        layer = self._layer(cache)
         is_sliding = type(layer).__name__ == SLIDING
-        if captures and (is_sliding or not layer.is_initialized):
-            raise Unserved("cache", "a cache that is new, or counted in Python, cannot be captured")
+        if is_capturing(device):
+            setattr(layer, COUNTED, CAPTURED)  # from now on the device alone knows
+            raise captured()
         empty = None if layer.is_initialized else {**vars(layer)}
         if empty is not None:
             self._initialize(layer, rows, device)
-        before = 0 if captures else filled_in(layer, is_sliding)
-        return Held(layer, layer.keys, layer.values, before, seq, is_sliding, captures, empty)
+        before = filled_in(layer, is_sliding)
+        return Held(layer, layer.keys, layer.values, before, seq, is_sliding, empty)
 
     def _layer(self, cache: Any) -> Any:
         """The block's own layer."""
@@ -140,6 +137,15 @@ def empty_like_of(item: Input, rows: int, device: torch.device) -> torch.Tensor:
 def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is captured, which is replayed without any Python."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def captured() -> Unserved:
+    """Why a call that is captured is the module's own.
+
+    torch's containers ask an event of their last run before the next one, which no capture allows,
+    and captured events cannot be asked afterwards (aoti_runtime/model_container.h, torch 2.13).
+    """
+    return Unserved("capture", "a CUDA graph is captured")
 
 
 def filled_in(layer: Any, is_sliding: bool) -> int:

@@ -20,6 +20,8 @@ ADVICE = {
     "arguments": "call it as it was called when it was compiled",
     "cache": 'generate with cache_implementation="static"; use_cache=False where nothing is '
     "generated",
+    "capture": "a CUDA graph is replayed with the module's own work in it; call the model as it is "
+    "to have its graphs answer",
     "window": "of a long prompt, only the call in which a window becomes full is the module's own",
     "device": "move the inputs to the module's device",
     "dtype": "give inputs of the dtype that the recipe names, and masks of sdpa attention",

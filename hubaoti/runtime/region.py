@@ -13,7 +13,7 @@ import torch
 from hubaoti.errors import BadInput, MissingConstant
 from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.inside import Inside
-from hubaoti.runtime.kv import Held, Place
+from hubaoti.runtime.kv import Held, Place, captured, is_capturing
 from hubaoti.runtime.modes import refuse_modes, refuse_watchers
 from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.trial import Trials
@@ -165,6 +165,8 @@ class Region:
         if torch.is_grad_enabled() and any(map(wants_gradient, found)):
             raise Unserved("gradients", "gradients are wanted of an input")
         if self._place is None:
+            if is_capturing(ways.device):
+                raise captured()
             return self._through(graphs, found, None, args, kwargs)
         rows, seq = ways.sizes_of(found)
         held = self._place.held(found[ways.plan.count], rows, seq, ways.device)

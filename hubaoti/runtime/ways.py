@@ -151,13 +151,11 @@ class Ways:
         if self._masks != 1:
             raise Unserved("arguments", "a mask is left out, and there are several")
         # Of one token sdpa looks at all places, those that are empty among them.
-        if held is not None and (held.before or held.counts_on_device or held.seq == 1):
+        if held is not None and (held.before or held.seq == 1):
             raise Unserved("arguments", "a mask is left out, over a cache that has more places")
 
     def _positions(self, held: Held) -> torch.Tensor:
         """Where new entries go, the same for all layers of a step."""
-        if held.counts_on_device:
-            return held.position()
         at = (held.before, held.seq, stream_of(self.device))
         known = self._position
         if known is None or known[0] != at:
