@@ -58,7 +58,10 @@ class Settings:
         )
 
     def to_env(self) -> dict[str, str]:
-        """The variables that say this to another process; `from_env` reads them back."""
+        """The variables that say this to another process; `from_env` reads them back.
+
+        But for `kernel_cache`: no variable says that it is nowhere.
+        """
         said = {
             "HUBAOTI_HOME": str(self.home),
             "HF_ENDPOINT": self.endpoint,

@@ -21,6 +21,10 @@ from hubaoti.errors import BadRequest, Conflict, OutOfBounds, OutputExists
 from hubaoti.settings import Settings
 
 COUNT = 60
+ASKED = answers.Asked("m", {"max_new_tokens": 3})
+ANSWER = (
+    b'{"line":%d,"model":"%s","prompt":"%s","text":"","tokens":1,"finish":"stop","asked":"%s"}\n'
+)
 
 
 @pytest.fixture
@@ -184,9 +188,13 @@ def test_files_that_are_none_are_said_so(tmp_path: Path) -> None:
     [
         b"important notes",
         b"important notes\n",
-        b'{"line":1,"model":"m","prompt":"other","text":"","tokens":1,"finish":"stop"}\n',
-        b'{"line":1,"model":"n","prompt":"hello 0","text":"","tokens":1,"finish":"stop"}\n',
-        b'{"line":2,"model":"m","prompt":"hello 1","text":"","tokens":1,"finish":"stop"}\n',
+        b'{"precious": "data"}',
+        b'{"precious": "data"}\n{"line":',
+        ANSWER % (1, b"m", b"other", ASKED.digest.encode()),
+        ANSWER % (1, b"n", b"hello 0", ASKED.digest.encode()),
+        ANSWER % (2, b"m", b"hello 1", ASKED.digest.encode()),
+        ANSWER % (1, b"m", b"hello 0", b"other sampling"),
+        ANSWER % (1, b"m", b"hello 0", ASKED.digest.encode()) + b"notes",
     ],
 )
 def test_a_file_of_something_else_is_left_as_it_is(
@@ -196,8 +204,38 @@ def test_a_file_of_something_else_is_left_as_it_is(
     out.write_bytes(content)
     lines = answers.lines_in(prompts)
     with pytest.raises(OutputExists), answers.opened(out) as file:
-        answers.answered_in(file, out, lines, "m")
+        answers.answered_in(file, out, lines, ASKED)
     assert out.read_bytes() == content
+
+
+def test_a_line_that_is_ours_is_cut_where_it_was_not_finished(
+    prompts: Path, tmp_path: Path
+) -> None:
+    out, lines = tmp_path / "answers.jsonl", answers.lines_in(prompts)
+    whole = ANSWER % (1, b"m", b"hello 0", ASKED.digest.encode())
+    for at in range(len(whole)):
+        out.write_bytes(whole + whole[:at])
+        with answers.opened(out) as file:
+            assert answers.answered_in(file, out, lines, ASKED) == 1
+        assert out.read_bytes() == whole
+
+
+def test_each_batch_of_a_file_has_a_seed_of_its_own_and_the_same_after_a_stop(
+    prompts: Path,
+) -> None:
+    lines = answers.lines_in(prompts)
+    whole = [[line.line for line in few] for few in answers.batches_from(0, lines)]
+    assert [len(few) for few in whole] == [16, 16, 16, 12]
+    rest = [[line.line for line in few] for few in answers.batches_from(20, lines)]
+    assert rest == [whole[1][4:], *whole[2:]]
+    seeds = {answers.Asked("m", {"seed": 1}).at(few[0])["seed"] for few in whole}
+    assert len(seeds) == 4
+    assert answers.Asked("m", {}).at(3) == {}
+
+
+def test_answers_go_to_files_only(prompts: Path) -> None:
+    with pytest.raises(BadRequest, match="no file"), answers.opened(Path("/dev/null")):
+        pass
 
 
 def test_two_runs_never_write_one_file(tmp_path: Path) -> None:

@@ -100,6 +100,9 @@ def test_a_text_to_stop_at_is_no_part_of_the_answer(plain: Decoder) -> None:
     found = plain.generate(["A cat sits on"], sampling)[0]
     assert found.text == free[: free.index(stop)]
     assert found.finish == "stop"
+    assert len(found.tokens) <= 4
+    beside = plain.generate(["hello", "A cat sits on"], sampling)
+    assert beside[1] == found, "what fills its row is no token of it"
 
 
 def test_a_seed_samples_alike(plain: Decoder) -> None:
@@ -216,6 +219,13 @@ def test_a_continuation_that_ends_a_token_of_its_context_is_scored_with_it(plain
     assert first + rest == plain._plain("the sunshine")
     assert len(rest) == 1
     assert plain.score([Item("the sun", "shine")])[0].tokens == 1
+
+
+def test_a_text_of_one_token_is_scored_where_nothing_begins_texts(plain: Decoder) -> None:
+    """As with the tokenizers of GPT-2 and Qwen."""
+    plain._begin = []
+    found = plain.score([Item("sun", "shine"), Item("hello", " you")])
+    assert [answer.tokens for answer in found] == [1, 1]
 
 
 def test_a_continuation_without_a_token_is_refused(plain: Decoder) -> None:

@@ -465,3 +465,15 @@ def test_more_than_a_cache_holds_never_reaches_native_code() -> None:
         graph(torch.zeros(2, 6), *held)
     assert caught.value.hint
     assert runner.reached == 1
+
+
+def test_a_graph_that_was_released_stays_shut_however_often(
+    roberta_bundle: Bundle, roberta_unpacked: Path
+) -> None:
+    """Native code would read what is not there, and end the process."""
+    entry = roberta_bundle.manifest.graphs[0]
+    graph = open_graph(roberta_unpacked, entry, torch.device("cpu"))
+    for _ in range(2):
+        graph.release()
+        with pytest.raises(BadInput, match="no constants yet"):
+            graph.run([torch.zeros(1, 2, dtype=torch.int64)] * 2)

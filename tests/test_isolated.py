@@ -20,6 +20,8 @@ from hubaoti import LightweightEngine
 from hubaoti.bundle import Bundle
 from hubaoti.engines.lightweight import NoGraphs
 from hubaoti.errors import (
+    BadInput,
+    BadRequest,
     HubaotiError,
     NotEnoughMemory,
     OutOfBounds,
@@ -69,7 +71,7 @@ def in_the_middle(engine: LightweightEngine, model: Path, number: int) -> str:
         before = engine.models()[0].requests
         while engine.models()[0].requests == before and not stop.is_set():
             time.sleep(0.001)
-        time.sleep(0.05)
+        wait_until(lambda: is_running(engine, model) or stop.is_set())
         os.kill(worker, number)
 
     thread = threading.Thread(target=strike)
@@ -83,6 +85,12 @@ def in_the_middle(engine: LightweightEngine, model: Path, number: int) -> str:
     finally:
         stop.set()
         thread.join()
+
+
+def is_running(engine: LightweightEngine, model: Path) -> bool:
+    """Whether a graph has been called for the request that is answered now."""
+    holder: Any = engine._room.get(str(model)).holder
+    return any(holder._running[:4])
 
 
 def is_alive(process: int) -> bool:
@@ -181,11 +189,16 @@ def test_an_interrupt_leaves_no_answer_for_the_next_request(
 ) -> None:
     expected = engine.generate(tiny_decoder, "hello", **GREEDY)
     before = pid(engine)
-    timer = threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,))
-    timer.start()
+    engine.measure(tiny_decoder, ["hello"])  # which no graph answers, and says so
+
+    def strike() -> None:
+        wait_until(lambda: is_running(engine, tiny_decoder))
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    threading.Thread(target=strike).start()
     with pytest.raises(KeyboardInterrupt):
         for _ in range(200):
-            engine.generate(tiny_decoder, ["A cat sits on"] * 4, **LONG)
+            engine.generate(tiny_decoder, ["A cat sits on"] * 40, **LONG)
     assert not is_alive(before)
     assert engine.generate(tiny_decoder, "hello", **GREEDY) == expected
 
@@ -210,6 +223,39 @@ def test_a_worker_counts_with_its_process(home: Settings, tiny_decoder: Path) ->
         pytest.raises(NotEnoughMemory, match="takes 4"),
     ):
         engine.load(tiny_decoder)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ([1], BadRequest),
+        ([{"role": "user"}], BadRequest),
+        ({"role": "user"}, BadRequest),
+        (None, BadRequest),
+        ([object()], BadRequest),
+        ([[{"content": object()}]], BadRequest),
+        (["half \ud83d"], BadInput),
+    ],
+)
+def test_what_is_no_prompt_never_reaches_a_worker(
+    said: Any, kind: type[HubaotiError], engine: LightweightEngine, tiny_decoder: Path
+) -> None:
+    before = pid(engine)
+    with pytest.raises(kind):
+        engine.generate(tiny_decoder, said)
+    with pytest.raises(BadRequest):
+        engine.generate(tiny_decoder, "hello", seed=2**70)
+    assert pid(engine) == before
+    assert is_alive(before)
+
+
+def test_the_folder_somebody_is_in_is_no_code_of_a_worker(
+    home: Settings, tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "resource.py").write_text("raise SystemExit('stolen')")
+    monkeypatch.chdir(tmp_path)
+    with LightweightEngine(home, isolate=True) as engine:
+        assert engine.load(tiny_decoder).state == "compiled"
 
 
 def test_a_graph_that_crashed_twice_is_kept_apart_and_the_model_goes_on(

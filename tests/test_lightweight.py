@@ -24,6 +24,7 @@ from hubaoti.engines.resident import Resident, bytes_of
 from hubaoti.errors import (
     BadDim,
     BadRequest,
+    DigestMismatch,
     HubaotiError,
     ModelNotFound,
     NotEnoughMemory,
@@ -169,6 +170,60 @@ def test_a_loaded_model_gets_the_graphs_that_are_given_later(
         assert engine.state(tiny_decoder).compiled == 8
 
 
+def test_a_loaded_model_is_asked_for_nothing_else(
+    tiny_decoder: Path, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    with LightweightEngine(built_at) as engine:
+        engine.load(tiny_decoder)
+        for words in ({"task": "embed"}, {"revision": "v2"}):
+            with pytest.raises(BadRequest, match="loaded already, to generate"):
+                engine.load(tiny_decoder, **words)  # type: ignore[arg-type]
+        with pytest.raises(BadRequest, match="colour"):
+            engine.load(tiny_decoder, colour="red")
+        assert engine.load(tiny_decoder, compile="now").state == "compiled"
+
+
+def test_graphs_that_cannot_be_used_leave_those_that_answer(
+    tiny_decoder: Path,
+    decoder_bundle: Bundle,
+    quantized_bundle: Bundle,
+    built_at: Settings,
+    tmp_path: Path,
+) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(built_at.home, home)
+    settings = replace(built_at, home=home)
+    with LightweightEngine(settings) as engine:
+        engine.load(tiny_decoder)
+        with Mirror.open(settings.mirror) as mirror:
+            other = mirror.artifact(quantized_bundle.manifest.digest)
+        assert other is not None
+        (library,) = other.graph_folder(other.manifest.graphs[0]).rglob("*.so")
+        library.chmod(0o644)
+        library.write_bytes(b"\0" * library.stat().st_size)
+        with pytest.raises(DigestMismatch):
+            engine.load(tiny_decoder, other)
+        assert engine.models()[0].artifact == decoder_bundle.manifest.digest
+        engine.generate(tiny_decoder, "hello", **WORDS)
+        assert engine.state(tiny_decoder).compiled == 8
+
+
+def test_saying_how_an_unloaded_model_stands_does_not_load_it(
+    three: list[Path], size: int, alone: Settings
+) -> None:
+    with LightweightEngine(alone, memory=int(1.5 * size)) as engine:
+        for folder in three[:2]:
+            engine.load(folder)
+        assert engine.state(three[0]).bytes == 0
+        assert [standing.state for standing in engine.models()] == ["unloaded", "eager"]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "gpu", "cpu:0", ""])
+def test_a_device_that_is_not_here_is_refused(device: str, alone: Settings) -> None:
+    with pytest.raises(BadRequest, match="no device"):
+        LightweightEngine(alone, device=device)
+
+
 def test_without_graphs_everything_is_eager(
     tiny_decoder: Path, decoder_bundle: Bundle, built_at: Settings
 ) -> None:
@@ -181,6 +236,8 @@ def test_the_least_valuable_model_makes_room(three: list[Path], size: int, alone
     with LightweightEngine(alone, memory=int(2.5 * size)) as engine:
         for folder in three[:2]:
             engine.load(folder)
+        for place in engine._room:
+            place.seconds = 1.0  # a noisy machine says otherwise
         for _ in range(5):
             engine.generate(three[0], "hello", **WORDS)
         expected = engine.generate(three[1], "hello", **WORDS)
@@ -360,7 +417,16 @@ def test_a_model_that_is_nowhere_is_said_so(alone: Settings, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "words", [{"max_new_tokens": 0}, {"max_new_tokens": "x"}, {"temprature": 1.0}]
+    "words",
+    [
+        {"max_new_tokens": 0},
+        {"max_new_tokens": "x"},
+        {"temprature": 1.0},
+        {"temperature": -1.0},
+        {"num_beams": 0},
+        {"seed": -1},
+        {"top_p": 1.5},
+    ],
 )
 def test_what_cannot_be_asked_of_generate_is_said_at_once(
     words: dict[str, Any], engine: LightweightEngine, tiny_decoder: Path
@@ -372,8 +438,8 @@ def test_what_cannot_be_asked_of_generate_is_said_at_once(
 
 def test_items_that_are_no_pairs_are_refused(engine: LightweightEngine, tiny_decoder: Path) -> None:
     engine.load(tiny_decoder)
-    for items in (["hello"], [("hello",)], [("hello", 3)]):
-        with pytest.raises(BadRequest, match="no item to score"):
+    for items in (["hello"], [("hello",)], [("hello", 3)], [3], [None], None):
+        with pytest.raises(BadRequest, match="item"):
             engine.score(tiny_decoder, items)  # type: ignore[arg-type]
 
 

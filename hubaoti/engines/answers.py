@@ -7,7 +7,9 @@ what a killed run left of a line is cut off. So no prompt is answered twice, and
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +19,14 @@ from typing import Any
 
 import msgspec
 
+from hubaoti.canonical import canonical
 from hubaoti.disks import explained
 from hubaoti.engines.asks import Generation, Prompt
 from hubaoti.engines.lightweight import LightweightEngine
 from hubaoti.errors import BadRequest, Conflict, OutputExists
 
 TOGETHER = 16  # prompts that are asked before their answers are written
+BEGIN = b'{"line":'  # of each answer
 SHAPE = 'a line is {"prompt": "..."}, {"messages": [...]} or "...", each with an "id" if you like'
 
 
@@ -35,7 +39,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Written(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A line of answers."""
+    """A line of answers; `asked` stands for how they were sampled."""
 
     line: int
     model: str
@@ -43,7 +47,26 @@ class Written(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     text: str
     tokens: int
     finish: str
+    asked: str
     id: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Who is asked, and how: the words of `generate`."""
+
+    model: str
+    sampling: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """The same for the same words."""
+        return hashlib.sha256(canonical(self.sampling)).hexdigest()[:12]
+
+    def at(self, line: int) -> dict[str, Any]:
+        """The words for prompts from a line on: a seed is another for each batch."""
+        seed = self.sampling.get("seed")
+        return self.sampling if seed is None else {**self.sampling, "seed": seed + line}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,22 +104,32 @@ def answer_file(
         OutputExists: `out` holds something else than answers to these prompts.
         Conflict: another run writes `out`.
     """
-    lines = lines_in(prompts)
+    lines, asked = lines_in(prompts), Asked(model, sampling)
     with opened(out) as file:
-        before = answered_in(file, out, lines, model)
+        before = answered_in(file, out, lines, asked)
         engine.measure(model, [line.prompt for line in lines], **sampling)
         started, tokens = time.perf_counter(), 0
         progress = Progress(before, len(lines), before, 0, 0.0)
         told(progress)
-        for at in range(before, len(lines), TOGETHER):
-            few = lines[at : at + TOGETHER]
-            answers = engine.generate(model, [line.prompt for line in few], **sampling)
-            write(file, out, [written(*each, model) for each in zip(few, answers, strict=True)])
+        for few in batches_from(before, lines):
+            words = asked.at(few[0].line)
+            answers = engine.generate(model, [line.prompt for line in few], **words)
+            write(file, out, [written(*each, asked) for each in zip(few, answers, strict=True)])
             tokens += sum(len(answer.tokens) for answer in answers)
             spent = time.perf_counter() - started
-            progress = Progress(at + len(few), len(lines), before, tokens, spent)
+            answered = progress.answered + len(few)
+            progress = Progress(answered, len(lines), before, tokens, spent)
             told(progress)
         return progress
+
+
+def batches_from(before: int, lines: Sequence[Line]) -> Iterator[Sequence[Line]]:
+    """The prompts that are left, in the batches that a run without a stop would ask."""
+    at = before
+    while at < len(lines):
+        end = (at // TOGETHER + 1) * TOGETHER
+        yield lines[at:end]
+        at = end
 
 
 def lines_in(path: Path) -> list[Line]:
@@ -141,15 +174,19 @@ def opened(out: Path) -> Iterator[int]:
     except OSError as why:
         raise BadRequest(f"{out} cannot be written: {why.strerror}", hint="give a file") from why
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise BadRequest(f"{out} is no file that keeps what is written", hint="give a file")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as why:
+            hint = "wait for it, or name another"
+            raise Conflict(f"another run writes {out}", hint=hint) from why
         yield file
-    except BlockingIOError as why:
-        raise Conflict(f"another run writes {out}", hint="wait for it, or name another") from why
     finally:
         os.close(file)
 
 
-def answered_in(file: int, out: Path, lines: Sequence[Line], model: str) -> int:
+def answered_in(file: int, out: Path, lines: Sequence[Line], asked: Asked) -> int:
     """How many prompts have answers already; the rest of a line that was never finished is cut.
 
     Raises:
@@ -163,35 +200,39 @@ def answered_in(file: int, out: Path, lines: Sequence[Line], model: str) -> int:
     for at, text in enumerate(found):
         try:
             answer = msgspec.json.decode(text, type=Written)
-            same = at < len(lines) and is_of(answer, lines[at], model)
+            same = at < len(lines) and is_of(answer, lines[at], asked)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             same = False
         if not same:
             raise OutputExists(
-                f"{out}, line {at + 1} is no answer of {model} to prompt {at + 1}",
+                f"{out}, line {at + 1} is no answer of {asked.model}, sampled like this, to prompt "
+                f"{at + 1}",
                 hint="name another file: this one is left as it is",
             )
-    if not found and whole < len(content) and not content.startswith(b"{"):
-        raise OutputExists(f"{out} holds no answers", hint="name another file")
+    rest = content[whole:]
+    if rest[: len(BEGIN)] != BEGIN[: len(rest)]:
+        raise OutputExists(f"{out} ends with something else than an answer", hint="name another")
     os.ftruncate(file, whole)
     os.lseek(file, 0, os.SEEK_END)
     return len(found)
 
 
-def is_of(answer: Written, line: Line, model: str) -> bool:
-    """Whether an answer is a model's to a prompt."""
-    return (answer.line, answer.prompt, answer.model) == (line.line, line.prompt, model)
+def is_of(answer: Written, line: Line, asked: Asked) -> bool:
+    """Whether an answer is a model's to a prompt, sampled as it is asked for."""
+    found = (answer.line, answer.prompt, answer.model, answer.asked)
+    return found == (line.line, line.prompt, asked.model, asked.digest)
 
 
-def written(line: Line, answer: Generation, model: str) -> Written:
+def written(line: Line, answer: Generation, asked: Asked) -> Written:
     """The line of an answer."""
     return Written(
         line=line.line,
-        model=model,
+        model=asked.model,
         prompt=line.prompt,
         text=answer.text,
         tokens=len(answer.tokens),
         finish=answer.finish,
+        asked=asked.digest,
         id=line.id,
     )
 

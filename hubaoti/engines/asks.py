@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
+from msgspec import Meta
 
-from hubaoti.errors import BadRequest
+from hubaoti.errors import BadInput, BadRequest
 
 Message = dict[str, Any]
 Prompt = str | list[Message]  # a text, or a conversation for the model's chat template
@@ -16,18 +18,19 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How texts are generated; None is as the model's own generation config says.
 
     `max_new_tokens` are at most that many for each prompt. `stop` are texts that end an answer.
-    With a `seed` the same prompts are sampled alike.
+    A `temperature` of 0 is greedy. With a `seed` the same prompts are sampled alike, as long as no
+    other model samples in the process meanwhile.
     """
 
-    max_new_tokens: int = 128
+    max_new_tokens: Annotated[int, Meta(ge=1)] = 128
     do_sample: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    num_beams: int | None = None
-    seed: int | None = None
+    temperature: Annotated[float, Meta(gt=0)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    num_beams: Annotated[int, Meta(ge=1)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**62)] | None = None
     stop: tuple[str, ...] = ()
 
     @classmethod
@@ -37,16 +40,73 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Raises:
             BadRequest: one is unknown, or has a value that it cannot have.
         """
+        if words.get("temperature") == 0:
+            words = {**words, "temperature": None, "do_sample": False}
         try:
-            found = msgspec.convert(words, cls)
+            return msgspec.convert(words, cls)
         except msgspec.ValidationError as why:
             known = ", ".join(cls.__struct_fields__)
             raise BadRequest(f"generate: {why}", hint=f"it takes: {known}") from why
-        if found.max_new_tokens < 1:
+
+
+def prompts_of(said: Any) -> list[Prompt]:
+    """Prompts from what a call gives: one text, or some texts and conversations.
+
+    Raises:
+        BadRequest: one is neither; BadInput: one is not Unicode.
+    """
+    if isinstance(said, str):
+        said = [said]
+    found: list[Prompt] = []
+    for prompt in listed(said, "prompts"):
+        is_talk = isinstance(prompt, list) and all(isinstance(each, dict) for each in prompt)
+        if not (isinstance(prompt, str) or (prompt and is_talk)):
             raise BadRequest(
-                f"max_new_tokens is {found.max_new_tokens}", hint="one or more are generated"
+                f"{prompt!r:.80} is no prompt",
+                hint='a prompt is a text, or a list of {"role": "user", "content": "..."}',
             )
-        return found
+        require_plain(prompt)
+        found.append(prompt)
+    return found
+
+
+def texts_of(said: Any) -> list[str]:
+    """Texts from what a call gives: one, or some.
+
+    Raises:
+        BadRequest: one is none; BadInput: one is not Unicode.
+    """
+    found = [said] if isinstance(said, str) else listed(said, "texts")
+    for text in found:
+        if not isinstance(text, str):
+            raise BadRequest(f"{text!r:.80} is no text", hint="give texts")
+        require_plain(text)
+    return found
+
+
+def listed(said: Any, what: str) -> list[Any]:
+    """What is a list, or another row of things, and no mapping.
+
+    Raises:
+        BadRequest: it is none.
+    """
+    if not isinstance(said, Iterable) or isinstance(said, (Mapping, bytes)):
+        raise BadRequest(f"{said!r:.80} are no {what}", hint=f"give a list of {what}")
+    return [*said]
+
+
+def require_plain(prompt: Prompt) -> None:
+    """See that a prompt can be written down.
+
+    Raises:
+        BadInput: it has half a character; BadRequest: a message holds what is not plain.
+    """
+    try:
+        msgspec.json.encode(prompt)
+    except UnicodeEncodeError as why:
+        raise BadInput(f"{prompt!r:.80} is not UTF-8", hint="give it as whole characters") from why
+    except (TypeError, ValueError, OverflowError) as why:
+        raise BadRequest(f"{prompt!r:.80} is no prompt: {why}", hint="give plain texts") from why
 
 
 class Begin(msgspec.Struct, frozen=True):
@@ -123,11 +183,13 @@ def item_of(said: Any) -> Item:
     """
     if isinstance(said, Item):
         return said
-    if isinstance(said, str) or [*map(type, said)] != [str, str]:
+    pair = said if isinstance(said, (tuple, list)) else ()
+    if [*map(type, pair)] != [str, str]:
         raise BadRequest(
             f"{said!r:.80} is no item to score", hint="give a context and a continuation, as texts"
         )
-    return Item(*said)
+    require_plain(pair[0] + pair[1])
+    return Item(*pair)
 
 
 class Score(msgspec.Struct, frozen=True, tag=True):

@@ -64,7 +64,7 @@ class Building:
         home = str(Path(hubaoti.__file__).parent.parent)
         self._answer = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         self._child = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM.format(home=home)],
+            [sys.executable, "-P", "-c", PROGRAM.format(home=home)],
             stdin=subprocess.PIPE,
             stdout=self._answer,
             stderr=subprocess.DEVNULL,
@@ -106,7 +106,8 @@ class Building:
         try:
             self._child.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            self._child.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self._child.pid, signal.SIGKILL)  # it leads those that it started
             self._child.wait()
         self._answer.close()
 

@@ -198,13 +198,20 @@ class Decoder:
         ends = [at for at, token in enumerate(row) if token in self._ends]
         if ends:
             row = row[: ends[0] + 1]
+        stopped = bool(ends) or len(row) < sampling.max_new_tokens
         text: str = self._tokenizer.decode(row, skip_special_tokens=True)
-        places = [text.find(stop) for stop in sampling.stop]
-        found = [at for at in places if at >= 0]
-        if found:
-            text = text[: min(found)]
-        stopped = bool(ends or found)
+        if any(stop in text for stop in sampling.stop):
+            row, text = self._until(row, sampling.stop)
+            stopped = True
         return Generation(text, row, prompt_tokens, "stop" if stopped else "length")
+
+    def _until(self, row: list[int], stops: tuple[str, ...]) -> tuple[list[int], str]:
+        """The tokens up to the one that ends a text to stop at, and what comes before that text."""
+        for few in range(1, len(row) + 1):
+            text: str = self._tokenizer.decode(row[:few], skip_special_tokens=True)
+            if places := [text.find(stop) for stop in stops if stop in text]:
+                return row[:few], text[: min(places)]
+        return row, text
 
     @torch.no_grad()
     def score(self, items: Sequence[Item]) -> list[Likelihood]:
@@ -240,7 +247,7 @@ class Decoder:
             first, whole = self._plain(context), self._plain(context + continuation)
             if len(whole) <= len(first):  # its last token goes on in the continuation
                 first = common(first, whole)
-            rest = whole[len(first) :]
+            first, rest = first or self._first, whole[len(first) :]
         if not rest:
             raise BadInput(
                 f"the continuation {shortened(item.continuation)!r} has no token of its own",

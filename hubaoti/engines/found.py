@@ -37,6 +37,15 @@ class Wanted:
     dtype: str | None = None
     quantization: str | None = None
 
+    def require(self, manifest: Manifest) -> None:
+        """See that an artifact serves it.
+
+        Raises:
+            OtherProgram, BadRequest: why it does not.
+        """
+        if refusal := self.refusal(manifest):
+            raise refusal
+
     def refusal(self, manifest: Manifest) -> HubaotiError | None:
         """Why an artifact does not serve it; None where it does."""
         if manifest.program.task != self.task:
@@ -61,6 +70,13 @@ class Wanted:
         except OtherProgram as why:
             return why
         return None
+
+
+def dtype_in(folder: Path) -> str:
+    """The dtype in which a model is loaded, as its config says; float32 where it does not."""
+    config = read_json(folder / "config.json")
+    said = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return str(said).removeprefix("torch.")
 
 
 def task_in(folder: Path) -> str:
@@ -129,6 +145,15 @@ def in_repos(
     return None, reasons
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that a model's weights are loaded from: those of its index, or the only one."""
+    listed = read_json(folder / "model.safetensors.index.json").get("weight_map")
+    if isinstance(listed, dict):
+        return [folder / str(name) for name in sorted({*map(str, listed.values())})]
+    only = folder / "model.safetensors"
+    return [only] if only.is_file() else sorted(folder.glob("*.safetensors"))
+
+
 def weights_bytes(folder: Path, dtype: str | None) -> int:
     """The memory that a model's weights will take, as the headers of its files say; 0 if unknown.
 
@@ -136,7 +161,7 @@ def weights_bytes(folder: Path, dtype: str | None) -> int:
     """
     bits = {"float32": 32, "bfloat16": 16, "float16": 16}.get(dtype or "", 0)
     total = 0
-    for file in folder.glob("*.safetensors"):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="numpy") as opened:
                 for name in opened.keys():  # noqa: SIM118 - it is no mapping

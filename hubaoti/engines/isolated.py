@@ -16,7 +16,7 @@ import msgspec
 
 import hubaoti
 from hubaoti.engines.asks import Ask, Begin, Failed, Hello, Reply, State, Tell, Use
-from hubaoti.engines.wire import Gone, receive, send
+from hubaoti.engines.wire import Gone, decoded, receive, send
 from hubaoti.errors import HubaotiError, WorkerEnded, again, ended
 from hubaoti.memory import held
 from hubaoti.mirror import Mirror
@@ -42,6 +42,7 @@ class Isolated:
         self._crashes: Counter[str] = Counter()
         self._child: subprocess.Popen[bytes] | None = None
         self._host = ""
+        self._bytes = 0
         self.problem = ""  # why its graphs do not answer any more
         self._start()
         try:
@@ -53,12 +54,16 @@ class Isolated:
     @property
     def pid(self) -> int | None:
         """Of its process; None while it has none."""
-        return self._child.pid if self._child else None
+        child = self._child
+        return child.pid if child is not None else None
 
     @property
     def bytes(self) -> int:
-        """The memory of its process, pages that it shares in parts."""
-        return held(str(self.pid)) if self.pid else 0
+        """The memory of its process on this host, pages that it shares in parts."""
+        child = self._child
+        if child is not None and self._is_ready:  # while it loads, it takes what it took before
+            self._bytes = held(str(child.pid))
+        return self._bytes if child is not None else 0
 
     def ask(self, ask: Ask) -> Reply:
         """Have the worker answer.
@@ -74,6 +79,7 @@ class Isolated:
         reply = self._exchange(ask)
         if isinstance(ask, Use) and isinstance(reply, State):
             self._begin = msgspec.structs.replace(self._begin, digest=reply.artifact)
+            self.problem = ""
         return reply
 
     def state(self) -> State:
@@ -104,6 +110,7 @@ class Isolated:
             home = str(Path(hubaoti.__file__).parent.parent)
             words = [
                 sys.executable,
+                "-P",  # the folder that somebody is in is nobody's code
                 "-c",
                 PROGRAM.format(home=home),
                 theirs.fileno(),
@@ -150,7 +157,7 @@ class Isolated:
             raise
 
     def _reply(self) -> Reply:
-        reply: Reply = receive(self._socket, Reply)
+        reply: Reply = decoded(receive(self._socket), Reply)
         if isinstance(reply, Failed):
             raise again(reply.kind, reply.message, reply.hint)
         return reply

@@ -11,12 +11,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hubaoti import api
-from hubaoti.compiling import request_of
 from hubaoti.engines.asks import (
     Ask,
     Begin,
@@ -35,23 +33,17 @@ from hubaoti.engines.asks import (
     Score,
     Scored,
     State,
-    Tell,
     Use,
     item_of,
+    listed,
+    prompts_of,
+    texts_of,
 )
-from hubaoti.engines.building import Building, Work
-from hubaoti.engines.found import (
-    TASKS,
-    Wanted,
-    in_mirror,
-    in_repos,
-    task_in,
-    weights_bytes,
-)
-from hubaoti.engines.room import Holder, Place, Room, Standing
+from hubaoti.engines.building import Building
+from hubaoti.engines.placing import Compile, Placing, Want, device_of
+from hubaoti.engines.room import Holder, Place, Room, Standing, Unloaded
 from hubaoti.errors import BadRequest, HubaotiError, NotEnoughMemory
-from hubaoti.fetching import EAGER_FILES, local_folder, model_files
-from hubaoti.host import Host, probe
+from hubaoti.host import probe
 from hubaoti.memory import size_of
 from hubaoti.settings import Settings
 from hubaoti.steps import Say, silent
@@ -62,9 +54,6 @@ if TYPE_CHECKING:
     from hubaoti.bundle import Bundle
     from hubaoti.hub.pull import Pulled
     from hubaoti.mirror import Artifact
-
-Compile = Literal["never", "background", "now"]
-PROCESS = 400 << 20  # bytes of a worker beside its weights
 
 
 class NoGraphs(UserWarning):
@@ -97,11 +86,11 @@ class LightweightEngine:
         """
         self._settings = settings or Settings.from_env()
         self._room = Room(None if memory is None else size_of(memory))
-        self._repos = tuple(repos)
-        self._host = probe(self._settings)
-        self._device = device or device_of(self._host)
+        host = probe(self._settings)
+        self._placing = Placing(
+            self._settings, host, device_of(host, device), tuple(repos), isolate, trust, say
+        )
         self._isolates = isolate
-        self._trust = trust
         self._say = say
 
     def load(
@@ -130,26 +119,19 @@ class LightweightEngine:
         """
         if compile not in ("never", "background", "now"):
             raise BadRequest(f"compile={compile!r}", hint='say "never", "background" or "now"')
-        name = str(model)
-        if (known := self._room.find(name)) is not None:
-            return self._loaded_again(known, artifact)
-        place = self._placed(name, artifact, task, revision, asked)
-        work = self._work(place, name, push, revision, asked)
-        if place.begin.digest is None and compile != "never" and self._settings.graphs:
-            place.building = Building(work)
-            if compile == "now":
-                self._say(f"compile {name}")
-                self._take_built(place)
-        if self._room.add(place) is not place:
+        want = Want(str(model), artifact, compile, task, push, revision, asked)
+        if (known := self._room.find(want.name)) is None:
+            place = self._placing.placed(want)
+            self._build(place, want)
+            known = self._room.add(place)
+            if known is place:
+                return self._first(place)
             if place.building is not None:  # another thread was faster
                 place.building.stop()
-            return self._loaded_again(self._room.get(name), artifact)
         try:
-            with self._using(name):
-                return place.standing()
-        except BaseException:
-            self._room.remove(name)
-            raise
+            return self._again(known, want)
+        except Unloaded:  # meanwhile, by another thread
+            return self.load(model, artifact, compile, task=task, push=push, **asked)
 
     def generate(
         self, model: str | Path, prompts: str | Sequence[Prompt], **sampling: Any
@@ -162,8 +144,7 @@ class LightweightEngine:
             OutOfBounds: a prompt and its new tokens are longer than the cache; nothing was
                 generated. WorkerEnded: the model's own process ended meanwhile.
         """
-        texts: list[Prompt] = [prompts] if isinstance(prompts, str) else [*prompts]
-        reply = self._ask(model, Generate(texts, Sampling.of(sampling)))
+        reply = self._ask(model, Generate(prompts_of(prompts), Sampling.of(sampling)))
         assert isinstance(reply, Generated)
         return reply.answers
 
@@ -173,7 +154,7 @@ class LightweightEngine:
         Raises:
             OutOfBounds: one, with what `sampling` has follow it, is longer than the cache.
         """
-        reply = self._ask(model, Measure([*prompts], Sampling.of(sampling)), requests=0)
+        reply = self._ask(model, Measure(prompts_of(prompts), Sampling.of(sampling)), requests=0)
         assert isinstance(reply, Measured)
         return reply.tokens
 
@@ -183,7 +164,7 @@ class LightweightEngine:
         Raises:
             OutOfBounds: an item is longer than the cache. WorkerEnded: as `generate`.
         """
-        reply = self._ask(model, Score([item_of(item) for item in items]))
+        reply = self._ask(model, Score([item_of(item) for item in listed(items, "items")]))
         assert isinstance(reply, Scored)
         return reply.answers
 
@@ -193,17 +174,18 @@ class LightweightEngine:
         Raises:
             OutOfBounds: a text is too long. WorkerEnded: as `generate`.
         """
-        reply = self._ask(model, Embed([texts] if isinstance(texts, str) else [*texts]))
+        reply = self._ask(model, Embed(texts_of(texts)))
         assert isinstance(reply, Embedded)
         import torch
 
         return torch.frombuffer(bytearray(reply.values), dtype=torch.float32).view(-1, reply.width)
 
     def state(self, model: str | Path) -> State:
-        """How often a model's graphs answered, how often the model itself, and why."""
-        reply = self._ask(model, Tell(), requests=0)
-        assert isinstance(reply, State)
-        return reply
+        """How often a model's graphs answered since it was loaded, how often itself, and why."""
+        with self._room.using(str(model)) as place:
+            if place.holder is None:  # it does not come back for this
+                return State(place.begin.task, place.begin.digest, 0, 0, 0, {}, "")
+            return place.holder.state()
 
     def unload(self, model: str | Path) -> None:
         """Give a model's memory back, once nobody uses it, and forget it.
@@ -211,7 +193,7 @@ class LightweightEngine:
         Raises:
             BadRequest: it is not loaded.
         """
-        self._room.remove(str(model))
+        self._room.drop(self._room.get(str(model)))
 
     def models(self) -> list[Standing]:
         """How each model stands."""
@@ -220,7 +202,7 @@ class LightweightEngine:
     def close(self) -> None:
         """Unload every model."""
         for place in self._room:
-            self.unload(place.name)
+            self._room.drop(place)
 
     def __enter__(self) -> LightweightEngine:
         return self
@@ -246,86 +228,59 @@ class LightweightEngine:
                 self._take_built(place)
             yield place, self._held(place)
 
-    def _placed(
-        self,
-        name: str,
-        artifact: Artifact | Pulled | Bundle | str | None,
-        task: str | None,
-        revision: str | None,
-        asked: dict[str, Any],
-    ) -> Place:
-        """A model with its files here, and the artifact that serves it."""
-        self._say("files")
-        folder, _ = model_files(name, revision, EAGER_FILES, self._settings)
-        given = None
-        if artifact is not None and self._settings.graphs:
-            given = api.artifact_of(artifact, self._trust, self._settings, self._say)
-            task = task or given.manifest.program.task
-        chosen = task or task_in(folder)
-        if chosen not in TASKS:
-            raise BadRequest(
-                f"an engine has models to {' or '.join(TASKS)}, not for {chosen}",
-                hint="compile it with --task generate or embed; hubaoti.attach takes the others",
-            )
-        dtype, quantization = asked.get("dtype"), asked.get("quantize")
-        wanted = Wanted(folder, chosen, self._device, self._host, dtype, quantization)
-        why = ""
-        if given is not None:
-            if refusal := wanted.refusal(given.manifest):
-                raise refusal
-        elif self._settings.graphs:
-            given, why = self._found(wanted)
-        begin = Begin(
-            str(folder),
-            chosen,
-            self._device,
-            given.manifest.build.dtype if given else dtype,
-            given.digest if given else None,
-            bool(asked.get("trust_remote_code")),
-        )
-        needs = weights_bytes(folder, begin.dtype) + (PROCESS if self._isolates else 0)
-        told = why or ("" if given else "no graphs are wanted")
-        return Place(name, begin, needs, why=told, is_asked=artifact is not None)
-
-    def _found(self, wanted: Wanted) -> tuple[Artifact | None, str]:
-        """The artifact of a model, in the mirror or a repo; else why there is none."""
-        if found := in_mirror(wanted, self._settings):
-            return found, ""
-        found, reasons = in_repos(wanted, self._repos, self._trust, self._settings, self._say)
-        return found, "" if found else "; ".join(["the mirror has no artifact for it", *reasons])
-
-    def _loaded_again(self, place: Place, artifact: Any) -> Standing:
-        """A model that is known; other graphs answer from now on, where some are given."""
-        with self._using(place.name) as (_, holder):
-            if artifact is not None and self._settings.graphs:
-                given = api.artifact_of(artifact, self._trust, self._settings, self._say)
-                begin = place.begin
-                wanted = Wanted(Path(begin.folder), begin.task, self._device, self._host)
-                if refusal := wanted.refusal(given.manifest):
-                    raise refusal
-                self._use(place, holder, given.digest)
-        return place.standing()
-
-    def _work(
-        self, place: Place, name: str, push: str | None, revision: str | None, asked: dict[str, Any]
-    ) -> Work:
-        """What a child process compiles."""
-        words = {"task": place.begin.task, "device": self._device, **asked}
+    def _first(self, place: Place) -> Standing:
+        """A model that nobody had asked for before."""
         try:
-            request_of(words)  # type: ignore[arg-type]  # what it is, it is asked
-        except TypeError as why:
-            raise BadRequest(f"load: {why}", hint="it takes the words of hubaoti.compile") from why
-        if revision is not None:
-            words["revision"] = revision
-        folder = local_folder(name)
-        return Work(str(folder or name), words, push, self._settings.to_env())
+            with self._using(place.name):
+                return place.standing()
+        except BaseException:
+            self._room.drop(place)
+            raise
+
+    def _build(self, place: Place, want: Want) -> None:
+        """Start a compile where one is wanted; with "now", wait for it."""
+        work = self._placing.work(place, want)
+        if want.compile == "never" or place.begin.digest or not self._settings.graphs:
+            return
+        place.building = Building(work)
+        if want.compile == "now":
+            self._say(f"compile {place.name}")
+            try:
+                self._take_built(place)
+            except BaseException:  # an interrupt
+                if place.building is not None:
+                    place.building.stop()
+                raise
+
+    def _again(self, place: Place, want: Want) -> Standing:
+        """A model that is known; other graphs answer from now on, or are built, as is wanted.
+
+        Raises:
+            BadRequest: it is loaded as something else.
+        """
+        begin = place.begin
+        if want.task not in (None, begin.task) or want.revision not in (None, place.revision):
+            raise BadRequest(
+                f"{place.name} is loaded already, to {begin.task}"
+                + (f", at {place.revision}" if place.revision else ""),
+                hint=f"engine.unload({place.name!r}) first",
+            )
+        with self._using(place.name) as (_, holder):
+            if want.artifact is None:
+                if place.building is None:
+                    self._build(place, want)
+            elif given := self._placing.given(want):
+                self._placing.require_serves(given, begin)
+                self._use(place, holder, given.digest)
+            return place.standing()
 
     def _take_built(self, place: Place) -> None:
         """Have what was compiled answer, between two requests."""
-        building, place.building = place.building, None
+        building = place.building
         assert building is not None
         try:
             outcome = building.outcome()
+            place.building = None
             assert outcome.digest is not None
             if outcome.push:
                 warnings.warn(f"{place.name}: not pushed: {outcome.push}", NoGraphs, stacklevel=4)
@@ -335,10 +290,17 @@ class LightweightEngine:
             else:
                 self._use(place, place.holder, outcome.digest)
         except HubaotiError as why:
+            place.building = None
             self._lost(place, f"{why}")
 
     def _use(self, place: Place, holder: Holder, digest: str) -> None:
-        holder.ask(Use(digest))
+        """Have other graphs answer; where they cannot, those that did before do."""
+        try:
+            holder.ask(Use(digest))
+        except HubaotiError as why:
+            if place.begin.digest is not None and holder.state().artifact is None:
+                self._lost(place, f"{why}")
+            raise
         place.begin = msgspec.structs.replace(place.begin, digest=digest)
         place.why = ""
 
@@ -380,8 +342,3 @@ class LightweightEngine:
         from hubaoti.engines.resident import Resident
 
         return Resident(begin, self._settings, self._say)
-
-
-def device_of(host: Host) -> str:
-    """Where models are, unless somebody says: a GPU where there is one that torch can use."""
-    return "cuda:0" if host.gpus and host.torch is not None and host.torch.cuda else "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,19 +126,31 @@ class Resident:
                 artifact, folder, device=device, settings=self._settings, say=self._say
             )
         else:
-            module = self.module
-            assert module is not None
+            before = self._artifact
             self._detach()
-            self._attachment = api.attach(
-                module,
-                artifact,
-                quantize=artifact.manifest.build.quantization is not None,
-                settings=self._settings,
-                say=self._say,
-            )
-            if isinstance(self._model, Decoder) and self._settings.graphs:
-                self._model.serve(artifact.manifest)
+            try:
+                self._attach(artifact)
+            except HubaotiError:
+                if before is not None:
+                    with suppress(HubaotiError):
+                        self._attach(before)
+                raise
         self._artifact = artifact
+
+    def _attach(self, artifact: Artifact) -> None:
+        """Have an artifact's graphs answer for the model's blocks."""
+        module = self.module
+        assert module is not None
+        self._attachment = api.attach(
+            module,
+            artifact,
+            quantize=artifact.manifest.build.quantization is not None,
+            settings=self._settings,
+            say=self._say,
+        )
+        self._artifact = artifact
+        if isinstance(self._model, Decoder) and self._settings.graphs:
+            self._model.serve(artifact.manifest)
 
     def _detach(self) -> None:
         if self._attachment is not None:

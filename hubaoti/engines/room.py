@@ -19,6 +19,13 @@ from hubaoti.errors import BadRequest, NotEnoughMemory
 from hubaoti.memory import available
 
 
+class Unloaded(BadRequest):
+    """A model that is not loaded, or not any more."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} is not loaded", hint=f"engine.load({name!r}) first")
+
+
 class Holder(Protocol):
     """What holds a loaded model: this process (`Resident`) or one of its own (`Isolated`).
 
@@ -63,6 +70,7 @@ class Place:
     name: str
     begin: Begin
     needs: int
+    revision: str | None = None
     why: str = ""
     is_asked: bool = False  # its artifact was given: what is wrong with it is raised
     building: Building | None = None
@@ -81,7 +89,7 @@ class Place:
 
     def standing(self) -> Standing:
         """How it stands."""
-        holder = self.holder
+        holder, building = self.holder, self.building
         state = "unloaded" if holder is None else "compiled" if self.begin.digest else "eager"
         return Standing(
             model=self.name,
@@ -91,7 +99,7 @@ class Place:
             bytes=self.bytes,
             seconds=round(self.seconds, 3),
             requests=self.requests,
-            is_building=self.building is not None and not self.building.is_done(),
+            is_building=building is not None and not building.is_done(),
             pid=holder.pid if holder else None,
             why=self.why,
         )
@@ -130,7 +138,7 @@ class Room:
             BadRequest: it has none.
         """
         if (place := self.find(name)) is None:
-            raise unknown(name)
+            raise Unloaded(name)
         return place
 
     def add(self, place: Place) -> Place:
@@ -138,17 +146,16 @@ class Room:
         with self._free:
             return self._places.setdefault(place.name, place)
 
-    def remove(self, name: str) -> None:
+    def drop(self, place: Place) -> None:
         """Take a model's place away, once nobody uses it."""
-        place = self.get(name)
         with place.lock:
             if place.building is not None:
                 place.building.stop()
                 place.building = None
             with self._free:
                 place.let_go()
-                if self._places.get(name) is place:
-                    del self._places[name]
+                if self._places.get(place.name) is place:
+                    del self._places[place.name]
                 self._free.notify_all()
 
     @contextmanager
@@ -160,7 +167,7 @@ class Room:
         try:
             with place.lock:
                 if self.find(name) is not place:  # another thread took it away
-                    raise unknown(name)
+                    raise Unloaded(name)
                 place.clock = self._clock
                 yield place
         finally:
@@ -220,8 +227,3 @@ class Room:
             f"{place.name} takes {mebibytes(place.needs)} of memory; {mebibytes(have)} {said}",
             hint="give the engine more memory, or load it in bfloat16 or quantized",
         )
-
-
-def unknown(name: str) -> BadRequest:
-    """No such model."""
-    return BadRequest(f"{name} is not loaded", hint=f"engine.load({name!r}) first")

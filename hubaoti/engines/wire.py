@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 
+from hubaoti.errors import BadRequest
+
 LENGTH = struct.Struct("<Q")
 
 
@@ -19,23 +21,41 @@ def send(to: socket.socket, record: object) -> None:
     """Send a record.
 
     Raises:
+        BadRequest: it holds what no record can, as half a character; nothing was sent.
         Gone: nobody takes it.
     """
-    content = msgspec.msgpack.encode(record)
+    try:
+        content = msgspec.msgpack.encode(record)
+    except (TypeError, ValueError, OverflowError) as why:
+        raise BadRequest(
+            f"what is asked cannot be sent to another process: {why}", hint="give plain texts"
+        ) from why
     try:
         to.sendall(LENGTH.pack(len(content)) + content)
     except OSError as why:
         raise Gone(str(why)) from why
 
 
-def receive(from_: socket.socket, kind: Any) -> Any:
-    """Wait for a record of a kind, which may be a union of some.
+def receive(from_: socket.socket) -> bytes:
+    """Wait for a record.
 
     Raises:
         Gone: none comes any more.
     """
     (length,) = LENGTH.unpack(taken(from_, LENGTH.size))
-    return msgspec.msgpack.decode(taken(from_, length), type=kind)
+    return taken(from_, length)
+
+
+def decoded(content: bytes, kind: Any) -> Any:
+    """A record of a kind, which may be a union of some.
+
+    Raises:
+        BadRequest: it is none.
+    """
+    try:
+        return msgspec.msgpack.decode(content, type=kind)
+    except msgspec.MsgspecError as why:
+        raise BadRequest(f"what is asked is malformed: {why}", hint="give plain texts") from why
 
 
 def taken(from_: socket.socket, size: int) -> bytes:

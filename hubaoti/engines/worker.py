@@ -13,12 +13,11 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
-from hubaoti.engines.asks import Ask, Failed, Hello, Reply, Tell
+from hubaoti.engines.asks import Ask, Failed, Hello, Reply
 from hubaoti.engines.resident import Resident
-from hubaoti.engines.wire import Gone, receive, send
+from hubaoti.engines.wire import Gone, decoded, receive, send
 from hubaoti.errors import HubaotiError, first_line
 from hubaoti.settings import Settings
 
@@ -51,7 +50,7 @@ def end_with(engine: socket.socket) -> None:
 
 def serve(engine: socket.socket, running: memoryview) -> None:
     """Load the model, say how it stands, and answer until the engine is gone."""
-    hello = receive(engine, Hello)
+    hello: Hello = decoded(receive(engine), Hello)
     held: list[Resident] = []
 
     def begin() -> Reply:
@@ -61,11 +60,10 @@ def serve(engine: socket.socket, running: memoryview) -> None:
 
     send(engine, answered(begin))
     while held:
-        ask: Ask = receive(engine, Ask)
+        content = receive(engine)
         running[0] = 0
-        send(engine, answered(partial(held[0].ask, ask)))
-        if not isinstance(ask, Tell):
-            note_runs(held[0], running)
+        send(engine, answered(lambda: held[0].ask(decoded(content, Ask))))  # noqa: B023 - at once
+        note_runs(held[0], running)
 
 
 def note_runs(resident: Resident, running: memoryview) -> None:

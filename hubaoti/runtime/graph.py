@@ -105,7 +105,8 @@ class Graph:
         self._given: list[torch.Tensor] = []
         self._addresses: list[int] = []
         self._bound = Bound({})
-        self._ready = not runner.get_constant_names_to_original_fqns()
+        self._reads = bool(runner.get_constant_names_to_original_fqns())
+        self._ready = not self._reads
         self.note: Callable[[], None] | None = None  # told before native code is entered
 
     @property
@@ -185,7 +186,7 @@ class Graph:
 
     def release(self) -> None:
         """Let go of the constants: it is not called again before it is bound again."""
-        self._ready = not self._bound
+        self._ready = not self._reads
         self._bound, self._given, self._addresses = Bound({}), [], []
 
     def _unbound(self) -> BadInput:

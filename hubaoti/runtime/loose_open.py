@@ -51,7 +51,7 @@ def first_open(
     )
     home = str(Path(hubaoti.__file__).parent.parent)
     child = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(home=home)],
+        [sys.executable, "-P", "-c", PROGRAM.format(home=home)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -111,7 +111,7 @@ def asked(
     """What one child says, until it has ended; the graph at which it died has a verdict too."""
     home = str(Path(hubaoti.__file__).parent.parent)
     program = PROGRAM.format(home=home)
-    words = [sys.executable, "-c", program, os.getpid(), path, graphs, device, *waiting]
+    words = [sys.executable, "-P", "-c", program, os.getpid(), path, graphs, device, *waiting]
     child = subprocess.Popen(
         [*map(str, words)],
         stdin=subprocess.DEVNULL,
