@@ -189,7 +189,7 @@ def test_an_interrupt_leaves_no_answer_for_the_next_request(
 ) -> None:
     expected = engine.generate(tiny_decoder, "hello", **GREEDY)
     before = pid(engine)
-    engine.measure(tiny_decoder, ["hello"])  # which no graph answers, and says so
+    engine.measure(tiny_decoder, ["hello"], **GREEDY)  # which no graph answers, and says so
 
     def strike() -> None:
         wait_until(lambda: is_running(engine, tiny_decoder))
