@@ -206,14 +206,14 @@ class Deferred:
                     each.module.forward = each._own
                 ATTACHED.pop(each.module, None)
             self._attachment = self._opens()
+            for each in living:
+                each.hand_over(each.over)
         except BaseException:
             for each in living:
                 each.put(each.over)
             raise
-        finally:
+        finally:  # a fork before this waits again: some of the regions may not be known yet
             self._is_opening = False
-        for each in living:
-            each.hand_over(each.over)
 
     def renew(self) -> None:
         """After a fork: this process has opened nothing yet."""
