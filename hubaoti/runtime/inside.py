@@ -180,20 +180,10 @@ class Inside:
         return Found(*held, tensor, made(tensor), version(tensor))
 
     def _require_quiet(self) -> None:
-        """Refuse train mode, hooks, and parts whose `forward` is not their class's any more."""
+        """Refuse what `require_quiet` does, of a module that is still there."""
         if self._module() is None:
             raise Unserved("changed", "the module is gone")
-        for name, part in self.module.named_modules():
-            if part.training:
-                raise Unserved("training", f"{name or 'the region'} is in train mode")
-            if part is self.module:
-                continue
-            if part._forward_hooks or part._forward_pre_hooks:
-                raise Unserved("hooks", f"{name} has a hook")
-            if "forward" in vars(part):
-                raise Unserved("changed", f"the forward of {name} was replaced")
-        if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
-            raise Unserved("hooks", "there is a hook on all modules")
+        require_quiet(self.module)
 
     def _require_no_more(self, adapted: bool) -> None:
         """Refuse parts of another class, and tensors that were not there; adapters bring some."""
@@ -234,6 +224,27 @@ def constants_of(entries: Sequence[Entry]) -> list[Constant]:
 def parts_of(module: nn.Module) -> dict[str, nn.Module]:
     """A module and all within it, by every name that they have."""
     return dict(module.named_modules(remove_duplicate=False))
+
+
+def require_quiet(module: nn.Module, own: tuple[type, ...] = ()) -> None:
+    """Refuse train mode, hooks, and parts whose `forward` is not their class's any more.
+
+    `own` are the kinds of `forward` that graphs put there.
+
+    Raises:
+        Unserved: with the reason.
+    """
+    for name, part in module.named_modules():
+        if part.training:
+            raise Unserved("training", f"{name or 'the region'} is in train mode")
+        if part is module:
+            continue
+        if part._forward_hooks or part._forward_pre_hooks:
+            raise Unserved("hooks", f"{name} has a hook")
+        if "forward" in vars(part) and not isinstance(vars(part)["forward"], own):
+            raise Unserved("changed", f"the forward of {name} was replaced")
+    if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
+        raise Unserved("hooks", "there is a hook on all modules")
 
 
 def require_plain(name: str, tensor: torch.Tensor) -> None:

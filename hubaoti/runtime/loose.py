@@ -8,7 +8,6 @@ is answered by the module.
 from __future__ import annotations
 
 import itertools
-import mmap
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +21,13 @@ from torch.utils import _pytree as pytree
 
 from hubaoti.errors import CannotOpen, MissingConstant
 from hubaoti.manifest import Graph as Entry
+from hubaoti.runtime.aliases import Bound
 from hubaoti.runtime.checks import address, alignment_of
 from hubaoti.runtime.graph import refusal
+from hubaoti.runtime.inside import require_quiet
+from hubaoti.runtime.looks import BUSY, FULL, Looks
 from hubaoti.runtime.modes import refuse_modes, refuse_watchers
+from hubaoti.runtime.planned import Spot
 from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.region import ignore, wants_gradient
 from hubaoti.runtime.runners import Runner, native_runner
@@ -32,7 +35,8 @@ from hubaoti.runtime.trial import AGREES, DIFFERS, UNTRIED, difference
 from hubaoti.settings import environment
 
 PLAIN = (torch.Tensor, nn.Parameter)
-LOOKS = 1 << 16
+# What a package was made for beside its tensors; anything else may change and look the same.
+VALUES = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout)
 # Read by a library at its first run: it compares its inputs with the sizes that it was made for.
 CHECKS = {"AOTI_RUNTIME_CHECK_INPUTS": "1"}
 # c10/core/ScalarType.h: the numbers by which a library names the dtypes of its constants.
@@ -70,27 +74,12 @@ def open_package(folder: Path, library: str, name: str, device: torch.device) ->
         raise refusal(name, folder, str(why)) from why
 
 
-class Looks:
-    """What came of calls by their look, in memory shared with all that are forked from here.
-
-    Two looks may share a place, once in some ten thousand: the second is then not tried.
-    """
-
-    def __init__(self) -> None:
-        self._bytes = mmap.mmap(-1, LOOKS)
-
-    def __getitem__(self, look: object) -> int:
-        return self._bytes[hash(look) % LOOKS]
-
-    def __setitem__(self, look: object, verdict: int) -> None:
-        self._bytes[hash(look) % LOOKS] = verdict
-
-
 class LooseRegion:
     """A module's `forward` that a package answers by its own call spec, or else the module."""
 
-    def __init__(self, path: str, module: nn.Module, entry: Entry, runner: Runner) -> None:
-        self.path = path
+    def __init__(self, spot: Spot, entry: Entry, runner: Runner, device: torch.device) -> None:
+        module = spot.module
+        self.path = spot.path
         self.entry = entry
         self.graphs = [runner]
         self._module = weakref.ref(module)
@@ -99,9 +88,9 @@ class LooseRegion:
         dtypes = getattr(runner, "get_constant_names_to_dtypes", None)
         self._dtypes: dict[str, int] = dtypes() if dtypes else {}
         self._taken, self._made = map(pytree.treespec_loads, runner.get_call_spec())
-        self._device = torch.device("cpu")
+        self._device = device
         self._given: list[torch.Tensor] = []
-        self._bound: dict[str, torch.Tensor] = {}
+        self._bound = Bound({})
         self._addresses: list[int] = []
         self._has_run = False
         self._lock = threading.Lock()
@@ -143,7 +132,7 @@ class LooseRegion:
                 self.module.forward = self._own
         with self._lock:
             self.graphs = []
-            self._given, self._bound, self._addresses = [], {}, []
+            self._given, self._bound, self._addresses = [], Bound({}), []
 
     def bind(self, *, anew: bool = False) -> None:
         """Give the package the module's tensors as they are now.
@@ -157,9 +146,8 @@ class LooseRegion:
             self._given = []
             found = tensors_of(self.module)
             given = {inner: self._tensor(found, inner) for inner in self._names}
-            self._device = next((each.device for each in given.values()), self._device)
-            bound = {inner: aligned(tensor) for inner, tensor in given.items()}
-            self.graphs[0].update_constant_buffer(bound, False, True, True)
+            bound = Bound({inner: aligned(tensor) for inner, tensor in given.items()})
+            self.graphs[0].update_constant_buffer(bound.aliases, False, True, True)
             self._bound, self._given = bound, [*given.values()]
             self._addresses = [*map(address, self._given)]
 
@@ -174,6 +162,8 @@ class LooseRegion:
         if tensor is None or type(tensor) not in PLAIN or tensor.is_meta:
             told = "is not there" if tensor is None else f"is a {type(tensor).__name__}"
             raise Unserved("weights", f"{fqn} {told}")
+        if tensor.device != self._device:
+            raise Unserved("weights", f"{fqn} is on {tensor.device}, the package on {self._device}")
         if dtype is not None and tensor.dtype != dtype:
             raise Unserved("weights", f"{fqn} is {tensor.dtype}; the package takes {dtype}")
         return tensor
@@ -217,32 +207,65 @@ class LooseRegion:
         refuse_modes(self._device)
         self._require_quiet()
         self.bind()
-        inputs = self._inputs(args, kwargs)
-        look = (self.path, self.entry.id, *((*each.shape, str(each.dtype)) for each in inputs))
+        inputs, values = self._inputs(args, kwargs)
+        tensors = ((*each.shape, str(each.dtype)) for each in inputs)
+        look = (self.path, self.entry.id, *tensors, *values)
         assert self._looks is not None
         verdict = self._looks[look]
         if verdict == DIFFERS:
             raise Unserved("differs", "the package refused such a call, or answered otherwise")
+        if verdict == FULL:
+            raise Unserved("arguments", "there were too many different calls to remember this one")
+        if verdict == BUSY:  # who tries it will know
+            return self.eager(*args, **kwargs)
         if verdict == UNTRIED:
-            self._looks[look] = DIFFERS  # should it be refused, or end this process
-            ours = self._run([each.clone() for each in inputs])
-            answer = self.eager(*args, **kwargs)
-            theirs = [each for each in pytree.tree_leaves(answer) if isinstance(each, torch.Tensor)]
-            self._looks[look] = DIFFERS if difference(ours, theirs) else AGREES
-            return answer
+            return self._tried(self._looks, look, inputs, lambda: self.eager(*args, **kwargs))
         outputs = self._run(inputs)
         next(self._count)
         return pytree.tree_unflatten(outputs, self._made)
 
+    def _tried(
+        self, looks: Looks, look: object, inputs: list[torch.Tensor], eager: Callable[[], Any]
+    ) -> Any:
+        """What the module answers, after the package was asked the same; others are told.
+
+        Raises:
+            Unserved: the package fails.
+        """
+        looks.begin(look)
+        try:
+            given = [each.clone() for each in inputs]
+            ours = self._run(given)
+            writes = not all(map(is_same, given, inputs))
+            answer = eager()
+            writes = writes or not all(map(is_same, given, inputs))
+            looks[look] = DIFFERS if writes or self._differs(ours, answer) else AGREES
+        except Unserved:
+            looks.failed(look)
+            raise
+        except BaseException:
+            looks.undo(look)
+            raise
+        return answer
+
+    def _differs(self, ours: list[torch.Tensor], answer: Any) -> bool:
+        """Whether the module answers otherwise than the package, or in another structure."""
+        leaves, made = pytree.tree_flatten(answer)
+        if made != self._made or len(ours) != made.num_leaves:
+            return True
+        theirs = [each for each in leaves if isinstance(each, torch.Tensor)]
+        return difference(ours, theirs) is not None
+
     def _require_quiet(self) -> None:
-        """Refuse train mode, and gradients of the module's own tensors."""
-        if any(part.training for part in self.module.modules()):
-            raise Unserved("training", "it is in train mode")
+        """Refuse what a graph cannot see, and gradients of the module's own tensors."""
+        require_quiet(self.module, (LooseRegion,))
         if torch.is_grad_enabled() and any(each.requires_grad for each in self.module.parameters()):
             raise Unserved("gradients", "the module's parameters are trained")
 
-    def _inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-        """The tensors of a call that is as the package's own call spec has it.
+    def _inputs(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[list[torch.Tensor], list[str]]:
+        """The tensors of a call that is as the package's own call spec has it, and all its values.
 
         Raises:
             Unserved: it is not, or a tensor is not plain.
@@ -254,6 +277,7 @@ class LooseRegion:
         if given != self._taken:
             raise Unserved("arguments", "the call has another structure than the package's")
         inputs = [each for each in leaves if isinstance(each, torch.Tensor)]
+        values = [value_of(each) for each in leaves]
         for each in inputs:
             if type(each) not in PLAIN:
                 raise Unserved("subclass", f"an input is a {type(each).__name__}")
@@ -263,7 +287,7 @@ class LooseRegion:
                 raise Unserved("device", f"an input is on {each.device}")
             if not each.is_contiguous():
                 raise Unserved("layout", "an input is a view")
-        return inputs
+        return inputs, values
 
     def _run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """The package's answer to a list of tensors.
@@ -286,6 +310,24 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """What a package may read, by every name: parameters and buffers, saved or not."""
     named: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
     return named | dict(module.named_buffers(remove_duplicate=False))
+
+
+def value_of(leaf: object) -> str:
+    """A leaf of a call that is not a tensor, as its look has it.
+
+    Raises:
+        Unserved: it is nothing that can be told from another by its words.
+    """
+    if isinstance(leaf, torch.Tensor):
+        return "a tensor"
+    if type(leaf) not in VALUES:
+        raise Unserved("arguments", f"it is given a {type(leaf).__name__}")
+    return f"{type(leaf).__name__} {leaf!r}"
+
+
+def is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same bytes."""
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hubaoti.runtime.attach import Attachment
-    from hubaoti.runtime.loose import Looks, LooseRegion
+    from hubaoti.runtime.looks import Looks
+    from hubaoti.runtime.loose import LooseRegion
     from hubaoti.runtime.planned import Spot
     from hubaoti.runtime.trial import Verdicts
     from hubaoti.runtime.waiting import Deferred
@@ -159,7 +160,7 @@ class LooseWorker:
                 runner = open_package(folder, library_of(each.graph), each.graph.id, device)
                 names = runner.get_constant_names_to_original_fqns()
                 require_names(spot.path, spot.module, [*names.values()])
-                yield LooseRegion(spot.path, spot.module, each.graph, runner)
+                yield LooseRegion(spot, each.graph, runner, device)
 
     def _require_all_sound(self, device: torch.device) -> None:
         """See that nothing speaks against opening these packages here.
@@ -244,7 +245,7 @@ def deferred(
     module: nn.Module, fetched: Fetched, host: Host, settings: Settings, *, strict: bool
 ) -> Deferred:
     """The module, waiting for a process that calls it."""
-    from hubaoti.runtime.loose import Looks
+    from hubaoti.runtime.looks import Looks
     from hubaoti.runtime.tally import Tally
     from hubaoti.runtime.trial import Verdicts
     from hubaoti.runtime.waiting import Deferred
