@@ -91,10 +91,10 @@ class HubClient:
 
     # Reading
 
-    def resolve(self, repo: str, revision: str | None = None) -> str:
+    def resolve(self, repo: str, revision: str | None = None, kind: str = "model") -> str:
         """The full commit id that a revision (by default the default branch) is at now."""
         with self._door(f"{repo}@{revision}" if revision else repo):
-            commit = self._api.repo_info(repo, revision=revision).sha
+            commit = self._api.repo_info(repo, revision=revision, repo_type=kind).sha
         if commit is None or not re.fullmatch("[0-9a-f]{40}", commit):
             raise HubUnreachable(f"{self.endpoint} names no commit of {repo}", hint=NO_HUB)
         return commit

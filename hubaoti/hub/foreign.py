@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from hubaoti.errors import BadRequest, DigestMismatch
+from hubaoti.errors import BadRequest, DigestMismatch, HubaotiError
 from hubaoti.hub.catalog import Catalog
 from hubaoti.hub.client import Entry, HubClient
 from hubaoti.hub.layout import RepoRef
@@ -102,12 +102,15 @@ def fetch(
     """The packages, unpacked: of a publisher who is trusted, with the bytes that the commit lists.
 
     Raises:
-        Untrusted: code of this publisher may not run here.
+        Untrusted: code of this publisher, or of a kernel's, may not run here.
         BadPackage: one is damaged, or made to harm.
         DigestMismatch: the endpoint gives other bytes than the commit lists.
     """
     client, commit = puller.client, catalog.commit
     puller.require_publisher(ref, f"packages in {ref.repo}", f"commit {commit}, no manifest")
+    named = kernels_of(client, catalog, variant)
+    require_owners(puller, ref, named)
+    kernels = tuple(pinned(client, each) for each in named)
     found = []
     for package in packages:
         puller.say(f"downloading {package.path}")
@@ -116,7 +119,7 @@ def fetch(
         puller.mirror.put_graph(graph, path)
         client.drop(path)
         found.append((package, graph))
-    return Fetched(catalog.repo, commit, tuple(found), kernels_of(client, catalog, variant))
+    return Fetched(catalog.repo, commit, tuple(found), kernels)
 
 
 def verified(client: HubClient, catalog: Catalog, entry: Entry) -> Path:
@@ -170,9 +173,40 @@ def kernels_of(
     except msgspec.MsgspecError as why:
         raise BadRequest(f"{name} of {catalog.repo} cannot be read: {why}", hint=NO_KERNEL) from why
     for each in kernels.kernels:
-        if not each.keys() <= WORDS or "repo_id" not in each:
+        if not each.keys() <= WORDS or not isinstance(each.get("repo_id"), str):
             raise BadRequest(f"{name} of {catalog.repo} names no kernel: {each}", hint=NO_KERNEL)
     return tuple(kernels.kernels)
+
+
+def require_owners(puller: Puller, ref: RepoRef, kernels: tuple[dict[str, Any], ...]) -> None:
+    """See that the code of each kernel's owner may run here: a config may name anybody's.
+
+    Raises:
+        Untrusted: one may not. BadRequest: one has no such name.
+    """
+    for each in kernels:
+        kernel = RepoRef(each["repo_id"], None)
+        what = f"the kernel {kernel.repo}, which packages in {ref.repo} call,"
+        puller.require_publisher(kernel, what, f"{revision_of(each) or 'no revision'}")
+
+
+def pinned(client: HubClient, kernel: dict[str, Any]) -> dict[str, Any]:
+    """A kernel at the commit that its revision is at now: no worker gets another one later.
+
+    Where the endpoint tells no commit of it, it stays as it is, for the kernels library to find.
+    """
+    try:
+        commit = client.resolve(kernel["repo_id"], revision_of(kernel), "kernel")
+    except HubaotiError:
+        return kernel
+    return {"repo_id": kernel["repo_id"], "revision": commit}
+
+
+def revision_of(kernel: dict[str, Any]) -> str | None:
+    """A kernel's revision; its versions are branches."""
+    version = kernel.get("version")
+    found = kernel.get("revision") if version is None else f"v{version}"
+    return None if found is None else str(found)
 
 
 NO_KERNEL = "ask its publisher for a config whose kernels have a repo_id, and perhaps a revision"

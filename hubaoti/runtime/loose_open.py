@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,16 @@ def register(kernels: Sequence[Mapping[str, Any]]) -> None:
                 f"kernel {each.get('repo_id')} cannot be had: {first_line(why)}",
                 hint="see that it is published for this torch and this GPU",
             ) from why
+
+
+def fetch(kernels: Sequence[Mapping[str, Any]]) -> None:
+    """Bring kernels to this machine without running them, once for all that are forked from here.
+
+    Whoever opens packages asks for them again, and says what is wrong with them.
+    """
+    if kernels:
+        with suppress(Exception):
+            from kernels import install_kernel
+
+            for each in kernels:
+                install_kernel(**each)

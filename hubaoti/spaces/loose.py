@@ -171,6 +171,12 @@ class LooseWorker:
         from hubaoti.runtime.selftest import kind_of_host
 
         graphs, host = [each.graph for each in self.served], kind_of_host(device)
+        for graph in graphs:
+            if self.verdicts.is_sound(unopened(graph), host):
+                raise HubaotiError(
+                    f"{graph.id} could not be opened by another worker",
+                    hint="see what that one said",
+                )
         known = all(self.verdicts.is_sound(graph.sha256, host) for graph in graphs)
         if known and all(holds_members(self._folder(graph), graph) for graph in graphs):
             return
@@ -193,6 +199,8 @@ class LooseWorker:
         problem = mirror.index.tested(graph.sha256, host)
         if problem is None:
             verdict = first_open(folder, graph, device, self.fetched.kernels)
+            if not verdict.opened and verdict.lasting:  # each request would ask a new process again
+                self.verdicts.remember(unopened(graph), host)
             if not verdict.opened or not verdict.lasting:
                 raise HubaotiError(f"{graph.id}: {verdict.problem}", hint="it was not opened here")
             problem = verdict.problem
@@ -205,6 +213,11 @@ class LooseWorker:
     def _folder(self, graph: Graph) -> Path:
         """Where a package lies unpacked."""
         return self.settings.mirror / "graphs" / graph.sha256
+
+
+def unopened(graph: Graph) -> str:
+    """The name under which it is remembered that a package cannot be opened on a kind of host."""
+    return f"{graph.sha256} unopened"
 
 
 def said_of(folder: Path, graph: Graph) -> dict[str, Any]:
@@ -246,6 +259,7 @@ def deferred(
 ) -> Deferred:
     """The module, waiting for a process that calls it."""
     from hubaoti.runtime.looks import Looks
+    from hubaoti.runtime.loose_open import fetch
     from hubaoti.runtime.tally import Tally
     from hubaoti.runtime.trial import Verdicts
     from hubaoti.runtime.waiting import Deferred
@@ -253,7 +267,9 @@ def deferred(
 
     served = served_by(module, fetched)
     warn_of(fetched)
-    verdicts = Verdicts((each.graph.sha256, "") for each in served)
+    fetch(fetched.kernels)
+    names = [name for each in served for name in (each.graph.sha256, unopened(each.graph))]
+    verdicts = Verdicts((name, "") for name in names)
     worker = LooseWorker(
         weakref.ref(module), served, fetched, host, settings, strict, Looks(), verdicts
     )
