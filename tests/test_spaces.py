@@ -37,6 +37,7 @@ from hubaoti.errors import (
 )
 from hubaoti.hub.fleet import judge_without_gpu
 from hubaoti.hub.foreign import NoDigests
+from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
 from hubaoti.package import pack
 from hubaoti.requirements import Requirements
@@ -317,6 +318,11 @@ def test_without_a_network_what_was_pulled_before_serves(
         assert len(loaded.regions) == 3
     with pytest.raises(NoArtifact, match="HF_HUB_OFFLINE"):
         load(net(), "acme/never-pulled", offline)
+    with pytest.raises(NoArtifact, match="cannot be asked"):
+        load(net(), repo_of_blocks, offline, revision="main")
+    commit = HfApi(settings.endpoint).repo_info(repo_of_blocks).sha
+    with load(net(), repo_of_blocks, offline, revision=commit) as loaded:
+        assert len(loaded.regions) == 3
 
 
 def test_an_artifact_of_another_kind_of_host_is_refused_with_its_reasons(
@@ -327,6 +333,17 @@ def test_an_artifact_of_another_kind_of_host_is_refused_with_its_reasons(
     api.push(changed(other, requires=needs), repo, settings=settings)
     with pytest.raises(NoMatch, match=r"glibc 9\.99"):
         load(net(), repo, settings)
+
+
+def test_what_does_not_fit_on_the_default_branch_hides_no_other_branch(
+    blocks: Bundle, repo: str, settings: Settings, tmp_path: Path
+) -> None:
+    other = copied(blocks, tmp_path / "other")
+    needs = replace(other.manifest.requires, glibc="9.99")
+    api.push(changed(other, requires=needs), repo, settings=settings)
+    api.push(blocks, repo, layout="zerogpu", settings=settings)
+    with load(net(), repo, settings) as loaded:
+        assert loaded.stats()["artifact"] == blocks.manifest.digest
 
 
 def copied(bundle: Bundle, folder: Path) -> Bundle:
@@ -508,11 +525,26 @@ def test_a_package_that_crashes_takes_no_worker_along(
     assert all(answer["stats"]["compiled"] == 0 for answer in answers)
 
 
+def test_a_package_that_cannot_be_opened_costs_one_process_and_no_request_another(
+    hub: HfApi, repo: str, settings: Settings, tmp_path: Path
+) -> None:
+    folder = tmp_path / "package/model/data/aotinductor/model"
+    folder.mkdir(parents=True)
+    (folder / "a.wrapper.so").write_bytes(b"no library")
+    pack(tmp_path / "package", tmp_path / "package.pt2")
+    put(hub, repo, "package/root/package.pt2", (tmp_path / "package.pt2").read_bytes())
+    told = play(settings, "first_opens", repo)
+    assert told["workers"] == [{"off": 0.0, "started": n} for n in (1, 0, 0)]
+
+
 FAKE_KERNELS = """
 import json, os
 def get_kernel(**words):
     with open(os.environ["FAKE_KERNELS"], "a") as file:
         print(json.dumps([words, os.getpid()]), file=file)
+def install_kernel(**words):
+    with open(os.environ["FAKE_KERNELS"] + ".fetched", "a") as file:
+        print(json.dumps(words), file=file)
 """
 
 
@@ -534,6 +566,25 @@ def test_kernels_of_a_config_are_asked_for_where_packages_are_opened(
     assert len({pid for _, pid in found} - pids) == 1
     assert pids < {pid for _, pid in found}
     assert told["after"]["stats"]["compiled"] == 1
+    # The main process brings it once, and runs nothing of it.
+    assert json.loads((tmp_path / "asked.fetched").read_text()) == kernel
+
+
+def test_a_kernel_of_an_owner_who_is_not_trusted_is_not_run(
+    whole: Bundle, hub: HfApi, repo: str, settings: Settings
+) -> None:
+    """Also where the publisher of the packages is."""
+    put(hub, repo, "package/root/package.pt2", (whole.path / "graphs/root.pt2").read_bytes())
+    put(hub, repo, "config.json", b'{"kernels": [{"repo_id": "stranger/kernel", "version": 1}]}')
+    trusted = Trust(settings.trust)
+    trusted.add(settings.endpoint, repo.partition("/")[0])
+    with pytest.raises(Untrusted, match="stranger publishes the kernel stranger/kernel"):
+        load(net(), repo, settings, trust=False)
+    assert not any((settings.mirror / "graphs").iterdir())
+    assert not trusted.holds(settings.endpoint, "stranger")
+    with pytest.warns(NoDigests):
+        load(net(), repo, settings, trust=True).detach()
+    assert trusted.holds(settings.endpoint, "stranger")
 
 
 @pytest.mark.parametrize(

@@ -60,25 +60,28 @@ def pull_fleet(
         NoArtifact, NoMatch: there is none, or none fits; with every reason.
         HubaotiError: as `pull` raises.
     """
-    chosen = [
-        (catalog, each)
-        for catalog in catalogs
-        for each in chosen_of(puller, catalog, kinds)
-        if each.manifest is not None
-    ]
+    chosen: dict[Place, tuple[Catalog, Considered]] = {}
+    for catalog in catalogs:
+        for each in chosen_of(puller, catalog, kinds):
+            chosen.setdefault(each.place, (catalog, each))  # the default branch comes first
     if not chosen:
         catalog = next((each for each in catalogs if each.artifacts), catalogs[0])
         raise no_choice(catalog, considered_of(puller, catalog), puller.recipe)
-    return tuple(taken(puller, ref, catalog, each) for catalog, each in chosen)
+    return tuple(taken(puller, ref, catalog, each) for catalog, each in chosen.values())
 
 
 def pulled_before(puller: Puller, ref: RepoRef) -> tuple[Offer, ...]:
     """What earlier pulls brought of a repo, for a machine without a network.
 
     Raises:
-        NoArtifact: nothing is here.
+        NoArtifact: nothing is here, or nobody can say where a branch is.
         Untrusted: its publisher is trusted no more.
     """
+    if ref.revision is not None and ref.commit is None:
+        raise NoArtifact(
+            f"which commit {ref} is cannot be asked: HF_HUB_OFFLINE is set",
+            hint="name the full commit id, or no revision for all that was pulled before",
+        )
     index = puller.mirror.index
     digests = index.pulled_from(puller.client.endpoint, ref.repo, ref.commit)
     offers: dict[Place, Offer] = {}

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 from hubaoti.errors import HubaotiError
 from hubaoti.host import Host, probe
 from hubaoti.hub.client import HubClient
-from hubaoti.hub.fleet import Offer, branch_catalogs, first_catalog, pull_fleet, pulled_before
+from hubaoti.hub.fleet import (
+    Offer,
+    branch_catalogs,
+    chosen_of,
+    device_in,
+    first_catalog,
+    pull_fleet,
+    pulled_before,
+)
 from hubaoti.hub.foreign import Fetched, fetch, packages_in
 from hubaoti.hub.foreign import NoDigests as NoDigests
 from hubaoti.hub.layout import RepoRef
@@ -111,12 +119,13 @@ def brought(
     """
     if puller.client.is_offline:
         return pulled_before(puller, ref)
-    catalogs = [first_catalog(puller, ref)]
-    if not catalogs[0].artifacts:
-        if packages := packages_in(catalogs[0], variant):
-            return fetch(puller, ref, catalogs[0], packages, variant)
-        catalogs += branch_catalogs(puller, ref) if ref.revision is None else ()
-    return pull_fleet(puller, ref, catalogs, kinds_for(module, puller.host))
+    catalogs, kinds = [first_catalog(puller, ref)], kinds_for(module, puller.host)
+    if not catalogs[0].artifacts and (packages := packages_in(catalogs[0], variant)):
+        return fetch(puller, ref, catalogs[0], packages, variant)
+    found = {device_in(each) for each in chosen_of(puller, catalogs[0], kinds)}
+    if ref.revision is None and found != kinds:
+        catalogs += branch_catalogs(puller, ref)
+    return pull_fleet(puller, ref, catalogs, kinds)
 
 
 def kinds_for(module: nn.Module, host: Host) -> frozenset[str]:
