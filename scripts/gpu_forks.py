@@ -1,4 +1,7 @@
-"""Children of one process that never touched a device: each attaches, answers, and ends.
+"""Children of one process that never touched a device, as a ZeroGPU Space forks its workers.
+
+The parent has a model on the CPU and plans its graphs; each child moves the model to the device,
+which opens them at the first call, answers, and ends.
 
     python gpu_forks.py DEVICE BUNDLE HOME COUNT
 
@@ -8,6 +11,7 @@ between one more is killed while it answers.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -20,33 +24,55 @@ from typing import Any
 import torch
 import transformers  # so that no child has to
 
-import hubaoti
+from hubaoti.api import artifact_of
 from hubaoti.bundle import Bundle
+from hubaoti.host import probe
+from hubaoti.hub.fleet import Offer
+from hubaoti.hub.layout import place_of
 from hubaoti.settings import Settings
+from hubaoti.spaces import plans_of
+from hubaoti.spaces.worker import deferred
+from hubaoti.steps import silent
 
 SECONDS = 60  # that a child has to answer
 LEFT = 10  # seconds that a driver has to take memory back
 
 
-def answer(device: str, bundle: Path, home: Path) -> Iterator[float]:
-    """How far the graphs are off eager, again and again, of a model of this process's own."""
-    torch.set_num_threads(1)  # the parent's threads are not here, and would be waited for
-    read = Bundle.read(bundle)
-    folder = bundle.parent.parent / "models" / bundle.name
-    config = transformers.AutoConfig.from_pretrained(folder)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
-        ids = torch.arange(3, 19)[None]
-    words: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "disable_compile": True}
-    words |= {"output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
-    words |= {"cache_implementation": "static", "pad_token_id": 0}
-    expected = model.generate(ids, **words).logits[0].double()
-    settings = Settings(home=home, endpoint="http://127.0.0.1:9")
-    with hubaoti.attach(model, read, strict=True, settings=settings):
+class Parent:
+    """A process with a model on the CPU and nothing open: a ZeroGPU Space's main process."""
+
+    def __init__(self, device: str, bundle: Path, home: Path) -> None:
+        self.device = device
+        read = Bundle.read(bundle)
+        folder = bundle.parent.parent / "models" / bundle.name
+        config = transformers.AutoConfig.from_pretrained(folder)
+        torch.manual_seed(0)
+        self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        self.model.eval()
+        settings = Settings(home=home, endpoint="http://127.0.0.1:9", zerogpu=True)
+        artifact = artifact_of(read, trust=False, settings=settings, say=silent)
+        offer = Offer(place_of(read.manifest), artifact)
+        plans = plans_of(self.model, [offer])
+        how: dict[str, Any] = {"strict": True, "recipe": None}
+        self.loaded = deferred(self.model, plans, probe(settings), settings, **how)
+
+    def answers(self) -> Iterator[dict[str, Any]]:
+        """In a child: how far its graphs are off eager, again and again, on the device."""
+        torch.set_num_threads(1)  # the parent's threads are not here, and would be waited for
+        self.model.to(self.device)
+        ids = torch.arange(3, 19, device=self.device)[None]
+        words: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "disable_compile": True}
+        words |= {"output_logits": True, "return_dict_in_generate": True, "eos_token_id": None}
+        words |= {"cache_implementation": "static", "pad_token_id": 0}
+        own = copy.deepcopy(self.model)  # a copy is of the model as it was
+        expected = own.generate(ids, **words).logits[0].double()
         while True:
-            found = model.generate(ids, **words).logits[0].double()
-            yield float((found - expected).norm() / expected.norm())
+            found = self.model.generate(ids, **words).logits[0].double()
+            stats = self.loaded.stats()
+            if not stats["compiled"]:
+                raise RuntimeError(f"no graph answered: {stats}")
+            off = float((found - expected).norm() / expected.norm())
+            yield {"off": off, "compiled": stats["compiled"], "eager": stats["eager"]}
 
 
 def forked(work: Callable[[int], None]) -> tuple[int, int]:
@@ -117,17 +143,19 @@ def main() -> None:
     """Fork, one after the other; say what came of it."""
     device, bundle, home, count = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 
+    before, children = used(device), []
+    parent = Parent(device, bundle, home)
+
     def once(pipe: int) -> None:
         start = time.perf_counter()
-        off = next(answer(device, bundle, home))
-        os.write(pipe, json.dumps({"off": off, "seconds": time.perf_counter() - start}).encode())
+        said = next(parent.answers())
+        os.write(pipe, json.dumps({**said, "seconds": time.perf_counter() - start}).encode())
 
     def for_ever(pipe: int) -> None:
-        for off in answer(device, bundle, home):
-            os.write(pipe, json.dumps({"off": off}).encode())
+        for said in parent.answers():
+            os.write(pipe, json.dumps(said).encode())
             pipe = os.open(os.devnull, os.O_WRONLY)
 
-    before, children = used(device), []
     for at in range(int(count) + 1):
         kill = at == int(count) // 2
         children.append(ended(*forked(for_ever if kill else once), kill))
