@@ -25,6 +25,7 @@ BASE = (
     "canonical",
     "disks",
     "memory",
+    "children",
     "steps",
     "settings",
     "variant",

@@ -16,10 +16,9 @@ from typing import Any
 
 import msgspec
 
-import hubaoti
+from hubaoti.children import program
 from hubaoti.errors import BadRequest, CompileFailed, HubaotiError, again, ended
 
-PROGRAM = "import sys; sys.path[:0] = [{home!r}]; from hubaoti.engines.building import main; main()"
 KINDER = 10  # who waits for an answer comes first (nice(2))
 STOPPED = 143
 PATIENCE = 10.0  # seconds for a compile to take its temporary files along
@@ -61,10 +60,9 @@ class Building:
                 hint="give dims, buckets, dtype, level, quantize, mode, inductor; else compile it "
                 "with hubaoti.compile",
             ) from why
-        home = str(Path(hubaoti.__file__).parent.parent)
         self._answer = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         self._child = subprocess.Popen(
-            [sys.executable, "-P", "-c", PROGRAM.format(home=home)],
+            program("hubaoti.engines.building"),
             stdin=subprocess.PIPE,
             stdout=self._answer,
             stderr=subprocess.DEVNULL,

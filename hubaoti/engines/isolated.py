@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-import hubaoti
+from hubaoti.children import program
 from hubaoti.engines.asks import Ask, Begin, Failed, Hello, Reply, State, Tell, Use
 from hubaoti.engines.wire import Gone, decoded, receive, send
 from hubaoti.errors import HubaotiError, WorkerEnded, again, ended
@@ -22,7 +22,6 @@ from hubaoti.memory import held
 from hubaoti.mirror import Mirror
 from hubaoti.settings import Settings
 
-PROGRAM = "import sys; sys.path[:0] = [{home!r}]; from hubaoti.engines.worker import main; main()"
 PATIENCE = 5.0  # seconds for a worker to end by itself
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
 TWICE = 2
@@ -90,16 +89,8 @@ class Isolated:
 
     def close(self) -> None:
         """End its process, with all its memory."""
-        child, self._child = self._child, None
-        if child is None:
-            return
-        self._socket.close()
-        self._running.close()
-        try:
-            child.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+        if self._child is not None:
+            self._end()
 
     def _start(self) -> None:
         """Start its process; it loads the model by itself."""
@@ -107,15 +98,7 @@ class Isolated:
         ours, theirs = socket.socketpair()
         with theirs, tempfile.TemporaryFile() as note:
             note.truncate(mmap.PAGESIZE)
-            home = str(Path(hubaoti.__file__).parent.parent)
-            words = [
-                sys.executable,
-                "-P",  # the folder that somebody is in is nobody's code
-                "-c",
-                PROGRAM.format(home=home),
-                theirs.fileno(),
-                note.fileno(),
-            ]
+            words = [*program("hubaoti.engines.worker"), theirs.fileno(), note.fileno()]
             self._running = mmap.mmap(note.fileno(), mmap.PAGESIZE)
             self._child = subprocess.Popen(
                 [*map(str, words)],
@@ -198,17 +181,16 @@ class Isolated:
             self._end()
 
     def _end(self) -> int:
-        """Wait for a process that is ending; its exit code."""
+        """Have its process end, if it has not yet; its exit code."""
         child, self._child = self._child, None
         assert child is not None
-        try:
-            code = child.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            code = child.wait()
         self._socket.close()
         self._running.close()
-        return code
+        try:
+            return child.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            return child.wait()
 
     @property
     def _name(self) -> str:

@@ -28,20 +28,11 @@ PLAIN = (torch.Tensor, nn.Parameter)
 Make = Callable[[str, torch.Tensor], torch.Tensor]
 
 
-class Inside:
-    """One module as its graphs know it: where it has their constants."""
+class OfModule:
+    """What belongs to a module and does not keep it alive."""
 
-    def __init__(
-        self, module: nn.Module, constants: Sequence[Constant], shipped: Mapping[str, torch.Tensor]
-    ) -> None:
-        self._make: Make = make
+    def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
-        self.constants = constants
-        self.shipped = shipped
-        self._parts = {n: part for n, part in parts_of(module).items() if part is not module}
-        self._types = self._types_now()
-        self._found: dict[str, Found] = {}
-        self.more = self._unread()
 
     @property
     def is_gone(self) -> bool:
@@ -54,6 +45,22 @@ class Inside:
         module = self._module()
         assert module is not None
         return module
+
+
+class Inside(OfModule):
+    """One module as its graphs know it: where it has their constants."""
+
+    def __init__(
+        self, module: nn.Module, constants: Sequence[Constant], shipped: Mapping[str, torch.Tensor]
+    ) -> None:
+        super().__init__(module)
+        self._make: Make = make
+        self.constants = constants
+        self.shipped = shipped
+        self._parts = {n: part for n, part in parts_of(module).items() if part is not module}
+        self._types = self._types_now()
+        self._found: dict[str, Found] = {}
+        self.more = self._unread()
 
     def _types_now(self) -> dict[str, type]:
         """The classes of all parts."""

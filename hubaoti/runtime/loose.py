@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +23,7 @@ from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.aliases import Bound
 from hubaoti.runtime.checks import address, alignment_of
 from hubaoti.runtime.graph import refusal
-from hubaoti.runtime.inside import require_quiet
+from hubaoti.runtime.inside import OfModule, require_quiet
 from hubaoti.runtime.looks import BUSY, FULL, Looks
 from hubaoti.runtime.modes import refuse_modes, refuse_watchers
 from hubaoti.runtime.planned import Spot
@@ -74,7 +73,7 @@ def open_package(folder: Path, library: str, name: str, device: torch.device) ->
         raise refusal(name, folder, str(why)) from why
 
 
-class LooseRegion:
+class LooseRegion(OfModule):
     """A module's `forward` that a package answers by its own call spec, or else the module."""
 
     def __init__(self, spot: Spot, entry: Entry, runner: Runner, device: torch.device) -> None:
@@ -82,7 +81,7 @@ class LooseRegion:
         self.path = spot.path
         self.entry = entry
         self.graphs = [runner]
-        self._module = weakref.ref(module)
+        super().__init__(module)
         self._own = vars(module).get("forward")
         self._names = runner.get_constant_names_to_original_fqns()
         dtypes = getattr(runner, "get_constant_names_to_dtypes", None)
@@ -102,18 +101,6 @@ class LooseRegion:
     def inside(self) -> LooseRegion:
         """As a region has it: where the module is."""
         return self
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether nobody has the module any more."""
-        return self._module() is None
-
-    @property
-    def module(self) -> nn.Module:
-        """The module; who calls it holds it."""
-        module = self._module()
-        assert module is not None
-        return module
 
     def counts(self) -> dict[str, int]:
         """How many calls the package answered."""

@@ -18,15 +18,11 @@ from typing import Any
 import msgspec
 import torch
 
-import hubaoti
+from hubaoti.children import program, told_by
 from hubaoti.errors import HubaotiError, MissingDependency, ended, first_line
 from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.loose import library_of, open_package
 from hubaoti.runtime.selftest import SECONDS, Verdict, end_with
-
-PROGRAM = (
-    "import sys; sys.path[:0] = [{home!r}]; from hubaoti.runtime.loose_open import main; main()"
-)
 
 
 class Asked(msgspec.Struct):
@@ -50,23 +46,14 @@ def first_open(
         device=str(device),
         kernels=[dict(each) for each in kernels],
     )
-    home = str(Path(hubaoti.__file__).parent.parent)
     child = subprocess.Popen(
-        [sys.executable, "-P", "-c", PROGRAM.format(home=home)],
+        program("hubaoti.runtime.loose_open"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    try:
-        out, _ = child.communicate(msgspec.json.encode(asked), timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        out, _ = child.communicate()
-    except BaseException:
-        child.kill()
-        child.wait()
-        raise
+    out = told_by(child, msgspec.json.encode(asked), SECONDS)
     if child.returncode == 0 and out:
         problem = out.decode(errors="replace").strip()
         return Verdict(entry.id, "" if problem == "good" else problem, opened=problem == "good")

@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 import torch
 
-import hubaoti
+from hubaoti.children import program, told_by
 from hubaoti.errors import CannotOpen, HubaotiError, MissingOps, NotEnoughMemory, ended
 from hubaoti.manifest import FILENAME, Manifest, parse
 from hubaoti.manifest import Graph as Entry
@@ -34,7 +34,6 @@ from hubaoti.runtime.graph import open_graph
 BASE = 600 << 20  # bytes of a process that has torch
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SECONDS = 300.0  # for one graph, the start of a process included
-PROGRAM = "import sys; sys.path[:0] = [{home!r}]; from hubaoti.runtime.selftest import main; main()"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +108,7 @@ def asked(
     path: Path, graphs: Path, waiting: Sequence[str], device: torch.device, patience: float
 ) -> Iterator[Verdict]:
     """What one child says, until it has ended; the graph at which it died has a verdict too."""
-    home = str(Path(hubaoti.__file__).parent.parent)
-    program = PROGRAM.format(home=home)
-    words = [sys.executable, "-P", "-c", program, os.getpid(), path, graphs, device, *waiting]
+    words = [*program("hubaoti.runtime.selftest"), os.getpid(), path, graphs, device, *waiting]
     child = subprocess.Popen(
         [*map(str, words)],
         stdin=subprocess.DEVNULL,
@@ -120,15 +117,7 @@ def asked(
         start_new_session=True,
     )
     begun = waiting[0]
-    try:
-        out, _ = child.communicate(timeout=patience * len(waiting))
-    except subprocess.TimeoutExpired:
-        child.kill()
-        out, _ = child.communicate()
-    except BaseException:
-        child.kill()
-        child.wait()
-        raise
+    out = told_by(child, None, patience * len(waiting))
     finished = set()
     for said in map(DECODER.decode, out.splitlines()):
         begun = said.graph

@@ -22,6 +22,7 @@ from torch import nn
 from hubaoti.errors import HubaotiError, first_line
 from hubaoti.runtime.attach import ATTACHED, Attachment
 from hubaoti.runtime.attach import nothing as no_graphs
+from hubaoti.runtime.inside import OfModule
 from hubaoti.runtime.planned import Spot, kind_of
 from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.tally import Tally
@@ -29,7 +30,7 @@ from hubaoti.runtime.tally import Tally
 Open = Callable[[], Attachment]
 
 
-class Waiting:
+class Waiting(OfModule):
     """What answers in the place of a module's `forward` until its process has opened graphs.
 
     As a region is, it is an attribute of the module and of nothing else.
@@ -41,20 +42,8 @@ class Waiting:
         self.region: Any = None  # one with a manifest or without
         self.is_away = False
         self.over: Any = None  # what stood in our place when this process began to open graphs
-        self._module = weakref.ref(spot.module)
+        super().__init__(spot.module)
         self._own = vars(spot.module).get("forward")
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether nobody has the module any more."""
-        return self._module() is None
-
-    @property
-    def module(self) -> nn.Module:
-        """The module; who calls it holds it."""
-        module = self._module()
-        assert module is not None
-        return module
 
     @property
     def inside(self) -> Waiting:
