@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from math import prod
 from operator import or_
 
 import torch
 
 from hubaoti.errors import BadInput, MissingConstant, OutOfBounds
 from hubaoti.extents import Extent
-from hubaoti.manifest import Constant, Input
+from hubaoti.manifest import Cache, Constant, Input
 from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.alike import Alike
+from hubaoti.runtime.threads import is_small
 
 # A CUDA graph clones an input whose address is not a multiple of this, and loses writes to it
 # (torch._inductor.utils.ALIGNMENT).
@@ -80,10 +82,22 @@ class Checks:
         self._mutated = [at for at, slot in enumerate(self.slots) if slot.entry.mutated]
         largest = max((slot.alignment for slot in self.slots), default=1)
         self._odd = largest - 1  # the bits of an address that none may have
-        self._seen: Alike[tuple[int, ...]] = Alike()
+        self._seen: Alike[tuple[tuple[int, ...], bool]] = Alike()
+        cache = entry.cache
+        # What every row of a call meets, and what has no rows of its own.
+        self._constants = sum(prod(constant.shape) for constant in entry.constants)
+        self._stored = () if cache is None else (cache.keys, cache.values)
+        self._places = cache if on_cpu and cache and cache.position is not None else None
 
-    def fitting(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The inputs as the graph may have them: what is only read is copied where it must be.
+    def is_small(self, inputs: Sequence[torch.Tensor]) -> bool:
+        """Whether one thread of a CPU is the fastest for inputs that fit."""
+        new = [tensor for at, tensor in enumerate(inputs) if at not in self._stored]
+        return self.device.type == "cpu" and is_small(self._constants, inputs, new)
+
+    def fitting(self, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], bool]:
+        """The inputs as the graph may have them, and whether they are a small call.
+
+        What is only read is copied where it must be.
 
         Raises:
             BadInput: not the graph's number of inputs, dtype, rank, size or device; an input that
@@ -96,14 +110,15 @@ class Checks:
                 f"graph {self.entry.id} takes {len(self.slots)} inputs, got {len(inputs)}",
                 hint="give them in the manifest's order",
             )
-        sizes = self._seen.of(inputs)
-        if sizes is None:
+        seen = self._seen.of(inputs)
+        if seen is None:
             inputs = self.examined(inputs)
-            sizes = tuple(tensor.nbytes for tensor in inputs)
-            self._seen.add(inputs, sizes)
-        fitting = self.settled(inputs, sizes)
-        self._require_places(fitting)
-        return fitting
+            seen = tuple(tensor.nbytes for tensor in inputs), self.is_small(inputs)
+            self._seen.add(inputs, seen)
+        fitting = self.settled(inputs, seen[0])
+        if self._places is not None:
+            self._require_places(fitting, self._places)
+        return fitting, seen[1]
 
     def settled(self, inputs: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         """Inputs whose look was examined, of these sizes in bytes: where they lie, and ids.
@@ -145,11 +160,9 @@ class Checks:
                 hint="see that its inputs are what the manifest says of their values",
             )
 
-    def _require_places(self, inputs: Sequence[torch.Tensor]) -> None:
+    def _require_places(self, inputs: Sequence[torch.Tensor], cache: Cache) -> None:
         """Refuse to write beyond a cache."""
-        cache = self.entry.cache
-        if cache is None or cache.position is None or self.device.type != "cpu":
-            return
+        assert cache.position is not None
         places = inputs[cache.keys].shape[2]
         odd = outside(inputs[cache.position], places)
         if odd is not None:

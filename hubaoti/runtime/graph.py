@@ -23,6 +23,7 @@ from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.aliases import Bound
 from hubaoti.runtime.checks import Checks, address, check_constant
 from hubaoti.runtime.runners import Runner, native_runner
+from hubaoti.runtime.threads import in_one
 
 
 def device_for(target: str, asked: str | None = None) -> torch.device:
@@ -161,10 +162,10 @@ class Graph:
         """
         if self.is_moved:
             raise self._unbound()
-        return self.run(self.checks.fitting(inputs))
+        return self.run(*self.checks.fitting(inputs))
 
-    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Run it on inputs that were checked, with constants that are bound.
+    def run(self, inputs: list[torch.Tensor], small: bool = False) -> list[torch.Tensor]:
+        """Run it on inputs that were checked, with constants that are bound; `small` in one thread.
 
         Raises:
             BadInput: the native code itself refuses, as of an embedding's ids.
@@ -175,7 +176,8 @@ class Graph:
         if self.note is not None:
             self.note()
         try:
-            return self._runner.run(inputs)
+            run = self._runner.run
+            return in_one(run, inputs) if small else run(inputs)
         except RuntimeError as why:
             raise BadInput(
                 f"graph {self.entry.id} failed: {first_line(why)}",

@@ -18,7 +18,7 @@ from hubaoti.runtime.modes import refuse_modes, refuse_watchers
 from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.trial import Trials
 from hubaoti.runtime.watch import Watch
-from hubaoti.runtime.ways import Ways
+from hubaoti.runtime.ways import Way, Ways
 
 Missed = Callable[[str, Unserved], None]
 
@@ -197,20 +197,20 @@ class Region:
         graph = graphs[way.graph]
         if self._trials.wants(graph.entry.id):
             return self._trials.hold(graph, inputs, lambda: self.eager(*args, **kwargs))
-        return self._run(way.graph, graph, inputs, held)
+        return self._run(way, graph, inputs, held)
 
-    def _run(self, at: int, graph: Graph, inputs: list[torch.Tensor], held: Held | None) -> Any:
+    def _run(self, way: Way, graph: Graph, inputs: list[torch.Tensor], held: Held | None) -> Any:
         """Have a graph answer, and count it."""
         try:
-            outputs = graph.run(inputs)
+            outputs = graph.run(inputs, way.small)
         except BadInput as why:
             if held is not None and held.is_full:
                 raise  # the window has moved on already: nobody could answer now
             raise Unserved("failed", f"{why}") from why
         if held is not None:
             held.wrote()
-        next(self._counts[at])
-        return self.ways.answers[at](outputs)
+        next(self._counts[way.graph])
+        return self.ways.answers[way.graph](outputs)
 
 
 def is_patched(own: Any) -> bool:

@@ -45,10 +45,11 @@ class Way:
     """How calls of one look are answered: by graph number `graph`, with some inputs made anew.
 
     `numbers` are those that the call had to give, `filled` what is served of a cache, `sizes` the
-    bytes of each input that stays as it is.
+    bytes of each input that stays as it is; `small` says that one thread is enough.
     """
 
     graph: int
+    small: bool
     shapes: tuple[Shape, ...]
     sizes: tuple[int, ...]
     numbers: tuple[int, ...]
@@ -216,6 +217,7 @@ class Ways:
         replaced = {shape.place for shape in shapes}
         return Way(
             graph=at,
+            small=checks.is_small(made),
             shapes=tuple(shapes),
             sizes=tuple(0 if n in replaced else t.nbytes for n, t in enumerate(made)),
             numbers=tuple(numbers),
