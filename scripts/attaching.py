@@ -249,8 +249,9 @@ def calls_of_a_block(settings: Settings, scratch: Path, rounds: int) -> Iterator
     """What is spent on one call of a block beside the graph itself."""
     block = Block().eval()
     each = [torch.randn(2, 8) for _ in range(7)]
-    words = {"tables": (each[2], each[3]), "keys": each[4], "values": each[5]}
-    ask = partial(block, each[0], each[1], **words, position=each[6], use_cache=True)
+    words: dict[str, Any] = {"tables": (each[2], each[3]), "keys": each[4], "values": each[5]}
+    words |= {"position": each[6], "use_cache": True}
+    ask = partial(block, each[0], each[1], **words)
     with torch.no_grad(), hubaoti.capture(block) as calls:
         ask()
     bundle = api.compile(block, scratch / "block-bundle", calls=calls, settings=settings,
@@ -263,13 +264,13 @@ def calls_of_a_block(settings: Settings, scratch: Path, rounds: int) -> Iterator
         region = next(regions_in(block))
         graph = region.graphs[0]
         bare = graph._runner
-        attached = partial(region, each[0], each[1], **words, position=each[6], use_cache=True)
+        attached = partial(region, each[0], each[1], **words)
         # We choose one thread for such a call; without it the others mostly wait for a second.
         sides: dict[str, Callable[[], Any]] = {
             "bare": partial(in_one, repeated(lambda: bare.run(each)), CALLS),
             "graph": partial(repeated(lambda: graph(*each)), CALLS),
             "attached": partial(repeated(attached), CALLS),
-            "torch": partial(in_one, repeated(lambda: public(*each)), CALLS),
+            "torch": partial(in_one, repeated(lambda: public(each[0], each[1], **words)), CALLS),
         }
         in_turn(sides, 2)
         spent = in_turn(sides, 20 * rounds)
