@@ -264,6 +264,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
         Quarantined: a graph crashed or differed when it was first opened, in its own process.
     """
     settings = settings or Settings.from_env()
+    from hubaoti.compiler.parsed import noted
     from hubaoti.compiler.program import is_program_of
     from hubaoti.runtime import attach as runtime
 
@@ -271,9 +272,10 @@ def attach(  # noqa: PLR0913 - a face of keywords
         return runtime.nothing(module)
     found = artifact_of(artifact, trust, settings, say)
     manifest = found.manifest
-    known = is_program_of(module, manifest.program, manifest.is_whole)
-    say("open")
     with Mirror.open(settings.mirror) as mirror:
+        with noted(mirror.index):
+            known = is_program_of(module, manifest.program, manifest.is_whole)
+        say("open")
         require_sound(found, mirror, runtime.device_of(module, manifest.target.device), say)
     parts = runtime.Parts(manifest, found.path, found.graph_folder)
     return runtime.attach(module, parts, strict=strict, tries=not known, quantize=quantize)

@@ -6,7 +6,6 @@ no file of its own, a class of a notebook or of the script that runs, is left to
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import inspect
 import re
@@ -20,13 +19,8 @@ from types import ModuleType
 
 from torch import nn
 
-from hubaoti.compiler.words import (
-    has_forward,
-    parsed,
-    reads_by_computed_name,
-    words_in,
-    words_of,
-)
+from hubaoti.compiler.parsed import Statement, parsed
+from hubaoti.compiler.words import words_of
 
 # Packages that are no part of a model's own code; torch's version stands in the target.
 OUTSIDE = {"torch", "builtins", "typing", "hubaoti", *sys.stdlib_module_names} - {"__main__"}
@@ -72,27 +66,28 @@ class Code:
             if text is None and file_of(module) is not None:
                 return None
             computing, describing = self.parts(module, text or "")
-            if module.__name__ != ROPE and any(map(reads_by_computed_name, computing)):
+            if module.__name__ != ROPE and any(each.by_computed_name for each in computing):
                 return None
-            found = found.union(*map(words_in, [*computing, *describing]))
+            found.update(*(each.words for each in computing))
+            found.update(*(each.methods for each in describing))
             for value in list(vars(module).values()) if text is None else ():
                 found |= words_of(value) if of_module(value, module) else set()
         return frozenset(found)
 
-    def parts(self, module: ModuleType, text: str) -> tuple[list[ast.stmt], list[ast.stmt]]:
-        """The statements of a module that compute, and the methods of the model's config.
+    def parts(self, module: ModuleType, text: str) -> tuple[list[Statement], list[Statement]]:
+        """The statements of a module that compute, and the classes of the model's config.
 
         Other models that happen to share the file are left out.
         """
         named = {cls.__qualname__ for cls in self.configs if cls.__module__ == module.__name__}
-        computing: list[ast.stmt] = []
-        describing: list[ast.stmt] = []
-        for node in parsed(text).body:
-            cls = vars(module).get(node.name) if isinstance(node, ast.ClassDef) else None
-            if isinstance(node, ast.ClassDef) and node.name in named:
-                describing += [each for each in node.body if isinstance(each, ast.FunctionDef)]
-            elif cls in self.classes or not (is_module_class(cls) or has_forward(node)):
-                computing.append(node)
+        computing: list[Statement] = []
+        describing: list[Statement] = []
+        for each in parsed(text).statements:
+            cls = vars(module).get(each.defines) if each.defines else None
+            if each.defines in named:
+                describing.append(each)
+            elif cls in self.classes or not (is_module_class(cls) or each.has_forward):
+                computing.append(each)
         return computing, describing
 
     def reads(self, name: str, *aliases: str) -> bool:
@@ -184,35 +179,23 @@ def near(name: str, importer: str) -> bool:
 
 def imported(module: ModuleType) -> Iterator[str]:
     """The names of the modules from which a module imports, where they are defined."""
-    text = text_of(module)
-    for node in statements(parsed(text).body) if text else ():
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        if isinstance(node, ast.ImportFrom):
-            base = from_where(module, node)
-            for alias in node.names:
-                value = vars(module).get(alias.asname or alias.name)
-                defined = getattr(value, "__module__", None)
-                yield value.__name__ if isinstance(value, ModuleType) else base
-                yield defined if isinstance(defined, str) else base
+    for each in parsed(text_of(module) or "").imports:
+        if each.level is None:
+            yield from each.names
+            continue
+        base = from_where(module, each.level, each.module)
+        for name in each.names:
+            value = vars(module).get(name)
+            defined = getattr(value, "__module__", None)
+            yield value.__name__ if isinstance(value, ModuleType) else base
+            yield defined if isinstance(defined, str) else base
 
 
-def from_where(module: ModuleType, node: ast.ImportFrom) -> str:
+def from_where(module: ModuleType, level: int, name: str) -> str:
     """The absolute name of what `from … import` names."""
     package = (module.__package__ or "").split(".")
-    parts = package[: len(package) + 1 - node.level] if node.level else []
-    return ".".join([*parts, *([node.module] if node.module else [])])
-
-
-def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """What runs when a module is imported, `if TYPE_CHECKING` left out."""
-    for node in body:
-        yield node
-        if isinstance(node, ast.Try):
-            yield from statements([*node.body, *node.orelse])
-            yield from statements([each for handler in node.handlers for each in handler.body])
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.dump(node.test):
-            yield from statements([*node.body, *node.orelse])
+    parts = package[: len(package) + 1 - level] if level else []
+    return ".".join([*parts, *([name] if name else [])])
 
 
 def digest_of_sources(files: Iterable[tuple[str, Path]], names: Iterable[str] = ()) -> str:

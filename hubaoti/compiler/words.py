@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable
-from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -12,13 +11,6 @@ KEEPING = {f"self.padding_idx = {whose}config.pad_token_id" for whose in ("", "s
 UNTRAINED = {"_init_weights", "init_weights", "reset_parameters"}  # weights are replaced
 
 
-@lru_cache(maxsize=64)
-def parsed(text: str) -> ast.Module:
-    """The syntax tree of a source; kept, because models of one kind share files."""
-    return ast.parse(text)
-
-
-@lru_cache(maxsize=4096)
 def words_in(node: ast.AST) -> frozenset[str]:
     """Attributes that are read and strings, except where weights are made."""
     found: set[str] = set()
@@ -66,7 +58,6 @@ def that_compute(node: ast.AST) -> Iterable[ast.AST]:
     return ast.iter_child_nodes(node)
 
 
-@lru_cache(maxsize=4096)
 def reads_by_computed_name(node: ast.AST) -> bool:
     """Whether a config is read as a whole, or by a name that is put together."""
     return any(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from hubaoti.disks import no_room
 from hubaoti.errors import HubaotiError
 from hubaoti.manifest import Manifest
 
+NOTES = 1024  # that are kept, the latest
 PATIENCE = 30.0  # seconds to wait for another process's transaction
 
 FIRST = """
@@ -45,7 +46,15 @@ create table tested (
     primary key (graph, host)
 ) strict;
 """
-STEPS = (FIRST, SECOND)  # from nothing to today's tables; one that was released never changes
+THIRD = """
+create table notes (digest text primary key, data blob not null, at real not null) strict;
+create index notes_by_age on notes (at);
+"""
+STEPS = (
+    FIRST,
+    SECOND,
+    THIRD,
+)  # from nothing to today's tables; one that was released never changes
 VERSION = len(STEPS)
 
 
@@ -243,12 +252,34 @@ class Index:
 
     def tested(self, graph: str, host: str) -> str | None:
         """The problem of a graph on a kind of host, empty where it has none; None if untested."""
-        if self._version() < VERSION:  # of before, and only read
+        if self._version() < STEPS.index(SECOND) + 1:  # of before, and only read
             return None
         query = "select problem from tested where graph = ? and host = ?"
         with self._explained():
             found = self._db.execute(query, (graph, host)).fetchone()
         return None if found is None else str(found[0])
+
+    def note(self, digest: str, data: bytes) -> None:
+        """Keep what can be worked out again, if that can be: this never fails."""
+        if not self.is_writable:
+            return
+        with suppress(HubaotiError), self._writing() as db:
+            values = (digest, data, time.time())
+            db.execute("insert or replace into notes values (?, ?, ?)", values)
+            db.execute(
+                "delete from notes where at < "
+                "(select at from notes order by at desc limit 1 offset ?)",
+                (NOTES - 1,),
+            )
+
+    def noted(self, digest: str) -> bytes | None:
+        """What was kept under a digest; None where nothing was, or it was forgotten."""
+        if self._version() < STEPS.index(THIRD) + 1:  # of before, and only read
+            return None
+        with self._explained():
+            found = self._db.execute("select data from notes where digest = ?", (digest,))
+            row = found.fetchone()
+        return None if row is None else bytes(row[0])
 
     def _rows(self, where: str, *values: str) -> list[Row]:
         columns = "digest, key, recipe, variant, size, added, endpoint, repo, revision, path"

@@ -57,10 +57,12 @@ class Inside(OfModule):
         self._make: Make = make
         self.constants = constants
         self.shipped = shipped
-        self._parts = {n: part for n, part in parts_of(module).items() if part is not module}
+        parts = parts_of(module)
+        self._parts = {name: part for name, part in parts.items() if part is not module}
         self._types = self._types_now()
+        self._read = {name for constant in constants for name in names_of(constant)}
         self._found: dict[str, Found] = {}
-        self.more = self._unread()
+        self.more = self._unread(parts)
 
     def _types_now(self) -> dict[str, type]:
         """The classes of all parts."""
@@ -71,15 +73,11 @@ class Inside(OfModule):
         self.forget()
         self._make = make
         quantize_in_place(self.module, self.constants)
-        self._types, self.more = self._types_now(), self._unread()
+        self._types, self.more = self._types_now(), self._unread(parts_of(self.module))
 
-    def _unread(self) -> frozenset[str]:
+    def _unread(self, parts: Mapping[str, nn.Module]) -> frozenset[str]:
         """The tensors that no graph reads, as a bias that the program has not."""
-        tensors = (*self.module.named_parameters(), *self.module.named_buffers())
-        read = {constant.fqn for constant in self.constants}
-        read |= {constant.origin.module or "" for constant in self.constants}
-        read |= {place_of(constant) or "" for constant in self.constants}
-        return frozenset(name for name, _ in tensors) - read
+        return frozenset(tensor_names(parts)) - self._read
 
     def look(self, device: torch.device) -> tuple[dict[str, torch.Tensor], Watch]:
         """The constants by fqn as they are now, and what tells when that is so no more.
@@ -88,8 +86,9 @@ class Inside(OfModule):
             Unserved: the module is not what it was, or a tensor does not fit.
         """
         self._require_quiet()
-        adapters = self._merged_adapters()
-        self._require_no_more(bool(adapters))
+        parts = parts_of(self.module)
+        adapters = self._merged_adapters(parts)
+        self._require_no_more(parts, bool(adapters))
         found: dict[str, Found] = {}
         problems = [*self._problems(found, device)]
         if problems:
@@ -192,22 +191,22 @@ class Inside(OfModule):
             raise Unserved("changed", "the module is gone")
         require_quiet(self.module)
 
-    def _require_no_more(self, adapted: bool) -> None:
+    def _require_no_more(self, parts: Mapping[str, nn.Module], adapted: bool) -> None:
         """Refuse parts of another class, and tensors that were not there; adapters bring some."""
         for name, part in self._parts.items():
             if type(part) is not self._types[name]:
                 raise Unserved("changed", f"{name} is a {type(part).__name__} now")
-        new = self._unread() - self.more
+        new = self._unread(parts) - self.more
         if new and not adapted:
             raise Unserved("changed", f"{', '.join(sorted(new))} is new")
 
-    def _merged_adapters(self) -> list[Any]:
+    def _merged_adapters(self, now: Mapping[str, nn.Module]) -> list[Any]:
         """The adapters that stand in the place of parts and are merged into them.
 
         Raises:
             Unserved: a part was replaced by anything else, or is new.
         """
-        now, adapters = parts_of(self.module), {}
+        adapters = {}
         for name, part in self._parts.items():
             current = now.get(name)
             if current is part:
@@ -231,6 +230,22 @@ def constants_of(entries: Sequence[Entry]) -> list[Constant]:
 def parts_of(module: nn.Module) -> dict[str, nn.Module]:
     """A module and all within it, by every name that they have."""
     return dict(module.named_modules(remove_duplicate=False))
+
+
+def tensor_names(parts: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The names of all tensors in parts by their paths; of one with several, the first."""
+    seen = set()
+    for path, part in parts.items():
+        for kind in ("_parameters", "_buffers"):
+            for name, tensor in vars(part)[kind].items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield f"{path}.{name}" if path else name
+
+
+def names_of(constant: Constant) -> tuple[str, str, str]:
+    """Where a module may have a constant, or what it is made of."""
+    return constant.fqn, constant.origin.module or "", place_of(constant) or ""
 
 
 def require_quiet(module: nn.Module, own: tuple[type, ...] = ()) -> None:

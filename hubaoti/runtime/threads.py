@@ -53,12 +53,9 @@ def openmp() -> ctypes.PyDLL | None:
     chooses its own.
     """
     library = ctypes.PyDLL(None)
-    try:
-        library.omp_set_num_threads.argtypes = [ctypes.c_int]
-        library.omp_set_num_threads.restype = None
-        library.omp_get_max_threads.argtypes = []
-    except (AttributeError, OSError):
+    if not hasattr(library, "omp_set_num_threads") or not hasattr(library, "omp_get_max_threads"):
         return None
+    library.omp_set_num_threads.restype = None
     return library
 
 
