@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from operator import getitem, is_
 from typing import Any
 
@@ -56,15 +55,15 @@ class Watch:
             vars(part)[kind] for part in parts for kind in ("_parameters", "_buffers", "_modules")
         ]
         held = [(store, name, each) for store in stores for name, each in store.items()]
+        held += [(vars(part), "training", False) for part in parts]
         self._stores = [store for store, _, _ in held]
         self._names = [name for _, name, _ in held]
         self._things = [each for _, _, each in held]
-        self._children = stores[2::3]
-        self._counts = [*map(len, self._children)]
         self._inner = parts[1:]
         self._types = [*map(type, self._inner)]
-        self._states = [vars(part) for part in self._inner]
-        self._sizes = [*map(len, self._states)]
+        # What somebody adds: a part to one, or a `forward` of its own to one within.
+        self._growing = [*stores[2::3], *map(vars, self._inner)]
+        self._sizes = [*map(len, self._growing)]
         self._hooks = [getattr(torch_module, name) for name in GLOBAL_HOOKS]
         self._hooks += [part._forward_hooks for part in self._inner]
         self._hooks += [part._forward_pre_hooks for part in self._inner]
@@ -74,17 +73,13 @@ class Watch:
 
     def is_same(self) -> bool:
         """Whether nothing of it was replaced, hooked, or set to train."""
-        module = self._module()
         try:
             return (
-                module is not None
-                and not module.training
+                self._module() is not None
                 and not any(self._hooks)
                 and all(map(is_, map(getitem, self._stores, self._names), self._things))
-                and [*map(len, self._states)] == self._sizes
-                and [*map(len, self._children)] == self._counts
+                and [*map(len, self._growing)] == self._sizes
                 and [*map(type, self._inner)] == self._types
-                and True not in map(getitem, self._states, repeat("training"))
                 and (not self._adapters or all(map(is_merged, self._adapters)))
                 and (not self._made or all(each.is_fresh for each in self._made))
             )
