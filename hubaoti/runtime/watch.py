@@ -47,15 +47,15 @@ class Watch:
     """
 
     def __init__(self, module: nn.Module, found: Sequence[Found], adapters: Sequence[Any]) -> None:
-        # The module holds its region, which holds this: a way back would keep a model that nobody
-        # has any more, until the garbage collector comes.
+        # The module holds its region, which holds this: a way back, or to its own dictionary, would
+        # keep a model that nobody has any more, until the garbage collector comes.
         self._module = weakref.ref(module)
         parts = [*module.modules()]
         stores = [
             vars(part)[kind] for part in parts for kind in ("_parameters", "_buffers", "_modules")
         ]
         held = [(store, name, each) for store in stores for name, each in store.items()]
-        held += [(vars(part), "training", False) for part in parts]
+        held += [(vars(part), "training", False) for part in parts[1:]]
         self._stores = [store for store, _, _ in held]
         self._names = [name for _, name, _ in held]
         self._things = [each for _, _, each in held]
@@ -73,9 +73,11 @@ class Watch:
 
     def is_same(self) -> bool:
         """Whether nothing of it was replaced, hooked, or set to train."""
+        module = self._module()
         try:
             return (
-                self._module() is not None
+                module is not None
+                and not module.training
                 and not any(self._hooks)
                 and all(map(is_, map(getitem, self._stores, self._names), self._things))
                 and [*map(len, self._growing)] == self._sizes
