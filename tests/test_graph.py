@@ -24,7 +24,7 @@ from hubaoti.manifest import Cache, Input, Outputs
 from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.checks import fit
 from hubaoti.runtime.graph import Graph, device_for, open_graph, refusal
-from hubaoti.runtime.runners import native_runner, public_runner
+from hubaoti.runtime.runners import OnDevice, native_runner, public_runner
 from hubaoti.runtime.weights import Checkpoint, constants
 
 CPU = torch.device("cpu")
@@ -140,6 +140,43 @@ def test_a_torch_without_the_private_module_takes_the_public_way(
         (library,) = roberta_unpacked.rglob("*.wrapper.so")
         assert native_runner(roberta_unpacked, library, CPU) == "the public one"  # type: ignore[comparison-overlap]
     assert public_runner is not None
+
+
+@pytest.mark.parametrize(("current", "switched"), [(1, []), (0, [1, 0])])
+def test_a_gpu_s_runner_is_called_with_its_gpu_as_the_current_one(
+    current: int, switched: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: the runner stands for torch's, which asks for the current device's stream."""
+    now, moves = [current], []
+
+    class Device:
+        def __init__(self, index: int) -> None:
+            self.index, self.before = index, now[0]
+
+        def __enter__(self) -> None:
+            moves.append(self.index)
+            now[0] = self.index
+
+        def __exit__(self, *_: object) -> None:
+            moves.append(self.before)
+            now[0] = self.before
+
+    class Native:
+        def run(self, inputs: list[int]) -> list[int]:
+            if now != [1]:
+                raise RuntimeError("another device's stream")
+            return inputs
+
+        def get_call_spec(self) -> list[str]:
+            return ["of the runner within"]
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    runner: Any = OnDevice(Native(), torch.device("cuda", 1))  # type: ignore[arg-type]
+    assert runner.run([3]) == [3]
+    assert (now, moves) == ([current], switched)
+    assert runner.get_call_spec() == ["of the runner within"]
+    assert not hasattr(runner, "get_constant_names_to_dtypes")
 
 
 def test_a_graph_without_constants_is_not_called(roberta_unpacked: Path, entry: Entry) -> None:

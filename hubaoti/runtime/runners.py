@@ -39,7 +39,8 @@ def native_runner(folder: Path, library: Path, device: torch.device) -> Runner:
     if device.type == "cpu" and hasattr(_aoti, "AOTIModelContainerRunnerCpu"):
         return _aoti.AOTIModelContainerRunnerCpu(str(library), 1)
     if device.type == "cuda" and hasattr(_aoti, "AOTIModelContainerRunnerCuda"):
-        return _aoti.AOTIModelContainerRunnerCuda(str(library), 1, str(device), str(library.parent))
+        place = str(library), 1, str(device), str(library.parent)
+        return OnDevice(_aoti.AOTIModelContainerRunnerCuda(*place), device)
     return public_runner(folder, device)
 
 
@@ -52,7 +53,30 @@ def public_runner(folder: Path, device: torch.device) -> Runner:
         pack(folder, package)
         index = -1 if device.index is None else device.index
         loaded = aoti_load_package(str(package), run_single_threaded=False, device_index=index)
-    return PublicRunner(loaded)
+    runner = PublicRunner(loaded)
+    return OnDevice(runner, device) if device.type == "cuda" else runner
+
+
+class OnDevice:
+    """A runner of a GPU that is called with that GPU as the current one.
+
+    Torch's asks for the stream of whichever device is current, not of its own (run_impl in
+    torch/csrc/inductor/aoti_runner/model_container_runner_cuda.cpp): where another is, it would
+    not wait for what computes its inputs.
+    """
+
+    def __init__(self, runner: Runner, device: torch.device) -> None:
+        self._runner = runner
+        self._index = device.index or 0
+
+    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        if torch.cuda.current_device() == self._index:
+            return self._runner.run(inputs)
+        with torch.cuda.device(self._index):
+            return self._runner.run(inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
 
 
 class PublicRunner:
