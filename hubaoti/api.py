@@ -264,7 +264,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
         Quarantined: a graph crashed or differed when it was first opened, in its own process.
     """
     settings = settings or Settings.from_env()
-    from hubaoti.compiler.parsed import noted
+    from hubaoti.compiler.parsed import lending
     from hubaoti.compiler.program import is_program_of
     from hubaoti.runtime import attach as runtime
 
@@ -273,7 +273,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
     found = artifact_of(artifact, trust, settings, say)
     manifest = found.manifest
     with Mirror.open(settings.mirror) as mirror:
-        with noted(mirror.index):
+        with lending(mirror.index):
             known = is_program_of(module, manifest.program, manifest.is_whole)
         say("open")
         require_sound(found, mirror, runtime.device_of(module, manifest.target.device), say)

@@ -179,6 +179,16 @@ def test_a_gpu_s_runner_is_called_with_its_gpu_as_the_current_one(
     assert not hasattr(runner, "get_constant_names_to_dtypes")
 
 
+def test_a_gpu_s_container_is_such_a_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._C import _aoti
+
+    made = lambda *given: given  # noqa: E731
+    monkeypatch.setattr(_aoti, "AOTIModelContainerRunnerCuda", made, raising=False)
+    runner: Any = native_runner(Path("folder"), Path("folder/x.so"), torch.device("cuda", 1))
+    assert isinstance(runner, OnDevice)
+    assert runner._runner == ("folder/x.so", 1, "cuda:1", "folder")
+
+
 def test_a_graph_without_constants_is_not_called(roberta_unpacked: Path, entry: Entry) -> None:
     with pytest.raises(BadInput, match="no constants yet") as caught:
         open_graph(roberta_unpacked, entry, CPU)(*inputs())
@@ -513,4 +523,4 @@ def test_a_graph_that_was_released_stays_shut_however_often(
     for _ in range(2):
         graph.release()
         with pytest.raises(BadInput, match="no constants yet"):
-            graph.run([torch.zeros(1, 2, dtype=torch.int64)] * 2)
+            graph.run([torch.zeros(1, 2, dtype=torch.int64)] * 2, small=True)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 from transformers.models.bert import modeling_bert
 from transformers.models.llama import modeling_llama
 
-from hubaoti.compiler.modelcode import text_of
-from hubaoti.compiler.parsed import Import, noted, parsed, read
+import hubaoti
+from hubaoti.bundle import Bundle
+from hubaoti.compiler.modelcode import code_of_types, text_of
+from hubaoti.compiler.parsed import Import, lending, parsed, read
 from hubaoti.errors import HubaotiError
-from hubaoti.mirror.index import NOTES, Index
+from hubaoti.mirror.index import KEPT, STEPS, Index
+from hubaoti.settings import Settings
 
 TEXT = """
 import os, json as other
@@ -44,8 +49,8 @@ class Kept(dict[str, bytes]):
     def noted(self, digest: str) -> bytes | None:
         return self.get(digest)
 
-    def note(self, digest: str, data: bytes) -> None:
-        self[digest] = data
+    def note(self, found: Mapping[str, bytes]) -> None:
+        self.update(found)
 
 
 @pytest.fixture(autouse=True)
@@ -82,10 +87,11 @@ def test_what_was_kept_is_what_parsing_says(
     module: object, index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = text_of(module) or ""  # type: ignore[arg-type]
-    with noted(index):
+    with lending(index):
         first = parsed(text)
-        parsed.cache_clear()
-        monkeypatch.setattr(ast, "parse", None)
+    parsed.cache_clear()
+    monkeypatch.setattr("hubaoti.compiler.parsed.read", None)
+    with lending(index):
         assert parsed(text) == first
     parsed.cache_clear()
     monkeypatch.undo()
@@ -94,7 +100,7 @@ def test_what_was_kept_is_what_parsing_says(
 
 def test_another_text_is_parsed() -> None:
     kept = Kept()
-    with noted(kept):
+    with lending(kept):
         assert parsed("a.b").statements[0].words == {"b"}
         assert parsed("a.c").statements[0].words == {"c"}
     assert len(kept) == 2
@@ -107,37 +113,48 @@ def test_other_rules_for_reading_make_what_was_kept_useless(
     for rules in ("these", "those"):
         parsed.cache_clear()
         monkeypatch.setattr("hubaoti.compiler.parsed.digest_of_rules", lambda rules=rules: rules)
-        with noted(kept):
+        with lending(kept):
             parsed("a.b")
     assert len(kept) == 2
 
 
-@pytest.mark.parametrize("junk", [b"", b"{}", b'[[],[["a"]]]', b"\xff", b"[[],[]] and more"])
+JUNK = [b"", b"{}", b'[[],[["a"]]]', b"\xff", b"[[],[]] and more"]
+
+
+@pytest.mark.parametrize("junk", [*JUNK, b'[[],[["\xff",false,[],false,[]]]]'])
 def test_what_cannot_be_read_is_worked_out_and_kept_again(junk: bytes) -> None:
     kept = Kept()
-    with noted(kept):
+    with lending(kept):
         parsed("a.b")
-        (digest,) = kept
-        good, kept[digest] = kept[digest], junk
-        parsed.cache_clear()
+    (digest,) = kept
+    good, kept[digest] = kept[digest], junk
+    parsed.cache_clear()
+    with lending(kept):
         assert parsed("a.b").statements[0].words == {"b"}
     assert kept == {digest: good}
 
 
+def test_half_a_character_is_read_and_not_kept() -> None:
+    kept = Kept()
+    with lending(kept):
+        assert parsed(r'a.b = "\ud800"').statements[0].words == {"\ud800"}
+    assert not kept
+
+
 def test_the_oldest_notes_are_forgotten(index: Index) -> None:
-    for at in range(NOTES + 3):
-        index.note(f"{at}", b"%d" % at)
+    for at in range(KEPT + 3):
+        index.note({f"{at}": b"%d" % at})
     assert index.noted("2") is None
-    assert [index.noted(f"{at}") for at in (3, NOTES + 2)] == [b"3", b"%d" % (NOTES + 2)]
+    assert [index.noted(f"{at}") for at in (3, KEPT + 2)] == [b"3", b"%d" % (KEPT + 2)]
 
 
 def test_an_index_that_is_only_read_keeps_nothing_and_does_not_mind(tmp_path: Path) -> None:
     path = tmp_path / "index.sqlite3"
     made = Index(path)
-    made.note("a", b"kept")
+    made.note({"a": b"kept"})
     made.close()
     readable = Index(path, is_writable=False)
-    readable.note("b", b"lost")
+    readable.note({"b": b"lost"})
     assert (readable.noted("a"), readable.noted("b")) == (b"kept", None)
     readable.close()
 
@@ -149,5 +166,56 @@ def test_where_nothing_can_be_written_nothing_fails(
         raise HubaotiError("the disk is full")
 
     monkeypatch.setattr(index, "require_writable", full)
-    index.note("a", b"lost")
+    index.note({"a": b"lost"})
     assert index.noted("a") is None
+
+
+def test_a_writer_that_takes_its_time_is_not_waited_for(index: Index, tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / "index.sqlite3", isolation_level=None)
+    other.execute("begin immediate")
+    start = time.perf_counter()
+    index.note({"a": b"lost"})
+    assert time.perf_counter() - start < 5
+    other.execute("rollback")
+    other.close()
+    assert index.noted("a") is None
+    index.note({"a": b"kept"})
+    assert index.noted("a") == b"kept"
+
+
+def test_a_table_that_is_damaged_knows_nothing(index: Index, tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / "index.sqlite3", isolation_level=None)
+    other.execute("drop table notes")
+    other.close()
+    index.note({"a": b"lost"})
+    assert index.noted("a") is None
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_an_index_of_before_is_read_as_it_is(steps: int, tmp_path: Path) -> None:
+    path = tmp_path / "index.sqlite3"
+    old = sqlite3.connect(path, isolation_level=None)
+    for step in STEPS[:steps]:
+        old.executescript(step)
+    old.execute(f"pragma user_version = {steps}")
+    old.close()
+    readable = Index(path, is_writable=False)
+    assert (readable.noted("a"), readable.tested("a", "host"), readable.rows()) == (None, None, [])
+    readable.close()
+    made = Index(path)
+    made.note({"a": b"kept"})
+    assert made.noted("a") == b"kept"
+    made.close()
+
+
+def test_attach_looks_there(
+    decoder_bundle: Bundle, tiny_decoder: Path, built_at: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_decoder).eval()
+    for again in (False, True):
+        code_of_types.cache_clear()
+        parsed.cache_clear()
+        if again:
+            monkeypatch.setattr("hubaoti.compiler.parsed.read", None)
+        with hubaoti.attach(model, decoder_bundle, settings=built_at) as attachment:
+            assert attachment.stats()["compiled"] == 0

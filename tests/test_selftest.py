@@ -182,7 +182,7 @@ def test_an_index_of_before_learns_to_remember(artifact: Artifact, settings: Set
     with Mirror.open(settings.mirror) as mirror:
         mirror.close()
     db = sqlite3.connect(index)
-    db.execute("drop table tested")
+    db.executescript("drop table tested; drop table notes")
     db.execute("pragma user_version = 1")
     db.commit()
     db.close()

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, StaticCache
 
+import hubaoti
 from hubaoti.bundle import Bundle
 from hubaoti.package import unpack_all
 from hubaoti.runtime import golden
 from hubaoti.runtime.checks import Checks
-from hubaoti.runtime.threads import OPENMP, SMALL, in_one, is_small, rows
+from hubaoti.runtime.threads import OPENMP, SMALL, Constants, in_one
+from hubaoti.settings import Settings
 
 CPU = torch.device("cpu")
 needs_openmp = pytest.mark.skipif(OPENMP is None, reason="this torch has no OpenMP")
@@ -42,6 +47,23 @@ for rows, seq in ((1, 2), (4, 40)):
     OPENMP.omp_set_num_threads(1)
     found.append(count())
 print(*found)
+"""
+# What a thread has within such a call, and what torch has there afterwards.
+NEW_THREAD = """
+import sys, threading, torch
+from hubaoti.runtime.threads import OPENMP, in_one
+torch.set_num_threads(int(sys.argv[1]))
+
+def call(query):
+    torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    return OPENMP.omp_get_max_threads()
+
+def work():
+    print(in_one(call, torch.zeros(1, 2, 8, 16)), torch.get_num_threads())
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
 """
 
 
@@ -85,28 +107,89 @@ def test_the_caller_s_threads_are_as_they_were(fails: bool) -> None:
         OPENMP.omp_set_num_threads(before)
 
 
+@needs_openmp
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_new_thread_has_torch_s_number_after_its_first_call(threads: int) -> None:
+    """Torch sets it when the thread first computes, which may be within the call."""
+    asked = [sys.executable, "-c", NEW_THREAD, str(threads)]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    within, after = map(int, done.stdout.split())
+    assert (within, after) == (1, threads)
+
+
+BLOCK = [(64, 64), (32, 64), (172, 64), (64, 172), (64,), ()]
+KERNEL = (64, 1, 1024)
+
+
 @pytest.mark.parametrize(
-    ("tensor", "expected"),
+    ("tensor", "shapes", "expected"),
     [
-        (torch.zeros(2, 3, 8), 6),
-        (torch.zeros(2, 3, dtype=torch.int64), 6),  # ids, each of which becomes a vector
-        (torch.zeros(2, 1, 3, 3, dtype=torch.bool), 6),
-        (torch.zeros(()), 1),
-        (torch.zeros(3, 0), 0),
+        (torch.zeros(2, 3, 64), BLOCK, 6),
+        (torch.zeros(2, 3, dtype=torch.int64), BLOCK, 6),  # ids, each of which becomes a vector
+        (torch.zeros(1, 3, 32), BLOCK, 3),  # not what all matrices have: the narrowest of them
+        (torch.zeros(2, 1, 3, 3, dtype=torch.bool), BLOCK, 1),
+        (torch.zeros(()), BLOCK, 1),
+        (torch.zeros(3, 0), BLOCK, 0),
+        (torch.zeros(2, 3, 64), [*BLOCK, (7, 9)], 55),  # one that mixes another axis
+        (torch.zeros(2, 3, 64), [*BLOCK, KERNEL], 384),  # which meets every number
+        (torch.zeros(2, 3, 64), [(64,)], 384),
+        (torch.zeros(2, 3, 64), [], 384),
+        (torch.zeros(2, 3, 64), [(0, 64)], 6),
     ],
 )
-def test_rows(tensor: torch.Tensor, expected: int) -> None:
-    assert rows(tensor) == expected
+def test_rows(tensor: torch.Tensor, shapes: list[tuple[int, ...]], expected: int) -> None:
+    assert Constants.of(shapes).rows(tensor) == expected
 
 
 def test_a_call_is_small_by_rows_and_by_what_each_of_them_meets() -> None:
     hidden = torch.zeros(1, 2, 64)
-    constants = SMALL // 2 - hidden.numel()
-    assert is_small(constants, [hidden], [hidden])
-    assert not is_small(constants + 1, [hidden], [hidden])
+    most = SMALL // 2 - hidden.numel() * 64 // 2
+    assert Constants(most, frozenset({64}), 1).is_small([hidden], [hidden])
+    assert not Constants(most + 1, frozenset({64}), 1).is_small([hidden], [hidden])
+    block = Constants.of(BLOCK)
     cache = torch.zeros(1, 4, 256, 32)  # which a token looks through, and is no row
-    assert is_small(1000, [hidden, cache, cache], [hidden])
-    assert not is_small(1000, [hidden, cache, cache], [hidden, cache])
+    assert block.is_small([hidden, cache, cache], [hidden])
+    longer = torch.zeros(1, 4, 16384, 32)
+    assert not block.is_small([hidden, longer, longer], [hidden])
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (torch.nn.Conv1d(1, 64, 1024), (1, 1, 64000)),
+        (torch.nn.Conv1d(2, 64, 400), (1, 2, 16000)),
+        (torch.nn.Conv2d(3, 8, 3), (1, 3, 224, 224)),
+        (torch.nn.Linear(1, 64), (1, 100_000, 1)),
+        (torch.nn.Identity(), (1, 4096)),  # whatever it does with itself
+    ],
+)
+def test_what_takes_long_is_not_small(module: torch.nn.Module, shape: tuple[int, ...]) -> None:
+    constants = Constants.of(tuple(each.shape) for each in module.parameters())
+    given = [torch.zeros(shape)]
+    assert not constants.is_small(given, given)
+
+
+def test_a_region_s_small_calls_are_made_in_one_thread(
+    decoder_bundle: Bundle,
+    tiny_decoder: Path,
+    built_at: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also: whether one is small is not decided by how much of a cache was filled at first."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_decoder).eval()
+    alone: list[int] = []
+
+    def counted(run: Callable[[Any], Any], inputs: Any) -> Any:
+        alone.append(inputs[0].shape[0] * inputs[0].shape[1])
+        return in_one(run, inputs)
+
+    monkeypatch.setattr("hubaoti.runtime.graph.in_one", counted)
+    with torch.no_grad(), hubaoti.attach(model, decoder_bundle, strict=True, settings=built_at):
+        for rows, seq in ((1, 2), (4, 40)):
+            cache = StaticCache(config=model.config, max_cache_len=64)
+            model(torch.ones(rows, seq, dtype=torch.int64), past_key_values=cache)
+    assert alone == [2, 2]
 
 
 def test_what_stays_on_a_gpu_is_not_small(decoder_bundle: Bundle) -> None:

@@ -52,6 +52,7 @@ def test_keeping_the_padding_id_is_not_computing_with_it() -> None:
         "self.config.__dict__",
         "Layer(**config)",
         "Layer(1, **self.layer_config)",
+        "getattr(*config)",
     ],
 )
 def test_a_config_that_is_read_by_a_computed_name_is_noticed(text: str) -> None:

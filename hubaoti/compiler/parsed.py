@@ -1,7 +1,7 @@
 """What a source imports, and what its statements read: known by its text, and parsed once.
 
 To parse the files of a model takes ten times as long as to attach its graphs. So whoever has a
-place for `notes` lends it for a block; without one everything is worked out anew in each process.
+place for notes lends it for a block; without one everything is worked out anew in each process.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import ast
 import hashlib
 import inspect
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache, lru_cache
 from typing import Protocol
@@ -23,13 +23,13 @@ from hubaoti.compiler.words import has_forward, reads_by_computed_name, words_in
 
 
 class Notes(Protocol):
-    """A place where small texts are kept by a digest, and may be forgotten."""
+    """A place where small texts are kept by a digest, and may be forgotten; it never fails."""
 
     def noted(self, digest: str) -> bytes | None:
         """What was kept."""
 
-    def note(self, digest: str, data: bytes) -> None:
-        """Keep it, if that can be."""
+    def note(self, found: Mapping[str, bytes]) -> None:
+        """Keep them, if that can be."""
 
 
 class Import(msgspec.Struct, frozen=True, array_like=True):
@@ -58,31 +58,37 @@ class Parsed(msgspec.Struct, frozen=True, array_like=True):
 
 
 DECODER = msgspec.json.Decoder(Parsed)
-NOTES: ContextVar[Notes | None] = ContextVar("notes", default=None)
+# Whoever lends them in this context, and what is to be kept there at its end.
+LENT: ContextVar[tuple[Notes, dict[str, bytes]] | None] = ContextVar("lent", default=None)
 
 
 @contextmanager
-def noted(notes: Notes) -> Iterator[None]:
+def lending(notes: Notes) -> Iterator[None]:
     """Look there first in the block, and keep there what had to be worked out."""
-    before = NOTES.set(notes)
+    new: dict[str, bytes] = {}
+    before = LENT.set((notes, new))
     try:
         yield
     finally:
-        NOTES.reset(before)
+        LENT.reset(before)
+        if new:
+            notes.note(new)
 
 
 @lru_cache(maxsize=128)
 def parsed(text: str) -> Parsed:
     """What a text imports and reads; kept, because models of one kind share files."""
-    notes = NOTES.get()
-    if notes is None or not (rules := digest_of_rules()):
+    lent = LENT.get()
+    if lent is None or not (rules := digest_of_rules()):
         return read(text)
+    notes, new = lent
     digest = hashlib.sha256(f"{rules}\0{text}".encode()).hexdigest()
     try:
         return DECODER.decode(notes.noted(digest) or b"")
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeError):
         found = read(text)
-        notes.note(digest, msgspec.json.encode(found))
+        with suppress(UnicodeError):  # half of a character, which no JSON has
+            new[digest] = msgspec.json.encode(found)
         return found
 
 

@@ -75,7 +75,8 @@ def by_computed_name(call: ast.Call) -> bool:
     name = call.func.id if isinstance(call.func, ast.Name) else ""
     if name not in {"getattr", "hasattr", "vars"} or not call.args or not of_config(call.args[0]):
         return False
-    return name == "vars" or not isinstance(call.args[1], ast.Constant)
+    named = len(call.args) > 1 and isinstance(call.args[1], ast.Constant)
+    return name == "vars" or not named
 
 
 def of_config(node: ast.expr) -> bool:

@@ -1,14 +1,15 @@
 """The mirror's index: which artifacts are here, where they came from, which pull gave which.
 
-It is SQLite, and it never promises what the disk lacks: a row is written after its files, and
-removed before them.
+Also what is known of graphs and of sources, so that it is found out once on this host. It is
+SQLite, and it never promises what the disk lacks: a row is written after its files, and removed
+before them.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from hubaoti.disks import no_room
 from hubaoti.errors import HubaotiError
 from hubaoti.manifest import Manifest
 
-NOTES = 1024  # that are kept, the latest
+KEPT = 1024  # notes, the latest
 PATIENCE = 30.0  # seconds to wait for another process's transaction
 
 FIRST = """
@@ -50,11 +51,8 @@ THIRD = """
 create table notes (digest text primary key, data blob not null, at real not null) strict;
 create index notes_by_age on notes (at);
 """
-STEPS = (
-    FIRST,
-    SECOND,
-    THIRD,
-)  # from nothing to today's tables; one that was released never changes
+# From nothing to today's tables; one that was released never changes.
+STEPS = (FIRST, SECOND, THIRD)
 VERSION = len(STEPS)
 
 
@@ -252,34 +250,39 @@ class Index:
 
     def tested(self, graph: str, host: str) -> str | None:
         """The problem of a graph on a kind of host, empty where it has none; None if untested."""
-        if self._version() < STEPS.index(SECOND) + 1:  # of before, and only read
+        if self._version() <= STEPS.index(SECOND):  # of before, and only read
             return None
         query = "select problem from tested where graph = ? and host = ?"
         with self._explained():
             found = self._db.execute(query, (graph, host)).fetchone()
         return None if found is None else str(found[0])
 
-    def note(self, digest: str, data: bytes) -> None:
-        """Keep what can be worked out again, if that can be: this never fails."""
+    def note(self, found: Mapping[str, bytes]) -> None:
+        """Keep by digest what can be worked out again, if that can be at once: this never fails."""
         if not self.is_writable:
             return
-        with suppress(HubaotiError), self._writing() as db:
-            values = (digest, data, time.time())
-            db.execute("insert or replace into notes values (?, ?, ?)", values)
-            db.execute(
-                "delete from notes where at < "
-                "(select at from notes order by at desc limit 1 offset ?)",
-                (NOTES - 1,),
-            )
+        with suppress(HubaotiError, sqlite3.DatabaseError):
+            self._db.execute("pragma busy_timeout = 0")
+            try:
+                with self._writing() as db:
+                    rows = [(digest, data, time.time()) for digest, data in found.items()]
+                    db.executemany("insert or replace into notes values (?, ?, ?)", rows)
+                    db.execute(
+                        "delete from notes where at < "
+                        "(select at from notes order by at desc limit 1 offset ?)",
+                        (KEPT - 1,),
+                    )
+            finally:
+                self._db.execute(f"pragma busy_timeout = {PATIENCE * 1000:.0f}")
 
     def noted(self, digest: str) -> bytes | None:
-        """What was kept under a digest; None where nothing was, or it was forgotten."""
-        if self._version() < STEPS.index(THIRD) + 1:  # of before, and only read
-            return None
-        with self._explained():
-            found = self._db.execute("select data from notes where digest = ?", (digest,))
-            row = found.fetchone()
-        return None if row is None else bytes(row[0])
+        """What was kept under a digest; None where nothing was, it was forgotten, or is damaged."""
+        with suppress(HubaotiError), self._explained():
+            if self._version() > STEPS.index(THIRD):  # else of before, and only read
+                query = "select data from notes where digest = ?"
+                row = self._db.execute(query, (digest,)).fetchone()
+                return None if row is None else bytes(row[0])
+        return None
 
     def _rows(self, where: str, *values: str) -> list[Row]:
         columns = "digest, key, recipe, variant, size, added, endpoint, repo, revision, path"

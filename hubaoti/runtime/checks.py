@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import prod
 from operator import or_
 
 import torch
@@ -20,7 +19,7 @@ from hubaoti.extents import Extent
 from hubaoti.manifest import Cache, Constant, Input
 from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.alike import Alike
-from hubaoti.runtime.threads import is_small
+from hubaoti.runtime.threads import Constants
 
 # A CUDA graph clones an input whose address is not a multiple of this, and loses writes to it
 # (torch._inductor.utils.ALIGNMENT).
@@ -84,15 +83,14 @@ class Checks:
         self._odd = largest - 1  # the bits of an address that none may have
         self._seen: Alike[tuple[tuple[int, ...], bool]] = Alike()
         cache = entry.cache
-        # What every row of a call meets, and what has no rows of its own.
-        self._constants = sum(prod(constant.shape) for constant in entry.constants)
+        self._constants = Constants.of(constant.shape for constant in entry.constants)
         self._stored = () if cache is None else (cache.keys, cache.values)
         self._places = cache if on_cpu and cache and cache.position is not None else None
 
     def is_small(self, inputs: Sequence[torch.Tensor]) -> bool:
         """Whether one thread of a CPU is the fastest for inputs that fit."""
         new = [tensor for at, tensor in enumerate(inputs) if at not in self._stored]
-        return self.device.type == "cpu" and is_small(self._constants, inputs, new)
+        return self.device.type == "cpu" and self._constants.is_small(inputs, new)
 
     def fitting(self, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], bool]:
         """The inputs as the graph may have them, and whether they are a small call.

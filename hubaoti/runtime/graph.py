@@ -164,7 +164,7 @@ class Graph:
             raise self._unbound()
         return self.run(*self.checks.fitting(inputs))
 
-    def run(self, inputs: list[torch.Tensor], small: bool = False) -> list[torch.Tensor]:
+    def run(self, inputs: list[torch.Tensor], small: bool) -> list[torch.Tensor]:
         """Run it on inputs that were checked, with constants that are bound; `small` in one thread.
 
         Raises:

@@ -233,13 +233,13 @@ def parts_of(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def tensor_names(parts: Mapping[str, nn.Module]) -> Iterator[str]:
-    """The names of all tensors in parts by their paths; of one with several, the first."""
+    """The names of parameters and of buffers in parts by their paths, each tensor's first one."""
     seen = set()
     for path, part in parts.items():
         for kind in ("_parameters", "_buffers"):
             for name, tensor in vars(part)[kind].items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
+                if tensor is not None and (kind, id(tensor)) not in seen:
+                    seen.add((kind, id(tensor)))
                     yield f"{path}.{name}" if path else name
 
 

@@ -6,6 +6,7 @@ import copy
 import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -196,7 +197,8 @@ class Region:
         inputs = ways.follow(way, inputs, held, self.path)
         graph = graphs[way.graph]
         if self._trials.wants(graph.entry.id):
-            return self._trials.hold(graph, inputs, lambda: self.eager(*args, **kwargs))
+            eager = partial(self.eager, *args, **kwargs)
+            return self._trials.hold(graph, inputs, way.small, eager)
         return self._run(way, graph, inputs, held)
 
     def _run(self, way: Way, graph: Graph, inputs: list[torch.Tensor], held: Held | None) -> Any:

@@ -8,7 +8,9 @@ not by its time: the same call is always computed in the same order.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -18,29 +20,54 @@ import torch
 SMALL = 1 << 20
 
 
-def is_small(constants: int, inputs: Sequence[torch.Tensor], new: Sequence[torch.Tensor]) -> bool:
-    """Whether a call has so little to compute that one thread is the fastest.
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """What a graph multiplies its inputs by: how many numbers, and how wide a row of an input is.
 
-    At most each row of what is new in a call, as a cache is not, meets each of so many numbers of
-    constants and each of all inputs.
+    `widths` are those that each of its matrices takes or gives, `narrowest` is what a row has at
+    least. A kernel, as of a convolution, meets every number of what it is moved over.
     """
-    read = constants + sum(tensor.numel() for tensor in inputs)
-    return max(map(rows, new), default=1) * read <= SMALL
 
+    numbers: int
+    widths: frozenset[int]
+    narrowest: int
 
-def rows(tensor: torch.Tensor) -> int:
-    """How many vectors a tensor has; numbers stand for one each, as ids do."""
-    if tensor.is_floating_point() or tensor.dtype is torch.bool:
-        return tensor.numel() // max(1, tensor.shape[-1]) if tensor.dim() else 1
-    return tensor.numel()
+    @classmethod
+    def of(cls, shapes: Iterable[Sequence[int]]) -> Constants:
+        """The same of the shapes of all constants."""
+        known = [*shapes]
+        several = [{*shape} if len(shape) == 2 else {1} for shape in known if len(shape) > 1] or [
+            {1}
+        ]
+        widths = frozenset[int].intersection(*map(frozenset, several))
+        return cls(sum(map(prod, known)), widths, max(1, min(map(min, several))))
+
+    def rows(self, tensor: torch.Tensor) -> int:
+        """At most how many rows of a tensor they meet; whole numbers become one each."""
+        last = tensor.shape[-1] if tensor.dim() else 1
+        width = last if last in self.widths else self.narrowest
+        is_id = not tensor.is_floating_point() and tensor.dtype is not torch.bool
+        return tensor.numel() if is_id else -(-tensor.numel() // max(1, width))
+
+    def is_small(self, inputs: Sequence[torch.Tensor], new: Sequence[torch.Tensor]) -> bool:
+        """Whether a call has so little to compute that one thread is the fastest.
+
+        Each row of what is `new`, as a cache is not, meets all constants, and each number of it a
+        number for each place of another input, as in attention.
+        """
+        longest = max((size for tensor in inputs for size in tensor.shape), default=1)
+        largest = max((tensor.numel() for tensor in new), default=0)
+        rows = max(map(self.rows, new), default=1)
+        return rows * self.numbers + largest * longest <= SMALL
 
 
 def in_one(run: Callable[[Any], Any], inputs: Any) -> Any:
     """Call with OpenMP's threads of this thread, and of no other, set to one meanwhile."""
-    if OPENMP is None or (threads := OPENMP.omp_get_max_threads()) == 1:
+    # Torch is asked, and not OpenMP: in a new thread it sets its number when it is first asked.
+    if OPENMP is None or (threads := torch.get_num_threads()) == 1:
         return run(inputs)
-    OPENMP.omp_set_num_threads(1)
     try:
+        OPENMP.omp_set_num_threads(1)
         return run(inputs)
     finally:
         OPENMP.omp_set_num_threads(threads)
@@ -53,7 +80,7 @@ def openmp() -> ctypes.PyDLL | None:
     chooses its own.
     """
     library = ctypes.PyDLL(None)
-    if not hasattr(library, "omp_set_num_threads") or not hasattr(library, "omp_get_max_threads"):
+    if not hasattr(library, "omp_set_num_threads"):
         return None
     library.omp_set_num_threads.restype = None
     return library

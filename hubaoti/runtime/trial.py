@@ -42,7 +42,9 @@ class Trials:
             raise Unserved("differs", self._refused[graph])
         return False
 
-    def hold(self, graph: Graph, inputs: list[torch.Tensor], eager: Callable[[], Any]) -> Any:
+    def hold(
+        self, graph: Graph, inputs: list[torch.Tensor], small: bool, eager: Callable[[], Any]
+    ) -> Any:
         """What the module answers, after the graph was asked the same.
 
         What is written in place is written by the module; the graph has copies of it.
@@ -53,7 +55,7 @@ class Trials:
         written = [at for at, item in enumerate(graph.entry.inputs) if item.mutated]
         given = [each.clone() if at in written else each for at, each in enumerate(inputs)]
         try:
-            ours = graph.run(given)
+            ours = graph.run(given, small)
         except BadInput as why:
             raise Unserved("failed", f"{why}") from why
         ours += [given[at] for at in written]
@@ -128,13 +130,15 @@ class SharedTrials(Trials):
             raise Unserved("differs", f"graph {graph} answered otherwise in another process")
         return super().wants(graph)
 
-    def hold(self, graph: Graph, inputs: list[torch.Tensor], eager: Callable[[], Any]) -> Any:
+    def hold(
+        self, graph: Graph, inputs: list[torch.Tensor], small: bool, eager: Callable[[], Any]
+    ) -> Any:
         """As everywhere; what came of it is told to the others.
 
         Raises:
             Unserved: the graph fails.
         """
-        answer = super().hold(graph, inputs, eager)
+        answer = super().hold(graph, inputs, small, eager)
         if self._verdicts is not None:
             name = (self._path, graph.entry.id)
             self._verdicts[name] = DIFFERS if graph.entry.id in self._refused else AGREES

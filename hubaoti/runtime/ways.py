@@ -215,9 +215,11 @@ class Ways:
             raise Unserved("shape", f"{why}", sizes) from why
         self._require_numbers(numbers, sizes)
         replaced = {shape.place for shape in shapes}
+        # By what calls are known by, and not by what is cut to what is filled in this one.
+        given = [new if old is None else old for old, new in zip(inputs, made, strict=True)]
         return Way(
             graph=at,
-            small=checks.is_small(made),
+            small=checks.is_small(given),
             shapes=tuple(shapes),
             sizes=tuple(0 if n in replaced else t.nbytes for n, t in enumerate(made)),
             numbers=tuple(numbers),
