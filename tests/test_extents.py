@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 
 from hubaoti.extents import Extent
 
-NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,6}", fullmatch=True)
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+NAMES = st.builds(
+    str.__add__, st.sampled_from(LETTERS), st.text(LETTERS + "0123456789_", max_size=6)
+)
 FACTORS = st.integers(-9999, 9999).filter(bool)
 EXTENTS = st.builds(
     Extent.of, st.dictionaries(NAMES, FACTORS, min_size=1, max_size=4), st.integers(-9999, 9999)
