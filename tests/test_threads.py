@@ -27,7 +27,6 @@ STARTED = """
 import os, sys, torch
 from pathlib import Path
 from hubaoti.bundle import Bundle
-from hubaoti.package import unpack_all
 from hubaoti.runtime import golden
 from hubaoti.runtime.graph import open_graph
 from hubaoti.runtime.threads import OPENMP

@@ -261,7 +261,7 @@ class Index:
         """Keep by digest what can be worked out again, if that can be at once: this never fails."""
         if not self.is_writable:
             return
-        with suppress(HubaotiError, sqlite3.DatabaseError):
+        with suppress(HubaotiError), self._explained():
             self._db.execute("pragma busy_timeout = 0")
             try:
                 with self._writing() as db:

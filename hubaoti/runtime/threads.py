@@ -36,9 +36,7 @@ class Constants:
     def of(cls, shapes: Iterable[Sequence[int]]) -> Constants:
         """The same of the shapes of all constants."""
         known = [*shapes]
-        several = [{*shape} if len(shape) == 2 else {1} for shape in known if len(shape) > 1] or [
-            {1}
-        ]
+        several = [each if len(each) == 2 else (1,) for each in known if len(each) > 1] or [(1,)]
         widths = frozenset[int].intersection(*map(frozenset, several))
         return cls(sum(map(prod, known)), widths, max(1, min(map(min, several))))
 
