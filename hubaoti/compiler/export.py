@@ -17,6 +17,7 @@ from torch.export.graph_signature import InputKind
 
 from hubaoti.compiler.faces import Face, Flat, plain_size, substitute
 from hubaoti.compiler.guards import Fixes, Lines, fixes_in, guard_lines
+from hubaoti.compiler.index_guards import guard_indices
 from hubaoti.compiler.observe import without_fake
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.shapes import Bounds
@@ -72,6 +73,10 @@ def export(
         keep_names(program)
         face, bounds = related(program, face, bounds)
         face = with_ids(program, face)
+        if all(tensor.device.type == "cpu" for tensor in tensors):
+            guard_indices(
+                program, [*zip(placeholders(program), face.inputs, strict=True)], face.cache
+            )
         return Exported(program, face, bounds, outputs_of(program, face, bounds, flat))
     raise CompileFailed(
         f"export: torch wants other dims after {ATTEMPTS} attempts",

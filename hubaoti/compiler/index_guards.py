@@ -1,0 +1,245 @@
+"""Whole numbers that choose rows: a program checks them itself, before it reads by them.
+
+Inductor asserts indices inside of its parallel loops, where an exception ends the process. Here
+each index that a caller can make too large is clamped, so that no loop reads beyond its table, and
+that nothing had to be clamped is asserted in a step of its own, of which the caller hears.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from hubaoti.manifest import Cache, Input
+
+aten = torch.ops.aten
+MESSAGE = "index out of bounds"
+WHOLE = {torch.int64, torch.int32}
+
+# Of (self, dim, index, …).
+ALONG_A_DIM = {
+    *("index_select", "index_add", "index_copy", "index_fill", "index_reduce", "gather"),
+    *("scatter", "scatter_add", "scatter_reduce"),
+}
+BY_LISTS = {"index", "index_put", "_unsafe_index", "_unsafe_index_put"}
+# Of a class for each row; one number says that a row has none.
+BY_CLASSES = {"nll_loss_nd", "nll_loss", "nll_loss2d", "cross_entropy_loss"}
+# What these answer is bounded by sizes, whatever the numbers are that they are given; of those with
+# two answers the second.
+BOUNDED = {
+    *("argsort", "argmax", "argmin", "nonzero", "searchsorted", "bucketize", "multinomial"),
+    *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "sym_size"),
+}
+WITH_PLACES = {"topk", "sort", "max", "min", "median", "kthvalue", "mode", "cummax", "cummin"}
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """A tensor of numbers that choose among `table`'s rows along `dim`; all elements without one.
+
+    With `from_end` numbers below zero count from the end; `ignored` is one that chooses nothing.
+    Of classes that no table has there are `classes`.
+    """
+
+    numbers: Node
+    table: Node
+    dim: int | None
+    from_end: bool = False
+    ignored: int | None = None
+    classes: int | None = None
+
+    @property
+    def rows(self) -> Any:
+        """How many rows there are to choose from; a symbol where that follows from a dim."""
+        if self.classes is not None:
+            return self.classes
+        shape = self.table.meta["val"].shape
+        return shape.numel() if self.dim is None else shape[self.dim]
+
+
+def guard_indices(
+    program: ExportedProgram, inputs: Sequence[tuple[Node, Input]], cache: Cache | None
+) -> int:
+    """Have a program check each index that follows from its inputs; how many there are.
+
+    `inputs` are its placeholders with what the manifest says of them. Ids below a table's rows, and
+    the places of a KV cache, are checked before each call already.
+    """
+    given = dict(inputs)
+    count = 0
+    for node in [*program.graph.nodes]:
+        for index in indices_of(node):
+            if is_checked(index, given, inputs, cache) or not follows(index.numbers, given):
+                continue
+            with program.graph.inserting_before(node):
+                node.replace_input_with(index.numbers, guarded(program.graph, index))
+            count += 1
+    if count:
+        program.graph_module.recompile()
+        program.graph.lint()
+    return count
+
+
+def indices_of(node: Node) -> Iterator[Index]:
+    """The indices that an operation takes."""
+    find = FINDERS.get(name := name_of(node))
+    if find is not None:
+        yield from (index for index in find(node, name) if chooses(index))
+
+
+def chooses(index: Index) -> bool:
+    """Whether these are numbers that choose rows, and not a mask over them."""
+    both = all(
+        isinstance(node, Node) and "val" in node.meta for node in (index.numbers, index.table)
+    )
+    if not both:
+        return False
+    return index.numbers.meta["val"].dtype in WHOLE and index.table.meta["val"].dim() > 0
+
+
+def by_rows(node: Node, _name: str) -> Iterator[Index]:
+    """An embedding: (table, numbers, …)."""
+    yield Index(node.args[1], node.args[0], 0)  # type: ignore[arg-type]
+
+
+def along_a_dim(node: Node, name: str) -> Iterator[Index]:
+    """An index along one dim: (self, dim, numbers, …)."""
+    table, dim, numbers = node.args[:3]
+    yield Index(numbers, table, dim, from_end=name == "index_fill")  # type: ignore[arg-type]
+
+
+def by_lists(node: Node, _name: str) -> Iterator[Index]:
+    """Advanced indexing: (self, [numbers or None for each dim], …); a mask stands for its dims."""
+    dim = 0
+    for each in node.args[1]:  # type: ignore[union-attr]
+        is_mask = isinstance(each, Node) and each.meta["val"].dtype in {torch.bool, torch.uint8}
+        if isinstance(each, Node) and not is_mask:
+            yield Index(each, node.args[0], dim, from_end=True)  # type: ignore[arg-type]
+        dim += each.meta["val"].dim() if is_mask else 1  # type: ignore[union-attr]
+
+
+def by_places(node: Node, _name: str) -> Iterator[Index]:
+    """Elements of a whole tensor: (self, numbers, …)."""
+    yield Index(node.args[1], node.args[0], None, from_end=True)  # type: ignore[arg-type]
+
+
+def along_another(node: Node, _name: str) -> Iterator[Index]:
+    """`take_along_dim`: (self, numbers, dim=None)."""
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    yield Index(node.args[1], node.args[0], dim)  # type: ignore[arg-type]
+
+
+def by_classes(node: Node, _name: str) -> Iterator[Index]:
+    """A loss: (scores of all classes, the class of each row, weight, reduction, ignored, …)."""
+    scores, classes = node.args[:2]
+    ignored = node.args[4] if len(node.args) > 4 else node.kwargs.get("ignore_index", -100)
+    dim = min(1, scores.meta["val"].dim() - 1)  # type: ignore[union-attr]
+    yield Index(classes, scores, dim, ignored=ignored)  # type: ignore[arg-type]
+
+
+def as_classes(node: Node, _name: str) -> Iterator[Index]:
+    """`one_hot`: (numbers, classes); without a number of them it cannot be exported."""
+    numbers, classes = (*node.args, node.kwargs.get("num_classes"))[:2]
+    if isinstance(classes, int):
+        yield Index(numbers, numbers, None, classes=classes)  # type: ignore[arg-type]
+
+
+FINDERS: Mapping[str, Callable[[Node, str], Iterator[Index]]] = {
+    **dict.fromkeys(("embedding", "embedding_bag", "_embedding_bag"), by_rows),
+    **dict.fromkeys(ALONG_A_DIM, along_a_dim),
+    **dict.fromkeys(BY_LISTS, by_lists),
+    **dict.fromkeys(("take", "put"), by_places),
+    **dict.fromkeys(BY_CLASSES, by_classes),
+    "take_along_dim": along_another,
+    "one_hot": as_classes,
+}
+
+
+def is_checked(
+    index: Index,
+    given: Mapping[Node, Input],
+    inputs: Sequence[tuple[Node, Input]],
+    cache: Cache | None,
+) -> bool:
+    """Whether the runtime looks at these very numbers before each call."""
+    entry = given.get(index.numbers)
+    if entry is None:
+        return False
+    if entry.values.startswith("ids<"):
+        return isinstance(index.rows, int) and int(entry.values[4:]) <= index.rows
+    if cache is None or cache.position is None:
+        return False
+    places = {inputs[at][0] for at in (cache.keys, cache.values)}
+    return index.numbers is inputs[cache.position][0] and index.table in places
+
+
+def follows(numbers: Node, given: Mapping[Node, Input]) -> bool:
+    """Whether a caller can make numbers larger than any size allows.
+
+    What a comparison answers is 0 or 1, and what is found by sorting is a place.
+    """
+    waiting, seen = [numbers], {numbers}
+    while waiting:
+        node = waiting.pop()
+        if node in given:
+            return True
+        if is_bounded(node):
+            continue
+        waiting += [each for each in node.all_input_nodes if each not in seen]
+        seen |= {*node.all_input_nodes}
+    return False
+
+
+def is_bounded(node: Node) -> bool:
+    """Whether sizes alone bound what an operation answers."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor) and value.dtype is torch.bool:
+        return True
+    if node.target is operator.getitem:
+        return bool(node.args[1] == 1) and name_of(node.args[0]) in WITH_PLACES
+    return name_of(node) in BOUNDED
+
+
+def name_of(node: Any) -> str:
+    """The name of what a node calls, as `index_add`."""
+    packet = getattr(getattr(node, "target", None), "overloadpacket", None)
+    return getattr(packet, "__name__", "").removesuffix("_")
+
+
+def edges(index: Index, call: Callable[..., Node]) -> tuple[Node, Node]:
+    """The least and the largest number, where there are as many rows as a dim says."""
+    whole = index.dim is None
+    rows = (
+        call(aten.sym_numel.default, index.table)
+        if whole
+        else call(aten.sym_size.int, index.table, index.dim)
+    )
+    return call(operator.neg, rows), call(operator.sub, rows, 1)
+
+
+def guarded(graph: torch.fx.Graph, index: Index) -> Node:
+    """The numbers, clamped to what there is, after a step that fails where that changes them."""
+
+    def call(target: Any, *args: Any) -> Node:
+        node = graph.call_function(target, args)
+        values = torch.fx.node.map_arg(args, lambda each: each.meta["val"])
+        with index.numbers.meta["val"].fake_mode, torch.no_grad():
+            node.meta["val"] = target(*values)
+        return node
+
+    rows = index.rows
+    least, most = (-rows, rows - 1) if isinstance(rows, int) else edges(index, call)
+    clamped = call(aten.clamp.default, index.numbers, least if index.from_end else 0, most)
+    if index.ignored is not None:
+        nothing = call(aten.eq.Scalar, index.numbers, index.ignored)
+        clamped = call(aten.where.self, nothing, index.numbers, clamped)
+    fine = call(aten.all.default, call(aten.eq.Tensor, index.numbers, clamped))
+    call(aten._assert_async.msg, fine, MESSAGE)
+    return clamped
