@@ -78,7 +78,7 @@ class DigestMismatch(HubaotiError):
 
 
 class BadManifest(HubaotiError):
-    """A manifest that is not canonical JSON of schema 1, or that contradicts itself or its path."""
+    """A manifest that is not canonical JSON of a schema, or that contradicts itself or its path."""
 
     exit_code = 11
 

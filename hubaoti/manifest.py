@@ -1,4 +1,4 @@
-"""The manifest: what an artifact holds, was built from, and needs (`hubaoti.json`, schema 1).
+"""The manifest: what an artifact holds, was built from, and needs (`hubaoti.json`).
 
 It is written as RFC 8785 canonical JSON, so that one artifact has one digest; a file that is not
 its own canonical form is refused. Everything here comes from outside sooner or later: types,
@@ -8,6 +8,7 @@ patterns and cross-references are checked once, when a manifest is read, so noth
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -36,6 +37,7 @@ from hubaoti.schema import (
     Sha256,
     Source,
     Target,
+    Write,
     key_of,
 )
 from hubaoti.variant import Recipe, Variant
@@ -63,13 +65,15 @@ __all__ = [
     "Record",
     "Source",
     "Target",
+    "Write",
     "key_of",
     "parse",
     "recipe_of",
+    "schema_of",
     "variant_of",
 ]
 
-SCHEMA = 1
+SCHEMA = 2  # the newest that is read; what is written has the oldest that can say it
 FILENAME = "hubaoti.json"
 LARGEST = 16 << 20  # bytes of a manifest; the one of an 80-layer model is some hundred kB
 # What is raised of a text that is no manifest, by msgspec, by ours and by the canonical form.
@@ -79,7 +83,7 @@ MALFORMED = (msgspec.MsgspecError, BadManifest, ValueError, RecursionError)
 class Manifest(Record, frozen=True, kw_only=True):
     """All there is to know about an artifact."""
 
-    schema: int = SCHEMA
+    schema: int = 1
     program: Program
     build: Build
     target: Target
@@ -179,8 +183,8 @@ def refuse_newer(value: Any, where: str) -> None:
             f"{where} has schema {schema}; this hubaoti reads up to {SCHEMA}",
             hint="upgrade hubaoti: pip install -U hubaoti",
         )
-    if schema != SCHEMA:
-        raise ValueError(f"schema is {schema!r}, not {SCHEMA}")
+    if schema not in range(1, SCHEMA + 1) or isinstance(schema, bool):
+        raise ValueError(f"schema is {schema!r}, not 1 to {SCHEMA}")
 
 
 def contradictions(manifest: Manifest) -> list[str]:
@@ -188,6 +192,8 @@ def contradictions(manifest: Manifest) -> list[str]:
     found = []
     if not manifest.graphs:
         found.append("it lists no graph")
+    if manifest.schema != (schema := schema_of(manifest.graphs)):
+        found.append(f"its schema is {manifest.schema}, what it says is of schema {schema}")
     found += unspeakable_labels(manifest)
     found += clashing_files(manifest)
     found += requirement_clashes(manifest)
@@ -195,6 +201,29 @@ def contradictions(manifest: Manifest) -> list[str]:
         found += unknown_dims(graph)
         found += misplaced_cache(graph)
     return found
+
+
+def schema_of(graphs: Iterable[Graph]) -> int:
+    """The oldest schema that can say what graphs take and leave."""
+    return 2 if any(writes_containers(graph) for graph in graphs) else 1
+
+
+def writes_containers(graph: Graph) -> bool:
+    """Whether a graph leaves something in its call, or is given dictionaries by whole numbers."""
+    arguments = (*graph.call.get("args", ()), *graph.call.get("kwargs", {}).values())
+    templates = [*arguments, graph.outputs.template]
+    return graph.outputs.writes is not msgspec.UNSET or any(map(has_items, templates))
+
+
+def has_items(template: Any) -> bool:
+    """Whether a template has a dictionary whose keys are no words."""
+    if isinstance(template, list):
+        return any(map(has_items, template))
+    if not isinstance(template, dict):
+        return False
+    inner: Any = template.get("dict", template.get("fields", template.get("tuple", ())))
+    each = inner.values() if isinstance(inner, dict) else inner
+    return "items" in template or (isinstance(inner, (dict, list)) and any(map(has_items, each)))
 
 
 def unspeakable_labels(manifest: Manifest) -> list[str]:

@@ -1,7 +1,7 @@
-"""The records of a manifest, schema 1: types, patterns and bounds of every field.
+"""The records of a manifest, schemas 1 and 2: types, patterns and bounds of every field.
 
-Everything here comes from outside sooner or later, so a field that is malformed, or that schema 1
-does not have, is refused when it is read.
+Everything here comes from outside sooner or later, so a field that is malformed, or that no schema
+has, is refused when it is read.
 """
 
 from __future__ import annotations
@@ -129,11 +129,26 @@ class Output(Record, frozen=True, kw_only=True):
     shape: tuple[Annotated[str, msgspec.Meta(pattern=PATTERN)] | Size | None, ...]
 
 
+class Write(Record, frozen=True, kw_only=True):
+    """What a graph leaves in a list or a dictionary that its call gives, all of it and in order.
+
+    `into` is where that stands in the call: the argument's name, then keys and places. An item's
+    template has one more word than an answer's: `{"given": path}`, what the call gives at a path.
+    """
+
+    into: tuple[str | int, ...]
+    items: tuple[tuple[str | int, Any], ...]
+
+
 class Outputs(Record, frozen=True, kw_only=True):
-    """The tensors a graph returns, and the template that puts them back in their places."""
+    """The tensors a graph returns, and the template that puts them back in their places.
+
+    `writes` is what is put into the containers of the call, since schema 2.
+    """
 
     template: Any
     tensors: tuple[Output, ...]
+    writes: tuple[Write, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Origin(Record, frozen=True, kw_only=True, omit_defaults=True):

@@ -84,14 +84,16 @@ def build(
 
         built = build_all(job.plan.units, one, at_once, scratch, say)
         files = write_golden(built, scratch)
+        graphs = tuple(each.graph for each in built)
         manifest = Manifest(
+            schema=manifests.schema_of(graphs),
             program=job.plan.source.program,
             build=job.build,
             target=job.target,
             key=job.key,
             source=origin,
             requires=requirements(job.target, needs_of(built)),
-            graphs=tuple(each.graph for each in built),
+            graphs=graphs,
             files=(*(file for each in built for file in each.files), *files),
             checks=tuple(check for each in built for check in each.checks),
             built=Built(

@@ -4,7 +4,8 @@ A template is JSON: `{"tensor": 0}` stands for the first tensor, `{"size": "seq"
 follows a dim, `{"cache": true}` for the KV cache, `{"any": ...}` for a tensor that is not computed
 with, so a caller may give anything; tuples, dtypes and devices have such words, too. A mapping that
 is no plain dictionary has its class beside its fields, one whose keys are in no alphabetic order
-has that order, since JSON keeps none.
+has that order, since JSON keeps none; one with whole numbers for keys is a list of its items. What
+a module leaves in its call may be what the call gives: `{"given": path}`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Frozen:
     tensors: list[torch.Tensor] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     caches: list[Any] = field(default_factory=list)
+    given: Mapping[int, Sequence[Any]] = field(default_factory=dict)  # paths in a call, by id
 
     def freeze(self, value: Any, name: str) -> Any:
         """The template of a value.
@@ -58,6 +60,8 @@ class Frozen:
         Raises:
             Opaque: there is none.
         """
+        if id(value) in self.given:
+            return {"given": [*self.given[id(value)]]}
         if isinstance(value, torch.Tensor):
             return {"tensor": self._place(value, name)}
         if isinstance(value, LITERALS):
@@ -75,8 +79,11 @@ class Frozen:
         raise Opaque(f"{name} is a {class_name(value)}")
 
     def _mapping(self, value: Mapping[Any, Any], name: str) -> dict[str, Any]:
+        if not all(type(key) in {str, int} for key in value):
+            raise Opaque(f"{name} has keys that are neither words nor whole numbers")
         if not all(isinstance(key, str) for key in value):
-            raise Opaque(f"{name} has keys that are no words")
+            pairs = [[key, self.freeze(item, f"{name}_{key}")] for key, item in value.items()]
+            return {"items": pairs}
         items = {key: self.freeze(item, f"{name}_{key}") for key, item in value.items()}
         if hasattr(value, "__dataclass_fields__"):  # an output of transformers or diffusers
             return {"fields": items, "class": class_name(value)}
@@ -106,6 +113,8 @@ def thaw(template: Any, tensors: Sequence[torch.Tensor], known: Mapping[str, Any
         return tuple(thaw(item, tensors, known) for item in inner)
     if word in {"dict", "fields"}:  # a graph takes plain dictionaries
         return {key: thaw(item, tensors, known) for key, item in inner.items()}
+    if word == "items":
+        return {key: thaw(item, tensors, known) for key, item in inner}
     return CONSTANTS[word](inner, known)
 
 
@@ -141,18 +150,22 @@ def call_of(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     Raises:
         Opaque: it was given something that no template can hold.
     """
-    frozen = Frozen()
-    named = [
-        p.name
-        for p in inspect.signature(forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    names = [*named, *(f"input_{at}" for at in range(len(named), len(args)))]
+    frozen, names = Frozen(), names_of(forward, len(args))
     template = {
         "args": [frozen.freeze(arg, name) for arg, name in zip(args, names, strict=False)],
         "kwargs": {name: frozen.freeze(kwargs[name], name) for name in kwargs},
     }
     return Call(template, tuple(frozen.tensors), tuple(frozen.names), tuple(frozen.caches))
+
+
+def names_of(forward: Callable[..., Any], count: int) -> list[str]:
+    """The names of so many positional arguments; what `forward` has none for is numbered."""
+    named = [
+        p.name
+        for p in inspect.signature(forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return [*named, *(f"input_{at}" for at in range(len(named), count))]
 
 
 class Enough(BaseException):

@@ -352,7 +352,7 @@ def outputs_of(program: ExportedProgram, face: Face, bounds: Bounds, flat: Flat)
         )
         for result in results_of(program)
     )
-    return Outputs(template=flat.template, tensors=tensors)
+    return Outputs(template=flat.template, tensors=tensors, writes=flat.writes or msgspec.UNSET)
 
 
 def named_size(size: Any, symbols: Mapping[Any, Any]) -> str | int | None:

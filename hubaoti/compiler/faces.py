@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from hubaoti.compiler import cache as caches
-from hubaoti.compiler.calls import Frozen, Opaque, arguments, replaced
+from hubaoti.compiler.calls import Frozen, Opaque, arguments, names_of, replaced
 from hubaoti.errors import CompileFailed
 from hubaoti.extents import Extent
-from hubaoti.manifest import Cache, Input
+from hubaoti.manifest import Cache, Input, Write
+from hubaoti.runtime.containers import Change, Contents, value_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +175,7 @@ class Flat:
     face: Face
     names: tuple[str, ...] = ()
     template: Any = None
+    writes: tuple[Write, ...] = ()
     _forward: Callable[..., Any] = field(init=False)
     _layers: int = field(init=False)
 
@@ -182,10 +184,11 @@ class Flat:
         self._layers = caches.layers_of(self.module)
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The tensors that the module answers.
+        """The tensors that the module answers, and that it leaves in containers of its call.
 
         Raises:
-            CompileFailed: it answers something that is neither a tensor nor a plain value.
+            CompileFailed: what it answers or leaves is neither a tensor nor a plain value, or is
+                put together in another way than before.
         """
         sizes = self.face.sizes_of(tensors)
         known: dict[str, Any] = {
@@ -196,17 +199,38 @@ class Flat:
         if self.face.cache is not None:
             known["cache"] = self._cache(tensors, sizes)
         args, kwargs = arguments(self.face.template, tensors, known)
+        named = {**dict(zip(names_of(self._forward, len(args)), args, strict=False)), **kwargs}
+        before = Contents(named)
         answer = self._forward(*args, **kwargs)
-        frozen = Frozen()
+        changes = before.changes()
+        frozen = Frozen(given={id(value_at(named, each.path)): each.path for each in changes})
         try:
-            self.template = frozen.freeze(answer, "output")
+            template = frozen.freeze(answer, "output")
+            frozen.given = before.places
+            writes = tuple(written(change, frozen) for change in changes)
         except Opaque as why:
             raise CompileFailed(
-                f"capture: the module answers something that a graph cannot: {why}",
+                f"capture: the module answers, or leaves in its arguments, what a graph cannot: "
+                f"{why}",
                 hint="compile a module inside that answers tensors",
             ) from why
+        self._keep(template, writes)
         self.names = tuple(frozen.names)
         return tuple(frozen.tensors)
+
+    def _keep(self, template: Any, writes: tuple[Write, ...]) -> None:
+        """Note how the answer is put together, which is the same at every size.
+
+        Raises:
+            CompileFailed: it is not.
+        """
+        if self.names and (template, writes) != (self.template, self.writes):
+            raise CompileFailed(
+                "capture: what the module answers, or leaves in its arguments, is put together in "
+                "another way at other sizes",
+                hint="narrow the dims to sizes at which it is not: this call stays eager",
+            )
+        self.template, self.writes = template, writes
 
     def _cache(self, tensors: Sequence[torch.Tensor], sizes: Mapping[str, Any]) -> Any:
         cache = self.face.cache
@@ -233,3 +257,16 @@ class Flat:
             return self(*tensors, *(named[entry.name] for entry in self.face.inputs if named))
 
         return replaced(self.module, forward)
+
+
+def written(change: Change, frozen: Frozen) -> Write:
+    """What a module left in a container of its call, as the manifest has it.
+
+    Raises:
+        Opaque: something that no template can hold.
+    """
+    name = "_".join(map(str, change.path))
+    if not all(type(key) in {str, int} for key, _ in change.items):
+        raise Opaque(f"{name} has keys that are neither words nor whole numbers")
+    items = tuple((key, frozen.freeze(item, f"{name}_{key}")) for key, item in change.items)
+    return Write(into=change.path, items=items)

@@ -21,8 +21,9 @@ from torch._subclasses.fake_tensor import UnsupportedOperatorException, unset_fa
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hubaoti.compiler.calls import Call, Opaque, call_of, replaced
+from hubaoti.compiler.calls import Call, Opaque, call_of, names_of, replaced
 from hubaoti.errors import CompileFailed, first_line
+from hubaoti.runtime.containers import Change, Contents
 
 
 @contextmanager
@@ -88,7 +89,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alike, self._steps, self._pure = self._known.get(self._kind, []), [], True
 
     def end(self, answer: Any) -> str:
-        """What was written, and what of it the block answers."""
+        """What was written down, and what of it the block answers and leaves in its call."""
         lines, self.lines = self.lines or [], None
         leaves = [leaf for leaf in tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
         last = " ".join(self._word(leaf) for leaf in leaves)
@@ -170,6 +171,7 @@ class Observed:
     operations: str = ""
     problem: str | None = None
     called: bool = False
+    writes: bool = False
     leader: Observed | None = None
     answer: Any = None
 
@@ -191,9 +193,14 @@ class Observed:
             alone = not self.operations and operations.lines is None
             if alone:
                 operations.begin(path, block, self.calls[-1].tensors)
+            named = dict(zip(names_of(forward, len(args)), args, strict=False)) | kwargs
+            before = Contents(named)
             self.answer = forward(*args, **kwargs)
+            changes = before.changes()
+            self.writes |= bool(changes)
             if alone:
-                self.operations = operations.end(self.answer)
+                self.operations = operations.end([self.answer, [each.items for each in changes]])
+                self.operations += "".join(f"\n{keys_of(each)}" for each in changes)
             return self.answer
 
         return watching
@@ -209,6 +216,11 @@ class Observed:
         first = self.calls[0]
         given = [(tuple(t.shape), t.dtype) for t in first.tensors]
         return f"{type(block)} {first.template} {given} {self.operations}"
+
+
+def keys_of(change: Change) -> str:
+    """Where a block left what, as text."""
+    return f"{change.path} holds {[(key, type(item).__name__) for key, item in change.items]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +310,7 @@ def follow(found: Mapping[str, Observed], blocks: Mapping[str, nn.Module]) -> No
     """Give each block that did what one before it had done that one as its leader."""
     first: dict[str, Observed] = {}
     for path, seen in found.items():
-        if seen.calls and not seen.problem:
+        if seen.calls and not seen.problem and not seen.writes:  # which others have to see
             leader = first.setdefault(seen.did(blocks[path]), seen)
             seen.leader = None if leader is seen else leader
 

@@ -134,8 +134,12 @@ def lowered_and_checked(
 
 
 def own_spec(source: Source, unit: Unit, exported: Exported) -> CallSpec | None:
-    """How the module itself is called; a whole model's task may be called in another way."""
-    if unit.id == ROOT and source.program.task in WHOLE:
+    """How the module itself is called; a whole model's task may be called in another way.
+
+    What a graph leaves in its call no loader without a manifest could put there.
+    """
+    leaves = not isinstance(exported.outputs.writes, msgspec.UnsetType)
+    if leaves or (unit.id == ROOT and source.program.task in WHOLE):
         return None
     return call_spec_of(exported.face, exported.outputs.template)
 
@@ -193,7 +197,8 @@ def require_same(first: Exported, other: Exported, unit: Unit) -> None:
     Raises:
         CompileFailed: their programs differ, or constants that are in no module.
     """
-    same = code_of(first) == code_of(other) and all(
+    same = first.outputs.writes == other.outputs.writes and code_of(first) == code_of(other)
+    same = same and all(
         torch.equal(value, other.program.constants[name])
         for name, value in first.program.constants.items()
         if isinstance(value, torch.Tensor)

@@ -185,6 +185,12 @@ def compared(
         CheckFailed: shapes differ, or a value by more than the tolerance.
     """
     absolute, relative = 0.0, 0.0
+    if len(found) != len(expected):
+        raise CheckFailed(
+            f"check: at {named(probe.sizes)} graph {graph} gives {len(found)} tensors, eager "
+            f"{len(expected)}",
+            hint="this model cannot be compiled with these dims; it stays eager",
+        )
     for ours, theirs in zip(found, expected, strict=True):
         if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
             raise CheckFailed(

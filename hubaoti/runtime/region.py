@@ -17,7 +17,7 @@ from hubaoti.runtime.inside import Inside
 from hubaoti.runtime.kv import Held, Place, captured, is_capturing
 from hubaoti.runtime.modes import refuse_modes, refuse_watchers
 from hubaoti.runtime.reasons import Unserved
-from hubaoti.runtime.trial import Trials
+from hubaoti.runtime.trial import Beside, Trials
 from hubaoti.runtime.watch import Watch
 from hubaoti.runtime.ways import Way, Ways
 
@@ -195,13 +195,18 @@ class Region:
             inputs.pop()  # a full window has no position
         way = ways.of(inputs, numbers, held)
         inputs = ways.follow(way, inputs, held, self.path)
-        graph = graphs[way.graph]
+        graph, answers = graphs[way.graph], ways.answers[way.graph]
+        filling = answers.find(ways.plan.named(args, kwargs)) if answers.writes else None
         if self._trials.wants(graph.entry.id):
             eager = partial(self.eager, *args, **kwargs)
-            return self._trials.hold(graph, inputs, way.small, eager)
-        return self._run(way, graph, inputs, held)
+            call = Beside(eager, ways.plan.named(args, kwargs), answers, filling)
+            return self._trials.hold(graph, inputs, way.small, call)
+        outputs = self._run(way, graph, inputs, held)
+        return answers.make(outputs) if filling is None else answers.fill(filling, outputs)
 
-    def _run(self, way: Way, graph: Graph, inputs: list[torch.Tensor], held: Held | None) -> Any:
+    def _run(
+        self, way: Way, graph: Graph, inputs: list[torch.Tensor], held: Held | None
+    ) -> list[torch.Tensor]:
         """Have a graph answer, and count it."""
         try:
             outputs = graph.run(inputs, way.small)
@@ -212,7 +217,7 @@ class Region:
         if held is not None:
             held.wrote()
         next(self._counts[way.graph])
-        return self.ways.answers[way.graph](outputs)
+        return outputs
 
 
 def is_patched(own: Any) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from operator import is_, itemgetter
 from typing import Any
 
@@ -57,6 +58,10 @@ class CallPlan:
         if layout is None:
             layout = self._layout(len(args), tuple(kwargs))
         return layout.found_in([*args, *kwargs.values()])
+
+    def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name, with the defaults of those that it leaves out."""
+        return {**self._defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
 
     def default(self, name: str) -> Any:
         """What an argument is that is not given; a tensor without a default is None."""
@@ -177,11 +182,15 @@ class Layout:
         for at, item in enumerate(items):
             self._read(item, start + at, f"{where}[{at}]")
 
-    def _mapping(self, items: Mapping[str, Any], place: int, where: str) -> None:
+    def _mapping(self, items: Mapping[Any, Any], place: int, where: str) -> None:
         """A dictionary, whose values stand in the row like a tuple's items."""
         start = self._open(place, fields_of([*items], where), len(items))
         for at, (name, item) in enumerate(items.items()):
             self._read(item, start + at, f"{where}.{name}")
+
+    def _items(self, items: Sequence[tuple[Any, Any]], place: int, where: str) -> None:
+        """A dictionary whose keys are no words."""
+        self._mapping(dict(map(tuple, items)), place, where)
 
     def _open(self, place: int, items: Callable[[Any], Sequence[Any]], count: int) -> int:
         """Have the items of a container stand at the end of the row; the place of the first."""
@@ -199,6 +208,7 @@ WORDS: dict[str, Callable[[Layout, Any, int, str], None]] = {
     "device": Layout._device,
     "tuple": Layout._sequence,
     "dict": Layout._mapping,
+    "items": Layout._items,
     "fields": Layout._mapping,
 }
 
@@ -221,12 +231,14 @@ def items_of(count: int, where: str) -> Callable[[Any], Sequence[Any]]:
     return items
 
 
-def fields_of(names: Sequence[str], where: str) -> Callable[[Any], Sequence[Any]]:
+def fields_of(names: Sequence[Any], where: str) -> Callable[[Any], Sequence[Any]]:
     """The values of a dictionary, in the order of the template's."""
 
     def items(value: Any) -> Sequence[Any]:
         if not isinstance(value, Mapping) or value.keys() != {*names}:
-            raise Unserved("arguments", f"{where} is {kind(value)}, not {', '.join(names)}")
+            raise Unserved(
+                "arguments", f"{where} is {kind(value)}, not {', '.join(map(str, names))}"
+            )
         return [value[name] for name in names]
 
     return items
@@ -267,25 +279,32 @@ def word_of(template: Mapping[str, Any]) -> tuple[str, Any]:
     return next((word, inner) for word, inner in template.items() if word not in BESIDE)
 
 
-def answer_plan(template: Any) -> Make:
+def answer_plan(template: Any, given: Mapping[tuple[Any, ...], int] | None = None) -> Make:
     """How a module's answer is made of a graph's outputs.
+
+    `given` has where in them that stands which the call itself gives, by its path there.
 
     Raises:
         BadManifest: the template names a class that is none of a library's outputs.
     """
+    plan = partial(answer_plan, given=given)
     if isinstance(template, list):
-        items = [answer_plan(item) for item in template]
+        items = [plan(item) for item in template]
         return lambda tensors: [make(tensors) for make in items]
     if not isinstance(template, dict):
         return lambda tensors: template
     word, inner = word_of(template)
-    if word == "tensor":
-        return lambda tensors: tensors[inner]
+    if word in {"tensor", "given"}:
+        place = inner if word == "tensor" else (given or {})[tuple(inner)]
+        return lambda tensors: tensors[place]
     if word == "tuple":
-        items = [answer_plan(item) for item in inner]
+        items = [plan(item) for item in inner]
         return lambda tensors: tuple([make(tensors) for make in items])
+    if word == "items":
+        pairs = [(key, plan(item)) for key, item in inner]
+        return lambda tensors: {key: make(tensors) for key, make in pairs}
     if word in {"dict", "fields"}:
-        fields = {name: answer_plan(inner[name]) for name in template.get("order", inner)}
+        fields = {name: plan(inner[name]) for name in template.get("order", inner)}
         cls = output_class(template["class"]) if "class" in template else dict
         return lambda tensors: cls(**{name: make(tensors) for name, make in fields.items()})
     value = getattr(torch, inner) if word == "dtype" else torch.device(inner)
@@ -306,11 +325,20 @@ def words_in(template: Any) -> Iterator[str]:
     if isinstance(template, dict):
         word, inner = word_of(template)
         yield word
-        items = inner.values() if word in {"dict", "fields"} else inner if word == "tuple" else ()
+        items = children_of(word, inner)
     else:
         items = template if isinstance(template, list) else ()
     for item in items:
         yield from words_in(item)
+
+
+def children_of(word: str, inner: Any) -> Iterable[Any]:
+    """The templates in what a word is about."""
+    if word in {"dict", "fields"}:
+        return inner.values()  # type: ignore[no-any-return]
+    if word == "items":
+        return [item for _, item in inner]
+    return inner if word == "tuple" else ()
 
 
 def output_class(name: str) -> type[Any]:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from hubaoti.errors import BadInput
 from hubaoti.runtime import golden
+from hubaoti.runtime.containers import (
+    Answers,
+    Contents,
+    Filling,
+    Items,
+    Path,
+    items_in,
+    name_of,
+    value_at,
+    walk,
+)
 from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.reasons import Unserved
 
@@ -42,9 +53,7 @@ class Trials:
             raise Unserved("differs", self._refused[graph])
         return False
 
-    def hold(
-        self, graph: Graph, inputs: list[torch.Tensor], small: bool, eager: Callable[[], Any]
-    ) -> Any:
+    def hold(self, graph: Graph, inputs: list[torch.Tensor], small: bool, call: Beside) -> Any:
         """What the module answers, after the graph was asked the same.
 
         What is written in place is written by the module; the graph has copies of it.
@@ -58,14 +67,50 @@ class Trials:
             ours = graph.run(given, small)
         except BadInput as why:
             raise Unserved("failed", f"{why}") from why
-        ours += [given[at] for at in written]
-        answer = eager()
-        theirs = [leaf for leaf in tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
-        theirs += [inputs[at] for at in written]
-        if problem := difference(ours, theirs):
+        contents = Contents(call.arguments)
+        answer = call.eager()
+        problem = (
+            call.difference(ours, answer)
+            or difference([given[at] for at in written], [inputs[at] for at in written])
+            or call.difference_left(ours, contents)
+        )
+        if problem:
             self._refused[graph.entry.id] = f"graph {graph.entry.id}: {problem}"
         self._waiting.discard(graph.entry.id)
         return answer
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A call that its module answers beside a graph: how, and what the graph's outputs become."""
+
+    eager: Callable[[], Any]
+    arguments: Mapping[str, Any]
+    answers: Answers
+    filling: Filling | None
+
+    def difference(self, outputs: list[torch.Tensor], answer: Any) -> str | None:
+        """How the graph's answer differs from the module's; None where it does not."""
+        given = self.filling.given if self.filling else ()
+        ours = self.answers.make([*outputs, *given])
+        return difference(tensors_in(ours), tensors_in(answer))
+
+    def difference_left(self, outputs: list[torch.Tensor], before: Contents) -> str | None:
+        """How what the graph leaves in the call differs from what the module has left there."""
+        wanted: dict[Path, Items] = {}
+        if self.filling is not None:
+            contents = self.answers.contents(self.filling, outputs)
+            wanted = dict(zip(self.answers.into, contents, strict=True))
+        for change in before.changes():
+            if change.path not in wanted:
+                return f"the module leaves something in {name_of(change.path)}, the graph does not"
+        for path, items in wanted.items():
+            left = items_in(value_at(self.arguments, path))
+            if [key for key, _ in items] != [key for key, _ in left]:
+                return f"it leaves other keys in {name_of(path)} than the module"
+            if problem := difference(tensors_in(items), tensors_in(left)):
+                return f"in {name_of(path)}: {problem}"
+        return None
 
 
 class Verdicts:
@@ -130,15 +175,13 @@ class SharedTrials(Trials):
             raise Unserved("differs", f"graph {graph} answered otherwise in another process")
         return super().wants(graph)
 
-    def hold(
-        self, graph: Graph, inputs: list[torch.Tensor], small: bool, eager: Callable[[], Any]
-    ) -> Any:
+    def hold(self, graph: Graph, inputs: list[torch.Tensor], small: bool, call: Beside) -> Any:
         """As everywhere; what came of it is told to the others.
 
         Raises:
             Unserved: the graph fails.
         """
-        answer = super().hold(graph, inputs, small, eager)
+        answer = super().hold(graph, inputs, small, call)
         if self._verdicts is not None:
             name = (self._path, graph.entry.id)
             self._verdicts[name] = DIFFERS if graph.entry.id in self._refused else AGREES
@@ -154,6 +197,11 @@ def difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> str | No
         for at, (our, their) in enumerate(zip(ours, theirs, strict=True))
     )
     return next(filter(None, told), None)
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors of an answer, in its order; one that stands twice in it is there twice."""
+    return [item for _, item in walk(value, ()) if isinstance(item, torch.Tensor)]
 
 
 def dtype_in(tensor: torch.Tensor) -> str:

@@ -21,10 +21,11 @@ from hubaoti.manifest import Input
 from hubaoti.runtime.adapt import Adapted, stream_of
 from hubaoti.runtime.alike import Alike
 from hubaoti.runtime.checks import BadValue, Checks, Overlap, Slot
+from hubaoti.runtime.containers import Answers
 from hubaoti.runtime.kv import Held, put_into
 from hubaoti.runtime.modes import refuse_modes
 from hubaoti.runtime.reasons import Unserved
-from hubaoti.runtime.template import CallPlan, Make, answer_plan, kind
+from hubaoti.runtime.template import CallPlan, kind
 
 PLAIN = (torch.Tensor, nn.Parameter)
 NOTHING = torch.empty(0, dtype=torch.bool, device="cpu")  # stands where an input is left out
@@ -69,7 +70,7 @@ class Ways:
         refuse_other_calls(first, self.entries)
         own = partial(type(block).forward, block)  # whatever somebody has put over it
         self.plan = CallPlan(first.call, len(first.inputs), own)
-        self.answers: list[Make] = [answer_plan(e.outputs.template) for e in self.entries]
+        self.answers = [Answers(entry.outputs) for entry in self.entries]
         self.adapted = Adapted()
         self.has_cache = first.cache is not None
         self._rows, self._seq = axis_of(first, "batch"), axis_of(first, "seq")

@@ -1,0 +1,183 @@
+"""Lists and dictionaries among a call's arguments: what a module leaves in them, a graph does too.
+
+A graph answers tensors only. What its module put into a list or a dictionary that it was given is
+an output of the graph, which is put back after the call; what was there before, and what else the
+call gives, is named by its path in the call.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+
+from hubaoti.manifest import Outputs
+from hubaoti.runtime.reasons import Unserved
+from hubaoti.runtime.template import answer_plan
+
+WRITABLE = {list, dict, OrderedDict, defaultdict}
+LITERALS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+Key = str | int
+Path = tuple[Key, ...]
+Items = list[tuple[Key, Any]]
+
+
+def items_in(value: Any) -> Items:
+    """What a container holds, by keys or places; nothing of anything else."""
+    if isinstance(value, Mapping):
+        return [*value.items()]
+    return [*enumerate(value)] if isinstance(value, (list, tuple)) else []
+
+
+def walk(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    """A value and all that it holds, each with its path."""
+    yield path, value
+    for key, item in items_in(value):
+        yield from walk(item, (*path, key))
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a container of a call holds since its module was called."""
+
+    path: Path
+    items: Items
+
+
+class Contents:
+    """What a call's arguments, by name, held before its module was called."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self._values = [pair for pair in walk(arguments, ()) if pair[0]]
+        self._before = {path: items_in(value) for path, value in self._values}
+        self.places: dict[int, Path] = {}
+        for path, value in self._values:
+            if not isinstance(value, LITERALS):
+                self.places.setdefault(id(value), path)
+
+    def changes(self) -> list[Change]:
+        """The containers that hold something else by now, in the order of the call."""
+        return [
+            Change(path, items_in(value))
+            for path, value in self._values
+            if not same_items(self._before[path], items_in(value))
+        ]
+
+
+def same_items(first: Items, second: Items) -> bool:
+    """Whether two containers hold the same under the same keys, in one order."""
+    return len(first) == len(second) and all(
+        key == other and same_value(value, item)
+        for (key, value), (other, item) in zip(first, second, strict=True)
+    )
+
+
+def same_value(first: Any, second: Any) -> bool:
+    """Whether two values are one object, or equal literals of one type."""
+    if first is second:
+        return True
+    return type(first) is type(second) and isinstance(first, LITERALS) and bool(first == second)
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """One call's containers that its graph writes, and the objects that they get of the call."""
+
+    containers: tuple[Any, ...]
+    given: tuple[Any, ...]
+
+
+class Answers:
+    """What a graph's outputs become: its module's answer, and what that leaves in its call."""
+
+    def __init__(self, outputs: Outputs) -> None:
+        writes = () if isinstance(outputs.writes, msgspec.UnsetType) else outputs.writes
+        self.into = [write.into for write in writes]
+        templates = [outputs.template, *(item for write in writes for _, item in write.items)]
+        self._given = [*dict.fromkeys(path for each in templates for path in paths_in(each))]
+        places = {path: len(outputs.tensors) + at for at, path in enumerate(self._given)}
+        self._items = [
+            [(key, answer_plan(item, places)) for key, item in write.items] for write in writes
+        ]
+        self.writes = bool(writes)
+        self.make = answer_plan(outputs.template, places)
+
+    def find(self, arguments: Mapping[str, Any]) -> Filling:
+        """The containers of a call that will be written, before its graph runs.
+
+        Raises:
+            Unserved: one is of a kind that has its own way to be written, or is given twice.
+        """
+        containers = tuple(value_at(arguments, path) for path in self.into)
+        every = [value for _, value in walk(arguments, ()) if type(value) in WRITABLE]
+        for path, each in zip(self.into, containers, strict=True):
+            if type(each) not in WRITABLE:
+                told = f"{name_of(path)}, which is written, is a {type(each).__name__}"
+                raise Unserved("arguments", told)
+            if sum(each is other for other in every) > 1:
+                raise Unserved("arguments", f"{name_of(path)}, which is written, is given twice")
+        return Filling(containers, tuple(value_at(arguments, path) for path in self._given))
+
+    def contents(self, filling: Filling, outputs: Sequence[torch.Tensor]) -> list[Items]:
+        """What each of the containers is to hold, of a graph's outputs."""
+        values = [*outputs, *filling.given]
+        return [[(key, make(values)) for key, make in items] for items in self._items]
+
+    def fill(self, filling: Filling, outputs: Sequence[torch.Tensor]) -> Any:
+        """The answer, after the containers hold what the module would have left in them."""
+        for container, items in zip(
+            filling.containers, self.contents(filling, outputs), strict=True
+        ):
+            fill(container, items)
+        return self.make([*outputs, *filling.given])
+
+
+def name_of(path: Path) -> str:
+    """A path in a call as people read it."""
+    return ".".join(map(str, path))
+
+
+def fill(container: Any, items: Items) -> None:
+    """Have a list or a dictionary hold these; what it holds already under a key stays there."""
+    if isinstance(container, list):
+        container[:] = [value for _, value in items]
+        return
+    wanted = dict(items)
+    for key in container.keys() - wanted.keys():
+        del container[key]
+    for key, value in items:
+        if key not in container or container[key] is not value:
+            container[key] = value
+
+
+def value_at(arguments: Mapping[str, Any], path: Path) -> Any:
+    """What a call gives at a path.
+
+    Raises:
+        Unserved: nothing.
+    """
+    value: Any = arguments
+    try:
+        for key in path:
+            value = value[key]
+    except (LookupError, TypeError) as why:
+        raise Unserved("arguments", f"{name_of(path)} is not given") from why
+    return value
+
+
+def paths_in(template: Any) -> Iterator[Path]:
+    """The paths of a call that the template of a written value names."""
+    if isinstance(template, Mapping):
+        if "given" in template:
+            yield tuple(template["given"])
+        else:
+            for item in template.values():
+                yield from paths_in(item)
+    elif isinstance(template, (list, tuple)):
+        for item in template:
+            yield from paths_in(item)
