@@ -23,18 +23,22 @@ from hubaoti.compiler.request import DEFAULT_LEVEL, Request
 from hubaoti.compiler.unit import Built as BuiltUnit
 from hubaoti.compiler.unit import build_unit
 from hubaoti.disks import require_room
-from hubaoti.errors import BadRequest
+from hubaoti.errors import BadRequest, CompileFailed
 from hubaoti.host import Host
 from hubaoti.manifest import Build, Built, File, Manifest, Source, Target, key_of
 from hubaoti.match import Refusal, judge_level
 from hubaoti.memory import OVERHEAD, Peak, require_memory
 from hubaoti.requirements import Requirements
+from hubaoti.runtime.checks import beside_memory, has_memory
 from hubaoti.runtime.golden import GOLDEN, kept
+from hubaoti.runtime.template import takes_containers
 from hubaoti.steps import Say
 
 # Of what hubaoti puts into graphs beside a model's code: attention, caches, quantized weights,
-# templates. It is raised when one of them changes, so that no key stands for two programs.
+# templates. It is raised when one of them changes, so that no key stands for two programs; of what
+# a change does not touch the version stays, so that what is built already is found.
 VERSION = 2
+CAREFUL = 3  # looks at the numbers that choose rows, and carries what is left in containers
 ROOM = 64 << 20  # bytes on disk that one graph takes while it is built, at most
 
 
@@ -71,6 +75,8 @@ def build(
         NotEnoughMemory, DiskFull: there is too little of it, which is seen before.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
+    for unit in job.plan.units:
+        refuse_without_memory(job.plan, unit)
     weights = max(bytes_of(job.plan, unit) for unit in job.plan.units)
     require_memory(weights + OVERHEAD, f"{job.plan.units[0].id} of {origin.model}")
     at_once = how_many(jobs, len(job.plan.units), weights, job.device)
@@ -109,6 +115,22 @@ def build(
         manifests.parse(manifest.to_json(), "the new manifest")
         write_manifest(scratch, manifest)
     return Bundle.read(output)
+
+
+def refuse_without_memory(plan: Plan, unit: Unit) -> None:
+    """Refuse tensors whose values are not what lies in their memory: a graph reads nothing else.
+
+    Raises:
+        CompileFailed: with the tensor's name.
+    """
+    module = plan.source.model.get_submodule(unit.region)
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if not has_memory(tensor):
+            where = f"{unit.region}.{name}".lstrip(".")
+            raise CompileFailed(
+                f"source: {where} has no plain memory{beside_memory(tensor)}",
+                hint="give the module plain tensors: to_dense(), clone()",
+            )
 
 
 def bytes_of(plan: Plan, unit: Unit) -> int:
@@ -217,5 +239,13 @@ def build_of(plan: Plan, request: Request, target: Target) -> Build:
             for bucket in request.buckets
         ),
         options=options_for(target) | request.inductor,
-        version=VERSION,
+        version=CAREFUL if any(needs_care(unit) for unit in plan.units) else VERSION,
     )
+
+
+def needs_care(unit: Unit) -> bool:
+    """Whether a graph takes numbers that may choose rows, or what its module may write into."""
+    cache = unit.face.cache
+    inputs = [each for at, each in enumerate(unit.face.inputs) if not cache or at != cache.position]
+    chosen = any(each.values == "position" or each.values.startswith("any<") for each in inputs)
+    return chosen or takes_containers(unit.face.template)

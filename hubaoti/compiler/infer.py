@@ -184,12 +184,19 @@ def values_of(name: str, tensors: Sequence[torch.Tensor], vocabulary: int | None
         return "mask"
     if dtype.is_floating_point or dtype.is_complex:
         return "real"
-    if "position" in name:
+    if "position" in name and all(counts_on(tensor) for tensor in tensors):
         return "position"
     if name.endswith("input_ids") and vocabulary:
         return f"ids<{vocabulary}"
     seen = [int(tensor.max()) for tensor in tensors if not tensor.is_meta and tensor.numel()]
     return f"any<{max([0, *seen]) + 1}"
+
+
+def counts_on(tensor: torch.Tensor) -> bool:
+    """Whether numbers count on along the last axis, as far as there are any."""
+    if tensor.is_meta or tensor.dim() == 0 or not tensor.numel():
+        return True
+    return bool((tensor.diff(dim=-1) == 1).all())
 
 
 def stated(calls: Sequence[Call], shapes: Mapping[str, Sequence[str | int | None]]) -> Dims:

@@ -31,6 +31,7 @@ from hubaoti.runtime.quantized import Sketched, refuse_other_layers
 from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.region import Region
 from hubaoti.runtime.tally import Tally
+from hubaoti.runtime.template import takes_containers
 from hubaoti.runtime.trial import Trials
 from hubaoti.runtime.ways import Ways
 from hubaoti.runtime.weights import shipped_tensors
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 TEXTS = {"embed", "classify", "logits"}
 # transformers asks the model itself whether `generate` compiles it (generation/utils.py, 5.22).
 AUTO_COMPILE = "_valid_auto_compile_criteria"
+SEES_CONTAINERS = 3  # the version of builds that carry what a module leaves in its call
 # Whatever somebody puts over a region's `forward`, it is known here by its module.
 # Neither lives for it: a region, or what waits in its place, is its module's.
 ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
@@ -168,13 +170,19 @@ def attach(
         bind_first(region)
     for region in regions:
         # What no graph reads may still be computed with: a config tells of no bias that was added.
-        tried = region.ways.entries if tries or region.inside.more else ()
+        tried = region.ways.entries if tries or region.inside.more else unseen(region, manifest)
         names = [entry.id for entry in tried]
         region.put(tally.missed, trials(region.path, names) if trials else Trials(names))
         ATTACHED[region.inside.module] = weakref.ref(region)
     if hasattr(module, AUTO_COMPILE):
         setattr(module, AUTO_COMPILE, Uncompiled(module))
     return Attachment(module, regions, tally)
+
+
+def unseen(region: Region, manifest: Manifest) -> list[Entry]:
+    """The graphs that were compiled before anybody looked at what modules leave in containers."""
+    entries = region.ways.entries if manifest.build.version < SEES_CONTAINERS else ()
+    return [entry for entry in entries if takes_containers(entry.call)]
 
 
 def nothing(module: nn.Module) -> Attachment:

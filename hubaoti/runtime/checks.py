@@ -173,10 +173,10 @@ class Checks:
         """Refuse another dtype, device or number of axes."""
         expected = (slot.dtype, self.device, slot.rank)
         found = (tensor.dtype, tensor.device, tensor.dim())
-        if found != expected or tensor.layout is not torch.strided:
+        if found != expected or not has_memory(tensor):
             raise BadInput(
-                f"{slot.entry.name} is {describe(*found)}; graph {self.entry.id} takes "
-                f"{describe(*expected)}",
+                f"{slot.entry.name} is {describe(*found)}{beside_memory(tensor)}; graph "
+                f"{self.entry.id} takes {describe(*expected)}",
                 hint=f"convert {slot.entry.name} before the call",
             )
 
@@ -253,6 +253,20 @@ def outside(tensor: torch.Tensor, below: int) -> int | None:
     return None
 
 
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's values are what lies in its memory, one after the other."""
+    return tensor.layout is torch.strided and not (
+        tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()
+    )
+
+
+def beside_memory(tensor: torch.Tensor) -> str:
+    """What a tensor is, in words, whose values are not what lies in its memory."""
+    if tensor.layout is not torch.strided:
+        return f" ({str(tensor.layout).removeprefix('torch.')})"
+    return "" if has_memory(tensor) else " (a view whose values are not computed yet)"
+
+
 def fit(slot: Slot, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself where its memory is as the graph reads it, else a copy that is."""
     if tensor.is_contiguous() and tensor.data_ptr() % slot.alignment == 0:
@@ -272,6 +286,12 @@ def check_constant(constant: Constant, tensor: torch.Tensor, device: torch.devic
         MissingConstant: dtype, shape, stride, alignment or device differ.
     """
     dtype = dtype_of(constant.dtype)
+    if not has_memory(tensor):
+        raise MissingConstant(
+            f"{constant.fqn} is {describe(tensor.dtype, tensor.device, tensor.dim())}"
+            f"{beside_memory(tensor)}, not a plain one",
+            hint="give the module plain tensors: to_dense(), clone()",
+        )
     found = (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.device)
     expected = (dtype, constant.shape, constant.stride, device)
     if found != expected:

@@ -252,7 +252,8 @@ def kept(answers: Mapping[str, torch.Tensor], budget: int = LARGEST) -> dict[str
     for at, name in enumerate(sorted(answers, key=lambda name: answers[name].nbytes)):
         share = room // (len(answers) - at)
         limit = max(1, share // answers[name].itemsize)
-        found[name] = sampled(answers[name], limit).contiguous()
+        # Of its own: answers may share memory, as a tensor and a view of it.
+        found[name] = sampled(answers[name], limit).clone(memory_format=torch.contiguous_format)
         room -= found[name].nbytes
     return {name: found[name] for name in answers}
 

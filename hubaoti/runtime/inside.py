@@ -17,7 +17,13 @@ from torch.nn.modules import module as torch_module
 from hubaoti.errors import MissingConstant
 from hubaoti.manifest import Constant
 from hubaoti.manifest import Graph as Entry
-from hubaoti.runtime.checks import alignment_of, check_constant, dtype_of
+from hubaoti.runtime.checks import (
+    alignment_of,
+    beside_memory,
+    check_constant,
+    dtype_of,
+    has_memory,
+)
 from hubaoti.runtime.quantize import make
 from hubaoti.runtime.quantized import Sketched, place_of, quantize_in_place
 from hubaoti.runtime.reasons import Unserved
@@ -281,6 +287,11 @@ def require_plain(name: str, tensor: torch.Tensor) -> None:
         raise MissingConstant(
             f"{name} has no values: it is offloaded, or was never loaded",
             hint="load all of the model onto its device",
+        )
+    if not has_memory(tensor):
+        raise MissingConstant(
+            f"{name} has no plain memory{beside_memory(tensor)}",
+            hint="give the module plain tensors: to_dense(), clone()",
         )
 
 

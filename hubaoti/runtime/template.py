@@ -320,6 +320,21 @@ def is_own_call(call: Mapping[str, Any]) -> bool:
     return not {"any", "cache", "fields"} & {*words}
 
 
+def takes_containers(call: Mapping[str, Any]) -> bool:
+    """Whether a call gives lists or dictionaries, into which a module may write."""
+    return any(map(is_container, (*call["args"], *call["kwargs"].values())))
+
+
+def is_container(template: Any) -> bool:
+    """Whether a template is a list or a dictionary, or a tuple that holds one."""
+    if not isinstance(template, dict):
+        return isinstance(template, list)
+    word, inner = word_of(template)
+    return word in {"dict", "items", "fields"} or (
+        word == "tuple" and any(map(is_container, inner))
+    )
+
+
 def words_in(template: Any) -> Iterator[str]:
     """The words of a template, a tensor's for each of its places."""
     if isinstance(template, dict):

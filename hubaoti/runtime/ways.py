@@ -20,7 +20,7 @@ from hubaoti.manifest import Graph as Entry
 from hubaoti.manifest import Input
 from hubaoti.runtime.adapt import Adapted, stream_of
 from hubaoti.runtime.alike import Alike
-from hubaoti.runtime.checks import BadValue, Checks, Overlap, Slot
+from hubaoti.runtime.checks import BadValue, Checks, Overlap, Slot, beside_memory, has_memory
 from hubaoti.runtime.containers import Answers
 from hubaoti.runtime.kv import Held, put_into
 from hubaoti.runtime.modes import refuse_modes
@@ -241,6 +241,8 @@ class Ways:
             raise Unserved("device", f"{name} is {item.layout} on {item.device}")
         if item.dtype != slot.dtype:
             raise Unserved("dtype", f"{name} is {item.dtype}; the graph takes {slot.dtype}")
+        if not has_memory(item):
+            raise Unserved("layout", f"{name} has no plain memory{beside_memory(item)}")
         if slot.entry.mutated and not item.is_contiguous():
             raise Unserved("layout", f"{name}, which is written, is a view")
 
