@@ -91,7 +91,7 @@ def config(blocks: int, sizes: Mapping[str, Any] = SMALL) -> transformers.LlamaC
     )
 
 
-def bench_attach(scratch: Path, rounds: int) -> list[Figure]:
+def bench_attach(scratch: Path, rounds: int) -> Iterator[Figure]:
     """Calls over attached blocks, beside eager and beside other ways to call the same graphs."""
     settings = Settings(home=scratch / "attach-home", endpoint="http://127.0.0.1:9")
     make = partial(compiled, scratch, settings)
@@ -101,17 +101,17 @@ def bench_attach(scratch: Path, rounds: int) -> list[Figure]:
     decoder = make("generate", config(DECODER_BLOCKS),
                    dims={"batch": (1, 4), "seq": (1, 128), "cache": (16, 1024)},
                    buckets=[{"seq": (1, 1)}, {"seq": (2, 128)}])  # fmt: skip
-    found = [*calls_of_a_block(settings, scratch, rounds)]
-    found += in_a_model(narrow, NARROW, settings, rounds)
-    found += in_a_model(forward, SMALL, settings, rounds)
+    yield from calls_of_a_block(settings, scratch, rounds)
+    yield from in_a_model(narrow, NARROW, settings, rounds)
+    yield from in_a_model(forward, SMALL, settings, rounds)
     model = shaken(transformers.LlamaForCausalLM(config(DECODER_BLOCKS)))
-    found += seconds_to_attach(model, decoder, settings, scratch, rounds)
-    found += decode_step(model, decoder, settings, rounds)
-    found += again_and_again(forward, settings)
+    yield from seconds_to_attach(model, decoder, settings, scratch, rounds)
+    yield from decode_step(model, decoder, settings, rounds)
+    yield from again_and_again(forward, settings)
     del model
     ctypes.CDLL(None).malloc_trim(0)
-    found.append(peak_memory(decoder, settings, scratch))
-    return [*found, *bench_quantized(settings, scratch)]
+    yield peak_memory(decoder, settings, scratch)
+    yield from bench_quantized(settings, scratch)
 
 
 def compiled(

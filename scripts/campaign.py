@@ -49,7 +49,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 WORDS = ("river", "stone", "paper", "winter", "engine", "music", "garden", "window", "copper")
 
 
-def bench_campaign(scratch: Path, rounds: int) -> list[Figure]:
+def bench_campaign(scratch: Path, rounds: int) -> Iterator[Figure]:
     """Tasks over three models whose graphs are in the mirror."""
     settings = Settings(home=scratch / "campaign-home", endpoint="http://127.0.0.1:9")
     folders = [made(scratch / f"campaign-{name}", config) for name, config in MODELS.items()]
@@ -59,9 +59,10 @@ def bench_campaign(scratch: Path, rounds: int) -> list[Figure]:
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         tempfile.tempdir = folder
         try:
-            found = [*wall_time(folders, settings, rounds), *switches(folders, settings, rounds)]
-            found.append(same_choices(folders[0], settings))
-            return [*found, *again_and_again(scratch, settings, Path(folder))]
+            yield from wall_time(folders, settings, rounds)
+            yield from switches(folders, settings, rounds)
+            yield same_choices(folders[0], settings)
+            yield from again_and_again(scratch, settings, Path(folder))
         finally:
             tempfile.tempdir = None
 

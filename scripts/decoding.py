@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,7 @@ class Step:
     ours: Callable[[], Any]
 
 
-def bench_cache(scratch: Path, rounds: int) -> list[Figure]:
+def bench_cache(scratch: Path, rounds: int) -> Iterator[Figure]:
     """A decode step over caches of several lengths, full and a quarter filled; then whole texts."""
     folder = scratch / "grouped"
     CONFIG.save_pretrained(folder)
@@ -66,12 +66,10 @@ def bench_cache(scratch: Path, rounds: int) -> list[Figure]:
     model = shaken(transformers.AutoModelForCausalLM.from_config(CONFIG))
     entry = next(each for each in bundle.manifest.graphs if each.order == 0)
     graph = next(opened(bundle, entry, scratch / "unpacked", model))
-    found = []
     with torch.no_grad():
         for length, goal in GOALS.items():
-            found += at_length(graph, model, length, goal, rounds)
-        found.append(same_tokens(model, bundle, scratch))
-    return found
+            yield from at_length(graph, model, length, goal, rounds)
+        yield same_tokens(model, bundle, scratch)
 
 
 def at_length(graph: Graph, model: Any, length: int, goal: float, rounds: int) -> list[Figure]:

@@ -7,14 +7,19 @@ reached when the whole interval is on its side.
 
 from __future__ import annotations
 
+import os
 import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
-from hubaoti.cli.output import print_table
+from hubaoti.host import probe
+from hubaoti.settings import Settings
+
+CPUINFO = Path("/proc/cpuinfo")
 
 Goal = tuple[str, float]  # ("at least" or "at most", number), or ("includes", number)
 
@@ -95,12 +100,22 @@ def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(slow, fast, strict=True)]
 
 
-def shown(figures: Sequence[Figure]) -> None:
-    """The table."""
-    verdicts = {True: "reached", False: "not reached", None: ""}
-    rows = [
-        (f.section, f.name, f"{f.median:.3g}", f"{f.low:.3g} to {f.high:.3g}", f.unit, f.goal,
-         verdicts[f.reached])
-        for f in figures
-    ]  # fmt: skip
-    print_table(["", "what", "median", "interval", "unit", "goal", ""], rows)
+def line_of(figure: Figure) -> str:
+    """A figure as a line."""
+    verdict = {True: ", reached", False: ", NOT reached", None: ""}[figure.reached]
+    goal = f"; goal {figure.goal}{verdict}" if figure.goal else ""
+    measured = f"{figure.median:.3g} ({figure.low:.3g} to {figure.high:.3g}) {figure.unit}"
+    return f"{figure.section:9} {figure.name}: {measured.rstrip()}{goal}"
+
+
+def processor() -> str:
+    """Where figures are from: the processor, its cores, and how OpenMP's threads wait."""
+    host = probe(Settings.from_env())
+    spin = os.environ.get("GOMP_SPINCOUNT", "its default")
+    return f"{host.cpu}, {model_name()}, {host.cores} cores, GOMP_SPINCOUNT {spin}"
+
+
+def model_name() -> str:
+    """The name that the system has for the processor."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "?")

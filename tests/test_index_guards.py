@@ -1,4 +1,4 @@
-"""Numbers that choose rows: a program refuses those that no table has, and is otherwise the same."""
+"""Numbers that choose rows: those that no table has are refused, all others answer as before."""
 
 from __future__ import annotations
 
