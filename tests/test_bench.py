@@ -23,9 +23,9 @@ def imports(path: Path) -> Iterator[tuple[str, str]]:
     """What a file imports from the product, and from the files beside it, at any depth."""
     beside = {each.stem for each in SCRIPTS.glob("*.py")}
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            if node.module.partition(".")[0] in {"hubaoti", *beside}:
-                yield from ((node.module, alias.name) for alias in node.names)
+        module = node.module if isinstance(node, ast.ImportFrom) else None
+        if module and module.partition(".")[0] in {"hubaoti", *beside}:
+            yield from ((module, alias.name) for alias in node.names)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.name)
