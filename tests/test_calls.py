@@ -299,7 +299,7 @@ class Scheduler:
     [
         (Scheduler(), "scale is a tests?.*test_calls.Scheduler|scale is a test_calls.Scheduler"),
         ([1, {"a": Scheduler()}], "scale_1_a is a"),
-        ({1: torch.ones(1)}, "scale has keys that are no words"),
+        ({(1, 2): torch.ones(1)}, "scale has keys that are neither words nor whole numbers"),
         ({1, 2}, "scale is a builtins.set"),
         (1j, "scale is a builtins.complex"),
     ],

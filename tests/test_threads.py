@@ -17,7 +17,18 @@ from hubaoti.bundle import Bundle
 from hubaoti.package import unpack_all
 from hubaoti.runtime import golden
 from hubaoti.runtime.checks import Checks
-from hubaoti.runtime.threads import OPENMP, SMALL, Constants, in_one
+from hubaoti.runtime.threads import (
+    LEAST,
+    MOST,
+    OPENMP,
+    SMALL,
+    Constants,
+    Limit,
+    in_one,
+    learn,
+    limit_of,
+    seconds_of_a_loop,
+)
 from hubaoti.settings import Settings
 
 CPU = torch.device("cpu")
@@ -64,6 +75,68 @@ thread = threading.Thread(target=work)
 thread.start()
 thread.join()
 """
+
+
+class Kept(dict[str, bytes]):
+    """Notes that are kept in memory."""
+
+    noted = dict.get
+    note = dict.update
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a host where nobody has measured; what others learned in this process comes back."""
+    monkeypatch.setattr(Limit, "multiplications", SMALL)
+    monkeypatch.setattr(Limit, "is_known", True)
+
+
+@needs_openmp
+def test_a_parallel_loop_is_measured_once_and_the_same_calls_are_small_ever_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    notes = Kept()
+    monkeypatch.setattr(Limit, "is_known", False)
+    learn(notes, "this host")
+    first = Limit.multiplications
+    assert LEAST <= first <= MOST and first.bit_count() == 1
+    (digest,) = notes
+    notes[digest] = (1 << 22).to_bytes(4, "big")
+    learn(notes, "this host")
+    assert Limit.multiplications == first  # this process has begun with it
+    monkeypatch.setattr(Limit, "is_known", False)
+    learn(notes, "this host")
+    assert Limit.multiplications == 1 << 22
+    monkeypatch.setattr(Limit, "is_known", False)
+    learn(notes, "another host")
+    assert len(notes) == 2
+
+
+@needs_openmp
+@pytest.mark.parametrize("noted", [b"", b"\xff" * 9])
+def test_a_note_that_is_none_is_measured_again(
+    monkeypatch: pytest.MonkeyPatch, noted: bytes
+) -> None:
+    class Damaged(Kept):
+        def noted(self, digest: str) -> bytes | None:
+            return noted
+
+    monkeypatch.setattr(Limit, "is_known", False)
+    learn(Damaged(), "this host")
+    assert LEAST <= Limit.multiplications <= MOST
+
+
+def test_the_longer_a_loop_takes_to_start_the_more_is_done_in_one_thread() -> None:
+    assert limit_of(0.0) == LEAST
+    assert limit_of(1e-6) < limit_of(9e-6) == SMALL < limit_of(1e-4) <= limit_of(1.0) == MOST
+
+
+@needs_openmp
+def test_a_loop_costs_microseconds_and_leaves_the_number_of_threads() -> None:
+    assert OPENMP is not None
+    before = torch.get_num_threads(), OPENMP.omp_get_max_threads()
+    assert 0 <= seconds_of_a_loop(OPENMP) < 0.1
+    assert (torch.get_num_threads(), OPENMP.omp_get_max_threads()) == before
 
 
 @needs_openmp

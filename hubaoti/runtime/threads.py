@@ -2,22 +2,93 @@
 
 A graph for a CPU starts its threads at every loop, however short (`cpp.dynamic_threads`), where
 ATen's own ops stay in one below a grain. By what a call has to compute, which its sizes tell, and
-not by its time: the same call is always computed in the same order.
+what a loop of threads costs on this host, which is measured once; not by the call's own time: the
+same call is always computed in the same order.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import Any
+from math import log2, prod
+from time import perf_counter
+from typing import Any, Protocol
 
 import torch
 
-# Multiplications. One core does so many in about 0.1 ms, which is also what it costs to start and
-# end a few threads a dozen times, as a decoder block's graph does.
+# Multiplications that one core does in a second, roughly, and loops of a decoder block's graph.
+RATE, LOOPS = 1e10, 12
+# Where nobody has measured what a parallel loop costs: as if it took 9 microseconds.
 SMALL = 1 << 20
+LEAST, MOST = 1 << 14, 1 << 26
+BATCHES, TIMES = 9, 50  # of loops that are measured; the fastest batch counts
+
+NOTE = "what a parallel loop costs, 1"
+
+
+class Limit:
+    """How many multiplications are over before a second thread is of use, in this process."""
+
+    multiplications = SMALL
+    is_known = False
+
+
+class Notes(Protocol):
+    """What keeps things by digest that were found out on this host, as the mirror's index."""
+
+    def noted(self, digest: str) -> bytes | None: ...
+
+    def note(self, found: Mapping[str, bytes]) -> None: ...
+
+
+def learn(notes: Notes, host: str) -> None:
+    """Take the limit that was measured on this kind of host before, else measure and note it.
+
+    Once in a process: a call is computed in the same order from then on, and in every process that
+    has these notes.
+    """
+    if Limit.is_known or OPENMP is None:
+        return
+    words = f"{NOTE}: {host}, {torch.get_num_threads()} threads"
+    digest = hashlib.sha256(words.encode()).hexdigest()
+    kept = notes.noted(digest)
+    found = int.from_bytes(kept or b"", "big")
+    if not LEAST <= found <= MOST:
+        found = limit_of(seconds_of_a_loop(OPENMP))
+        notes.note({digest: found.to_bytes(4, "big")})
+    Limit.multiplications, Limit.is_known = found, True
+
+
+def limit_of(seconds: float) -> int:
+    """How much one core does while the loops of a graph are started and ended; a power of two."""
+    work = max(LOOPS * RATE * seconds, LEAST)
+    return min(MOST, 1 << round(log2(work)))
+
+
+def seconds_of_a_loop(openmp: ctypes.PyDLL) -> float:
+    """What it takes to start and end a loop without work in all threads, as graphs do.
+
+    `GOMP_parallel` is what g++ makes of every such loop, and LLVM's OpenMP has it, too. The body is
+    a function of C that does nothing with nothing. Where there is no such door, what SMALL is for.
+    """
+    parallel = getattr(openmp, "GOMP_parallel", None)
+    if parallel is None:
+        return SMALL / RATE / LOOPS
+    parallel.restype = None
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    body = ctypes.cast(openmp.free, ctypes.c_void_p)
+
+    def batch(threads: int) -> float:
+        start = perf_counter()
+        for _ in range(TIMES):
+            parallel(body, None, threads, 0)
+        return (perf_counter() - start) / TIMES
+
+    alone = min(batch(1) for _ in range(BATCHES))
+    # Its own number of threads, which a graph's loops take, too.
+    return max(0.0, min(batch(0) for _ in range(BATCHES)) - alone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +127,7 @@ class Constants:
         longest = max((size for tensor in inputs for size in tensor.shape), default=1)
         largest = max((tensor.numel() for tensor in new), default=0)
         rows = max(map(self.rows, new), default=1)
-        return rows * self.numbers + largest * longest <= SMALL
+        return rows * self.numbers + largest * longest <= Limit.multiplications
 
 
 def in_one(run: Callable[[Any], Any], inputs: Any) -> Any:
