@@ -31,6 +31,7 @@ from hubaoti.compiler.source import Source, attention_of
 from hubaoti.errors import BadRequest, CompileFailed
 from hubaoti.extents import Extent
 from hubaoti.runtime.checks import dtype_of
+from hubaoti.runtime.template import takes_containers
 
 ROOT = "root"
 
@@ -232,6 +233,7 @@ def faces_of(
     held = next((cache for call in seen.calls for cache in call.caches), None)
     if held is None:
         return {"": face}
+    refuse_shared(seen, face, type(block).__name__)
     puts = [put for layer in held.layers for put in getattr(layer, "puts", ())]
     index = caches.layers_of(block) - 1
     puts = held.layers[index].puts or puts
@@ -242,6 +244,23 @@ def faces_of(
     if window is None or "cache" not in dims or dims["cache"].high < window:
         return {"": face}
     return {"": face, "-full": sliding(face, window)}
+
+
+def refuse_shared(seen: Observed, face: Face, kind: str) -> None:
+    """Refuse a block that gives others what it has of its KV cache, or takes such from them.
+
+    A graph sees of a cache what is filled, the module all of it: one that answers after the other
+    would be given keys of another length.
+
+    Raises:
+        CompileFailed: with the block's class.
+    """
+    if seen.writes or takes_containers(face.template):
+        does = "leaves something in" if seen.writes else "takes lists or dictionaries in"
+        raise CompileFailed(
+            f"capture: {kind} {does} its call, beside its KV cache",
+            hint="compile the model with --task forward; its generate stays eager",
+        )
 
 
 def window_of(block: nn.Module, config: Any) -> int | None:
