@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from hubaoti.bundle import Bundle
 from hubaoti.compiler.faces import Face, Flat
 from hubaoti.errors import CompileFailed
 from hubaoti.manifest import Input, Outputs, Write, parse
-from hubaoti.runtime.containers import Answers, Contents
+from hubaoti.runtime.containers import Answers, Contents, fill
 from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.trial import Beside
 from hubaoti.settings import Settings
@@ -113,6 +114,13 @@ def test_only_what_leaves_something_has_schema_2(bundle: Bundle, decoder_bundle:
 
 class Named(dict[str, Any]):
     """A dictionary that may do something else when it is written."""
+
+
+def test_dictionaries_of_the_standard_library_are_filled() -> None:
+    for kind in (dict, OrderedDict, UserDict):
+        store = kind({"a": 1, "b": 2})
+        fill(store, [("b", 3), (7, 4)])
+        assert type(store) is kind and [*store.items()] == [("b", 3), (7, 4)]
 
 
 @torch.no_grad()

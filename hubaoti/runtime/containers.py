@@ -7,7 +7,7 @@ call gives, is named by its path in the call.
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,8 @@ from hubaoti.manifest import Outputs
 from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.template import answer_plan
 
-WRITABLE = {list, dict, OrderedDict, defaultdict}
+# Those that do nothing else when they are written; transformers shares keys in a UserDict.
+WRITABLE = {list, dict, OrderedDict, defaultdict, UserDict}
 LITERALS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 Key = str | int
