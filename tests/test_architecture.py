@@ -20,9 +20,11 @@ from hubaoti.cli import COMMANDS, group
 
 ROOT = Path(hubaoti.__file__).parent
 BASE = (
+    "escape",
     "errors",
     "extents",
     "canonical",
+    "front_matter",
     "disks",
     "memory",
     "children",
@@ -52,7 +54,7 @@ ROOMS = {
     "api": {*BASE, "compiler", "runtime", "mirror", "hub", "fetching", "compiling", "opening"},
     "engines": {*BASE, "compiler", "runtime", "mirror", "hub", "fetching", "compiling", "api"},
     "spaces": {*BASE, "compiler", "runtime", "mirror", "hub", "opening", "api"},
-    "server": {"errors"},
+    "server": {"errors", "escape", "front_matter"},
     "cli": {*BASE, "mirror", "hub", "api", "engines", "spaces", "server"},
     "": {"api", "engines"},
 }
@@ -60,7 +62,9 @@ ROOMS = {
 DOORS = {
     "torch": {"compiler", "runtime", "engines"},
     "transformers": {"compiler", "engines"},
-    "huggingface_hub": {"hub/client.py", "hub/words.py"},
+    "huggingface_hub": {"hub/client.py", "hub/words.py", "hub/retry.py"},
+    "tenacity": {"hub/retry.py"},
+    "yaml": {"front_matter"},
     "sqlite3": {"mirror", "server"},
     "starlette": {"server"},
     "uvicorn": {"server"},
