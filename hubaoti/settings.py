@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from hubaoti.errors import BadRequest
 
@@ -89,6 +91,15 @@ class Settings:
         """As a dataclass prints, without the token."""
         token = "set" if self.token else "unset"
         return f"Settings({self.home}, {self.endpoint}, token {token}, offline={self.offline})"
+
+    @property
+    def basic(self) -> str | None:
+        """The header that says `login`, whose words are written as a URL writes them."""
+        if self.login is None:
+            return None
+        user, _, password = self.login.partition(":")
+        plain = f"{unquote(user)}:{unquote(password)}"
+        return f"Basic {base64.b64encode(plain.encode()).decode()}"
 
     @property
     def mirror(self) -> Path:

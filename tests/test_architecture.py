@@ -188,6 +188,18 @@ def test_only_the_settings_read_the_environment() -> None:
     assert readers == {"settings.py"}
 
 
+def test_one_file_writes_to_the_terminal() -> None:
+    """It escapes what it writes; `print` is forbidden everywhere."""
+    writers = {"click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write"}
+    found = {
+        file.relative_to(ROOT).as_posix()
+        for file in files()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in writers
+    }
+    assert found == {"cli/output.py"}
+
+
 def test_a_module_is_one_idea_of_at_most_400_lines() -> None:
     long = [file.name for file in files() if len(file.read_text().splitlines()) > 400]
     assert long == []

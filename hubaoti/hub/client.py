@@ -6,7 +6,6 @@ It is the transport: what it brings is verified by those who asked for it.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import re
 import time
@@ -16,11 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
-from urllib.parse import unquote
 
 import msgspec
 
-from hubaoti import front_matter
 from hubaoti.errors import (
     BadRequest,
     Conflict,
@@ -110,10 +107,10 @@ class HubClient:
 
         # Else each process first asks its endpoint for a list of the tools that it may run in.
         constants.HF_HUB_DISABLE_TELEMETRY = True
-        token, login = self._settings.token or (None if self._stored else False), None
-        if self._settings.login is not None:
-            login = {"authorization": basic(self._settings.login)}
-        return HfApi(self.endpoint, token=token, library_name=LIBRARY, headers=login)
+        token, basic = self._settings.token or (None if self._stored else False), None
+        if self._settings.basic is not None:
+            basic = {"authorization": self._settings.basic}
+        return HfApi(self.endpoint, token=token, library_name=LIBRARY, headers=basic)
 
     # Reading
 
@@ -367,13 +364,6 @@ class HubClient:
             raise self._words.explained(why, what, writing) from why
 
 
-def basic(login: str) -> str:
-    """The header for an endpoint behind a user's name and password, each as a URL writes it."""
-    user, _, password = login.partition(":")
-    plain = f"{unquote(user)}:{unquote(password)}"
-    return f"Basic {base64.b64encode(plain.encode()).decode()}"
-
-
 def folder_of(endpoint: str) -> str:
     """A folder's name for an endpoint: one that people recognize, and no other endpoint has."""
     host = re.sub(r"[^A-Za-z0-9.-]", "_", endpoint.partition("://")[2])[:60]
@@ -386,6 +376,8 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     Raises:
         Conflict: its metadata is not readable.
     """
+    from hubaoti import front_matter  # and yaml, which pulls do not need
+
     try:
         return front_matter.split(text)
     except front_matter.BadFrontMatter as why:
@@ -396,4 +388,6 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
 
 def join_card(metadata: dict[str, Any], text: str) -> str:
     """A README of metadata and text."""
+    from hubaoti import front_matter
+
     return front_matter.join(metadata, text)
