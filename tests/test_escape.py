@@ -121,6 +121,19 @@ def test_paths_of_a_repo_are_printed_escaped(
         assert "is ignored" in json.loads(done.out)["notes"][0]
 
 
+def test_a_list_that_somebody_else_made_is_printed_in_part(
+    held: str, settings: Settings, proxy: Proxy
+) -> None:
+    proxy.matching = "/tree/"
+    proxy.mutate = lambda tree: [
+        *tree,
+        *({**tree[0], "path": f"{n}/{FILENAME}"} for n in range(1000)),
+    ]
+    done = inside(settings, "pull", held, "--trust")
+    assert "and 980 more" in done.out
+    harmless(done)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -118,6 +118,10 @@ def test_a_commit_that_is_none_is_said_to_be_none(
     proxy.mutate = lambda answer: {**answer, "sha": sha}
     with pytest.raises(HubUnreachable, match=f"names no commit of {repo}"):
         HubClient(settings).resolve(repo)
+    proxy.matching = "/api/models/"
+    proxy.mutate = lambda answer: {**answer, "sha": sha} if "sha" in answer else answer
+    with pytest.raises(HubaotiError, match=repo):
+        HubClient(settings).model_folder(repo, None, ("*.json",))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import pull
 from hubaoti.hub.push import Destination, push
-from hubaoti.hub.retry import ATTEMPTS, seconds_in
+from hubaoti.hub.retry import ATTEMPTS, LONGEST_WAIT, seconds_in
 from hubaoti.hub.words import AnswerLost
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
@@ -154,6 +154,18 @@ def test_what_huggingface_hub_repeats_by_itself_does_not_wait_for_ever_either(
     }[part]
     with pytest.raises(HubUnreachable, match="429 Too Many Requests"):
         ask()
+
+
+def test_waits_of_huggingface_hub_are_bounded_together(
+    client: HubClient, repo: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    head = client.resolve(repo)
+    monkeypatch.setattr("time.sleep", waits.append)
+    proxy.matching, proxy.answers = "/tree/", [(429, {"Retry-After": "140"})] * 100
+    with pytest.raises(HubUnreachable, match="429"):
+        client.files(repo, head)
+    assert sum(waits) < LONGEST_WAIT and len(proxy.answers) == 97
 
 
 def test_too_many_requests_have_words_of_their_own(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hubaoti.cli.output import Steps, human_size, print_json, print_line
+from hubaoti.cli.output import Steps, human_size, print_json, print_line, print_some
 
 if TYPE_CHECKING:
     from hubaoti.hub.pull import Pulled
@@ -60,11 +60,9 @@ def pull_command(repo: str, recipe: str | None, trust: bool, as_json: bool, quie
         print_line(f"  commit {pulled.commit}, digest {pulled.artifact.digest[:12]}")
         for reason in pulled.verdict.notes:
             print_line(f"  built for {reason.need}, here is {reason.have}")
-        for each in pulled.considered:
-            if each.error is not None:
-                print_line(f"  {each.place} cannot be used: {each.error}")
-        for note in pulled.notes:
-            print_line(f"  {note}")
+        considered = [each for each in pulled.considered if each.error is not None]
+        print_some([f"  {each.place} cannot be used: {each.error}" for each in considered])
+        print_some([f"  {note}" for note in pulled.notes])
 
 
 def chosen(pulled: Pulled) -> dict[str, object]:

@@ -12,6 +12,7 @@ import click
 
 from hubaoti.escape import LONGEST, bounded, escape, one_line
 
+SOME = 20  # lines of a list whose length is somebody else's
 COLUMN = 60  # where times stand
 
 
@@ -56,6 +57,14 @@ class Steps:
 def print_line(text: str, err: bool = False) -> None:
     """One line, whatever is in it."""
     click.echo(one_line(text, LONGEST), err=err)
+
+
+def print_some(lines: Sequence[str]) -> None:
+    """The first lines of a list that somebody else made, and how many there are more."""
+    for line in lines[:SOME]:
+        print_line(line)
+    if len(lines) > SOME:
+        print_line(f"  and {len(lines) - SOME} more (--json)")
 
 
 def print_lines(text: str, err: bool = False) -> None:

@@ -219,8 +219,8 @@ class HubClient:
                     model, revision=revision, allow_patterns=allowed, local_files_only=offline
                 )
 
-        folder = self._asked(model, snapshot, local=offline)
-        return Path(folder), Path(folder).name
+        folder = Path(self._asked(model, snapshot, local=offline))
+        return folder, self._shaped(folder.name, CommitId, f"names no commit of {model}")
 
     # Writing
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,8 +31,23 @@ FIRST_WAIT, LONGEST_BACKOFF = 0.5, 8.0  # seconds, where the endpoint names none
 LONGEST_WAIT = 300.0  # seconds, of all waits together: the Hub counts in windows of as many
 # httpx's and httpx2's, of connections that were there: the request may have been answered already.
 _DROPPED = {"ReadError", "WriteError", "RemoteProtocolError"}
-_say: ContextVar[Say] = ContextVar("say", default=silent)
+_patience: ContextVar[Patience | None] = ContextVar("patience", default=None)
 _RATE_LIMIT = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})\b")
+
+
+@dataclass(slots=True)
+class Patience:
+    """What one request is waited for, and who is told of it."""
+
+    say: Say
+    asked: float = 0.0
+
+    def is_spent(self, status: int, seconds: float) -> bool:
+        """Whether an endpoint that is busy asks for more seconds than all waits may take."""
+        wish = f", and asks to wait {seconds:.0f} s" if seconds else ""
+        self.say(f"the endpoint is busy ({status}){wish}")
+        self.asked += seconds
+        return self.asked > LONGEST_WAIT
 
 
 def repeated(request: Callable[[bool], T], say: Say) -> T:
@@ -85,11 +101,11 @@ def heeding(say: Say) -> Iterator[None]:
     hooks = get_session().event_hooks["response"]
     if heed not in hooks:
         hooks.append(heed)
-    before = _say.set(say)
+    before = _patience.set(Patience(say))
     try:
         yield
     finally:
-        _say.reset(before)
+        _patience.reset(before)
 
 
 def heed(response: Any) -> None:
@@ -103,11 +119,10 @@ def heed(response: Any) -> None:
     ours = response.request.headers.get("user-agent", "").startswith(f"{LIBRARY}/")
     if not ours or response.status_code not in BUSY:
         return
-    seconds = seconds_in(response.headers) or 0
-    wish = f", and asks to wait {seconds:.0f} s" if seconds else ""
-    _say.get()(f"the endpoint is busy ({response.status_code}){wish}")
+    patience = _patience.get() or Patience(silent)  # a thread of huggingface_hub's own has none
+    spent = patience.is_spent(response.status_code, seconds_in(response.headers) or 0)
     # Of this one huggingface_hub reads the body, which may be no JSON, before the status.
-    if seconds > LONGEST_WAIT or response.request.url.path.endswith("/validate-yaml"):
+    if spent or response.request.url.path.endswith("/validate-yaml"):
         response.read()
         hf_raise_for_status(response)
 
