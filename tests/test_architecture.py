@@ -54,7 +54,7 @@ ROOMS = {
     "api": {*BASE, "compiler", "runtime", "mirror", "hub", "fetching", "compiling", "opening"},
     "engines": {*BASE, "compiler", "runtime", "mirror", "hub", "fetching", "compiling", "api"},
     "spaces": {*BASE, "compiler", "runtime", "mirror", "hub", "opening", "api"},
-    "server": {"errors", "escape", "front_matter"},
+    "server": {"errors", "front_matter"},
     "cli": {*BASE, "mirror", "hub", "api", "engines", "spaces", "server"},
     "": {"api", "engines"},
 }
