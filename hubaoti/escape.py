@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 
 LINE = 300  # characters of somebody else's words within a line of ours
-LONGEST, LINES = 2000, 1000  # characters of a line, and lines, that a person is shown
+LONGEST = 2000  # characters of a line of their own
+WHOLE = 1 << 16  # characters of a message: one of ours may name each tensor of a model
 
 # The controls but for tab and line feed; separators of lines; marks that reorder; lone surrogates.
 _OBEYED = re.compile(
@@ -29,9 +30,8 @@ def one_line(text: str, longest: int = LINE) -> str:
 
 
 def bounded(text: str) -> str:
-    """Text of some lines, escaped: lines that are too long, or too many, are cut."""
-    lines = [_cut(line, LONGEST) for line in escape(text).split("\n")]
-    return "\n".join(lines if len(lines) <= LINES else [*lines[: LINES - 1], "…"])
+    """A message, which may have some lines: escaped, and cut where it has no end."""
+    return _cut(escape(text[: WHOLE + 1]), WHOLE)
 
 
 def _spelled(found: re.Match[str]) -> str:

@@ -21,7 +21,7 @@ from hubaoti.bundle import Bundle
 from hubaoti.canonical import canonical
 from hubaoti.cli.output import print_json, print_line, print_lines, print_table, print_text
 from hubaoti.errors import BadManifest, HubaotiError
-from hubaoti.escape import LINE, LINES, LONGEST, bounded, escape, one_line
+from hubaoti.escape import LINE, LONGEST, WHOLE, bounded, escape, one_line
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.words import without_stored_login
 from hubaoti.manifest import FILENAME, parse
@@ -67,8 +67,7 @@ def test_what_joins_letters_and_pictures_stays() -> None:
 def test_an_error_is_escaped_and_cut_wherever_it_is_shown() -> None:
     error = HubaotiError(f"a{EVIL}\n" + "x" * 3_000_000 + "\nlast" * 3000, hint=EVIL)
     assert not OBEYED.search(str(error) + error.hint)
-    assert len(str(error).split("\n")) == LINES
-    assert max(map(len, str(error).split("\n"))) == LONGEST
+    assert len(str(error)) == WHOLE
 
 
 def test_what_is_printed_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
