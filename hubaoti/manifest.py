@@ -178,7 +178,7 @@ def refuse_newer(value: Any, where: str) -> None:
     schema = value.get("schema") if isinstance(value, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
         raise NewerSchema(
-            f"{where} has schema {schema}; this hubaoti reads up to {SCHEMA}",
+            f"{where} has schema {one_line(str(schema))}; this hubaoti reads up to {SCHEMA}",
             hint="upgrade hubaoti: pip install -U hubaoti",
         )
     if schema != SCHEMA:
