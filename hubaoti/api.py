@@ -214,7 +214,7 @@ def load(
     """
     settings = settings or Settings.from_env()
     refuse_parts(artifact)
-    folder, _ = model_files(model, revision, RUN_FILES, settings)
+    folder, _ = model_files(model, revision, RUN_FILES, settings, say)
     refuse_other_program(folder, artifact.manifest.program)
     say("torch")  # importing it takes longer than all the rest
     from hubaoti.runtime.graph import device_for, open_graph
@@ -367,7 +367,7 @@ def eager(
     from hubaoti.runtime.text import TextEncoder
 
     settings = settings or Settings.from_env()
-    folder, _ = model_files(model, None, EAGER_FILES, settings)
+    folder, _ = model_files(model, None, EAGER_FILES, settings, say)
     task, dtype = pulled_before(repo, settings) if repo else (None, None)
     say("load")
     asked = Request(task=task, dtype=dtype, regions="none")

@@ -119,7 +119,7 @@ def job_of(
     origin = Source(model=type(model).__name__)
     if isinstance(model, (str, Path)):
         say("files")
-        folder, origin = model_files(model, asked.get("revision"), COMPILE_FILES, settings)
+        folder, origin = model_files(model, asked.get("revision"), COMPILE_FILES, settings, say)
     say("torch")  # importing it takes longer than most steps
     from hubaoti.compiler.build import Job, device_of, target_of
     from hubaoti.compiler.options import options_of

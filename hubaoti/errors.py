@@ -10,17 +10,20 @@ from __future__ import annotations
 import signal
 from typing import ClassVar
 
-LINE = 300  # characters of somebody else's error message
+from hubaoti.escape import LINE, bounded, one_line
 
 
 class HubaotiError(Exception):
-    """The root of the tree; `hint` says what to do next."""
+    """The root of the tree; `hint` says what to do next.
+
+    Both may hold words from outside, so both are kept as they may be printed: escaped, and bounded.
+    """
 
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(bounded(message))
+        self.hint = bounded(hint)
 
 
 class BadRequest(HubaotiError):
@@ -242,5 +245,4 @@ def first_line(why: BaseException | str) -> str:
     """The first line of somebody else's message that says something, as long as a person reads."""
     lines = (line.strip() for line in str(why).splitlines())
     nothing = why if isinstance(why, str) else type(why).__name__
-    line = next((line for line in lines if line), nothing)
-    return line if len(line) <= LINE else f"{line[: LINE - 1]}…"
+    return one_line(next((line for line in lines if line), nothing), LINE)

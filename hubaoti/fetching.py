@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hubaoti.errors import BadRequest, ModelNotFound, RepoNotFound
+from hubaoti.escape import one_line
 from hubaoti.manifest import Source
 from hubaoti.settings import Settings
+from hubaoti.steps import Say, silent
 
 # What the compiler reads of a model: config, tokenizer and code; no pattern matches weights.
 COMPILE_FILES = ("*.json", "*.txt", "*.py", "*.model", "*/config.json", "tokenizer*")
@@ -18,7 +20,11 @@ EAGER_FILES = (*COMPILE_FILES, "*.safetensors", "*.jinja")
 
 
 def model_files(
-    model: str | Path, revision: str | None, patterns: Sequence[str], settings: Settings
+    model: str | Path,
+    revision: str | None,
+    patterns: Sequence[str],
+    settings: Settings,
+    say: Say = silent,
 ) -> tuple[Path, Source]:
     """The folder of a model, and where it came from: a local one as it is, else of the Hub.
 
@@ -32,10 +38,10 @@ def model_files(
     from hubaoti.hub.client import HubClient
 
     try:
-        found, commit = HubClient(settings).model_folder(str(model), revision, patterns)
+        found, commit = HubClient(settings, say).model_folder(str(model), revision, patterns)
     except (BadRequest, RepoNotFound) as why:
         raise ModelNotFound(
-            f"{model} is neither a folder nor a model of {settings.endpoint}",
+            f"{one_line(str(model))} is neither a folder nor a model of {settings.endpoint}",
             hint="give a Hub id as owner/name, or the folder of a model",
         ) from why
     return found, Source(model=str(model), commit=commit)

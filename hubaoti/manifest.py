@@ -15,6 +15,7 @@ import msgspec
 
 from hubaoti.canonical import canonical
 from hubaoti.errors import BadManifest, BadRequest, NewerSchema
+from hubaoti.escape import LONGEST, one_line
 from hubaoti.extents import Extent
 from hubaoti.match import KernelPin, Requirements
 from hubaoti.schema import (
@@ -164,14 +165,15 @@ def parse(text: bytes, where: str) -> Manifest:
     except NewerSchema:
         raise
     except MALFORMED as why:
-        raise BadManifest(f"{where} is not a manifest: {why!s:.300}", hint=hint) from why
+        raise BadManifest(f"{where} is not a manifest: {one_line(str(why))}", hint=hint) from why
     if not same:
         raise BadManifest(f"{where} is not in canonical form: it was edited", hint=hint)
     problems = contradictions(manifest)
     if manifest.key != key_of(manifest.program, manifest.build, manifest.target):
         problems.insert(0, "the key is not the one of its program, build and target")
     if problems:
-        raise BadManifest(f"{where} contradicts itself: {'; '.join(problems)}", hint=hint)
+        found = one_line("; ".join(problems), LONGEST)
+        raise BadManifest(f"{where} contradicts itself: {found}", hint=hint)
     return manifest
 
 
@@ -180,11 +182,11 @@ def refuse_newer(value: Any, where: str) -> None:
     schema = value.get("schema") if isinstance(value, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
         raise NewerSchema(
-            f"{where} has schema {schema}; this hubaoti reads up to {SCHEMA}",
+            f"{where} has schema {one_line(str(schema))}; this hubaoti reads up to {SCHEMA}",
             hint="upgrade hubaoti: pip install -U hubaoti",
         )
     if schema not in range(1, SCHEMA + 1) or isinstance(schema, bool):
-        raise ValueError(f"schema is {schema!r}, not 1 to {SCHEMA}")
+        raise ValueError(f"schema is {schema!r:.80}, not 1 to {SCHEMA}")
 
 
 def contradictions(manifest: Manifest) -> list[str]:

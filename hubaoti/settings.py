@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
+
+from hubaoti.errors import BadRequest
 
 ENDPOINT = "https://huggingface.co"
 # Of inductor's variables, all but those that say how it works and not what it builds.
@@ -22,7 +26,9 @@ FALSE = {"0", "OFF", "NO", "FALSE"}
 class Settings:
     """Where things are: our folder, the Hub, and the token for it.
 
-    `token` is None when the environment has none; the client then uses the stored login.
+    `token` is None when the environment has none; the client then uses the stored login, where the
+    endpoint is huggingface.co. `login` is the `user:password` of an endpoint behind one:
+    it is taken out of `endpoint`, which is printed and kept.
     `kernel_cache` is where the kernels library keeps what it fetched; None is nowhere. `tuning` are
     variables that change what inductor builds, which no key would know of. Without `graphs`,
     `AOTI_DISABLED=1` or `ENABLE_AOTI_COMPILATION=0`, everything is answered by eager. `zerogpu` is
@@ -37,6 +43,13 @@ class Settings:
     tuning: tuple[str, ...] = ()
     graphs: bool = True
     zerogpu: bool = False
+    login: str | None = None
+
+    def __post_init__(self) -> None:
+        endpoint, login = without_login(self.endpoint)
+        if login is not None:
+            object.__setattr__(self, "endpoint", endpoint)
+            object.__setattr__(self, "login", login)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -62,9 +75,11 @@ class Settings:
 
         But for `kernel_cache`: no variable says that it is nowhere.
         """
+        scheme, mark, rest = self.endpoint.rpartition("://")
+        login = f"{self.login}@" if self.login is not None else ""
         said = {
             "HUBAOTI_HOME": str(self.home),
-            "HF_ENDPOINT": self.endpoint,
+            "HF_ENDPOINT": f"{scheme}{mark}{login}{rest}",
             "HF_TOKEN": self.token or "",
             "HF_HUB_OFFLINE": "1" if self.offline else "",
             "KERNELS_CACHE": str(self.kernel_cache or ""),
@@ -78,6 +93,15 @@ class Settings:
         return f"Settings({self.home}, {self.endpoint}, token {token}, offline={self.offline})"
 
     @property
+    def basic(self) -> str | None:
+        """The header that says `login`, whose words are written as a URL writes them."""
+        if self.login is None:
+            return None
+        user, _, password = self.login.partition(":")
+        plain = f"{unquote(user)}:{unquote(password)}"
+        return f"Basic {base64.b64encode(plain.encode()).decode()}"
+
+    @property
     def mirror(self) -> Path:
         """The local store."""
         return self.home / "mirror"
@@ -86,6 +110,26 @@ class Settings:
     def trust(self) -> Path:
         """The publishers whose code this machine may run."""
         return self.home / "trust.toml"
+
+
+def without_login(endpoint: str) -> tuple[str, str | None]:
+    """An endpoint's URL without the `user:password@` in it, and that.
+
+    Raises:
+        BadRequest: a password in it ends the host's part of the URL.
+    """
+    scheme, mark, rest = endpoint.partition("://") if "://" in endpoint else ("", "", endpoint)
+    host = rest.partition("/")[0]
+    if "@" in host:
+        login, _, name = host.rpartition("@")
+        return f"{scheme}{mark}{name}{rest[len(host) :]}", login
+    if "@" in rest and re.search(r"^[^\[]*:(?!\d*$)", host):
+        # Not even its message may hold what stands there.
+        raise BadRequest(
+            "HF_ENDPOINT is no URL: the password in it holds a slash",
+            hint="write / as %2F and @ as %40 in a user's name and password",
+        )
+    return endpoint, None
 
 
 def kernel_cache(env: Mapping[str, str], cache: Path) -> Path:

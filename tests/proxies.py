@@ -3,38 +3,52 @@
 from __future__ import annotations
 
 import http.client
+import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
 PIECE = 4096
+DROPPED: tuple[int, dict[str, str]] = (0, {})  # an answer that is none: the connection is closed
 
 
 class Proxy:
-    """What a test reads (`requests`) and sets; `matching` picks the requests by a part of the path.
+    """What a test reads (`requests`, `headers`) and sets.
 
+    `matching`: a part of the paths of the requests that the rest is about.
     `cut_after`: bytes of an answer's body after which the connection is dropped.
     `pause`: seconds between the pieces of a body, 4 KiB each, of a request or an answer.
     `flip`: change the first byte of the body.
+    `answers`: statuses and headers that the next requests get, and the endpoint never sees.
+    `mutate`: what becomes of the JSON of an answer.
+    `first`: what the first request of each method and path gets so.
+    `lost`: how many requests the endpoint answers whose answers never arrive.
     """
 
     def __init__(self, upstream: str) -> None:
         self.upstream = upstream
         self.url = ""
         self.requests: list[tuple[str, str]] = []
+        self.headers: list[dict[str, str]] = []
         self.matching = ""
         self.cut_after: int | None = None
         self.pause = 0.0
         self.flip = False
+        self.answers: list[tuple[int, dict[str, str]]] = []
+        self.mutate: Callable[[Any], Any] | None = None
+        self.first: tuple[int, dict[str, str]] | None = None
+        self.lost = 0
 
     def reset(self) -> None:
         """Forget the requests, and be an honest proxy again."""
         self.requests.clear()
+        self.headers.clear()
         self.matching, self.cut_after, self.pause, self.flip = "", None, 0.0, False
+        self.answers, self.first, self.lost, self.mutate = [], None, 0, None
 
 
 class Server(ThreadingHTTPServer):
@@ -59,9 +73,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def forward(self) -> None:
         proxy = self.server.proxy
-        proxy.requests.append((self.command, self.path))
+        asked = (self.command, self.path)
+        is_first = asked not in proxy.requests
+        proxy.requests.append(asked)
+        proxy.headers.append({name.lower(): value for name, value in self.headers.items()})
         picked = proxy.matching in self.path
         body = self.read_body(proxy.pause if picked else 0)
+        if picked and (proxy.answers or (is_first and proxy.first)):
+            self.refuse(*(proxy.answers.pop(0) if proxy.answers else proxy.first))
+            return
         netloc = urlsplit(proxy.upstream).netloc
         with closing(http.client.HTTPConnection(netloc)) as upstream:
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
@@ -69,7 +89,20 @@ class Handler(BaseHTTPRequestHandler):
                 upstream.putheader(name, value)
             upstream.endheaders(body)
             response = upstream.getresponse()
+            if picked and proxy.lost:
+                proxy.lost -= 1
+                self.close_connection = True
+                return
             self.answer(response, response.read(), proxy if picked else Proxy(""))
+
+    def refuse(self, status: int, headers: dict[str, str]) -> None:
+        if status == DROPPED[0]:
+            self.close_connection = True
+            return
+        self.send_response(status)
+        for name, value in {"Content-Length": "0", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = forward
 
@@ -81,6 +114,9 @@ class Handler(BaseHTTPRequestHandler):
         return found
 
     def answer(self, response: http.client.HTTPResponse, content: bytes, how: Proxy) -> None:
+        if how.mutate is not None and "json" in response.headers.get("Content-Type", ""):
+            content = json.dumps(how.mutate(json.loads(content))).encode()
+            response.headers.replace_header("Content-Length", str(len(content)))
         self.send_response(response.status)
         for name, value in response.headers.items():
             if name.lower() not in {"date", "server", "transfer-encoding", "connection"}:

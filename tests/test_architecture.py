@@ -20,9 +20,11 @@ from hubaoti.cli import COMMANDS, group
 
 ROOT = Path(hubaoti.__file__).parent
 BASE = (
+    "escape",
     "errors",
     "extents",
     "canonical",
+    "front_matter",
     "disks",
     "memory",
     "children",
@@ -52,7 +54,7 @@ ROOMS = {
     "api": {*BASE, "compiler", "runtime", "mirror", "hub", "fetching", "compiling", "opening"},
     "engines": {*BASE, "compiler", "runtime", "mirror", "hub", "fetching", "compiling", "api"},
     "spaces": {*BASE, "compiler", "runtime", "mirror", "hub", "opening", "api"},
-    "server": {"errors"},
+    "server": {"errors", "front_matter"},
     "cli": {*BASE, "mirror", "hub", "api", "engines", "spaces", "server"},
     "": {"api", "engines"},
 }
@@ -60,7 +62,9 @@ ROOMS = {
 DOORS = {
     "torch": {"compiler", "runtime", "engines"},
     "transformers": {"compiler", "engines"},
-    "huggingface_hub": {"hub/client.py", "hub/words.py"},
+    "huggingface_hub": {"hub/client.py", "hub/words.py", "hub/retry.py"},
+    "tenacity": {"hub/retry.py"},
+    "yaml": {"front_matter"},
     "sqlite3": {"mirror", "server"},
     "starlette": {"server"},
     "uvicorn": {"server"},
@@ -182,6 +186,18 @@ def test_only_the_settings_read_the_environment() -> None:
             if named or (imported and {a.name for a in node.names} & {"environ", "getenv"}):
                 readers.add(file.relative_to(ROOT).as_posix())
     assert readers == {"settings.py"}
+
+
+def test_one_file_writes_to_the_terminal() -> None:
+    """It escapes what it writes; `print` is forbidden everywhere."""
+    writers = {"click.echo", "click.secho", "sys.stdout.write", "sys.stderr.write"}
+    found = {
+        file.relative_to(ROOT).as_posix()
+        for file in files()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in writers
+    }
+    assert found == {"cli/output.py"}
 
 
 def test_a_module_is_one_idea_of_at_most_400_lines() -> None:

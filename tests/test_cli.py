@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -20,6 +21,7 @@ from hubaoti import __version__, cli, errors
 from hubaoti.bundle import Bundle
 from hubaoti.cli import COMMANDS, dispatch
 from hubaoti.cli.output import Steps, human_size, human_time, print_table
+from hubaoti.hub.layout import RepoRef
 from hubaoti.settings import Settings
 
 BUILDING = Path(f"/tmp/hubaoti-build-{os.getuid()}/build")
@@ -117,6 +119,24 @@ def test_push_and_pull_say_what_they_did(env: Settings, tmp_path: Path) -> None:
     assert pulled.code == 0, pulled
     assert "from the Hub" in pulled.out
     assert "from the mirror" in inside(env, "pull", f"{repo}@v1").out
+
+
+def test_a_commit_is_printed_so_that_no_branch_poses_as_it(env: Settings, tmp_path: Path) -> None:
+    repo, api = f"acme/{tmp_path.name}", HfApi(env.endpoint, token=env.token)
+    make_bundle(tmp_path / "bundle")
+    pushed = inside(env, "push", tmp_path / "bundle", repo, "--tag", "v1")
+    named = pushed.out.split(":")[0]
+    commit = RepoRef.parse(named).commit
+    assert commit == api.repo_info(repo).sha
+    api.upload_file(path_or_fileobj=b"x", path_in_repo="later.txt", repo_id=repo)
+    api.create_branch(repo, branch=commit[:12])
+    assert json.loads(inside(env, "pull", named, "--trust", "--json").out)["commit"] == commit
+    said = [pushed, inside(env, "pull", f"{repo}@v1"), inside(env, "mirror", "ls")]
+    for done in said:
+        found = re.findall(rf"\b{commit[:12]}[0-9a-f]*", done.out + done.err)
+        assert found and {*found} == {commit}
+    other = inside(env, "pull", f"{repo}@{commit[:12]}")
+    assert f"{commit[:12]} is the name of a branch or a tag here" in other.err
 
 
 def test_pull_as_json_says_what_was_chosen_among_what(env: Settings, repo: str) -> None:

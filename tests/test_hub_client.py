@@ -6,16 +6,20 @@ import errno
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from datetime import date
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from huggingface_hub import HfApi, ModelInfo, constants, errors
 from huggingface_hub.utils import logging
 from proxies import Proxy
 
+from hubaoti import front_matter
 from hubaoti.errors import (
     AuthFailed,
     BadRequest,
@@ -352,6 +356,41 @@ def test_a_card_without_metadata_is_all_text(text: str) -> None:
 def test_a_card_comes_apart_and_together() -> None:
     text = join_card({"tags": ["a"], "license": "mit"}, "# Words\n")
     assert split_card(text) == ({"tags": ["a"], "license": "mit"}, "# Words\n")
+
+
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1},' * 9}]\n" for n in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "why"),
+    [
+        (BOMB, "aliases are not allowed"),
+        ("a: &a {b: *a}\n", "aliases are not allowed"),
+        (f"a: {'x' * front_matter.LIMIT}\n", "larger than 128 KiB"),
+        ("[" * 60_000 + "\n", "not valid YAML"),
+        ("!!python/object/apply:os.getcwd []\n", "not valid YAML"),
+        (f"a: {'9' * 100_000}\n", "not valid YAML"),
+    ],
+    ids=["bomb", "circle", "large", "deep", "code", "number"],
+)
+def test_a_card_is_read_within_the_endpoint_s_bounds(metadata: str, why: str) -> None:
+    started = time.perf_counter()
+    with pytest.raises(Conflict, match=why) as caught:
+        split_card(f"---\n{metadata}---\ntext\n")
+    assert "README.md" in caught.value.hint
+    assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"license": "mit", "tags": ["ä", "b"], "date": date(2026, 1, 31), 7: "seven"},
+        {"self": "x", "ignore_metadata_errors": True, "nested": {"a": [1, 2.5, None]}},
+        {},
+    ],
+)
+def test_what_a_card_says_stays_as_it_is(metadata: dict[Any, Any]) -> None:
+    assert split_card(join_card(metadata, "# Words\n")) == (metadata, "# Words\n")
 
 
 @pytest.mark.parametrize("text", ["---\n[: bad\n---\n", "---\n- a list\n---\n"])

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from bundles import CPU, CUDA, changed, make_bundle, make_host, tree_of
 from huggingface_hub import HfApi, ModelCard
-from proxies import Proxy
+from proxies import DROPPED, Proxy
 
 from hubaoti.bundle import Bundle, file_entry
 from hubaoti.errors import (
@@ -21,11 +21,12 @@ from hubaoti.errors import (
     DigestMismatch,
     HubUnreachable,
 )
+from hubaoti.hub import retry
 from hubaoti.hub.card import render
 from hubaoti.hub.client import HubClient, Pushed, StaleParent
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import pull
-from hubaoti.hub.push import ATTEMPTS, Commit, Destination, decoded, push
+from hubaoti.hub.push import ATTEMPTS, LARGEST_README, Commit, Destination, decoded, push
 from hubaoti.manifest import FILENAME, Source
 from hubaoti.settings import Settings
 
@@ -209,12 +210,30 @@ def test_without_a_good_token_nothing_is_pushed(
 
 
 def test_an_endpoint_that_drops_the_upload_leaves_no_commit(
+    repo: str,
+    bundle: Bundle,
+    settings: Settings,
+    proxy: Proxy,
+    api: HfApi,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(retry, "FIRST_WAIT", 0.01)
+    api.create_repo(repo)
+    proxy.matching, proxy.answers = "/commit/", [DROPPED] * 100
+    with pytest.raises(HubUnreachable, match=settings.endpoint):
+        ship(bundle, repo, settings)
+    assert titles(api, repo) == ["initial commit"]
+
+
+def test_an_endpoint_that_drops_its_answer_has_the_commit_and_no_second(
     bundle: Bundle, repo: str, settings: Settings, proxy: Proxy, api: HfApi
 ) -> None:
     api.create_repo(repo)
     proxy.matching, proxy.cut_after = "/commit/", 0
-    with pytest.raises(HubUnreachable, match=settings.endpoint):
-        ship(bundle, repo, settings)
+    made = ship(bundle, repo, settings)
+    proxy.reset()
+    assert made.created and made.commit == api.repo_info(repo).sha
+    assert titles(api, repo) == [f"Add {PLACE}", "initial commit"]
 
 
 def push_one(folder: Path, repo: str, settings: Settings) -> str:
@@ -290,6 +309,17 @@ def test_the_card_has_the_tags_and_the_table(
     assert found.text.count("| `float32-sdpa` |") == 2
     assert "1.5e-07" in found.text
     assert [model.id for model in api.list_models(filter=bundle.manifest.program.tag, search=repo)]
+
+
+def test_a_card_that_is_too_large_is_not_even_fetched(
+    bundle: Bundle, repo: str, settings: Settings, api: HfApi, proxy: Proxy
+) -> None:
+    api.create_repo(repo)
+    card = b"# Words\n" + b"x" * LARGEST_README
+    api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo)
+    with pytest.raises(Conflict, match=r"README\.md has 4\.2 MB"):
+        ship(bundle, repo, settings)
+    assert not [path for _, path in proxy.requests if path.endswith("/README.md")]
 
 
 def test_what_the_user_wrote_in_the_card_stays(

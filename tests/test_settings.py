@@ -76,6 +76,26 @@ def test_the_cache_folder_of_the_system_is_used() -> None:
     assert Settings.from_env({"XDG_CACHE_HOME": "/c"}).home == Path("/c/hubaoti")
 
 
+@pytest.mark.parametrize(
+    ("url", "endpoint", "login"),
+    [
+        ("https://me:word@hub.local:8000/a/", "https://hub.local:8000/a", "me:word"),
+        ("https://me:wo@rd@hub.local/x@y", "https://hub.local/x@y", "me:wo@rd"),
+        ("https://word@hub.local", "https://hub.local", "word"),
+        ("me:word@hub.local", "hub.local", "me:word"),
+        ("https://hub.local/x@y", "https://hub.local/x@y", None),
+        ("http://[::1]:8000/x@y", "http://[::1]:8000/x@y", None),
+        ("http://hub.local:8000", "http://hub.local:8000", None),
+    ],
+)
+def test_a_login_is_taken_out_of_the_endpoint(url: str, endpoint: str, login: str | None) -> None:
+    settings = Settings.from_env({"HF_ENDPOINT": url})
+    assert (settings.endpoint, settings.login) == (endpoint, login)
+    assert "word" not in repr(settings)
+    assert Settings.from_env(settings.to_env()) == settings
+    assert Settings(settings.home, url.rstrip("/")).endpoint == endpoint
+
+
 def test_a_home_is_absolute_and_without_tilde() -> None:
     assert Settings.from_env({"HUBAOTI_HOME": "~/h"}).home == Path.home() / "h"
     assert Settings.from_env({"HUBAOTI_HOME": "h"}).home == Path.cwd() / "h"

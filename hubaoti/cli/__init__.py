@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import click
 
 from hubaoti import __version__
+from hubaoti.cli.output import print_line, print_lines
 from hubaoti.errors import HubaotiError
 
 # Each command's module, loaded when the command is named, and the line that help shows for it.
@@ -71,11 +72,11 @@ def dispatch(arguments: Sequence[str] | None) -> int:
         error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing half-written was left", err=True)
+        print_line("interrupted; nothing half-written was left", err=True)
         return INTERRUPTED
     except HubaotiError as error:
-        click.echo(f"error: {error}", err=True)
+        print_lines(f"error: {error}", err=True)
         if error.hint:
-            click.echo(f"hint: {error.hint}", err=True)
+            print_lines(f"hint: {error.hint}", err=True)
         return error.exit_code
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from hubaoti.cli.output import Steps, human_size, print_json
+from hubaoti.cli.output import Steps, human_size, print_json, print_line
 from hubaoti.misses import proposed, read
 
 
@@ -72,11 +72,11 @@ def compile_command(
     elif not quiet:
         worst = max(check.max_relative for check in manifest.checks)
         memory, seconds = human_size(manifest.built.peak_bytes), manifest.built.seconds
-        click.echo(f"{bundle.path}: {manifest.recipe} for {manifest.variant}")
+        print_line(f"{bundle.path}: {manifest.recipe} for {manifest.variant}")
         for graph in manifest.graphs:
-            click.echo(f"  {graph.id} serves {counted(len(graph.modules), 'module')}")
-        click.echo(f"  {human_size(manifest.size)}, in {seconds:.0f} s with {memory} at most")
-        click.echo(f"  {len(manifest.checks)} checks against eager, largest error {worst:.1e}")
+            print_line(f"  {graph.id} serves {counted(len(graph.modules), 'module')}")
+        print_line(f"  {human_size(manifest.size)}, in {seconds:.0f} s with {memory} at most")
+        print_line(f"  {len(manifest.checks)} checks against eager, largest error {worst:.1e}")
 
 
 def propose(path: Path, model: str | None, as_json: bool) -> None:
@@ -88,16 +88,16 @@ def propose(path: Path, model: str | None, as_json: bool) -> None:
         print_json(facts | {"reasons": misses.reasons})
         return
     for reason, calls in misses.reasons.items():
-        click.echo(f"{counted(calls, 'call')} not served ({reason})")
+        print_line(f"{counted(calls, 'call')} not served ({reason})")
     for missed in misses.missed:
         sizes = ", ".join(f"{name}={size}" for name, size in missed.sizes.items())
-        click.echo(f"  {missed.region} ({missed.reason}): {sizes}; {counted(missed.calls, 'call')}")
+        print_line(f"  {missed.region} ({missed.reason}): {sizes}; {counted(missed.calls, 'call')}")
     if proposal is None:
-        click.echo("no call was missed for its sizes: no other dims would have served it")
+        print_line("no call was missed for its sizes: no other dims would have served it")
         return
     words = ["hubaoti", "compile", model or misses.build.model or "MODEL"]
     words += ["--task", misses.build.task] * bool(misses.build.task)
-    click.echo(f"proposed: {shlex.join([*words, *proposal.words(), '-o', 'bundle'])}")
+    print_line(f"proposed: {shlex.join([*words, *proposal.words(), '-o', 'bundle'])}")
 
 
 def explain_model(
@@ -113,19 +113,19 @@ def explain_model(
     if as_json:
         print_json(dataclasses.asdict(found))
         return
-    click.echo(f"{found.recipe} for {found.variant}, regions {found.regions}")
-    click.echo(f"  key {found.key[:12]}, {'in ' + found.built if found.built else 'not built yet'}")
+    print_line(f"{found.recipe} for {found.variant}, regions {found.regions}")
+    print_line(f"  key {found.key[:12]}, {'in ' + found.built if found.built else 'not built yet'}")
     for graph in found.graphs:
         served = counted(len(graph["modules"]), "module")
-        click.echo(f"  {graph['id']}: {served}, from {graph['modules'][0] or 'the model itself'}")
+        print_line(f"  {graph['id']}: {served}, from {graph['modules'][0] or 'the model itself'}")
         bounds = ", ".join(f"{name}={sizes}" for name, sizes in graph["dims"].items())
-        click.echo(
+        print_line(
             f"    dims {bounds or 'none'}" + (f"; {graph['cache']} cache" * bool(graph["cache"]))
         )
         for name, shape in graph["inputs"].items():
-            click.echo(f"    {name} ({', '.join(map(str, shape))})")
+            print_line(f"    {name} ({', '.join(map(str, shape))})")
     for reason in found.left_out:
-        click.echo(f"  stays eager: {reason}")
+        print_line(f"  stays eager: {reason}")
 
 
 def counted(number: int, what: str) -> str:

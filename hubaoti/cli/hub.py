@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hubaoti.cli.output import Steps, human_size, print_json
+from hubaoti.cli.output import Steps, human_size, print_json, print_line, print_some
 
 if TYPE_CHECKING:
     from hubaoti.hub.pull import Pulled
@@ -33,10 +33,10 @@ def push_command(bundle: Path, repo: str, quiet: bool, **options: Any) -> None:
         commit = api.push(bundle, repo, say=say, **options)
     if not quiet:
         what = "published" if commit.created else "was there already"
-        click.echo(f"{commit.repo}@{commit.commit[:12]}: {commit.path} {what}")
+        print_line(f"{commit.repo}@{commit.commit}: {commit.path} {what}")
         if commit.branch is not None:
-            click.echo(f"  branch {commit.branch}")
-        click.echo(f"  {commit.url}")
+            print_line(f"  branch {commit.branch}")
+        print_line(f"  {commit.url}")
 
 
 @click.command("pull")
@@ -56,15 +56,13 @@ def pull_command(repo: str, recipe: str | None, trust: bool, as_json: bool, quie
     elif not quiet:
         source = "the mirror" if pulled.from_mirror else "the Hub"
         size = human_size(pulled.artifact.manifest.size)
-        click.echo(f"{pulled.place} ({pulled.verdict.fit}, {size}) from {source}")
-        click.echo(f"  commit {pulled.commit[:12]}, digest {pulled.artifact.digest[:12]}")
+        print_line(f"{pulled.place} ({pulled.verdict.fit}, {size}) from {source}")
+        print_line(f"  commit {pulled.commit}, digest {pulled.artifact.digest[:12]}")
         for reason in pulled.verdict.notes:
-            click.echo(f"  built for {reason.need}, here is {reason.have}")
-        for each in pulled.considered:
-            if each.error is not None:
-                click.echo(f"  {each.place} cannot be used: {each.error}")
-        for note in pulled.notes:
-            click.echo(f"  {note}")
+            print_line(f"  built for {reason.need}, here is {reason.have}")
+        considered = [each for each in pulled.considered if each.error is not None]
+        print_some([f"  {each.place} cannot be used: {each.error}" for each in considered])
+        print_some([f"  {note}" for note in pulled.notes])
 
 
 def chosen(pulled: Pulled) -> dict[str, object]:

@@ -29,7 +29,7 @@ def ls_command(as_json: bool) -> None:
     cells = [
         (
             row.origin.repo or "built here",
-            (row.origin.commit or "")[:12],
+            row.origin.commit or "",
             row.recipe,
             row.variant,
             human_size(row.size),

@@ -10,6 +10,9 @@ from typing import Any
 
 import click
 
+from hubaoti.escape import LONGEST, bounded, escape, one_line
+
+SOME = 20  # lines of a list whose length is somebody else's
 COLUMN = 60  # where times stand
 
 
@@ -30,7 +33,7 @@ class Steps:
         self.end()
         self._current, self._since = step, time.perf_counter()
         if not self._quiet:
-            click.echo(f"  {step:<{COLUMN}}", nl=False, err=self._err)
+            click.echo(f"  {one_line(step, LONGEST):<{COLUMN}}", nl=False, err=self._err)
 
     def __enter__(self) -> Steps:
         return self
@@ -51,6 +54,29 @@ class Steps:
         self._current = ""
 
 
+def print_line(text: str, err: bool = False) -> None:
+    """One line, whatever is in it."""
+    click.echo(one_line(text, LONGEST), err=err)
+
+
+def print_some(lines: Sequence[str]) -> None:
+    """The first lines of a list that somebody else made, and how many there are more."""
+    for line in lines[:SOME]:
+        print_line(line)
+    if len(lines) > SOME:
+        print_line(f"  and {len(lines) - SOME} more (--json)")
+
+
+def print_lines(text: str, err: bool = False) -> None:
+    """A message of some lines, as errors have them."""
+    click.echo(bounded(text), err=err)
+
+
+def print_text(text: str) -> None:
+    """A text that was asked for, all of it, and nothing that a terminal would obey."""
+    click.echo(escape(text))
+
+
 def print_json(value: Any) -> None:
     """A value as indented JSON on standard output."""
     click.echo(json.dumps(value, indent=2, default=str))
@@ -65,7 +91,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(one_line(str(cell), LONGEST) for cell in row))
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = 1000

@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from hubaoti.cli.output import Steps, print_json
+from hubaoti.cli.output import Steps, print_json, print_line, print_text
 from hubaoti.errors import BadRequest
 from hubaoti.settings import Settings
 
@@ -29,7 +27,7 @@ def answer_prompts(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
         else:
             print_answers(engine, options, as_json)
         if not (quiet or as_json):
-            click.echo(counted(engine.state(model), engine.models()[0].why), err=True)
+            print_line(counted(engine.state(model), engine.models()[0].why), err=True)
 
 
 def refuse_odd(options: dict[str, Any]) -> None:
@@ -107,7 +105,7 @@ def print_answers(engine: LightweightEngine, options: dict[str, Any], as_json: b
         print_json(facts | {"answers": found})
         return
     for prompt, answer in zip(prompts, answers, strict=True):
-        click.echo(f"{prompt}{answer.text if answer.text[:1].isspace() else ' ' + answer.text}")
+        print_text(f"{prompt}{answer.text if answer.text[:1].isspace() else ' ' + answer.text}")
 
 
 def write_answers(
@@ -127,7 +125,7 @@ def write_answers(
         print_json(facts | told(engine.state(model)))
     elif not quiet:
         before = f", {done.before} of them before" if done.before else ""
-        click.echo(f"{done.prompts} answers in {out}{before}; {done.rate:.0f} tokens/s", err=True)
+        print_line(f"{done.prompts} answers in {out}{before}; {done.rate:.0f} tokens/s", err=True)
 
 
 @contextmanager

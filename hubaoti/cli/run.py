@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hubaoti.cli.output import Steps, print_json, print_table
+from hubaoti.cli.output import Steps, print_json, print_line, print_table
 from hubaoti.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -109,4 +109,4 @@ def print_values(texts: tuple[str, ...], values: torch.Tensor) -> None:
     for text, value in zip(texts, values, strict=True):
         begin = ", ".join(f"{number:.4f}" for number in value.flatten()[:8].tolist())
         dots = ", …" if value.numel() > 8 else ""
-        click.echo(f"{text}: {list(value.shape)} [{begin}{dots}]")
+        print_line(f"{text}: {list(value.shape)} [{begin}{dots}]")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from hubaoti.cli.output import print_line
 from hubaoti.settings import Settings
 
 
@@ -19,8 +20,8 @@ def serve_command(host: str, port: int, root: Path | None, token: str | None) ->
     from hubaoti.server import serve
 
     def ready(url: str, token: str) -> None:
-        click.echo(f"serving {folder} at {url}")
-        click.echo(f"  export HF_ENDPOINT={url} HF_TOKEN={token}")
+        print_line(f"serving {folder} at {url}")
+        print_line(f"  export HF_ENDPOINT={url} HF_TOKEN={token}")
 
     folder = root or Settings.from_env().home / "hub"
     serve(folder, host, port, token, ready)

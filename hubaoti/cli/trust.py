@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from hubaoti.cli.output import print_json, print_table
+from hubaoti.cli.output import print_json, print_line, print_table
 from hubaoti.errors import BadRequest
 from hubaoti.hub.trust import Trust
 from hubaoti.settings import Settings
@@ -38,4 +38,4 @@ def rm_command(owner: str) -> None:
         raise BadRequest(
             f"{owner} at {settings.endpoint} is not trusted", hint="see: hubaoti trust ls"
         )
-    click.echo(f"{owner} at {settings.endpoint} is no longer trusted")
+    print_line(f"{owner} at {settings.endpoint} is no longer trusted")

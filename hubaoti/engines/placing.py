@@ -68,7 +68,7 @@ class Placing:
             OtherProgram, BadRequest: the artifact that was given does not serve it.
         """
         self.say("files")
-        folder, _ = model_files(want.name, want.revision, EAGER_FILES, self.settings)
+        folder, _ = model_files(want.name, want.revision, EAGER_FILES, self.settings, self.say)
         given, why = self.given(want), "no graphs are wanted"
         task = want.task or (given.manifest.program.task if given else task_in(folder))
         wanted = self._wanted(folder, task, want.asked)

@@ -9,6 +9,7 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 
 from hubaoti.errors import BadManifest, BadRequest, DigestMismatch
+from hubaoti.escape import one_line
 from hubaoti.hub.client import Entry, HubClient
 from hubaoti.hub.layout import Place, require_agreement
 from hubaoti.hub.words import quiet
@@ -63,7 +64,7 @@ def places_in(paths: Iterable[str]) -> tuple[list[Place], tuple[str, ...]]:
             try:
                 places.append(Place.parse(folder))
             except BadRequest as why:
-                notes.append(f"{path} is ignored: {why}")
+                notes.append(f"{one_line(path)} is ignored: {why}")
     return places, tuple(notes)
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import msgspec
 
 from hubaoti.errors import (
     BadRequest,
@@ -22,14 +24,22 @@ from hubaoti.errors import (
     DigestMismatch,
     HubaotiError,
     HubUnreachable,
+    first_line,
 )
-from hubaoti.hub.words import NO_HUB, StaleParent, Words, quiet
-from hubaoti.settings import Settings
+from hubaoti.hub.retry import LIBRARY, heeding, repeated, status_of, unwrapped
+from hubaoti.hub.words import NO_HUB, AnswerLost, StaleParent, Words, quiet
+from hubaoti.settings import ENDPOINT, Settings
+from hubaoti.steps import Say, silent
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 LONGEST_SILENCE = 600  # seconds without a byte, after which nobody waits for the rest
+
+T = TypeVar("T")
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+CommitId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{40}\Z")]
+Refs = list[tuple[Text, CommitId]]
 
 _MODEL = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -38,9 +48,9 @@ _MODEL = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)?[A-Za-z0-9_][A-Za-z0-9_.-
 class Entry:
     """A file of a commit: its git blob id, or the sha256 of what git only points to."""
 
-    path: str
-    size: int
-    blob: str
+    path: Text
+    size: Annotated[int, msgspec.Meta(ge=0)]
+    blob: Text
     sha256: str | None
 
     def is_of(self, content: bytes) -> bool:
@@ -55,8 +65,13 @@ class Entry:
 class Pushed:
     """A commit that was made, and where people see it."""
 
-    commit: str
-    url: str
+    commit: CommitId
+    url: Text
+
+
+# msgspec learns a type when it is first used, and two threads that meet there end the process.
+for _kind in (CommitId, Refs, tuple[Entry, ...], Pushed, bool | None):
+    msgspec.json.Decoder(_kind)
 
 
 class HubClient:
@@ -65,16 +80,21 @@ class HubClient:
     Raises:
         RepoNotFound: there is no such repo, revision or file, or not for this token.
         AuthFailed: the token is missing, wrong, or may not do this.
-        HubUnreachable: the endpoint is down, drops the connection, or we are offline.
+        HubUnreachable: the endpoint is down, stays busy, drops the connection, says what no Hub
+            says, or we are offline.
         DiskFull: there is no room for what was asked for.
+
+    `say` is told when the endpoint is busy and has to be waited for.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, say: Say = silent) -> None:
+        self._settings, self._say = settings, say
         self.endpoint = settings.endpoint
         # A commit id proves nothing about an endpoint: what one says must not answer for another.
         self.cache = settings.mirror / "hub" / folder_of(settings.endpoint)
-        self._words = Words(self.endpoint, settings.token, self.cache)
+        # In whose name one is logged in there is no other endpoint's affair.
+        self._stored = self.endpoint == ENDPOINT and settings.login is None
+        self._words = Words(self.endpoint, settings.token, self.cache, self._stored)
 
     @property
     def is_offline(self) -> bool:
@@ -87,16 +107,21 @@ class HubClient:
 
         # Else each process first asks its endpoint for a list of the tools that it may run in.
         constants.HF_HUB_DISABLE_TELEMETRY = True
-        return HfApi(self.endpoint, token=self._settings.token, library_name="hubaoti")
+        token, basic = self._settings.token or (None if self._stored else False), None
+        if self._settings.basic is not None:
+            basic = {"authorization": self._settings.basic}
+        return HfApi(self.endpoint, token=token, library_name=LIBRARY, headers=basic)
 
     # Reading
 
     def resolve(self, repo: str, revision: str | None = None, kind: str = "model") -> str:
         """The full commit id that a revision (by default the default branch) is at now."""
-        with self._door(f"{repo}@{revision}" if revision else repo):
-            commit = self._api.repo_info(repo, revision=revision, repo_type=kind).sha
-        if commit is None or not re.fullmatch("[0-9a-f]{40}", commit):
-            raise HubUnreachable(f"{self.endpoint} names no commit of {repo}", hint=NO_HUB)
+        what = f"{repo}@{revision}" if revision else repo
+        return self._asked(what, lambda _: self._head(repo, revision, kind))
+
+    def _head(self, repo: str, revision: str | None, kind: str = "model") -> str:
+        found = self._api.repo_info(repo, revision=revision, repo_type=kind).sha
+        commit: str = self._shaped(found, CommitId, f"names no commit of {repo}")
         return commit
 
     def files(self, repo: str, commit: str) -> tuple[Entry, ...]:
@@ -105,15 +130,24 @@ class HubClient:
 
         with self._door(f"{repo}@{commit}"):
             tree = self._api.list_repo_tree(repo, recursive=True, revision=commit)
-            return tuple(
-                Entry(file.path, file.size, file.blob_id, file.lfs.sha256 if file.lfs else None)
+            found = [
+                {
+                    "path": file.path,
+                    "size": file.size,
+                    "blob": file.blob_id,
+                    "sha256": file.lfs.sha256 if file.lfs else None,
+                }
                 for file in tree
                 if isinstance(file, RepoFile)
-            )
+            ]
+        how = f"lists the files of {repo} in no way of the Hub's"
+        entries: tuple[Entry, ...] = self._shaped(found, tuple[Entry, ...], how)
+        return entries
 
     def download(self, repo: str, commit: str, path: str) -> Path:
         """A file of a commit, in this endpoint's cache folder; asked for once."""
-        with self._door(f"{path} of {repo}"):
+
+        def download(_: bool) -> Path:
             try:
                 return self._download(repo, commit, path)
             except FileNotFoundError as why:
@@ -121,6 +155,8 @@ class HubClient:
                     raise
                 # Another process dropped the file while we linked to it.
                 return self._download(repo, commit, path)
+
+        return self._asked(f"{path} of {repo}", download)
 
     def _download(self, repo: str, commit: str, path: str) -> Path:
         cache = self.cache
@@ -174,20 +210,29 @@ class HubClient:
         if not _MODEL.fullmatch(model):
             raise BadRequest(f"malformed model id: {model!r:.120}", hint="write it as owner/name")
         offline = self._settings.offline
-        with self._door(model, local=offline):
+
+        def snapshot(_: bool) -> str:
             # By its own name, not by its commit: so it is found by that name when offline.
-            folder = self._api.snapshot_download(
-                model, revision=revision, allow_patterns=list(patterns), local_files_only=offline
-            )
-        return Path(folder), Path(folder).name
+            allowed = list(patterns)
+            with unwrapped():
+                return self._api.snapshot_download(
+                    model, revision=revision, allow_patterns=allowed, local_files_only=offline
+                )
+
+        folder = Path(self._asked(model, snapshot, local=offline))
+        return folder, self._shaped(folder.name, CommitId, f"names no commit of {model}")
 
     # Writing
 
     def create(self, repo: str, private: bool) -> bool:
         """See that a repo exists; whether it is private, which an existing one decides itself."""
-        with self._door(repo, writing=True):
+
+        def create(_: bool) -> bool:
             self._api.create_repo(repo, private=private, exist_ok=True)
-            return bool(self._api.repo_info(repo).private)
+            found = self._api.repo_info(repo).private
+            return bool(self._shaped(found, bool | None, f"does not say whether {repo} is private"))
+
+        return self._asked(repo, create, writing=True)
 
     def commit(
         self,
@@ -201,7 +246,7 @@ class HubClient:
         """Make one commit on top of `parent`, the head of a branch, with all of this or none of it.
 
         Raises:
-            StaleParent: `parent` is no longer the head.
+            StaleParent: `parent` is no longer the head. AnswerLost: perhaps because of this commit.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
@@ -209,16 +254,28 @@ class HubClient:
             *(CommitOperationDelete(path, is_folder=False) for path in delete),
             *(CommitOperationAdd(path, content) for path, content in add.items()),
         ]
-        with self._door(repo, writing=True):
+
+        def send(again: bool) -> Pushed:
+            if again and self._head(repo, branch) != parent:
+                raise AnswerLost(repo)
             made = self._api.create_commit(
                 repo, operations, commit_message=message, parent_commit=parent, revision=branch
             )
-            return Pushed(str(made.oid), str(made.commit_url))
+            found = {"commit": made.oid, "url": made.commit_url}
+            how = f"names no commit that it made in {repo}"
+            pushed: Pushed = self._shaped(found, Pushed, how)
+            return pushed
+
+        return self._asked(repo, send, writing=True)
 
     def tags(self, repo: str) -> dict[str, str]:
         """Every tag's commit."""
-        with self._door(repo):
-            return {each.name: each.target_commit for each in self._api.list_repo_refs(repo).tags}
+        return self._asked(repo, lambda _: self._refs(repo, "tags"))
+
+    def _refs(self, repo: str, kind: str) -> dict[str, str]:
+        refs = getattr(self._api.list_repo_refs(repo), kind)
+        found = [(each.name, each.target_commit) for each in refs]
+        return dict(self._shaped(found, Refs, f"lists the {kind} of {repo} in no way of the Hub's"))
 
     def tag(self, repo: str, name: str, commit: str) -> None:
         """Name a commit.
@@ -226,29 +283,69 @@ class HubClient:
         Raises:
             Conflict: the name is taken.
         """
-        with self._door(f"tag {name} of {repo}", writing=True):
-            self._api.create_tag(repo, tag=name, revision=commit)
+
+        def create(again: bool) -> None:
+            try:
+                self._api.create_tag(repo, tag=name, revision=commit)
+            except Exception as why:
+                made = again and status_of(why) == 409 and self._refs(repo, "tags")
+                if not made or made.get(name) != commit:
+                    raise
+
+        self._asked(f"tag {name} of {repo}", create, writing=True)
 
     def branches(self, repo: str) -> dict[str, str]:
         """Every branch's commit."""
-        with self._door(repo):
-            refs = self._api.list_repo_refs(repo).branches
-            return {each.name: each.target_commit for each in refs}
+        return self._asked(repo, lambda _: self._refs(repo, "branches"))
 
     def make_branch(self, repo: str, name: str) -> bool:
         """See that a branch exists, off the default one; whether it was made now."""
         if name in self.branches(repo):
             return False
-        with self._door(f"branch {name} of {repo}", writing=True):
+
+        def create(_: bool) -> None:
             self._api.create_branch(repo, branch=name, exist_ok=True)
+
+        self._asked(f"branch {name} of {repo}", create, writing=True)
         return True
 
     def drop_branch(self, repo: str, name: str) -> None:
         """Remove a branch; its commits stay."""
-        with self._door(f"branch {name} of {repo}", writing=True):
-            self._api.delete_branch(repo, branch=name)
+
+        def drop(again: bool) -> None:
+            try:
+                self._api.delete_branch(repo, branch=name)
+            except Exception as why:
+                if not (again and status_of(why) == 404):
+                    raise
+
+        self._asked(f"branch {name} of {repo}", drop, writing=True)
 
     # The door
+
+    def _asked(
+        self,
+        what: str,
+        request: Callable[[bool], T],
+        *,
+        writing: bool = False,
+        local: bool = False,
+    ) -> T:
+        """What a request brings. While the endpoint is busy it is repeated, and told that it is."""
+        with self._door(what, writing, local):
+            return repeated(request, self._say)
+
+    def _shaped(self, found: Any, kind: Any, how: str) -> Any:
+        """What the endpoint said, as the type that the Hub's protocol gives it.
+
+        Raises:
+            HubUnreachable: it is of another; `how` says what that means.
+        """
+        try:
+            return msgspec.convert(found, kind)
+        except (msgspec.ValidationError, UnicodeError) as why:
+            message = f"{self.endpoint} {how}: {self._words.first_line(why)}"
+            raise HubUnreachable(message, hint=NO_HUB) from why
 
     @contextmanager
     def _door(self, what: str, writing: bool = False, local: bool = False) -> Iterator[None]:
@@ -259,7 +356,7 @@ class HubClient:
                 hint="unset HF_HUB_OFFLINE, or name a full commit id that was pulled before",
             )
         try:
-            with quiet():
+            with quiet(), nullcontext() if self._settings.offline else heeding(self._say):
                 yield
         except (HubaotiError, StaleParent):
             raise
@@ -279,20 +376,18 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     Raises:
         Conflict: its metadata is not readable.
     """
-    from huggingface_hub import RepoCard
+    from hubaoti import front_matter  # and yaml, which pulls do not need
 
-    if not text.lstrip().startswith("---"):
-        return {}, text
     try:
-        card = RepoCard(text)
-    except Exception as why:  # yaml's errors have no root that huggingface_hub exports
-        hint = "correct the block between the --- lines of README.md"
-        raise Conflict(f"the repo's README.md has unreadable metadata: {why}", hint=hint) from why
-    return dict(vars(card.data)), card.text
+        return front_matter.split(text)
+    except front_matter.BadFrontMatter as why:
+        hint = "correct the block between the --- lines of README.md, then push again"
+        message = f"the repo's README.md has unreadable metadata: {first_line(why)}"
+        raise Conflict(message, hint=hint) from why
 
 
 def join_card(metadata: dict[str, Any], text: str) -> str:
     """A README of metadata and text."""
-    from huggingface_hub import CardData
+    from hubaoti import front_matter
 
-    return f"---\n{CardData(**metadata).to_yaml()}\n---\n{text}"
+    return front_matter.join(metadata, text)

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from hubaoti.errors import BadRequest, DigestMismatch, HubaotiError
+from hubaoti.escape import one_line
 from hubaoti.hub.catalog import Catalog
 from hubaoti.hub.client import Entry, HubClient
 from hubaoti.hub.layout import RepoRef
@@ -171,10 +172,12 @@ def kernels_of(
     try:
         kernels = msgspec.json.decode(client.read(catalog.repo, catalog.commit, entry), type=Config)
     except msgspec.MsgspecError as why:
-        raise BadRequest(f"{name} of {catalog.repo} cannot be read: {why}", hint=NO_KERNEL) from why
+        message = f"{name} of {catalog.repo} cannot be read: {one_line(str(why))}"
+        raise BadRequest(message, hint=NO_KERNEL) from why
     for each in kernels.kernels:
         if not each.keys() <= WORDS or not isinstance(each.get("repo_id"), str):
-            raise BadRequest(f"{name} of {catalog.repo} names no kernel: {each}", hint=NO_KERNEL)
+            message = f"{name} of {catalog.repo} names no kernel: {one_line(str(each))}"
+            raise BadRequest(message, hint=NO_KERNEL)
     return tuple(kernels.kernels)
 
 

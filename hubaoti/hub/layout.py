@@ -77,6 +77,11 @@ def is_revision(text: str) -> bool:
     return _REVISION.fullmatch(text) is not None and _NOT_IN_REVISION.search(text) is None
 
 
+def looks_like_commit(revision: str | None) -> bool:
+    """Whether a revision reads as the beginning of a commit's id, which a branch may be called."""
+    return revision is not None and re.fullmatch("[0-9a-f]{7,40}", revision) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """An artifact's folder in a repo."""

@@ -25,7 +25,7 @@ from hubaoti.errors import (
 from hubaoti.host import Host
 from hubaoti.hub.catalog import Catalog, Unreadable, read_catalog
 from hubaoti.hub.client import HubClient
-from hubaoti.hub.layout import Place, RepoRef
+from hubaoti.hub.layout import Place, RepoRef, looks_like_commit
 from hubaoti.hub.trust import Trust
 from hubaoti.manifest import File, Manifest
 from hubaoti.match import Candidate, Fit, Verdict, judge, rank
@@ -92,7 +92,7 @@ def pull(
     with Mirror.open(settings.mirror) as mirror:
         return Puller(
             mirror=mirror,
-            client=HubClient(settings),
+            client=HubClient(settings, say),
             trusted=Trust(settings.trust),
             host=host,
             recipe=recipe,
@@ -120,7 +120,10 @@ class Puller:
 
     def _resolve(self, ref: RepoRef) -> str:
         self.say(f"asking {self.client.endpoint} for the commit of {ref}")
-        return self.client.resolve(ref.repo, ref.revision)
+        commit = self.client.resolve(ref.repo, ref.revision)
+        if looks_like_commit(ref.revision) and not commit.startswith(str(ref.revision)):
+            self.say(f"{ref.revision} is the name of a branch or a tag here, which is at {commit}")
+        return commit
 
     def _from_mirror(self, ref: RepoRef, commit: str) -> Pulled | None:
         """What an earlier pull of this commit chose, if it still may run here."""
@@ -138,7 +141,7 @@ class Puller:
 
     def _from_hub(self, ref: RepoRef, commit: str) -> Pulled:
         self.mirror.require_writable()
-        self.say(f"reading the manifests of {ref.repo} at {commit[:12]}")
+        self.say(f"reading the manifests of {ref.repo} at {commit}")
         catalog = read_catalog(self.client, ref.repo, commit)
         considered = tuple(self._consider(catalog))
         chosen = choose(catalog, considered, self.recipe)
@@ -275,7 +278,7 @@ def no_choice(
     catalog: Catalog, considered: tuple[Considered, ...], recipe: Recipe | None
 ) -> HubaotiError:
     """Why nothing was chosen, of everything that was looked at."""
-    where = f"{catalog.repo} at {catalog.commit[:12]}"
+    where = f"{catalog.repo} at {catalog.commit}"
     if not considered:
         return NoArtifact(
             "\n".join((f"{where} holds no artifact", *catalog.notes)),

@@ -19,13 +19,14 @@ from hubaoti.hub.card import render
 from hubaoti.hub.catalog import Catalog, read_catalog
 from hubaoti.hub.client import HubClient, Pushed
 from hubaoti.hub.layout import Place, RepoRef, is_revision, place_of
-from hubaoti.hub.words import StaleParent
+from hubaoti.hub.words import AnswerLost, StaleParent
 from hubaoti.hub.zerogpu import LAYOUT, branch_of, packages_of
 from hubaoti.manifest import FILENAME, Manifest
 from hubaoti.settings import Settings
 from hubaoti.steps import Say, silent
 
 README = "README.md"
+LARGEST_README = 4 << 20  # bytes
 ATTRIBUTES = ".gitattributes"  # the Hub's own, which says how large files are kept
 BRANCH_CARD = """# {repo}
 
@@ -128,7 +129,7 @@ def push(bundle: Bundle, to: Destination, settings: Settings, say: Say = silent)
     shipment = shipment_of(bundle, to)
     say(f"checking {bundle.path}")
     check(bundle)
-    client, repo = HubClient(settings), to.repo.repo
+    client, repo = HubClient(settings, say), to.repo.repo
     say(f"looking into {repo} at {client.endpoint}")
     private = client.create(repo, to.private)
     if to.private and not private:
@@ -136,7 +137,7 @@ def push(bundle: Bundle, to: Destination, settings: Settings, say: Say = silent)
     with branched(client, repo, shipment.branch):
         made, created = commit_on_head(client, shipment, to, say)
     if to.tag is not None and client.tags(repo).get(to.tag) != made.commit:
-        say(f"tagging {made.commit[:12]} as {to.tag}")
+        say(f"tagging {made.commit} as {to.tag}")
         client.tag(repo, to.tag, made.commit)
     return Commit(
         repo=repo,
@@ -194,21 +195,23 @@ def commit_on_head(
 ) -> tuple[Pushed, bool]:
     """The commit that holds the bundle, and whether it was made now; retried on a moving head."""
     repo, bundle, place = to.repo.repo, shipment.bundle, shipment.place
+    lost = False
     for attempt in range(ATTEMPTS):
         catalog = read_catalog(client, repo, client.resolve(repo, shipment.branch))
         present = is_present(catalog, shipment)
         if to.tag is not None:
             require_free(client, repo, to.tag, catalog.commit if present else None)
         if present:
-            say(f"{repo} holds {place} already")
-            return Pushed(
-                catalog.commit, f"{client.endpoint}/{repo}/commit/{catalog.commit}"
-            ), False
+            say(f"{repo} holds {place} {'now' if lost else 'already'}")
+            url = f"{client.endpoint}/{repo}/commit/{catalog.commit}"
+            return Pushed(catalog.commit, url), lost
         try:
             say(f"uploading {place} ({bundle.manifest.size / 1e6:.1f} MB)")
             return commit(client, catalog, shipment), True
-        except StaleParent:
-            say("another push was faster: reading the repo again")
+        except StaleParent as why:
+            lost = lost or isinstance(why, AnswerLost)
+            moved = "no answer came, and the repo changed" if lost else "another push was faster"
+            say(f"{moved}: reading the repo again")
             time.sleep(random.uniform(0, 0.2 * (attempt + 1)))
     raise Conflict(
         f"{repo} changed {ATTEMPTS} times while this bundle was pushed",
@@ -248,7 +251,7 @@ def require_free(client: HubClient, repo: str, tag: str, commit: str | None) -> 
     there = client.tags(repo).get(tag)
     if there is not None and there != commit:
         raise Conflict(
-            f"the tag {tag} of {repo} names another commit, {there[:12]}",
+            f"the tag {tag} of {repo} names another commit, {there}",
             hint="choose another tag: one that others pinned should not move",
         )
 
@@ -274,6 +277,9 @@ def new_card(client: HubClient, catalog: Catalog, shipment: Shipment) -> str:
     """The README once the artifact is there."""
     place, manifest = shipment.place, shipment.bundle.manifest
     there = catalog.files.get(README)
+    if there is not None and there.size > LARGEST_README:
+        hint = "make it smaller, then push again: images are better files of their own"
+        raise Conflict(f"the repo's README.md has {there.size / 1e6:.1f} MB", hint=hint)
     text = decoded(client.read(catalog.repo, catalog.commit, there)) if there else ""
     artifacts = {**catalog.readable, place: manifest}
     unreadable = tuple(str(each) for each in catalog.artifacts if each not in artifacts)

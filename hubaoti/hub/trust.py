@@ -14,7 +14,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import tomli_w
 from hubaoti.disks import explained
 from hubaoti.errors import HubaotiError, UnsafeFolder
 from hubaoti.mirror.folders import make_private, refuse_shared
+from hubaoti.settings import without_login
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,4 +122,5 @@ def parse(text: str) -> tuple[Publisher, ...]:
         strings = isinstance(each.endpoint, str) and isinstance(each.owner, str)
         if not strings or not isinstance(each.since, date):
             raise ValueError(f"malformed publisher {each.owner!r:.80}")
-    return found
+    # An older hubaoti kept the password of an endpoint that has one in its URL.
+    return tuple(replace(each, endpoint=without_login(each.endpoint)[0]) for each in found)

@@ -19,7 +19,11 @@ from hubaoti.errors import (
     HubUnreachable,
     RepoNotFound,
 )
+from hubaoti.escape import one_line
+from hubaoti.hub.retry import BUSY, seconds_asked
+from hubaoti.settings import ENDPOINT, Settings, environment
 
+BUSY_HUB = "the endpoint is overloaded, or starts anew: try again in some minutes"
 NO_HUB = "see whether the endpoint is up and HF_ENDPOINT names it, then try again"
 
 
@@ -27,13 +31,21 @@ class StaleParent(Exception):
     """The branch moved since it was read: read it again and try again."""
 
 
+class AnswerLost(StaleParent):
+    """It moved, and perhaps by the very commit that was sent, whose answer never came."""
+
+
 @dataclass(frozen=True, slots=True)
 class Words:
-    """The words for errors of an endpoint; none of them holds `token`, or the stored login's."""
+    """The words for errors of an endpoint; none of them holds `token`, or the stored login's.
+
+    `stored` says that the endpoint is sent huggingface_hub's stored login for want of a `token`.
+    """
 
     endpoint: str
     token: str | None
     cache: Path
+    stored: bool = False
 
     def explained(self, why: Exception, what: str, writing: bool) -> Exception:
         """A foreign error in our words."""
@@ -77,7 +89,7 @@ class Words:
         if status == 409:
             return Conflict(f"{what}: {self.first_line(why)}", hint="choose another name")
         if status == 429 or status >= 500 or status == 0:
-            return self._unreachable(why, what)
+            return self._unanswered(why, what, status)
         hint = "see whether the endpoint serves the Hub's protocol"
         return HubaotiError(f"{self.endpoint} refused {what}: {self.first_line(why)}", hint=hint)
 
@@ -89,31 +101,49 @@ class Words:
         return RepoNotFound(f"{self.endpoint} shows no such {thing}: {what}", hint=hint)
 
     def _unauthorized(self, why: Exception, what: str) -> AuthFailed:
-        if self._secret() is None:
+        if self._sent() is None:
             hint = "set HF_TOKEN, or log in with: hf auth login"
+            if not self.stored:
+                hint = "set HF_TOKEN; what `hf auth login` stored is for https://huggingface.co"
             return AuthFailed(f"{self.endpoint} wants a token for {what}", hint=hint)
         hint = "set HF_TOKEN to a token of this endpoint that may do this"
         message = f"{self.endpoint} refused the token for {what}: {self.first_line(why)}"
         return AuthFailed(message, hint=hint)
 
-    def _unreachable(self, why: Exception, what: str) -> HubUnreachable:
+    def _unreachable(self, why: Exception, what: str, hint: str = NO_HUB) -> HubUnreachable:
         return HubUnreachable(
-            f"{self.endpoint} could not be asked for {what}: {self.first_line(why)}", hint=NO_HUB
+            f"{self.endpoint} could not be asked for {what}: {self.first_line(why)}", hint=hint
+        )
+
+    def _unanswered(self, why: Exception, what: str, status: int) -> HubUnreachable:
+        if status == 429:
+            return self._limited(why, what)
+        return self._unreachable(why, what, BUSY_HUB if status in BUSY else NO_HUB)
+
+    def _limited(self, why: Exception, what: str) -> HubUnreachable:
+        seconds = seconds_asked(why)
+        when = "in some minutes" if seconds is None else f"in {seconds:.0f} s"
+        token = "" if self._sent() else ", or set HF_TOKEN: who has a token may ask more often"
+        return HubUnreachable(
+            f"{self.endpoint} is asked too often, and did not answer for {what} "
+            f"(429 Too Many Requests)",
+            hint=f"try again {when}{token}",
         )
 
     def first_line(self, why: BaseException) -> str:
         """The first line of a foreign message, without the token."""
         lines = [line.strip() for line in str(why).splitlines() if line.strip()]
         words = lines[0] if lines else type(why).__name__
-        if token := self._secret():
+        if token := self._sent():
             for spelling in (token, repr(token)[1:-1]):
                 words = words.replace(spelling, "***")
-        return words[:300]
+        return one_line(words)
 
-    def _secret(self) -> str | None:
+    def _sent(self) -> str | None:
+        """The token that our requests carry."""
         from huggingface_hub import get_token
 
-        return self.token or get_token()
+        return self.token or (get_token() if self.stored else None)
 
 
 def is_full(why: BaseException) -> bool:
@@ -140,6 +170,26 @@ def is_of_network(why: BaseException) -> bool:
     root = errors.HTTPError  # type: ignore[attr-defined]
     kinds = (root, ConnectionError, TimeoutError, json.JSONDecodeError)
     return isinstance(why, kinds) or numberless or type(why) is RuntimeError
+
+
+@contextmanager
+def without_stored_login(settings: Settings) -> Iterator[None]:
+    """While libraries that ask the Hub by themselves keep the stored login from other endpoints.
+
+    An explicit HF_TOKEN they send as our own requests do.
+    """
+    from huggingface_hub import constants
+
+    if settings.token or {settings.endpoint, constants.ENDPOINT} == {ENDPOINT}:
+        yield
+        return
+    before = constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
+    constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True
+    try:
+        with environment(HF_HUB_DISABLE_IMPLICIT_TOKEN="1"):  # for processes of our own
+            yield
+    finally:
+        constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = before
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from pathlib import Path
 from hubaoti.disks import no_room
 from hubaoti.errors import HubaotiError
 from hubaoti.manifest import Manifest
+from hubaoti.settings import without_login
 
 KEPT = 1024  # notes, the latest
 PATIENCE = 30.0  # seconds to wait for another process's transaction
@@ -64,6 +65,10 @@ class Origin:
     repo: str = ""
     commit: str = ""
     path: str = ""
+
+    def __post_init__(self) -> None:
+        # An older hubaoti kept the password of an endpoint that has one in its URL.
+        object.__setattr__(self, "endpoint", without_login(self.endpoint)[0])
 
     @property
     def publisher(self) -> str:

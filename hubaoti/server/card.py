@@ -1,22 +1,17 @@
 """What a README's front matter says: the YAML that the Hub shows, filters and tags by.
 
-It comes from outside, so it is read small, without aliases (which could unfold without end), and
-made plain: only what JSON can write.
+It comes from outside, so it is read small, and made plain: only what JSON can write.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from typing import Any
 
-import yaml
+from hubaoti import front_matter
 
-LIMIT = 128 * 1024
-"""How many bytes of a README are looked at."""
-
-_FRONT_MATTER = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+LIMIT, BadCard = front_matter.LIMIT, front_matter.BadFrontMatter
 
 _TAG_KEYS = {
     "language": "",
@@ -40,36 +35,17 @@ _DATASET_TAG_KEYS = (
 )
 
 
-class BadCard(ValueError):
-    """Front matter that cannot be read, in words for its author."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise BadCard("aliases are not allowed")
-        return super().compose_node(parent, index)
-
-
 def parse(readme: str) -> dict[str, Any]:
     """The front matter of a README, plain; {} when it has none.
 
     Raises:
         BadCard: it is not a YAML mapping.
     """
-    match = _FRONT_MATTER.match(readme)
-    if match is None:
-        return {}
+    found, _ = front_matter.split(readme)
     try:
-        found = _plain(yaml.load(match[1], _Loader) or {})
-    # PyYAML lets through whatever Python raises at a scalar that is not what its tag says.
-    except Exception as error:
+        return {_word(key): _plain(held) for key, held in found.items()}
+    except Exception as error:  # of values that Python cannot write
         raise BadCard(f"the metadata is not valid YAML: {error}"[:500]) from None
-    if not isinstance(found, dict):
-        raise BadCard("the metadata is not a YAML mapping")
-    return found
 
 
 def tags(kind: str, card: dict[str, Any]) -> list[str]:

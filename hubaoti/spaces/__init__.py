@@ -81,7 +81,7 @@ def load(  # noqa: PLR0913 - a face of keywords
     with Mirror.open(settings.mirror) as mirror:
         puller = Puller(
             mirror=mirror,
-            client=HubClient(settings),
+            client=HubClient(settings, say),
             trusted=Trust(settings.trust),
             host=host,
             recipe=asked,

@@ -6,6 +6,7 @@ import json
 import warnings
 import weakref
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hubaoti.errors import HubaotiError, MissingConstant, NoMatch, Quarantined
 from hubaoti.host import Host
 from hubaoti.hub.foreign import Fetched, NoDigests, Package
+from hubaoti.hub.words import without_stored_login
 from hubaoti.manifest import Graph
 from hubaoti.mirror import Mirror
 from hubaoti.mirror.store import holds_members
@@ -39,11 +41,16 @@ class Served:
     spots: tuple[Spot, ...]
 
 
+def asking_for(fetched: Fetched, settings: Settings) -> AbstractContextManager[None]:
+    """While the kernels library asks the Hub for what packages call, if they call anything."""
+    return without_stored_login(settings) if fetched.kernels else nullcontext()
+
+
 def warn_of(fetched: Fetched) -> None:
     """Say what nobody can check."""
     kernels = "".join(f", and calls the kernel {each['repo_id']}" for each in fetched.kernels)
     warnings.warn(
-        f"{fetched.repo} at {fetched.commit[:12]} has packages without a manifest{kernels}: no "
+        f"{fetched.repo} at {fetched.commit} has packages without a manifest{kernels}: no "
         "digests say which bytes its publisher meant, and nothing for which module and calls they "
         "were made. Each call of a new look is answered by the module first, and compared",
         NoDigests,
@@ -141,8 +148,9 @@ class LooseWorker:
         module = self.module()
         assert module is not None  # it is being called
         device = device_here(module)
-        self._require_all_sound(device)
-        register(self.fetched.kernels)
+        with asking_for(self.fetched, self.settings):
+            self._require_all_sound(device)
+            register(self.fetched.kernels)
         regions = [*self._regions(device)]
         tally = Tally(None, self.strict)
         for region in regions:
@@ -267,7 +275,8 @@ def deferred(
 
     served = served_by(module, fetched)
     warn_of(fetched)
-    fetch(fetched.kernels)
+    with asking_for(fetched, settings):
+        fetch(fetched.kernels)
     names = [name for each in served for name in (each.graph.sha256, unopened(each.graph))]
     verdicts = Verdicts((name, "") for name in names)
     worker = LooseWorker(

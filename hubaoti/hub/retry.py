@@ -1,0 +1,167 @@
+"""Requests of an endpoint that is busy: asked again after a while, a bounded number of times.
+
+Some of huggingface_hub's calls (trees, downloads, uploads) repeat their requests by themselves,
+with its `http_backoff`. It waits as long as the endpoint says, however long: `heeding` bounds that.
+All others are repeated here.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hubaoti.steps import Say, silent
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
+T = TypeVar("T")
+
+LIBRARY = "hubaoti"  # as our requests name us
+BUSY = frozenset({429, 502, 503, 504})
+"""Answers that pass by themselves."""
+ATTEMPTS = 6
+FIRST_WAIT, LONGEST_BACKOFF = 0.5, 8.0  # seconds, where the endpoint names none
+LONGEST_WAIT = 300.0  # seconds, of all waits together: the Hub counts in windows of as many
+# httpx's and httpx2's, of connections that were there: the request may have been answered already.
+_DROPPED = {"ReadError", "WriteError", "RemoteProtocolError"}
+_patience: ContextVar[Patience | None] = ContextVar("patience", default=None)
+_RATE_LIMIT = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})\b")
+
+
+@dataclass(slots=True)
+class Patience:
+    """What one request is waited for, and who is told of it."""
+
+    say: Say
+    asked: float = 0.0
+
+    def is_spent(self, status: int, seconds: float) -> bool:
+        """Whether an endpoint that is busy asks for more seconds than all waits may take."""
+        wish = f", and asks to wait {seconds:.0f} s" if seconds else ""
+        self.say(f"the endpoint is busy ({status}){wish}")
+        self.asked += seconds
+        return self.asked > LONGEST_WAIT
+
+
+def repeated(request: Callable[[bool], T], say: Say) -> T:
+    """What a request brings, repeated while the endpoint is busy or drops the connection.
+
+    The request is called with whether it is a repetition. The last error is raised as it is.
+    """
+    from tenacity import Retrying, retry_if_exception
+
+    def tell(state: RetryCallState) -> None:
+        if status_of(error_in(state)) is None:  # of a busy one, `heeding` has told
+            say(f"the connection was dropped: asking again in {state.upcoming_sleep:.1f} s")
+
+    retrying = Retrying(
+        retry=retry_if_exception(is_passing),
+        wait=wait_of,
+        stop=is_enough,
+        before_sleep=tell,
+        reraise=True,
+    )
+    for attempt in retrying:
+        with attempt:
+            return request(attempt.retry_state.attempt_number > 1)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def is_passing(why: BaseException) -> bool:
+    """Whether the same request may be answered a little later."""
+    return status_of(why) in BUSY or type(why).__name__ in _DROPPED
+
+
+def is_enough(state: RetryCallState) -> bool:
+    """Whether to give up: after so many attempts, or if the next would be too far away."""
+    too_long = state.idle_for + state.upcoming_sleep > LONGEST_WAIT
+    return bool(too_long) or state.attempt_number >= ATTEMPTS
+
+
+def wait_of(state: RetryCallState) -> float:
+    """Seconds until the next attempt: what the endpoint asks for, else twice as many each time."""
+    from tenacity import wait_exponential, wait_random
+
+    backoff = wait_exponential(FIRST_WAIT, LONGEST_BACKOFF) + wait_random(0, FIRST_WAIT / 2)
+    return seconds_asked(error_in(state)) or backoff(state)
+
+
+@contextmanager
+def heeding(say: Say) -> Iterator[None]:
+    """While `say` is told of each busy answer; from now on huggingface_hub's waits are bounded."""
+    from huggingface_hub import get_session
+
+    hooks = get_session().event_hooks["response"]
+    if heed not in hooks:
+        hooks.append(heed)
+    before = _patience.set(Patience(say))
+    try:
+        yield
+    finally:
+        _patience.reset(before)
+
+
+def heed(response: Any) -> None:
+    """Tell of a busy answer to us; one that asks for too long a wait is an error here already.
+
+    Raises:
+        HfHubHTTPError: as huggingface_hub would raise it, which does not repeat the request then.
+    """
+    from huggingface_hub import hf_raise_for_status
+
+    ours = response.request.headers.get("user-agent", "").startswith(f"{LIBRARY}/")
+    if not ours or response.status_code not in BUSY:
+        return
+    patience = _patience.get() or Patience(silent)  # a thread of huggingface_hub's own has none
+    spent = patience.is_spent(response.status_code, seconds_in(response.headers) or 0)
+    # Of this one huggingface_hub reads the body, which may be no JSON, before the status.
+    if spent or response.request.url.path.endswith("/validate-yaml"):
+        response.read()
+        hf_raise_for_status(response)
+
+
+def error_in(state: RetryCallState) -> BaseException:
+    """How an attempt ended."""
+    why = state.outcome.exception() if state.outcome else None
+    assert why is not None
+    return why
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Around a call that looks into the cache when the endpoint fails: that failure, if any."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        yield
+    except LocalEntryNotFoundError as why:
+        raise why.__cause__ or why from why.__cause__
+
+
+def status_of(why: BaseException) -> int | None:
+    """The status of the answer that an error tells of."""
+    response = getattr(why, "response", None)
+    return getattr(response, "status_code", None)
+
+
+def seconds_asked(why: BaseException) -> float | None:
+    """How long the answer that an error tells of asks to wait; None where it does not say."""
+    return None if status_of(why) is None else seconds_in(why.response.headers)  # type: ignore[attr-defined]
+
+
+def seconds_in(headers: Any) -> float | None:
+    """The seconds of Retry-After, a number or a date, or until the Hub's rate limit is reset."""
+    said = str(headers.get("retry-after", "")).strip()
+    if re.fullmatch(r"\d{1,9}", said):
+        return float(said)
+    with suppress(ValueError, OverflowError):
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+    spent = _RATE_LIMIT.search(str(headers.get("ratelimit", "")))
+    return float(spent[1]) if spent else None
