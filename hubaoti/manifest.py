@@ -8,6 +8,8 @@ patterns and cross-references are checked once, when a manifest is read, so noth
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -71,7 +73,13 @@ __all__ = [
 
 SCHEMA = 1
 FILENAME = "hubaoti.json"
-LARGEST = 16 << 20  # bytes of a manifest; the one of an 80-layer model is some hundred kB
+# An honest manifest is far below these: the one of an 80-layer model is some hundred kB.
+LARGEST = 16 << 20  # bytes
+MOST_VALUES = 400_000  # of JSON
+MOST_GRAPHS = 4096
+MOST_FILES = 10_000  # beside the graphs' packages
+MOST_MEMBERS = 50_000  # of all packages together
+TOLD = 9  # problems that are told of one manifest
 # What is raised of a text that is no manifest, by msgspec, by ours and by the canonical form.
 MALFORMED = (msgspec.MsgspecError, BadManifest, ValueError, RecursionError)
 
@@ -152,6 +160,8 @@ def parse(text: bytes, where: str) -> Manifest:
     hint = "compile the bundle again, or pull it again if it came from a repo"
     if len(text) > LARGEST:
         raise BadManifest(f"the manifest {where} is larger than {LARGEST >> 20} MiB", hint=hint)
+    if sum(text.count(sign) for sign in (b",", b"[", b"{")) > MOST_VALUES:
+        raise BadManifest(f"the manifest {where} has more than {MOST_VALUES} values", hint=hint)
     try:
         value = msgspec.json.decode(text)
         refuse_newer(value, where)
@@ -167,8 +177,14 @@ def parse(text: bytes, where: str) -> Manifest:
     if manifest.key != key_of(manifest.program, manifest.build, manifest.target):
         problems.insert(0, "the key is not the one of its program, build and target")
     if problems:
-        raise BadManifest(f"{where} contradicts itself: {'; '.join(problems)}", hint=hint)
+        raise BadManifest(f"{where} contradicts itself: {in_short(problems)}", hint=hint)
     return manifest
+
+
+def in_short(problems: Sequence[str]) -> str:
+    """Some of the problems, as many as a person reads."""
+    more = [f"and {len(problems) - TOLD} more"] if len(problems) > TOLD else []
+    return "; ".join([f"{problem:.300}" for problem in problems[:TOLD]] + more)
 
 
 def refuse_newer(value: Any, where: str) -> None:
@@ -188,6 +204,7 @@ def contradictions(manifest: Manifest) -> list[str]:
     found = []
     if not manifest.graphs:
         found.append("it lists no graph")
+    found += excesses(manifest)
     found += unspeakable_labels(manifest)
     found += clashing_files(manifest)
     found += requirement_clashes(manifest)
@@ -195,6 +212,20 @@ def contradictions(manifest: Manifest) -> list[str]:
         found += unknown_dims(graph)
         found += misplaced_cache(graph)
     return found
+
+
+def excesses(manifest: Manifest) -> list[str]:
+    """What it lists so many of that each would cost whoever only reads it."""
+    counted = {
+        "graphs": (len(manifest.graphs), MOST_GRAPHS),
+        "files": (len(manifest.files), MOST_FILES),
+        "members": (sum(len(graph.members) for graph in manifest.graphs), MOST_MEMBERS),
+    }
+    return [
+        f"it lists {count} {what}, at most {most} are read"
+        for what, (count, most) in counted.items()
+        if count > most
+    ]
 
 
 def unspeakable_labels(manifest: Manifest) -> list[str]:
@@ -210,15 +241,16 @@ def unspeakable_labels(manifest: Manifest) -> list[str]:
 
 def clashing_files(manifest: Manifest) -> list[str]:
     """Paths that two files share, and constants from files that are not listed."""
-    paths = [file.path for file in manifest.all_files()]
+    paths = {file.path for file in manifest.all_files()}
+    listed = [*(file.path for file in manifest.all_files()), FILENAME]
     ids = [graph.id for graph in manifest.graphs]
-    found = [f"{path} is listed twice" for path in repeated([*paths, FILENAME])]
+    found = [f"{path} is listed twice" for path in repeated(listed)]
     found += [f"graph {name} is listed twice" for name in repeated(ids)]
     for graph in manifest.graphs:
         members = [member.path for member in graph.members]
         found += [f"{graph.id}: member {path} is listed twice" for path in repeated(members)]
         files = {c.origin.file for c in graph.constants if c.origin.file}
-        found += [f"{graph.id}: constants from {f}, not listed" for f in sorted(files - {*paths})]
+        found += [f"{graph.id}: constants from {f}, not listed" for f in sorted(files - paths)]
     return found
 
 
@@ -234,7 +266,7 @@ def requirement_clashes(manifest: Manifest) -> list[str]:
 
 def unknown_dims(graph: Graph) -> list[str]:
     """Dims that a shape names and the bounds do not, and bounds that are empty."""
-    extents = [size for entry in graph.inputs for size in entry.shape if isinstance(size, str)]
+    extents = {size for entry in graph.inputs for size in entry.shape if isinstance(size, str)}
     named = {dim for extent in extents for dim in Extent.parse(extent).dims}
     found = [f"{graph.id}: dim {dim} has no bounds" for dim in sorted(named - {*graph.bounds})]
     for dim, (low, high) in graph.bounds.items():
@@ -260,5 +292,5 @@ def misplaced_cache(graph: Graph) -> list[str]:
 
 def repeated(names: list[str]) -> list[str]:
     """The names that stand more than once, compared as a case-folding disk would."""
-    folded = [name.casefold() for name in names]
-    return sorted({name for name in folded if folded.count(name) > 1})
+    counted = Counter(name.casefold() for name in names)
+    return sorted(name for name, times in counted.items() if times > 1)

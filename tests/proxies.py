@@ -6,7 +6,7 @@ import http.client
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +20,7 @@ class Proxy:
     `cut_after`: bytes of an answer's body after which the connection is dropped.
     `pause`: seconds between the pieces of a body, 4 KiB each, of a request or an answer.
     `flip`: change the first byte of the body.
+    `endless`: go on with the body after its end, until the client leaves; `sent` are the bytes.
     """
 
     def __init__(self, upstream: str) -> None:
@@ -29,12 +30,14 @@ class Proxy:
         self.matching = ""
         self.cut_after: int | None = None
         self.pause = 0.0
-        self.flip = False
+        self.flip = self.endless = False
+        self.sent = 0
 
     def reset(self) -> None:
         """Forget the requests, and be an honest proxy again."""
         self.requests.clear()
-        self.matching, self.cut_after, self.pause, self.flip = "", None, 0.0, False
+        self.matching, self.cut_after, self.pause = "", None, 0.0
+        self.flip, self.endless, self.sent = False, False, 0
 
 
 class Server(ThreadingHTTPServer):
@@ -82,10 +85,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, response: http.client.HTTPResponse, content: bytes, how: Proxy) -> None:
         self.send_response(response.status)
+        kept_back = {"date", "server", "transfer-encoding", "connection"}
+        if how.endless and content:
+            kept_back.add("content-length")
         for name, value in response.headers.items():
-            if name.lower() not in {"date", "server", "transfer-encoding", "connection"}:
+            if name.lower() not in kept_back:
                 self.send_header(name, value)
         self.end_headers()
+        if how.endless and content:
+            self.go_on(content, how)
+            return
         if how.flip and content:
             content = bytes([content[0] ^ 1]) + content[1:]
         if how.cut_after is not None and content:
@@ -95,6 +104,13 @@ class Handler(BaseHTTPRequestHandler):
         for start in range(0, len(content), PIECE):
             time.sleep(how.pause)
             self.wfile.write(content[start : start + PIECE])
+
+    def go_on(self, content: bytes, how: Proxy) -> None:
+        self.close_connection = True
+        with suppress(OSError):
+            while how.sent < 1 << 30:
+                how.sent += self.wfile.write(content)
+                content = b" " * (1 << 16)
 
 
 @contextmanager
