@@ -15,7 +15,7 @@ from glob import escape
 from pathlib import Path
 
 from hubaoti import manifest as manifests
-from hubaoti.disks import FULL, are_together, full_disk
+from hubaoti.disks import FULL, OUTPUT, TEMPORARY, are_together, full_disk
 from hubaoti.errors import (
     BadManifest,
     DigestMismatch,
@@ -270,11 +270,11 @@ def no_room(path: Path, why: OSError) -> DiskFull:
     """The error that says which disk is full: that of the bundle `path`, or a temporary one."""
     folder = full_disk(why, path.parent)
     if are_together(folder, path.parent):
-        hint = "free some space, or choose another folder with -o"
+        hint = f"free some space, or {OUTPUT}"
         return DiskFull(f"no room on the disk of {path} for the bundle", hint=hint)
     return DiskFull(
         f"no room on the disk of {folder}, where temporary files are",
-        hint="free some space there, or set TMPDIR to a folder on a larger disk",
+        hint=f"free some space there, or {TEMPORARY}",
     )
 
 

@@ -12,6 +12,10 @@ from pathlib import Path
 
 from hubaoti.errors import DiskFull, HubaotiError
 
+# What else can be done, by what lies on the disk.
+HOME = "set HUBAOTI_HOME to a folder on a larger disk"
+TEMPORARY = "set TMPDIR to a folder on a larger disk"
+OUTPUT = "choose another folder with -o"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # As g++ and as Python name what could not be written.
 NAMED = re.compile(r"(/[^:'\"\n]*): No space left|No space left on device: '(/[^'\n]*)'")
@@ -45,22 +49,24 @@ def refused(why: OSError, folder: Path, needed: int = 0) -> HubaotiError:
     return HubaotiError(f"cannot write {why.filename or folder}: {why.strerror}", hint=hint)
 
 
-def require_room(folder: Path, needed: int) -> None:
+def require_room(folder: Path, needed: int, remedy: str = HOME) -> None:
     """See that `needed` more bytes go below `folder`, before any is written.
+
+    `remedy` is what else can be done than to free some space.
 
     Raises:
         DiskFull: they do not.
     """
     if free_bytes(folder) < needed:
-        raise no_room(folder, needed)
+        raise no_room(folder, needed, remedy)
 
 
-def no_room(folder: Path, needed: int) -> DiskFull:
+def no_room(folder: Path, needed: int, remedy: str = HOME) -> DiskFull:
     """The error that says how much is needed, and how much is free."""
     need = f"{mebibytes(needed)} needed, " if needed else ""
     return DiskFull(
         f"no room on the disk of {folder}: {need}{mebibytes(free_bytes(folder))} free",
-        hint="free some space, or set HUBAOTI_HOME to a folder on a larger disk",
+        hint=f"free some space there, or {remedy}",
     )
 
 

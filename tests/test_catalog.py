@@ -129,6 +129,14 @@ def test_what_would_cost_too_much_is_refused_in_words(manifest: Manifest, what: 
     assert time.process_time() - start < 2
 
 
+def test_no_list_of_missing_libraries_is_endless(manifest: Manifest) -> None:
+    value = msgspec.json.decode(manifest.to_json())
+    value["requires"]["libraries"] = [f"lib{at}.so" for at in range(501)]
+    with pytest.raises(BadManifest, match="malformed libraries") as why:
+        parse(canonical(value), "x")
+    assert len(str(why.value)) < 1000
+
+
 def test_a_thousand_contradictions_are_told_in_short(manifest: Manifest) -> None:
     bad = graphs(manifest, 1000, bounds={})
     with pytest.raises(BadManifest, match="dim batch has no bounds; .*and 991 more") as why:

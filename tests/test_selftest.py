@@ -97,6 +97,15 @@ def test_what_native_code_says_of_other_graphs_is_not_believed(
         require_sound(artifact, mirror, CPU, lambda step: None)
 
 
+def test_a_verdict_on_another_graph_opens_none(
+    artifact: Artifact, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(testing, "selftest", lambda *a: [Verdict("nobody")])
+    with pytest.raises(HubaotiError, match="told of graph 'nobody', which was not tried") as why:
+        require_sound(artifact, mirror, CPU, lambda step: None)
+    assert why.value.hint
+
+
 def test_a_graph_that_never_answers_is_ended_and_may_be_tried_again(artifact: Artifact) -> None:
     library(artifact, "for (;;) pause()")
     (verdict,) = tried(artifact, patience=15.0)

@@ -26,7 +26,7 @@ from hubaoti import errors
 from hubaoti.compiler import elf
 from hubaoti.compiler.plan import Unit
 from hubaoti.compiler.unit import Built
-from hubaoti.disks import FULL, full_disk, no_room
+from hubaoti.disks import FULL, OUTPUT, TEMPORARY, full_disk, no_room
 from hubaoti.errors import BadRequest, CompileFailed, HubaotiError, first_line
 from hubaoti.manifest import Check, File, Graph
 from hubaoti.memory import OVERHEAD, available
@@ -148,7 +148,7 @@ def told_of(why: BaseException, unit: Unit, parts: Path) -> dict[str, str]:
     """An error as JSON: ours as it is, others in words."""
     trace = "".join(traceback.format_exception(why))
     if isinstance(why, OSError) and why.errno in FULL:
-        why = no_room(full_disk(why, parts), 0)
+        why = no_room(full_disk(why, parts), 0, f"{OUTPUT}, or {TEMPORARY}")
     if isinstance(why, HubaotiError):
         kind, message, hint = type(why).__name__, str(why), why.hint
     else:
