@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from hubaoti.bundle import Bundle
+from hubaoti.bundle import Bundle, whole_at
 from hubaoti.compiling import evaluating, existing
 from hubaoti.errors import BadRequest
 from hubaoti.fetching import EAGER_FILES, RUN_FILES, model_files
@@ -85,8 +85,9 @@ def compile(
         if not force and (found := existing(job.key, place, mirror, say)):
             return found
         bundle = compiled(job, origin, place, host, jobs, say)
-        put(bundle, mirror)
-        mirror.record_built(bundle.manifest)
+        with whole_at(bundle.path):
+            put(bundle, mirror)
+            mirror.record_built(bundle.manifest)
         return bundle
 
 

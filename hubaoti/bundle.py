@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 from hubaoti import manifest as manifests
-from hubaoti.disks import FULL
+from hubaoti.disks import FULL, OUTPUT, TEMPORARY, are_together, full_disk
 from hubaoti.errors import (
     BadManifest,
     DigestMismatch,
@@ -21,6 +26,11 @@ from hubaoti.errors import (
 from hubaoti.manifest import File, Manifest
 from hubaoti.package import members_of, sha256_of
 
+OLD = "old"  # the bundle that is being replaced, in a folder beside its place
+MADE = re.compile(r"[a-z0-9_]{8}\Z")  # what `mkdtemp` makes up, which did it before
+# What may lie in a bundle in the making, beside temporary folders.
+PARTS = {OLD, "replaced", "graphs", "buffers", "buffers.safetensors", "golden.safetensors"}
+PARTS |= {".parts", manifests.FILENAME, f"{manifests.FILENAME}.sha256"}
 SEAL = f"{manifests.FILENAME}.sha256"  # stays here; on the Hub the digest is the artifact's name
 
 
@@ -144,15 +154,86 @@ def writing(path: Path) -> Iterator[Path]:
     """
     path = path.absolute()
     with explained(path):
+        tidy(path)
         refuse_foreign(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
+        with beside(path) as folder:
             yield folder
             folder.chmod(0o755)
             replace_folder(folder, path)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+
+
+def tidy(path: Path) -> None:
+    """Remove what killed writers of the bundle `path` left beside it, and nobody holds any more.
+
+    Where one was killed in the middle of a replacement, the last whole bundle is put back.
+    """
+    path = path.absolute()
+    for folder in path.parent.glob(f".{escape(path.name)}.????????"):
+        with suppress(OSError):
+            if is_ours(folder):
+                handle = held(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    clear(folder, path)
+                finally:
+                    os.close(handle)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder beside a bundle is one in which it was written: by its name, and as
+    `mkdtemp` makes it, or with nothing in it that is not a part of a bundle."""
+    status, name = folder.lstat(), folder.name.rpartition(".")[2]
+    if not (stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and MADE.match(name)):
+        return False
+    if status.st_mode & 0o777 == 0o700 and not name.isalpha():
+        return True
+    return all(each.name in PARTS or MADE.match(each.name[3:]) for each in folder.iterdir())
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, held as long as this process, or one that it forks, lives."""
+    while True:
+        folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        folder.mkdir(mode=0o700)
+        with suppress(FileNotFoundError):  # who tidies up was faster
+            handle = held(folder, fcntl.LOCK_EX)
+            break
+    try:
+        yield folder
+    finally:
+        clear(folder, path)
+        os.close(handle)
+
+
+def held(folder: Path, how: int) -> int:
+    """A handle that holds the lock of a folder; the system lets go of it when we are killed.
+
+    Raises:
+        FileNotFoundError: it is gone by now.
+        OSError: another process holds it, and `how` is not to wait.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, how)
+        folder.lstat()
+    except FileNotFoundError:
+        os.close(handle)
+        raise
+    except OSError:
+        if how & fcntl.LOCK_NB:
+            os.close(handle)
+            raise
+        # A disk without locks: then nobody takes our folder for a left one, either.
+    return handle
+
+
+def clear(folder: Path, path: Path) -> None:
+    """Remove a folder beside `path`; a whole bundle in it is put back, and in no case removed."""
+    if (folder / OLD).exists() and not path.exists():
+        (folder / OLD).replace(path)
+    if not (folder / OLD).exists():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -162,14 +243,39 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as why:
         if why.errno in FULL:
-            raise DiskFull(
-                f"no room on the disk of {path} for the bundle",
-                hint="free some space, or choose another folder with -o",
-            ) from why
+            raise no_room(path, why) from why
         raise HubaotiError(
             f"cannot write {why.filename or path}: {why.strerror or why}",
             hint="choose a folder that you may write with -o",
         ) from why
+
+
+@contextmanager
+def whole_at(path: Path) -> Iterator[None]:
+    """Around what comes after a bundle was written: what fails there does not hide it.
+
+    Raises:
+        HubaotiError: as it came, and where the bundle is.
+    """
+    try:
+        yield
+    except HubaotiError as why:
+        raise type(why)(
+            f"{why}; the bundle was compiled and is whole in {path}, the mirror has it not",
+            hint=f"{why.hint}; {path} can be pushed as it is",
+        ) from why
+
+
+def no_room(path: Path, why: OSError) -> DiskFull:
+    """The error that says which disk is full: that of the bundle `path`, or a temporary one."""
+    folder = full_disk(why, path.parent)
+    if are_together(folder, path.parent):
+        hint = f"free some space, or {OUTPUT}"
+        return DiskFull(f"no room on the disk of {path} for the bundle", hint=hint)
+    return DiskFull(
+        f"no room on the disk of {folder}, where temporary files are",
+        hint=f"free some space there, or {TEMPORARY}",
+    )
 
 
 def refuse_foreign(path: Path) -> None:
@@ -188,7 +294,7 @@ def replace_folder(new: Path, old: Path) -> None:
     if not old.exists():
         new.replace(old)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{old.name}.", dir=old.parent))
-    old.replace(aside / "old")
-    new.replace(old)
-    shutil.rmtree(aside)
+    with beside(old) as aside:
+        old.replace(aside / OLD)
+        new.replace(old)
+        (aside / OLD).replace(aside / "replaced")  # which may be removed now

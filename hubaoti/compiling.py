@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
 from hubaoti import __version__
-from hubaoti.bundle import Bundle, write_manifest, writing
+from hubaoti.bundle import Bundle, tidy, write_manifest, writing
 from hubaoti.compiler.request import Bounds, Request, bucket_ranges, ranges
 from hubaoti.errors import (
     BadDim,
@@ -236,6 +236,7 @@ def compiled(
 
 def existing(key: str, output: Path, mirror: Mirror, say: Say) -> Bundle | None:
     """The bundle of a key where it is already: at the output, or in the mirror."""
+    tidy(output)  # else one that a kill moved aside is not found
     if bundle := whole(output, key):
         say(f"found {key[:12]} in {output}")
         return bundle

@@ -237,8 +237,16 @@ def ended(code: int) -> str:
     if code == -signal.SIGKILL:
         return "its process was ended (SIGKILL: it took too much memory, or too long)"
     if code < 0:
-        return f"it crashed its process ({signal.Signals(-code).name})"
+        return f"it crashed its process ({signal_name(-code)})"
     return f"its process ended with code {code}"
+
+
+def signal_name(number: int) -> str:
+    """As SIGSEGV; those of real time have no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def first_line(why: BaseException | str) -> str:

@@ -8,7 +8,8 @@ patterns and cross-references are checked once, when a manifest is read, so noth
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -76,7 +77,13 @@ __all__ = [
 
 SCHEMA = 2  # the newest that is read; what is written has the oldest that can say it
 FILENAME = "hubaoti.json"
-LARGEST = 16 << 20  # bytes of a manifest; the one of an 80-layer model is some hundred kB
+# An honest manifest is far below these: the one of an 80-layer model is some hundred kB.
+LARGEST = 16 << 20  # bytes
+MOST_VALUES = 400_000  # of JSON
+MOST_GRAPHS = 4096
+MOST_FILES = 10_000  # beside the graphs' packages
+MOST_MEMBERS = 50_000  # of all packages together
+TOLD = 9  # problems that are told of one manifest
 # What is raised of a text that is no manifest, by msgspec, by ours and by the canonical form.
 MALFORMED = (msgspec.MsgspecError, BadManifest, ValueError, RecursionError)
 
@@ -157,24 +164,31 @@ def parse(text: bytes, where: str) -> Manifest:
     hint = "compile the bundle again, or pull it again if it came from a repo"
     if len(text) > LARGEST:
         raise BadManifest(f"the manifest {where} is larger than {LARGEST >> 20} MiB", hint=hint)
+    if sum(text.count(sign) for sign in (b",", b"[", b"{")) > MOST_VALUES:
+        raise BadManifest(f"the manifest {where} has more than {MOST_VALUES} values", hint=hint)
     try:
         value = msgspec.json.decode(text)
         refuse_newer(value, where)
         manifest = msgspec.convert(value, Manifest)
         same = manifest.to_json() == text
+        problems = contradictions(manifest) if same else []
     except NewerSchema:
         raise
     except MALFORMED as why:
         raise BadManifest(f"{where} is not a manifest: {one_line(str(why))}", hint=hint) from why
     if not same:
         raise BadManifest(f"{where} is not in canonical form: it was edited", hint=hint)
-    problems = contradictions(manifest)
     if manifest.key != key_of(manifest.program, manifest.build, manifest.target):
         problems.insert(0, "the key is not the one of its program, build and target")
     if problems:
-        found = one_line("; ".join(problems), LONGEST)
-        raise BadManifest(f"{where} contradicts itself: {found}", hint=hint)
+        raise BadManifest(f"{where} contradicts itself: {in_short(problems)}", hint=hint)
     return manifest
+
+
+def in_short(problems: Sequence[str]) -> str:
+    """Some of the problems, as many as a person reads."""
+    more = [f"and {len(problems) - TOLD} more"] if len(problems) > TOLD else []
+    return "; ".join([one_line(problem, LONGEST) for problem in problems[:TOLD]] + more)
 
 
 def refuse_newer(value: Any, where: str) -> None:
@@ -196,6 +210,7 @@ def contradictions(manifest: Manifest) -> list[str]:
         found.append("it lists no graph")
     if manifest.schema != (schema := schema_of(manifest.graphs)):
         found.append(f"its schema is {manifest.schema}, what it says is of schema {schema}")
+    found += excesses(manifest)
     found += unspeakable_labels(manifest)
     found += clashing_files(manifest)
     found += requirement_clashes(manifest)
@@ -212,8 +227,8 @@ def schema_of(graphs: Iterable[Graph]) -> int:
 
 def writes_containers(graph: Graph) -> bool:
     """Whether a graph leaves something in its call, or is given dictionaries by whole numbers."""
-    arguments = (*graph.call.get("args", ()), *graph.call.get("kwargs", {}).values())
-    templates = [*arguments, graph.outputs.template]
+    args, kwargs = graph.call.get("args"), graph.call.get("kwargs")
+    templates = [args, {"dict": kwargs}, graph.outputs.template]
     return graph.outputs.writes is not msgspec.UNSET or any(map(has_items, templates))
 
 
@@ -226,6 +241,20 @@ def has_items(template: Any) -> bool:
     inner: Any = template.get("dict", template.get("fields", template.get("tuple", ())))
     each = inner.values() if isinstance(inner, dict) else inner
     return "items" in template or (isinstance(inner, (dict, list)) and any(map(has_items, each)))
+
+
+def excesses(manifest: Manifest) -> list[str]:
+    """What it lists so many of that each would cost whoever only reads it."""
+    counted = {
+        "graphs": (len(manifest.graphs), MOST_GRAPHS),
+        "files": (len(manifest.files), MOST_FILES),
+        "members": (sum(len(graph.members) for graph in manifest.graphs), MOST_MEMBERS),
+    }
+    return [
+        f"it lists {count} {what}, at most {most} are read"
+        for what, (count, most) in counted.items()
+        if count > most
+    ]
 
 
 def unspeakable_labels(manifest: Manifest) -> list[str]:
@@ -241,15 +270,16 @@ def unspeakable_labels(manifest: Manifest) -> list[str]:
 
 def clashing_files(manifest: Manifest) -> list[str]:
     """Paths that two files share, and constants from files that are not listed."""
-    paths = [file.path for file in manifest.all_files()]
+    paths = {file.path for file in manifest.all_files()}
+    listed = [*(file.path for file in manifest.all_files()), FILENAME]
     ids = [graph.id for graph in manifest.graphs]
-    found = [f"{path} is listed twice" for path in repeated([*paths, FILENAME])]
+    found = [f"{path} is listed twice" for path in repeated(listed)]
     found += [f"graph {name} is listed twice" for name in repeated(ids)]
     for graph in manifest.graphs:
         members = [member.path for member in graph.members]
         found += [f"{graph.id}: member {path} is listed twice" for path in repeated(members)]
         files = {c.origin.file for c in graph.constants if c.origin.file}
-        found += [f"{graph.id}: constants from {f}, not listed" for f in sorted(files - {*paths})]
+        found += [f"{graph.id}: constants from {f}, not listed" for f in sorted(files - paths)]
     return found
 
 
@@ -265,7 +295,7 @@ def requirement_clashes(manifest: Manifest) -> list[str]:
 
 def unknown_dims(graph: Graph) -> list[str]:
     """Dims that a shape names and the bounds do not, and bounds that are empty."""
-    extents = [size for entry in graph.inputs for size in entry.shape if isinstance(size, str)]
+    extents = {size for entry in graph.inputs for size in entry.shape if isinstance(size, str)}
     named = {dim for extent in extents for dim in Extent.parse(extent).dims}
     found = [f"{graph.id}: dim {dim} has no bounds" for dim in sorted(named - {*graph.bounds})]
     for dim, (low, high) in graph.bounds.items():
@@ -291,5 +321,5 @@ def misplaced_cache(graph: Graph) -> list[str]:
 
 def repeated(names: list[str]) -> list[str]:
     """The names that stand more than once, compared as a case-folding disk would."""
-    folded = [name.casefold() for name in names]
-    return sorted({name for name in folded if folded.count(name) > 1})
+    counted = Counter(name.casefold() for name in names)
+    return sorted(name for name, times in counted.items() if times > 1)

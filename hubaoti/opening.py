@@ -57,10 +57,16 @@ def remember(verdicts: list[Verdict], graphs: dict[str, Graph], mirror: Mirror, 
     """Note what came of first opens, and keep apart what must not be opened.
 
     Raises:
-        HubaotiError: a process was ended from outside, which says nothing of its graph.
+        HubaotiError: a process was ended from outside, which says nothing of its graph; or it told
+            of another graph.
     """
     for verdict in verdicts:
-        graph = graphs[verdict.graph]
+        graph = graphs.get(verdict.graph)
+        if graph is None:
+            raise HubaotiError(
+                f"a first open told of graph {verdict.graph!r:.80}, which was not tried",
+                hint="nothing was opened here; pull another variant, or compile the model here",
+            )
         if not verdict.lasting:
             raise HubaotiError(
                 f"the first open of graph {graph.id}: {verdict.problem}",

@@ -12,6 +12,8 @@ from hubaoti.variant import Variant
 
 MANIFEST_HINT = "the manifest was not written by hubaoti, or was changed; pull another artifact"
 
+MOST = 500  # libraries, and kernels: each that is missing is told of
+
 _CUDA = re.compile(r"[1-9][0-9]?\.[0-9]{1,2}")
 _RELEASE = re.compile(r"[0-9]{1,4}(?:\.[0-9]{1,4}){1,3}")
 _SONAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")
@@ -77,10 +79,10 @@ class Requirements:
         for name in ("glibc", "glibcxx", "cxxabi"):
             value = getattr(self, name)
             _require(value is None or _matches(_RELEASE, value), name, value)
-        named = isinstance(self.libraries, tuple)
+        named = isinstance(self.libraries, tuple) and len(self.libraries) <= MOST
         named = named and all(_matches(_SONAME, each) for each in self.libraries)
         _require(named, "libraries", self.libraries)
-        pinned = isinstance(self.kernels, tuple)
+        pinned = isinstance(self.kernels, tuple) and len(self.kernels) <= MOST
         pinned = pinned and all(isinstance(each, KernelPin) for each in self.kernels)
         _require(pinned, "kernels", self.kernels)
         try:

@@ -26,7 +26,8 @@ MemberPath = Annotated[
 ]
 Dim = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
 Dtype = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
-Extents = tuple[Annotated[str, msgspec.Meta(pattern=PATTERN)] | Size, ...]
+Expression = Annotated[str, msgspec.Meta(pattern=PATTERN, max_length=1000)]
+Extents = tuple[Expression | Size, ...]
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -126,7 +127,7 @@ class Output(Record, frozen=True, kw_only=True):
 
     name: str
     dtype: Dtype
-    shape: tuple[Annotated[str, msgspec.Meta(pattern=PATTERN)] | Size | None, ...]
+    shape: tuple[Expression | Size | None, ...]
 
 
 class Write(Record, frozen=True, kw_only=True):

@@ -132,6 +132,13 @@ def without_login(endpoint: str) -> tuple[str, str | None]:
     return endpoint, None
 
 
+def serve_token(env: Mapping[str, str] | None = None) -> str | None:
+    """The token of an endpoint that is served from here, `HUBAOTI_SERVE_TOKEN`; no other process
+    is told of it."""
+    env = os.environ if env is None else env
+    return env.get("HUBAOTI_SERVE_TOKEN", "").strip() or None
+
+
 def kernel_cache(env: Mapping[str, str], cache: Path) -> Path:
     """The folder of the kernels library, by default huggingface_hub's, as both of them read it."""
     names = ("KERNELS_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +27,7 @@ class Proxy:
     `mutate`: what becomes of the JSON of an answer.
     `first`: what the first request of each method and path gets so.
     `lost`: how many requests the endpoint answers whose answers never arrive.
+    `endless`: go on with the body after its end, until the client leaves; `sent` are the bytes.
     """
 
     def __init__(self, upstream: str) -> None:
@@ -37,7 +38,8 @@ class Proxy:
         self.matching = ""
         self.cut_after: int | None = None
         self.pause = 0.0
-        self.flip = False
+        self.flip = self.endless = False
+        self.sent = 0
         self.answers: list[tuple[int, dict[str, str]]] = []
         self.mutate: Callable[[Any], Any] | None = None
         self.first: tuple[int, dict[str, str]] | None = None
@@ -47,8 +49,18 @@ class Proxy:
         """Forget the requests, and be an honest proxy again."""
         self.requests.clear()
         self.headers.clear()
-        self.matching, self.cut_after, self.pause, self.flip = "", None, 0.0, False
+        self.matching, self.cut_after, self.pause = "", None, 0.0
+        self.flip, self.endless, self.sent = False, False, 0
         self.answers, self.first, self.lost, self.mutate = [], None, 0, None
+
+
+def mutated(response: http.client.HTTPResponse, content: bytes, how: Proxy) -> bytes:
+    """The JSON of an answer as something else, where that was asked for."""
+    if how.mutate is None or "json" not in response.headers.get("Content-Type", ""):
+        return content
+    content = json.dumps(how.mutate(json.loads(content))).encode()
+    response.headers.replace_header("Content-Length", str(len(content)))
+    return content
 
 
 class Server(ThreadingHTTPServer):
@@ -114,14 +126,18 @@ class Handler(BaseHTTPRequestHandler):
         return found
 
     def answer(self, response: http.client.HTTPResponse, content: bytes, how: Proxy) -> None:
-        if how.mutate is not None and "json" in response.headers.get("Content-Type", ""):
-            content = json.dumps(how.mutate(json.loads(content))).encode()
-            response.headers.replace_header("Content-Length", str(len(content)))
+        content = mutated(response, content, how)
         self.send_response(response.status)
+        kept_back = {"date", "server", "transfer-encoding", "connection"}
+        if how.endless and content:
+            kept_back.add("content-length")
         for name, value in response.headers.items():
-            if name.lower() not in {"date", "server", "transfer-encoding", "connection"}:
+            if name.lower() not in kept_back:
                 self.send_header(name, value)
         self.end_headers()
+        if how.endless and content:
+            self.go_on(content, how)
+            return
         if how.flip and content:
             content = bytes([content[0] ^ 1]) + content[1:]
         if how.cut_after is not None and content:
@@ -131,6 +147,13 @@ class Handler(BaseHTTPRequestHandler):
         for start in range(0, len(content), PIECE):
             time.sleep(how.pause)
             self.wfile.write(content[start : start + PIECE])
+
+    def go_on(self, content: bytes, how: Proxy) -> None:
+        self.close_connection = True
+        with suppress(OSError):
+            while how.sent < 1 << 30:
+                how.sent += self.wfile.write(content)
+                content = b" " * (1 << 16)
 
 
 @contextmanager

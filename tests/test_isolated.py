@@ -258,6 +258,17 @@ def test_the_folder_somebody_is_in_is_no_code_of_a_worker(
         assert engine.load(tiny_decoder).state == "compiled"
 
 
+@pytest.mark.parametrize("number", [2, 2**32 - 1])
+def test_a_number_that_is_no_graph_s_blames_none(
+    engine: LightweightEngine, tiny_decoder: Path, number: int
+) -> None:
+    """What crashes may have written anything there."""
+    holder: Any = engine._room.get(str(tiny_decoder)).holder
+    assert holder._begin.digest is not None
+    assert holder._blamed(number) == ""
+    assert holder._crashes == {}
+
+
 def test_a_graph_that_crashed_twice_is_kept_apart_and_the_model_goes_on(
     engine: LightweightEngine, home: Settings, tiny_decoder: Path, decoder_bundle: Bundle
 ) -> None:
@@ -288,6 +299,7 @@ def test_errors_of_other_processes_are_ours_again() -> None:
 
 
 def test_how_a_process_ended_is_said_in_words() -> None:
+    assert "signal 40" in ended(-40)  # of real time, which has no name
     assert "SIGSEGV" in ended(-signal.SIGSEGV)
     assert "SIGKILL" in ended(-signal.SIGKILL)
     assert "code 3" in ended(3)

@@ -84,6 +84,28 @@ def test_a_graph_that_ends_its_process_without_a_word_is_told(artifact: Artifact
     assert tried(artifact) == [Verdict("model.layers", "its process ended with code 0")]
 
 
+def test_what_native_code_says_of_other_graphs_is_not_believed(
+    artifact: Artifact, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = r'"{\"graph\":\"nobody\",\"problem\":\"\"}\n"'
+    body = f"for (int to = 3; to < 32; to++) if (write(to, {line}, 32) < 0) continue"
+    library(artifact, f"{body}; raise(SIGSEGV)")
+    crashed = Verdict("model.layers", "it crashed its process (SIGSEGV)")
+    assert tried(artifact) == [crashed]
+    monkeypatch.setattr(Mirror, "verify", lambda *a: None)
+    with pytest.raises(Quarantined, match="SIGSEGV"):
+        require_sound(artifact, mirror, CPU, lambda step: None)
+
+
+def test_a_verdict_on_another_graph_opens_none(
+    artifact: Artifact, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(testing, "selftest", lambda *a: [Verdict("nobody")])
+    with pytest.raises(HubaotiError, match="told of graph 'nobody', which was not tried") as why:
+        require_sound(artifact, mirror, CPU, lambda step: None)
+    assert why.value.hint
+
+
 def test_a_graph_that_never_answers_is_ended_and_may_be_tried_again(artifact: Artifact) -> None:
     library(artifact, "for (;;) pause()")
     (verdict,) = tried(artifact, patience=15.0)

@@ -72,7 +72,7 @@ def test_what_is_cut_off_at_the_end_is_no_crash(
     with socket.socket() as client, running(tmp_path / "root") as endpoint:
         address = urlsplit(endpoint.url)
         client.connect((address.hostname, address.port))
-        head = b"POST /api/validate-yaml HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
+        head = b"POST /api/validate-yaml HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
         client.sendall(head + b"Expect: 100-continue\r\n\r\n")
         assert b"100 Continue" in client.recv(100)
     assert caplog.records and not any(record.exc_info for record in caplog.records)

@@ -3,25 +3,74 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 import click
 
 from hubaoti.cli.output import print_line
-from hubaoti.settings import Settings
+from hubaoti.errors import BadRequest
+from hubaoti.settings import Settings, serve_token
+
+LONGEST = 4096  # bytes of a token's file
 
 
 @click.command("serve")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, help="0 takes a free one")
+@click.option("--allow-host", multiple=True, help="another name or address that clients use")
 @click.option("--root", type=click.Path(path_type=Path), help="where the repos are stored")
-@click.option("--token", help="for writing; made up and printed when none is given")
-def serve_command(host: str, port: int, root: Path | None, token: str | None) -> None:
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    help="a file with the token for writing; or set HUBAOTI_SERVE_TOKEN; else one is made up",
+)
+@click.option("--token", help="the token itself, which every user of this machine can then read")
+def serve_command(
+    host: str,
+    port: int,
+    allow_host: tuple[str, ...],
+    root: Path | None,
+    token_file: Path | None,
+    token: str | None,
+) -> None:
     """Serve the Hub protocol from a folder, until interrupted."""
     from hubaoti.server import serve
 
     def ready(url: str, token: str) -> None:
         print_line(f"serving {folder} at {url}")
-        print_line(f"  export HF_ENDPOINT={url} HF_TOKEN={token}")
+        print_line(f"  export HF_ENDPOINT={url} HF_TOKEN={shown or token}")
 
+    given, shown = chosen_token(token, token_file)
     folder = root or Settings.from_env().home / "hub"
-    serve(folder, host, port, token, ready)
+    serve(folder, host, port, given, ready, allow_host)
+
+
+def chosen_token(token: str | None, file: Path | None) -> tuple[str | None, str]:
+    """The token that was given in one of three ways, and how a shell has what was kept apart.
+
+    None where it was given in none.
+
+    Raises:
+        BadRequest: it was given in two, or the file cannot be read.
+    """
+    if token is not None and file is not None:
+        raise BadRequest("--token and --token-file say two tokens", hint="give one of them")
+    if file is not None:
+        return token_in(file), f'"$(cat {quote(str(file))})"'
+    if token is None and (kept := serve_token()):
+        return kept, '"$HUBAOTI_SERVE_TOKEN"'
+    return token, ""
+
+
+def token_in(file: Path) -> str:
+    """The token in a file, which may end in a newline.
+
+    Raises:
+        BadRequest: it cannot be read.
+    """
+    try:
+        with file.open("rb") as opened:
+            return opened.read(LONGEST).decode().strip()
+    except (OSError, ValueError) as why:
+        hint = "put the token into it, and nothing else"
+        raise BadRequest(f"the token's file {file} cannot be read: {why}", hint=hint) from why

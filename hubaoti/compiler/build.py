@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from hubaoti.compiler.plan import Plan, Unit
 from hubaoti.compiler.request import DEFAULT_LEVEL, Request
 from hubaoti.compiler.unit import Built as BuiltUnit
 from hubaoti.compiler.unit import build_unit
-from hubaoti.disks import require_room
+from hubaoti.disks import OUTPUT, TEMPORARY, require_room
 from hubaoti.errors import BadRequest, CompileFailed
 from hubaoti.host import Host
 from hubaoti.manifest import Build, Built, File, Manifest, Source, Target, key_of
@@ -81,8 +82,9 @@ def build(
     require_memory(weights + OVERHEAD, f"{job.plan.units[0].id} of {origin.model}")
     at_once = how_many(jobs, len(job.plan.units), weights, job.device)
     with Peak.watched() as peak, writing(output) as scratch:
-        require_room(scratch, ROOM * len(job.plan.units))
-        require_room(Path("/tmp"), ROOM * at_once)
+        require_room(scratch, ROOM * len(job.plan.units), OUTPUT)
+        for folder in ("/tmp", tempfile.gettempdir()):  # ours, and that of g++
+            require_room(Path(folder), ROOM * at_once, TEMPORARY)
         (scratch / "graphs").mkdir()
 
         def one(unit: Unit) -> BuiltUnit:

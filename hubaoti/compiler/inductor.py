@@ -28,6 +28,7 @@ from torch.export import ExportedProgram
 from hubaoti.compiler.callspec import CallSpec, writing_spec
 from hubaoti.compiler.elf import refuse_executable_stack, refuse_paths
 from hubaoti.compiler.passes import UnfuseBias
+from hubaoti.disks import TEMPORARY, are_together, full_disk
 from hubaoti.errors import CompileFailed, DiskFull, HubaotiError, UnsafeFolder, first_line
 from hubaoti.host import mapped
 from hubaoti.manifest import Target
@@ -114,7 +115,10 @@ def explained(why: Exception, folder: Path) -> HubaotiError:
     """Of the pages that inductor and g++ write, the line that names the cause."""
     text = str(why)
     if "No space left on device" in text:
-        return DiskFull(f"lower: no room on the disk of {folder}", hint="free some space there")
+        place = full_disk(text, folder)
+        hint = "free some space there"
+        hint += "" if are_together(place, folder) else f", or {TEMPORARY}"
+        return DiskFull(f"lower: no room on the disk of {place}", hint=hint)
     causes = [line for line in text.splitlines() if "error: " in line or "cannot find -l" in line]
     cause = first_line(causes[0] if causes else why)
     return CompileFailed(

@@ -26,6 +26,7 @@ from hubaoti import errors
 from hubaoti.compiler import elf
 from hubaoti.compiler.plan import Unit
 from hubaoti.compiler.unit import Built
+from hubaoti.disks import FULL, OUTPUT, TEMPORARY, full_disk, no_room
 from hubaoti.errors import BadRequest, CompileFailed, HubaotiError, first_line
 from hubaoti.manifest import Check, File, Graph
 from hubaoti.memory import OVERHEAD, available
@@ -130,7 +131,7 @@ def started(unit: Unit, build: Callable[[Unit], Built], parts: Path) -> int:
         write(unit, build(unit), parts)
         status = 0
     except BaseException as why:  # a fork that went on would do the parent's work again
-        (parts / f"{unit.id}.error").write_text(json.dumps(told_of(why, unit)))
+        (parts / f"{unit.id}.error").write_text(json.dumps(told_of(why, unit, parts)))
     finally:
         sys.stdout.flush()  # for the report; an ended process has no other chance
         os._exit(status)
@@ -143,9 +144,11 @@ def print_to(log: Path) -> None:
         os.dup2(file, descriptor)
 
 
-def told_of(why: BaseException, unit: Unit) -> dict[str, str]:
+def told_of(why: BaseException, unit: Unit, parts: Path) -> dict[str, str]:
     """An error as JSON: ours as it is, others in words."""
     trace = "".join(traceback.format_exception(why))
+    if isinstance(why, OSError) and why.errno in FULL:
+        why = no_room(full_disk(why, parts), 0, f"{OUTPUT}, or {TEMPORARY}")
     if isinstance(why, HubaotiError):
         kind, message, hint = type(why).__name__, str(why), why.hint
     else:

@@ -162,7 +162,8 @@ class Isolated:
             return ""
         with Mirror.open(self._settings.mirror) as mirror:
             artifact = mirror.artifact(self._begin.digest)
-            if artifact is None:
+            # What crashes may have written over the number, too.
+            if artifact is None or number > len(artifact.manifest.graphs):
                 return ""
             graph = artifact.manifest.graphs[number - 1]
             self._crashes[graph.sha256] += 1

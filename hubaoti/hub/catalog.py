@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import TypeVar
 
-from hubaoti.errors import BadManifest, BadRequest, DigestMismatch
+from hubaoti.errors import BadManifest, BadRequest, DigestMismatch, HubUnreachable
 from hubaoti.escape import one_line
 from hubaoti.hub.client import Entry, HubClient
 from hubaoti.hub.layout import Place, require_agreement
@@ -16,8 +18,37 @@ from hubaoti.hub.words import quiet
 from hubaoti.manifest import FILENAME, LARGEST, Manifest, parse
 
 READERS = 8  # manifests that are fetched at once
+SECONDS = 300.0  # for all that is read of a repo
+MOST = 1000  # manifests
+TOGETHER = 64 << 20  # bytes of them
 
 Unreadable = BadManifest | DigestMismatch
+Name = TypeVar("Name", bound=Hashable)
+Found = TypeVar("Found")
+
+
+@dataclass(slots=True)
+class Allowance:
+    """What is read of a repo, in all its branches, before its publisher is known to be trusted."""
+
+    manifests: int = MOST
+    bytes: int = TOGETHER
+    end: float = field(default_factory=lambda: time.monotonic() + SECONDS)
+
+    def take(self, where: str, sizes: Sequence[int]) -> None:
+        """Count manifests of these sizes.
+
+        Raises:
+            BadManifest: they are too many.
+        """
+        self.manifests -= len(sizes)
+        self.bytes -= sum(min(size, LARGEST) for size in sizes)
+        if self.manifests < 0 or self.bytes < 0:
+            raise BadManifest(
+                f"{where} has more manifests than are read: {MOST} of them, and "
+                f"{TOGETHER >> 20} MiB, are the most",
+                hint="name a revision that has fewer, or ask its publisher for one",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,65 +71,83 @@ class Catalog:
         return {place: each for place, each in found if isinstance(each, Manifest)}
 
 
-def read_catalog(client: HubClient, repo: str, commit: str) -> Catalog:
+def read_catalog(
+    client: HubClient, repo: str, commit: str, allowance: Allowance | None = None
+) -> Catalog:
     """Read every manifest of a commit; a bad one hides no other.
 
     Raises:
+        BadManifest: there are more than the allowance, by default one of its own, has left.
         RepoNotFound, AuthFailed, HubUnreachable: from the client.
     """
-    files = {entry.path: entry for entry in client.files(repo, commit)}
-    places, notes = places_in(files)
+    left = allowance or Allowance()
     with quiet():
+        listed = read_all(lambda commit: client.files(repo, commit), [commit], left.end)[commit]
+        files = {entry.path: entry for entry in listed}
+        left.take(f"{repo} at {commit[:12]}", [e.size for p, e in files.items() if is_manifest(p)])
+        places, notes = places_in(files)
         artifacts = read_all(
-            lambda place: read_manifest(client, repo, commit, files[place.manifest]), places
+            lambda place: read_manifest(client, repo, commit, files[place.manifest]),
+            places,
+            left.end,
         )
     return Catalog(repo, commit, files, artifacts, notes)
+
+
+def is_manifest(path: str) -> bool:
+    """Whether a file is called as manifests are."""
+    return path.rpartition("/")[2] == FILENAME
 
 
 def places_in(paths: Iterable[str]) -> tuple[list[Place], tuple[str, ...]]:
     """The artifacts' folders among the paths, and notes on what only looks like one."""
     places, notes = [], []
     for path in sorted(paths):
-        folder, _, name = path.rpartition("/")
-        if name == FILENAME:
+        if is_manifest(path):
             try:
-                places.append(Place.parse(folder))
+                places.append(Place.parse(path.rpartition("/")[0]))
             except BadRequest as why:
                 notes.append(f"{one_line(path)} is ignored: {why}")
     return places, tuple(notes)
 
 
-def read_all(
-    read: Callable[[Place], Manifest | Unreadable], places: Sequence[Place]
-) -> dict[Place, Manifest | Unreadable]:
-    """What `read` gives for each place, several at once.
+def read_all(read: Callable[[Name], Found], names: Sequence[Name], end: float) -> dict[Name, Found]:
+    """What `read` gives for each name, several at once.
 
     An interrupt or an error waits for nobody who still reads, not even at the process's end, as a
     pool's would: of a slow endpoint that takes minutes.
+
+    Raises:
+        HubUnreachable: it was not all there when the clock was at `end`.
     """
     from concurrent.futures import Future  # not for a warm pull, which counts ms
 
-    answers: dict[Place, Future[Manifest | Unreadable]] = {place: Future() for place in places}
-    waiting: SimpleQueue[Place] = SimpleQueue()
-    for place in places:
-        waiting.put(place)
+    answers: dict[Name, Future[Found]] = {name: Future() for name in names}
+    waiting: SimpleQueue[Name] = SimpleQueue()
+    for name in names:
+        waiting.put(name)
 
     def work() -> None:
-        for place in emptied(waiting):
+        for name in emptied(waiting):
             try:
-                answers[place].set_result(read(place))
+                answers[name].set_result(read(name))
             except Exception as why:
-                answers[place].set_exception(why)
+                answers[name].set_exception(why)
 
-    for _ in range(min(READERS, len(places))):
+    for _ in range(min(READERS, len(names))):
         Thread(target=work, daemon=True).start()
     try:
-        return {place: answer.result() for place, answer in answers.items()}
+        return {name: each.result(end - time.monotonic()) for name, each in answers.items()}
+    except TimeoutError as why:
+        raise HubUnreachable(
+            f"the endpoint takes more than {SECONDS:.0f} s to show what the repo holds",
+            hint="try again when it is faster",
+        ) from why
     finally:
         list(emptied(waiting))
 
 
-def emptied(queue: SimpleQueue[Place]) -> Iterator[Place]:
+def emptied(queue: SimpleQueue[Name]) -> Iterator[Name]:
     """What waits in a queue, until nothing does."""
     with suppress(Empty):
         while True:

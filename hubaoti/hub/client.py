@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 LONGEST_SILENCE = 600  # seconds without a byte, after which nobody waits for the rest
+MOST_FILES = 100_000  # of a commit, folders counted; what the Hub recommends at most
 
 T = TypeVar("T")
 Text = Annotated[str, msgspec.Meta(min_length=1)]
@@ -72,6 +74,31 @@ class Pushed:
 # msgspec learns a type when it is first used, and two threads that meet there end the process.
 for _kind in (CommitId, Refs, tuple[Entry, ...], Pushed, bool | None):
     msgspec.json.Decoder(_kind)
+
+
+class TooLong(Exception):
+    """A file has more bytes than were wanted."""
+
+
+def bar_to(limit: int) -> type[Any]:
+    """A progress bar that shows nothing, and ends a download that brings more than `limit` bytes.
+
+    huggingface_hub tells its bar of every piece as it comes, and has no other bound.
+    """
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+            self.taken = int(options.get("initial") or 0)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.taken += int(n or 0)
+            if self.taken > limit:
+                raise TooLong
+            return None
+
+    return Bar
 
 
 class HubClient:
@@ -125,42 +152,59 @@ class HubClient:
         return commit
 
     def files(self, repo: str, commit: str) -> tuple[Entry, ...]:
-        """Every file of a commit."""
+        """Every file of a commit.
+
+        Raises:
+            HubaotiError: they are too many to be looked at.
+        """
         from huggingface_hub.hf_api import RepoFile
 
         with self._door(f"{repo}@{commit}"):
             tree = self._api.list_repo_tree(repo, recursive=True, revision=commit)
-            found = [
-                {
-                    "path": file.path,
-                    "size": file.size,
-                    "blob": file.blob_id,
-                    "sha256": file.lfs.sha256 if file.lfs else None,
-                }
-                for file in tree
-                if isinstance(file, RepoFile)
-            ]
+            listed = [*islice(tree, MOST_FILES + 1)]
+        if len(listed) > MOST_FILES:
+            raise HubaotiError(
+                f"{repo} at {commit[:12]} lists more than {MOST_FILES} files and folders",
+                hint="name a revision that has fewer, or ask its publisher for one",
+            )
+        found = [
+            {
+                "path": file.path,
+                "size": file.size,
+                "blob": file.blob_id,
+                "sha256": file.lfs.sha256 if file.lfs else None,
+            }
+            for file in listed
+            if isinstance(file, RepoFile)
+        ]
         how = f"lists the files of {repo} in no way of the Hub's"
         entries: tuple[Entry, ...] = self._shaped(found, tuple[Entry, ...], how)
         return entries
 
-    def download(self, repo: str, commit: str, path: str) -> Path:
-        """A file of a commit, in this endpoint's cache folder; asked for once."""
+    def download(self, repo: str, commit: str, path: str, limit: int | None = None) -> Path:
+        """A file of a commit, in this endpoint's cache folder; asked for once.
+
+        Raises:
+            TooLong: it has more bytes than the limit.
+        """
 
         def download(_: bool) -> Path:
             try:
-                return self._download(repo, commit, path)
+                return self._download(repo, commit, path, limit)
             except FileNotFoundError as why:
                 if why.errno is None:  # huggingface_hub's own, not the system's
                     raise
                 # Another process dropped the file while we linked to it.
-                return self._download(repo, commit, path)
+                return self._download(repo, commit, path, limit)
 
         return self._asked(f"{path} of {repo}", download)
 
-    def _download(self, repo: str, commit: str, path: str) -> Path:
-        cache = self.cache
-        return Path(self._api.hf_hub_download(repo, path, revision=commit, cache_dir=cache))
+    def _download(self, repo: str, commit: str, path: str, limit: int | None) -> Path:
+        bar = None if limit is None else bar_to(limit)
+        found = self._api.hf_hub_download(
+            repo, path, revision=commit, cache_dir=self.cache, tqdm_class=bar
+        )
+        return Path(found)
 
     def sweep(self) -> None:
         """Remove what killed downloads left; a living one has written to its file just now."""
@@ -170,17 +214,17 @@ class HubClient:
                     path.unlink()
 
     def read(self, repo: str, commit: str, entry: Entry) -> bytes:
-        """The bytes of a small file, compared with what the commit lists.
+        """The bytes of a small file, compared with what the commit lists; no more are taken.
 
         Raises:
             DigestMismatch: the endpoint gives others.
         """
         for _ in range(2):
-            path = self.download(repo, commit, entry.path)
-            content = path.read_bytes()
-            if entry.is_of(content):
-                return content
-            self.drop(path)  # it may have been changed here, since it was downloaded
+            with suppress(TooLong):
+                path = self.download(repo, commit, entry.path, entry.size)
+                if path.stat().st_size == entry.size and entry.is_of(content := path.read_bytes()):
+                    return content
+                self.drop(path)  # it may have been changed here, since it was downloaded
         raise DigestMismatch(
             f"{self.endpoint} gives other bytes of {entry.path} than {repo} lists",
             hint="try again; if it stays so, the endpoint or something on the way is broken",
@@ -358,7 +402,7 @@ class HubClient:
         try:
             with quiet(), nullcontext() if self._settings.offline else heeding(self._say):
                 yield
-        except (HubaotiError, StaleParent):
+        except (HubaotiError, StaleParent, TooLong):
             raise
         except Exception as why:
             raise self._words.explained(why, what, writing) from why

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from hubaoti.errors import HubaotiError, NoArtifact
 from hubaoti.host import Gpu, Host
-from hubaoti.hub.catalog import Catalog, read_catalog
+from hubaoti.hub.catalog import Allowance, Catalog, read_catalog
 from hubaoti.hub.layout import Place, RepoRef
 from hubaoti.hub.pull import Considered, Puller, no_choice
 from hubaoti.hub.zerogpu import LAYOUT
@@ -108,10 +108,11 @@ def first_catalog(puller: Puller, ref: RepoRef) -> Catalog:
 
 def branch_catalogs(puller: Puller, ref: RepoRef) -> Iterator[Catalog]:
     """What the branches of the zerogpu layout hold: one artifact each."""
-    client = puller.client
+    client, allowance = puller.client, Allowance()
     for branch, commit in sorted(client.branches(ref.repo).items()):
         if branch.startswith(f"{LAYOUT}/"):
-            yield read_catalog(client, ref.repo, commit)
+            allowance.take(f"{ref.repo} in its branches", [0])  # of an empty one the list is read
+            yield read_catalog(client, ref.repo, commit, allowance)
 
 
 def considered_of(puller: Puller, catalog: Catalog) -> tuple[Considered, ...]:

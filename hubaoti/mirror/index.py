@@ -13,14 +13,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 from hubaoti.disks import no_room
-from hubaoti.errors import HubaotiError
+from hubaoti.errors import HubaotiError, first_line
 from hubaoti.manifest import Manifest
 from hubaoti.settings import without_login
 
 KEPT = 1024  # notes, the latest
 PATIENCE = 30.0  # seconds to wait for another process's transaction
+PAUSE = 0.005  # seconds between two looks, where SQLite itself does not wait
 
 FIRST = """
 create table artifacts (
@@ -52,9 +54,18 @@ THIRD = """
 create table notes (digest text primary key, data blob not null, at real not null) strict;
 create index notes_by_age on notes (at);
 """
+# It has every column, so that SQLite's own check finds any byte of a row that was changed.
+FOURTH = """
+create index if not exists artifacts_whole on artifacts (
+    digest, key, recipe, variant, size, added, endpoint, repo, revision, path
+);
+"""
 # From nothing to today's tables; one that was released never changes.
-STEPS = (FIRST, SECOND, THIRD)
+STEPS = (FIRST, SECOND, THIRD, FOURTH)
 VERSION = len(STEPS)
+# What SQLite says of a damaged file; tables that are not as they were made are an error of SQL.
+DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
+DAMAGED |= {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG}
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +203,17 @@ class Index:
         found = self._rows("where digest = ?", digest)
         return found[0] if found else None
 
+    def require_whole(self) -> None:
+        """See that what it says of artifacts is what was written.
+
+        Raises:
+            HubaotiError: it is damaged.
+        """
+        with self._explained():
+            found = self._db.execute("pragma integrity_check(artifacts)").fetchone()
+        if found != ("ok",):
+            raise self._damaged(str(found[0]).partition("\n")[0])
+
     def rows(self, key: str | None = None) -> list[Row]:
         """Every artifact, or those of one key, the newest first."""
         if key is None:
@@ -255,10 +277,10 @@ class Index:
 
     def tested(self, graph: str, host: str) -> str | None:
         """The problem of a graph on a kind of host, empty where it has none; None if untested."""
-        if self._version() <= STEPS.index(SECOND):  # of before, and only read
-            return None
         query = "select problem from tested where graph = ? and host = ?"
         with self._explained():
+            if self._version() <= STEPS.index(SECOND):  # of before, and only read
+                return None
             found = self._db.execute(query, (graph, host)).fetchone()
         return None if found is None else str(found[0])
 
@@ -293,21 +315,46 @@ class Index:
         columns = "digest, key, recipe, variant, size, added, endpoint, repo, revision, path"
         with self._explained():
             found = self._db.execute(f"select {columns} from artifacts {where}", values).fetchall()
-        return [_row(each) for each in found]
+        return [self._row(each) for each in found]
+
+    def _row(self, found: tuple[Any, ...]) -> Row:
+        """A row as it was written; of a damaged page SQLite may give values of any type."""
+        digest, key, recipe, variant, size, added, *origin = found
+        words = (digest, key, recipe, variant, *origin)
+        good = all(isinstance(word, str) for word in words) and isinstance(size, int)
+        if not (good and isinstance(added, float)):
+            raise self._damaged("a row of artifacts is none")
+        return Row(digest, key, recipe, variant, size, added, Origin(*origin))
 
     def _version(self) -> int:
         return int(self._db.execute("pragma user_version").fetchone()[0])
 
     def _create(self) -> None:
         self.require_writable()
-        # WAL where the disk allows it: SQLite answers with the mode it took, and goes on.
-        self._db.execute("pragma journal_mode = wal")
+        self._use_wal()
         self._db.execute("begin immediate")
         for step in STEPS[self._version() :]:  # another process may have been faster
             for statement in step.split(";"):
                 self._db.execute(statement)
         self._db.execute(f"pragma user_version = {max(VERSION, self._version())}")
         self._db.execute("commit")
+
+    def _use_wal(self) -> None:
+        """WAL where the disk allows it: SQLite answers with the mode it took, and goes on.
+
+        Another process that opens a new index may be at it: SQLite waits for no lock here, as it
+        does everywhere else, so we do.
+        """
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self._db.execute("pragma journal_mode = wal")
+            except sqlite3.OperationalError as why:
+                if why.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                    raise
+                time.sleep(PAUSE)
+            else:
+                return
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
@@ -327,27 +374,28 @@ class Index:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.DatabaseError as why:
+        except sqlite3.Error as why:
             raise self._wrapped(why) from why
+        except UnicodeDecodeError as why:  # a column's text, or an error's that quotes it
+            raise self._damaged("it has text that is none") from why
 
-    def _wrapped(self, why: sqlite3.DatabaseError) -> HubaotiError:
+    def _wrapped(self, why: sqlite3.Error) -> HubaotiError:
         code = getattr(why, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_FULL:
             return no_room(self._path.parent, 0)
         if code == sqlite3.SQLITE_BUSY:
             return HubaotiError(f"{self._path} is busy", hint="another hubaoti works; try again")
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            hint = f"remove {self._path} and pull again; what is unpacked is used again"
-            return HubaotiError(f"{self._path} is damaged: {why}", hint=hint)
+        undecoded = not code and isinstance(why, sqlite3.OperationalError)  # of Python's own module
+        if code in DAMAGED or undecoded:
+            return self._damaged(why)
         hint = "see that you may write it, or set HUBAOTI_HOME to another folder"
         return HubaotiError(f"{self._path}: {why}", hint=hint)
+
+    def _damaged(self, why: object) -> HubaotiError:
+        hint = f"remove {self._path} and pull again; what is unpacked is used again"
+        return HubaotiError(f"{self._path} is damaged: {first_line(str(why))!a}", hint=hint)
 
 
 def has_content(path: Path) -> bool:
     """Whether a file is there, and not empty."""
     return path.is_file() and path.stat().st_size > 0
-
-
-def _row(found: tuple[str, str, str, str, int, float, str, str, str, str]) -> Row:
-    digest, key, recipe, variant, size, added, *origin = found
-    return Row(digest, key, recipe, variant, size, added, Origin(*origin))

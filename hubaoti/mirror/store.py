@@ -185,7 +185,8 @@ class Mirror:
         return [artifact for artifact in found if artifact is not None]
 
     def ls(self) -> list[Row]:
-        """What is here, the newest first."""
+        """What is here, the newest first; of a damaged index nothing."""
+        self.index.require_whole()
         return self.index.rows()
 
     def pulled(self, pin: Pin) -> tuple[Artifact, str] | None:

@@ -1,6 +1,7 @@
 """An endpoint that speaks the Hub's protocol: what the official clients call, and no more.
 
     run          the foreground server, and one in a thread      app      routes, errors, lifespan
+    connections  how many, and how long they wait
     routes       the table of requests                           ask      a request, checked
     views_*      the answers                                     shapes   the JSON in them
     words        every word from outside is checked here         problems every "no"

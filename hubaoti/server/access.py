@@ -1,5 +1,8 @@
 """Who may do what: one token for writing and for private repos, and signatures for single errands.
 
+Only requests to this endpoint's own names are answered: else a page that somebody looks at could
+have its own name point here, and read what it likes.
+
 A signature names its errand and its end, so what is signed for one upload serves no other. The
 client sends no token with an LFS upload, and hf_xet only the one it was given: both carry these.
 """
@@ -7,8 +10,12 @@ client sends no token with an LFS upload, and hf_xet only the one it was given: 
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from hubaoti.errors import BadRequest
 
 LIFETIME = 3600
 """How many seconds a signature serves."""
@@ -39,6 +46,50 @@ class Guard:
 
     def _mac(self, errand: str, end: str) -> str:
         return hmac.new(self.secret, f"{errand}\n{end}".encode(), "sha256").hexdigest()
+
+
+class Hosts:
+    """The names that the endpoint has: those of loopback, and what it is told."""
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        """Of these names, and loopback's.
+
+        Raises:
+            BadRequest: one is no host's name.
+        """
+        self._names = {host_in(name) or _no_name(name) for name in names}
+
+    def hold(self, header: str) -> bool:
+        """Whether a `Host` header names this endpoint."""
+        host = host_in(header)
+        return host in self._names or host == "localhost" or _is_loopback(host)
+
+
+def host_in(text: str) -> str:
+    """The host of `host[:port]`, in its one spelling; "" where that is none."""
+    text = text.strip().lower()
+    host, colon, port = text.rpartition(":")
+    if _address(text) or not (colon and port.isdecimal()):
+        host = text
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    return str(_address(host) or host.removesuffix("."))
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def _is_loopback(host: str) -> bool:
+    address = _address(host)
+    return address is not None and address.is_loopback
+
+
+def _no_name(name: str) -> str:
+    raise BadRequest(f"{name!r} is no host's name", hint="write it as hub.example or 10.0.0.5")
 
 
 def bearer(authorization: str | None) -> str:

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hubaoti.server.access import Hosts
 from hubaoti.server.hub import Hub, open_hub
-from hubaoti.server.problems import Problem, disk_full, says_full
+from hubaoti.server.problems import Problem, disk_full, other_host, says_full
 from hubaoti.server.routes import ROUTES
 
 
-def create_app(root: Path, token: str | None = None, user: str = "local") -> ASGIApp:
+def create_app(
+    root: Path, token: str | None = None, user: str = "local", allow_hosts: Iterable[str] = ()
+) -> ASGIApp:
     """An endpoint over a root folder; its lifespan's end closes the folder.
 
+    It answers to loopback names and to the hosts that are allowed.
+
     Raises:
+        BadRequest: what is allowed is no host's name.
         UnsafeFolder: others own or may enter the folder, or it holds something else.
         DiskFull: there is no room.
         HubaotiError: another process serves it.
     """
-    return app_of(open_hub(root, token, user))
+    hosts = Hosts(allow_hosts)
+    return app_of(open_hub(root, token, user), hosts)
 
 
-def app_of(hub: Hub) -> ASGIApp:
+def app_of(hub: Hub, hosts: Hosts) -> ASGIApp:
     """The app over an open root."""
 
     @asynccontextmanager
@@ -51,7 +59,21 @@ def app_of(hub: Hub) -> ASGIApp:
     )
     app.router.redirect_slashes = False
     app.state.hub = hub
-    return _quoted_paths(app)
+    return _of_our_names(_quoted_paths(app), hosts)
+
+
+def _of_our_names(app: ASGIApp, hosts: Hosts) -> ASGIApp:
+    """Let the app answer what was sent to this endpoint by one of its names, or by none at all."""
+
+    async def judged(scope: Scope, receive: Receive, send: Send) -> None:
+        answer = app
+        if scope["type"] == "http":
+            said = Headers(scope=scope).get("host")
+            if said is not None and not hosts.hold(said):
+                answer = other_host(said).response()
+        await answer(scope, receive, send)
+
+    return judged
 
 
 def _quoted_paths(app: ASGIApp) -> ASGIApp:

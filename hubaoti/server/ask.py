@@ -5,14 +5,16 @@ All but the last are plain functions, run in a thread: they may use files and SQ
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from functools import cached_property, wraps
 from sqlite3 import Connection
 from typing import Any
 from urllib.parse import urlencode
 
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from hubaoti.server import repos, words
@@ -24,12 +26,23 @@ from hubaoti.server.problems import (
     malformed,
     repo_not_found,
     too_large,
+    too_slow,
 )
 from hubaoti.server.repos import Repo
 from hubaoti.server.words import RepoId
 
-MAX_BODY = 32 * 2**20
-"""The bytes of a JSON or form body at most; files come on other roads."""
+SMALL = 2**19
+"""The bytes of most bodies at most: some names, and a text of 65536 characters."""
+
+LIST = 4 * 2**20
+"""The bytes at most of a body that lists files, or holds a card; files come on other roads."""
+
+_SILENCE = 60.0
+"""Seconds without a byte of a body, after which nobody waits for the rest; of one that fits into
+memory, all of it has to be here by then."""
+
+_DRAINED, _DRAIN_SECONDS = 64 * 2**20, 2.0
+"""The bytes at most, and the seconds, of a body that is refused, which are read and dropped."""
 
 
 class Ask:
@@ -117,14 +130,14 @@ def reads(view: Callable[[Ask], Response], permit: Permit = anybody) -> View:
     return answer
 
 
-def writes(view: Callable[[Ask, Body], Response]) -> View:
+def writes(view: Callable[[Ask, Body], Response], limit: int = SMALL) -> View:
     """A view that needs the token, checked before the JSON body is read."""
 
     @wraps(view)
     async def answer(request: Request) -> Response:
         ask = Ask(request)
         ask.demand_token()
-        body = words.json_object(await whole_body(request, MAX_BODY))
+        body = words.json_object(await soon(whole_body(request, limit)))
         return await run_in_threadpool(view, ask, body)
 
     return answer
@@ -135,7 +148,7 @@ def reads_body(view: Callable[[Ask, bytes], Response]) -> View:
 
     @wraps(view)
     async def answer(request: Request) -> Response:
-        body = await whole_body(request, MAX_BODY)
+        body = await soon(whole_body(request, LIST))
         return await run_in_threadpool(view, Ask(request), body)
 
     return answer
@@ -161,21 +174,45 @@ async def whole_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
+async def soon(body: Awaitable[bytes]) -> bytes:
+    """A body that does not take long; 408 when it does."""
+    try:
+        async with asyncio.timeout(_SILENCE):
+            return await body
+    except TimeoutError:
+        raise too_slow() from None
+
+
 async def bounded(request: Request, limit: int) -> AsyncIterator[bytes]:
     """The request's body in pieces of about 1 MiB; 413 as soon as it is too long."""
-    if declared_length(request) > limit:
+    stream = request.stream()
+    received, piece = declared_length(request), bytearray()
+    if received <= limit:
+        received = 0
+        while chunk := await soon(anext(stream, b"")):
+            received += len(chunk)
+            if received > limit:
+                break
+            piece += chunk
+            if len(piece) >= 2**20:
+                yield bytes(piece)
+                piece.clear()
+    if received > limit:
+        await _drain(stream)
         raise too_large("The body", limit)
-    received, piece = 0, bytearray()
-    async for chunk in request.stream():
-        received += len(chunk)
-        if received > limit:
-            raise too_large("The body", limit)
-        piece += chunk
-        if len(piece) >= 2**20:
-            yield bytes(piece)
-            piece.clear()
     if piece:
         yield bytes(piece)
+
+
+async def _drain(stream: AsyncIterator[bytes]) -> None:
+    """Take and drop what is on its way: else its sender meets a broken pipe, and not our answer."""
+    left = _DRAINED
+    with suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            async for chunk in stream:
+                left -= len(chunk)
+                if left < 0:
+                    return
 
 
 def declared_length(request: Request) -> int:

@@ -61,6 +61,16 @@ def too_large(what: str, limit: int) -> Problem:
     return Problem(413, f"{what} is larger than {limit} bytes")
 
 
+def too_slow() -> Problem:
+    """408: the body does not come."""
+    return Problem(408, "The body took too long to come", headers={"Connection": "close"})
+
+
+def other_host(host: str) -> Problem:
+    """421: a request to a name that is not this endpoint's."""
+    return Problem(421, f"This endpoint is not called {host[:100]!r}: see serve --allow-host")
+
+
 def repo_not_found(repo: object, *, trusted: bool) -> Problem:
     """404 to who may know; to others 401, the same for a hidden repo and for none at all."""
     status, why = (404, "") if trusted else (401, "; if it is private, send a valid token")

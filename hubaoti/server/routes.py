@@ -18,7 +18,7 @@ from hubaoti.server import (
     views_repos,
     views_uploads,
 )
-from hubaoti.server.ask import Ask, View, reads, reads_body, streams, writes
+from hubaoti.server.ask import LIST, Ask, View, reads, reads_body, streams, writes
 from hubaoti.server.views_uploads import demand_lfs, demand_xet
 from hubaoti.server.words import KINDS
 
@@ -50,7 +50,7 @@ _API: list[tuple[str, str, View]] = [
     ("GET", "/tree/{revision}", reads(views_files.tree)),
     ("GET", "/tree/{revision}/{path:path}", reads(views_files.tree)),
     ("POST", "/paths-info/{revision}", reads_body(views_files.paths)),
-    ("POST", "/preupload/{revision}", writes(views_uploads.preupload)),
+    ("POST", "/preupload/{revision}", writes(views_uploads.preupload, LIST)),
     ("GET", "/xet-write-token/{revision}", reads(views_uploads.xet_token, Ask.demand_token)),
     ("POST", "/commit/{revision}", streams(views_commit.commit, Ask.demand_token)),
     ("GET", "", reads(views_repos.describe)),
@@ -59,7 +59,7 @@ _API: list[tuple[str, str, View]] = [
 
 _PAGES: list[tuple[str, str, View]] = [
     ("GET", "/resolve/{revision}/{path:path}", reads(views_files.content)),
-    ("POST", ".git/info/lfs/objects/batch", writes(views_uploads.lfs_batch)),
+    ("POST", ".git/info/lfs/objects/batch", writes(views_uploads.lfs_batch, LIST)),
 ]
 
 

@@ -7,7 +7,7 @@ import errno
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,9 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hubaoti.errors import HubaotiError
+from hubaoti.server.access import Hosts
 from hubaoti.server.app import app_of
+from hubaoti.server.connections import AT_ONCE, QUEUE, Connection, few_lines
 from hubaoti.server.hub import Hub, open_hub
 
 _GRACE = 5
@@ -37,30 +39,35 @@ def serve(
     port: int = 0,
     token: str | None = None,
     ready: Callable[[str, str], None] | None = None,
+    allow_hosts: Iterable[str] = (),
 ) -> None:
     """Serve a root folder until SIGINT or SIGTERM; port 0 takes a free one.
 
     Once it listens, `ready` is called with the URL and the token, which is made up when none is
-    given.
+    given. It answers to loopback names, `host`, and the other names that are allowed.
 
     Raises:
+        BadRequest: what is allowed is no host's name.
         HubaotiError: the address is in use, or another process serves the folder.
         UnsafeFolder: the folder is not ours alone.
         DiskFull: there is no room in it.
     """
-    with _listening(host, port) as listener, _opened(root, token) as hub:
-        endpoint = Endpoint(_url(listener), hub.guard.token)
-        server = _Server(hub, lambda: ready(endpoint.url, endpoint.token) if ready else None)
-        with _signals_handled():
-            server.run(sockets=[listener])
+    with _listening(host, port) as listener:
+        hosts = Hosts((host, *allow_hosts))
+        with _opened(root, token) as hub:
+            endpoint = Endpoint(_url(listener), hub.guard.token)
+            told = (lambda: ready(endpoint.url, endpoint.token)) if ready else (lambda: None)
+            server = _Server(hub, hosts, told)
+            with _signals_handled(), few_lines():
+                server.run(sockets=[listener])
 
 
 @contextmanager
 def running(root: Path, token: str | None = None, port: int = 0) -> Iterator[Endpoint]:
     """Serve a root folder on 127.0.0.1 from a thread of this process, as long as the block runs."""
-    with _listening("127.0.0.1", port) as listener, _opened(root, token) as hub:
+    with _listening("127.0.0.1", port) as listener, _opened(root, token) as hub, few_lines():
         started = threading.Event()
-        server = _Server(hub, started.set)
+        server = _Server(hub, Hosts(), started.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -76,9 +83,11 @@ def running(root: Path, token: str | None = None, port: int = 0) -> Iterator[End
 class _Server(uvicorn.Server):
     """uvicorn, saying when it is ready."""
 
-    def __init__(self, hub: Hub, ready: Callable[[], None]) -> None:
+    def __init__(self, hub: Hub, hosts: Hosts, ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
-            _cut_off_in_silence(app_of(hub)),
+            _cut_off_in_silence(app_of(hub, hosts)),
+            http=Connection,
+            backlog=AT_ONCE,
             log_level="error",
             access_log=False,
             log_config=None,  # how a process logs is its own affair
@@ -92,6 +101,8 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start listening, then say so."""
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(QUEUE)
         if self.started:
             self._ready()
 

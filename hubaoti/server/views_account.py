@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import msgspec
 from starlette.responses import JSONResponse, Response
 
 from hubaoti.server import card, words
-from hubaoti.server.ask import MAX_BODY, Ask
+from hubaoti.server.ask import Ask
 from hubaoti.server.problems import BAD_TOKEN, Problem
+
+
+class _Card(msgspec.Struct):
+    content: str
 
 
 def whoami(ask: Ask) -> Response:
@@ -30,7 +35,7 @@ def whoami(ask: Ask) -> Response:
 
 def validate_yaml(ask: Ask, body: bytes) -> Response:
     """Whether a README's front matter can be read; 400 with the reason when it cannot."""
-    content = words.text(words.json_object(body).get("content"), "content", MAX_BODY)
+    content = words.json_fields(body, _Card).content
     try:
         card.parse(content[: card.LIMIT])
     except card.BadCard as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -22,6 +23,36 @@ _MAX_COMMIT = 2**30
 _MAX_CHANGES = 100_000
 
 
+_Scalar = str | int | float | bool | None | msgspec.UnsetType
+
+
+class _Value(msgspec.Struct):
+    """All that a line may say, of whatever kind it is."""
+
+    summary: _Scalar = msgspec.UNSET
+    description: _Scalar = msgspec.UNSET
+    parentCommit: _Scalar = msgspec.UNSET  # as the Hub calls it
+    path: _Scalar = msgspec.UNSET
+    content: _Scalar = msgspec.UNSET
+    encoding: _Scalar = msgspec.UNSET
+    algo: _Scalar = msgspec.UNSET
+    oid: _Scalar = msgspec.UNSET
+    size: _Scalar = msgspec.UNSET
+
+    def given(self) -> dict[str, Any]:
+        """What the line says."""
+        return {
+            name: value
+            for name, value in msgspec.structs.asdict(self).items()
+            if value is not msgspec.UNSET
+        }
+
+
+class _Line(msgspec.Struct):
+    key: str
+    value: _Value
+
+
 async def commit(ask: Ask) -> Response:
     """Commit the changes of an NDJSON body, all or none."""
     ask.refuse_pr()
@@ -30,14 +61,14 @@ async def commit(ask: Ask) -> Response:
     header: dict[str, Any] | None = None
     changes: list[trees.Change] = []
     async for line in _lines(ask.request):
-        said = words.json_object(line)
-        value = words.item(said.get("value"))
+        said = words.json_fields(line, _Line)
+        value = said.value.given()
         if header is None:
-            header = _header(said.get("key"), value)
+            header = _header(said.key, value)
         elif len(changes) == _MAX_CHANGES:
             raise Problem(413, f"A commit has at most {_MAX_CHANGES} changes")
         else:
-            changes.append(await run_in_threadpool(_change, ask, said.get("key"), value))
+            changes.append(await run_in_threadpool(_change, ask, said.key, value))
     if header is None:
         raise malformed("The commit has no header")
     return await run_in_threadpool(_commit, ask, branch, _draft(header, changes))

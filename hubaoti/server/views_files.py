@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import parse_qs, quote
 
+import msgspec
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from hubaoti.server import repos, shapes, trees, words
@@ -21,6 +22,11 @@ _RANGE = re.compile(r"bytes=\s*(\d+-\d*|-\d+)(\s*,\s*(\d+-\d*|-\d+))*\s*")
 class _File(FileResponse):
     # With Starlette's 64 KiB a download costs a third of its speed.
     chunk_size = 2**20
+
+
+class _Paths(msgspec.Struct):
+    paths: list[str]
+    expand: bool = False
 
 
 def tree(ask: Ask) -> Response:
@@ -64,9 +70,10 @@ def paths(ask: Ask, body: bytes) -> Response:
 def _wanted(media: str, body: bytes) -> tuple[list[str], bool]:
     """The paths of a form or of a JSON body, and whether their last commits are asked for."""
     if "json" in media:
-        said = words.json_object(body)
-        paths = [words.text(path, "a path") for path in words.items(said, "paths")]
-        return paths, bool(said.get("expand"))
+        said = words.json_fields(body, _Paths)
+        if len(said.paths) > _PATHS:
+            raise malformed(f"The body has more than {_PATHS} paths")
+        return [words.text(path, "a path") for path in said.paths], said.expand
     try:
         form = parse_qs(body.decode(), max_num_fields=_PATHS)
     except ValueError:
