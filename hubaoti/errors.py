@@ -11,6 +11,8 @@ import signal
 from typing import ClassVar
 
 LINE = 300  # characters of somebody else's error message
+# What only the code that ran can be blamed for; any other signal came from outside.
+CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
 
 
 class HubaotiError(Exception):
@@ -221,6 +223,15 @@ class WorkerEnded(HubaotiError):
     exit_code = 34
 
 
+class NotTried(HubaotiError):
+    """The first open of a graph came to nothing that says anything of it; it was not opened here.
+
+    Its process was ended from outside, or could not even begin: the next one may.
+    """
+
+    exit_code = 35
+
+
 def again(kind: str, message: str, hint: str) -> HubaotiError:
     """An error that another process told of, as it was there."""
     found = globals().get(kind)
@@ -234,8 +245,17 @@ def ended(code: int) -> str:
     if code == -signal.SIGKILL:
         return "its process was ended (SIGKILL: it took too much memory, or too long)"
     if code < 0:
-        return f"it crashed its process ({signal.Signals(-code).name})"
+        did = "it crashed its process" if -code in CRASHES else "its process was ended"
+        return f"{did} ({signal_name(-code)})"
     return f"its process ended with code {code}"
+
+
+def signal_name(number: int) -> str:
+    """A signal as people call it; those of real time have only numbers."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def first_line(why: BaseException | str) -> str:

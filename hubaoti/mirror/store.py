@@ -17,11 +17,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +27,15 @@ from hubaoti import manifest as manifests
 from hubaoti.disks import explained, require_room
 from hubaoti.errors import BadManifest, DigestMismatch, HubaotiError
 from hubaoti.manifest import File, Graph, Manifest
+from hubaoti.mirror.artifact import (
+    Artifact,
+    changed,
+    has_bytes,
+    has_sizes,
+    holds_members,
+    holds_small,
+)
 from hubaoti.mirror.folders import (
-    keep_newest,
     make_private,
     may_write,
     refuse_shared,
@@ -38,32 +43,15 @@ from hubaoti.mirror.folders import (
     sync_folder,
     workspace,
 )
-from hubaoti.mirror.index import BUILT_HERE, Index, Origin, Pin, Row
-from hubaoti.package import copy_hashed, sha256_of, unpack
+from hubaoti.mirror.index import Index
+from hubaoti.mirror.quarantine import Note, set_apart
+from hubaoti.mirror.rows import BUILT_HERE, Origin, Pin, Row
+from hubaoti.package import copy_hashed, unpack
 from hubaoti.variant import Recipe
 
 FOLDERS = ("hub", "artifacts", "graphs", "quarantine", "tmp")
 TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
 ATTEMPTS = 3
-KEPT = 5, 1 << 30  # broken copies that stay to be looked at, and the most bytes of them
-
-
-@dataclass(frozen=True, slots=True)
-class Artifact:
-    """A verified artifact of the mirror: `path` has its manifest and small tensors."""
-
-    digest: str
-    path: Path
-    graphs: Path
-    manifest: Manifest
-
-    def graph_folder(self, graph: Graph) -> Path:
-        """Where a graph's package lies unpacked."""
-        return self.graphs / graph.sha256
-
-    def file(self, path: str) -> Path:
-        """Where one of the small tensors' files lies."""
-        return self.path / path
 
 
 class Mirror:
@@ -170,7 +158,7 @@ class Mirror:
         if self.index.row(digest) is None:
             return None
         try:
-            artifact = self._read(digest)
+            artifact = self.read(digest, self.root / "artifacts" / digest)
         except (OSError, BadManifest, DigestMismatch):
             self._withdraw(digest, self.root / "artifacts" / digest)
             return None
@@ -227,8 +215,9 @@ class Mirror:
     def quarantine(self, graph: Graph) -> None:
         """Keep a graph apart that must not be opened, and promise no artifact that holds it."""
         if self.index.is_writable:
+            note = Note(graph, tuple(self.index.promises(graph.sha256)))
             self.index.remove_graph(graph.sha256)
-            self._quarantine(self.root / "graphs" / graph.sha256)
+            self._quarantine(self.root / "graphs" / graph.sha256, note)
 
     def verify_file(self, artifact: Artifact, file: File) -> Path:
         """Hash one of the small tensors' files again; where it lies.
@@ -247,12 +236,24 @@ class Mirror:
         path = self.root / "artifacts" / digest
         return Artifact(digest, path, self.root / "graphs", manifest)
 
-    def _read(self, digest: str) -> Artifact:
-        path = self.root / "artifacts" / digest / manifests.FILENAME
+    def stored(self, digest: str) -> Artifact | None:
+        """An artifact whose manifest is here, promised or not; None where none is, or another."""
+        with suppress(OSError, BadManifest, DigestMismatch):
+            return self.read(digest, self.root / "artifacts" / digest)
+        return None
+
+    def read(self, digest: str, folder: Path) -> Artifact:
+        """The artifact whose manifest lies in a folder, which is believed by its digest.
+
+        Raises:
+            DigestMismatch: it is another; BadManifest, OSError: it cannot be read.
+        """
+        path = folder / manifests.FILENAME
         text = path.read_bytes()
         if hashlib.sha256(text).hexdigest() != digest:
             raise changed(path)
-        return self._artifact(manifests.parse(text, str(path)))
+        manifest = manifests.parse(text, str(path))
+        return Artifact(digest, folder, self.root / "graphs", manifest)
 
     def _store(self, artifact: Artifact, files: Mapping[str, Path]) -> None:
         """Write what is missing; the artifact's own folder, which names the graphs, comes last."""
@@ -300,16 +301,13 @@ class Mirror:
         A mirror that may not be written keeps both.
         """
         if self.index.is_writable:
+            promise = self.index.promise(digest)
             self.index.remove(digest)
             if broken is not None:
-                self._quarantine(broken)
+                self._quarantine(broken, Note(None, (promise,) if promise else ()))
 
-    def _quarantine(self, folder: Path) -> None:
-        apart = self.root / "quarantine"
-        with suppress(FileNotFoundError):
-            broken = folder.rename(apart / f"{folder.name}~{secrets.token_hex(4)}")
-            os.utime(broken)  # else it has the time at which it was unpacked
-            keep_newest(apart, *KEPT)
+    def _quarantine(self, folder: Path, note: Note = Note()) -> None:  # noqa: B008
+        set_apart(folder, self.root / "quarantine", note)
 
 
 def unpacked_size(manifest: Manifest) -> int:
@@ -347,50 +345,3 @@ def write_small(manifest: Manifest, files: Mapping[str, Path], folder: Path) -> 
         sink.flush()
         os.fsync(sink.fileno())
     target.chmod(0o444)
-
-
-def has_sizes(artifact: Artifact) -> bool:
-    """Whether every file is there, of the right size; their bytes are for `verify`."""
-    sizes = {artifact.file(file.path): file.size for file in artifact.manifest.files}
-    for graph in artifact.manifest.graphs:
-        folder = artifact.graph_folder(graph)
-        sizes |= {folder / member.path: member.size for member in graph.members}
-    return all(has_size(path, size) for path, size in sizes.items())
-
-
-def has_size(path: Path, size: int) -> bool:
-    """Whether a file is there, of this size."""
-    try:
-        return path.lstat().st_size == size
-    except OSError:
-        return False
-
-
-def holds_members(folder: Path, graph: Graph) -> bool:
-    """Whether an unpacked graph is there, byte for byte."""
-    members = graph.members
-    return folder.is_dir() and all(has_bytes(folder / each.path, each.sha256) for each in members)
-
-
-def holds_small(artifact: Artifact) -> bool:
-    """Whether the manifest and the small tensors are there, byte for byte."""
-    files = artifact.manifest.files
-    return has_bytes(artifact.path / manifests.FILENAME, artifact.digest) and all(
-        has_bytes(artifact.file(file.path), file.sha256) for file in files
-    )
-
-
-def has_bytes(path: Path, sha256: str) -> bool:
-    """Whether a file is there, and no link, with these bytes; one that cannot be read has none."""
-    try:
-        return path.is_file() and not path.is_symlink() and sha256_of(path) == sha256
-    except OSError:
-        return False
-
-
-def changed(path: Path) -> DigestMismatch:
-    return DigestMismatch(
-        f"{path} has other bytes than its manifest lists",
-        hint="pull it again, into a HUBAOTI_HOME that you may write; a broken copy is kept in the "
-        "mirror's quarantine, never opened",
-    )
