@@ -39,7 +39,7 @@ def require_sound(
         NotTried: what tried one was ended. NotEnoughMemory: there is too little to try it.
     """
     mirror.verify(artifact)
-    from hubaoti.runtime.selftest import selftest
+    from hubaoti.runtime.selftest import SECONDS, selftest
 
     tried = Tried.on(mirror, device, ops)
     graphs = {graph.id: graph for graph in artifact.manifest.graphs}
@@ -53,7 +53,7 @@ def require_sound(
     for graph in waiting:
         tried.require_ops(graph)
     say("first open")
-    verdicts = selftest(artifact.path, artifact.graphs, waiting, device, ops=ops)
+    verdicts = selftest(artifact.path, artifact.graphs, waiting, device, SECONDS, ops)
     for verdict in verdicts:
         tried.settle(verdict, graphs[verdict.graph])
     refuse({each.graph: each.problem for each in verdicts if each.problem}, artifact)

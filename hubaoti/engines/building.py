@@ -90,13 +90,14 @@ class Building:
         with self._answer as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - MOST))
             lines = file.read(MOST).splitlines()
-        try:
+        outcome = Outcome()
+        with suppress(msgspec.DecodeError):
             outcome = msgspec.json.decode(lines[-1] if lines else b"", type=Outcome)
-        except msgspec.DecodeError:
+        if outcome.digest is None and not outcome.kind:
             raise CompileFailed(
                 f"the compile ended: {ended(code)}",
                 hint="see that there is memory for it, or run hubaoti compile by hand",
-            ) from None
+            )
         if outcome.digest is None:
             raise again(outcome.kind, outcome.message, outcome.hint)
         return outcome

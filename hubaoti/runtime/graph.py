@@ -6,6 +6,7 @@ reads what is not there any more. So every call is asked first, here and in `che
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -103,9 +104,10 @@ def loaded_from(entry: Entry, folder: Path) -> Path:
 def refusal(graph: str, folder: Path, why: str) -> CannotOpen | MissingOps | NotEnoughMemory:
     """What the loader's message means, in words that say what to do."""
     first = first_line(why)
-    if "Could not find schema for" in why:
+    if op := re.search(r"Could not find schema for ([\w:.]+)", why):
+        name = op[1].rstrip(".")
         return MissingOps(
-            f"graph {graph} calls an op that is not registered: {first}", hint=NAME_OPS
+            f"graph {graph} calls {name}, an op that is not registered", hint=NAME_OPS
         )
     if any(words in why for words in NO_MEMORY):
         return NotEnoughMemory(
