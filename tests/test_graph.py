@@ -383,6 +383,16 @@ def test_a_dtype_that_this_torch_does_not_have_is_refused(graph: Graph) -> None:
         Graph(msgspec.structs.replace(graph.entry, inputs=odd), graph._runner, CPU)
 
 
+def test_where_memory_is_limited_a_disk_that_allows_code_is_not_to_blame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = "a.so: failed to map segment from shared object"
+    monkeypatch.setattr("hubaoti.runtime.graph.is_limited", lambda: True)
+    assert type(refusal("root", tmp_path, why)) is NotEnoughMemory
+    monkeypatch.setattr("hubaoti.runtime.graph.runs", lambda folder: False)
+    assert type(refusal("root", tmp_path, why)) is CannotOpen
+
+
 @pytest.mark.parametrize(
     ("why", "kind", "word"),
     [

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sqlite3
 import subprocess
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from signals import struck
 from transformers import AutoModelForCausalLM
 
 import hubaoti
@@ -23,7 +20,6 @@ from hubaoti import api
 from hubaoti.bundle import Bundle
 from hubaoti.children import Told, program
 from hubaoti.errors import CannotOpen, HubaotiError, NotEnoughMemory, NotTried, Quarantined
-from hubaoti.memory import descendants
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.opening import require_sound
 from hubaoti.runtime import selftest as testing
@@ -103,26 +99,6 @@ def test_only_what_the_code_itself_can_be_blamed_for_lasts(name: str, artifact: 
     (verdict,) = tried(artifact)
     assert verdict.lasting == (name in LASTING)
     assert name in verdict.problem
-
-
-@contextmanager
-def struck(number: int) -> Iterator[None]:
-    """Meanwhile the first process that this one starts gets a signal."""
-
-    def strike() -> None:
-        end = time.monotonic() + 60.0
-        while not (found := {*descendants(own)} - before) and time.monotonic() < end:
-            time.sleep(0.002)
-        os.kill(int(min(found, key=int)), number)
-
-    own = str(os.getpid())
-    before = {*descendants(own)}
-    thread = threading.Thread(target=strike)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

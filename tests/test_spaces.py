@@ -19,6 +19,7 @@ import torch
 from bundles import CUDA, changed, make_gpu_host, make_host
 from commands import environment_of
 from huggingface_hub import HfApi, snapshot_download
+from signals import struck
 from space import Net, X, net
 
 import hubaoti
@@ -170,6 +171,23 @@ def test_the_first_open_is_the_first_worker_s_and_remembered(
 ) -> None:
     told = play(settings, "first_opens", repo_of_blocks)
     assert (told["main"], [each["started"] for each in told["workers"]]) == (0, [1, 0, 0])
+
+
+def test_a_first_open_that_was_ended_from_outside_is_made_again_later(
+    repo_of_blocks: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hubaoti.runtime.waiting.REST", 3600.0)
+    module = net()
+    loaded = hubaoti.spaces.load(module, repo_of_blocks, trust=True, settings=settings)
+    with torch.no_grad(), loaded, pytest.warns(Fallback, match="SIGTERM"):
+        with struck(signal.SIGTERM):
+            module(X)
+        module(X)
+        assert loaded.stats()["compiled"] == 0
+        assert "SIGTERM" in loaded.stats()["process"]["why"]
+        monkeypatch.setattr("time.monotonic", lambda real=time.monotonic: real() + 3601.0)
+        module(X)
+        assert loaded.stats()["compiled"] > 0
 
 
 def test_bytes_that_change_after_the_pull_are_never_opened(

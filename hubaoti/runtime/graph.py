@@ -6,6 +6,7 @@ reads what is not there any more. So every call is asked first, here and in `che
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from hubaoti.errors import (
     first_line,
 )
 from hubaoti.manifest import Graph as Entry
+from hubaoti.memory import is_limited
 from hubaoti.package import sha256_of
 from hubaoti.runtime.aliases import Bound
 from hubaoti.runtime.checks import Checks, address, check_constant
@@ -101,6 +103,14 @@ def loaded_from(entry: Entry, folder: Path) -> Path:
     return before if same else folder
 
 
+def runs(folder: Path) -> bool:
+    """Whether a folder's disk allows code; glibc has one message for that and for no memory."""
+    try:
+        return not os.statvfs(folder).f_flag & os.ST_NOEXEC
+    except OSError:
+        return False
+
+
 def refusal(graph: str, folder: Path, why: str) -> CannotOpen | MissingOps | NotEnoughMemory:
     """What the loader's message means, in words that say what to do."""
     first = first_line(why)
@@ -109,12 +119,13 @@ def refusal(graph: str, folder: Path, why: str) -> CannotOpen | MissingOps | Not
         return MissingOps(
             f"graph {graph} calls {name}, an op that is not registered", hint=NAME_OPS
         )
-    if any(words in why for words in NO_MEMORY):
+    unmapped = "failed to map segment" in why
+    if any(words in why for words in NO_MEMORY) or (unmapped and is_limited() and runs(folder)):
         return NotEnoughMemory(
             f"graph {graph} cannot be loaded: {first}",
             hint="free some memory, or raise the limit of this process (ulimit -v)",
         )
-    if "failed to map segment" in why:
+    if unmapped:
         return CannotOpen(
             f"graph {graph} cannot be loaded from {folder}: its disk does not allow code",
             hint="the disk is mounted noexec; set HUBAOTI_HOME to a folder on another disk",
