@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
+import select
 import selectors
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import hubaoti
 
@@ -64,8 +63,7 @@ def told_by(module: str, said: bytes, patience: float, most: int = MOST) -> Told
     )
     with child:  # which closes its pipes
         try:
-            threading.Thread(target=_give, args=(child.stdin, said), daemon=True).start()
-            out, printed = _listen(child, time.monotonic() + patience, most)
+            out, printed = _talk(child, said, time.monotonic() + patience, most)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # it leads all that it started
@@ -73,31 +71,41 @@ def told_by(module: str, said: bytes, patience: float, most: int = MOST) -> Told
     return Told(out, code, _last_line(printed))
 
 
-def _give(pipe: IO[bytes], said: bytes) -> None:
-    """Tell a child what is asked; one that does not listen has ended, or will be."""
-    with suppress(OSError, ValueError), pipe:
-        pipe.write(said)
-
-
-def _listen(child: subprocess.Popen[bytes], end: float, most: int) -> tuple[bytes, bytes]:
+def _talk(
+    child: subprocess.Popen[bytes], said: bytes, end: float, most: int
+) -> tuple[bytes, bytes]:
     """What a child writes until it has ended, though others may hold its pipes open for longer."""
     heard = {child.stdout: bytearray(), child.stderr: bytearray()}
     out, printed = heard.values()
     with selectors.DefaultSelector() as pipes:
         for pipe in heard:
             pipes.register(pipe, selectors.EVENT_READ)  # type: ignore[arg-type]
+        pipes.register(child.stdin, selectors.EVENT_WRITE)  # type: ignore[arg-type]
         while time.monotonic() < end and len(out) <= most:
             is_over = _has_ended(child)
-            ready = pipes.select(0 if is_over else GLANCE)
-            for key, _ in ready:
-                part = os.read(key.fd, 1 << 16)
-                heard[key.fileobj] += part  # type: ignore[index]
-                if not part:
-                    pipes.unregister(key.fileobj)
-            del printed[:-PRINTED]
-            if is_over and not ready:
+            ready = [key for key, _ in pipes.select(0 if is_over else GLANCE)]
+            if is_over and all(key.fileobj is child.stdin for key in ready):
                 break
+            for key in ready:
+                if key.fileobj is child.stdin:
+                    said = _give(key.fd, said)
+                    is_done = not said
+                else:
+                    part = os.read(key.fd, 1 << 16)
+                    heard[key.fileobj] += part  # type: ignore[index]
+                    is_done = not part
+                if is_done:
+                    pipes.unregister(key.fileobj).fileobj.close()  # type: ignore[union-attr]
+            del printed[:-PRINTED]
     return bytes(out), bytes(printed)
+
+
+def _give(pipe: int, said: bytes) -> bytes:
+    """Write what a pipe takes at once, and what is left; nothing, if nobody listens any more."""
+    try:
+        return said[os.write(pipe, said[: select.PIPE_BUF]) :]
+    except BrokenPipeError:
+        return b""
 
 
 def _has_ended(child: subprocess.Popen[bytes]) -> bool:

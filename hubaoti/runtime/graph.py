@@ -89,18 +89,20 @@ LOADED: dict[str, Path] = {}
 
 
 def loaded_from(entry: Entry, folder: Path) -> Path:
-    """The folder from which this process loaded a package's library, if all of it is still there.
+    """The folder from which this process loaded a package's library, if it is the same as `folder`.
 
-    Else `folder`, which was verified.
+    Else `folder`.
     """
     before = LOADED.get(entry.sha256)
     if before is None or before == folder:
         return folder
+    files = [
+        (place / each.path, each.sha256) for place in (before, folder) for each in entry.members
+    ]
     try:
-        same = all(sha256_of(before / each.path) == each.sha256 for each in entry.members)
+        return before if all(sha256_of(file) == sha256 for file, sha256 in files) else folder
     except OSError:
         return folder
-    return before if same else folder
 
 
 def runs(folder: Path) -> bool:
