@@ -96,13 +96,15 @@ def loaded_from(entry: Entry, folder: Path) -> Path:
     before = LOADED.get(entry.sha256)
     if before is None or before == folder:
         return folder
-    files = [
-        (place / each.path, each.sha256) for place in (before, folder) for each in entry.members
-    ]
+    return before if all(holds(place, entry) for place in (before, folder)) else folder
+
+
+def holds(folder: Path, entry: Entry) -> bool:
+    """Whether a package lies unpacked in a folder, byte for byte."""
     try:
-        return before if all(sha256_of(file) == sha256 for file, sha256 in files) else folder
+        return all(sha256_of(folder / each.path) == each.sha256 for each in entry.members)
     except OSError:
-        return folder
+        return False
 
 
 def runs(folder: Path) -> bool:
