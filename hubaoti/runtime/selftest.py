@@ -33,6 +33,7 @@ from hubaoti.runtime.ops import register
 
 BASE = 600 << 20  # bytes of a process that has torch
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LONGEST = 2000  # characters of what is wrong with a graph
 SECONDS = 300.0  # for one graph, the start of a process included
 
 
@@ -155,9 +156,8 @@ def heard(told: Told, waiting: Sequence[str]) -> Iterator[Verdict]:
 def judged(said: Said) -> Verdict:
     """What a child has said of a graph: an answer that is right or wrong, or an error instead."""
     opened = said.kind not in [kind.__name__ for kind in UNOPENED]
-    return Verdict(
-        said.graph, said.problem or "", opened and not said.kind, opened, said.kind, said.hint
-    )
+    problem = (said.problem or "")[:LONGEST]
+    return Verdict(said.graph, problem, opened and not said.kind, opened, said.kind, said.hint)
 
 
 def unsaid(told: Told, said: Said, has_begun: bool) -> Verdict:
