@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,8 +186,10 @@ def test_a_first_open_that_was_ended_from_outside_is_made_again_later(
         module(X)
         assert loaded.stats()["compiled"] == 0
         assert "SIGTERM" in loaded.stats()["process"]["why"]
-        monkeypatch.setattr("time.monotonic", lambda real=time.monotonic: real() + 3601.0)
-        module(X)
+        later = SimpleNamespace(monotonic=lambda: time.monotonic() + 3601.0)
+        monkeypatch.setattr("hubaoti.runtime.waiting.time", later)
+        for _ in range(2):  # the first is compared
+            module(X)
         assert loaded.stats()["compiled"] > 0
 
 

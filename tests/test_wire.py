@@ -100,3 +100,19 @@ def test_a_compile_s_last_line_counts_whatever_was_printed_before(
     code = "print('x' * (3 << 20)); print('{\"digest\": \"abc\"}')"
     speaking("hubaoti.engines.building", code)
     assert Building(Work(*words)).outcome().digest == "abc"
+
+
+@pytest.mark.parametrize("limit", ["unlimited", "64000000"])
+def test_a_crash_is_held_against_a_graph_unless_memory_was_limited(
+    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = WORKER.format(said=f"{GOOD}; import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    words = ["bash", "-c", f'ulimit -v {limit}; exec "$@"', "-", sys.executable, "-c", code]
+    monkeypatch.setattr("hubaoti.engines.isolated.program", lambda name: words)
+    blamed: list[int] = []
+    monkeypatch.setattr(Isolated, "_blamed", lambda self, number: blamed.append(number) or "")
+    worker = Isolated(Begin("model", "generate"), Settings(tmp_path))
+    with pytest.raises(WorkerEnded, match="SIGSEGV"):
+        worker.ask(Tell())
+    worker.close()
+    assert len(blamed) == (limit == "unlimited")

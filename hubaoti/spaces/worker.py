@@ -68,7 +68,8 @@ class Worker:
             try:
                 return self._attached(module, plan)
             except HubaotiError as why:
-                problems[f"{plan.offer.place}: {why}"] = why
+                hint = f" ({why.hint})" if why.hint else ""
+                problems[f"{plan.offer.place}: {why}{hint}"] = why
         passing = any(isinstance(why, NotTried) for why in problems.values())
         kind = NotTried if passing else HubaotiError
         raise kind("; ".join(problems), hint="see what is said of each artifact")
