@@ -206,7 +206,8 @@ def test_what_cannot_even_be_loaded_is_not_held_against_a_graph_and_not_loaded_h
         with pytest.raises(CannotOpen, match="cannot be opened"):
             require_sound(artifact, mirror, CPU, said.append)
         assert said == ["first open"]
-    assert mirror.artifact(artifact.digest) is not None
+    assert mirror.index.row(artifact.digest) is not None
+    assert not [*(mirror.root / "quarantine").iterdir()]
 
 
 def test_other_answers_than_where_it_was_built_are_told(artifact: Artifact) -> None:
