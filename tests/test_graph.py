@@ -565,9 +565,9 @@ def test_a_library_whose_package_was_changed_is_not_used_again(
         unpack_all(roberta_bundle.path / entry.file, folder)
     monkeypatch.setitem(LOADED, entry.sha256, first)
     assert loaded_from(entry, second) == first
-    proxy = next(first.rglob("*.wrapper.json"))
-    proxy.chmod(0o600)
-    proxy.write_bytes(proxy.read_bytes() + b" ")
+    beside = next(first.rglob("*.json"))
+    beside.chmod(0o600)
+    beside.write_bytes(beside.read_bytes() + b" ")
     assert loaded_from(entry, second) == second
     monkeypatch.setitem(LOADED, entry.sha256, tmp_path / "gone")
     assert loaded_from(entry, second) == second
