@@ -294,7 +294,7 @@ class LightweightEngine:
                 warnings.warn(f"{place.name}: not pushed: {outcome.push}", NoGraphs, stacklevel=4)
             if place.holder is None:
                 place.begin = msgspec.structs.replace(place.begin, digest=outcome.digest)
-                place.why = ""
+                place.why, place.untried = "", None
             else:
                 self._use(place, place.holder, outcome.digest)
         except HubaotiError as why:
@@ -310,7 +310,7 @@ class LightweightEngine:
                 self._lost(place, f"{why}")
             raise
         place.begin = msgspec.structs.replace(place.begin, digest=digest)
-        place.why = ""
+        place.why, place.untried = "", None
 
     def _try_again(self, place: Place, holder: Holder) -> None:
         """Have graphs answer that something else kept from it when the model was loaded."""
