@@ -19,7 +19,7 @@ import hubaoti.spaces
 from hubaoti import LightweightEngine, api
 from hubaoti.bundle import Bundle
 from hubaoti.cli import dispatch
-from hubaoti.errors import BadRequest, MissingOps
+from hubaoti.errors import BadRequest, MissingOps, NotTried
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.runtime.attach import regions_in
 from hubaoti.runtime.tally import Fallback
@@ -193,6 +193,17 @@ def test_a_module_that_cannot_be_imported_is_named_with_its_error(
     (folder / "acme_broken_ops.py").write_text("raise ValueError('no such luck')")
     with pytest.raises(MissingOps, match=f"{name}.*(No module named|no such luck)"):
         attaching(name)
+
+
+def test_a_module_that_only_its_own_process_cannot_import_is_held_against_no_graph(
+    attaching: Callable[..., list[str]], folder: Path
+) -> None:
+    here = f"import os\nif os.getpid() != {os.getpid()}: raise MemoryError('no more')\n"
+    (folder / "acme_picky_ops.py").write_text(here + OPS)
+    sys.modules["acme_picky_ops"] = sys.modules["acme_shift_ops"]
+    for _ in range(2):
+        with pytest.raises(NotTried, match="acme_picky_ops.*MemoryError: no more"):
+            attaching("acme_picky_ops")
 
 
 def test_a_space_has_them_where_its_graphs_are_tried(

@@ -21,7 +21,7 @@ from hubaoti.manifest import Graph as Entry
 from hubaoti.memory import is_limited
 from hubaoti.runtime import ops as of_caller
 from hubaoti.runtime.loose import library_of, open_package
-from hubaoti.runtime.selftest import SECONDS, Said, Verdict, begin, failed, heard, say
+from hubaoti.runtime.selftest import SECONDS, Said, Verdict, begin, failed, heard, say, unready
 
 
 class Asked(msgspec.Struct):
@@ -66,6 +66,10 @@ def main() -> None:
     try:
         of_caller.register(asked.ops, asked.search)
         register(asked.kernels)
+    except HubaotiError as why:
+        say(out, unready(asked.id, why))
+        return
+    try:
         say(out, Said(asked.id, is_limited=is_limited()))
         runner = open_package(
             Path(os.fsdecode(asked.folder)), asked.library, asked.id, torch.device(asked.device)

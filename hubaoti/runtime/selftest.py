@@ -23,7 +23,15 @@ import msgspec
 import torch
 
 from hubaoti.children import Told, search_path, told_by
-from hubaoti.errors import CRASHES, CannotOpen, HubaotiError, MissingOps, NotEnoughMemory, ended
+from hubaoti.errors import (
+    CRASHES,
+    CannotOpen,
+    HubaotiError,
+    MissingOps,
+    NotEnoughMemory,
+    NotTried,
+    ended,
+)
 from hubaoti.manifest import FILENAME, Manifest, parse
 from hubaoti.manifest import Graph as Entry
 from hubaoti.memory import available, is_limited
@@ -177,9 +185,9 @@ def main() -> None:
     path, graphs = (Path(os.fsdecode(each)) for each in (asked.path, asked.graphs))
     try:
         register(asked.ops, asked.search)
-    except MissingOps as why:
+    except HubaotiError as why:
         for name in asked.ids:
-            say(out, failed(name, why))
+            say(out, unready(name, why))
         return
     for entry in chosen(parse((path / FILENAME).read_bytes(), str(path)), asked.ids):
         say(out, Said(entry.id, is_limited=is_limited()))
@@ -234,6 +242,11 @@ def tried(entry: Entry, path: Path, graphs: Path, device: torch.device) -> Said:
 def failed(graph: str, why: HubaotiError) -> Said:
     """An error in the place of an answer."""
     return Said(graph, f"{why}", type(why).__name__, why.hint)
+
+
+def unready(graph: str, why: HubaotiError) -> Said:
+    """What kept a child from opening a graph at all, which says nothing of the graph."""
+    return Said(graph, f"{why}", NotTried.__name__)
 
 
 def kind_of_host(device: torch.device) -> str:
