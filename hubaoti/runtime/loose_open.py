@@ -65,11 +65,11 @@ def main() -> None:
     out = begin(asked.parent)
     try:
         of_caller.register(asked.ops, asked.search)
-        register(asked.kernels)
     except HubaotiError as why:
         say(out, unready(asked.id, why))
         return
     try:
+        register(asked.kernels)
         say(out, Said(asked.id, is_limited=is_limited()))
         runner = open_package(
             Path(os.fsdecode(asked.folder)), asked.library, asked.id, torch.device(asked.device)

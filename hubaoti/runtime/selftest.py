@@ -27,6 +27,7 @@ from hubaoti.errors import (
     CRASHES,
     CannotOpen,
     HubaotiError,
+    MissingDependency,
     MissingOps,
     NotEnoughMemory,
     NotTried,
@@ -45,7 +46,8 @@ LONGEST = 2000  # characters of what is wrong with a graph
 SECONDS = 300.0  # for one graph, the start of a process included
 
 
-UNOPENED = (CannotOpen, MissingOps)  # of the system, or of what is registered in a process
+# Of the system, or of what a process has registered or installed.
+UNOPENED = (CannotOpen, MissingOps, MissingDependency)
 
 
 @dataclass(frozen=True, slots=True)
