@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,9 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 @pytest.fixture
-def mirror(settings: Settings) -> Mirror:
-    return Mirror.open(settings.mirror)
+def mirror(settings: Settings) -> Iterator[Mirror]:
+    with Mirror.open(settings.mirror) as found:
+        yield found
 
 
 @pytest.fixture
