@@ -9,10 +9,10 @@ from pathlib import Path
 
 from hubaoti.errors import BadManifest, DigestMismatch
 from hubaoti.manifest import Graph
-from hubaoti.mirror.artifact import Artifact, holds_members, holds_small, is_whole
+from hubaoti.mirror.artifact import Artifact
 from hubaoti.mirror.quarantine import NOTE, note_of
 from hubaoti.mirror.rows import Row
-from hubaoti.mirror.store import Mirror
+from hubaoti.mirror.store import Mirror, holds_members, holds_small, is_whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -27,14 +26,7 @@ from hubaoti import manifest as manifests
 from hubaoti.disks import explained, require_room
 from hubaoti.errors import BadManifest, DigestMismatch, HubaotiError
 from hubaoti.manifest import File, Graph, Manifest
-from hubaoti.mirror.artifact import (
-    Artifact,
-    changed,
-    has_bytes,
-    has_sizes,
-    holds_members,
-    holds_small,
-)
+from hubaoti.mirror.artifact import Artifact, changed
 from hubaoti.mirror.folders import (
     make_private,
     may_write,
@@ -46,7 +38,8 @@ from hubaoti.mirror.folders import (
 from hubaoti.mirror.index import Index
 from hubaoti.mirror.quarantine import Note, set_apart
 from hubaoti.mirror.rows import BUILT_HERE, Origin, Pin, Row
-from hubaoti.package import copy_hashed, unpack
+from hubaoti.mirror.writing import unpack_synced, write_small
+from hubaoti.package import sha256_of
 from hubaoti.variant import Recipe
 
 FOLDERS = ("hub", "artifacts", "graphs", "quarantine", "tmp")
@@ -316,32 +309,48 @@ def unpacked_size(manifest: Manifest) -> int:
     return members + sum(file.size for file in manifest.files) + len(manifest.to_json())
 
 
-def unpack_synced(package: Path, graph: Graph, folder: Path) -> None:
-    """Unpack a graph's listed members, for us alone and so that they survive a power cut."""
-    folder.mkdir(mode=0o700)
-    unpack(package, graph.members, folder)
-    for each in folder.rglob("*"):
-        if each.is_dir():
-            each.chmod(0o700)
-            sync_folder(each)
+def has_sizes(artifact: Artifact) -> bool:
+    """Whether every file is there, of the right size; their bytes are for `verify`."""
+    sizes = {artifact.file(file.path): file.size for file in artifact.manifest.files}
+    for graph in artifact.manifest.graphs:
+        folder = artifact.graph_folder(graph)
+        sizes |= {folder / member.path: member.size for member in graph.members}
+    return all(has_size(path, size) for path, size in sizes.items())
 
 
-def write_small(manifest: Manifest, files: Mapping[str, Path], folder: Path) -> None:
-    """Write the manifest and the small tensors, read-only."""
-    folder.mkdir(mode=0o700)
-    for file in manifest.files:
-        target = folder / file.path
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with files[file.path].open("rb") as source, target.open("xb") as sink:
-            digest = copy_hashed(source, sink, file.size)
-            sink.flush()
-            os.fsync(sink.fileno())
-        if digest != file.sha256:
-            raise changed(files[file.path])
-        target.chmod(0o444)
-    target = folder / manifests.FILENAME
-    with target.open("xb") as sink:
-        sink.write(manifest.to_json())
-        sink.flush()
-        os.fsync(sink.fileno())
-    target.chmod(0o444)
+def has_size(path: Path, size: int) -> bool:
+    """Whether a file is there, of this size."""
+    try:
+        return path.lstat().st_size == size
+    except OSError:
+        return False
+
+
+def holds_members(folder: Path, graph: Graph) -> bool:
+    """Whether an unpacked graph is there, byte for byte."""
+    members = graph.members
+    return folder.is_dir() and all(has_bytes(folder / each.path, each.sha256) for each in members)
+
+
+def holds_small(artifact: Artifact) -> bool:
+    """Whether the manifest and the small tensors are there, byte for byte."""
+    files = artifact.manifest.files
+    return has_bytes(artifact.path / manifests.FILENAME, artifact.digest) and all(
+        has_bytes(artifact.file(file.path), file.sha256) for file in files
+    )
+
+
+def has_bytes(path: Path, sha256: str) -> bool:
+    """Whether a file is there, and no link, with these bytes; one that cannot be read has none."""
+    try:
+        return path.is_file() and not path.is_symlink() and sha256_of(path) == sha256
+    except OSError:
+        return False
+
+
+def is_whole(artifact: Artifact) -> bool:
+    """Whether all of an artifact is there, byte for byte."""
+    graphs = artifact.manifest.graphs
+    return holds_small(artifact) and all(
+        holds_members(artifact.graph_folder(graph), graph) for graph in graphs
+    )

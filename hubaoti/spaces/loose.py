@@ -15,7 +15,7 @@ from hubaoti.host import Host
 from hubaoti.hub.foreign import Fetched, NoDigests, Package
 from hubaoti.manifest import Graph
 from hubaoti.mirror import Mirror
-from hubaoti.mirror.artifact import holds_members
+from hubaoti.mirror.store import holds_members
 from hubaoti.opening import RETRY, Tried
 from hubaoti.settings import Settings
 from hubaoti.spaces.worker import host_of

@@ -14,7 +14,7 @@ from hubaoti.hub.fleet import Offer, best_first
 from hubaoti.manifest import Manifest
 from hubaoti.match import judge
 from hubaoti.mirror import Artifact, Mirror
-from hubaoti.mirror.artifact import is_whole
+from hubaoti.mirror.store import is_whole
 from hubaoti.opening import require_sound
 from hubaoti.settings import Settings
 from hubaoti.steps import silent
