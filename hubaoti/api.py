@@ -180,6 +180,7 @@ def run(  # noqa: PLR0913 - a face of keywords
     recipe: str | None = None,
     trust: bool = False,
     device: str | None = None,
+    ops: Sequence[str] = (),
     settings: Settings | None = None,
     say: Say = silent,
 ) -> Answer:
@@ -191,27 +192,31 @@ def run(  # noqa: PLR0913 - a face of keywords
     settings = settings or Settings.from_env()
     pulled = pull(repo, recipe=recipe, trust=trust, settings=settings, say=say)
     where = device or device_of(pulled.verdict)
-    opened = load(pulled.artifact, model, device=where, settings=settings, say=say)
+    opened = load(pulled.artifact, model, device=where, ops=ops, settings=settings, say=say)
     say("run")
     return Answer(pulled.artifact.manifest.program.task, opened(texts))
 
 
-def load(
+def load(  # noqa: PLR0913 - a face of keywords
     artifact: Artifact,
     model: str | Path,
     *,
     device: str | None = None,
     revision: str | None = None,
+    ops: Sequence[str] = (),
     settings: Settings | None = None,
     say: Say = silent,
 ) -> TextModel:
     """Open an artifact over a model's tokenizer and weights: texts in, tensors out.
+
+    `ops` are as `attach` has them.
 
     Raises:
         DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
         OtherProgram: the model's config says something else than the graph computes.
         MissingConstant: the model's checkpoint lacks a tensor that the graph reads.
         Quarantined: the graph crashed or differed when it was first opened, in its own process.
+        MissingOps, NotTried, CannotOpen: it could not be opened there, and is not opened here.
     """
     settings = settings or Settings.from_env()
     refuse_parts(artifact)
@@ -226,7 +231,7 @@ def load(
     where = device_for(artifact.manifest.target.device, device)
     entry = artifact.manifest.graphs[0]
     with Mirror.open(settings.mirror) as mirror:
-        require_sound(artifact, mirror, where, say)
+        require_sound(artifact, mirror, where, say, ops)
     graph = open_graph(artifact.graph_folder(entry), entry, where)
     say("bind")
     graph.bind(constants(entry, artifact.path, Checkpoint(folder, where), where))
@@ -240,6 +245,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
     strict: bool = False,
     quantize: bool = False,
     trust: bool = False,
+    ops: Sequence[str] = (),
     settings: Settings | None = None,
     say: Say = silent,
 ) -> Attachment:
@@ -255,6 +261,9 @@ def attach(  # noqa: PLR0913 - a face of keywords
     module's, which then has both. With `quantize`, the module gives its own up and is smaller: what
     it answers itself is of the quantized weights too, and stays so after `detach`.
 
+    `ops` are modules of the caller's that register the ops which graphs call, as "my.ops". They are
+    imported here, and wherever a graph is tried before it is opened here.
+
     Raises:
         OtherProgram: the module's config says that it computes something else.
         MissingConstant: it lacks tensors that the graphs need; all are named, nothing was touched.
@@ -263,6 +272,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
             are no plain Linears.
         DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
         Quarantined: a graph crashed or differed when it was first opened, in its own process.
+        MissingOps, NotTried, CannotOpen: it could not be opened there, and is not opened here.
     """
     settings = settings or Settings.from_env()
     from hubaoti.compiler.parsed import lending
@@ -277,7 +287,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
         with lending(mirror.index):
             known = is_program_of(module, manifest.program, manifest.is_whole)
         say("open")
-        require_sound(found, mirror, runtime.device_of(module, manifest.target.device), say)
+        require_sound(found, mirror, runtime.device_of(module, manifest.target.device), say, ops)
     parts = runtime.Parts(manifest, found.path, found.graph_folder)
     return runtime.attach(module, parts, strict=strict, tries=not known, quantize=quantize)
 

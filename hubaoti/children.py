@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import select
+import selectors
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import hubaoti
+
+MOST = 1 << 20  # bytes that a child may say
+PRINTED = 4096  # bytes of what it printed that are kept, the last ones
+LINE = 300  # characters of its last line that a person is shown
+GLANCE = 0.02  # seconds between two looks whether it has ended
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a child said until it ended, how it ended (as `subprocess` has it), and its last words.
+
+    `last` is the last line that it printed on standard error.
+    """
+
+    out: bytes
+    code: int
+    last: str = ""
 
 
 def program(module: str) -> list[str]:
@@ -19,15 +43,80 @@ def program(module: str) -> list[str]:
     return [sys.executable, "-P", "-c", code]
 
 
-def told_by(child: subprocess.Popen[bytes], said: bytes | None, patience: float) -> bytes:
-    """What a child writes until it has ended; after `patience` seconds it is."""
+def search_path() -> list[bytes]:
+    """Where this process finds modules, as it is told to another one: each folder by its name."""
+    return [os.fsencode(Path(each).absolute()) for each in sys.path if isinstance(each, str)]
+
+
+def told_by(module: str, said: bytes, patience: float, most: int = MOST) -> Told:
+    """Ask one of our modules something in a process of its own; what it says until it ends.
+
+    Whatever it started ends with it. It is ended where it takes more than `patience` seconds, or
+    says more than `most` bytes.
+    """
+    child = subprocess.Popen(
+        program(module),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    with child:  # which closes its pipes
+        try:
+            out, printed = _talk(child, said, time.monotonic() + patience, most)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # it leads all that it started
+            code = child.wait()
+    return Told(out, code, _last_line(printed))
+
+
+def _talk(
+    child: subprocess.Popen[bytes], said: bytes, end: float, most: int
+) -> tuple[bytes, bytes]:
+    """What a child writes until it has ended, though others may hold its pipes open for longer."""
+    heard = {child.stdout: bytearray(), child.stderr: bytearray()}
+    out, printed = heard.values()
+    with selectors.DefaultSelector() as pipes:
+        for pipe in heard:
+            pipes.register(pipe, selectors.EVENT_READ)  # type: ignore[arg-type]
+        pipes.register(child.stdin, selectors.EVENT_WRITE)  # type: ignore[arg-type]
+        while time.monotonic() < end and len(out) <= most:
+            is_over = _has_ended(child)
+            ready = [key for key, _ in pipes.select(0 if is_over else GLANCE)]
+            if is_over and all(key.fileobj is child.stdin for key in ready):
+                break
+            for key in ready:
+                if key.fileobj is child.stdin:
+                    said = _give(key.fd, said)
+                    is_done = not said
+                else:
+                    part = os.read(key.fd, 1 << 16)
+                    heard[key.fileobj] += part  # type: ignore[index]
+                    is_done = not part
+                if is_done:
+                    pipes.unregister(key.fileobj).fileobj.close()  # type: ignore[union-attr]
+            del printed[:-PRINTED]
+    return bytes(out), bytes(printed)
+
+
+def _give(pipe: int, said: bytes) -> bytes:
+    """Write what a pipe takes at once, and what is left; nothing, if nobody listens any more."""
     try:
-        out, _ = child.communicate(said, timeout=patience)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        out, _ = child.communicate()
-    except BaseException:
-        child.kill()
-        child.wait()
-        raise
-    return out
+        return said[os.write(pipe, said[: select.PIPE_BUF]) :]
+    except BrokenPipeError:
+        return b""
+
+
+def _has_ended(child: subprocess.Popen[bytes]) -> bool:
+    """Whether it has ended; where the system can say so, without giving its number away."""
+    if not hasattr(os, "waitid"):
+        return child.poll() is not None
+    return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _last_line(printed: bytes) -> str:
+    """The last line that says something, as plain text."""
+    lines = printed.decode(errors="replace").split("\n")
+    line = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return "".join(each for each in line if each.isprintable())[:LINE]

@@ -12,6 +12,9 @@ from typing import ClassVar
 
 from hubaoti.escape import LINE, bounded, one_line
 
+# What only the code that ran can be blamed for; any other signal came from outside.
+CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
+
 
 class HubaotiError(Exception):
     """The root of the tree; `hint` says what to do next.
@@ -224,6 +227,15 @@ class WorkerEnded(HubaotiError):
     exit_code = 34
 
 
+class NotTried(HubaotiError):
+    """The first open of a graph came to nothing that says anything of it; it was not opened here.
+
+    Its process was ended from outside, or could not even begin: the next one may.
+    """
+
+    exit_code = 35
+
+
 def again(kind: str, message: str, hint: str) -> HubaotiError:
     """An error that another process told of, as it was there."""
     found = globals().get(kind)
@@ -237,7 +249,8 @@ def ended(code: int) -> str:
     if code == -signal.SIGKILL:
         return "its process was ended (SIGKILL: it took too much memory, or too long)"
     if code < 0:
-        return f"it crashed its process ({signal_name(-code)})"
+        did = "it crashed its process" if -code in CRASHES else "its process was ended"
+        return f"{did} ({signal_name(-code)})"
     return f"its process ended with code {code}"
 
 

@@ -215,6 +215,8 @@ def contradictions(manifest: Manifest) -> list[str]:
     found += clashing_files(manifest)
     found += requirement_clashes(manifest)
     for graph in manifest.graphs:
+        if not graph.modules:
+            found.append(f"{graph.id}: it serves no module")
         found += unknown_dims(graph)
         found += misplaced_cache(graph)
     return found

@@ -99,6 +99,17 @@ def available() -> int:
     return max(0, min(found, default=1 << 62))
 
 
+def is_limited(process: int = 0) -> bool:
+    """Whether a process may take less memory than there is (`ulimit -v`); by default this one.
+
+    What crashes there may have done so for want of memory alone.
+    """
+    kinds = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+    with suppress(OSError, AttributeError):  # it is gone, or this system has no `prlimit`
+        return any(resource.prlimit(process, kind)[0] != resource.RLIM_INFINITY for kind in kinds)
+    return any(resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in kinds)
+
+
 def counted(stat: Path, name: str) -> int:
     """A number of a file of names and numbers; 0 where it says nothing."""
     with suppress(OSError):

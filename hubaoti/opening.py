@@ -1,14 +1,17 @@
 """What is asked of an artifact before a graph of it is opened in this process.
 
 Its bytes are those that its manifest names; and a graph that came from elsewhere was opened once on
-this kind of host by a process of its own, in which it answered its golden questions.
+this kind of host by a process of its own, in which it answered its golden questions. What could not
+be opened there is not opened here either.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hubaoti.errors import HubaotiError, Quarantined
+from hubaoti.errors import MissingOps, NotEnoughMemory, NotTried, Quarantined, again
 from hubaoti.manifest import Graph
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.steps import Say
@@ -18,67 +21,128 @@ if TYPE_CHECKING:
 
     from hubaoti.runtime.selftest import Verdict
 
+RETRY = "hubaoti mirror retry"  # forgets verdicts, and brings back what has the right bytes
 
-def require_sound(artifact: Artifact, mirror: Mirror, device: torch.device, say: Say) -> None:
+
+def require_sound(
+    artifact: Artifact, mirror: Mirror, device: torch.device, say: Say, ops: Sequence[str] = ()
+) -> None:
     """See that an artifact's graphs may be opened here; what was tried before is remembered.
 
     What was built on this machine was compared with eager when it was built; it may have crashed
-    since.
+    since. The modules `ops` are imported, here and where graphs are tried.
 
     Raises:
         DigestMismatch: a file was changed; it is in quarantine.
         Quarantined: a graph crashes, or answers otherwise than where it was built.
-        NotEnoughMemory: there is too little to try it.
+        CannotOpen: the system does not load one. MissingOps: one calls ops that nobody registers.
+        NotTried: what tried one was ended. NotEnoughMemory: there is too little to try it.
     """
     mirror.verify(artifact)
-    from hubaoti.runtime.selftest import kind_of_host, selftest
-    from hubaoti.runtime.threads import learn
+    from hubaoti.runtime.selftest import SECONDS, selftest
 
-    host = kind_of_host(device)
-    if device.type == "cpu":
-        learn(mirror.index, host)
-    known = {
-        graph.id: mirror.index.tested(graph.sha256, host) for graph in artifact.manifest.graphs
-    }
-    refuse({graph: problem for graph, problem in known.items() if problem}, artifact)
+    tried = Tried.on(mirror, device, ops)
+    graphs = {graph.id: graph for graph in artifact.manifest.graphs}
+    known = {name: tried.problem(graph) for name, graph in graphs.items()}
+    refuse({name: problem for name, problem in known.items() if problem}, artifact)
     if mirror.index.is_built(artifact.digest):
         return
-    waiting = [graph for graph in artifact.manifest.graphs if known[graph.id] is None]
+    waiting = [graph for graph in graphs.values() if known[graph.id] is None]
     if not waiting:
         return
+    for graph in waiting:
+        tried.require_ops(graph)
     say("first open")
-    told = selftest(artifact.path, artifact.graphs, waiting, device)
-    verdicts = [verdict for verdict in told if verdict.opened]
-    remember(verdicts, {graph.id: graph for graph in waiting}, mirror, host)
+    verdicts = selftest(artifact.path, artifact.graphs, waiting, device, SECONDS, ops)
+    for verdict in verdicts:
+        tried.settle(verdict, graphs[verdict.graph])
     refuse({each.graph: each.problem for each in verdicts if each.problem}, artifact)
 
 
-def remember(verdicts: list[Verdict], graphs: dict[str, Graph], mirror: Mirror, host: str) -> None:
-    """Note what came of first opens, and keep apart what must not be opened.
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What first opens came to on a kind of host, with the modules whose ops a caller has.
 
-    Raises:
-        HubaotiError: a process was ended from outside, which says nothing of its graph; or it told
-            of another graph.
+    What went well without such modules, or crashed, does so with them; what did with them, with
+    these alone.
     """
-    for verdict in verdicts:
-        graph = graphs.get(verdict.graph)
-        if graph is None:
-            raise HubaotiError(
-                f"a first open told of graph {verdict.graph!r:.80}, which was not tried",
-                hint="nothing was opened here; pull another variant, or compile the model here",
-            )
+
+    mirror: Mirror
+    hosts: tuple[str, ...]
+    ops: tuple[str, ...]
+
+    @classmethod
+    def on(cls, mirror: Mirror, device: torch.device, ops: Sequence[str]) -> Tried:
+        """What is known on the host of a device; the caller's modules are imported.
+
+        Raises:
+            BadRequest, MissingOps: they cannot be.
+        """
+        from hubaoti.runtime.ops import register
+        from hubaoti.runtime.selftest import kind_of_host
+        from hubaoti.runtime.threads import learn
+
+        state, host = register(ops), kind_of_host(device)
+        if device.type == "cpu":
+            learn(mirror.index, host)
+        return cls(mirror, (host, f"{host} ops {state}") if ops else (host,), (*ops,))
+
+    def problem(self, graph: Graph) -> str | None:
+        """What is wrong with a graph, empty where nothing is; None if it was never opened."""
+        told = (self.mirror.index.tested(graph.sha256, host) for host in self.hosts)
+        return next((each for each in told if each is not None), None)
+
+    def require_ops(self, graph: Graph) -> None:
+        """See that a graph was not found to call ops that nobody registers.
+
+        Raises:
+            MissingOps: it was.
+        """
+        if problem := self.mirror.index.tested(lacking(graph), self.hosts[-1]):
+            raise self._missing(problem)
+
+    def settle(self, verdict: Verdict, graph: Graph) -> None:
+        """Note what came of a first open, and keep apart what must not be opened.
+
+        Raises:
+            CannotOpen, MissingOps: it was not opened there, and is not opened here.
+            NotTried, NotEnoughMemory: nothing that says anything of its graph.
+        """
+        if verdict.kind == MissingOps.__name__:
+            self._remember(lacking(graph), verdict.problem)
+            raise self._missing(verdict.problem)
+        if verdict.kind == NotEnoughMemory.__name__ or not verdict.opened:
+            raise again(verdict.kind, verdict.problem, verdict.hint)
         if not verdict.lasting:
-            raise HubaotiError(
+            raise NotTried(
                 f"the first open of graph {graph.id}: {verdict.problem}",
-                hint="free some memory and try again; the graph was not opened here",
+                hint="try again, with more memory if it took too much; it was not opened here, and "
+                "nothing is held against it",
             )
-        if mirror.index.is_writable:
-            mirror.index.record_tested(graph.sha256, host, verdict.problem)
+        self._remember(graph.sha256, verdict.problem)
         if verdict.problem:
-            mirror.quarantine(graph)
+            self.mirror.quarantine(graph)
+
+    def _remember(self, graph: str, problem: str) -> None:
+        if self.mirror.index.is_writable:
+            self.mirror.index.record_tested(graph, self.hosts[-1], problem)
+
+    def _missing(self, problem: str) -> MissingOps:
+        """The ops of a graph that nobody registers, and what to do about it."""
+        from hubaoti.runtime.graph import NAME_OPS
+
+        named = f", which {' and '.join(self.ops)} did not register" if self.ops else ""
+        return MissingOps(
+            f"{problem}{named}", hint=f"{NAME_OPS}; it was not opened (to have it tried: {RETRY})"
+        )
 
 
-def refuse(problems: dict[str, str], artifact: Artifact) -> None:
+def lacking(graph: Graph) -> str:
+    """The name under which it is remembered that a graph's ops are not registered."""
+    return f"{graph.sha256} lacks ops"
+
+
+def refuse(problems: Mapping[str, str], artifact: Artifact) -> None:
     """Refuse an artifact whose graphs have problems.
 
     Raises:
@@ -88,5 +152,6 @@ def refuse(problems: dict[str, str], artifact: Artifact) -> None:
         told = "; ".join(f"graph {graph}: {problem}" for graph, problem in problems.items())
         raise Quarantined(
             f"artifact {artifact.digest[:12]} failed its first open on this host: {told}",
-            hint="it is not opened; pull another variant, compile the model here, or use --eager",
+            hint="it is not opened; pull another variant, compile the model here, or use --eager; "
+            f"where this machine was to blame: {RETRY}",
         )

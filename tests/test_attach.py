@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ from hubaoti.errors import (
     OtherProgram,
 )
 from hubaoti.mirror import Artifact, Mirror
-from hubaoti.runtime.attach import Attachment, refuse_attached, regions_in
+from hubaoti.runtime.attach import Attachment, Parts, attach, refuse_attached, regions_in
 from hubaoti.runtime.reasons import ADVICE, Unserved
 from hubaoti.runtime.tally import Fallback
 from hubaoti.runtime.template import CallPlan
@@ -359,6 +360,16 @@ def test_an_artifact_that_answers_texts_is_not_attached(
     texts = AutoModelForSequenceClassification.from_pretrained(tiny_roberta).eval()
     with pytest.raises(BadRequest, match="answers texts"):
         hubaoti.attach(texts, roberta_bundle, settings=built_at)
+
+
+def test_graphs_that_serve_no_module_are_refused(decoder_bundle: Bundle, model: Any) -> None:
+    manifest = decoder_bundle.manifest
+    idle = tuple(msgspec.structs.replace(graph, modules=()) for graph in manifest.graphs)
+    changed = msgspec.structs.replace(manifest, graphs=idle)
+    parts = Parts(changed, decoder_bundle.path, lambda entry: decoder_bundle.path)
+    with pytest.raises(BadRequest, match=r"graphs model\.layers serve no module"):
+        attach(model, parts, strict=False, tries=False)
+    assert not [*regions_in(model)]
 
 
 def test_switched_off_it_touches_nothing(

@@ -15,15 +15,18 @@ from hubaoti.errors import (
     BadInput,
     BadRequest,
     CannotOpen,
+    HubaotiError,
     MissingConstant,
     MissingOps,
+    NotEnoughMemory,
     OutOfBounds,
 )
 from hubaoti.extents import Extent
 from hubaoti.manifest import Cache, Input, Outputs
 from hubaoti.manifest import Graph as Entry
+from hubaoti.package import unpack_all
 from hubaoti.runtime.checks import fit
-from hubaoti.runtime.graph import Graph, device_for, open_graph, refusal
+from hubaoti.runtime.graph import LOADED, Graph, device_for, loaded_from, open_graph, refusal
 from hubaoti.runtime.runners import OnDevice, native_runner, public_runner
 from hubaoti.runtime.weights import Checkpoint, constants
 
@@ -380,17 +383,29 @@ def test_a_dtype_that_this_torch_does_not_have_is_refused(graph: Graph) -> None:
         Graph(msgspec.structs.replace(graph.entry, inputs=odd), graph._runner, CPU)
 
 
+def test_where_memory_is_limited_a_disk_that_allows_code_is_not_to_blame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = "a.so: failed to map segment from shared object"
+    monkeypatch.setattr("hubaoti.runtime.graph.is_limited", lambda: True)
+    assert type(refusal("root", tmp_path, why)) is NotEnoughMemory
+    monkeypatch.setattr("hubaoti.runtime.graph.runs", lambda folder: False)
+    assert type(refusal("root", tmp_path, why)) is CannotOpen
+
+
 @pytest.mark.parametrize(
     ("why", "kind", "word"),
     [
         ("Could not find schema for acme::attend", MissingOps, "acme::attend"),
         ("a.so: failed to map segment from shared object", CannotOpen, "does not allow code"),
+        ("a.so: failed to map segment: Cannot allocate memory", NotEnoughMemory, "allocate"),
+        ("std::bad_alloc", NotEnoughMemory, "bad_alloc"),
         ("libcudart.so.13: cannot open shared object file", CannotOpen, "libcudart"),
         ("\nodd\nmore", CannotOpen, "odd"),
     ],
 )
 def test_what_the_system_refuses_is_told_with_what_to_do(
-    why: str, kind: type[CannotOpen], word: str
+    why: str, kind: type[HubaotiError], word: str
 ) -> None:
     error = refusal("root", Path("/mirror"), why)
     assert type(error) is kind
@@ -524,3 +539,35 @@ def test_a_graph_that_was_released_stays_shut_however_often(
         graph.release()
         with pytest.raises(BadInput, match="no constants yet"):
             graph.run([torch.zeros(1, 2, dtype=torch.int64)] * 2, small=True)
+
+
+def test_a_library_that_is_loaded_is_used_again_wherever_its_package_lies(
+    roberta_bundle: Bundle, entry: Entry, graph: Graph, tmp_path: Path
+) -> None:
+    """Else each opening from another folder maps it once more, for ever."""
+
+    def maps() -> int:
+        return Path("/proc/self/maps").read_text().count(".wrapper.so")
+
+    before = maps()
+    for turn in range(20):
+        folder = tmp_path / f"{turn}"
+        unpack_all(roberta_bundle.path / entry.file, folder)
+        assert open_graph(folder, entry, CPU).constant_fqns() == graph.constant_fqns()
+    assert maps() == before
+
+
+def test_a_library_whose_package_was_changed_is_not_used_again(
+    roberta_bundle: Bundle, entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        unpack_all(roberta_bundle.path / entry.file, folder)
+    monkeypatch.setitem(LOADED, entry.sha256, first)
+    assert loaded_from(entry, second) == first
+    beside = next(first.rglob("*.json"))
+    beside.chmod(0o600)
+    beside.write_bytes(beside.read_bytes() + b" ")
+    assert loaded_from(entry, second) == second
+    monkeypatch.setitem(LOADED, entry.sha256, tmp_path / "gone")
+    assert loaded_from(entry, second) == second

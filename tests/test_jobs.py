@@ -160,6 +160,21 @@ def fail_without_memory() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Unprintable(HubaotiError):
+    """An error of ours that no other process knows by its name."""
+
+
+def fail_in_words_of_others() -> None:
+    raise Unprintable("graphs must not be printed", hint="do not print them")
+
+
+def fail_in_half_a_word() -> None:
+    """As one that is ended while it says what is wrong."""
+    log = Path("/proc/self/fd/1").readlink()
+    log.with_suffix(".error").write_text('{"kind": "BadDim", "mess')
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 FAILURES: dict[str, tuple[Callable[[], None], type[HubaotiError], str, str]] = {
     "an error of ours": (
         fail_in_our_words,
@@ -174,6 +189,13 @@ FAILURES: dict[str, tuple[Callable[[], None], type[HubaotiError], str, str]] = {
         "none of the errors",
     ),
     "an exit": (lambda: sys.exit(3), CompileFailed, "build first: SystemExit: 3", "none"),
+    "half a word": (fail_in_half_a_word, CompileFailed, "its process ended with -9", "--jobs 1"),
+    "words of others": (
+        fail_in_words_of_others,
+        HubaotiError,
+        "graphs must not be printed",
+        "do not print them",
+    ),
     "a kill": (fail_without_memory, CompileFailed, "first: its process ended with -9", "--jobs 1"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import signal
 import threading
 import time
 import weakref
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from signals import struck
 
 import hubaoti
 from hubaoti import LightweightEngine
@@ -139,6 +141,20 @@ def test_graphs_of_a_repo_are_pulled_where_the_mirror_has_none(
     settings.trust.unlink()
     with LightweightEngine(settings) as engine:
         assert engine.load(tiny_decoder).state == "eager", "nobody trusts its publisher any more"
+
+
+def test_graphs_that_were_kept_from_answering_answer_once_they_are_asked_for_again(
+    tiny_decoder: Path, decoder_bundle: Bundle, settings: Settings, repo: str, tmp_path: Path
+) -> None:
+    hubaoti.push(decoder_bundle, repo, settings=replace(settings, home=tmp_path / "publisher"))
+    with LightweightEngine(settings, repos=[repo], trust=True) as engine:
+        with struck(signal.SIGTERM), pytest.warns(NoGraphs, match="SIGTERM"):
+            assert engine.load(tiny_decoder).state == "eager"
+        expected = engine.generate(tiny_decoder, "hello", **WORDS)
+        standing = engine.load(tiny_decoder)
+        assert (standing.state, standing.why) == ("compiled", "")
+        assert engine.generate(tiny_decoder, "hello", **WORDS) == expected
+        assert engine.state(tiny_decoder).compiled > 0
 
 
 def test_graphs_of_another_model_are_refused_and_never_taken(

@@ -212,6 +212,7 @@ CLASHES: dict[str, tuple[Edit, str]] = {
         "its cache is not among its mutated inputs",
     ),
     "no graph": (put("graphs", to=[]), "it lists no graph"),
+    "a graph for nobody": (put("graphs", 0, "modules", to=[]), "root: it serves no module"),
     "bounds of nothing": (put("graphs", 0, "bounds", "batch", to=[0, 0]), "bounded by"),
     "empty bounds": (put("graphs", 0, "bounds", "batch", to=[3, 2]), "bounded by"),
     "two tales of the host": (put("requires", "sm", to=80), "target.sm is 90"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sqlite3
 import subprocess
 from collections.abc import Iterator
@@ -11,17 +12,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from signals import struck
 from transformers import AutoModelForCausalLM
 
 import hubaoti
 from hubaoti import api
 from hubaoti.bundle import Bundle
-from hubaoti.errors import HubaotiError, NotEnoughMemory, Quarantined
+from hubaoti.children import Told, program
+from hubaoti.errors import CannotOpen, HubaotiError, NotEnoughMemory, NotTried, Quarantined
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.opening import require_sound
 from hubaoti.runtime import selftest as testing
 from hubaoti.runtime.attach import regions_in
-from hubaoti.runtime.selftest import Verdict, selftest
+from hubaoti.runtime.selftest import Verdict, heard, selftest
 from hubaoti.settings import Settings
 
 CPU = torch.device("cpu")
@@ -81,7 +84,105 @@ def test_a_graph_that_crashes_takes_nobody_along(artifact: Artifact) -> None:
 
 def test_a_graph_that_ends_its_process_without_a_word_is_told(artifact: Artifact) -> None:
     library(artifact, "_exit(0)")
-    assert tried(artifact) == [Verdict("model.layers", "its process ended with code 0")]
+    """And may be tried again: only crashes and wrong answers are held against a graph."""
+    told = Verdict("model.layers", "its process ended with code 0", lasting=False)
+    assert tried(artifact) == [told]
+
+
+LASTING = {"SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT"}
+
+
+@pytest.mark.parametrize("name", sorted(signal.Signals.__members__))
+def test_only_what_the_code_itself_can_be_blamed_for_lasts(name: str) -> None:
+    number = signal.Signals[name]
+    (verdict,) = heard(Told(b'{"graph": "a"}\n', -number), ["a"])
+    assert verdict.lasting == (number.name in LASTING)
+    assert number.name in verdict.problem
+
+
+def test_a_signal_that_a_graph_s_process_gets_while_it_is_opened_says_nothing_of_it(
+    artifact: Artifact,
+) -> None:
+    library(artifact, "raise(SIGTERM)")
+    told = Verdict("model.layers", "its process was ended (SIGTERM)", lasting=False)
+    assert tried(artifact) == [told]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_from_outside_is_held_against_no_graph(
+    number: int, artifact: Artifact, mirror: Mirror
+) -> None:
+    with struck(number), pytest.raises(NotTried, match=signal.Signals(number).name):
+        require_sound(artifact, mirror, CPU, lambda step: None)
+    assert mirror.artifact(artifact.digest) is not None
+    assert not [*(mirror.root / "quarantine").iterdir()]
+    require_sound(artifact, mirror, CPU, lambda step: None)
+
+
+@pytest.mark.parametrize("kilobytes", [30_000, 300_000])
+def test_too_little_address_space_is_held_against_no_graph(
+    kilobytes: int, artifact: Artifact, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited(kilobytes, monkeypatch)
+    with pytest.raises((NotTried, NotEnoughMemory)):
+        require_sound(artifact, mirror, CPU, lambda step: None)
+    monkeypatch.undo()
+    require_sound(artifact, mirror, CPU, lambda step: None)
+
+
+def test_a_crash_where_memory_is_limited_may_be_for_want_of_it(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library(artifact, "raise(SIGABRT)")
+    limited(64_000_000, monkeypatch)
+    (verdict,) = tried(artifact)
+    assert not verdict.lasting
+    assert "SIGABRT" in verdict.problem
+
+
+def limited(kilobytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children of ours may take no more address space than this."""
+    begin = ["bash", "-c", f'ulimit -v {kilobytes}; exec "$@"', "-"]
+    monkeypatch.setattr("hubaoti.children.program", lambda module: [*begin, *program(module)])
+
+
+def test_an_environment_in_which_no_process_begins_is_held_against_no_graph(
+    artifact: Artifact, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it printed last is said."""
+    monkeypatch.setenv("PYTHONHOME", "/nowhere")
+    with pytest.raises(NotTried, match=r"before it was opened, .* code 1: .+"):
+        require_sound(artifact, mirror, CPU, lambda step: None)
+    monkeypatch.undo()
+    require_sound(artifact, mirror, CPU, lambda step: None)
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        b"\xff\xfe\n",
+        b"{}\n",
+        b"[]\n",
+        b'{"graph": "b", "problem": ""}\n',
+        b'{"graph": "a"}\nGarbage\n{"graph": "a", "problem": ""}\n',
+    ],
+)
+def test_what_is_no_line_of_ours_says_nothing_of_a_graph(out: bytes) -> None:
+    (verdict,) = heard(Told(out, 0), ["a"])
+    assert (verdict.graph, verdict.lasting) == ("a", False)
+    assert "no answer of ours" in verdict.problem
+
+
+def test_what_comes_behind_all_answers_changes_none() -> None:
+    out = b'{"graph": "a"}\n{"graph": "a", "problem": ""}\nGarbage\n'
+    assert [*heard(Told(out, -signal.SIGSEGV), ["a"])] == [Verdict("a")]
+
+
+def test_a_crash_between_two_graphs_is_held_against_neither() -> None:
+    out = b'{"graph": "a"}\n{"graph": "a", "problem": ""}\n'
+    first, second = heard(Told(out, -signal.SIGSEGV), ["a", "b"])
+    assert first == Verdict("a")
+    assert (second.graph, second.lasting) == ("b", False)
 
 
 def test_what_native_code_says_of_other_graphs_is_not_believed(
@@ -113,10 +214,10 @@ def test_a_graph_that_never_answers_is_ended_and_may_be_tried_again(artifact: Ar
     assert "or too long" in verdict.problem
 
 
-def test_what_cannot_even_be_loaded_is_not_held_against_a_graph(
+def test_what_cannot_even_be_loaded_is_not_held_against_a_graph_and_not_loaded_here(
     artifact: Artifact, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who opens it is told what the system says."""
+    """Who would open it is told what the system said."""
     library(artifact, "")
     (verdict,) = tried(artifact)
     assert "cannot be opened" in verdict.problem
@@ -124,8 +225,11 @@ def test_what_cannot_even_be_loaded_is_not_held_against_a_graph(
     monkeypatch.setattr(Mirror, "verify", lambda *a: None)
     for _ in range(2):
         said: list[str] = []
-        require_sound(artifact, mirror, CPU, said.append)
+        with pytest.raises(CannotOpen, match="cannot be opened"):
+            require_sound(artifact, mirror, CPU, said.append)
         assert said == ["first open"]
+    assert mirror.index.row(artifact.digest) is not None
+    assert not [*(mirror.root / "quarantine").iterdir()]
 
 
 def test_other_answers_than_where_it_was_built_are_told(artifact: Artifact) -> None:

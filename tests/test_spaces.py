@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 from bundles import CUDA, changed, make_gpu_host, make_host
 from commands import environment_of
 from huggingface_hub import HfApi, snapshot_download
+from signals import struck
 from space import Net, X, net
 
 import hubaoti
@@ -170,6 +172,25 @@ def test_the_first_open_is_the_first_worker_s_and_remembered(
 ) -> None:
     told = play(settings, "first_opens", repo_of_blocks)
     assert (told["main"], [each["started"] for each in told["workers"]]) == (0, [1, 0, 0])
+
+
+def test_a_first_open_that_was_ended_from_outside_is_made_again_later(
+    repo_of_blocks: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hubaoti.runtime.waiting.REST", 3600.0)
+    module = net()
+    loaded = hubaoti.spaces.load(module, repo_of_blocks, trust=True, settings=settings)
+    with torch.no_grad(), loaded, pytest.warns(Fallback, match="SIGTERM"):
+        with struck(signal.SIGTERM):
+            module(X)
+        module(X)
+        assert loaded.stats()["compiled"] == 0
+        assert "SIGTERM" in loaded.stats()["process"]["why"]
+        later = SimpleNamespace(monotonic=lambda: time.monotonic() + 3601.0)
+        monkeypatch.setattr("hubaoti.runtime.waiting.time", later)
+        for _ in range(2):  # the first is compared
+            module(X)
+        assert loaded.stats()["compiled"] > 0
 
 
 def test_bytes_that_change_after_the_pull_are_never_opened(

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import click
 
 from hubaoti.cli.output import human_size, print_json, print_table
-from hubaoti.mirror import Mirror
+from hubaoti.mirror import Mirror, Row
 from hubaoti.settings import Settings
 
 
@@ -20,9 +20,9 @@ def mirror_command() -> None:
 @mirror_command.command("ls")
 @click.option("--json", "as_json", is_flag=True, help="print the rows as JSON")
 def ls_command(as_json: bool) -> None:
-    """List the artifacts, the newest first."""
+    """List the artifacts, the newest first, and the graphs that are not opened here."""
     with Mirror.open(Settings.from_env().mirror) as mirror:
-        rows = mirror.ls()
+        rows, problems = mirror.ls(), mirror.index.problems()
     if as_json:
         print_json([asdict(row) for row in rows])
         return
@@ -39,3 +39,30 @@ def ls_command(as_json: bool) -> None:
         for row in rows
     ]
     print_table(["repo", "commit", "recipe", "variant", "size", "added", "digest"], cells)
+    for graph, why in problems:
+        click.echo(f"not opened: graph {graph[:12]}: {why}")
+    if problems:
+        click.echo("to have them tried again: hubaoti mirror retry")
+
+
+@mirror_command.command("retry")
+@click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+def retry_command(as_json: bool) -> None:
+    """Forget why graphs are not opened here, and bring back from quarantine what is whole."""
+    from hubaoti.mirror.retry import retry
+
+    with Mirror.open(Settings.from_env().mirror) as mirror:
+        retried = retry(mirror)
+    if as_json:
+        print_json(asdict(retried))
+        return
+    click.echo(f"{retried.verdicts} verdicts are forgotten")
+    for graph in retried.graphs:
+        click.echo(f"graph {graph[:12]} is back")
+    for row in retried.artifacts:
+        click.echo(f"artifact {row.digest[:12]} is back: {named(row)}")
+
+
+def named(row: Row) -> str:
+    """Where an artifact came from, and what it is."""
+    return f"{row.origin.repo or 'built here'} {row.recipe}/{row.variant}"

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hubaoti.cli.output import Steps, print_json, print_line, print_text
+from hubaoti.cli.run import refuse_given
 from hubaoti.errors import BadRequest
 from hubaoti.settings import Settings
 
@@ -39,10 +40,8 @@ def refuse_odd(options: dict[str, Any]) -> None:
     if (options["file"] is None) != (options["out"] is None):
         given, other = ("--out", "--file") if options["file"] is None else ("--file", "--out")
         raise BadRequest(f"{given} without {other}", hint=f"say {other} too")
-    if options["eager"] and options["recipe"]:
-        raise BadRequest(
-            "--recipe is of the graphs, and --eager opens none", hint="leave out --recipe"
-        )
+    if options["eager"]:
+        refuse_given(options, ("recipe", "ops"), "of the graphs, and --eager opens none")
 
 
 @contextmanager
@@ -68,6 +67,7 @@ def loaded(options: dict[str, Any], quiet: bool) -> Iterator[LightweightEngine]:
             memory=options["memory"],
             device=options["device"],
             isolate=options["isolate"],
+            ops=options["ops"],
             say=say,
         )
         engine.load(options["model"], artifact, task="generate")

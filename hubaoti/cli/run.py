@@ -32,6 +32,7 @@ GENERATES = ("out", "max_new_tokens", "temperature", "seed", "isolate", "memory"
 @click.option("--memory", help="refuse a model that takes more, as 8GB")
 @click.option("--recipe", help="only this one, as bfloat16-sdpa")
 @click.option("--trust", is_flag=True, help="trust the publisher, now and from now on")
+@click.option("--ops", multiple=True, help="a module whose ops graphs call, as my.ops")
 @click.option("--eager", is_flag=True, help="the same through transformers, for comparison")
 @click.option("--device", help="cpu or cuda:0; by default what the artifact is for")
 @click.option("--json", "as_json", is_flag=True, help="print all values as JSON")
@@ -60,9 +61,9 @@ def answer_texts(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     repo, texts = options["repo"], options["texts"]
     if repo is None:
         raise click.UsageError("Missing argument 'REPO'.")
-    words = {name: options[name] for name in ("recipe", "trust", "device")}
+    words = {name: options[name] for name in ("recipe", "trust", "device", "ops")}
     if options["eager"]:
-        refuse_given(options, ("recipe", "device"), "of the graph, and --eager opens none")
+        refuse_given(options, ("recipe", "device", "ops"), "of the graph, and --eager opens none")
     started = time.perf_counter()
     with Steps(quiet or as_json) as say:
         if options["eager"]:
@@ -87,7 +88,7 @@ def refuse_given(options: dict[str, Any], names: tuple[str, ...], why: str) -> N
         BadRequest: it was given.
     """
     for name in names:
-        if options[name] not in (None, False):
+        if options[name] not in (None, False, ()):
             option = f"--{name.replace('_', '-')}"
             raise BadRequest(f"{option} is {why}", hint=f"leave out {option}")
 

@@ -7,7 +7,6 @@ prints goes to one of them, so that lines of several never mix.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -22,19 +21,18 @@ import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 
-from hubaoti import errors
 from hubaoti.compiler import elf
 from hubaoti.compiler.plan import Unit
 from hubaoti.compiler.unit import Built
 from hubaoti.disks import FULL, OUTPUT, TEMPORARY, full_disk, no_room
-from hubaoti.errors import BadRequest, CompileFailed, HubaotiError, first_line
+from hubaoti.errors import BadRequest, CompileFailed, HubaotiError, again, first_line
 from hubaoti.manifest import Check, File, Graph
 from hubaoti.memory import OVERHEAD, available
 from hubaoti.steps import Say, silent
 
 PARTS = ".parts"  # a folder of the bundle in the making
 STOPPED = 143
-PRINTED = 20_000  # characters of what a process printed that a report has
+PRINTED = 20_000  # bytes of what a process printed that a report has
 
 
 class Told(msgspec.Struct):
@@ -45,6 +43,15 @@ class Told(msgspec.Struct):
     versions: tuple[str | None, str | None, str | None]
     files: tuple[File, ...]
     checks: tuple[Check, ...]
+
+
+class Raised(msgspec.Struct):
+    """What a process raised."""
+
+    kind: str
+    message: str
+    hint: str
+    trace: str
 
 
 def how_many(asked: int | None, units: int, weights: int, device: torch.device) -> int:
@@ -131,7 +138,8 @@ def started(unit: Unit, build: Callable[[Unit], Built], parts: Path) -> int:
         write(unit, build(unit), parts)
         status = 0
     except BaseException as why:  # a fork that went on would do the parent's work again
-        (parts / f"{unit.id}.error").write_text(json.dumps(told_of(why, unit, parts)))
+        told = msgspec.json.encode(told_of(why, unit, parts))
+        (parts / f"{unit.id}.error").write_bytes(told)
     finally:
         sys.stdout.flush()  # for the report; an ended process has no other chance
         os._exit(status)
@@ -144,8 +152,8 @@ def print_to(log: Path) -> None:
         os.dup2(file, descriptor)
 
 
-def told_of(why: BaseException, unit: Unit, parts: Path) -> dict[str, str]:
-    """An error as JSON: ours as it is, others in words."""
+def told_of(why: BaseException, unit: Unit, parts: Path) -> Raised:
+    """An error as it is told: ours as it is, others in words."""
     trace = "".join(traceback.format_exception(why))
     if isinstance(why, OSError) and why.errno in FULL:
         why = no_room(full_disk(why, parts), 0, f"{OUTPUT}, or {TEMPORARY}")
@@ -154,7 +162,7 @@ def told_of(why: BaseException, unit: Unit, parts: Path) -> dict[str, str]:
     else:
         kind, message = "CompileFailed", f"build {unit.id}: {type(why).__name__}: {first_line(why)}"
         hint = "it is none of the errors that we know"
-    return {"kind": kind, "message": message, "hint": hint, "trace": trace}
+    return Raised(kind, message, hint, trace)
 
 
 def ended(running: Iterable[int]) -> tuple[int, int]:
@@ -198,10 +206,23 @@ def require_done(unit: Unit, status: int, parts: Path) -> None:
         f"build {unit.id}: its process ended with {os.waitstatus_to_exitcode(status)}",
         hint="a negative number is a signal, -9 the system's when memory is short: try --jobs 1",
     )
-    if error.is_file():
-        told = json.loads(error.read_text())
-        why = getattr(errors, told["kind"])(told["message"], hint=told["hint"])
-        why.add_note(told["trace"])
+    if told := said_in(error):
+        why = again(told.kind, told.message, told.hint)
+        why.add_note(told.trace)
     if log.is_file():
-        why.add_note(log.read_text(errors="replace")[-PRINTED:])
+        why.add_note(end_of(log))
     raise why
+
+
+def said_in(error: Path) -> Raised | None:
+    """What a process raised; None where it left nothing, or was ended while it wrote it."""
+    with suppress(OSError, msgspec.DecodeError):
+        return msgspec.json.decode(error.read_bytes(), type=Raised)
+    return None
+
+
+def end_of(log: Path) -> str:
+    """The last of what a process printed."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - PRINTED))
+        return file.read(PRINTED).decode(errors="replace")

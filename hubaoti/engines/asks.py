@@ -112,7 +112,8 @@ def require_plain(prompt: Prompt) -> None:
 class Begin(msgspec.Struct, frozen=True):
     """Which model: a folder, what it is for (`generate` or `embed`), where, and in which dtype.
 
-    `digest` is the artifact of the mirror whose graphs answer.
+    `digest` is the artifact of the mirror whose graphs answer, `ops` the modules that register what
+    they call.
     """
 
     folder: str
@@ -121,13 +122,18 @@ class Begin(msgspec.Struct, frozen=True):
     dtype: str | None = None
     digest: str | None = None
     trust_remote_code: bool = False
+    ops: tuple[str, ...] = ()
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """What a worker is told first: the model, and the settings as an environment says them."""
+    """What a worker is told first: the model, and the settings as an environment says them.
+
+    `search` is where its engine finds modules, for those that register ops.
+    """
 
     begin: Begin
     env: dict[str, str]
+    search: tuple[bytes, ...] = ()
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):
@@ -264,3 +270,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 Ask: TypeAlias = Generate | Measure | Score | Embed | Use | Tell
 Reply: TypeAlias = Generated | Measured | Scored | Embedded | State | Failed
+# What each is answered by, where it does not fail.
+REPLIES: dict[type[Ask], type[Reply]] = {
+    **{Generate: Generated, Measure: Measured, Score: Scored, Embed: Embedded},
+    **{Use: State, Tell: State},
+}

@@ -21,6 +21,7 @@ from hubaoti.errors import BadRequest, CompileFailed, HubaotiError, again, ended
 
 KINDER = 10  # who waits for an answer comes first (nice(2))
 STOPPED = 143
+MOST = 1 << 20  # bytes of what it says that are read, the last ones
 PATIENCE = 10.0  # seconds for a compile to take its temporary files along
 
 
@@ -82,18 +83,21 @@ class Building:
         """Wait for it, and say what came of it.
 
         Raises:
-            CompileFailed: its process ended without saying why; and whatever the compile raised.
+            CompileFailed: its process ended without saying why, in words of ours; and whatever the
+                compile raised.
         """
         code = self._child.wait()
         with self._answer as file:
-            file.seek(0)
-            lines = file.read().splitlines()
-        if not lines:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - MOST))
+            lines = file.read(MOST).splitlines()
+        outcome = Outcome()
+        with suppress(msgspec.DecodeError):
+            outcome = msgspec.json.decode(lines[-1] if lines else b"", type=Outcome)
+        if outcome.digest is None and not outcome.kind:
             raise CompileFailed(
                 f"the compile ended: {ended(code)}",
                 hint="see that there is memory for it, or run hubaoti compile by hand",
             )
-        outcome = msgspec.json.decode(lines[-1], type=Outcome)
         if outcome.digest is None:
             raise again(outcome.kind, outcome.message, outcome.hint)
         return outcome

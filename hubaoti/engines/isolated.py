@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import signal
 import socket
 import subprocess
 import sys
@@ -14,16 +13,15 @@ from pathlib import Path
 
 import msgspec
 
-from hubaoti.children import program
-from hubaoti.engines.asks import Ask, Begin, Failed, Hello, Reply, State, Tell, Use
+from hubaoti.children import program, search_path
+from hubaoti.engines.asks import REPLIES, Ask, Begin, Failed, Hello, Reply, State, Tell, Use
 from hubaoti.engines.wire import Gone, decoded, receive, send
-from hubaoti.errors import HubaotiError, WorkerEnded, again, ended
-from hubaoti.memory import held
+from hubaoti.errors import CRASHES, BadRequest, HubaotiError, WorkerEnded, again, ended
+from hubaoti.memory import held, is_limited
 from hubaoti.mirror import Mirror
 from hubaoti.settings import Settings
 
 PATIENCE = 5.0  # seconds for a worker to end by itself
-CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
 TWICE = 2
 
 
@@ -108,16 +106,16 @@ class Isolated:
             )
         self._socket = ours
         with suppress(Gone):  # which `_loaded` meets as well
-            send(ours, Hello(self._begin, self._settings.to_env()))
+            send(ours, Hello(self._begin, self._settings.to_env(), (*search_path(),)))
 
     def _loaded(self) -> None:
         """Wait until the model is loaded."""
         try:
-            reply = self._reply()
-        except Gone:
+            reply = self._reply(State)
+        except Gone as why:
             code = self._end()
             raise WorkerEnded(
-                f"{self._name} cannot be loaded: {ended(code)}",
+                f"{self._name} cannot be loaded: {how(why, code)}",
                 hint="see that there is memory for it, and try again",
             ) from None
         except BaseException:
@@ -125,34 +123,50 @@ class Isolated:
             raise
         assert isinstance(reply, State)
         self._host = reply.host
+        # Where memory is limited, a crash may be for want of it, and says nothing of a graph.
+        assert self._child is not None
+        self._is_limited = is_limited(self._child.pid)
         self._is_ready = True
 
     def _exchange(self, ask: Ask) -> Reply:
         try:
             send(self._socket, ask)
-            return self._reply()
-        except Gone:
-            raise self._ended_early() from None
+            return self._reply(REPLIES[type(ask)])
+        except Gone as why:
+            raise self._ended_early(why) from None
         except HubaotiError:
             raise
         except BaseException:  # an interrupt: its answer would be taken for the next one's
             self._kill()
             raise
 
-    def _reply(self) -> Reply:
-        reply: Reply = decoded(receive(self._socket), Reply)
+    def _reply(self, kind: type[Reply]) -> Reply:
+        """The worker's answer, which is of a kind.
+
+        Raises:
+            Gone: there is none any more, or none that is one.
+            HubaotiError: what the worker raised.
+        """
+        content = receive(self._socket)
+        try:
+            reply: Reply = decoded(content, Reply)
+        except BadRequest as why:
+            raise Gone("it said what is no answer") from why
         if isinstance(reply, Failed):
             raise again(reply.kind, reply.message, reply.hint)
+        if not isinstance(reply, kind):
+            raise Gone("it answered something else")
         return reply
 
-    def _ended_early(self) -> WorkerEnded:
+    def _ended_early(self, why: Gone) -> WorkerEnded:
         """Start it again, and say what happened."""
         number = int.from_bytes(self._running[:4], sys.byteorder)
         code = self._end()
-        blamed = self._blamed(number) if -code in CRASHES else ""
+        blamed = self._blamed(number) if -code in CRASHES and not self._is_limited else ""
         self._start()
         return WorkerEnded(
-            f"a request to {self._name} has no answer: {ended(code)} in the middle of it{blamed}",
+            f"a request to {self._name} has no answer: {how(why, code)} in the middle of "
+            f"it{blamed}",
             hint="ask again: the model is being loaded by another process",
         )
 
@@ -196,3 +210,8 @@ class Isolated:
     @property
     def _name(self) -> str:
         return Path(self._begin.folder).name
+
+
+def how(why: Gone, code: int) -> str:
+    """How a worker was lost: as its process ended, or what it said before."""
+    return ended(code) if code < 0 or not str(why) else f"{why}, and {ended(code)}"

@@ -42,9 +42,10 @@ from hubaoti.engines.asks import (
 from hubaoti.engines.building import Building
 from hubaoti.engines.placing import Compile, Placing, Want, device_of
 from hubaoti.engines.room import Holder, Place, Room, Standing, Unloaded
-from hubaoti.errors import BadRequest, HubaotiError, NotEnoughMemory
+from hubaoti.errors import BadRequest, HubaotiError, NotEnoughMemory, NotTried, WorkerEnded
 from hubaoti.host import probe
 from hubaoti.memory import size_of
+from hubaoti.runtime.ops import require_named
 from hubaoti.settings import Settings
 from hubaoti.steps import Say, silent
 
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     from hubaoti.bundle import Bundle
     from hubaoti.hub.pull import Pulled
     from hubaoti.mirror import Artifact
+
+PASSING = (NotTried, WorkerEnded)  # what says nothing of graphs: they are tried again
 
 
 class NoGraphs(UserWarning):
@@ -72,6 +75,7 @@ class LightweightEngine:
         device: str | None = None,
         isolate: bool = False,
         trust: bool = False,
+        ops: Sequence[str] = (),
         say: Say = silent,
     ) -> None:
         """Nothing is loaded yet.
@@ -79,16 +83,19 @@ class LightweightEngine:
         `memory` is what all models may hold together, in bytes or as "8GB"; by default what the
         machine has free. `device` is cpu or cuda:0, by default a GPU where there is one. In `repos`
         the artifacts are looked for that the mirror does not have. With `isolate` each model has a
-        process of its own, whose end costs one request.
+        process of its own, whose end costs one request. `ops` are modules that register the ops
+        which graphs call; they are imported wherever a model is.
 
         Raises:
-            BadRequest: `memory` is no size.
+            BadRequest: `memory` is no size; `ops` are no modules.
         """
         self._settings = settings or Settings.from_env()
         self._room = Room(None if memory is None else size_of(memory))
         host = probe(self._settings)
+        where = device_of(host, device)
+        require_named(ops)
         self._placing = Placing(
-            self._settings, host, device_of(host, device), tuple(repos), isolate, trust, say
+            self._settings, host, where, tuple(repos), isolate, trust, say, tuple(ops)
         )
         self._isolates = isolate
         self._say = say
@@ -267,6 +274,7 @@ class LightweightEngine:
             )
         with self._using(place.name) as (_, holder):
             if want.artifact is None:
+                self._try_again(place, holder)
                 if place.building is None:
                     self._build(place, want)
             elif given := self._placing.given(want):
@@ -286,7 +294,7 @@ class LightweightEngine:
                 warnings.warn(f"{place.name}: not pushed: {outcome.push}", NoGraphs, stacklevel=4)
             if place.holder is None:
                 place.begin = msgspec.structs.replace(place.begin, digest=outcome.digest)
-                place.why = ""
+                place.why, place.untried = "", None
             else:
                 self._use(place, place.holder, outcome.digest)
         except HubaotiError as why:
@@ -302,7 +310,17 @@ class LightweightEngine:
                 self._lost(place, f"{why}")
             raise
         place.begin = msgspec.structs.replace(place.begin, digest=digest)
-        place.why = ""
+        place.why, place.untried = "", None
+
+    def _try_again(self, place: Place, holder: Holder) -> None:
+        """Have graphs answer that something else kept from it when the model was loaded."""
+        digest, place.untried = place.untried, None
+        if digest is not None:
+            try:
+                self._use(place, holder, digest)
+            except HubaotiError as why:
+                place.untried = digest if isinstance(why, PASSING) else None
+                place.why = f"{why}"
 
     def _lost(self, place: Place, why: str) -> None:
         """A model goes on without graphs."""
@@ -325,11 +343,15 @@ class LightweightEngine:
 
     def _begun(self, place: Place) -> Holder:
         """Load a model; without graphs, where those that were found cannot be opened."""
+        if place.untried is not None:
+            place.begin = msgspec.structs.replace(place.begin, digest=place.untried)
+            place.untried, place.why = None, ""
         try:
             return self._begin(place.begin)
         except HubaotiError as why:
             if place.begin.digest is None or place.is_asked or isinstance(why, NotEnoughMemory):
                 raise
+            place.untried = place.begin.digest if isinstance(why, PASSING) else None
             self._lost(place, f"{why}")
         return self._begin(place.begin)
 

@@ -59,6 +59,7 @@ class Placing:
     isolate: bool
     trust: bool
     say: Say
+    ops: tuple[str, ...] = ()
 
     def placed(self, want: Want) -> Place:
         """A model with its files here, and the artifact that serves it.
@@ -83,6 +84,7 @@ class Placing:
             given.manifest.build.dtype if given else wanted.dtype,
             given.digest if given else None,
             bool(want.asked.get("trust_remote_code")),
+            self.ops,
         )
         needs = weights_bytes(folder, begin.dtype) + (PROCESS if self.isolate else 0)
         is_asked = want.artifact is not None

@@ -123,7 +123,12 @@ class Resident:
                     hint="compile it with --task generate",
                 )
             self._model = api.load(
-                artifact, folder, device=device, settings=self._settings, say=self._say
+                artifact,
+                folder,
+                device=device,
+                ops=self._begin.ops,
+                settings=self._settings,
+                say=self._say,
             )
         else:
             before = self._artifact
@@ -145,6 +150,7 @@ class Resident:
             module,
             artifact,
             quantize=artifact.manifest.build.quantization is not None,
+            ops=self._begin.ops,
             settings=self._settings,
             say=self._say,
         )

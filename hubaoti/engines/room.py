@@ -72,6 +72,7 @@ class Place:
     needs: int
     revision: str | None = None
     why: str = ""
+    untried: str | None = None  # an artifact that something else kept from answering
     is_asked: bool = False  # its artifact was given: what is wrong with it is raised
     building: Building | None = None
     holder: Holder | None = None

@@ -11,17 +11,18 @@ import msgspec
 from hubaoti.errors import BadRequest
 
 LENGTH = struct.Struct("<Q")
+LARGEST = 1 << 30  # bytes of a record
 
 
 class Gone(Exception):
-    """Nobody is at the other end any more."""
+    """Nobody is at the other end any more, or nobody whose records can be read."""
 
 
 def send(to: socket.socket, record: object) -> None:
     """Send a record.
 
     Raises:
-        BadRequest: it holds what no record can, as half a character; nothing was sent.
+        BadRequest: it holds what no record can, as half a character, or too much; nothing was sent.
         Gone: nobody takes it.
     """
     try:
@@ -30,6 +31,11 @@ def send(to: socket.socket, record: object) -> None:
         raise BadRequest(
             f"what is asked cannot be sent to another process: {why}", hint="give plain texts"
         ) from why
+    if len(content) > LARGEST:
+        raise BadRequest(
+            f"{len(content) / 1e9:.1f} GB are too much for one answer or question of a process",
+            hint="ask for fewer at a time",
+        )
     try:
         to.sendall(LENGTH.pack(len(content)) + content)
     except OSError as why:
@@ -40,9 +46,11 @@ def receive(from_: socket.socket) -> bytes:
     """Wait for a record.
 
     Raises:
-        Gone: none comes any more.
+        Gone: none comes any more, or none that can be one.
     """
     (length,) = LENGTH.unpack(taken(from_, LENGTH.size))
+    if length > LARGEST:
+        raise Gone("it said what is no record")
     return taken(from_, length)
 
 

@@ -19,6 +19,7 @@ from hubaoti.engines.asks import Ask, Failed, Hello, Reply
 from hubaoti.engines.resident import Resident
 from hubaoti.engines.wire import Gone, decoded, receive, send
 from hubaoti.errors import HubaotiError, first_line
+from hubaoti.runtime.ops import register
 from hubaoti.settings import Settings
 
 # The system ends this process for memory before it ends the engine (proc(5)).
@@ -54,6 +55,7 @@ def serve(engine: socket.socket, running: memoryview) -> None:
     held: list[Resident] = []
 
     def begin() -> Reply:
+        register(hello.begin.ops, hello.search)
         held.append(Resident(hello.begin, Settings.from_env(hello.env)))
         note_runs(held[0], running)
         return held[0].state()

@@ -30,7 +30,7 @@ from hubaoti.hub.trust import Trust
 from hubaoti.manifest import File, Manifest
 from hubaoti.match import Candidate, Fit, Verdict, judge, rank
 from hubaoti.mirror import Artifact, Mirror, Origin
-from hubaoti.mirror.index import Pin
+from hubaoti.mirror.rows import Pin
 from hubaoti.mirror.store import unpacked_size
 from hubaoti.package import sha256_of
 from hubaoti.settings import Settings

@@ -11,14 +11,14 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from hubaoti.disks import no_room
 from hubaoti.errors import HubaotiError, first_line
 from hubaoti.manifest import Manifest
-from hubaoti.settings import without_login
+from hubaoti.mirror.rows import Origin, Pin, Promise, Row
 
 KEPT = 1024  # notes, the latest
 PATIENCE = 30.0  # seconds to wait for another process's transaction
@@ -66,52 +66,6 @@ VERSION = len(STEPS)
 # What SQLite says of a damaged file; tables that are not as they were made are an error of SQL.
 DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
 DAMAGED |= {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG}
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where an artifact came from: a path in a repo at a commit; all empty if built here."""
-
-    endpoint: str = ""
-    repo: str = ""
-    commit: str = ""
-    path: str = ""
-
-    def __post_init__(self) -> None:
-        # An older hubaoti kept the password of an endpoint that has one in its URL.
-        object.__setattr__(self, "endpoint", without_login(self.endpoint)[0])
-
-    @property
-    def publisher(self) -> str:
-        """The owner of the repo; empty if built here."""
-        return self.repo.partition("/")[0]
-
-
-BUILT_HERE = Origin()
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One artifact as `mirror ls` lists it; `size` in bytes on disk, `added` in Unix seconds."""
-
-    digest: str
-    key: str
-    recipe: str
-    variant: str
-    size: int
-    added: float
-    origin: Origin
-
-
-@dataclass(frozen=True, slots=True)
-class Pin:
-    """What was asked of which repo, at which commit, for which kind of host."""
-
-    endpoint: str
-    repo: str
-    commit: str
-    recipe: str
-    host: str
 
 
 class Index:
@@ -198,6 +152,29 @@ class Index:
                 (graph,),
             )
 
+    def promise(self, digest: str) -> Promise | None:
+        """What is promised of an artifact; None where it is not."""
+        if (row := self.row(digest)) is None:
+            return None
+        of = "where digest = ?", (digest,)
+        with self._explained():
+            held = self._db.execute(f"select graph from holds {of[0]}", of[1]).fetchall()
+            columns = "endpoint, repo, revision, asked, host, path"
+            gave = self._db.execute(f"select {columns} from pulls {of[0]}", of[1]).fetchall()
+        pulls = ((Pin(*map(str, each[:-1])), str(each[-1])) for each in gave)
+        return Promise(row, tuple(str(graph) for (graph,) in held), tuple(pulls))
+
+    def promises(self, graph: str) -> list[Promise]:
+        """What is promised of every artifact that holds a graph (by its package's sha256)."""
+        rows = self._rows("where digest in (select digest from holds where graph = ?)", graph)
+        return [each for row in rows if (each := self.promise(row.digest))]
+
+    def keep(self, promise: Promise) -> None:
+        """Promise an artifact as it was promised before."""
+        self.add(promise.row, promise.graphs)
+        for pin, path in promise.pulls:
+            self.record_pull(pin, promise.row.digest, path)
+
     def row(self, digest: str) -> Row | None:
         """The artifact's row; None when it is not promised."""
         found = self._rows("where digest = ?", digest)
@@ -283,6 +260,19 @@ class Index:
                 return None
             found = self._db.execute(query, (graph, host)).fetchone()
         return None if found is None else str(found[0])
+
+    def problems(self) -> list[tuple[str, str]]:
+        """The graphs that are not opened here, each with what is held against it."""
+        if self._version() <= STEPS.index(SECOND):
+            return []
+        with self._explained():
+            query = "select graph, problem from tested where problem != '' order by at desc"
+            return [(str(graph), str(why)) for graph, why in self._db.execute(query).fetchall()]
+
+    def forget_problems(self) -> int:
+        """Forget what is held against graphs, so that they are tried again; of how many."""
+        with self._writing() as db:
+            return int(db.execute("delete from tested where problem != ''").rowcount)
 
     def note(self, found: Mapping[str, bytes]) -> None:
         """Keep by digest what can be worked out again, if that can be at once: this never fails."""

@@ -16,12 +16,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +26,8 @@ from hubaoti import manifest as manifests
 from hubaoti.disks import explained, require_room
 from hubaoti.errors import BadManifest, DigestMismatch, HubaotiError
 from hubaoti.manifest import File, Graph, Manifest
+from hubaoti.mirror.artifact import Artifact, changed
 from hubaoti.mirror.folders import (
-    keep_newest,
     make_private,
     may_write,
     refuse_shared,
@@ -38,32 +35,16 @@ from hubaoti.mirror.folders import (
     sync_folder,
     workspace,
 )
-from hubaoti.mirror.index import BUILT_HERE, Index, Origin, Pin, Row
-from hubaoti.package import copy_hashed, sha256_of, unpack
+from hubaoti.mirror.index import Index
+from hubaoti.mirror.quarantine import Note, set_apart
+from hubaoti.mirror.rows import BUILT_HERE, Origin, Pin, Row
+from hubaoti.mirror.writing import unpack_synced, write_small
+from hubaoti.package import sha256_of
 from hubaoti.variant import Recipe
 
 FOLDERS = ("hub", "artifacts", "graphs", "quarantine", "tmp")
 TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
 ATTEMPTS = 3
-KEPT = 5, 1 << 30  # broken copies that stay to be looked at, and the most bytes of them
-
-
-@dataclass(frozen=True, slots=True)
-class Artifact:
-    """A verified artifact of the mirror: `path` has its manifest and small tensors."""
-
-    digest: str
-    path: Path
-    graphs: Path
-    manifest: Manifest
-
-    def graph_folder(self, graph: Graph) -> Path:
-        """Where a graph's package lies unpacked."""
-        return self.graphs / graph.sha256
-
-    def file(self, path: str) -> Path:
-        """Where one of the small tensors' files lies."""
-        return self.path / path
 
 
 class Mirror:
@@ -170,7 +151,7 @@ class Mirror:
         if self.index.row(digest) is None:
             return None
         try:
-            artifact = self._read(digest)
+            artifact = self.read(digest, self.root / "artifacts" / digest)
         except (OSError, BadManifest, DigestMismatch):
             self._withdraw(digest, self.root / "artifacts" / digest)
             return None
@@ -228,8 +209,9 @@ class Mirror:
     def quarantine(self, graph: Graph) -> None:
         """Keep a graph apart that must not be opened, and promise no artifact that holds it."""
         if self.index.is_writable:
+            note = Note(graph, tuple(self.index.promises(graph.sha256)))
             self.index.remove_graph(graph.sha256)
-            self._quarantine(self.root / "graphs" / graph.sha256)
+            self._quarantine(self.root / "graphs" / graph.sha256, note)
 
     def verify_file(self, artifact: Artifact, file: File) -> Path:
         """Hash one of the small tensors' files again; where it lies.
@@ -248,12 +230,24 @@ class Mirror:
         path = self.root / "artifacts" / digest
         return Artifact(digest, path, self.root / "graphs", manifest)
 
-    def _read(self, digest: str) -> Artifact:
-        path = self.root / "artifacts" / digest / manifests.FILENAME
+    def stored(self, digest: str) -> Artifact | None:
+        """An artifact whose manifest is here, promised or not; None where none is, or another."""
+        with suppress(OSError, BadManifest, DigestMismatch):
+            return self.read(digest, self.root / "artifacts" / digest)
+        return None
+
+    def read(self, digest: str, folder: Path) -> Artifact:
+        """The artifact whose manifest lies in a folder, which is believed by its digest.
+
+        Raises:
+            DigestMismatch: it is another; BadManifest, OSError: it cannot be read.
+        """
+        path = folder / manifests.FILENAME
         text = path.read_bytes()
         if hashlib.sha256(text).hexdigest() != digest:
             raise changed(path)
-        return self._artifact(manifests.parse(text, str(path)))
+        manifest = manifests.parse(text, str(path))
+        return Artifact(digest, folder, self.root / "graphs", manifest)
 
     def _store(self, artifact: Artifact, files: Mapping[str, Path]) -> None:
         """Write what is missing; the artifact's own folder, which names the graphs, comes last."""
@@ -301,53 +295,19 @@ class Mirror:
         A mirror that may not be written keeps both.
         """
         if self.index.is_writable:
+            promise = self.index.promise(digest)
             self.index.remove(digest)
             if broken is not None:
-                self._quarantine(broken)
+                self._quarantine(broken, Note(None, (promise,) if promise else ()))
 
-    def _quarantine(self, folder: Path) -> None:
-        apart = self.root / "quarantine"
-        with suppress(FileNotFoundError):
-            broken = folder.rename(apart / f"{folder.name}~{secrets.token_hex(4)}")
-            os.utime(broken)  # else it has the time at which it was unpacked
-            keep_newest(apart, *KEPT)
+    def _quarantine(self, folder: Path, note: Note = Note()) -> None:  # noqa: B008
+        set_apart(folder, self.root / "quarantine", note)
 
 
 def unpacked_size(manifest: Manifest) -> int:
     """The bytes that an artifact takes in the mirror."""
     members = sum(member.size for graph in manifest.graphs for member in graph.members)
     return members + sum(file.size for file in manifest.files) + len(manifest.to_json())
-
-
-def unpack_synced(package: Path, graph: Graph, folder: Path) -> None:
-    """Unpack a graph's listed members, for us alone and so that they survive a power cut."""
-    folder.mkdir(mode=0o700)
-    unpack(package, graph.members, folder)
-    for each in folder.rglob("*"):
-        if each.is_dir():
-            each.chmod(0o700)
-            sync_folder(each)
-
-
-def write_small(manifest: Manifest, files: Mapping[str, Path], folder: Path) -> None:
-    """Write the manifest and the small tensors, read-only."""
-    folder.mkdir(mode=0o700)
-    for file in manifest.files:
-        target = folder / file.path
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with files[file.path].open("rb") as source, target.open("xb") as sink:
-            digest = copy_hashed(source, sink, file.size)
-            sink.flush()
-            os.fsync(sink.fileno())
-        if digest != file.sha256:
-            raise changed(files[file.path])
-        target.chmod(0o444)
-    target = folder / manifests.FILENAME
-    with target.open("xb") as sink:
-        sink.write(manifest.to_json())
-        sink.flush()
-        os.fsync(sink.fileno())
-    target.chmod(0o444)
 
 
 def has_sizes(artifact: Artifact) -> bool:
@@ -389,9 +349,9 @@ def has_bytes(path: Path, sha256: str) -> bool:
         return False
 
 
-def changed(path: Path) -> DigestMismatch:
-    return DigestMismatch(
-        f"{path} has other bytes than its manifest lists",
-        hint="pull it again, into a HUBAOTI_HOME that you may write; a broken copy is kept in the "
-        "mirror's quarantine, never opened",
+def is_whole(artifact: Artifact) -> bool:
+    """Whether all of an artifact is there, byte for byte."""
+    graphs = artifact.manifest.graphs
+    return holds_small(artifact) and all(
+        holds_members(artifact.graph_folder(graph), graph) for graph in graphs
     )

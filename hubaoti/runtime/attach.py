@@ -147,8 +147,9 @@ def attach(
 
     Raises:
         AlreadyAttached: it has graphs already, or a module within it has.
-        BadRequest: the artifact answers texts, or was built for another kind of device; what is to
-            be quantized is not quantized in the artifact, or cannot be in the module.
+        BadRequest: the artifact answers texts, serves no module, or was built for another kind of
+            device; what is to be quantized is not quantized in the artifact, or cannot be in the
+            module.
         MissingConstant: the module lacks tensors that the graphs need, or has others; all are
             named. Nothing was touched.
     """
@@ -158,6 +159,10 @@ def attach(
         raise BadRequest(
             f"the artifact answers texts ({manifest.program.task}), not calls of a module",
             hint="open it with hubaoti.load, or compile with --task forward",
+        )
+    if idle := [entry.id for entry in manifest.graphs if not entry.modules]:
+        raise BadRequest(
+            f"graphs {', '.join(idle)} serve no module", hint="its publisher must compile it again"
         )
     tally = Tally(manifest, strict)
     if quantize:

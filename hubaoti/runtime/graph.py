@@ -6,6 +6,8 @@ reads what is not there any more. So every call is asked first, here and in `che
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,13 +19,21 @@ from hubaoti.errors import (
     CannotOpen,
     MissingConstant,
     MissingOps,
+    NotEnoughMemory,
     first_line,
 )
 from hubaoti.manifest import Graph as Entry
+from hubaoti.memory import is_limited
+from hubaoti.package import sha256_of
 from hubaoti.runtime.aliases import Bound
 from hubaoti.runtime.checks import Checks, address, check_constant
 from hubaoti.runtime.runners import Runner, native_runner
 from hubaoti.runtime.threads import in_one
+
+# What to do where an op is missing: only its caller knows which module registers it.
+NAME_OPS = 'name the module that registers it: ops=["my.ops"], or hubaoti run --ops my.ops'
+# As glibc, libstdc++ and torch say that there is no memory left.
+NO_MEMORY = ("annot allocate memory", "an't allocate memory", "not enough memory", "bad_alloc")
 
 
 def device_for(target: str, asked: str | None = None) -> torch.device:
@@ -50,11 +60,13 @@ def open_graph(
     """Make the unpacked package in `folder` callable; nothing is copied and nothing is compiled.
 
     The caller has verified the folder: opening runs the library's initializers. Graphs of one
-    entry, for the blocks that it serves, share one library, and may share their checks.
+    entry, for the blocks that it serves, share one library, and may share their checks; so do those
+    that are opened after them, from wherever the package lies by then.
 
     Raises:
         CannotOpen: the system refuses to load the library.
         MissingOps: the graph calls ops that no loaded library registers.
+        NotEnoughMemory: there is none left to load it into.
     """
     libraries = [m.path for m in entry.members if m.path.endswith(".wrapper.so")]
     if len(libraries) != 1:
@@ -62,22 +74,62 @@ def open_graph(
             f"graph {entry.id} has {len(libraries)} libraries, not one",
             hint="its publisher must compile it again",
         )
+    folder = loaded_from(entry, folder)
     try:
         runner = native_runner(folder, folder / libraries[0], device)
     except (RuntimeError, OSError) as why:
         raise refusal(entry.id, folder, str(why)) from why
+    LOADED[entry.sha256] = folder
     return Graph(entry, runner, device, checks or Checks(entry, device))
 
 
-def refusal(graph: str, folder: Path, why: str) -> CannotOpen | MissingOps:
+# Where packages lay when their libraries were loaded, by their sha256. A library is never unloaded
+# (its symbols are unique to the process, STB_GNU_UNIQUE), and from elsewhere it is mapped again.
+LOADED: dict[str, Path] = {}
+
+
+def loaded_from(entry: Entry, folder: Path) -> Path:
+    """The folder from which this process loaded a package's library, if it is the same as `folder`.
+
+    Else `folder`.
+    """
+    before = LOADED.get(entry.sha256)
+    if before is None or before == folder:
+        return folder
+    return before if all(holds(place, entry) for place in (before, folder)) else folder
+
+
+def holds(folder: Path, entry: Entry) -> bool:
+    """Whether a package lies unpacked in a folder, byte for byte."""
+    try:
+        return all(sha256_of(folder / each.path) == each.sha256 for each in entry.members)
+    except OSError:
+        return False
+
+
+def runs(folder: Path) -> bool:
+    """Whether a folder's disk allows code; glibc has one message for that and for no memory."""
+    try:
+        return not os.statvfs(folder).f_flag & os.ST_NOEXEC
+    except OSError:
+        return False
+
+
+def refusal(graph: str, folder: Path, why: str) -> CannotOpen | MissingOps | NotEnoughMemory:
     """What the loader's message means, in words that say what to do."""
     first = first_line(why)
-    if "Could not find schema for" in why:
+    if op := re.search(r"Could not find schema for ([\w:.]+)", why):
+        name = op[1].rstrip(".")
         return MissingOps(
-            f"graph {graph} calls an op that is not registered: {first}",
-            hint="install the kernels that its manifest lists",
+            f"graph {graph} calls {name}, an op that is not registered", hint=NAME_OPS
         )
-    if "failed to map segment" in why:
+    unmapped = "failed to map segment" in why
+    if any(words in why for words in NO_MEMORY) or (unmapped and is_limited() and runs(folder)):
+        return NotEnoughMemory(
+            f"graph {graph} cannot be loaded: {first}",
+            hint="free some memory, or raise the limit of this process (ulimit -v)",
+        )
+    if unmapped:
         return CannotOpen(
             f"graph {graph} cannot be loaded from {folder}: its disk does not allow code",
             hint="the disk is mounted noexec; set HUBAOTI_HOME to a folder on another disk",

@@ -6,9 +6,6 @@ There is no golden answer to compare: all that is seen is whether it can be load
 from __future__ import annotations
 
 import os
-import resource
-import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,69 +15,71 @@ from typing import Any
 import msgspec
 import torch
 
-from hubaoti.children import program, told_by
-from hubaoti.errors import HubaotiError, MissingDependency, ended, first_line
+from hubaoti.children import search_path, told_by
+from hubaoti.errors import HubaotiError, MissingDependency, first_line
 from hubaoti.manifest import Graph as Entry
+from hubaoti.memory import is_limited
+from hubaoti.runtime import ops as of_caller
 from hubaoti.runtime.loose import library_of, open_package
-from hubaoti.runtime.selftest import SECONDS, Verdict, end_with
+from hubaoti.runtime.selftest import SECONDS, Said, Verdict, begin, failed, heard, say, unready
 
 
 class Asked(msgspec.Struct):
-    """What the child is to open, and who asks."""
+    """What the child is to open, and who asks, with the modules that register the caller's ops."""
 
     parent: int
-    folder: str
+    id: str
+    folder: bytes
     library: str
     device: str
     kernels: list[dict[str, Any]]
+    ops: list[str]
+    search: list[bytes]
 
 
 def first_open(
-    folder: Path, entry: Entry, device: torch.device, kernels: Sequence[Mapping[str, Any]]
+    folder: Path,
+    entry: Entry,
+    device: torch.device,
+    kernels: Sequence[Mapping[str, Any]],
+    ops: Sequence[str] = (),
 ) -> Verdict:
-    """Open a package in a child; what came of it."""
+    """Open a package in a child, which imports the modules `ops` first; what came of it."""
     asked = Asked(
         parent=os.getpid(),
-        folder=str(folder),
+        id=entry.id,
+        folder=os.fsencode(folder),
         library=library_of(entry),
         device=str(device),
         kernels=[dict(each) for each in kernels],
+        ops=[*ops],
+        search=search_path(),
     )
-    child = subprocess.Popen(
-        program("hubaoti.runtime.loose_open"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    out = told_by(child, msgspec.json.encode(asked), SECONDS)
-    if child.returncode == 0 and out:
-        problem = out.decode(errors="replace").strip()
-        return Verdict(entry.id, "" if problem == "good" else problem, opened=problem == "good")
-    code = child.returncode
-    crashed = code < 0 and code != -signal.SIGKILL
-    return Verdict(entry.id, ended(code), lasting=crashed, opened=crashed)
+    told = told_by("hubaoti.runtime.loose_open", msgspec.json.encode(asked), SECONDS)
+    return next(heard(told, [entry.id]))
 
 
 def main() -> None:
-    """The child: what to open comes on standard input, one line goes out."""
+    """The child: what to open comes on standard input, lines go out."""
     asked = msgspec.json.decode(sys.stdin.buffer.read(), type=Asked)
-    end_with(asked.parent)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what native code prints is no line of ours
-    told = "good"
+    out = begin(asked.parent)
+    try:
+        of_caller.register(asked.ops, asked.search)
+    except HubaotiError as why:
+        say(out, unready(asked.id, why))
+        return
     try:
         register(asked.kernels)
+        say(out, Said(asked.id, is_limited=is_limited()))
         runner = open_package(
-            Path(asked.folder), asked.library, "of the package", torch.device(asked.device)
+            Path(os.fsdecode(asked.folder)), asked.library, asked.id, torch.device(asked.device)
         )
         runner.get_constant_names_to_original_fqns()
         runner.get_call_spec()
     except HubaotiError as why:
-        told = first_line(why)
-    out.write(told.encode() + b"\n")
-    out.flush()
+        say(out, failed(asked.id, why))
+    else:
+        say(out, Said(asked.id, ""))
 
 
 def register(kernels: Sequence[Mapping[str, Any]]) -> None:

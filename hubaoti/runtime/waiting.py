@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.errors import HubaotiError, first_line
+from hubaoti.errors import HubaotiError, NotEnoughMemory, NotTried, first_line
 from hubaoti.runtime.attach import ATTACHED, Attachment
 from hubaoti.runtime.attach import nothing as no_graphs
 from hubaoti.runtime.inside import OfModule
@@ -28,6 +29,8 @@ from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.tally import Tally
 
 Open = Callable[[], Attachment]
+PASSING = (NotTried, NotEnoughMemory)  # what says nothing of graphs
+REST = 60.0  # seconds until they are tried again
 
 
 class Waiting(OfModule):
@@ -138,7 +141,7 @@ class Deferred:
         """As a process begins: nothing is open, nothing failed."""
         self._lock = threading.Lock()
         self._attachment: Attachment | None = None
-        self._problem: tuple[str, str | None] | None = None
+        self._problem: tuple[str, str | None, float] | None = None  # of which device, until when
         self._is_detached = False
         self._is_opening = False
 
@@ -172,14 +175,17 @@ class Deferred:
                 return
             module = self._module()
             kind = None if module is None else kind_of(module)
-            if self._problem is not None and self._problem[1] == kind:
-                raise Unserved("unopened", self._problem[0])
+            if self._problem is not None:
+                told, of, until = self._problem
+                if of == kind and time.monotonic() < until:
+                    raise Unserved("unopened", told)
             try:
                 self._attach()
             except Exception as why:  # the module always answers, whatever fails
                 hint = f" ({why.hint})" if isinstance(why, HubaotiError) and why.hint else ""
                 told = str(why) if isinstance(why, HubaotiError) else first_line(why)
-                self._problem = (f"{told}{hint}", kind)
+                rest = REST if isinstance(why, PASSING) else float("inf")
+                self._problem = (f"{told}{hint}", kind, time.monotonic() + rest)
                 raise Unserved("unopened", self._problem[0]) from why
 
     def _attach(self) -> None:

@@ -48,6 +48,7 @@ def load(  # noqa: PLR0913 - a face of keywords
     variant: str | None = None,
     trust: bool = False,
     strict: bool = False,
+    ops: Sequence[str] = (),
     settings: Settings | None = None,
     say: Say = silent,
 ) -> Deferred:
@@ -62,11 +63,15 @@ def load(  # noqa: PLR0913 - a face of keywords
     A repo of packages that `spaces` and `aokit` read is loaded, too, with the warning `NoDigests`;
     `variant` chooses among `{BlockClass}.{variant}` folders.
 
+    `ops` are modules of the caller's that register the ops which graphs call: they are imported
+    here, and where a graph is tried.
+
     Raises:
         NoMatch: nothing fits this host, with every reason; NoArtifact: the repo has nothing.
         Untrusted: its publisher is not trusted here; `trust=True` remembers that it is.
         OtherProgram, MissingConstant: the module is not the one that was compiled; nothing changed.
         AlreadyAttached: it has graphs already.
+        MissingOps: a module of `ops` cannot be imported.
     """
     settings = settings or Settings.from_env()
     ref = reference(repo, revision)
@@ -76,6 +81,9 @@ def load(  # noqa: PLR0913 - a face of keywords
     refuse_attached(module)
     if not settings.graphs:
         return nothing(module)
+    from hubaoti.runtime.ops import register
+
+    register(ops)
     host = probe(settings)
     asked = None if recipe is None else Recipe.parse(recipe)
     with Mirror.open(settings.mirror) as mirror:
@@ -93,11 +101,11 @@ def load(  # noqa: PLR0913 - a face of keywords
     if isinstance(found, Fetched):
         from hubaoti.spaces import loose
 
-        return loose.deferred(module, found, host, settings, strict=strict)
+        return loose.deferred(module, found, host, settings, strict=strict, ops=ops)
     from hubaoti.spaces.worker import deferred
 
     plans = plans_of(module, found)
-    return deferred(module, plans, host, settings, strict=strict, recipe=asked)
+    return deferred(module, plans, host, settings, strict=strict, recipe=asked, ops=ops)
 
 
 def reference(repo: str, revision: str | None) -> RepoRef:

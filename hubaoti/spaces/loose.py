@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from hubaoti.hub.words import without_stored_login
 from hubaoti.manifest import Graph
 from hubaoti.mirror import Mirror
 from hubaoti.mirror.store import holds_members
+from hubaoti.opening import RETRY, Tried
 from hubaoti.settings import Settings
 from hubaoti.spaces.worker import host_of
 
@@ -130,6 +131,7 @@ class LooseWorker:
     strict: bool
     looks: Looks
     verdicts: Verdicts
+    ops: tuple[str, ...] = ()
 
     def open(self) -> Attachment:
         """Attach all packages, or none.
@@ -138,7 +140,8 @@ class LooseWorker:
             NoMatch: one is for another device or host.
             DigestMismatch: one was changed since it was pulled.
             Quarantined: one cannot be loaded by a process of its own.
-            CannotOpen, MissingOps: one cannot be loaded here.
+            CannotOpen, MissingOps: one cannot be loaded by it, and is not loaded here.
+            NotTried: that process came to nothing.
         """
         from hubaoti.runtime.attach import ATTACHED, Attachment
         from hubaoti.runtime.devices import device_here
@@ -201,22 +204,22 @@ class LooseWorker:
         if why := misfit(said_of(folder, graph), host_of(self.host, device), device):
             raise NoMatch(f"{graph.id} {why}", hint="use packages that were built for this host")
         from hubaoti.runtime.loose_open import first_open
-        from hubaoti.runtime.selftest import kind_of_host
 
-        host = kind_of_host(device)
-        problem = mirror.index.tested(graph.sha256, host)
+        tried = Tried.on(mirror, device, self.ops)
+        problem = tried.problem(graph)
         if problem is None:
-            verdict = first_open(folder, graph, device, self.fetched.kernels)
-            if not verdict.opened and verdict.lasting:  # each request would ask a new process again
-                self.verdicts.remember(unopened(graph), host)
-            if not verdict.opened or not verdict.lasting:
-                raise HubaotiError(f"{graph.id}: {verdict.problem}", hint="it was not opened here")
+            tried.require_ops(graph)
+            verdict = first_open(folder, graph, device, self.fetched.kernels, self.ops)
+            if not verdict.opened:  # each request would ask a new process again
+                self.verdicts.remember(unopened(graph), tried.hosts[0])
+            tried.settle(verdict, graph)
             problem = verdict.problem
-            if mirror.index.is_writable:
-                mirror.index.record_tested(graph.sha256, host, problem)
         if problem:
             mirror.quarantine(graph)
-            raise Quarantined(f"{graph.id}: {problem}", hint="ask its publisher")
+            raise Quarantined(
+                f"{graph.id}: {problem}",
+                hint=f"ask its publisher; where this machine was to blame: {RETRY}",
+            )
 
     def _folder(self, graph: Graph) -> Path:
         """Where a package lies unpacked."""
@@ -263,7 +266,13 @@ def misfit(said: dict[str, Any], host: Host, device: torch.device) -> str | None
 
 
 def deferred(
-    module: nn.Module, fetched: Fetched, host: Host, settings: Settings, *, strict: bool
+    module: nn.Module,
+    fetched: Fetched,
+    host: Host,
+    settings: Settings,
+    *,
+    strict: bool,
+    ops: Sequence[str] = (),
 ) -> Deferred:
     """The module, waiting for a process that calls it."""
     from hubaoti.runtime.looks import Looks
@@ -280,7 +289,7 @@ def deferred(
     names = [name for each in served for name in (each.graph.sha256, unopened(each.graph))]
     verdicts = Verdicts((name, "") for name in names)
     worker = LooseWorker(
-        weakref.ref(module), served, fetched, host, settings, strict, Looks(), verdicts
+        weakref.ref(module), served, fetched, host, settings, strict, Looks(), verdicts, (*ops,)
     )
     warm()
     spots = {spot.path: spot for each in served for spot in each.spots}

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from hubaoti.errors import HubaotiError, NoMatch
+from hubaoti.errors import HubaotiError, NoMatch, NotTried
 from hubaoti.host import Gpu, Host
 from hubaoti.hub.fleet import Offer, best_first
 from hubaoti.manifest import Manifest
 from hubaoti.match import judge
 from hubaoti.mirror import Artifact, Mirror
-from hubaoti.mirror.store import holds_members, holds_small
+from hubaoti.mirror.store import is_whole
 from hubaoti.opening import require_sound
 from hubaoti.settings import Settings
 from hubaoti.steps import silent
@@ -50,25 +50,29 @@ class Worker:
     recipe: Recipe | None
     strict: bool
     verdicts: Mapping[str, Verdicts]
+    ops: tuple[str, ...] = ()
 
     def open(self) -> Attachment:
         """Attach the best of what fits this process's device; what fails there is passed over.
 
         Raises:
             NoMatch: nothing fits, with every reason.
-            HubaotiError: what fits cannot be opened, with every reason.
+            HubaotiError: what fits cannot be opened, with every reason; NotTried: it may be later.
         """
         from hubaoti.runtime.devices import device_here
 
         module = self.module()
         assert module is not None  # it is being called
-        problems: list[str] = []
+        problems: dict[str, HubaotiError] = {}
         for plan in self._fitting(device_here(module)):
             try:
                 return self._attached(module, plan)
             except HubaotiError as why:
-                problems.append(f"{plan.offer.place}: {why}")
-        raise HubaotiError("; ".join(problems), hint="see what is said of each artifact")
+                hint = f" ({why.hint})" if why.hint else ""
+                problems[f"{plan.offer.place}: {why}{hint}"] = why
+        passing = any(isinstance(why, NotTried) for why in problems.values())
+        kind = NotTried if passing else HubaotiError
+        raise kind("; ".join(problems), hint="see what is said of each artifact")
 
     def _fitting(self, device: torch.device) -> list[Plan]:
         """The plans for a device, the best first.
@@ -116,16 +120,8 @@ class Worker:
         if verdicts.is_sound(artifact.digest, host) and is_whole(artifact):
             return
         with Mirror.open(self.settings.mirror) as mirror:
-            require_sound(artifact, mirror, device, silent)
+            require_sound(artifact, mirror, device, silent, self.ops)
         verdicts.remember(artifact.digest, host)
-
-
-def is_whole(artifact: Artifact) -> bool:
-    """Whether all of an artifact is there, byte for byte; the index is not asked."""
-    graphs = artifact.manifest.graphs
-    return holds_small(artifact) and all(
-        holds_members(artifact.graph_folder(graph), graph) for graph in graphs
-    )
 
 
 def host_of(host: Host, device: torch.device) -> Host:
@@ -139,7 +135,7 @@ def host_of(host: Host, device: torch.device) -> Host:
     return replace(host, gpus=(Gpu(name, sm, memory),), driver_cuda=driver)
 
 
-def deferred(
+def deferred(  # noqa: PLR0913 - all that a worker needs
     module: nn.Module,
     plans: Sequence[Plan],
     host: Host,
@@ -147,6 +143,7 @@ def deferred(
     *,
     strict: bool,
     recipe: Recipe | None,
+    ops: Sequence[str] = (),
 ) -> Deferred:
     """The module, waiting for a process that calls it."""
     from hubaoti.runtime.tally import Tally
@@ -155,7 +152,9 @@ def deferred(
 
     artifacts = [plan.offer.artifact for plan in plans]
     verdicts = {each.digest: Verdicts(names_in(each.manifest)) for each in artifacts}
-    worker = Worker(weakref.ref(module), tuple(plans), host, settings, recipe, strict, verdicts)
+    worker = Worker(
+        weakref.ref(module), tuple(plans), host, settings, recipe, strict, verdicts, (*ops,)
+    )
     warm()
     spots = {spot.path: spot for plan in plans for spot in plan.spots}
     return Deferred(

@@ -1,0 +1,91 @@
+"""The way back: verdicts are forgotten, and what has the right bytes comes out of quarantine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from hubaoti.errors import BadManifest, DigestMismatch
+from hubaoti.manifest import Graph
+from hubaoti.mirror.artifact import Artifact
+from hubaoti.mirror.quarantine import NOTE, note_of
+from hubaoti.mirror.rows import Row
+from hubaoti.mirror.store import Mirror, holds_members, holds_small, is_whole
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """What a retry came to: verdicts that were forgotten, graphs and artifacts that are back."""
+
+    verdicts: int
+    graphs: tuple[str, ...]
+    artifacts: tuple[Row, ...]
+
+
+def retry(mirror: Mirror) -> Retried:
+    """Forget what first opens held against graphs, and bring back what is apart and whole.
+
+    A graph that really crashes is found out once more, by a process of its own. What has other
+    bytes than its manifest lists stays where it is.
+
+    Raises:
+        HubaotiError: the mirror may not be written.
+    """
+    mirror.require_writable()
+    promises = [p for folder in apart(mirror) for p in note_of(folder).promises]
+    known = graphs_in(mirror)
+    graphs = [name for folder in apart(mirror) if (name := brought_back(folder, mirror, known))]
+    rows = []
+    for promise in promises:
+        artifact = mirror.stored(promise.row.digest)
+        if artifact and is_whole(artifact) and mirror.index.row(promise.row.digest) is None:
+            mirror.index.keep(promise)
+            rows.append(promise.row)
+    return Retried(mirror.index.forget_problems(), tuple(graphs), tuple(rows))
+
+
+def apart(mirror: Mirror) -> list[Path]:
+    """What is in quarantine, the newest last."""
+    return sorted((mirror.root / "quarantine").iterdir(), key=lambda each: each.lstat().st_mtime)
+
+
+def brought_back(folder: Path, mirror: Mirror, known: dict[str, Graph]) -> str | None:
+    """Give a folder that is apart its place again, if its bytes are right; the graph's name."""
+    name = folder.name.partition("~")[0]
+    graph = known.get(name) or note_of(folder).graph
+    if graph is not None and graph.sha256 == name and holds_members(folder, graph):
+        return name if moved(folder, mirror.root / "graphs" / name) else None
+    if holds_manifest(folder, name, mirror):
+        moved(folder, mirror.root / "artifacts" / name)
+    return None
+
+
+def moved(folder: Path, target: Path) -> bool:
+    """Give a folder its place, unless there is another by now."""
+    (folder / NOTE).unlink(missing_ok=True)
+    try:
+        folder.rename(target)
+    except OSError:
+        return False
+    return True
+
+
+def holds_manifest(folder: Path, digest: str, mirror: Mirror) -> bool:
+    """Whether a folder has an artifact's manifest and small tensors, byte for byte."""
+    with suppress(OSError, BadManifest, DigestMismatch):
+        return holds_small(mirror.read(digest, folder))
+    return False
+
+
+def graphs_in(mirror: Mirror) -> dict[str, Graph]:
+    """The graphs of all artifacts whose manifests are here, promised or not, by their sha256."""
+    return {graph.sha256: graph for each in stored_in(mirror) for graph in each.manifest.graphs}
+
+
+def stored_in(mirror: Mirror) -> Iterator[Artifact]:
+    """The artifacts whose manifests are here."""
+    for folder in (mirror.root / "artifacts").iterdir():
+        if artifact := mirror.stored(folder.name):
+            yield artifact

@@ -1,0 +1,65 @@
+"""What the index knows, as plain records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hubaoti.settings import without_login
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an artifact came from: a path in a repo at a commit; all empty if built here."""
+
+    endpoint: str = ""
+    repo: str = ""
+    commit: str = ""
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        # An older hubaoti kept the password of an endpoint that has one in its URL.
+        object.__setattr__(self, "endpoint", without_login(self.endpoint)[0])
+
+    @property
+    def publisher(self) -> str:
+        """The owner of the repo; empty if built here."""
+        return self.repo.partition("/")[0]
+
+
+BUILT_HERE = Origin()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One artifact as `mirror ls` lists it; `size` in bytes on disk, `added` in Unix seconds."""
+
+    digest: str
+    key: str
+    recipe: str
+    variant: str
+    size: int
+    added: float
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """What was asked of which repo, at which commit, for which kind of host."""
+
+    endpoint: str
+    repo: str
+    commit: str
+    recipe: str
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """All that is said of an artifact: its row, the graphs that it holds, which pulls gave it.
+
+    A pull stands with the path that it gave.
+    """
+
+    row: Row
+    graphs: tuple[str, ...]
+    pulls: tuple[tuple[Pin, str], ...]
