@@ -43,6 +43,7 @@ from hubaoti.errors import (
 )
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.runtime.attach import Attachment, refuse_attached, regions_in
+from hubaoti.runtime.collecting import FLAGS, unread_flags
 from hubaoti.runtime.reasons import ADVICE, Unserved
 from hubaoti.runtime.tally import Fallback
 from hubaoti.runtime.template import CallPlan
@@ -733,6 +734,89 @@ def test_an_adapter_is_served_while_it_is_merged(
         torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
     counts = attached.stats()["regions"]["model.layers.0"]
     assert counts == {"compiled": {"model.layers": 3}, "eager": {"adapters": 1}}
+
+
+# What a call asks for beside its answer
+
+
+def ask(model: Any, **flags: Any) -> Any:
+    """The answer to a prefill into a new static cache, with all that is asked for beside it."""
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        return model(ids, past_key_values=cache, use_cache=True, **flags)
+
+
+@pytest.mark.parametrize("layers", [True, [1]])
+def test_hidden_states_of_blocks_are_collected_around_their_graphs(
+    layers: Any, plain: Any, model: Any, attached: Attachment
+) -> None:
+    expected = ask(plain, output_hidden_states=layers).hidden_states
+    found = ask(model, output_hidden_states=layers).hidden_states
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for _ in range(2):
+        ask(model)
+    assert (attached.stats()["compiled"], attached.stats()["eager"]) == (6, 0)
+
+
+def test_what_only_the_module_has_is_collected_by_it_and_no_later_call_is(
+    plain: Any, model: Any, attached: Attachment
+) -> None:
+    for each in (plain, model):
+        each.set_attn_implementation("eager")
+    with warnings.catch_warnings(action="ignore", category=Fallback):
+        expected = ask(plain, output_attentions=True)
+        found = ask(model, output_attentions=True)
+    assert len(found.attentions) == 2
+    torch.testing.assert_close(found.attentions, expected.attentions, atol=1e-4, rtol=1e-4)
+    for each in (plain, model):
+        each.set_attn_implementation("sdpa")
+    torch.testing.assert_close(ask(model).logits, ask(plain).logits, atol=1e-4, rtol=1e-4)
+    counts = attached.stats()["regions"]["model.layers.1"]
+    assert counts == {"compiled": {"model.layers": 1}, "eager": {"outputs": 1}}
+
+
+def test_a_model_that_collected_before_is_attached_and_served(
+    model: Any, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    ask(model, output_hidden_states=True)
+    with hubaoti.attach(model, decoder_bundle, strict=True, settings=built_at):
+        ask(model)
+
+
+def test_a_hook_inside_ends_serving_until_it_is_removed(
+    plain: Any, model: Any, attached: Attachment
+) -> None:
+    ask(model, output_hidden_states=True)  # so that transformers' own are there, too
+    attention = model.model.layers[0].self_attn
+    with warnings.catch_warnings(action="ignore", category=Fallback):
+        for register in (attention.register_forward_hook, attention.register_forward_pre_hook):
+            heard: list[Any] = []
+            handle = register(lambda *_, heard=heard: heard.append(None))
+            ask(model)
+            handle.remove()
+            torch.testing.assert_close(ask(model).logits, ask(plain).logits, atol=1e-4, rtol=1e-4)
+            assert len(heard) == 1
+    counts = attached.stats()["regions"]["model.layers.0"]
+    assert counts == {"compiled": {"model.layers": 3}, "eager": {"hooks": 2}}
+
+
+def test_a_flag_that_a_block_reads_is_no_word_beside_its_answer(model: Any) -> None:
+    class Named(nn.Module):
+        def forward(self, x: torch.Tensor, output_attentions: bool = False) -> torch.Tensor:
+            return x + output_attentions
+
+    class LookedUp(nn.Module):
+        def forward(self, x: torch.Tensor, **more: Any) -> torch.Tensor:
+            return x + more.get("output_router_logits", 0)
+
+    block = model.model.layers[0]
+    assert unread_flags(block) == {*FLAGS}
+    block.mlp = Named()
+    assert unread_flags(block) == {*FLAGS} - {"output_attentions"}
+    block.mlp = LookedUp()
+    assert unread_flags(block) == {*FLAGS} - {"output_router_logits"}
+    assert not unread_flags(model.model)  # it answers otherwise where one is given
 
 
 def test_many_threads_get_their_own_answers(plain: Any, model: Any, attached: Attachment) -> None:

@@ -18,6 +18,7 @@ from hubaoti.errors import MissingConstant
 from hubaoti.manifest import Constant
 from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.checks import alignment_of, check_constant, dtype_of
+from hubaoti.runtime.collecting import is_capture
 from hubaoti.runtime.quantize import make
 from hubaoti.runtime.quantized import Sketched, place_of, quantize_in_place
 from hubaoti.runtime.reasons import Unserved
@@ -251,7 +252,8 @@ def names_of(constant: Constant) -> tuple[str, str, str]:
 def require_quiet(module: nn.Module, own: tuple[type, ...] = ()) -> None:
     """Refuse train mode, hooks, and parts whose `forward` is not their class's any more.
 
-    `own` are the kinds of `forward` that graphs put there.
+    `own` are the kinds of `forward` that graphs put there. transformers' own hooks are none that
+    anybody would miss, but in a call that collects by them, which `collecting` refuses.
 
     Raises:
         Unserved: with the reason.
@@ -261,7 +263,8 @@ def require_quiet(module: nn.Module, own: tuple[type, ...] = ()) -> None:
             raise Unserved("training", f"{name or 'the region'} is in train mode")
         if part is module:
             continue
-        if part._forward_hooks or part._forward_pre_hooks:
+        hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        if not all(map(is_capture, hooks)):
             raise Unserved("hooks", f"{name} has a hook")
         if "forward" in vars(part) and not isinstance(vars(part)["forward"], own):
             raise Unserved("changed", f"the forward of {name} was replaced")

@@ -17,6 +17,8 @@ ADVICE = {
     "adapters": "merge the adapters: model.merge_and_unload()",
     "changed": "its parts are not those it was attached with: detach, and attach again",
     "hooks": "hooks on modules inside of a compiled region would not run: hook the region itself",
+    "outputs": "leave output_attentions and output_router_logits out where graphs answer; hidden "
+    "states of whole blocks are collected around them",
     "arguments": "call it as it was called when it was compiled",
     "cache": 'generate with cache_implementation="static"; use_cache=False where nothing is '
     "generated",

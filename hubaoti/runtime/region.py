@@ -159,6 +159,7 @@ class Region:
             watch, graphs = self._watch, self.graphs
         if watch is None or not graphs:
             raise Unserved("changed", "it is bound anew, or detached, in another thread")
+        watch.refuse_collecting()
         if torch.is_grad_enabled() and watch.wants_gradients():
             raise Unserved("gradients", "the region's parameters are trained")
         ways = self.ways

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from hubaoti.runtime.checks import address
+from hubaoti.runtime.collecting import captures_of, is_capture, refuse_collecting
 
 # Hooks of every module, which a graph's inner modules would not run (torch.nn.modules.module).
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -64,9 +65,14 @@ class Watch:
         # What somebody adds: a part to one, or a `forward` of its own to one within.
         self._growing = [*stores[2::3], *map(vars, self._inner)]
         self._sizes = [*map(len, self._growing)]
-        self._hooks = [getattr(torch_module, name) for name in GLOBAL_HOOKS]
-        self._hooks += [part._forward_hooks for part in self._inner]
-        self._hooks += [part._forward_pre_hooks for part in self._inner]
+        hooks: list[dict[int, Any]] = [getattr(torch_module, name) for name in GLOBAL_HOOKS]
+        hooks += [part._forward_hooks for part in self._inner]
+        hooks += [part._forward_pre_hooks for part in self._inner]
+        # transformers' own collect nothing as long as no call asks, and may be there already.
+        captured = [each for each in hooks if each and all(map(is_capture, each.values()))]
+        self._captured = [(each, [*each]) for each in captured]
+        self._captures = captures_of(hook for each in captured for hook in each.values())
+        self._hooks = [each for each in hooks if not any(each is other for other in captured)]
         self._tensors = [each.tensor for each in found]
         self._made = [each for each in found if each.bound is not each.tensor]
         self._adapters = [*adapters]
@@ -79,6 +85,7 @@ class Watch:
                 module is not None
                 and not module.training
                 and not any(self._hooks)
+                and all([*hooks] == known for hooks, known in self._captured)
                 and all(map(is_, map(getitem, self._stores, self._names), self._things))
                 and [*map(len, self._growing)] == self._sizes
                 and [*map(type, self._inner)] == self._types
@@ -87,6 +94,15 @@ class Watch:
             )
         except KeyError:
             return False
+
+    def refuse_collecting(self) -> None:
+        """Refuse a call that collects what only parts of the module have.
+
+        Raises:
+            Unserved: with what it collects.
+        """
+        if self._captures:
+            refuse_collecting(self._captures)
 
     def wants_gradients(self) -> bool:
         """Whether one of the tensors that were bound is trained."""

@@ -21,6 +21,7 @@ from hubaoti.manifest import Input
 from hubaoti.runtime.adapt import Adapted, stream_of
 from hubaoti.runtime.alike import Alike
 from hubaoti.runtime.checks import BadValue, Checks, Overlap, Slot
+from hubaoti.runtime.collecting import unread_flags
 from hubaoti.runtime.kv import Held, put_into
 from hubaoti.runtime.modes import refuse_modes
 from hubaoti.runtime.reasons import Unserved
@@ -68,7 +69,7 @@ class Ways:
         first = max(self.entries, key=lambda entry: len(entry.inputs))
         refuse_other_calls(first, self.entries)
         own = partial(type(block).forward, block)  # whatever somebody has put over it
-        self.plan = CallPlan(first.call, len(first.inputs), own)
+        self.plan = CallPlan(first.call, len(first.inputs), own, unread_flags(block))
         self.answers: list[Make] = [answer_plan(e.outputs.template) for e in self.entries]
         self.adapted = Adapted()
         self.has_cache = first.cache is not None
