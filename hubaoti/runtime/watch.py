@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from hubaoti.runtime.checks import address
+from hubaoti.runtime.adapters import Adapter, version
 from hubaoti.runtime.collecting import captures_of, is_capture, refuse_collecting
 
 # Hooks of every module, which a graph's inner modules would not run (torch.nn.modules.module).
@@ -43,11 +43,18 @@ class Watch:
     """A module as it was when its graphs were bound.
 
     Seen are other parts, parameters and buffers, hooks, train mode, a `forward` put on a part, and
-    adapters that are merged no more. Not seen are plain attributes that somebody sets, and what is
-    written into a tensor that a graph reads where it lies, which needs not be seen.
+    adapters that are merged, taken out or heard otherwise. Not seen are plain attributes that
+    somebody sets, and what is written into a tensor that a graph reads where it lies, which needs
+    not be seen.
     """
 
-    def __init__(self, module: nn.Module, found: Sequence[Found], adapters: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        found: Sequence[Found],
+        adapters: Sequence[tuple[Adapter, tuple[Any, ...]]],
+    ) -> None:
+        """`adapters` come with the states in which their layers were looked at."""
         # The module holds its region, which holds this: a way back, or to its own dictionary, would
         # keep a model that nobody has any more, until the garbage collector comes.
         self._module = weakref.ref(module)
@@ -89,7 +96,7 @@ class Watch:
                 and all(map(is_, map(getitem, self._stores, self._names), self._things))
                 and [*map(len, self._growing)] == self._sizes
                 and [*map(type, self._inner)] == self._types
-                and (not self._adapters or all(map(is_merged, self._adapters)))
+                and all(each.state() == known for each, known in self._adapters)
                 and (not self._made or all(each.is_fresh for each in self._made))
             )
         except KeyError:
@@ -107,19 +114,3 @@ class Watch:
     def wants_gradients(self) -> bool:
         """Whether one of the tensors that were bound is trained."""
         return any(tensor.requires_grad for tensor in self._tensors)
-
-
-def is_merged(adapter: Any) -> bool:
-    """Whether an adapter's part is in its layer's own weight, so that the layer answers for both.
-
-    As peft's layers say it, which are found in no other way; a disabled one takes its part out
-    again when it is called.
-    """
-    return bool(getattr(adapter, "merged", False)) and not getattr(
-        adapter, "disable_adapters", False
-    )
-
-
-def version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to, and where it lies; inference tensors do not count."""
-    return hash((address(tensor), -1 if tensor.is_inference() else tensor._version))
