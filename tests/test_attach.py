@@ -47,6 +47,7 @@ from hubaoti.runtime.collecting import FLAGS, unread_flags
 from hubaoti.runtime.reasons import ADVICE, Unserved
 from hubaoti.runtime.tally import Fallback
 from hubaoti.runtime.template import CallPlan
+from hubaoti.runtime.trial import Trials
 from hubaoti.settings import Settings
 
 GREEDY: dict[str, Any] = {
@@ -1050,21 +1051,77 @@ def windowed_bundle(
     )
 
 
-@pytest.mark.parametrize(("length", "eager"), [(4, 0), (12, 0), (20, 2)])
+@pytest.mark.parametrize("padded", [0, 3])
+@pytest.mark.parametrize("length", [4, WINDOW, WINDOW + 1, 20])
 def test_over_a_window_it_goes_on_when_that_is_full(
-    length: int, eager: int, windowed: Any, windowed_bundle: Bundle, built_at: Settings
+    length: int, padded: int, windowed: Any, windowed_bundle: Bundle, built_at: Settings
 ) -> None:
-    """Only the call in which a window becomes full, and is not filled exactly, has no graph."""
+    """A window becomes full in a step, in the prompt, or with it."""
     ids = torch.arange(3, 3 + 2 * length).view(2, length)
-    expected = windowed.generate(ids, **STATIC)
+    mask = torch.ones_like(ids)
+    mask[1, :padded] = 0
+    expected = windowed.generate(ids, attention_mask=mask, **STATIC)
     with hubaoti.attach(windowed, windowed_bundle, settings=built_at) as attachment:
-        with warnings.catch_warnings(action="ignore", category=Fallback):
-            assert torch.equal(windowed.generate(ids, **STATIC), expected)
+        assert torch.equal(windowed.generate(ids, attention_mask=mask, **STATIC), expected)
         stats = attachment.stats()
-    assert (stats["compiled"], stats["eager"]) == (40 - eager, eager)
-    assert all(len(region["compiled"]) == 2 for region in stats["regions"].values())
-    if eager:
-        assert stats["regions"]["model.layers.0"]["eager"] == {"window": 1}
+    assert (stats["compiled"], stats["eager"]) == (40, 0)
+    graphs = 1 if length > WINDOW else 2
+    counts = [region["compiled"].values() for region in stats["regions"].values()]
+    assert [sum(map(bool, each)) for each in counts] == [graphs, graphs]
+
+
+@pytest.mark.parametrize("more", [1, 3, 9, WINDOW, 20])
+def test_a_window_that_is_partly_filled_becomes_full_in_a_later_prompt(
+    more: int, windowed: Any, windowed_bundle: Bundle, built_at: Settings
+) -> None:
+    """Of a conversation over one cache; and over the same one once it is emptied."""
+
+    def talk() -> list[Any]:
+        cache = StaticCache(config=windowed.config, max_cache_len=60)
+        said = torch.tensor([[5, 6, 7], [8, 9, 10]])
+        answers: list[Any] = []
+        for new in (more, 2):
+            said = windowed.generate(said, past_key_values=cache, **GREEDY | {"max_new_tokens": 5})
+            answers.append(said)
+            said = torch.cat([said, torch.full((2, new), 11)], 1)
+        cache.reset()
+        answers.append(windowed.generate(said[:, :20], past_key_values=cache, **GREEDY))
+        return answers + [(layer.keys, layer.values) for layer in cache.layers]
+
+    expected = talk()
+    with hubaoti.attach(windowed, windowed_bundle, strict=True, settings=built_at):
+        found = talk()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_first_call_in_which_a_window_becomes_full_is_compared_on_copies(
+    windowed: Any, windowed_bundle: Bundle, built_at: Settings
+) -> None:
+    """The module's own answer is made of what its cache holds, not of what the graph is given."""
+    ids = torch.arange(3, 43).view(2, 20)
+    expected = windowed.generate(ids, **STATIC)
+    with hubaoti.attach(windowed, windowed_bundle, strict=True, settings=built_at) as attachment:
+        for region in attachment._regions:
+            region._trials = Trials(entry.id for entry in region.ways.entries)
+        cache = StaticCache(config=windowed.config, max_cache_len=60)
+        head = windowed.generate(
+            ids[:, :5], past_key_values=cache, **GREEDY | {"max_new_tokens": 1}
+        )
+        assert torch.equal(head[:, :5], ids[:, :5])
+        found = windowed.generate(ids, past_key_values=cache, **GREEDY)
+    assert torch.equal(found, expected)
+
+
+def test_a_window_without_a_graph_for_a_full_one_says_so(
+    windowed: Any, windowed_bundle: Bundle, built_at: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.arange(3, 43).view(2, 20)
+    with hubaoti.attach(windowed, windowed_bundle, strict=True, settings=built_at) as attachment:
+        for region in attachment._regions:
+            kept = [e for e in region.ways.entries if e.cache.kind == "static"]
+            monkeypatch.setattr(region.ways, "entries", kept)
+        with pytest.raises(NotServed, match=r"window"):
+            windowed.generate(ids, **STATIC)
 
 
 @pytest.fixture(scope="module")

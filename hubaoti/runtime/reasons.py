@@ -24,7 +24,7 @@ ADVICE = {
     "generated",
     "capture": "a CUDA graph is replayed with the module's own work in it; call the model as it is "
     "to have its graphs answer",
-    "window": "of a long prompt, only the call in which a window becomes full is the module's own",
+    "window": "no graph is for a window that is full: compile with a cache dim that reaches it",
     "device": "move the inputs to the module's device",
     "dtype": "give inputs of the dtype that the recipe names, and masks of sdpa attention",
     "shape": "hubaoti compile --from-misses proposes dims and buckets for what "

@@ -14,7 +14,7 @@ import torch
 from hubaoti.errors import BadInput, MissingConstant
 from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.inside import Inside
-from hubaoti.runtime.kv import Held, Place, captured, is_capturing
+from hubaoti.runtime.kv import Held, Place, captured, is_capturing, slide_in
 from hubaoti.runtime.modes import refuse_modes, refuse_watchers
 from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.trial import Trials
@@ -192,22 +192,24 @@ class Region:
         ways = self.ways
         count = ways.plan.count
         inputs, numbers = found[:count], found[count + 1 :]
-        if held is not None and held.is_full:
+        if held is not None and held.slides:
             inputs.pop()  # a full window has no position
         way = ways.of(inputs, numbers, held)
         inputs = ways.follow(way, inputs, held, self.path)
         graph = graphs[way.graph]
         if self._trials.wants(graph.entry.id):
             eager = partial(self.eager, *args, **kwargs)
-            return self._trials.hold(graph, inputs, way.small, eager)
+            slide = partial(slide_in, graph.entry.cache, held)
+            return self._trials.hold(graph, inputs, way.small, eager, slide)
         return self._run(way, graph, inputs, held)
 
     def _run(self, way: Way, graph: Graph, inputs: list[torch.Tensor], held: Held | None) -> Any:
         """Have a graph answer, and count it."""
+        slide_in(graph.entry.cache, held, inputs)
         try:
             outputs = graph.run(inputs, way.small)
         except BadInput as why:
-            if held is not None and held.is_full:
+            if held is not None and held.slides:
                 raise  # the window has moved on already: nobody could answer now
             raise Unserved("failed", f"{why}") from why
         if held is not None:

@@ -16,6 +16,8 @@ from hubaoti.runtime.reasons import Unserved
 
 UNTRIED, AGREES, DIFFERS = range(3)
 
+Prepare = Callable[[list[torch.Tensor]], None]
+
 
 class Trials:
     """Graphs of a region that were not tried yet, and those that answered otherwise than it."""
@@ -43,17 +45,24 @@ class Trials:
         return False
 
     def hold(
-        self, graph: Graph, inputs: list[torch.Tensor], small: bool, eager: Callable[[], Any]
+        self,
+        graph: Graph,
+        inputs: list[torch.Tensor],
+        small: bool,
+        eager: Callable[[], Any],
+        prepare: Prepare,
     ) -> Any:
         """What the module answers, after the graph was asked the same.
 
-        What is written in place is written by the module; the graph has copies of it.
+        What is written in place is written by the module; the graph has copies of it, which
+        `prepare` may change before.
 
         Raises:
             Unserved: the graph fails. Where it answers otherwise, it is not asked again.
         """
         written = [at for at, item in enumerate(graph.entry.inputs) if item.mutated]
         given = [each.clone() if at in written else each for at, each in enumerate(inputs)]
+        prepare(given)
         try:
             ours = graph.run(given, small)
         except BadInput as why:
@@ -131,14 +140,19 @@ class SharedTrials(Trials):
         return super().wants(graph)
 
     def hold(
-        self, graph: Graph, inputs: list[torch.Tensor], small: bool, eager: Callable[[], Any]
+        self,
+        graph: Graph,
+        inputs: list[torch.Tensor],
+        small: bool,
+        eager: Callable[[], Any],
+        prepare: Prepare,
     ) -> Any:
         """As everywhere; what came of it is told to the others.
 
         Raises:
             Unserved: the graph fails.
         """
-        answer = super().hold(graph, inputs, small, eager)
+        answer = super().hold(graph, inputs, small, eager, prepare)
         if self._verdicts is not None:
             name = (self._path, graph.entry.id)
             self._verdicts[name] = DIFFERS if graph.entry.id in self._refused else AGREES
