@@ -57,6 +57,12 @@ def wrapped(model: Any) -> Any:
     return peft.get_peft_model(model, lora("q_proj", "down_proj")).eval()
 
 
+def with_a_head_of_its_own(model: Any) -> Any:
+    config = lora("q_proj")
+    config.modules_to_save = ["lm_head"]
+    return peft.get_peft_model(model, config).eval()
+
+
 def within(model: Any) -> Any:
     return wrapped(model).get_base_model()
 
@@ -72,7 +78,7 @@ def merge(model: Any) -> None:
             module.merge()
 
 
-@pytest.mark.parametrize("way", [wrapped, within, added])
+@pytest.mark.parametrize("way", [wrapped, with_a_head_of_its_own, within, added])
 def test_adapters_that_are_merged_before_attach_are_served(
     way: Callable[[Any], Any], model: Any, decoder_bundle: Bundle, built_at: Settings
 ) -> None:

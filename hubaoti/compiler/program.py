@@ -19,7 +19,7 @@ from hubaoti.compiler.modelcode import Code, code_of, code_of_types, is_loose
 from hubaoti.compiler.structure import Listing
 from hubaoti.errors import OtherProgram
 from hubaoti.manifest import Program
-from hubaoti.runtime.adapters import seen_through
+from hubaoti.runtime.adapters import own_parts
 
 # Names, labels, and what is done while training; dtype and attention stand in the build.
 NAMES = {
@@ -102,7 +102,7 @@ def is_program_of(model: nn.Module, program: Program, whole: bool) -> bool:
         return False
     left_out = {"class", "structure"} | (set() if whole else OUTPUTS)
     # Adapters read no config of the model; they were compiled with it, or stand over its layers.
-    for parts in ([*seen_through(model)[0].values()], [*model.modules()]):
+    for parts in (own_parts(model), model.modules()):
         types = frozenset(map(type, parts))
         code = code_of_types(types, frozenset(config_classes(config)), frozenset())
         ours = Normal(code, program.task).whole(config)

@@ -107,6 +107,12 @@ def seen_through(
     return dict(walk("", module)), adapters
 
 
+def own_parts(model: nn.Module) -> list[nn.Module]:
+    """A model's parts without what peft put there: its code is no code of the model."""
+    parts = seen_through(model)[0].values()
+    return [part for part in parts if type(part).__module__.split(".")[0] != "peft"]
+
+
 def base_of(module: nn.Module) -> nn.Module:
     """The model in a PeftModel, which has the paths and the config of the model's own."""
     own = getattr(module, "get_base_model", None)

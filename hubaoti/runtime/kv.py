@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,11 @@ CAPTURED = "captured"  # there: that is not known any more
 
 @dataclass(slots=True)
 class Held:
-    """A layer of a cache in one call: what it holds, and how much of it was filled before."""
+    """A layer of a cache in one call: what it holds, and how much of it was filled before.
+
+    `room` are the places that are not filled yet: none where a window has seen more than it holds.
+    It `slides` where its oldest entries leave, since it was full before the call or becomes so.
+    """
 
     layer: Any
     keys: torch.Tensor
@@ -37,21 +41,17 @@ class Held:
     seq: int
     is_sliding: bool
     empty: dict[str, Any] | None  # the layer as it was before it had tensors
+    room: int = field(init=False)
+    slides: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.room = max(0, int(self.keys.shape[2]) - self.before)
+        self.slides = self.is_sliding and self.seq > self.room
 
     @property
     def filled(self) -> int:
         """Places that are looked at."""
         return self.before + self.seq
-
-    @property
-    def room(self) -> int:
-        """Places that are not filled yet; none where a window has seen more than it holds."""
-        return max(0, int(self.keys.shape[2]) - self.before)
-
-    @property
-    def slides(self) -> bool:
-        """Whether the oldest entries leave: a window was full before the call, or becomes so."""
-        return self.is_sliding and self.seq > self.room
 
     @property
     def is_filling(self) -> bool:
