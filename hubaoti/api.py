@@ -255,7 +255,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
     tensors are bound by reference. What no graph serves is answered by the module itself, counted,
     and warned of once for each reason; with `strict` it raises `NotServed`. A module that has no
     config, or other code than was compiled, answers the first call of each graph itself, and the
-    graph's answer is compared.
+    graph's answer is compared. Of a PeftModel it is the model within.
 
     Of an artifact that was compiled with `--quantize`, the graphs make quantized weights of the
     module's, which then has both. With `quantize`, the module gives its own up and is smaller: what
@@ -278,9 +278,11 @@ def attach(  # noqa: PLR0913 - a face of keywords
     from hubaoti.compiler.parsed import lending
     from hubaoti.compiler.program import is_program_of
     from hubaoti.runtime import attach as runtime
+    from hubaoti.runtime.adapters import base_of
 
     if not settings.graphs:
         return runtime.nothing(module)
+    module = base_of(module)
     found = artifact_of(artifact, trust, settings, say)
     manifest = found.manifest
     with Mirror.open(settings.mirror) as mirror:
@@ -299,8 +301,9 @@ def detach(module: nn.Module) -> None:
         NotAttached: nothing was attached to it.
     """
     from hubaoti.runtime import attach as runtime
+    from hubaoti.runtime.adapters import base_of
 
-    runtime.detach(module)
+    runtime.detach(base_of(module))
 
 
 def artifact_of(

@@ -44,9 +44,11 @@ from hubaoti.errors import (
 )
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.runtime.attach import Attachment, Parts, attach, refuse_attached, regions_in
+from hubaoti.runtime.collecting import FLAGS, unread_flags
 from hubaoti.runtime.reasons import ADVICE, Unserved
 from hubaoti.runtime.tally import Fallback
 from hubaoti.runtime.template import CallPlan
+from hubaoti.runtime.trial import Trials
 from hubaoti.settings import Settings
 
 GREEDY: dict[str, Any] = {
@@ -746,6 +748,89 @@ def test_an_adapter_is_served_while_it_is_merged(
     assert counts == {"compiled": {"model.layers": 3}, "eager": {"adapters": 1}}
 
 
+# What a call asks for beside its answer
+
+
+def ask(model: Any, **flags: Any) -> Any:
+    """The answer to a prefill into a new static cache, with all that is asked for beside it."""
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        return model(ids, past_key_values=cache, use_cache=True, **flags)
+
+
+@pytest.mark.parametrize("layers", [True, [1]])
+def test_hidden_states_of_blocks_are_collected_around_their_graphs(
+    layers: Any, plain: Any, model: Any, attached: Attachment
+) -> None:
+    expected = ask(plain, output_hidden_states=layers).hidden_states
+    found = ask(model, output_hidden_states=layers).hidden_states
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for _ in range(2):
+        ask(model)
+    assert (attached.stats()["compiled"], attached.stats()["eager"]) == (6, 0)
+
+
+def test_what_only_the_module_has_is_collected_by_it_and_no_later_call_is(
+    plain: Any, model: Any, attached: Attachment
+) -> None:
+    for each in (plain, model):
+        each.set_attn_implementation("eager")
+    with warnings.catch_warnings(action="ignore", category=Fallback):
+        expected = ask(plain, output_attentions=True)
+        found = ask(model, output_attentions=True)
+    assert len(found.attentions) == 2
+    torch.testing.assert_close(found.attentions, expected.attentions, atol=1e-4, rtol=1e-4)
+    for each in (plain, model):
+        each.set_attn_implementation("sdpa")
+    torch.testing.assert_close(ask(model).logits, ask(plain).logits, atol=1e-4, rtol=1e-4)
+    counts = attached.stats()["regions"]["model.layers.1"]
+    assert counts == {"compiled": {"model.layers": 1}, "eager": {"outputs": 1}}
+
+
+def test_a_model_that_collected_before_is_attached_and_served(
+    model: Any, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    ask(model, output_hidden_states=True)
+    with hubaoti.attach(model, decoder_bundle, strict=True, settings=built_at):
+        ask(model)
+
+
+def test_a_hook_inside_ends_serving_until_it_is_removed(
+    plain: Any, model: Any, attached: Attachment
+) -> None:
+    ask(model, output_hidden_states=True)  # so that transformers' own are there, too
+    attention = model.model.layers[0].self_attn
+    with warnings.catch_warnings(action="ignore", category=Fallback):
+        for register in (attention.register_forward_hook, attention.register_forward_pre_hook):
+            heard: list[Any] = []
+            handle = register(lambda *_, heard=heard: heard.append(None))
+            ask(model)
+            handle.remove()
+            torch.testing.assert_close(ask(model).logits, ask(plain).logits, atol=1e-4, rtol=1e-4)
+            assert len(heard) == 1
+    counts = attached.stats()["regions"]["model.layers.0"]
+    assert counts == {"compiled": {"model.layers": 3}, "eager": {"hooks": 2}}
+
+
+def test_a_flag_that_a_block_reads_is_no_word_beside_its_answer(model: Any) -> None:
+    class Named(nn.Module):
+        def forward(self, x: torch.Tensor, output_attentions: bool = False) -> torch.Tensor:
+            return x + output_attentions
+
+    class LookedUp(nn.Module):
+        def forward(self, x: torch.Tensor, **more: Any) -> torch.Tensor:
+            return x + more.get("output_router_logits", 0)
+
+    block = model.model.layers[0]
+    assert unread_flags(block) == {*FLAGS}
+    block.mlp = Named()
+    assert unread_flags(block) == {*FLAGS} - {"output_attentions"}
+    block.mlp = LookedUp()
+    assert unread_flags(block) == {*FLAGS} - {"output_router_logits"}
+    assert not unread_flags(model.model)  # it answers otherwise where one is given
+
+
 def test_many_threads_get_their_own_answers(plain: Any, model: Any, attached: Attachment) -> None:
     prompts = [torch.arange(3 + n, 9 + 2 * n)[None] for n in range(6)]
     with torch.no_grad():
@@ -977,21 +1062,77 @@ def windowed_bundle(
     )
 
 
-@pytest.mark.parametrize(("length", "eager"), [(4, 0), (12, 0), (20, 2)])
+@pytest.mark.parametrize("padded", [0, 3])
+@pytest.mark.parametrize("length", [4, WINDOW, WINDOW + 1, 20])
 def test_over_a_window_it_goes_on_when_that_is_full(
-    length: int, eager: int, windowed: Any, windowed_bundle: Bundle, built_at: Settings
+    length: int, padded: int, windowed: Any, windowed_bundle: Bundle, built_at: Settings
 ) -> None:
-    """Only the call in which a window becomes full, and is not filled exactly, has no graph."""
+    """A window becomes full in a step, in the prompt, or with it."""
     ids = torch.arange(3, 3 + 2 * length).view(2, length)
-    expected = windowed.generate(ids, **STATIC)
+    mask = torch.ones_like(ids)
+    mask[1, :padded] = 0
+    expected = windowed.generate(ids, attention_mask=mask, **STATIC)
     with hubaoti.attach(windowed, windowed_bundle, settings=built_at) as attachment:
-        with warnings.catch_warnings(action="ignore", category=Fallback):
-            assert torch.equal(windowed.generate(ids, **STATIC), expected)
+        assert torch.equal(windowed.generate(ids, attention_mask=mask, **STATIC), expected)
         stats = attachment.stats()
-    assert (stats["compiled"], stats["eager"]) == (40 - eager, eager)
-    assert all(len(region["compiled"]) == 2 for region in stats["regions"].values())
-    if eager:
-        assert stats["regions"]["model.layers.0"]["eager"] == {"window": 1}
+    assert (stats["compiled"], stats["eager"]) == (40, 0)
+    graphs = 1 if length > WINDOW else 2
+    counts = [region["compiled"].values() for region in stats["regions"].values()]
+    assert [sum(map(bool, each)) for each in counts] == [graphs, graphs]
+
+
+@pytest.mark.parametrize("more", [1, 3, 9, WINDOW, 20])
+def test_a_window_that_is_partly_filled_becomes_full_in_a_later_prompt(
+    more: int, windowed: Any, windowed_bundle: Bundle, built_at: Settings
+) -> None:
+    """Of a conversation over one cache; and over the same one once it is emptied."""
+
+    def talk() -> list[Any]:
+        cache = StaticCache(config=windowed.config, max_cache_len=60)
+        said = torch.tensor([[5, 6, 7], [8, 9, 10]])
+        answers: list[Any] = []
+        for new in (more, 2):
+            said = windowed.generate(said, past_key_values=cache, **GREEDY | {"max_new_tokens": 5})
+            answers.append(said)
+            said = torch.cat([said, torch.full((2, new), 11)], 1)
+        cache.reset()
+        answers.append(windowed.generate(said[:, :20], past_key_values=cache, **GREEDY))
+        return answers + [(layer.keys, layer.values) for layer in cache.layers]
+
+    expected = talk()
+    with hubaoti.attach(windowed, windowed_bundle, strict=True, settings=built_at):
+        found = talk()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_first_call_in_which_a_window_becomes_full_is_compared_on_copies(
+    windowed: Any, windowed_bundle: Bundle, built_at: Settings
+) -> None:
+    """The module's own answer is made of what its cache holds, not of what the graph is given."""
+    ids = torch.arange(3, 43).view(2, 20)
+    expected = windowed.generate(ids, **STATIC)
+    with hubaoti.attach(windowed, windowed_bundle, strict=True, settings=built_at) as attachment:
+        for region in attachment._regions:
+            region._trials = Trials(entry.id for entry in region.ways.entries)
+        cache = StaticCache(config=windowed.config, max_cache_len=60)
+        head = windowed.generate(
+            ids[:, :5], past_key_values=cache, **GREEDY | {"max_new_tokens": 1}
+        )
+        assert torch.equal(head[:, :5], ids[:, :5])
+        found = windowed.generate(ids, past_key_values=cache, **GREEDY)
+    assert torch.equal(found, expected)
+
+
+def test_a_window_without_a_graph_for_a_full_one_says_so(
+    windowed: Any, windowed_bundle: Bundle, built_at: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.arange(3, 43).view(2, 20)
+    with hubaoti.attach(windowed, windowed_bundle, strict=True, settings=built_at) as attachment:
+        for region in attachment._regions:
+            kept = [e for e in region.ways.entries if e.cache.kind == "static"]
+            monkeypatch.setattr(region.ways, "entries", kept)
+        with pytest.raises(NotServed, match=r"window"):
+            windowed.generate(ids, **STATIC)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ from hubaoti.compiler import cache as caches
 from hubaoti.compiler.cache import ATTENTION, Layer, Sliding, Static, cache_of, grouped_attention
 from hubaoti.compiler.source import attention_of
 from hubaoti.errors import CompileFailed
+from hubaoti.runtime.adapt import shaped
+from hubaoti.runtime.kv import Held
 
 WINDOW = 8
 TINY: dict[str, Any] = {
@@ -114,6 +116,25 @@ def test_a_cache_has_room_for_the_number_that_a_block_has(
     assert caches.layers_of(Numbered(**attributes)) == layers
 
 
+def llama4() -> Any:
+    return transformers.Llama4TextConfig(
+        **TINY, attention_chunk_size=WINDOW, no_rope_layers=[1, 0], moe_layers=[]
+    )
+
+
+def test_how_far_a_layer_looks_back_is_what_its_static_cache_says() -> None:
+    def windows(config: Any) -> list[int | None]:
+        return [caches.window_of(config, at) for at in range(2)]
+
+    assert windows(mistral().config) == [WINDOW, WINDOW]
+    assert windows(gemma().config) == [WINDOW, None]
+    assert windows(llama4()) == [WINDOW, None]  # a chunk is cached as a window
+    assert windows(llama().config) == [None, None]
+    kinds = ["linear_attention", "full_attention"]
+    assert windows(transformers.Qwen3NextConfig(**TINY, layer_types=kinds)) == [None, None]
+    assert caches.window_of(None, 0) is None
+
+
 # A block of a real model
 
 
@@ -152,11 +173,8 @@ class Compared:
         spent, seq = int(theirs.get_seq_length()), mask.shape[2]
         expected = self.forward(*args, **kwargs)
         layer = self.layer(theirs, held, spent, seq)
-        if layer is None:
-            self.kinds.append("filling")
-            return expected
         self.kinds.append(type(layer).__name__)
-        looked = mask[..., : layer.filled].contiguous()
+        looked = shaped(mask, (*mask.shape[:-1], layer.filled), layer.filled)
         own = {name: cache_of(layer, self.index + 1), "attention_mask": looked}
         with attention_of(self.model, ATTENTION):
             found = self.forward(*args, **{**kwargs, **own})
@@ -164,12 +182,11 @@ class Compared:
         torch.testing.assert_close(held, (theirs.keys, theirs.values))
         return expected
 
-    def layer(self, theirs: Any, held: Any, spent: int, seq: int) -> Layer | None:
-        """Our layer for this call; a window that fills up in the middle of one has none."""
-        if theirs.is_sliding and spent >= theirs.max_cache_len:
+    def layer(self, theirs: Any, held: Any, spent: int, seq: int) -> Layer:
+        """Our layer for this call."""
+        if theirs.is_sliding and spent + seq > theirs.max_cache_len:
+            Held(theirs, *held, spent, seq, True, None).slide(*held)
             return Sliding(*held, seq)
-        if spent + seq > theirs.max_cache_len:
-            return None
         return Static(*held, torch.arange(spent, spent + seq), spent + seq)
 
 
@@ -228,8 +245,14 @@ def test_a_block_with_a_window_answers_alike_before_and_after_it_is_full(
     assert second == (window if make is mistral else ["Static"] * 7)
 
 
-def test_a_window_that_fills_up_in_the_middle_of_a_call_is_nobody_s() -> None:
-    assert run(mistral(), (5, 5, 1)) == [["Static", "filling", "Sliding"]] * 2
+@pytest.mark.parametrize("lengths", [(5, 5, 1), (WINDOW - 1, 3, 1), (2 * WINDOW, 1, 3), (1, 20)])
+@pytest.mark.parametrize("make", [mistral, gemma])
+def test_a_window_that_becomes_full_in_the_middle_of_a_call_answers_alike(
+    make: Callable[[], Any], lengths: tuple[int, ...]
+) -> None:
+    kinds = run(make(), lengths)[0]
+    filled = [sum(lengths[: at + 1]) for at in range(len(lengths))]
+    assert kinds == ["Static" if each <= WINDOW else "Sliding" for each in filled]
 
 
 def test_a_wrong_place_in_the_cache_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

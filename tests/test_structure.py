@@ -14,8 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx, nn
+from transformers import LlamaConfig, LlamaModel
 
 from hubaoti.canonical import digest_of
+from hubaoti.compiler.program import program_of_module
 from hubaoti.compiler.structure import Listing, plain
 
 
@@ -156,6 +158,18 @@ def test_a_buffer_counts_by_value_where_no_checkpoint_has_it() -> None:
     assert structure(buffered(1, True)) == structure(buffered(2, True))
     assert structure(buffered(1, False)) != structure(buffered(2, False))
     assert structure(buffered(1, False)) != structure(buffered(1, True))
+
+
+def test_what_transformers_hooks_collect_counts_not() -> None:
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaModel(config)
+    before = program_of_module(model)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2]]), output_hidden_states=True, use_cache=False)
+    assert model.layers[0]._forward_hooks
+    assert program_of_module(model) == before
 
 
 def test_a_hook_counts() -> None:

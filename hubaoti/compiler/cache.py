@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hubaoti.errors import CompileFailed
+from hubaoti.runtime.kv import SLIDING
 from hubaoti.runtime.quantize import quiet
 
 ATTENTION = "hubaoti_sdpa"
+ANY_LENGTH = 1 << 40  # of a cache that nothing is put into
 # What sdpa takes beside its tensors, and what blocks pass along that no attention computes with:
 # the mask has the window already.
 KNOWN = {"dropout", "scaling", "is_causal"}
@@ -103,7 +105,8 @@ class Static(Layer):  # type: ignore[no-untyped-call]
 class Sliding(Layer):  # type: ignore[no-untyped-call]
     """A full window: the oldest entries leave, `cache+seq-1` places are looked at.
 
-    As transformers' StaticSlidingWindowLayer does it once it is full (cache_utils, 5.22).
+    One that becomes full in the call is made to look so before, by `runtime/kv.py`. As
+    transformers' StaticSlidingWindowLayer does it once it is full (cache_utils, 5.22).
     """
 
     def __init__(
@@ -151,6 +154,19 @@ def layers_of(module: nn.Module) -> int:
         if name in {"layer_idx", "layer_id", "layer_number"} and isinstance(value, int)
     ]
     return max(numbers, default=0) + 1
+
+
+def window_of(config: Any, index: int) -> int | None:
+    """How many places a layer's static cache has at most, where it does not keep everything.
+
+    transformers itself says so, of windows and chunks alike.
+    """
+    try:
+        layer: Any = StaticCache(config=config, max_cache_len=ANY_LENGTH).layers[index]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return None  # it makes no such cache of this config
+    sliding = type(layer).__name__ == SLIDING
+    return int(layer.max_cache_len) if sliding and layer.max_cache_len < ANY_LENGTH else None
 
 
 def grouped_attention(

@@ -240,7 +240,7 @@ def faces_of(
     if not puts:
         return {"": face}
     face = with_cache(face, *puts[0])
-    window = window_of(block, source.config)
+    window = caches.window_of(source.config, index)
     if window is None or "cache" not in dims or dims["cache"].high < window:
         return {"": face}
     return {"": face, "-full": sliding(face, window)}
@@ -261,26 +261,6 @@ def refuse_shared(seen: Observed, face: Face, kind: str) -> None:
             f"capture: {kind} {does} its call, beside its KV cache",
             hint="compile the model with --task forward; its generate stays eager",
         )
-
-
-def window_of(block: nn.Module, config: Any) -> int | None:
-    """How far a block looks back, where it does not look at everything."""
-    if any(looks_at_all(module) for module in block.modules()):
-        return None
-    for module in block.modules():
-        window = getattr(module, "sliding_window", None)
-        if isinstance(window, int) and not isinstance(window, bool):
-            return window
-    text = config.get_text_config(decoder=True) if config is not None else None
-    window = getattr(text, "sliding_window", None)
-    everywhere = getattr(text, "layer_types", None) is None
-    return window if everywhere and isinstance(window, int) else None
-
-
-def looks_at_all(module: nn.Module) -> bool:
-    """Whether a module says that it has no window, though it may hold the one of its neighbours."""
-    kinds = (getattr(module, name, None) for name in ("layer_type", "attention_type"))
-    return getattr(module, "is_sliding", None) is False or "full_attention" in kinds
 
 
 def in_buckets(form: Form, dims: Bounds, buckets: Sequence[Mapping[str, Range]]) -> list[Unit]:

@@ -15,10 +15,11 @@ from typing import Any
 from torch import nn
 
 from hubaoti.canonical import SAFE, digest_of
-from hubaoti.compiler.modelcode import Code, code_of, is_loose
+from hubaoti.compiler.modelcode import Code, code_of, code_of_types, is_loose
 from hubaoti.compiler.structure import Listing
 from hubaoti.errors import OtherProgram
 from hubaoti.manifest import Program
+from hubaoti.runtime.adapters import own_parts
 
 # Names, labels, and what is done while training; dtype and attention stand in the build.
 NAMES = {
@@ -99,20 +100,25 @@ def is_program_of(model: nn.Module, program: Program, whole: bool) -> bool:
     config = getattr(model, "config", None)
     if not (is_transformers(config) or is_diffusers(config)):
         return False
-    code = code_of(model, config_classes(config))
     left_out = {"class", "structure"} | (set() if whole else OUTPUTS)
-    ours = Normal(code, program.task).whole(config)
-    differ = [
-        f"{name} is {told(ours, name)}, the program's is {told(program.config, name)}"
-        for name in sorted((ours.keys() | program.config.keys()) - left_out)
-        if ours.get(name) != program.config.get(name)
-    ]
-    if differ:
-        raise OtherProgram(
-            f"{type(model).__name__} is not of the program that was compiled: {'; '.join(differ)}",
-            hint="attach an artifact of this model, or compile one",
-        )
-    return "structure" not in program.config and digest_of_code(code, model) == program.code
+    # Adapters read no config of the model; they were compiled with it, or stand over its layers.
+    for parts in (own_parts(model), model.modules()):
+        types = frozenset(map(type, parts))
+        code = code_of_types(types, frozenset(config_classes(config)), frozenset())
+        ours = Normal(code, program.task).whole(config)
+        names = sorted((ours.keys() | program.config.keys()) - left_out)
+        differ = [name for name in names if ours.get(name) != program.config.get(name)]
+        if not differ:
+            known = digest_of_code(code, model) == program.code
+            return "structure" not in program.config and known
+    raise OtherProgram(
+        f"{type(model).__name__} is not of the program that was compiled: "
+        + "; ".join(
+            f"{name} is {told(ours, name)}, the program's is {told(program.config, name)}"
+            for name in differ
+        ),
+        hint="attach an artifact of this model, or compile one",
+    )
 
 
 def told(config: Mapping[str, Any], name: str) -> str:

@@ -20,6 +20,7 @@ from torch import nn
 from hubaoti.canonical import SAFE
 from hubaoti.compiler.modelcode import OUTSIDE, is_generated, is_loose, near, neutral
 from hubaoti.compiler.words import bare
+from hubaoti.runtime.collecting import is_capture
 
 OWN = {*vars(nn.Module()), "training"}  # what torch keeps in every module
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -68,7 +69,7 @@ class Listing:
             "class": self.kind(type(module)),
             "tensors": self.tensors(module),
             "attributes": {k: self.value(v) for k, v in attributes.items()},
-            "hooks": [self.value(hook) for hook in hooks if not is_ours(hook)],
+            "hooks": [self.value(hook) for hook in hooks if is_of_program(hook)],
         }
 
     def has(self, name: str, value: Any) -> bool:
@@ -231,6 +232,11 @@ def origin(value: Any) -> str:
 def is_ours(value: Any) -> bool:
     """Whether a value is what hubaoti put there: the recording of calls, a compiled graph."""
     return origin(value).split(".")[0] == "hubaoti"
+
+
+def is_of_program(hook: Any) -> bool:
+    """Whether a hook is a matter of the program: not what only looks on, ours or transformers'."""
+    return not is_ours(hook) and not is_capture(hook)
 
 
 def is_written(key: str, value: Any) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 KEPT = 8  # adapted tensors that are remembered
 
@@ -73,9 +74,15 @@ def stream_of(device: torch.device) -> int:
 
 
 def shaped(source: torch.Tensor, shape: Sequence[int], filled: int | None) -> torch.Tensor:
-    """A tensor cut and expanded to a shape, in memory of its own unless it has it already."""
+    """A tensor cut and expanded to a shape, in memory of its own unless it has it already.
+
+    A mask of fewer places than a full window has is given the others, which nobody looks at, first.
+    """
     if filled is not None and source.shape[-1] > filled:
         source = source.narrow(-1, 0, filled)
+    if 1 < source.shape[-1] < shape[-1]:
+        before = (shape[-1] - source.shape[-1], 0)
+        source = nn.functional.pad(source, before, value=hidden(source.dtype))
     return source.expand(shape).contiguous()
 
 
@@ -87,6 +94,11 @@ def mask(
     if causal and len(shape) == 4 and shape[2] > 1:
         seen = seen.tril()
     if dtype.is_floating_point:
-        hidden = torch.finfo(dtype).min
-        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, hidden)
+        nothing = torch.zeros(seen.shape, dtype=dtype, device=device)
+        return nothing.masked_fill_(~seen, hidden(dtype))
     return seen.to(dtype)
+
+
+def hidden(dtype: torch.dtype) -> float:
+    """What a mask of a dtype has where nobody looks."""
+    return torch.finfo(dtype).min if dtype.is_floating_point else 0

@@ -17,6 +17,7 @@ from torch.nn.modules import module as torch_module
 from hubaoti.errors import MissingConstant
 from hubaoti.manifest import Constant
 from hubaoti.manifest import Graph as Entry
+from hubaoti.runtime.adapters import Adapter, seen_through, stands_aside, version
 from hubaoti.runtime.checks import (
     alignment_of,
     beside_memory,
@@ -24,10 +25,11 @@ from hubaoti.runtime.checks import (
     dtype_of,
     has_memory,
 )
+from hubaoti.runtime.collecting import is_capture
 from hubaoti.runtime.quantize import make
 from hubaoti.runtime.quantized import Sketched, place_of, quantize_in_place
 from hubaoti.runtime.reasons import Unserved
-from hubaoti.runtime.watch import GLOBAL_HOOKS, Found, Watch, is_merged, version
+from hubaoti.runtime.watch import GLOBAL_HOOKS, Found, Watch
 
 PLAIN = (torch.Tensor, nn.Parameter)
 
@@ -63,12 +65,27 @@ class Inside(OfModule):
         self._make: Make = make
         self.constants = constants
         self.shipped = shipped
-        parts = parts_of(module)
+        self._read = {name for constant in constants for name in names_of(constant)}
+        self._compiled = self._compiled_adapters(module)
+        parts = self._parts_now(module)[0]
         self._parts = {name: part for name, part in parts.items() if part is not module}
         self._types = self._types_now()
-        self._read = {name for constant in constants for name in names_of(constant)}
         self._found: dict[str, Found] = {}
+        self._states: list[tuple[Any, ...]] = []
         self.more = self._unread(parts)
+
+    def _compiled_adapters(self, module: nn.Module) -> dict[str, tuple[Any, ...]]:
+        """The adapters that were compiled with their layers, and what they are set to."""
+        read = tuple(self._read)
+        return {
+            each.path: each.mode()
+            for each in seen_through(module)[1]
+            if any(name.startswith(f"{each.path}.base_layer.".lstrip(".")) for name in read)
+        }
+
+    def _parts_now(self, module: nn.Module) -> tuple[dict[str, nn.Module], list[Adapter]]:
+        """All parts by their paths, those under adapters in the place of these; and these."""
+        return seen_through(module, self._compiled)
 
     def _types_now(self) -> dict[str, type]:
         """The classes of all parts."""
@@ -79,7 +96,8 @@ class Inside(OfModule):
         self.forget()
         self._make = make
         quantize_in_place(self.module, self.constants)
-        self._types, self.more = self._types_now(), self._unread(parts_of(self.module))
+        parts = self._parts_now(self.module)[0]
+        self._types, self.more = self._types_now(), self._unread(parts)
 
     def _unread(self, parts: Mapping[str, nn.Module]) -> frozenset[str]:
         """The tensors that no graph reads, as a bias that the program has not."""
@@ -92,17 +110,22 @@ class Inside(OfModule):
             Unserved: the module is not what it was, or a tensor does not fit.
         """
         self._require_quiet()
-        parts = parts_of(self.module)
-        adapters = self._merged_adapters(parts)
-        self._require_no_more(parts, bool(adapters))
+        parts, adapters = self._parts_now(self.module)
+        self._require_same(parts)
+        self._require_aside(adapters)
+        self._require_no_more(parts)
+        states = [each.state() for each in adapters]
+        if states != self._states:  # what was made is of a weight that may be another
+            self.forget()
         found: dict[str, Found] = {}
         problems = [*self._problems(found, device)]
         if problems:
             raise Unserved("weights", "; ".join(problems))
-        self._found = found
+        self._found, self._states = found, states
         shipped = {c.fqn: self.shipped[c.fqn] for c in self.constants if c.fqn not in found}
         tensors = shipped | {fqn: each.bound for fqn, each in found.items()}
-        return tensors, Watch(self.module, [*found.values()], adapters)
+        known = [*zip(adapters, states, strict=True)]
+        return tensors, Watch(self.module, [*found.values()], known)
 
     def forget(self) -> None:
         """Make everything anew that is made of the module's tensors."""
@@ -197,45 +220,37 @@ class Inside(OfModule):
             raise Unserved("changed", "the module is gone")
         require_quiet(self.module)
 
-    def _require_no_more(self, parts: Mapping[str, nn.Module], adapted: bool) -> None:
-        """Refuse parts of another class, and tensors that were not there; adapters bring some."""
+    def _require_same(self, now: Mapping[str, nn.Module]) -> None:
+        """Refuse parts that were replaced, are of another class, or new."""
         for name, part in self._parts.items():
+            if now.get(name) is not part:
+                other = type(now.get(name)).__name__
+                raise Unserved("changed", f"{name} was replaced by a {other}")
             if type(part) is not self._types[name]:
                 raise Unserved("changed", f"{name} is a {type(part).__name__} now")
+        new = now.keys() - self._parts.keys() - {""}
+        if new:
+            raise Unserved("changed", f"{min(new)} is new")
+
+    def _require_aside(self, adapters: Sequence[Adapter]) -> None:
+        """Refuse adapters that add to their layers, and those that were compiled otherwise."""
+        for each in adapters:
+            compiled = self._compiled.get(each.path)
+            if compiled is not None and compiled != each.mode():
+                raise Unserved("adapters", f"{each.path} has an adapter that was set otherwise")
+            if compiled is None and not stands_aside(each.layer):
+                raise Unserved("adapters", f"{each.path} has an adapter that is not merged")
+
+    def _require_no_more(self, parts: Mapping[str, nn.Module]) -> None:
+        """Refuse tensors that were not there."""
         new = self._unread(parts) - self.more
-        if new and not adapted:
+        if new:
             raise Unserved("changed", f"{', '.join(sorted(new))} is new")
-
-    def _merged_adapters(self, now: Mapping[str, nn.Module]) -> list[Any]:
-        """The adapters that stand in the place of parts and are merged into them.
-
-        Raises:
-            Unserved: a part was replaced by anything else, or is new.
-        """
-        adapters = {}
-        for name, part in self._parts.items():
-            current = now.get(name)
-            if current is part:
-                continue
-            if getattr(current, "base_layer", None) is not part:
-                raise Unserved("changed", f"{name} was replaced by a {type(current).__name__}")
-            if not is_merged(current):
-                raise Unserved("adapters", f"{name} has an adapter that is not merged")
-            adapters[f"{name}."] = current
-        for name in now.keys() - self._parts.keys() - {""}:
-            if not name.startswith(tuple(adapters)):
-                raise Unserved("changed", f"{name} is new")
-        return [*adapters.values()]
 
 
 def constants_of(entries: Sequence[Entry]) -> list[Constant]:
     """The constants of all graphs of a module, each once."""
     return [*{each.fqn: each for entry in entries for each in entry.constants}.values()]
-
-
-def parts_of(module: nn.Module) -> dict[str, nn.Module]:
-    """A module and all within it, by every name that they have."""
-    return dict(module.named_modules(remove_duplicate=False))
 
 
 def tensor_names(parts: Mapping[str, nn.Module]) -> Iterator[str]:
@@ -257,7 +272,8 @@ def names_of(constant: Constant) -> tuple[str, str, str]:
 def require_quiet(module: nn.Module, own: tuple[type, ...] = ()) -> None:
     """Refuse train mode, hooks, and parts whose `forward` is not their class's any more.
 
-    `own` are the kinds of `forward` that graphs put there.
+    `own` are the kinds of `forward` that graphs put there. transformers' own hooks are none that
+    anybody would miss, but in a call that collects by them, which `collecting` refuses.
 
     Raises:
         Unserved: with the reason.
@@ -267,7 +283,8 @@ def require_quiet(module: nn.Module, own: tuple[type, ...] = ()) -> None:
             raise Unserved("training", f"{name or 'the region'} is in train mode")
         if part is module:
             continue
-        if part._forward_hooks or part._forward_pre_hooks:
+        hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        if not all(map(is_capture, hooks)):
             raise Unserved("hooks", f"{name} has a hook")
         if "forward" in vars(part) and not isinstance(vars(part)["forward"], own):
             raise Unserved("changed", f"the forward of {name} was replaced")

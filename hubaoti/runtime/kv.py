@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,11 @@ CAPTURED = "captured"  # there: that is not known any more
 
 @dataclass(slots=True)
 class Held:
-    """A layer of a cache in one call: what it holds, and how much of it was filled before."""
+    """A layer of a cache in one call: what it holds, and how much of it was filled before.
+
+    `room` are the places that are not filled yet: none where a window has seen more than it holds.
+    It `slides` where its oldest entries leave, since it was full before the call or becomes so.
+    """
 
     layer: Any
     keys: torch.Tensor
@@ -37,6 +41,12 @@ class Held:
     seq: int
     is_sliding: bool
     empty: dict[str, Any] | None  # the layer as it was before it had tensors
+    room: int = field(init=False)
+    slides: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.room = max(0, int(self.keys.shape[2]) - self.before)
+        self.slides = self.is_sliding and self.seq > self.room
 
     @property
     def filled(self) -> int:
@@ -44,20 +54,29 @@ class Held:
         return self.before + self.seq
 
     @property
-    def is_full(self) -> bool:
-        """Whether a window was full before the call, so that its oldest entries leave."""
-        return self.is_sliding and self.before >= self.keys.shape[2]
+    def is_filling(self) -> bool:
+        """Whether a window becomes full in this very call."""
+        return self.slides and self.room > 0
 
     def require_room(self) -> None:
-        """Refuse a call in which a window becomes full: its mask covers what no cache holds.
+        """Refuse more than there are places for.
 
         Raises:
-            Unserved: that, or there is no room.
+            Unserved: there is no room.
         """
-        places = self.keys.shape[2]
-        if not self.is_full and self.before + self.seq > places:
+        if not self.slides and self.seq > self.room:
+            places = self.keys.shape[2]
             told = f"there are {places} places, {self.before} are filled, and {self.seq} come"
-            raise Unserved("window" if self.is_sliding else "cache", told)
+            raise Unserved("cache", told)
+
+    def slide(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Have a window that becomes full hold its entries as one that is: at its end.
+
+        What is before them nobody looks at: `adapt` gives the mask as many places, left out.
+        """
+        if self.is_filling and self.before:
+            for held in (keys, values):
+                held[:, :, self.room :] = held[:, :, : self.before].clone()
 
     def position(self) -> torch.Tensor:
         """Where the new entries go."""
@@ -72,7 +91,7 @@ class Held:
     def wrote(self) -> None:
         """Count the entries that a graph wrote, as the layer's own `update` would have."""
         count = self.layer.cumulative_length
-        if not self.is_full:
+        if not self.slides:
             count.add_(self.seq)
         if self.is_sliding:
             self.layer.cumulative_length_int += self.seq
@@ -161,6 +180,12 @@ def filled_in(layer: Any, is_sliding: bool) -> int:
         return int(count)
     of, version, filled = known
     return int(filled) if of() is count and version == count._version else int(count)
+
+
+def slide_in(face: Cache | None, held: Held | None, inputs: Sequence[torch.Tensor]) -> None:
+    """Have the window among a graph's inputs hold its entries as the graph finds them."""
+    if held is not None and face is not None:
+        held.slide(inputs[face.keys], inputs[face.values])
 
 
 def put_into(face: Cache, held: Held, inputs: list[Any], position: torch.Tensor | None) -> None:

@@ -22,6 +22,7 @@ from hubaoti.errors import CannotOpen, MissingConstant
 from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.aliases import Bound
 from hubaoti.runtime.checks import address, alignment_of
+from hubaoti.runtime.collecting import captures_in, refuse_collecting
 from hubaoti.runtime.graph import refusal
 from hubaoti.runtime.inside import OfModule, require_quiet
 from hubaoti.runtime.looks import BUSY, FULL, Looks
@@ -246,6 +247,7 @@ class LooseRegion(OfModule):
     def _require_quiet(self) -> None:
         """Refuse what a graph cannot see, and gradients of the module's own tensors."""
         require_quiet(self.module, (LooseRegion,))
+        refuse_collecting(captures_in(self.module))
         if torch.is_grad_enabled() and any(each.requires_grad for each in self.module.parameters()):
             raise Unserved("gradients", "the module's parameters are trained")
 

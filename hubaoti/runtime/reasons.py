@@ -17,12 +17,14 @@ ADVICE = {
     "adapters": "merge the adapters: model.merge_and_unload()",
     "changed": "its parts are not those it was attached with: detach, and attach again",
     "hooks": "hooks on modules inside of a compiled region would not run: hook the region itself",
+    "outputs": "leave output_attentions and output_router_logits out where graphs answer; hidden "
+    "states of whole blocks are collected around them",
     "arguments": "call it as it was called when it was compiled",
     "cache": 'generate with cache_implementation="static"; use_cache=False where nothing is '
     "generated",
     "capture": "a CUDA graph is replayed with the module's own work in it; call the model as it is "
     "to have its graphs answer",
-    "window": "of a long prompt, only the call in which a window becomes full is the module's own",
+    "window": "no graph is for a window that is full: compile with a cache dim that reaches it",
     "device": "move the inputs to the module's device",
     "dtype": "give inputs of the dtype that the recipe names, and masks of sdpa attention",
     "shape": "hubaoti compile --from-misses proposes dims and buckets for what "

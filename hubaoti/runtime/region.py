@@ -14,7 +14,7 @@ import torch
 from hubaoti.errors import BadInput, MissingConstant
 from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.inside import Inside
-from hubaoti.runtime.kv import Held, Place, captured, is_capturing
+from hubaoti.runtime.kv import Held, Place, captured, is_capturing, slide_in
 from hubaoti.runtime.modes import refuse_modes, refuse_watchers
 from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.trial import Beside, Trials
@@ -159,6 +159,7 @@ class Region:
             watch, graphs = self._watch, self.graphs
         if watch is None or not graphs:
             raise Unserved("changed", "it is bound anew, or detached, in another thread")
+        watch.refuse_collecting()
         if torch.is_grad_enabled() and watch.wants_gradients():
             raise Unserved("gradients", "the region's parameters are trained")
         ways = self.ways
@@ -191,7 +192,7 @@ class Region:
         ways = self.ways
         count = ways.plan.count
         inputs, numbers = found[:count], found[count + 1 :]
-        if held is not None and held.is_full:
+        if held is not None and held.slides:
             inputs.pop()  # a full window has no position
         way = ways.of(inputs, numbers, held)
         inputs = ways.follow(way, inputs, held, self.path)
@@ -199,7 +200,8 @@ class Region:
         filling = answers.find(ways.plan.named(args, kwargs)) if answers.writes else None
         if self._trials.wants(graph.entry.id):
             eager = partial(self.eager, *args, **kwargs)
-            call = Beside(eager, ways.plan.named(args, kwargs), answers, filling)
+            slide = partial(slide_in, graph.entry.cache, held)
+            call = Beside(eager, ways.plan.named(args, kwargs), answers, filling, slide)
             return self._trials.hold(graph, inputs, way.small, call)
         outputs = self._run(way, graph, inputs, held)
         return answers.make(outputs) if filling is None else answers.fill(filling, outputs)
@@ -208,10 +210,11 @@ class Region:
         self, way: Way, graph: Graph, inputs: list[torch.Tensor], held: Held | None
     ) -> list[torch.Tensor]:
         """Have a graph answer, and count it."""
+        slide_in(graph.entry.cache, held, inputs)
         try:
             outputs = graph.run(inputs, way.small)
         except BadInput as why:
-            if held is not None and held.is_full:
+            if held is not None and held.slides:
                 raise  # the window has moved on already: nobody could answer now
             raise Unserved("failed", f"{why}") from why
         if held is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import partial
 from operator import is_, itemgetter
 from typing import Any
@@ -33,10 +33,17 @@ class CallPlan:
 
     `count` is the number of the graph's inputs. What `flat` answers has their places first, then
     one for the KV cache, then one for each number that follows from a dim, as `extents` has them.
+    What `unread` names may be given and be anything.
     """
 
-    def __init__(self, call: Mapping[str, Any], count: int, forward: Callable[..., Any]) -> None:
-        self.count = count
+    def __init__(
+        self,
+        call: Mapping[str, Any],
+        count: int,
+        forward: Callable[..., Any],
+        unread: Set[str] = frozenset(),
+    ) -> None:
+        self.count, self.unread = count, unread
         parameters = inspect.signature(forward).parameters
         self.names = [name for name, each in parameters.items() if each.kind in POSITIONAL]
         self._defaults = {
@@ -101,6 +108,8 @@ class Layout:
         self._absent = [plan.default(name) for name in left_out]
         self._size = len(names) + len(left_out)
         for place, name in enumerate((*names, *left_out)):
+            if name in plan.unread:
+                continue
             if name in plan.given:
                 self._read(plan.given[name], place, name)
             else:  # an argument that the graph does not know may be given if it says nothing

@@ -27,6 +27,12 @@ from hubaoti.runtime.reasons import Unserved
 
 UNTRIED, AGREES, DIFFERS = range(3)
 
+Prepare = Callable[[list[torch.Tensor]], None]
+
+
+def as_they_are(inputs: list[torch.Tensor]) -> None:
+    """Nothing has to be done to a graph's inputs."""
+
 
 class Trials:
     """Graphs of a region that were not tried yet, and those that answered otherwise than it."""
@@ -56,13 +62,15 @@ class Trials:
     def hold(self, graph: Graph, inputs: list[torch.Tensor], small: bool, call: Beside) -> Any:
         """What the module answers, after the graph was asked the same.
 
-        What is written in place is written by the module; the graph has copies of it.
+        What is written in place is written by the module; the graph has copies of it, which
+        the call may prepare before.
 
         Raises:
             Unserved: the graph fails. Where it answers otherwise, it is not asked again.
         """
         written = [at for at, item in enumerate(graph.entry.inputs) if item.mutated]
         given = [each.clone() if at in written else each for at, each in enumerate(inputs)]
+        call.prepare(given)
         try:
             ours = graph.run(given, small)
         except BadInput as why:
@@ -88,6 +96,7 @@ class Beside:
     arguments: Mapping[str, Any]
     answers: Answers
     filling: Filling | None
+    prepare: Prepare = as_they_are
 
     def difference(self, outputs: list[torch.Tensor], answer: Any) -> str | None:
         """How the graph's answer differs from the module's; None where it does not."""

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from hubaoti.runtime.checks import address
+from hubaoti.runtime.adapters import Adapter, version
+from hubaoti.runtime.collecting import captures_of, is_capture, refuse_collecting
 
 # Hooks of every module, which a graph's inner modules would not run (torch.nn.modules.module).
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -42,11 +43,18 @@ class Watch:
     """A module as it was when its graphs were bound.
 
     Seen are other parts, parameters and buffers, hooks, train mode, a `forward` put on a part, and
-    adapters that are merged no more. Not seen are plain attributes that somebody sets, and what is
-    written into a tensor that a graph reads where it lies, which needs not be seen.
+    adapters that are merged, taken out or heard otherwise. Not seen are plain attributes that
+    somebody sets, and what is written into a tensor that a graph reads where it lies, which needs
+    not be seen.
     """
 
-    def __init__(self, module: nn.Module, found: Sequence[Found], adapters: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        found: Sequence[Found],
+        adapters: Sequence[tuple[Adapter, tuple[Any, ...]]],
+    ) -> None:
+        """`adapters` come with the states in which their layers were looked at."""
         # The module holds its region, which holds this: a way back, or to its own dictionary, would
         # keep a model that nobody has any more, until the garbage collector comes.
         self._module = weakref.ref(module)
@@ -64,9 +72,14 @@ class Watch:
         # What somebody adds: a part to one, or a `forward` of its own to one within.
         self._growing = [*stores[2::3], *map(vars, self._inner)]
         self._sizes = [*map(len, self._growing)]
-        self._hooks = [getattr(torch_module, name) for name in GLOBAL_HOOKS]
-        self._hooks += [part._forward_hooks for part in self._inner]
-        self._hooks += [part._forward_pre_hooks for part in self._inner]
+        hooks: list[dict[int, Any]] = [getattr(torch_module, name) for name in GLOBAL_HOOKS]
+        hooks += [part._forward_hooks for part in self._inner]
+        hooks += [part._forward_pre_hooks for part in self._inner]
+        # transformers' own collect nothing as long as no call asks, and may be there already.
+        captured = [each for each in hooks if each and all(map(is_capture, each.values()))]
+        self._captured = [(each, [*each]) for each in captured]
+        self._captures = captures_of(hook for each in captured for hook in each.values())
+        self._hooks = [each for each in hooks if not any(each is other for other in captured)]
         self._tensors = [each.tensor for each in found]
         self._made = [each for each in found if each.bound is not each.tensor]
         self._adapters = [*adapters]
@@ -79,31 +92,25 @@ class Watch:
                 module is not None
                 and not module.training
                 and not any(self._hooks)
+                and all([*hooks] == known for hooks, known in self._captured)
                 and all(map(is_, map(getitem, self._stores, self._names), self._things))
                 and [*map(len, self._growing)] == self._sizes
                 and [*map(type, self._inner)] == self._types
-                and (not self._adapters or all(map(is_merged, self._adapters)))
+                and all(each.state() == known for each, known in self._adapters)
                 and (not self._made or all(each.is_fresh for each in self._made))
             )
         except KeyError:
             return False
 
+    def refuse_collecting(self) -> None:
+        """Refuse a call that collects what only parts of the module have.
+
+        Raises:
+            Unserved: with what it collects.
+        """
+        if self._captures:
+            refuse_collecting(self._captures)
+
     def wants_gradients(self) -> bool:
         """Whether one of the tensors that were bound is trained."""
         return any(tensor.requires_grad for tensor in self._tensors)
-
-
-def is_merged(adapter: Any) -> bool:
-    """Whether an adapter's part is in its layer's own weight, so that the layer answers for both.
-
-    As peft's layers say it, which are found in no other way; a disabled one takes its part out
-    again when it is called.
-    """
-    return bool(getattr(adapter, "merged", False)) and not getattr(
-        adapter, "disable_adapters", False
-    )
-
-
-def version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to, and where it lies; inference tensors do not count."""
-    return hash((address(tensor), -1 if tensor.is_inference() else tensor._version))

@@ -21,6 +21,7 @@ from hubaoti.manifest import Input
 from hubaoti.runtime.adapt import Adapted, stream_of
 from hubaoti.runtime.alike import Alike
 from hubaoti.runtime.checks import BadValue, Checks, Overlap, Slot, beside_memory, has_memory
+from hubaoti.runtime.collecting import unread_flags
 from hubaoti.runtime.containers import Answers
 from hubaoti.runtime.kv import Held, put_into
 from hubaoti.runtime.modes import refuse_modes
@@ -69,7 +70,7 @@ class Ways:
         first = max(self.entries, key=lambda entry: len(entry.inputs))
         refuse_other_calls(first, self.entries)
         own = partial(type(block).forward, block)  # whatever somebody has put over it
-        self.plan = CallPlan(first.call, len(first.inputs), own)
+        self.plan = CallPlan(first.call, len(first.inputs), own, unread_flags(block))
         self.answers = [Answers(entry.outputs) for entry in self.entries]
         self.adapted = Adapted()
         self.has_cache = first.cache is not None
@@ -153,7 +154,7 @@ class Ways:
         if self._masks != 1:
             raise Unserved("arguments", "a mask is left out, and there are several")
         # Of one token sdpa looks at all places, those that are empty among them.
-        if held is not None and (held.before or held.seq == 1):
+        if held is not None and (held.before or held.seq == 1 or held.slides):
             raise Unserved("arguments", "a mask is left out, over a cache that has more places")
 
     def _positions(self, held: Held) -> torch.Tensor:
@@ -167,12 +168,12 @@ class Ways:
         return known[1]
 
     def _of_kind(self, held: Held) -> Entry:
-        """A graph for a window that is full, or for one that is not."""
-        wanted = "sliding" if held.is_full else "static"
+        """A graph for a window that is full, or becomes so, or for one that is not."""
         for entry in self.entries:
-            if entry.cache is not None and entry.cache.kind == wanted:
+            if entry.cache is not None and entry.cache.kind == kind_of(held):
                 return entry
-        raise Unserved("cache", "no graph was compiled for a window that is full")
+        reason = "window" if held.is_filling else "cache"
+        raise Unserved(reason, "no graph was compiled for a window that is full")
 
     def _find(self, inputs: Sequence[Any], numbers: Sequence[Any], held: Held | None) -> Way:
         """Try the graphs in their order.
@@ -182,8 +183,7 @@ class Ways:
         """
         problems: list[Unserved] = []
         for at, entry in enumerate(self.entries):
-            wanted = entry.cache and ("sliding" if held is not None and held.is_full else "static")
-            if entry.cache is not None and entry.cache.kind != wanted:
+            if entry.cache is not None and entry.cache.kind != kind_of(held):
                 continue
             try:
                 return self._try(at, inputs[: len(entry.inputs)], numbers, held)
@@ -206,7 +206,8 @@ class Ways:
         sizes = dims_of(entry, inputs)
         if filled is not None and "filled" in entry.bounds:
             sizes["filled"] = filled
-        shapes = [*self._shapes(entry, inputs, sizes)]
+        grown = filled if held is not None and held.is_filling else None
+        shapes = [*self._shapes(entry, inputs, sizes, grown)]
         made = [*inputs]
         for shape in shapes:
             made[shape.place] = self._shaped(checks.slots[shape.place], shape, inputs, filled, "")
@@ -224,9 +225,7 @@ class Ways:
             shapes=tuple(shapes),
             sizes=tuple(0 if n in replaced else t.nbytes for n, t in enumerate(made)),
             numbers=tuple(numbers),
-            filled=(*entry.bounds["filled"], entry.steps.get("filled", 1))
-            if "filled" in sizes
-            else None,
+            filled=served_of(entry, sizes, grown),
         )
 
     def _require_kind(self, slot: Slot, item: Any) -> None:
@@ -247,9 +246,12 @@ class Ways:
             raise Unserved("layout", f"{name}, which is written, is a view")
 
     def _shapes(
-        self, entry: Entry, inputs: Sequence[Any], sizes: Mapping[str, int]
+        self, entry: Entry, inputs: Sequence[Any], sizes: Mapping[str, int], grown: int | None
     ) -> Iterator[Shape]:
-        """What has to be made of the inputs for them to have the sizes of one call."""
+        """What has to be made of the inputs for them to have the sizes of one call.
+
+        In the call in which a window becomes full, masks of `grown` places are of a full one.
+        """
         for place, (item, tensor) in enumerate(zip(entry.inputs, inputs, strict=True)):
             wanted = shape_of(item, sizes)
             cut = bool(item.shape) and item.shape[-1] == "filled"
@@ -260,7 +262,9 @@ class Ways:
                 continue
             # The input that says how many rows there are stands for itself.
             expands = self._expands and (self._rows is None or place != self._rows[0])
-            if same or tensor is None or (expands and is_less(tensor.shape, wanted, cut)):
+            grows = item.values == "mask" and is_grown(tensor, wanted, grown)
+            less = expands and tensor is not None and is_less(tensor.shape, wanted, cut)
+            if same or tensor is None or less or grows:
                 yield Shape(place, wanted[:-1] if cut else wanted, cut)
 
     def _shaped(
@@ -353,9 +357,30 @@ def is_less(shape: Sequence[int], wanted: Sequence[int], cut: bool) -> bool:
     return fits and all(have in (1, want) for have, want in whole)
 
 
+def is_grown(tensor: Any, wanted: Sequence[int], grown: int | None) -> bool:
+    """Whether a mask becomes another by places that are put before its own, all `grown` of them."""
+    if tensor is None or grown is None or tensor.shape[-1] != grown or grown > wanted[-1]:
+        return False
+    return is_less(tensor.shape[:-1], wanted[:-1], False)
+
+
+def kind_of(held: Held | None) -> str:
+    """The kind of cache that a call's graph has."""
+    return "sliding" if held is not None and held.slides else "static"
+
+
+def served_of(
+    entry: Entry, sizes: Mapping[str, int], grown: int | None
+) -> tuple[int, int, int] | None:
+    """What may be filled for a way to be taken again: from, to, and in which steps."""
+    if grown is not None:
+        return grown, grown, 1
+    return (*entry.bounds["filled"], entry.steps.get("filled", 1)) if "filled" in sizes else None
+
+
 def is_within(way: Way, held: Held | None) -> bool:
     """Whether what is filled is what a way's graph was compiled for."""
     if way.filled is None or held is None:
-        return True
+        return held is None or not held.is_filling
     low, high, step = way.filled
     return low <= held.filled <= high and held.filled % step == 0
