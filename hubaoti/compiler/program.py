@@ -15,8 +15,13 @@ from typing import Any
 from torch import nn
 
 from hubaoti.canonical import SAFE, digest_of
+from hubaoti.compiler import rebuilt
 from hubaoti.compiler.modelcode import Code, code_of, is_loose
+from hubaoti.compiler.patched import patches
+from hubaoti.compiler.reached import functions_in
+from hubaoti.compiler.rebuilt import is_as_built
 from hubaoti.compiler.structure import Listing
+from hubaoti.compiler.words import bare
 from hubaoti.errors import OtherProgram
 from hubaoti.manifest import Program
 
@@ -63,7 +68,8 @@ def program_of(model: nn.Module, config: Any, task: str, steps: tuple[str, ...])
     """The program of a transformers model that does a task, followed by steps."""
     code = code_of(model, config_classes(config))
     plain = Normal(code, task).whole(config)
-    return Program(config=plain, code=digest_of_code(code, model), task=task, steps=steps)  # type: ignore[arg-type]
+    digest = with_patches(digest_of_code(code, model), model, code)
+    return Program(config=plain, code=digest, task=task, steps=steps)  # type: ignore[arg-type]
 
 
 def program_of_module(module: nn.Module, task: str = "forward") -> Program:
@@ -80,9 +86,10 @@ def program_of_module(module: nn.Module, task: str = "forward") -> Program:
     listing = Listing(module, normal.has_attribute, normal.config_of_part)
     structure = digest_of(listing.parts())
     plain = {"class": type(module).__qualname__, "structure": structure}
+    whole = code_of(module, configs, listing.modules)
     return Program(
         config=normal.whole(config) | plain,
-        code=code_of(module, configs, listing.modules).digest,
+        code=with_patches(whole.digest, module, whole),
         task=task,  # type: ignore[arg-type]
     )
 
@@ -112,7 +119,19 @@ def is_program_of(model: nn.Module, program: Program, whole: bool) -> bool:
             f"{type(model).__name__} is not of the program that was compiled: {'; '.join(differ)}",
             hint="attach an artifact of this model, or compile one",
         )
-    return "structure" not in program.config and digest_of_code(code, model) == program.code
+    if "structure" in program.config or patches(model, code):
+        return False
+    same = digest_of_code(code, model) == program.code
+    return same and is_as_built(model, code, attributes(code, program.task))
+
+
+def attributes(code: Code, task: str) -> rebuilt.Listing:
+    """A listing of the attributes that the code of a model reads."""
+    normal = Normal(code, task)
+    left_out = NAMES | OUTPUTS
+    return rebuilt.Listing(
+        lambda name: name not in left_out and code.reads(name), normal.config_of_part
+    )
 
 
 def told(config: Mapping[str, Any], name: str) -> str:
@@ -199,6 +218,25 @@ def digest_of_code(code: Code, model: nn.Module) -> str:
         return code.digest
     listing = Listing(model)
     return digest_of([code.digest, [listing.kind(cls) for cls in loose]])
+
+
+def with_patches(digest: str, model: nn.Module, code: Code) -> str:
+    """A digest of code with that of what was patched in this process; as it is where nothing was.
+
+    What was put there is known by its code, and by the files that it is from.
+    """
+    found = patches(model, code)
+    if not found:
+        return digest
+    listing = Listing(model)
+    listed = {
+        name: [
+            listing.value(dict(dict.items(value)) if isinstance(value, dict) else bare(value)),
+            *(listing.code(each.__code__, 1) for each in functions_in(value)),
+        ]
+        for name, value in sorted(found.items())
+    }
+    return digest_of([digest, listed, code_of(nn.Module(), (), listing.modules).digest])
 
 
 def is_transformers(config: Any) -> bool:
