@@ -77,7 +77,8 @@ class Look:
                 yield from (value.__code__, value.__defaults__, value.__kwdefaults__)
             elif isinstance(value, Mapping):
                 for entries in (value, *getattr(value, "__dict__", {}).values()):
-                    yield from dict.values(entries) if isinstance(entries, dict) else ()
+                    if isinstance(entries, dict):
+                        yield from (*dict.keys(entries), *dict.values(entries))
 
 
 LOOKED_AT: dict[tuple[Code, frozenset[type], frozenset[str]], Look] = {}

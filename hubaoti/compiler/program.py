@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -22,7 +23,7 @@ from hubaoti.compiler.reached import functions_in
 from hubaoti.compiler.rebuilt import is_as_built
 from hubaoti.compiler.structure import Listing
 from hubaoti.compiler.words import bare
-from hubaoti.errors import OtherProgram
+from hubaoti.errors import BadRequest, OtherProgram, first_line
 from hubaoti.manifest import Program
 
 # Names, labels, and what is done while training; dtype and attention stand in the build.
@@ -228,15 +229,34 @@ def with_patches(digest: str, model: nn.Module, code: Code) -> str:
     found = patches(model, code)
     if not found:
         return digest
-    listing = Listing(model)
-    listed = {
-        name: [
-            listing.value(dict(dict.items(value)) if isinstance(value, dict) else bare(value)),
-            *(listing.code(each.__code__, 1) for each in functions_in(value)),
-        ]
-        for name, value in sorted(found.items())
-    }
+    listing = Listing(model, special=name_of_module)
+    listed = {name: listed_patch(listing, name, value) for name, value in sorted(found.items())}
     return digest_of([digest, listed, code_of(nn.Module(), (), listing.modules).digest])
+
+
+def listed_patch(listing: Listing, name: str, value: Any) -> list[Any]:
+    """What was put in a place, as plain values.
+
+    Raises:
+        BadRequest: it cannot be told from others of its kind.
+    """
+    entries = dict(dict.items(value)) if isinstance(value, dict) else bare(value)
+    try:
+        codes = [listing.code(each.__code__, 1) for each in functions_in(value)]
+        whole = [listing.value(entries), *codes]
+        digest_of(whole)
+        return whole
+    except Exception as why:  # whatever an object does that somebody put there
+        raise BadRequest(
+            f"{name} was replaced in this process by a {type(value).__name__}, of which no key can "
+            f"tell: {first_line(why)}",
+            hint="compile where it is what its file says, or replace it by a function or class",
+        ) from why
+
+
+def name_of_module(value: Any) -> Any:
+    """A Python module, as a listing has it; not anything else."""
+    return f"module {value.__name__}" if isinstance(value, ModuleType) else NotImplemented
 
 
 def is_transformers(config: Any) -> bool:

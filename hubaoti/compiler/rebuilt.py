@@ -35,8 +35,20 @@ def is_as_built(model: nn.Module, code: Code, listing: Listing) -> bool:
         BUILT[key] = made(model, listing)
     other = BUILT[key]
     return other is not None and all(
-        listing.part(part) == other.get(path) for path, part in model.named_modules()
+        is_like(path, listing.part(part), other) for path, part in model.named_modules()
     )
+
+
+def is_like(path: str, part: Part, other: dict[str, Part]) -> bool:
+    """Whether a part is as in the other model; it may say None where that one has a part."""
+    kind, attributes = part
+    left = {k: v for k, v in attributes.items() if v is not None or within(path, k) not in other}
+    return other.get(path) == (kind, left)
+
+
+def within(path: str, name: str) -> str:
+    """The path of a part of a module."""
+    return f"{path}.{name}" if path else name
 
 
 def made(model: nn.Module, listing: Listing) -> dict[str, Part] | None:
