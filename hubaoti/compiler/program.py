@@ -120,10 +120,10 @@ def is_program_of(model: nn.Module, program: Program, whole: bool) -> bool:
             f"{type(model).__name__} is not of the program that was compiled: {'; '.join(differ)}",
             hint="attach an artifact of this model, or compile one",
         )
-    if "structure" in program.config or patches(model, code):
+    if "structure" in program.config or digest_of_code(code, model) != program.code:
         return False
-    same = digest_of_code(code, model) == program.code
-    return same and is_as_built(model, code, attributes(code, program.task))
+    built = is_as_built(model, code, attributes(code, program.task))  # loads what it first needs
+    return built and not patches(model, code)
 
 
 def attributes(code: Code, task: str) -> rebuilt.Listing:

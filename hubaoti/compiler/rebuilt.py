@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from hubaoti.compiler.modelcode import Code
 from hubaoti.compiler.reached import functions_in, home_of
@@ -15,6 +16,10 @@ from hubaoti.compiler.structure import OWN, is_ours, is_plain, plain
 
 HOOKED = {"_hf_hook", "_old_forward"}  # accelerate's: its `forward` is the module's own
 DEEP = 3  # levels of values within values
+FILLING = {
+    "uniform_", "normal_", "trunc_normal_", "xavier_uniform_", "xavier_normal_",
+    "kaiming_uniform_", "kaiming_normal_", "orthogonal_", "fill_", "zero_", "copy_",
+}  # fmt: skip
 MOST = 32  # kinds of models that are kept
 
 Part = tuple[str, dict[str, Any]]
@@ -56,11 +61,25 @@ def made(model: nn.Module, listing: Listing) -> dict[str, Part] | None:
     kind: Any = type(model)
     try:
         config = copy.deepcopy(model.config)
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), Unfilled():
             other = kind.from_config(config) if isinstance(config, Mapping) else kind(config)
         return {path: listing.part(part) for path, part in other.named_modules()}
     except Exception:  # whatever a constructor does with tensors that have no values
         return None
+
+
+class Unfilled(TorchFunctionMode):
+    """Tensors without memory are not filled, in this thread alone: it would be for nothing."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else kwargs.get("tensor")
+        name = getattr(func, "__name__", "")
+        if name in FILLING and isinstance(first, torch.Tensor) and first.is_meta:
+            return first
+        return func(*args, **kwargs)
 
 
 def text_of_config(config: Any) -> str:
