@@ -254,8 +254,9 @@ def attach(  # noqa: PLR0913 - a face of keywords
     `artifact` is one of the mirror, a bundle that `compile` wrote, or a repo to pull. The module's
     tensors are bound by reference. What no graph serves is answered by the module itself, counted,
     and warned of once for each reason; with `strict` it raises `NotServed`. A module that has no
-    config, or other code than was compiled, answers the first call of each graph itself, and the
-    graph's answer is compared. Of a PeftModel it is the model within.
+    config, or other code than was compiled, or of which code or attributes were patched, answers
+    the first call of each graph itself, and the graph's answer is compared. Of a PeftModel it is
+    the model within.
 
     Of an artifact that was compiled with `--quantize`, the graphs make quantized weights of the
     module's, which then has both. With `quantize`, the module gives its own up and is smaller: what

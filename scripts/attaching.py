@@ -119,6 +119,8 @@ def compiled(
 ) -> Bundle:
     """The graphs of a Llama."""
     folder = scratch / f"attach-{task}-{config.hidden_size}"
+    if task == "forward":
+        config.architectures = ["LlamaModel"]
     config.save_pretrained(folder)
     output = scratch / f"{folder.name}-bundle"
     return api.compile(folder, output, task=task, settings=settings, **asked)

@@ -184,7 +184,7 @@ def compared(
 def llama(folder: Path, layers: int) -> Path:
     """A folder with the config of a small Llama."""
     transformers.LlamaConfig(
-        architectures=["LlamaForCausalLM"],
+        architectures=["LlamaModel"],
         hidden_size=256,
         intermediate_size=704,
         max_position_embeddings=512,

@@ -1152,7 +1152,7 @@ def forward_bundle(tiny_decoder: Path, built_at: Settings) -> Bundle:
 def test_masks_that_are_left_out_and_tables_of_one_row_are_made_whole(
     case: str, masked: bool, tiny_decoder: Path, forward_bundle: Bundle, built_at: Settings
 ) -> None:
-    model = AutoModel.from_pretrained(tiny_decoder).eval()
+    model = AutoModelForCausalLM.from_pretrained(tiny_decoder).eval()
     words = prompt(case) | {"use_cache": False}
     if not masked:
         del words["attention_mask"]
@@ -1168,7 +1168,7 @@ def test_a_mask_that_is_written_to_is_read_again(
     tiny_decoder: Path, forward_bundle: Bundle, built_at: Settings
 ) -> None:
     """What is made of a tensor is kept for the next block, and not for another mask."""
-    model = AutoModel.from_pretrained(tiny_decoder).eval()
+    model = AutoModelForCausalLM.from_pretrained(tiny_decoder).eval()
     mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
     words = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]]), "use_cache": False}
     with torch.no_grad():

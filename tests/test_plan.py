@@ -351,9 +351,8 @@ def test_a_model_s_whole_is_one_region_where_that_is_asked(planned: Callable[...
     ],
 )
 def test_one_place_is_planned_alone(task: str, planned: Callable[..., Plan]) -> None:
-    place = "layers.1" if task == "forward" else "model.layers.1"
-    found = planned(llama(), regions=place, task=task)
-    assert [unit.modules for unit in found.units] == [(place,)]
+    found = planned(llama(), regions="model.layers.1", task=task)
+    assert [unit.modules for unit in found.units] == [("model.layers.1",)]
 
 
 def test_a_place_that_is_not_there_is_refused(planned: Callable[..., Plan]) -> None:

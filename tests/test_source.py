@@ -191,6 +191,39 @@ def test_an_encoder_that_stands_for_itself_wants_no_decoder_s_tokens(
     assert torch.equal(answer[0], hidden if task == "forward" else hidden.mean(1))
 
 
+CLIP_TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_forward_is_that_of_the_class_which_the_files_name(tmp_path: Path, weights: bool) -> None:
+    config = transformers.CLIPTextConfig(
+        **CLIP_TEXT, num_attention_heads=2, vocab_size=100, projection_dim=8, eos_token_id=9
+    )
+    named = transformers.CLIPTextModelWithProjection(config).eval()
+    named.save_pretrained(tmp_path)
+    request = Request(task="forward", regions="none" if weights else None)
+    found = load(tmp_path, request, CPU, weights=weights)
+    assert type(found.model) is transformers.CLIPTextModelWithProjection
+    assert found.attention == "sdpa"
+    assert dict(found.model.named_parameters()).keys() == dict(named.named_parameters()).keys()
+    if weights:
+        words = {"input_ids": torch.tensor([[3, 4, 9]]), "attention_mask": torch.ones(1, 3).long()}
+        with torch.no_grad():
+            assert torch.equal(found.model(**words)[0], named(**words)[0])
+
+
+@pytest.mark.parametrize("names", [None, [], ["NoModel"], ["BertModel"], ["AutoModel"]])
+def test_forward_without_a_class_of_its_own_is_the_plain_model_s(
+    names: Any, tmp_path: Path
+) -> None:
+    config = transformers.CLIPTextConfig(
+        **CLIP_TEXT, num_attention_heads=2, vocab_size=100, architectures=names
+    )
+    config.save_pretrained(tmp_path)
+    model = load(tmp_path, Request(task="forward"), CPU).model
+    assert type(model) is transformers.CLIPTextModel
+
+
 def test_a_model_with_both_halves_keeps_them(tmp_path: Path) -> None:
     transformers.T5Model(transformers.T5Config(**HALVES, vocab_size=100)).save_pretrained(tmp_path)
     found = load(tmp_path, Request(task="forward", regions="none"), CPU, weights=True)

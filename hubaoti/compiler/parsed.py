@@ -10,6 +10,7 @@ import ast
 import hashlib
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -38,6 +39,7 @@ class Import(msgspec.Struct, frozen=True, array_like=True):
     names: tuple[str, ...]
     module: str = ""
     level: int | None = None
+    originals: tuple[str, ...] = ()  # the names there; of an `import`, those that it binds here
 
 
 class Statement(msgspec.Struct, frozen=True, array_like=True):
@@ -55,8 +57,16 @@ class Parsed(msgspec.Struct, frozen=True, array_like=True):
 
     imports: tuple[Import, ...]
     statements: tuple[Statement, ...]
+    # Expressions of values and containers, by `name` and `Class.name`; for a function's name with
+    # the endings of `DEFAULTS` those of its arguments.
+    assigned: dict[str, str]
 
 
+SIMPLE = (
+    ast.Constant, ast.Name, ast.Attribute, ast.Dict, ast.List, ast.Tuple, ast.Set, ast.UnaryOp,
+    ast.BinOp, ast.expr_context, ast.operator, ast.unaryop,
+)  # fmt: skip
+DEFAULTS = ("()", "(*)")  # of arguments by place, and of those by name
 DECODER = msgspec.json.Decoder(Parsed)
 # Whoever lends them in this context, and what is to be kept there at its end.
 LENT: ContextVar[tuple[Notes, dict[str, bytes]] | None] = ContextVar("lent", default=None)
@@ -95,7 +105,9 @@ def parsed(text: str) -> Parsed:
 def read(text: str) -> Parsed:
     """The same, parsed."""
     body = ast.parse(text).body
-    return Parsed(tuple(imports_in(body)), tuple(map(read_statement, body)))
+    return Parsed(
+        tuple(imports_in(body)), tuple(map(read_statement, body)), dict(assigned_in(body))
+    )
 
 
 def read_statement(node: ast.stmt) -> Statement:
@@ -115,10 +127,61 @@ def imports_in(body: list[ast.stmt]) -> Iterator[Import]:
     """The imports that run when a module is imported."""
     for node in statements(body):
         if isinstance(node, ast.Import):
-            yield Import(tuple(alias.name for alias in node.names))
+            names = tuple(alias.name for alias in node.names)
+            bound = tuple(each.asname or each.name.partition(".")[0] for each in node.names)
+            yield Import(names, originals=bound)
         elif isinstance(node, ast.ImportFrom):
             names = tuple(alias.asname or alias.name for alias in node.names)
-            yield Import(names, node.module or "", node.level)
+            originals = tuple(alias.name for alias in node.names)
+            yield Import(names, node.module or "", node.level, originals)
+
+
+def assigned_in(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The names that are given a value once and for all, with the expression of it.
+
+    Left out is what more than a look at other names decides.
+    """
+    own = [*statements(body)]
+    pairs = [pair for node in own for pair in targets(node)]
+    counts = Counter(name for name, _ in pairs)
+    for name, value in pairs:
+        if counts[name] == 1 and is_simple(value):
+            yield prefix + name, ast.unparse(value)
+    for node in own:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from defaults_of(node, prefix + node.name)
+        elif isinstance(node, ast.ClassDef):
+            yield from assigned_in(node.body, f"{prefix}{node.name}.")
+
+
+def defaults_of(
+    node: ast.FunctionDef | ast.AsyncFunctionDef, name: str
+) -> Iterator[tuple[str, str]]:
+    """The defaults of a function's arguments, where they are simple."""
+    pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+    named = {arg.arg: value for arg, value in pairs if value is not None}
+    keys: list[ast.expr | None] = [ast.Constant(each) for each in named]
+    whole = (ast.Tuple(node.args.defaults, ast.Load()), ast.Dict(keys, [*named.values()]))
+    for end, value in zip(DEFAULTS, whole, strict=True):
+        if is_simple(value):
+            yield name + end, ast.unparse(value)
+
+
+def targets(node: ast.stmt) -> list[tuple[str, ast.expr]]:
+    """The names that an assignment gives a value."""
+    if isinstance(node, ast.AnnAssign) and node.value and isinstance(node.target, ast.Name):
+        return [(node.target.id, node.value)]
+    if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+        return [(node.target.id, node.value)] * 2
+    if isinstance(node, ast.Assign):
+        return [(each.id, node.value) for each in node.targets if isinstance(each, ast.Name)]
+    return []
+
+
+def is_simple(value: ast.expr) -> bool:
+    """Whether an expression has constants, names and containers only, or is a call over such."""
+    parts = [value.func, *value.args] if isinstance(value, ast.Call) else [value]
+    return all(isinstance(node, SIMPLE) for part in parts for node in ast.walk(part))
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:

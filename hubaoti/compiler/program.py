@@ -10,14 +10,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from hubaoti.canonical import SAFE, digest_of
+from hubaoti.compiler import rebuilt
 from hubaoti.compiler.modelcode import Code, code_of, code_of_types, is_loose
+from hubaoti.compiler.patched import patches
+from hubaoti.compiler.reached import functions_in
+from hubaoti.compiler.rebuilt import is_as_built
 from hubaoti.compiler.structure import Listing
-from hubaoti.errors import OtherProgram
+from hubaoti.compiler.words import bare
+from hubaoti.errors import BadRequest, OtherProgram, first_line
 from hubaoti.manifest import Program
 from hubaoti.runtime.adapters import own_parts
 
@@ -64,7 +70,8 @@ def program_of(model: nn.Module, config: Any, task: str, steps: tuple[str, ...])
     """The program of a transformers model that does a task, followed by steps."""
     code = code_of(model, config_classes(config))
     plain = Normal(code, task).whole(config)
-    return Program(config=plain, code=digest_of_code(code, model), task=task, steps=steps)  # type: ignore[arg-type]
+    digest = with_patches(digest_of_code(code, model), model, code)
+    return Program(config=plain, code=digest, task=task, steps=steps)  # type: ignore[arg-type]
 
 
 def program_of_module(module: nn.Module, task: str = "forward") -> Program:
@@ -81,9 +88,10 @@ def program_of_module(module: nn.Module, task: str = "forward") -> Program:
     listing = Listing(module, normal.has_attribute, normal.config_of_part)
     structure = digest_of(listing.parts())
     plain = {"class": type(module).__qualname__, "structure": structure}
+    whole = code_of(module, configs, listing.modules)
     return Program(
         config=normal.whole(config) | plain,
-        code=code_of(module, configs, listing.modules).digest,
+        code=with_patches(whole.digest, module, whole),
         task=task,  # type: ignore[arg-type]
     )
 
@@ -109,8 +117,11 @@ def is_program_of(model: nn.Module, program: Program, whole: bool) -> bool:
         names = sorted((ours.keys() | program.config.keys()) - left_out)
         differ = [name for name in names if ours.get(name) != program.config.get(name)]
         if not differ:
-            known = digest_of_code(code, model) == program.code
-            return "structure" not in program.config and known
+            if "structure" in program.config or digest_of_code(code, model) != program.code:
+                return False
+            listed = attributes(code, program.task)
+            built = is_as_built(model, code, listed)  # loads what it first needs
+            return built and not patches(model, code)
     raise OtherProgram(
         f"{type(model).__name__} is not of the program that was compiled: "
         + "; ".join(
@@ -118,6 +129,15 @@ def is_program_of(model: nn.Module, program: Program, whole: bool) -> bool:
             for name in differ
         ),
         hint="attach an artifact of this model, or compile one",
+    )
+
+
+def attributes(code: Code, task: str) -> rebuilt.Listing:
+    """A listing of the attributes that the code of a model reads."""
+    normal = Normal(code, task)
+    left_out = NAMES | OUTPUTS
+    return rebuilt.Listing(
+        lambda name: name not in left_out and code.reads(name), normal.config_of_part
     )
 
 
@@ -205,6 +225,44 @@ def digest_of_code(code: Code, model: nn.Module) -> str:
         return code.digest
     listing = Listing(model)
     return digest_of([code.digest, [listing.kind(cls) for cls in loose]])
+
+
+def with_patches(digest: str, model: nn.Module, code: Code) -> str:
+    """A digest of code with that of what was patched in this process; as it is where nothing was.
+
+    What was put there is known by its code, and by the files that it is from.
+    """
+    found = patches(model, code)
+    if not found:
+        return digest
+    listing = Listing(model, special=name_of_module)
+    listed = {name: listed_patch(listing, name, value) for name, value in sorted(found.items())}
+    return digest_of([digest, listed, code_of(nn.Module(), (), listing.modules).digest])
+
+
+def listed_patch(listing: Listing, name: str, value: Any) -> list[Any]:
+    """What was put in a place, as plain values.
+
+    Raises:
+        BadRequest: it cannot be told from others of its kind.
+    """
+    entries = dict(dict.items(value)) if isinstance(value, dict) else bare(value)
+    try:
+        codes = [listing.code(each.__code__, 1) for each in functions_in(value)]
+        whole = [listing.value(entries), *codes]
+        digest_of(whole)
+        return whole
+    except Exception as why:  # whatever an object does that somebody put there
+        raise BadRequest(
+            f"{name} was replaced in this process by a {type(value).__name__}, of which no key can "
+            f"tell: {first_line(why)}",
+            hint="compile where it is what its file says, or replace it by a function or class",
+        ) from why
+
+
+def name_of_module(value: Any) -> Any:
+    """A Python module, as a listing has it; not anything else."""
+    return f"module {value.__name__}" if isinstance(value, ModuleType) else NotImplemented
 
 
 def is_transformers(config: Any) -> bool:

@@ -210,15 +210,41 @@ def build(making: Making, trust: bool) -> tuple[nn.Module, str]:
 
 def make(making: Making, attention: str, trust: bool) -> nn.Module:
     """Build with weights, or without: buffers for real, parameters untouched or not there."""
-    auto = tasks.auto_class(making.task, making.config)
+    auto = named_class(making) or tasks.auto_class(making.task, making.config)
     making.config.use_cache = making.task == "generate"  # a cache would be one more output
-    options = {"dtype": making.dtype, "attn_implementation": attention, "trust_remote_code": trust}
+    options: dict[str, Any] = {"dtype": making.dtype, "attn_implementation": attention}
+    options["trust_remote_code"] = trust
     if making.weights:
         return auto.from_pretrained(making.folder, **options)  # type: ignore[no-any-return]
     with no_init_weights(), storage_free() if making.bare else nullcontext():
-        model: nn.Module = auto.from_config(making.config, **options)
+        model: nn.Module = from_config(auto, making.config, **options)
     model.tie_weights()  # type: ignore[operator]  # which was skipped, too
     return with_traceable_experts(model, making.dtype)
+
+
+def named_class(making: Making) -> Any:
+    """The class that the files name, for forward, whose calls are those of the user's own model.
+
+    None where they name none that transformers has for this config.
+    """
+    if making.task != "forward":
+        return None
+    for name in making.config.architectures or ():
+        kind = getattr(transformers, name, None)
+        if getattr(kind, "config_class", None) is type(making.config):
+            return kind
+    return None
+
+
+def from_config(kind: Any, config: Any, trust_remote_code: bool, **options: Any) -> nn.Module:
+    """A model of an auto class or of one class.
+
+    Private, checked on transformers 5.22: `_from_config`, which the auto classes call.
+    """
+    if hasattr(kind, "from_config"):
+        options["trust_remote_code"] = trust_remote_code
+        return kind.from_config(config, **options)  # type: ignore[no-any-return]
+    return kind._from_config(config, **options)  # type: ignore[no-any-return]
 
 
 def with_traceable_experts(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -1,0 +1,163 @@
+"""What the file of a module says: its functions and classes, and what it names and imports."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cached_property, lru_cache
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from hubaoti.compiler.modelcode import OUTSIDE, file_of, from_where, text_of
+from hubaoti.compiler.parsed import Import, Parsed, parsed
+from hubaoti.compiler.structure import names_in, origin
+
+UNKNOWN: Any = object()
+
+
+class OnDisk:
+    """A module's file; of torch and the standard library only its code is looked at."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+        self.package = module.__name__.partition(".")[0]
+
+    @cached_property
+    def codes(self) -> Mapping[str, list[CodeType]]:
+        """Functions and bodies of classes by their qualified names.
+
+        Python's own loader reads them, from its cache where that is as new as the file.
+        """
+        found: dict[str, list[CodeType]] = {}
+        for code in inner(self.whole) if self.whole is not None else ():
+            found.setdefault(code.co_qualname, []).append(code)
+        return found
+
+    @cached_property
+    def whole(self) -> CodeType | None:
+        """The code of the file; None where it cannot be read."""
+        loader: Any = getattr(self.module.__spec__, "loader", None)
+        try:
+            if hasattr(loader, "get_code"):
+                code = loader.get_code(self.module.__name__)
+                return code if isinstance(code, CodeType) else None
+            file = f"{file_of(self.module)}"
+            return compile(self.text or "", file, "exec", dont_inherit=True)
+        except (ImportError, OSError, SyntaxError, UnicodeError):  # it was changed since
+            return None
+
+    @cached_property
+    def text(self) -> str | None:
+        """The source."""
+        return text_of(self.module)
+
+    @cached_property
+    def parsed(self) -> Parsed | None:
+        """What is known of the source; nothing of torch's, whose files are many and long."""
+        return None if self.text is None or self.package in OUTSIDE else parsed(self.text)
+
+    @cached_property
+    def assigned(self) -> Mapping[str, str]:
+        """The expressions of what it names."""
+        return self.parsed.assigned if self.parsed else {}
+
+    @cached_property
+    def imports(self) -> Mapping[str, list[tuple[Import, str]]]:
+        """The imports of each name that they bind, with what it is called there."""
+        found: dict[str, list[tuple[Import, str]]] = {}
+        for each in self.parsed.imports if self.parsed else ():
+            there = each.originals if each.level is not None else each.names
+            here = each.names if each.level is not None else each.originals
+            for name, original in zip(here, there, strict=True):
+                found.setdefault(name, []).append((each, original))
+        return found
+
+    @cached_property
+    def homes(self) -> frozenset[str]:
+        """The modules that it imports from, and itself."""
+        imports = self.parsed.imports if self.parsed else ()
+        return frozenset(
+            {self.module.__name__, *(base for each in imports for base in self.bases(each))}
+        )
+
+    def bases(self, imported: Import) -> tuple[str, ...]:
+        """The modules that an import names."""
+        if imported.level is None:
+            return imported.names
+        return (from_where(self.module, imported.level, imported.module),)
+
+    def taken(self, imported: Import, original: str) -> Any:
+        """What an import binds, as it is loaded now; UNKNOWN where that cannot be told."""
+        if imported.level is None:
+            whole = original if original in sys.modules else original.partition(".")[0]
+            return sys.modules.get(whole, UNKNOWN)
+        (base,) = self.bases(imported)
+        inside = sys.modules.get(f"{base}.{original}", UNKNOWN)
+        try:
+            return getattr(sys.modules.get(base), original, inside)
+        except Exception:  # of a module that imports as it is asked
+            return UNKNOWN
+
+    @cached_property
+    def lines(self) -> list[str]:
+        """The lines of the source."""
+        return (self.text or "").splitlines()
+
+    def decorators(self, code: CodeType) -> frozenset[str]:
+        """The packages of the decorators of a function or class; none where it has none."""
+        head = itertools.takewhile(is_head, self.lines[code.co_firstlineno - 1 :])
+        names = (found[1] for line in head if (found := re.match(r"\s*@\s*(\w+)", line)))
+        values = (vars(self.module).get(name) for name in names)
+        return frozenset(package for value in values for package in packages_of(value))
+
+
+class Files:
+    """The files of loaded modules, as they are now."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, OnDisk | None] = {}
+
+    def of(self, name: str) -> OnDisk | None:
+        """The file of a module; None where it has none."""
+        if name not in self.known:
+            module = sys.modules.get(name)
+            file = file_of(module)
+            self.known[name] = None
+            if module is not None and file is not None:
+                self.known[name] = read_at(module, file.stat().st_mtime_ns)
+        return self.known[name]
+
+
+@lru_cache(512)
+def read_at(module: ModuleType, written: int) -> OnDisk:
+    """A module's file as it was written at a time."""
+    return OnDisk(module)
+
+
+def inner(code: CodeType) -> Iterator[CodeType]:
+    """The functions and classes that code makes, and those within them."""
+    for item in code.co_consts:
+        if isinstance(item, CodeType):
+            yield item
+            yield from inner(item)
+
+
+def is_class_body(code: CodeType) -> bool:
+    """Whether code is the body of a class, which has no variables of its own."""
+    return not code.co_flags & inspect.CO_NEWLOCALS
+
+
+def is_head(line: str) -> bool:
+    """Whether a line stands before the `def` or `class` of what it decorates."""
+    return re.match(r"\s*(async |def |class )", line) is None
+
+
+def packages_of(value: Any) -> Iterator[str]:
+    """The packages of a decorator, and of what it calls by a global name."""
+    named = names_in(value.__code__) if isinstance(value, FunctionType) else ()
+    for each in (value, *(value.__globals__.get(name) for name in named)):
+        where = each.__name__ if isinstance(each, ModuleType) else origin(each)
+        yield where.partition(".")[0]
