@@ -12,12 +12,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.fake_tensor import UnsupportedOperatorException, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    UnsupportedOperatorException,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -98,7 +103,9 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return "\n".join([*lines, last])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.lines is None or func.namespace == "prim":  # as asking for a device
+        if self.lines is None:
+            return outside(func, args, kwargs or {})
+        if func.namespace == "prim":  # as asking for a device
             return func(*args, **(kwargs or {}))
         asked = " ".join([str(func), *map(self._word, tree_leaves((args, kwargs)))])
         before = self._before(asked)
@@ -140,6 +147,19 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return place if isinstance(tensor, FakeTensor) else f"{place} {bytes_of(tensor)}"
 
 
+def outside(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operation between the blocks, where a number is zero that is asked of what has no values.
+
+    That decides what the model does around its blocks, as with a rope that grows: it stays eager.
+    What they are given in another case is another call to their graphs.
+    """
+    try:
+        return func(*args, **kwargs)
+    except DataDependentOutputException:
+        dtype = args[0].dtype if func is torch.ops.aten._local_scalar_dense.default else torch.bool
+        return 0.0 if dtype.is_floating_point else False if dtype is torch.bool else 0
+
+
 def face(tensor: torch.Tensor, name: str = "") -> tuple[Any, ...]:
     """What of a tensor decides on what comes of it, where it has no values."""
     return name, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
@@ -162,41 +182,57 @@ def bytes_of(tensor: torch.Tensor) -> str:
 class Observed:
     """The first call of one block in each run, and the operations of the very first as text.
 
-    A block that did in the first run what another had done need not run again: it answers what that
-    one, its `leader`, has answered.
+    It `attends` where it puts keys and values into a cache, and is `recurrent` where it puts states
+    there, each of which follows from the one before. A block that did in the first run what another
+    had done need not run again: it answers what that one, its `leader`, has answered.
     """
 
+    block: nn.Module
     calls: list[Call] = field(default_factory=list)
     operations: str = ""
     problem: str | None = None
     called: bool = False
+    answered: bool = False
+    attends: bool = False
+    recurrent: bool = False
     leader: Observed | None = None
     answer: Any = None
 
-    def around(self, block: nn.Module, path: str, operations: Operations) -> Callable[..., Any]:
+    def around(self, path: str, operations: Operations) -> Callable[..., Any]:
         """The `forward` of the block at a path, noted."""
-        forward = block.forward
+        forward = self.block.forward
 
         def watching(*args: Any, **kwargs: Any) -> Any:
             if self.called:
                 return forward(*args, **kwargs)
             self.called = True
+            run = partial(forward, *args, **kwargs)
             try:
-                self.calls.append(call_of(forward, args, kwargs))
+                call = call_of(forward, args, kwargs)
             except Opaque as why:
                 self.problem = str(why)
-                return forward(*args, **kwargs)
-            if self.leader is not None and self.leader.called:
-                return self.leader.answer
-            alone = not self.operations and operations.lines is None
-            if alone:
-                operations.begin(path, block, self.calls[-1].tensors)
-            self.answer = forward(*args, **kwargs)
-            if alone:
-                self.operations = operations.end(self.answer)
-            return self.answer
+                answer = run()
+            else:
+                self.calls.append(call)
+                leader = self.leader if self.leader is not None and self.leader.called else None
+                answer = leader.answer if leader else self._run(run, call, operations, path)
+            self.answered = True
+            return answer
 
         return watching
+
+    def _run(self, run: Callable[[], Any], call: Call, operations: Operations, path: str) -> Any:
+        """What the block answers to a call, its operations written down if it is the first."""
+        alone = not self.operations and operations.lines is None
+        if alone:
+            operations.begin(path, self.block, call.tensors)
+        puts, states = put_into(call)
+        self.answer = run()
+        self.attends |= put_into(call)[0] > puts
+        self.recurrent |= put_into(call)[1] > states
+        if alone:
+            self.operations = operations.end(self.answer)
+        return self.answer
 
     @property
     def unused(self) -> frozenset[int]:
@@ -204,11 +240,11 @@ class Observed:
         used = {int(place) for place in re.findall(r"%input (\d+)\[", self.operations)}
         return frozenset(range(len(self.calls[0].tensors))) - used
 
-    def did(self, block: nn.Module) -> str:
+    def did(self) -> str:
         """What a block was given first, and what it did, as text."""
         first = self.calls[0]
         given = [(tuple(t.shape), t.dtype) for t in first.tensors]
-        return f"{type(block)} {first.template} {given} {self.operations}"
+        return f"{type(self.block)} {first.template} {given} {self.operations}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +266,7 @@ def observe(
     Raises:
         CompileFailed: the model looks at values, or cannot take what it is called with.
     """
-    found: dict[str, Observed] = {path: Observed() for path in blocks}
+    found = {path: Observed(block) for path, block in blocks.items()}
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     with ExitStack() as around:
         around.callback(logger.setLevel, logger.level)
@@ -244,29 +280,44 @@ def observe(
         }
         operations = Operations(tensors)
         for path, block in blocks.items():
-            watching = found[path].around(block, path, operations)
-            around.enter_context(replaced(block, watching))
+            around.enter_context(replaced(block, found[path].around(path, operations)))
         around.enter_context(operations)
         for at, call in enumerate(calls):
             given = call()
             if at == 1:
-                follow(found, blocks)
+                follow(found)
             for seen in found.values():
-                seen.called = False
+                seen.called = seen.answered = False
             try:
                 torch.func.functional_call(model, tensors, given.args, dict(given.kwargs))
-            except UnsupportedOperatorException as why:
-                raise without_fake("capture", why) from why
             except Exception as why:  # whatever a model's code raises
-                raise CompileFailed(
-                    f"capture: {type(model).__name__} cannot be run without values: "
-                    f"{type(why).__name__}: {first_line(why)}",
-                    hint="it looks at values to decide what to compute, or takes other inputs: "
-                    "compile a part of it with --regions PATH, or capture real calls",
-                ) from why
+                if not all(seen.answered for seen in found.values()):
+                    raise refused(model, found, why) from why
     for seen in found.values():
         seen.calls = [bare(call) for call in seen.calls]
     return {path: seen for path, seen in found.items() if seen.calls or seen.problem}
+
+
+def refused(model: nn.Module, found: Mapping[str, Observed], why: Exception) -> CompileFailed:
+    """The refusal of a model that failed before each of its blocks had answered."""
+    if isinstance(why, UnsupportedOperatorException):
+        return without_fake("capture", why)
+    inside = [path for path, seen in found.items() if seen.called and not seen.answered]
+    before = [path for path, seen in found.items() if seen.answered]
+    compiled = f"compile what comes before with --regions {before[0]}, or " if before else ""
+    return CompileFailed(
+        f"capture: {type(model).__name__} cannot be run without values"
+        f"{f', in {inside[-1]}' if inside else ''}: {type(why).__name__}: {first_line(why)}",
+        hint=f"it looks at values to decide what to compute, or takes other inputs: {compiled}"
+        "capture the calls of a module inside of it, as hubaoti.capture(model.PATH)",
+    )
+
+
+def put_into(call: Call) -> tuple[int, int]:
+    """How many keys, and how many recurrent states, are in the caches of a call, which count."""
+    layers = [layer for cache in call.caches for layer in getattr(cache, "layers", ())]
+    puts = sum(len(getattr(layer, "puts", ())) for layer in layers)
+    return puts, sum(getattr(layer, "states", 0) for layer in layers)
 
 
 def without_fake(step: str, op: Exception) -> CompileFailed:
@@ -294,12 +345,12 @@ def closed_over(function: Any) -> Iterator[Any]:
             yield cell.cell_contents
 
 
-def follow(found: Mapping[str, Observed], blocks: Mapping[str, nn.Module]) -> None:
+def follow(found: Mapping[str, Observed]) -> None:
     """Give each block that did what one before it had done that one as its leader."""
     first: dict[str, Observed] = {}
-    for path, seen in found.items():
+    for seen in found.values():
         if seen.calls and not seen.problem:
-            leader = first.setdefault(seen.did(blocks[path]), seen)
+            leader = first.setdefault(seen.did(), seen)
             seen.leader = None if leader is seen else leader
 
 

@@ -73,6 +73,8 @@ def load(folder: Path, request: Request, device: torch.device, weights: bool = F
     refuse_quantized(folder, config)
     if not vocabulary and task != "forward":
         raise UnknownTask(f"{folder.name} takes no text", hint="compile it with --task forward")
+    if task == "generate":
+        tasks.refuse_two_caches(folder.name, config)
     regions = request.regions or ("none" if task in tasks.WHOLE else "auto")
     chosen = request.dtype or dtype_in(config)
     made = Making(folder, config, task, getattr(torch, chosen), weights, regions != "none")
@@ -193,7 +195,10 @@ def build(making: Making, trust: bool) -> tuple[nn.Module, str]:
             if attention == "sdpa" and "scaled_dot_product_attention" in str(why):
                 continue
             raise UnknownTask(
-                f"{name} cannot do {making.task}: {first_line(why)}", hint="try another --task"
+                f"{name} cannot do {making.task}: {first_line(why)}",
+                hint="compile it with --task forward"
+                if making.task != "forward"
+                else "capture its calls, and compile those: hubaoti.capture(model)",
             ) from why
         except (OSError, SafetensorError) as why:
             raise MissingConstant(
