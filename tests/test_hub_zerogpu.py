@@ -20,7 +20,7 @@ from hubaoti.errors import BadRequest, Conflict, HubaotiError
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import place_of
 from hubaoti.hub.zerogpu import branch_of, packages_of
-from hubaoti.manifest import Cache, Direct, Input, Manifest, Program, key_of, parse
+from hubaoti.manifest import Cache, Direct, Input, Manifest, key_of, parse
 from hubaoti.settings import Settings
 
 PLACE = "float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
@@ -39,13 +39,14 @@ def hub(settings: Settings) -> HfApi:
 
 
 def direct(bundle: Bundle, task: str = "forward", **fields: Any) -> Bundle:
-    """The bundle of a module's own task, whose graphs tell of their call spec."""
+    """The bundle of a module's own task, whose graphs were compiled for this layout."""
     manifest = bundle.manifest
     program = msgspec.structs.replace(manifest.program, task=task)
-    key = key_of(program, manifest.build, manifest.target)
+    build = msgspec.structs.replace(manifest.build, layout="zerogpu")
+    key = key_of(program, build, manifest.target)
     fields = {"direct": Direct(), **fields}
     graphs = tuple(msgspec.structs.replace(graph, **fields) for graph in manifest.graphs)
-    return changed(bundle, program=program, key=key, graphs=graphs)
+    return changed(bundle, program=program, build=build, key=key, graphs=graphs)
 
 
 def push(bundle: Bundle, repo: str, settings: Settings, **how: Any) -> Any:
@@ -153,7 +154,7 @@ def test_graphs_that_need_hubaoti_are_refused_before_any_request(
     assert parse(refused.manifest.to_json(), "x") == refused.manifest
     with pytest.raises(BadRequest, match=why) as caught:
         push(refused, repo, settings)
-    assert "captured calls" in caught.value.hint
+    assert "compile it with --layout zerogpu" in caught.value.hint
     assert proxy.requests == []
 
 
@@ -163,13 +164,26 @@ def test_several_graphs_of_one_module_are_refused(tmp_path: Path) -> None:
         packages_of(both.manifest)
 
 
-def test_blocks_of_transformers_are_refused(tmp_path: Path) -> None:
-    """They are called without masks and with one row for all, and those loaders add nothing."""
+def test_what_was_compiled_for_our_own_runtime_is_refused(tmp_path: Path) -> None:
+    """Its calls are made whole before, with masks and rows that those loaders do not add."""
     bundle = direct(make_bundle(tmp_path / "bundle"), modules=("layers.0",))
-    program = Program(config={"model_type": "llama"}, code="a" * 64, task="forward")
-    manifest: Manifest = msgspec.structs.replace(bundle.manifest, program=program)
-    with pytest.raises(BadRequest, match="called without masks"):
+    packages_of(bundle.manifest)
+    build = msgspec.structs.replace(bundle.manifest.build, layout=msgspec.UNSET)
+    manifest: Manifest = msgspec.structs.replace(bundle.manifest, build=build)
+    with pytest.raises(BadRequest, match="compiled without --layout zerogpu") as caught:
         packages_of(manifest)
+    assert "compile it with --layout zerogpu" in caught.value.hint
+
+
+def test_the_layout_is_in_the_key_and_in_no_other_manifest(tmp_path: Path) -> None:
+    plain = make_bundle(tmp_path / "bundle").manifest
+    assert b"layout" not in msgspec.json.encode(msgspec.to_builtins(plain.build))
+    build = msgspec.structs.replace(plain.build, layout="zerogpu")
+    assert key_of(plain.program, build, plain.target) != plain.key
+    other = msgspec.structs.replace(
+        plain, build=build, key=key_of(plain.program, build, plain.target)
+    )
+    assert parse(other.to_json(), "x").build.layout == "zerogpu"
 
 
 def test_a_decoder_s_real_blocks_are_refused(decoder_bundle: Bundle) -> None:

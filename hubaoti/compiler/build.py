@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import torch
 import transformers
 
@@ -216,4 +217,5 @@ def build_of(plan: Plan, request: Request, target: Target) -> Build:
         ),
         options=options_for(target) | request.inductor,
         version=VERSION,
+        layout=request.layout or msgspec.UNSET,  # type: ignore[arg-type]
     )

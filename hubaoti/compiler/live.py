@@ -40,7 +40,12 @@ def source_of(
     if any(call.caches for call in calls):
         raise BadRequest(
             f"a call of {type(module).__name__} holds a KV cache, which is made while it runs",
-            hint="compile the model from its folder with --task generate",
+            hint="capture calls with use_cache=False"
+            + (
+                ""
+                if getattr(config_of(module), "is_encoder_decoder", False)
+                else ", or compile the model from its folder with --task generate"
+            ),
         )
     steps = {name: sizes.step for name, sizes in request.dims.items()}
     looked = varied(calls[0], shapes, steps) if shapes and len(calls) == 1 else calls
@@ -71,8 +76,21 @@ def source_of(
         stated=frozenset(request.dims) | names_in(shapes),
         live=True,
         calls=() if face.inputs else tuple(calls),
+        layout=request.layout,
+        unpadded=request.layout is not None and is_unpadded(calls),
     )
     return source, buckets_of(sets, calls, dims, face.dims)
+
+
+def is_unpadded(calls: Sequence[Call]) -> bool:
+    """Whether the masks of all calls left nothing out."""
+    masks = (
+        tensor
+        for call in calls
+        for name, tensor in zip(call.names, call.tensors, strict=True)
+        if "mask" in name
+    )
+    return all(bool(mask.all()) for mask in masks)
 
 
 def required(calls: Calls | Sequence[Call]) -> Sequence[Call]:

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -69,8 +70,9 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     of a model is blocks that do what one before them did, and a result has no values.
     """
 
-    def __init__(self, own: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, own: Mapping[str, torch.Tensor], truth: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._truth = truth
         self.lines: list[str] | None = None
         self._own = {id(tensor): name for name, tensor in own.items()}
         self._start = ""
@@ -104,7 +106,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.lines is None:
-            return outside(func, args, kwargs or {})
+            return outside(func, args, kwargs or {}, self._truth)
         if func.namespace == "prim":  # as asking for a device
             return func(*args, **(kwargs or {}))
         asked = " ".join([str(func), *map(self._word, tree_leaves((args, kwargs)))])
@@ -147,17 +149,18 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return place if isinstance(tensor, FakeTensor) else f"{place} {bytes_of(tensor)}"
 
 
-def outside(func: Any, args: Any, kwargs: Any) -> Any:
-    """An operation between the blocks, where a number is zero that is asked of what has no values.
+def outside(func: Any, args: Any, kwargs: Any, truth: bool) -> Any:
+    """An operation between the blocks, where what has no values is zero, or false, to who asks.
 
     That decides what the model does around its blocks, as with a rope that grows: it stays eager.
-    What they are given in another case is another call to their graphs.
+    What they are given in another case is another call to their graphs. With `truth`, it is true:
+    that a mask is all ones, say, so that it can be left out.
     """
     try:
         return func(*args, **kwargs)
     except DataDependentOutputException:
         dtype = args[0].dtype if func is torch.ops.aten._local_scalar_dense.default else torch.bool
-        return 0.0 if dtype.is_floating_point else False if dtype is torch.bool else 0
+        return 0.0 if dtype.is_floating_point else truth if dtype is torch.bool else 0
 
 
 def face(tensor: torch.Tensor, name: str = "") -> tuple[Any, ...]:
@@ -260,8 +263,11 @@ def observe(
     blocks: Mapping[str, nn.Module],
     calls: Sequence[Callable[[], Given]],
     device: torch.device,
+    truth: bool = False,
 ) -> dict[str, Observed]:
     """Run a model once for each of `calls`, and note what each of its blocks is given first.
+
+    `truth` is what comes of a question about values that the model asks between its blocks.
 
     Raises:
         CompileFailed: the model looks at values, or cannot take what it is called with.
@@ -274,11 +280,13 @@ def observe(
         around.callback(forget, model)
         around.enter_context(torch.no_grad())
         around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        if truth:
+            around.enter_context(seen_as_real())
         tensors = {
             name: torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device=device)
             for name, each in (*model.named_parameters(), *model.named_buffers())
         }
-        operations = Operations(tensors)
+        operations = Operations(tensors, truth)
         for path, block in blocks.items():
             around.enter_context(replaced(block, found[path].around(path, operations)))
         around.enter_context(operations)
@@ -288,14 +296,44 @@ def observe(
                 follow(found)
             for seen in found.values():
                 seen.called = seen.answered = False
-            try:
-                torch.func.functional_call(model, tensors, given.args, dict(given.kwargs))
-            except Exception as why:  # whatever a model's code raises
-                if not all(seen.answered for seen in found.values()):
-                    raise refused(model, found, why) from why
+            run(model, tensors, given, found)
     for seen in found.values():
         seen.calls = [bare(call) for call in seen.calls]
     return {path: seen for path, seen in found.items() if seen.calls or seen.problem}
+
+
+def run(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    given: Given,
+    found: Mapping[str, Observed],
+) -> None:
+    """Run a model with these tensors in the place of its own, until all of its blocks answered.
+
+    Raises:
+        CompileFailed: it fails before.
+    """
+    try:
+        torch.func.functional_call(model, dict(tensors), given.args, dict(given.kwargs))
+    except Exception as why:  # whatever a model's code raises
+        if not all(seen.answered for seen in found.values()):
+            raise refused(model, found, why) from why
+
+
+@contextmanager
+def seen_as_real() -> Iterator[None]:
+    """Have transformers leave out masks that say nothing, as it does wherever nothing is traced.
+
+    Private, checked on transformers 5.22: `utils.import_utils.is_fake_tensor`, by which it knows a
+    run without values. Where it has another name, masks stay.
+    """
+    from transformers.utils import import_utils
+
+    if not hasattr(import_utils, "is_fake_tensor"):
+        yield
+        return
+    with patch.object(import_utils, "is_fake_tensor", lambda _: False):
+        yield
 
 
 def refused(model: nn.Module, found: Mapping[str, Observed], why: Exception) -> CompileFailed:

@@ -183,7 +183,7 @@ def observed_with(
         looks = [look(looked, at, blocks, device) for at in range(runs_of(looked))]
         try:
             with attention_of(source.model, attention):
-                found = observe(source.model, blocks, looks, device)
+                found = observe(source.model, blocks, looks, device, source.unpadded)
         except CompileFailed as why:
             if (attention, sizes) == tries[-1] or not (source.live or "attention" in str(why)):
                 raise
@@ -272,7 +272,8 @@ def faces_of(
             "nothing but keys and values"
         )
     face = face_of(seen.calls, found, source.vocabulary, type(block).__name__)
-    face = face.without(seen.unused)
+    if source.layout is None:  # loaders without a manifest give a graph all that a call has
+        face = face.without(seen.unused)
     held = next((cache for call in seen.calls for cache in call.caches), None)
     if held is None:
         return {"": face}

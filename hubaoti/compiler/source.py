@@ -57,6 +57,8 @@ class Source:
     stated: frozenset[str] = frozenset()  # dims that the user named or bounded
     calls: tuple[Call, ...] = ()  # those to look at it with, where they have no face
     live: bool = False  # the user's own module, whose weights are not ours to change
+    layout: str | None = None  # of loaders that know no manifest
+    unpadded: bool = False  # no call pads, so that masks say nothing, and are left out inside
 
 
 def load(folder: Path, request: Request, device: torch.device, weights: bool = False) -> Source:
@@ -69,7 +71,7 @@ def load(folder: Path, request: Request, device: torch.device, weights: bool = F
     """
     config = read_config(folder, request.trust_remote_code)
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 0
-    task = request.task or tasks.task_of(folder, config)
+    task = request.task or ("forward" if request.layout else tasks.task_of(folder, config))
     refuse_quantized(folder, config)
     if not vocabulary and task != "forward":
         raise UnknownTask(f"{folder.name} takes no text", hint="compile it with --task forward")
@@ -80,8 +82,10 @@ def load(folder: Path, request: Request, device: torch.device, weights: bool = F
     made = Making(folder, config, task, getattr(torch, chosen), weights, regions != "none")
     model, attention = build(made, request.trust_remote_code)
     steps = sentence_steps(folder) if task == "embed" else ()
-    positions = tasks.learned_positions(model)
+    positions = tasks.learned_positions(tasks.text_part(model, config, task))
     face = tasks.own_face(model, config, task, vocabulary)
+    if request.layout:
+        face = tasks.users_face(face, model, config)
     outputs: tuple[str, ...] = ()
     if regions == "none":
         model = model.to(device)
@@ -101,6 +105,8 @@ def load(folder: Path, request: Request, device: torch.device, weights: bool = F
         config=config,
         looks=tasks.LOOKS,
         stated=frozenset(request.dims),
+        layout=request.layout,
+        unpadded=request.layout is not None,
     )
 
 

@@ -122,6 +122,18 @@ def own_face(model: nn.Module, config: Any, task: str, vocabulary: int) -> Face:
     return face_of_inputs(inputs, literals)
 
 
+def users_face(face: Face, model: nn.Module, config: Any) -> Face:
+    """The face of a call as a model's user makes it, with what its tokenizer or processor gives."""
+    taken = inspect.signature(model.forward).parameters
+    inputs = [entry for entry in face.inputs if entry.name != "position_ids"]
+    kinds = getattr(config, "type_vocab_size", None) or 0
+    if "token_type_ids" in taken and kinds > 1:
+        inputs.insert(1, ids("token_type_ids", "seq", kinds))
+    is_encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    literals = {"use_cache": False} if "use_cache" in taken and not is_encoder else {}
+    return face_of_inputs(tuple(inputs), literals)
+
+
 def require_cache(name: str, taken: set[str]) -> None:
     """Refuse to generate with a model that takes no KV cache, by the arguments that it takes.
 
@@ -199,6 +211,12 @@ def default_dims(
     most = longest(folder, config, positions, 4096)
     cache = longest(folder, config, positions, 32768)
     return {"batch": Range(1, 32), "seq": Range(1, most), "cache": Range(min(16, cache), cache)}
+
+
+def text_part(model: nn.Module, config: Any, task: str) -> nn.Module:
+    """What of a model reads tokens where it is to generate: the rest has positions of its own."""
+    is_whole = task != "generate" or not is_multimodal(config)
+    return model if is_whole else model.get_decoder()  # type: ignore[operator, no-any-return]
 
 
 def learned_positions(model: nn.Module) -> int | None:
