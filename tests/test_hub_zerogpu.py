@@ -7,9 +7,12 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
+import transformers
 from bundles import CUDA, changed, make_bundle, tree_of
 from commands import hubaoti, inside
 from huggingface_hub import HfApi
+from loaders import patched
 from proxies import Proxy
 
 from hubaoti import api
@@ -201,6 +204,73 @@ def test_the_command_says_which_branch(bundle: Bundle, repo: str, settings: Sett
 def test_an_unknown_layout_is_refused(bundle: Bundle, repo: str, settings: Settings) -> None:
     with pytest.raises(BadRequest, match="unknown layout"):
         api.push(bundle, repo, layout="hub", settings=settings)
+
+
+# Models of transformers
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    config = transformers.BertConfig(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def compiled(folder: Path, settings: Settings, **how: Any) -> Bundle:
+    dims = {"batch": (1, 4), "seq": (2, 40)}
+    place = settings.home.parent / f"{folder.name}-zerogpu"
+    return api.compile(folder, place, layout="zerogpu", dims=dims, settings=settings, **how)
+
+
+def test_bert_whole_answers_by_the_loaders_that_know_no_manifest(
+    tiny_bert: Path, built_at: Settings, repo: str, settings: Settings, hub: HfApi
+) -> None:
+    """Its positions are in no state_dict; it is called with what its tokenizer gives."""
+    bundle = compiled(tiny_bert, built_at, regions="none")
+    made = push(bundle, repo, settings)
+    package = hub.hf_hub_download(repo, "package/root/package.pt2", revision=made.branch)
+    model = transformers.BertModel.from_pretrained(tiny_bert).eval()
+    ids, mask = torch.arange(5, 19).view(2, 7), torch.ones(2, 7, dtype=torch.int64)
+    mask[0, 4:] = 0
+    words = {"input_ids": ids, "attention_mask": mask, "token_type_ids": 1 - mask}
+    with torch.no_grad():
+        expected = model(**words)
+        with patched(model, Path(package)):
+            found = model(**words)
+        assert type(found) is type(expected)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor)
+
+
+def test_llama_s_blocks_answer_by_the_loaders_that_know_no_manifest_and_by_our_own(
+    tiny_decoder: Path, built_at: Settings
+) -> None:
+    """transformers give them no mask where nobody pads, and one row of positions for all."""
+    bundle = compiled(tiny_decoder, built_at)
+    ((path, file),) = packages_of(bundle.manifest).items()
+    model = transformers.LlamaForCausalLM.from_pretrained(tiny_decoder).eval()
+    holder = model if "model.layers" in path else model.model
+    for rows, tokens in ((1, 33), (3, 9)):
+        ids = torch.randint(5, 90, (rows, tokens))
+        mask = torch.ones_like(ids)
+        with torch.no_grad():
+            expected = model(ids, attention_mask=mask, use_cache=False).logits
+            with patched(model.model.layers, bundle.path / file) as calls:
+                found = model(ids, attention_mask=mask, use_cache=False).logits
+            assert calls == [2]
+            torch.testing.assert_close(found, expected)
+            with api.attach(holder, bundle) as attachment:
+                torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+                stats = attachment.stats()["regions"].values()
+                assert [sum(each["compiled"].values()) for each in stats] == [1, 1]
 
 
 # Call specs

@@ -14,7 +14,9 @@ from torch import nn
 from transformers import StaticCache
 
 from hubaoti.compiler.cache import ATTENTION
+from hubaoti.compiler.calls import capture
 from hubaoti.compiler.faces import Face, Flat
+from hubaoti.compiler.live import source_of as source_of_calls
 from hubaoti.compiler.plan import Plan, plan, tracing_attention
 from hubaoti.compiler.request import Range, Request, bucket_ranges, ranges
 from hubaoti.compiler.source import Source, attention_of, load
@@ -150,6 +152,46 @@ def planned(tmp_path: Path) -> Callable[..., Plan]:
 
 def shapes(face: Face) -> dict[str, tuple[int | str, ...]]:
     return {entry.name: entry.shape for entry in face.inputs}
+
+
+# Loaders that know no manifest
+
+
+def test_their_blocks_take_all_that_transformers_give_where_nobody_pads(
+    planned: Callable[..., Plan],
+) -> None:
+    (unit,) = planned(llama(), task="forward", layout="zerogpu").units
+    assert shapes(unit.face) == {
+        "hidden_states": ("batch", "seq", 32),
+        "position_embeddings_0": (1, "seq", 8),
+        "position_embeddings_1": (1, "seq", 8),
+        "position_ids": (1, "seq"),
+    }
+    assert unit.face.template["kwargs"]["attention_mask"] is None
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_their_blocks_take_masks_where_captured_calls_pad(padded: bool) -> None:
+    model = transformers.LlamaForCausalLM(llama()).eval()
+    request = Request(layout="zerogpu")
+    with capture(model) as calls, torch.no_grad():
+        for shape in ((2, 7), (3, 11)):
+            mask = torch.ones(shape, dtype=torch.int64)
+            mask[0, :3] = 0 if padded else 1
+            model(torch.ones(shape, dtype=torch.int64), attention_mask=mask, use_cache=False)
+    source, _ = source_of_calls(model, [calls], {}, request)
+    (unit,) = plan(source, request, CPU).units
+    assert ("attention_mask" in shapes(unit.face)) == padded
+
+
+def test_an_encoder_is_called_for_them_with_what_its_tokenizer_gives(
+    planned: Callable[..., Plan],
+) -> None:
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    (unit,) = planned(config, task="forward", layout="zerogpu", regions="none").units
+    assert {*unit.face.template["kwargs"]} == {"input_ids", "token_type_ids", "attention_mask"}
 
 
 # Decoders
