@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -190,7 +189,6 @@ class Observed:
     had done need not run again: it answers what that one, its `leader`, has answered.
     """
 
-    block: nn.Module
     calls: list[Call] = field(default_factory=list)
     operations: str = ""
     problem: str | None = None
@@ -201,41 +199,43 @@ class Observed:
     leader: Observed | None = None
     answer: Any = None
 
-    def around(self, path: str, operations: Operations) -> Callable[..., Any]:
+    def around(self, block: nn.Module, path: str, operations: Operations) -> Callable[..., Any]:
         """The `forward` of the block at a path, noted."""
-        forward = self.block.forward
+        forward = block.forward
 
         def watching(*args: Any, **kwargs: Any) -> Any:
             if self.called:
                 return forward(*args, **kwargs)
             self.called = True
-            run = partial(forward, *args, **kwargs)
             try:
-                call = call_of(forward, args, kwargs)
+                self.calls.append(call_of(forward, args, kwargs))
             except Opaque as why:
                 self.problem = str(why)
-                answer = run()
-            else:
-                self.calls.append(call)
-                leader = self.leader if self.leader is not None and self.leader.called else None
-                answer = leader.answer if leader else self._run(run, call, operations, path)
+                return forward(*args, **kwargs)
+            if self.leader is not None and self.leader.called:
+                return self.leader.answer
+            alone = not self.operations and operations.lines is None
+            if alone:
+                operations.begin(path, block, self.calls[-1].tensors)
+            puts, states = put_into(self.calls[-1])
+            self.answer = forward(*args, **kwargs)
+            self.attends |= put_into(self.calls[-1])[0] > puts
+            self.recurrent |= put_into(self.calls[-1])[1] > states
+            if alone:
+                self.operations = operations.end(self.answer)
+            return self.answer
+
+        return self._ending(watching)
+
+    def _ending(self, watching: Callable[..., Any]) -> Callable[..., Any]:
+        """The same, noted as `answered` where it does not fail."""
+
+        def ending(*args: Any, **kwargs: Any) -> Any:
+            answer = watching(*args, **kwargs)
             self.answered = True
             return answer
 
-        return watching
-
-    def _run(self, run: Callable[[], Any], call: Call, operations: Operations, path: str) -> Any:
-        """What the block answers to a call, its operations written down if it is the first."""
-        alone = not self.operations and operations.lines is None
-        if alone:
-            operations.begin(path, self.block, call.tensors)
-        puts, states = put_into(call)
-        self.answer = run()
-        self.attends |= put_into(call)[0] > puts
-        self.recurrent |= put_into(call)[1] > states
-        if alone:
-            self.operations = operations.end(self.answer)
-        return self.answer
+        return ending
 
     @property
     def unused(self) -> frozenset[int]:
@@ -243,11 +243,11 @@ class Observed:
         used = {int(place) for place in re.findall(r"%input (\d+)\[", self.operations)}
         return frozenset(range(len(self.calls[0].tensors))) - used
 
-    def did(self) -> str:
+    def did(self, block: nn.Module) -> str:
         """What a block was given first, and what it did, as text."""
         first = self.calls[0]
         given = [(tuple(t.shape), t.dtype) for t in first.tensors]
-        return f"{type(self.block)} {first.template} {given} {self.operations}"
+        return f"{type(block)} {first.template} {given} {self.operations}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +272,7 @@ def observe(
     Raises:
         CompileFailed: the model looks at values, or cannot take what it is called with.
     """
-    found = {path: Observed(block) for path, block in blocks.items()}
+    found: dict[str, Observed] = {path: Observed() for path in blocks}
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     with ExitStack() as around:
         around.callback(logger.setLevel, logger.level)
@@ -288,12 +288,13 @@ def observe(
         }
         operations = Operations(tensors, truth)
         for path, block in blocks.items():
-            around.enter_context(replaced(block, found[path].around(path, operations)))
+            watching = found[path].around(block, path, operations)
+            around.enter_context(replaced(block, watching))
         around.enter_context(operations)
         for at, call in enumerate(calls):
             given = call()
             if at == 1:
-                follow(found)
+                follow(found, blocks)
             for seen in found.values():
                 seen.called = seen.answered = False
             run(model, tensors, given, found)
@@ -341,13 +342,23 @@ def refused(model: nn.Module, found: Mapping[str, Observed], why: Exception) -> 
     if isinstance(why, UnsupportedOperatorException):
         return without_fake("capture", why)
     inside = [path for path, seen in found.items() if seen.called and not seen.answered]
-    before = [path for path, seen in found.items() if seen.answered]
-    compiled = f"compile what comes before with --regions {before[0]}, or " if before else ""
+    before = answered_before(found)
+    compiled = f"compile what comes before with --regions {before}, or " if before else ""
     return CompileFailed(
         f"capture: {type(model).__name__} cannot be run without values"
         f"{f', in {inside[-1]}' if inside else ''}: {type(why).__name__}: {first_line(why)}",
         hint=f"it looks at values to decide what to compute, or takes other inputs: {compiled}"
         "capture the calls of a module inside of it, as hubaoti.capture(model.PATH)",
+    )
+
+
+def answered_before(found: Mapping[str, Observed]) -> str | None:
+    """The first list of which all blocks have answered, else the first block that has."""
+    missing = {path.rpartition(".")[0] for path, seen in found.items() if not seen.answered}
+    answered = [path for path, seen in found.items() if seen.answered]
+    lists = [path.rpartition(".")[0] for path in answered]
+    return next((path for path in lists if path and path not in missing), None) or next(
+        iter(answered), None
     )
 
 
@@ -383,12 +394,12 @@ def closed_over(function: Any) -> Iterator[Any]:
             yield cell.cell_contents
 
 
-def follow(found: Mapping[str, Observed]) -> None:
+def follow(found: Mapping[str, Observed], blocks: Mapping[str, nn.Module]) -> None:
     """Give each block that did what one before it had done that one as its leader."""
     first: dict[str, Observed] = {}
-    for seen in found.values():
+    for path, seen in found.items():
         if seen.calls and not seen.problem:
-            leader = first.setdefault(seen.did(), seen)
+            leader = first.setdefault(seen.did(blocks[path]), seen)
             seen.leader = None if leader is seen else leader
 
 
