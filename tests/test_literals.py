@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hubaoti.compiler.literals import MOST, literal, written_out
+from hubaoti.compiler.literals import MOST, literal, require_unread, written_out
 from hubaoti.errors import CompileFailed
 
 TENSORS = {
@@ -24,6 +24,12 @@ TENSORS = {
 }
 
 
+def remade(tensor: torch.Tensor) -> torch.Tensor:
+    make = literal(tensor)
+    assert make is not None
+    return make()
+
+
 def bits(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
@@ -31,7 +37,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 @pytest.mark.parametrize("what", TENSORS)
 def test_a_tensor_is_made_anew_bit_for_bit(what: str) -> None:
     tensor = TENSORS[what]
-    made = literal(tensor, what)()
+    made = remade(tensor)
     assert (made.dtype, made.shape, made.device) == (tensor.dtype, tensor.shape, tensor.device)
     assert bits(made) == bits(tensor)
 
@@ -40,13 +46,7 @@ def test_a_tensor_is_made_anew_bit_for_bit(what: str) -> None:
 def test_runs_of_numbers_are_made_anew(numbers: list[int], rows: int) -> None:
     for dtype in (torch.int64, torch.float32):
         tensor = torch.tensor([numbers] * rows, dtype=dtype)
-        assert torch.equal(literal(tensor, "runs")(), tensor)
-
-
-def test_a_large_table_is_refused_by_name() -> None:
-    with pytest.raises(CompileFailed, match=r"layer\.table .* has 1025 numbers") as caught:
-        literal(torch.arange(MOST + 1).float().sin(), "layer.table")
-    assert "persistent" in caught.value.hint
+        assert torch.equal(remade(tensor), tensor)
 
 
 class Inner(nn.Module):
@@ -82,3 +82,20 @@ def test_a_program_reads_nothing_but_what_the_state_dict_has() -> None:
     assert "forward" not in vars(module) and "rope" not in vars(module.inner)
     assert {name: each for name, each in module.inner.named_buffers()} == before
     assert torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_large_table_is_refused_by_name_where_it_is_read(read: bool) -> None:
+    module, x = Outer().eval(), torch.randn(2, 4)
+    module.inner.register_buffer("large", torch.arange(MOST + 1).sin(), persistent=False)
+    if read:
+        module.inner.forward = lambda x: x * module.inner.large[4:8]  # type: ignore[method-assign]
+    with written_out(module) as unwritten, torch.no_grad():
+        program = torch.export.export(module, (x,), strict=False)
+    assert unwritten == {"inner.large"}
+    if not read:
+        require_unread(program, unwritten)
+        return
+    with pytest.raises(CompileFailed, match=r"inner\.large is in no state_dict") as caught:
+        require_unread(program, unwritten)
+    assert "persistent" in caught.value.hint

@@ -8,12 +8,13 @@ it, since torch's containers hold either all constants of a graph or none.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from hubaoti.compiler.calls import replaced
 from hubaoti.errors import CompileFailed
@@ -23,13 +24,13 @@ Make = Callable[[], torch.Tensor]
 
 
 @contextmanager
-def written_out(module: nn.Module) -> Iterator[None]:
+def written_out(module: nn.Module) -> Iterator[set[str]]:
     """Inside, a call of the module makes what its `state_dict` has not, and reads that.
 
-    Raises:
-        CompileFailed: there are too many numbers in one of them.
+    Gives the names of those that have too many numbers, and stay as they are.
     """
-    made = [(part, name, literal(tensor, where)) for part, name, tensor, where in unsaved(module)]
+    found = [(part, name, literal(tensor), where) for part, name, tensor, where in unsaved(module)]
+    made = [(part, name, make) for part, name, make, _ in found if make is not None]
     forward = module.forward
 
     @functools.wraps(forward)
@@ -40,7 +41,25 @@ def written_out(module: nn.Module) -> Iterator[None]:
             return forward(*args, **kwargs)
 
     with replaced(module, making):
-        yield
+        yield {where for *_, make, where in found if make is None}
+
+
+def require_unread(program: ExportedProgram, names: Set[str]) -> None:
+    """Refuse a program that reads a tensor of these names.
+
+    Raises:
+        CompileFailed: with those that it reads.
+    """
+    used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    specs = program.graph_signature.input_specs
+    read = sorted({str(each.target) for each in specs if each.arg.name in used} & names)
+    if read:
+        raise CompileFailed(
+            f"export: {', '.join(read)} is in no state_dict, and more than {MOST} numbers of which "
+            "none follows from another cannot be written into a graph",
+            hint="register it as a persistent buffer, or leave --layout zerogpu out and load it by "
+            "hubaoti.spaces.load",
+        )
 
 
 def unsaved(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor, str]]:
@@ -70,27 +89,19 @@ def standing_in(part: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[No
             vars(part)[name] = kept
 
 
-def literal(tensor: torch.Tensor, where: str) -> Make:
-    """What makes a tensor anew, bit for bit, of nothing but numbers.
-
-    Raises:
-        CompileFailed: it would take too many of them.
-    """
+def literal(tensor: torch.Tensor) -> Make | None:
+    """What makes a tensor anew, bit for bit, of nothing but numbers; None if of too many."""
     shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
     flat = tensor.detach().cpu().reshape(-1)
     ends = ends_of_runs(flat)
-    numbers = [flat[end - 1].item() for end in ends]
-    if len(numbers) < 2:
-        return lambda: torch.full(shape, numbers[0] if numbers else 0, dtype=dtype, device=device)
+    if len(ends) < 2:
+        value = flat[0].item() if ends else 0
+        return lambda: torch.full(shape, value, dtype=dtype, device=device)
     if counting := progression(flat):
         return lambda: torch.arange(*counting, dtype=dtype, device=device).view(shape)
-    if len(numbers) > MOST:
-        raise CompileFailed(
-            f"export: {where} is no part of the state_dict, and has {len(numbers)} numbers of "
-            f"which none follows from another; at most {MOST} can be written into a graph",
-            hint="make it a persistent buffer, or compile without --layout and load it by "
-            "hubaoti.spaces.load",
-        )
+    if len(ends) > MOST:
+        return None
+    numbers = [flat[end - 1].item() for end in ends]
 
     def chosen() -> torch.Tensor:
         return among(numbers, ends, torch.arange(ends[-1], device=device), dtype).view(shape)

@@ -21,7 +21,7 @@ from hubaoti.compiler.export import Exported, export
 from hubaoti.compiler.faces import Flat
 from hubaoti.compiler.inductor import lower
 from hubaoti.compiler.lent import given_back, in_memory
-from hubaoti.compiler.literals import written_out
+from hubaoti.compiler.literals import require_unread, written_out
 from hubaoti.compiler.plan import ROOT, Unit, tracing_attention
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.shapes import example_sizes, probes
@@ -162,9 +162,11 @@ def traced(source: Source, unit: Unit, module: nn.Module, device: torch.device) 
     """The unit's program, of one of its modules."""
     sizes = sizes_to_trace(source, unit)
     tensors = [tensor.to(device) for tensor in golden.inputs_for(bare_graph(unit), sizes)]
-    around = written_out(module) if source.layout else nullcontext()
-    with attention_of(source.model, tracing_attention(source)), around:
-        return export(module, unit.face, unit.bounds, tensors, source.stated)
+    around = written_out(module) if source.layout else nullcontext(set[str]())
+    with attention_of(source.model, tracing_attention(source)), around as unwritten:
+        exported = export(module, unit.face, unit.bounds, tensors, source.stated)
+    require_unread(exported.program, unwritten)
+    return exported
 
 
 def trial_of(
