@@ -184,6 +184,16 @@ def test_their_blocks_take_masks_where_captured_calls_pad(padded: bool) -> None:
     assert ("attention_mask" in shapes(unit.face)) == padded
 
 
+def test_a_cache_that_a_captured_model_makes_is_refused_with_the_way_without_it() -> None:
+    model = transformers.LlamaForCausalLM(llama()).eval()
+    with capture(model) as calls, torch.no_grad():
+        for shape in ((2, 7), (3, 11)):
+            model(torch.ones(shape, dtype=torch.int64))
+    source, _ = source_of_calls(model, [calls], {}, Request())
+    with pytest.raises(CompileFailed, match="captured with use_cache=False it is given none"):
+        plan(source, Request(), CPU)
+
+
 def test_an_encoder_is_called_for_them_with_what_its_tokenizer_gives(
     planned: Callable[..., Plan],
 ) -> None:

@@ -37,16 +37,7 @@ def source_of(
         BadDim: `shapes` names what is not there; a dim of the request is in no input.
     """
     calls = [call for each in sets for call in required(each)]
-    if any(call.caches for call in calls):
-        raise BadRequest(
-            f"a call of {type(module).__name__} holds a KV cache, which is made while it runs",
-            hint="capture calls with use_cache=False"
-            + (
-                ""
-                if getattr(config_of(module), "is_encoder_decoder", False)
-                else ", or compile the model from its folder with --task generate"
-            ),
-        )
+    refuse_caches(module, calls)
     steps = {name: sizes.step for name, sizes in request.dims.items()}
     looked = varied(calls[0], shapes, steps) if shapes and len(calls) == 1 else calls
     dims = stated(looked, shapes)
@@ -80,6 +71,22 @@ def source_of(
         unpadded=request.layout is not None and is_unpadded(calls),
     )
     return source, buckets_of(sets, calls, dims, face.dims)
+
+
+def refuse_caches(module: nn.Module, calls: Sequence[Call]) -> None:
+    """Refuse calls that hold a KV cache.
+
+    Raises:
+        BadRequest: one does; what is advised is what the model's kind can.
+    """
+    if not any(call.caches for call in calls):
+        return
+    alone = not getattr(config_of(module), "is_encoder_decoder", False)
+    folder = ", or compile the model from its folder with --task generate"
+    raise BadRequest(
+        f"a call of {type(module).__name__} holds a KV cache, which is made while it runs",
+        hint=f"capture calls with use_cache=False{folder if alone else ''}",
+    )
 
 
 def is_unpadded(calls: Sequence[Call]) -> bool:

@@ -277,6 +277,11 @@ def faces_of(
     held = next((cache for call in seen.calls for cache in call.caches), None)
     if held is None:
         return {"": face}
+    if not all(isinstance(layer, caches.Seen) for layer in getattr(held, "layers", [None])):
+        raise CompileFailed(
+            "it is given a KV cache that the model makes for itself; captured with "
+            "use_cache=False it is given none"
+        )
     puts = [put for layer in held.layers for put in getattr(layer, "puts", ())]
     index = caches.layers_of(block) - 1
     puts = held.layers[index].puts or puts
