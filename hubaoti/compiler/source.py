@@ -27,6 +27,7 @@ from hubaoti.compiler.request import DTYPES, Range, Request
 from hubaoti.errors import (
     BadRequest,
     CompileFailed,
+    HubaotiError,
     MissingConstant,
     ModelNotFound,
     UnknownTask,
@@ -200,12 +201,7 @@ def build(making: Making, trust: bool) -> tuple[nn.Module, str]:
         except ValueError as why:
             if attention == "sdpa" and "scaled_dot_product_attention" in str(why):
                 continue
-            raise UnknownTask(
-                f"{name} cannot do {making.task}: {first_line(why)}",
-                hint="compile it with --task forward"
-                if making.task != "forward"
-                else "capture its calls, and compile those: hubaoti.capture(model)",
-            ) from why
+            raise incapable(making, why) from why
         except (OSError, SafetensorError) as why:
             raise MissingConstant(
                 f"transformers cannot load the weights of {making.folder}: {first_line(why)}",
@@ -214,9 +210,28 @@ def build(making: Making, trust: bool) -> tuple[nn.Module, str]:
         except Exception as why:  # whatever a model's constructor makes of an odd config
             raise CompileFailed(
                 f"source: {type(why).__name__}: {first_line(why)}",
-                hint="the config contradicts itself, or is of another transformers",
+                hint="install the package that it names"
+                if isinstance(why, ImportError)
+                else "the config contradicts itself, or is of another transformers",
             ) from why
     raise CompileFailed(f"{name} has no attention that can be compiled")
+
+
+def incapable(making: Making, why: ValueError) -> HubaotiError:
+    """The refusal of a model for whose kind transformers has no class that does the task."""
+    if "Unrecognized configuration class" not in str(why):
+        return CompileFailed(
+            f"source: {type(why).__name__}: {first_line(why)}",
+            hint="the config contradicts itself, or is of another transformers",
+        )
+    kind = getattr(making.config, "model_type", "of this kind")
+    return UnknownTask(
+        f"{making.folder.name} cannot do {making.task}: transformers has no class that does, for "
+        f"models of {kind}",
+        hint="compile it with --task forward"
+        if making.task != "forward"
+        else "capture its calls, and compile those: hubaoti.capture(model)",
+    )
 
 
 def make(making: Making, attention: str, trust: bool) -> nn.Module:
