@@ -13,20 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    UnsupportedOperatorException,
-    unset_fake_temporarily,
-)
+from torch._subclasses.fake_tensor import UnsupportedOperatorException, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hubaoti.compiler.calls import Call, Opaque, call_of, replaced
+from hubaoti.compiler.fake_values import outside, put_into, seen_as_real
 from hubaoti.errors import CompileFailed, first_line
 
 
@@ -146,20 +142,6 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._own[id(tensor)].removeprefix(self._start)
         place = str(len(self._words))
         return place if isinstance(tensor, FakeTensor) else f"{place} {bytes_of(tensor)}"
-
-
-def outside(func: Any, args: Any, kwargs: Any, truth: bool) -> Any:
-    """An operation between the blocks, where what has no values is zero, or false, to who asks.
-
-    That decides what the model does around its blocks, as with a rope that grows: it stays eager.
-    What they are given in another case is another call to their graphs. With `truth`, it is true:
-    that a mask is all ones, say, so that it can be left out.
-    """
-    try:
-        return func(*args, **kwargs)
-    except DataDependentOutputException:
-        dtype = args[0].dtype if func is torch.ops.aten._local_scalar_dense.default else torch.bool
-        return 0.0 if dtype.is_floating_point else truth if dtype is torch.bool else 0
 
 
 def face(tensor: torch.Tensor, name: str = "") -> tuple[Any, ...]:
@@ -321,22 +303,6 @@ def run(
             raise refused(model, found, why) from why
 
 
-@contextmanager
-def seen_as_real() -> Iterator[None]:
-    """Have transformers leave out masks that say nothing, as it does wherever nothing is traced.
-
-    Private, checked on transformers 5.22: `utils.import_utils.is_fake_tensor`, by which it knows a
-    run without values. Where it has another name, masks stay.
-    """
-    from transformers.utils import import_utils
-
-    if not hasattr(import_utils, "is_fake_tensor"):
-        yield
-        return
-    with patch.object(import_utils, "is_fake_tensor", lambda _: False):
-        yield
-
-
 def refused(model: nn.Module, found: Mapping[str, Observed], why: Exception) -> CompileFailed:
     """The refusal of a model that failed before each of its blocks had answered."""
     if isinstance(why, UnsupportedOperatorException):
@@ -360,13 +326,6 @@ def answered_before(found: Mapping[str, Observed]) -> str | None:
     return next((path for path in lists if path and path not in missing), None) or next(
         iter(answered), None
     )
-
-
-def put_into(call: Call) -> tuple[int, int]:
-    """How many keys, and how many recurrent states, are in the caches of a call, which count."""
-    layers = [layer for cache in call.caches for layer in getattr(cache, "layers", ())]
-    puts = sum(len(getattr(layer, "puts", ())) for layer in layers)
-    return puts, sum(getattr(layer, "states", 0) for layer in layers)
 
 
 def without_fake(step: str, op: Exception) -> CompileFailed:
