@@ -60,7 +60,7 @@ class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return length
 
 
-class Seen(LinearAttentionLayer, Layer):  # type: ignore[no-untyped-call, override]
+class Seen(Layer, LinearAttentionLayer):  # type: ignore[no-untyped-call]
     """Notes what a block puts into its cache, and answers with tensors of the filled length.
 
     Recurrent states are kept as transformers keep them, so that a model that has some runs.
@@ -71,6 +71,10 @@ class Seen(LinearAttentionLayer, Layer):  # type: ignore[no-untyped-call, overri
         LinearAttentionLayer.__init__(self)
         self.puts: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.states = 0
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of states; keys and values have no tensors here."""
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A state, and that there is one."""
