@@ -31,8 +31,8 @@ def outside(func: Any, args: Any, kwargs: Any, truth: bool) -> Any:
 def seen_as_real() -> Iterator[None]:
     """Have transformers leave out masks that say nothing, as it does wherever nothing is traced.
 
-    Private, checked on transformers 5.22: `utils.import_utils.is_fake_tensor`, by which it knows a
-    run without values. Where it has another name, masks stay.
+    Private, there in transformers 5.15 to 5.24: `utils.import_utils.is_fake_tensor`, by which it
+    knows a run without values. Where it has another name, masks stay.
     """
     from transformers.utils import import_utils
 
