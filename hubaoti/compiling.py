@@ -70,6 +70,9 @@ class Asked(TypedDict, total=False):
     quantize: str | None
     mode: str
     inductor: Mapping[str, Any] | Iterable[str]
+    # zerogpu, for loaders that know no manifest: calls and answers are the module's own, and what
+    # its state_dict has not is inside
+    layout: str | None
 
 
 def request_of(asked: Asked) -> Request:

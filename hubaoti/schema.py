@@ -56,7 +56,8 @@ class Program(Record, frozen=True, kw_only=True):
 class Build(Record, frozen=True, kw_only=True):
     """The options it was built with; what is at its default is written all the same.
 
-    `version` is that of what hubaoti itself puts into graphs, as `compiler.build` has it.
+    `version` is that of what hubaoti itself puts into graphs, as `compiler.build` has it. `layout`
+    names the loaders that graphs were made for, where those know no manifest.
     """
 
     regions: str
@@ -68,6 +69,7 @@ class Build(Record, frozen=True, kw_only=True):
     buckets: tuple[dict[Dim, tuple[int, int]], ...] = ()
     options: dict[str, Any] = {}
     version: int = 1
+    layout: Literal["zerogpu"] | msgspec.UnsetType = msgspec.UNSET  # else not in the key
 
 
 class Target(Record, frozen=True, kw_only=True):

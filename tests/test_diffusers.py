@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from loaders import patched
 from opened import opened, unpacked
 from serving import matched
 from torch import nn
@@ -21,6 +22,7 @@ import hubaoti
 from hubaoti.bundle import Bundle
 from hubaoti.compiler.calls import Calls, Frozen, call_of, replaced, thaw
 from hubaoti.compiler.source import quiet
+from hubaoti.hub.zerogpu import packages_of
 from hubaoti.runtime.graph import Graph
 from hubaoti.settings import Settings
 
@@ -272,6 +274,7 @@ def compiled(name: str, home: Settings) -> None:
         home.home.parent / name,
         calls=kind.calls(model),
         regions=kind.region,
+        layout="zerogpu" if name == "flux" else None,
         jobs=1,
         settings=home,
     )
@@ -335,6 +338,21 @@ def test_a_pipeline_whose_blocks_are_compiled_answers_as_before(
         with answering(model, graphs, counts):
             found = kind.pipeline(model, *sizes)
         assert set(counts.values()) == {STEPS}
+        assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+def test_flux_s_blocks_answer_by_the_loaders_that_know_no_manifest(
+    bundles: dict[str, Bundle],
+) -> None:
+    kind, bundle = KINDS["flux"], bundles["flux"]
+    ((path, file),) = packages_of(bundle.manifest).items()
+    assert path == "package/submodules/transformer_blocks/package.pt2"
+    model = kind.make()
+    for sizes in (SEEN[0], UNSEEN):
+        expected = kind.pipeline(model, *sizes)
+        with patched(model.transformer_blocks, bundle.path / file) as calls:
+            found = kind.pipeline(model, *sizes)
+        assert calls == [STEPS * len(model.transformer_blocks)]
         assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 

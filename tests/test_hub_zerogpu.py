@@ -7,9 +7,12 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
+import transformers
 from bundles import CUDA, changed, make_bundle, tree_of
 from commands import hubaoti, inside
 from huggingface_hub import HfApi
+from loaders import patched
 from proxies import Proxy
 
 from hubaoti import api
@@ -20,7 +23,7 @@ from hubaoti.errors import BadRequest, Conflict, HubaotiError
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import place_of
 from hubaoti.hub.zerogpu import branch_of, packages_of
-from hubaoti.manifest import Cache, Direct, Input, Manifest, Program, key_of, parse
+from hubaoti.manifest import Cache, Direct, Input, Manifest, key_of, parse
 from hubaoti.settings import Settings
 
 PLACE = "float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
@@ -39,13 +42,14 @@ def hub(settings: Settings) -> HfApi:
 
 
 def direct(bundle: Bundle, task: str = "forward", **fields: Any) -> Bundle:
-    """The bundle of a module's own task, whose graphs tell of their call spec."""
+    """The bundle of a module's own task, whose graphs were compiled for this layout."""
     manifest = bundle.manifest
     program = msgspec.structs.replace(manifest.program, task=task)
-    key = key_of(program, manifest.build, manifest.target)
+    build = msgspec.structs.replace(manifest.build, layout="zerogpu")
+    key = key_of(program, build, manifest.target)
     fields = {"direct": Direct(), **fields}
     graphs = tuple(msgspec.structs.replace(graph, **fields) for graph in manifest.graphs)
-    return changed(bundle, program=program, key=key, graphs=graphs)
+    return changed(bundle, program=program, build=build, key=key, graphs=graphs)
 
 
 def push(bundle: Bundle, repo: str, settings: Settings, **how: Any) -> Any:
@@ -153,7 +157,7 @@ def test_graphs_that_need_hubaoti_are_refused_before_any_request(
     assert parse(refused.manifest.to_json(), "x") == refused.manifest
     with pytest.raises(BadRequest, match=why) as caught:
         push(refused, repo, settings)
-    assert "captured calls" in caught.value.hint
+    assert "compile it with --layout zerogpu" in caught.value.hint
     assert proxy.requests == []
 
 
@@ -163,13 +167,26 @@ def test_several_graphs_of_one_module_are_refused(tmp_path: Path) -> None:
         packages_of(both.manifest)
 
 
-def test_blocks_of_transformers_are_refused(tmp_path: Path) -> None:
-    """They are called without masks and with one row for all, and those loaders add nothing."""
+def test_what_was_compiled_for_our_own_runtime_is_refused(tmp_path: Path) -> None:
+    """Its calls are made whole before, with masks and rows that those loaders do not add."""
     bundle = direct(make_bundle(tmp_path / "bundle"), modules=("layers.0",))
-    program = Program(config={"model_type": "llama"}, code="a" * 64, task="forward")
-    manifest: Manifest = msgspec.structs.replace(bundle.manifest, program=program)
-    with pytest.raises(BadRequest, match="called without masks"):
+    packages_of(bundle.manifest)
+    build = msgspec.structs.replace(bundle.manifest.build, layout=msgspec.UNSET)
+    manifest: Manifest = msgspec.structs.replace(bundle.manifest, build=build)
+    with pytest.raises(BadRequest, match="compiled without --layout zerogpu") as caught:
         packages_of(manifest)
+    assert "compile it with --layout zerogpu" in caught.value.hint
+
+
+def test_the_layout_is_in_the_key_and_in_no_other_manifest(tmp_path: Path) -> None:
+    plain = make_bundle(tmp_path / "bundle").manifest
+    assert b"layout" not in msgspec.json.encode(msgspec.to_builtins(plain.build))
+    build = msgspec.structs.replace(plain.build, layout="zerogpu")
+    assert key_of(plain.program, build, plain.target) != plain.key
+    other = msgspec.structs.replace(
+        plain, build=build, key=key_of(plain.program, build, plain.target)
+    )
+    assert parse(other.to_json(), "x").build.layout == "zerogpu"
 
 
 def test_a_decoder_s_real_blocks_are_refused(decoder_bundle: Bundle) -> None:
@@ -187,6 +204,73 @@ def test_the_command_says_which_branch(bundle: Bundle, repo: str, settings: Sett
 def test_an_unknown_layout_is_refused(bundle: Bundle, repo: str, settings: Settings) -> None:
     with pytest.raises(BadRequest, match="unknown layout"):
         api.push(bundle, repo, layout="hub", settings=settings)
+
+
+# Models of transformers
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    config = transformers.BertConfig(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def compiled(folder: Path, settings: Settings, **how: Any) -> Bundle:
+    dims = {"batch": (1, 4), "seq": (2, 40)}
+    place = settings.home.parent / f"{folder.name}-zerogpu"
+    return api.compile(folder, place, layout="zerogpu", dims=dims, settings=settings, **how)
+
+
+def test_bert_whole_answers_by_the_loaders_that_know_no_manifest(
+    tiny_bert: Path, built_at: Settings, repo: str, settings: Settings, hub: HfApi
+) -> None:
+    """Its positions are in no state_dict; it is called with what its tokenizer gives."""
+    bundle = compiled(tiny_bert, built_at, regions="none")
+    made = push(bundle, repo, settings)
+    package = hub.hf_hub_download(repo, "package/root/package.pt2", revision=made.branch)
+    model = transformers.BertModel.from_pretrained(tiny_bert).eval()
+    ids, mask = torch.arange(5, 19).view(2, 7), torch.ones(2, 7, dtype=torch.int64)
+    mask[0, 4:] = 0
+    words = {"input_ids": ids, "attention_mask": mask, "token_type_ids": 1 - mask}
+    with torch.no_grad():
+        expected = model(**words)
+        with patched(model, Path(package)):
+            found = model(**words)
+        assert type(found) is type(expected)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor)
+
+
+def test_llama_s_blocks_answer_by_the_loaders_that_know_no_manifest_and_by_our_own(
+    tiny_decoder: Path, built_at: Settings
+) -> None:
+    """transformers give them no mask where nobody pads, and one row of positions for all."""
+    bundle = compiled(tiny_decoder, built_at)
+    ((path, file),) = packages_of(bundle.manifest).items()
+    model = transformers.LlamaForCausalLM.from_pretrained(tiny_decoder).eval()
+    holder = model if "model.layers" in path else model.model
+    for rows, tokens in ((1, 33), (3, 9)):
+        ids = torch.randint(5, 90, (rows, tokens))
+        mask = torch.ones_like(ids)
+        with torch.no_grad():
+            expected = model(ids, attention_mask=mask, use_cache=False).logits
+            with patched(model.model.layers, bundle.path / file) as calls:
+                found = model(ids, attention_mask=mask, use_cache=False).logits
+            assert calls == [2]
+            torch.testing.assert_close(found, expected)
+            with api.attach(holder, bundle) as attachment:
+                torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+                stats = attachment.stats()["regions"].values()
+                assert [sum(each["compiled"].values()) for each in stats] == [1, 1]
 
 
 # Call specs

@@ -289,7 +289,7 @@ class Wants(Block):
 @pytest.mark.parametrize(
     ("block", "words"),
     [
-        (Looks, "Model cannot be run without values"),
+        (Looks, "Model cannot be run without values, in blocks.1: DataDependent"),
         (Wants, "ValueError: You have to .*pixel_values$"),
     ],
 )
@@ -299,10 +299,25 @@ def test_a_model_that_looks_at_values_is_refused_and_restored(
     model = Model(Block(), block(), Block())
     with pytest.raises(CompileFailed, match=words) as caught:
         observed(model, 2)
-    assert "--regions PATH" in caught.value.hint
+    assert "--regions blocks.0" in caught.value.hint
+    assert observe(model, {"blocks.0": model.blocks[0]}, looks(2), CPU).keys() == {"blocks.0"}
     assert "\n" not in str(caught.value)
     assert all("forward" not in vars(each) for each in model.blocks)
     assert not isinstance(torch.empty(1), FakeTensor)
+
+
+class Decides(Model):
+    """Asks for numbers between its blocks, as a rope that grows does, and for equal tensors."""
+
+    def forward(self, x: torch.Tensor, **rest: Any) -> torch.Tensor:
+        assert x.sum().item() == 0.0 and not torch.equal(x, x + 1)
+        kept = x[:, : 4 - x.argmax().item()] if x.max() > 3 else x
+        return super().forward(kept, **rest)
+
+
+def test_a_number_that_is_asked_for_between_the_blocks_is_zero() -> None:
+    found = observed(Decides(Block(), Block(), Block()), 2, 3)
+    assert [call.sizes for call in found["1"].calls] == [((2, 4),), ((3, 4),)]
 
 
 def test_no_mode_is_left_over_by_a_failure() -> None:

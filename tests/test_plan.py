@@ -14,7 +14,9 @@ from torch import nn
 from transformers import StaticCache
 
 from hubaoti.compiler.cache import ATTENTION
+from hubaoti.compiler.calls import capture
 from hubaoti.compiler.faces import Face, Flat
+from hubaoti.compiler.live import source_of as source_of_calls
 from hubaoti.compiler.plan import Plan, plan, tracing_attention
 from hubaoti.compiler.request import Range, Request, bucket_ranges, ranges
 from hubaoti.compiler.source import Source, attention_of, load
@@ -70,6 +72,71 @@ def bloom() -> Any:
     )
 
 
+HYBRID: dict[str, Any] = {**TINY, "layer_types": ["conv", "full_attention"] * 2}
+LINEAR: dict[str, Any] = {**TINY, "layer_types": ["linear_attention", "full_attention"] * 2}
+STATES: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+EYES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+}
+
+
+def lfm() -> Any:
+    return transformers.Lfm2Config(**HYBRID, architectures=["Lfm2ForCausalLM"])
+
+
+def qwen_next() -> Any:
+    return transformers.Qwen3NextConfig(
+        **LINEAR,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        architectures=["Qwen3NextForCausalLM"],
+    )
+
+
+def granite() -> Any:
+    names = ["GraniteMoeHybridForCausalLM"]
+    kinds = ["mamba", "attention"] * 2
+    made = {**TINY, **STATES, "layer_types": kinds, "shared_intermediate_size": 16}
+    return transformers.GraniteMoeHybridConfig(**made, num_local_experts=0, architectures=names)
+
+
+def falcon() -> Any:
+    names = ["FalconH1ForCausalLM"]
+    return transformers.FalconH1Config(**TINY, **STATES, mamba_d_ssm=64, architectures=names)
+
+
+def gemma_eyes() -> Any:
+    return transformers.Gemma3Config(
+        text_config=gemma().to_dict(),
+        vision_config=EYES,
+        architectures=["Gemma3ForConditionalGeneration"],
+    )
+
+
+def mistral_eyes() -> Any:
+    return transformers.Mistral3Config(
+        text_config={**TINY, "model_type": "mistral"},
+        vision_config={**EYES, "model_type": "pixtral", "head_dim": 8},
+        architectures=["Mistral3ForConditionalGeneration"],
+    )
+
+
+def qwen_eyes() -> Any:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    return transformers.Qwen2VLConfig(
+        text_config={**TINY, "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4},
+        architectures=["Qwen2VLForConditionalGeneration"],
+    )
+
+
 @pytest.fixture
 def planned(tmp_path: Path) -> Callable[..., Plan]:
     """The plan of a config, for a request in words."""
@@ -85,6 +152,56 @@ def planned(tmp_path: Path) -> Callable[..., Plan]:
 
 def shapes(face: Face) -> dict[str, tuple[int | str, ...]]:
     return {entry.name: entry.shape for entry in face.inputs}
+
+
+# Loaders that know no manifest
+
+
+def test_their_blocks_take_all_that_transformers_give_where_nobody_pads(
+    planned: Callable[..., Plan],
+) -> None:
+    (unit,) = planned(llama(), task="forward", layout="zerogpu").units
+    assert shapes(unit.face) == {
+        "hidden_states": ("batch", "seq", 32),
+        "position_embeddings_0": (1, "seq", 8),
+        "position_embeddings_1": (1, "seq", 8),
+        "position_ids": (1, "seq"),
+    }
+    assert unit.face.template["kwargs"]["attention_mask"] is None
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_their_blocks_take_masks_where_captured_calls_pad(padded: bool) -> None:
+    model = transformers.LlamaForCausalLM(llama()).eval()
+    request = Request(layout="zerogpu")
+    with capture(model) as calls, torch.no_grad():
+        for shape in ((2, 7), (3, 11)):
+            mask = torch.ones(shape, dtype=torch.int64)
+            mask[0, :3] = 0 if padded else 1
+            model(torch.ones(shape, dtype=torch.int64), attention_mask=mask, use_cache=False)
+    source, _ = source_of_calls(model, [calls], {}, request)
+    (unit,) = plan(source, request, CPU).units
+    assert ("attention_mask" in shapes(unit.face)) == padded
+
+
+def test_a_cache_that_a_captured_model_makes_is_refused_with_the_way_without_it() -> None:
+    model = transformers.LlamaForCausalLM(llama()).eval()
+    with capture(model) as calls, torch.no_grad():
+        for shape in ((2, 7), (3, 11)):
+            model(torch.ones(shape, dtype=torch.int64))
+    source, _ = source_of_calls(model, [calls], {}, Request())
+    with pytest.raises(CompileFailed, match="captured with use_cache=False it is given none"):
+        plan(source, Request(), CPU)
+
+
+def test_an_encoder_is_called_for_them_with_what_its_tokenizer_gives(
+    planned: Callable[..., Plan],
+) -> None:
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+    )
+    (unit,) = planned(config, task="forward", layout="zerogpu", regions="none").units
+    assert {*unit.face.template["kwargs"]} == {"input_ids", "token_type_ids", "attention_mask"}
 
 
 # Decoders
@@ -113,6 +230,65 @@ def test_a_decoder_s_block_takes_what_it_computes_with_and_its_cache(
     }
     assert found.dims.keys() == {"batch", "seq", "cache"}
     assert found.left_out == ()
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        (gemma_eyes, {"sliding": [0, 2], "sliding-full": [0, 2], "full": [1, 3]}),
+        (mistral_eyes, {"": [0, 1, 2, 3]}),
+        (qwen_eyes, {"": [0, 1, 2, 3]}),
+    ],
+)
+def test_of_a_model_that_sees_the_text_decoder_is_planned(
+    config: Callable[[], Any], layers: dict[str, list[int]], planned: Callable[..., Plan]
+) -> None:
+    found = planned(config())
+    place = "model.language_model.layers"
+    assert {unit.id: unit.modules for unit in found.units} == {
+        f"{place}.{name}".rstrip("."): tuple(f"{place}.{at}" for at in each)
+        for name, each in layers.items()
+    }
+    assert all(unit.face.cache for unit in found.units)
+    assert found.left_out == ()
+
+
+@pytest.mark.parametrize("config", [lfm, qwen_next, granite])
+def test_blocks_that_keep_recurrent_states_stay_eager_and_those_that_attend_do_not(
+    config: Callable[[], Any], planned: Callable[..., Plan]
+) -> None:
+    found = planned(config())
+    (unit,) = found.units
+    assert unit.modules == ("model.layers.1", "model.layers.3")
+    assert unit.face.cache is not None and unit.face.cache.kind == "static"
+    (reason,) = found.left_out
+    assert "keeps recurrent states in the cache" in reason
+
+
+def test_of_blocks_that_attend_beside_recurrent_states_the_parts_are_planned(
+    planned: Callable[..., Plan],
+) -> None:
+    found = planned(falcon())
+    caches = {unit.region: unit.face.cache is not None for unit in found.units}
+    assert caches == {"model.layers.0.feed_forward": False, "model.layers.0.self_attn": True}
+    assert all(len(unit.modules) == 4 for unit in found.units)
+    (reason,) = found.left_out
+    assert "recurrent states" in reason
+
+
+def test_a_rope_that_grows_is_left_to_the_model(planned: Callable[..., Plan]) -> None:
+    config = llama()
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    (unit,) = planned(config).units
+    assert shapes(unit.face)["position_embeddings_0"] == ("batch", "seq", 8)
+
+
+def test_a_graph_of_a_whole_model_over_its_caches_is_refused(
+    planned: Callable[..., Plan],
+) -> None:
+    with pytest.raises(BadRequest, match="a KV cache for each layer") as caught:
+        planned(llama(), regions="none")
+    assert "leave --regions none out" in caught.value.hint
 
 
 def test_rows_of_heads_are_a_multiple_of_the_batch(planned: Callable[..., Plan]) -> None:

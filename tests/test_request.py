@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hubaoti.compiler.request import (
     DTYPES,
+    LAYOUTS,
     TASKS,
     Range,
     Request,
@@ -99,6 +102,7 @@ def test_a_step_that_the_ends_are_no_multiples_of_is_refused(
         ({"device": "tpu"}, BadRequest, ("cpu", "cuda")),
         ({"device": "cuda:"}, BadRequest, ("cpu", "cuda")),
         ({"device": "cpu\n"}, BadRequest, ("cpu", "cuda")),
+        ({"layout": "hub"}, BadRequest, LAYOUTS),
     ],
 )
 def test_an_unknown_word_is_refused_with_the_known_ones(
@@ -107,3 +111,20 @@ def test_an_unknown_word_is_refused_with_the_known_ones(
     with pytest.raises(kind) as caught:
         Request(**asked)  # type: ignore[arg-type]
     assert all(word in caught.value.hint for word in words)
+
+
+@pytest.mark.parametrize(
+    ("asked", "what"),
+    [
+        ({"task": "generate"}, "the task generate"),
+        ({"buckets": ({"seq": Range(1, 1)},)}, "several graphs"),
+        ({"quantize": "int8wo"}, "int8wo"),
+    ],
+)
+def test_what_loaders_without_a_manifest_cannot_do_is_refused(
+    asked: dict[str, Any], what: str
+) -> None:
+    assert Request(task="forward", layout="zerogpu").layout == "zerogpu"
+    with pytest.raises(BadRequest, match=what) as caught:
+        Request(**asked, layout="zerogpu")
+    assert "leave it out" in caught.value.hint

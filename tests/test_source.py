@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,51 @@ def test_a_model_without_the_head_of_a_task_is_refused(tmp_path: Path) -> None:
         load(folder, Request(task="logits"), CPU)
     assert len(str(caught.value)) < LINE + 100
     assert "--task" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "words", "hint"),
+    [
+        (
+            lambda: transformers.T5Config(**HALVES, vocab_size=100),
+            "T5ForConditionalGeneration",
+            "keeps what it saw of its encoder in a cache of its own",
+            "--task forward",
+        ),
+        (
+            lambda: transformers.WhisperConfig(d_model=16, encoder_layers=1, decoder_layers=1),
+            "WhisperForConditionalGeneration",
+            "keeps what it saw of its encoder in a cache of its own",
+            "--task forward",
+        ),
+        (
+            lambda: transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=50),
+            "MambaForCausalLM",
+            "keeps recurrent states between tokens, and no KV cache",
+            "as it is",
+        ),
+    ],
+)
+def test_what_keeps_more_or_other_than_a_kv_cache_is_not_compiled_to_generate(
+    config: Callable[[], Any], architecture: str, words: str, hint: str, tmp_path: Path
+) -> None:
+    made = config()
+    made.architectures = [architecture]
+    made.save_pretrained(tmp_path)
+    with pytest.raises(UnknownTask, match=words) as caught:
+        load(tmp_path, Request(task="generate"), CPU)
+    assert hint in caught.value.hint
+    assert "Seen" not in str(caught.value)
+
+
+def test_a_decoder_that_was_made_to_stand_alone_generates(tmp_path: Path) -> None:
+    config = transformers.BartConfig(
+        vocab_size=50, d_model=16, decoder_layers=1, decoder_attention_heads=2, encoder_layers=1
+    )
+    config.architectures = ["BartForCausalLM"]
+    config.save_pretrained(tmp_path)
+    loaded = load(tmp_path, Request(task="generate"), CPU)
+    assert type(loaded.model) is transformers.BartForCausalLM
 
 
 def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def compiled(folder: Path, settings: Settings, **how: Any) -> Bundle:
     with hubaoti.capture(module) as calls, torch.no_grad():
         for shape in ((2, 5, 8), (3, 7, 8)):
             module(torch.randn(shape))
-    return api.compile(module, folder, calls=calls, settings=settings, **how)
+    return api.compile(module, folder, calls=calls, layout="zerogpu", settings=settings, **how)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from hubaoti.misses import proposed, read
 @click.option("--inductor", multiple=True, metavar="KEY=VALUE", help="an option of torch.inductor")
 @click.option("--level", help="CPU level of the host code, as x86_64_v3")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:0")
+@click.option("--layout", help="zerogpu: for spaces.aoti_load and aokit, which know no manifest")
 @click.option("--revision", help="of the model: a branch, tag or commit")
 @click.option("--trust-remote-code", is_flag=True, help="run the code that the model brings")
 @click.option("--jobs", type=int, help="graphs compiled at a time; by default what memory allows")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import torch
 import transformers
 
@@ -242,6 +243,7 @@ def build_of(plan: Plan, request: Request, target: Target) -> Build:
         ),
         options=options_for(target) | request.inductor,
         version=CAREFUL if any(needs_care(unit) for unit in plan.units) else VERSION,
+        layout=request.layout or msgspec.UNSET,  # type: ignore[arg-type]
     )
 
 

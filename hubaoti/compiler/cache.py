@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -62,12 +62,31 @@ class Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return length
 
 
-class Seen(Layer):  # type: ignore[no-untyped-call]
-    """Notes what a block puts into its cache, and answers with tensors of the filled length."""
+class Seen(Layer, LinearAttentionLayer):  # type: ignore[no-untyped-call]
+    """Notes what a block puts into its cache, and answers with tensors of the filled length.
+
+    Recurrent states are kept as transformers keep them, so that a model that has some runs.
+    """
 
     def __init__(self, filled: int, seq: int) -> None:
-        super().__init__(filled, seq)
+        Layer.__init__(self, filled, seq)
+        LinearAttentionLayer.__init__(self)
         self.puts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.states = 0
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of states; keys and values have no tensors here."""
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A state, and that there is one."""
+        self.states += 1
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A state, and that there is one."""
+        self.states += 1
+        return super().update_recurrent_state(*args, **kwargs)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -76,9 +95,13 @@ class Seen(Layer):  # type: ignore[no-untyped-call]
         self.puts.append((key_states, value_states))
         return self._long(key_states), self._long(value_states)
 
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """An index of keys, as some attention chooses by, is more than keys and values, too."""
+        self.states += 1
+        return self._long(indexer_key_states)
+
     def _long(self, states: torch.Tensor) -> torch.Tensor:
-        batch, heads, _, width = states.shape
-        return states.new_empty(batch, heads, self.filled, width)
+        return states.new_empty(*states.shape[:-2], self.filled, states.shape[-1])
 
 
 class Static(Layer):  # type: ignore[no-untyped-call]
@@ -165,7 +188,7 @@ def window_of(config: Any, index: int) -> int | None:
         layer: Any = StaticCache(config=config, max_cache_len=ANY_LENGTH).layers[index]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return None  # it makes no such cache of this config
-    sliding = type(layer).__name__ == SLIDING
+    sliding = type(layer).__name__ in SLIDING
     return int(layer.max_cache_len) if sliding and layer.max_cache_len < ANY_LENGTH else None
 
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from hubaoti.compiler.calls import arguments
 from hubaoti.compiler.faces import Face
-from hubaoti.errors import BadManifest
+from hubaoti.errors import BadManifest, CompileFailed
 from hubaoti.manifest import Direct, Graph
 from hubaoti.runtime.template import answer_plan, is_own_call, words_in
 
@@ -100,6 +100,26 @@ def direct_of(
     saved = model.get_submodule(entry.modules[0]).state_dict(keep_vars=True)
     absent = tuple(sorted(each.fqn for each in entry.constants if each.fqn not in saved))
     return msgspec.structs.replace(entry, direct=Direct(every=list_of(entry, model), absent=absent))
+
+
+def require_direct(entry: Graph) -> None:
+    """Refuse a graph that loaders without a manifest could not call or bind.
+
+    Raises:
+        CompileFailed: with what it takes, gives or reads that they do not know.
+    """
+    if not isinstance(entry.direct, Direct):
+        raise CompileFailed(
+            "build: torch's own loader cannot call it as its module is called: the call or the "
+            "answer holds a cache, an output of a library, one tensor twice, or a number that "
+            "follows from sizes",
+            hint="compile a module inside of it, or leave --layout zerogpu out",
+        )
+    if entry.direct.absent:
+        raise CompileFailed(
+            f"build: it reads {', '.join(entry.direct.absent)}, which no state_dict has",
+            hint="make them buffers of the module, or leave --layout zerogpu out",
+        )
 
 
 def list_of(entry: Graph, model: nn.Module) -> str | None:

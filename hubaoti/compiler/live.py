@@ -37,11 +37,7 @@ def source_of(
         BadDim: `shapes` names what is not there; a dim of the request is in no input.
     """
     calls = [call for each in sets for call in required(each)]
-    if any(call.caches for call in calls):
-        raise BadRequest(
-            f"a call of {type(module).__name__} holds a KV cache, which is made while it runs",
-            hint="compile the model from its folder with --task generate",
-        )
+    refuse_caches(module, calls)
     steps = {name: sizes.step for name, sizes in request.dims.items()}
     looked = varied(calls[0], shapes, steps) if shapes and len(calls) == 1 else calls
     dims = stated(looked, shapes)
@@ -71,8 +67,37 @@ def source_of(
         stated=frozenset(request.dims) | names_in(shapes),
         live=True,
         calls=() if face.inputs else tuple(calls),
+        layout=request.layout,
+        unpadded=request.layout is not None and is_unpadded(calls),
     )
     return source, buckets_of(sets, calls, dims, face.dims)
+
+
+def refuse_caches(module: nn.Module, calls: Sequence[Call]) -> None:
+    """Refuse calls that hold a KV cache.
+
+    Raises:
+        BadRequest: one does; what is advised is what the model's kind can.
+    """
+    if not any(call.caches for call in calls):
+        return
+    alone = not getattr(config_of(module), "is_encoder_decoder", False)
+    folder = ", or compile the model from its folder with --task generate"
+    raise BadRequest(
+        f"a call of {type(module).__name__} holds a KV cache, which is made while it runs",
+        hint=f"capture calls with use_cache=False{folder if alone else ''}",
+    )
+
+
+def is_unpadded(calls: Sequence[Call]) -> bool:
+    """Whether the masks of all calls left nothing out."""
+    masks = (
+        tensor
+        for call in calls
+        for name, tensor in zip(call.names, call.tensors, strict=True)
+        if "mask" in name
+    )
+    return all(bool(mask.all()) for mask in masks)
 
 
 def required(calls: Calls | Sequence[Call]) -> Sequence[Call]:

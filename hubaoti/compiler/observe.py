@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hubaoti.compiler.calls import Call, Opaque, call_of, names_of, replaced
+from hubaoti.compiler.fake_values import outside, put_into, seen_as_real
 from hubaoti.errors import CompileFailed, first_line
 from hubaoti.runtime.containers import Change, Contents
 
@@ -65,8 +66,9 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     of a model is blocks that do what one before them did, and a result has no values.
     """
 
-    def __init__(self, own: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, own: Mapping[str, torch.Tensor], truth: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._truth = truth
         self.lines: list[str] | None = None
         self._own = {id(tensor): name for name, tensor in own.items()}
         self._start = ""
@@ -99,7 +101,9 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return "\n".join([*lines, last])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.lines is None or func.namespace == "prim":  # as asking for a device
+        if self.lines is None:
+            return outside(func, args, kwargs or {}, self._truth)
+        if func.namespace == "prim":  # as asking for a device
             return func(*args, **(kwargs or {}))
         asked = " ".join([str(func), *map(self._word, tree_leaves((args, kwargs)))])
         before = self._before(asked)
@@ -163,8 +167,9 @@ def bytes_of(tensor: torch.Tensor) -> str:
 class Observed:
     """The first call of one block in each run, and the operations of the very first as text.
 
-    A block that did in the first run what another had done need not run again: it answers what that
-    one, its `leader`, has answered.
+    It `attends` where it puts keys and values into a cache, and is `recurrent` where it puts states
+    there, each of which follows from the one before. A block that did in the first run what another
+    had done need not run again: it answers what that one, its `leader`, has answered.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -172,6 +177,9 @@ class Observed:
     problem: str | None = None
     called: bool = False
     writes: bool = False
+    answered: bool = False
+    attends: bool = False
+    recurrent: bool = False
     leader: Observed | None = None
     answer: Any = None
 
@@ -195,7 +203,10 @@ class Observed:
                 operations.begin(path, block, self.calls[-1].tensors)
             named = dict(zip(names_of(forward, len(args)), args, strict=False)) | kwargs
             before = Contents(named)
+            puts, states = put_into(self.calls[-1])
             self.answer = forward(*args, **kwargs)
+            self.attends |= put_into(self.calls[-1])[0] > puts
+            self.recurrent |= put_into(self.calls[-1])[1] > states
             changes = before.changes()
             self.writes |= bool(changes)
             if alone:
@@ -203,7 +214,17 @@ class Observed:
                 self.operations += "".join(f"\n{keys_of(each)}" for each in changes)
             return self.answer
 
-        return watching
+        return self._ending(watching)
+
+    def _ending(self, watching: Callable[..., Any]) -> Callable[..., Any]:
+        """The same, noted as `answered` where it does not fail."""
+
+        def ending(*args: Any, **kwargs: Any) -> Any:
+            answer = watching(*args, **kwargs)
+            self.answered = True
+            return answer
+
+        return ending
 
     @property
     def unused(self) -> frozenset[int]:
@@ -236,8 +257,11 @@ def observe(
     blocks: Mapping[str, nn.Module],
     calls: Sequence[Callable[[], Given]],
     device: torch.device,
+    truth: bool = False,
 ) -> dict[str, Observed]:
     """Run a model once for each of `calls`, and note what each of its blocks is given first.
+
+    `truth` is what comes of a question about values that the model asks between its blocks.
 
     Raises:
         CompileFailed: the model looks at values, or cannot take what it is called with.
@@ -250,11 +274,13 @@ def observe(
         around.callback(forget, model)
         around.enter_context(torch.no_grad())
         around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        if truth:
+            around.enter_context(seen_as_real())
         tensors = {
             name: torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device=device)
             for name, each in (*model.named_parameters(), *model.named_buffers())
         }
-        operations = Operations(tensors)
+        operations = Operations(tensors, truth)
         for path, block in blocks.items():
             watching = found[path].around(block, path, operations)
             around.enter_context(replaced(block, watching))
@@ -264,21 +290,54 @@ def observe(
             if at == 1:
                 follow(found, blocks)
             for seen in found.values():
-                seen.called = False
-            try:
-                torch.func.functional_call(model, tensors, given.args, dict(given.kwargs))
-            except UnsupportedOperatorException as why:
-                raise without_fake("capture", why) from why
-            except Exception as why:  # whatever a model's code raises
-                raise CompileFailed(
-                    f"capture: {type(model).__name__} cannot be run without values: "
-                    f"{type(why).__name__}: {first_line(why)}",
-                    hint="it looks at values to decide what to compute, or takes other inputs: "
-                    "compile a part of it with --regions PATH, or capture real calls",
-                ) from why
+                seen.called = seen.answered = False
+            run(model, tensors, given, found)
     for seen in found.values():
         seen.calls = [bare(call) for call in seen.calls]
     return {path: seen for path, seen in found.items() if seen.calls or seen.problem}
+
+
+def run(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    given: Given,
+    found: Mapping[str, Observed],
+) -> None:
+    """Run a model with these tensors in the place of its own, until all of its blocks answered.
+
+    Raises:
+        CompileFailed: it fails before.
+    """
+    try:
+        torch.func.functional_call(model, dict(tensors), given.args, dict(given.kwargs))
+    except Exception as why:  # whatever a model's code raises
+        if not all(seen.answered for seen in found.values()):
+            raise refused(model, found, why) from why
+
+
+def refused(model: nn.Module, found: Mapping[str, Observed], why: Exception) -> CompileFailed:
+    """The refusal of a model that failed before each of its blocks had answered."""
+    if isinstance(why, UnsupportedOperatorException):
+        return without_fake("capture", why)
+    inside = [path for path, seen in found.items() if seen.called and not seen.answered]
+    before = answered_before(found)
+    compiled = f"compile what comes before with --regions {before}, or " if before else ""
+    return CompileFailed(
+        f"capture: {type(model).__name__} cannot be run without values"
+        f"{f', in {inside[-1]}' if inside else ''}: {type(why).__name__}: {first_line(why)}",
+        hint=f"it looks at values to decide what to compute, or takes other inputs: {compiled}"
+        "capture the calls of a module inside of it, as hubaoti.capture(model.PATH)",
+    )
+
+
+def answered_before(found: Mapping[str, Observed]) -> str | None:
+    """The first list of which all blocks have answered, else the first block that has."""
+    missing = {path.rpartition(".")[0] for path, seen in found.items() if not seen.answered}
+    answered = [path for path, seen in found.items() if seen.answered]
+    lists = [path.rpartition(".")[0] for path in answered]
+    return next((path for path in lists if path and path not in missing), None) or next(
+        iter(answered), None
+    )
 
 
 def without_fake(step: str, op: Exception) -> CompileFailed:

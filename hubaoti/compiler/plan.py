@@ -18,7 +18,7 @@ from hubaoti.compiler.calls import arguments
 from hubaoti.compiler.faces import Face, sliding, with_cache
 from hubaoti.compiler.infer import Dims, face_of
 from hubaoti.compiler.observe import Given, Observed, observe
-from hubaoti.compiler.regions import Group, attributes, blocks_of, groups_of
+from hubaoti.compiler.regions import Group, attributes, blocks_of, groups_of, is_block
 from hubaoti.compiler.request import Range, Request
 from hubaoti.compiler.shapes import (
     Bounds,
@@ -78,6 +78,7 @@ def plan(source: Source, request: Request, device: torch.device) -> Plan:
         source, forms, left_out = forms_of(source, blocks, dims, found, device)
         dims |= {name: span(found.series[name]) for name in found.series if name not in dims}
     else:
+        require_no_cache(source)
         source = replace(source, regions="none")
     dims = bounded(request.dims, dims, source.positions)
     require_covered(dims, request.buckets)
@@ -85,6 +86,19 @@ def plan(source: Source, request: Request, device: torch.device) -> Plan:
     used = {name for unit in units for name in unit.bounds} | {*source.default_dims}
     kept = {name: sizes for name, sizes in dims.items() if name in used and name != "filled"}
     return Plan(source, kept, tuple(units), tuple(left_out))
+
+
+def require_no_cache(source: Source) -> None:
+    """Refuse a graph of a whole model over a KV cache: a graph takes that of one layer.
+
+    Raises:
+        BadRequest: it was to generate.
+    """
+    if source.program.task == "generate":
+        raise BadRequest(
+            f"{type(source.model).__name__} has a KV cache for each layer, and a graph takes one",
+            hint="compile its blocks: leave --regions none out, or name them with --regions PATH",
+        )
 
 
 def span(series: Sequence[int]) -> Range:
@@ -111,6 +125,8 @@ def forms_of(
     """The forms of a model's blocks, and what stays eager, and why; `found` learns their dims."""
     before = {path: attributes(block) for path, block in blocks.items()}
     source, observed = observed_with(source, blocks, device)
+    if parts := parts_beside_states(blocks, observed):
+        return forms_of(source, parts, dims, found, device)
     found.series = dict(source.looks)
     forms: list[Form] = []
     left_out = [f"{path}: {seen.problem}" for path, seen in observed.items() if seen.problem]
@@ -125,11 +141,30 @@ def forms_of(
         forms += [Form(group, suffix, face) for suffix, face in faces.items()]
     if not forms:
         reasons = "; ".join(left_out) or "the model calls none of them"
+        generates = source.program.task == "generate"
         raise CompileFailed(
             f"capture: none of the blocks can be compiled: {reasons}",
-            hint="compile the whole model with --regions none, or one place with --regions PATH",
+            hint="generate with it as it is; --task forward compiles its calls without a cache"
+            if generates
+            else "compile the whole model with --regions none, or one place with --regions PATH",
         )
     return source, forms, left_out
+
+
+def parts_beside_states(
+    blocks: Mapping[str, nn.Module], observed: Mapping[str, Observed]
+) -> dict[str, nn.Module]:
+    """The blocks, but of those that keep recurrent states beside keys and values their parts, of
+    which the attention can be served; none where there is no such block."""
+    mixed = [path for path, seen in observed.items() if seen.recurrent and seen.attends]
+    parts = {
+        f"{path}.{name}": part
+        for path in mixed
+        for name, part in blocks[path].named_children()
+        if is_block(part)
+    }
+    kept = {path: block for path, block in blocks.items() if path not in mixed}
+    return kept | parts if parts else {}
 
 
 def observed_with(
@@ -149,7 +184,7 @@ def observed_with(
         looks = [look(looked, at, blocks, device) for at in range(runs_of(looked))]
         try:
             with attention_of(source.model, attention):
-                found = observe(source.model, blocks, looks, device)
+                found = observe(source.model, blocks, looks, device, source.unpadded)
         except CompileFailed as why:
             if (attention, sizes) == tries[-1] or not (source.live or "attention" in str(why)):
                 raise
@@ -227,13 +262,28 @@ def look(source: Source, at: int, blocks: Mapping[str, nn.Module], device: torch
 def faces_of(
     source: Source, block: nn.Module, seen: Observed, dims: Bounds, found: Dims
 ) -> dict[str, Face]:
-    """How a block is called, by the suffix of its graph's name: once, or twice with a window."""
+    """How a block is called, by the suffix of its graph's name: once, or twice with a window.
+
+    Raises:
+        CompileFailed, BadRequest: no graph can be called so.
+    """
+    if seen.recurrent:
+        raise CompileFailed(
+            "it keeps recurrent states in the cache, or an index of its keys, and graphs carry "
+            "nothing but keys and values"
+        )
     face = face_of(seen.calls, found, source.vocabulary, type(block).__name__)
-    face = face.without(seen.unused)
+    if source.layout is None:  # loaders without a manifest give a graph all that a call has
+        face = face.without(seen.unused)
     held = next((cache for call in seen.calls for cache in call.caches), None)
     if held is None:
         return {"": face}
     refuse_shared(seen, face, type(block).__name__)
+    if not all(isinstance(layer, caches.Seen) for layer in getattr(held, "layers", [None])):
+        raise CompileFailed(
+            "it is given a KV cache that the model makes for itself; captured with "
+            "use_cache=False it is given none"
+        )
     puts = [put for layer in held.layers for put in getattr(layer, "puts", ())]
     index = caches.layers_of(block) - 1
     puts = held.layers[index].puts or puts

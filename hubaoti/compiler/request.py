@@ -11,6 +11,7 @@ from hubaoti.errors import BadDim, BadRequest, UnknownTask
 
 TASKS = ("embed", "classify", "logits", "generate", "forward")
 DTYPES = ("float32", "bfloat16", "float16")
+LAYOUTS = ("zerogpu",)
 DEFAULT_LEVEL = "x86_64_v3"
 
 
@@ -45,6 +46,7 @@ class Request:
     inductor: dict[str, Any] = field(default_factory=dict)
     quantize: str | None = None
     trust_remote_code: bool = False
+    layout: str | None = None
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
@@ -55,6 +57,25 @@ class Request:
             raise BadRequest(f"unknown device {self.device!r}", hint="cpu, cuda or cuda:0")
         for name, sizes in self.dims.items():
             check_dim(name, sizes)
+        if self.layout is not None:
+            self._check_layout()
+
+    def _check_layout(self) -> None:
+        """Refuse what loaders without a manifest cannot do."""
+        if self.layout not in LAYOUTS:
+            raise BadRequest(
+                f"unknown layout: {self.layout!r:.120}", hint=f"there is {', '.join(LAYOUTS)}"
+            )
+        other = {
+            f"the task {self.task}": self.task not in {None, "forward"},
+            "several graphs for one module (buckets)": bool(self.buckets),
+            f"weights that are no module's ({self.quantize})": self.quantize is not None,
+        }
+        if found := [what for what, is_asked in other.items() if is_asked]:
+            raise BadRequest(
+                f"the loaders of the layout {self.layout} know nothing of {', '.join(found)}",
+                hint="leave it out: they call a module as it is called, with --task forward",
+            )
 
 
 def check_dim(name: str, sizes: Range) -> None:

@@ -27,6 +27,7 @@ from hubaoti.compiler.request import DTYPES, Range, Request
 from hubaoti.errors import (
     BadRequest,
     CompileFailed,
+    HubaotiError,
     MissingConstant,
     ModelNotFound,
     UnknownTask,
@@ -57,6 +58,8 @@ class Source:
     stated: frozenset[str] = frozenset()  # dims that the user named or bounded
     calls: tuple[Call, ...] = ()  # those to look at it with, where they have no face
     live: bool = False  # the user's own module, whose weights are not ours to change
+    layout: str | None = None  # of loaders that know no manifest
+    unpadded: bool = False  # no call pads, so that masks say nothing, and are left out inside
 
 
 def load(folder: Path, request: Request, device: torch.device, weights: bool = False) -> Source:
@@ -69,17 +72,21 @@ def load(folder: Path, request: Request, device: torch.device, weights: bool = F
     """
     config = read_config(folder, request.trust_remote_code)
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 0
-    task = request.task or tasks.task_of(folder, config)
+    task = request.task or ("forward" if request.layout else tasks.task_of(folder, config))
     refuse_quantized(folder, config)
     if not vocabulary and task != "forward":
         raise UnknownTask(f"{folder.name} takes no text", hint="compile it with --task forward")
+    if task == "generate":
+        tasks.refuse_two_caches(folder.name, config)
     regions = request.regions or ("none" if task in tasks.WHOLE else "auto")
     chosen = request.dtype or dtype_in(config)
     made = Making(folder, config, task, getattr(torch, chosen), weights, regions != "none")
     model, attention = build(made, request.trust_remote_code)
     steps = sentence_steps(folder) if task == "embed" else ()
-    positions = tasks.learned_positions(model)
+    positions = tasks.learned_positions(tasks.text_part(model, config, task))
     face = tasks.own_face(model, config, task, vocabulary)
+    if request.layout:
+        face = tasks.users_face(face, model, config)
     outputs: tuple[str, ...] = ()
     if regions == "none":
         model = model.to(device)
@@ -99,6 +106,8 @@ def load(folder: Path, request: Request, device: torch.device, weights: bool = F
         config=config,
         looks=tasks.LOOKS,
         stated=frozenset(request.dims),
+        layout=request.layout,
+        unpadded=request.layout is not None,
     )
 
 
@@ -192,9 +201,7 @@ def build(making: Making, trust: bool) -> tuple[nn.Module, str]:
         except ValueError as why:
             if attention == "sdpa" and "scaled_dot_product_attention" in str(why):
                 continue
-            raise UnknownTask(
-                f"{name} cannot do {making.task}: {first_line(why)}", hint="try another --task"
-            ) from why
+            raise incapable(making, why) from why
         except (OSError, SafetensorError) as why:
             raise MissingConstant(
                 f"transformers cannot load the weights of {making.folder}: {first_line(why)}",
@@ -203,9 +210,28 @@ def build(making: Making, trust: bool) -> tuple[nn.Module, str]:
         except Exception as why:  # whatever a model's constructor makes of an odd config
             raise CompileFailed(
                 f"source: {type(why).__name__}: {first_line(why)}",
-                hint="the config contradicts itself, or is of another transformers",
+                hint="install the package that it names"
+                if isinstance(why, ImportError)
+                else "the config contradicts itself, or is of another transformers",
             ) from why
     raise CompileFailed(f"{name} has no attention that can be compiled")
+
+
+def incapable(making: Making, why: ValueError) -> HubaotiError:
+    """The refusal of a model for whose kind transformers has no class that does the task."""
+    if "Unrecognized configuration class" not in str(why):
+        return CompileFailed(
+            f"source: {type(why).__name__}: {first_line(why)}",
+            hint="the config contradicts itself, or is of another transformers",
+        )
+    kind = getattr(making.config, "model_type", "of this kind")
+    return UnknownTask(
+        f"{making.folder.name} cannot do {making.task}: transformers has no class that does, for "
+        f"models of {kind}",
+        hint="compile it with --task forward"
+        if making.task != "forward"
+        else "capture its calls, and compile those: hubaoti.capture(model)",
+    )
 
 
 def make(making: Making, attention: str, trust: bool) -> nn.Module:

@@ -63,7 +63,31 @@ def auto_class(task: str, config: Any) -> Any:
         return transformers.AutoModelForSequenceClassification
     if task == "logits" and "ForMaskedLM" in " ".join(config.architectures or ()):
         return transformers.AutoModelForMaskedLM
+    if task == "generate" and is_multimodal(config):
+        return transformers.AutoModelForMultimodalLM
     return transformers.AutoModelForCausalLM
+
+
+def is_multimodal(config: Any) -> bool:
+    """Whether the files are those of a model whose text decoder is but a part of it."""
+    whole: Any = transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
+    alone = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    named = [*(config.architectures or ())]
+    return whole is not None and (alone is None or whole.__name__ in named)
+
+
+def refuse_two_caches(name: str, config: Any) -> None:
+    """Refuse to generate with a decoder that looks at an encoder, and keeps what it saw of it.
+
+    Raises:
+        UnknownTask: the model's files are of one.
+    """
+    if config.is_encoder_decoder and "ForCausalLM" not in " ".join(config.architectures or ()):
+        raise UnknownTask(
+            f"{name} has a decoder that keeps what it saw of its encoder in a cache of its own, "
+            "which graphs do not take",
+            hint="compile it with --task forward: its encoder is served, inside of generate, too",
+        )
 
 
 def is_half(config: Any) -> bool:
@@ -81,8 +105,14 @@ def whole_face(vocabulary: int) -> Face:
 
 
 def own_face(model: nn.Module, config: Any, task: str, vocabulary: int) -> Face:
-    """How a model's own `forward` is called: with whatever it takes of what models take."""
+    """How a model's own `forward` is called: with whatever it takes of what models take.
+
+    Raises:
+        UnknownTask: it is to generate, and has no KV cache.
+    """
     taken = inspect.signature(model.forward).parameters
+    if task == "generate":
+        require_cache(type(model).__name__, {*taken})
     # A mask beside images alone is none of tokens.
     words = vocabulary if "input_ids" in taken else 0
     inputs = tuple(entry for entry in possible_inputs(config, task, words) if entry.name in taken)
@@ -90,6 +120,33 @@ def own_face(model: nn.Module, config: Any, task: str, vocabulary: int) -> Face:
     if task == "generate":
         literals["past_key_values"] = {"cache": True}
     return face_of_inputs(inputs, literals)
+
+
+def users_face(face: Face, model: nn.Module, config: Any) -> Face:
+    """The face of a call as a model's user makes it, with what its tokenizer or processor gives."""
+    taken = inspect.signature(model.forward).parameters
+    inputs = [entry for entry in face.inputs if entry.name != "position_ids"]
+    kinds = getattr(config, "type_vocab_size", None) or 0
+    if "token_type_ids" in taken and kinds > 1:
+        inputs.insert(1, ids("token_type_ids", "seq", kinds))
+    is_encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    literals = {"use_cache": False} if "use_cache" in taken and not is_encoder else {}
+    return face_of_inputs(tuple(inputs), literals)
+
+
+def require_cache(name: str, taken: set[str]) -> None:
+    """Refuse to generate with a model that takes no KV cache, by the arguments that it takes.
+
+    Raises:
+        UnknownTask: with what it keeps in its place.
+    """
+    if taken & {"past_key_values", "cache"}:
+        return
+    kept = "recurrent states" if taken & {"cache_params", "state"} else "nothing"
+    raise UnknownTask(
+        f"{name} keeps {kept} between tokens, and no KV cache: graphs carry nothing else",
+        hint="generate with it as it is",
+    )
 
 
 def face_of_inputs(inputs: tuple[Input, ...], literals: dict[str, Any]) -> Face:
@@ -108,6 +165,8 @@ def possible_inputs(config: Any, task: str, vocabulary: int) -> list[Input]:
             mask("attention_mask", length),
             Input(name="position_ids", dtype="int64", shape=("batch", "seq"), values="position"),
         ]
+    if task == "generate":  # images and sounds are tokens before the decoder sees them
+        return inputs
     if config.is_encoder_decoder:
         inputs.append(ids("decoder_input_ids", "target", vocabulary))
     vision = getattr(config, "vision_config", None) or config
@@ -152,6 +211,12 @@ def default_dims(
     most = longest(folder, config, positions, 4096)
     cache = longest(folder, config, positions, 32768)
     return {"batch": Range(1, 32), "seq": Range(1, most), "cache": Range(min(16, cache), cache)}
+
+
+def text_part(model: nn.Module, config: Any, task: str) -> nn.Module:
+    """What of a model reads tokens where it is to generate: the rest has positions of its own."""
+    is_whole = task != "generate" or not is_multimodal(config)
+    return model if is_whole else model.get_decoder()  # type: ignore[operator]
 
 
 def learned_positions(model: nn.Module) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,13 @@ from torch import nn
 
 from hubaoti.bundle import file_entry
 from hubaoti.compiler import constants, elf, verify
-from hubaoti.compiler.callspec import CallSpec, call_spec_of, direct_of
+from hubaoti.compiler.callspec import CallSpec, call_spec_of, direct_of, require_direct
 from hubaoti.compiler.constants import Place
 from hubaoti.compiler.export import Exported, export
 from hubaoti.compiler.faces import Flat
 from hubaoti.compiler.inductor import lower
 from hubaoti.compiler.lent import given_back, in_memory
+from hubaoti.compiler.literals import require_unread, written_out
 from hubaoti.compiler.plan import ROOT, Unit, tracing_attention
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.shapes import example_sizes, probes
@@ -121,11 +123,13 @@ def lowered_and_checked(
     job: Job, unit: Unit, place: Place, exported: Exported, scratch: Path, say: Say
 ) -> Built:
     """From a program to a graph that was compared with eager."""
+    spec = own_spec(job.plan.source, unit, exported)
+    if job.plan.source.layout and spec is None:
+        require_direct(bare_graph(unit))
     say(f"compile {unit.id}")
     package = scratch / "graphs" / f"{unit.id}.pt2"
     where = f"{job.key[:12]}-{unit.id}"
     with given_back(place.module):
-        spec = own_spec(job.plan.source, unit, exported)
         lower(exported.program, job.target.level, job.build.options, package, where, spec)
     say(f"check {unit.id}")
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -162,8 +166,11 @@ def traced(source: Source, unit: Unit, module: nn.Module, device: torch.device) 
     """The unit's program, of one of its modules."""
     sizes = sizes_to_trace(source, unit)
     tensors = [tensor.to(device) for tensor in golden.inputs_for(bare_graph(unit), sizes)]
-    with attention_of(source.model, tracing_attention(source)):
-        return export(module, unit.face, unit.bounds, tensors, source.stated)
+    around = written_out(module) if source.layout else nullcontext(set[str]())
+    with attention_of(source.model, tracing_attention(source)), around as unwritten:
+        exported = export(module, unit.face, unit.bounds, tensors, source.stated)
+    require_unread(exported.program, unwritten)
+    return exported
 
 
 def trial_of(
@@ -247,6 +254,8 @@ def checked(
     graph = open_graph(unpacked, entry, device)
     spec = own_spec(source, unit, exported)
     graph.entry = entry = direct_of(entry, spec, graph.call_spec(), source.model)
+    if source.layout:
+        require_direct(entry)
     graph.bind(verify.constants_of(place.module, entry, scratch))
     trial = trial_of(source, final, entry, place, device)
     checks = verify.verify(graph, trial)

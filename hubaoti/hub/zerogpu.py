@@ -42,8 +42,8 @@ def packages_of(manifest: Manifest) -> Mapping[str, str]:
     if reasons:
         raise BadRequest(
             f"the artifact cannot be read by spaces.aoti_load and aokit: {'; '.join(reasons)}",
-            hint="compile the module from captured calls, or a model with --task forward and "
-            "--regions none; or push without --layout, and use hubaoti.spaces.load",
+            hint="compile it with --layout zerogpu; or push without --layout, and use "
+            "hubaoti.spaces.load",
         )
     return {path: graph.file for graph in manifest.graphs for path in paths_of(graph)}
 
@@ -57,11 +57,10 @@ def paths_of(graph: Graph) -> Iterator[str]:
 
 def reasons_of(manifest: Manifest) -> Iterator[str]:
     """Why loaders without a manifest cannot serve a module by these graphs."""
+    if manifest.build.layout != LAYOUT:
+        yield f"it was compiled without --layout {LAYOUT}"
     if manifest.is_whole and manifest.program.task in TEXTS:
         yield f"it answers texts ({manifest.program.task}), not calls of the module"
-    elif not manifest.is_whole and "model_type" in manifest.program.config:
-        # transformers leave masks out and give one row for all, and hubaoti makes them whole.
-        yield "blocks of this model are called without masks and with fewer rows than they compute"
     for graph in manifest.graphs:
         if why := reason_of(graph):
             yield f"graph {graph.id} {why}"

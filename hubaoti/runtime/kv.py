@@ -1,8 +1,8 @@
 """A decoder block's layer of a static KV cache, as its graphs take it and write it in place.
 
-Private, checked on transformers 5.17 to 5.22: `StaticLayer` and `StaticSlidingWindowLayer` of
-`transformers.cache_utils`, by name and attributes; transformers is not imported. A layer of any
-other class is left to eager.
+Private, checked on transformers 5.17 to 5.22: `StaticLayer`, `StaticSlidingWindowLayer`, and those
+that keep recurrent states besides, of `transformers.cache_utils`, by name and attributes;
+transformers is not imported. A layer of any other class is left to eager.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.checks import dtype_of
 from hubaoti.runtime.reasons import Unserved
 
-STATIC = "StaticLayer"
-SLIDING = "StaticSlidingWindowLayer"
+STATIC = {"StaticLayer", "LinearAttentionAndStaticFullAttentionLayer"}
+SLIDING = {"StaticSlidingWindowLayer", "LinearAttentionAndStaticSlidingWindowAttentionLayer"}
 COUNTED = "_hubaoti_filled"  # on a layer: its own count, at which version, and what that was
 CAPTURED = "captured"  # there: that is not known any more
 
@@ -118,7 +118,7 @@ class Place:
             Unserved: it is no static cache, or the new entries do not fit as a graph writes them.
         """
         layer = self._layer(cache)
-        is_sliding = type(layer).__name__ == SLIDING
+        is_sliding = type(layer).__name__ in SLIDING
         if is_capturing(device):
             setattr(layer, COUNTED, CAPTURED)  # from now on the device alone knows
             raise captured()
@@ -134,7 +134,7 @@ class Place:
         if cache is None or self._index is None or not isinstance(layers, list):
             raise Unserved("cache", f"the cache is {type(cache).__name__}")
         layer = layers[self._index] if self._index < len(layers) else None
-        named = type(layer).__name__ in {STATIC, SLIDING}
+        named = type(layer).__name__ in STATIC | SLIDING
         if not named or type(layer).__module__ != "transformers.cache_utils":
             raise Unserved("cache", f"the cache's layer is a {type(layer).__name__}")
         return layer

@@ -1,0 +1,139 @@
+"""Tensors that no state_dict has, written out as numbers where a module is traced.
+
+Loaders that know no manifest bind what is in a module's `state_dict`. What a module computed when
+it was made, as the frequencies of a rope, has to be in the graph itself: as operations that make
+it, since torch's containers hold either all constants of a graph or none.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from hubaoti.compiler.calls import replaced
+from hubaoti.errors import CompileFailed
+
+MOST = 1024  # runs of equal numbers that are chosen from, one by one
+Make = Callable[[], torch.Tensor]
+
+
+@contextmanager
+def written_out(module: nn.Module) -> Iterator[set[str]]:
+    """Inside, a call of the module makes what its `state_dict` has not, and reads that.
+
+    Gives the names of those that have too many numbers, and stay as they are.
+    """
+    found = [(part, name, literal(tensor), where) for part, name, tensor, where in unsaved(module)]
+    made = [(part, name, make) for part, name, make, _ in found if make is not None]
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def making(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as around:
+            for part, name, make in made:
+                around.enter_context(standing_in(part, name, make()))
+            return forward(*args, **kwargs)
+
+    with replaced(module, making):
+        yield {where for *_, make, where in found if make is None}
+
+
+def require_unread(program: ExportedProgram, names: Set[str]) -> None:
+    """Refuse a program that reads a tensor of these names.
+
+    Raises:
+        CompileFailed: with those that it reads.
+    """
+    used = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    specs = program.graph_signature.input_specs
+    read = sorted({str(each.target) for each in specs if each.arg.name in used} & names)
+    if read:
+        raise CompileFailed(
+            f"export: {', '.join(read)} is in no state_dict, and more than {MOST} numbers of which "
+            "none follows from another cannot be written into a graph",
+            hint="register it as a persistent buffer, or leave --layout zerogpu out and load it by "
+            "hubaoti.spaces.load",
+        )
+
+
+def unsaved(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor, str]]:
+    """The tensors of a module that are not in its `state_dict`: whose, its name, what, and where.
+
+    Buffers that are not persistent, and tensors that are plain attributes.
+    """
+    saved = module.state_dict(keep_vars=True)
+    for path, part in module.named_modules(remove_duplicate=False):
+        for name, value in (*part.named_buffers(recurse=False), *vars(part).items()):
+            where = f"{path}.{name}".lstrip(".")
+            if type(value) is torch.Tensor and where not in saved:
+                yield part, name, value, where
+
+
+@contextmanager
+def standing_in(part: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[None]:
+    """Let a tensor stand in the place of a buffer or an attribute of a module, before which
+    Python finds it."""
+    kept = vars(part).get(name)
+    vars(part)[name] = tensor
+    try:
+        yield
+    finally:
+        del vars(part)[name]
+        if kept is not None:
+            vars(part)[name] = kept
+
+
+def literal(tensor: torch.Tensor) -> Make | None:
+    """What makes a tensor anew, bit for bit, of nothing but numbers; None if of too many."""
+    shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
+    flat = tensor.detach().cpu().reshape(-1)
+    ends = ends_of_runs(flat)
+    if len(ends) < 2:
+        value = flat[0].item() if ends else 0
+        return lambda: torch.full(shape, value, dtype=dtype, device=device)
+    if counting := progression(flat):
+        return lambda: torch.arange(*counting, dtype=dtype, device=device).view(shape)
+    if len(ends) > MOST:
+        return None
+    numbers = [flat[end - 1].item() for end in ends]
+
+    def chosen() -> torch.Tensor:
+        return among(numbers, ends, torch.arange(ends[-1], device=device), dtype).view(shape)
+
+    return chosen
+
+
+def ends_of_runs(flat: torch.Tensor) -> list[int]:
+    """The place after each run of numbers that are the same bit for bit, as zero and minus zero are
+    not."""
+    rows = flat.view(-1, 1).view(torch.uint8) if len(flat) else flat.view(0, 1)
+    changes = (rows[1:] != rows[:-1]).any(1).nonzero().flatten() + 1
+    return [*changes.tolist(), len(flat)] if len(flat) else []
+
+
+def progression(flat: torch.Tensor) -> tuple[int, int, int] | None:
+    """What `arange` makes whole numbers of that follow one another in equal steps."""
+    if flat.dtype.is_floating_point or flat.dtype.is_complex or flat.dtype is torch.bool:
+        return None
+    first, step = int(flat[0]), int(flat[1]) - int(flat[0])
+    counting = (first, first + step * len(flat), step)
+    same = step != 0 and torch.equal(flat, torch.arange(*counting, dtype=flat.dtype))
+    return counting if same else None
+
+
+def among(
+    numbers: Sequence[Any], ends: Sequence[int], at: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """At each place the number whose run it is in; runs end before `ends`."""
+    if len(numbers) == 1:
+        return torch.full(at.shape, numbers[0], dtype=dtype, device=at.device)
+    half = len(numbers) // 2
+    first = among(numbers[:half], ends[:half], at, dtype)
+    last = among(numbers[half:], ends[half:], at, dtype)
+    return torch.where(at < ends[half - 1], first, last)
