@@ -126,10 +126,10 @@ def test_a_list_that_somebody_else_made_is_printed_in_part(
     proxy.matching = "/tree/"
     proxy.mutate = lambda tree: [
         *tree,
-        *({**tree[0], "path": f"{n}/{FILENAME}"} for n in range(1000)),
+        *({**tree[0], "path": f"{n}/{FILENAME}"} for n in range(100)),
     ]
     done = inside(settings, "pull", held, "--trust")
-    assert "and 980 more" in done.out
+    assert "and 80 more" in done.out
     harmless(done)
 
 

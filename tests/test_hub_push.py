@@ -23,10 +23,11 @@ from hubaoti.errors import (
 )
 from hubaoti.hub import retry
 from hubaoti.hub.card import render
-from hubaoti.hub.client import HubClient, Pushed, StaleParent
+from hubaoti.hub.client import HubClient, StaleParent
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import pull
 from hubaoti.hub.push import ATTEMPTS, LARGEST_README, Commit, Destination, decoded, push
+from hubaoti.hub.records import Pushed
 from hubaoti.manifest import FILENAME, Source
 from hubaoti.settings import Settings
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import click
 
-from hubaoti.cli.output import human_size, print_json, print_table
+from hubaoti.cli.output import human_size, print_json, print_line, print_table
 from hubaoti.mirror import Mirror, Row
 from hubaoti.settings import Settings
 
@@ -40,9 +40,9 @@ def ls_command(as_json: bool) -> None:
     ]
     print_table(["repo", "commit", "recipe", "variant", "size", "added", "digest"], cells)
     for graph, why in problems:
-        click.echo(f"not opened: graph {graph[:12]}: {why}")
+        print_line(f"not opened: graph {graph[:12]}: {why}")
     if problems:
-        click.echo("to have them tried again: hubaoti mirror retry")
+        print_line("to have them tried again: hubaoti mirror retry")
 
 
 @mirror_command.command("retry")
@@ -56,11 +56,11 @@ def retry_command(as_json: bool) -> None:
     if as_json:
         print_json(asdict(retried))
         return
-    click.echo(f"{retried.verdicts} verdicts are forgotten")
+    print_line(f"{retried.verdicts} verdicts are forgotten")
     for graph in retried.graphs:
-        click.echo(f"graph {graph[:12]} is back")
+        print_line(f"graph {graph[:12]} is back")
     for row in retried.artifacts:
-        click.echo(f"artifact {row.digest[:12]} is back: {named(row)}")
+        print_line(f"artifact {row.digest[:12]} is back: {named(row)}")
 
 
 def named(row: Row) -> str:

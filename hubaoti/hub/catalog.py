@@ -12,8 +12,9 @@ from typing import TypeVar
 
 from hubaoti.errors import BadManifest, BadRequest, DigestMismatch, HubUnreachable
 from hubaoti.escape import one_line
-from hubaoti.hub.client import Entry, HubClient
+from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import Place, require_agreement
+from hubaoti.hub.records import Entry
 from hubaoti.hub.words import quiet
 from hubaoti.manifest import FILENAME, LARGEST, Manifest, parse
 

@@ -11,11 +11,10 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -27,6 +26,8 @@ from hubaoti.errors import (
     HubUnreachable,
     first_line,
 )
+from hubaoti.hub.bounds import TooLong, bar_to
+from hubaoti.hub.records import CommitId, Entry, Pushed, Refs
 from hubaoti.hub.retry import LIBRARY, heeding, repeated, status_of, unwrapped
 from hubaoti.hub.words import NO_HUB, AnswerLost, StaleParent, Words, quiet
 from hubaoti.settings import ENDPOINT, Settings
@@ -39,66 +40,8 @@ LONGEST_SILENCE = 600  # seconds without a byte, after which nobody waits for th
 MOST_FILES = 100_000  # of a commit, folders counted; what the Hub recommends at most
 
 T = TypeVar("T")
-Text = Annotated[str, msgspec.Meta(min_length=1)]
-CommitId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{40}\Z")]
-Refs = list[tuple[Text, CommitId]]
 
 _MODEL = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A file of a commit: its git blob id, or the sha256 of what git only points to."""
-
-    path: Text
-    size: Annotated[int, msgspec.Meta(ge=0)]
-    blob: Text
-    sha256: str | None
-
-    def is_of(self, content: bytes) -> bool:
-        """Whether these are the file's bytes."""
-        if self.sha256 is not None:
-            return hashlib.sha256(content).hexdigest() == self.sha256
-        head = b"blob %d\0" % len(content)
-        return hashlib.sha1(head + content, usedforsecurity=False).hexdigest() == self.blob
-
-
-@dataclass(frozen=True, slots=True)
-class Pushed:
-    """A commit that was made, and where people see it."""
-
-    commit: CommitId
-    url: Text
-
-
-# msgspec learns a type when it is first used, and two threads that meet there end the process.
-for _kind in (CommitId, Refs, tuple[Entry, ...], Pushed, bool | None):
-    msgspec.json.Decoder(_kind)
-
-
-class TooLong(Exception):
-    """A file has more bytes than were wanted."""
-
-
-def bar_to(limit: int) -> type[Any]:
-    """A progress bar that shows nothing, and ends a download that brings more than `limit` bytes.
-
-    huggingface_hub tells its bar of every piece as it comes, and has no other bound.
-    """
-    from huggingface_hub.utils.tqdm import tqdm
-
-    class Bar(tqdm):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
-            self.taken = int(options.get("initial") or 0)
-
-        def update(self, n: float | None = 1) -> bool | None:
-            self.taken += int(n or 0)
-            if self.taken > limit:
-                raise TooLong
-            return None
-
-    return Bar
 
 
 class HubClient:

@@ -19,9 +19,10 @@ import msgspec
 from hubaoti.errors import BadRequest, DigestMismatch, HubaotiError
 from hubaoti.escape import one_line
 from hubaoti.hub.catalog import Catalog
-from hubaoti.hub.client import Entry, HubClient
+from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import Puller
+from hubaoti.hub.records import Entry
 from hubaoti.hub.zerogpu import PACKAGE, ROOT, SUBMODULES
 from hubaoti.manifest import Graph, Outputs
 from hubaoti.package import members_of, sha256_of

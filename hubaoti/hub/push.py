@@ -17,8 +17,9 @@ from hubaoti.bundle import Bundle
 from hubaoti.errors import BadPackage, BadRequest, Conflict, HubaotiError
 from hubaoti.hub.card import render
 from hubaoti.hub.catalog import Catalog, read_catalog
-from hubaoti.hub.client import HubClient, Pushed
+from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import Place, RepoRef, is_revision, place_of
+from hubaoti.hub.records import Pushed
 from hubaoti.hub.words import AnswerLost, StaleParent
 from hubaoti.hub.zerogpu import LAYOUT, branch_of, packages_of
 from hubaoti.manifest import FILENAME, Manifest
