@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Unpack
 from hubaoti.bundle import Bundle
 from hubaoti.compiling import evaluating, existing
 from hubaoti.errors import BadRequest
+from hubaoti.extras import require
 from hubaoti.fetching import EAGER_FILES, RUN_FILES, model_files
 from hubaoti.host import probe
-from hubaoti.hub.layout import RepoRef
+from hubaoti.hub.layout import Place, RepoRef
 from hubaoti.manifest import Program
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.model_files import refuse_other_program
@@ -50,6 +51,7 @@ def capture(
     Raises:
         BadRequest: `n` is less than one; what called the module cannot go on without its answer.
     """
+    require("capture", "compile")
     from hubaoti.compiler import calls
 
     return calls.capture(module, n, run=run)
@@ -145,22 +147,26 @@ def pull(
     repo: str,
     *,
     recipe: str | None = None,
+    path: str | None = None,
     trust: bool = False,
     settings: Settings | None = None,
     say: Say = silent,
 ) -> Pulled:
     """The artifact of `owner/name[@revision]` that fits this host best, verified, in the mirror.
 
+    Or the one at `path`, its `<recipe>/<variant>`, which needs no torch to be fetched.
+
     Raises:
-        NoMatch: none fits, with every reason; NoArtifact: the repo has none.
+        NoMatch: none fits, with every reason; NoArtifact: the repo has none, or none at `path`.
         Untrusted: its publisher is not trusted here; `trust=True` remembers that it is.
     """
     from hubaoti.hub.pull import pull as pull_from
 
     settings = settings or Settings.from_env()
     asked = None if recipe is None else Recipe.parse(recipe)
+    place = None if path is None else Place.parse(path)
     ref, host = RepoRef.parse(repo), probe(settings)
-    return pull_from(ref, settings, host, recipe=asked, trust=trust, say=say)
+    return pull_from(ref, settings, host, recipe=asked, place=place, trust=trust, say=say)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +193,7 @@ def run(  # noqa: PLR0913 - a face of keywords
     Raises:
         HubaotiError: as `pull` and `load` do; OutOfBounds: a text is too long for the graph.
     """
+    require("run", "run")
     settings = settings or Settings.from_env()
     pulled = pull(repo, recipe=recipe, trust=trust, settings=settings, say=say)
     where = device or device_of(pulled.verdict)
@@ -212,6 +219,7 @@ def load(
         MissingConstant: the model's checkpoint lacks a tensor that the graph reads.
         Quarantined: the graph crashed or differed when it was first opened, in its own process.
     """
+    require("load", "run")
     settings = settings or Settings.from_env()
     refuse_parts(artifact)
     folder, _ = model_files(model, revision, RUN_FILES, settings)
@@ -270,6 +278,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
 
     if not settings.graphs:
         return runtime.nothing(module)
+    require("attach", "run")
     found = artifact_of(artifact, trust, settings, say)
     manifest = found.manifest
     with Mirror.open(settings.mirror) as mirror:
@@ -360,6 +369,7 @@ def eager(
     Task and dtype are those of the artifact that was pulled from `repo`, if one was, else what the
     model's files say.
     """
+    require("eager", "compile", "run")
     import torch
 
     from hubaoti.compiler import source

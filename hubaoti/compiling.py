@@ -26,6 +26,7 @@ from hubaoti.errors import (
     DigestMismatch,
     HubaotiError,
 )
+from hubaoti.extras import require
 from hubaoti.fetching import COMPILE_FILES, model_files
 from hubaoti.host import Host
 from hubaoti.manifest import Source
@@ -107,6 +108,7 @@ def job_of(
     Raises:
         HubaotiError: what was asked cannot be; torch is not loaded for what can be seen before.
     """
+    require("compile", "compile")
     request = request_of(asked)
     for name in settings.tuning:
         raise BadRequest(

@@ -31,6 +31,7 @@ BASE = (
     "variant",
     "host",
     "requirements",
+    "extras",
     "match",
     "schema",
     "manifest",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from operator import is_, itemgetter
 from typing import Any
 
@@ -21,6 +21,7 @@ from hubaoti.runtime.reasons import Unserved
 MISSING: Any = type("Missing", (), {"__repr__": lambda _: "nothing"})()
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 NUMBERS = (int, float)
+CACHE = ("past_key_values", "cache")  # what transformers calls a KV cache: before 5.24, and since
 BESIDE = {"class", "order"}
 
 Make = Callable[[Sequence[torch.Tensor]], Any]
@@ -38,12 +39,14 @@ class CallPlan:
         self.count = count
         parameters = inspect.signature(forward).parameters
         self.names = [name for name, each in parameters.items() if each.kind in POSITIONAL]
+        given = {**dict(zip(self.names, call["args"], strict=False)), **call["kwargs"]}
+        self._own = own_names(given, parameters)
         self._defaults = {
             name: each.default
             for name, each in parameters.items()
             if each.default is not inspect.Parameter.empty
         }
-        self.given = {**dict(zip(self.names, call["args"], strict=False)), **call["kwargs"]}
+        self.given = {self._own.get(name, name): item for name, item in given.items()}
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         self.extents = self._layout(len(call["args"]), tuple(call["kwargs"])).extents
 
@@ -71,7 +74,11 @@ class CallPlan:
         """
         if count > len(self.names):
             raise Unserved("arguments", f"{count} positional arguments are given")
-        layout = Layout(self, (*self.names[:count], *names))
+        given = (*self.names[:count], *names)
+        # Who gives both words means the module's own by it, and the other is one more argument.
+        twice = {name for name, own in self._own.items() if own in given}
+        own = [name if name in twice else self._own.get(name, name) for name in given]
+        layout = Layout(self, own)
         self._layouts[count, *names] = layout
         return layout
 
@@ -201,6 +208,23 @@ WORDS: dict[str, Callable[[Layout, Any, int, str], None]] = {
     "dict": Layout._mapping,
     "fields": Layout._mapping,
 }
+
+
+def cache_word(taken: Container[str]) -> str:
+    """What something that takes these arguments calls its KV cache."""
+    return next((word for word in CACHE if word in taken), CACHE[0])
+
+
+def own_names(given: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, str]:
+    """The module's own word for its KV cache, by the word that it has in other transformers.
+
+    A graph that was compiled with one answers calls with the other, as the module does itself.
+    """
+    in_call = [word for word in CACHE if given.get(word) == {"cache": True}]
+    own = [word for word in CACHE if word in parameters] or in_call
+    if not in_call or len(own) > 1:
+        return {}
+    return {word: own[0] for word in CACHE if word != own[0]}
 
 
 def picker(places: Sequence[int]) -> Pick:

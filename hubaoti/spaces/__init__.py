@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hubaoti.errors import HubaotiError
+from hubaoti.extras import require
 from hubaoti.host import Host, probe
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.fleet import (
@@ -68,6 +69,7 @@ def load(  # noqa: PLR0913 - a face of keywords
         OtherProgram, MissingConstant: the module is not the one that was compiled; nothing changed.
         AlreadyAttached: it has graphs already.
     """
+    require("spaces.load", "run")
     settings = settings or Settings.from_env()
     ref = reference(repo, revision)
     from hubaoti.runtime.attach import refuse_attached
