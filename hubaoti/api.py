@@ -272,13 +272,14 @@ def attach(  # noqa: PLR0913 - a face of keywords
         Quarantined: a graph crashed or differed when it was first opened, in its own process.
     """
     settings = settings or Settings.from_env()
+    if settings.graphs:
+        require("attach", "run")
     from hubaoti.compiler.parsed import lending
     from hubaoti.compiler.program import is_program_of
     from hubaoti.runtime import attach as runtime
 
     if not settings.graphs:
         return runtime.nothing(module)
-    require("attach", "run")
     found = artifact_of(artifact, trust, settings, say)
     manifest = found.manifest
     with Mirror.open(settings.mirror) as mirror:

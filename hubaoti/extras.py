@@ -34,12 +34,17 @@ def require(what: str, *extras: str) -> None:
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise MissingDependency(
-            f"{what} needs {' and '.join(missing)}, which {verb} not installed",
+            f"{what} needs {listed(missing)}, which {verb} not installed",
             hint=f'pip install "hubaoti[{",".join(extras)}]"',
         )
     for package, version in found.items():
         if version is not None and not is_supported(package, version):
             raise unsupported(what, package, version)
+
+
+def listed(names: list[str]) -> str:
+    """Names as a sentence has them."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
 def version_of(package: str) -> str | None:

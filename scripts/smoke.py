@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 from tokenizers import Tokenizer
@@ -217,7 +218,7 @@ def tried(name: str, smoke: Smoke) -> dict[str, Any]:
 def main(names: list[str]) -> int:
     """Every check, or those that are named."""
     failed = 0
-    versions = {each.__name__: each.__version__ for each in (torch, transformers)}
+    versions = {each.__name__: each.__version__ for each in (torch, transformers, huggingface_hub)}
     sys.stdout.write(json.dumps(versions) + "\n")
     with tempfile.TemporaryDirectory(prefix="hubaoti-smoke-") as folder:
         smoke = Smoke(Path(folder))

@@ -11,7 +11,7 @@ from packaging.version import Version
 from hubaoti.errors import NoArtifact, NoMatch
 from hubaoti.host import Host, Torch
 from hubaoti.hub.catalog import Catalog
-from hubaoti.hub.layout import Place
+from hubaoti.hub.layout import Place, RepoRef
 from hubaoti.match import Compromise, Verdict, judge
 from hubaoti.requirements import Requirements
 
@@ -47,11 +47,11 @@ def no_artifact_at(place: Place, catalog: Catalog) -> NoArtifact:
     )
 
 
-def no_torch(why: NoMatch, catalog: Catalog) -> NoMatch:
+def no_torch(why: NoMatch, ref: RepoRef, catalog: Catalog) -> NoMatch:
     """The refusal to choose where no torch is installed that could decide."""
     place = next(iter(catalog.readable))
     return NoMatch(
         f"{why}\nno torch is installed here, which decides on what fits",
         hint='install one: pip install "hubaoti[run]"; or fetch an artifact for it beforehand: '
-        f"hubaoti pull {catalog.repo} --path {place}",
+        f"hubaoti pull {ref} --path {place}",
     )

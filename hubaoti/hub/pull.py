@@ -151,7 +151,7 @@ class Puller:
         self.say(f"reading the manifests of {ref.repo} at {commit[:12]}")
         catalog = read_catalog(self.client, ref.repo, commit)
         considered = tuple(self._consider(catalog))
-        chosen = self._chosen(catalog, considered)
+        chosen = self._chosen(ref, catalog, considered)
         artifact = self.taken(ref, catalog, chosen, self._pin(ref, commit))
         verdict = chosen.verdict
         assert verdict is not None
@@ -183,7 +183,9 @@ class Puller:
             else:
                 yield Considered(place, None, None, found)
 
-    def _chosen(self, catalog: Catalog, considered: tuple[Considered, ...]) -> Considered:
+    def _chosen(
+        self, ref: RepoRef, catalog: Catalog, considered: tuple[Considered, ...]
+    ) -> Considered:
         """The one that is named, or the best of those that fit.
 
         Raises:
@@ -197,7 +199,7 @@ class Puller:
             return choose(catalog, considered, self.recipe)
         except NoMatch as why:
             if self.host.torch is None:
-                raise no_torch(why, catalog) from None
+                raise no_torch(why, ref, catalog) from None
             raise
 
     def require_trust(self, ref: RepoRef, commit: str, place: Place, manifest: Manifest) -> None:
