@@ -110,6 +110,8 @@ def job_of(
     """
     require("compile", "compile")
     request = request_of(asked)
+    if request.quantize is not None:
+        require(f"--quantize {request.quantize}", "quantize")
     for name in settings.tuning:
         raise BadRequest(
             f"{name} is set, which changes what inductor builds and stands in no key",

@@ -15,6 +15,7 @@ from hubaoti.requirements import read_version, series
 EXTRAS = {
     "compile": ("torch", "transformers"),
     "run": ("torch", "tokenizers"),
+    "quantize": ("torchao",),
 }
 # The first and the last series that scripts/matrix tries; pyproject.toml says the same to pip.
 SUPPORTED = {"torch": ("2.11", "2.15"), "transformers": ("5.15", "5.24")}

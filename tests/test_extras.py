@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from torch import nn
 
 import hubaoti
+from hubaoti import extras
 from hubaoti.cli import COMMANDS
 from hubaoti.errors import MissingDependency
 from hubaoti.extras import EXTRAS, SUPPORTED, is_supported, listed, require
@@ -106,7 +107,7 @@ def test_a_plain_installation_checks_a_bundle_s_bytes(
 
 
 @pytest.mark.parametrize(
-    ("words", "missing", "extras"),
+    ("words", "missing", "extra"),
     [
         (("compile", "acme/tiny", "-o", "out"), "torch and transformers", "compile"),
         (("compile", "acme/tiny", "--explain"), "torch and transformers", "compile"),
@@ -124,16 +125,16 @@ def test_a_plain_installation_checks_a_bundle_s_bytes(
     ],
 )
 def test_a_command_that_needs_an_extra_names_it(
-    words: tuple[str, ...], missing: str, extras: str, bare: Path, settings: Settings
+    words: tuple[str, ...], missing: str, extra: str, bare: Path, settings: Settings
 ) -> None:
     done = plain(bare, settings, *words)
     assert done.code == 26
     assert f"needs {missing}, which are not installed" in done.err
-    assert f'hint: pip install "hubaoti[{extras}]"' in done.err
+    assert f'hint: pip install "hubaoti[{extra}]"' in done.err
 
 
 @pytest.mark.parametrize(
-    ("verb", "extras"),
+    ("verb", "extra"),
     [
         ("capture(None)", "compile"),
         ("compile('x')", "compile"),
@@ -146,13 +147,13 @@ def test_a_command_that_needs_an_extra_names_it(
     ],
 )
 def test_a_verb_that_needs_an_extra_names_it(
-    verb: str, extras: str, bare: Path, settings: Settings
+    verb: str, extra: str, bare: Path, settings: Settings
 ) -> None:
     program = (
         "import hubaoti\nfrom hubaoti.errors import MissingDependency\n"
         f"try: hubaoti.{verb}\nexcept MissingDependency as why: print(why.hint)"
     )
-    assert python(bare, settings, "-c", program).out == f'pip install "hubaoti[{extras}]"\n'
+    assert python(bare, settings, "-c", program).out == f'pip install "hubaoti[{extra}]"\n'
 
 
 VERBS: dict[str, Callable[[Settings], Any]] = {
@@ -189,6 +190,18 @@ def test_what_is_not_supported_is_refused_at_the_door_with_the_versions_that_are
         assert caught.value.hint.startswith(f'pip install "{package}>={first},<')
 
 
+def test_a_quantized_compile_says_at_the_door_what_to_install(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = extras.version_of
+    monkeypatch.setattr(
+        extras, "version_of", lambda package: None if package == "torchao" else found(package)
+    )
+    with pytest.raises(MissingDependency, match="int8wo needs torchao, which is not") as caught:
+        hubaoti.compile("acme/none-such", quantize="int8wo", settings=settings)
+    assert caught.value.hint == 'pip install "hubaoti[quantize]"'
+
+
 def test_attach_needs_no_transformers_that_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers, "__version__", "4.57.1")
     require("attach", "run")
@@ -202,9 +215,9 @@ def test_every_build_of_a_supported_series_is_supported(version: str) -> None:
 
 
 def test_pip_is_told_the_same_versions_and_extras() -> None:
-    extras = PROJECT["optional-dependencies"]
+    optional = PROJECT["optional-dependencies"]
     for extra, packages in EXTRAS.items():
-        told = {each.name: each.specifier for each in map(Requirement, extras[extra])}
+        told = {each.name: each.specifier for each in map(Requirement, optional[extra])}
         assert told.keys() == {*packages}
         for package in told.keys() & SUPPORTED.keys():
             first, last = SUPPORTED[package]
@@ -212,7 +225,7 @@ def test_pip_is_told_the_same_versions_and_extras() -> None:
             assert str(told[package]) == f"<{beyond},>={first}"
     core = {Requirement(each).name for each in PROJECT["dependencies"]}
     assert not core & {name for packages in EXTRAS.values() for name in packages}
-    (everything,) = (each for each in map(Requirement, extras["dev"]) if each.name == "hubaoti")
+    (everything,) = (each for each in map(Requirement, optional["dev"]) if each.name == "hubaoti")
     assert everything.extras >= EXTRAS.keys()
 
 
