@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from torch import nn
 
 import hubaoti
-from hubaoti import extras
+from hubaoti import api, extras
 from hubaoti.cli import COMMANDS
 from hubaoti.errors import MissingDependency
 from hubaoti.extras import EXTRAS, SUPPORTED, is_supported, listed, require
@@ -164,7 +164,7 @@ VERBS: dict[str, Callable[[Settings], Any]] = {
     "an engine": lambda settings: require("an engine", "compile", "run"),
 }
 OPENS: dict[str, Callable[[Settings], Any]] = {
-    "run": lambda settings: hubaoti.api.run("acme/tiny", "x", ["x"], settings=settings),
+    "run": lambda settings: api.run("acme/tiny", "x", ["x"], settings=settings),
     "attach": lambda settings: hubaoti.attach(nn.Identity(), "acme/tiny", settings=settings),
     "spaces.load": lambda settings: hubaoti.spaces.load(
         nn.Identity(), "acme/tiny", settings=settings
