@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import transformers
 from bundles import make_bundle
 from commands import Done, environment_of
 from packaging.requirements import Requirement
+from packaging.version import Version
 from torch import nn
 
 import hubaoti
@@ -24,6 +28,7 @@ from hubaoti.cli import COMMANDS
 from hubaoti.errors import MissingDependency
 from hubaoti.extras import EXTRAS, SUPPORTED, is_supported, listed, require
 from hubaoti.host import probe
+from hubaoti.requirements import series
 from hubaoti.settings import Settings
 
 ROOT = Path(hubaoti.__file__).parent.parent
@@ -227,6 +232,18 @@ def test_pip_is_told_the_same_versions_and_extras() -> None:
     assert not core & {name for packages in EXTRAS.values() for name in packages}
     (everything,) = (each for each in map(Requirement, optional["dev"]) if each.name == "hubaoti")
     assert everything.extras >= EXTRAS.keys()
+
+
+def test_the_matrix_tries_both_ends_and_its_table_stands_in_the_readme() -> None:
+    loader = SourceFileLoader("matrix", str(ROOT / "scripts" / "matrix"))
+    matrix: Any = module_from_spec(spec_from_loader("matrix", loader))  # type: ignore[arg-type]
+    sys.modules["matrix"] = matrix
+    loader.exec_module(matrix)
+    for package, ends in SUPPORTED.items():
+        tried = [series(Version(getattr(row, package))) for row in matrix.ROWS]
+        assert (tried[0], tried[-1]) == ends
+    told = re.findall(r"^\| ([\d.]+)\S* \| (5[\d.]+) \|", (ROOT / "README.md").read_text(), re.M)
+    assert told == [(row.torch, row.transformers) for row in matrix.ROWS]
 
 
 def test_names_are_listed_as_a_sentence_has_them() -> None:
