@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Unpack
 
 from hubaoti.bundle import Bundle, whole_at
 from hubaoti.compiling import evaluating, existing
-from hubaoti.errors import BadRequest
+from hubaoti.extras import require
 from hubaoti.fetching import EAGER_FILES, RUN_FILES, model_files
 from hubaoti.host import probe
-from hubaoti.hub.layout import RepoRef
+from hubaoti.hub.layout import Place, RepoRef
 from hubaoti.manifest import Program
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.model_files import refuse_other_program
-from hubaoti.opening import require_sound
+from hubaoti.opening import refuse_parts, require_sound
 from hubaoti.settings import Settings
 from hubaoti.steps import Say, silent
 from hubaoti.variant import Recipe
@@ -50,6 +50,7 @@ def capture(
     Raises:
         BadRequest: `n` is less than one; what called the module cannot go on without its answer.
     """
+    require("capture", "compile")
     from hubaoti.compiler import calls
 
     return calls.capture(module, n, run=run)
@@ -146,22 +147,26 @@ def pull(
     repo: str,
     *,
     recipe: str | None = None,
+    path: str | None = None,
     trust: bool = False,
     settings: Settings | None = None,
     say: Say = silent,
 ) -> Pulled:
     """The artifact of `owner/name[@revision]` that fits this host best, verified, in the mirror.
 
+    Or the one at `path`, its `<recipe>/<variant>`, which needs no torch to be fetched.
+
     Raises:
-        NoMatch: none fits, with every reason; NoArtifact: the repo has none.
+        NoMatch: none fits, with every reason; NoArtifact: the repo has none, or none at `path`.
         Untrusted: its publisher is not trusted here; `trust=True` remembers that it is.
     """
     from hubaoti.hub.pull import pull as pull_from
 
     settings = settings or Settings.from_env()
     asked = None if recipe is None else Recipe.parse(recipe)
+    place = None if path is None else Place.parse(path)
     ref, host = RepoRef.parse(repo), probe(settings)
-    return pull_from(ref, settings, host, recipe=asked, trust=trust, say=say)
+    return pull_from(ref, settings, host, recipe=asked, place=place, trust=trust, say=say)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +194,7 @@ def run(  # noqa: PLR0913 - a face of keywords
     Raises:
         HubaotiError: as `pull` and `load` do; OutOfBounds: a text is too long for the graph.
     """
+    require("run", "run")
     settings = settings or Settings.from_env()
     pulled = pull(repo, recipe=recipe, trust=trust, settings=settings, say=say)
     where = device or device_of(pulled.verdict)
@@ -218,6 +224,7 @@ def load(  # noqa: PLR0913 - a face of keywords
         Quarantined: the graph crashed or differed when it was first opened, in its own process.
         MissingOps, NotTried, CannotOpen: it could not be opened there, and is not opened here.
     """
+    require("load", "run")
     settings = settings or Settings.from_env()
     refuse_parts(artifact)
     folder, _ = model_files(model, revision, RUN_FILES, settings, say)
@@ -276,6 +283,8 @@ def attach(  # noqa: PLR0913 - a face of keywords
         MissingOps, NotTried, CannotOpen: it could not be opened there, and is not opened here.
     """
     settings = settings or Settings.from_env()
+    if settings.graphs:
+        require("attach", "run")
     from hubaoti.compiler.parsed import lending
     from hubaoti.compiler.program import is_program_of
     from hubaoti.runtime import attach as runtime
@@ -327,22 +336,6 @@ def put(bundle: Bundle, mirror: Mirror) -> Artifact:
     return mirror.put(bundle.manifest, files)
 
 
-def refuse_parts(artifact: Artifact) -> None:
-    """Refuse an artifact whose graphs are parts of a model: alone they answer no text.
-
-    Raises:
-        BadRequest: it is one.
-    """
-    manifest = artifact.manifest
-    if not manifest.is_whole:
-        served = sum(len(graph.modules) for graph in manifest.graphs if not graph.order)
-        raise BadRequest(
-            f"the artifact was built for {manifest.program.task}, its graphs serve {served} blocks "
-            "of a model and not the whole of it",
-            hint="for texts, compile with --task embed, classify or logits and --regions none",
-        )
-
-
 def device_of(verdict: Verdict) -> str | None:
     """The GPU that an artifact was judged to fit; None is the first of those that torch sees.
 
@@ -375,6 +368,7 @@ def eager(
     Task and dtype are those of the artifact that was pulled from `repo`, if one was, else what the
     model's files say.
     """
+    require("eager", "compile", "run")
     import torch
 
     from hubaoti.compiler import source

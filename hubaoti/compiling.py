@@ -26,6 +26,7 @@ from hubaoti.errors import (
     DigestMismatch,
     HubaotiError,
 )
+from hubaoti.extras import require
 from hubaoti.fetching import COMPILE_FILES, model_files
 from hubaoti.host import Host
 from hubaoti.manifest import Source
@@ -110,7 +111,10 @@ def job_of(
     Raises:
         HubaotiError: what was asked cannot be; torch is not loaded for what can be seen before.
     """
+    require("compile", "compile")
     request = request_of(asked)
+    if request.quantize is not None:
+        require(f"--quantize {request.quantize}", "quantize")
     for name in settings.tuning:
         raise BadRequest(
             f"{name} is set, which changes what inductor builds and stands in no key",

@@ -174,7 +174,7 @@ class Conflict(HubaotiError):
 
 
 class MissingDependency(HubaotiError):
-    """A package that this command needs is not installed."""
+    """A package that this command needs is not installed, or not in a supported version."""
 
     exit_code = 26
 

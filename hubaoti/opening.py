@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hubaoti.errors import MissingOps, NotEnoughMemory, NotTried, Quarantined, again
+from hubaoti.errors import BadRequest, MissingOps, NotEnoughMemory, NotTried, Quarantined, again
 from hubaoti.manifest import Graph
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.steps import Say
@@ -154,4 +154,20 @@ def refuse(problems: Mapping[str, str], artifact: Artifact) -> None:
             f"artifact {artifact.digest[:12]} failed its first open on this host: {told}",
             hint="it is not opened; pull another variant, compile the model here, or use --eager; "
             f"where this machine was to blame: {RETRY}",
+        )
+
+
+def refuse_parts(artifact: Artifact) -> None:
+    """Refuse an artifact whose graphs are parts of a model: alone they answer no text.
+
+    Raises:
+        BadRequest: it is one.
+    """
+    manifest = artifact.manifest
+    if not manifest.is_whole:
+        served = sum(len(graph.modules) for graph in manifest.graphs if not graph.order)
+        raise BadRequest(
+            f"the artifact was built for {manifest.program.task}, its graphs serve {served} blocks "
+            "of a model and not the whole of it",
+            hint="for texts, compile with --task embed, classify or logits and --regions none",
         )

@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 # What a machine for this has, or it is not one: never installed, never replaced.
 GIVEN = {"torch", "transformers", "numpy", "tokenizers", "safetensors", "huggingface-hub"}
-EXTRAS = ("serve", "quantize")
+EXTRAS = ("compile", "run", "serve", "quantize")
 SPARED = {"torchao"}  # the checks that want it say that it is not there
 
 

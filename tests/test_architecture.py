@@ -33,6 +33,7 @@ BASE = (
     "variant",
     "host",
     "requirements",
+    "extras",
     "match",
     "schema",
     "manifest",

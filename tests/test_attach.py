@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from bundles import changed
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -110,6 +111,24 @@ def test_plain_generate_over_a_static_cache_is_answered_by_graphs(
     stats = attached.stats()
     assert (stats["compiled"], stats["eager"]) == (40, 0)
     assert stats["regions"]["model.layers.1"] == {"compiled": {"model.layers": 20}, "eager": {}}
+
+
+def test_graphs_of_a_transformers_with_another_word_for_the_cache_serve(
+    plain: Any, model: Any, decoder_bundle: Bundle, settings: Settings, tmp_path: Path
+) -> None:
+    """As 5.24 writes them: what 5.23 calls `past_key_values` is `cache` there."""
+    shutil.copytree(decoder_bundle.path, tmp_path / "newer")
+    (graph,) = decoder_bundle.manifest.graphs
+    kwargs = {
+        ("cache" if k == "past_key_values" else k): v for k, v in graph.call["kwargs"].items()
+    }
+    assert kwargs != graph.call["kwargs"]
+    newer = msgspec.structs.replace(graph, call={**graph.call, "kwargs": kwargs})
+    bundle = changed(Bundle(tmp_path / "newer", decoder_bundle.manifest), graphs=(newer,))
+    with hubaoti.attach(model, bundle, settings=settings) as attachment:
+        found = model.generate(**prompt("one text"), **STATIC)
+        assert torch.equal(found, plain.generate(**prompt("one text"), **STATIC))
+        assert (attachment.stats()["compiled"], attachment.stats()["eager"]) == (40, 0)
 
 
 def test_sampling_and_beams_are_untouched(plain: Any, model: Any, attached: Attachment) -> None:

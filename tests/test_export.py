@@ -12,7 +12,7 @@ import torch
 from conftest import VOCABULARY
 from torch import nn
 
-from hubaoti.compiler.export import Exported, export
+from hubaoti.compiler.export import Exported, export, program_by
 from hubaoti.compiler.faces import Face, sliding, with_cache
 from hubaoti.compiler.request import Range, Request
 from hubaoti.compiler.shapes import Bounds, example_sizes
@@ -410,3 +410,18 @@ def test_a_full_window_is_written_in_place() -> None:
     assert shapes(found)["mask"] == ("batch", 1, "seq", "seq+7")
     assert shapes(found)["keys"] == ("batch", 2, 8, 4)
     assert len(written(found)) == 2
+
+
+@pytest.mark.parametrize("word", ["export", "export_program"])
+def test_transformers_exporter_gives_its_program_by_either_of_its_words(word: str) -> None:
+    """From 5.23 on `export` answers a model of components, and `export_program` the program."""
+    program, asked = object(), []
+
+    def traced(*given: object) -> object:
+        asked.append(given)
+        return program if word == "export" else (program, "metadata")
+
+    fake = type("FakeExporter", (), {"export": lambda *_: "a model", word: staticmethod(traced)})()
+    module, inputs, config = nn.Identity(), {"x": torch.ones(2)}, object()
+    assert program_by(fake, module, inputs, config) is program
+    assert asked == [(module, inputs, config)]

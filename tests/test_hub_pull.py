@@ -34,6 +34,7 @@ from hubaoti.errors import (
     AuthFailed,
     BadManifest,
     BadPackage,
+    BadRequest,
     DigestMismatch,
     DiskFull,
     HubaotiError,
@@ -44,8 +45,8 @@ from hubaoti.errors import (
     RepoNotFound,
     Untrusted,
 )
-from hubaoti.host import Torch
-from hubaoti.hub.layout import RepoRef, place_of
+from hubaoti.host import Host, Torch
+from hubaoti.hub.layout import Place, RepoRef, place_of
 from hubaoti.hub.pull import Pulled, fingerprint, pull
 from hubaoti.hub.push import Commit, Destination, push
 from hubaoti.hub.trust import Trust
@@ -242,6 +243,79 @@ def test_an_asked_recipe_is_a_condition(tmp_path: Path, repo: str, settings: Set
     assert get(repo, settings, recipe=quantized).place.recipe == quantized
     with pytest.raises(NoMatch, match="is not of the recipe bfloat16-sdpa"):
         get(repo, settings, recipe=Recipe("bfloat16", "sdpa"))
+
+
+NAMED = "float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
+WITHOUT_TORCH = make_host(torch=None)
+
+
+def named(repo: str, settings: Settings, path: str = NAMED, host: Host = WITHOUT_TORCH) -> Pulled:
+    return pull(RepoRef.parse(repo), settings, host, place=Place.parse(path), trust=True)
+
+
+def test_a_named_artifact_is_fetched_without_a_torch_and_says_which_it_needs(
+    tmp_path: Path, repo: str, settings: Settings
+) -> None:
+    ship(tmp_path, repo, settings)
+    for from_mirror in (False, True):
+        pulled = named(repo, settings)
+        assert (str(pulled.place), pulled.from_mirror) == (NAMED, from_mirror)
+        (note,) = pulled.verdict.notes
+        assert (pulled.verdict.fit, note.need) == (Fit.COMPATIBLE, "torch 2.13.0+cpu")
+        assert note.have == "no torch"
+        assert "torch==2.13.0" in note.advice
+
+
+def test_a_named_artifact_is_judged_by_everything_but_its_torch(
+    tmp_path: Path, repo: str, settings: Settings
+) -> None:
+    libraries = ("libtorch_cpu.so", "libc10.so", "libgomp.so.1", "libcudart.so.13", "libodd.so.2")
+    bundle = make_bundle(tmp_path / "odd")
+    requires = replace(bundle.manifest.requires, libraries=libraries, glibc="2.17")
+    push(changed(bundle, requires=requires), Destination(RepoRef(repo)), settings)
+    with pytest.raises(NoMatch, match="the libraries libodd.so.2") as caught:
+        named(repo, settings)
+    assert not any(word in str(caught.value) for word in ("no torch", "libtorch", "libcudart"))
+    old = replace(WITHOUT_TORCH, libraries=frozenset({"libodd.so.2"}), glibc="2.5")
+    with pytest.raises(NoMatch, match=r"needs glibc 2\.17"):
+        named(repo, settings, host=old)
+    assert left_over(settings) == []
+
+
+def test_a_named_artifact_for_another_torch_is_refused_where_there_is_one(
+    tmp_path: Path, repo: str, settings: Settings
+) -> None:
+    ship(tmp_path, repo, settings)
+    named(repo, settings)  # it is in the mirror
+    other = make_host(torch=Torch("2.12.0+cpu", None, None, Path("/torch")))
+    with pytest.raises(NoMatch, match="here is torch 2.12.0"):
+        named(repo, settings, host=other)
+    assert named(repo, settings, host=HOST).verdict.fit is Fit.EXACT
+
+
+def test_a_named_artifact_is_the_only_one_that_is_looked_at(
+    tmp_path: Path, repo: str, settings: Settings
+) -> None:
+    ship(tmp_path, repo, settings, "plain")
+    ship(tmp_path, repo, settings, "small", quantization="int8wo")
+    small = NAMED.replace("sdpa", "sdpa-int8wo")
+    pulled = named(repo, settings, small)
+    assert [str(each.place) for each in pulled.considered] == [small] == [str(pulled.place)]
+    with pytest.raises(NoArtifact, match=r"holds no artifact float32-fa3/") as caught:
+        named(repo, settings, NAMED.replace("sdpa", "fa3"))
+    assert NAMED in caught.value.hint and small in caught.value.hint
+    with pytest.raises(BadRequest, match="a recipe is asked for, and a path"):
+        get(repo, settings, recipe=Recipe("float32", "sdpa"), place=Place.parse(NAMED))
+
+
+def test_where_no_torch_is_installed_a_choice_says_to_install_one(
+    tmp_path: Path, repo: str, settings: Settings
+) -> None:
+    ship(tmp_path, repo, settings)
+    with pytest.raises(NoMatch, match="no torch is installed here") as caught:
+        pull(RepoRef(repo), settings, WITHOUT_TORCH, trust=True)
+    assert 'pip install "hubaoti[run]"' in caught.value.hint
+    assert f"hubaoti pull {repo} --path {NAMED}" in caught.value.hint
 
 
 def test_a_quantized_artifact_alone_is_offered_not_taken(

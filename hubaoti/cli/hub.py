@@ -42,15 +42,16 @@ def push_command(bundle: Path, repo: str, quiet: bool, **options: Any) -> None:
 @click.command("pull")
 @click.argument("repo")
 @click.option("--recipe", help="only this one, as bfloat16-sdpa")
+@click.option("--path", metavar="RECIPE/VARIANT", help="this artifact; it is fetched without torch")
 @click.option("--trust", is_flag=True, help="trust the publisher, now and from now on")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
-def pull_command(repo: str, recipe: str | None, trust: bool, as_json: bool, quiet: bool) -> None:
+def pull_command(repo: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Fetch the artifact of REPO (owner/name[@revision]) that fits this host best."""
     from hubaoti import api
 
     with Steps(quiet or as_json) as say:
-        pulled = api.pull(repo, recipe=recipe, trust=trust, say=say)
+        pulled = api.pull(repo, say=say, **options)
     if as_json:
         print_json(chosen(pulled))
     elif not quiet:
@@ -59,7 +60,7 @@ def pull_command(repo: str, recipe: str | None, trust: bool, as_json: bool, quie
         print_line(f"{pulled.place} ({pulled.verdict.fit}, {size}) from {source}")
         print_line(f"  commit {pulled.commit}, digest {pulled.artifact.digest[:12]}")
         for reason in pulled.verdict.notes:
-            print_line(f"  built for {reason.need}, here is {reason.have}")
+            print_line(f"  built for {reason.need}, here is {reason.have}: {reason.advice}")
         considered = [each for each in pulled.considered if each.error is not None]
         print_some([f"  {each.place} cannot be used: {each.error}" for each in considered])
         print_some([f"  {note}" for note in pulled.notes])

@@ -22,7 +22,8 @@ from hubaoti.compiler.calls import arguments
 from hubaoti.compiler.faces import Face
 from hubaoti.errors import BadManifest, CompileFailed
 from hubaoti.manifest import Direct, Graph
-from hubaoti.runtime.template import answer_plan, is_own_call, words_in
+from hubaoti.runtime.answer import answer_plan
+from hubaoti.runtime.template import is_own_call, words_in
 
 CallSpec = tuple[str, str]
 
@@ -64,9 +65,9 @@ def spelled(tree: Any) -> str:
 def writing_spec(spec: CallSpec | None) -> Iterator[None]:
     """Have inductor write these trees into the library.
 
-    Private, checked on torch 2.13: `compile_fx._aoti_flatten_inputs`, which takes the trees of the
-    exported program whatever the options say. Where it has another name the trees stay flat, and
-    `direct_of` says that they are.
+    Private, checked on torch 2.11 to 2.15: `compile_fx._aoti_flatten_inputs`, which takes the trees
+    of the exported program whatever the options say. Where it has another name the trees stay flat,
+    and `direct_of` says that they are.
     """
     with warnings.catch_warnings(action="ignore"):  # of torch about torch
         from torch._inductor import compile_fx

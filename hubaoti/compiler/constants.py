@@ -155,7 +155,7 @@ def checkpoint_origin(
 def saved_names(model: nn.Module, fqn: str, tensor: torch.Tensor) -> tuple[list[str], str | None]:
     """What transformers would call this tensor in a checkpoint, and how it is changed if at all.
 
-    Private, checked on transformers 5.17 to 5.22: `core_model_loading.revert_weight_conversion`.
+    Private, checked on transformers 5.15 to 5.24: `core_model_loading.revert_weight_conversion`.
     Where it is gone, the model's own name is the only one.
     """
     if not hasattr(model, "base_model_prefix"):

@@ -99,7 +99,7 @@ def trace(
 ) -> ExportedProgram:
     """Export through transformers for a whole model, whose patches make more of them traceable.
 
-    Checked on transformers 5.17 to 5.22 (there since 5.15, marked experimental). The public way,
+    Checked on transformers 5.15 to 5.24, where it is marked experimental. The public way,
     `torch.export.export`, takes the same tensors.
     """
     shapes = dynamic_shapes(face, bounds)
@@ -111,9 +111,20 @@ def trace(
                 module, tuple(tensors), dynamic_shapes=(tuple(shapes),), strict=False
             )
     config = exporter.DynamoConfig(dynamic_shapes=dict(zip(names, shapes, strict=True)))
-    program: ExportedProgram = exporter.DynamoExporter().export(
-        module, dict(zip(names, tensors, strict=True)), config
+    return program_by(
+        exporter.DynamoExporter(), module, dict(zip(names, tensors, strict=True)), config
     )
+
+
+def program_by(
+    exporter: Any, module: nn.Module, inputs: dict[str, torch.Tensor], config: Any
+) -> ExportedProgram:
+    """The program that transformers' exporter traces; from 5.23 on `export` makes a model of it."""
+    program: ExportedProgram
+    if hasattr(exporter, "export_program"):
+        program, _ = exporter.export_program(module, inputs, config)
+    else:
+        program = exporter.export(module, inputs, config)
     return program
 
 

@@ -18,7 +18,7 @@ from hubaoti.extents import Extent
 
 TORCH = str(Path(torch.__file__).parent)
 OURS = str(Path(__file__).parent)
-# Torch tells of each guard as it adds it (checked on torch 2.11 and 2.13). Where it does not, an
+# Torch tells of each guard as it adds it (checked on torch 2.11 to 2.15). Where it does not, an
 # error names no line.
 LOGGER = "torch.fx.experimental.symbolic_shapes"
 

@@ -210,7 +210,7 @@ def fresh_cache(folder: Path) -> Iterator[None]:
 def host_code(level: str, march: str, folder: Path) -> Iterator[None]:
     """Make inductor's C++ for a CPU level, with a stack that is not executable and no paths.
 
-    Private, checked on torch 2.11 and 2.13: `cpp_builder._get_optimization_cflags` (its flags have
+    Private, checked on torch 2.11 to 2.15: `cpp_builder._get_optimization_cflags` (its flags have
     no public door; `cpp.march` came with 2.13) and `cpu_vec_isa.valid_vec_isa_list` (which would
     add what this very CPU has beyond the level, as avx512_bf16). Where they are gone, the checks of
     `finish` refuse what would not be fit to publish.
@@ -246,7 +246,7 @@ def flags_for(
 def side_by_side() -> Iterator[None]:
     """Compile what calls the kernels beside the kernels; torch does one after the other.
 
-    Private, checked on torch 2.11 and 2.13: `cpp_builder.CppBuilder`, whose first build is that of
+    Private, checked on torch 2.11 to 2.15: `cpp_builder.CppBuilder`, whose first build is that of
     `*.wrapper.o`. Where it has another name they are compiled one after the other.
     """
     from torch._inductor import cpp_builder

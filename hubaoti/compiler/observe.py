@@ -153,7 +153,7 @@ def face(tensor: torch.Tensor, name: str = "") -> tuple[Any, ...]:
 def bytes_of(tensor: torch.Tensor) -> str:
     """The digest of a tensor's values; a tensor without storage has none.
 
-    Private, checked on torch 2.11 and 2.13: `unset_fake_temporarily`. Within a mode of fake tensors
+    Private, checked on torch 2.11 to 2.15: `unset_fake_temporarily`. Within a mode of fake tensors
     there is no public way to the values of a real one.
     """
     if tensor.is_meta or isinstance(tensor, FakeTensor):

@@ -308,7 +308,7 @@ def switches(config: Any) -> bool:
 def no_init_weights() -> Iterator[None]:
     """Skip filling parameters with random numbers.
 
-    Private, checked on transformers 5.17 to 5.22: `transformers.initialization.no_init_weights`.
+    Private, checked on transformers 5.15 to 5.24: `transformers.initialization.no_init_weights`.
     Where it is gone, models are built the public way, which only takes longer.
     """
     try:

@@ -21,6 +21,7 @@ from hubaoti.compiler.request import Range
 from hubaoti.errors import UnknownTask
 from hubaoti.manifest import Input
 from hubaoti.model_files import POOLING, read_json
+from hubaoti.runtime.template import cache_word
 
 LARGEST = 1 << 20  # tokenizers write 1e30 where a model has no limit
 # Sizes at which a model is looked at. No dim's are another's plus a number or times one, nor the
@@ -118,7 +119,7 @@ def own_face(model: nn.Module, config: Any, task: str, vocabulary: int) -> Face:
     inputs = tuple(entry for entry in possible_inputs(config, task, words) if entry.name in taken)
     literals: dict[str, Any] = {"use_cache": task == "generate"} if "use_cache" in taken else {}
     if task == "generate":
-        literals["past_key_values"] = {"cache": True}
+        literals[cache_word(taken)] = {"cache": True}
     return face_of_inputs(inputs, literals)
 
 

@@ -30,6 +30,7 @@ from hubaoti.engines.tokens import (
 )
 from hubaoti.errors import BadInput, BadRequest, OutOfBounds, first_line
 from hubaoti.manifest import Manifest
+from hubaoti.runtime.template import cache_word
 from hubaoti.runtime.text import require_unicode, shortened
 
 ROWS = 8  # prompts of a batch, where no graph says how many
@@ -84,6 +85,7 @@ class Decoder:
         self._tokenizer = tokenizer_in(folder, trust)
         self._begin = beginning_of(self._tokenizer)
         self._takes = inspect.signature(model.forward).parameters
+        self._cache_word = cache_word(self._takes)
 
     def serve(self, manifest: Manifest | None) -> None:
         """Graphs answer from now on, or the model itself."""
@@ -172,7 +174,7 @@ class Decoder:
         ids, mask = padded(rows, self._pad, self.device, left=True)
         words: dict[str, Any] = {"generation_config": self._config(sampling)}
         if self.served.low is not None:
-            words["past_key_values"] = self._cache(width + sampling.max_new_tokens)
+            words[self._cache_word] = self._cache(width + sampling.max_new_tokens)
         if sampling.stop:
             words |= {"stop_strings": [*sampling.stop], "tokenizer": self._tokenizer}
         with quiet():
@@ -301,7 +303,7 @@ class Decoder:
         """What a call gets beside its tokens."""
         if self.served.low is None:
             return {"use_cache": False}
-        return {"use_cache": True, "past_key_values": self._cache(width)}
+        return {"use_cache": True, self._cache_word: self._cache(width)}
 
     def _cache(self, places: int) -> Any:
         """A static cache, of a length that the graphs serve."""

@@ -14,6 +14,7 @@ from hubaoti.manifest import FILENAME, Manifest
 from hubaoti.variant import Recipe, Variant
 
 REPO_HINT = "write it as owner/name or owner/name@revision"
+PATH_HINT = "write it as <recipe>/<variant>: float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
 
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -98,7 +99,7 @@ class Place:
         """
         recipe, slash, variant = text.partition("/")
         if not slash:
-            raise BadRequest(f"malformed artifact's path: {text!r:.120}", hint="<recipe>/<variant>")
+            raise BadRequest(f"malformed artifact's path: {text!r:.120}", hint=PATH_HINT)
         return cls(Recipe.parse(recipe), Variant.parse(variant))
 
     def __str__(self) -> str:

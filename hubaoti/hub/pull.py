@@ -16,6 +16,7 @@ from pathlib import Path
 from hubaoti.disks import require_room
 from hubaoti.errors import (
     BadPackage,
+    BadRequest,
     DigestMismatch,
     HubaotiError,
     NoArtifact,
@@ -26,6 +27,7 @@ from hubaoti.host import Host
 from hubaoti.hub.catalog import Catalog, Unreadable, read_catalog
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import Place, RepoRef, looks_like_commit
+from hubaoti.hub.named import judge_named, no_artifact_at, no_torch
 from hubaoti.hub.trust import Trust
 from hubaoti.manifest import File, Manifest
 from hubaoti.match import Candidate, Fit, Verdict, judge, rank
@@ -33,6 +35,7 @@ from hubaoti.mirror import Artifact, Mirror, Origin
 from hubaoti.mirror.rows import Pin
 from hubaoti.mirror.store import unpacked_size
 from hubaoti.package import sha256_of
+from hubaoti.requirements import Requirements
 from hubaoti.settings import Settings
 from hubaoti.steps import Say, silent
 from hubaoti.variant import Recipe
@@ -64,31 +67,36 @@ class Pulled:
     from_mirror: bool
 
 
-def pull(
+def pull(  # noqa: PLR0913 - a face of keywords
     ref: RepoRef,
     settings: Settings,
     host: Host,
     *,
     recipe: Recipe | None = None,
+    place: Place | None = None,
     trust: bool = False,
     say: Say = silent,
 ) -> Pulled:
     """Choose, fetch, verify and store the artifact of `ref` that fits `host` best.
 
-    An asked `recipe` is a condition. `trust` trusts the publisher, from now on. `say` is called
-    with the name of each step as it starts.
+    An asked `recipe` is a condition. With `place` no other artifact is looked at, and it is fetched
+    where no torch is installed, too, with a note of the one that it needs. `trust` trusts the
+    publisher, from now on. `say` is called with the name of each step as it starts.
 
     A second pull of the same commit asks the Hub nothing; of a revision, only its commit.
 
     Raises:
-        NoArtifact: the repo holds none.
+        NoArtifact: the repo holds none, or none at `place`.
         NoMatch: none fits; the message has every variant with every reason.
         Untrusted: the publisher is not trusted, and this machine did not build the artifact.
         BadManifest, NewerSchema: no manifest of the repo can be read.
         DigestMismatch, BadPackage: a file is not the one that the manifest lists.
         DiskFull: there is no room; nothing half-written stays.
         RepoNotFound, AuthFailed, HubUnreachable: from the Hub.
+        BadRequest: a recipe is asked for beside a place.
     """
+    if recipe is not None and place is not None:
+        raise BadRequest("a recipe is asked for, and a path", hint="the path names its recipe")
     with Mirror.open(settings.mirror) as mirror:
         return Puller(
             mirror=mirror,
@@ -96,6 +104,7 @@ def pull(
             trusted=Trust(settings.trust),
             host=host,
             recipe=recipe,
+            place=place,
             trust=trust,
             say=say,
         ).pull(ref)
@@ -112,6 +121,7 @@ class Puller:
     recipe: Recipe | None
     trust: bool
     say: Say
+    place: Place | None = None
 
     def pull(self, ref: RepoRef) -> Pulled:
         """All of it."""
@@ -131,7 +141,7 @@ class Puller:
         if found is None:
             return None
         artifact, path = found
-        verdict = judge(artifact.manifest.requires, self.host)
+        verdict = self._judged(artifact.manifest.requires)
         if verdict.fit is Fit.INCOMPATIBLE:
             return None
         place = Place.parse(path)
@@ -144,7 +154,7 @@ class Puller:
         self.say(f"reading the manifests of {ref.repo} at {commit}")
         catalog = read_catalog(self.client, ref.repo, commit)
         considered = tuple(self._consider(catalog))
-        chosen = choose(catalog, considered, self.recipe)
+        chosen = self._chosen(ref, catalog, considered)
         artifact = self.taken(ref, catalog, chosen, self._pin(ref, commit))
         verdict = chosen.verdict
         assert verdict is not None
@@ -163,12 +173,37 @@ class Puller:
         self.mirror.index.record_pull(pin, artifact.digest, str(chosen.place))
         return artifact
 
+    def _judged(self, requires: Requirements) -> Verdict:
+        """Whether an artifact fits; one that is named may wait for its torch."""
+        return (judge if self.place is None else judge_named)(requires, self.host)
+
     def _consider(self, catalog: Catalog) -> Iterator[Considered]:
         for place, found in catalog.artifacts.items():
+            if self.place not in {None, place}:
+                continue
             if isinstance(found, Manifest):
-                yield Considered(place, found, judge(found.requires, self.host))
+                yield Considered(place, found, self._judged(found.requires))
             else:
                 yield Considered(place, None, None, found)
+
+    def _chosen(
+        self, ref: RepoRef, catalog: Catalog, considered: tuple[Considered, ...]
+    ) -> Considered:
+        """The one that is named, or the best of those that fit.
+
+        Raises:
+            NoArtifact, NoMatch, BadManifest, NewerSchema, DigestMismatch: there is none.
+        """
+        if self.place is not None:
+            if not considered:
+                raise no_artifact_at(self.place, catalog)
+            return choose(catalog, considered, self.place.recipe)
+        try:
+            return choose(catalog, considered, self.recipe)
+        except NoMatch as why:
+            if self.host.torch is None:
+                raise no_torch(why, ref, catalog) from None
+            raise
 
     def require_trust(self, ref: RepoRef, commit: str, place: Place, manifest: Manifest) -> None:
         """See that code of this publisher may run here; what was built here needs no one's trust.
@@ -245,7 +280,8 @@ class Puller:
             self.client.drop(downloaded)
 
     def _pin(self, ref: RepoRef, commit: str) -> Pin:
-        return self.pin(ref, commit, "" if self.recipe is None else str(self.recipe))
+        asked = self.place or self.recipe
+        return self.pin(ref, commit, "" if asked is None else str(asked))
 
     def pin(self, ref: RepoRef, commit: str, asked: str) -> Pin:
         """What is remembered of a pull: of which commit, of what was asked for, on which host."""

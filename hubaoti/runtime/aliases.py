@@ -1,7 +1,7 @@
 """Tensors that stand for others and do not keep them: what torch's containers are bound to.
 
 A container never gives back what it was bound to (`update_constant_buffer` with `user_managed`,
-torch 2.11 to 2.13): each tensor stays for as long as the process, and so would the weights of every
+torch 2.11 to 2.15): each tensor stays for as long as the process, and so would the weights of every
 model that was attached. So it is given tensors without memory of their own, which whoever binds
 keeps alive; and they are used again, since they are never given back either.
 """
@@ -40,7 +40,7 @@ def take_back(lent: Sequence[torch.Tensor]) -> None:
 def alias_of(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor at the place of another, which it does not keep.
 
-    Private, checked on torch 2.11 and 2.13: `torch._C._construct_storage_from_data_pointer`, which
+    Private, checked on torch 2.11 to 2.15: `torch._C._construct_storage_from_data_pointer`, which
     CUDA graphs of inductor are made with. Without it the tensor itself is given, and kept.
     """
     if not hasattr(torch._C, "_construct_storage_from_data_pointer"):

@@ -48,7 +48,7 @@ class Alike(Generic[Found]):
 def same_look(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
     """Whether tensors look to torch like these; None where this torch cannot tell.
 
-    Private, checked on torch 2.11 and 2.13: `torch._C._dynamo.guards.TensorGuards`, by which
+    Private, checked on torch 2.11 to 2.15: `torch._C._dynamo.guards.TensorGuards`, by which
     torch.compile knows whether what it compiled may be called. A torch that has none is asked by
     plain Python at each call, which gives the same answers.
     """

@@ -16,8 +16,8 @@ import msgspec
 import torch
 
 from hubaoti.manifest import Outputs
+from hubaoti.runtime.answer import answer_plan
 from hubaoti.runtime.reasons import Unserved
-from hubaoti.runtime.template import answer_plan
 
 # Those that do nothing else when they are written; transformers shares keys in a UserDict.
 WRITABLE = {list, dict, OrderedDict, defaultdict, UserDict}

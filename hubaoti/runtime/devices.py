@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import nn
 
 from hubaoti.runtime.planned import kind_of
+
+LIBCUDA = "libcuda.so.1"
 
 
 def device_here(module: nn.Module) -> torch.device:
@@ -25,10 +29,14 @@ def gpu_at(device: torch.device) -> tuple[str, int, int]:
 
 
 def driver_cuda() -> str | None:
-    """The newest CUDA that the driver serves; of use where NVML does not answer.
+    """The newest CUDA that the driver serves, in its own words; of use where NVML does not answer.
 
-    Private, checked on torch 2.13: `torch._C._cuda_getDriverVersion`. Without it nothing is known.
+    torch has no word for it, in builds of 2.11 to 2.15. Asking makes no context.
     """
-    asks = getattr(torch._C, "_cuda_getDriverVersion", None)
-    number = int(asks()) if asks is not None else 0
-    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+    number = ctypes.c_int()
+    try:
+        if ctypes.CDLL(LIBCUDA).cuDriverGetVersion(ctypes.byref(number)) != 0:
+            return None
+    except (OSError, AttributeError):  # there is no driver, or another library of that name
+        return None
+    return f"{number.value // 1000}.{number.value % 1000 // 10}" if number.value else None

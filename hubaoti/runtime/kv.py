@@ -1,6 +1,6 @@
 """A decoder block's layer of a static KV cache, as its graphs take it and write it in place.
 
-Private, checked on transformers 5.17 to 5.22: `StaticLayer`, `StaticSlidingWindowLayer`, and those
+Private, checked on transformers 5.15 to 5.24: `StaticLayer`, `StaticSlidingWindowLayer`, and those
 that keep recurrent states besides, of `transformers.cache_utils`, by name and attributes;
 transformers is not imported. A layer of any other class is left to eager.
 """

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from hubaoti.runtime.reasons import Unserved
 
-# Private, checked on torch 2.11 and 2.13; each tells of what torch has no public word for.
+# Private, checked on torch 2.11 to 2.15; each tells of what torch has no public word for.
 functions = torch._C._len_torch_function_stack
 function_modes: Any = _get_current_function_mode_stack
 jit_traces: Any = torch.jit.is_tracing  # type: ignore[attr-defined]

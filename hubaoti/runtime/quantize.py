@@ -205,7 +205,7 @@ def swap(
     except ImportError as why:
         raise MissingDependency(
             f"--quantize {recipe} needs torchao: {first_line(why)}",
-            hint="pip install 'torchao>=0.18'",
+            hint='pip install "hubaoti[quantize]"',
         ) from why
     try:
         with torch.no_grad():

@@ -28,7 +28,7 @@ class Runner(Protocol):
 def native_runner(folder: Path, library: Path, device: torch.device) -> Runner:
     """The container runner of torch, or its public loader where a torch has none.
 
-    Private, checked on torch 2.11 and 2.13: `torch._C._aoti.AOTIModelContainerRunner{Cpu,Cuda}`
+    Private, checked on torch 2.11 to 2.15: `torch._C._aoti.AOTIModelContainerRunner{Cpu,Cuda}`
     (torch/csrc/inductor/aoti_runner/pybind.cpp). It opens in under a millisecond what the public
     loader opens in seconds, because that one runs g++ to look at the CPU first.
     """

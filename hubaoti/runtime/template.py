@@ -7,9 +7,7 @@ arguments are given. A call then costs a few look-ups, whatever the template has
 from __future__ import annotations
 
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from functools import partial
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
 from operator import is_, itemgetter
 from typing import Any
 
@@ -22,6 +20,7 @@ from hubaoti.runtime.reasons import Unserved
 MISSING: Any = type("Missing", (), {"__repr__": lambda _: "nothing"})()
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 NUMBERS = (int, float)
+CACHE = ("past_key_values", "cache")  # what transformers calls a KV cache: before 5.24, and since
 BESIDE = {"class", "order"}
 
 Make = Callable[[Sequence[torch.Tensor]], Any]
@@ -46,12 +45,14 @@ class CallPlan:
         self.count, self.unread = count, unread
         parameters = inspect.signature(forward).parameters
         self.names = [name for name, each in parameters.items() if each.kind in POSITIONAL]
+        given = {**dict(zip(self.names, call["args"], strict=False)), **call["kwargs"]}
+        self._own = own_names(given, parameters)
         self._defaults = {
             name: each.default
             for name, each in parameters.items()
             if each.default is not inspect.Parameter.empty
         }
-        self.given = {**dict(zip(self.names, call["args"], strict=False)), **call["kwargs"]}
+        self.given = {self._own.get(name, name): item for name, item in given.items()}
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         self.extents = self._layout(len(call["args"]), tuple(call["kwargs"])).extents
 
@@ -83,7 +84,11 @@ class CallPlan:
         """
         if count > len(self.names):
             raise Unserved("arguments", f"{count} positional arguments are given")
-        layout = Layout(self, (*self.names[:count], *names))
+        given = (*self.names[:count], *names)
+        # Who gives both words means the module's own by it, and the other is one more argument.
+        twice = {name for name, own in self._own.items() if own in given}
+        own = [name if name in twice else self._own.get(name, name) for name in given]
+        layout = Layout(self, own)
         self._layouts[count, *names] = layout
         return layout
 
@@ -222,6 +227,23 @@ WORDS: dict[str, Callable[[Layout, Any, int, str], None]] = {
 }
 
 
+def cache_word(taken: Container[str]) -> str:
+    """What something that takes these arguments calls its KV cache."""
+    return next((word for word in CACHE if word in taken), CACHE[0])
+
+
+def own_names(given: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, str]:
+    """The module's own word for its KV cache, by the word that it has in other transformers.
+
+    A graph that was compiled with one answers calls with the other, as the module does itself.
+    """
+    in_call = [word for word in CACHE if given.get(word) == {"cache": True}]
+    own = [word for word in CACHE if word in parameters] or in_call
+    if not in_call or len(own) > 1:
+        return {}
+    return {word: own[0] for word in CACHE if word != own[0]}
+
+
 def picker(places: Sequence[int]) -> Pick:
     """What takes the values at some places, in one step."""
     if len(places) > 1:
@@ -288,38 +310,6 @@ def word_of(template: Mapping[str, Any]) -> tuple[str, Any]:
     return next((word, inner) for word, inner in template.items() if word not in BESIDE)
 
 
-def answer_plan(template: Any, given: Mapping[tuple[Any, ...], int] | None = None) -> Make:
-    """How a module's answer is made of a graph's outputs.
-
-    `given` has where in them that stands which the call itself gives, by its path there.
-
-    Raises:
-        BadManifest: the template names a class that is none of a library's outputs.
-    """
-    plan = partial(answer_plan, given=given)
-    if isinstance(template, list):
-        items = [plan(item) for item in template]
-        return lambda tensors: [make(tensors) for make in items]
-    if not isinstance(template, dict):
-        return lambda tensors: template
-    word, inner = word_of(template)
-    if word in {"tensor", "given"}:
-        place = inner if word == "tensor" else (given or {})[tuple(inner)]
-        return lambda tensors: tensors[place]
-    if word == "tuple":
-        items = [plan(item) for item in inner]
-        return lambda tensors: tuple([make(tensors) for make in items])
-    if word == "items":
-        pairs = [(key, plan(item)) for key, item in inner]
-        return lambda tensors: {key: make(tensors) for key, make in pairs}
-    if word in {"dict", "fields"}:
-        fields = {name: plan(inner[name]) for name in template.get("order", inner)}
-        cls = output_class(template["class"]) if "class" in template else dict
-        return lambda tensors: cls(**{name: make(tensors) for name, make in fields.items()})
-    value = getattr(torch, inner) if word == "dtype" else torch.device(inner)
-    return lambda tensors: value
-
-
 def is_own_call(call: Mapping[str, Any]) -> bool:
     """Whether a graph takes every tensor that a call gives, and its template says all of the call.
 
@@ -363,23 +353,3 @@ def children_of(word: str, inner: Any) -> Iterable[Any]:
     if word == "items":
         return [item for _, item in inner]
     return inner if word == "tuple" else ()
-
-
-def output_class(name: str) -> type[Any]:
-    """The class of a library's output, by the name that a manifest gives.
-
-    Nothing is imported for it: who has the module has it already. It must be a mapping with fields,
-    as transformers' and diffusers' outputs are.
-
-    Raises:
-        BadManifest: there is none of that name.
-    """
-    module, _, qualname = name.rpartition(".")
-    cls: Any = vars(sys.modules[module]).get(qualname) if module in sys.modules else None
-    is_output = isinstance(cls, type) and issubclass(cls, Mapping | dict)
-    if not is_output or not hasattr(cls, "__dataclass_fields__"):
-        raise BadManifest(
-            f"the artifact answers {name!r:.80}, which is no output of a library that is loaded",
-            hint="import the library that the module is of, in the version it was compiled with",
-        )
-    return cls  # type: ignore[no-any-return]

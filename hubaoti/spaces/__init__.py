@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hubaoti.errors import HubaotiError
+from hubaoti.extras import require
 from hubaoti.host import Host, probe
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.fleet import (
@@ -73,6 +74,7 @@ def load(  # noqa: PLR0913 - a face of keywords
         AlreadyAttached: it has graphs already.
         MissingOps: a module of `ops` cannot be imported.
     """
+    require("spaces.load", "run")
     settings = settings or Settings.from_env()
     ref = reference(repo, revision)
     from hubaoti.runtime.attach import refuse_attached
