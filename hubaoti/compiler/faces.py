@@ -85,6 +85,12 @@ class Face:
         template = moved(self.template, places)
         return Face(template, tuple(self.inputs[at] for at in kept), self.cache)
 
+    def freed(self, idle: Set[str]) -> Face:
+        """The face that takes any value of the keyword arguments on which nothing depends."""
+        kwargs = self.template["kwargs"]
+        free = {name: {"any": kwargs[name]} for name in kwargs if name in idle}
+        return Face({**self.template, "kwargs": kwargs | free}, self.inputs, self.cache)
+
 
 def moved(template: Any, places: Mapping[int, Any]) -> Any:
     """A template whose tensors have other places."""

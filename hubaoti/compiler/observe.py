@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import UnsupportedOperatorException, unset_fa
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hubaoti.compiler.calls import Call, Opaque, call_of, replaced
+from hubaoti.compiler.calls import Call, Frozen, Opaque, arguments, call_of, replaced
 from hubaoti.errors import CompileFailed, first_line
 
 
@@ -67,6 +67,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, own: Mapping[str, torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.lines: list[str] | None = None
+        self.idle: dict[str, frozenset[str]] = {}  # by what a block did: the flags that it ignores
         self._own = {id(tensor): name for name, tensor in own.items()}
         self._start = ""
         self._words: dict[int, str] = {}
@@ -168,6 +169,7 @@ class Observed:
 
     calls: list[Call] = field(default_factory=list)
     operations: str = ""
+    idle: frozenset[str] = frozenset()  # flags among its arguments on which nothing depends
     problem: str | None = None
     called: bool = False
     leader: Observed | None = None
@@ -194,9 +196,31 @@ class Observed:
             self.answer = forward(*args, **kwargs)
             if alone:
                 self.operations = operations.end(self.answer)
+                self.idle = self._idle(forward, block, path, operations)
             return self.answer
 
         return watching
+
+    def _idle(
+        self, forward: Callable[..., Any], block: nn.Module, path: str, operations: Operations
+    ) -> frozenset[str]:
+        """The flags of the call that may as well be the other: the block does and answers the same.
+
+        Of a call over a cache nothing is said: the block would put into it twice.
+        """
+        call, kind = self.calls[0], self.did(block)
+        flags = [name for name, value in call.template["kwargs"].items() if isinstance(value, bool)]
+        if call.caches:
+            return frozenset()
+        if kind not in operations.idle:
+            same = (self.operations, template_of(self.answer))
+            told = {}
+            for name in flags:
+                operations.begin(path, block, call.tensors)
+                answer = answered(forward, flipped(call, name))
+                told[name] = (operations.end(answer), template_of(answer))
+            operations.idle[kind] = frozenset(name for name in flags if told[name] == same)
+        return operations.idle[kind]
 
     @property
     def unused(self) -> frozenset[int]:
@@ -209,6 +233,30 @@ class Observed:
         first = self.calls[0]
         given = [(tuple(t.shape), t.dtype) for t in first.tensors]
         return f"{type(block)} {first.template} {given} {self.operations}"
+
+
+def flipped(call: Call, name: str) -> Call:
+    """A call of which one flag is the other."""
+    kwargs = call.template["kwargs"]
+    template = call.template | {"kwargs": kwargs | {name: not kwargs[name]}}
+    return Call(template, call.tensors, call.names)
+
+
+def answered(forward: Callable[..., Any], call: Call) -> Any:
+    """What a call is answered; nothing where it raises."""
+    args, kwargs = arguments(call.template, call.tensors, {})
+    try:
+        return forward(*args, **kwargs)
+    except Exception:  # whatever a model's code raises
+        return None
+
+
+def template_of(answer: Any) -> Any:
+    """The structure of an answer; nothing equals one that has none."""
+    try:
+        return Frozen().freeze(answer, "answer")
+    except Opaque:
+        return object()
 
 
 @dataclass(frozen=True, slots=True)

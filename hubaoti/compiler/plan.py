@@ -228,7 +228,7 @@ def faces_of(
 ) -> dict[str, Face]:
     """How a block is called, by the suffix of its graph's name: once, or twice with a window."""
     face = face_of(seen.calls, found, source.vocabulary, type(block).__name__)
-    face = face.without(seen.unused)
+    face = face.without(seen.unused).freed(seen.idle)
     held = next((cache for call in seen.calls for cache in call.caches), None)
     if held is None:
         return {"": face}

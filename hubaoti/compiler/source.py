@@ -211,7 +211,8 @@ def build(making: Making, trust: bool) -> tuple[nn.Module, str]:
 def make(making: Making, attention: str, trust: bool) -> nn.Module:
     """Build with weights, or without: buffers for real, parameters untouched or not there."""
     auto = tasks.auto_class(making.task, making.config)
-    making.config.use_cache = making.task == "generate"  # a cache would be one more output
+    if hasattr(making.config, "use_cache"):  # to one that has none, layers would be given one
+        making.config.use_cache = making.task == "generate"  # a cache would be one more output
     options = {"dtype": making.dtype, "attn_implementation": attention, "trust_remote_code": trust}
     if making.weights:
         return auto.from_pretrained(making.folder, **options)  # type: ignore[no-any-return]

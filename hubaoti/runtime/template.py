@@ -233,9 +233,12 @@ def fields_of(names: Sequence[str], where: str) -> Callable[[Any], Sequence[Any]
 
 
 def same_literal(value: Any, expected: Any) -> bool:
-    """Whether two constants are one; what is not given is None to code that asks for it."""
+    """Whether two constants are one; what is not given is None to code that asks for it.
+
+    So is a flag that is off, where the module passes on what it does not name itself.
+    """
     if value is MISSING or expected is MISSING:
-        return value is expected or value is None or expected is None
+        return value is expected or value is None or expected is None or value is False
     if isinstance(value, torch.Tensor) or type(value) is not type(expected):
         return False
     return bool(value == expected)
@@ -305,7 +308,8 @@ def words_in(template: Any) -> Iterator[str]:
     """The words of a template, a tensor's for each of its places."""
     if isinstance(template, dict):
         word, inner = word_of(template)
-        yield word
+        if word != "any" or isinstance(inner, dict):  # a flag that nobody reads is a constant
+            yield word
         items = inner.values() if word in {"dict", "fields"} else inner if word == "tuple" else ()
     else:
         items = template if isinstance(template, list) else ()
