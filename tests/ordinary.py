@@ -66,7 +66,7 @@ def asking(model: nn.Module, plan: Plan) -> Iterator[Counter[str]]:
     with ExitStack() as around:
         for path, each in entries.items():
             block, ids = model.get_submodule(path), tuple(entry.id for entry in each)
-            ways = shared.setdefault(ids, Ways(each, block, CPU, True))
+            ways = shared.setdefault(ids, Ways(each, block, CPU, True, plan.source.attention))
             around.enter_context(replaced(block, asked(block, path, ways, counts)))
         yield counts
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,23 @@ def test_a_model_that_looks_at_values_is_refused_and_restored(
     assert "\n" not in str(caught.value)
     assert all("forward" not in vars(each) for each in model.blocks)
     assert not isinstance(torch.empty(1), FakeTensor)
+
+
+@lru_cache
+def table(size: int) -> torch.Tensor:
+    return torch.ones(size)
+
+
+class Keeps(Block):
+    """Asks a function of its file, which keeps what it made."""
+
+    def forward(self, x: torch.Tensor, mask: Any = None) -> torch.Tensor:
+        return x + table(4)
+
+
+def test_what_a_model_s_file_kept_of_the_run_is_forgotten() -> None:
+    observed(Model(Keeps(), Block()), 2)
+    assert not isinstance(table(4), FakeTensor)
 
 
 def test_no_mode_is_left_over_by_a_failure() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -172,6 +173,7 @@ class Observed:
     idle: frozenset[str] = frozenset()  # flags among its arguments on which nothing depends
     problem: str | None = None
     called: bool = False
+    times: int = 0  # that it was called, in all runs
     leader: Observed | None = None
     answer: Any = None
 
@@ -180,6 +182,7 @@ class Observed:
         forward = block.forward
 
         def watching(*args: Any, **kwargs: Any) -> Any:
+            self.times += 1
             if self.called:
                 return forward(*args, **kwargs)
             self.called = True
@@ -206,11 +209,11 @@ class Observed:
     ) -> frozenset[str]:
         """The flags of the call that may as well be the other: the block does and answers the same.
 
-        Of a call over a cache nothing is said: the block would put into it twice.
+        Of a call over a real cache nothing is said: the block would put into it twice.
         """
         call, kind = self.calls[0], self.did(block)
         flags = [name for name, value in call.template["kwargs"].items() if isinstance(value, bool)]
-        if call.caches:
+        if not all(hasattr(layer, "puts") for cache in call.caches for layer in cache.layers):
             return frozenset()
         if kind not in operations.idle:
             same = (self.operations, template_of(self.answer))
@@ -239,12 +242,13 @@ def flipped(call: Call, name: str) -> Call:
     """A call of which one flag is the other."""
     kwargs = call.template["kwargs"]
     template = call.template | {"kwargs": kwargs | {name: not kwargs[name]}}
-    return Call(template, call.tensors, call.names)
+    return Call(template, call.tensors, call.names, call.caches)
 
 
 def answered(forward: Callable[..., Any], call: Call) -> Any:
     """What a call is answered; nothing where it raises."""
-    args, kwargs = arguments(call.template, call.tensors, {})
+    known = {"cache": call.caches[0] if call.caches else None}
+    args, kwargs = arguments(call.template, call.tensors, known)
     try:
         return forward(*args, **kwargs)
     except Exception:  # whatever a model's code raises
@@ -327,9 +331,11 @@ def without_fake(step: str, op: Exception) -> CompileFailed:
 
 
 def forget(model: nn.Module) -> None:
-    """Empty what the classes of a model cached of a run without storage: it has no values."""
-    for cls in {base for module in model.modules() for base in type(module).__mro__}:
-        for kept in vars(cls).values():
+    """Empty what a model's classes and their files cached of a run without storage: no values."""
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    files = {sys.modules[cls.__module__] for cls in classes if cls.__module__ in sys.modules}
+    for place in classes | {file for file in files if not file.__name__.startswith("torch.")}:
+        for kept in [*vars(place).values()]:
             for inner in (kept, *closed_over(kept)):
                 if callable(clear := getattr(inner, "cache_clear", None)):
                     clear()

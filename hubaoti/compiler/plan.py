@@ -16,9 +16,10 @@ from torch import nn
 from hubaoti.compiler import cache as caches
 from hubaoti.compiler.calls import arguments
 from hubaoti.compiler.faces import Face, sliding, with_cache
+from hubaoti.compiler.images import of_any_size
 from hubaoti.compiler.infer import Dims, face_of
 from hubaoti.compiler.observe import Given, Observed, observe
-from hubaoti.compiler.regions import Group, attributes, blocks_of, groups_of
+from hubaoti.compiler.regions import Group, alone, attributes, blocks_of, groups_of
 from hubaoti.compiler.request import Range, Request
 from hubaoti.compiler.shapes import (
     Bounds,
@@ -68,12 +69,15 @@ def plan(source: Source, request: Request, device: torch.device) -> Plan:
         BadDim: a dim that the model does not have, or a shape that no bucket serves.
         CompileFailed: no block of it can be compiled; the reasons are in the message.
     """
+    blocks = blocks_to_compile(source, device)
+    if blocks:
+        source = of_any_size(source, request.dims, lambda s: observed_with(s, blocks, device))
     own = {name: sizes for name, sizes in request.dims.items() if name in source.default_dims}
     dims = bounded(own, source.default_dims, source.positions)
     forms: list[Form] = [Form(Group(ROOT, ("",)), "", source.face)]
     left_out: list[str] = []
-    if source.regions != "none" and (blocks := blocks_of(source.model, source.regions)):
-        found = Dims(dict(source.looks), related=not source.calls)
+    if blocks:
+        found = Dims(dict(source.looks), related=not source.calls and "height" not in source.looks)
         source, forms, left_out = forms_of(source, blocks, dims, found, device)
         dims |= {name: span(found.series[name]) for name in found.series if name not in dims}
     else:
@@ -84,6 +88,29 @@ def plan(source: Source, request: Request, device: torch.device) -> Plan:
     used = {name for unit in units for name in unit.bounds} | {*source.default_dims}
     kept = {name: sizes for name, sizes in dims.items() if name in used and name != "filled"}
     return Plan(source, kept, tuple(units), tuple(left_out))
+
+
+def blocks_to_compile(source: Source, device: torch.device) -> Mapping[str, nn.Module]:
+    """The blocks that were asked for; none where the whole model is to be one graph."""
+    if source.regions == "none":
+        return {}
+    blocks = blocks_of(source.model, source.regions)
+    if blocks or source.regions != "auto":
+        return blocks
+    return called_again(source, alone(source.model), device)
+
+
+def called_again(
+    source: Source, blocks: Mapping[str, nn.Module], device: torch.device
+) -> dict[str, nn.Module]:
+    """Those of some blocks that the model calls more than once, as ALBERT does its only one."""
+    try:
+        runs = [look(source, 0, blocks, device)] if blocks else []
+        with attention_of(source.model, source.attention):
+            found = observe(source.model, blocks, runs, device)
+    except CompileFailed:  # it cannot be run so; as one graph it may be compiled
+        return {}
+    return {path: blocks[path] for path, seen in found.items() if seen.times > 1}
 
 
 def span(series: Sequence[int]) -> Range:
