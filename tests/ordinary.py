@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from hubaoti.compiler.calls import replaced
+from hubaoti.compiler.faces import Face, Flat
 from hubaoti.compiler.plan import Plan
 from hubaoti.compiler.unit import bare_graph
 from hubaoti.runtime.kv import Place
@@ -55,7 +57,8 @@ def is_of_images(config: Any) -> bool:
 def asking(model: nn.Module, plan: Plan) -> Iterator[Counter[str]]:
     """Count the calls for which a plan has a graph, as "served", and the others by their reasons.
 
-    The model itself answers all of them.
+    The model itself answers all of them. What a graph would be given, the block is asked in its
+    place, too, and has to answer the same.
     """
     entries: dict[str, list[Any]] = {}
     for unit in plan.units:
@@ -74,23 +77,32 @@ def asking(model: nn.Module, plan: Plan) -> Iterator[Counter[str]]:
 def asked(block: nn.Module, path: str, ways: Ways, counts: Counter[str]) -> Callable[..., Any]:
     """A block's own `forward`, which counts what graphs would make of its calls."""
     forward = block.forward
+    flats = [Flat(block, Face(e.call, e.inputs, e.cache)) for e in ways.entries]
     place = Place(block, ways.entries) if ways.has_cache else None
 
     def asking(*args: Any, **kwargs: Any) -> Any:
         try:
-            find(path, ways, place, args, kwargs)
+            at, inputs = find(path, ways, place, args, kwargs)
             counts["served"] += 1
         except Unserved as why:
             counts[f"{why.reason}: {why}"] += 1
-        return forward(*args, **kwargs)
+            return forward(*args, **kwargs)
+        with torch.no_grad():
+            found = flats[at](*inputs)
+        answer = forward(*args, **kwargs)
+        wanted = [leaf for leaf in tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
+        torch.testing.assert_close([*found], wanted, atol=1e-4, rtol=1e-4)
+        return answer
 
     return asking
 
 
 def find(
     path: str, ways: Ways, place: Place | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
-    """Look for the way of one call, as a region does.
+) -> tuple[int, list[torch.Tensor]]:
+    """The number of the graph that a call finds, as a region does, and what it would be given.
+
+    What it writes are copies, and a cache's layer is as it was.
 
     Raises:
         Unserved: there is none.
@@ -104,6 +116,9 @@ def find(
     if held is not None and held.is_full:
         inputs.pop()
     way = ways.of(inputs, numbers, held)
-    ways.follow(way, inputs, held, path)
+    entry = ways.entries[way.graph]
+    row = ways.follow(way, inputs, held, path)
+    given = [t.clone() if i.mutated else t for i, t in zip(entry.inputs, row, strict=True)]
     if held is not None:
         held.undo()
+    return way.graph, given

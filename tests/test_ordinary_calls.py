@@ -13,6 +13,7 @@ from ordinary import CALLS, asking, given
 
 from hubaoti.compiler.constants import Place
 from hubaoti.compiler.plan import plan
+from hubaoti.compiler.program import is_program_of
 from hubaoti.compiler.request import Range, Request
 from hubaoti.compiler.source import load
 from hubaoti.compiler.unit import bare_graph, trial_of
@@ -32,6 +33,18 @@ CASES = {
     "convbert": Architecture("ConvBert", {**PLAIN, "embedding_size": 64, "head_ratio": 2}),
     "eurobert": Architecture("EuroBert", {**PLAIN, "pad_token_id": 0, "mask_token_id": 1}),
 }
+
+
+def made(config: Any, auto: Any = transformers.AutoModel) -> Any:
+    """A model whose attention does not look everywhere alike, as that of a new one does."""
+    model = auto.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model
+
+
 WORDS: tuple[dict[str, Any], ...] = (
     {},
     {"return_dict": True, "output_attentions": False, "output_hidden_states": False},
@@ -48,13 +61,47 @@ def test_what_a_tokenizer_or_a_processor_gives_is_answered_by_graphs(
     architecture.config.save_pretrained(tmp_path)
     request = Request(task="forward", regions=architecture.regions)
     found = plan(load(tmp_path, request, CPU), request, CPU)
-    model: Any = transformers.AutoModel.from_config(architecture.config).eval()
+    model = made(architecture.config)
     own = {"use_cache": False} if architecture.generates else {}
     with torch.no_grad(), asking(model, found) as counts:
         for more in WORDS:
             for call in CALLS:
                 model(**given(model.config, *call), **more | own)
     assert counts and counts == {"served": counts.total()}
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "albert", "vit"])
+def test_a_whole_model_is_called_as_its_users_call_it(name: str, tmp_path: Path) -> None:
+    """Without positions, which no tokenizer gives; of its own ones it is not deprived."""
+    config = CASES[name].config
+    config.save_pretrained(tmp_path)
+    request = Request(task="forward", regions="none")
+    found = plan(load(tmp_path, request, CPU), request, CPU)
+    model = made(config)
+    assert is_program_of(model, found.source.program, whole=True)
+    with torch.no_grad(), asking(model, found) as counts:
+        for more in ({}, {"output_attentions": False}, {"use_cache": False}):
+            for call in CALLS:
+                model(**given(model.config, *call), **more)
+        served = counts.total()
+        assert counts == {"served": served} and served == 3 * len(CALLS)
+        if "input_ids" in (words := given(model.config, 1, 9, None)) and name == "bert":
+            model(**words, position_ids=torch.arange(9).flip(0)[None])
+            assert counts["served"] == served
+
+
+def test_a_whole_decoder_answers_no_cache_to_who_wants_one(tmp_path: Path) -> None:
+    config = CASES["llama"].config
+    config.save_pretrained(tmp_path)
+    request = Request(task="forward", regions="none")
+    found = plan(load(tmp_path, request, CPU), request, CPU)
+    model = made(config)
+    with torch.no_grad(), asking(model, found) as counts:
+        words = given(model.config, 2, 9, 1)
+        model(**words, use_cache=False)
+        assert counts == {"served": 1}
+        assert model(**words).past_key_values is not None
+        assert counts["served"] == 1
 
 
 DECODERS = {
@@ -81,16 +128,15 @@ DECODERS = {
 def test_whatever_generates_over_a_static_cache_is_answered_by_graphs(
     name: str, tmp_path: Path
 ) -> None:
-    """However its layers call their own number, and whatever its config says of caches."""
+    """However its layers call their own number."""
     config = DECODERS[name].config
     config.save_pretrained(tmp_path)
     request = Request(task="generate", dims={"cache": Range(8, 63)})
     found = plan(load(tmp_path, request, CPU), request, CPU)
-    model: Any = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = made(config, transformers.AutoModelForCausalLM)
     with torch.no_grad(), asking(model, found) as counts:
         for batch, seq in ((1, 5), (3, 11), (2, 26)):
-            words = given(model.config, batch, seq, None)
-            words["attention_mask"][0, : seq // 3] = 0
+            words = given(model.config, batch, seq, None) | {"use_cache": True}
             model.generate(
                 **words, max_new_tokens=4, do_sample=False, cache_implementation="static"
             )
@@ -131,7 +177,7 @@ def test_stages_with_heads_of_their_own_are_weighed_by_the_most(name: str, tmp_p
         place = Place(found.source.model, unit.region, module, "")
         trial = trial_of(found.source, unit, bare_graph(unit), place, CPU)
         assert trial.scores == 4
-        assert over_budget({"batch": 2}, trial, 0.0, 1.0) is None
+        assert over_budget(dict.fromkeys(unit.bounds, 8), trial, 0.0, 1.0) is None
 
 
 MAPS = {
@@ -146,7 +192,7 @@ def test_a_network_of_maps_takes_images_of_any_size(name: str, tmp_path: Path) -
     config.save_pretrained(tmp_path)
     request = Request(task="forward")
     found = plan(load(tmp_path, request, CPU), request, CPU)
-    model: Any = transformers.AutoModel.from_config(config).eval()
+    model = made(config)
     with torch.no_grad(), asking(model, found) as counts:
         for rows, height, width in ((1, 64, 64), (3, 96, 64), (2, 65, 127), (1, 128, 128)):
             model(torch.randn(rows, 3, height, width))

@@ -42,7 +42,7 @@ def of_any_size(source: Source, asked: Mapping[str, Range], observe: Observe) ->
         source,
         face=replace(source.face, inputs=inputs),
         default_dims=source.default_dims | bounds,
-        looks={"batch": BATCH} | looks_at(bounds["height"], bounds["width"]),
+        looks=source.looks | {"batch": BATCH} | looks_at(bounds["height"], bounds["width"]),
     )
     try:
         _, observed = observe(varied)

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from hubaoti.compiler.calls import Call, Frozen, Opaque, arguments, call_of, replaced
 from hubaoti.errors import CompileFailed, first_line
+from hubaoti.runtime.template import CAUSAL
 
 
 @contextmanager
@@ -209,20 +210,20 @@ class Observed:
     ) -> frozenset[str]:
         """The flags of the call that may as well be the other: the block does and answers the same.
 
-        Of a call over a real cache nothing is said: the block would put into it twice.
+        Of a call over a cache nothing is said: the block would put into it twice.
         """
         call, kind = self.calls[0], self.did(block)
         flags = [name for name, value in call.template["kwargs"].items() if isinstance(value, bool)]
-        if not all(hasattr(layer, "puts") for cache in call.caches for layer in cache.layers):
+        if call.caches:
             return frozenset()
         if kind not in operations.idle:
             same = (self.operations, template_of(self.answer))
             told = {}
-            for name in flags:
+            for name in (each for each in flags if each != CAUSAL):
                 operations.begin(path, block, call.tensors)
                 answer = answered(forward, flipped(call, name))
                 told[name] = (operations.end(answer), template_of(answer))
-            operations.idle[kind] = frozenset(name for name in flags if told[name] == same)
+            operations.idle[kind] = frozenset(name for name in told if told[name] == same)
         return operations.idle[kind]
 
     @property
@@ -242,13 +243,12 @@ def flipped(call: Call, name: str) -> Call:
     """A call of which one flag is the other."""
     kwargs = call.template["kwargs"]
     template = call.template | {"kwargs": kwargs | {name: not kwargs[name]}}
-    return Call(template, call.tensors, call.names, call.caches)
+    return Call(template, call.tensors, call.names)
 
 
 def answered(forward: Callable[..., Any], call: Call) -> Any:
     """What a call is answered; nothing where it raises."""
-    known = {"cache": call.caches[0] if call.caches else None}
-    args, kwargs = arguments(call.template, call.tensors, known)
+    args, kwargs = arguments(call.template, call.tensors, {})
     try:
         return forward(*args, **kwargs)
     except Exception:  # whatever a model's code raises

@@ -82,12 +82,30 @@ def plan(source: Source, request: Request, device: torch.device) -> Plan:
         dims |= {name: span(found.series[name]) for name in found.series if name not in dims}
     else:
         source = replace(source, regions="none")
+        forms = [Form(Group(ROOT, ("",)), "", whole_call(source, device))]
     dims = bounded(request.dims, dims, source.positions)
     require_covered(dims, request.buckets)
     units = [unit for form in forms for unit in in_buckets(form, dims, request.buckets)]
     used = {name for unit in units for name in unit.bounds} | {*source.default_dims}
     kept = {name: sizes for name, sizes in dims.items() if name in used and name != "filled"}
     return Plan(source, kept, tuple(units), tuple(left_out))
+
+
+def whole_call(source: Source, device: torch.device) -> Face:
+    """How a whole model is called: positions are its own affair, and so are flags that say nothing.
+
+    Blocks are given tables of positions, which are whole where the model is given positions; who
+    calls a model gives none.
+    """
+    if source.live or source.program.task != "forward":
+        return source.face
+    face = source.face.leaving_out("position_ids")
+    runs = [look(replace(source, face=face), 0, {}, device)]
+    try:
+        (seen,) = observe(source.model, {"": source.model}, runs, device).values()
+    except CompileFailed:  # what it is worth is seen when it is exported
+        return face
+    return face.freed(seen.idle)
 
 
 def blocks_to_compile(source: Source, device: torch.device) -> Mapping[str, nn.Module]:

@@ -100,7 +100,9 @@ def is_program_of(model: nn.Module, program: Program, whole: bool) -> bool:
     if not (is_transformers(config) or is_diffusers(config)):
         return False
     code = code_of(model, config_classes(config))
-    left_out = {"class", "structure"} | (set() if whole else OUTPUTS)
+    # A call of a model that was compiled from its config says itself whether it wants a cache.
+    said = set() if "structure" in program.config else {"use_cache"}
+    left_out = {"class", "structure"} | (said if whole else OUTPUTS)
     ours = Normal(code, program.task).whole(config)
     differ = [
         f"{name} is {told(ours, name)}, the program's is {told(program.config, name)}"

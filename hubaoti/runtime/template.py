@@ -21,6 +21,7 @@ from hubaoti.runtime.reasons import Unserved
 MISSING: Any = type("Missing", (), {"__repr__": lambda _: "nothing"})()
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 NUMBERS = (int, float)
+CAUSAL = "is_causal"  # the flag that counts where there is no mask
 BESIDE = {"class", "order"}
 
 Make = Callable[[Sequence[torch.Tensor]], Any]
@@ -129,7 +130,7 @@ class Layout:
     def _compare(self, row: Sequence[Any]) -> None:
         """Compare constants that are not the very same objects."""
         for place, expected, where in self._constants:
-            if not same_literal(row[place], expected):
+            if not same_literal(row[place], expected) and not is_off(row[place], expected, where):
                 reason = "cache" if is_cache(row[place]) else "arguments"
                 told = f"{where} is {kind(row[place])}; the graph has {expected!r:.60}"
                 raise Unserved(reason, told)
@@ -233,15 +234,20 @@ def fields_of(names: Sequence[str], where: str) -> Callable[[Any], Sequence[Any]
 
 
 def same_literal(value: Any, expected: Any) -> bool:
-    """Whether two constants are one; what is not given is None to code that asks for it.
-
-    So is a flag that is off, where the module passes on what it does not name itself.
-    """
+    """Whether two constants are one; what is not given is None to code that asks for it."""
     if value is MISSING or expected is MISSING:
-        return value is expected or value is None or expected is None or value is False
+        return value is expected or value is None or expected is None
     if isinstance(value, torch.Tensor) or type(value) is not type(expected):
         return False
     return bool(value == expected)
+
+
+def is_off(value: Any, expected: Any, where: str) -> bool:
+    """Whether a flag that the graph does not know is off: as if it were not given.
+
+    Only of attention that has no mask, being causal is said by leaving the flag out.
+    """
+    return value is False and expected is MISSING and where != CAUSAL
 
 
 def kind_of_device(value: Any) -> str | None:

@@ -24,7 +24,7 @@ from hubaoti.runtime.checks import BadValue, Checks, Overlap, Slot
 from hubaoti.runtime.kv import Held, put_into
 from hubaoti.runtime.modes import refuse_modes
 from hubaoti.runtime.reasons import Unserved
-from hubaoti.runtime.template import CallPlan, Make, answer_plan, kind
+from hubaoti.runtime.template import CAUSAL, CallPlan, Make, answer_plan, kind
 
 MASKED = ("sdpa", "eager")  # of which transformers leave a mask out that would say nothing
 PLAIN = (torch.Tensor, nn.Parameter)
@@ -85,7 +85,8 @@ class Ways:
         self._config = next((p.config for p in block.modules() if hasattr(p, "config")), None)
         self._masks = sum(item.values == "mask" for item in first.inputs)
         self._compiled_from = attention
-        self._could_be_causal = any(getattr(part, "is_causal", False) for part in block.modules())
+        says = any(getattr(part, CAUSAL, False) for part in block.modules())
+        self._could_be_causal = bool(first.call["kwargs"].get(CAUSAL, says))
         self._known: Alike[Way] = Alike()
         self._position: tuple[tuple[int, int, int], torch.Tensor] | None = None
 
@@ -172,8 +173,8 @@ class Ways:
             raise Unserved("arguments", f"{told}, not {' or '.join(MASKED)}")
         if self._masks != 1:
             raise Unserved("arguments", "a mask is left out, and there are several")
-        # Of one token sdpa looks at all places, those that are empty among them.
-        if held is not None and (held.before or held.seq == 1):
+        # Of one token sdpa looks at all places, those that are empty among them; eager always does.
+        if held is not None and (held.before or held.seq == 1 or not self._is_causal):
             raise Unserved("arguments", "a mask is left out, over a cache that has more places")
 
     def _positions(self, held: Held) -> torch.Tensor:
