@@ -12,8 +12,9 @@ import torch
 from conftest import VOCABULARY
 from torch import nn
 
-from hubaoti.compiler.export import Exported, export, program_by
+from hubaoti.compiler.export import Exported, export, program_by, refuse_beyond
 from hubaoti.compiler.faces import Face, sliding, with_cache
+from hubaoti.compiler.guards import Fixes, Lines, within_guards
 from hubaoti.compiler.request import Range, Request
 from hubaoti.compiler.shapes import Bounds, example_sizes
 from hubaoti.compiler.source import load
@@ -314,6 +315,45 @@ def test_a_dim_that_nobody_stated_keeps_to_the_side_of_a_branch(size: int, narro
 class LooksAtItsInput(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * 2 if int(x.sum()) > 3 else x
+
+
+class Cuts(nn.Module):
+    """Cuts a mask out of a table of 64 rows; what is the whole table, torch takes for another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.ones(64, 64, dtype=torch.bool).tril())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.table[: x.shape[1], : x.shape[1]], x.unsqueeze(1), 0.0)
+
+
+def test_a_stated_dim_that_reaches_a_whole_table_is_named_with_limit_line_and_remedy() -> None:
+    with pytest.raises(BadDim) as caught:
+        exported(Cuts(), ROWS, DIMS, "seq")
+    code = "return torch.where(self.table[: x.shape[1], : x.shape[1]], x.unsqueeze(1), 0.0)"
+    assert str(caught.value) == (
+        "export: seq goes up to 64, and the model's code takes 63 at most: of 64 it would do "
+        f"something else, at {at(Cuts, code)}"
+    )
+    assert caught.value.hint == "end it there: --dim seq=8:63"
+
+
+def test_a_dim_that_nobody_stated_ends_before_the_whole_table() -> None:
+    assert exported(Cuts(), ROWS, DIMS).bounds["seq"] == Range(8, 63)
+    assert exported(Cuts(), ROWS, DIMS | {"seq": Range(8, 63)}, "seq").bounds["seq"].high == 63
+
+
+def test_of_what_is_filled_the_dims_that_a_user_names_are_told() -> None:
+    """`filled` is nobody's word: it ends with the cache, and so does what a call brings."""
+    fixes = Fixes(guards={"filled": ("n != 64",)})
+    names = ("seq", "filled", "cache")
+    bounds = {name: Range(1, 64) for name in names}
+    found = within_guards(fixes, bounds)
+    assert found.ranges == dict.fromkeys(names, (None, 63))
+    with pytest.raises(BadDim, match="^export: cache goes up to 64, and .* 63 at most") as caught:
+        refuse_beyond(fixes, bounds, frozenset({"cache"}), Lines())
+    assert caught.value.hint == "end it there: --dim cache=1:63"
 
 
 def test_a_model_that_branches_on_values_stays_eager() -> None:

@@ -10,8 +10,12 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from hubaoti.compiler.export import lines_of
+from hubaoti.compiler.faces import Face
 from hubaoti.compiler.guards import LOGGER, Fixes, fixes_in, guard_lines, model_line
+from hubaoti.compiler.request import Range
 from hubaoti.extents import Extent
+from hubaoti.manifest import Input
 
 A = Extent.of({"a": 1})
 HEAD = "Constraints violated (seq)!\n  - Not all values of seq satisfy it.\nSuggested fixes:\n"
@@ -38,6 +42,35 @@ HEAD = "Constraints violated (seq)!\n  - Not all values of seq satisfy it.\nSugg
 )
 def test_a_suggested_fix_is_read(text: str, fixes: Fixes) -> None:
     assert fixes_in(f"{HEAD}{text}\n\nThe error above occurred when calling export.") == fixes
+
+
+UNMET = "  - Not all values of {} = L['x'].size()[3] in the specified range {} <= 64 satisfy the "
+CUT = "generated guard (64 + ((-1)*max(0, 64 + ((-1)*L['x'].size()[3])))) != 64.\n"
+
+
+@pytest.mark.parametrize(
+    ("guards", "high", "most"),
+    [
+        (("generated guard L['x'].size()[3] != 64.\n",), 64, 63),
+        ((CUT,), 64, 63),
+        ((CUT, "generated guard L['x'].size()[3] <= 40.\n"), 128, 40),
+        (("generated guard L['x'].size()[3] != 64.\n",), 48, 48),
+        (("generated guard L['x'].size()[3] != 1.\n",), 64, 0),
+    ],
+)
+def test_a_condition_without_a_suggestion_ends_a_dim_where_it_ends(
+    guards: tuple[str, ...], high: int, most: int
+) -> None:
+    fixes = fixes_in("".join(UNMET.format("filled", "filled") + guard for guard in guards))
+    assert fixes.guards.keys() == {"filled"}
+    assert fixes.most("filled", 1, high) == most
+
+
+@pytest.mark.parametrize(
+    "guard", ["L['x'].size()[3] != L['y'].size()[0]", "exit()", "n.real", "f(n)"]
+)
+def test_a_condition_on_more_than_one_size_is_no_code_of_ours(guard: str) -> None:
+    assert fixes_in(UNMET.format("seq", "seq") + f"generated guard {guard}.\n") == Fixes()
 
 
 @pytest.mark.parametrize(
@@ -92,6 +125,15 @@ def test_torch_s_logger_is_as_it_was_and_prints_nothing(caplog: pytest.LogCaptur
         1 / 0  # noqa: B018
     assert (logger.level, [*logger.filters]) == before
     assert "guard added" not in caplog.text
+
+
+def test_who_calls_the_compiler_is_no_line_of_the_model() -> None:
+    """Nothing but a face's sizes is decided on: above torch and ours is only this test."""
+    inputs = tuple(Input(name=n, dtype="float32", shape=(n,), values="real") for n in "ab")
+    face = Face({"args": [{"tensor": 0}, {"tensor": 1}], "kwargs": {}}, inputs)
+    bounds = {"a": Range(2, 64), "b": Range(2, 64)}
+    lines = lines_of(nn.Identity(), face, bounds, [torch.ones(30), torch.ones(30)])
+    assert (lines.each, lines.bounds, lines.holes) == ([], [], [])
 
 
 def test_a_stack_without_the_model_has_no_line() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,23 @@ def test_a_number_that_is_asked_for_between_the_blocks_is_zero() -> None:
     assert [call.sizes for call in found["1"].calls] == [((2, 4),), ((3, 4),)]
 
 
+@lru_cache
+def table(size: int) -> torch.Tensor:
+    return torch.ones(size)
+
+
+class Keeps(Block):
+    """Asks a function of its file, which keeps what it made."""
+
+    def forward(self, x: torch.Tensor, mask: Any = None) -> torch.Tensor:
+        return x + table(4)
+
+
+def test_what_a_model_s_file_kept_of_the_run_is_forgotten() -> None:
+    observed(Model(Keeps(), Block()), 2)
+    assert not isinstance(table(4), FakeTensor)
+
+
 def test_no_mode_is_left_over_by_a_failure() -> None:
     with pytest.raises(CompileFailed):
         observed(Model(Wants(), Block()), 2)
@@ -342,3 +360,41 @@ def test_a_mask_stays_a_tensor_and_the_attention_is_restored(task: str, tiny_lla
     assert source.model.config._attn_implementation == "sdpa"
     blocks = [m for m in source.model.modules() if type(m).__name__ == "LlamaDecoderLayer"]
     assert blocks and all("forward" not in vars(block) for block in blocks)
+
+
+# Flags on which nothing depends
+
+
+class Flagged(Block):
+    """Takes flags: one for its caller, one that adds to its answer, one that it computes by."""
+
+    def forward(self, x: torch.Tensor, mask: Any = None, **flags: Any) -> Any:
+        y = x * 3 if flags.get("triple") else x + self.weight
+        return (y, x) if flags.get("both") else (y,)
+
+
+class Calls(Model):
+    def forward(self, x: torch.Tensor, **rest: Any) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x, **rest)[0]
+        return x
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_flag_is_idle_where_the_block_does_and_answers_the_same_either_way(value: bool) -> None:
+    flags = {"use_cache": value, "triple": value, "both": value, "mask": None}
+    found = observed(Calls(Flagged(), Flagged()), 2, 3, **flags)
+    assert [seen.idle for seen in found.values()] == [{"use_cache"}] * 2
+    assert found["0"].calls[0].template["kwargs"] == flags
+    assert ("aten.mul" in found["0"].operations) is value, "what it did is what it was asked"
+
+
+def test_a_block_that_cannot_take_the_other_flag_needs_the_one_it_had() -> None:
+    class Refuses(Flagged):
+        def forward(self, x: torch.Tensor, mask: Any = None, **flags: Any) -> Any:
+            if flags["fast"]:
+                raise NotImplementedError
+            return super().forward(x)
+
+    found = observed(Calls(Refuses()), 2, fast=False)
+    assert found["0"].idle == frozenset()

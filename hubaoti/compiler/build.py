@@ -242,9 +242,16 @@ def build_of(plan: Plan, request: Request, target: Target) -> Build:
             for bucket in request.buckets
         ),
         options=options_for(target) | request.inductor,
-        version=CAREFUL if any(needs_care(unit) for unit in plan.units) else VERSION,
+        version=version_of(plan),
         layout=request.layout or msgspec.UNSET,  # type: ignore[arg-type]
     )
+
+
+def version_of(plan: Plan) -> int:
+    """The version of what is put into the graphs of a plan."""
+    # As users call a model's own forward: positions left out, flags that say nothing given or not.
+    as_called = plan.source.program.task == "forward" and not plan.source.live
+    return CAREFUL if as_called or any(map(needs_care, plan.units)) else VERSION
 
 
 def needs_care(unit: Unit) -> bool:

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hubaoti.errors import CompileFailed
-from hubaoti.runtime.kv import SLIDING
+from hubaoti.runtime.kv import SLIDING, layer_numbers
 from hubaoti.runtime.quantize import quiet
 
 ATTENTION = "hubaoti_sdpa"
@@ -170,13 +170,7 @@ def seen(filled: int, seq: int, layers: int) -> Cache:
 
 def layers_of(module: nn.Module) -> int:
     """One more than the largest layer number in a module."""
-    numbers = [
-        value
-        for each in module.modules()
-        for name, value in vars(each).items()
-        if name in {"layer_idx", "layer_id", "layer_number"} and isinstance(value, int)
-    ]
-    return max(numbers, default=0) + 1
+    return max(layer_numbers(module), default=0) + 1
 
 
 def window_of(config: Any, index: int) -> int | None:

@@ -1,11 +1,11 @@
 """Calls: what a module was given, as a template of literals and a flat list of tensors.
 
 A template is JSON: `{"tensor": 0}` stands for the first tensor, `{"size": "seq"}` for a number that
-follows a dim, `{"cache": true}` for the KV cache, `{"any": ...}` for a tensor that is not computed
-with, so a caller may give anything; tuples, dtypes and devices have such words, too. A mapping that
-is no plain dictionary has its class beside its fields, one whose keys are in no alphabetic order
-has that order, since JSON keeps none; one with whole numbers for keys is a list of its items. What
-a module leaves in its call may be what the call gives: `{"given": path}`.
+follows a dim, `{"cache": true}` for the KV cache, `{"any": ...}` for a tensor or a flag that is not
+computed with, so a caller may give anything; tuples, dtypes and devices have such words, too. A
+mapping that is no plain dictionary has its class beside its fields, one whose keys are in no
+alphabetic order has that order, since JSON keeps none; one with whole numbers for keys is a list of
+its items. What a module leaves in its call may be what the call gives: `{"given": path}`.
 """
 
 from __future__ import annotations
@@ -129,14 +129,16 @@ def arguments(
 CONSTANTS: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {
     "size": lambda extent, known: known["size"](extent),
     "cache": lambda _, known: known["cache"],
-    "any": lambda face, known: torch.zeros(
-        [known["size"](size) if isinstance(size, str) else size for size in face["shape"]],
-        dtype=getattr(torch, face["dtype"]),
-        device=known["device"],
-    ),
+    "any": lambda face, known: filling(face, known) if isinstance(face, dict) else face,
     "dtype": lambda name, _: getattr(torch, name),
     "device": lambda name, _: torch.device(name),
 }
+
+
+def filling(face: Mapping[str, Any], known: Mapping[str, Any]) -> torch.Tensor:
+    """A tensor that stands where any could stand."""
+    shape = [known["size"](size) if isinstance(size, str) else size for size in face["shape"]]
+    return torch.zeros(shape, dtype=getattr(torch, face["dtype"]), device=known["device"])
 
 
 def class_name(value: Any) -> str:

@@ -16,7 +16,15 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from hubaoti.compiler.faces import Face, Flat, plain_size, substitute
-from hubaoti.compiler.guards import Fixes, Lines, fixes_in, guard_lines
+from hubaoti.compiler.guards import (
+    Fixes,
+    Lines,
+    beyond,
+    fixes_in,
+    guard_lines,
+    limits_in,
+    within_guards,
+)
 from hubaoti.compiler.index_guards import guard_indices
 from hubaoti.compiler.observe import without_fake
 from hubaoti.compiler.request import Range
@@ -66,6 +74,7 @@ def export(
             fixes = fixes_in(str(why))
             lines = lines_of(module, face, bounds, tensors)
             require_allowed(fixes, bounds, stated, lines)
+            fixes = within_guards(fixes, bounds)
             if not any((fixes.multiples, fixes.related, fixes.ranges)):
                 raise refused(why, lines.each) from why
             face, bounds = refined(face, bounds, fixes)
@@ -178,6 +187,7 @@ def require_allowed(fixes: Fixes, bounds: Bounds, stated: frozenset[str], lines:
         BadDim: with the dim, the line of model code and the remedy.
     """
     refuse_fixed(fixes, lines)
+    refuse_beyond(fixes, bounds, stated, lines)
     for name, factor in fixes.multiples.items():
         if name in stated:
             first, last = -(-bounds[name].low // factor), bounds[name].high // factor
@@ -200,6 +210,24 @@ def require_allowed(fixes: Fixes, bounds: Bounds, stated: frozenset[str], lines:
             raise BadDim(
                 f"export: the model does not take every {name} of {bounds[name]}{where}",
                 hint=f"narrow it: --dim {name}={narrow}",
+            )
+
+
+def refuse_beyond(fixes: Fixes, bounds: Bounds, stated: frozenset[str], lines: Lines) -> None:
+    """Tell of stated dims that exceed what the model's code takes.
+
+    Raises:
+        BadDim: with the dims, the line of model code and the remedy.
+    """
+    for name, most in limits_in(fixes, bounds).items():
+        named = [each for each in beyond(name, most, bounds) if each in stated]
+        told = " and ".join(f"{each} goes up to {bounds[each].high}" for each in named)
+        ends = (f"--dim {each}={min(bounds[each].low, most)}:{most}" for each in named)
+        if named:
+            raise BadDim(
+                f"export: {told}, and the model's code takes {most} at most: of {most + 1} it "
+                f"would do something else{at_line(lines.holes[-1:] or lines.each[-1:])}",
+                hint=f"end it there: {' '.join(ends)}",
             )
 
 

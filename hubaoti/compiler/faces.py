@@ -86,6 +86,21 @@ class Face:
         template = moved(self.template, places)
         return Face(template, tuple(self.inputs[at] for at in kept), self.cache)
 
+    def leaving_out(self, name: str) -> Face:
+        """The face of calls that do not give one of the keyword arguments, a tensor."""
+        at = self.template["kwargs"].get(name, {}).get("tensor")
+        kept = [place for place in range(len(self.inputs)) if place != at]
+        places = {old: {"tensor": new} for new, old in enumerate(kept)}
+        kwargs = {key: item for key, item in self.template["kwargs"].items() if key != name}
+        template = moved({**self.template, "kwargs": kwargs}, places)
+        return Face(template, tuple(self.inputs[place] for place in kept), self.cache)
+
+    def freed(self, idle: Set[str]) -> Face:
+        """The face that takes any value of the keyword arguments on which nothing depends."""
+        kwargs = self.template["kwargs"]
+        free = {name: {"any": kwargs[name]} for name in kwargs if name in idle}
+        return Face({**self.template, "kwargs": kwargs | free}, self.inputs, self.cache)
+
 
 def moved(template: Any, places: Mapping[int, Any]) -> Any:
     """A template whose tensors have other places."""

@@ -8,18 +8,22 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
 import torch
 
+from hubaoti.compiler.shapes import NESTED, Bounds
 from hubaoti.extents import Extent
 
 TORCH = str(Path(torch.__file__).parent)
 OURS = str(Path(__file__).parent)
+CALLER = str(Path(__file__).with_name("export.py"))  # whoever called that is no model
 # Torch tells of each guard as it adds it (checked on torch 2.11 to 2.15). Where it does not, an
 # error names no line.
+UNMET = re.compile(r"Not all values of ([a-z]\w*) = (\S+) in .* the generated guard (.*)\.$", re.M)
+GUARD = re.compile(r"(?:\bmax\b|\bmin\b|\bn\b|[\d\s()+*,<>=!-])+")  # sums and products of numbers
 LOGGER = "torch.fx.experimental.symbolic_shapes"
 
 
@@ -27,7 +31,8 @@ LOGGER = "torch.fx.experimental.symbolic_shapes"
 class Fixes:
     """What torch says that must hold: `sizes` of dims, `multiples`, `related` and `ranges`.
 
-    `forms` are those that no extent says, as `4*n-1`.
+    `forms` are those that no extent says, as `4*n-1`; `guards` are conditions on a dim's size `n`
+    for which torch has no suggestion, as where the code cuts a table.
     """
 
     sizes: dict[str, int] = field(default_factory=dict)
@@ -35,11 +40,18 @@ class Fixes:
     related: dict[str, Extent] = field(default_factory=dict)
     ranges: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
     forms: dict[str, str] = field(default_factory=dict)
+    guards: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def most(self, name: str, low: int, high: int) -> int:
+        """The largest size up to which torch takes every size of a dim, from `low` on."""
+        terms = " and ".join(f"({guard})" for guard in self.guards[name])
+        holds = eval(f"lambda n: {terms}", {"max": max, "min": min})  # numbers, as GUARD has them
+        return next((n - 1 for n in range(low, high + 1) if not holds(n)), high)
 
 
 def fixes_in(message: str) -> Fixes:
-    """Read the suggested fixes of an export's error."""
-    fixes = Fixes()
+    """Read the suggested fixes of an export's error; conditions where it suggests nothing."""
+    fixes = Fixes(guards=guards_in(message) if "Suggested fixes:" not in message else {})
     for line in message.partition("Suggested fixes:")[2].splitlines():
         name, _, text = (part.strip() for part in line.partition("="))
         if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
@@ -57,6 +69,16 @@ def fixes_in(message: str) -> Fixes:
     return fixes
 
 
+def guards_in(message: str) -> dict[str, tuple[str, ...]]:
+    """The conditions on single dims, in Python's words and with `n` for the size."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, size, text in UNMET.findall(message):
+        guard = text.replace(size, "n")
+        if GUARD.fullmatch(guard):
+            found[name] = (*found.get(name, ()), guard)
+    return found
+
+
 def relate(fixes: Fixes, name: str, text: str) -> None:
     """Note what a dim must always be."""
     try:
@@ -65,21 +87,46 @@ def relate(fixes: Fixes, name: str, text: str) -> None:
         fixes.forms[name] = re.sub(r"\b_\w+", "n", text)
 
 
+def within_guards(fixes: Fixes, bounds: Bounds) -> Fixes:
+    """The fixes with ranges that end where torch's conditions do."""
+    ranges = dict(fixes.ranges)
+    for name, most in limits_in(fixes, bounds).items():
+        ranges |= {each: (None, most) for each in beyond(name, most, bounds)}
+    return replace(fixes, ranges=ranges)
+
+
+def limits_in(fixes: Fixes, bounds: Bounds) -> dict[str, int]:
+    """Where conditions end dims that begin within them."""
+    named = {name: bounds[name] for name in fixes.guards if name in bounds}
+    most = {name: fixes.most(name, sizes.low, sizes.high) for name, sizes in named.items()}
+    return {name: size for name, size in most.items() if bounds[name].low <= size}
+
+
+def beyond(name: str, most: int, bounds: Bounds) -> list[str]:
+    """A dim that exceeds a size; of what is filled, also what fills it and what holds it."""
+    names = NESTED if name == "filled" else (name,)
+    return [each for each in names if each in bounds and bounds[each].high > most]
+
+
 @dataclass(slots=True)
 class Lines:
     """Lines of model code at which torch added a guard, in order.
 
-    `each` are those that fix or relate sizes, `bounds` those that compare them.
+    `each` are those that fix or relate sizes, `bounds` those that compare them, `holes` those that
+    take them to be another than a number.
     """
 
     each: list[str] = field(default_factory=list)
     bounds: list[str] = field(default_factory=list)
+    holes: list[str] = field(default_factory=list)
 
     def note(self, record: logging.LogRecord) -> bool:
         """Look at a record of torch's; none of them is printed."""
         guard, added, _ = record.getMessage().partition(" [guard added]")
         if added and re.match(r"eval (\[guard suppressed\] )?Eq\(", guard):
             self._at(self.each)
+        elif added and re.match(r"eval Ne\(.*, \d+\)$", guard):
+            self._at(self.holes)
         elif added and re.match(r"eval [^\[]*[<>]", guard):
             self._at(self.bounds)
         return False
@@ -91,8 +138,8 @@ class Lines:
 
 
 def model_line(frame: FrameType | None) -> str | None:
-    """The innermost line on the stack that is neither torch's nor ours."""
-    while frame is not None:
+    """The innermost line on the stack that is neither torch's nor ours; below ours is none."""
+    while frame is not None and frame.f_code.co_filename != CALLER:
         file = frame.f_code.co_filename
         outside = not file.startswith((TORCH, OURS)) and Path(file).is_file()
         if outside and "logging" not in Path(file).parts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,10 +22,19 @@ from torch._subclasses.fake_tensor import UnsupportedOperatorException, unset_fa
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hubaoti.compiler.calls import Call, Opaque, call_of, names_of, replaced
+from hubaoti.compiler.calls import (
+    Call,
+    Frozen,
+    Opaque,
+    arguments,
+    call_of,
+    names_of,
+    replaced,
+)
 from hubaoti.compiler.fake_values import outside, put_into, seen_as_real
 from hubaoti.errors import CompileFailed, first_line
 from hubaoti.runtime.containers import Change, Contents
+from hubaoti.runtime.template import CAUSAL, takes_containers
 
 
 @contextmanager
@@ -70,6 +80,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._truth = truth
         self.lines: list[str] | None = None
+        self.idle: dict[str, frozenset[str]] = {}  # by what a block did: the flags that it ignores
         self._own = {id(tensor): name for name, tensor in own.items()}
         self._start = ""
         self._words: dict[int, str] = {}
@@ -174,12 +185,14 @@ class Observed:
 
     calls: list[Call] = field(default_factory=list)
     operations: str = ""
+    idle: frozenset[str] = frozenset()  # flags among its arguments on which nothing depends
     problem: str | None = None
     called: bool = False
     writes: bool = False
     answered: bool = False
     attends: bool = False
     recurrent: bool = False
+    times: int = 0  # that it was called, in all runs
     leader: Observed | None = None
     answer: Any = None
 
@@ -188,6 +201,7 @@ class Observed:
         forward = block.forward
 
         def watching(*args: Any, **kwargs: Any) -> Any:
+            self.times += 1
             if self.called:
                 return forward(*args, **kwargs)
             self.called = True
@@ -212,6 +226,7 @@ class Observed:
             if alone:
                 self.operations = operations.end([self.answer, [each.items for each in changes]])
                 self.operations += "".join(f"\n{keys_of(each)}" for each in changes)
+                self.idle = self._idle(forward, block, path, operations)
             return self.answer
 
         return self._ending(watching)
@@ -225,6 +240,28 @@ class Observed:
             return answer
 
         return ending
+
+    def _idle(
+        self, forward: Callable[..., Any], block: nn.Module, path: str, operations: Operations
+    ) -> frozenset[str]:
+        """The flags of the call that may as well be the other: the block does and answers the same.
+
+        Of a call over a cache, or with containers, nothing is said: the block would put into it
+        twice, or leave something else there.
+        """
+        call, kind = self.calls[0], self.did(block)
+        flags = [name for name, value in call.template["kwargs"].items() if isinstance(value, bool)]
+        if call.caches or takes_containers(call.template):
+            return frozenset()
+        if kind not in operations.idle:
+            same = (self.operations, template_of(self.answer))
+            told = {}
+            for name in (each for each in flags if each != CAUSAL):
+                operations.begin(path, block, call.tensors)
+                answer = answered(forward, flipped(call, name))
+                told[name] = (operations.end(answer), template_of(answer))
+            operations.idle[kind] = frozenset(name for name in told if told[name] == same)
+        return operations.idle[kind]
 
     @property
     def unused(self) -> frozenset[int]:
@@ -242,6 +279,30 @@ class Observed:
 def keys_of(change: Change) -> str:
     """Where a block left what, as text."""
     return f"{change.path} holds {[(key, type(item).__name__) for key, item in change.items]}"
+
+
+def flipped(call: Call, name: str) -> Call:
+    """A call of which one flag is the other."""
+    kwargs = call.template["kwargs"]
+    template = call.template | {"kwargs": kwargs | {name: not kwargs[name]}}
+    return Call(template, call.tensors, call.names)
+
+
+def answered(forward: Callable[..., Any], call: Call) -> Any:
+    """What a call is answered; nothing where it raises."""
+    args, kwargs = arguments(call.template, call.tensors, {})
+    try:
+        return forward(*args, **kwargs)
+    except Exception:  # whatever a model's code raises
+        return None
+
+
+def template_of(answer: Any) -> Any:
+    """The structure of an answer; nothing equals one that has none."""
+    try:
+        return Frozen().freeze(answer, "answer")
+    except Opaque:
+        return object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,9 +411,11 @@ def without_fake(step: str, op: Exception) -> CompileFailed:
 
 
 def forget(model: nn.Module) -> None:
-    """Empty what the classes of a model cached of a run without storage: it has no values."""
-    for cls in {base for module in model.modules() for base in type(module).__mro__}:
-        for kept in vars(cls).values():
+    """Empty what a model's classes and their files cached of a run without storage: no values."""
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    files = {sys.modules[cls.__module__] for cls in classes if cls.__module__ in sys.modules}
+    for place in classes | {file for file in files if not file.__name__.startswith("torch.")}:
+        for kept in [*vars(place).values()]:
             for inner in (kept, *closed_over(kept)):
                 if callable(clear := getattr(inner, "cache_clear", None)):
                     clear()

@@ -16,9 +16,10 @@ from torch import nn
 from hubaoti.compiler import cache as caches
 from hubaoti.compiler.calls import arguments
 from hubaoti.compiler.faces import Face, sliding, with_cache
+from hubaoti.compiler.images import of_any_size
 from hubaoti.compiler.infer import Dims, face_of
 from hubaoti.compiler.observe import Given, Observed, observe
-from hubaoti.compiler.regions import Group, attributes, blocks_of, groups_of, is_block
+from hubaoti.compiler.regions import Group, alone, attributes, blocks_of, groups_of, is_block
 from hubaoti.compiler.request import Range, Request
 from hubaoti.compiler.shapes import (
     Bounds,
@@ -69,17 +70,21 @@ def plan(source: Source, request: Request, device: torch.device) -> Plan:
         BadDim: a dim that the model does not have, or a shape that no bucket serves.
         CompileFailed: no block of it can be compiled; the reasons are in the message.
     """
+    blocks = blocks_to_compile(source, device)
+    if blocks:
+        source = of_any_size(source, request.dims, lambda s: observed_with(s, blocks, device))
     own = {name: sizes for name, sizes in request.dims.items() if name in source.default_dims}
     dims = bounded(own, source.default_dims, source.positions)
     forms: list[Form] = [Form(Group(ROOT, ("",)), "", source.face)]
     left_out: list[str] = []
-    if source.regions != "none" and (blocks := blocks_of(source.model, source.regions)):
-        found = Dims(dict(source.looks), related=not source.calls)
+    if blocks:
+        found = Dims(dict(source.looks), related=not source.calls and "height" not in source.looks)
         source, forms, left_out = forms_of(source, blocks, dims, found, device)
         dims |= {name: span(found.series[name]) for name in found.series if name not in dims}
     else:
         require_no_cache(source)
         source = replace(source, regions="none")
+        forms = [Form(Group(ROOT, ("",)), "", whole_call(source, device))]
     dims = bounded(request.dims, dims, source.positions)
     require_covered(dims, request.buckets)
     units = [unit for form in forms for unit in in_buckets(form, dims, request.buckets)]
@@ -99,6 +104,46 @@ def require_no_cache(source: Source) -> None:
             f"{type(source.model).__name__} has a KV cache for each layer, and a graph takes one",
             hint="compile its blocks: leave --regions none out, or name them with --regions PATH",
         )
+
+
+def whole_call(source: Source, device: torch.device) -> Face:
+    """How a whole model is called: positions are its own affair, and so are flags that say nothing.
+
+    Blocks are given tables of positions, which are whole where the model is given positions; who
+    calls a model gives none.
+    """
+    if source.live or source.program.task != "forward":
+        return source.face
+    face = source.face.leaving_out("position_ids")
+    runs = [look(replace(source, face=face), 0, {}, device)]
+    try:
+        (seen,) = observe(source.model, {"": source.model}, runs, device).values()
+    except CompileFailed:  # what it is worth is seen when it is exported
+        return face
+    return face.freed(seen.idle)
+
+
+def blocks_to_compile(source: Source, device: torch.device) -> Mapping[str, nn.Module]:
+    """The blocks that were asked for; none where the whole model is to be one graph."""
+    if source.regions == "none":
+        return {}
+    blocks = blocks_of(source.model, source.regions)
+    if blocks or source.regions != "auto":
+        return blocks
+    return called_again(source, alone(source.model), device)
+
+
+def called_again(
+    source: Source, blocks: Mapping[str, nn.Module], device: torch.device
+) -> dict[str, nn.Module]:
+    """Those of some blocks that the model calls more than once, as ALBERT does its only one."""
+    try:
+        runs = [look(source, 0, blocks, device)] if blocks else []
+        with attention_of(source.model, source.attention):
+            found = observe(source.model, blocks, runs, device)
+    except CompileFailed:  # it cannot be run so; as one graph it may be compiled
+        return {}
+    return {path: blocks[path] for path, seen in found.items() if seen.times > 1}
 
 
 def span(series: Sequence[int]) -> Range:
@@ -274,7 +319,7 @@ def faces_of(
         )
     face = face_of(seen.calls, found, source.vocabulary, type(block).__name__)
     if source.layout is None:  # loaders without a manifest give a graph all that a call has
-        face = face.without(seen.unused)
+        face = face.without(seen.unused).freed(seen.idle)
     held = next((cache for call in seen.calls for cache in call.caches), None)
     if held is None:
         return {"": face}

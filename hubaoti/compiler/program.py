@@ -108,7 +108,9 @@ def is_program_of(model: nn.Module, program: Program, whole: bool) -> bool:
     config = getattr(model, "config", None)
     if not (is_transformers(config) or is_diffusers(config)):
         return False
-    left_out = {"class", "structure"} | (set() if whole else OUTPUTS)
+    # A call of a model that was compiled from its config says itself whether it wants a cache.
+    said = set() if "structure" in program.config else {"use_cache"}
+    left_out = {"class", "structure"} | (said if whole else OUTPUTS)
     # Adapters read no config of the model; they were compiled with it, or stand over its layers.
     for parts in (own_parts(model), model.modules()):
         types = frozenset(map(type, parts))

@@ -81,6 +81,19 @@ def walk(module: nn.Module, path: str, named: set[str]) -> Iterator[tuple[str, n
         yield from walk(child, name, named)
 
 
+def alone(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost blocks that are the only one of their list; what lies within one is its own."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        children = (
+            [*module.children()] if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
+        )
+        inside = any(path.startswith(f"{outer}.") for outer in found)
+        if len(children) == 1 and is_block(children[0]) and not inside:
+            found[f"{path}.{next(name for name, _ in module.named_children())}"] = children[0]
+    return found
+
+
 def is_block(module: nn.Module) -> bool:
     """More than a layer: it has children that compute, and two parameters at least."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):

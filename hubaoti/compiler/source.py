@@ -237,7 +237,8 @@ def incapable(making: Making, why: ValueError) -> HubaotiError:
 def make(making: Making, attention: str, trust: bool) -> nn.Module:
     """Build with weights, or without: buffers for real, parameters untouched or not there."""
     auto = named_class(making) or tasks.auto_class(making.task, making.config)
-    making.config.use_cache = making.task == "generate"  # a cache would be one more output
+    if hasattr(making.config, "use_cache"):  # to one that has none, layers would be given one
+        making.config.use_cache = making.task == "generate"  # a cache would be one more output
     options: dict[str, Any] = {"dtype": making.dtype, "attn_implementation": attention}
     options["trust_remote_code"] = trust
     if making.weights:

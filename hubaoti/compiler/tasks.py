@@ -186,6 +186,13 @@ def real(name: str, sizes: tuple[int, ...]) -> Input:
     return Input(name=name, dtype="float32", shape=("batch", *sizes), values="real")
 
 
+def largest_of(config: Any, name: str, default: int) -> int:
+    """A number of a config; of one that has a number for each of its stages, the largest."""
+    value = getattr(config, name, None)
+    each = value if isinstance(value, (list, tuple)) else [value]
+    return max((number for number in each if isinstance(number, int)), default=default)
+
+
 def square(size: Any) -> tuple[int, int]:
     """Height and width of images, which a config may give as one number."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -236,7 +243,8 @@ def learned_positions(model: nn.Module) -> int | None:
 
 def longest(folder: Path, config: Any, positions: int | None, most: int) -> int:
     """The largest default for a length: less where the model or its tokenizer ends before."""
-    limits = [most, positions, getattr(config.get_text_config(), "max_position_embeddings", None)]
+    names = ("max_position_embeddings", "max_seq_len")
+    limits = [most, positions, *(getattr(config.get_text_config(), name, None) for name in names)]
     limits.append(read_json(folder / "tokenizer_config.json").get("model_max_length"))
     return min(int(n) for n in limits if isinstance(n, (int, float)) and 2 <= n < LARGEST)
 

@@ -26,7 +26,7 @@ from hubaoti.compiler.plan import ROOT, Unit, tracing_attention
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.shapes import example_sizes, probes
 from hubaoti.compiler.source import Source, attention_of
-from hubaoti.compiler.tasks import WHOLE
+from hubaoti.compiler.tasks import WHOLE, largest_of
 from hubaoti.errors import CompileFailed, HubaotiError
 from hubaoti.manifest import Check, File, Golden, Graph, Outputs
 from hubaoti.package import members_of, unpack_all
@@ -193,8 +193,8 @@ def trial_of(
         module=place.module,
         device=device,
         tolerance=max(verify.TOLERANCE[source.dtype], verify.COARSE.get(place.recipe or "", 0.0)),
-        scores=getattr(text, "num_attention_heads", 1),
-        width=getattr(text, "hidden_size", 0) + (source.vocabulary if "logits" in words else 0),
+        scores=largest_of(text, "num_attention_heads", 1),
+        width=largest_of(text, "hidden_size", 0) + (source.vocabulary if "logits" in words else 0),
     )
 
 

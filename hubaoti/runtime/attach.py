@@ -324,13 +324,14 @@ def opened(found: Iterable[Served], parts: Parts) -> Iterator[Region]:
         CannotOpen, MissingOps: a library cannot be loaded here.
         OtherProgram: a module cannot be called as the one that was compiled. Nothing was touched.
     """
-    expands = "model_type" in parts.manifest.program.config
+    program, build = parts.manifest.program, parts.manifest.build
+    expands = "model_type" in program.config
     shared: dict[tuple[Any, ...], Ways] = {}
     for each in found:
         module, device = each.inside.module, each.device
         key = (device, type(module), *(entry.id for entry in each.entries))
         if key not in shared:
-            shared[key] = ways_of(each, device, expands)
+            shared[key] = ways_of(each, device, expands, build.attention)
         ways = shared[key]
         graphs = [
             open_graph(parts.graph_folder(entry), entry, device, checks)
@@ -339,7 +340,7 @@ def opened(found: Iterable[Served], parts: Parts) -> Iterator[Region]:
         yield Region(each.path, ways, graphs, each.inside)
 
 
-def ways_of(served: Served, device: torch.device, expands: bool) -> Ways:
+def ways_of(served: Served, device: torch.device, expands: bool, attention: str) -> Ways:
     """How the graphs of a module are called.
 
     Raises:
@@ -347,7 +348,7 @@ def ways_of(served: Served, device: torch.device, expands: bool) -> Ways:
     """
     module = served.inside.module
     try:
-        return Ways(served.entries, module, device, expands)
+        return Ways(served.entries, module, device, expands, attention)
     except Unserved as why:
         raise OtherProgram(
             f"{served.path or type(module).__name__} is called otherwise than the module that was "

@@ -8,7 +8,7 @@ transformers is not imported. A layer of any other class is left to eager.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from hubaoti.runtime.reasons import Unserved
 
 STATIC = {"StaticLayer", "LinearAttentionAndStaticFullAttentionLayer"}
 SLIDING = {"StaticSlidingWindowLayer", "LinearAttentionAndStaticSlidingWindowAttentionLayer"}
+LAYERS = ("layer_idx", "layer_id", "layer_number")  # what models call a layer's own number
 COUNTED = "_hubaoti_filled"  # on a layer: its own count, at which version, and what that was
 CAPTURED = "captured"  # there: that is not known any more
 
@@ -107,7 +108,7 @@ class Place:
     """Where a block's layer is in a cache, and what its graphs want of it."""
 
     def __init__(self, block: nn.Module, entries: Sequence[Entry]) -> None:
-        numbers = {vars(part).get("layer_idx") for part in block.modules()} - {None}
+        numbers = {*layer_numbers(block)}
         self._index: int | None = numbers.pop() if len(numbers) == 1 else None
         self._faces = [(entry.cache, entry) for entry in entries if entry.cache is not None]
 
@@ -131,8 +132,10 @@ class Place:
     def _layer(self, cache: Any) -> Any:
         """The block's own layer."""
         layers = getattr(cache, "layers", None)
-        if cache is None or self._index is None or not isinstance(layers, list):
+        if cache is None or not isinstance(layers, list):
             raise Unserved("cache", f"the cache is {type(cache).__name__}")
+        if self._index is None:
+            raise Unserved("layer", "the block does not say which layer of a cache is its own")
         layer = layers[self._index] if self._index < len(layers) else None
         named = type(layer).__name__ in STATIC | SLIDING
         if not named or type(layer).__module__ != "transformers.cache_utils":
@@ -144,6 +147,13 @@ class Place:
         face, entry = self._faces[0]
         items = (entry.inputs[face.keys], entry.inputs[face.values])
         layer.lazy_initialization(*(empty_like_of(item, rows, device) for item in items))
+
+
+def layer_numbers(module: nn.Module) -> Iterator[int]:
+    """The numbers that a module and what is in it have as layers of a model."""
+    for part in module.modules():
+        each = (vars(part).get(name) for name in LAYERS)
+        yield from (number for number in each if type(number) is int)
 
 
 def empty_like_of(item: Input, rows: int, device: torch.device) -> torch.Tensor:

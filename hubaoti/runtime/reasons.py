@@ -22,6 +22,7 @@ ADVICE = {
     "arguments": "call it as it was called when it was compiled",
     "cache": 'generate with cache_implementation="static"; use_cache=False where nothing is '
     "generated",
+    "layer": "call it without a cache: use_cache=False",
     "capture": "a CUDA graph is replayed with the module's own work in it; call the model as it is "
     "to have its graphs answer",
     "window": "no graph is for a window that is full: compile with a cache dim that reaches it",

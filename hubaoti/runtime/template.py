@@ -21,6 +21,7 @@ MISSING: Any = type("Missing", (), {"__repr__": lambda _: "nothing"})()
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 NUMBERS = (int, float)
 CACHE = ("past_key_values", "cache")  # what transformers calls a KV cache: before 5.24, and since
+CAUSAL = "is_causal"  # the flag that counts where there is no mask
 BESIDE = {"class", "order"}
 
 Make = Callable[[Sequence[torch.Tensor]], Any]
@@ -148,7 +149,7 @@ class Layout:
     def _compare(self, row: Sequence[Any]) -> None:
         """Compare constants that are not the very same objects."""
         for place, expected, where in self._constants:
-            if not same_literal(row[place], expected):
+            if not same_literal(row[place], expected) and not is_off(row[place], expected, where):
                 reason = "cache" if is_cache(row[place]) else "arguments"
                 told = f"{where} is {kind(row[place])}; the graph has {expected!r:.60}"
                 raise Unserved(reason, told)
@@ -284,6 +285,14 @@ def same_literal(value: Any, expected: Any) -> bool:
     return bool(value == expected)
 
 
+def is_off(value: Any, expected: Any, where: str) -> bool:
+    """Whether a flag that the graph does not know is off: as if it were not given.
+
+    Only of attention that has no mask, being causal is said by leaving the flag out.
+    """
+    return value is False and expected is MISSING and where != CAUSAL
+
+
 def kind_of_device(value: Any) -> str | None:
     """The kind of a device, however it is named; None of anything else."""
     try:
@@ -338,7 +347,8 @@ def words_in(template: Any) -> Iterator[str]:
     """The words of a template, a tensor's for each of its places."""
     if isinstance(template, dict):
         word, inner = word_of(template)
-        yield word
+        if word != "any" or isinstance(inner, dict):  # a flag that nobody reads is a constant
+            yield word
         items = children_of(word, inner)
     else:
         items = template if isinstance(template, list) else ()

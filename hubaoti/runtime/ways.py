@@ -26,8 +26,9 @@ from hubaoti.runtime.containers import Answers
 from hubaoti.runtime.kv import Held, put_into
 from hubaoti.runtime.modes import refuse_modes
 from hubaoti.runtime.reasons import Unserved
-from hubaoti.runtime.template import CallPlan, kind
+from hubaoti.runtime.template import CAUSAL, CallPlan, kind
 
+MASKED = ("sdpa", "eager")  # of which transformers leave a mask out that would say nothing
 PLAIN = (torch.Tensor, nn.Parameter)
 NOTHING = torch.empty(0, dtype=torch.bool, device="cpu")  # stands where an input is left out
 REASONS: dict[type, str] = {Overlap: "overlap", BadValue: "values"}
@@ -62,8 +63,14 @@ class Ways:
     """The graphs that serve the same modules, in their order, and the ways to them."""
 
     def __init__(
-        self, entries: Sequence[Entry], block: nn.Module, device: torch.device, expands: bool
+        self,
+        entries: Sequence[Entry],
+        block: nn.Module,
+        device: torch.device,
+        expands: bool,
+        attention: str,
     ) -> None:
+        """`attention` is what the graphs were compiled from: that of a block without a config."""
         self.entries = sorted(entries, key=lambda entry: entry.order)
         self.device = device
         self.checks = [Checks(entry, device) for entry in self.entries]
@@ -79,8 +86,9 @@ class Ways:
         self._expands = expands
         self._config = next((p.config for p in block.modules() if hasattr(p, "config")), None)
         self._masks = sum(item.values == "mask" for item in first.inputs)
-        # As transformers' sdpa decides where there is no mask.
-        self._is_causal = any(getattr(part, "is_causal", False) for part in block.modules())
+        self._compiled_from = attention
+        says = any(getattr(part, CAUSAL, False) for part in block.modules())
+        self._could_be_causal = bool(first.call["kwargs"].get(CAUSAL, says))
         self._known: Alike[Way] = Alike()
         self._position: tuple[tuple[int, int, int], torch.Tensor] | None = None
 
@@ -147,14 +155,29 @@ class Ways:
             self._require_plain_mask(held)
         return whole
 
+    @property
+    def _attention(self) -> Any:
+        """The name of the attention that the block has now."""
+        return getattr(self._config, "_attn_implementation", self._compiled_from)
+
+    @property
+    def _is_causal(self) -> bool:
+        """Whether without a mask nothing is looked at that comes later, as transformers' sdpa does.
+
+        To its eager attention a mask is what is added, so that none hides nothing.
+        """
+        return self._attention == "sdpa" and self._could_be_causal
+
     def _require_plain_mask(self, held: Held | None) -> None:
         """Refuse to make a mask that would say something else than leaving it out."""
-        if getattr(self._config, "_attn_implementation", None) != "sdpa":
-            raise Unserved("arguments", "a mask is left out, of an attention that is not sdpa")
+        if self._attention not in MASKED:
+            told = f"a mask is left out, of an attention that is {self._attention}"
+            raise Unserved("arguments", f"{told}, not {' or '.join(MASKED)}")
         if self._masks != 1:
             raise Unserved("arguments", "a mask is left out, and there are several")
-        # Of one token sdpa looks at all places, those that are empty among them.
-        if held is not None and (held.before or held.seq == 1 or held.slides):
+        # Of one token sdpa looks at all places, those that are empty among them; eager always does.
+        looks = held is not None and (held.before or held.seq == 1 or held.slides)
+        if looks or (held is not None and not self._is_causal):
             raise Unserved("arguments", "a mask is left out, over a cache that has more places")
 
     def _positions(self, held: Held) -> torch.Tensor:
