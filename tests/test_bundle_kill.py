@@ -43,6 +43,7 @@ with writing(Path(sys.argv[1])) as folder:
         print(child, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     os.close(1)
+    signal.alarm(60)
     signal.pause()
 """
 # The process ends itself in the middle of a replacement, before or after the new one is in place.
