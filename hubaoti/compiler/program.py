@@ -129,7 +129,7 @@ def is_program_of(model: nn.Module, program: Program, whole: bool) -> bool:
 def attributes(code: Code, task: str) -> rebuilt.Listing:
     """A listing of the attributes that the code of a model reads."""
     normal = Normal(code, task)
-    left_out = NAMES | OUTPUTS
+    left_out = NAMES | OUTPUTS | {"_gradient_checkpointing_func"}
     return rebuilt.Listing(
         lambda name: name not in left_out and code.reads(name), normal.config_of_part
     )
