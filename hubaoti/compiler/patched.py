@@ -40,7 +40,7 @@ def patches(model: nn.Module, code: Code) -> dict[str, Any]:
     known = LOOKED_AT.get(asked)
     if known is None or not known.is_same:
         while len(LOOKED_AT) >= MOST:
-            LOOKED_AT.pop(next(iter(LOOKED_AT)))
+            LOOKED_AT.pop(next(iter(LOOKED_AT)), None)
         known = LOOKED_AT[asked] = Look(*asked)
     return known.found
 
