@@ -70,11 +70,17 @@ def index(tmp_path: Path) -> Iterator[Index]:
 def test_a_source_in_few_words() -> None:
     found = read(TEXT)
     assert found.imports == (
-        Import(("os", "json")),
-        Import(("near",), "", 2),
-        Import(("n",), "torch", 0),
-        Import(("kernel",), "fast", 0),
+        Import(("os", "json"), originals=("os", "other")),
+        Import(("near",), "", 2, ("near",)),
+        Import(("n",), "torch", 0, ("nn",)),
+        Import(("kernel",), "fast", 0, ("kernel",)),
     )
+    assert found.assigned == {
+        "kernel": "None",
+        "Config.size": "'beside'",
+        **dict.fromkeys(("Config.width()", "Layer.forward()"), "()"),
+        **dict.fromkeys(("Config.width(*)", "Layer.forward(*)"), "{}"),
+    }
     config, layer = found.statements[-2:]
     assert (config.defines, config.has_forward, config.by_computed_name) == ("Config", False, False)
     assert config.methods == {"hidden_size"}

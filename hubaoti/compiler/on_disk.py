@@ -39,7 +39,7 @@ class OnDisk:
     @cached_property
     def whole(self) -> CodeType | None:
         """The code of the file; None where it cannot be read."""
-        loader: Any = getattr(self.module.__spec__, "loader", None)
+        loader: Any = getattr(getattr(self.module, "__spec__", None), "loader", None)
         try:
             if hasattr(loader, "get_code"):
                 code = loader.get_code(self.module.__name__)
@@ -57,7 +57,10 @@ class OnDisk:
     @cached_property
     def parsed(self) -> Parsed | None:
         """What is known of the source; nothing of torch's, whose files are many and long."""
-        return None if self.text is None or self.package in OUTSIDE else parsed(self.text)
+        try:
+            return None if self.text is None or self.package in OUTSIDE else parsed(self.text)
+        except SyntaxError:  # it was changed since
+            return None
 
     @cached_property
     def assigned(self) -> Mapping[str, str]:
@@ -90,10 +93,7 @@ class OnDisk:
         return (from_where(self.module, imported.level, imported.module),)
 
     def taken(self, imported: Import, original: str) -> Any:
-        """What an import binds, as it is loaded now; UNKNOWN where that cannot be told."""
-        if imported.level is None:
-            whole = original if original in sys.modules else original.partition(".")[0]
-            return sys.modules.get(whole, UNKNOWN)
+        """What a `from` binds, as it is loaded now; UNKNOWN where that cannot be told."""
         (base,) = self.bases(imported)
         inside = sys.modules.get(f"{base}.{original}", UNKNOWN)
         try:

@@ -40,7 +40,7 @@ def patches(model: nn.Module, code: Code) -> dict[str, Any]:
     known = LOOKED_AT.get(asked)
     if known is None or not known.is_same:
         while len(LOOKED_AT) >= MOST:
-            LOOKED_AT.pop(next(iter(LOOKED_AT)))
+            LOOKED_AT.pop(next(iter(LOOKED_AT)), None)
         known = LOOKED_AT[asked] = Look(*asked)
     return known.found
 
@@ -120,12 +120,16 @@ class Judge:
 
     def is_imported(self, file: OnDisk, imported: Import, original: str, value: Any) -> bool:
         """Whether a value is what an import takes, and as that module's file says."""
+        if imported.level is None:  # a module, or the package that it is in
+            names = {original, original.partition(".")[0]} & sys.modules.keys()
+            return any(sys.modules[name] is value for name in names) if names else value is None
         expected = file.taken(imported, original)
-        if expected is UNKNOWN:
-            return self.is_nearby(file, Place(file.module.__name__, original), value)
+        if expected is UNKNOWN:  # something else was put there
+            plain = not isinstance(value, (BuiltinFunctionType, type))
+            return plain and self.is_nearby(file, Place(file.module.__name__, original), value)
         if expected is not value:
             return False
-        if imported.level is None or isinstance(value, ModuleType):
+        if isinstance(value, ModuleType):
             return True
         (base,) = file.bases(imported)
         return is_outside(base) or self.is_as_filed(Place(base, original))

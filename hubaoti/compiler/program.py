@@ -137,10 +137,15 @@ def is_program_of(model: nn.Module, program: Program, whole: bool) -> bool:
 def attributes(code: Code, task: str) -> rebuilt.Listing:
     """A listing of the attributes that the code of a model reads."""
     normal = Normal(code, task)
-    left_out = NAMES | OUTPUTS
-    return rebuilt.Listing(
-        lambda name: name not in left_out and code.reads(name), normal.config_of_part
-    )
+    left_out = NAMES | OUTPUTS | {"vocab_size"}  # which the tables tell by themselves
+
+    def counts(name: str) -> bool:
+        private = name.startswith("_")  # libraries keep plans of loading and training there
+        if name in left_out or (private and code.words is None):
+            return False
+        return code.reads(name) and name != "_gradient_checkpointing_func"
+
+    return rebuilt.Listing(counts, normal.config_of_part)
 
 
 def told(config: Mapping[str, Any], name: str) -> str:

@@ -36,7 +36,7 @@ def is_as_built(model: nn.Module, code: Code, listing: Listing) -> bool:
     key = (type(model), code, text_of_config(model.config))
     if key not in BUILT:
         while len(BUILT) >= MOST:
-            BUILT.pop(next(iter(BUILT)))
+            BUILT.pop(next(iter(BUILT)), None)
         BUILT[key] = made(model, listing)
     other = BUILT[key]
     return other is not None and all(
