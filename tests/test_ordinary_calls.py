@@ -11,6 +11,7 @@ import transformers
 from architectures import ARCHITECTURES, PLAIN, VISION, Architecture
 from ordinary import CALLS, asking, given
 
+from hubaoti.compiler.calls import arguments
 from hubaoti.compiler.constants import Place
 from hubaoti.compiler.plan import plan
 from hubaoti.compiler.program import is_program_of
@@ -19,6 +20,8 @@ from hubaoti.compiler.source import load
 from hubaoti.compiler.unit import bare_graph, trial_of
 from hubaoti.compiler.verify import over_budget
 from hubaoti.errors import BadDim
+from hubaoti.runtime.reasons import Unserved
+from hubaoti.runtime.template import CallPlan, is_own_call
 
 CPU = torch.device("cpu")
 CASES = {
@@ -213,12 +216,45 @@ def test_the_sizes_of_images_are_dims_with_the_bounds_that_are_asked_for(tmp_pat
     assert first.face.inputs[0].shape[:2] == ("batch", 8)
 
 
-@pytest.mark.parametrize("name", ["vit", "dinov2"])
-def test_what_counts_its_patches_keeps_the_size_of_its_config(name: str, tmp_path: Path) -> None:
-    ARCHITECTURES[name].config.save_pretrained(tmp_path)
+COUNTING = {
+    "vit": ARCHITECTURES["vit"],
+    "dinov2": ARCHITECTURES["dinov2"],
+    "mobilenet": Architecture("MobileNetV2", {"image_size": 32}),
+}
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_what_counts_patches_or_pixels_keeps_the_size_of_its_config(
+    name: str, tmp_path: Path
+) -> None:
+    COUNTING[name].config.save_pretrained(tmp_path)
     request = Request(task="forward")
     found = plan(load(tmp_path, request, CPU), request, CPU)
     assert [*found.dims] == ["batch"]
-    with pytest.raises(BadDim, match="no dim 'height'"):
+    if name != "mobilenet":  # of which the line that counts is named when it is exported
         asked = Request(task="forward", dims={"height": Range(32, 64)})
-        plan(load(tmp_path, asked, CPU), asked, CPU)
+        with pytest.raises(BadDim, match="no dim 'height'"):
+            plan(load(tmp_path, asked, CPU), asked, CPU)
+
+
+# Templates
+
+
+def test_a_flag_that_the_graph_does_not_know_may_be_off_but_for_the_one_that_masks() -> None:
+    def forward(x: torch.Tensor, **flags: bool) -> torch.Tensor:
+        return x
+
+    template = {"args": [{"tensor": 0}], "kwargs": {"free": {"any": True}}}
+    found, x = CallPlan(template, 1, forward), torch.ones(1)
+    for flags in ({}, {"use_cache": False}, {"free": False}, {"free": True, "use_cache": None}):
+        assert found.flat([x], flags)[0] is x
+    for flags in ({"use_cache": True}, {"is_causal": False}):
+        with pytest.raises(Unserved, match="the graph has nothing"):
+            found.flat([x], flags)
+
+
+def test_a_flag_that_may_be_anything_is_the_one_of_the_call_that_was_compiled() -> None:
+    template = {"args": [{"tensor": 0}], "kwargs": {"free": {"any": True}}}
+    x = torch.ones(1)
+    assert arguments(template, [x], {}) == ([x], {"free": True})
+    assert is_own_call(template), "no tensor is missing"

@@ -413,12 +413,14 @@ def without_fake(step: str, op: Exception) -> CompileFailed:
 def forget(model: nn.Module) -> None:
     """Empty what a model's classes and their files cached of a run without storage: no values."""
     classes = {base for module in model.modules() for base in type(module).__mro__}
-    files = {sys.modules[cls.__module__] for cls in classes if cls.__module__ in sys.modules}
-    for place in classes | {file for file in files if not file.__name__.startswith("torch.")}:
-        for kept in [*vars(place).values()]:
-            for inner in (kept, *closed_over(kept)):
-                if callable(clear := getattr(inner, "cache_clear", None)):
-                    clear()
+    kept = [value for cls in classes for value in vars(cls).values()]
+    for name in {cls.__module__ for cls in classes} & {*sys.modules}:
+        functions = [*vars(sys.modules[name]).values()]
+        kept += [each for each in functions if getattr(each, "__module__", None) == name]
+    for each in kept:
+        for inner in (each, *closed_over(each)):
+            if callable(clear := getattr(inner, "cache_clear", None)):
+                clear()
 
 
 def closed_over(function: Any) -> Iterator[Any]:

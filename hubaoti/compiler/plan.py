@@ -15,8 +15,9 @@ from torch import nn
 
 from hubaoti.compiler import cache as caches
 from hubaoti.compiler.calls import arguments
+from hubaoti.compiler.export import export
 from hubaoti.compiler.faces import Face, sliding, with_cache
-from hubaoti.compiler.images import of_any_size
+from hubaoti.compiler.images import AXES, of_any_size
 from hubaoti.compiler.infer import Dims, face_of
 from hubaoti.compiler.observe import Given, Observed, observe
 from hubaoti.compiler.regions import Group, alone, attributes, blocks_of, groups_of, is_block
@@ -25,11 +26,12 @@ from hubaoti.compiler.shapes import (
     Bounds,
     bounded,
     bucket_name,
+    example_sizes,
     of_dims,
     require_covered,
 )
 from hubaoti.compiler.source import Source, attention_of
-from hubaoti.errors import BadRequest, CompileFailed
+from hubaoti.errors import BadRequest, CompileFailed, HubaotiError
 from hubaoti.extents import Extent
 from hubaoti.runtime.checks import dtype_of
 from hubaoti.runtime.template import takes_containers
@@ -72,7 +74,9 @@ def plan(source: Source, request: Request, device: torch.device) -> Plan:
     """
     blocks = blocks_to_compile(source, device)
     if blocks:
-        source = of_any_size(source, request.dims, lambda s: observed_with(s, blocks, device))
+        varied = of_any_size(source, request.dims, lambda s: observed_with(s, blocks, device))
+        if varied is not source and ({*AXES} & {*request.dims} or traces(varied, blocks, device)):
+            source = varied
     own = {name: sizes for name, sizes in request.dims.items() if name in source.default_dims}
     dims = bounded(own, source.default_dims, source.positions)
     forms: list[Form] = [Form(Group(ROOT, ("",)), "", source.face)]
@@ -104,6 +108,34 @@ def require_no_cache(source: Source) -> None:
             f"{type(source.model).__name__} has a KV cache for each layer, and a graph takes one",
             hint="compile its blocks: leave --regions none out, or name them with --regions PATH",
         )
+
+
+def traces(source: Source, blocks: Mapping[str, nn.Module], device: torch.device) -> bool:
+    """Whether torch traces a model's blocks for every size of images; some code counts with one."""
+    found = Dims(dict(source.looks), related=False)
+    _, forms, left_out = forms_of(source, blocks, source.default_dims, found, device)
+    known = {name: span(sizes) for name, sizes in found.series.items()} | source.default_dims
+    try:
+        for form in forms:
+            bounds = {name: known[name] for name in form.face.dims}
+            block = blocks[form.group.modules[0]]
+            export(block, form.face, bounds, bare_inputs(form.face, bounds), frozenset(bounds))
+    except HubaotiError:
+        return False
+    return not left_out
+
+
+def bare_inputs(face: Face, bounds: Bounds) -> list[torch.Tensor]:
+    """Inputs without values at sizes to trace with."""
+    sizes = example_sizes(bounds)
+    shapes = [
+        [n if isinstance(n, int) else Extent.parse(n).at(sizes) for n in entry.shape]
+        for entry in face.inputs
+    ]
+    return [
+        torch.empty(shape, dtype=dtype_of(entry.dtype), device="meta")
+        for shape, entry in zip(shapes, face.inputs, strict=True)
+    ]
 
 
 def whole_call(source: Source, device: torch.device) -> Face:
