@@ -63,8 +63,8 @@ ROOMS = {
 DOORS = {
     "torch": {"compiler", "runtime", "engines"},
     "transformers": {"compiler", "engines"},
-    "huggingface_hub": {"hub/client.py", "hub/words.py", "hub/retry.py"},
-    "tenacity": {"hub/retry.py"},
+    "huggingface_hub": {"hub/client.py", "hub/words.py", "hub/retry.py", "hub/bounds.py"},
+    "tenacity": {"hub/retry.py", "hub/bounds.py"},
     "yaml": {"front_matter"},
     "sqlite3": {"mirror", "server"},
     "starlette": {"server"},

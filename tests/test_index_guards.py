@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hubaoti.compiler.export import placeholders
 from hubaoti.compiler.index_guards import MESSAGE, guard_indices
+from hubaoti.compiler.symbols import placeholders
 from hubaoti.manifest import Cache, Input
 
 ROWS, WIDTH = 50, 4

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from hubaoti.compiler import cache as caches
-from hubaoti.compiler.calls import arguments
 from hubaoti.compiler.export import export
 from hubaoti.compiler.faces import Face, sliding, with_cache
 from hubaoti.compiler.images import AXES, of_any_size
 from hubaoti.compiler.infer import Dims, face_of
-from hubaoti.compiler.observe import Given, Observed, observe
+from hubaoti.compiler.looks import look, runs_of
+from hubaoti.compiler.observe import Observed, observe
 from hubaoti.compiler.regions import Group, alone, attributes, blocks_of, groups_of, is_block
 from hubaoti.compiler.request import Range, Request
 from hubaoti.compiler.shapes import (
@@ -299,41 +299,6 @@ def has_groups(config: Any) -> bool:
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     return (getattr(text, "num_key_value_heads", None) or heads) != heads
-
-
-def runs_of(source: Source) -> int:
-    """How many times a model is looked at: once for each size that its dims had."""
-    return len(source.calls) or len(next(iter(source.looks.values()), (1,)))
-
-
-def look(source: Source, at: int, blocks: Mapping[str, nn.Module], device: torch.device) -> Any:
-    """A call of a whole model at the sizes of look number `at`, made where it is used."""
-
-    def again() -> Given:
-        call = source.calls[at]
-        tensors = [
-            torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for tensor in call.tensors
-        ]
-        args, kwargs = arguments(call.template, tensors, {})
-        return Given(tuple(args), kwargs)
-
-    def given() -> Given:
-        sizes = {name: series[at] for name, series in source.looks.items()}
-        tensors = [
-            torch.empty(
-                [n if isinstance(n, int) else Extent.parse(n).at(sizes) for n in entry.shape],
-                dtype=dtype_of(entry.dtype),
-                device=device,
-            )
-            for entry in source.face.inputs
-        ]
-        layers = caches.layers_of(source.model)
-        seen = caches.seen(sizes.get("filled", 1), sizes.get("seq", 1), layers)
-        known = {"size": lambda text: Extent.parse(text).at(sizes), "cache": seen}
-        args, kwargs = arguments(source.face.template, tensors, known)
-        return Given(tuple(args), kwargs)
-
-    return again if source.calls else given
 
 
 def faces_of(

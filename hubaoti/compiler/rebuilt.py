@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from hubaoti.compiler.modelcode import Code
 from hubaoti.compiler.reached import functions_in, home_of
 from hubaoti.compiler.structure import OWN, is_ours, is_plain, plain
+from hubaoti.runtime.adapters import seen_through
 
 HOOKED = {"_hf_hook", "_old_forward"}  # accelerate's: its `forward` is the module's own
 DEEP = 3  # levels of values within values
@@ -39,8 +40,10 @@ def is_as_built(model: nn.Module, code: Code, listing: Listing) -> bool:
             BUILT.pop(next(iter(BUILT)), None)
         BUILT[key] = made(model, listing)
     other = BUILT[key]
+    parts = seen_through(model)[0]  # adapters were compiled with it, or stand aside
+    own = {path: part for path, part in parts.items() if type(part).__module__[:5] != "peft."}
     return other is not None and all(
-        is_like(path, listing.part(part), other) for path, part in model.named_modules()
+        is_like(path, listing.part(part), other) for path, part in own.items()
     )
 
 

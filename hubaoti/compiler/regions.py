@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from hubaoti.canonical import canonical
-from hubaoti.compiler.observe import Observed, bytes_of
+from hubaoti.compiler.observe import Observed
+from hubaoti.compiler.operations import bytes_of
 from hubaoti.errors import BadRequest
 
 # Attributes that differ between equal blocks: their number, and what only training uses.

@@ -1,0 +1,133 @@
+"""Which operations a block does, written down as they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hubaoti.compiler.fake_values import outside
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An operation of a block: what was asked, and what came of it."""
+
+    asked: str
+    out: Any
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down the operations of the block that runs: names, numbers, and of what they are.
+
+    Tensors are called by what they are to the block: one of its inputs, one of its own by name, a
+    result by its place. Any other tensor is a constant, which only its values tell from others.
+
+    What a block of the same kind was asked before, in the same words, it is not asked again: most
+    of a model is blocks that do what one before them did, and a result has no values.
+    """
+
+    def __init__(self, own: Mapping[str, torch.Tensor], truth: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._truth = truth
+        self.lines: list[str] | None = None
+        self.idle: dict[str, frozenset[str]] = {}  # by what a block did: the flags that it ignores
+        self._own = {id(tensor): name for name, tensor in own.items()}
+        self._start = ""
+        self._words: dict[int, str] = {}
+        self._kept: list[torch.Tensor] = []  # an id is one tensor's only while it lives
+        self._known: dict[Any, list[list[Step]]] = {}  # by kinds of blocks
+        self._kind: Any = None
+        self._alike: list[list[Step]] = []  # those that did the same so far
+        self._steps: list[Step] = []
+        self._pure = True
+
+    def begin(self, path: str, block: nn.Module, given: Sequence[torch.Tensor]) -> None:
+        """Write down from here on what the block at a path does with what it is given."""
+        self._start = f"{path}."
+        self._words = {id(tensor): f"input {at}" for at, tensor in enumerate(given)}
+        self.lines, self._kept = [], [*given]
+        own = [face(tensor, name) for name, tensor in block.named_parameters()]
+        own += [face(tensor, name) for name, tensor in block.named_buffers()]
+        self._kind = (type(block), *own, *map(face, given))
+        self._alike, self._steps, self._pure = self._known.get(self._kind, []), [], True
+
+    def end(self, answer: Any) -> str:
+        """What was written down, and what of it the block answers and leaves in its call."""
+        lines, self.lines = self.lines or [], None
+        leaves = [leaf for leaf in tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
+        last = " ".join(self._word(leaf) for leaf in leaves)
+        if self._pure and not self._alike:
+            self._known.setdefault(self._kind, []).append(self._steps)
+        self._words, self._kept = {}, []
+        return "\n".join([*lines, last])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.lines is None:
+            return outside(func, args, kwargs or {}, self._truth)
+        if func.namespace == "prim":  # as asking for a device
+            return func(*args, **(kwargs or {}))
+        asked = " ".join([str(func), *map(self._word, tree_leaves((args, kwargs)))])
+        before = self._before(asked)
+        # A view is of one tensor only, and belongs to it.
+        out = func(*args, **(kwargs or {})) if before is None or func.is_view else before.out
+        leaves = tree_leaves(out)
+        # What writes to a tensor is done for each block: it would write to another's.
+        self._pure &= not func._schema.is_mutable
+        self._pure &= self._is_new(out)
+        self.lines.append(f"{asked} -> {' '.join(map(self._word, leaves))}")
+        self._steps.append(Step(asked, out))
+        return out
+
+    def _before(self, asked: str) -> Step | None:
+        """What came of the same in a block that did the same until here."""
+        at = len(self._steps)
+        alike = (steps for steps in self._alike if at < len(steps))
+        self._alike = [steps for steps in alike if steps[at].asked == asked]
+        step = self._alike[0][at] if self._alike else None
+        # What this block has already, as its input, is another tensor than what comes of it.
+        return step if step is not None and self._is_new(step.out) else None
+
+    def _is_new(self, out: Any) -> bool:
+        """Whether the block has not had any tensor of a result before."""
+        return all(id(leaf) not in self._words for leaf in tree_leaves(out))
+
+    def _word(self, leaf: Any) -> str:
+        if not isinstance(leaf, torch.Tensor):
+            return repr(leaf)
+        if id(leaf) not in self._words:
+            self._words[id(leaf)] = self._new_word(leaf)
+            self._kept.append(leaf)
+        return f"%{self._words[id(leaf)]}{list(leaf.shape)}"
+
+    def _new_word(self, tensor: torch.Tensor) -> str:
+        if id(tensor) in self._own:
+            return self._own[id(tensor)].removeprefix(self._start)
+        place = str(len(self._words))
+        return place if isinstance(tensor, FakeTensor) else f"{place} {bytes_of(tensor)}"
+
+
+def face(tensor: torch.Tensor, name: str = "") -> tuple[Any, ...]:
+    """What of a tensor decides on what comes of it, where it has no values."""
+    return name, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
+
+
+def bytes_of(tensor: torch.Tensor) -> str:
+    """The digest of a tensor's values; a tensor without storage has none.
+
+    Private, checked on torch 2.11 to 2.15: `unset_fake_temporarily`. Within a mode of fake tensors
+    there is no public way to the values of a real one.
+    """
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        return "no values"
+    with unset_fake_temporarily():
+        plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return hashlib.sha256(plain.numpy().tobytes()).hexdigest()[:12]
