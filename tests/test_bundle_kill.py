@@ -248,8 +248,8 @@ def test_a_process_of_a_compile_says_which_disk_is_full(tmp_path: Path, temporar
             pass
     (temporary / "x").unlink()
     told = told_of(why.value, None, tmp_path)  # type: ignore[arg-type]
-    assert told["kind"] == "DiskFull"
-    assert f"no room on the disk of {temporary}" in told["message"]
+    assert told.kind == "DiskFull"
+    assert f"no room on the disk of {temporary}" in told.message
 
 
 def test_a_full_home_does_not_hide_the_bundle(tmp_path: Path) -> None:

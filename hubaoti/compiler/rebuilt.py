@@ -40,11 +40,22 @@ def is_as_built(model: nn.Module, code: Code, listing: Listing) -> bool:
             BUILT.pop(next(iter(BUILT)), None)
         BUILT[key] = made(model, listing)
     other = BUILT[key]
-    parts = seen_through(model)[0]  # adapters were compiled with it, or stand aside
-    own = {path: part for path, part in parts.items() if type(part).__module__[:5] != "peft."}
     return other is not None and all(
-        is_like(path, listing.part(part), other) for path, part in own.items()
+        is_like(path, listing.part(part), other) for path, part in own_parts(model).items()
     )
+
+
+def own_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's parts by their paths; adapters stand aside, or were compiled with it, and what
+    peft wraps whole, as a head that is saved too, is its own affair."""
+    parts = seen_through(model)[0]
+    wrapped = tuple(f"{path}." for path, part in parts.items() if is_of_peft(part))
+    return {p: part for p, part in parts.items() if not f"{p}.".startswith(wrapped)}
+
+
+def is_of_peft(part: nn.Module) -> bool:
+    """Whether peft made a part."""
+    return type(part).__module__.split(".")[0] == "peft"
 
 
 def is_like(path: str, part: Part, other: dict[str, Part]) -> bool:
