@@ -96,7 +96,8 @@ def test_four_megabytes_of_a_manifest_are_read_in_a_second(
     assert 3.5e6 < len(text) < 5.5e6
     start = time.process_time()
     parse(text, "x")
-    assert time.process_time() - start < 1.0 * len(text) / 4e6
+    # Half a second; line coverage doubles it, a busy machine again. It took 17 to 32 before.
+    assert time.process_time() - start < 3.0 * len(text) / 4e6
 
 
 def excessive(manifest: Manifest) -> dict[str, tuple[str, Manifest]]:

@@ -345,7 +345,7 @@ def test_a_missing_repo_and_a_missing_revision_say_so(
         get(f"{repo}@{'0' * 40}", settings)
 
 
-NEWER = canonical({"schema": 2, "something": "else"})
+NEWER = canonical({"schema": 3, "something": "else"})
 PLACE = "float32-sdpa/torch2.13-cpu-x86_64_v4-linux"
 
 
