@@ -55,6 +55,11 @@ def require_sound(
     say("first open")
     verdicts = selftest(artifact.path, artifact.graphs, waiting, device, SECONDS, ops)
     for verdict in verdicts:
+        if verdict.graph not in graphs:
+            raise NotTried(
+                f"a first open told of graph {verdict.graph!r:.80}, which was not tried",
+                hint="nothing was opened here; pull another variant, or compile the model here",
+            )
         tried.settle(verdict, graphs[verdict.graph])
     refuse({each.graph: each.problem for each in verdicts if each.problem}, artifact)
 

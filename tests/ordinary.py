@@ -19,7 +19,7 @@ from hubaoti.compiler.calls import replaced
 from hubaoti.compiler.faces import Face, Flat
 from hubaoti.compiler.plan import Plan
 from hubaoti.compiler.unit import bare_graph
-from hubaoti.runtime.kv import Place
+from hubaoti.runtime.kv import Place, slide_in
 from hubaoti.runtime.reasons import Unserved
 from hubaoti.runtime.ways import Ways
 
@@ -114,12 +114,13 @@ def find(
         held.require_room()
         ways.with_cache(found, held)
     inputs, numbers = found[: ways.plan.count], found[ways.plan.count + 1 :]
-    if held is not None and held.is_full:
+    if held is not None and held.slides:
         inputs.pop()
     way = ways.of(inputs, numbers, held)
     entry = ways.entries[way.graph]
     row = ways.follow(way, inputs, held, path)
     given = [t.clone() if i.mutated else t for i, t in zip(entry.inputs, row, strict=True)]
+    slide_in(entry.cache, held, given)
     if held is not None:
         held.undo()
     return way.graph, given

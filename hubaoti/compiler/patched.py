@@ -81,6 +81,7 @@ class Look:
                         yield from (*dict.keys(entries), *dict.values(entries))
 
 
+LAYERS = {"kernels"}  # of which transformers' decorators make what they put in a function's place
 LOOKED_AT: dict[tuple[Code, frozenset[type], frozenset[str]], Look] = {}
 
 
@@ -191,7 +192,7 @@ class Judge:
                 return False
             plain = not around or home_of(functions[0]).startswith(COMPILED)
             return plain and isinstance(bare(value), FunctionType) and self.all_of(around)
-        return self.all_of(around, packages)
+        return self.all_of(around, packages | LAYERS)
 
     def has_defaults(self, file: OnDisk, place: Place, function: FunctionType) -> bool:
         """Whether a function's arguments have the defaults of the file."""
