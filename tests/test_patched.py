@@ -66,7 +66,7 @@ def made(**changes: Any) -> Any:
 def as_built(model: Any) -> bool:
     """Whether nobody set an attribute of a model."""
     code = code_in(model)
-    return is_as_built(model, code, attributes(code, "generate"))
+    return is_as_built(model, code, "generate", attributes(code, "generate"))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -122,7 +122,7 @@ def is_program_of(model: nn.Module, program: Program, whole: bool) -> bool:
             if "structure" in program.config or digest_of_code(code, model) != program.code:
                 return False
             listed = attributes(code, program.task)
-            built = is_as_built(model, code, listed)  # loads what it first needs
+            built = is_as_built(model, code, program.task, listed)  # loads what it first needs
             return built and not patches(model, code)
     raise OtherProgram(
         f"{type(model).__name__} is not of the program that was compiled: "

@@ -25,16 +25,16 @@ MOST = 32  # kinds of models that are kept
 
 Part = tuple[str, dict[str, Any]]
 # What classes make of configs, in this process; None where they make nothing without weights.
-BUILT: dict[tuple[type, Code, str], dict[str, Part] | None] = {}
+BUILT: dict[tuple[type, Code, str, str], dict[str, Part] | None] = {}
 
 
-def is_as_built(model: nn.Module, code: Code, listing: Listing) -> bool:
-    """Whether the attributes that code reads are those that the model's class gave it.
+def is_as_built(model: nn.Module, code: Code, task: str, listing: Listing) -> bool:
+    """Whether the attributes that code reads for a task are those that the model's class gave it.
 
     Its class makes another one of the same config, without memory for weights. Parts that only the
     other has are ones that the model was made without.
     """
-    key = (type(model), code, text_of_config(model.config))
+    key = (type(model), code, task, text_of_config(model.config))
     if key not in BUILT:
         while len(BUILT) >= MOST:
             BUILT.pop(next(iter(BUILT)), None)
@@ -114,9 +114,11 @@ class Listing:
 
     def part(self, module: nn.Module) -> Part:
         """A module by its class and attributes."""
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        own = vars(module)
+        cls, own = type(module), vars(module)
         left_out = OWN if own.keys().isdisjoint(HOOKED) else {*OWN, "forward"}
+        if is_ours(cls):  # a Linear whose weight was quantized in place
+            cls, left_out = cls.__mro__[1], {*left_out, *cls.__annotations__}
+        kind = f"{cls.__module__}.{cls.__qualname__}"
         names = [name for name in own.keys() - left_out if name == "forward" or self.counts(name)]
         return kind, {n: self.value(own[n]) for n in sorted(names) if not is_ours(own[n])}
 
