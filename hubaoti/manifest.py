@@ -224,25 +224,26 @@ def contradictions(manifest: Manifest) -> list[str]:
 
 def schema_of(graphs: Iterable[Graph]) -> int:
     """The oldest schema that can say what graphs take and leave."""
-    return 2 if any(writes_containers(graph) for graph in graphs) else 1
+    return 2 if any(says_more(graph) for graph in graphs) else 1
 
 
-def writes_containers(graph: Graph) -> bool:
-    """Whether a graph leaves something in its call, or is given dictionaries by whole numbers."""
+def says_more(graph: Graph) -> bool:
+    """Whether a graph leaves something in its call, or its call has words of schema 2."""
     args, kwargs = graph.call.get("args"), graph.call.get("kwargs")
     templates = [args, {"dict": kwargs}, graph.outputs.template]
-    return graph.outputs.writes is not msgspec.UNSET or any(map(has_items, templates))
+    return graph.outputs.writes is not msgspec.UNSET or any(map(has_new_words, templates))
 
 
-def has_items(template: Any) -> bool:
-    """Whether a template has a dictionary whose keys are no words."""
+def has_new_words(template: Any) -> bool:
+    """Whether a template has a dictionary whose keys are no words, or a float without a part."""
     if isinstance(template, list):
-        return any(map(has_items, template))
+        return any(map(has_new_words, template))
     if not isinstance(template, dict):
         return False
     inner: Any = template.get("dict", template.get("fields", template.get("tuple", ())))
     each = inner.values() if isinstance(inner, dict) else inner
-    return "items" in template or (isinstance(inner, (dict, list)) and any(map(has_items, each)))
+    new = "items" in template or "float" in template
+    return new or (isinstance(inner, (dict, list)) and any(map(has_new_words, each)))
 
 
 def excesses(manifest: Manifest) -> list[str]:

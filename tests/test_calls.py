@@ -6,14 +6,19 @@ import json
 from collections import OrderedDict
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from hubaoti.compiler.calls import Calls, arguments, call_of, capture, thaw
+from hubaoti.canonical import canonical
+from hubaoti.compiler.calls import Calls, Frozen, arguments, call_of, capture, thaw
 from hubaoti.errors import BadRequest
+from hubaoti.runtime.answer import answer_plan
+from hubaoti.runtime.reasons import Unserved
+from hubaoti.runtime.template import CallPlan
 
 
 class Echo(nn.Module):
@@ -321,3 +326,22 @@ def test_a_call_that_can_be_recorded_counts_beside_one_that_cannot() -> None:
         module(torch.ones(2), scale=OrderedDict(a=1))
     assert shapes(calls) == [((2,),)]
     assert calls.require() == calls.each
+
+
+def test_a_float_without_a_part_is_no_whole_number() -> None:
+    """JSON has one word for both, and what is computed with them has two dtypes."""
+    frozen = Frozen()
+    template = {
+        "args": [frozen.freeze(2.0, "scale"), 2],
+        "kwargs": {"rate": frozen.freeze(1.5, "rate")},
+    }
+    read = msgspec.json.decode(canonical(template))
+    assert read == {"args": [{"float": "2.0"}, 2], "kwargs": {"rate": 1.5}}
+    args, kwargs = arguments(read, [], {})
+    assert [*map(type, args)] == [float, int] and kwargs == {"rate": 1.5}
+    plan = CallPlan(read, 0, lambda scale, times, rate=1.5: None)
+    assert plan.flat((2.0, 2), {}) == [None]
+    for wrong in ((2, 2), (2.0, 2.0), (3.0, 2)):
+        with pytest.raises(Unserved):
+            plan.flat(wrong, {})
+    assert type(answer_plan({"float": "2.0"})([])) is float

@@ -33,7 +33,7 @@ from hubaoti.memory import OVERHEAD, Peak, require_memory
 from hubaoti.requirements import Requirements
 from hubaoti.runtime.checks import beside_memory, has_memory
 from hubaoti.runtime.golden import GOLDEN, kept
-from hubaoti.runtime.template import takes_containers
+from hubaoti.runtime.template import takes_containers, words_in
 from hubaoti.steps import Say
 
 # Of what hubaoti puts into graphs beside a model's code: attention, caches, quantized weights,
@@ -255,8 +255,15 @@ def version_of(plan: Plan) -> int:
 
 
 def needs_care(unit: Unit) -> bool:
-    """Whether a graph takes numbers that may choose rows, or what its module may write into."""
+    """Whether a graph takes numbers that may choose rows, floats that were told from whole numbers
+    only since, or what its module may write into."""
     cache = unit.face.cache
     inputs = [each for at, each in enumerate(unit.face.inputs) if not cache or at != cache.position]
     chosen = any(each.values == "position" or each.values.startswith("any<") for each in inputs)
-    return chosen or takes_containers(unit.face.template)
+    template = unit.face.template
+    words = {
+        word
+        for each in (*template["args"], *template["kwargs"].values())
+        for word in words_in(each)
+    }
+    return chosen or "float" in words or takes_containers(template)

@@ -65,7 +65,8 @@ class Frozen:
         if isinstance(value, torch.Tensor):
             return {"tensor": self._place(value, name)}
         if isinstance(value, LITERALS):
-            return value
+            whole = type(value) is float and not value % 1.0  # JSON would make an int of it
+            return {"float": repr(value)} if whole else value
         if isinstance(value, (torch.dtype, torch.device)):
             return {type(value).__name__: str(value).removeprefix("torch.")}
         if isinstance(value, Cache):
@@ -132,6 +133,7 @@ CONSTANTS: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {
     "any": lambda face, known: filling(face, known) if isinstance(face, dict) else face,
     "dtype": lambda name, _: getattr(torch, name),
     "device": lambda name, _: torch.device(name),
+    "float": lambda text, _: float(text),
 }
 
 

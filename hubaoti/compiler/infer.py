@@ -146,7 +146,8 @@ def merged(templates: Sequence[Any], dims: Dims, where: str) -> Any:
     first = templates[0]
     if all(template == first and type(template) is type(first) for template in templates[1:]):
         return first
-    if isinstance(first, dict) and all(same_keys(first, each) for each in templates):
+    is_float = isinstance(first, dict) and "float" in first
+    if isinstance(first, dict) and not is_float and all(same_keys(first, t) for t in templates):
         return {key: merged([each[key] for each in templates], dims, where) for key in first}
     if isinstance(first, list) and all(same_length(first, each) for each in templates):
         return [merged(list(each), dims, where) for each in zip(*templates, strict=True)]
@@ -156,8 +157,17 @@ def merged(templates: Sequence[Any], dims: Dims, where: str) -> Any:
             return {"size": str(found)}
     raise BadRequest(
         f"capture: calls of {where} differ in a value that is no tensor: "
-        + ", ".join(repr(each) for each in templates),
+        + ", ".join(map(spelled, templates)),
         hint="give it as a tensor, or compile one bundle for each of the values",
+    )
+
+
+def spelled(template: Any) -> str:
+    """A literal as it was given."""
+    return (
+        str(template["float"])
+        if isinstance(template, dict) and "float" in template
+        else repr(template)
     )
 
 

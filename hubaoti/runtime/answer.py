@@ -43,7 +43,8 @@ def answer_plan(template: Any, given: Mapping[tuple[Any, ...], int] | None = Non
         fields = {name: plan(inner[name]) for name in template.get("order", inner)}
         cls = output_class(template["class"]) if "class" in template else dict
         return lambda tensors: cls(**{name: make(tensors) for name, make in fields.items()})
-    value = getattr(torch, inner) if word == "dtype" else torch.device(inner)
+    kinds: dict[str, Callable[[Any], Any]] = {"dtype": partial(getattr, torch), "float": float}
+    value = kinds.get(word, torch.device)(inner)
     return lambda tensors: value
 
 

@@ -185,6 +185,9 @@ class Layout:
         self.extents.append(Extent.parse(extent))
         self._numbers.append(place)
 
+    def _float(self, text: str, place: int, where: str) -> None:
+        self._constants.append((place, float(text), where))
+
     def _dtype(self, name: str, place: int, where: str) -> None:
         self._constants.append((place, getattr(torch, name), where))
 
@@ -219,6 +222,7 @@ WORDS: dict[str, Callable[[Layout, Any, int, str], None]] = {
     "cache": Layout._cache,
     "any": Layout._anything,
     "size": Layout._number,
+    "float": Layout._float,
     "dtype": Layout._dtype,
     "device": Layout._device,
     "tuple": Layout._sequence,
