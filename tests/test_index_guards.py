@@ -60,6 +60,7 @@ UNGUARDED: dict[str, Use] = {
 BOUNDED: dict[str, Use] = {
     "the best": lambda table, x, n: table[x.topk(2).indices],
     "the largest": lambda table, x, n: table[x.argmax(-1)],
+    "the largest of two answers": lambda table, x, n: table[x.max(-1).indices],
     "an order": lambda table, x, n: x[x[:, 0].argsort()],
     "places that are counted": lambda table, x, n: table[(n != 1).int().cumsum(0).clamp(max=9)],
     "no numbers of the caller": lambda table, x, n: table[torch.arange(3)] + x.sum(),
@@ -125,6 +126,43 @@ def test_a_class_that_counts_for_nothing_is_none_that_is_missing() -> None:
 @pytest.mark.parametrize("name", BOUNDED)
 def test_what_sizes_bound_is_not_asked_again(name: str) -> None:
     assert exported(BOUNDED[name])[2] == 0
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda table, x, n: table[x[:, 0].argmax()] + x,
+        lambda table, x, n: table[torch.bucketize(x[:, 0], table[:, 0].sort().values)],
+        lambda table, x, n: table[n[0]] + x,
+        lambda table, x, n: table[n[-1].item()] + x,
+    ],
+    ids=["a place among more rows", "a bucket beyond the last", "one row", "one row by a number"],
+)
+def test_a_place_of_something_larger_and_a_single_number_are_asked_too(use: Use) -> None:
+    assert exported(use)[2] == 1
+
+
+def test_one_row_by_a_number_that_no_table_has_is_an_error() -> None:
+    program, module, _ = exported(lambda table, x, n: table[n[0]] + x)
+    x, numbers = torch.randn(3, WIDTH), torch.tensor([-3, 0, 1])
+    torch.testing.assert_close(program.module()(x, numbers), module(x, numbers))
+    numbers[0] = ROWS
+    with pytest.raises(RuntimeError, match=MESSAGE):
+        program.module()(x, numbers)
+
+
+def test_what_stands_in_a_part_of_a_program_is_guarded_too() -> None:
+    def inside(table: torch.Tensor, x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return table[n] + x
+
+    program, module, found = exported(inside)
+    assert found == 1
+    x, numbers = torch.randn(3, WIDTH), torch.tensor([1, 2, 3])
+    torch.testing.assert_close(program.module()(x, numbers), module(x, numbers))
+    numbers[0] = ROWS
+    with pytest.raises(RuntimeError, match=MESSAGE):
+        program.module()(x, numbers)
 
 
 def test_ids_that_are_looked_at_before_a_call_are_not_asked_again_unless_the_table_is_smaller() -> (

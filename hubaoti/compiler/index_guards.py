@@ -8,13 +8,14 @@ that nothing had to be clamped is asserted in a step of its own, of which the ca
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import Graph, GraphModule, Node
 
 from hubaoti.manifest import Cache, Input
 
@@ -30,14 +31,18 @@ ALONG_A_DIM = {
 BY_LISTS = {"index", "index_put", "_unsafe_index", "_unsafe_index_put"}
 # Of a class for each row; one number says that a row has none.
 BY_CLASSES = {"nll_loss_nd", "nll_loss", "nll_loss2d", "cross_entropy_loss"}
-# What these answer is bounded by sizes, whatever the numbers are that they are given; of those with
-# two answers the second.
-BOUNDED = {
-    *("argsort", "argmax", "argmin", "nonzero", "searchsorted", "bucketize", "multinomial"),
+# What these answer does not depend on the numbers that they are given.
+FIXED = {
     *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
     *("new_zeros", "new_ones", "new_full", "new_empty", "sym_size"),
 }
-WITH_PLACES = {"topk", "sort", "max", "min", "median", "kthvalue", "mode", "cummax", "cummin"}
+# What these answer are places along a dim, whose argument's place is the number; of those with two
+# answers it is the second.
+PLACES = {"argsort": 1, "argmax": 1, "argmin": 1}
+WITH_PLACES = {
+    **dict.fromkeys(("sort", "max", "min", "median", "mode", "cummax", "cummin"), 1),
+    **dict.fromkeys(("topk", "kthvalue"), 2),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,7 @@ class Index:
         if self.classes is not None:
             return self.classes
         shape = self.table.meta["val"].shape
-        return shape.numel() if self.dim is None else shape[self.dim]
+        return prod(shape) if self.dim is None else shape[self.dim]
 
 
 def guard_indices(
@@ -73,17 +78,32 @@ def guard_indices(
     the places of a KV cache, are checked before each call already.
     """
     given = dict(inputs)
-    count = 0
-    for node in [*program.graph.nodes]:
-        for index in indices_of(node):
-            if is_checked(index, given, inputs, cache) or not follows(index.numbers, given):
-                continue
-            with program.graph.inserting_before(node):
-                node.replace_input_with(index.numbers, guarded(program.graph, index))
-            count += 1
+    count = guard_graph(
+        program.graph, {*given}, lambda index: is_checked(index, given, inputs, cache)
+    )
+    for part in program.graph_module.modules():  # as of autocast that is off for a while
+        if isinstance(part, GraphModule) and part is not program.graph_module:
+            inside = {node for node in part.graph.nodes if node.op == "placeholder"}
+            count += guard_graph(part.graph, inside, lambda index: False)
+            part.recompile()
     if count:
         program.graph_module.recompile()
         program.graph.lint()
+    return count
+
+
+def guard_graph(graph: Graph, given: Set[Node], is_known: Callable[[Index], bool]) -> int:
+    """Guard the indices of a graph that follow from what it is given; how many there are."""
+    count = 0
+    for node in [*graph.nodes]:
+        for index in indices_of(node):
+            if is_known(index) or not follows(index, given):
+                continue
+            takes = index.numbers in node.all_input_nodes
+            user = node if takes else node.args[2]  # a number that was taken out of a tensor
+            with graph.inserting_before(user):
+                user.replace_input_with(index.numbers, guarded(graph, index))
+            count += 1
     return count
 
 
@@ -113,6 +133,14 @@ def along_a_dim(node: Node, name: str) -> Iterator[Index]:
     """An index along one dim: (self, dim, numbers, …)."""
     table, dim, numbers = node.args[:3]
     yield Index(numbers, table, dim, from_end=name == "index_fill")  # type: ignore[arg-type]
+
+
+def by_number(node: Node, _name: str) -> Iterator[Index]:
+    """One row: (self, dim, number), where the number is an element of a tensor."""
+    number = node.args[2]
+    if name_of(number) in {"item", "_local_scalar_dense"}:
+        numbers = number.args[0]  # type: ignore[union-attr]
+        yield Index(numbers, node.args[0], node.args[1], from_end=True)  # type: ignore[arg-type]
 
 
 def by_lists(node: Node, _name: str) -> Iterator[Index]:
@@ -151,6 +179,13 @@ def as_classes(node: Node, _name: str) -> Iterator[Index]:
         yield Index(numbers, numbers, None, classes=classes)  # type: ignore[arg-type]
 
 
+def by_pooled(node: Node, _name: str) -> Iterator[Index]:
+    """Places that a pooling took its numbers from: (self, numbers, output size)."""
+    sizes = node.args[2]
+    if isinstance(sizes, (list, tuple)) and all(isinstance(size, int) for size in sizes):
+        yield Index(node.args[1], node.args[0], None, classes=prod(sizes))  # type: ignore[arg-type]
+
+
 FINDERS: Mapping[str, Callable[[Node, str], Iterator[Index]]] = {
     **dict.fromkeys(("embedding", "embedding_bag", "_embedding_bag"), by_rows),
     **dict.fromkeys(ALONG_A_DIM, along_a_dim),
@@ -159,6 +194,8 @@ FINDERS: Mapping[str, Callable[[Node, str], Iterator[Index]]] = {
     **dict.fromkeys(BY_CLASSES, by_classes),
     "take_along_dim": along_another,
     "one_hot": as_classes,
+    "select": by_number,
+    **dict.fromkeys(("max_unpool2d", "max_unpool3d"), by_pooled),
 }
 
 
@@ -180,31 +217,51 @@ def is_checked(
     return index.numbers is inputs[cache.position][0] and index.table in places
 
 
-def follows(numbers: Node, given: Mapping[Node, Input]) -> bool:
-    """Whether a caller can make numbers larger than any size allows.
+def follows(index: Index, given: Set[Node]) -> bool:
+    """Whether a caller can make numbers larger than what they choose from.
 
     What a comparison answers is 0 or 1, and what is found by sorting is a place.
     """
-    waiting, seen = [numbers], {numbers}
+    waiting, seen = [index.numbers], {index.numbers}
     while waiting:
         node = waiting.pop()
         if node in given:
             return True
-        if is_bounded(node):
+        if is_bounded(node, index.rows):
             continue
         waiting += [each for each in node.all_input_nodes if each not in seen]
         seen |= {*node.all_input_nodes}
     return False
 
 
-def is_bounded(node: Node) -> bool:
-    """Whether sizes alone bound what an operation answers."""
+def is_bounded(node: Node, rows: Any) -> bool:
+    """Whether an operation answers nothing that there are not rows for, whatever it is given."""
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor) and value.dtype is torch.bool:
         return True
-    if node.target is operator.getitem:
-        return bool(node.args[1] == 1) and name_of(node.args[0]) in WITH_PLACES
-    return name_of(node) in BOUNDED
+    places: int | None = PLACES.get(name_of(node))
+    found = node
+    if node.target is operator.getitem and node.args[1] == 1:
+        found = node.args[0]  # type: ignore[assignment]
+        places = WITH_PLACES.get(name_of(found))
+    if places is None:
+        return name_of(node) in FIXED
+    return is_no_more(size_along(found, places), rows)
+
+
+def size_along(node: Node, place: int) -> Any:
+    """The size along which an operation looks; of all elements where it names no dim."""
+    shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    default = None if name_of(node) in {"argmax", "argmin"} else -1
+    dim = node.args[place] if len(node.args) > place else node.kwargs.get("dim", default)
+    return shape[dim] if isinstance(dim, int) else prod(shape)
+
+
+def is_no_more(size: Any, rows: Any) -> bool:
+    """Whether a size is known to be no more than another; two symbols are where they are one."""
+    if isinstance(size, int) and isinstance(rows, int):
+        return size <= rows
+    return str(size) == str(rows)
 
 
 def name_of(node: Any) -> str:

@@ -180,7 +180,9 @@ def targets(node: ast.stmt) -> list[tuple[str, ast.expr]]:
 
 def is_simple(value: ast.expr) -> bool:
     """Whether an expression has constants, names and containers only, or is a call over such."""
-    parts = [value.func, *value.args] if isinstance(value, ast.Call) else [value]
+    parts = [value]
+    if isinstance(value, ast.Call):
+        parts = [value.func, *value.args, *(each.value for each in value.keywords)]
     return all(isinstance(node, SIMPLE) for part in parts for node in ast.walk(part))
 
 

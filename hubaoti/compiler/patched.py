@@ -7,6 +7,7 @@ their place is in its key, or its answers are compared.
 
 from __future__ import annotations
 
+import ast
 import itertools
 import re
 import sys
@@ -23,7 +24,7 @@ from torch import nn
 
 from hubaoti.compiler.modelcode import Code, is_generated
 from hubaoti.compiler.on_disk import UNKNOWN, Files, OnDisk, is_class_body
-from hubaoti.compiler.parsed import DEFAULTS, Import
+from hubaoti.compiler.parsed import DEFAULTS, Import, is_simple
 from hubaoti.compiler.reached import FIXED, Place, Reach, functions_in, home_of, is_outside
 from hubaoti.compiler.structure import is_ours, origin
 from hubaoti.compiler.words import bare
@@ -140,6 +141,8 @@ class Judge:
         kind = re.match(r"(?:\w+\.)*(\w+)\(", text)
         if kind and not (isinstance(value, Mapping) and type(value).__name__ == kind[1]):
             return self.is_nearby(file, place, value)
+        if not is_simple(ast.parse(text, mode="eval").body):  # what is kept may have been changed
+            return False
         try:
             names = vars(sys.modules[place.module])
             expected = eval(text, {**names}, vars(place.cls) if place.cls else None)

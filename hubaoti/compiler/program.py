@@ -123,7 +123,10 @@ def is_program_of(model: nn.Module, program: Program, whole: bool) -> bool:
                 return False
             listed = attributes(code, program.task)
             built = is_as_built(model, code, program.task, listed)  # loads what it first needs
-            return built and not patches(model, code)
+            if patches(model, code):
+                rebuilt.BUILT.clear()  # a class that is patched may have made what is kept
+                return False
+            return built
     raise OtherProgram(
         f"{type(model).__name__} is not of the program that was compiled: "
         + "; ".join(

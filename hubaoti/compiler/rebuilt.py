@@ -41,11 +41,11 @@ def is_as_built(model: nn.Module, code: Code, task: str, listing: Listing) -> bo
         BUILT[key] = made(model, listing)
     other = BUILT[key]
     return other is not None and all(
-        is_like(path, listing.part(part), other) for path, part in own_parts(model).items()
+        is_like(path, listing.part(part), other) for path, part in parts_beside_peft(model).items()
     )
 
 
-def own_parts(model: nn.Module) -> dict[str, nn.Module]:
+def parts_beside_peft(model: nn.Module) -> dict[str, nn.Module]:
     """A model's parts by their paths; adapters stand aside, or were compiled with it, and what
     peft wraps whole, as a head that is saved too, is its own affair."""
     parts = seen_through(model)[0]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -84,13 +84,26 @@ def unread_flags(block: nn.Module) -> frozenset[str]:
     if any(hasattr(part, "_can_record_outputs") for part in block.modules()):
         return frozenset()
     classes = {type(part) for part in block.modules()}
-    read = {word for cls in classes for word in words_in_forward(cls)}
+    read = {word for cls in classes for word in words_in_class(cls)}
     return frozenset(FLAGS) - read
 
 
-def words_in_forward(cls: type) -> Iterator[str]:
-    """The names of what a class's `forward` takes, and the words that stand in it."""
-    code = getattr(inspect.unwrap(cls.forward), "__code__", None)  # type: ignore[attr-defined]
-    if code is not None:
-        yield from code.co_varnames
-        yield from (word for word in code.co_consts if isinstance(word, str))
+def words_in_class(cls: type) -> Iterator[str]:
+    """The names of what the functions of a class take, its bases' too, and the words in them."""
+    for base in cls.__mro__:
+        if base not in (nn.Module, object):
+            functions = (each for each in vars(base).values() if callable(each))
+            for function in functions:
+                yield from words_in(getattr(inspect.unwrap(function), "__code__", None))
+
+
+def words_in(code: CodeType | None) -> Iterator[str]:
+    """The names and words of code, that of functions within it too."""
+    if code is None:
+        return
+    yield from code.co_varnames
+    for item in code.co_consts:
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, CodeType):
+            yield from words_in(item)

@@ -18,6 +18,7 @@ import torch
 from hubaoti.manifest import Outputs
 from hubaoti.runtime.answer import answer_plan
 from hubaoti.runtime.reasons import Unserved
+from hubaoti.runtime.template import children_of, word_of
 
 # Those that do nothing else when they are written; transformers shares keys in a UserDict.
 WRITABLE = {list, dict, OrderedDict, defaultdict, UserDict}
@@ -154,6 +155,9 @@ def fill(container: Any, items: Items) -> None:
     for key, value in items:
         if key not in container or container[key] is not value:
             container[key] = value
+    if [*container] != [*wanted]:  # one was taken out and put back
+        container.clear()
+        container.update(items)
 
 
 def value_at(arguments: Mapping[str, Any], path: Path) -> Any:
@@ -173,12 +177,10 @@ def value_at(arguments: Mapping[str, Any], path: Path) -> Any:
 
 def paths_in(template: Any) -> Iterator[Path]:
     """The paths of a call that the template of a written value names."""
-    if isinstance(template, Mapping):
-        if "given" in template:
-            yield tuple(template["given"])
-        else:
-            for item in template.values():
-                yield from paths_in(item)
-    elif isinstance(template, (list, tuple)):
-        for item in template:
-            yield from paths_in(item)
+    word, inner = word_of(template) if isinstance(template, Mapping) else ("", template)
+    if word == "given":
+        yield tuple(inner)
+        return
+    each = children_of(word, inner) if word else inner if isinstance(inner, (list, tuple)) else ()
+    for item in each:
+        yield from paths_in(item)

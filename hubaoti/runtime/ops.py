@@ -44,7 +44,7 @@ def require_named(ops: Sequence[str]) -> None:
     Raises:
         BadRequest: they are not.
     """
-    if isinstance(ops, str) or not all(isinstance(name, str) for name in ops):
+    if not isinstance(ops, (list, tuple)) or not all(isinstance(name, str) for name in ops):
         raise BadRequest(f"ops={ops!r:.120} is no list of modules", hint='as ops=["my.ops"]')
     for name in ops:
         if name == "__main__" or not all(part.isidentifier() for part in name.split(".")):

@@ -165,6 +165,8 @@ class Layout:
                     f"a call of the artifact has the word {word!r:.40}",
                     hint="it was compiled by a newer hubaoti: upgrade this one",
                 )
+            if "order" in template:
+                inner = {name: inner[name] for name in template["order"]}
             WORDS[word](self, inner, place, where)
         else:
             self._constants.append((place, template, where))
@@ -271,7 +273,7 @@ def fields_of(names: Sequence[Any], where: str) -> Callable[[Any], Sequence[Any]
     """The values of a dictionary, in the order of the template's."""
 
     def items(value: Any) -> Sequence[Any]:
-        if not isinstance(value, Mapping) or value.keys() != {*names}:
+        if not isinstance(value, Mapping) or [*value] != [*names]:
             raise Unserved(
                 "arguments", f"{where} is {kind(value)}, not {', '.join(map(str, names))}"
             )

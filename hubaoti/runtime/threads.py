@@ -58,6 +58,8 @@ def learn(notes: Notes, host: str) -> None:
     if not LEAST <= found <= MOST:
         found = limit_of(seconds_of_a_loop(OPENMP))
         notes.note({digest: found.to_bytes(4, "big")})
+        first = int.from_bytes(notes.noted(digest) or b"", "big")  # another may have been faster
+        found = first if LEAST <= first <= MOST else found
     Limit.multiplications, Limit.is_known = found, True
 
 

@@ -278,6 +278,8 @@ class Ways:
             wanted = shape_of(item, sizes)
             cut = bool(item.shape) and item.shape[-1] == "filled"
             if wanted is None:
+                if tensor is not None and not tensor.is_contiguous():
+                    raise Unserved("layout", f"{item.name} is a view")
                 continue
             same = tensor is not None and tuple(tensor.shape) == wanted
             if item.mutated or (same and tensor.is_contiguous() and not cut):
