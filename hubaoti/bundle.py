@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import re
 import secrets
@@ -26,6 +27,7 @@ from hubaoti.errors import (
 from hubaoti.manifest import File, Manifest
 from hubaoti.package import members_of, sha256_of
 
+OURS = "hubaoti-"  # what the names begin with of folders beside a bundle in which it is written
 OLD = "old"  # the bundle that is being replaced, in a folder beside its place
 MADE = re.compile(r"[a-z0-9_]{8}\Z")  # what `mkdtemp` makes up, which did it before
 # What may lie in a bundle in the making, beside temporary folders.
@@ -169,7 +171,8 @@ def tidy(path: Path) -> None:
     Where one was killed in the middle of a replacement, the last whole bundle is put back.
     """
     path = path.absolute()
-    for folder in path.parent.glob(f".{escape(path.name)}.????????"):
+    left = [path.parent.glob(f".{escape(path.name)}.{end}") for end in (f"{OURS}*", "????????")]
+    for folder in itertools.chain(*left):
         with suppress(OSError):
             if is_ours(folder):
                 handle = held(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -180,21 +183,27 @@ def tidy(path: Path) -> None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder beside a bundle is one in which it was written: by its name, and as
-    `mkdtemp` makes it, or with nothing in it that is not a part of a bundle."""
+    """Whether a folder beside a bundle is one in which it was written.
+
+    By its name; one of an older hubaoti as `mkdtemp` makes it, with parts of a bundle that is not
+    whole, since a whole one is somebody's copy, and with nothing else.
+    """
     status, name = folder.lstat(), folder.name.rpartition(".")[2]
-    if not (stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and MADE.match(name)):
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         return False
-    if status.st_mode & 0o777 == 0o700 and not name.isalpha():
+    if name.startswith(OURS):
         return True
-    return all(each.name in PARTS or MADE.match(each.name[3:]) for each in folder.iterdir())
+    there = [each.name for each in folder.iterdir()]
+    parts = all(each in PARTS or MADE.match(each[3:]) for each in there)
+    made = MADE.match(name) is not None and status.st_mode & 0o777 == 0o700
+    return made and bool(there) and manifests.FILENAME not in there and parts
 
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """An empty folder beside `path`, held as long as this process, or one that it forks, lives."""
     while True:
-        folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        folder = path.with_name(f".{path.name}.{OURS}{secrets.token_hex(4)}")
         folder.mkdir(mode=0o700)
         with suppress(FileNotFoundError):  # who tidies up was faster
             handle = held(folder, fcntl.LOCK_EX)
@@ -232,6 +241,10 @@ def clear(folder: Path, path: Path) -> None:
     """Remove a folder beside `path`; a whole bundle in it is put back, and in no case removed."""
     if (folder / OLD).exists() and not path.exists():
         (folder / OLD).replace(path)
+    if (folder / OLD).exists() and (
+        path / manifests.FILENAME
+    ).exists():  # it has been replaced by that
+        (folder / OLD).replace(folder / "replaced")
     if not (folder / OLD).exists():
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -26,8 +26,15 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise BadFrontMatter("aliases are not allowed")
+            raise BadFrontMatter("aliases are not read: write what *name stands for in its place")
         return super().compose_node(parent, index)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML without aliases, which we would not read again."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def split(readme: str) -> tuple[dict[Any, Any], str]:
@@ -59,6 +66,14 @@ def _mapping(text: str) -> dict[Any, Any]:
 
 
 def join(metadata: dict[str, Any], text: str) -> str:
-    """A README of metadata, in its order, and text; what is None is left out."""
+    """A README of metadata, in its order, and text; what is None is left out.
+
+    Raises:
+        BadFrontMatter: it holds what YAML cannot say.
+    """
     said = {key: value for key, value in metadata.items() if value is not None}
-    return f"---\n{yaml.safe_dump(said, sort_keys=False, allow_unicode=True).strip()}\n---\n{text}"
+    try:
+        dumped = yaml.dump(said, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    except Exception as error:  # as of a number of more digits than Python writes
+        raise BadFrontMatter(f"the metadata cannot be written: {error}"[:500]) from None
+    return f"---\n{dumped.strip()}\n---\n{text}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from hubaoti.cli.output import Steps, human_size, print_json, print_line
+from hubaoti.cli.output import Steps, human_size, print_json, print_line, print_text
 from hubaoti.misses import proposed, read
 
 
@@ -98,7 +98,7 @@ def propose(path: Path, model: str | None, as_json: bool) -> None:
         return
     words = ["hubaoti", "compile", model or misses.build.model or "MODEL"]
     words += ["--task", misses.build.task] * bool(misses.build.task)
-    print_line(f"proposed: {shlex.join([*words, *proposal.words(), '-o', 'bundle'])}")
+    print_text(f"proposed: {shlex.join([*words, *proposal.words(), '-o', 'bundle'])}")
 
 
 def explain_model(

@@ -10,6 +10,7 @@ import click
 
 from hubaoti.cli.output import Steps, print_json, print_line, print_table
 from hubaoti.errors import BadRequest
+from hubaoti.escape import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -110,4 +111,4 @@ def print_values(texts: tuple[str, ...], values: torch.Tensor) -> None:
     for text, value in zip(texts, values, strict=True):
         begin = ", ".join(f"{number:.4f}" for number in value.flatten()[:8].tolist())
         dots = ", …" if value.numel() > 8 else ""
-        print_line(f"{text}: {list(value.shape)} [{begin}{dots}]")
+        print_line(f"{one_line(text)}: {list(value.shape)} [{begin}{dots}]")

@@ -56,7 +56,11 @@ if TYPE_CHECKING:
     from hubaoti.hub.pull import Pulled
     from hubaoti.mirror import Artifact
 
-PASSING = (NotTried, WorkerEnded)  # what says nothing of graphs: they are tried again
+PASSING = (
+    NotTried,
+    NotEnoughMemory,
+    WorkerEnded,
+)  # what says nothing of graphs: they are tried again
 
 
 class NoGraphs(UserWarning):

@@ -56,7 +56,8 @@ class Allowance:
 class Catalog:
     """A commit's files by path, and its artifacts: each a manifest, or why it cannot be read.
 
-    `notes` say which manifests were ignored, because their path is no artifact's.
+    `notes` say which manifests were ignored, because their path is no artifact's; `places` are all
+    artifacts, where only one was read.
     """
 
     repo: str
@@ -64,6 +65,7 @@ class Catalog:
     files: dict[str, Entry]
     artifacts: dict[Place, Manifest | Unreadable]
     notes: tuple[str, ...]
+    places: tuple[Place, ...] = ()
 
     @property
     def readable(self) -> dict[Place, Manifest]:
@@ -73,9 +75,13 @@ class Catalog:
 
 
 def read_catalog(
-    client: HubClient, repo: str, commit: str, allowance: Allowance | None = None
+    client: HubClient,
+    repo: str,
+    commit: str,
+    allowance: Allowance | None = None,
+    only: Place | None = None,
 ) -> Catalog:
-    """Read every manifest of a commit; a bad one hides no other.
+    """Read every manifest of a commit, or the one of a place; a bad one hides no other.
 
     Raises:
         BadManifest: there are more than the allowance, by default one of its own, has left.
@@ -85,14 +91,15 @@ def read_catalog(
     with quiet():
         listed = read_all(lambda commit: client.files(repo, commit), [commit], left.end)[commit]
         files = {entry.path: entry for entry in listed}
-        left.take(f"{repo} at {commit[:12]}", [e.size for p, e in files.items() if is_manifest(p)])
-        places, notes = places_in(files)
+        there, notes = places_in(files)
+        places = [place for place in there if only in (None, place)]
+        left.take(f"{repo} at {commit}", [files[place.manifest].size for place in places])
         artifacts = read_all(
             lambda place: read_manifest(client, repo, commit, files[place.manifest]),
             places,
             left.end,
         )
-    return Catalog(repo, commit, files, artifacts, notes)
+    return Catalog(repo, commit, files, artifacts, notes, tuple(there))
 
 
 def is_manifest(path: str) -> bool:

@@ -107,7 +107,7 @@ class HubClient:
             listed = [*islice(tree, MOST_FILES + 1)]
         if len(listed) > MOST_FILES:
             raise HubaotiError(
-                f"{repo} at {commit[:12]} lists more than {MOST_FILES} files and folders",
+                f"{repo} at {commit} lists more than {MOST_FILES} files and folders",
                 hint="name a revision that has fewer, or ask its publisher for one",
             )
         found = [
@@ -368,13 +368,26 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     try:
         return front_matter.split(text)
     except front_matter.BadFrontMatter as why:
-        hint = "correct the block between the --- lines of README.md, then push again"
-        message = f"the repo's README.md has unreadable metadata: {first_line(why)}"
-        raise Conflict(message, hint=hint) from why
+        raise unreadable(why) from why
 
 
 def join_card(metadata: dict[str, Any], text: str) -> str:
-    """A README of metadata and text."""
+    """A README of metadata and text.
+
+    Raises:
+        Conflict: its metadata cannot be written again.
+    """
     from hubaoti import front_matter
 
-    return front_matter.join(metadata, text)
+    try:
+        return front_matter.join(metadata, text)
+    except front_matter.BadFrontMatter as why:
+        raise unreadable(why) from why
+
+
+def unreadable(why: ValueError) -> Conflict:
+    """The refusal of a repo's README."""
+    return Conflict(
+        f"the repo's README.md has unreadable metadata: {first_line(why)}",
+        hint="correct the block between the --- lines of README.md, then push again",
+    )

@@ -40,9 +40,9 @@ def judge_named(requires: Requirements, host: Host) -> Verdict:
 
 def no_artifact_at(place: Place, catalog: Catalog) -> NoArtifact:
     """The refusal of a path that holds no artifact."""
-    there = ", ".join(map(str, catalog.artifacts))
+    there = ", ".join(map(str, catalog.places))
     return NoArtifact(
-        f"{catalog.repo} at {catalog.commit[:12]} holds no artifact {place}",
+        f"{catalog.repo} at {catalog.commit} holds no artifact {place}",
         hint=f"it holds {there}" if there else "it holds none; see whether the revision is right",
     )
 

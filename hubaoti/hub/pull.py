@@ -152,7 +152,7 @@ class Puller:
     def _from_hub(self, ref: RepoRef, commit: str) -> Pulled:
         self.mirror.require_writable()
         self.say(f"reading the manifests of {ref.repo} at {commit}")
-        catalog = read_catalog(self.client, ref.repo, commit)
+        catalog = read_catalog(self.client, ref.repo, commit, only=self.place)
         considered = tuple(self._consider(catalog))
         chosen = self._chosen(ref, catalog, considered)
         artifact = self.taken(ref, catalog, chosen, self._pin(ref, commit))

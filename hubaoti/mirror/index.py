@@ -263,9 +263,9 @@ class Index:
 
     def problems(self) -> list[tuple[str, str]]:
         """The graphs that are not opened here, each with what is held against it."""
-        if self._version() <= STEPS.index(SECOND):
-            return []
         with self._explained():
+            if self._version() <= STEPS.index(SECOND):
+                return []
             query = "select graph, problem from tested where problem != '' order by at desc"
             return [(str(graph), str(why)) for graph, why in self._db.execute(query).fetchall()]
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hubaoti.errors import BadRequest
 
+NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")  # of a host
 LIFETIME = 3600
 """How many seconds a signature serves."""
 
@@ -57,12 +59,24 @@ class Hosts:
         Raises:
             BadRequest: one is no host's name.
         """
-        self._names = {host_in(name) or _no_name(name) for name in names}
+        self._names = {required(name) for name in names}
 
     def hold(self, header: str) -> bool:
         """Whether a `Host` header names this endpoint."""
         host = host_in(header)
         return host in self._names or host == "localhost" or _is_loopback(host)
+
+
+def required(name: str) -> str:
+    """The host of a name that is allowed.
+
+    Raises:
+        BadRequest: it is none, as a URL.
+    """
+    host = host_in(name)
+    if not (_address(host) or NAME.fullmatch(host)):
+        _no_name(name)
+    return host
 
 
 def host_in(text: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from hubaoti.errors import HubaotiError, NoMatch, NotTried
+from hubaoti.errors import HubaotiError, NoMatch, NotEnoughMemory, NotTried
 from hubaoti.host import Gpu, Host
 from hubaoti.hub.fleet import Offer, best_first
 from hubaoti.manifest import Manifest
@@ -70,7 +70,7 @@ class Worker:
             except HubaotiError as why:
                 hint = f" ({why.hint})" if why.hint else ""
                 problems[f"{plan.offer.place}: {why}{hint}"] = why
-        passing = any(isinstance(why, NotTried) for why in problems.values())
+        passing = any(isinstance(why, NotTried | NotEnoughMemory) for why in problems.values())
         kind = NotTried if passing else HubaotiError
         raise kind("; ".join(problems), hint="see what is said of each artifact")
 
