@@ -241,10 +241,6 @@ def clear(folder: Path, path: Path) -> None:
     """Remove a folder beside `path`; a whole bundle in it is put back, and in no case removed."""
     if (folder / OLD).exists() and not path.exists():
         (folder / OLD).replace(path)
-    if (folder / OLD).exists() and (
-        path / manifests.FILENAME
-    ).exists():  # it has been replaced by that
-        (folder / OLD).replace(folder / "replaced")
     if not (folder / OLD).exists():
         shutil.rmtree(folder, ignore_errors=True)
 

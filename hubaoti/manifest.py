@@ -219,6 +219,7 @@ def contradictions(manifest: Manifest) -> list[str]:
             found.append(f"{graph.id}: it serves no module")
         found += unknown_dims(graph)
         found += misplaced_cache(graph)
+        found += strange_answers(graph)
     return found
 
 
@@ -307,6 +308,43 @@ def unknown_dims(graph: Graph) -> list[str]:
     for dim in sorted(graph.steps.keys() - graph.bounds.keys()):
         found.append(f"{graph.id}: dim {dim} has a step and no bounds")
     return found
+
+
+def strange_answers(graph: Graph) -> list[str]:
+    """Templates of answers, and of what is left in a call, that nothing can be made of."""
+    outputs = graph.outputs
+    writes = () if isinstance(outputs.writes, msgspec.UnsetType) else outputs.writes
+    templates = [outputs.template, *(item for write in writes for _, item in write.items)]
+    fine = all(is_made_of(each, len(outputs.tensors), bool(writes)) for each in templates)
+    found = [] if fine else [f"{graph.id}: its answer is made of what is not there"]
+    if not all(write.into for write in writes):
+        found.append(f"{graph.id}: it leaves something nowhere")
+    return found
+
+
+def is_made_of(template: Any, tensors: int, given: bool) -> bool:
+    """Whether a template is made of so many tensors and literals, or of what a call gives."""
+    if isinstance(template, list):
+        return all(is_made_of(item, tensors, given) for item in template)
+    if not isinstance(template, dict):
+        return True
+    words = [word for word in template if word not in {"class", "order"}]
+    word = words[0] if len(words) == 1 else ""
+    inner = template.get(word)
+    if word == "tensor":
+        return type(inner) is int and 0 <= inner < tensors
+    if word == "given":
+        return given and isinstance(inner, list)
+    if word in {"dict", "fields"} and isinstance(inner, dict):
+        named = template.get("order", [*inner])
+        same = isinstance(named, list) and sorted(map(str, named)) == sorted(inner)
+        return same and all(is_made_of(item, tensors, given) for item in inner.values())
+    if word == "items" and isinstance(inner, list):
+        pairs = all(isinstance(pair, list) and len(pair) == 2 for pair in inner)
+        return pairs and all(is_made_of(item, tensors, given) for _, item in inner)
+    if word == "tuple":
+        return isinstance(inner, list) and is_made_of(inner, tensors, given)
+    return word in {"float", "dtype", "device"} and isinstance(inner, str)
 
 
 def misplaced_cache(graph: Graph) -> list[str]:

@@ -99,7 +99,7 @@ def describe(folder: Path, name: str) -> Graph:
         bounds={"batch": (1, 8)},
         call={"args": [{"tensor": 0}], "kwargs": {}},
         inputs=(Input(name="x", dtype="float32", shape=("batch", 8), values="real"),),
-        outputs=Outputs(template={"tensor": 0}, tensors=()),
+        outputs=Outputs(template=None, tensors=()),
         constants=(),
     )
 

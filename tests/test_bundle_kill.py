@@ -183,11 +183,11 @@ def test_a_replacement_that_fails_puts_the_old_one_back(
 
 
 def test_what_was_left_by_earlier_releases_goes_too(tmp_path: Path, bundle: Bundle) -> None:
-    tempfile.mkdtemp(prefix=".bundle.", dir=tmp_path)
-    by_hand = tmp_path / ".bundle.abcdefgh"
-    (by_hand / "graphs").mkdir(parents=True)
+    """As `mkdtemp` made their folders, with parts of a bundle in them."""
+    by_hand = Path(tempfile.mkdtemp(prefix=".bundle.", dir=tmp_path))
+    (by_hand / "graphs").mkdir()
     (by_hand / "tmp0123abcd").mkdir()
-    (tmp_path / ".other.0123abcd").mkdir()
+    (tmp_path / ".other.0123abcd").mkdir(mode=0o700)
     bundle.path.rename(tmp_path / ".other.0123abcd/old")
     write(tmp_path / "bundle")
     tidy(tmp_path / "other")
@@ -202,6 +202,11 @@ def test_what_is_not_ours_beside_a_bundle_stays(tmp_path: Path) -> None:
     (tmp_path / ".bundle.0000bbbb").symlink_to(tmp_path / ".bundle.settings")
     (tmp_path / ".bundle.longer-than-ours").mkdir()
     (tmp_path / ".bundles.0000cccc").mkdir(mode=0o700)
+    (tmp_path / ".bundle.20251231").mkdir(mode=0o700)  # as under umask 077
+    (tmp_path / ".bundle.20251231/mine.txt").write_text("mine")
+    write(tmp_path / ".bundle.original")
+    (tmp_path / ".bundle.original").chmod(0o700)
+    (tmp_path / ".bundle.archives").mkdir(mode=0o700)
     before = names(tmp_path)
     write(tmp_path / "bundle")
     assert names(tmp_path) == sorted([*before, "bundle"])

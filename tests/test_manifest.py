@@ -301,3 +301,29 @@ def test_no_flipped_byte_is_the_same_artifact(manifest: Manifest, cut: int, mask
     text[cut % len(text)] ^= mask
     with suppress(BadManifest):
         assert parse(bytes(text), "x").digest != manifest.digest
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        {"tensor": 0},
+        {"tensor": -1},
+        {"tuple": [{"tensor": True}]},
+        {},
+        {"nope": 1},
+        {"given": ["x"]},
+        {"dict": {"a": 1}, "order": ["b"]},
+        {"items": [[1]]},
+        {"float": 2.5},
+    ],
+)
+def test_an_answer_that_nothing_can_be_made_of_is_refused(
+    manifest: Manifest, template: Any
+) -> None:
+    def change(value: Any) -> None:
+        value["graphs"][0]["outputs"] = {"template": template, "tensors": []}
+        if "items" in template or "float" in template:
+            value["schema"] = 2
+
+    with pytest.raises(BadManifest, match="its answer is made of what is not there"):
+        parse(edited(manifest, change), "x")

@@ -56,11 +56,8 @@ if TYPE_CHECKING:
     from hubaoti.hub.pull import Pulled
     from hubaoti.mirror import Artifact
 
-PASSING = (
-    NotTried,
-    NotEnoughMemory,
-    WorkerEnded,
-)  # what says nothing of graphs: they are tried again
+# What says nothing of graphs: they are tried again.
+PASSING = (NotTried, NotEnoughMemory, WorkerEnded)
 
 
 class NoGraphs(UserWarning):
