@@ -26,7 +26,9 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise BadFrontMatter("aliases are not read: write what *name stands for in its place")
+            raise BadFrontMatter(
+                "aliases are not allowed: write what *name stands for in its place"
+            )
         return super().compose_node(parent, index)
 
 
