@@ -314,3 +314,9 @@ def test_a_log_gets_so_many_lines_and_their_number(caplog: pytest.LogCaptureFixt
         logger.removeFilter(seldom)
     said = [record.getMessage() for record in caplog.records if record.name == "seldom"]
     assert said == ["line 0", "line 1", "line 10 (8 lines before it were left out)"]
+
+
+@pytest.mark.parametrize("name", ["http://hub.example", "*", "hub.example/", ":", "", "a b"])
+def test_what_is_allowed_is_a_host_s_name(name: str) -> None:
+    with pytest.raises(BadRequest, match="is no host's name"):
+        Hosts([name])

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from hubaoti.errors import BadRequest
 
-NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")  # of a host
+NAME = re.compile(r"[a-z0-9_][a-z0-9_.-]*")  # of a host
 LIFETIME = 3600
 """How many seconds a signature serves."""
 
