@@ -33,7 +33,7 @@ from hubaoti.memory import OVERHEAD, Peak, require_memory
 from hubaoti.requirements import Requirements
 from hubaoti.runtime.checks import beside_memory, has_memory
 from hubaoti.runtime.golden import GOLDEN, kept
-from hubaoti.runtime.template import takes_containers, words_in
+from hubaoti.runtime.template import takes_containers, words_of
 from hubaoti.steps import Say
 
 # Of what hubaoti puts into graphs beside a model's code: attention, caches, quantized weights,
@@ -261,9 +261,4 @@ def needs_care(unit: Unit) -> bool:
     inputs = [each for at, each in enumerate(unit.face.inputs) if not cache or at != cache.position]
     chosen = any(each.values == "position" or each.values.startswith("any<") for each in inputs)
     template = unit.face.template
-    words = {
-        word
-        for each in (*template["args"], *template["kwargs"].values())
-        for word in words_in(each)
-    }
-    return chosen or "float" in words or takes_containers(template)
+    return chosen or "float" in words_of(template) or takes_containers(template)

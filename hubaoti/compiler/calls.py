@@ -172,6 +172,13 @@ def names_of(forward: Callable[..., Any], count: int) -> list[str]:
     return [*named, *(f"input_{at}" for at in range(len(named), count))]
 
 
+def by_name(
+    forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by the names that `forward` has for them."""
+    return {**dict(zip(names_of(forward, len(args)), args, strict=False)), **kwargs}
+
+
 class Enough(BaseException):
     """Leaves the block of `capture`: the calls that were asked for have come."""
 

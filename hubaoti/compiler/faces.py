@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hubaoti.compiler import cache as caches
-from hubaoti.compiler.calls import Frozen, Opaque, arguments, names_of, replaced
+from hubaoti.compiler.calls import Frozen, Opaque, arguments, by_name, replaced
 from hubaoti.errors import CompileFailed
 from hubaoti.extents import Extent
 from hubaoti.manifest import Cache, Input, Write
@@ -214,7 +214,7 @@ class Flat:
         if self.face.cache is not None:
             known["cache"] = self._cache(tensors, sizes)
         args, kwargs = arguments(self.face.template, tensors, known)
-        named = {**dict(zip(names_of(self._forward, len(args)), args, strict=False)), **kwargs}
+        named = by_name(self._forward, args, kwargs)
         before = Contents(named)
         answer = self._forward(*args, **kwargs)
         changes = before.changes()

@@ -272,12 +272,10 @@ def name_of(node: Any) -> str:
 
 def edges(index: Index, call: Callable[..., Node]) -> tuple[Node, Node]:
     """The least and the largest number, where there are as many rows as a dim says."""
-    whole = index.dim is None
-    rows = (
-        call(aten.sym_numel.default, index.table)
-        if whole
-        else call(aten.sym_size.int, index.table, index.dim)
-    )
+    if index.dim is None:
+        rows = call(aten.sym_numel.default, index.table)
+    else:
+        rows = call(aten.sym_size.int, index.table, index.dim)
     return call(operator.neg, rows), call(operator.sub, rows, 1)
 
 

@@ -24,8 +24,8 @@ from hubaoti.compiler.calls import (
     Frozen,
     Opaque,
     arguments,
+    by_name,
     call_of,
-    names_of,
     replaced,
 )
 from hubaoti.compiler.fake_values import put_into, seen_as_real
@@ -97,12 +97,12 @@ class Observed:
             alone = not self.operations and operations.lines is None
             if alone:
                 operations.begin(path, block, self.calls[-1].tensors)
-            named = dict(zip(names_of(forward, len(args)), args, strict=False)) | kwargs
-            before = Contents(named)
+            before = Contents(by_name(forward, args, kwargs))
             puts, states = put_into(self.calls[-1])
             self.answer = forward(*args, **kwargs)
-            self.attends |= put_into(self.calls[-1])[0] > puts
-            self.recurrent |= put_into(self.calls[-1])[1] > states
+            puts_now, states_now = put_into(self.calls[-1])
+            self.attends |= puts_now > puts
+            self.recurrent |= states_now > states
             changes = before.changes()
             self.writes |= bool(changes)
             if alone:

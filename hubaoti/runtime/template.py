@@ -330,13 +330,22 @@ def is_own_call(call: Mapping[str, Any]) -> bool:
 
     It does not of an output of a library among the arguments, whose class graphs do not know.
     """
-    words = [word for item in (*call["args"], *call["kwargs"].values()) for word in words_in(item)]
-    return not {"any", "cache", "fields"} & {*words}
+    return not {"any", "cache", "fields"} & words_of(call)
+
+
+def words_of(call: Mapping[str, Any]) -> set[str]:
+    """The words of a call's template."""
+    return {word for item in arguments_of(call) for word in words_in(item)}
+
+
+def arguments_of(call: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The templates of a call's arguments, those by place first."""
+    return (*call["args"], *call["kwargs"].values())
 
 
 def takes_containers(call: Mapping[str, Any]) -> bool:
     """Whether a call gives lists or dictionaries, into which a module may write."""
-    return any(map(is_container, (*call["args"], *call["kwargs"].values())))
+    return any(map(is_container, arguments_of(call)))
 
 
 def is_container(template: Any) -> bool:
