@@ -359,6 +359,22 @@ def test_a_cache_that_never_exceeds_the_window_needs_no_other_form(
     assert ids == ["model.layers", "model.layers-full"]
 
 
+@pytest.mark.parametrize("sizes", [["16:64"], ["16:30", "31:64"]])
+def test_caches_above_a_window_leave_its_layers_the_places_of_the_window(
+    sizes: list[str], planned: Callable[..., Plan]
+) -> None:
+    """They fill from the first place on, whatever the other layers hold."""
+    asked = {"seq": (1, 40), "cache": (16, 64)}
+    buckets = [f"cache={each}" for each in sizes if len(sizes) > 1]
+    units = {unit.id: unit for unit in planned(gemma(), *buckets, dims=asked).units}
+    held = units["model.layers.sliding"].bounds
+    assert (held["cache"].high, held["seq"].high) == (WINDOW, WINDOW)
+    assert held["filled"] == Range(1, WINDOW)
+    assert units["model.layers.sliding-full"].bounds["seq"].high == 40
+    others = [str(unit.bounds["cache"]) for name, unit in units.items() if ".full" in name]
+    assert others == sizes
+
+
 def test_an_attention_that_ours_would_get_wrong_is_transformers_eager_one(
     planned: Callable[..., Plan],
 ) -> None:
@@ -462,12 +478,21 @@ def test_a_bucket_over_a_dim_that_a_form_has_not_says_nothing_about_it(
     planned: Callable[..., Plan],
 ) -> None:
     """A full window's cache has one size."""
-    found = planned(mistral(), "cache=16:32", "cache=33:128")
+    found = planned(mistral(), "cache=8:32", "cache=33:128", dims={"cache": (8, 128)})
     assert [unit.id for unit in found.units] == [
-        "model.layers-cache16_32",
+        "model.layers-cache8_32",
         "model.layers-cache33_128",
         "model.layers-full",
     ]
+
+
+def test_a_cache_of_one_length_is_traced_as_one_of_several(
+    planned: Callable[..., Plan],
+) -> None:
+    """Of a constant length torch would take what is filled to be less, always."""
+    found = planned(llama(), dims={"seq": (1, 64), "cache": (64, 64)})
+    assert found.dims["cache"] == Range(64, 64)
+    assert [unit.bounds["cache"] for unit in found.units] == [Range(63, 64)]
 
 
 def test_overlapping_buckets_are_taken_in_their_order(planned: Callable[..., Plan]) -> None:

@@ -185,11 +185,15 @@ def span(series: Sequence[int]) -> Range:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One way in which the modules of a group are called; `suffix` ends the name of its graph."""
+    """One way in which the modules of a group are called; `suffix` ends the name of its graph.
+
+    `window` is how many places their KV cache has at most, whatever others have.
+    """
 
     group: Group
     suffix: str
     face: Face
+    window: int | None = None
 
 
 def forms_of(
@@ -215,7 +219,9 @@ def forms_of(
         except (CompileFailed, BadRequest) as why:
             left_out.append(f"{group.id}: {why}")
             continue
-        forms += [Form(group, suffix, face) for suffix, face in faces.items()]
+        windows = {face.cache.window for face in faces.values() if face.cache} - {None}
+        window = next(iter(windows), None)
+        forms += [Form(group, suffix, face, window) for suffix, face in faces.items()]
     if not forms:
         reasons = "; ".join(left_out) or "the model calls none of them"
         generates = source.program.task == "generate"
@@ -358,9 +364,13 @@ def refuse_shared(seen: Observed, face: Face, kind: str) -> None:
 def in_buckets(form: Form, dims: Bounds, buckets: Sequence[Mapping[str, Range]]) -> list[Unit]:
     """The units of one form: one for all sizes, or one for each bucket, in their order.
 
-    A bucket over a dim that the face does not have says nothing about it.
+    A bucket over a dim that the face does not have says nothing about it. Where all caches are
+    longer than a window, those of its layers have its places, neither more nor less.
     """
     face, name = form.face, f"{form.group.id}{form.suffix}"
+    if "cache" in face.dims and form.window is not None and form.window < dims["cache"].low:
+        dims = {**dims, "cache": Range(form.window, form.window)}
+        buckets = [{n: b for n, b in bucket.items() if n != "cache"} for bucket in buckets]
     named = [{n: b for n, b in bucket.items() if n in face.dims} for bucket in buckets]
     kept = [bucket for at, bucket in enumerate(named) if bucket and bucket not in named[:at]]
     return [

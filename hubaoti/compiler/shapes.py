@@ -73,10 +73,20 @@ def of_dims(dims: Bounds, names: Iterable[str], bucket: Mapping[str, Range]) -> 
     if "cache" in found:
         seq, cache = found["seq"], found["cache"]
         found["seq"] = Range(seq.low, upto(cache.high, seq), seq.step)
-        found["cache"] = Range(stepped(max(seq.low, cache.low), cache), cache.high, cache.step)
+        found["cache"] = several(stepped(max(seq.low, cache.low), cache), cache)
         found["filled"] = Range(seq.low, cache.high)
         check_dim("seq", found["seq"])
     return {name: found[name] for name in names}
+
+
+def several(low: int, cache: Range) -> Range:
+    """The lengths of a cache from `low` on, and one that is shorter where there is but one.
+
+    Of a constant length torch takes what is filled to be another: a part of a tensor is laid out in
+    another way than the whole.
+    """
+    shorter = cache.high - cache.step
+    return Range(min(low, shorter) if shorter > 0 else low, cache.high, cache.step)
 
 
 def upto(high: int, sizes: Range) -> int:
