@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import threading
@@ -27,6 +28,7 @@ class Proxy:
     `mutate`: what becomes of the JSON of an answer.
     `first`: what the first request of each method and path gets so.
     `lost`: how many requests the endpoint answers whose answers never arrive.
+    `packed`: compress the body, with as many spaces behind it.
     `endless`: go on with the body after its end, until the client leaves; `sent` are the bytes.
     """
 
@@ -39,7 +41,7 @@ class Proxy:
         self.cut_after: int | None = None
         self.pause = 0.0
         self.flip = self.endless = False
-        self.sent = 0
+        self.sent = self.packed = 0
         self.answers: list[tuple[int, dict[str, str]]] = []
         self.mutate: Callable[[Any], Any] | None = None
         self.first: tuple[int, dict[str, str]] | None = None
@@ -50,15 +52,20 @@ class Proxy:
         self.requests.clear()
         self.headers.clear()
         self.matching, self.cut_after, self.pause = "", None, 0.0
-        self.flip, self.endless, self.sent = False, False, 0
+        self.flip, self.endless, self.sent, self.packed = False, False, 0, 0
         self.answers, self.first, self.lost, self.mutate = [], None, 0, None
 
 
 def mutated(response: http.client.HTTPResponse, content: bytes, how: Proxy) -> bytes:
-    """The JSON of an answer as something else, where that was asked for."""
-    if how.mutate is None or "json" not in response.headers.get("Content-Type", ""):
+    """The JSON of an answer as something else, or packed, where that was asked for."""
+    asked = how.mutate or how.packed
+    if not asked or not content or "json" not in response.headers.get("Content-Type", ""):
         return content
-    content = json.dumps(how.mutate(json.loads(content))).encode()
+    if how.mutate:
+        content = json.dumps(how.mutate(json.loads(content))).encode()
+    if how.packed:
+        content = gzip.compress(content + b" " * how.packed)
+        response.headers["Content-Encoding"] = "gzip"
     response.headers.replace_header("Content-Length", str(len(content)))
     return content
 

@@ -8,15 +8,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from bundles import make_bundle, make_host
 from huggingface_hub import HfApi
+from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 from proxies import Proxy
 
 from hubaoti.bundle import Bundle
 from hubaoti.errors import Conflict, HubUnreachable
-from hubaoti.hub import retry
+from hubaoti.hub import bounds, retry
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import pull
@@ -325,3 +327,57 @@ def test_a_push_that_is_refused_for_ever_says_so_and_leaves_nothing(
         push(bundle, Destination(RepoRef(repo)), settings)
     assert posts(proxy, "/commit/") == ATTEMPTS
     assert HubClient(settings).files(repo, HubClient(settings).resolve(repo)) is not None
+
+
+# Answers without an end
+
+
+@pytest.mark.parametrize("ask", [name for name in ASKS if name != "model"])
+def test_an_answer_that_does_not_end_is_no_hub_s(
+    client: HubClient, repo: str, proxy: Proxy, ask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "MOST_ANSWERED", 1 << 20)
+    proxy.endless = True
+    with pytest.raises(HubUnreachable, match="sends more than 1048576 bytes"):
+        ASKS[ask](client, repo)
+    assert proxy.sent < 64 << 20  # what the system's buffers took
+
+
+def test_an_answer_that_comes_a_byte_a_minute_is_not_waited_for(
+    client: HubClient, repo: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "LONGEST_ANSWER", 0.5)
+    proxy.mutate, proxy.pause = lambda said: {**said, "tags": ["x" * 64_000]}, 0.1
+    started = time.monotonic()
+    with pytest.raises(HubUnreachable, match="of bytes to /api/models/"):
+        client.resolve(repo)
+    assert time.monotonic() - started < 5
+
+
+def test_an_answer_that_unfolds_is_taken_while_it_is_small(
+    client: HubClient, repo: str, proxy: Proxy
+) -> None:
+    proxy.packed = 1 << 10
+    assert len(client.resolve(repo)) == 40
+    proxy.packed = 256 << 20
+    with pytest.raises(HubUnreachable, match="sends more than 65536 bytes"):
+        client.resolve(repo)
+
+
+def test_what_comes_of_a_file_is_counted_and_not_what_its_storage_sends() -> None:
+    """Xet tells of both; bytes of the network may be more than the file has."""
+    progress = XetDownloadProgressReporter(
+        reconstruction_desc="", total=100, log_level=0, tqdm_class=bounds.bar_to(100)
+    )
+    report = SimpleNamespace(
+        total_bytes=100,
+        total_bytes_completed=100,
+        total_bytes_completion_rate=1.0,
+        total_transfer_bytes_completed=130,
+        total_transfer_bytes_completion_rate=1.0,
+    )
+    progress.update_progress(report)
+    report.total_bytes_completed = 101
+    with pytest.raises(bounds.TooLong):
+        progress.update_progress(report)
+    progress.close()

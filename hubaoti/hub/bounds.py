@@ -1,8 +1,17 @@
-"""How much of a download is taken, where only its publisher says how long it is."""
+"""How much is taken of what an endpoint sends, where only the endpoint says how long it is."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
+
+from hubaoti.errors import HubUnreachable
+
+MOST_ANSWERED = 32 << 20  # bytes of one answer: the tags of 200,000 commits, a page of a tree
+MOST_PACKED = 64 << 10  # bytes of one that is compressed, which nobody asked for: packed 1000 to 1
+LONGEST_ANSWER = 300.0  # seconds, from its first byte to its last
 
 
 class TooLong(Exception):
@@ -12,7 +21,8 @@ class TooLong(Exception):
 def bar_to(limit: int) -> type[Any]:
     """A progress bar that shows nothing, and ends a download that brings more than `limit` bytes.
 
-    huggingface_hub tells its bar of every piece as it comes, and has no other bound.
+    huggingface_hub tells its bar of every piece as it comes, and has no other bound. Of a file from
+    Xet it tells also what came over the network, which may be more than the file: that apart.
     """
     from huggingface_hub.utils.tqdm import tqdm
 
@@ -27,4 +37,51 @@ def bar_to(limit: int) -> type[Any]:
                 raise TooLong
             return None
 
+        def update_transfer(self, n: float | None = 1) -> None:
+            """Else another bar of this class is made, and counts those bytes as the file's."""
+
+        def set_transfer_postfix_str(self, postfix: str, refresh: bool = False) -> None:
+            """Nothing is shown."""
+
     return Bar
+
+
+def bounded(response: Any) -> Any:
+    """The body of an answer that is not read yet, which ends with an error where it is too long.
+
+    Raises:
+        HubUnreachable: when it is read, and has too many bytes or takes too long.
+    """
+    body = response.stream
+    packed = response.headers.get("content-encoding", "identity") != "identity"
+    most = MOST_PACKED if packed else MOST_ANSWERED
+    # The library that huggingface_hub asks with has two names, and takes only bodies of its own.
+    library = import_module(type(response).__module__.partition(".")[0])
+
+    class Bounded(library.SyncByteStream):  # type: ignore[name-defined,misc]
+        def __iter__(self) -> Iterator[bytes]:
+            taken, until = 0, time.monotonic() + LONGEST_ANSWER
+            for piece in body:
+                taken += len(piece)
+                if taken > most:
+                    raise too_long(response, f"more than {most} bytes")
+                if time.monotonic() > until:
+                    raise too_long(response, f"more than {LONGEST_ANSWER:.0f} s of bytes")
+                yield piece
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(body, name)
+
+        def close(self) -> None:
+            body.close()
+
+    return Bounded()
+
+
+def too_long(response: Any, how: str) -> HubUnreachable:
+    """The refusal of an answer."""
+    return HubUnreachable(
+        f"{response.request.url.host} sends {how} to {response.request.url.path:.200}",
+        hint="that is no Hub's answer: see whether HF_ENDPOINT names the right host, and tell its "
+        "operator",
+    )

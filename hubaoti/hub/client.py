@@ -77,10 +77,11 @@ class HubClient:
 
         # Else each process first asks its endpoint for a list of the tools that it may run in.
         constants.HF_HUB_DISABLE_TELEMETRY = True
-        token, basic = self._settings.token or (None if self._stored else False), None
+        token = self._settings.token or (None if self._stored else False)
+        more = {"accept-encoding": "identity"}  # what is packed has no bound
         if self._settings.basic is not None:
-            basic = {"authorization": self._settings.basic}
-        return HfApi(self.endpoint, token=token, library_name=LIBRARY, headers=basic)
+            more["authorization"] = self._settings.basic
+        return HfApi(self.endpoint, token=token, library_name=LIBRARY, headers=more)
 
     # Reading
 
@@ -140,7 +141,7 @@ class HubClient:
                 # Another process dropped the file while we linked to it.
                 return self._download(repo, commit, path, limit)
 
-        return self._asked(f"{path} of {repo}", download)
+        return self._asked(f"{path} of {repo}", download, of_files=True)
 
     def _download(self, repo: str, commit: str, path: str, limit: int | None) -> Path:
         bar = None if limit is None else bar_to(limit)
@@ -206,7 +207,7 @@ class HubClient:
                     model, revision=revision, allow_patterns=allowed, local_files_only=offline
                 )
 
-        folder = Path(self._asked(model, snapshot, local=offline))
+        folder = Path(self._asked(model, snapshot, local=offline, of_files=True))
         return folder, self._shaped(folder.name, CommitId, f"names no commit of {model}")
 
     # Writing
@@ -317,9 +318,10 @@ class HubClient:
         *,
         writing: bool = False,
         local: bool = False,
+        of_files: bool = False,
     ) -> T:
         """What a request brings. While the endpoint is busy it is repeated, and told that it is."""
-        with self._door(what, writing, local):
+        with self._door(what, writing, local, of_files):
             return repeated(request, self._say)
 
     def _shaped(self, found: Any, kind: Any, how: str) -> Any:
@@ -335,15 +337,18 @@ class HubClient:
             raise HubUnreachable(message, hint=NO_HUB) from why
 
     @contextmanager
-    def _door(self, what: str, writing: bool = False, local: bool = False) -> Iterator[None]:
+    def _door(
+        self, what: str, writing: bool = False, local: bool = False, of_files: bool = False
+    ) -> Iterator[None]:
         """Around every request: foreign errors become ours, and nothing is printed."""
         if self._settings.offline and not local:
             raise HubUnreachable(
                 f"{what} is not asked for at {self.endpoint}: HF_HUB_OFFLINE is set",
                 hint="unset HF_HUB_OFFLINE, or name a full commit id that was pulled before",
             )
+        offline = self._settings.offline
         try:
-            with quiet(), nullcontext() if self._settings.offline else heeding(self._say):
+            with quiet(), nullcontext() if offline else heeding(self._say, of_files):
                 yield
         except (HubaotiError, StaleParent, TooLong):
             raise

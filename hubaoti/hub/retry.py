@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hubaoti.hub.bounds import bounded
 from hubaoti.steps import Say, silent
 
 if TYPE_CHECKING:
@@ -37,9 +38,10 @@ _RATE_LIMIT = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})\b")
 
 @dataclass(slots=True)
 class Patience:
-    """What one request is waited for, and who is told of it."""
+    """What one request is waited for, and who is told of it; whether it asks for a file's bytes."""
 
     say: Say
+    of_files: bool = False
     asked: float = 0.0
 
     def is_spent(self, status: int, seconds: float) -> bool:
@@ -94,14 +96,17 @@ def wait_of(state: RetryCallState) -> float:
 
 
 @contextmanager
-def heeding(say: Say) -> Iterator[None]:
-    """While `say` is told of each busy answer; from now on huggingface_hub's waits are bounded."""
+def heeding(say: Say, of_files: bool = False) -> Iterator[None]:
+    """While `say` is told of each busy answer, and answers that are not `of_files` are bounded.
+
+    From now on huggingface_hub's waits are bounded, too.
+    """
     from huggingface_hub import get_session
 
     hooks = get_session().event_hooks["response"]
     if heed not in hooks:
         hooks.append(heed)
-    before = _patience.set(Patience(say))
+    before = _patience.set(Patience(say, of_files))
     try:
         yield
     finally:
@@ -109,7 +114,9 @@ def heeding(say: Say) -> Iterator[None]:
 
 
 def heed(response: Any) -> None:
-    """Tell of a busy answer to us; one that asks for too long a wait is an error here already.
+    """Bound an answer to us, and tell of a busy one.
+
+    One that asks for too long a wait is an error here already.
 
     Raises:
         HfHubHTTPError: as huggingface_hub would raise it, which does not repeat the request then.
@@ -117,9 +124,12 @@ def heed(response: Any) -> None:
     from huggingface_hub import hf_raise_for_status
 
     ours = response.request.headers.get("user-agent", "").startswith(f"{LIBRARY}/")
+    # A thread of huggingface_hub's own has none, and brings files or takes them.
+    patience = _patience.get() or Patience(silent, of_files=True)
+    if ours and not patience.of_files:
+        response.stream = bounded(response)
     if not ours or response.status_code not in BUSY:
         return
-    patience = _patience.get() or Patience(silent)  # a thread of huggingface_hub's own has none
     spent = patience.is_spent(response.status_code, seconds_in(response.headers) or 0)
     # Of this one huggingface_hub reads the body, which may be no JSON, before the status.
     if spent or response.request.url.path.endswith("/validate-yaml"):
