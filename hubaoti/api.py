@@ -247,7 +247,7 @@ def load(  # noqa: PLR0913 - a face of keywords
 
 def attach(  # noqa: PLR0913 - a face of keywords
     module: nn.Module,
-    artifact: Artifact | Pulled | Bundle | str,
+    artifact: Artifact | Pulled | Bundle | Path | str,
     *,
     strict: bool = False,
     quantize: bool = False,
@@ -258,7 +258,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
 ) -> Attachment:
     """Have an artifact's graphs answer for the regions of a module; all else about it stays.
 
-    `artifact` is one of the mirror, a bundle that `compile` wrote, or a repo to pull. The module's
+    `artifact` is one of the mirror, a bundle or its folder, or a repo to pull. The module's
     tensors are bound by reference. What no graph serves is answered by the module itself, counted,
     and warned of once for each reason; with `strict` it raises `NotServed`. A module that has no
     config, or other code than was compiled, or of which code or attributes were patched, answers
@@ -317,11 +317,13 @@ def detach(module: nn.Module) -> None:
 
 
 def artifact_of(
-    artifact: Artifact | Pulled | Bundle | str, trust: bool, settings: Settings, say: Say
+    artifact: Artifact | Pulled | Bundle | Path | str, trust: bool, settings: Settings, say: Say
 ) -> Artifact:
     """An artifact of the mirror, by whatever it is called."""
     if isinstance(artifact, Artifact):
         return artifact
+    if isinstance(artifact, Path):
+        artifact = Bundle.read(artifact)
     if isinstance(artifact, str):
         artifact = pull(artifact, trust=trust, settings=settings, say=say)
     if not isinstance(artifact, Bundle):

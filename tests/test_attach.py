@@ -131,6 +131,14 @@ def test_graphs_of_a_transformers_with_another_word_for_the_cache_serve(
         assert (attachment.stats()["compiled"], attachment.stats()["eager"]) == (40, 0)
 
 
+def test_a_bundle_may_be_named_by_its_folder(
+    model: Any, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    with hubaoti.attach(model, decoder_bundle.path, settings=built_at) as attachment:
+        model.generate(**prompt("one text"), **STATIC)
+        assert attachment.stats()["compiled"] == 40
+
+
 def test_sampling_and_beams_are_untouched(plain: Any, model: Any, attached: Attachment) -> None:
     for more in ({"do_sample": True, "top_k": 50}, {"num_beams": 2}):
         answers = []

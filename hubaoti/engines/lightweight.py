@@ -104,7 +104,7 @@ class LightweightEngine:
     def load(
         self,
         model: str | Path,
-        artifact: Artifact | Pulled | Bundle | str | None = None,
+        artifact: Artifact | Pulled | Bundle | Path | str | None = None,
         compile: Compile = "never",
         *,
         task: str | None = None,

@@ -40,7 +40,7 @@ class Want:
     """What `load` was asked for."""
 
     name: str
-    artifact: Artifact | Pulled | Bundle | str | None
+    artifact: Artifact | Pulled | Bundle | Path | str | None
     compile: Compile
     task: str | None
     push: str | None
