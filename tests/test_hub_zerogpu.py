@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+from zipfile import ZipFile
 
 import msgspec
 import pytest
@@ -244,10 +245,31 @@ def test_bert_whole_answers_by_the_loaders_that_know_no_manifest(
     with torch.no_grad():
         expected = model(**words)
         with patched(model, Path(package)):
-            found = model(**words)
-        assert type(found) is type(expected)
-        for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor)
+            answers = [model(**each) for each in (words, views_of(words))]
+        for found in answers:
+            assert type(found) is type(expected)
+            for name, tensor in expected.items():
+                torch.testing.assert_close(found[name], tensor)
+
+
+def views_of(words: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors as views: of wider ones, and one whose places lie apart."""
+    views = {name: torch.cat([each, each], 1)[:, : each.shape[1]] for name, each in words.items()}
+    views["input_ids"] = words["input_ids"].t().contiguous().t()
+    assert not any(each.is_contiguous() for each in views.values())
+    return views
+
+
+def test_packages_lie_in_the_folder_by_which_those_loaders_clean_up(
+    tiny_bert: Path, built_at: Settings
+) -> None:
+    """Both look for `/tmp/*/archive/data/aotinductor/*/*.so` in workers that are killed."""
+    bundle = compiled(tiny_bert, built_at, regions="none")
+    (graph,) = bundle.manifest.graphs
+    libraries = [member.path for member in graph.members if member.path.endswith(".so")]
+    assert [PurePath(path).match("archive/data/aotinductor/*/*.so") for path in libraries] == [True]
+    with ZipFile(bundle.path / graph.file) as package:
+        assert {name.split("/")[0] for name in package.namelist()} == {"archive"}
 
 
 def test_llama_s_blocks_answer_by_the_loaders_that_know_no_manifest_and_by_our_own(

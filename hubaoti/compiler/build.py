@@ -41,6 +41,7 @@ from hubaoti.steps import Say
 # a change does not touch the version stays, so that what is built already is found.
 VERSION = 2
 CAREFUL = 3  # looks at the numbers that choose rows, and carries what is left in containers
+BY_ITSELF = 4  # of a layout: takes inputs of any strides
 ROOM = 64 << 20  # bytes on disk that one graph takes while it is built, at most
 
 
@@ -249,6 +250,8 @@ def build_of(plan: Plan, request: Request, target: Target) -> Build:
 
 def version_of(plan: Plan) -> int:
     """The version of what is put into the graphs of a plan."""
+    if plan.source.layout is not None:
+        return BY_ITSELF
     # As users call a model's own forward: positions left out, flags that say nothing given or not.
     as_called = plan.source.program.task == "forward" and not plan.source.live
     return CAREFUL if as_called or any(map(needs_care, plan.units)) else VERSION

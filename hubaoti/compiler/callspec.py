@@ -26,6 +26,9 @@ from hubaoti.runtime.answer import answer_plan
 from hubaoti.runtime.template import is_own_call, words_in
 
 CallSpec = tuple[str, str]
+# The one folder of a package as those loaders make it: by it they find what torch unpacked in /tmp
+# for a worker that was ended without a word, and remove it.
+ARCHIVE = "archive"
 
 
 def call_spec_of(face: Face, answer: Any) -> CallSpec | None:

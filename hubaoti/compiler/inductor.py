@@ -72,19 +72,20 @@ def options_for(target: Target) -> dict[str, Any]:
     return options
 
 
-def lower(
+def lower(  # noqa: PLR0913 - all that a package is made of
     program: ExportedProgram,
     level: str,
     options: dict[str, Any],
     package: Path,
     where: str,
-    spec: CallSpec | None = None,
+    spec: CallSpec | None,
+    root: str,
 ) -> None:
     """Compile a program into `package`, a `.pt2` without weights, sources or paths.
 
-    `spec` is how loaders without a manifest flatten calls, by default as the program does. `where`
-    names the folder of the build, whose path is a part of what is built: the same name for the
-    same program.
+    `spec` is how loaders without a manifest flatten calls, by default as the program does, and
+    `root` the one folder of the package. `where` names the folder of the build, whose path is a
+    part of what is built: the same name for the same program.
 
     Raises:
         CompileFailed: inductor or the C++ compiler failed.
@@ -97,7 +98,7 @@ def lower(
             around.enter_context(preparing)
         around.enter_context(side_by_side())
         around.enter_context(writing_spec(spec))
-        raw = folder / package.name
+        raw = folder / f"{root}.pt2"  # torch names the folder after it
         try:
             with warnings.catch_warnings(action="ignore"):  # of torch about torch
                 torch._inductor.aoti_compile_and_package(

@@ -15,7 +15,7 @@ from torch import nn
 
 from hubaoti.bundle import file_entry
 from hubaoti.compiler import constants, elf, verify
-from hubaoti.compiler.callspec import CallSpec, call_spec_of, direct_of, require_direct
+from hubaoti.compiler.callspec import ARCHIVE, CallSpec, call_spec_of, direct_of, require_direct
 from hubaoti.compiler.constants import Place
 from hubaoti.compiler.export import Exported, export
 from hubaoti.compiler.faces import Flat
@@ -26,6 +26,7 @@ from hubaoti.compiler.plan import ROOT, Unit, tracing_attention
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.shapes import example_sizes, probes
 from hubaoti.compiler.source import Source, attention_of
+from hubaoti.compiler.strides import take_any_strides
 from hubaoti.compiler.tasks import WHOLE, largest_of
 from hubaoti.errors import CompileFailed, HubaotiError
 from hubaoti.manifest import Check, File, Golden, Graph, Outputs
@@ -129,8 +130,9 @@ def lowered_and_checked(
     say(f"compile {unit.id}")
     package = scratch / "graphs" / f"{unit.id}.pt2"
     where = f"{job.key[:12]}-{unit.id}"
+    root = ARCHIVE if job.plan.source.layout else unit.id
     with given_back(place.module):
-        lower(exported.program, job.target.level, job.build.options, package, where, spec)
+        lower(exported.program, job.target.level, job.build.options, package, where, spec, root)
     say(f"check {unit.id}")
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         unpack_all(package, Path(folder))
@@ -170,6 +172,8 @@ def traced(source: Source, unit: Unit, module: nn.Module, device: torch.device) 
     with attention_of(source.model, tracing_attention(source)), around as unwritten:
         exported = export(module, unit.face, unit.bounds, tensors, source.stated)
     require_unread(exported.program, unwritten)
+    if source.layout:
+        take_any_strides(exported.program, exported.face.inputs)
     return exported
 
 
