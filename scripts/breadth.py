@@ -45,7 +45,8 @@ SERVED = 0.99  # of the calls of its blocks, at least
 # Batch and seq of prompts, and the row that is padded. The compiler checks at the ends of the dims;
 # none of these is one.
 PROMPTS = ((1, 5, None), (3, 11, 1), (2, 26, 0))
-STEPS = 9  # tokens that are generated: they cross the windows of 8 places
+# Tokens that are generated: they cross the windows of 8 places, and fill 16 after any prompt.
+STEPS = 12
 
 Words = Mapping[str, Any]
 
