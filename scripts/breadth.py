@@ -22,7 +22,7 @@ import torch
 import transformers
 from children import Died, in_child
 from figures import Figure, figure
-from recording import apart, shaken
+from recording import alone, apart, shaken
 from torch import nn
 
 from hubaoti import api
@@ -45,7 +45,8 @@ SERVED = 0.99  # of the calls of its blocks, at least
 # Batch and seq of prompts, and the row that is padded. The compiler checks at the ends of the dims;
 # none of these is one.
 PROMPTS = ((1, 5, None), (3, 11, 1), (2, 26, 0))
-STEPS = 9  # tokens that are generated: they cross the windows of 8 places
+# Tokens that are generated: they cross the windows of 8 places, and fill 16 after any prompt.
+STEPS = 12
 
 Words = Mapping[str, Any]
 
@@ -71,6 +72,21 @@ class Outcome:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Case:
+    """An architecture in one form, and the bounds of its dims."""
+
+    name: str
+    form: str
+    architecture: Architecture
+    dims: Mapping[str, tuple[int, int]]
+    settings: Settings | None = None  # of a home that may have its graphs; else of an empty one
+
+    def where(self, scratch: Path) -> Settings:
+        """The settings that it is compiled and attached with."""
+        return self.settings or alone(scratch)
+
+
 class EagerFails(Exception):
     """A model that transformers itself cannot run in a form."""
 
@@ -82,12 +98,21 @@ def bench_breadth(
     if unknown := {*names} - {*ARCHITECTURES}:
         raise SystemExit(f"no such architecture: {', '.join(unknown)}; {', '.join(ARCHITECTURES)}")
     asked = [(name, form) for name in names or ARCHITECTURES for form in forms]
-    todo = [(n, f) for n, f in asked if f == "forward" or ARCHITECTURES[n].generates]
-    for at, (name, form) in enumerate(todo):
-        outcome = outcome_apart(name, form)
+    todo = [
+        Case(name, form, ARCHITECTURES[name], dims_of(ARCHITECTURES[name], form))
+        for name, form in asked
+        if form == "forward" or ARCHITECTURES[name].generates
+    ]
+    return of_cases(todo, outcomes)
+
+
+def of_cases(todo: Sequence[Case], outcomes: list[Outcome]) -> list[Figure]:
+    """What becomes of each case, in `outcomes` too, as a table and in figures."""
+    for at, case in enumerate(todo):
+        outcome = outcome_apart(case)
         outcomes.append(outcome)
         click.echo(
-            f"{at + 1}/{len(todo)} {name} {form}: {outcome.verdict} {outcome.reason} "
+            f"{at + 1}/{len(todo)} {case.name} {case.form}: {outcome.verdict} {outcome.reason} "
             f"({outcome.seconds:.0f} s)",
             err=True,
         )
@@ -115,32 +140,30 @@ def summed_up(found: Sequence[Outcome]) -> list[Figure]:
     ]
 
 
-def outcome_apart(name: str, form: str) -> Outcome:
+def outcome_apart(case: Case) -> Outcome:
     """The outcome of one architecture, found in a child."""
     start = time.perf_counter()
     try:
-        facts = in_child(lambda folder: asdict(outcome_of(name, form, folder)))
+        facts = in_child(lambda folder: asdict(outcome_of(case, folder)))
     except Died as why:
-        facts = asdict(Outcome(name, form, "fail", f"the process {why}"))
+        facts = asdict(Outcome(case.name, case.form, "fail", f"the process {why}"))
     return Outcome(**facts | {"seconds": round(time.perf_counter() - start, 1)})
 
 
-def outcome_of(name: str, form: str, scratch: Path) -> Outcome:
+def outcome_of(case: Case, scratch: Path) -> Outcome:
     """Compile one architecture, and compare what its graphs answer with what eager does."""
-    architecture = ARCHITECTURES[name]
-    folder = scratch / name
-    architecture.config.save_pretrained(folder)
+    case.architecture.config.save_pretrained(scratch / case.name)
     try:
-        bundle = compiled(folder, architecture, form, scratch)
+        bundle = compiled(case, scratch)
     except HubaotiError as why:
-        return Outcome(name, form, "refuse", str(why))
+        return Outcome(case.name, case.form, "refuse", str(why))
     try:
-        return compared(name, architecture, form, bundle, scratch)
+        return compared(case, bundle, scratch)
     except EagerFails as why:
-        return Outcome(name, form, "refuse", str(why))
+        return Outcome(case.name, case.form, "refuse", str(why))
     except Exception as why:  # nobody knows what
         traceback.print_exc()
-        return Outcome(name, form, "fail", f"{type(why).__name__}: {why}")
+        return Outcome(case.name, case.form, "fail", f"{type(why).__name__}: {why}")
 
 
 def dims_of(architecture: Architecture, form: str) -> dict[str, tuple[int, int]]:
@@ -150,28 +173,27 @@ def dims_of(architecture: Architecture, form: str) -> dict[str, tuple[int, int]]
     return DIMS[form] if text else {"batch": DIMS[form]["batch"]}
 
 
-def compiled(folder: Path, architecture: Architecture, form: str, scratch: Path) -> Bundle:
+def compiled(case: Case, scratch: Path) -> Bundle:
     """The bundle of a tiny model."""
     return api.compile(
-        folder,
+        scratch / case.name,
         scratch / "bundle",
-        task=form,
-        regions=architecture.regions,
-        dims=dims_of(architecture, form),
-        settings=at(scratch),
+        task=case.form,
+        regions=case.architecture.regions,
+        dims=case.dims,
+        settings=case.where(scratch),
     )
 
 
-def compared(
-    name: str, architecture: Architecture, form: str, bundle: Bundle, scratch: Path
-) -> Outcome:
+def compared(case: Case, bundle: Bundle, scratch: Path) -> Outcome:
     """What eager answers to ordinary calls, and then the model with its graphs attached."""
+    architecture, form = case.architecture, case.form
     torch.manual_seed(0)
     auto: Any = transformers.AutoModel if form == "forward" else transformers.AutoModelForCausalLM
     model = shaken(auto.from_config(architecture.config))
     calls = [*ordinary(model, architecture, form)]
     expected = [by_eager(model, form, words) for words in calls]
-    with api.attach(model, bundle, settings=at(scratch)) as attachment:
+    with api.attach(model, bundle, settings=case.where(scratch)) as attachment:
         warnings.simplefilter("ignore", Fallback)
         pairs = [(answer(model, form, c), e) for c, e in zip(calls, expected, strict=True)]
         stats = attachment.stats()
@@ -188,14 +210,11 @@ def compared(
     if worst > TOLERANCE:
         verdict, reason = "wrong", f"an answer differs by {worst:.1e} of the largest value"
     elif missing:
-        verdict, reason = (
-            "refuse",
-            why_not(architecture, form, scratch / name) or ", ".join(missing),
-        )
+        verdict, reason = "refuse", why_not(case, scratch) or ", ".join(missing)
     elif share < SERVED:
         verdict, reason = "fail", f"served {share:.1%}, the others: {reasons(stats)}"
     graphs = len(bundle.manifest.graphs)
-    return Outcome(name, form, verdict, reason, graphs, blocks, count, share, plain, worst)
+    return Outcome(case.name, form, verdict, reason, graphs, blocks, count, share, plain, worst)
 
 
 def by_eager(model: nn.Module, form: str, words: Words) -> list[torch.Tensor]:
@@ -283,12 +302,10 @@ def ancestors(path: str) -> list[str]:
     return [".".join(words[:at]) for at in range(1, len(words))]
 
 
-def why_not(architecture: Architecture, form: str, folder: Path) -> str:
+def why_not(case: Case, scratch: Path) -> str:
     """What the compiler says of the blocks that it left out."""
-    asked = {"regions": architecture.regions, "dims": dims_of(architecture, form)}
-    return "; ".join(api.explain(folder, task=form, settings=at(folder.parent), **asked).left_out)
-
-
-def at(scratch: Path) -> Settings:
-    """Settings of a home of its own, without a Hub."""
-    return Settings(home=scratch / "home", endpoint="http://127.0.0.1:9")
+    asked = {"regions": case.architecture.regions, "dims": case.dims}
+    explained = api.explain(
+        scratch / case.name, task=case.form, settings=case.where(scratch), **asked
+    )
+    return "; ".join(explained.left_out)

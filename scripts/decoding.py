@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,10 @@ from typing import Any
 import torch
 import transformers
 from figures import Figure, figure, in_turn, ratios
-from recording import apart, opened, shaken
+from recording import Asked, apart, opened
 from transformers.cache_utils import StaticCache
 
 import hubaoti
-from hubaoti import api
 from hubaoti.bundle import Bundle
 from hubaoti.runtime.graph import Graph
 from hubaoti.settings import Settings
@@ -34,10 +33,11 @@ CONFIG = transformers.LlamaConfig(
     vocab_size=8000,
 )
 DIMS = {"batch": (1, 4), "seq": (1, 64), "cache": (16, 16384)}
-GOALS = {256: 1.3, 4096: 3.0, 16384: 5.0}  # over eager, at a full cache
 # A step has a graph of its own, in which the heads of a group are rows of one product.
 BUCKETS = [{"seq": (1, 1)}, {"seq": (2, 64)}]
-LESS = 3.0  # times as fast again where a quarter of 16384 is filled
+GROUPED = Asked(CONFIG, {"task": "generate", "dims": DIMS, "buckets": BUCKETS})
+GOALS = {256: 1.3, 4096: 3.0, 16384: 5.0}  # over eager, at a full cache
+LESS = {16384: 3.0}  # times as fast again, where a quarter is filled
 RUN = 8  # steps of one side before the other's turn: a step follows a step where texts are made
 TOKENS = 24
 
@@ -50,26 +50,22 @@ class Step:
     ours: Callable[[], Any]
 
 
-def bench_cache(scratch: Path, rounds: int) -> Iterator[Figure]:
+def bench_cache(
+    scratch: Path,
+    settings: Settings,
+    rounds: int,
+    asked: Asked = GROUPED,
+    goals: Mapping[int, float] = GOALS,
+) -> Iterator[Figure]:
     """A decode step over caches of several lengths, full and a quarter filled; then whole texts."""
-    folder = scratch / "grouped"
-    CONFIG.save_pretrained(folder)
-    settings = Settings(home=scratch / "home", endpoint="http://127.0.0.1:9")
-    bundle = api.compile(
-        folder,
-        scratch / "grouped-bundle",
-        task="generate",
-        dims=DIMS,
-        buckets=BUCKETS,
-        settings=settings,
-    )
-    model = shaken(transformers.AutoModelForCausalLM.from_config(CONFIG))
+    bundle = asked.compiled(scratch / "grouped", settings)
+    model = asked.model()
     entry = next(each for each in bundle.manifest.graphs if each.order == 0)
     graph = next(opened(bundle, entry, scratch / "unpacked", model))
     with torch.no_grad():
-        for length, goal in GOALS.items():
+        for length, goal in goals.items():
             yield from at_length(graph, model, length, goal, rounds)
-        yield same_tokens(model, bundle, scratch)
+        yield same_tokens(model, bundle, settings)
 
 
 def at_length(graph: Graph, model: Any, length: int, goal: float, rounds: int) -> list[Figure]:
@@ -83,6 +79,7 @@ def at_length(graph: Graph, model: Any, length: int, goal: float, rounds: int) -
     in_turn(sides, 1)
     spent = in_turn(sides, 8 * rounds)
     again = ratios(spent["ours 1"], spent["ours 4"])
+    less = ("at least", LESS[length]) if length in LESS else None
     times = {part: [t * 1000 / RUN for t in spent[f"ours {part}"]] for part in steps}
     over = {part: ratios(spent[f"eager {part}"], spent[f"ours {part}"]) for part in steps}
     name = f"cache {length}"
@@ -91,9 +88,8 @@ def at_length(graph: Graph, model: Any, length: int, goal: float, rounds: int) -
         figure("cache", f"{name} full, over eager", over[1], "times", ("at least", goal)),
         figure("cache", f"{name} a quarter filled, a step", times[4], "ms"),
         figure("cache", f"{name} a quarter filled, over eager", over[4], "times"),
-        figure("cache", f"{name} a quarter filled, over full", again, "times",
-               ("at least", LESS) if length == max(GOALS) else None),
-    ]  # fmt: skip
+        figure("cache", f"{name} a quarter filled, over full", again, "times", less),
+    ]
     for which, part in ((side, part) for part in steps for side in ("eager", "ours")):
         more = [peak_of(getattr(steps[part], which)) / 1e6 for _ in range(3)]
         words = "full" if part == 1 else "a quarter filled"
@@ -113,15 +109,15 @@ def step_of(graph: Graph, model: Any, length: int, filled: int) -> Step:
     Raises:
         SystemExit: they answer differently.
     """
-    block = model.model.layers[0]
-    cache = StaticCache(config=CONFIG, max_cache_len=length)
-    heads, width = CONFIG.num_key_value_heads, CONFIG.hidden_size // CONFIG.num_attention_heads
+    block, config = model.model.layers[0], model.config
+    cache = StaticCache(config=config, max_cache_len=length)
+    heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     held: Any = cache.layers[0]
     held.lazy_initialization(*(torch.empty(1, heads, 1, width) for _ in range(2)))
     held.keys.normal_()
     held.values.normal_()
     keys, values = held.keys.clone(), held.values.clone()
-    hidden = torch.randn(1, 1, CONFIG.hidden_size)
+    hidden = torch.randn(1, 1, config.hidden_size)
     position = torch.tensor([filled - 1])
     tables = model.model.rotary_emb(hidden, position[None])
     mask = torch.zeros(1, 1, 1, length, dtype=torch.bool)
@@ -171,9 +167,10 @@ def kilobytes(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def same_tokens(model: Any, bundle: Bundle, scratch: Path) -> Figure:
+def same_tokens(model: Any, bundle: Bundle, settings: Settings) -> Figure:
     """How many of the tokens of a greedy `generate` over attached blocks are eager's."""
-    prompt = torch.randint(1, CONFIG.vocab_size, (2, 9), generator=torch.Generator().manual_seed(1))
+    draw, words = torch.Generator().manual_seed(1), model.config.vocab_size
+    prompt = torch.randint(1, words, (2, 9), generator=draw)
     options: dict[str, Any] = {
         "max_new_tokens": TOKENS,
         "do_sample": False,
@@ -185,7 +182,6 @@ def same_tokens(model: Any, bundle: Bundle, scratch: Path) -> Figure:
     mask = torch.ones_like(prompt)
     mask[0, :3] = 0  # a row that is padded on the left
     expected = copy.deepcopy(model).generate(prompt, attention_mask=mask, **options)
-    settings = Settings(home=scratch / "home", endpoint="http://127.0.0.1:9")
     with hubaoti.attach(model, bundle, strict=True, settings=settings):
         found = model.generate(prompt, attention_mask=mask, **options)
     same = (found == expected).float().mean().item()

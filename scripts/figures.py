@@ -11,7 +11,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +84,7 @@ def figure(
     return Figure(section, name, median, low, high, unit, f"{word} {bound:g} {unit}", reached[word])
 
 
-def in_turn(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each side, one call of each a round."""
     spent: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):

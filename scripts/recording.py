@@ -1,23 +1,53 @@
-"""Eager models whose every parameter matters, their compiled graphs, and how far answers are apart.
+"""Models that are measured, whose every parameter matters, their graphs, how far answers are apart.
 
 Nothing here is shared with the compiler's own checks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
+from hubaoti import api
 from hubaoti.bundle import Bundle
 from hubaoti.manifest import Graph as Entry
 from hubaoti.package import unpack_all
 from hubaoti.runtime.graph import Graph, open_graph
 from hubaoti.runtime.weights import shipped_tensors
+from hubaoti.settings import Settings
 
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model by its config, which names its class, and what is asked of its graphs."""
+
+    config: Any
+    words: Mapping[str, Any]  # of `api.compile`
+
+    def compiled(self, folder: Path, settings: Settings) -> Bundle:
+        """Its bundle, from a folder with its config alone; what the mirror has is taken from it."""
+        self.config.save_pretrained(folder)
+        output = folder.with_name(f"{folder.name}-bundle")
+        return api.compile(folder, output, settings=settings, **self.words)
+
+    def model(self) -> Any:
+        """The model itself."""
+        kind = getattr(transformers, self.config.architectures[0])
+        return shaken(kind(copy.deepcopy(self.config)))
+
+
+def alone(scratch: Path) -> Settings:
+    """Settings of a home below a folder, without a Hub."""
+    return Settings(home=scratch / "home", endpoint="http://127.0.0.1:9")
 
 
 def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -66,3 +96,9 @@ def apart(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> fl
         scale = theirs[theirs.isfinite()].abs().max().clamp(min=1e-30)
         worst = max(worst, (difference.max() / scale).nan_to_num(nan=float("inf")).item())
     return worst
+
+
+def require_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Two sides that are measured must answer alike."""
+    if apart([found], [expected]) > 1e-4:
+        raise SystemExit("the sides answer differently")

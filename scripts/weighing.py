@@ -1,4 +1,4 @@
-"""What a process holds that generates: plain, and with quantized weights in the place of its own.
+"""What a process holds that generates: plain, attached, and with quantized weights for its own.
 
 Each side is a process of its own, which loads the model as anybody does and then counts.
 """
@@ -18,41 +18,98 @@ import torch
 import transformers
 from decoding import kilobytes
 from figures import Figure, figure, ratios
-from recording import shaken
+from recording import Asked
 from transformers.cache_utils import StaticCache
 
 import hubaoti
-from hubaoti import api
 from hubaoti.bundle import Bundle
 from hubaoti.settings import Settings
 
 RECIPE = "int8wo"
 # 158 million parameters, of which 142 are in the blocks.
-MEDIUM: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "max_position_embeddings": 1024,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 12,
-    "num_key_value_heads": 8,
-    "vocab_size": 8000,
-}
+MEDIUM = Asked(
+    transformers.LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=1024,
+        intermediate_size=2816,
+        max_position_embeddings=1024,
+        num_attention_heads=16,
+        num_hidden_layers=12,
+        num_key_value_heads=8,
+        vocab_size=8000,
+    ),
+    {
+        "task": "generate",
+        "quantize": RECIPE,
+        "dims": {"batch": (1, 4), "seq": (1, 128), "cache": (16, 512)},
+    },
+)
 SIDES = ("plain", "torchao", "attached")
+PEAK = """
+import torch, transformers, hubaoti
+from pathlib import Path
+from weighing import kilobytes, text
+from hubaoti.bundle import Bundle
+from hubaoti.settings import Settings
+torch.manual_seed(0)
+config = transformers.AutoConfig.from_pretrained({folder!r})
+model = transformers.LlamaForCausalLM(config).eval()
+if {attached}:
+    settings = Settings(home=Path({home!r}), endpoint="http://127.0.0.1:9")
+    attachment = hubaoti.attach(model, Bundle.read(Path({bundle!r})), settings=settings)
+text(model)
+if {attached}:
+    assert attachment.stats()["eager"] == 0, attachment.stats()
+print(kilobytes("VmHWM"))
+"""
 
 
-def bench_quantized(settings: Settings, scratch: Path) -> Iterator[Figure]:
+def peak_memory(folder: Path, bundle: Bundle, settings: Settings, processes: int) -> Figure:
+    """The most that a process holds that generates, attached to not, by the model's config."""
+    peaks: dict[bool, list[float]] = {False: [], True: []}
+    places = {"folder": str(folder), "home": str(settings.home), "bundle": str(bundle.path)}
+    for attached in (False, True) * processes:
+        peaks[attached].append(told_by(PEAK.format(attached=attached, **places), folder))
+    blocks = sum(len(entry.modules) for entry in bundle.manifest.graphs if entry.order == 0)
+    return figure("attach", f"memory, {blocks} blocks, attached to plain",
+                  ratios(peaks[True], peaks[False]), "times", ("at most", 1.02))  # fmt: skip
+
+
+def told_by(program: str, scratch: Path) -> float:
+    """The number that a program says last, in a process of its own."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        words = [sys.executable, "-W", "ignore", "-c", program]
+        done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True,
+                              check=False, env=environment(folder))  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return float(json.loads(done.stdout.split()[-1]))
+
+
+def environment(folder: str) -> dict[str, str]:
+    """That of a child, which compiles nothing."""
+    return {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
+
+
+def text(model: Any) -> Any:
+    """Some tokens, greedily."""
+    return model.generate(torch.arange(3, 19)[None], max_new_tokens=24, do_sample=False,
+                          cache_implementation="static", disable_compile=True,
+                          pad_token_id=0, eos_token_id=None)  # fmt: skip
+
+
+def bench_quantized(
+    scratch: Path, settings: Settings, asked: Asked = MEDIUM, processes: int = 3
+) -> Iterator[Figure]:
     """The memory of a model whose weights were replaced, and whether it answers as it should."""
-    folder = scratch / "quantized-model"
-    config = transformers.LlamaConfig(architectures=["LlamaForCausalLM"], **MEDIUM)
-    model = shaken(transformers.LlamaForCausalLM(config))
-    model.save_pretrained(folder)  # type: ignore[attr-defined]
+    folder = scratch / "quantized"
+    bundle = asked.compiled(folder, settings)
+    model = asked.model()
+    model.save_pretrained(folder)
     millions = sum(each.numel() for each in model.parameters()) / 1e6
     del model
-    bundle = api.compile(folder, scratch / "quantized-bundle", task="generate", quantize=RECIPE,
-                         dims={"batch": (1, 4), "seq": (1, 128), "cache": (16, 512)},
-                         settings=settings)  # fmt: skip
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    for side in SIDES * 3:
+    for side in SIDES * processes:
         found[side].append(in_process(side, folder, bundle, settings, scratch))
     name = f"{RECIPE}, {millions:.0f} M parameters"
     for what, goal in (("held", 0.85), ("peak", 0.85)):
@@ -82,7 +139,7 @@ def in_process(
     with tempfile.TemporaryDirectory(dir=scratch) as compiled:
         words = [sys.executable, "-W", "ignore", __file__, side, folder, bundle.path, settings.home]
         done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False,
-                              env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": compiled})  # fmt: skip
+                              env=environment(compiled))  # fmt: skip
     if done.returncode:
         raise SystemExit(done.stderr)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -108,13 +165,13 @@ def main() -> None:
     """Load, generate, and say what it took, in MB, and which words come next after random ones."""
     side, folder, bundle, home = sys.argv[1], *map(Path, sys.argv[2:])
     model = loaded(side, folder, bundle, home)
-    model.generate(torch.arange(3, 19)[None], max_new_tokens=24, do_sample=False,
-                   cache_implementation="static", disable_compile=True,
-                   pad_token_id=0, eos_token_id=None)  # fmt: skip
+    text(model)
     held, peak = kilobytes("VmRSS") / 1000, kilobytes("VmHWM") / 1000
     torch.manual_seed(1)
-    ids = torch.randint(0, MEDIUM["vocab_size"], (4, 128))
-    cache = StaticCache(config=model.config, max_cache_len=128)
+    dims = Bundle.read(bundle).manifest.build.dims
+    rows, length = dims["batch"][1], dims["seq"][1]  # the most that the graph serves
+    ids = torch.randint(0, model.config.vocab_size, (rows, length))
+    cache = StaticCache(config=model.config, max_cache_len=length)
     with torch.no_grad():
         logits = model(ids, past_key_values=cache, use_cache=True).logits
     answer = {"held": held, "peak": peak, "words": logits.argmax(-1).flatten().tolist()}

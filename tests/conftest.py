@@ -192,6 +192,18 @@ def decoder_bundle(tiny_decoder: Path, built_at: Settings) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def forward_bundle(tiny_decoder: Path, built_at: Settings) -> Bundle:
+    """The block of the tiny decoder once more, without a cache."""
+    return hubaoti.compile(
+        tiny_decoder,
+        built_at.home.parent / "forward",
+        task="forward",
+        dims={"batch": (1, 4), "seq": (1, 40)},
+        settings=built_at,
+    )
+
+
+@pytest.fixture(scope="session")
 def quantized_bundle(tiny_decoder: Path, built_at: Settings) -> Bundle:
     """The block of the tiny decoder again, its weights in eight bits."""
     return hubaoti.compile(

@@ -1165,18 +1165,6 @@ def test_a_window_without_a_graph_for_a_full_one_says_so(
             windowed.generate(ids, **STATIC)
 
 
-@pytest.fixture(scope="module")
-def forward_bundle(tiny_decoder: Path, built_at: Settings) -> Bundle:
-    """The decoder's block without a cache."""
-    return hubaoti.compile(
-        tiny_decoder,
-        built_at.home.parent / "forward",
-        task="forward",
-        dims={"batch": (1, 4), "seq": (1, 40)},
-        settings=built_at,
-    )
-
-
 @pytest.mark.parametrize("case", PROMPTS)
 @pytest.mark.parametrize("masked", [True, False])
 def test_masks_that_are_left_out_and_tables_of_one_row_are_made_whole(

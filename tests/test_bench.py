@@ -1,16 +1,42 @@
-"""The benchmarks run with the product as it is: what they import is there."""
+"""The benchmarks run with the product as it is, each section at a tiny size; figures are kept."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import json
+import math
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from importlib.machinery import SourceFileLoader
+from multiprocessing import get_context
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import transformers
+from click.testing import CliRunner
+
+from hubaoti.bundle import Bundle
+from hubaoti.mirror import Mirror
+from hubaoti.settings import Settings
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+MINUTES = 10 * 60.0  # a section that hangs is ended
+# Figures of what two sides answer, not of how long they take: they must reach their goals.
+ANSWERS = ("equal to", "with the same", "that are eager's", "that are torchao's", "share of")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts_are_found() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        yield
 
 
 def sources() -> list[Path]:
@@ -29,10 +55,290 @@ def imports(path: Path) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.name)
-def test_what_a_script_imports_is_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
+def test_what_a_script_imports_is_there(path: Path) -> None:
     for module, name in imports(path):
         loaded = importlib.import_module(module)
         there = hasattr(loaded, name) or f"{module}.{name}" in sys.modules
         if not there:
             importlib.import_module(f"{module}.{name}")
+
+
+# Each section, in other processes: some fork, which must be before torch's threads have run
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a section runs: a folder, a mirror that has the decoder's graphs, and the decoder."""
+
+    scratch: Path
+    settings: Settings
+    decoder: Path
+    bundles: Mapping[str, Path]
+
+    def asked(self, name: str) -> Any:
+        """What one of the bundles was compiled from; it is found in the mirror."""
+        from recording import Asked
+
+        build = Bundle.read(self.bundles[name]).manifest.build
+        task = "forward" if name == "forward" else "generate"
+        words: dict[str, Any] = {"task": task, "quantize": build.quantization}
+        words["dims"] = {dim: (low, high) for dim, (low, high, _) in build.dims.items()}
+        return Asked(transformers.AutoConfig.from_pretrained(self.decoder), words)
+
+
+@contextmanager
+def in_haste() -> Iterator[None]:
+    """Torch asks for no proof that g++ builds for each kind of vectors: half of a first compile."""
+    from torch._inductor import config
+
+    with pytest.MonkeyPatch.context() as patch, config.patch("cpp.vec_isa_ok", True):
+        patch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
+        yield
+
+
+def figures_of(section: Callable[[Any], list[Any]], given: Any) -> list[Any]:
+    """What a section measures; of one that ends the process, as where sides differ, the reason."""
+    try:
+        return section(given)
+    except SystemExit as why:
+        raise AssertionError(f"it ended: {why}") from why
+
+
+def breadth(place: Place) -> list[Any]:
+    from architectures import Architecture
+    from breadth import Case, Outcome, of_cases
+
+    asked, outcomes = place.asked("generate"), list[Outcome]()
+    llama = Architecture("Llama", asked.config.to_diff_dict(), generates=True)
+    case = Case("decoder", "generate", llama, asked.words["dims"], place.settings)
+    return of_cases([case], outcomes)
+
+
+def block(place: Place) -> list[Any]:
+    from compiling import bench_block
+
+    with in_haste():
+        return bench_block(place.scratch, place.settings, 0, place.asked("generate"))
+
+
+def large(place: Place) -> list[Any]:
+    from compiling import bench_large
+
+    return bench_large(place.scratch, place.settings, 1, place.asked("generate"))
+
+
+def regional(place: Place) -> list[Any]:
+    from compiling import Layers, bench_regional
+
+    asked = place.asked("forward")
+    layers = Layers(asked, asked, asked, shapes=((2, 8),))
+    with in_haste():
+        return bench_regional(place.scratch, place.settings, 1, layers)
+
+
+def cache(place: Place) -> list[Any]:
+    from decoding import bench_cache
+
+    asked = place.asked("generate")
+    return [*bench_cache(place.scratch, place.settings, 1, asked, {64: 1.0})]
+
+
+def attach(place: Place) -> list[Any]:
+    from attaching import Sizes, bench_attach
+
+    forward, decoder = place.asked("forward"), place.asked("generate")
+    sizes = Sizes(forward, forward, decoder, place.asked("quantized"), 10, 64, 1, 1)
+    with in_haste():
+        return [*bench_attach(place.scratch, place.settings, 1, sizes)]
+
+
+def campaign(place: Place) -> list[Any]:
+    from campaign import Sizes, bench_campaign
+
+    asked = place.asked("generate")
+    sizes = Sizes([asked, asked], asked, tasks=2, questions=2, times=1)
+    return [*bench_campaign(place.scratch, place.settings, 1, sizes)]
+
+
+def opening(bench: Any) -> list[Any]:
+    from published import bench_open
+
+    with in_haste():
+        return bench_open(bench, 1)
+
+
+def start(bench: Any) -> list[Any]:
+    from published import bench_start
+
+    with in_haste():
+        return bench_start(bench, 1)
+
+
+def steady(bench: Any) -> list[Any]:
+    from published import bench_steady
+
+    with in_haste():
+        return [*bench_steady(bench, 1, {"x86_64_v3": 256}, ((1, 8),))]
+
+
+def compiling(bench: Any) -> list[Any]:
+    from published import bench_compile
+
+    return bench_compile(bench, 1)
+
+
+def cli(bench: Any) -> list[Any]:
+    from published import bench_cli
+
+    return bench_cli(bench, 1)
+
+
+# Those that fork come first, so that nothing has run in their process before.
+COMPILER: dict[str, Callable[[Place], list[Any]]] = {
+    "breadth": breadth,
+    "block": block,
+    "attach": attach,
+    "regional": regional,
+    "large": large,
+    "cache": cache,
+    "campaign": campaign,
+}
+PUBLISHED: dict[str, Callable[[Any], list[Any]]] = {
+    "open": opening,
+    "start": start,
+    "steady": steady,
+    "compile": compiling,
+    "cli": cli,
+}
+FIGURES = {
+    "breadth": ("share of 1 that pass", "architectures wrong or failed"),
+    "block": ("lower", "aoti_compile_and_package over lower, of processors"),
+    "large": ("72B, the whole command", "72B, peak memory of all processes"),
+    "regional": ("regions to whole", "2 layers to 2", "(2, 8) a call by regions to whole"),
+    "cache": ("cache 64 full, over eager", "generate, tokens equal to eager's"),
+    "attach": (
+        "AOTICompiledModel to the attached",
+        "blocks, 2 of width 32, (1, 2), eager to attached",
+        "attach, 2 blocks, graphs in the mirror, first in a process",
+        "decode, 2 blocks, 10 of 64 filled, eager over attached",
+        "1 times attached and detached, memory more",
+        "memory, 2 blocks, attached to plain",
+        "int8wo, 2 M parameters, greedy words that are torchao's eager",
+    ),
+    "campaign": (
+        "2 tasks over 2 models, by an engine",
+        "a switch, loaded each time to held",
+        "choices by score of 2 items that are eager's",
+        "1 times loaded and unloaded, files and threads more",
+    ),
+    "open": ("a graph in the mirror, verified", "aoti_load_package, empty inductor folder"),
+    "start": ("hubaoti run", "transformers eager", "torch.compile cold", "torch.compile warm"),
+    "steady": ("(1, 8) x86_64_v3 over eager", "(1, 8) x86_64_v3 over torch.compile static 256"),
+    "compile": ("peak memory, no weight file there", "time"),
+    "cli": ("warm pull of a commit", "hubaoti mirror ls to hf --help"),
+}
+
+
+@pytest.fixture(scope="module")
+def place(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_decoder: Path,
+    decoder_bundle: Bundle,
+    forward_bundle: Bundle,
+    quantized_bundle: Bundle,
+) -> Place:
+    """A machine that has built the decoder's graphs."""
+    bundles = {"generate": decoder_bundle, "forward": forward_bundle, "quantized": quantized_bundle}
+    scratch = tmp_path_factory.mktemp("bench")
+    settings = Settings(home=scratch / "home", endpoint="http://127.0.0.1:9")
+    with Mirror.open(settings.mirror) as mirror:
+        for bundle in bundles.values():
+            files = {each.path: bundle.path / each.path for each in bundle.manifest.all_files()}
+            mirror.put(bundle.manifest, files)
+            mirror.record_built(bundle.manifest)
+    paths = {name: bundle.path for name, bundle in bundles.items()}
+    return Place(scratch, settings, tiny_decoder, paths)
+
+
+@pytest.fixture(scope="module")
+def texts(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The least model that answers texts: embeddings without a layer over them."""
+    config = transformers.BertConfig(
+        vocab_size=30522, hidden_size=32, num_hidden_layers=0, num_attention_heads=2
+    )
+    folder = tmp_path_factory.mktemp("texts") / "model"
+    transformers.BertModel(config).save_pretrained(folder)  # type: ignore[no-untyped-call]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(minilm / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(
+    scripts_are_found: None, place: Place, texts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, AsyncResult[list[Any]]]]:
+    """The figures of each section, when it has ended; two run at a time."""
+    from published import prepared
+
+    found: dict[str, AsyncResult[list[Any]]] = {}
+    with get_context("spawn").Pool(2) as pool:
+        for name, section in COMPILER.items():
+            own = replace(place, scratch=place.scratch / name)
+            own.scratch.mkdir()
+            found[name] = pool.apply_async(figures_of, (section, own))
+        with prepared(tmp_path_factory.mktemp("published"), texts) as bench:
+            for name, measure in PUBLISHED.items():
+                found[name] = pool.apply_async(figures_of, (measure, bench))
+            yield found
+
+
+@pytest.mark.parametrize("section", [*COMPILER, *PUBLISHED])
+def test_a_section_measures(section: str, measured: dict[str, AsyncResult[list[Any]]]) -> None:
+    figures = measured[section].get(MINUTES)
+    assert {each.section for each in figures} == {section}
+    assert {*FIGURES[section]} <= {each.name for each in figures}
+    for each in figures:
+        values = (each.low, each.median, each.high)
+        assert all(map(math.isfinite, values)), each
+        if each.unit in {"s", "ms", "GB"} or each.name.endswith(("to attached", "over eager")):
+            assert min(values) > 0, each
+        if any(words in each.name for words in ANSWERS):
+            assert each.reached in {True, None}, each
+
+
+# The command
+
+
+@pytest.fixture
+def bench() -> ModuleType:
+    """The command's own module."""
+    loader = SourceFileLoader("bench", str(SCRIPTS / "bench"))
+    spec = importlib.util.spec_from_loader("bench", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def test_every_section_is_measured_here(bench: ModuleType) -> None:
+    assert {*COMPILER} == {*bench.COMPILER}
+    assert {*PUBLISHED} == {*bench.PUBLISHED}
+
+
+def test_figures_are_printed_and_written_as_they_come(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> Iterator[Any]:
+        yield bench.Figure("cli", "first", 1.0, 1.0, 1.0, "s")
+        written = json.loads((tmp_path / "figures.json").read_text())["figures"]
+        assert [each["name"] for each in written] == ["first"]
+        yield bench.Figure("cli", "second", 2.0, 2.0, 2.0, "s")
+        raise OSError("later")
+
+    monkeypatch.setitem(bench.PUBLISHED, "cli", fails)
+    monkeypatch.setattr(bench.published, "prepared", nullcontext)
+    done = CliRunner().invoke(bench.main, ["cli", "--json", str(tmp_path / "figures.json")])
+    assert isinstance(done.exception, OSError)
+    assert "first: 1 (1 to 1) s" in done.output and "second: 2 (2 to 2) s" in done.output
+    written = json.loads((tmp_path / "figures.json").read_text())["figures"]
+    assert [each["name"] for each in written] == ["first", "second"]
