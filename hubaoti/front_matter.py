@@ -12,6 +12,8 @@ import yaml
 
 LIMIT = 128 * 1024
 """How much of a README is looked at for its front matter."""
+DEEPEST = 100
+"""How deep what it says may be nested; each level costs a reader more than the one before."""
 
 _START = re.compile(r"\ufeff?\s*---[ \t]*\r?\n")
 _END = re.compile(r"^---[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
@@ -22,14 +24,21 @@ class BadFrontMatter(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases."""
+    """YAML without aliases, and not nested without end."""
+
+    depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise BadFrontMatter(
                 "aliases are not allowed: write what *name stands for in its place"
             )
-        return super().compose_node(parent, index)
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise BadFrontMatter(f"it is nested more than {DEEPEST} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):

@@ -301,7 +301,7 @@ def lowered(side: str, folder: Path, asked: Asked, scratch: Path) -> dict[str, f
     package = scratch / "block.pt2"
     with costing() as cost:
         if side == "ours":
-            inductor.lower(program, target.level, options, package, "bench")
+            inductor.lower(program, target.level, options, package, "bench", None, "bench")
         else:
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(package), inductor_configs=inductor.WEIGHTLESS

@@ -367,7 +367,7 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1},' * 9}]\n" for n in
         (BOMB, "aliases are not allowed"),
         ("a: &a {b: *a}\n", "aliases are not allowed"),
         (f"a: {'x' * front_matter.LIMIT}\n", "larger than 128 KiB"),
-        ("[" * 60_000 + "\n", "not valid YAML"),
+        ("[" * 60_000 + "\n", "nested more than 100 deep"),
         ("!!python/object/apply:os.getcwd []\n", "not valid YAML"),
         (f"a: {'9' * 100_000}\n", "not valid YAML"),
     ],
