@@ -383,7 +383,7 @@ def eager(
     say("load")
     asked = Request(task=task, dtype=dtype, regions="none")
     whole = source.load(folder, asked, torch.device("cpu"), weights=True)
-    encoded = TextEncoder(folder, pad_of(whole.program)).encode(texts)
+    encoded = TextEncoder(folder, pad_of(whole.program)).encode(texts, high=whole.positions)
     say("run")
     with torch.no_grad():
         values = whole.model(encoded.input_ids, encoded.attention_mask)[0]

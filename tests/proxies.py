@@ -28,7 +28,8 @@ class Proxy:
     `mutate`: what becomes of the JSON of an answer.
     `first`: what the first request of each method and path gets so.
     `lost`: how many requests the endpoint answers whose answers never arrive.
-    `packed`: compress the body, with as many spaces behind it.
+    `packed`: compress the body, with as many spaces behind it, `folds` times.
+    `status`: answer with this one. `next_page`: name each page as its own next one.
     `endless`: go on with the body after its end, until the client leaves; `sent` are the bytes.
     """
 
@@ -41,7 +42,8 @@ class Proxy:
         self.cut_after: int | None = None
         self.pause = 0.0
         self.flip = self.endless = False
-        self.sent = self.packed = 0
+        self.sent = self.packed = self.status = 0
+        self.folds, self.next_page = 1, False
         self.answers: list[tuple[int, dict[str, str]]] = []
         self.mutate: Callable[[Any], Any] | None = None
         self.first: tuple[int, dict[str, str]] | None = None
@@ -53,6 +55,7 @@ class Proxy:
         self.headers.clear()
         self.matching, self.cut_after, self.pause = "", None, 0.0
         self.flip, self.endless, self.sent, self.packed = False, False, 0, 0
+        self.folds, self.next_page, self.status = 1, False, 0
         self.answers, self.first, self.lost, self.mutate = [], None, 0, None
 
 
@@ -64,8 +67,10 @@ def mutated(response: http.client.HTTPResponse, content: bytes, how: Proxy) -> b
     if how.mutate:
         content = json.dumps(how.mutate(json.loads(content))).encode()
     if how.packed:
-        content = gzip.compress(content + b" " * how.packed)
-        response.headers["Content-Encoding"] = "gzip"
+        content += b" " * how.packed
+        for _ in range(how.folds):
+            content = gzip.compress(content)
+        response.headers["Content-Encoding"] = ", ".join(["gzip"] * how.folds)
     response.headers.replace_header("Content-Length", str(len(content)))
     return content
 
@@ -134,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, response: http.client.HTTPResponse, content: bytes, how: Proxy) -> None:
         content = mutated(response, content, how)
-        self.send_response(response.status)
+        self.begin(how.status or response.status, how)
         kept_back = {"date", "server", "transfer-encoding", "connection"}
         if how.endless and content:
             kept_back.add("content-length")
@@ -154,6 +159,11 @@ class Handler(BaseHTTPRequestHandler):
         for start in range(0, len(content), PIECE):
             time.sleep(how.pause)
             self.wfile.write(content[start : start + PIECE])
+
+    def begin(self, status: int, how: Proxy) -> None:
+        self.send_response(status)
+        if how.next_page:
+            self.send_header("Link", f'<{self.server.proxy.url}{self.path}>; rel="next"')
 
     def go_on(self, content: bytes, how: Proxy) -> None:
         self.close_connection = True

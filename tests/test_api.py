@@ -282,3 +282,10 @@ def test_the_runtime_needs_no_transformers(reader: Settings, tiny_roberta: Path)
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_text_beyond_the_model_s_positions_is_refused_without_a_graph_too(
+    reader: Settings, tiny_roberta: Path
+) -> None:
+    with pytest.raises(OutOfBounds, match="tokens; it takes seq up to"):
+        api.eager(tiny_roberta, ["word " * 600], settings=reader)

@@ -12,18 +12,18 @@ from types import SimpleNamespace
 
 import pytest
 from bundles import make_bundle, make_host
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, close_session, get_session
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 from proxies import Proxy
 
 from hubaoti.bundle import Bundle
-from hubaoti.errors import Conflict, HubUnreachable
+from hubaoti.errors import Conflict, HubaotiError, HubUnreachable
 from hubaoti.hub import bounds, retry
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import pull
 from hubaoti.hub.push import Destination, push
-from hubaoti.hub.retry import ATTEMPTS, LONGEST_WAIT, seconds_in
+from hubaoti.hub.retry import ATTEMPTS, LONGEST_WAIT, heed, seconds_in
 from hubaoti.hub.words import AnswerLost
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
@@ -332,7 +332,7 @@ def test_a_push_that_is_refused_for_ever_says_so_and_leaves_nothing(
 # Answers without an end
 
 
-@pytest.mark.parametrize("ask", [name for name in ASKS if name != "model"])
+@pytest.mark.parametrize("ask", ASKS)
 def test_an_answer_that_does_not_end_is_no_hub_s(
     client: HubClient, repo: str, proxy: Proxy, ask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,6 +362,47 @@ def test_an_answer_that_unfolds_is_taken_while_it_is_small(
     proxy.packed = 256 << 20
     with pytest.raises(HubUnreachable, match="sends more than 65536 bytes"):
         client.resolve(repo)
+
+
+def test_an_answer_that_is_packed_twice_is_not_unfolded(
+    client: HubClient, repo: str, proxy: Proxy
+) -> None:
+    proxy.packed, proxy.folds = 1 << 10, 2
+    with pytest.raises(HubUnreachable, match="packed as 'gzip, gzip'"):
+        client.resolve(repo)
+
+
+@pytest.mark.parametrize("status", [302, 404, 500])
+def test_a_download_that_is_refused_without_end_is_given_up(
+    client: HubClient, repo: str, proxy: Proxy, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "MOST_ANSWERED", 1 << 20)
+    head = client.resolve(repo)
+    proxy.matching, proxy.endless, proxy.status = "/resolve/", True, status
+    with pytest.raises(HubaotiError):
+        client.download(repo, head, ".gitattributes")
+    assert proxy.sent < 64 << 20
+
+
+def test_a_session_that_is_made_anew_within_a_call_heeds_answers_too(
+    client: HubClient, repo: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As huggingface_hub makes one when a connection fails."""
+    monkeypatch.setattr(bounds, "MOST_ANSWERED", 1 << 20)
+    client.resolve(repo)
+    close_session()
+    assert heed in get_session().event_hooks["response"]
+    assert get_session().timeout.read == LONGEST_WAIT
+
+
+def test_pages_without_end_are_not_turned_for_ever(
+    client: HubClient, repo: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "MOST_ANSWERS", 20)
+    head = client.resolve(repo)
+    proxy.matching, proxy.mutate, proxy.next_page = "/tree/", lambda _: [], True
+    with pytest.raises(HubUnreachable, match="more than 20 answers"):
+        client.files(repo, head)
 
 
 def test_what_comes_of_a_file_is_counted_and_not_what_its_storage_sends() -> None:

@@ -368,8 +368,7 @@ def test_caches_above_a_window_leave_its_layers_the_places_of_the_window(
     buckets = [f"cache={each}" for each in sizes if len(sizes) > 1]
     units = {unit.id: unit for unit in planned(gemma(), *buckets, dims=asked).units}
     held = units["model.layers.sliding"].bounds
-    assert (held["cache"].high, held["seq"].high) == (WINDOW, WINDOW)
-    assert held["filled"] == Range(1, WINDOW)
+    assert (held["cache"], held["filled"], held["seq"].high) == (Range(8, 64), Range(1, 64), 40)
     assert units["model.layers.sliding-full"].bounds["seq"].high == 40
     others = [str(unit.bounds["cache"]) for name, unit in units.items() if ".full" in name]
     assert others == sizes
@@ -486,13 +485,36 @@ def test_a_bucket_over_a_dim_that_a_form_has_not_says_nothing_about_it(
     ]
 
 
+@pytest.mark.parametrize("asked", [(64, 64), (64, 64, 64)])
 def test_a_cache_of_one_length_is_traced_as_one_of_several(
-    planned: Callable[..., Plan],
+    asked: tuple[int, ...], planned: Callable[..., Plan]
 ) -> None:
     """Of a constant length torch would take what is filled to be less, always."""
-    found = planned(llama(), dims={"seq": (1, 64), "cache": (64, 64)})
-    assert found.dims["cache"] == Range(64, 64)
+    found = planned(llama(), dims={"seq": (1, 64), "cache": asked})
+    assert found.dims["cache"] == Range(*asked)
     assert [unit.bounds["cache"] for unit in found.units] == [Range(63, 64)]
+
+
+def test_a_cache_that_each_call_fills_has_its_one_length(planned: Callable[..., Plan]) -> None:
+    found = planned(llama(), dims={"seq": (64, 64), "cache": (64, 64)})
+    assert [unit.bounds["cache"] for unit in found.units] == [Range(64, 64)]
+
+
+def test_a_window_between_the_steps_of_the_caches_is_a_length_too(
+    planned: Callable[..., Plan],
+) -> None:
+    asked = {"seq": (1, 40), "cache": (16, 64, 16)}
+    units = {unit.id: unit for unit in planned(mistral(), dims=asked).units}
+    assert units["model.layers"].bounds["cache"] == Range(WINDOW, 64)
+
+
+def test_prompts_longer_than_a_window_are_planned_beside_those_that_fill_it(
+    planned: Callable[..., Plan],
+) -> None:
+    buckets = ("seq=1:8", "seq=9:16", "seq=17:40")
+    asked = {"seq": (1, 40), "cache": (16, 64)}
+    found = planned(mistral(), *buckets, dims=asked)
+    assert [len(found.units), len({unit.id for unit in found.units})] == [6, 6]
 
 
 def test_overlapping_buckets_are_taken_in_their_order(planned: Callable[..., Plan]) -> None:

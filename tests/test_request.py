@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hubaoti.compiler.request import (
     DTYPES,
     LAYOUTS,
+    RECIPES,
     TASKS,
     Range,
     Request,
@@ -19,6 +20,7 @@ from hubaoti.compiler.request import (
     ranges,
 )
 from hubaoti.errors import BadDim, BadRequest, UnknownTask
+from hubaoti.runtime import quantize
 
 names = st.from_regex(r"[a-z][a-z0-9_]*", fullmatch=True)
 sizes = st.integers(0, 10**9 - 1)
@@ -128,3 +130,9 @@ def test_what_loaders_without_a_manifest_cannot_do_is_refused(
     with pytest.raises(BadRequest, match=what) as caught:
         Request(**asked, layout="zerogpu")
     assert "leave it out" in caught.value.hint
+
+
+def test_a_quantization_that_nobody_knows_is_refused_before_torch_is_asked() -> None:
+    assert quantize.RECIPES == RECIPES
+    with pytest.raises(BadRequest, match="unknown quantization: 'foo'"):
+        Request(quantize="foo")

@@ -256,3 +256,9 @@ def test_a_bucket_that_does_not_keep_to_the_steps_is_refused() -> None:
 )
 def test_a_bucket_s_name_says_its_sizes(bucket: dict[str, Range], name: str) -> None:
     assert bucket_name(bucket) == name
+
+
+def test_what_is_filled_is_nobody_s_to_say() -> None:
+    dims = {"seq": Range(1, 8), "filled": Range(1, 64), "cache": Range(8, 64)}
+    with pytest.raises(BadDim, match="filled is nobody's to say"):
+        bounded({"filled": Range(1, 8)}, dims, None)

@@ -364,12 +364,12 @@ def refuse_shared(seen: Observed, face: Face, kind: str) -> None:
 def in_buckets(form: Form, dims: Bounds, buckets: Sequence[Mapping[str, Range]]) -> list[Unit]:
     """The units of one form: one for all sizes, or one for each bucket, in their order.
 
-    A bucket over a dim that the face does not have says nothing about it. Where all caches are
-    longer than a window, those of its layers have its places, neither more nor less.
+    A bucket over a dim that the face does not have says nothing about it. A window that is no
+    length of the caches asked for is one of its layers' caches, which have its places.
     """
     face, name = form.face, f"{form.group.id}{form.suffix}"
-    if "cache" in face.dims and form.window is not None and form.window < dims["cache"].low:
-        dims = {**dims, "cache": Range(form.window, form.window)}
+    if "cache" in face.dims and form.window is not None and not has(dims["cache"], form.window):
+        dims = {**dims, "cache": Range(min(form.window, dims["cache"].low), dims["cache"].high)}
         buckets = [{n: b for n, b in bucket.items() if n != "cache"} for bucket in buckets]
     named = [{n: b for n, b in bucket.items() if n in face.dims} for bucket in buckets]
     kept = [bucket for at, bucket in enumerate(named) if bucket and bucket not in named[:at]]
@@ -383,3 +383,8 @@ def in_buckets(form: Form, dims: Bounds, buckets: Sequence[Mapping[str, Range]])
         )
         for order, bucket in enumerate(kept or [{}])
     ]
+
+
+def has(sizes: Range, size: int) -> bool:
+    """Whether a size is one of a dim's."""
+    return sizes.low <= size <= sizes.high and size % sizes.step == 0

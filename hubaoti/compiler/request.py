@@ -12,6 +12,7 @@ from hubaoti.errors import BadDim, BadRequest, UnknownTask
 TASKS = ("embed", "classify", "logits", "generate", "forward")
 DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = ("zerogpu",)
+RECIPES = ("int8wo", "int4wo", "float8dq")  # of torchao, as `runtime/quantize.py` has them
 DEFAULT_LEVEL = "x86_64_v3"
 
 
@@ -53,6 +54,11 @@ class Request:
             raise UnknownTask(f"unknown task {self.task!r}", hint=f"one of: {', '.join(TASKS)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise BadRequest(f"unknown dtype {self.dtype!r}", hint=f"one of: {', '.join(DTYPES)}")
+        if self.quantize is not None and self.quantize not in RECIPES:
+            raise BadRequest(
+                f"unknown quantization: {self.quantize!r:.120}",
+                hint=f"there are {', '.join(RECIPES)}",
+            )
         if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", self.device):
             raise BadRequest(f"unknown device {self.device!r}", hint="cpu, cuda or cuda:0")
         for name, sizes in self.dims.items():

@@ -31,6 +31,11 @@ def bounded(asked: Mapping[str, Range], default: Bounds, positions: int | None) 
         BadDim: it has no such dim, its positions end before the asked maximum, or a cache is
             smaller than what one call brings.
     """
+    if "filled" in asked:
+        raise BadDim(
+            "filled is nobody's to say: it goes from what a call brings to what a cache holds",
+            hint="bound those: --dim seq=1:4096 --dim cache=16:32768",
+        )
     for name in asked.keys() - default.keys():
         names = ", ".join(default) or "none"
         raise BadDim(f"the model has no dim {name!r}", hint=f"its dims are: {names}")
@@ -73,20 +78,22 @@ def of_dims(dims: Bounds, names: Iterable[str], bucket: Mapping[str, Range]) -> 
     if "cache" in found:
         seq, cache = found["seq"], found["cache"]
         found["seq"] = Range(seq.low, upto(cache.high, seq), seq.step)
-        found["cache"] = several(stepped(max(seq.low, cache.low), cache), cache)
+        least = stepped(max(seq.low, cache.low), cache)
+        found["cache"] = several(Range(least, cache.high, cache.step), seq)
         found["filled"] = Range(seq.low, cache.high)
         check_dim("seq", found["seq"])
     return {name: found[name] for name in names}
 
 
-def several(low: int, cache: Range) -> Range:
-    """The lengths of a cache from `low` on, and one that is shorter where there is but one.
+def several(cache: Range, seq: Range) -> Range:
+    """The lengths of a cache, and one that is shorter where there is but one, which calls fill.
 
     Of a constant length torch takes what is filled to be another: a part of a tensor is laid out in
     another way than the whole.
     """
-    shorter = cache.high - cache.step
-    return Range(min(low, shorter) if shorter > 0 else low, cache.high, cache.step)
+    if cache.low < cache.high or seq.low >= cache.high:
+        return cache
+    return Range(cache.high - 1, cache.high)
 
 
 def upto(high: int, sizes: Range) -> int:

@@ -10,7 +10,8 @@ from typing import Any
 from hubaoti.errors import HubUnreachable
 
 MOST_ANSWERED = 32 << 20  # bytes of one answer: the tags of 200,000 commits, a page of a tree
-MOST_PACKED = 64 << 10  # bytes of one that is compressed, which nobody asked for: packed 1000 to 1
+MOST_PACKED = 64 << 10  # bytes of one that is compressed, which nobody asked for
+PACKED = {"gzip", "deflate"}  # how, where at most a thousand bytes come of one
 LONGEST_ANSWER = 300.0  # seconds, from its first byte to its last
 
 
@@ -53,8 +54,10 @@ def bounded(response: Any) -> Any:
         HubUnreachable: when it is read, and has too many bytes or takes too long.
     """
     body = response.stream
-    packed = response.headers.get("content-encoding", "identity") != "identity"
-    most = MOST_PACKED if packed else MOST_ANSWERED
+    how = response.headers.get("content-encoding", "identity").strip().lower()
+    if how not in {"identity", *PACKED}:
+        raise too_long(response, f"what is packed as {how!r:.80}, which may unfold without end,")
+    most = MOST_PACKED if how in PACKED else MOST_ANSWERED
     # The library that huggingface_hub asks with has two names, and takes only bodies of its own.
     library = import_module(type(response).__module__.partition(".")[0])
 

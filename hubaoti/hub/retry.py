@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hubaoti.hub.bounds import bounded
+from hubaoti.hub.bounds import bounded, too_long
 from hubaoti.steps import Say, silent
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ BUSY = frozenset({429, 502, 503, 504})
 ATTEMPTS = 6
 FIRST_WAIT, LONGEST_BACKOFF = 0.5, 8.0  # seconds, where the endpoint names none
 LONGEST_WAIT = 300.0  # seconds, of all waits together: the Hub counts in windows of as many
+MOST_ANSWERS = 2000  # to one request of ours, which may be of many pages
 # httpx's and httpx2's, of connections that were there: the request may have been answered already.
 _DROPPED = {"ReadError", "WriteError", "RemoteProtocolError"}
 _patience: ContextVar[Patience | None] = ContextVar("patience", default=None)
@@ -38,11 +39,21 @@ _RATE_LIMIT = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})\b")
 
 @dataclass(slots=True)
 class Patience:
-    """What one request is waited for, and who is told of it; whether it asks for a file's bytes."""
+    """What one request is waited for, who is told of it, and what it has taken until now.
+
+    `of_files` says that it asks for a file's bytes, too, which those who asked for it count.
+    """
 
     say: Say
     of_files: bool = False
     asked: float = 0.0
+    answers: int = 0
+
+    def is_file(self, response: Any) -> bool:
+        """Whether an answer is a file that was asked for: no page, no refusal and no receipt."""
+        request = response.request
+        is_there = request.method == "GET" and response.status_code in {200, 206}
+        return self.of_files and is_there and "/api/" not in request.url.path
 
     def is_spent(self, status: int, seconds: float) -> bool:
         """Whether an endpoint that is busy asks for more seconds than all waits may take."""
@@ -101,16 +112,48 @@ def heeding(say: Say, of_files: bool = False) -> Iterator[None]:
 
     From now on huggingface_hub's waits are bounded, too.
     """
-    from huggingface_hub import get_session
-
-    hooks = get_session().event_hooks["response"]
-    if heed not in hooks:
-        hooks.append(heed)
+    have_all_heeded()
     before = _patience.set(Patience(say, of_files))
     try:
         yield
     finally:
         _patience.reset(before)
+
+
+def have_all_heeded() -> None:
+    """Have huggingface_hub's session heed answers, and any that it makes anew within a call.
+
+    Private, checked on huggingface_hub 1.30 to 2.4: `_http._GLOBAL_CLIENT_FACTORY`, which makes
+    them. Where it has another name, one that is made anew is heeded from the next call on.
+    """
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import _http
+
+    make: Any = getattr(_http, "_GLOBAL_CLIENT_FACTORY", None)
+    if make is not None and not isinstance(make, Heeding):
+        _http._GLOBAL_CLIENT_FACTORY = Heeding(make)
+    heeding_client(get_session())
+
+
+@dataclass(frozen=True, slots=True)
+class Heeding:
+    """Makes sessions as somebody else does, which heed answers."""
+
+    make: Callable[[], Any]
+
+    def __call__(self) -> Any:
+        """One of them."""
+        return heeding_client(self.make())
+
+
+def heeding_client(client: Any) -> Any:
+    """A session that heeds answers, and does not wait for ever for the next byte of one."""
+    hooks = client.event_hooks["response"]
+    if heed not in hooks:
+        hooks.append(heed)
+    if client.timeout.read is None:
+        client.timeout = LONGEST_WAIT
+    return client
 
 
 def heed(response: Any) -> None:
@@ -126,7 +169,10 @@ def heed(response: Any) -> None:
     ours = response.request.headers.get("user-agent", "").startswith(f"{LIBRARY}/")
     # A thread of huggingface_hub's own has none, and brings files or takes them.
     patience = _patience.get() or Patience(silent, of_files=True)
-    if ours and not patience.of_files:
+    if ours and not patience.is_file(response):
+        patience.answers += 1
+        if patience.answers > MOST_ANSWERS:
+            raise too_long(response, f"more than {MOST_ANSWERS} answers")
         response.stream = bounded(response)
     if not ours or response.status_code not in BUSY:
         return

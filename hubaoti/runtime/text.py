@@ -61,9 +61,10 @@ class TextEncoder:
         for text, row in zip(texts, rows, strict=True):
             if high is not None and len(row) > high:
                 raise OutOfBounds(
-                    f"the text {shortened(text)!r} has {len(row)} tokens; this graph takes seq "
-                    f"up to {high}",
-                    hint=f"shorten it, or compile with --dim seq={low}:{len(row)}",
+                    f"the text {shortened(text)!r} has {len(row)} tokens; it takes seq up to "
+                    f"{high}",
+                    hint=f"shorten it; a model that has more positions is compiled for them with "
+                    f"--dim seq={low}:{len(row)}",
                 )
         ids = torch.full((len(rows), width), self._pad_id, dtype=torch.int64)
         mask = torch.zeros(len(rows), width, dtype=torch.int64)
