@@ -9,11 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hubaoti.api import attach, capture, compile, detach, eager, explain, load, pull, push
+    from hubaoti.api import attach, capture, compile, detach, eager, explain, load, pull, push, run
+    from hubaoti.artifact.bundle import Bundle
+    from hubaoti.attachment.attach import Attachment
     from hubaoti.engines.lightweight import LightweightEngine
+    from hubaoti.mirror import Artifact
 
 __version__ = "0.1.0"
 __all__ = [
+    "Artifact",
+    "Attachment",
+    "Bundle",
     "LightweightEngine",
     "attach",
     "capture",
@@ -24,19 +30,20 @@ __all__ = [
     "load",
     "pull",
     "push",
+    "run",
 ]
+_HOMES = {
+    "Artifact": "hubaoti.mirror",
+    "Attachment": "hubaoti.attachment.attach",
+    "Bundle": "hubaoti.artifact.bundle",
+    "LightweightEngine": "hubaoti.engines.lightweight",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Load a verb, an engine, or `hubaoti.spaces`, when it is first asked for."""
+    """Load a verb, a class, or `hubaoti.spaces`, when it is first asked for."""
     if name == "spaces":
         return import_module("hubaoti.spaces")
     if name not in __all__:
         raise AttributeError(f"module 'hubaoti' has no attribute {name!r}")
-    if name == "LightweightEngine":
-        from hubaoti.engines import lightweight
-
-        return lightweight.LightweightEngine
-    from hubaoti import api
-
-    return getattr(api, name)
+    return getattr(import_module(_HOMES.get(name, "hubaoti.api")), name)

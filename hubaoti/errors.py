@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 from typing import ClassVar
 
-from hubaoti.escape import LINE, bounded, one_line
+from hubaoti.escape import LINE, bound_message, escape_line
 
 # What only the code that ran can be blamed for; any other signal came from outside.
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
@@ -25,8 +25,8 @@ class HubaotiError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(bounded(message))
-        self.hint = bounded(hint)
+        super().__init__(bound_message(message))
+        self.hint = bound_message(hint)
 
 
 class BadRequest(HubaotiError):
@@ -198,7 +198,7 @@ class NotEnoughMemory(HubaotiError):
 
 
 class AlreadyAttached(HubaotiError):
-    """The module answers by graphs already."""
+    """The module answers by graphs already: detach it before it is attached again."""
 
     exit_code = 30
 
@@ -236,7 +236,7 @@ class NotTried(HubaotiError):
     exit_code = 35
 
 
-def again(kind: str, message: str, hint: str) -> HubaotiError:
+def rebuild_error(kind: str, message: str, hint: str) -> HubaotiError:
     """An error that another process told of, as it was there."""
     found = globals().get(kind)
     if isinstance(found, type) and issubclass(found, HubaotiError):
@@ -244,7 +244,7 @@ def again(kind: str, message: str, hint: str) -> HubaotiError:
     return HubaotiError(message, hint=hint)
 
 
-def ended(code: int) -> str:
+def describe_exit(code: int) -> str:
     """How a process ended before it had said what it should, in words."""
     if code == -signal.SIGKILL:
         return "its process was ended (SIGKILL: it took too much memory, or too long)"
@@ -266,4 +266,4 @@ def first_line(why: BaseException | str) -> str:
     """The first line of somebody else's message that says something, as long as a person reads."""
     lines = (line.strip() for line in str(why).splitlines())
     nothing = why if isinstance(why, str) else type(why).__name__
-    return one_line(next((line for line in lines if line), nothing), LINE)
+    return escape_line(next((line for line in lines if line), nothing), LINE)

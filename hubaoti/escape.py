@@ -21,20 +21,20 @@ _OBEYED_IN_LINES = re.compile(f"[\t\n]|{_OBEYED.pattern}")
 
 def escape(text: str) -> str:
     """Text of any number of lines: these stay, what a terminal would obey is spelled out."""
-    return _OBEYED.sub(_spelled, text)
+    return _OBEYED.sub(_escape_character, text)
 
 
-def one_line(text: str, longest: int = LINE) -> str:
+def escape_line(text: str, longest: int = LINE) -> str:
     """Text as a part of a line: its line breaks are spelled out, too, and it is cut."""
-    return _cut(_OBEYED_IN_LINES.sub(_spelled, text[: longest + 1]), longest)
+    return _cut(_OBEYED_IN_LINES.sub(_escape_character, text[: longest + 1]), longest)
 
 
-def bounded(text: str) -> str:
+def bound_message(text: str) -> str:
     """A message, which may have some lines: escaped, and cut where it has no end."""
     return _cut(escape(text[: WHOLE + 1]), WHOLE)
 
 
-def _spelled(found: re.Match[str]) -> str:
+def _escape_character(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape", "surrogatepass").decode()
 
 

@@ -60,10 +60,10 @@ def split(readme: str) -> tuple[dict[Any, Any], str]:
         return {}, readme
     if end.start() > LIMIT:
         raise BadFrontMatter(f"the metadata is larger than {LIMIT >> 10} KiB")
-    return _mapping(readme[start.end() : end.start()]), readme[end.end() :]
+    return _parse_mapping(readme[start.end() : end.start()]), readme[end.end() :]
 
 
-def _mapping(text: str) -> dict[Any, Any]:
+def _parse_mapping(text: str) -> dict[Any, Any]:
     try:
         found = yaml.load(text, _Loader) or {}
     except BadFrontMatter:

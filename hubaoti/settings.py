@@ -15,11 +15,11 @@ from hubaoti.errors import BadRequest
 
 ENDPOINT = "https://huggingface.co"
 # Of inductor's variables, all but those that say how it works and not what it builds.
-TUNING = re.compile(
+_TUNING = re.compile(
     r"TORCHINDUCTOR_(?!\w*(CACHE|THREADS|WORKER|TIMEOUT|LOG|DIR|PROGRESS|COMPILE_TIME))"
 )
-TRUE = {"1", "ON", "YES", "TRUE"}
-FALSE = {"0", "OFF", "NO", "FALSE"}
+_TRUE = {"1", "ON", "YES", "TRUE"}
+_FALSE = {"0", "OFF", "NO", "FALSE"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Settings:
     login: str | None = None
 
     def __post_init__(self) -> None:
-        endpoint, login = without_login(self.endpoint)
+        endpoint, login = split_login(self.endpoint)
         if login is not None:
             object.__setattr__(self, "endpoint", endpoint)
             object.__setattr__(self, "login", login)
@@ -62,12 +62,12 @@ class Settings:
             endpoint=(env.get("HF_ENDPOINT") or ENDPOINT).rstrip("/"),
             # As huggingface_hub reads it: a file's last newline comes along easily.
             token="".join(env.get("HF_TOKEN", "").split()) or None,
-            offline=env.get("HF_HUB_OFFLINE", "").upper() in TRUE,
-            kernel_cache=kernel_cache(env, cache),
-            tuning=tuple(sorted(name for name in env if TUNING.match(name))),
-            graphs=env.get("AOTI_DISABLED", "").upper() not in TRUE
-            and env.get("ENABLE_AOTI_COMPILATION", "").upper() not in FALSE,
-            zerogpu=env.get("SPACES_ZERO_GPU", "").upper() in {*TRUE, "T"},
+            offline=env.get("HF_HUB_OFFLINE", "").upper() in _TRUE,
+            kernel_cache=_find_kernel_cache(env, cache),
+            tuning=tuple(sorted(name for name in env if _TUNING.match(name))),
+            graphs=env.get("AOTI_DISABLED", "").upper() not in _TRUE
+            and env.get("ENABLE_AOTI_COMPILATION", "").upper() not in _FALSE,
+            zerogpu=env.get("SPACES_ZERO_GPU", "").upper() in {*_TRUE, "T"},
         )
 
     def to_env(self) -> dict[str, str]:
@@ -103,7 +103,7 @@ class Settings:
 
     @property
     def mirror(self) -> Path:
-        """The local store."""
+        """The folder of the local store, below our own."""
         return self.home / "mirror"
 
     @property
@@ -112,7 +112,7 @@ class Settings:
         return self.home / "trust.toml"
 
 
-def without_login(endpoint: str) -> tuple[str, str | None]:
+def split_login(endpoint: str) -> tuple[str, str | None]:
     """An endpoint's URL without the `user:password@` in it, and that.
 
     Raises:
@@ -132,23 +132,23 @@ def without_login(endpoint: str) -> tuple[str, str | None]:
     return endpoint, None
 
 
-def serve_token(env: Mapping[str, str] | None = None) -> str | None:
+def read_serve_token(env: Mapping[str, str] | None = None) -> str | None:
     """The token of an endpoint that is served from here, `HUBAOTI_SERVE_TOKEN`; no other process
     is told of it."""
     env = os.environ if env is None else env
     return env.get("HUBAOTI_SERVE_TOKEN", "").strip() or None
 
 
-def kernel_cache(env: Mapping[str, str], cache: Path) -> Path:
+def _find_kernel_cache(env: Mapping[str, str], cache: Path) -> Path:
     """The folder of the kernels library, by default huggingface_hub's, as both of them read it."""
     names = ("KERNELS_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
-    said = next((env[name] for name in names if env.get(name)), None)
-    folder = Path(said) if said else Path(env.get("HF_HOME") or cache / "huggingface") / "hub"
+    value = next((env[name] for name in names if env.get(name)), None)
+    folder = Path(value) if value else Path(env.get("HF_HOME") or cache / "huggingface") / "hub"
     return folder.expanduser().absolute()
 
 
 @contextmanager
-def environment(**values: str) -> Iterator[None]:
+def override_environment(**values: str) -> Iterator[None]:
     """Set variables for a while, for libraries that can be told in no other way."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

@@ -23,9 +23,9 @@ from weighing import MEDIUM, bench_quantized, peak_memory, told_by
 
 import hubaoti
 from hubaoti import api
-from hubaoti.bundle import Bundle
-from hubaoti.compiler.calls import replaced
-from hubaoti.runtime.attach import regions_in
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.attachment.attach import find_regions
+from hubaoti.compiler.capture import replace_forward
 from hubaoti.settings import Settings
 
 KINDS = ("fd", "task")  # what the kernel lists of this process
@@ -50,7 +50,7 @@ GENERATE = {
 FIRST = """
 import time, torch, transformers, hubaoti
 from pathlib import Path
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
 from hubaoti.settings import Settings
 config = transformers.AutoConfig.from_pretrained({folder!r})
 model = transformers.LlamaForCausalLM(config).eval()
@@ -109,7 +109,7 @@ def in_a_model(model: Any, bundle: Bundle, settings: Settings, rounds: int) -> I
     ids = torch.randint(0, model.config.vocab_size, (1, 2))
     ask = many(lambda: model(ids, use_cache=False)[0], 3)
     with torch.no_grad(), hubaoti.attach(model, bundle, strict=True, settings=settings):
-        regions = {region.path: region for region in regions_in(model)}
+        regions = {region.path: region for region in find_regions(model)}
         ways: dict[str, dict[str, Callable[..., Any]]] = {
             "eager": {path: region.eager for path, region in regions.items()},
             "attached": {**regions},
@@ -162,7 +162,7 @@ def by(model: Any, ways: dict[str, Callable[..., Any]], ask: Callable[[], Any]) 
     """What a model answers while something else answers for its blocks."""
     with ExitStack() as around:
         for path, way in ways.items():
-            around.enter_context(replaced(model.get_submodule(path), way))
+            around.enter_context(replace_forward(model.get_submodule(path), way))
         return ask()
 
 
@@ -210,7 +210,7 @@ def seconds_to_attach(
     """How long it takes to attach a model whose graphs are in the mirror."""
     name = f"attach, {model.config.num_hidden_layers} blocks, graphs in the mirror"
     yield figure("attach", f"{name}, first in a process", firsts, "ms")
-    artifact = api.artifact_of(bundle, False, settings, lambda step: None)
+    artifact = api.get_artifact(bundle, False, settings, lambda step: None)
     spent = []
     for _ in range(2 + 3 * rounds):
         start = time.perf_counter()
@@ -234,7 +234,7 @@ def decode_step(
             if side == "eager":
                 graphs = hubaoti.attach(model, bundle, strict=True, settings=settings)
                 around.enter_context(graphs)
-        own = {region.path: region.eager for region in regions_in(model)}
+        own = {region.path: region.eager for region in find_regions(model)}
         both = {"eager": partial(by, model, own, sides["eager"]), "attached": sides["attached"]}
         require_same(both["attached"](), both["eager"]())
         in_turn(both, 2)
@@ -255,7 +255,7 @@ def step(model: Any, ids: torch.Tensor, cache: Any, before: int) -> torch.Tensor
 
 def again_and_again(model: Any, bundle: Bundle, settings: Settings, times: int) -> Iterator[Figure]:
     """What is left of a model that is attached, called and detached a thousand times."""
-    artifact = api.artifact_of(bundle, False, settings, lambda step: None)
+    artifact = api.get_artifact(bundle, False, settings, lambda step: None)
     ids = torch.arange(3)[None]
     held: list[tuple[int, int, int]] = []
     with torch.no_grad():

@@ -26,11 +26,11 @@ from recording import alone, apart, shaken
 from torch import nn
 
 from hubaoti import api
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.attachment.attach import Attachment
+from hubaoti.attachment.stats import Fallback
 from hubaoti.cli.output import print_table
 from hubaoti.errors import HubaotiError, first_line
-from hubaoti.runtime.attach import Attachment
-from hubaoti.runtime.tally import Fallback
 from hubaoti.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))

@@ -15,8 +15,8 @@ from torch._inductor import aoti_load_package
 
 import hubaoti
 from hubaoti import api
-from hubaoti.runtime.attach import regions_in
-from hubaoti.runtime.threads import in_one
+from hubaoti.attachment.attach import find_regions
+from hubaoti.runtime.threads import run_in_one_thread
 from hubaoti.settings import Settings
 
 CALLS = 400  # of one side before the other's turn
@@ -71,16 +71,18 @@ def calls_of_a_block(settings: Settings, scratch: Path, rounds: int) -> Iterator
     public.load_constants(dict(block.named_parameters()), check_full_update=True, user_managed=True)
     with torch.no_grad(), hubaoti.attach(block, bundle, settings=settings):
         require_same(ask(), ask())  # the first is a trial
-        region = next(regions_in(block))
+        region = next(find_regions(block))
         graph = region.graphs[0]
         bare = graph._runner
         attached = partial(region, each[0], each[1], **words)
         # We choose one thread for such a call; without it the others mostly wait for a second.
         sides: dict[str, Callable[[], Any]] = {
-            "bare": partial(in_one, repeated(lambda: bare.run(each)), CALLS),
+            "bare": partial(run_in_one_thread, repeated(lambda: bare.run(each)), CALLS),
             "graph": partial(repeated(lambda: graph(*each)), CALLS),
             "attached": partial(repeated(attached), CALLS),
-            "torch": partial(in_one, repeated(lambda: public(each[0], each[1], **words)), CALLS),
+            "torch": partial(
+                run_in_one_thread, repeated(lambda: public(each[0], each[1], **words)), CALLS
+            ),
         }
         in_turn(sides, 2)
         spent = in_turn(sides, 20 * rounds)

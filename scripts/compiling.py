@@ -24,9 +24,9 @@ from figures import Cost, Figure, Goal, costing, figure, in_turn, ratios
 from recording import Asked, apart, opened
 
 import hubaoti
-from hubaoti.bundle import Bundle
-from hubaoti.compiler import build, inductor, lent, plan, request, source, unit
-from hubaoti.host import probe
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.compiler import build, from_config, graph_build, inductor, materialize, plan, request
+from hubaoti.host.probe import probe_host
 from hubaoti.runtime.graph import Graph
 from hubaoti.settings import Settings
 
@@ -289,15 +289,15 @@ def bench_block(
 def lowered(side: str, folder: Path, asked: Asked, scratch: Path) -> dict[str, float]:
     """Export the block that decodes, and what one side takes to lower it."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / "inductor")
-    dims = request.ranges(asked.words["dims"])
-    wanted = request.Request(task=asked.words["task"], dims=dims)
-    planned = plan.plan(source.load(folder, wanted, CPU), wanted, CPU)
-    target = build.target_of(probe(Settings.from_env()), CPU, None)
+    dims = request.make_ranges(asked.words["dims"])
+    wanted = request.CompileRequest(task=asked.words["task"], dims=dims)
+    planned = plan.make_plan(from_config.load_source(folder, wanted, CPU), wanted, CPU)
+    target = build.choose_target(probe_host(Settings.from_env()), CPU, None)
     (block,) = planned.units
     module = planned.source.model.get_submodule(block.region)
-    with lent.in_memory([module], CPU, planned.source.live):
-        program = unit.traced(planned.source, block, module, CPU).program
-    options = build.build_of(planned, wanted, target).options
+    with materialize.lend_memory([module], CPU, planned.source.live):
+        program = graph_build.trace_unit(planned.source, block, module, CPU).program
+    options = build.describe_build(planned, wanted, target).options
     package = scratch / "block.pt2"
     with costing() as cost:
         if side == "ours":

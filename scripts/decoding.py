@@ -17,7 +17,7 @@ from recording import Asked, apart, opened
 from transformers.cache_utils import StaticCache
 
 import hubaoti
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
 from hubaoti.runtime.graph import Graph
 from hubaoti.settings import Settings
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hubaoti.host import probe
+from hubaoti.host.probe import probe_host
 from hubaoti.settings import Settings
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -110,7 +110,7 @@ def line_of(figure: Figure) -> str:
 
 def processor() -> str:
     """Where figures are from: the processor, its cores, and how OpenMP's threads wait."""
-    host = probe(Settings.from_env())
+    host = probe_host(Settings.from_env())
     spin = os.environ.get("GOMP_SPINCOUNT", "its default")
     return f"{host.cpu}, {model_name()}, {host.cores} cores, GOMP_SPINCOUNT {spin}"
 

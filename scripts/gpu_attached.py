@@ -138,9 +138,9 @@ def one_step(model: Any) -> Callable[[], Any]:
 
 def of_regions(model: Any) -> list[Any]:
     """What is attached to a model."""
-    from hubaoti.runtime.attach import regions_in
+    from hubaoti.attachment.attach import find_regions
 
-    return [*regions_in(model)]
+    return [*find_regions(model)]
 
 
 def answering(regions: list[Any], call: Callable[[], Any]) -> Callable[[], Any]:

@@ -106,12 +106,12 @@ def require_possible(road: Road, form: Form) -> None:
     import torch
 
     from hubaoti.errors import CompileFailed
-    from hubaoti.runtime.quantize import check
+    from hubaoti.runtime.quantize import check_recipe
 
     if importlib.util.find_spec("torchao") is None:
         raise Skipped("torchao is not installed")
     try:
-        check(form.quantize, torch.device(road.device))
+        check_recipe(form.quantize, torch.device(road.device))
     except CompileFailed as why:
         raise Skipped(str(why)) from why
 
@@ -119,8 +119,8 @@ def require_possible(road: Road, form: Form) -> None:
 def compiled(road: Road, form: Form) -> Finding:
     """Compile from the config alone; hubaoti compares with eager of the same dtype itself."""
     from hubaoti import api
+    from hubaoti.artifact.package import unpack_all
     from hubaoti.errors import HubaotiError
-    from hubaoti.package import unpack_all
     from hubaoti.settings import Settings
 
     require_possible(road, form)
@@ -171,10 +171,10 @@ def graph_of(road: Road, form: Form) -> Any:
     """A form's graph, opened."""
     import torch
 
-    from hubaoti.runtime.graph import device_for, open_graph
+    from hubaoti.runtime.graph import choose_graph_device, open_graph
 
     (entry,) = road.made[form.name, "bundle"].manifest.graphs
-    device = device_for(torch.device(road.device).type, road.device)
+    device = choose_graph_device(torch.device(road.device).type, road.device)
     return open_graph(road.folder / "unpacked" / form.name, entry, device)
 
 
@@ -198,16 +198,18 @@ def opened(road: Road, form: Form) -> Finding:
 
 def constants_of(graph: Any, block: Any, artifact: Any) -> dict[str, Any]:
     """A graph's constants, as their origins say: the block's own, made of them, or shipped."""
-    from hubaoti.runtime.quantize import make
-    from hubaoti.runtime.weights import shipped_tensors
+    from hubaoti.runtime.quantize import make_quantized
+    from hubaoti.runtime.weights import load_shipped_tensors
 
     own = dict(block.named_parameters()) | dict(block.named_buffers())
-    found = dict(shipped_tensors(graph.entry, artifact, graph.device))
+    found = dict(load_shipped_tensors(graph.entry, artifact, graph.device))
     for constant in graph.entry.constants:
         origin = constant.origin
         tensor = own.get(origin.module or constant.fqn)
         if tensor is not None:
-            found[constant.fqn] = make(origin.transform, tensor) if origin.transform else tensor
+            found[constant.fqn] = (
+                make_quantized(origin.transform, tensor) if origin.transform else tensor
+            )
     return found
 
 
@@ -266,11 +268,11 @@ def replayed(road: Road, form: Form) -> Finding:
     if asked is None:
         raise Failed("the bundle has no golden answers")
     peak = Peak.of(graph.device) if road.cuda else None
-    found = golden.answer(graph, bundle.path)
+    found = golden.ask_golden(graph, bundle.path)
     facts: dict[str, Any] = {"dims": asked.dims, "tolerances": asked.tolerances}
     facts |= {"memory": asked.memory, "device_peak_bytes": peak.bytes if peak else None}
-    expected = golden.expected(graph.entry, bundle.path)
-    if wrong := golden.differences(found, expected, asked.tolerances):
+    expected = golden.load_expected(graph.entry, bundle.path)
+    if wrong := golden.compare_golden_answers(found, expected, asked.tolerances):
         raise Failed("; ".join(wrong), facts)
     return Finding(f"{len(expected)} answers at {asked.dims}", facts)
 

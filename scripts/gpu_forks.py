@@ -3,7 +3,7 @@
 The parent has a model on the CPU and plans its graphs; each child moves the model to the device,
 which opens them at the first call, answers, and ends.
 
-    python gpu_forks.py DEVICE BUNDLE HOME COUNT
+    python gpu_forks.py DEVICE BUNDLE _HOME COUNT
 
 says as JSON how each of them ended, and how many MB of the GPU were in use before and after. In
 between one more is killed while it answers.
@@ -24,15 +24,15 @@ from typing import Any
 import torch
 import transformers  # so that no child has to
 
-from hubaoti.api import artifact_of
-from hubaoti.bundle import Bundle
-from hubaoti.host import probe
-from hubaoti.hub.fleet import Offer
-from hubaoti.hub.layout import place_of
+from hubaoti.api import get_artifact
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.host.probe import probe_host
+from hubaoti.hub.layout import artifact_path
+from hubaoti.hub.pull_all import Offer
+from hubaoti.progress import report_nothing
 from hubaoti.settings import Settings
-from hubaoti.spaces import plans_of
-from hubaoti.spaces.worker import deferred
-from hubaoti.steps import silent
+from hubaoti.spaces import plan_modules
+from hubaoti.spaces.worker import defer_artifacts
 
 SECONDS = 60  # that a child has to answer
 LEFT = 10  # seconds that a driver has to take memory back
@@ -50,11 +50,11 @@ class Parent:
         self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
         self.model.eval()
         settings = Settings(home=home, endpoint="http://127.0.0.1:9", zerogpu=True)
-        artifact = artifact_of(read, trust=False, settings=settings, say=silent)
-        offer = Offer(place_of(read.manifest), artifact)
-        plans = plans_of(self.model, [offer])
+        artifact = get_artifact(read, trust=False, settings=settings, progress=report_nothing)
+        offer = Offer(artifact_path(read.manifest), artifact)
+        plans = plan_modules(self.model, [offer])
         how: dict[str, Any] = {"strict": True, "recipe": None}
-        self.loaded = deferred(self.model, plans, probe(settings), settings, **how)
+        self.loaded = defer_artifacts(self.model, plans, probe_host(settings), settings, **how)
 
     def answers(self) -> Iterator[dict[str, Any]]:
         """In a child: how far its graphs are off eager, again and again, on the device."""

@@ -77,10 +77,10 @@ def llama(road: Road) -> Llama:
     import torch
     from transformers.models.llama import modeling_llama as modeling
 
-    from hubaoti.runtime.graph import device_for
+    from hubaoti.runtime.graph import choose_graph_device
 
     config = config_of(road)
-    device = device_for(torch.device(road.device).type, road.device)
+    device = choose_graph_device(torch.device(road.device).type, road.device)
     torch.manual_seed(0)
     with device, torch.no_grad():
         block = modeling.LlamaDecoderLayer(config, 0)
@@ -97,11 +97,11 @@ def quantized(block: Any, recipe: str) -> Any:
     import torch
     from torchao.quantization import quantize_
 
-    from hubaoti.runtime.quantize import config_of, quiet
+    from hubaoti.runtime.quantize import make_torchao_config, silence_torchao
 
     found = copy.deepcopy(block)
-    with quiet(), torch.no_grad():
-        quantize_(found, config_of(recipe, block.input_layernorm.weight.device))
+    with silence_torchao(), torch.no_grad():
+        quantize_(found, make_torchao_config(recipe, block.input_layernorm.weight.device))
     return found
 
 

@@ -62,7 +62,7 @@ def write_model(road: Road, model: Model) -> Path:
     import torch
     import transformers
 
-    from hubaoti.compiler.source import quiet
+    from hubaoti.compiler.from_config import silence_transformers
 
     folder = road.folder / "models" / model.name
     torch.manual_seed(0)
@@ -71,7 +71,7 @@ def write_model(road: Road, model: Model) -> Path:
     )
     sentences = model.kind == "bert"
     auto = transformers.AutoModel if sentences else transformers.AutoModelForCausalLM
-    with quiet():
+    with silence_transformers():
         auto.from_config(config, dtype=torch.float32).save_pretrained(folder)
     words = {word: at for at, word in enumerate(("[PAD]", "[UNK]", *" ".join(TEXTS).split()))}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
@@ -93,12 +93,12 @@ def eager_model(road: Road, model: Model, dtype: str = "float32") -> Any:
     """The same weights through transformers, on the device that is checked."""
     import torch
 
-    from hubaoti.compiler import source
-    from hubaoti.compiler.request import Request
+    from hubaoti.compiler import from_config
+    from hubaoti.compiler.request import CompileRequest
 
     folder, device = road.made[model.name, "folder"], torch.device(road.device)
-    asked = Request(dtype=dtype, regions="none")
-    return source.load(folder, asked, device, weights=True).model
+    asked = CompileRequest(dtype=dtype, regions="none")
+    return from_config.load_source(folder, asked, device, weights=True).model
 
 
 def inputs_of(road: Road, model: Model, batch: int, seq: int) -> tuple[Any, Any]:
@@ -207,13 +207,13 @@ def answered(road: Road, model: Model) -> Finding:
     """Bind the weights, and compare with float32 eager of the same weights at every shape."""
     import torch
 
-    from hubaoti.runtime.weights import Checkpoint, constants
+    from hubaoti.runtime.weights import Checkpoint, load_constants
 
     graph, artifact = road.made[model.name, "graph"], road.made[model.name, "artifact"]
     folder = road.made[model.name, "folder"]
     with stopwatch() as bound:
         checkpoint = Checkpoint(folder, graph.device)
-        graph.bind(constants(graph.entry, artifact.path, checkpoint, graph.device))
+        graph.bind(load_constants(graph.entry, artifact.path, checkpoint, graph.device))
     eager, errors = eager_model(road, model), {}
     for batch, seq in model.sizes(road):
         ids, mask = inputs_of(road, model, batch, seq)

@@ -145,14 +145,16 @@ def steady_sides(bench: Bench, widths: Mapping[str, int]) -> dict[str, Callable[
     """Every way to answer token ids, over the same weights in this process."""
     import torch
 
-    from hubaoti.compiler import source
-    from hubaoti.compiler.request import Request
+    from hubaoti.compiler import from_config
+    from hubaoti.compiler.request import CompileRequest
 
     # All sides share one function; past the limit torch.compile would quietly run it eager.
     torch._dynamo.config.recompile_limit = 64
 
     def eager() -> torch.nn.Module:
-        return source.load(bench.model, Request(), torch.device("cpu"), weights=True).model
+        return from_config.load_source(
+            bench.model, CompileRequest(), torch.device("cpu"), weights=True
+        ).model
 
     def compiled(width: int, dynamic: bool) -> Callable[..., object]:
         return torch.compile(eager(), dynamic=dynamic, options={"cpp.simdlen": width})

@@ -16,11 +16,11 @@ import transformers
 from torch import nn
 
 from hubaoti import api
-from hubaoti.bundle import Bundle
-from hubaoti.manifest import Graph as Entry
-from hubaoti.package import unpack_all
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.package import unpack_all
 from hubaoti.runtime.graph import Graph, open_graph
-from hubaoti.runtime.weights import shipped_tensors
+from hubaoti.runtime.weights import load_shipped_tensors
 from hubaoti.settings import Settings
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def opened(bundle: Bundle, entry: Entry, scratch: Path, model: nn.Module) -> Ite
         module = model.get_submodule(path)
         own: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
         own |= dict(module.named_buffers(remove_duplicate=False))
-        graph.bind(own | dict(shipped_tensors(entry, bundle.path, CPU)))
+        graph.bind(own | dict(load_shipped_tensors(entry, bundle.path, CPU)))
         yield graph
 
 

@@ -28,8 +28,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 
 import hubaoti
-from hubaoti.bundle import Bundle
-from hubaoti.server import running
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.server import serve_in_thread
 from hubaoti.settings import Settings
 
 TEXTS = ("A cat sits on the mat.", "A kitten rests on a rug, as kittens do.", "Rates rose.")
@@ -146,7 +146,7 @@ class Smoke:
 
     def pull(self) -> None:
         """What is pushed is pulled into another home, opened in a child, and attached."""
-        with running(self.folder / "hub") as endpoint:
+        with serve_in_thread(self.folder / "hub") as endpoint:
             here = Settings(self.folder / "home", endpoint.url, endpoint.token)
             there = Settings(self.folder / "other", endpoint.url)
             commit = hubaoti.push(self.blocks, REPO, tag="v1", settings=here)

@@ -22,7 +22,7 @@ from recording import Asked
 from transformers.cache_utils import StaticCache
 
 import hubaoti
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
 from hubaoti.settings import Settings
 
 RECIPE = "int8wo"
@@ -49,7 +49,7 @@ PEAK = """
 import torch, transformers, hubaoti
 from pathlib import Path
 from weighing import kilobytes, text
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
 from hubaoti.settings import Settings
 torch.manual_seed(0)
 config = transformers.AutoConfig.from_pretrained({folder!r})
@@ -152,9 +152,9 @@ def loaded(side: str, folder: Path, bundle: Path, home: Path) -> Any:
     if side == "torchao":
         from torchao.quantization import quantize_
 
-        from hubaoti.runtime.quantize import config_of
+        from hubaoti.runtime.quantize import make_torchao_config
 
-        quantize_(model.model.layers, config_of(RECIPE, torch.device("cpu")))
+        quantize_(model.model.layers, make_torchao_config(RECIPE, torch.device("cpu")))
     if side == "attached":
         settings = Settings(home=home, endpoint="http://127.0.0.1:9")
         hubaoti.attach(model, Bundle.read(bundle), quantize=True, strict=True, settings=settings)

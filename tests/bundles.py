@@ -11,24 +11,24 @@ from typing import Any
 
 import msgspec
 
-from hubaoti.bundle import Bundle, file_entry
-from hubaoti.host import Gpu, Host, Torch
-from hubaoti.manifest import (
+from hubaoti.artifact.bundle import Bundle, make_file_entry
+from hubaoti.artifact.manifest import (
     FILENAME,
     Build,
-    Built,
+    BuildRecord,
     Check,
     Graph,
     Input,
     Manifest,
+    ModelSource,
     Outputs,
     Program,
-    Source,
     Target,
-    key_of,
+    compute_key,
 )
-from hubaoti.package import members_of
-from hubaoti.requirements import Requirements
+from hubaoti.artifact.package import list_members
+from hubaoti.artifact.requirements import Requirements
+from hubaoti.host.probe import Gpu, Host, Torch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CPU = {"device": "cpu", "os": "linux", "level": "x86_64_v3", "torch": "2.13.0+cpu"}
@@ -40,7 +40,7 @@ def make_bundle(
     folder: Path,
     target: Mapping[str, Any] = CPU,
     members: Mapping[str, bytes] = MEMBERS,
-    source: Source = Source(model="acme/tiny", commit=COMMIT),  # noqa: B008
+    source: ModelSource = ModelSource(model="acme/tiny", commit=COMMIT),  # noqa: B008
     graphs: tuple[str, ...] = ("root",),
     **build: Any,
 ) -> Bundle:
@@ -55,7 +55,7 @@ def make_bundle(
 def write_manifest(
     folder: Path,
     target: Mapping[str, Any] = CPU,
-    source: Source = Source(model="acme/tiny", commit=COMMIT),  # noqa: B008
+    source: ModelSource = ModelSource(model="acme/tiny", commit=COMMIT),  # noqa: B008
     graphs: tuple[str, ...] = ("root",),
     **build: Any,
 ) -> Bundle:
@@ -68,13 +68,13 @@ def write_manifest(
         program=program,
         build=options,
         target=kind,
-        key=key_of(program, options, kind),
+        key=compute_key(program, options, kind),
         source=source,
         requires=Requirements(**target, glibc="2.17"),
         graphs=tuple(describe(folder, name) for name in graphs),
-        files=(file_entry(folder, "golden.safetensors"),),
+        files=(make_file_entry(folder, "golden.safetensors"),),
         checks=(check_of(graphs[0]),),
-        built=Built(
+        built=BuildRecord(
             at="2026-01-31T12:00:00Z",
             seconds=1.5,
             peak_bytes=1 << 20,
@@ -88,13 +88,13 @@ def write_manifest(
 
 def describe(folder: Path, name: str) -> Graph:
     """A graph's entry, of a package that lies in the folder."""
-    entry = file_entry(folder, f"graphs/{name}.pt2")
+    entry = make_file_entry(folder, f"graphs/{name}.pt2")
     return Graph(
         id=name,
         file=entry.path,
         sha256=entry.sha256,
         size=entry.size,
-        members=members_of(folder / entry.path),
+        members=list_members(folder / entry.path),
         modules=("",),
         bounds={"batch": (1, 8)},
         call={"args": [{"tensor": 0}], "kwargs": {}},

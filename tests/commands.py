@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hubaoti.cli import dispatch
-from hubaoti.settings import Settings, environment
+from hubaoti.settings import Settings, override_environment
 
 HUBAOTI = Path(sys.executable).with_name("hubaoti")
 
@@ -50,6 +50,6 @@ def inside(settings: Settings, *words: object) -> Done:
     """Run a command in this process: start-up is not what is tested."""
     out, err = io.StringIO(), io.StringIO()
     values = environment_of(settings) | {"HF_TOKEN": settings.token or ""}
-    with environment(**values), redirect_stdout(out), redirect_stderr(err):
+    with override_environment(**values), redirect_stdout(out), redirect_stderr(err):
         code = dispatch([str(word) for word in words])
     return Done(code, out.getvalue(), err.getvalue())

@@ -30,9 +30,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 from proxies import Proxy, proxying  # noqa: E402
 
 import hubaoti  # noqa: E402
-from hubaoti.bundle import Bundle  # noqa: E402
-from hubaoti.package import unpack_all  # noqa: E402
-from hubaoti.server import Endpoint, running  # noqa: E402
+from hubaoti.artifact.bundle import Bundle  # noqa: E402
+from hubaoti.artifact.package import unpack_all  # noqa: E402
+from hubaoti.server import Endpoint, serve_in_thread  # noqa: E402
 from hubaoti.settings import Settings  # noqa: E402
 
 VOCABULARY = 30522  # of MiniLM's tokenizer, which the tiny models borrow
@@ -41,7 +41,7 @@ VOCABULARY = 30522  # of MiniLM's tokenizer, which the tiny models borrow
 @pytest.fixture(scope="session")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     """A running endpoint, one for all tests: `.url` and `.token`."""
-    with running(tmp_path_factory.mktemp("endpoint") / "root") as found:
+    with serve_in_thread(tmp_path_factory.mktemp("endpoint") / "root") as found:
         yield found
 
 

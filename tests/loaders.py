@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.compiler.calls import replaced
+from hubaoti.compiler.capture import replace_forward
 
 
 @contextmanager
@@ -35,5 +35,5 @@ def patched(module: nn.Module, package: Path) -> Iterator[list[int]]:
 
     with ExitStack() as around:
         for part in module if isinstance(module, nn.ModuleList) else [module]:
-            around.enter_context(replaced(part, answering(part)))
+            around.enter_context(replace_forward(part, answering(part)))
         yield calls

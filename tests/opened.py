@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hubaoti.bundle import Bundle
-from hubaoti.compiler.verify import constants_of
-from hubaoti.manifest import Graph as Entry
-from hubaoti.package import unpack_all
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.package import unpack_all
+from hubaoti.compiler.verify import share_constants
 from hubaoti.runtime.graph import Graph, open_graph
 
 
@@ -24,5 +24,5 @@ def unpacked(bundle: Bundle, folder: Path) -> dict[str, Path]:
 def opened(bundle: Bundle, entry: Entry, folder: Path, module: nn.Module) -> Graph:
     """A graph that is bound to a module's own parameters and buffers."""
     graph = open_graph(folder, entry, torch.device("cpu"))
-    graph.bind(constants_of(module, entry, bundle.path))
+    graph.bind(share_constants(module, entry, bundle.path))
     return graph

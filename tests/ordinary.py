@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from hubaoti.compiler.calls import replaced
-from hubaoti.compiler.faces import Face, Flat
+from hubaoti.attachment.dispatch import Dispatcher
+from hubaoti.compiler.capture import replace_forward
+from hubaoti.compiler.graph_build import draft_graph
 from hubaoti.compiler.plan import Plan
-from hubaoti.compiler.unit import bare_graph
-from hubaoti.runtime.kv import Place, slide_in
-from hubaoti.runtime.reasons import Unserved
-from hubaoti.runtime.ways import Ways
+from hubaoti.compiler.signature import CallSignature, FlatModule
+from hubaoti.runtime.fallback import CannotServe
+from hubaoti.runtime.kv_cache import CacheSlot, slide_window
 
 CPU = torch.device("cpu")
 # Batch and seq of calls, and the row that is padded.
@@ -63,28 +63,30 @@ def asking(model: nn.Module, plan: Plan) -> Iterator[Counter[str]]:
     entries: dict[str, list[Any]] = {}
     for unit in plan.units:
         for path in unit.modules:
-            entries.setdefault(path, []).append(bare_graph(unit))
+            entries.setdefault(path, []).append(draft_graph(unit))
     counts: Counter[str] = Counter()
-    shared: dict[tuple[str, ...], Ways] = {}
+    shared: dict[tuple[str, ...], Dispatcher] = {}
     with ExitStack() as around:
         for path, each in entries.items():
             block, ids = model.get_submodule(path), tuple(entry.id for entry in each)
-            ways = shared.setdefault(ids, Ways(each, block, CPU, True, plan.source.attention))
-            around.enter_context(replaced(block, asked(block, path, ways, counts)))
+            ways = shared.setdefault(ids, Dispatcher(each, block, CPU, True, plan.source.attention))
+            around.enter_context(replace_forward(block, asked(block, path, ways, counts)))
         yield counts
 
 
-def asked(block: nn.Module, path: str, ways: Ways, counts: Counter[str]) -> Callable[..., Any]:
+def asked(
+    block: nn.Module, path: str, ways: Dispatcher, counts: Counter[str]
+) -> Callable[..., Any]:
     """A block's own `forward`, which counts what graphs would make of its calls."""
     forward = block.forward
-    flats = [Flat(block, Face(e.call, e.inputs, e.cache)) for e in ways.entries]
-    place = Place(block, ways.entries) if ways.has_cache else None
+    flats = [FlatModule(block, CallSignature(e.call, e.inputs, e.cache)) for e in ways.entries]
+    place = CacheSlot(block, ways.entries) if ways.has_cache else None
 
     def asking(*args: Any, **kwargs: Any) -> Any:
         try:
             at, inputs = find(path, ways, place, args, kwargs)
             counts["served"] += 1
-        except Unserved as why:
+        except CannotServe as why:
             counts[f"{why.reason}: {why}"] += 1
             return forward(*args, **kwargs)
         with torch.no_grad():
@@ -99,14 +101,18 @@ def asked(block: nn.Module, path: str, ways: Ways, counts: Counter[str]) -> Call
 
 
 def find(
-    path: str, ways: Ways, place: Place | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    path: str,
+    ways: Dispatcher,
+    place: CacheSlot | None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> tuple[int, list[torch.Tensor]]:
     """The number of the graph that a call finds, as a region does, and what it would be given.
 
     What it writes are copies, and a cache's layer is as it was.
 
     Raises:
-        Unserved: there is none.
+        CannotServe: there is none.
     """
     found, held = ways.plan.flat(args, kwargs), None
     if place is not None:
@@ -120,7 +126,7 @@ def find(
     entry = ways.entries[way.graph]
     row = ways.follow(way, inputs, held, path)
     given = [t.clone() if i.mutated else t for i, t in zip(entry.inputs, row, strict=True)]
-    slide_in(entry.cache, held, given)
+    slide_window(entry.cache, held, given)
     if held is not None:
         held.undo()
     return way.graph, given

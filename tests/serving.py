@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.compiler.cache import layers_of
-from hubaoti.compiler.calls import call_of, replaced
-from hubaoti.manifest import Cache, Input
+from hubaoti.artifact.manifest import Cache, Input
+from hubaoti.compiler.capture import make_call, replace_forward
+from hubaoti.compiler.kv_inputs import count_layers
 
 Answer = Callable[..., Sequence[torch.Tensor]]
 
@@ -65,10 +65,10 @@ class Served:
     """A block's `forward` that answers by one of its forms."""
 
     def __init__(self, block: nn.Module, forms: Mapping[str, Form]) -> None:
-        self.eager, self.forms, self.index = block.forward, forms, layers_of(block) - 1
+        self.eager, self.forms, self.index = block.forward, forms, count_layers(block) - 1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = call_of(self.eager, args, kwargs)
+        given = make_call(self.eager, args, kwargs)
         layer = given.caches[0].layers[self.index]
         start, length = int(layer.get_seq_length()), args[0].shape[1]
         layer.cumulative_length.add_(length)
@@ -84,5 +84,5 @@ def serving(model: Any, forms: Mapping[str, Mapping[str, Form]]) -> Iterator[Non
     with ExitStack() as around:
         for path, each in forms.items():
             block = model.get_submodule(path)
-            around.enter_context(replaced(block, Served(block, each)))
+            around.enter_context(replace_forward(block, Served(block, each)))
         yield

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hubaoti.memory import descendants
+from hubaoti.host.memory import list_descendants
 
-FIRST_OPENS = "hubaoti.runtime.selftest"
+FIRST_OPENS = "hubaoti.runtime.first_open_child"
 
 
 @contextmanager
@@ -34,7 +34,9 @@ def struck(number: int) -> Iterator[None]:
 
 def trying() -> list[int]:
     """The processes that try graphs."""
-    return [int(each) for each in descendants(str(os.getpid())) if FIRST_OPENS in command(each)]
+    return [
+        int(each) for each in list_descendants(str(os.getpid())) if FIRST_OPENS in command(each)
+    ]
 
 
 def command(process: str) -> str:

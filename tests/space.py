@@ -180,17 +180,17 @@ def children() -> list[str]:
 
 def crowd(repo: str) -> dict[str, Any]:
     """A worker whose first calls come from plain threads and fresh contexts, all at once."""
-    from hubaoti.runtime import attach
+    from hubaoti.attachment import attach
 
     space = Space(repo)
-    opened, real = [], attach.attach
+    opened, real = [], attach.attach_graphs
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         opened.append(threading.get_ident())
         return real(*args, **kwargs)
 
     def work() -> dict[str, Any]:
-        attach.attach = counting
+        attach.attach_graphs = counting
         answers: list[dict[str, Any]] = []
         start = threading.Barrier(8)
 

@@ -15,13 +15,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, StaticCache
 
 import hubaoti
-from hubaoti.bundle import Bundle
-from hubaoti.manifest import Constant
-from hubaoti.runtime.adapters import seen_through, stands_aside
-from hubaoti.runtime.inside import Inside
-from hubaoti.runtime.reasons import Unserved
-from hubaoti.runtime.tally import Fallback
-from hubaoti.schema import Origin
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.manifest import Constant
+from hubaoti.artifact.schema import ConstantOrigin
+from hubaoti.attachment.binding import ConstantBinding
+from hubaoti.attachment.stats import Fallback
+from hubaoti.program.adapters import separate_adapters, stands_aside
+from hubaoti.runtime.fallback import CannotServe
 from hubaoti.settings import Settings
 
 CPU = torch.device("cpu")
@@ -186,24 +186,24 @@ def adapted_layer() -> nn.Module:
 
 
 def constant(name: str) -> Constant:
-    origin = Origin(module=name)
+    origin = ConstantOrigin(module=name)
     return Constant(fqn=name, dtype="float32", shape=(4, 4), stride=(4, 1), origin=origin)
 
 
 def test_an_adapter_that_was_compiled_with_its_layer_has_to_stay_as_it_was() -> None:
     module = adapted_layer()
-    inside = Inside(module, [constant("0.base_layer.weight")], {})
+    inside = ConstantBinding(module, [constant("0.base_layer.weight")], {})
     for _ in range(2):
         inside.look(CPU)
         module[0].merge()  # type: ignore[index]
-        with pytest.raises(Unserved, match="set otherwise"):
+        with pytest.raises(CannotServe, match="set otherwise"):
             inside.look(CPU)
         module[0].unmerge()  # type: ignore[index]
 
 
 def test_a_layer_is_found_under_its_adapter_and_answers_alone_or_not() -> None:
     module = adapted_layer()
-    parts, adapters = seen_through(module)
+    parts, adapters = separate_adapters(module)
     assert type(parts["0"]) is nn.Linear and {*parts} == {"", "0"}
     layer = adapters[0].layer
     assert [each.path for each in adapters] == ["0"] and not stands_aside(layer)

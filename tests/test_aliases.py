@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hubaoti
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.attachment.attach import find_regions
 from hubaoti.runtime.aliases import FREE, Bound
-from hubaoti.runtime.attach import regions_in
 from hubaoti.settings import Settings
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -107,7 +107,7 @@ def test_while_a_call_is_under_way_its_aliases_are_nobody_else_s(
 ) -> None:
     with hubaoti.attach(model, decoder_bundle, strict=True, settings=built_at) as attachment:
         generated(model)
-        graph = next(regions_in(model)).graphs[0]
+        graph = next(find_regions(model)).graphs[0]
         held = graph._bound  # as `run` does
         attachment.rebind()
         aliases = {id(each) for each in held.aliases.values()}

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +14,8 @@ from huggingface_hub import HfApi
 
 import hubaoti
 from hubaoti import api
-from hubaoti.bundle import Bundle, writing
+from hubaoti.api.texts import visible_device
+from hubaoti.artifact.bundle import Bundle, write_bundle
 from hubaoti.engines import lightweight
 from hubaoti.errors import (
     BadManifest,
@@ -30,10 +29,11 @@ from hubaoti.errors import (
     OutOfBounds,
     Untrusted,
 )
-from hubaoti.fetching import COMPILE_FILES, RUN_FILES, model_files
+from hubaoti.host.match import Verdict
+from hubaoti.hub.model_download import COMPILE_FILES, RUN_FILES, fetch_model_files
 from hubaoti.hub.pull import Pulled
-from hubaoti.match import Verdict
 from hubaoti.mirror import Mirror
+from hubaoti.program.model_files import padding_id
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
@@ -58,7 +58,7 @@ def pulled(reader: Settings) -> Pulled:
 
 
 def test_the_face_has_what_it_names_and_nothing_else() -> None:
-    verbs = {*hubaoti.__all__} - {"LightweightEngine"}
+    verbs = {name for name in hubaoti.__all__ if name.islower()}
     assert all(getattr(hubaoti, name) is getattr(api, name) for name in verbs)
     assert hubaoti.LightweightEngine is lightweight.LightweightEngine
     with pytest.raises(AttributeError, match="no attribute 'install'"):
@@ -79,7 +79,9 @@ def test_pull_open_and_call_gives_the_model_s_own_answer(
     reader: Settings, tiny_roberta: Path
 ) -> None:
     steps: list[str] = []
-    answer = api.run("acme/api-roberta@v1", tiny_roberta, TEXTS, settings=reader, say=steps.append)
+    answer = api.run(
+        "acme/api-roberta@v1", tiny_roberta, TEXTS, settings=reader, progress=steps.append
+    )
     eager = api.eager(tiny_roberta, TEXTS, repo="acme/api-roberta", settings=reader)
     assert answer.task == eager.task == "classify"
     assert answer.values.shape == (3, 3)
@@ -90,8 +92,8 @@ def test_pull_open_and_call_gives_the_model_s_own_answer(
 def test_eager_takes_the_dtype_of_the_artifact_that_was_pulled(
     reader: Settings, llama_bundle: Bundle, tiny_llama: Path, tiny_roberta: Path
 ) -> None:
-    assert api.pulled_before("acme/api-roberta@v1", reader) == ("classify", "float32")
-    assert api.pulled_before("acme/never-pulled", reader) == (None, None)
+    assert api.recall_task_and_dtype("acme/api-roberta@v1", reader) == ("classify", "float32")
+    assert api.recall_task_and_dtype("acme/never-pulled", reader) == (None, None)
     eager = api.eager(tiny_llama, TEXTS[:1], settings=reader)
     assert (eager.task, eager.values.dtype) == ("logits", torch.bfloat16)
 
@@ -111,37 +113,20 @@ def test_a_language_model_of_one_row_answers_each_text(
 
 
 @pytest.mark.parametrize(
-    ("chosen", "visible", "asked", "opened"),
+    ("chosen", "visible", "found"),
     [
-        (1, 2, None, "cuda:1"),
-        (0, 2, None, None),
-        (None, 0, None, None),
-        (1, 1, None, None),  # CUDA_VISIBLE_DEVICES shows one of two
-        (1, 2, "cuda:0", "cuda:0"),
+        (1, 2, "cuda:1"),
+        (0, 2, None),
+        (None, 0, None),
+        (1, 1, None),  # CUDA_VISIBLE_DEVICES shows one of two
     ],
 )
 def test_a_graph_is_opened_on_the_gpu_that_it_was_judged_for(
-    monkeypatch: pytest.MonkeyPatch,
-    settings: Settings,
-    chosen: int | None,
-    visible: int,
-    asked: str | None,
-    opened: str | None,
+    monkeypatch: pytest.MonkeyPatch, chosen: int | None, visible: int, found: str | None
 ) -> None:
     """Of fake GPUs: one machine with two kinds of them is not at hand."""
-    artifact = SimpleNamespace(manifest=SimpleNamespace(program=SimpleNamespace(task="embed")))
-    fake = SimpleNamespace(artifact=artifact, verdict=Verdict(device=chosen))
-    devices = []
-
-    def load(*_: object, device: str | None, **__: object) -> Callable[[object], torch.Tensor]:
-        devices.append(device)
-        return lambda texts: torch.zeros(1)
-
-    monkeypatch.setattr(api, "pull", lambda *_, **__: fake)
-    monkeypatch.setattr(api, "load", load)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    api.run("acme/x", "model", ["cat"], device=asked, settings=settings)
-    assert devices == [opened]
+    assert visible_device(Verdict(device=chosen)) == found
 
 
 def test_a_text_beyond_the_graph_s_bounds_is_refused(
@@ -169,7 +154,7 @@ def test_padding_is_with_the_id_that_the_program_computes_with(
     roberta_bundle: Bundle, llama_bundle: Bundle, minilm_bundle: Bundle
 ) -> None:
     bundles = (roberta_bundle, llama_bundle, minilm_bundle)
-    assert [api.pad_of(bundle.manifest.program) for bundle in bundles] == [1, None, None]
+    assert [padding_id(bundle.manifest.program) for bundle in bundles] == [1, None, None]
 
 
 def test_what_was_built_here_needs_no_trust(
@@ -234,7 +219,7 @@ def test_a_model_that_is_nowhere_is_not_found(
 def test_an_endpoint_that_is_down_is_said_so(settings: Settings, tmp_path: Path) -> None:
     down = replace(settings, endpoint="http://127.0.0.1:9")
     with pytest.raises(HubUnreachable) as caught:
-        hubaoti.compile("acme/model", tmp_path / "out", settings=down)
+        hubaoti.compile("acme/never-fetched", tmp_path / "out", settings=down)
     assert caught.value.hint
 
 
@@ -246,28 +231,28 @@ def test_a_model_of_the_hub_is_compiled_from_its_config_without_its_weights(
     repo = f"acme/{tmp_path.name}"
     hub.create_repo(repo)
     commit = hub.upload_folder(repo_id=repo, folder_path=tiny_roberta).oid
-    folder, source = model_files(repo, None, COMPILE_FILES, settings)
+    folder, source = fetch_model_files(repo, None, COMPILE_FILES, settings)
     assert (source.model, source.commit) == (repo, commit)
     names = tree_of(folder).keys()
     assert {"config.json", "tokenizer.json"} <= names
     assert not any(name.endswith(".safetensors") for name in names)
-    runnable, _ = model_files(repo, commit, RUN_FILES, settings)
+    runnable, _ = fetch_model_files(repo, commit, RUN_FILES, settings)
     assert "model.safetensors" in tree_of(runnable)
 
 
 def test_a_local_path_is_not_written_into_the_source(tiny_roberta: Path) -> None:
-    _, source = model_files(tiny_roberta, None, (), Settings(home=Path("/nowhere")))
+    _, source = fetch_model_files(tiny_roberta, None, (), Settings(home=Path("/nowhere")))
     assert (source.model, source.commit) == ("tiny-roberta", None)
 
 
 def test_a_bundle_is_replaced_by_a_newer_one_and_never_half(tmp_path: Path) -> None:
     old = make_bundle(tmp_path / "bundle")
     before = tree_of(tmp_path)
-    with pytest.raises(ZeroDivisionError), writing(old.path) as folder:
+    with pytest.raises(ZeroDivisionError), write_bundle(old.path) as folder:
         (folder / "half").write_text("")
         _ = 1 / 0
     assert tree_of(tmp_path) == before
-    with writing(old.path) as folder:
+    with write_bundle(old.path) as folder:
         (folder / "whole").write_text("")
     assert tree_of(tmp_path).keys() == {"bundle/whole"}
 

@@ -33,7 +33,16 @@ from transformers import (
 
 import hubaoti
 from hubaoti import api
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.attachment.attach import (
+    Attachment,
+    Parts,
+    attach_graphs,
+    find_regions,
+    refuse_attached,
+)
+from hubaoti.attachment.first_call import FirstCallCheck
+from hubaoti.attachment.stats import Fallback
 from hubaoti.errors import (
     AlreadyAttached,
     BadRequest,
@@ -44,12 +53,9 @@ from hubaoti.errors import (
     OtherProgram,
 )
 from hubaoti.mirror import Artifact, Mirror
-from hubaoti.runtime.attach import Attachment, Parts, attach, refuse_attached, regions_in
-from hubaoti.runtime.collecting import FLAGS, unread_flags
-from hubaoti.runtime.reasons import ADVICE, Unserved
-from hubaoti.runtime.tally import Fallback
-from hubaoti.runtime.template import CallPlan
-from hubaoti.runtime.trial import Trials
+from hubaoti.program.output_capturing import FLAGS, find_unread_flags
+from hubaoti.runtime.call_template import CallPlan
+from hubaoti.runtime.fallback import ADVICE, CannotServe
 from hubaoti.settings import Settings
 
 GREEDY: dict[str, Any] = {
@@ -139,6 +145,14 @@ def test_a_bundle_may_be_named_by_its_folder(
         assert attachment.stats()["compiled"] == 40
 
 
+def test_a_folder_s_name_as_a_text_is_a_repo_s_and_says_so(
+    model: Any, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    with pytest.raises(BadRequest, match="names a repo of the Hub") as caught:
+        hubaoti.attach(model, str(decoder_bundle.path), settings=built_at)
+    assert "pathlib.Path(" in caught.value.hint
+
+
 def test_sampling_and_beams_are_untouched(plain: Any, model: Any, attached: Attachment) -> None:
     for more in ({"do_sample": True, "top_k": 50}, {"num_beams": 2}):
         answers = []
@@ -169,7 +183,7 @@ def test_what_a_cuda_graph_captures_is_the_modules_own(
     cache, other = (StaticCache(config=model.config, max_cache_len=32) for _ in range(2))
     model(ids, past_key_values=cache)
     with monkeypatch.context() as fake:
-        fake.setattr("hubaoti.runtime.kv.is_capturing", lambda device: True)
+        fake.setattr("hubaoti.runtime.kv_cache.is_capturing", lambda device: True)
         with pytest.warns(Fallback, match=r"\(capture\)"):
             found = model(ids[:, :1], past_key_values=cache).logits
     plain(ids, past_key_values=other)
@@ -227,7 +241,7 @@ def test_the_model_keeps_its_face(plain: Any, model: Any, attached: Attachment) 
 
 
 def test_what_it_binds_is_the_model_s_own_memory(model: Any, attached: Attachment) -> None:
-    for region in regions_in(model):
+    for region in find_regions(model):
         own = {each.data_ptr() for each in region.inside.module.parameters()}
         for graph in region.graphs:
             assert {each.data_ptr() for each in graph._bound.values()} <= own
@@ -235,7 +249,7 @@ def test_what_it_binds_is_the_model_s_own_memory(model: Any, attached: Attachmen
 
 def test_a_copy_is_the_plain_model(plain: Any, model: Any, attached: Attachment) -> None:
     other = copy.deepcopy(model)
-    assert not [*regions_in(other)]
+    assert not [*find_regions(other)]
     with torch.no_grad():
         assert torch.equal(step(other), step(plain))
         other.model.layers[0].mlp.down_proj.weight.zero_()
@@ -278,7 +292,7 @@ def test_a_forward_that_somebody_gave_a_block_comes_back(
     hubaoti.attach(model, decoder_bundle, settings=built_at)
     with torch.no_grad():
         torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
-    assert not [*regions_in(copy.deepcopy(model))]
+    assert not [*find_regions(copy.deepcopy(model))]
     hubaoti.detach(model)
     assert vars(block)["forward"] is own
 
@@ -335,7 +349,7 @@ def test_another_config_is_refused_with_both_values(
     model.config.rms_norm_eps = 1e-3
     with pytest.raises(OtherProgram, match="rms_norm_eps is 0.001, the program's is 1e-06"):
         hubaoti.attach(model, decoder_bundle, settings=built_at)
-    assert not [*regions_in(model)]
+    assert not [*find_regions(model)]
 
 
 def test_what_counts_for_no_program_may_differ(
@@ -397,8 +411,8 @@ def test_graphs_that_serve_no_module_are_refused(decoder_bundle: Bundle, model: 
     changed = msgspec.structs.replace(manifest, graphs=idle)
     parts = Parts(changed, decoder_bundle.path, lambda entry: decoder_bundle.path)
     with pytest.raises(BadRequest, match=r"graphs model\.layers serve no module"):
-        attach(model, parts, strict=False, tries=False)
-    assert not [*regions_in(model)]
+        attach_graphs(model, parts, strict=False, tries=False)
+    assert not [*find_regions(model)]
 
 
 def test_switched_off_it_touches_nothing(
@@ -850,12 +864,12 @@ def test_a_flag_that_a_block_reads_is_no_word_beside_its_answer(model: Any) -> N
             return x + more.get("output_router_logits", 0)
 
     block = model.model.layers[0]
-    assert unread_flags(block) == {*FLAGS}
+    assert find_unread_flags(block) == {*FLAGS}
     block.mlp = Named()
-    assert unread_flags(block) == {*FLAGS} - {"output_attentions"}
+    assert find_unread_flags(block) == {*FLAGS} - {"output_attentions"}
     block.mlp = LookedUp()
-    assert unread_flags(block) == {*FLAGS} - {"output_router_logits"}
-    assert not unread_flags(model.model)  # it answers otherwise where one is given
+    assert find_unread_flags(block) == {*FLAGS} - {"output_router_logits"}
+    assert not find_unread_flags(model.model)  # it answers otherwise where one is given
 
 
 def test_many_threads_get_their_own_answers(plain: Any, model: Any, attached: Attachment) -> None:
@@ -915,7 +929,7 @@ def test_an_artifact_that_was_changed_is_not_opened(
     library.write_bytes(library.read_bytes()[:-1] + b"x")
     with pytest.raises(DigestMismatch):
         hubaoti.attach(model, artifact, settings=settings)
-    assert not [*regions_in(model)]
+    assert not [*find_regions(model)]
 
 
 @pytest.mark.parametrize("how", ["train", "hook"])
@@ -1019,7 +1033,7 @@ def test_a_cache_of_more_rows_than_the_call_is_not_filled_by_guessing(
 def test_detach_goes_on_where_a_part_is_gone(model: Any, attached: Attachment) -> None:
     model.model.layers = nn.ModuleList([model.model.layers[1]])
     attached.detach()
-    assert not [*regions_in(model)]
+    assert not [*find_regions(model)]
 
 
 def test_detach_finds_what_somebody_wrapped(model: Any, attached: Attachment) -> None:
@@ -1040,7 +1054,7 @@ def test_weights_that_do_not_fit_any_more_are_let_go(model: Any, attached: Attac
         step(model)
         model.double()
         step(model)
-    for region in regions_in(model):
+    for region in find_regions(model):
         assert not any(graph._bound for graph in region.graphs)
     assert len(gone) == 18
 
@@ -1143,7 +1157,7 @@ def test_the_first_call_in_which_a_window_becomes_full_is_compared_on_copies(
     expected = windowed.generate(ids, **STATIC)
     with hubaoti.attach(windowed, windowed_bundle, strict=True, settings=built_at) as attachment:
         for region in attachment._regions:
-            region._trials = Trials(entry.id for entry in region.ways.entries)
+            region._trials = FirstCallCheck(entry.id for entry in region.ways.entries)
         cache = StaticCache(config=windowed.config, max_cache_len=60)
         head = windowed.generate(
             ids[:, :5], past_key_values=cache, **GREEDY | {"max_new_tokens": 1}
@@ -1376,7 +1390,7 @@ def test_a_tensor_that_was_given_twice_has_to_be_given_twice() -> None:
     plan = CallPlan({"args": [{"tensor": 0}, {"tensor": 0}], "kwargs": {}}, 1, forward)
     one, other = torch.ones(1), torch.ones(1)
     assert plan.flat((one, one), {})[0] is one
-    with pytest.raises(Unserved, match="y was one tensor with another argument"):
+    with pytest.raises(CannotServe, match="y was one tensor with another argument"):
         plan.flat((one, other), {})
 
 
@@ -1395,7 +1409,7 @@ def test_a_module_that_is_called_otherwise_is_refused_and_not_touched(
     with pytest.raises(OtherProgram, match=r"cells\.1 is called otherwise.*1 positional") as why:
         hubaoti.attach(stack, stack_bundle, settings=built_at)
     assert "attach the artifact" in why.value.hint
-    assert not [*regions_in(stack)] and not any("forward" in vars(each) for each in stack.cells)
+    assert not [*find_regions(stack)] and not any("forward" in vars(each) for each in stack.cells)
 
 
 def test_inputs_that_lie_otherwise_are_copied(stack_bundle: Bundle, built_at: Settings) -> None:
@@ -1416,7 +1430,7 @@ def test_pickled_it_is_the_plain_module(stack_bundle: Bundle, built_at: Settings
     with torch.no_grad(), hubaoti.attach(stack, stack_bundle, settings=built_at):
         expected = stack(torch.ones(2, 8))
         other = pickle.loads(pickle.dumps(stack))
-        assert not [*regions_in(other)]
+        assert not [*find_regions(other)]
         assert torch.equal(other(torch.ones(2, 8)), expected)
         other.cells[0].linear.weight.zero_()
         assert not torch.equal(other(torch.ones(2, 8)), expected)

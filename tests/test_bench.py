@@ -22,7 +22,7 @@ import pytest
 import transformers
 from click.testing import CliRunner
 
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
 from hubaoti.mirror import Mirror
 from hubaoti.settings import Settings
 

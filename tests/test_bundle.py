@@ -9,9 +9,16 @@ import msgspec
 import pytest
 from bundles import changed, make_bundle, tree_of, write_zip
 
-from hubaoti.bundle import SEAL, Bundle, file_entry, readable, write_manifest, writing
+from hubaoti.artifact.bundle import (
+    SEAL,
+    Bundle,
+    explain_read_errors,
+    make_file_entry,
+    write_bundle,
+    write_manifest,
+)
+from hubaoti.artifact.manifest import FILENAME
 from hubaoti.errors import BadManifest, DigestMismatch, HubaotiError, OutputExists
-from hubaoti.manifest import FILENAME
 
 
 @pytest.fixture
@@ -77,7 +84,7 @@ def test_an_added_file_is_named(bundle: Bundle, name: str) -> None:
 def test_a_package_whose_entries_are_not_the_listed_ones_is_refused(bundle: Bundle) -> None:
     graph = bundle.manifest.graphs[0]
     write_zip(bundle.path / graph.file, {"model/other.so": b"x"})
-    entry = file_entry(bundle.path, graph.file)
+    entry = make_file_entry(bundle.path, graph.file)
     swapped = msgspec.structs.replace(graph, sha256=entry.sha256, size=entry.size)
     edited = changed(bundle, graphs=(swapped, bundle.manifest.graphs[1]))
     with pytest.raises(DigestMismatch, match="other entries"):
@@ -93,12 +100,15 @@ def test_a_folder_that_is_no_bundle_says_how_to_make_one(tmp_path: Path) -> None
 def test_what_may_not_be_read_is_named(bundle: Bundle) -> None:
     with pytest.raises(HubaotiError, match="cannot read"):
         Bundle.read(Path("x" * 300))
-    with pytest.raises(HubaotiError, match=r"cannot read .*\.pt2"), readable(bundle.path):
+    with (
+        pytest.raises(HubaotiError, match=r"cannot read .*\.pt2"),
+        explain_read_errors(bundle.path),
+    ):
         raise PermissionError(13, "Permission denied", "graphs/root.pt2")
 
 
 def test_writing_gives_a_whole_folder(tmp_path: Path) -> None:
-    with writing(tmp_path / "deep/out") as folder:
+    with write_bundle(tmp_path / "deep/out") as folder:
         (folder / FILENAME).write_text("{}")
         assert not (tmp_path / "deep/out").exists()
     assert tree_of(tmp_path / "deep/out").keys() == {FILENAME}
@@ -108,7 +118,7 @@ def test_writing_gives_a_whole_folder(tmp_path: Path) -> None:
 def test_writing_replaces_a_bundle_and_an_empty_folder(tmp_path: Path, bundle: Bundle) -> None:
     (tmp_path / "empty").mkdir()
     for path in (bundle.path, tmp_path / "empty"):
-        with writing(path) as folder:
+        with write_bundle(path) as folder:
             (folder / "new").write_text("x")
         assert tree_of(path).keys() == {"new"}
     assert {path.name for path in tmp_path.iterdir()} == {"bundle", "empty"}
@@ -119,7 +129,7 @@ def test_an_error_while_writing_leaves_what_was_there(
     tmp_path: Path, bundle: Bundle, error: BaseException
 ) -> None:
     before = tree_of(bundle.path)
-    with pytest.raises(type(error)), writing(bundle.path) as folder:
+    with pytest.raises(type(error)), write_bundle(bundle.path) as folder:
         (folder / "half").write_text("x")
         raise error
     assert tree_of(bundle.path) == before
@@ -133,13 +143,13 @@ def test_what_is_not_ours_is_never_replaced(tmp_path: Path, kind: str) -> None:
         output.mkdir()
         output /= "thesis.txt"
     output.write_text("years of work")
-    with pytest.raises(OutputExists) as caught, writing(tmp_path / "out"):
+    with pytest.raises(OutputExists) as caught, write_bundle(tmp_path / "out"):
         pass
     assert "-o" in caught.value.hint
     assert output.read_text() == "years of work"
 
 
 def test_a_bundle_may_be_read_by_others(tmp_path: Path) -> None:
-    with writing(tmp_path / "out") as folder:
+    with write_bundle(tmp_path / "out") as folder:
         (folder / FILENAME).write_text("{}")
     assert os.stat(tmp_path / "out").st_mode & 0o777 == 0o755  # noqa: PTH116

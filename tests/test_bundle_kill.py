@@ -17,18 +17,18 @@ from bundles import make_bundle, tree_of
 from disks import small
 
 from hubaoti import api
-from hubaoti.bundle import Bundle, tidy, whole_at, writing
-from hubaoti.compiler.inductor import explained
-from hubaoti.compiler.jobs import told_of
+from hubaoti.artifact.bundle import Bundle, explain_store_errors, tidy, write_bundle
+from hubaoti.artifact.manifest import FILENAME
+from hubaoti.compiler.inductor import find_cause
+from hubaoti.compiler.parallel import describe_error
 from hubaoti.errors import DiskFull
-from hubaoti.manifest import FILENAME
 from hubaoti.mirror import Mirror
 
 WRITE = """
 import sys, time
 from pathlib import Path
-from hubaoti.bundle import writing
-with writing(Path(sys.argv[1])) as folder:
+from hubaoti.artifact.bundle import write_bundle
+with write_bundle(Path(sys.argv[1])) as folder:
     (folder / "graphs").mkdir()
     (folder / "graphs/half.pt2").write_text("x")
     print("writing", flush=True)
@@ -37,8 +37,8 @@ with writing(Path(sys.argv[1])) as folder:
 FORK = """
 import os, signal, sys
 from pathlib import Path
-from hubaoti.bundle import writing
-with writing(Path(sys.argv[1])) as folder:
+from hubaoti.artifact.bundle import write_bundle
+with write_bundle(Path(sys.argv[1])) as folder:
     if child := os.fork():
         print(child, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -50,7 +50,7 @@ with writing(Path(sys.argv[1])) as folder:
 REPLACE = """
 import os, signal, sys
 from pathlib import Path
-from hubaoti.bundle import writing
+from hubaoti.artifact.bundle import write_bundle
 calls, replace = [], Path.replace
 def counted(*paths):
     calls.append(paths)
@@ -58,7 +58,7 @@ def counted(*paths):
         os.kill(os.getpid(), signal.SIGKILL)
     return replace(*paths)
 Path.replace = counted
-with writing(Path(sys.argv[1])) as folder:
+with write_bundle(Path(sys.argv[1])) as folder:
     (folder / "hubaoti.json").write_text("new")
 """
 
@@ -89,7 +89,7 @@ def killed_while_replacing(path: Path, step: int) -> None:
 
 
 def write(path: Path) -> None:
-    with writing(path) as folder:
+    with write_bundle(path) as folder:
         (folder / FILENAME).write_text("{}")
 
 
@@ -139,7 +139,7 @@ def test_the_last_whole_bundle_is_put_back_after_a_kill(
     killed_while_replacing(bundle.path, 2)
     assert not bundle.path.exists()
     if again == "write":
-        with pytest.raises(KeyboardInterrupt), writing(bundle.path):
+        with pytest.raises(KeyboardInterrupt), write_bundle(bundle.path):
             raise KeyboardInterrupt
     else:
         tidy(bundle.path)
@@ -227,7 +227,7 @@ def test_a_full_disk_of_temporary_files_is_not_taken_for_the_bundle_s(
 ) -> None:
     with (
         pytest.raises(DiskFull, match=f"no room on the disk of {temporary}, where") as why,
-        writing(tmp_path / "bundle"),
+        write_bundle(tmp_path / "bundle"),
         tempfile.TemporaryFile(buffering=0) as file,
     ):
         while file.write(bytes(1 << 16)):
@@ -242,7 +242,7 @@ def test_a_full_disk_under_the_compiler_is_named(tmp_path: Path, temporary: Path
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode and "No space left" in done.stderr
     (tmp_path / "build").mkdir()
-    why = explained(RuntimeError(f"C++ compile error\n{done.stderr}"), tmp_path / "build")
+    why = find_cause(RuntimeError(f"C++ compile error\n{done.stderr}"), tmp_path / "build")
     assert isinstance(why, DiskFull)
     assert f"no room on the disk of {temporary}" in str(why) and "TMPDIR" in why.hint
 
@@ -252,7 +252,7 @@ def test_a_process_of_a_compile_says_which_disk_is_full(tmp_path: Path, temporar
         while file.write(bytes(1 << 16)):
             pass
     (temporary / "x").unlink()
-    told = told_of(why.value, None, tmp_path)  # type: ignore[arg-type]
+    told = describe_error(why.value, None, tmp_path)  # type: ignore[arg-type]
     assert told.kind == "DiskFull"
     assert f"no room on the disk of {temporary}" in told.message
 
@@ -263,7 +263,7 @@ def test_a_full_home_does_not_hide_the_bundle(tmp_path: Path) -> None:
         small(tmp_path / "home") as disk,
         Mirror.open(disk / "mirror") as mirror,
         pytest.raises(DiskFull, match=f"no room .*; the bundle .* whole in {bundle.path}") as why,
-        whole_at(bundle.path),
+        explain_store_errors(bundle.path),
     ):
         api.put(bundle, mirror)
     assert "pushed" in why.value.hint

@@ -17,26 +17,26 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from proxies import Proxy
 
-from hubaoti.canonical import as_doubles, canonical
-from hubaoti.errors import BadManifest, DigestMismatch, HubaotiError, HubUnreachable
-from hubaoti.hub import client as door
-from hubaoti.hub import fleet
-from hubaoti.hub.catalog import Allowance, read_catalog
-from hubaoti.hub.client import HubClient
-from hubaoti.hub.layout import RepoRef, place_of
-from hubaoti.hub.pull import pull
-from hubaoti.manifest import (
-    LARGEST,
+from hubaoti.artifact.canonical import convert_large_integers, encode_canonical
+from hubaoti.artifact.manifest import (
+    LARGEST_MANIFEST,
     MOST_GRAPHS,
     MOST_MEMBERS,
     MOST_VALUES,
     Constant,
+    ConstantOrigin,
     File,
     Manifest,
     Member,
-    Origin,
-    parse,
+    parse_manifest,
 )
+from hubaoti.errors import BadManifest, DigestMismatch, HubaotiError, HubUnreachable
+from hubaoti.hub import client as door
+from hubaoti.hub import pull_all
+from hubaoti.hub.catalog import Allowance, read_catalog
+from hubaoti.hub.client import HubClient
+from hubaoti.hub.layout import RepoRef, artifact_path
+from hubaoti.hub.pull import pull_artifact
 from hubaoti.settings import Settings
 
 SHA = "a" * 64
@@ -67,7 +67,9 @@ def constants(count: int, file: str | None = None) -> tuple[Constant, ...]:
             dtype="bfloat16",
             shape=(8192, 8192),
             stride=(8192, 1),
-            origin=Origin(checkpoint=(f"model.layers.{at}.self_attn.q_proj.weight",), file=file),
+            origin=ConstantOrigin(
+                checkpoint=(f"model.layers.{at}.self_attn.q_proj.weight",), file=file
+            ),
         )
         for at in range(count)
     )
@@ -95,7 +97,7 @@ def test_four_megabytes_of_a_manifest_are_read_in_a_second(
     text = make(manifest).to_json()
     assert 3.5e6 < len(text) < 5.5e6
     start = time.process_time()
-    parse(text, "x")
+    parse_manifest(text, "x")
     # Half a second; line coverage doubles it, a busy machine again. It took 17 to 32 before.
     assert time.process_time() - start < 3.0 * len(text) / 4e6
 
@@ -126,7 +128,7 @@ def test_what_would_cost_too_much_is_refused_in_words(manifest: Manifest, what: 
     text = bad.to_json()
     start = time.process_time()
     with pytest.raises(BadManifest, match=said):
-        parse(text, "x")
+        parse_manifest(text, "x")
     assert time.process_time() - start < 2
 
 
@@ -134,14 +136,14 @@ def test_no_list_of_missing_libraries_is_endless(manifest: Manifest) -> None:
     value = msgspec.json.decode(manifest.to_json())
     value["requires"]["libraries"] = [f"lib{at}.so" for at in range(501)]
     with pytest.raises(BadManifest, match="malformed libraries") as why:
-        parse(canonical(value), "x")
+        parse_manifest(encode_canonical(value), "x")
     assert len(str(why.value)) < 1000
 
 
 def test_a_thousand_contradictions_are_told_in_short(manifest: Manifest) -> None:
     bad = graphs(manifest, 1000, bounds={})
     with pytest.raises(BadManifest, match="dim batch has no bounds; .*and 991 more") as why:
-        parse(bad.to_json(), "x")
+        parse_manifest(bad.to_json(), "x")
     assert len(str(why.value)) < 1000
 
 
@@ -153,8 +155,8 @@ def test_an_artifact_of_eighty_layers_and_many_graphs_is_far_within_the_bounds(
     whole = graphs(manifest, 4, members=members(400), constants=constants(9 * 80))
     for honest in (regions, whole):
         text = honest.to_json()
-        parse(text, "x")
-        assert len(text) < LARGEST / 10
+        parse_manifest(text, "x")
+        assert len(text) < LARGEST_MANIFEST / 10
         assert sum(text.count(sign) for sign in (b",", b"[", b"{")) < MOST_VALUES / 4
 
 
@@ -171,18 +173,18 @@ NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 )
 def test_the_canonical_form_is_that_of_the_reference(value: Any) -> None:
     try:
-        expected = rfc8785.dumps(as_doubles(value))
+        expected = rfc8785.dumps(convert_large_integers(value))
     except rfc8785.CanonicalizationError:
         with pytest.raises(ValueError):
-            canonical(value)
+            encode_canonical(value)
     else:
-        assert canonical(value) == expected
+        assert encode_canonical(value) == expected
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800", {1: 2}, {"a": b"b"}, {1j}])
 def test_what_is_no_json_has_no_canonical_form(value: Any) -> None:
     with pytest.raises(ValueError):
-        canonical(value)
+        encode_canonical(value)
 
 
 def upload(repo: str, settings: Settings, files: dict[str, bytes]) -> str:
@@ -195,7 +197,7 @@ def upload(repo: str, settings: Settings, files: dict[str, bytes]) -> str:
 
 def manifests(manifest: Manifest, count: int) -> dict[str, bytes]:
     """As many manifests, each of them good, at the paths of so many recipes."""
-    return {place_of(manifest, f"n{at}").manifest: manifest.to_json() for at in range(count)}
+    return {artifact_path(manifest, f"n{at}").manifest: manifest.to_json() for at in range(count)}
 
 
 def test_a_repo_of_thousands_of_manifests_is_refused_before_one_is_read(
@@ -204,7 +206,7 @@ def test_a_repo_of_thousands_of_manifests_is_refused_before_one_is_read(
     upload(repo, settings, manifests(manifest, 2001))
     proxy.requests.clear()
     with pytest.raises(BadManifest, match=rf"{repo} at \w+ has more manifests than are read: 1000"):
-        pull(RepoRef(repo), settings, make_host())
+        pull_artifact(RepoRef(repo), settings, make_host())
     assert not [path for _, path in proxy.requests if "/resolve/" in path]
 
 
@@ -232,7 +234,7 @@ def test_a_repo_of_more_files_than_are_looked_at_says_so(
     proxy.requests.clear()
     monkeypatch.setattr(door, "MOST_FILES", 1500)
     with pytest.raises(HubaotiError, match=f"{repo} at .* more than 1500 files") as why:
-        pull(RepoRef(repo), settings, make_host())
+        pull_artifact(RepoRef(repo), settings, make_host())
     assert why.value.hint
     assert len([path for _, path in proxy.requests if "/tree/" in path]) == 2  # of five pages
 
@@ -267,7 +269,7 @@ def test_branches_are_counted_together(
     for at in range(5):
         api.create_branch(repo, branch=f"zerogpu/{at}")
     puller: Any = SimpleNamespace(client=HubClient(settings))
-    assert len([*fleet.branch_catalogs(puller, RepoRef(repo))]) == 5
-    monkeypatch.setattr(fleet, "Allowance", lambda: Allowance(manifests=4))
+    assert len([*pull_all.read_branch_catalogs(puller, RepoRef(repo))]) == 5
+    monkeypatch.setattr(pull_all, "Allowance", lambda: Allowance(manifests=4))
     with pytest.raises(BadManifest, match="in its branches has more manifests"):
-        list(fleet.branch_catalogs(puller, RepoRef(repo)))
+        list(pull_all.read_branch_catalogs(puller, RepoRef(repo)))

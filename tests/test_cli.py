@@ -18,9 +18,9 @@ from commands import HUBAOTI, Done, environment_of, hubaoti, inside
 from huggingface_hub import HfApi
 
 from hubaoti import __version__, cli, errors
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
 from hubaoti.cli import COMMANDS, dispatch
-from hubaoti.cli.output import Steps, human_size, human_time, print_table
+from hubaoti.cli.output import Steps, format_size, format_time, print_table
 from hubaoti.hub.layout import RepoRef
 from hubaoti.settings import Settings
 
@@ -288,7 +288,7 @@ def test_a_home_that_is_a_file_is_refused_in_words(tmp_path: Path, env: Settings
 
 @pytest.mark.parametrize("words", [["doctor"], ["doctor", "--json"], ["--help"], ["mirror", "ls"]])
 def test_a_reader_that_leaves_is_not_told_about_it(words: list[str], env: Settings) -> None:
-    """As in `hubaoti doctor | head -0`."""
+    """As in `hubaoti doctor | find_head -0`."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
@@ -454,9 +454,9 @@ def test_compile_says_what_it_made(
 ) -> None:
     """The words only: the compiler itself is replaced by a fake that gives a made bundle."""
 
-    def fake(*_: object, say: Steps, **asked: object) -> Bundle:
+    def fake(*_: object, progress: Steps, **asked: object) -> Bundle:
         assert asked["dims"] == ("seq=2:64",)
-        say("compile")
+        progress("compile")
         return roberta_bundle
 
     monkeypatch.setattr("hubaoti.api.compile", fake)
@@ -509,18 +509,18 @@ def test_main_ends_the_process_with_the_code(env: Settings) -> None:
 
 
 def test_each_step_is_printed_with_its_time(capsys: pytest.CaptureFixture[str]) -> None:
-    with Steps() as say:
-        say("one")
-        say("two")
+    with Steps() as progress:
+        progress("one")
+        progress("two")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[0] for line in lines] == ["one", "two"]
     assert all(line.endswith("s") for line in lines)
-    with pytest.raises(ZeroDivisionError), Steps() as say:
-        say("three")
+    with pytest.raises(ZeroDivisionError), Steps() as progress:
+        progress("three")
         _ = 1 / 0
     assert capsys.readouterr().err.split() == ["three", "stopped"]
-    with Steps(quiet=True) as say:
-        say("four")
+    with Steps(quiet=True) as progress:
+        progress("four")
     assert capsys.readouterr().err == ""
 
 
@@ -545,11 +545,11 @@ def test_a_table_in_a_pipe_is_not_broken(capsys: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_a_size_is_in_the_unit_that_a_person_would_say(size: float | None, words: str) -> None:
-    assert human_size(size) == words
+    assert format_size(size) == words
 
 
 def test_a_time_is_in_the_unit_that_a_person_would_say() -> None:
-    assert [human_time(each) for each in (0.0012, 0.4, 0.5, 61)] == [
+    assert [format_time(each) for each in (0.0012, 0.4, 0.5, 61)] == [
         "1.2 ms",
         "400.0 ms",
         "0.5 s",

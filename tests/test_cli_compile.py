@@ -10,7 +10,7 @@ import pytest
 from commands import Done, hubaoti, inside
 
 from hubaoti import errors
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
 from hubaoti.settings import Settings
 
 # What the shared decoder was compiled with, in words.

@@ -17,12 +17,13 @@ from elftools.elf.elffile import ELFFile
 from safetensors import safe_open
 
 import hubaoti
-from hubaoti.bundle import Bundle, writing
-from hubaoti.compiler.build import Job, default_level, requirements, target_of
-from hubaoti.compiler.inductor import explained, vector_isas
-from hubaoti.compiler.plan import plan
-from hubaoti.compiler.request import Request, ranges
-from hubaoti.compiler.source import load
+from hubaoti.artifact.bundle import Bundle, write_bundle
+from hubaoti.artifact.package import unpack_all
+from hubaoti.compiler.build import Job, choose_level, choose_target, derive_requirements
+from hubaoti.compiler.from_config import load_source
+from hubaoti.compiler.inductor import choose_vector_isas, find_cause
+from hubaoti.compiler.plan import make_plan
+from hubaoti.compiler.request import CompileRequest, make_ranges
 from hubaoti.errors import (
     BadDim,
     BadRequest,
@@ -33,10 +34,9 @@ from hubaoti.errors import (
     OutputExists,
     UnknownTask,
 )
-from hubaoti.host import probe
-from hubaoti.match import Fit, judge
+from hubaoti.host.match import MatchResult, judge
+from hubaoti.host.probe import probe_host
 from hubaoti.mirror import Mirror
-from hubaoti.package import unpack_all
 from hubaoti.settings import Settings
 
 CPU = torch.device("cpu")
@@ -123,9 +123,13 @@ def test_the_needs_are_the_library_s_own(minilm_bundle: Bundle, library: Path) -
 def test_the_host_that_compiled_it_runs_it_exactly(
     minilm_bundle: Bundle, built_at: Settings
 ) -> None:
-    host = probe(built_at)
+    host = probe_host(built_at)
     fit = judge(minilm_bundle.manifest.requires, host).fit
-    assert fit is Fit.EXACT if host.level == "x86_64_v3" else fit is not Fit.INCOMPATIBLE
+    assert (
+        fit is MatchResult.EXACT
+        if host.level == "x86_64_v3"
+        else fit is not MatchResult.INCOMPATIBLE
+    )
 
 
 def test_host_code_is_for_the_level_and_not_for_this_cpu(library: Path) -> None:
@@ -152,9 +156,11 @@ def test_the_key_is_the_one_of_an_equal_request(
     """Without compiling again: an equal request has an equal key, another dtype another."""
 
     def key(dtype: str | None, dims: list[str]) -> str:
-        request = Request(dtype=dtype, dims=ranges(dims))
-        target = target_of(probe(built_at), CPU, None)
-        return Job.of(plan(load(minilm, request, CPU), request, CPU), request, target, CPU).key
+        request = CompileRequest(dtype=dtype, dims=make_ranges(dims))
+        target = choose_target(probe_host(built_at), CPU, None)
+        return Job.of(
+            make_plan(load_source(minilm, request, CPU), request, CPU), request, target, CPU
+        ).key
 
     assert key(None, []) == key("float32", ["seq=2:512"]) == minilm_bundle.manifest.key
     others = [key("bfloat16", []), key("float16", []), key(None, ["seq=2:128"])]
@@ -221,25 +227,25 @@ def test_a_bad_request_is_refused_and_leaves_nothing(
 
 
 def test_a_level_above_this_host_is_refused(built_at: Settings) -> None:
-    host = probe(built_at)
+    host = probe_host(built_at)
     with pytest.raises(BadRequest, match="cannot be checked here"):
-        target_of(replace(host, level="x86_64_v2"), CPU, "x86_64_v3")
+        choose_target(replace(host, level="x86_64_v2"), CPU, "x86_64_v3")
 
 
 def test_the_default_level_is_the_fleet_s_or_this_host_s_where_that_is_lower(
     built_at: Settings,
 ) -> None:
-    host = replace(probe(built_at), machine="x86_64")
-    levels = {have: default_level(replace(host, level=have)) for have in ("x86_64_v2", "x86_64_v4")}
+    host = replace(probe_host(built_at), machine="x86_64")
+    levels = {have: choose_level(replace(host, level=have)) for have in ("x86_64_v2", "x86_64_v4")}
     assert levels == {"x86_64_v2": "x86_64_v2", "x86_64_v4": "x86_64_v3"}
-    assert default_level(replace(host, machine="aarch64")) == "aarch64"
+    assert choose_level(replace(host, machine="aarch64")) == "aarch64"
 
 
 def test_a_cuda_target_wants_the_driver_of_its_major_version(minilm_bundle: Bundle) -> None:
     target = msgspec.structs.replace(
         minilm_bundle.manifest.target, device="cuda", cuda="13.1", sm=90
     )
-    needs = requirements(target)
+    needs = derive_requirements(target)
     assert (needs.cuda, needs.driver, needs.sm) == ("13.1", "13.0", 90)
 
 
@@ -268,7 +274,7 @@ def test_an_output_below_a_file_is_refused_in_words(minilm: Path, tmp_path: Path
 
 
 def test_a_disk_without_room_is_told_and_nothing_stays(tmp_path: Path, small_disk: Path) -> None:
-    with pytest.raises(DiskFull) as caught, writing(small_disk / "bundle") as folder:
+    with pytest.raises(DiskFull) as caught, write_bundle(small_disk / "bundle") as folder:
         (folder / "graphs.pt2").write_bytes(bytes(4 << 20))
     assert caught.value.hint
     assert list(small_disk.iterdir()) == []
@@ -307,7 +313,7 @@ def test_a_damaged_model_is_refused_by_the_file_s_name(
     shutil.copytree(minilm, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     (folder / name).write_text(content)
     with pytest.raises(ModelNotFound) as caught:
-        load(folder, Request(), CPU)
+        load_source(folder, CompileRequest(), CPU)
     assert word in str(caught.value)
     assert len(str(caught.value)) < 800
     assert caught.value.hint
@@ -318,17 +324,17 @@ def test_a_config_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
         '{"model_type": "bert", "architectures": ["BertModel"], "vocab_size": -4}'
     )
     with pytest.raises((CompileFailed, ModelNotFound)) as caught:
-        load(tmp_path, Request(), CPU)
+        load_source(tmp_path, CompileRequest(), CPU)
     assert caught.value.hint
 
 
 def test_of_the_pages_that_a_compiler_writes_the_cause_is_told() -> None:
     page = "C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\na.cpp:1: error: no such header\n"
-    told = explained(RuntimeError(page), Path("/tmp/build"))
+    told = find_cause(RuntimeError(page), Path("/tmp/build"))
     assert type(told) is CompileFailed
     assert "a.cpp:1: error: no such header" in str(told)
-    assert type(explained(OSError("No space left on device"), Path("/tmp"))) is DiskFull
-    assert len(str(explained(RuntimeError("x" * 9999), Path("/tmp")))) < 500
+    assert type(find_cause(OSError("No space left on device"), Path("/tmp"))) is DiskFull
+    assert len(str(find_cause(RuntimeError("x" * 9999), Path("/tmp")))) < 500
 
 
 @pytest.mark.parametrize(
@@ -337,6 +343,6 @@ def test_of_the_pages_that_a_compiler_writes_the_cause_is_told() -> None:
 def test_a_level_has_one_vector_isa_or_none(level: str, count: int) -> None:
     from torch._inductor import cpu_vec_isa
 
-    isas = vector_isas(cpu_vec_isa, level)
+    isas = choose_vector_isas(cpu_vec_isa, level)
     assert len(isas) == count
     assert all(isas)

@@ -17,8 +17,8 @@ from torch import nn
 
 import hubaoti
 from hubaoti import __version__
-from hubaoti.bundle import Bundle
-from hubaoti.compiler.unit import build_unit
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.compiler.graph_build import build_unit
 from hubaoti.errors import (
     BadDim,
     BadRequest,
@@ -86,7 +86,7 @@ def test_what_lies_at_the_output_is_returned_as_it_is(
     bare: Settings, output: Path, tiny_decoder: Path
 ) -> None:
     before, said = stamps(output.parent), list[str]()
-    found = hubaoti.compile(tiny_decoder, output, settings=bare, say=said.append, **ASKED)
+    found = hubaoti.compile(tiny_decoder, output, settings=bare, progress=said.append, **ASKED)
     assert found.path == output
     assert stamps(output.parent) == before
     assert said[-1] == f"found {found.manifest.key[:12]} in {output}"
@@ -97,7 +97,7 @@ def test_what_lies_in_the_mirror_is_written_to_the_output_byte_for_byte(
 ) -> None:
     said: list[str] = []
     there = tmp_path / "elsewhere" / "bundle"
-    found = hubaoti.compile(tiny_decoder, there, settings=stocked, say=said.append, **ASKED)
+    found = hubaoti.compile(tiny_decoder, there, settings=stocked, progress=said.append, **ASKED)
     found.check()
     assert tree_of(there) == tree_of(decoder_bundle.path)
     assert said[-1] == f"found {found.manifest.key[:12]} in the mirror"
@@ -306,7 +306,7 @@ class Counts(nn.Module):
 def failing(monkeypatch: pytest.MonkeyPatch) -> tuple[Counts, Any]:
     """A module that cannot be built, which is tried, and its calls."""
     monkeypatch.setattr("hubaoti.compiler.build.build_unit", build_unit)
-    monkeypatch.setattr("hubaoti.compiler.unit.lower", build)
+    monkeypatch.setattr("hubaoti.compiler.graph_build.lower", build)
     module = Counts()
     with hubaoti.capture(module) as calls, torch.no_grad():
         for size in (2, 5):
@@ -385,7 +385,7 @@ def test_a_mistake_of_the_user_s_has_no_report(
 def test_too_little_memory_is_said_before_anything_is_built(
     bare: Settings, tiny_decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hubaoti.memory.available", lambda: 700_000_000)
+    monkeypatch.setattr("hubaoti.host.memory.read_available_memory", lambda: 700_000_000)
     with pytest.raises(NotEnoughMemory, match=r"1\.3 GB of memory; 0\.7 GB are free") as caught:
         hubaoti.compile(tiny_decoder, tmp_path / "bundle", settings=bare, **ASKED)
     assert "model.layers of tiny-decoder" in str(caught.value)
@@ -402,7 +402,7 @@ def test_too_little_room_is_said_before_anything_is_built(
     def free(folder: Path) -> int:
         return 5 << 20 if (folder == Path("/tmp")) == (small == "tmp") else 1 << 40
 
-    monkeypatch.setattr("hubaoti.disks.free_bytes", free)
+    monkeypatch.setattr("hubaoti.disk.free_bytes", free)
     place = Path("/tmp") if small == "tmp" else tmp_path / "out"
     with pytest.raises(DiskFull, match=f"disk of {place}.*64.0 MiB needed, 5.0 MiB free") as caught:
         hubaoti.compile(tiny_decoder, tmp_path / "out" / "bundle", settings=bare, **ASKED)

@@ -11,17 +11,17 @@ import torch
 import transformers
 from torch import nn
 
+from hubaoti.artifact.manifest import ConstantOrigin
 from hubaoti.compiler.constants import (
     BUFFERS,
-    Place,
-    checkpoint_origin,
-    describe,
-    save,
-    tensors_of,
-    tied,
+    ConstantsFile,
+    collect_named_tensors,
+    describe_constants,
+    find_checkpoint_origin,
+    find_tied,
+    save_tensors,
 )
 from hubaoti.errors import CompileFailed
-from hubaoti.manifest import Origin
 from hubaoti.runtime.quantize import quantize
 
 TINY: dict[str, Any] = {
@@ -58,8 +58,8 @@ def test_saved_tensors_come_from_the_checkpoint_and_the_others_are_shipped() -> 
     module = Small()
     program = traced(module, torch.ones(2, 3))
     loose = [*program.constants][0]
-    listed, shipped = describe(
-        ["weight", "saved", "table", loose], Place(module, "", module), program
+    listed, shipped = describe_constants(
+        ["weight", "saved", "table", loose], ConstantsFile(module, "", module), program
     )
     origins = {constant.fqn: constant.origin for constant in listed}
     assert origins["weight"].checkpoint == ("weight",)
@@ -72,8 +72,8 @@ def test_saved_tensors_come_from_the_checkpoint_and_the_others_are_shipped() -> 
 
 def test_a_constant_has_the_dtype_shape_and_stride_that_the_graph_reads() -> None:
     module = Small().to(torch.float64)
-    listed, _ = describe(
-        ["weight"], Place(module, "", module), traced(module, torch.ones(2, 3).double())
+    listed, _ = describe_constants(
+        ["weight"], ConstantsFile(module, "", module), traced(module, torch.ones(2, 3).double())
     )
     (weight,) = listed
     assert (weight.dtype, weight.shape, weight.stride) == ("float64", (4, 3), (3, 1))
@@ -82,20 +82,22 @@ def test_a_constant_has_the_dtype_shape_and_stride_that_the_graph_reads() -> Non
 def test_a_tensor_that_nobody_has_fails_the_compile() -> None:
     module = Small()
     with pytest.raises(CompileFailed, match="reads ghost"):
-        describe(["ghost"], Place(module, "", module), traced(module, torch.ones(2, 3)))
+        describe_constants(
+            ["ghost"], ConstantsFile(module, "", module), traced(module, torch.ones(2, 3))
+        )
 
 
 def test_a_region_s_constants_are_those_of_the_module_that_it_serves() -> None:
     model = nn.ModuleDict({"first": Small(), "second": Small()})
     program = traced(model["first"], torch.ones(2, 3))
     loose = [*program.constants][0]
-    place = Place(model, "first", model["first"], "buffers/first.safetensors")
-    listed, shipped = describe(["weight", "saved", "table", loose], place, program)
+    place = ConstantsFile(model, "first", model["first"], "buffers/first.safetensors")
+    listed, shipped = describe_constants(["weight", "saved", "table", loose], place, program)
     origins = {constant.fqn: constant.origin for constant in listed}
-    assert origins["weight"] == Origin(checkpoint=("weight",), module="weight")
-    assert origins["saved"] == Origin(file=place.file, module="saved")
-    assert origins["table"] == Origin(file=place.file, module="table")
-    assert origins[loose] == Origin(file=place.file)
+    assert origins["weight"] == ConstantOrigin(checkpoint=("weight",), module="weight")
+    assert origins["saved"] == ConstantOrigin(file=place.file, module="saved")
+    assert origins["table"] == ConstantOrigin(file=place.file, module="table")
+    assert origins[loose] == ConstantOrigin(file=place.file)
     assert {c.fqn: c.shared_by_all_modules for c in listed} == {
         "weight": False,
         "saved": False,
@@ -109,13 +111,13 @@ def test_a_region_s_constants_are_those_of_the_module_that_it_serves() -> None:
 def test_a_layer_s_names_in_a_checkpoint_are_relative_to_the_layer() -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
     path = "model.layers.0"
-    place = Place(model, path, model.get_submodule(path))
-    names = [*tensors_of(place.module)]
-    listed, shipped = describe(names, place, traced(Small(), torch.ones(2, 3)))
+    place = ConstantsFile(model, path, model.get_submodule(path))
+    names = [*collect_named_tensors(place.module)]
+    listed, shipped = describe_constants(names, place, traced(Small(), torch.ones(2, 3)))
     saved = model.state_dict().keys()
     assert listed and not shipped
     for constant in listed:
-        assert constant.origin == Origin(checkpoint=(constant.fqn,), module=constant.fqn)
+        assert constant.origin == ConstantOrigin(checkpoint=(constant.fqn,), module=constant.fqn)
         assert f"{path}.{constant.fqn}" in saved
 
 
@@ -125,8 +127,10 @@ def test_a_quantized_weight_is_made_of_the_tensor_of_the_checkpoint() -> None:
     path = "model.layers.0"
     module = copy.deepcopy(model.get_submodule(path))
     made = quantize(module, "int8wo", torch.device("cpu")).made
-    place = Place(model, path, module, made=made, recipe="int8wo")
-    listed, shipped = describe(tensors_of(module), place, traced(Small(), torch.ones(2, 3)))
+    place = ConstantsFile(model, path, module, made=made, recipe="int8wo")
+    listed, shipped = describe_constants(
+        collect_named_tensors(module), place, traced(Small(), torch.ones(2, 3))
+    )
     origins = {constant.fqn: constant.origin for constant in listed}
     saved = model.state_dict()
     assert made and made.keys() <= origins.keys() and not shipped
@@ -141,13 +145,15 @@ def test_a_quantized_weight_is_made_of_the_tensor_of_the_checkpoint() -> None:
 
 
 def test_files_of_tensors_may_be_read_by_whoever_may_read_the_bundle(tmp_path: Path) -> None:
-    save({"x": torch.ones(2)}, tmp_path / "x.safetensors")
+    save_tensors({"x": torch.ones(2)}, tmp_path / "x.safetensors")
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_what_is_shipped_is_a_copy() -> None:
     module = Small()
-    _, shipped = describe(["table"], Place(module, "", module), traced(module, torch.ones(2, 3)))
+    _, shipped = describe_constants(
+        ["table"], ConstantsFile(module, "", module), traced(module, torch.ones(2, 3))
+    )
     before = shipped["table"].clone()
     module.table.zero_()  # type: ignore[operator,union-attr]
     assert torch.equal(shipped["table"], before)
@@ -160,7 +166,7 @@ def test_a_checkpoint_is_searched_with_and_without_the_head_s_prefix() -> None:
     base = transformers.BertModel(config)
     headed = transformers.BertForSequenceClassification(config)
     names = {
-        checkpoint_origin(model, name, tensors_of(model)[name], ()).checkpoint
+        find_checkpoint_origin(model, name, collect_named_tensors(model)[name], ()).checkpoint
         for model, name in ((base, fqn), (headed, f"bert.{fqn}"))
     }
     assert names == {(fqn, f"bert.{fqn}"), (f"bert.{fqn}", fqn)}
@@ -170,10 +176,12 @@ def test_every_name_of_a_tied_weight_is_looked_for() -> None:
     config = transformers.LlamaConfig(**TINY, tie_word_embeddings=True)
     model = transformers.LlamaForCausalLM(config)
     both = {"lm_head.weight", "model.embed_tokens.weight"}
-    aliases = tied(tensors_of(model))
+    aliases = find_tied(collect_named_tensors(model))
     for name in both:
         assert {name, *aliases[name]} == both
-        origin = checkpoint_origin(model, name, tensors_of(model)[name], aliases[name])
+        origin = find_checkpoint_origin(
+            model, name, collect_named_tensors(model)[name], aliases[name]
+        )
         assert both <= {*origin.checkpoint}
         assert origin.checkpoint[0] == name
         assert origin.transform is None
@@ -192,8 +200,8 @@ def test_experts_that_transformers_fuse_are_not_taken_for_tensors_of_the_checkpo
     experts = {"num_local_experts": 2, "num_experts": 2, "moe_intermediate_size": 8}
     model = head(make_config(**TINY, **experts, num_experts_per_tok=1, num_key_value_heads=1))
     origins = {
-        name: checkpoint_origin(model, name, tensor, ())
-        for name, tensor in tensors_of(model).items()
+        name: find_checkpoint_origin(model, name, tensor, ())
+        for name, tensor in collect_named_tensors(model).items()
         if name in model.state_dict()
     }
     fused = {name for name in origins if ".experts." in name}

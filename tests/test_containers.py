@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 import hubaoti
-from hubaoti.bundle import Bundle
-from hubaoti.compiler.faces import Face, Flat
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.manifest import Input, Outputs, Write, parse_manifest
+from hubaoti.attachment.first_call import Beside
+from hubaoti.compiler.signature import CallSignature, FlatModule
 from hubaoti.errors import CompileFailed
-from hubaoti.manifest import Input, Outputs, Write, parse
-from hubaoti.runtime.containers import Answers, Contents, fill
-from hubaoti.runtime.reasons import Unserved
-from hubaoti.runtime.trial import Beside
+from hubaoti.runtime.containers import Answers, Contents, fill_container
+from hubaoti.runtime.fallback import CannotServe
 from hubaoti.settings import Settings
 
 ROWS = 50
@@ -107,9 +107,9 @@ def test_only_what_leaves_something_has_schema_2(bundle: Bundle, decoder_bundle:
     assert decoder_bundle.manifest.schema == 1
     assert b'"writes"' not in decoder_bundle.manifest.to_json()
     text = bundle.manifest.to_json()
-    assert parse(text, "it") == bundle.manifest
+    assert parse_manifest(text, "it") == bundle.manifest
     with pytest.raises(hubaoti.errors.BadManifest, match="its schema is 1, what it says is of sch"):
-        parse(text.replace(b'"schema":2', b'"schema":1'), "it")
+        parse_manifest(text.replace(b'"schema":2', b'"schema":1'), "it")
 
 
 class Named(dict[str, Any]):
@@ -119,7 +119,7 @@ class Named(dict[str, Any]):
 def test_dictionaries_of_the_standard_library_are_filled() -> None:
     for kind in (dict, OrderedDict, UserDict):
         store = kind({"a": 1, "b": 2})
-        fill(store, [("b", 3), (7, 4)])
+        fill_container(store, [("b", 3), (7, 4)])
         assert type(store) is kind and [*store.items()] == [("b", 3), (7, 4)]
 
 
@@ -146,7 +146,7 @@ def test_a_container_that_is_given_twice_is_the_modules_affair() -> None:
     store: dict[str, Any] = {}
     writes = (Write(into=("store",), items=(("last", {"tensor": 0}),)),)
     answers = Answers(Outputs(template=None, tensors=(), writes=writes))
-    with pytest.raises(Unserved, match="store, which is written, is given twice"):
+    with pytest.raises(CannotServe, match="store, which is written, is given twice"):
         answers.find({"store": store, "other": [store]})
     assert answers.find({"store": store, "other": [{}]}).containers == (store,)
 
@@ -177,7 +177,7 @@ def test_a_first_call_sees_what_a_graph_leaves_otherwise() -> None:
     assert "other keys in store" in (beside.difference_left([x], before) or "")
 
 
-def flat(forward: Callable[..., Any]) -> Flat:
+def flat(forward: Callable[..., Any]) -> FlatModule:
     """A module of this forward as a function of tensors, called with x and an empty store."""
 
     class Plain(nn.Module):
@@ -186,7 +186,7 @@ def flat(forward: Callable[..., Any]) -> Flat:
 
     template = {"args": [{"tensor": 0}, {"dict": {}}], "kwargs": {}}
     item = Input(name="x", dtype="float32", shape=("n",), values="real")
-    return Flat(Plain(), Face(template, (item,)))
+    return FlatModule(Plain(), CallSignature(template, (item,)))
 
 
 def test_what_no_graph_can_leave_is_refused_by_name() -> None:
@@ -215,7 +215,7 @@ import sys
 import torch, hubaoti
 from hubaoti.settings import Settings
 from test_containers import Leaving, given
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
 from pathlib import Path
 
 torch.manual_seed(7)

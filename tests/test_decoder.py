@@ -11,14 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hubaoti
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.attachment.attach import Attachment
 from hubaoti.compiler.tasks import pool
 from hubaoti.engines import decoder as texts
-from hubaoti.engines.asks import Item, Sampling
 from hubaoti.engines.decoder import Decoder, Served
-from hubaoti.engines.tokens import batches, padded
+from hubaoti.engines.messages import Item, Sampling
+from hubaoti.engines.tokens import batch_by_length, pad_batch
 from hubaoti.errors import BadInput, BadRequest, ModelNotFound, OutOfBounds
-from hubaoti.runtime.attach import Attachment
 from hubaoti.settings import Settings
 
 PROMPTS = ["A cat sits on", "hello", "the quick brown fox jumps over the lazy dog", "why", "so it"]
@@ -261,8 +261,8 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, plain: Decoder)
 
 
 def test_long_prompts_are_answered_beside_long_ones() -> None:
-    assert [*batches([3, 9, 4, 8], 2)] == [[1, 3], [2, 0]]
-    ids, mask = padded([[5], [6, 7]], 9, torch.device("cpu"), left=True)
+    assert [*batch_by_length([3, 9, 4, 8], 2)] == [[1, 3], [2, 0]]
+    ids, mask = pad_batch([[5], [6, 7]], 9, torch.device("cpu"), left=True)
     assert (ids.tolist(), mask.tolist()) == ([[9, 5], [6, 7]], [[0, 1], [1, 1]])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hubaoti.runtime import devices
+from hubaoti.spaces import devices
 
 
 @pytest.mark.parametrize(
@@ -26,10 +26,10 @@ def test_the_driver_is_asked_which_cuda_it_serves(
     source.write_text(f"int cuDriverGetVersion(int *version) {{ {says} }}")
     subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", fake], check=True)
     monkeypatch.setattr(devices, "LIBCUDA", str(fake))
-    assert devices.driver_cuda() == found
+    assert devices.query_driver_cuda() == found
 
 
 def test_without_a_driver_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("libnone-such.so.1", "libm.so.6"):
         monkeypatch.setattr(devices, "LIBCUDA", name)
-        assert devices.driver_cuda() is None
+        assert devices.query_driver_cuda() is None

@@ -19,14 +19,14 @@ from serving import matched
 from torch import nn
 
 import hubaoti
-from hubaoti.bundle import Bundle
-from hubaoti.compiler.calls import Calls, Frozen, call_of, replaced, thaw
-from hubaoti.compiler.source import quiet
-from hubaoti.hub.zerogpu import packages_of
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.compiler.capture import Calls, Frozen, make_call, replace_forward, thaw
+from hubaoti.compiler.from_config import silence_transformers
+from hubaoti.hub.zerogpu import lay_out_packages
 from hubaoti.runtime.graph import Graph
 from hubaoti.settings import Settings
 
-with quiet(), warnings.catch_warnings(action="ignore"):
+with silence_transformers(), warnings.catch_warnings(action="ignore"):
     import diffusers
 
 TOLERANCE = 1e-4
@@ -94,7 +94,7 @@ class Kind:
     def make(self) -> Any:
         """The model, with the same random weights each time."""
         torch.manual_seed(11)
-        with quiet():
+        with silence_transformers():
             return getattr(diffusers, self.cls)(**self.config).eval()
 
     def pipeline(self, model: nn.Module, *sizes: int) -> torch.Tensor:
@@ -298,7 +298,7 @@ def answering(model: nn.Module, graphs: dict[str, Graph], counts: dict[str, int]
         graph, eager = graphs[path], block.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call = call_of(eager, args, kwargs)
+            call = make_call(eager, args, kwargs)
             places = dict(matched(graph.entry.call, call.template))
             found = graph(*(call.tensors[places[at]] for at in sorted(places)))
             expected = Frozen()
@@ -313,7 +313,7 @@ def answering(model: nn.Module, graphs: dict[str, Graph], counts: dict[str, int]
     with ExitStack() as all_of_them:
         for path in graphs:
             block = model.get_submodule(path)
-            all_of_them.enter_context(replaced(block, around(path, block)))
+            all_of_them.enter_context(replace_forward(block, around(path, block)))
         yield
 
 
@@ -345,7 +345,7 @@ def test_flux_s_blocks_answer_by_the_loaders_that_know_no_manifest(
     bundles: dict[str, Bundle],
 ) -> None:
     kind, bundle = KINDS["flux"], bundles["flux"]
-    ((path, file),) = packages_of(bundle.manifest).items()
+    ((path, file),) = lay_out_packages(bundle.manifest).items()
     assert path == "package/submodules/transformer_blocks/package.pt2"
     model = kind.make()
     for sizes in (SEEN[0], UNSEEN):

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from hubaoti.compiler.elf import needs_of, newest, refuse_executable_stack, refuse_paths
+from hubaoti.compiler.elf import (
+    find_newest_version,
+    read_needs,
+    refuse_executable_stack,
+    refuse_paths,
+)
 from hubaoti.errors import CompileFailed
 
 SOURCE = """
@@ -32,7 +37,7 @@ def build(folder: Path, *flags: str, source: str = SOURCE) -> Path:
 
 def test_the_needs_are_those_that_objdump_sees(tmp_path: Path) -> None:
     library = build(tmp_path)
-    needs = needs_of(library)
+    needs = read_needs(library)
     said = subprocess.run(["objdump", "-p", library], capture_output=True, text=True, check=True)
     libraries = {line.split()[1] for line in said.stdout.splitlines() if "NEEDED" in line}
     versions = [word for word in said.stdout.split() if word.startswith(("GLIBC", "CXXABI_"))]
@@ -42,19 +47,19 @@ def test_the_needs_are_those_that_objdump_sees(tmp_path: Path) -> None:
         ("GLIBCXX_", needs.glibcxx),
         ("CXXABI_", needs.cxxabi),
     ):
-        assert found == newest(versions, prefix) is not None
+        assert found == find_newest_version(versions, prefix) is not None
 
 
 def test_a_library_of_nothing_needs_nothing(tmp_path: Path) -> None:
     source = 'extern "C" int one() { return 1; }'
-    needs = needs_of(build(tmp_path, "-nostdlib", source=source))
+    needs = read_needs(build(tmp_path, "-nostdlib", source=source))
     assert (needs.libraries, needs.glibc, needs.glibcxx, needs.cxxabi) == ((), None, None, None)
 
 
 def test_versions_are_numbers_and_not_text() -> None:
     versions = ["GLIBC_2.4", "GLIBC_2.34", "GLIBC_2.9", "GLIBC_PRIVATE", "GLIBCXX_3.4.30"]
-    assert newest(versions, "GLIBC_") == "2.34"
-    assert newest(versions, "CXXABI_") is None
+    assert find_newest_version(versions, "GLIBC_") == "2.34"
+    assert find_newest_version(versions, "CXXABI_") is None
 
 
 def test_an_executable_stack_is_refused(tmp_path: Path) -> None:

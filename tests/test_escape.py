@@ -17,17 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from proxies import Proxy
 
-from hubaoti.bundle import Bundle
-from hubaoti.canonical import canonical
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.canonical import encode_canonical
+from hubaoti.artifact.manifest import FILENAME, parse_manifest
 from hubaoti.cli.output import print_json, print_line, print_lines, print_table, print_text
 from hubaoti.errors import BadManifest, HubaotiError
-from hubaoti.escape import LINE, LONGEST, WHOLE, bounded, escape, one_line
+from hubaoti.escape import LINE, LONGEST, WHOLE, bound_message, escape, escape_line
 from hubaoti.hub.client import HubClient
-from hubaoti.hub.words import without_stored_login
-from hubaoti.manifest import FILENAME, parse
-from hubaoti.mirror import Origin
+from hubaoti.hub.errors import hide_stored_login
+from hubaoti.mirror import PullOrigin
 from hubaoti.server import Endpoint
-from hubaoti.settings import Settings, environment
+from hubaoti.settings import Settings, override_environment
 
 EVIL = "\x1b[2J\x1b]0;owned\x07\r\x9b31m\x08\u202egnp.exe\u2028\ud800"
 PLACE = "float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
@@ -45,18 +45,18 @@ def harmless(done: Done) -> None:
 
 @given(st.text())
 def test_escaped_text_is_obeyed_by_no_terminal_and_escaped_once(text: str) -> None:
-    for shown in (escape(text), one_line(text), bounded(text)):
+    for shown in (escape(text), escape_line(text), bound_message(text)):
         assert not OBEYED.search(shown)
         shown.encode()
-    assert "\n" not in one_line(text) and len(one_line(text)) <= LINE
+    assert "\n" not in escape_line(text) and len(escape_line(text)) <= LINE
     assert escape(escape(text)) == escape(text)
-    assert one_line(one_line(text)) == one_line(text)
-    assert bounded(bounded(text)) == bounded(text)
+    assert escape_line(escape_line(text)) == escape_line(text)
+    assert bound_message(bound_message(text)) == bound_message(text)
 
 
 @given(st.text(st.characters(categories=["L", "M", "N", "P", "S", "Zs"]), max_size=LINE))
 def test_words_of_any_language_stay_as_they_are(text: str) -> None:
-    assert one_line(text) == bounded(text) == escape(text) == text
+    assert escape_line(text) == bound_message(text) == escape(text) == text
 
 
 def test_what_joins_letters_and_pictures_stays() -> None:
@@ -150,9 +150,9 @@ def test_a_manifest_s_words_are_cut_and_escaped(
     repo: str, api: HfApi, bundle: Bundle, settings: Settings, change: dict[str, Any]
 ) -> None:
     manifest = json.loads((bundle.path / FILENAME).read_bytes()) | change
-    text = json.dumps(manifest).encode() if "schema" in change else canonical(manifest)
+    text = json.dumps(manifest).encode() if "schema" in change else encode_canonical(manifest)
     with pytest.raises(BadManifest) as caught:
-        parse(text, "here")
+        parse_manifest(text, "here")
     assert len(str(caught.value)) < 3000 and "\n" not in str(caught.value)
     api.create_repo(repo)
     api.upload_file(path_or_fileobj=text, path_in_repo=f"{PLACE}/{FILENAME}", repo_id=repo)
@@ -212,7 +212,7 @@ def test_a_password_in_the_endpoint_is_never_printed(
     settings: Settings, proxy: Proxy, words: tuple[str, ...]
 ) -> None:
     url = proxy.url.replace("://", "://someone:s3cret%2Fp@ss@")
-    with environment(HF_ENDPOINT=url):
+    with override_environment(HF_ENDPOINT=url):
         secret = Settings.from_env()
     assert "s3cret" not in repr(secret) and secret.endpoint == proxy.url
     assert Settings.from_env(secret.to_env()).login == secret.login
@@ -238,7 +238,7 @@ def test_a_password_that_was_kept_once_is_not_printed(settings: Settings) -> Non
     for option in ((), ("--json",)):
         done = inside(settings, "trust", "ls", *option)
         assert "http://hub" in done.out and "s3cret" not in done.out
-    assert Origin("http://me:s3cret@hub", "acme/x").endpoint == "http://hub"
+    assert PullOrigin("http://me:s3cret@hub", "acme/x").endpoint == "http://hub"
 
 
 class Here:
@@ -331,11 +331,11 @@ def test_libraries_that_ask_by_themselves_keep_the_stored_login(
     def sent() -> str | None:
         return HfApi(library_name="kernels")._build_hf_headers().get("authorization")
 
-    with without_stored_login(replace(settings, token=None)):
+    with hide_stored_login(replace(settings, token=None)):
         assert sent() is None
     assert sent() == "Bearer hf_stored"
-    with without_stored_login(Settings(settings.home)):
+    with hide_stored_login(Settings(settings.home)):
         assert sent() == "Bearer hf_stored"
     monkeypatch.setattr(constants, "ENDPOINT", "http://hub.example")
-    with without_stored_login(Settings(settings.home)):
+    with hide_stored_login(Settings(settings.home)):
         assert sent() is None

@@ -12,27 +12,27 @@ import torch
 from conftest import VOCABULARY
 from torch import nn
 
-from hubaoti.compiler.export import Exported, export, program_by, refuse_beyond
-from hubaoti.compiler.faces import Face, sliding, with_cache
-from hubaoti.compiler.guards import Fixes, Lines, within_guards
-from hubaoti.compiler.request import Range, Request
-from hubaoti.compiler.shapes import Bounds, example_sizes
-from hubaoti.compiler.source import load
+from hubaoti.artifact.dim_expr import DimExpr
+from hubaoti.artifact.manifest import Input
+from hubaoti.compiler.dims import DimRanges, choose_example_sizes
+from hubaoti.compiler.export import Exported, export, refuse_beyond, run_exporter
+from hubaoti.compiler.from_config import load_source
+from hubaoti.compiler.guards import Fixes, Lines, limit_by_guards
+from hubaoti.compiler.request import CompileRequest, Range
+from hubaoti.compiler.signature import CallSignature, add_cache_inputs, specialize_full_window
 from hubaoti.errors import BadDim, CompileFailed
-from hubaoti.extents import Extent
-from hubaoti.manifest import Input
 
 CPU = torch.device("cpu")
 DIMS = {"batch": Range(1, 8), "seq": Range(8, 64)}
 
 
-def face_like(**shapes: tuple[int | str, ...]) -> Face:
+def face_like(**shapes: tuple[int | str, ...]) -> CallSignature:
     """Keyword arguments of these shapes."""
     inputs = tuple(
         Input(name=name, dtype="float32", shape=shape, values="real")
         for name, shape in shapes.items()
     )
-    return Face(
+    return CallSignature(
         {"args": [], "kwargs": {name: {"tensor": i} for i, name in enumerate(shapes)}}, inputs
     )
 
@@ -40,12 +40,14 @@ def face_like(**shapes: tuple[int | str, ...]) -> Face:
 ROWS = face_like(x=("batch", "seq"))
 
 
-def exported(module: nn.Module, face: Face, bounds: Bounds, *stated: str, **sizes: int) -> Exported:
+def exported(
+    module: nn.Module, face: CallSignature, bounds: DimRanges, *stated: str, **sizes: int
+) -> Exported:
     """Export at the sizes that the compiler would trace at, or at others."""
-    chosen = example_sizes(bounds) | sizes
+    chosen = choose_example_sizes(bounds) | sizes
     tensors = [
         torch.zeros(
-            [n if isinstance(n, int) else Extent.parse(n).at(chosen) for n in entry.shape],
+            [n if isinstance(n, int) else DimExpr.parse(n).at(chosen) for n in entry.shape],
             dtype=getattr(torch, entry.dtype),
         )
         for entry in face.inputs
@@ -68,7 +70,7 @@ def at(module: type[nn.Module], code: str) -> str:
 
 
 def test_inputs_and_outputs_are_named_with_their_dims(tiny_llama: Path) -> None:
-    source = load(tiny_llama, Request(dtype="float32"), CPU)
+    source = load_source(tiny_llama, CompileRequest(dtype="float32"), CPU)
     bounds = {"batch": Range(1, 8), "seq": Range(2, 32)}
     tensors = [torch.zeros(3, 4, dtype=torch.int64), torch.ones(3, 4, dtype=torch.int64)]
     found = export(source.model, source.face, bounds, tensors, frozenset())
@@ -148,7 +150,7 @@ def test_numbers_that_choose_rows_of_a_table_are_below_their_number() -> None:
     """Whatever numbers were seen; of others nothing is known, and nothing is refused."""
     names = ("kinds", "steps")
     inputs = tuple(Input(name=n, dtype="int64", shape=("rows",), values="any<3") for n in names)
-    face = Face({"args": [{"tensor": 0}, {"tensor": 1}], "kwargs": {}}, inputs)
+    face = CallSignature({"args": [{"tensor": 0}, {"tensor": 1}], "kwargs": {}}, inputs)
     found = exported(Looks(), face, {"rows": Range(1, 8)})
     assert [entry.values for entry in found.face.inputs] == ["ids<7", "any<3"]
 
@@ -349,7 +351,7 @@ def test_of_what_is_filled_the_dims_that_a_user_names_are_told() -> None:
     fixes = Fixes(guards={"filled": ("n != 64",)})
     names = ("seq", "filled", "cache")
     bounds = {name: Range(1, 64) for name in names}
-    found = within_guards(fixes, bounds)
+    found = limit_by_guards(fixes, bounds)
     assert found.ranges == dict.fromkeys(names, (None, 63))
     with pytest.raises(BadDim, match="^export: cache goes up to 64, and .* 63 at most") as caught:
         refuse_beyond(fixes, bounds, frozenset({"cache"}), Lines())
@@ -396,8 +398,8 @@ class Block(nn.Module):
         return looked.transpose(1, 2).flatten(2)
 
 
-CACHED = with_cache(
-    Face(
+CACHED = add_cache_inputs(
+    CallSignature(
         {
             "args": [{"tensor": 0}, {"tensor": 1}],
             "kwargs": {"past_key_values": {"cache": True}},
@@ -412,11 +414,11 @@ CACHED = with_cache(
 )
 
 
-def cached(face: Face, bounds: Bounds) -> Exported:
-    sizes = example_sizes(bounds)
+def cached(face: CallSignature, bounds: DimRanges) -> Exported:
+    sizes = choose_example_sizes(bounds)
     tensors = [
         torch.zeros(
-            [n if isinstance(n, int) else Extent.parse(n).at(sizes) for n in entry.shape],
+            [n if isinstance(n, int) else DimExpr.parse(n).at(sizes) for n in entry.shape],
             dtype=getattr(torch, entry.dtype),
         )
         for entry in face.inputs
@@ -446,7 +448,7 @@ def test_a_block_s_cache_is_written_in_place_and_is_no_output() -> None:
 
 
 def test_a_full_window_is_written_in_place() -> None:
-    found = cached(sliding(CACHED, 8), {"batch": Range(1, 4), "seq": Range(1, 40)})
+    found = cached(specialize_full_window(CACHED, 8), {"batch": Range(1, 4), "seq": Range(1, 40)})
     assert shapes(found)["mask"] == ("batch", 1, "seq", "seq+7")
     assert shapes(found)["keys"] == ("batch", 2, 8, 4)
     assert len(written(found)) == 2
@@ -463,5 +465,5 @@ def test_transformers_exporter_gives_its_program_by_either_of_its_words(word: st
 
     fake = type("FakeExporter", (), {"export": lambda *_: "a model", word: staticmethod(traced)})()
     module, inputs, config = nn.Identity(), {"x": torch.ones(2)}, object()
-    assert program_by(fake, module, inputs, config) is program
+    assert run_exporter(fake, module, inputs, config) is program
     assert asked == [(module, inputs, config)]

@@ -23,12 +23,13 @@ from packaging.version import Version
 from torch import nn
 
 import hubaoti
-from hubaoti import api, extras
+from hubaoti import api
+from hubaoti.artifact.requirements import series
 from hubaoti.cli import COMMANDS
 from hubaoti.errors import MissingDependency
-from hubaoti.extras import EXTRAS, SUPPORTED, is_supported, listed, require
-from hubaoti.host import probe
-from hubaoti.requirements import series
+from hubaoti.host import extras
+from hubaoti.host.extras import EXTRAS, SUPPORTED, is_supported, join_names, require
+from hubaoti.host.probe import probe_host
 from hubaoti.settings import Settings
 
 ROOT = Path(hubaoti.__file__).parent.parent
@@ -84,7 +85,7 @@ def test_a_plain_installation_starts_every_command(bare: Path, settings: Setting
 def test_a_plain_installation_publishes_and_fetches_what_is_named(
     bare: Path, tmp_path: Path, repo: str, settings: Settings
 ) -> None:
-    host = probe(settings)
+    host = probe_host(settings)
     target = {"device": "cpu", "os": host.os, "level": host.level, "torch": "2.13.0+cpu"}
     place = f"float32-sdpa/torch2.13-cpu-{host.level}-{host.os}"
     made = make_bundle(tmp_path / "bundle", target=target)
@@ -198,9 +199,9 @@ def test_what_is_not_supported_is_refused_at_the_door_with_the_versions_that_are
 def test_a_quantized_compile_says_at_the_door_what_to_install(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = extras.version_of
+    found = extras.package_version
     monkeypatch.setattr(
-        extras, "version_of", lambda package: None if package == "torchao" else found(package)
+        extras, "package_version", lambda package: None if package == "torchao" else found(package)
     )
     with pytest.raises(MissingDependency, match="int8wo needs torchao, which is not") as caught:
         hubaoti.compile("acme/none-such", quantize="int8wo", settings=settings)
@@ -247,4 +248,4 @@ def test_the_matrix_tries_both_ends_and_its_table_stands_in_the_readme() -> None
 
 
 def test_names_are_listed_as_a_sentence_has_them() -> None:
-    assert [listed([*"abc"[:n]]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]
+    assert [join_names([*"abc"[:n]]) for n in (1, 2, 3)] == ["a", "a and b", "a, b and c"]

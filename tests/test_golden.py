@@ -12,31 +12,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.manifest import Cache, Constant, ConstantOrigin, Input, Output, Outputs
+from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.errors import BadInput, MissingConstant
-from hubaoti.manifest import Cache, Constant, Input, Origin, Output, Outputs
-from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime import golden
-from hubaoti.runtime.checks import check_constant
 from hubaoti.runtime.golden import (
     GOLDEN,
-    LARGEST,
-    answer,
-    constants_for,
-    differences,
-    expected,
-    golden_of,
-    inputs_for,
-    kept,
-    memory_of,
-    pack,
-    replies,
-    sampled,
-    smallest,
-    tolerances,
+    LARGEST_GOLDEN,
+    answer_golden_inputs,
+    ask_golden,
+    choose_smallest_dims,
+    choose_tolerances,
+    compare_golden_answers,
+    describe_golden,
+    estimate_answer_memory,
+    load_expected,
+    make_golden_constants,
+    make_golden_inputs,
+    pack_four_bits,
+    sample_answers,
+    sample_tensor,
 )
 from hubaoti.runtime.graph import Graph, open_graph
-from hubaoti.runtime.rule import made
+from hubaoti.runtime.input_checks import check_constant
+from hubaoti.runtime.synthetic import make_synthetic
 
 CPU = torch.device("cpu")
 WEIGHT = Constant(
@@ -44,7 +44,7 @@ WEIGHT = Constant(
     dtype="float32",
     shape=(48, 32),
     stride=(1, 48),
-    origin=Origin(checkpoint=("up.weight",)),
+    origin=ConstantOrigin(checkpoint=("up.weight",)),
 )
 STATIC = Cache(kind="static", keys=2, values=3, position=4)
 
@@ -109,15 +109,20 @@ class FakeRunner:
 
 def test_the_smallest_dims_are_the_bounds_lows_and_hold_a_cache() -> None:
     bounds = {"batch": (0, 4), "seq": (5, 64), "filled": (1, 512), "cache": (2, 512)}
-    assert smallest(block(bounds=bounds)) == {"batch": 1, "seq": 5, "filled": 5, "cache": 5}
-    assert smallest(block()) == {"batch": 1, "seq": 1, "filled": 1, "cache": 16}
-    assert smallest(block(bounds=bounds, cache=None))["filled"] == 1
+    assert choose_smallest_dims(block(bounds=bounds)) == {
+        "batch": 1,
+        "seq": 5,
+        "filled": 5,
+        "cache": 5,
+    }
+    assert choose_smallest_dims(block()) == {"batch": 1, "seq": 1, "filled": 1, "cache": 16}
+    assert choose_smallest_dims(block(bounds=bounds, cache=None))["filled"] == 1
 
 
 def test_the_smallest_dims_are_multiples_of_their_steps() -> None:
     bounds = {"batch": (1, 4), "seq": (5, 64), "filled": (1, 512), "cache": (2, 512)}
     steps = {"batch": 2, "seq": 3, "cache": 16}
-    found = smallest(block(bounds=bounds, steps=steps))
+    found = choose_smallest_dims(block(bounds=bounds, steps=steps))
     assert found == {"batch": 2, "seq": 6, "filled": 6, "cache": 16}
 
 
@@ -128,7 +133,7 @@ def test_inputs_are_valid_at_any_dims(given: st.DataObject) -> None:
     filled = given.draw(st.integers(seq, 40))
     cache = given.draw(st.integers(filled, 64))
     sizes = {"batch": given.draw(st.integers(1, 3)), "seq": seq, "filled": filled, "cache": cache}
-    hidden, mask, keys, values, position = inputs_for(block(), sizes)
+    hidden, mask, keys, values, position = make_golden_inputs(block(), sizes)
     assert position.tolist() == [*range(filled - seq, filled)]
     assert position.max() < cache
     assert mask.any(-1).all()
@@ -145,7 +150,7 @@ def test_a_sliding_cache_is_asked_for_its_window_and_the_new_places() -> None:
     inputs[1] = msgspec.structs.replace(inputs[1], shape=("batch", 1, "seq", "cache+seq-1"))
     cache = Cache(kind="sliding", keys=2, values=3, position=4, window=16)
     entry = block(inputs=tuple(inputs), cache=cache)
-    found = inputs_for(entry, {"batch": 1, "seq": 3, "filled": 1, "cache": 16})
+    found = make_golden_inputs(entry, {"batch": 1, "seq": 3, "filled": 1, "cache": 16})
     assert found[1].shape == (1, 1, 3, 18)
     assert found[4].tolist() == [0, 1, 2]
 
@@ -156,39 +161,41 @@ def test_without_a_mask_positions_end_with_the_cache() -> None:
         msgspec.structs.replace(block().inputs[1], values="real"),
         *block().inputs[2:],
     )
-    found = inputs_for(block(inputs=inputs), {"batch": 1, "seq": 3, "filled": 3, "cache": 16})
+    found = make_golden_inputs(
+        block(inputs=inputs), {"batch": 1, "seq": 3, "filled": 3, "cache": 16}
+    )
     assert found[4].tolist() == [13, 14, 15]
 
 
 def test_dims_that_are_missing_or_impossible_are_named() -> None:
     with pytest.raises(BadInput, match="'filled'"):
-        inputs_for(block(), {"batch": 1, "seq": 1, "cache": 4})
+        make_golden_inputs(block(), {"batch": 1, "seq": 1, "cache": 4})
     hidden = msgspec.structs.replace(block().inputs[0], shape=("batch", "seq-9", 32))
     entry = block(inputs=(hidden, *block().inputs[1:]))
     with pytest.raises(BadInput, match=r"seq-9.* at .*'seq': 1"):
-        inputs_for(entry, smallest(entry))
+        make_golden_inputs(entry, choose_smallest_dims(entry))
 
 
 # Constants
 
 
 def test_constants_lie_as_the_manifest_says() -> None:
-    (found,) = constants_for(block(), Path("/nowhere"), CPU).values()
+    (found,) = make_golden_constants(block(), Path("/nowhere"), CPU).values()
     check_constant(WEIGHT, found, CPU)
-    assert torch.equal(found, made("up.weight", (48, 32), torch.float32, "constant"))
+    assert torch.equal(found, make_synthetic("up.weight", (48, 32), torch.float32, "constant"))
 
 
 def test_a_shipped_constant_is_the_artifact_s(tmp_path: Path) -> None:
     place = torch.arange(48 * 32, dtype=torch.float32).view(48, 32)
     save_file({"up.weight": place, "other": torch.zeros(1)}, tmp_path / "buffers.safetensors")
-    shipped = msgspec.structs.replace(WEIGHT, origin=Origin(file="buffers.safetensors"))
-    (found,) = constants_for(block(constants=(shipped,)), tmp_path, CPU).values()
+    shipped = msgspec.structs.replace(WEIGHT, origin=ConstantOrigin(file="buffers.safetensors"))
+    (found,) = make_golden_constants(block(constants=(shipped,)), tmp_path, CPU).values()
     check_constant(shipped, found, CPU)
     assert torch.equal(found, place)
     for wrong in ({"fqn": "down.weight"}, {"shape": (32, 48)}):
         lacking = msgspec.structs.replace(shipped, **wrong)
         with pytest.raises(MissingConstant, match=lacking.fqn):
-            constants_for(block(constants=(lacking,)), tmp_path, CPU)
+            make_golden_constants(block(constants=(lacking,)), tmp_path, CPU)
 
 
 def test_four_bit_weights_are_the_same_on_every_cpu() -> None:
@@ -199,12 +206,12 @@ def test_four_bit_weights_are_the_same_on_every_cpu() -> None:
         dtype="uint8",
         shape=(592, 256),
         stride=(256, 1),
-        origin=Origin(checkpoint=("up.weight",), transform="int4wo.qdata"),
+        origin=ConstantOrigin(checkpoint=("up.weight",), transform="int4wo.qdata"),
     )
-    (packed,) = constants_for(block(constants=(constant,)), Path("/nowhere"), CPU).values()
+    (packed,) = make_golden_constants(block(constants=(constant,)), Path("/nowhere"), CPU).values()
     scales = torch.tensor([1.0, 0.0]).expand(4, 592, 2).contiguous()
     read = torch.ops.aten._weight_int4pack_mm_for_cpu(torch.eye(512), packed, 128, scales).T
-    weight = made(constant.fqn, (128, 512), torch.float32)
+    weight = make_synthetic(constant.fqn, (128, 512), torch.float32)
     groups = weight.view(128, 4, 128)
     low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
     steps = (groups - low) / ((high - low) / 15) - 8
@@ -215,7 +222,7 @@ def test_four_bit_weights_are_the_same_on_every_cpu() -> None:
 
 def test_four_bit_weights_of_few_rows_are_packed_too() -> None:
     packed = torch.zeros(16, 128, dtype=torch.uint8)
-    pack(packed, "up")
+    pack_four_bits(packed, "up")
     assert packed.unique().numel() > 100
 
 
@@ -225,18 +232,18 @@ def test_four_bit_weights_of_few_rows_are_packed_too() -> None:
 def test_memory_is_more_than_what_is_counted() -> None:
     sizes = {"batch": 2, "seq": 3, "filled": 5, "cache": 16}
     counted = 4 * (48 * 32 + 2 * 2 * 3 * 32 + 2 * 2 * 2 * 16 * 8) + 2 * 3 * 5 + 3 * 8
-    found = memory_of(block(), sizes)
+    found = estimate_answer_memory(block(), sizes)
     assert counted + 4 * 48 * 32 < found
-    assert found - memory_of(block(constants=()), sizes) == 2 * 4 * 48 * 32
-    large = memory_of(block(), sizes | {"cache": 32768})
+    assert found - estimate_answer_memory(block(constants=()), sizes) == 2 * 4 * 48 * 32
+    large = estimate_answer_memory(block(), sizes | {"cache": 32768})
     assert large - found > 2 * 2 * 2 * 32000 * 8 * 4
 
 
 def test_the_coarsest_dtype_sets_the_tolerance() -> None:
     answers = {"layers/output": torch.zeros(1), "layers/ids": torch.zeros(1, dtype=torch.int64)}
-    assert tolerances(block(), answers) == {"layers/output": 1e-3, "layers/ids": 0.0}
+    assert choose_tolerances(block(), answers) == {"layers/output": 1e-3, "layers/ids": 0.0}
     coarse = msgspec.structs.replace(WEIGHT, dtype="bfloat16")
-    found = tolerances(block(constants=(WEIGHT, coarse)), answers)
+    found = choose_tolerances(block(constants=(WEIGHT, coarse)), answers)
     assert found == {"layers/output": 6e-2, "layers/ids": 0.0}
 
 
@@ -245,14 +252,14 @@ def test_the_coarsest_dtype_sets_the_tolerance() -> None:
 
 def test_a_sample_goes_from_the_first_to_the_last() -> None:
     tensor = torch.arange(100_000).view(100, 1000)
-    found = sampled(tensor, 333)
+    found = sample_tensor(tensor, 333)
     assert found.shape == (333,)
     assert found[0] == 0
     assert found[-1] == 99_999
     assert 299 <= found.diff().min() <= found.diff().max() <= 302
     assert (found % 1000).unique().numel() > 100, "of many columns"
-    assert sampled(tensor, 100_000) is tensor
-    assert sampled(tensor, 1).tolist() == [0]
+    assert sample_tensor(tensor, 100_000) is tensor
+    assert sample_tensor(tensor, 1).tolist() == [0]
 
 
 @settings(deadline=None, max_examples=25)
@@ -262,32 +269,32 @@ def test_all_answers_together_have_a_limit(lengths: list[int], long: int) -> Non
         f"{'n' * long}/{at}": torch.zeros(length, dtype=torch.bfloat16)
         for at, length in enumerate(lengths)
     }
-    found = kept(answers)
+    found = sample_answers(answers)
     assert [*found] == [*answers]
-    assert len(save(found)) <= LARGEST
-    share = LARGEST // len(answers) - 300
+    assert len(save(found)) <= LARGEST_GOLDEN
+    share = LARGEST_GOLDEN // len(answers) - 300
     for name, tensor in found.items():
         assert tensor.nbytes >= min(answers[name].nbytes, share), "small ones are whole"
-    assert differences(answers, found, {}) == []
+    assert compare_golden_answers(answers, found, {}) == []
 
 
 def test_a_wrong_tail_is_noticed_in_a_sample() -> None:
-    logits = made("logits", (1, 16, 152_064), torch.float32)
-    golden = kept({"root/logits": logits})
-    assert golden["root/logits"].nbytes > 0.9 * LARGEST
+    logits = make_synthetic("logits", (1, 16, 152_064), torch.float32)
+    golden = sample_answers({"root/logits": logits})
+    assert golden["root/logits"].nbytes > 0.9 * LARGEST_GOLDEN
     for wrong in (logits[..., -1:], logits[:, -1:], logits[:, :1, :100]):
         before = wrong.clone()
         wrong += 1
-        assert differences({"root/logits": logits}, golden, {"root/logits": 1e-3})
+        assert compare_golden_answers({"root/logits": logits}, golden, {"root/logits": 1e-3})
         wrong.copy_(before)
-    assert not differences({"root/logits": logits}, golden, {"root/logits": 1e-3})
+    assert not compare_golden_answers({"root/logits": logits}, golden, {"root/logits": 1e-3})
 
 
 # Differences
 
 
 def told(found: torch.Tensor, theirs: torch.Tensor, allowed: float = 0.01) -> list[str]:
-    return differences({"g/y": found}, {"g/y": theirs}, {"g/y": allowed})
+    return compare_golden_answers({"g/y": found}, {"g/y": theirs}, {"g/y": allowed})
 
 
 def test_a_difference_within_its_tolerance_is_none() -> None:
@@ -312,8 +319,8 @@ def test_another_shape_or_dtype_or_none_at_all_is_named() -> None:
     assert "bfloat16" in told(theirs.bfloat16(), theirs)[0]
     assert told(torch.zeros(2, 4), theirs)
     assert told(torch.zeros(2, 2), theirs)
-    assert differences({}, {"g/y": theirs}, {}) == ["g/y is missing"]
-    assert differences({"g/y": theirs}, {}, {}) == ["there is no golden answer"]
+    assert compare_golden_answers({}, {"g/y": theirs}, {}) == ["g/y is missing"]
+    assert compare_golden_answers({"g/y": theirs}, {}, {}) == ["there is no golden answer"]
 
 
 def test_whole_numbers_must_be_equal() -> None:
@@ -325,23 +332,23 @@ def test_whole_numbers_must_be_equal() -> None:
 def test_every_difference_is_told() -> None:
     theirs = {name: torch.ones(2) for name in ("a/x", "a/y", "b/x")}
     found = {"a/x": torch.zeros(2), "a/y": torch.ones(2), "b/x": torch.zeros(2)}
-    assert [line[:3] for line in differences(found, theirs, {})] == ["a/x", "b/x"]
+    assert [line[:3] for line in compare_golden_answers(found, theirs, {})] == ["a/x", "b/x"]
 
 
 def test_a_file_of_answers_is_read_by_graph(tmp_path: Path) -> None:
     answers = {"layers/y": torch.ones(2), "layers-step/y": torch.zeros(2)}
     save_file(answers, tmp_path / GOLDEN)
-    found = expected(block(), tmp_path)
+    found = load_expected(block(), tmp_path)
     assert [*found] == ["layers/y"]
     assert torch.equal(found["layers/y"], torch.ones(2))
 
 
 def test_a_file_that_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
     with pytest.raises(MissingConstant, match=GOLDEN):
-        expected(block(), tmp_path)
+        load_expected(block(), tmp_path)
     (tmp_path / GOLDEN).write_bytes(b"golden" * 9)
     with pytest.raises(MissingConstant, match=GOLDEN):
-        expected(block(), tmp_path)
+        load_expected(block(), tmp_path)
 
 
 # Graphs
@@ -349,40 +356,40 @@ def test_a_file_that_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
 
 def test_a_block_s_answers_are_its_cache_and_its_output() -> None:
     entry = block()
-    found = answer(Graph(entry, FakeRunner(), CPU), Path("/nowhere"))
+    found = ask_golden(Graph(entry, FakeRunner(), CPU), Path("/nowhere"))
     assert [*found] == ["layers/keys", "layers/values", "layers/output"]
-    hidden, _, keys, _, position = inputs_for(entry, smallest(entry))
+    hidden, _, keys, _, position = make_golden_inputs(entry, choose_smallest_dims(entry))
     assert torch.equal(found["layers/keys"][0, 0, position[0]], hidden[0, 0, :8])
     assert torch.equal(found["layers/keys"][:, :, 1:], keys[:, :, 1:])
 
 
 def test_the_manifest_s_dims_are_asked_before_the_smallest() -> None:
-    first = answer(Graph(block(), FakeRunner(), CPU), Path("/nowhere"))
-    described = golden_of(block(), first)
-    assert described.dims == smallest(block())
+    first = ask_golden(Graph(block(), FakeRunner(), CPU), Path("/nowhere"))
+    described = describe_golden(block(), first)
+    assert described.dims == choose_smallest_dims(block())
     assert described.tolerances == dict.fromkeys(first, 1e-3)
-    assert described.memory == memory_of(block(), described.dims)
+    assert described.memory == estimate_answer_memory(block(), described.dims)
     dims = {"seq": 2, "filled": 7}
     entry = block(golden=msgspec.structs.replace(described, dims=dims))
-    found = answer(Graph(entry, FakeRunner(), CPU), Path("/nowhere"))
+    found = ask_golden(Graph(entry, FakeRunner(), CPU), Path("/nowhere"))
     assert found["layers/output"].shape == (1, 2, 32)
 
 
 def test_a_graph_that_gives_too_little_is_told() -> None:
-    golden = answer(Graph(block(), FakeRunner(), CPU), Path("/nowhere"))
-    found = answer(Graph(block(), FakeRunner(0), CPU), Path("/nowhere"))
-    assert differences(found, golden, {}) == ["layers/output is missing"]
+    golden = ask_golden(Graph(block(), FakeRunner(), CPU), Path("/nowhere"))
+    found = ask_golden(Graph(block(), FakeRunner(0), CPU), Path("/nowhere"))
+    assert compare_golden_answers(found, golden, {}) == ["layers/output is missing"]
 
 
 def test_two_answers_of_one_name_are_refused() -> None:
     output = Output(name="keys", dtype="float32", shape=("batch", "seq", 32))
     entry = block(outputs=Outputs(template={"tensor": 0}, tensors=(output,)))
     with pytest.raises(BadInput, match="layers has two answers of one name"):
-        answer(Graph(entry, FakeRunner(), CPU), Path("/nowhere"))
+        ask_golden(Graph(entry, FakeRunner(), CPU), Path("/nowhere"))
 
 
 def test_complex_answers_are_pairs() -> None:
-    assert golden.plain(torch.ones(3, dtype=torch.complex64)).tolist() == [[1.0, 0.0]] * 3
+    assert golden.to_plain(torch.ones(3, dtype=torch.complex64)).tolist() == [[1.0, 0.0]] * 3
 
 
 @pytest.fixture(scope="module")
@@ -394,27 +401,27 @@ def test_a_compiled_graph_is_tested_without_weights(
     roberta_bundle: Bundle, roberta_unpacked: Path, entry: Entry, tmp_path: Path
 ) -> None:
     graph = open_graph(roberta_unpacked, entry, CPU)
-    answers = answer(graph, roberta_bundle.path)
-    save_file(kept(answers), tmp_path / GOLDEN)
-    described = golden_of(entry, answers)
-    assert (tmp_path / GOLDEN).stat().st_size <= LARGEST
-    theirs, allowed = expected(entry, tmp_path), described.tolerances
+    answers = ask_golden(graph, roberta_bundle.path)
+    save_file(sample_answers(answers), tmp_path / GOLDEN)
+    described = describe_golden(entry, answers)
+    assert (tmp_path / GOLDEN).stat().st_size <= LARGEST_GOLDEN
+    theirs, allowed = load_expected(entry, tmp_path), described.tolerances
     assert theirs.keys() == allowed.keys() == answers.keys()
     assert all(tensor.isfinite().all() and tensor.std() > 0 for tensor in theirs.values())
 
-    again = answer(open_graph(roberta_unpacked, entry, CPU), roberta_bundle.path)
+    again = ask_golden(open_graph(roberta_unpacked, entry, CPU), roberta_bundle.path)
     assert all(torch.equal(again[name], answers[name]) for name in answers)
-    assert differences(again, theirs, allowed) == []
+    assert compare_golden_answers(again, theirs, allowed) == []
 
     last = next(reversed(again))
     again[last].view(-1)[-1] += 0.01 * again[last].abs().max()
-    assert differences(again, theirs, allowed)
+    assert compare_golden_answers(again, theirs, allowed)
 
     unnoticed = []
-    constants = constants_for(entry, roberta_bundle.path, CPU)
+    constants = make_golden_constants(entry, roberta_bundle.path, CPU)
     for fqn, tensor in constants.items():
         graph.bind(constants | {fqn: torch.zeros_like(tensor)})
-        if not differences(replies(graph), theirs, allowed):
+        if not compare_golden_answers(answer_golden_inputs(graph), theirs, allowed):
             unnoticed.append(fqn)
     # A softmax takes no notice of the keys' bias; the types of the tokens are zeros as it is.
     assert [name.rpartition(".")[0].rpartition(".")[2] for name in unnoticed] == [

@@ -10,7 +10,11 @@ import msgspec
 import pytest
 import torch
 
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.dim_expr import DimExpr
+from hubaoti.artifact.manifest import Cache, Input, Outputs
+from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.package import unpack_all
 from hubaoti.errors import (
     BadInput,
     BadRequest,
@@ -21,14 +25,17 @@ from hubaoti.errors import (
     NotEnoughMemory,
     OutOfBounds,
 )
-from hubaoti.extents import Extent
-from hubaoti.manifest import Cache, Input, Outputs
-from hubaoti.manifest import Graph as Entry
-from hubaoti.package import unpack_all
-from hubaoti.runtime.checks import fit
-from hubaoti.runtime.graph import LOADED, Graph, device_for, loaded_from, open_graph, refusal
-from hubaoti.runtime.runners import OnDevice, native_runner, public_runner
-from hubaoti.runtime.weights import Checkpoint, constants
+from hubaoti.runtime.graph import (
+    LOADED,
+    Graph,
+    choose_graph_device,
+    explain_refusal,
+    find_loaded_folder,
+    open_graph,
+)
+from hubaoti.runtime.input_checks import fit_to_slot
+from hubaoti.runtime.runners import OnDevice, open_native_runner, open_public_runner
+from hubaoti.runtime.weights import Checkpoint, load_constants
 
 CPU = torch.device("cpu")
 
@@ -41,7 +48,7 @@ def entry(roberta_bundle: Bundle) -> Entry:
 @pytest.fixture(scope="module")
 def values(roberta_bundle: Bundle, entry: Entry, tiny_roberta: Path) -> dict[str, torch.Tensor]:
     """The graph's constants, from the model's checkpoint."""
-    return constants(entry, roberta_bundle.path, Checkpoint(tiny_roberta, CPU), CPU)
+    return load_constants(entry, roberta_bundle.path, Checkpoint(tiny_roberta, CPU), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +135,7 @@ def test_the_public_loader_gives_the_same_numbers(
 
 def test_the_container_runner_is_what_this_torch_has(roberta_unpacked: Path, entry: Entry) -> None:
     (library,) = roberta_unpacked.rglob("*.wrapper.so")
-    assert type(native_runner(roberta_unpacked, library, CPU)).__name__.startswith("AOTIModel")
+    assert type(open_native_runner(roberta_unpacked, library, CPU)).__name__.startswith("AOTIModel")
 
 
 def test_a_torch_without_the_private_module_takes_the_public_way(
@@ -139,10 +146,10 @@ def test_a_torch_without_the_private_module_takes_the_public_way(
     monkeypatch.setitem(sys.modules, "torch._C._aoti", None)
     monkeypatch.delattr(torch._C, "_aoti")
     with monkeypatch.context() as inner:
-        inner.setattr("hubaoti.runtime.runners.public_runner", lambda *_: "the public one")
+        inner.setattr("hubaoti.runtime.runners.open_public_runner", lambda *_: "the public one")
         (library,) = roberta_unpacked.rglob("*.wrapper.so")
-        assert native_runner(roberta_unpacked, library, CPU) == "the public one"  # type: ignore[comparison-overlap]
-    assert public_runner is not None
+        assert open_native_runner(roberta_unpacked, library, CPU) == "the public one"  # type: ignore[comparison-overlap]
+    assert open_public_runner is not None
 
 
 @pytest.mark.parametrize(("current", "switched"), [(1, []), (0, [1, 0])])
@@ -187,7 +194,7 @@ def test_a_gpu_s_container_is_such_a_runner(monkeypatch: pytest.MonkeyPatch) -> 
 
     made = lambda *given: given  # noqa: E731
     monkeypatch.setattr(_aoti, "AOTIModelContainerRunnerCuda", made, raising=False)
-    runner: Any = native_runner(Path("folder"), Path("folder/x.so"), torch.device("cuda", 1))
+    runner: Any = open_native_runner(Path("folder"), Path("folder/x.so"), torch.device("cuda", 1))
     assert isinstance(runner, OnDevice)
     assert runner._runner == ("folder/x.so", 1, "cuda:1", "folder")
 
@@ -292,7 +299,7 @@ def test_an_input_that_the_graph_writes_is_refused_where_it_lies_otherwise(
     ids, mask = inputs()
     with pytest.raises(BadInput, match="is written by the graph"):
         writing(layout(ids), mask)
-    assert fit(writing.checks.slots[0], ids) is ids
+    assert fit_to_slot(writing.checks.slots[0], ids) is ids
 
 
 Wrong = Callable[[torch.Tensor], Any]
@@ -348,13 +355,13 @@ def test_a_constant_that_the_manifest_does_not_list_is_named(
     ],
 )
 def test_a_device_is_named_as_its_tensors_name_it(target: str, asked: str, found: str) -> None:
-    assert str(device_for(target, asked)) == found
+    assert str(choose_graph_device(target, asked)) == found
 
 
 @pytest.mark.parametrize("asked", ["cuda:0", "meta", "toaster"])
 def test_a_device_that_the_graph_was_not_built_for_is_refused(asked: str) -> None:
     with pytest.raises(BadRequest, match=asked) as caught:
-        device_for("cpu", asked)
+        choose_graph_device("cpu", asked)
     assert caught.value.hint == "ask for cpu"
 
 
@@ -388,9 +395,9 @@ def test_where_memory_is_limited_a_disk_that_allows_code_is_not_to_blame(
 ) -> None:
     why = "a.so: failed to map segment from shared object"
     monkeypatch.setattr("hubaoti.runtime.graph.is_limited", lambda: True)
-    assert type(refusal("root", tmp_path, why)) is NotEnoughMemory
-    monkeypatch.setattr("hubaoti.runtime.graph.runs", lambda folder: False)
-    assert type(refusal("root", tmp_path, why)) is CannotOpen
+    assert type(explain_refusal("root", tmp_path, why)) is NotEnoughMemory
+    monkeypatch.setattr("hubaoti.runtime.graph.allows_code", lambda folder: False)
+    assert type(explain_refusal("root", tmp_path, why)) is CannotOpen
 
 
 @pytest.mark.parametrize(
@@ -407,7 +414,7 @@ def test_where_memory_is_limited_a_disk_that_allows_code_is_not_to_blame(
 def test_what_the_system_refuses_is_told_with_what_to_do(
     why: str, kind: type[HubaotiError], word: str
 ) -> None:
-    error = refusal("root", Path("/mirror"), why)
+    error = explain_refusal("root", Path("/mirror"), why)
     assert type(error) is kind
     assert word in str(error)
     assert error.hint
@@ -440,7 +447,7 @@ def shaped(*shapes: tuple[int | str, ...], **fields: Any) -> tuple[Graph, FakeRu
         for at, shape in enumerate(shapes)
     )
     dims = sorted(
-        {d for s in shapes for n in s if isinstance(n, str) for d in Extent.parse(n).dims}
+        {d for s in shapes for n in s if isinstance(n, str) for d in DimExpr.parse(n).dims}
     )
     entry = Entry(
         id="layers",
@@ -564,10 +571,10 @@ def test_a_library_whose_package_was_changed_is_not_used_again(
     for folder in (first, second):
         unpack_all(roberta_bundle.path / entry.file, folder)
     monkeypatch.setitem(LOADED, entry.sha256, first)
-    assert loaded_from(entry, second) == first
+    assert find_loaded_folder(entry, second) == first
     beside = next(first.rglob("*.json"))
     beside.chmod(0o600)
     beside.write_bytes(beside.read_bytes() + b" ")
-    assert loaded_from(entry, second) == second
+    assert find_loaded_folder(entry, second) == second
     monkeypatch.setitem(LOADED, entry.sha256, tmp_path / "gone")
-    assert loaded_from(entry, second) == second
+    assert find_loaded_folder(entry, second) == second

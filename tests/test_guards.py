@@ -10,14 +10,14 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from hubaoti.compiler.export import lines_of
-from hubaoti.compiler.faces import Face
-from hubaoti.compiler.guards import LOGGER, Fixes, fixes_in, guard_lines, model_line
+from hubaoti.artifact.dim_expr import DimExpr
+from hubaoti.artifact.manifest import Input
+from hubaoti.compiler.export import find_guard_lines
+from hubaoti.compiler.guards import LOGGER, Fixes, collect_guard_lines, find_model_line, read_fixes
 from hubaoti.compiler.request import Range
-from hubaoti.extents import Extent
-from hubaoti.manifest import Input
+from hubaoti.compiler.signature import CallSignature
 
-A = Extent.of({"a": 1})
+A = DimExpr.of({"a": 1})
 HEAD = "Constraints violated (seq)!\n  - Not all values of seq satisfy it.\nSuggested fixes:\n"
 
 
@@ -29,9 +29,9 @@ HEAD = "Constraints violated (seq)!\n  - Not all values of seq satisfy it.\nSugg
             "  _seq = Dim('_seq', min=1, max=8)\n  seq = 8*_seq",
             Fixes(multiples={"seq": 8}),
         ),
-        ("  b = a", Fixes(related={"b": Extent.of({"a": 1})})),
-        ("  b = 2*a", Fixes(related={"b": Extent.of({"a": 2})})),
-        ("  b = a - 1", Fixes(related={"b": Extent.of({"a": 1}, -1)})),
+        ("  b = a", Fixes(related={"b": DimExpr.of({"a": 1})})),
+        ("  b = 2*a", Fixes(related={"b": DimExpr.of({"a": 2})})),
+        ("  b = a - 1", Fixes(related={"b": DimExpr.of({"a": 1}, -1)})),
         ("  _seq = Dim('_seq')\n  seq = 4*_seq - 1", Fixes(forms={"seq": "4*n-1"})),
         ("  seq = Dim('seq', max=40)", Fixes(ranges={"seq": (None, 40)})),
         ("  seq = Dim('seq', min=21)", Fixes(ranges={"seq": (21, None)})),
@@ -41,7 +41,7 @@ HEAD = "Constraints violated (seq)!\n  - Not all values of seq satisfy it.\nSugg
     ],
 )
 def test_a_suggested_fix_is_read(text: str, fixes: Fixes) -> None:
-    assert fixes_in(f"{HEAD}{text}\n\nThe error above occurred when calling export.") == fixes
+    assert read_fixes(f"{HEAD}{text}\n\nThe error above occurred when calling export.") == fixes
 
 
 UNMET = "  - Not all values of {} = L['x'].size()[3] in the specified range {} <= 64 satisfy the "
@@ -61,16 +61,16 @@ CUT = "generated guard (64 + ((-1)*max(0, 64 + ((-1)*L['x'].size()[3])))) != 64.
 def test_a_condition_without_a_suggestion_ends_a_dim_where_it_ends(
     guards: tuple[str, ...], high: int, most: int
 ) -> None:
-    fixes = fixes_in("".join(UNMET.format("filled", "filled") + guard for guard in guards))
+    fixes = read_fixes("".join(UNMET.format("filled", "filled") + guard for guard in guards))
     assert fixes.guards.keys() == {"filled"}
-    assert fixes.most("filled", 1, high) == most
+    assert fixes.find_limit("filled", 1, high) == most
 
 
 @pytest.mark.parametrize(
     "guard", ["L['x'].size()[3] != L['y'].size()[0]", "exit()", "n.real", "f(n)"]
 )
 def test_a_condition_on_more_than_one_size_is_no_code_of_ours(guard: str) -> None:
-    assert fixes_in(UNMET.format("seq", "seq") + f"generated guard {guard}.\n") == Fixes()
+    assert read_fixes(UNMET.format("seq", "seq") + f"generated guard {guard}.\n") == Fixes()
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_condition_on_more_than_one_size_is_no_code_of_ours(guard: str) -> Non
     ],
 )
 def test_what_is_no_suggestion_is_passed_over(text: str) -> None:
-    assert fixes_in(text) == Fixes()
+    assert read_fixes(text) == Fixes()
 
 
 class Model(nn.Module):
@@ -103,7 +103,7 @@ def trace(*dims: Any) -> None:
 
 
 def test_the_lines_that_relate_and_compare_sizes_are_those_of_the_model() -> None:
-    with pytest.raises(Exception, match="Suggested fixes"), guard_lines() as lines:
+    with pytest.raises(Exception, match="Suggested fixes"), collect_guard_lines() as lines:
         trace({0: Dim("a", max=64)}, {0: Dim("b", max=64)})
     first = Model.forward.__code__.co_firstlineno
     assert lines.each == [f"test_guards.py:{first + 1}: z = x + y"]
@@ -112,7 +112,7 @@ def test_the_lines_that_relate_and_compare_sizes_are_those_of_the_model() -> Non
 
 
 def test_a_trace_that_decides_nothing_has_no_line() -> None:
-    with guard_lines() as lines:
+    with collect_guard_lines() as lines:
         trace(None, None)
     assert (lines.each, lines.bounds) == ([], [])
 
@@ -120,7 +120,7 @@ def test_a_trace_that_decides_nothing_has_no_line() -> None:
 def test_torch_s_logger_is_as_it_was_and_prints_nothing(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger(LOGGER)
     before = (logger.level, [*logger.filters])
-    with pytest.raises(ZeroDivisionError), guard_lines():
+    with pytest.raises(ZeroDivisionError), collect_guard_lines():
         logger.info("eval Eq(a, b) [guard added] (x.py:1 in forward)")
         1 / 0  # noqa: B018
     assert (logger.level, [*logger.filters]) == before
@@ -130,11 +130,11 @@ def test_torch_s_logger_is_as_it_was_and_prints_nothing(caplog: pytest.LogCaptur
 def test_who_calls_the_compiler_is_no_line_of_the_model() -> None:
     """Nothing but a face's sizes is decided on: above torch and ours is only this test."""
     inputs = tuple(Input(name=n, dtype="float32", shape=(n,), values="real") for n in "ab")
-    face = Face({"args": [{"tensor": 0}, {"tensor": 1}], "kwargs": {}}, inputs)
+    face = CallSignature({"args": [{"tensor": 0}, {"tensor": 1}], "kwargs": {}}, inputs)
     bounds = {"a": Range(2, 64), "b": Range(2, 64)}
-    lines = lines_of(nn.Identity(), face, bounds, [torch.ones(30), torch.ones(30)])
+    lines = find_guard_lines(nn.Identity(), face, bounds, [torch.ones(30), torch.ones(30)])
     assert (lines.each, lines.bounds, lines.holes) == ([], [], [])
 
 
 def test_a_stack_without_the_model_has_no_line() -> None:
-    assert model_line(None) is None
+    assert find_model_line(None) is None

@@ -30,14 +30,13 @@ from hubaoti.errors import (
     HubUnreachable,
     RepoNotFound,
 )
+from hubaoti.hub.card import join_card, split_card
 from hubaoti.hub.client import (
     Entry,
     HubClient,
-    folder_of,
-    join_card,
-    split_card,
+    endpoint_folder,
 )
-from hubaoti.hub.words import StaleParent, quiet
+from hubaoti.hub.errors import StaleParent, silence_hub
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
@@ -234,7 +233,7 @@ def test_endpoints_do_not_share_a_cache_folder(settings: Settings) -> None:
     folders = {HubClient(replace(settings, endpoint=url)).cache for url in urls}
     assert len(folders) == 4
     assert all(folder.parent == settings.mirror / "hub" for folder in folders)
-    assert folder_of(urls[0]).startswith("huggingface.co~")
+    assert endpoint_folder(urls[0]).startswith("huggingface.co~")
 
 
 def test_a_model_s_files_are_fetched_by_pattern_at_one_commit(
@@ -292,9 +291,9 @@ def test_progress_bars_are_off_and_come_back_unless_the_user_said(
         monkeypatch.setattr(module, "HF_HUB_DISABLE_PROGRESS_BARS", said, raising=False)
     monkeypatch.setattr(bars, "progress_bar_states", {})
     before = bars.are_progress_bars_disabled()
-    with quiet():
+    with silence_hub():
         assert bars.are_progress_bars_disabled() is (said is not False)
-        with quiet():
+        with silence_hub():
             pass
         assert bars.are_progress_bars_disabled() is (said is not False)
     assert bars.are_progress_bars_disabled() == before
@@ -311,14 +310,14 @@ def test_retries_are_not_printed_unless_the_user_asked(
     assert capfd.readouterr() == ("", "")
     assert logging.get_verbosity() == before
     monkeypatch.setattr(logging._get_library_root_logger(), "level", logging.INFO)
-    with quiet():
+    with silence_hub():
         assert logging.get_verbosity() == logging.INFO
 
 
 def test_what_huggingface_hub_warns_of_is_not_printed() -> None:
     log = logging.get_logger("huggingface_hub.utils._http")
-    with quiet():
-        with quiet():
+    with silence_hub():
+        with silence_hub():
             assert not log.isEnabledFor(logging.WARNING)
         assert not log.isEnabledFor(logging.WARNING)
     assert log.isEnabledFor(logging.WARNING)

@@ -15,10 +15,10 @@ from commands import HUBAOTI, environment_of
 from huggingface_hub import HfApi
 from proxies import Proxy
 
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
 from hubaoti.hub.layout import RepoRef
-from hubaoti.hub.pull import pull
-from hubaoti.hub.push import Destination, push
+from hubaoti.hub.pull import pull_artifact
+from hubaoti.hub.push import Destination, push_bundle
 from hubaoti.settings import Settings
 
 PULL = """
@@ -26,23 +26,24 @@ import sys; sys.path.insert(0, "tests")
 from pathlib import Path
 from bundles import make_host
 from hubaoti.hub.layout import RepoRef
-from hubaoti.hub.pull import pull
+from hubaoti.hub.pull import pull_artifact
 from hubaoti.settings import Settings
 home, endpoint, token, repo = sys.argv[1:5]
 settings = Settings(home=Path(home), endpoint=endpoint, token=token)
-pull(RepoRef(repo), settings, make_host(), trust=True, say=lambda step: print(step, flush=True))
+show = lambda step: print(step, flush=True)
+pull_artifact(RepoRef(repo), settings, make_host(), trust=True, progress=show)
 """
 PUSH = """
 import sys
 from pathlib import Path
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
 from hubaoti.hub.layout import RepoRef
-from hubaoti.hub.push import Destination, push
+from hubaoti.hub.push import Destination, push_bundle
 from hubaoti.settings import Settings
 home, endpoint, token, repo, folder = sys.argv[1:6]
 settings = Settings(home=Path(home), endpoint=endpoint, token=token)
 say = lambda step: print(step, flush=True)
-push(Bundle.read(Path(folder)), Destination(RepoRef(repo)), settings, say)
+push_bundle(Bundle.read(Path(folder)), Destination(RepoRef(repo)), settings, say)
 """
 
 
@@ -79,7 +80,7 @@ def left_over(settings: Settings) -> list[str]:
 def test_a_pull_that_is_stopped_leaves_nothing_that_is_believed(
     bundle: Bundle, repo: str, settings: Settings, proxy: Proxy, number: signal.Signals
 ) -> None:
-    push(bundle, Destination(RepoRef(repo)), settings)
+    push_bundle(bundle, Destination(RepoRef(repo)), settings)
     proxy.matching, proxy.pause = ".pt2", 0.1
     with start(PULL, settings, repo) as process:
         stop_during(process, "downloading", number)
@@ -89,7 +90,7 @@ def test_a_pull_that_is_stopped_leaves_nothing_that_is_believed(
     for half in settings.mirror.rglob("*.incomplete"):
         os.utime(half, (0, 0))  # as if it were long ago
     proxy.reset()
-    pulled = pull(RepoRef(repo), settings, make_host(), trust=True)
+    pulled = pull_artifact(RepoRef(repo), settings, make_host(), trust=True)
     assert pulled.artifact.digest == bundle.manifest.digest
     assert not list(settings.mirror.rglob("*.incomplete"))
 
@@ -98,7 +99,7 @@ def test_a_pull_that_is_stopped_leaves_nothing_that_is_believed(
 def test_reading_manifests_of_a_slow_endpoint_ends_at_once(
     bundle: Bundle, repo: str, settings: Settings, proxy: Proxy, number: signal.Signals
 ) -> None:
-    push(bundle, Destination(RepoRef(repo)), settings)
+    push_bundle(bundle, Destination(RepoRef(repo)), settings)
     proxy.matching, proxy.pause = "hubaoti.json", 20
     command = [HUBAOTI, "pull", repo, "--trust"]
     env = environment_of(settings)
@@ -132,4 +133,4 @@ def test_a_push_that_is_stopped_makes_no_commit(
     assert tree_of(bundle.path) == before
     assert left_over(settings) == []
     proxy.reset()
-    assert push(bundle, Destination(RepoRef(repo)), settings).created
+    assert push_bundle(bundle, Destination(RepoRef(repo)), settings).created

@@ -10,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hubaoti.errors import BadManifest, BadRequest
-from hubaoti.hub.catalog import places_in
-from hubaoti.hub.layout import Place, RepoRef, is_name, is_revision, place_of, require_agreement
+from hubaoti.hub.catalog import find_artifact_paths
+from hubaoti.hub.layout import (
+    ArtifactPath,
+    RepoRef,
+    artifact_path,
+    is_name,
+    is_revision,
+    require_agreement,
+)
 
 NAMES = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,20}", fullmatch=True).filter(is_name)
 REVISIONS = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_./+-]{0,30}", fullmatch=True).filter(is_revision)
@@ -77,7 +84,7 @@ def test_only_a_full_commit_id_is_a_pin() -> None:
 
 
 def test_a_place_is_read_as_it_is_written() -> None:
-    place = Place.parse(PLACE)
+    place = ArtifactPath.parse(PLACE)
     assert str(place) == PLACE
     assert place.manifest == f"{PLACE}/hubaoti.json"
     assert place.file("graphs/root.pt2") == f"{PLACE}/graphs/root.pt2"
@@ -86,13 +93,13 @@ def test_a_place_is_read_as_it_is_written() -> None:
 @pytest.mark.parametrize("text", ["", "float32-sdpa", f"x/{PLACE}", PLACE.upper(), f"{PLACE}/x"])
 def test_what_is_no_place_is_refused(text: str) -> None:
     with pytest.raises(BadRequest):
-        Place.parse(text)
+        ArtifactPath.parse(text)
 
 
 def test_only_a_label_may_differ_from_the_manifest(tmp_path: Path) -> None:
     manifest = make_bundle(tmp_path / "bundle", CUDA).manifest
-    require_agreement(place_of(manifest), manifest)
-    require_agreement(place_of(manifest, "mine"), manifest)
+    require_agreement(artifact_path(manifest), manifest)
+    require_agreement(artifact_path(manifest, "mine"), manifest)
     for text in (
         "bfloat16-sdpa/torch2.13-cu130-sm90-x86_64_v3-linux",
         "float32-fa3/torch2.13-cu130-sm90-x86_64_v3-linux",
@@ -101,11 +108,11 @@ def test_only_a_label_may_differ_from_the_manifest(tmp_path: Path) -> None:
         "float32-sdpa/torch2.13-cpu-x86_64_v3-linux",
     ):
         with pytest.raises(BadManifest, match="describes float32-sdpa/torch2.13-cu130-sm90"):
-            require_agreement(Place.parse(text), manifest)
+            require_agreement(ArtifactPath.parse(text), manifest)
 
 
 def test_paths_that_are_no_artifacts_are_noted() -> None:
     paths = ["README.md", "hubaoti.json", f"{PLACE}/hubaoti.json", "a/b/hubaoti.json", PLACE + "/x"]
-    places, notes = places_in(paths)
+    places, notes = find_artifact_paths(paths)
     assert [str(place) for place in places] == [PLACE]
     assert [note.split(" ")[0] for note in notes] == ["a/b/hubaoti.json", "hubaoti.json"]

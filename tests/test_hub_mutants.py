@@ -15,10 +15,10 @@ from proxies import Proxy
 
 from hubaoti.errors import HubaotiError, HubUnreachable
 from hubaoti.hub.client import HubClient
+from hubaoti.hub.errors import StaleParent
 from hubaoti.hub.layout import RepoRef
-from hubaoti.hub.pull import pull
-from hubaoti.hub.push import Destination, push
-from hubaoti.hub.words import StaleParent
+from hubaoti.hub.pull import pull_artifact
+from hubaoti.hub.push import Destination, push_bundle
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
@@ -79,7 +79,9 @@ def mutants(proxy: Proxy, ask: Callable[[], object]) -> Iterator[tuple[Path_, An
 @pytest.fixture
 def held(settings: Settings, repo: str, endpoint: Endpoint, tmp_path: Path) -> str:
     """A repo with an artifact, a tag and a branch; its commit."""
-    made = push(make_bundle(tmp_path / "bundle"), Destination(RepoRef(repo), tag="v1"), settings)
+    made = push_bundle(
+        make_bundle(tmp_path / "bundle"), Destination(RepoRef(repo), tag="v1"), settings
+    )
     return made.commit
 
 
@@ -183,7 +185,7 @@ def test_no_answer_to_a_pull_ends_in_an_error_that_is_not_ours(
             proxy.mutate = lambda answer, path=path, to=to: changed(answer, path, to)
             empty = replace(settings, home=settings.home / f"{path}{to!r:.9}".replace("/", ""))
             try:
-                pull(RepoRef(repo, "v1"), empty, make_host(), trust=True)
+                pull_artifact(RepoRef(repo, "v1"), empty, make_host(), trust=True)
             except HubaotiError:
                 refused += 1
     assert refused > 10

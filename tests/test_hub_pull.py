@@ -16,8 +16,8 @@ from bundles import (
     CPU,
     CUDA,
     changed,
-    file_entry,
     make_bundle,
+    make_file_entry,
     make_gpu_host,
     make_host,
     tree_of,
@@ -28,8 +28,10 @@ from disks import read_only
 from huggingface_hub import HfApi
 from proxies import Proxy
 
-from hubaoti.bundle import Bundle
-from hubaoti.canonical import canonical
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.canonical import encode_canonical
+from hubaoti.artifact.manifest import FILENAME
+from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import (
     AuthFailed,
     BadManifest,
@@ -45,17 +47,15 @@ from hubaoti.errors import (
     RepoNotFound,
     Untrusted,
 )
-from hubaoti.host import Host, Torch
-from hubaoti.hub.layout import Place, RepoRef, place_of
-from hubaoti.hub.pull import Pulled, fingerprint, pull
-from hubaoti.hub.push import Commit, Destination, push
+from hubaoti.host.match import MatchResult
+from hubaoti.host.probe import Host, Torch
+from hubaoti.hub.layout import ArtifactPath, RepoRef, artifact_path
+from hubaoti.hub.pull import Pulled, fingerprint, pull_artifact
+from hubaoti.hub.push import Commit, Destination, push_bundle
 from hubaoti.hub.trust import Trust
-from hubaoti.manifest import FILENAME
-from hubaoti.match import Fit
 from hubaoti.mirror import Mirror
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
-from hubaoti.variant import Recipe
 
 HOST = make_host()
 
@@ -64,11 +64,11 @@ def ship(
     tmp_path: Path, repo: str, settings: Settings, name: str = "bundle", **make: object
 ) -> Commit:
     bundle = make_bundle(tmp_path / name, **make)  # type: ignore[arg-type]
-    return push(bundle, Destination(RepoRef(repo)), settings)
+    return push_bundle(bundle, Destination(RepoRef(repo)), settings)
 
 
 def get(repo: str, settings: Settings, **wish: object) -> Pulled:
-    return pull(RepoRef.parse(repo), settings, HOST, trust=True, **wish)  # type: ignore[arg-type]
+    return pull_artifact(RepoRef.parse(repo), settings, HOST, trust=True, **wish)  # type: ignore[arg-type]
 
 
 def upload(repo: str, settings: Settings, files: dict[str, bytes]) -> str:
@@ -82,7 +82,7 @@ def upload(repo: str, settings: Settings, files: dict[str, bytes]) -> str:
 
 def upload_bundle(repo: str, settings: Settings, bundle: Bundle) -> str:
     """Put a bundle into a repo whatever it holds."""
-    place = place_of(bundle.manifest)
+    place = artifact_path(bundle.manifest)
     names = tree_of(bundle.path)
     files = {place.file(name): (bundle.path / name).read_bytes() for name in names}
     return upload(repo, settings, files)
@@ -102,7 +102,7 @@ def test_a_pushed_bundle_is_pulled_byte_for_byte(
     assert pulled.artifact.digest == made.digest
     assert pulled.commit == made.commit
     assert str(pulled.place) == made.path
-    assert pulled.verdict.fit is Fit.EXACT
+    assert pulled.verdict.fit is MatchResult.EXACT
     assert not pulled.from_mirror
     graph = pulled.artifact.manifest.graphs[0]
     unpacked = tree_of(pulled.artifact.graph_folder(graph))
@@ -182,10 +182,10 @@ def test_a_warm_pull_never_imports_the_hubs_client(
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "from pathlib import Path; from bundles import make_host\n"
-        "from hubaoti.hub.layout import RepoRef; from hubaoti.hub.pull import pull\n"
+        "from hubaoti.hub.layout import RepoRef; from hubaoti.hub.pull import pull_artifact\n"
         "from hubaoti.settings import Settings\n"
         f"settings = Settings(home=Path({str(settings.home)!r}), endpoint={settings.endpoint!r})\n"
-        f"pulled = pull(RepoRef({repo!r}, {made.commit!r}), settings, make_host())\n"
+        f"pulled = pull_artifact(RepoRef({repo!r}, {made.commit!r}), settings, make_host())\n"
         "assert pulled.from_mirror\n"
         "heavy = {'huggingface_hub', 'torch', 'httpx', 'jinja2', 'numpy'} & {*sys.modules}\n"
         "assert not heavy, heavy\n"
@@ -197,7 +197,7 @@ def test_a_host_that_changed_chooses_anew(tmp_path: Path, repo: str, settings: S
     ship(tmp_path, repo, settings, "cpu")
     ship(tmp_path, repo, settings, "cuda", target=CUDA)
     assert get(repo, settings).place.variant.device == "cpu"
-    moved = pull(RepoRef(repo), settings, make_gpu_host(), trust=True)
+    moved = pull_artifact(RepoRef(repo), settings, make_gpu_host(), trust=True)
     assert moved.place.variant.device == "cuda"
     assert not moved.from_mirror
 
@@ -216,7 +216,7 @@ def test_a_mirrored_artifact_that_no_longer_fits_is_not_used(
     monkeypatch.setattr("hubaoti.hub.pull.fingerprint", lambda _: fingerprint(HOST))
     old = make_host(glibc="2.5")
     with pytest.raises(NoMatch, match="glibc"):
-        pull(RepoRef(repo), settings, old, trust=True)
+        pull_artifact(RepoRef(repo), settings, old, trust=True)
 
 
 def test_nothing_that_fits_lists_every_variant_with_every_reason(
@@ -226,7 +226,7 @@ def test_nothing_that_fits_lists_every_variant_with_every_reason(
     ship(tmp_path, repo, settings, "cuda", target=CUDA)
     old = make_host(torch=Torch("2.12.0+cpu", None, None, Path("/torch")))
     with pytest.raises(NoMatch) as caught:
-        pull(RepoRef(repo), settings, old, trust=True)
+        pull_artifact(RepoRef(repo), settings, old, trust=True)
     message = str(caught.value)
     for word in ("sm90", "x86_64_v4", "torch 2.12.0+cpu", "no NVIDIA GPU", "a CPU of level"):
         assert word in message
@@ -250,7 +250,9 @@ WITHOUT_TORCH = make_host(torch=None)
 
 
 def named(repo: str, settings: Settings, path: str = NAMED, host: Host = WITHOUT_TORCH) -> Pulled:
-    return pull(RepoRef.parse(repo), settings, host, place=Place.parse(path), trust=True)
+    return pull_artifact(
+        RepoRef.parse(repo), settings, host, place=ArtifactPath.parse(path), trust=True
+    )
 
 
 def test_a_named_artifact_is_fetched_without_a_torch_and_says_which_it_needs(
@@ -261,7 +263,7 @@ def test_a_named_artifact_is_fetched_without_a_torch_and_says_which_it_needs(
         pulled = named(repo, settings)
         assert (str(pulled.place), pulled.from_mirror) == (NAMED, from_mirror)
         (note,) = pulled.verdict.notes
-        assert (pulled.verdict.fit, note.need) == (Fit.COMPATIBLE, "torch 2.13.0+cpu")
+        assert (pulled.verdict.fit, note.need) == (MatchResult.COMPATIBLE, "torch 2.13.0+cpu")
         assert note.have == "no torch"
         assert "torch==2.13.0" in note.advice
 
@@ -272,7 +274,7 @@ def test_a_named_artifact_is_judged_by_everything_but_its_torch(
     libraries = ("libtorch_cpu.so", "libc10.so", "libgomp.so.1", "libcudart.so.13", "libodd.so.2")
     bundle = make_bundle(tmp_path / "odd")
     requires = replace(bundle.manifest.requires, libraries=libraries, glibc="2.17")
-    push(changed(bundle, requires=requires), Destination(RepoRef(repo)), settings)
+    push_bundle(changed(bundle, requires=requires), Destination(RepoRef(repo)), settings)
     with pytest.raises(NoMatch, match="the libraries libodd.so.2") as caught:
         named(repo, settings)
     assert not any(word in str(caught.value) for word in ("no torch", "libtorch", "libcudart"))
@@ -290,7 +292,7 @@ def test_a_named_artifact_for_another_torch_is_refused_where_there_is_one(
     other = make_host(torch=Torch("2.12.0+cpu", None, None, Path("/torch")))
     with pytest.raises(NoMatch, match="here is torch 2.12.0"):
         named(repo, settings, host=other)
-    assert named(repo, settings, host=HOST).verdict.fit is Fit.EXACT
+    assert named(repo, settings, host=HOST).verdict.fit is MatchResult.EXACT
 
 
 def test_a_named_artifact_is_the_only_one_that_is_looked_at(
@@ -305,7 +307,7 @@ def test_a_named_artifact_is_the_only_one_that_is_looked_at(
         named(repo, settings, NAMED.replace("sdpa", "fa3"))
     assert NAMED in caught.value.hint and small in caught.value.hint
     with pytest.raises(BadRequest, match="a recipe is asked for, and a path"):
-        get(repo, settings, recipe=Recipe("float32", "sdpa"), place=Place.parse(NAMED))
+        get(repo, settings, recipe=Recipe("float32", "sdpa"), place=ArtifactPath.parse(NAMED))
 
 
 def test_where_no_torch_is_installed_a_choice_says_to_install_one(
@@ -313,7 +315,7 @@ def test_where_no_torch_is_installed_a_choice_says_to_install_one(
 ) -> None:
     ship(tmp_path, repo, settings)
     with pytest.raises(NoMatch, match="no torch is installed here") as caught:
-        pull(RepoRef(repo), settings, WITHOUT_TORCH, trust=True)
+        pull_artifact(RepoRef(repo), settings, WITHOUT_TORCH, trust=True)
     assert 'pip install "hubaoti[run]"' in caught.value.hint
     assert f"hubaoti pull {repo} --path {NAMED}" in caught.value.hint
 
@@ -345,7 +347,7 @@ def test_a_missing_repo_and_a_missing_revision_say_so(
         get(f"{repo}@{'0' * 40}", settings)
 
 
-NEWER = canonical({"schema": 3, "something": "else"})
+NEWER = encode_canonical({"schema": 3, "something": "else"})
 PLACE = "float32-sdpa/torch2.13-cpu-x86_64_v4-linux"
 
 
@@ -387,7 +389,7 @@ def test_strangers_code_is_not_fetched(
     made = ship(tmp_path, repo, settings)
     proxy.requests.clear()
     with pytest.raises(Untrusted) as caught:
-        pull(RepoRef(repo), settings, HOST)
+        pull_artifact(RepoRef(repo), settings, HOST)
     for word in ("acme", settings.endpoint, repo, made.commit, made.digest, "native code"):
         assert word in str(caught.value)
     assert "--trust" in caught.value.hint
@@ -398,9 +400,9 @@ def test_strangers_code_is_not_fetched(
 def test_a_publisher_is_trusted_once_for_all(tmp_path: Path, repo: str, settings: Settings) -> None:
     ship(tmp_path, repo, settings)
     get(repo, settings)
-    assert pull(RepoRef(repo), settings, HOST).from_mirror
+    assert pull_artifact(RepoRef(repo), settings, HOST).from_mirror
     ship(tmp_path, f"{repo}-2", settings, "second", mode="other")
-    assert not pull(RepoRef(f"{repo}-2"), settings, HOST).from_mirror
+    assert not pull_artifact(RepoRef(f"{repo}-2"), settings, HOST).from_mirror
 
 
 def test_a_publisher_that_lost_trust_is_not_opened_from_the_mirror(
@@ -410,17 +412,17 @@ def test_a_publisher_that_lost_trust_is_not_opened_from_the_mirror(
     get(repo, settings)
     assert Trust(settings.trust).remove(settings.endpoint, "acme")
     with pytest.raises(Untrusted):
-        pull(RepoRef(repo, made.commit), settings, HOST)
+        pull_artifact(RepoRef(repo, made.commit), settings, HOST)
 
 
 def test_what_this_machine_built_needs_no_trust(
     tmp_path: Path, repo: str, settings: Settings
 ) -> None:
     bundle = make_bundle(tmp_path / "bundle")
-    push(bundle, Destination(RepoRef(repo)), settings)
+    push_bundle(bundle, Destination(RepoRef(repo)), settings)
     with Mirror.open(settings.mirror) as mirror:
         mirror.record_built(bundle.manifest)
-    assert pull(RepoRef(repo), settings, HOST).artifact.digest == bundle.manifest.digest
+    assert pull_artifact(RepoRef(repo), settings, HOST).artifact.digest == bundle.manifest.digest
     assert not settings.trust.exists()
 
 
@@ -430,7 +432,7 @@ def test_another_endpoint_with_the_same_names_is_another_publisher(
     ship(tmp_path, repo, settings)
     get(repo, settings)
     with pytest.raises(Untrusted):
-        pull(RepoRef(repo), replace(settings, endpoint=endpoint.url), HOST)
+        pull_artifact(RepoRef(repo), replace(settings, endpoint=endpoint.url), HOST)
 
 
 def test_a_flipped_bit_on_the_way_is_never_opened(
@@ -504,7 +506,7 @@ def test_a_package_that_points_outside_is_never_unpacked(
     package = bundle.path / graph.file
     write_zip(package, {"model/root.so": b"good", name: b"evil"})
     content = package.read_bytes()
-    entry = file_entry(bundle.path, graph.file)
+    entry = make_file_entry(bundle.path, graph.file)
     hostile = msgspec.structs.replace(graph, sha256=entry.sha256, size=len(content))
     upload_bundle(repo, settings, changed(bundle, graphs=(hostile,)))
     with pytest.raises(BadPackage, match=f"linux of {repo}: .*leads outside") as caught:
@@ -529,7 +531,7 @@ def test_too_small_a_disk_is_found_before_anything_is_fetched(
     tmp_path: Path, repo: str, settings: Settings, monkeypatch: pytest.MonkeyPatch, proxy: Proxy
 ) -> None:
     ship(tmp_path, repo, settings)
-    monkeypatch.setattr("hubaoti.disks.free_bytes", lambda _: 100)
+    monkeypatch.setattr("hubaoti.disk.free_bytes", lambda _: 100)
     proxy.requests.clear()
     with pytest.raises(DiskFull, match="needed") as caught:
         get(repo, settings)
@@ -580,7 +582,7 @@ def test_a_private_repo_is_shown_to_its_token_only(
     tmp_path: Path, repo: str, settings: Settings
 ) -> None:
     bundle = make_bundle(tmp_path / "bundle")
-    made = push(bundle, Destination(RepoRef(repo), private=True), settings)
+    made = push_bundle(bundle, Destination(RepoRef(repo), private=True), settings)
     assert made.private
     assert get(repo, settings).artifact.digest == made.digest
     stranger = replace(settings, home=tmp_path / "other", token=None)
@@ -633,7 +635,7 @@ def test_an_endpoint_that_is_down_is_named(repo: str, settings: Settings) -> Non
 def test_the_steps_are_said(tmp_path: Path, repo: str, settings: Settings) -> None:
     said: list[str] = []
     ship(tmp_path, repo, settings)
-    pull(RepoRef(repo), settings, HOST, trust=True, say=said.append)
+    pull_artifact(RepoRef(repo), settings, HOST, trust=True, progress=said.append)
     assert [line.split()[0] for line in said] == [
         "asking",
         "reading",
@@ -677,7 +679,7 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing(
         small = replace(settings, home=disk / "home")
         ship(tmp_path, repo, settings, members={"model/root.so": bytes(500_000)})
         for module in ("hub.pull", "mirror.store"):
-            monkeypatch.setattr(f"hubaoti.{module}.require_room", lambda *_: None)
+            monkeypatch.setattr(f"hubaoti.{module}.require_disk_room", lambda *_: None)
         with pytest.raises(DiskFull, match="free") as caught:
             get(repo, small)
         assert caught.value.hint

@@ -12,7 +12,8 @@ from bundles import CPU, CUDA, changed, make_bundle, make_host, tree_of
 from huggingface_hub import HfApi, ModelCard
 from proxies import DROPPED, Proxy
 
-from hubaoti.bundle import Bundle, file_entry
+from hubaoti.artifact.bundle import Bundle, make_file_entry
+from hubaoti.artifact.manifest import FILENAME, ModelSource
 from hubaoti.errors import (
     AuthFailed,
     BadPackage,
@@ -25,10 +26,16 @@ from hubaoti.hub import retry
 from hubaoti.hub.card import render
 from hubaoti.hub.client import HubClient, StaleParent
 from hubaoti.hub.layout import RepoRef
-from hubaoti.hub.pull import pull
-from hubaoti.hub.push import ATTEMPTS, LARGEST_README, Commit, Destination, decoded, push
+from hubaoti.hub.pull import pull_artifact
+from hubaoti.hub.push import (
+    ATTEMPTS,
+    LARGEST_README,
+    Commit,
+    Destination,
+    decode_readme,
+    push_bundle,
+)
 from hubaoti.hub.records import Pushed
-from hubaoti.manifest import FILENAME, Source
 from hubaoti.settings import Settings
 
 PLACE = "float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
@@ -45,7 +52,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def ship(bundle: Bundle, repo: str, settings: Settings, **to: str | bool) -> Commit:
-    return push(bundle, Destination(RepoRef(repo), **to), settings)  # type: ignore[arg-type]
+    return push_bundle(bundle, Destination(RepoRef(repo), **to), settings)  # type: ignore[arg-type]
 
 
 def titles(api: HfApi, repo: str) -> list[str]:
@@ -115,7 +122,7 @@ def test_rebuilding_the_same_key_replaces_the_artifact(
     assert other.manifest.key == bundle.manifest.key
     second = ship(other, repo, settings)
     assert second.created and second.digest != first.digest
-    pulled = pull(RepoRef(repo), settings, make_host(), trust=True)
+    pulled = pull_artifact(RepoRef(repo), settings, make_host(), trust=True)
     assert pulled.artifact.digest == second.digest
 
 
@@ -184,7 +191,9 @@ def test_a_tag_is_never_moved(
         ship(other, repo, settings, tag="v1")
     assert caught.value.hint
     assert api.repo_info(repo).sha == first.commit  # and nothing was pushed
-    assert pull(RepoRef(repo, "v1"), settings, make_host(), trust=True).commit == first.commit
+    assert (
+        pull_artifact(RepoRef(repo, "v1"), settings, make_host(), trust=True).commit == first.commit
+    )
 
 
 def test_a_private_repo_is_made_private_and_a_public_one_left_alone(
@@ -195,7 +204,7 @@ def test_a_private_repo_is_made_private_and_a_public_one_left_alone(
     assert api.repo_info(repo).private
     api.create_repo(f"{repo}-public", private=False)
     to = Destination(RepoRef(f"{repo}-public"), private=True)
-    assert not push(bundle, to, settings, said.append).private
+    assert not push_bundle(bundle, to, settings, said.append).private
     assert any("public already" in line for line in said)
 
 
@@ -358,8 +367,8 @@ def test_a_card_with_unreadable_metadata_is_not_overwritten(
 
 def test_a_card_that_is_no_text_is_not_overwritten() -> None:
     with pytest.raises(Conflict, match="not UTF-8"):
-        decoded("# café".encode("latin-1"))
-    assert decoded(b"\xef\xbb\xbf---\nlicense: mit\n---\n").startswith("---")
+        decode_readme("# café".encode("latin-1"))
+    assert decode_readme(b"\xef\xbb\xbf---\nlicense: mit\n---\n").startswith("---")
 
 
 def test_a_card_s_only_tag_stays_one_word(bundle: Bundle, repo: str) -> None:
@@ -370,7 +379,7 @@ def test_a_card_s_only_tag_stays_one_word(bundle: Bundle, repo: str) -> None:
 def test_a_local_model_s_name_and_path_do_not_leak(
     tmp_path: Path, repo: str, settings: Settings, api: HfApi
 ) -> None:
-    source = Source(model="home/secret-project")  # a folder can look like an id
+    source = ModelSource(model="home/secret-project")  # a folder can look like an id
     ship(make_bundle(tmp_path / "bundle", source=source), repo, settings)
     assert "secret-project" not in card(api, repo)
     assert str(tmp_path) not in card(api, repo)
@@ -389,7 +398,7 @@ def test_a_bundle_of_a_damaged_package_is_to_be_compiled_again(
     graph = bundle.manifest.graphs[0]
     package = bundle.path / graph.file
     package.write_bytes(package.read_bytes()[:-30])
-    entry = file_entry(bundle.path, graph.file)
+    entry = make_file_entry(bundle.path, graph.file)
     listed = msgspec.structs.replace(graph, sha256=entry.sha256, size=entry.size)
     with pytest.raises(BadPackage, match="root.pt2") as caught:
         ship(changed(bundle, graphs=(listed,)), repo, settings)

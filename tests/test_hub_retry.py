@@ -16,15 +16,15 @@ from huggingface_hub import HfApi, close_session, get_session
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 from proxies import Proxy
 
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
 from hubaoti.errors import Conflict, HubaotiError, HubUnreachable
 from hubaoti.hub import bounds, retry
 from hubaoti.hub.client import HubClient
+from hubaoti.hub.errors import AnswerLost
 from hubaoti.hub.layout import RepoRef
-from hubaoti.hub.pull import pull
-from hubaoti.hub.push import Destination, push
-from hubaoti.hub.retry import ATTEMPTS, LONGEST_WAIT, heed, seconds_in
-from hubaoti.hub.words import AnswerLost
+from hubaoti.hub.pull import pull_artifact
+from hubaoti.hub.push import Destination, push_bundle
+from hubaoti.hub.retry import ATTEMPTS, LONGEST_WAIT, _heed, read_retry_after
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
@@ -275,7 +275,7 @@ def test_an_endpoint_that_is_down_is_said_at_once(
     ],
 )
 def test_the_wait_that_is_asked_for_is_read(headers: dict[str, str], seconds: float | None) -> None:
-    assert seconds_in(headers) == seconds
+    assert read_retry_after(headers) == seconds
 
 
 def test_the_user_s_own_requests_are_not_told_of(
@@ -294,12 +294,14 @@ def test_a_push_and_a_pull_survive_an_endpoint_that_is_busy_at_each_step(
 ) -> None:
     proxy.first, said = (429, {"Retry-After": "0"}), list[str]()
     to = Destination(RepoRef(repo), tag="v1", layout=None)
-    made = push(bundle, to, settings, said.append)
+    made = push_bundle(bundle, to, settings, said.append)
     assert made.created
     assert posts(proxy, "/commit/") == 2
     proxy.reset()
     proxy.first = BUSY
-    pulled = pull(RepoRef(repo, "v1"), settings, make_host(), trust=True, say=said.append)
+    pulled = pull_artifact(
+        RepoRef(repo, "v1"), settings, make_host(), trust=True, progress=said.append
+    )
     assert pulled.commit == made.commit
     assert pulled.artifact.digest == bundle.manifest.digest
     assert said.count("the endpoint is busy (429)") > 6
@@ -311,7 +313,7 @@ def test_a_push_whose_answer_was_lost_is_one_commit_and_done(
 ) -> None:
     said: list[str] = []
     proxy.matching, proxy.lost = "/commit/", 1
-    made = push(bundle, Destination(RepoRef(repo), tag="v1"), settings, said.append)
+    made = push_bundle(bundle, Destination(RepoRef(repo), tag="v1"), settings, said.append)
     assert made.created
     assert posts(proxy, "/commit/") == 1
     api = HfApi(proxy.url, token=settings.token)
@@ -324,7 +326,7 @@ def test_a_push_that_is_refused_for_ever_says_so_and_leaves_nothing(
 ) -> None:
     proxy.matching, proxy.answers = "/commit/", [(429, {})] * 100
     with pytest.raises(HubUnreachable, match="asked too often"):
-        push(bundle, Destination(RepoRef(repo)), settings)
+        push_bundle(bundle, Destination(RepoRef(repo)), settings)
     assert posts(proxy, "/commit/") == ATTEMPTS
     assert HubClient(settings).files(repo, HubClient(settings).resolve(repo)) is not None
 
@@ -391,7 +393,7 @@ def test_a_session_that_is_made_anew_within_a_call_heeds_answers_too(
     monkeypatch.setattr(bounds, "MOST_ANSWERED", 1 << 20)
     client.resolve(repo)
     close_session()
-    assert heed in get_session().event_hooks["response"]
+    assert _heed in get_session().event_hooks["response"]
     assert get_session().timeout.read == LONGEST_WAIT
 
 
@@ -408,7 +410,7 @@ def test_pages_without_end_are_not_turned_for_ever(
 def test_what_comes_of_a_file_is_counted_and_not_what_its_storage_sends() -> None:
     """Xet tells of both; bytes of the network may be more than the file has."""
     progress = XetDownloadProgressReporter(
-        reconstruction_desc="", total=100, log_level=0, tqdm_class=bounds.bar_to(100)
+        reconstruction_desc="", total=100, log_level=0, tqdm_class=bounds.make_limit_bar(100)
     )
     report = SimpleNamespace(
         total_bytes=100,

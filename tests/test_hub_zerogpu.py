@@ -17,14 +17,14 @@ from loaders import patched
 from proxies import Proxy
 
 from hubaoti import api
-from hubaoti.bundle import Bundle
-from hubaoti.compiler.callspec import call_spec_of
-from hubaoti.compiler.faces import Face
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.manifest import Cache, Direct, Input, Manifest, compute_key, parse_manifest
+from hubaoti.compiler.callspec import make_call_spec
+from hubaoti.compiler.signature import CallSignature
 from hubaoti.errors import BadRequest, Conflict, HubaotiError
 from hubaoti.hub.client import HubClient
-from hubaoti.hub.layout import place_of
-from hubaoti.hub.zerogpu import branch_of, packages_of
-from hubaoti.manifest import Cache, Direct, Input, Manifest, key_of, parse
+from hubaoti.hub.layout import artifact_path
+from hubaoti.hub.zerogpu import artifact_branch, lay_out_packages
 from hubaoti.settings import Settings
 
 PLACE = "float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
@@ -47,7 +47,7 @@ def direct(bundle: Bundle, task: str = "forward", **fields: Any) -> Bundle:
     manifest = bundle.manifest
     program = msgspec.structs.replace(manifest.program, task=task)
     build = msgspec.structs.replace(manifest.build, layout="zerogpu")
-    key = key_of(program, build, manifest.target)
+    key = compute_key(program, build, manifest.target)
     fields = {"direct": Direct(), **fields}
     graphs = tuple(msgspec.structs.replace(graph, **fields) for graph in manifest.graphs)
     return changed(bundle, program=program, build=build, key=key, graphs=graphs)
@@ -106,8 +106,8 @@ def test_another_artifact_on_the_branch_is_not_replaced(
     with pytest.raises(Conflict, match="holds another artifact") as caught:
         push(other, repo, settings)
     assert "--label" in caught.value.hint
-    assert push(other, repo, settings, label="fast").branch == branch_of(
-        place_of(other.manifest, "fast")
+    assert push(other, repo, settings, label="fast").branch == artifact_branch(
+        artifact_path(other.manifest, "fast")
     )
 
 
@@ -129,11 +129,11 @@ def test_a_list_whose_children_are_all_served_has_one_package(tmp_path: Path) ->
     modules = tuple(f"net.blocks.{at}" for at in range(3))
     bundle = make_bundle(tmp_path / "bundle")
     every = direct(bundle, modules=modules, direct=Direct(every="net.blocks"))
-    assert packages_of(every.manifest) == {
+    assert lay_out_packages(every.manifest) == {
         "package/submodules/net.blocks/package.pt2": "graphs/root.pt2"
     }
     some = direct(bundle, modules=modules[:2])
-    assert [*packages_of(some.manifest)] == [
+    assert [*lay_out_packages(some.manifest)] == [
         f"package/submodules/net.blocks.{at}/package.pt2" for at in range(2)
     ]
 
@@ -155,7 +155,7 @@ def test_graphs_that_need_hubaoti_are_refused_before_any_request(
     if "cache" in fields:
         fields = {**fields, "inputs": inputs, "bounds": {}}
     refused = direct(make_bundle(tmp_path / "bundle"), **fields)
-    assert parse(refused.manifest.to_json(), "x") == refused.manifest
+    assert parse_manifest(refused.manifest.to_json(), "x") == refused.manifest
     with pytest.raises(BadRequest, match=why) as caught:
         push(refused, repo, settings)
     assert "compile it with --layout zerogpu" in caught.value.hint
@@ -165,17 +165,17 @@ def test_graphs_that_need_hubaoti_are_refused_before_any_request(
 def test_several_graphs_of_one_module_are_refused(tmp_path: Path) -> None:
     both = direct(make_bundle(tmp_path / "bundle", graphs=("one", "two")))
     with pytest.raises(BadRequest, match="2 graphs, and only hubaoti chooses"):
-        packages_of(both.manifest)
+        lay_out_packages(both.manifest)
 
 
 def test_what_was_compiled_for_our_own_runtime_is_refused(tmp_path: Path) -> None:
     """Its calls are made whole before, with masks and rows that those loaders do not add."""
     bundle = direct(make_bundle(tmp_path / "bundle"), modules=("layers.0",))
-    packages_of(bundle.manifest)
+    lay_out_packages(bundle.manifest)
     build = msgspec.structs.replace(bundle.manifest.build, layout=msgspec.UNSET)
     manifest: Manifest = msgspec.structs.replace(bundle.manifest, build=build)
     with pytest.raises(BadRequest, match="compiled without --layout zerogpu") as caught:
-        packages_of(manifest)
+        lay_out_packages(manifest)
     assert "compile it with --layout zerogpu" in caught.value.hint
 
 
@@ -183,16 +183,16 @@ def test_the_layout_is_in_the_key_and_in_no_other_manifest(tmp_path: Path) -> No
     plain = make_bundle(tmp_path / "bundle").manifest
     assert b"layout" not in msgspec.json.encode(msgspec.to_builtins(plain.build))
     build = msgspec.structs.replace(plain.build, layout="zerogpu")
-    assert key_of(plain.program, build, plain.target) != plain.key
+    assert compute_key(plain.program, build, plain.target) != plain.key
     other = msgspec.structs.replace(
-        plain, build=build, key=key_of(plain.program, build, plain.target)
+        plain, build=build, key=compute_key(plain.program, build, plain.target)
     )
-    assert parse(other.to_json(), "x").build.layout == "zerogpu"
+    assert parse_manifest(other.to_json(), "x").build.layout == "zerogpu"
 
 
 def test_a_decoder_s_real_blocks_are_refused(decoder_bundle: Bundle) -> None:
     with pytest.raises(BadRequest, match="KV cache"):
-        packages_of(decoder_bundle.manifest)
+        lay_out_packages(decoder_bundle.manifest)
 
 
 def test_the_command_says_which_branch(bundle: Bundle, repo: str, settings: Settings) -> None:
@@ -277,7 +277,7 @@ def test_llama_s_blocks_answer_by_the_loaders_that_know_no_manifest_and_by_our_o
 ) -> None:
     """transformers give them no mask where nobody pads, and one row of positions for all."""
     bundle = compiled(tiny_decoder, built_at)
-    ((path, file),) = packages_of(bundle.manifest).items()
+    ((path, file),) = lay_out_packages(bundle.manifest).items()
     model = transformers.LlamaForCausalLM.from_pretrained(tiny_decoder).eval()
     holder = model if "model.layers" in path else model.model
     for rows, tokens in ((1, 33), (3, 9)):
@@ -298,11 +298,11 @@ def test_llama_s_blocks_answer_by_the_loaders_that_know_no_manifest_and_by_our_o
 # Call specs
 
 
-def face(args: list[Any], kwargs: dict[str, Any], count: int) -> Face:
+def face(args: list[Any], kwargs: dict[str, Any], count: int) -> CallSignature:
     inputs = tuple(
         Input(name=f"x{at}", dtype="float32", shape=(2,), values="real") for at in range(count)
     )
-    return Face({"args": args, "kwargs": kwargs}, inputs)
+    return CallSignature({"args": args, "kwargs": kwargs}, inputs)
 
 
 ONE: dict[str, Any] = {"tensor": 0}
@@ -321,7 +321,7 @@ TWO: dict[str, Any] = {"tensor": 1}
 def test_a_call_and_an_answer_of_tensors_have_a_spec(
     args: list[Any], kwargs: dict[str, Any], count: int, answer: Any
 ) -> None:
-    assert call_spec_of(face(args, kwargs, count), answer) is not None
+    assert make_call_spec(face(args, kwargs, count), answer) is not None
 
 
 @pytest.mark.parametrize(
@@ -339,4 +339,4 @@ def test_a_call_and_an_answer_of_tensors_have_a_spec(
 def test_what_torch_s_loader_would_call_otherwise_has_none(
     args: list[Any], count: int, answer: Any
 ) -> None:
-    assert call_spec_of(face(args, {}, count), answer) is None
+    assert make_call_spec(face(args, {}, count), answer) is None

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from hubaoti.artifact.manifest import Cache, Input
 from hubaoti.compiler.index_guards import MESSAGE, guard_indices
-from hubaoti.compiler.symbols import placeholders
-from hubaoti.manifest import Cache, Input
+from hubaoti.compiler.symbols import list_placeholders
 
 ROWS, WIDTH = 50, 4
 Use = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -86,7 +86,7 @@ def exported(use: Use, values: str = "any<50", size: int = 6) -> tuple[Any, Usin
         Input(name="x", dtype="float32", shape=("rows", WIDTH), values="real"),
         Input(name="numbers", dtype="int64", shape=("rows",), values=values),
     ]
-    found = guard_indices(program, [*zip(placeholders(program), entries, strict=True)], None)
+    found = guard_indices(program, [*zip(list_placeholders(program), entries, strict=True)], None)
     return program, module, found
 
 
@@ -191,5 +191,5 @@ def test_the_places_of_a_cache_are_looked_at_before_a_call_and_no_other_table() 
         )
     ]
     cache = Cache(kind="static", keys=0, values=0, position=2)
-    pairs = [*zip(placeholders(program), entries, strict=True)]
+    pairs = [*zip(list_placeholders(program), entries, strict=True)]
     assert guard_indices(program, pairs, cache) == 1

@@ -9,7 +9,7 @@ import pytest
 from torch._inductor import cpp_builder
 from torch._inductor.exc import CppCompileError
 
-from hubaoti.compiler.inductor import side_by_side
+from hubaoti.compiler.inductor import compile_wrapper_concurrently
 
 
 def compiling(source: Path) -> cpp_builder.CppBuilder:
@@ -49,7 +49,7 @@ def sources(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_both_parts_are_there_when_they_are_linked(sources: tuple[Path, Path]) -> None:
     caller, kernels = sources
-    with side_by_side():
+    with compile_wrapper_concurrently():
         compiling(caller).build()
         compiling(kernels).build()
         linking(caller, kernels).build()
@@ -63,7 +63,7 @@ def test_the_first_does_not_wait_for_its_end(sources: tuple[Path, Path]) -> None
     text = caller.read_text()
     caller.unlink()
     os.mkfifo(caller)
-    with side_by_side():
+    with compile_wrapper_concurrently():
         compiling(caller).build()
         compiling(kernels).build()
         assert kernels.with_suffix(".o").is_file()
@@ -75,7 +75,7 @@ def test_the_first_does_not_wait_for_its_end(sources: tuple[Path, Path]) -> None
 def test_what_is_wrong_with_it_is_said_when_it_is_needed(sources: tuple[Path, Path]) -> None:
     caller, kernels = sources
     caller.write_text("int call() { return twice(21); }\n")
-    with side_by_side():
+    with compile_wrapper_concurrently():
         compiling(caller).build()
         compiling(kernels).build()
         with pytest.raises(CppCompileError, match="error: .*twice.* not declared"):
@@ -87,7 +87,10 @@ def test_it_ends_with_what_else_fails(sources: tuple[Path, Path]) -> None:
     caller.unlink()
     os.mkfifo(caller)
     kernels.write_text("int twice(int x) { return 2 * y; }\n")
-    with pytest.raises(CppCompileError, match="error: .*y.* not declared"), side_by_side():
+    with (
+        pytest.raises(CppCompileError, match="error: .*y.* not declared"),
+        compile_wrapper_concurrently(),
+    ):
         compiling(caller).build()
         assert running(caller)
         compiling(kernels).build()

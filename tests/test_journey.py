@@ -14,7 +14,7 @@ import transformers
 from commands import environment_of, hubaoti
 from huggingface_hub import HfApi
 
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
 from hubaoti.errors import BadPackage, DigestMismatch, Untrusted
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings

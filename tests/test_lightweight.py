@@ -19,10 +19,10 @@ from signals import struck
 
 import hubaoti
 from hubaoti import LightweightEngine
-from hubaoti.bundle import Bundle
-from hubaoti.engines.found import task_in, weights_bytes
+from hubaoti.artifact.bundle import Bundle
 from hubaoti.engines.lightweight import NoGraphs
-from hubaoti.engines.resident import Resident, bytes_of
+from hubaoti.engines.local import Resident, count_module_bytes
+from hubaoti.engines.resolve import choose_task, estimate_weight_bytes
 from hubaoti.errors import (
     BadDim,
     BadRequest,
@@ -34,7 +34,7 @@ from hubaoti.errors import (
     OutOfBounds,
     UnknownTask,
 )
-from hubaoti.memory import size_of
+from hubaoti.host.memory import parse_size
 from hubaoti.mirror import Mirror
 from hubaoti.settings import Settings
 
@@ -66,7 +66,7 @@ def three(tiny_decoder: Path, tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def size(tiny_decoder: Path) -> int:
     """The bytes of one of them."""
-    return weights_bytes(tiny_decoder, None)
+    return estimate_weight_bytes(tiny_decoder, None)
 
 
 def test_a_model_is_answered_by_the_graphs_that_the_mirror_has(
@@ -324,7 +324,7 @@ def test_unloading_gives_everything_back(engine: LightweightEngine, tiny_decoder
     assert isinstance(holder, Resident)
     module = holder.module
     assert module is not None
-    assert bytes_of(module) == engine.models()[0].bytes
+    assert count_module_bytes(module) == engine.models()[0].bytes
     gone = weakref.ref(next(module.parameters()))
     del module
     engine.unload(tiny_decoder)
@@ -476,11 +476,11 @@ def test_too_little_memory_for_a_request_is_said_and_the_model_goes_on(
 
 
 def test_the_size_of_weights_is_known_from_their_headers(tiny_llama: Path) -> None:
-    own = weights_bytes(tiny_llama, None)
+    own = estimate_weight_bytes(tiny_llama, None)
     (file,) = tiny_llama.glob("*.safetensors")
     assert own == file.stat().st_size - header_bytes(tiny_llama)
-    assert weights_bytes(tiny_llama, "float32") == 2 * own
-    assert weights_bytes(tiny_llama, "bfloat16") == own
+    assert estimate_weight_bytes(tiny_llama, "float32") == 2 * own
+    assert estimate_weight_bytes(tiny_llama, "bfloat16") == own
 
 
 def header_bytes(folder: Path) -> int:
@@ -494,7 +494,7 @@ def header_bytes(folder: Path) -> int:
     [("8GB", 8 * 10**9), ("512 MiB", 1 << 29), ("1.5kb", 1500), (7, 7), ("12", 12), ("1T", 10**12)],
 )
 def test_sizes_of_memory_are_read_as_people_write_them(text: str | int, bytes_: int) -> None:
-    assert size_of(text) == bytes_
+    assert parse_size(text) == bytes_
 
 
 @pytest.mark.parametrize("text", ["", "many", "-1GB", "8 G B", True])
@@ -506,7 +506,7 @@ def test_what_is_no_size_of_memory_is_refused(text: Any, alone: Settings) -> Non
 def test_a_model_is_for_what_its_files_say(
     tiny_decoder: Path, tiny_roberta: Path, minilm: Path
 ) -> None:
-    assert [task_in(each) for each in (tiny_decoder, tiny_roberta, minilm)] == [
+    assert [choose_task(each) for each in (tiny_decoder, tiny_roberta, minilm)] == [
         "generate",
         "embed",
         "embed",

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hubaoti.compiler.literals import MOST, literal, require_unread, written_out
+from hubaoti.compiler.literals import MOST_LITERALS, make_literal, require_unread, write_out_buffers
 from hubaoti.errors import CompileFailed
 
 TENSORS = {
@@ -25,7 +25,7 @@ TENSORS = {
 
 
 def remade(tensor: torch.Tensor) -> torch.Tensor:
-    make = literal(tensor)
+    make = make_literal(tensor)
     assert make is not None
     return make()
 
@@ -73,7 +73,7 @@ class Outer(nn.Module):
 def test_a_program_reads_nothing_but_what_the_state_dict_has() -> None:
     module, x = Outer().eval(), torch.randn(2, 4)
     expected, before = module(x), {name: each for name, each in module.inner.named_buffers()}
-    with written_out(module), torch.no_grad():
+    with write_out_buffers(module), torch.no_grad():
         program = torch.export.export(module, (x,), strict=False)
     names = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
     read = {s.target for s in program.graph_signature.input_specs if s.arg.name in names}
@@ -87,10 +87,10 @@ def test_a_program_reads_nothing_but_what_the_state_dict_has() -> None:
 @pytest.mark.parametrize("read", [False, True])
 def test_a_large_table_is_refused_by_name_where_it_is_read(read: bool) -> None:
     module, x = Outer().eval(), torch.randn(2, 4)
-    module.inner.register_buffer("large", torch.arange(MOST + 1).sin(), persistent=False)
+    module.inner.register_buffer("large", torch.arange(MOST_LITERALS + 1).sin(), persistent=False)
     if read:
         module.inner.forward = lambda x: x * module.inner.large[4:8]  # type: ignore[method-assign]
-    with written_out(module) as unwritten, torch.no_grad():
+    with write_out_buffers(module) as unwritten, torch.no_grad():
         program = torch.export.export(module, (x,), strict=False)
     assert unwritten == {"inner.large"}
     if not read:

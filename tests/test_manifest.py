@@ -17,24 +17,24 @@ from bundles import CPU, CUDA, make_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hubaoti.errors import BadManifest, NewerSchema
-from hubaoti.manifest import (
-    LARGEST,
+from hubaoti.artifact.manifest import (
+    LARGEST_MANIFEST,
     Build,
-    Built,
+    BuildRecord,
     Check,
     Constant,
+    ConstantOrigin,
     Manifest,
-    Origin,
+    ModelSource,
     Program,
-    Source,
     Target,
-    canonical,
-    key_of,
-    parse,
+    compute_key,
+    encode_canonical,
+    parse_manifest,
 )
-from hubaoti.requirements import Requirements
-from hubaoti.variant import Recipe, Variant
+from hubaoti.artifact.requirements import Requirements
+from hubaoti.artifact.variant import Recipe, Variant
+from hubaoti.errors import BadManifest, NewerSchema
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -50,13 +50,13 @@ def edited(manifest: Manifest, edit: Edit, rekey: bool = True) -> bytes:
     edit(value)
     if rekey:
         parts = {name: value[name] for name in ("program", "build", "target")}
-        value["key"] = hashlib.sha256(canonical(parts)).hexdigest()
-    return canonical(value)
+        value["key"] = hashlib.sha256(encode_canonical(parts)).hexdigest()
+    return encode_canonical(value)
 
 
 def test_a_manifest_is_its_own_canonical_form(manifest: Manifest) -> None:
-    assert parse(manifest.to_json(), "x") == manifest
-    assert parse(manifest.to_json(), "x").digest == manifest.digest
+    assert parse_manifest(manifest.to_json(), "x") == manifest
+    assert parse_manifest(manifest.to_json(), "x").digest == manifest.digest
 
 
 def test_it_names_its_recipe_variant_size_and_program(manifest: Manifest) -> None:
@@ -67,7 +67,7 @@ def test_it_names_its_recipe_variant_size_and_program(manifest: Manifest) -> Non
 
 
 def test_the_key_is_of_program_build_and_target_alone(manifest: Manifest, tmp_path: Path) -> None:
-    other = make_bundle(tmp_path / "b", CUDA, source=Source(model="other/model")).manifest
+    other = make_bundle(tmp_path / "b", CUDA, source=ModelSource(model="other/model")).manifest
     assert other.key == manifest.key
     assert other.digest != manifest.digest
     assert make_bundle(tmp_path / "c", CPU).manifest.key != manifest.key
@@ -77,7 +77,7 @@ def test_the_key_is_of_program_build_and_target_alone(manifest: Manifest, tmp_pa
 def test_a_newer_schema_says_upgrade(manifest: Manifest) -> None:
     text = edited(manifest, lambda value: value.update(schema=3, future={"x": 1}))
     with pytest.raises(NewerSchema, match="schema 3") as caught:
-        parse(text, "repo/hubaoti.json")
+        parse_manifest(text, "repo/hubaoti.json")
     assert "upgrade" in caught.value.hint
     assert caught.value.exit_code == 12
 
@@ -86,7 +86,7 @@ def test_a_newer_schema_says_upgrade(manifest: Manifest) -> None:
 def test_a_schema_that_never_was_is_refused(manifest: Manifest, schema: object) -> None:
     text = edited(manifest, lambda value: value.update(schema=schema))
     with pytest.raises(BadManifest) as caught:
-        parse(text, "x")
+        parse_manifest(text, "x")
     assert caught.value.exit_code == 11
 
 
@@ -95,7 +95,7 @@ def test_a_schema_that_never_was_is_refused(manifest: Manifest, schema: object) 
 )
 def test_what_is_no_manifest_is_refused(text: bytes) -> None:
     with pytest.raises(BadManifest) as caught:
-        parse(text, "here")
+        parse_manifest(text, "here")
     assert "here" in str(caught.value)
     assert caught.value.hint
 
@@ -103,7 +103,7 @@ def test_what_is_no_manifest_is_refused(text: bytes) -> None:
 def test_what_a_requirement_lacks_is_said_with_the_name_of_the_file(manifest: Manifest) -> None:
     text = edited(manifest, lambda value: value["requires"].update(sm=None))
     with pytest.raises(BadManifest, match="^here is not a manifest: requires: malformed sm"):
-        parse(text, "here")
+        parse_manifest(text, "here")
 
 
 def test_threads_may_read_their_first_manifests_at_once(manifest: Manifest, tmp_path: Path) -> None:
@@ -112,12 +112,12 @@ def test_threads_may_read_their_first_manifests_at_once(manifest: Manifest, tmp_
     program = f"""
 import sys, threading
 from pathlib import Path
-from hubaoti.manifest import parse
+from hubaoti.artifact.manifest import parse_manifest
 sys.setswitchinterval(1e-6)
 text, start = Path({str(file)!r}).read_bytes(), threading.Barrier(8)
 def read():
     start.wait()
-    parse(text, "here")
+    parse_manifest(text, "here")
 threads = [threading.Thread(target=read) for _ in range(8)]
 for thread in threads:
     thread.start()
@@ -130,7 +130,7 @@ for thread in threads:
 
 def test_a_manifest_of_any_size_is_not_read() -> None:
     with pytest.raises(BadManifest, match="larger than"):
-        parse(b" " * (LARGEST + 1), "x")
+        parse_manifest(b" " * (LARGEST_MANIFEST + 1), "x")
 
 
 def test_another_spelling_of_the_same_is_refused(manifest: Manifest) -> None:
@@ -138,7 +138,7 @@ def test_another_spelling_of_the_same_is_refused(manifest: Manifest) -> None:
     twice = manifest.to_json().replace(b'"schema":1', b'"schema":1,"schema":1')
     for text in (pretty, twice, manifest.to_json() + b"\n"):
         with pytest.raises(BadManifest, match="canonical"):
-            parse(text, "x")
+            parse_manifest(text, "x")
 
 
 def rename(value: dict[str, Any], path: str) -> None:
@@ -181,7 +181,7 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_a_malformed_field_is_refused(manifest: Manifest, what: str) -> None:
     with pytest.raises(BadManifest):
-        parse(edited(manifest, BAD[what]), "x")
+        parse_manifest(edited(manifest, BAD[what]), "x")
 
 
 def twice(value: dict[str, Any], list_of: str) -> None:
@@ -223,27 +223,31 @@ CLASHES: dict[str, tuple[Edit, str]] = {
 def test_a_contradiction_is_refused_with_its_reason(manifest: Manifest, what: str) -> None:
     edit, reason = CLASHES[what]
     with pytest.raises(BadManifest, match=reason):
-        parse(edited(manifest, edit), "x")
+        parse_manifest(edited(manifest, edit), "x")
 
 
 def test_a_key_of_something_else_is_refused(manifest: Manifest) -> None:
     text = edited(manifest, put("key", to="0" * 64), rekey=False)
     with pytest.raises(BadManifest, match="the key is not"):
-        parse(text, "x")
+        parse_manifest(text, "x")
 
 
 def test_a_constant_from_an_unlisted_file_is_refused(manifest: Manifest) -> None:
     constant = Constant(
-        fqn="weight", dtype="float32", shape=(1,), stride=(1,), origin=Origin(file="absent.bin")
+        fqn="weight",
+        dtype="float32",
+        shape=(1,),
+        stride=(1,),
+        origin=ConstantOrigin(file="absent.bin"),
     )
     graph = msgspec.structs.replace(manifest.graphs[0], constants=(constant,))
     bad = msgspec.structs.replace(manifest, graphs=(graph,))
     with pytest.raises(BadManifest, match=r"constants from absent\.bin"):
-        parse(bad.to_json(), "x")
-    good = msgspec.structs.replace(constant, origin=Origin(file="golden.safetensors"))
+        parse_manifest(bad.to_json(), "x")
+    good = msgspec.structs.replace(constant, origin=ConstantOrigin(file="golden.safetensors"))
     graph = msgspec.structs.replace(graph, constants=(good,))
     fine = msgspec.structs.replace(manifest, graphs=(graph,))
-    assert parse(fine.to_json(), "x") == fine
+    assert parse_manifest(fine.to_json(), "x") == fine
 
 
 JSON = st.recursive(
@@ -282,14 +286,16 @@ def test_parse_reads_whatever_to_json_writes(
         program=program,
         build=build,
         target=target,
-        key=key_of(program, build, target),
-        source=Source(model="m"),
+        key=compute_key(program, build, target),
+        source=ModelSource(model="m"),
         requires=Requirements(**CPU),  # type: ignore[arg-type]
         graphs=manifest.graphs,
         checks=(check,),
-        built=Built(at="now", seconds=error, peak_bytes=1, host="h", hubaoti="0", transformers="5"),
+        built=BuildRecord(
+            at="now", seconds=error, peak_bytes=1, host="h", hubaoti="0", transformers="5"
+        ),
     )
-    read = parse(written.to_json(), "x")
+    read = parse_manifest(written.to_json(), "x")
     assert read.to_json() == written.to_json()
     assert read.digest == written.digest
 
@@ -300,7 +306,7 @@ def test_no_flipped_byte_is_the_same_artifact(manifest: Manifest, cut: int, mask
     text = bytearray(manifest.to_json())
     text[cut % len(text)] ^= mask
     with suppress(BadManifest):
-        assert parse(bytes(text), "x").digest != manifest.digest
+        assert parse_manifest(bytes(text), "x").digest != manifest.digest
 
 
 @pytest.mark.parametrize(
@@ -326,4 +332,4 @@ def test_an_answer_that_nothing_can_be_made_of_is_refused(
             value["schema"] = 2
 
     with pytest.raises(BadManifest, match="its answer is made of what is not there"):
-        parse(edited(manifest, change), "x")
+        parse_manifest(edited(manifest, change), "x")

@@ -12,20 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hubaoti.host import Gpu, Host, Torch, probe
-from hubaoti.match import (
+from hubaoti.artifact.variant import Recipe, Variant
+from hubaoti.host.match import (
     Candidate,
     Compromise,
-    Fit,
     KernelPin,
+    MatchResult,
     Refusal,
     Requirements,
     Verdict,
     judge,
     rank,
 )
+from hubaoti.host.probe import Gpu, Host, Torch, probe_host
 from hubaoti.settings import Settings
-from hubaoti.variant import Recipe, Variant
 
 # A deadline would measure whoever shares the machine.
 unhurried = settings(deadline=None, max_examples=200)
@@ -95,30 +95,30 @@ def needs(verdict: Verdict) -> str:
 def test_the_kind_of_host_it_was_built_for_is_exact() -> None:
     assert judge(CUDA, fake_gpu_host) == Verdict(device=0)
     assert judge(CPU, fake_cpu_host) == Verdict()
-    assert judge(CUDA, fake_gpu_host).fit is Fit.EXACT
+    assert judge(CUDA, fake_gpu_host).fit is MatchResult.EXACT
 
 
 @pytest.mark.parametrize(
     ("built", "here", "fit"),
     [
-        ("2.13.0+cpu", "2.13.0+cpu", Fit.EXACT),
-        ("2.13.0", "2.13", Fit.EXACT),
-        ("2.14.0.dev20260701+cpu", "2.14.0.dev20260701+cpu", Fit.EXACT),
-        ("2.13.0+cpu", "2.13.0+cu130", Fit.COMPATIBLE),
-        ("2.13.0+cpu", "2.13.1+cpu", Fit.COMPATIBLE),
-        ("2.13.1+cpu", "2.13.0+cpu", Fit.COMPATIBLE),
-        ("2.13.0+cpu", "2.13.0.post1+cpu", Fit.COMPATIBLE),
-        ("2.13.0+cpu", "2.12.0+cpu", Fit.INCOMPATIBLE),
-        ("2.13.0+cpu", "2.14.0+cpu", Fit.INCOMPATIBLE),
-        ("2.13.0+cpu", "3.13.0+cpu", Fit.INCOMPATIBLE),
-        ("2.13.0+cpu", "1!2.13.0+cpu", Fit.INCOMPATIBLE),
-        ("2.13.0+cpu", "2.13.0rc1+cpu", Fit.INCOMPATIBLE),
-        ("2.13.0a0+git1a2b3c4", "2.13.0+cpu", Fit.INCOMPATIBLE),
-        ("2.14.0.dev20260701+cpu", "2.14.0.dev20260702+cpu", Fit.INCOMPATIBLE),
-        ("2.13.0+cpu", "our own build", Fit.INCOMPATIBLE),
+        ("2.13.0+cpu", "2.13.0+cpu", MatchResult.EXACT),
+        ("2.13.0", "2.13", MatchResult.EXACT),
+        ("2.14.0.dev20260701+cpu", "2.14.0.dev20260701+cpu", MatchResult.EXACT),
+        ("2.13.0+cpu", "2.13.0+cu130", MatchResult.COMPATIBLE),
+        ("2.13.0+cpu", "2.13.1+cpu", MatchResult.COMPATIBLE),
+        ("2.13.1+cpu", "2.13.0+cpu", MatchResult.COMPATIBLE),
+        ("2.13.0+cpu", "2.13.0.post1+cpu", MatchResult.COMPATIBLE),
+        ("2.13.0+cpu", "2.12.0+cpu", MatchResult.INCOMPATIBLE),
+        ("2.13.0+cpu", "2.14.0+cpu", MatchResult.INCOMPATIBLE),
+        ("2.13.0+cpu", "3.13.0+cpu", MatchResult.INCOMPATIBLE),
+        ("2.13.0+cpu", "1!2.13.0+cpu", MatchResult.INCOMPATIBLE),
+        ("2.13.0+cpu", "2.13.0rc1+cpu", MatchResult.INCOMPATIBLE),
+        ("2.13.0a0+git1a2b3c4", "2.13.0+cpu", MatchResult.INCOMPATIBLE),
+        ("2.14.0.dev20260701+cpu", "2.14.0.dev20260702+cpu", MatchResult.INCOMPATIBLE),
+        ("2.13.0+cpu", "our own build", MatchResult.INCOMPATIBLE),
     ],
 )
-def test_torch(built: str, here: str, fit: Fit) -> None:
+def test_torch(built: str, here: str, fit: MatchResult) -> None:
     host = replace(fake_cpu_host, torch=fake_torch(here, None))
     assert judge(replace(CPU, torch=built), host).fit is fit
 
@@ -145,16 +145,16 @@ def test_the_advice_about_torch_leads_to_an_artifact_that_runs(
 @pytest.mark.parametrize(
     ("built", "here", "fit"),
     [
-        ("13.0", "13.0", Fit.EXACT),
-        ("13.0", "13.2", Fit.COMPATIBLE),
-        ("13.2", "13.0", Fit.INCOMPATIBLE),
-        ("12.8", "13.0", Fit.INCOMPATIBLE),
-        ("13.0", "12.8", Fit.INCOMPATIBLE),
-        ("13.0", None, Fit.INCOMPATIBLE),
-        ("13.0", "rocm", Fit.INCOMPATIBLE),
+        ("13.0", "13.0", MatchResult.EXACT),
+        ("13.0", "13.2", MatchResult.COMPATIBLE),
+        ("13.2", "13.0", MatchResult.INCOMPATIBLE),
+        ("12.8", "13.0", MatchResult.INCOMPATIBLE),
+        ("13.0", "12.8", MatchResult.INCOMPATIBLE),
+        ("13.0", None, MatchResult.INCOMPATIBLE),
+        ("13.0", "rocm", MatchResult.INCOMPATIBLE),
     ],
 )
-def test_the_cuda_toolkit(built: str, here: str | None, fit: Fit) -> None:
+def test_the_cuda_toolkit(built: str, here: str | None, fit: MatchResult) -> None:
     host = replace(fake_gpu_host, torch=fake_torch(cuda=here))
     assert judge(replace(CUDA, cuda=built), host).fit is fit
 
@@ -162,17 +162,17 @@ def test_the_cuda_toolkit(built: str, here: str | None, fit: Fit) -> None:
 @pytest.mark.parametrize(
     ("built", "ptx", "here", "fit"),
     [
-        (90, None, 90, Fit.EXACT),
-        (90, 90, 90, Fit.EXACT),
-        (90, 90, 120, Fit.COMPATIBLE),
-        (90, 80, 86, Fit.COMPATIBLE),
-        (90, None, 120, Fit.INCOMPATIBLE),
-        (80, None, 86, Fit.INCOMPATIBLE),
-        (90, 90, 89, Fit.INCOMPATIBLE),
-        (90, 50, 0, Fit.INCOMPATIBLE),
+        (90, None, 90, MatchResult.EXACT),
+        (90, 90, 90, MatchResult.EXACT),
+        (90, 90, 120, MatchResult.COMPATIBLE),
+        (90, 80, 86, MatchResult.COMPATIBLE),
+        (90, None, 120, MatchResult.INCOMPATIBLE),
+        (80, None, 86, MatchResult.INCOMPATIBLE),
+        (90, 90, 89, MatchResult.INCOMPATIBLE),
+        (90, 50, 0, MatchResult.INCOMPATIBLE),
     ],
 )
-def test_the_compute_capability(built: int, ptx: int | None, here: int, fit: Fit) -> None:
+def test_the_compute_capability(built: int, ptx: int | None, here: int, fit: MatchResult) -> None:
     requires = replace(CUDA, sm=built, ptx=ptx, shared_memory=None, kernels=())
     assert judge(requires, replace(fake_gpu_host, gpus=(fake_gpu(here),))).fit is fit
 
@@ -180,17 +180,17 @@ def test_the_compute_capability(built: int, ptx: int | None, here: int, fit: Fit
 @pytest.mark.parametrize(
     ("built", "here", "fit"),
     [
-        ("x86_64_v3", "x86_64_v3", Fit.EXACT),
-        ("x86_64_v3", "x86_64_v4", Fit.COMPATIBLE),
-        ("x86_64_v4", "x86_64_v3", Fit.INCOMPATIBLE),
-        ("aarch64", "aarch64", Fit.EXACT),
-        ("aarch64", "x86_64_v4", Fit.INCOMPATIBLE),
-        ("x86_64", "aarch64", Fit.INCOMPATIBLE),
-        ("x86_64_v9", "x86_64_v4", Fit.INCOMPATIBLE),
-        ("x86_64_v3", "unknown", Fit.INCOMPATIBLE),
+        ("x86_64_v3", "x86_64_v3", MatchResult.EXACT),
+        ("x86_64_v3", "x86_64_v4", MatchResult.COMPATIBLE),
+        ("x86_64_v4", "x86_64_v3", MatchResult.INCOMPATIBLE),
+        ("aarch64", "aarch64", MatchResult.EXACT),
+        ("aarch64", "x86_64_v4", MatchResult.INCOMPATIBLE),
+        ("x86_64", "aarch64", MatchResult.INCOMPATIBLE),
+        ("x86_64_v9", "x86_64_v4", MatchResult.INCOMPATIBLE),
+        ("x86_64_v3", "unknown", MatchResult.INCOMPATIBLE),
     ],
 )
-def test_the_cpu_level(built: str, here: str, fit: Fit) -> None:
+def test_the_cpu_level(built: str, here: str, fit: MatchResult) -> None:
     verdict = judge(replace(CPU, level=built), replace(fake_cpu_host, level=here))
     assert verdict.fit is fit
 
@@ -209,7 +209,7 @@ def test_the_cpu_level(built: str, here: str, fit: Fit) -> None:
 def test_the_c_libraries(name: str, needed: Any, here: Any, fits: bool) -> None:
     requires = replace(replace(CPU, glibc=None), **{name: needed})
     verdict = judge(requires, replace(fake_cpu_host, **{name: here}))
-    assert (verdict.fit is Fit.EXACT) == fits
+    assert (verdict.fit is MatchResult.EXACT) == fits
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_the_c_libraries(name: str, needed: Any, here: Any, fits: bool) -> None:
 )
 def test_the_driver(needed: str, here: str | None, fits: bool) -> None:
     verdict = judge(replace(CUDA, driver=needed), replace(fake_gpu_host, driver_cuda=here))
-    assert (verdict.fit is Fit.EXACT) == fits
+    assert (verdict.fit is MatchResult.EXACT) == fits
 
 
 def test_another_operating_system_is_refused() -> None:
@@ -241,7 +241,7 @@ def test_missing_libraries_are_refused_by_name() -> None:
 def test_shared_memory_has_the_limit_of_its_gpu(sm: int, bytes_: int) -> None:
     host = replace(fake_gpu_host, gpus=(fake_gpu(sm),))
     requires = replace(CUDA, sm=sm, kernels=(), shared_memory=bytes_)
-    assert judge(requires, host).fit is Fit.EXACT
+    assert judge(requires, host).fit is MatchResult.EXACT
     assert "shared memory" in needs(judge(replace(requires, shared_memory=bytes_ + 1), host))
 
 
@@ -252,7 +252,7 @@ def test_shared_memory_has_the_limit_of_its_gpu(sm: int, bytes_: int) -> None:
 def test_a_kernel_is_here_or_may_be_fetched(offline: bool, cached: bool, fits: bool) -> None:
     kernels = frozenset({str(PIN)} if cached else set())
     verdict = judge(CUDA, replace(fake_gpu_host, offline=offline, kernels=kernels))
-    assert (verdict.fit is Fit.EXACT) == fits
+    assert (verdict.fit is MatchResult.EXACT) == fits
 
 
 def test_a_kernel_that_is_not_built_for_the_gpu_is_refused() -> None:
@@ -260,7 +260,7 @@ def test_a_kernel_that_is_not_built_for_the_gpu_is_refused() -> None:
     verdict = judge(requires, replace(fake_gpu_host, gpus=(fake_gpu(120),)))
     assert needs(verdict) == "sm_90 for the kernel kernels-community/flash-attn3"
     anywhere = replace(requires, kernels=(KernelPin("a/b", "b" * 40),))
-    assert judge(anywhere, replace(fake_gpu_host, gpus=(fake_gpu(120),))).fit is Fit.EXACT
+    assert judge(anywhere, replace(fake_gpu_host, gpus=(fake_gpu(120),))).fit is MatchResult.EXACT
 
 
 def test_a_host_without_torch_is_refused() -> None:
@@ -287,14 +287,14 @@ def test_an_exact_gpu_goes_before_a_compatible_one() -> None:
     requires = replace(CUDA, ptx=90, shared_memory=None, kernels=())
     host = replace(fake_gpu_host, gpus=(fake_gpu(120), fake_gpu(90)))
     assert judge(requires, host) == Verdict(device=1)
-    assert judge(requires, host, device_index=0).fit is Fit.COMPATIBLE
+    assert judge(requires, host, device_index=0).fit is MatchResult.COMPATIBLE
     assert judge(requires, host, device_index=0).device == 0
 
 
 def test_a_named_gpu_is_the_only_one_judged() -> None:
     host = replace(fake_gpu_host, gpus=(fake_gpu(90), fake_gpu(120)))
-    assert judge(CUDA, host, device_index=0).fit is Fit.EXACT
-    assert judge(CUDA, host, device_index=1).fit is Fit.INCOMPATIBLE
+    assert judge(CUDA, host, device_index=0).fit is MatchResult.EXACT
+    assert judge(CUDA, host, device_index=1).fit is MatchResult.INCOMPATIBLE
 
 
 @pytest.mark.parametrize("index", [-1, 1, 99])
@@ -311,7 +311,7 @@ def test_if_no_gpu_fits_the_reasons_of_all_are_said_once_a_kind() -> None:
 
 def test_a_cpu_artifact_runs_on_a_gpu_host_as_a_compromise() -> None:
     verdict = judge(CPU, fake_gpu_host, device_index=7)
-    assert (verdict.fit, verdict.device) == (Fit.COMPATIBLE, None)
+    assert (verdict.fit, verdict.device) == (MatchResult.COMPATIBLE, None)
 
 
 # Reasons
@@ -341,7 +341,7 @@ def test_a_verdict_is_json() -> None:
 
 
 def test_this_machine_fits_what_is_built_like_it(tmp_path: Path) -> None:
-    here = probe(Settings(home=tmp_path), kernel_caches=())
+    here = probe_host(Settings(home=tmp_path), kernel_caches=())
     assert here.torch is not None
     requires = Requirements(
         device="cpu",
@@ -353,7 +353,7 @@ def test_this_machine_fits_what_is_built_like_it(tmp_path: Path) -> None:
         cxxabi=here.cxxabi,
         libraries=("libtorch.so",),
     )
-    assert judge(requires, here).fit is Fit.EXACT
+    assert judge(requires, here).fit is MatchResult.EXACT
 
 
 # Properties
@@ -447,7 +447,7 @@ def test_raising_a_lower_bound_never_turns_a_refusal_into_an_acceptance(
     low, high = sorted(min(place, len(values) - 1) for place in places[:2])
     lower = judge(replace(requires, **{name: values[low]}), host)
     higher = judge(replace(requires, **{name: values[high]}), host)
-    assert lower.fit is not Fit.INCOMPATIBLE or higher.fit is Fit.INCOMPATIBLE
+    assert lower.fit is not MatchResult.INCOMPATIBLE or higher.fit is MatchResult.INCOMPATIBLE
 
 
 @unhurried
@@ -467,7 +467,7 @@ def test_the_device_is_a_gpu_that_fits_alone(requires: Requirements, host: Host)
         assert judge(requires, host, verdict.device) == verdict
     elif requires.device == "cuda":
         alone = [judge(requires, host, index).fit for index in range(len(host.gpus))]
-        assert set(alone) <= {Fit.INCOMPATIBLE}
+        assert set(alone) <= {MatchResult.INCOMPATIBLE}
 
 
 # Ranking
@@ -530,7 +530,7 @@ def test_what_does_not_fit_or_was_not_asked_for_is_never_offered(
     offered: list[Candidate], recipe: Recipe | None
 ) -> None:
     for each in rank(offered, recipe):
-        assert each.verdict.fit is not Fit.INCOMPATIBLE
+        assert each.verdict.fit is not MatchResult.INCOMPATIBLE
         assert each.recipe == recipe if recipe else each.recipe.quantization is None
 
 

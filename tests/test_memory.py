@@ -15,9 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from hubaoti import memory
 from hubaoti.errors import NotEnoughMemory
-from hubaoti.memory import Peak, available, descendants, held, require_memory
+from hubaoti.host import memory
+from hubaoti.host.memory import (
+    Peak,
+    list_descendants,
+    measure_process_memory,
+    read_available_memory,
+    require_memory,
+)
 
 MB = 1 << 20
 HOLDING = "import sys, time; held = b'x' * ({size} << 20); print('ready', flush=True); {then}"
@@ -46,7 +52,7 @@ def wait_for(peak: Peak, least: int) -> None:
 
 def own() -> int:
     """What this process holds now."""
-    return held(str(os.getpid()))
+    return measure_process_memory(str(os.getpid()))
 
 
 def test_what_a_child_holds_counts_beside_what_we_hold() -> None:
@@ -63,7 +69,7 @@ def test_what_a_child_of_a_child_holds_counts() -> None:
     before = own()
     with Peak.watched() as peak, holding(1, nested) as outer:
         wait_for(peak, before + 290 * MB)
-        for process in descendants(str(outer.pid))[1:]:
+        for process in list_descendants(str(outer.pid))[1:]:
             os.kill(int(process), signal.SIGKILL)
 
 
@@ -101,27 +107,27 @@ def test_pages_that_processes_share_are_counted_once() -> None:
             time.sleep(60)
             os._exit(0)
         try:
-            together = own() + held(str(child))
+            together = own() + measure_process_memory(str(child))
         finally:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-    assert held(str(child)) == 0, "who is gone holds nothing"
+    assert measure_process_memory(str(child)) == 0, "who is gone holds nothing"
     assert abs(together - alone) < 100 * MB, "each page is counted for both"
 
 
 def test_all_that_a_process_started_is_found_and_no_other() -> None:
     with holding(1) as ours, holding(1) as other:
-        found = descendants(str(ours.pid))
+        found = list_descendants(str(ours.pid))
         assert found == [str(ours.pid)]
-        assert {str(ours.pid), str(other.pid)} <= {*descendants(str(os.getpid()))}
+        assert {str(ours.pid), str(other.pid)} <= {*list_descendants(str(os.getpid()))}
 
 
 def test_what_is_available_is_what_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "CGROUPS", ())
     said = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     assert said is not None
-    assert available() == pytest.approx(int(said[1]) << 10, rel=0.2)
-    assert available() % 1024 == 0
+    assert read_available_memory() == pytest.approx(int(said[1]) << 10, rel=0.2)
+    assert read_available_memory() % 1024 == 0
 
 
 CONTAINERS = {
@@ -148,7 +154,7 @@ def test_what_is_available_is_no_more_than_the_container_allows(
     monkeypatch.setattr(memory, "MEMINFO", str(tmp_path / "meminfo"))
     group = (str(tmp_path), *names[:2], "inactive_file")
     monkeypatch.setattr(memory, "CGROUPS", ((str(tmp_path / "none"), *group[1:]), group))
-    assert available() == (7 << 10 if expected is None else expected)
+    assert read_available_memory() == (7 << 10 if expected is None else expected)
 
 
 def test_where_nothing_is_said_all_may_be_taken(
@@ -160,7 +166,7 @@ def test_where_nothing_is_said_all_may_be_taken(
 
 
 def test_too_little_memory_is_said_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available", lambda: 2_400_000_000)
+    monkeypatch.setattr(memory, "read_available_memory", lambda: 2_400_000_000)
     require_memory(2_400_000_000, "a block")
     with pytest.raises(NotEnoughMemory) as caught:
         require_memory(3_200_000_000, "layers of acme/large")

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from hubaoti.cli.mirror import ls_command
 from hubaoti.errors import HubaotiError
-from hubaoti.mirror import Mirror, Origin
+from hubaoti.mirror import Mirror, PullOrigin
 from hubaoti.mirror.index import Index, Pin
 
 
@@ -69,7 +69,7 @@ def index_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for name in ("one", "two"):
             bundle = make_bundle(tmp_path / name, mode=name)
             files = {file.path: bundle.path / file.path for file in bundle.manifest.all_files()}
-            origin = Origin("https://hub", f"acme/{name}", "c" * 40, "float32-sdpa/x")
+            origin = PullOrigin("https://hub", f"acme/{name}", "c" * 40, "float32-sdpa/x")
             artifact = mirror.put(bundle.manifest, files, origin)
             pin = Pin("https://hub", f"acme/{name}", "c" * 40, "", "host")
             mirror.index.record_pull(pin, artifact.digest, "float32-sdpa/x")

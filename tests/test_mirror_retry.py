@@ -10,9 +10,9 @@ from bundles import make_bundle
 from commands import inside
 from test_mirror_store import damage, put
 
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.manifest import FILENAME
 from hubaoti.errors import DigestMismatch
-from hubaoti.manifest import FILENAME
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.mirror.index import Pin
 from hubaoti.mirror.retry import retry

@@ -19,7 +19,9 @@ import pytest
 from bundles import MEMBERS, make_bundle, tree_of, write_zip
 from disks import read_only
 
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.manifest import FILENAME
+from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import (
     BadPackage,
     DigestMismatch,
@@ -27,13 +29,11 @@ from hubaoti.errors import (
     HubaotiError,
     UnsafeFolder,
 )
-from hubaoti.manifest import FILENAME
-from hubaoti.mirror import BUILT_HERE, Artifact, Mirror, Origin
+from hubaoti.mirror import BUILT_HERE, Artifact, Mirror, PullOrigin
 from hubaoti.mirror.folders import keep_newest
 from hubaoti.mirror.index import Index, Pin
-from hubaoti.variant import Recipe
 
-ORIGIN = Origin("https://hub", "acme/tiny", "c" * 40, "float32-sdpa/x")
+ORIGIN = PullOrigin("https://hub", "acme/tiny", "c" * 40, "float32-sdpa/x")
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def files_of(bundle: Bundle) -> dict[str, Path]:
     return {file.path: bundle.path / file.path for file in bundle.manifest.all_files()}
 
 
-def put(mirror: Mirror, bundle: Bundle, origin: Origin = ORIGIN) -> Artifact:
+def put(mirror: Mirror, bundle: Bundle, origin: PullOrigin = ORIGIN) -> Artifact:
     return mirror.put(bundle.manifest, files_of(bundle), origin)
 
 
@@ -178,7 +178,7 @@ def test_a_file_that_cannot_be_read_is_a_broken_one(
     def unreadable(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("hubaoti.mirror.store.sha256_of", unreadable)
+    monkeypatch.setattr("hubaoti.mirror.store.hash_file", unreadable)
     with pytest.raises(DigestMismatch):
         mirror.verify(artifact)
     monkeypatch.undo()
@@ -313,8 +313,8 @@ def test_many_processes_put_the_same_artifact_at_once(tmp_path: Path, bundle: Bu
 SLOW_PUT = """
 import sys; sys.path.insert(0, "tests")
 from pathlib import Path
-from hubaoti import package
-from hubaoti.bundle import Bundle
+from hubaoti.artifact import package
+from hubaoti.artifact.bundle import Bundle
 from hubaoti.mirror import Mirror
 import time
 
@@ -415,7 +415,7 @@ def test_a_disk_that_fills_during_unpacking_leaves_nothing(
 ) -> None:
     bundle = make_bundle(tmp_path / "bundle", members={"model/root.so": os.urandom(1 << 20)})
     with Mirror.open(small_disk / "mirror") as mirror:
-        monkeypatch.setattr("hubaoti.mirror.store.require_room", lambda *_: None)
+        monkeypatch.setattr("hubaoti.mirror.store.require_disk_room", lambda *_: None)
         with pytest.raises(DiskFull, match="needed"):
             put(mirror, bundle)
         assert holds_nothing(mirror)
@@ -432,7 +432,7 @@ def test_a_limit_on_file_sizes_is_a_full_disk(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle", members={"model/root.so": os.urandom(1 << 20)})
     code = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "from hubaoti.bundle import Bundle; from hubaoti.mirror import Mirror\n"
+        "from hubaoti.artifact.bundle import Bundle; from hubaoti.mirror import Mirror\n"
         "from hubaoti.errors import DiskFull\n"
         "bundle = Bundle.read(Path(sys.argv[1]))\n"
         "files = {file.path: bundle.path / file.path for file in bundle.manifest.all_files()}\n"

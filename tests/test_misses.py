@@ -11,9 +11,16 @@ from commands import hubaoti
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hubaoti.compiler.request import bucket_ranges, parse_dims
+from hubaoti.artifact.misses import (
+    AskedDims,
+    Missed,
+    Misses,
+    distance_to_bucket,
+    propose_dims,
+    read_misses,
+)
+from hubaoti.compiler.request import make_bucket_ranges, parse_dims
 from hubaoti.errors import BadRequest
-from hubaoti.misses import Asked, Missed, Misses, distance, proposed, read
 from hubaoti.settings import Settings
 
 SIZES = st.dictionaries(
@@ -31,14 +38,14 @@ BUCKETS = st.sampled_from([(), ({"seq": (1, 1)}, {"seq": (2, 64)}), ({"batch": (
 def missed(*sizes: dict[str, int], reason: str = "shape", **asked: Any) -> Misses:
     """A file that tells of calls of these sizes."""
     calls = tuple(Missed(region="layers.0", reason=reason, sizes=each, calls=1) for each in sizes)
-    return Misses(schema=1, build=Asked(**asked), missed=calls)
+    return Misses(schema=1, build=AskedDims(**asked), missed=calls)
 
 
 @given(DIMS, BUCKETS, st.lists(SIZES, min_size=1, max_size=4))
 def test_every_size_that_was_missed_is_within_what_is_proposed(
     dims: Any, buckets: Any, sizes: list[dict[str, int]]
 ) -> None:
-    found = proposed(missed(*sizes, dims=dims, buckets=buckets))
+    found = propose_dims(missed(*sizes, dims=dims, buckets=buckets))
     assert found is not None
     for name, (low, high, step) in dims.items():  # and what was served before is served on
         assert found.dims[name][0] <= low
@@ -49,37 +56,37 @@ def test_every_size_that_was_missed_is_within_what_is_proposed(
             low, high, step = found.dims[name]
             assert low <= size <= high
             assert size % step == 0
-        assert not buckets or any(distance(bucket, each) == 0 for bucket in found.buckets)
+        assert not buckets or any(distance_to_bucket(bucket, each) == 0 for bucket in found.buckets)
 
 
 @given(DIMS, BUCKETS, SIZES)
 def test_what_is_proposed_can_be_asked_for(dims: Any, buckets: Any, sizes: dict[str, int]) -> None:
-    found = proposed(missed(sizes, dims=dims, buckets=buckets))
+    found = propose_dims(missed(sizes, dims=dims, buckets=buckets))
     assert found is not None
     words = found.words()
     given = [words[at + 1] for at, word in enumerate(words) if word == "--dim"]
     assert {n: tuple(r.__reduce__() and (r.low, r.high, r.step)) for n, r in
             parse_dims(given).items()} == found.dims  # fmt: skip
     asked = [words[at + 1] for at, word in enumerate(words) if word == "--bucket"]
-    assert len(bucket_ranges(asked)) == len(buckets)
+    assert len(make_bucket_ranges(asked)) == len(buckets)
 
 
 def test_a_cache_is_made_as_long_as_what_is_filled() -> None:
     sizes = {"batch": 1, "seq": 100, "filled": 100, "cache": 64}
-    found = proposed(missed(sizes, dims={"seq": (1, 40, 1), "cache": (16, 64, 1)}))
+    found = propose_dims(missed(sizes, dims={"seq": (1, 40, 1), "cache": (16, 64, 1)}))
     assert found is not None
     assert found.dims == {"seq": (1, 100, 1), "cache": (16, 100, 1)}
 
 
 def test_other_reasons_propose_nothing() -> None:
-    assert proposed(missed({"batch": 9}, reason="dtype", dims={"batch": (1, 4, 1)})) is None
+    assert propose_dims(missed({"batch": 9}, reason="dtype", dims={"batch": (1, 4, 1)})) is None
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b'{"schema": 1}', b'{"schema": 1, "build": {'])
 def test_a_file_that_is_none_of_misses_is_refused(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "misses.json").write_bytes(text)
     with pytest.raises(BadRequest, match="no file of misses"):
-        read(tmp_path / "misses.json")
+        read_misses(tmp_path / "misses.json")
 
 
 def test_the_command_prints_what_would_have_served(tmp_path: Path) -> None:

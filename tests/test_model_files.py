@@ -11,10 +11,10 @@ import pytest
 from commands import inside
 
 import hubaoti
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.manifest import Program
 from hubaoti.errors import ModelNotFound, OtherProgram
-from hubaoti.manifest import Program
-from hubaoti.model_files import leaves, refuse_other_program, sentence_steps
+from hubaoti.program.model_files import flatten_config, read_sentence_steps, refuse_other_program
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
@@ -65,7 +65,7 @@ def test_another_value_of_a_config_is_refused_by_its_name(
 
 
 def test_a_name_with_two_values_is_not_compared() -> None:
-    assert leaves({"a": {"theta": 1.0}, "b": {"theta": 2.0}, "eps": 3}) == {"eps": 3}
+    assert flatten_config({"a": {"theta": 1.0}, "b": {"theta": 2.0}, "eps": 3}) == {"eps": 3}
 
 
 def test_a_listing_does_not_lead_outside(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_listing_does_not_lead_outside(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "m", {})
     (folder / "modules.json").write_text(json.dumps(listing))
     with pytest.raises(ModelNotFound, match="outside"):
-        sentence_steps(folder)
+        read_sentence_steps(folder)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._inductor import config
 
-from hubaoti.canonical import canonical
-from hubaoti.compiler.inductor import ALONE, WEIGHTLESS
-from hubaoti.compiler.options import MODES, options_of, options_of_mode, parse_options, refusal
+from hubaoti.artifact.canonical import encode_canonical
+from hubaoti.artifact.schema import Target
+from hubaoti.compiler import options as options_module
+from hubaoti.compiler.inductor import ALONE, WEIGHTLESS, choose_inductor_options
+from hubaoti.compiler.inductor_options import ANY_DEVICE, GPU_KERNELS
+from hubaoti.compiler.options import (
+    MODES,
+    merge_options,
+    options_of_mode,
+    parse_options,
+    refuse_option,
+)
 from hubaoti.errors import BadRequest
 
 ALL = torch._inductor.list_options()
-ALLOWED = [name for name in ALL if refusal(name, "cuda") is None]
+ALLOWED = [name for name in ALL if refuse_option(name, "cuda") is None]
 
 
 def parsed(*texts: str) -> dict[str, Any]:
@@ -163,6 +172,67 @@ def test_what_is_not_for_users_is_refused_with_its_reason(name: str, reason: str
     assert name in str(caught.value)
 
 
+class NewerTorch:
+    """Inductor's config as a torch may have it that nobody has read yet."""
+
+    new = {"fuse_everything": True, "triton.faster_reductions": False, "epilogue_fusion_last": True}
+
+    def get_config_copy(self) -> dict[str, Any]:
+        return config.get_config_copy() | self.new
+
+    def get_type(self, name: str) -> Any:
+        return bool if name in self.new else config.get_type(name)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", NewerTorch.new)
+def test_what_a_new_torch_brings_is_refused(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options_module, "_declared", NewerTorch())
+    with pytest.raises(BadRequest, match="does not know what it changes") as caught:
+        parse_options({name: True}, device)
+    assert name in str(caught.value)
+    assert "leave it out" in caught.value.hint
+    assert "inductor_options.py" in caught.value.hint
+    assert parse_options({"max_fusion_size": 128}, device) == {"max_fusion_size": 128}
+
+
+def test_a_refused_option_that_hubaoti_does_not_know_is_refused_with_the_near_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(options_module, "_declared", NewerTorch())
+    with pytest.raises(BadRequest, match="epilogue_fusion_last") as caught:
+        parsed("epilogue_fusion_last=true")
+    assert "near ones: epilogue_fusion" in caught.value.hint
+
+
+def test_a_listed_option_whose_values_became_python_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(NewerTorch, "get_type", lambda self, name: type)
+    monkeypatch.setattr(options_module, "_declared", NewerTorch())
+    with pytest.raises(BadRequest, match="Python"):
+        parsed("max_fusion_size=128")
+
+
+@pytest.mark.parametrize(
+    ("device", "listed"), [("cpu", ANY_DEVICE), ("cuda", ANY_DEVICE | GPU_KERNELS)]
+)
+def test_what_is_for_users_is_what_is_listed_and_this_torch_has(
+    device: str, listed: frozenset[str]
+) -> None:
+    assert {name for name in ALL if refuse_option(name, device) is None} == listed & {*ALL}
+
+
+def test_an_option_is_listed_once_and_is_not_one_that_hubaoti_sets() -> None:
+    assert not ANY_DEVICE & GPU_KERNELS
+    assert not (ANY_DEVICE | GPU_KERNELS) & {*WEIGHTLESS, *ALONE}
+    for device in ("cpu", "cuda"):
+        target = Target(device=device, os="linux", level="x86_64_v3", torch="2.13.0", git="b" * 40)
+        assert not (ANY_DEVICE | GPU_KERNELS) & {*choose_inductor_options(target)}
+
+
 def test_no_path_of_this_machine_can_be_an_option() -> None:
     """By their defaults, too: what torch itself fills with a path is no option of ours."""
     defaults = config.get_config_copy()
@@ -181,7 +251,7 @@ def test_every_allowed_option_is_json_and_none_at_its_default() -> None:
     defaults = config.get_config_copy()
     given = {name: defaults[name] for name in ALLOWED}
     assert parse_options(given, "cuda") == {}
-    assert all(canonical(value) for value in given.values())
+    assert all(encode_canonical(value) for value in given.values())
 
 
 def test_two_spellings_of_one_value_are_one() -> None:
@@ -224,7 +294,7 @@ def test_whatever_is_accepted_can_be_said_again(name: str, text: str) -> None:
     except BadRequest as error:
         assert error.hint
     else:
-        assert parse_options(json.loads(canonical(options)), "cuda") == options
+        assert parse_options(json.loads(encode_canonical(options)), "cuda") == options
 
 
 def test_a_cpu_graph_has_no_options_of_gpu_kernels() -> None:
@@ -252,11 +322,11 @@ def test_a_mode_s_options_could_have_been_given_one_by_one(mode: str) -> None:
 
 
 def test_what_is_given_overrides_the_mode_even_with_a_default() -> None:
-    assert options_of("max-autotune", ["max_autotune=false"], "cuda") == {
+    assert merge_options("max-autotune", ["max_autotune=false"], "cuda") == {
         "coordinate_descent_tuning": True
     }
-    assert options_of("max-autotune", {}, "cuda") == options_of_mode("max-autotune", "cuda")
-    assert options_of("default", ["cpp.threads=2"], "cpu") == {"cpp.threads": 2}
+    assert merge_options("max-autotune", {}, "cuda") == options_of_mode("max-autotune", "cuda")
+    assert merge_options("default", ["cpp.threads=2"], "cpu") == {"cpp.threads": 2}
 
 
 def test_an_unknown_mode_is_refused_with_those_there_are() -> None:

@@ -11,17 +11,17 @@ import transformers
 from architectures import ARCHITECTURES, PLAIN, VISION, Architecture
 from ordinary import CALLS, asking, given
 
-from hubaoti.compiler.calls import arguments
-from hubaoti.compiler.constants import Place
-from hubaoti.compiler.plan import plan
-from hubaoti.compiler.program import is_program_of
-from hubaoti.compiler.request import Range, Request
-from hubaoti.compiler.source import load
-from hubaoti.compiler.unit import bare_graph, trial_of
-from hubaoti.compiler.verify import over_budget
+from hubaoti.compiler.capture import thaw_arguments
+from hubaoti.compiler.constants import ConstantsFile
+from hubaoti.compiler.from_config import load_source
+from hubaoti.compiler.graph_build import draft_graph, make_trial
+from hubaoti.compiler.plan import make_plan
+from hubaoti.compiler.request import CompileRequest, Range
+from hubaoti.compiler.verify import find_broken_budget
 from hubaoti.errors import BadDim
-from hubaoti.runtime.reasons import Unserved
-from hubaoti.runtime.template import CallPlan, is_own_call
+from hubaoti.program.identity import matches_program
+from hubaoti.runtime.call_template import CallPlan, is_own_call
+from hubaoti.runtime.fallback import CannotServe
 
 CPU = torch.device("cpu")
 CASES = {
@@ -62,8 +62,8 @@ def test_what_a_tokenizer_or_a_processor_gives_is_answered_by_graphs(
     """With words that say nothing, too; a decoder is told to use no cache."""
     architecture = CASES[name]
     architecture.config.save_pretrained(tmp_path)
-    request = Request(task="forward", regions=architecture.regions)
-    found = plan(load(tmp_path, request, CPU), request, CPU)
+    request = CompileRequest(task="forward", regions=architecture.regions)
+    found = make_plan(load_source(tmp_path, request, CPU), request, CPU)
     model = made(architecture.config)
     own = {"use_cache": False} if architecture.generates else {}
     with torch.no_grad(), asking(model, found) as counts:
@@ -78,10 +78,10 @@ def test_a_whole_model_is_called_as_its_users_call_it(name: str, tmp_path: Path)
     """Without positions, which no tokenizer gives; of its own ones it is not deprived."""
     config = CASES[name].config
     config.save_pretrained(tmp_path)
-    request = Request(task="forward", regions="none")
-    found = plan(load(tmp_path, request, CPU), request, CPU)
+    request = CompileRequest(task="forward", regions="none")
+    found = make_plan(load_source(tmp_path, request, CPU), request, CPU)
     model = made(config)
-    assert is_program_of(model, found.source.program, whole=True)
+    assert matches_program(model, found.source.program, whole=True)
     with torch.no_grad(), asking(model, found) as counts:
         for more in ({}, {"output_attentions": False}, {"use_cache": False}):
             for call in CALLS:
@@ -96,8 +96,8 @@ def test_a_whole_model_is_called_as_its_users_call_it(name: str, tmp_path: Path)
 def test_a_whole_decoder_answers_no_cache_to_who_wants_one(tmp_path: Path) -> None:
     config = CASES["llama"].config
     config.save_pretrained(tmp_path)
-    request = Request(task="forward", regions="none")
-    found = plan(load(tmp_path, request, CPU), request, CPU)
+    request = CompileRequest(task="forward", regions="none")
+    found = make_plan(load_source(tmp_path, request, CPU), request, CPU)
     model = made(config)
     with torch.no_grad(), asking(model, found) as counts:
         words = given(model.config, 2, 9, 1)
@@ -134,8 +134,8 @@ def test_whatever_generates_over_a_static_cache_is_answered_by_graphs(
     """However its layers call their own number."""
     config = DECODERS[name].config
     config.save_pretrained(tmp_path)
-    request = Request(task="generate", dims={"cache": Range(8, 63)})
-    found = plan(load(tmp_path, request, CPU), request, CPU)
+    request = CompileRequest(task="generate", dims={"cache": Range(8, 63)})
+    found = make_plan(load_source(tmp_path, request, CPU), request, CPU)
     model = made(config, transformers.AutoModelForCausalLM)
     with torch.no_grad(), asking(model, found) as counts:
         for batch, seq in ((1, 5), (3, 11), (2, 26)):
@@ -173,14 +173,14 @@ STAGES = {
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_with_heads_of_their_own_are_weighed_by_the_most(name: str, tmp_path: Path) -> None:
     STAGES[name].config.save_pretrained(tmp_path)
-    request = Request(task="forward")
-    found = plan(load(tmp_path, request, CPU), request, CPU)
+    request = CompileRequest(task="forward")
+    found = make_plan(load_source(tmp_path, request, CPU), request, CPU)
     for unit in found.units:
         module = found.source.model.get_submodule(unit.region)
-        place = Place(found.source.model, unit.region, module, "")
-        trial = trial_of(found.source, unit, bare_graph(unit), place, CPU)
+        place = ConstantsFile(found.source.model, unit.region, module, "")
+        trial = make_trial(found.source, unit, draft_graph(unit), place, CPU)
         assert trial.scores == 4
-        assert over_budget(dict.fromkeys(unit.bounds, 8), trial, 0.0, 1.0) is None
+        assert find_broken_budget(dict.fromkeys(unit.bounds, 8), trial, 0.0, 1.0) is None
 
 
 MAPS = {
@@ -193,8 +193,8 @@ MAPS = {
 def test_a_network_of_maps_takes_images_of_any_size(name: str, tmp_path: Path) -> None:
     config = MAPS[name].config
     config.save_pretrained(tmp_path)
-    request = Request(task="forward")
-    found = plan(load(tmp_path, request, CPU), request, CPU)
+    request = CompileRequest(task="forward")
+    found = make_plan(load_source(tmp_path, request, CPU), request, CPU)
     model = made(config)
     with torch.no_grad(), asking(model, found) as counts:
         for rows, height, width in ((1, 64, 64), (3, 96, 64), (2, 65, 127), (1, 128, 128)):
@@ -208,8 +208,8 @@ def test_a_network_of_maps_takes_images_of_any_size(name: str, tmp_path: Path) -
 def test_the_sizes_of_images_are_dims_with_the_bounds_that_are_asked_for(tmp_path: Path) -> None:
     MAPS["ConvNextV2"].config.save_pretrained(tmp_path)
     asked = {"height": Range(32, 256), "width": Range(48, 64)}
-    request = Request(task="forward", dims=asked)
-    found = plan(load(tmp_path, request, CPU), request, CPU)
+    request = CompileRequest(task="forward", dims=asked)
+    found = make_plan(load_source(tmp_path, request, CPU), request, CPU)
     assert found.dims.items() > asked.items()
     first = found.units[0]
     assert [*first.bounds.values()][1:] == [Range(8, 64), Range(12, 16)]
@@ -228,13 +228,13 @@ def test_what_counts_patches_or_pixels_keeps_the_size_of_its_config(
     name: str, tmp_path: Path
 ) -> None:
     COUNTING[name].config.save_pretrained(tmp_path)
-    request = Request(task="forward")
-    found = plan(load(tmp_path, request, CPU), request, CPU)
+    request = CompileRequest(task="forward")
+    found = make_plan(load_source(tmp_path, request, CPU), request, CPU)
     assert [*found.dims] == ["batch"]
     if name != "mobilenet":  # of which the line that counts is named when it is exported
-        asked = Request(task="forward", dims={"height": Range(32, 64)})
+        asked = CompileRequest(task="forward", dims={"height": Range(32, 64)})
         with pytest.raises(BadDim, match="no dim 'height'"):
-            plan(load(tmp_path, asked, CPU), asked, CPU)
+            make_plan(load_source(tmp_path, asked, CPU), asked, CPU)
 
 
 # Templates
@@ -249,12 +249,12 @@ def test_a_flag_that_the_graph_does_not_know_may_be_off_but_for_the_one_that_mas
     for flags in ({}, {"use_cache": False}, {"free": False}, {"free": True, "use_cache": None}):
         assert found.flat([x], flags)[0] is x
     for flags in ({"use_cache": True}, {"is_causal": False}):
-        with pytest.raises(Unserved, match="the graph has nothing"):
+        with pytest.raises(CannotServe, match="the graph has nothing"):
             found.flat([x], flags)
 
 
 def test_a_flag_that_may_be_anything_is_the_one_of_the_call_that_was_compiled() -> None:
     template = {"args": [{"tensor": 0}], "kwargs": {"free": {"any": True}}}
     x = torch.ones(1)
-    assert arguments(template, [x], {}) == ([x], {"free": True})
+    assert thaw_arguments(template, [x], {}) == ([x], {"free": True})
     assert is_own_call(template), "no tensor is missing"

@@ -14,9 +14,9 @@ from bundles import MEMBERS, tree_of, write_zip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hubaoti.artifact.manifest import Member
+from hubaoti.artifact.package import hash_file, leads_outside, list_members, pack_folder, unpack
 from hubaoti.errors import BadPackage
-from hubaoti.manifest import Member
-from hubaoti.package import leads_outside, members_of, pack, sha256_of, unpack
 
 LIGHT = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -30,7 +30,7 @@ def package(tmp_path: Path) -> Path:
 
 
 def test_members_are_listed_by_name_with_their_bytes(package: Path, tmp_path: Path) -> None:
-    members = members_of(package)
+    members = list_members(package)
     assert [member.path for member in members] == sorted(MEMBERS)
     assert {member.path: member.size for member in members} == {
         name: len(content) for name, content in MEMBERS.items()
@@ -40,7 +40,7 @@ def test_members_are_listed_by_name_with_their_bytes(package: Path, tmp_path: Pa
 
 
 def test_only_listed_members_are_unpacked_read_only(package: Path, tmp_path: Path) -> None:
-    listed = tuple(member for member in members_of(package) if member.path.endswith(".so"))
+    listed = tuple(member for member in list_members(package) if member.path.endswith(".so"))
     unpack(package, listed, tmp_path / "out")
     (found,) = (path for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert found.name == "root.so"
@@ -54,9 +54,9 @@ def test_equal_folders_give_equal_packages(tmp_path: Path) -> None:
         for path, content in MEMBERS.items():
             (folder / path).write_bytes(content)
         os.utime(folder / "model/root.so", (1, hash(name) % 10**6))
-        pack(folder, tmp_path / f"{name}.pt2")
-    assert sha256_of(tmp_path / "a.pt2") == sha256_of(tmp_path / "b.pt2")
-    unpack(tmp_path / "a.pt2", members_of(tmp_path / "a.pt2"), tmp_path / "out")
+        pack_folder(folder, tmp_path / f"{name}.pt2")
+    assert hash_file(tmp_path / "a.pt2") == hash_file(tmp_path / "b.pt2")
+    unpack(tmp_path / "a.pt2", list_members(tmp_path / "a.pt2"), tmp_path / "out")
     assert tree_of(tmp_path / "out") == tree_of(tmp_path / "a")
 
 
@@ -75,7 +75,7 @@ def test_equal_folders_give_equal_packages(tmp_path: Path) -> None:
 )
 def test_an_entry_that_leads_outside_condemns_the_package(tmp_path: Path, name: str) -> None:
     write_zip(tmp_path / "evil.pt2", {"model/root.so": b"good", name: b"evil"})
-    for act in (members_of, lambda path: unpack(path, (), tmp_path / "out")):
+    for act in (list_members, lambda path: unpack(path, (), tmp_path / "out")):
         with pytest.raises(BadPackage, match="leads outside") as caught:
             act(tmp_path / "evil.pt2")
         assert caught.value.hint
@@ -88,7 +88,7 @@ def test_a_link_condemns_the_package(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "evil.pt2", "w") as archive:
         archive.writestr(entry, "/etc/passwd")
     with pytest.raises(BadPackage, match="leads outside"):
-        members_of(tmp_path / "evil.pt2")
+        list_members(tmp_path / "evil.pt2")
 
 
 def test_two_entries_of_one_name_condemn_the_package(tmp_path: Path) -> None:
@@ -97,12 +97,12 @@ def test_two_entries_of_one_name_condemn_the_package(tmp_path: Path) -> None:
         with pytest.warns(UserWarning, match="Duplicate name"):
             archive.writestr("model/root.so", b"evil")
     with pytest.raises(BadPackage, match="two entries"):
-        members_of(tmp_path / "evil.pt2")
+        list_members(tmp_path / "evil.pt2")
 
 
 def test_a_file_that_is_also_a_folder_is_refused(tmp_path: Path) -> None:
     write_zip(tmp_path / "evil.pt2", {"model": b"file", "model/root.so": b"code"})
-    members = members_of(tmp_path / "evil.pt2")
+    members = list_members(tmp_path / "evil.pt2")
     with pytest.raises(BadPackage, match=r"model/root\.so"):
         unpack(tmp_path / "evil.pt2", members, tmp_path / "out")
 
@@ -136,7 +136,7 @@ def test_a_member_that_is_not_the_listed_one_is_refused(
 def test_a_truncated_package_is_refused(package: Path, keep: int) -> None:
     package.write_bytes(package.read_bytes()[:keep])
     with pytest.raises(BadPackage, match="not a whole zip"):
-        members_of(package)
+        list_members(package)
 
 
 @LIGHT
@@ -150,7 +150,7 @@ def test_a_flipped_bit_is_never_unpacked_as_good(
     with zipfile.ZipFile(folder / "root.pt2", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in MEMBERS.items():
             archive.writestr(name, content)
-    members = members_of(folder / "root.pt2")
+    members = list_members(folder / "root.pt2")
     content = bytearray((folder / "root.pt2").read_bytes())
     for place, mask in flips:
         content[place % len(content)] ^= mask
@@ -181,7 +181,7 @@ def test_whatever_the_names_nothing_lands_outside(
     except (UnicodeEncodeError, ValueError, UserWarning):
         return  # no zip at all
     with suppress(BadPackage):
-        unpack(folder / "root.pt2", members_of(folder / "root.pt2"), out)
+        unpack(folder / "root.pt2", list_members(folder / "root.pt2"), out)
     outside = {path for path in folder.rglob("*") if path.is_file() and out not in path.parents}
     assert outside == {folder / "root.pt2"}
 

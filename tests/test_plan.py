@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ from serving import Form, serving
 from torch import nn
 from transformers import StaticCache
 
-from hubaoti.compiler.cache import ATTENTION
-from hubaoti.compiler.calls import capture
-from hubaoti.compiler.faces import Face, Flat
-from hubaoti.compiler.live import source_of as source_of_calls
-from hubaoti.compiler.plan import Plan, plan, tracing_attention
-from hubaoti.compiler.request import Range, Request, bucket_ranges, ranges
-from hubaoti.compiler.source import Source, attention_of, load
+from hubaoti.artifact.manifest import Input, Program
+from hubaoti.compiler.capture import record_calls
+from hubaoti.compiler.from_config import Source, load_source, use_attention
+from hubaoti.compiler.from_module import make_source
+from hubaoti.compiler.kv_inputs import ATTENTION
+from hubaoti.compiler.plan import Plan, choose_tracing_attention, make_plan
+from hubaoti.compiler.request import CompileRequest, Range, make_bucket_ranges, make_ranges
+from hubaoti.compiler.signature import CallSignature, FlatModule
 from hubaoti.errors import BadDim, BadRequest, CompileFailed
-from hubaoti.manifest import Input, Program
 
 CPU = torch.device("cpu")
 WINDOW = 8
@@ -143,14 +144,14 @@ def planned(tmp_path: Path) -> Callable[..., Plan]:
 
     def find(config: Any, *buckets: str, task: str = "generate", **more: Any) -> Plan:
         config.save_pretrained(tmp_path)
-        dims = ranges(more.pop("dims", ()))
-        request = Request(task=task, dims=dims, buckets=bucket_ranges(buckets), **more)
-        return plan(load(tmp_path, request, CPU), request, CPU)
+        dims = make_ranges(more.pop("dims", ()))
+        request = CompileRequest(task=task, dims=dims, buckets=make_bucket_ranges(buckets), **more)
+        return make_plan(load_source(tmp_path, request, CPU), request, CPU)
 
     return find
 
 
-def shapes(face: Face) -> dict[str, tuple[int | str, ...]]:
+def shapes(face: CallSignature) -> dict[str, tuple[int | str, ...]]:
     return {entry.name: entry.shape for entry in face.inputs}
 
 
@@ -173,25 +174,25 @@ def test_their_blocks_take_all_that_transformers_give_where_nobody_pads(
 @pytest.mark.parametrize("padded", [False, True])
 def test_their_blocks_take_masks_where_captured_calls_pad(padded: bool) -> None:
     model = transformers.LlamaForCausalLM(llama()).eval()
-    request = Request(layout="zerogpu")
-    with capture(model) as calls, torch.no_grad():
+    request = CompileRequest(layout="zerogpu")
+    with record_calls(model) as calls, torch.no_grad():
         for shape in ((2, 7), (3, 11)):
             mask = torch.ones(shape, dtype=torch.int64)
             mask[0, :3] = 0 if padded else 1
             model(torch.ones(shape, dtype=torch.int64), attention_mask=mask, use_cache=False)
-    source, _ = source_of_calls(model, [calls], {}, request)
-    (unit,) = plan(source, request, CPU).units
+    source, _ = make_source(model, replace(request, calls=[calls]))
+    (unit,) = make_plan(source, request, CPU).units
     assert ("attention_mask" in shapes(unit.face)) == padded
 
 
 def test_a_cache_that_a_captured_model_makes_is_refused_with_the_way_without_it() -> None:
     model = transformers.LlamaForCausalLM(llama()).eval()
-    with capture(model) as calls, torch.no_grad():
+    with record_calls(model) as calls, torch.no_grad():
         for shape in ((2, 7), (3, 11)):
             model(torch.ones(shape, dtype=torch.int64))
-    source, _ = source_of_calls(model, [calls], {}, Request())
+    source, _ = make_source(model, CompileRequest(calls=[calls]))
     with pytest.raises(CompileFailed, match="captured with use_cache=False it is given none"):
-        plan(source, Request(), CPU)
+        make_plan(source, CompileRequest(), CPU)
 
 
 def test_an_encoder_is_called_for_them_with_what_its_tokenizer_gives(
@@ -345,8 +346,8 @@ def test_code_that_chooses_its_attention_itself_is_given_no_name_of_ours(
         num_attention_heads=4,
         architectures=["FalconForCausalLM"],
     )
-    assert tracing_attention(planned(config).source) == "sdpa"
-    assert tracing_attention(planned(llama()).source) == ATTENTION
+    assert choose_tracing_attention(planned(config).source) == "sdpa"
+    assert choose_tracing_attention(planned(llama()).source) == ATTENTION
 
 
 def test_a_cache_that_never_exceeds_the_window_needs_no_other_form(
@@ -423,11 +424,11 @@ def test_each_form_answers_as_the_model_s_own_block(
     for unit in found.units:
         assert unit.face.cache is not None
         for path in unit.modules:
-            flat = Flat(model.get_submodule(path), unit.face)
+            flat = FlatModule(model.get_submodule(path), unit.face)
             form = Form(unit.face.template, unit.face.inputs, unit.face.cache, flat)
             forms.setdefault(path, {})[unit.face.cache.kind] = form
     expected = logits(model)
-    with serving(model, forms), attention_of(model, ATTENTION):
+    with serving(model, forms), use_attention(model, ATTENTION):
         answers = logits(model)
     for ours, theirs in zip(answers, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -611,7 +612,7 @@ LOOKS = {"rows": (2, 3, 7), "seq": (9, 14, 23)}
 def source_of(model: nn.Module) -> Source:
     """A plain module as a source."""
     inputs = (Input(name="x", dtype="float32", shape=("rows", "seq", 4), values="real"),)
-    face = Face({"args": [{"tensor": 0}], "kwargs": {}}, inputs)
+    face = CallSignature({"args": [{"tensor": 0}], "kwargs": {}}, inputs)
     return Source(
         model=model,
         program=Program(config={}, code="a" * 64, task="forward"),
@@ -625,14 +626,14 @@ def source_of(model: nn.Module) -> Source:
 
 
 def test_a_module_of_no_repeated_blocks_is_compiled_whole() -> None:
-    found = plan(source_of(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), Request(), CPU)
+    found = make_plan(source_of(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), CompileRequest(), CPU)
     assert [unit.id for unit in found.units] == ["root"]
     assert found.source.regions == "none"
 
 
 def test_a_block_that_cannot_be_recorded_stays_eager_with_the_reason() -> None:
     model = Stack(Block(), Block(), extra=[None, {1, 2}])
-    found = plan(source_of(model), Request(), CPU)
+    found = make_plan(source_of(model), CompileRequest(), CPU)
     assert [unit.modules for unit in found.units] == [("layers.0",)]
     assert found.left_out == ("layers.1: extra is a builtins.set",)
 
@@ -640,7 +641,7 @@ def test_a_block_that_cannot_be_recorded_stays_eager_with_the_reason() -> None:
 def test_where_no_block_can_be_compiled_the_reasons_are_told() -> None:
     model = Stack(Block(), Block(), extra=[{1}, {2}])
     with pytest.raises(CompileFailed, match=r"layers\.0: extra is a builtins\.set; layers\.1"):
-        plan(source_of(model), Request(), CPU)
+        make_plan(source_of(model), CompileRequest(), CPU)
 
 
 def test_a_model_that_calls_no_block_says_so() -> None:
@@ -649,15 +650,15 @@ def test_a_model_that_calls_no_block_says_so() -> None:
             return x
 
     with pytest.raises(CompileFailed, match="the model calls none of them") as caught:
-        plan(source_of(Idle(Block(), Block())), Request(), CPU)
+        make_plan(source_of(Idle(Block(), Block())), CompileRequest(), CPU)
     assert "--regions none" in caught.value.hint
 
 
 def test_a_length_that_follows_from_none_is_a_dim_with_the_sizes_that_were_seen() -> None:
     model = Stack(Block(lambda x: x[:, ::4]), Block())
-    found = plan(source_of(model), Request(), CPU)
+    found = make_plan(source_of(model), CompileRequest(), CPU)
     bounds = {unit.id: unit.bounds for unit in found.units}
     (odd,) = [name for each in bounds.values() for name in each if name not in LOOKS]
     assert found.dims[odd] == Range(3, 6)
-    wide = plan(source_of(model), Request(dims={odd: Range(1, 16)}), CPU)
+    wide = make_plan(source_of(model), CompileRequest(dims={odd: Range(1, 16)}), CPU)
     assert wide.dims[odd] == Range(1, 16)

@@ -14,7 +14,16 @@ from torch.export import Dim, export
 
 from hubaoti.errors import BadRequest, CompileFailed, MissingConstant, MissingDependency
 from hubaoti.runtime import quantize as quantizing
-from hubaoti.runtime.quantize import FITS, RECIPES, Fit, Made, check, lowered, make, quantize
+from hubaoti.runtime.quantize import (
+    FITS,
+    RECIPES,
+    LayerFit,
+    Made,
+    check_recipe,
+    make_lowering_constant,
+    make_quantized,
+    quantize,
+)
 
 CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,7 +72,7 @@ def fake_float8(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchao.quantization import quant_api
 
     monkeypatch.setattr(quant_api, "_check_hardware_support", lambda granularity: None)
-    fit = Fit((torch.bfloat16,), sizes=(16, 16))
+    fit = LayerFit((torch.bfloat16,), sizes=(16, 16))
     monkeypatch.setitem(FITS, "float8dq", {**FITS["float8dq"], "cpu": fit})
 
 
@@ -92,13 +101,13 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def assert_remade(module: nn.Module, made: dict[str, Made], before: dict[str, Tensor]) -> None:
-    """Each new tensor is what `make` makes of the tensor before, bit for bit and as it lies."""
+    """Each new tensor is what `make_quantized` makes of the one before, bit for bit, as it lies."""
     after = tensors(module)
     assert after.keys() - before.keys() == made.keys()
     for fqn, each in made.items():
         source = before[each.source]
         assert (each.dtype, each.shape) == (str(source.dtype)[6:], tuple(source.shape))
-        ours, theirs = make(each.transform, source.detach()), after[fqn].detach()
+        ours, theirs = make_quantized(each.transform, source.detach()), after[fqn].detach()
         assert (ours.dtype, ours.shape, ours.stride()) == (
             theirs.dtype,
             theirs.shape,
@@ -119,11 +128,11 @@ def test_a_runtime_makes_torchao_s_constants_from_the_checkpoint_s(
     module[0].weight[2] *= 1e-6
     module[0].weight[3] = module[0].weight[3].abs() * 40
     before = dict(tensors(module))
-    parts = quantizing.swap(module, recipe, CPU, {"0": module[0]})["0"]
+    parts = quantizing.quantize_with_torchao(module, recipe, CPU, {"0": module[0]})["0"]
     after = tensors(module)
     for at, part in enumerate(parts):
         theirs = after[f"0.parametrizations.weight.original{at}"]
-        ours = make(f"{recipe}.{part}", before["0.weight"])
+        ours = make_quantized(f"{recipe}.{part}", before["0.weight"])
         assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride())
         assert torch.equal(ours, theirs), part
 
@@ -132,10 +141,10 @@ def test_a_runtime_makes_torchao_s_constants_from_the_checkpoint_s(
 def test_float8_constants_are_torchao_s(fake_float8: None, out: int, width: int) -> None:
     module = nn.Sequential(nn.Linear(width, out)).to(torch.bfloat16)
     before = dict(tensors(module))
-    quantizing.swap(module, "float8dq", CPU, {"0": module[0]})
+    quantizing.quantize_with_torchao(module, "float8dq", CPU, {"0": module[0]})
     values, scale = (tensors(module)[f"0.parametrizations.weight.original{at}"] for at in (0, 1))
-    assert torch.equal(make("float8dq.qdata", before["0.weight"]).float(), values.float())
-    assert torch.equal(make("float8dq.scale", before["0.weight"]), scale)
+    assert torch.equal(make_quantized("float8dq.qdata", before["0.weight"]).float(), values.float())
+    assert torch.equal(make_quantized("float8dq.scale", before["0.weight"]), scale)
 
 
 def test_in_float8_neither_a_row_nor_a_token_of_zeros_becomes_nan(fake_float8: None) -> None:
@@ -145,7 +154,7 @@ def test_in_float8_neither_a_row_nor_a_token_of_zeros_becomes_nan(fake_float8: N
     before = dict(tensors(module))
     found = quantize(module, "float8dq", CPU)
     assert_remade(module, found.made, before)
-    assert not make("float8dq.qdata", before["up.weight"]).float()[5].any()
+    assert not make_quantized("float8dq.qdata", before["up.weight"]).float()[5].any()
     token = torch.zeros(1, 2, 128, dtype=torch.bfloat16)
     assert module(token).isfinite().all()
 
@@ -244,31 +253,31 @@ def test_a_module_that_nothing_fits_is_refused(module: nn.Module, words: str) ->
 
 def test_a_device_that_cannot_is_refused_with_what_it_takes() -> None:
     with pytest.raises(CompileFailed, match=r"float8dq needs cuda 8\.9; here is cpu"):
-        check("float8dq", CPU)
+        check_recipe("float8dq", CPU)
     with pytest.raises(CompileFailed, match=r"int4wo needs cpu or cuda 8\.0; here is meta"):
-        check("int4wo", torch.device("meta"))
+        check_recipe("int4wo", torch.device("meta"))
 
 
 def test_a_fake_gpu_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     device = torch.device("cuda", 0)
-    assert check("int4wo", device).dtypes == (torch.bfloat16,)
+    assert check_recipe("int4wo", device).dtypes == (torch.bfloat16,)
     with pytest.raises(CompileFailed, match=r"needs cuda 8\.9; here is cuda:0 8\.6"):
         quantize(Mlp(), "float8dq", device)
 
 
 def test_an_unknown_recipe_names_the_near_one() -> None:
     with pytest.raises(BadRequest, match="int8w") as refused:
-        check("int8w", CPU)
+        check_recipe("int8w", CPU)
     assert "int8wo" in refused.value.hint
     with pytest.raises(BadRequest) as refused:
-        check("awq", CPU)
+        check_recipe("awq", CPU)
     assert all(recipe in refused.value.hint for recipe in RECIPES)
 
 
 def test_an_unknown_transform_is_a_newer_hubaoti_s() -> None:
     with pytest.raises(MissingConstant, match="int2wo.qdata") as refused:
-        make("int2wo.qdata", torch.zeros(2, 2))
+        make_quantized("int2wo.qdata", torch.zeros(2, 2))
     assert "upgrade" in refused.value.hint
 
 
@@ -278,13 +287,13 @@ def test_without_torchao_compiling_says_so_and_running_does_not_care(
     for name in [name for name in sys.modules if name.split(".")[0] == "torchao"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchao", None)
-    assert make("int8wo.qdata", torch.ones(2, 128)).tolist() == [[127] * 128] * 2
+    assert make_quantized("int8wo.qdata", torch.ones(2, 128)).tolist() == [[127] * 128] * 2
     with pytest.raises(MissingDependency, match="torchao"):
         quantize(Mlp(), "int8wo", CPU)
 
 
 def test_a_torchao_that_means_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = quantizing.int8_scale
+    other = quantizing.compute_int8_scale
     monkeypatch.setitem(quantizing.MAKERS, "int8wo.scale", lambda weight: other(weight) * 1.01)
     with pytest.raises(CompileFailed, match="int8wo.scale of up.weight"):
         quantize(Mlp(), "int8wo", CPU)
@@ -294,17 +303,17 @@ def test_a_torchao_that_means_something_else_is_refused(monkeypatch: pytest.Monk
 
 
 def test_a_torchao_that_fails_is_told_in_our_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FITS, "int4wo", {"cpu": Fit(sizes=(1, 128))})
+    monkeypatch.setitem(FITS, "int4wo", {"cpu": LayerFit(sizes=(1, 128))})
     with pytest.raises(CompileFailed, match="dividable by 16"):
         quantize(nn.Linear(128, 10), "int4wo", CPU)
 
 
 def test_the_lowering_s_own_constant_is_the_size_of_a_group() -> None:
-    group = lowered("int4wo", CPU, "constant17")
+    group = make_lowering_constant("int4wo", CPU, "constant17")
     assert group is not None
     assert (int(group), group.dtype, group.shape) == (128, torch.int64, torch.Size([]))
-    assert lowered("int4wo", CPU, "up.weight") is None
-    assert lowered("int8wo", CPU, "constant17") is None
+    assert make_lowering_constant("int4wo", CPU, "up.weight") is None
+    assert make_lowering_constant("int8wo", CPU, "constant17") is None
 
 
 def test_inductor_s_options_stay_as_they_were() -> None:

@@ -17,13 +17,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import AutoModelForCausalLM, StaticCache
 
 import hubaoti
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.attachment.attach import Attachment, find_regions
+from hubaoti.attachment.quantized import NEEDS, WEIGHTS, QuantizedLinear, quantize_linear
+from hubaoti.attachment.stats import Fallback
 from hubaoti.errors import BadRequest, MissingConstant
-from hubaoti.runtime import pages
-from hubaoti.runtime.attach import Attachment, regions_in
-from hubaoti.runtime.quantize import config_of, make, quiet
-from hubaoti.runtime.quantized import NEEDS, WEIGHTS, QuantizedLinear, become_quantized
-from hubaoti.runtime.tally import Fallback
+from hubaoti.runtime import heap
+from hubaoti.runtime.quantize import make_quantized, make_torchao_config, silence_torchao
 from hubaoti.settings import Settings
 
 CPU = torch.device("cpu")
@@ -58,8 +58,8 @@ def torchao(tiny_decoder: Path) -> Any:
     from torchao.quantization import quantize_
 
     found = AutoModelForCausalLM.from_pretrained(tiny_decoder).eval()
-    with quiet(), torch.no_grad():
-        quantize_(found.model.layers, config_of("int8wo", CPU))
+    with silence_torchao(), torch.no_grad():
+        quantize_(found.model.layers, make_torchao_config("int8wo", CPU))
     return found
 
 
@@ -101,7 +101,7 @@ def test_a_module_that_is_quantized_holds_what_its_graphs_read_and_nothing_else(
         held = {each.data_ptr(): each.nbytes for each in model.model.layers.buffers()}
         assert sum(held.values()) < size / 3  # so narrow a block has many scales
         made = {c.fqn for c in quantized_bundle.manifest.graphs[0].constants if c.origin.transform}
-        for region in regions_in(model):
+        for region in find_regions(model):
             tensors, _ = region.inside.look(CPU)
             assert {tensors[fqn].data_ptr() for fqn in made} <= held.keys()
 
@@ -158,7 +158,7 @@ def test_plain_weights_are_quantized_as_they_are_loaded(
 
 def test_its_state_and_its_copies_are_quantized_too(model: Any, attached: Attachment) -> None:
     expected, other = logits(model), copy.deepcopy(model)
-    assert not [*regions_in(other)]
+    assert not [*find_regions(other)]
     torch.testing.assert_close(alone(other), expected)
     for each in other.model.layers.buffers():
         each.zero_()
@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_told_before_anything_is_quantized(
     with pytest.raises(BadRequest, match="mlp.down_proj is a NonDynamically.*, not a Linear"):
         hubaoti.attach(model, quantized_bundle, quantize=True, settings=built_at)
     last.down_proj = down
-    assert len(weights_of(model)) == 14 and not [*regions_in(model)]
+    assert len(weights_of(model)) == 14 and not [*find_regions(model)]
 
 
 # Layers
@@ -212,7 +212,7 @@ def test_a_quantized_linear_is_near_the_one_that_it_was(recipe: str) -> None:
     layer = nn.Linear(256, 64, dtype=torch.bfloat16)
     x, plain = torch.randn(3, 256, dtype=torch.bfloat16), layer.weight.detach().clone()
     expected = layer(x)
-    become_quantized(layer, recipe, NEEDS[recipe])
+    quantize_linear(layer, recipe, NEEDS[recipe])
     assert isinstance(layer, QuantizedLinear) and recipe in repr(layer)
     assert {*layer.state_dict()} == {"bias", *NEEDS[recipe]}
     assert (layer.weight.dtype, layer.weight.shape) == (plain.dtype, plain.shape)
@@ -227,16 +227,16 @@ def test_its_weight_is_torchao_s(recipe: str) -> None:
     torch.manual_seed(3)
     layer = nn.Linear(256, 64, bias=False)
     theirs = nn.Sequential(copy.deepcopy(layer))
-    with quiet(), torch.no_grad():
-        quantize_(theirs, config_of(recipe, CPU))
+    with silence_torchao(), torch.no_grad():
+        quantize_(theirs, make_torchao_config(recipe, CPU))
         rows = theirs(torch.eye(256)).t()
-    become_quantized(layer, recipe, NEEDS[recipe])
+    quantize_linear(layer, recipe, NEEDS[recipe])
     torch.testing.assert_close(layer.weight, rows, rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_pickled_and_moved_as_a_linear() -> None:
     layer = nn.Linear(32, 16)
-    become_quantized(layer, "int8wo", NEEDS["int8wo"])
+    quantize_linear(layer, "int8wo", NEEDS["int8wo"])
     other = pickle.loads(pickle.dumps(layer))
     assert torch.equal(other.weight, layer.weight)
     assert other.to(torch.float64).weight.dtype == torch.float64
@@ -263,22 +263,24 @@ def test_pages_of_a_mapped_file_are_given_back_and_still_there(tmp_path: Path) -
     tensor = torch.from_file(str(file), size=64 << 20, dtype=torch.uint8)
     assert int(tensor.sum(dtype=torch.int64)) == 7 * (64 << 20)
     before, start = resident(), tensor.data_ptr()
-    pages.give_back([(start + 5, start + tensor.nbytes)])
+    heap.release_pages([(start + 5, start + tensor.nbytes)])
     assert before - resident() > 56 << 20
     assert int(tensor.sum(dtype=torch.int64)) == 7 * (64 << 20)
 
 
 def test_only_whole_pages_within_a_file_are_named() -> None:
     page = mmap.PAGESIZE
-    assert [*pages.within([(5, 4 * page + 5)], [(2 * page, 9 * page)])] == [(2 * page, 4 * page)]
-    assert [*pages.within([(5, page + 5)], [(0, 9 * page)])] == []
+    assert [*heap.intersect_pages([(5, 4 * page + 5)], [(2 * page, 9 * page)])] == [
+        (2 * page, 4 * page)
+    ]
+    assert [*heap.intersect_pages([(5, page + 5)], [(0, 9 * page)])] == []
 
 
 def test_a_sketch_looks_as_what_would_be_made() -> None:
-    from hubaoti.runtime.quantized import Sketched
+    from hubaoti.attachment.quantized import Sketched
 
     weight, sketched = torch.randn(16, 128), Sketched()
     for transform in ("int8wo.qdata", "int8wo.scale", "int4wo.qdata", "int4wo.scale_and_zero"):
-        ours, real = sketched(transform, weight), make(transform, weight)
+        ours, real = sketched(transform, weight), make_quantized(transform, weight)
         assert (ours.dtype, ours.shape, ours.stride()) == (real.dtype, real.shape, real.stride())
         assert sketched(transform, weight.clone()) is ours

@@ -12,8 +12,8 @@ import torch
 import transformers
 from torch import nn
 
-from hubaoti.compiler.observe import Given, observe
-from hubaoti.compiler.regions import Group, blocks_of, groups_of
+from hubaoti.compiler.fake_run import Given, observe
+from hubaoti.compiler.regions import Group, find_blocks, group_blocks
 from hubaoti.errors import BadRequest
 
 CPU = torch.device("cpu")
@@ -51,14 +51,14 @@ class Stack(nn.Module):
 def groups(model: nn.Module, *tensors: torch.Tensor, regions: str = "auto") -> tuple[Group, ...]:
     """The groups of a model's blocks, as it is run at two sizes."""
     given = tensors or (torch.empty(3, 4),)
-    blocks = blocks_of(model, regions)
+    blocks = find_blocks(model, regions)
 
     def call(more: int) -> Callable[[], Given]:
         return lambda: Given(
             tuple(torch.empty(t.shape[0] + more, *t.shape[1:], dtype=t.dtype) for t in given), {}
         )
 
-    return groups_of(blocks, observe(model, blocks, [call(0), call(2)], CPU))
+    return group_blocks(blocks, observe(model, blocks, [call(0), call(2)], CPU))
 
 
 def members(model: nn.Module) -> list[tuple[str, ...]]:
@@ -79,12 +79,12 @@ def test_blocks_of_one_class_in_a_list_are_one_group(kind: Any) -> None:
 
 def test_only_the_outermost_blocks_are_found() -> None:
     inner = [nn.Sequential(Block(), Block()) for _ in range(2)]
-    assert [*blocks_of(Stack(*inner), "auto")] == ["layers.0", "layers.1"]
+    assert [*find_blocks(Stack(*inner), "auto")] == ["layers.0", "layers.1"]
 
 
 def test_blocks_within_other_modules_are_found_at_their_paths() -> None:
     model = nn.ModuleDict({"encoder": Stack(Block(), Block()), "decoder": Stack(Block(), Block())})
-    assert [*blocks_of(model, "auto")] == [
+    assert [*find_blocks(model, "auto")] == [
         "encoder.layers.0",
         "encoder.layers.1",
         "decoder.layers.0",
@@ -99,33 +99,33 @@ def test_the_odd_one_among_equal_blocks_is_a_region_of_its_own() -> None:
 
 def test_layers_and_activations_are_no_blocks() -> None:
     plain = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU())
-    assert blocks_of(plain, "auto") == {}
-    assert blocks_of(Stack(Block()), "auto") == {}, "one block is not repeated"
+    assert find_blocks(plain, "auto") == {}
+    assert find_blocks(Stack(Block()), "auto") == {}, "one block is not repeated"
 
 
 @pytest.mark.parametrize("name", ["_no_split_modules", "_repeated_blocks"])
 def test_what_a_model_calls_its_blocks_is_a_region_even_if_there_is_one(name: str) -> None:
     model = Stack(Block())
     setattr(model, name, ["Block"])
-    assert [*blocks_of(model, "auto")] == ["layers.0"]
+    assert [*find_blocks(model, "auto")] == ["layers.0"]
     setattr(model, name, None)
-    assert blocks_of(model, "auto") == {}
+    assert find_blocks(model, "auto") == {}
 
 
 def test_a_path_is_that_module_or_the_children_of_that_list() -> None:
     model = Stack(Block(), Block(), kind=nn.Sequential)
-    assert [*blocks_of(model, "layers.1")] == ["layers.1"]
-    assert [*blocks_of(model, "layers")] == ["layers.0", "layers.1"]
-    assert [*blocks_of(model, "layers.1.up")] == ["layers.1.up"]
+    assert [*find_blocks(model, "layers.1")] == ["layers.1"]
+    assert [*find_blocks(model, "layers")] == ["layers.0", "layers.1"]
+    assert [*find_blocks(model, "layers.1.up")] == ["layers.1.up"]
 
 
 def test_a_path_that_is_not_there_names_the_near_ones() -> None:
     model = Stack(Block(), Block())
     with pytest.raises(BadRequest, match="no module 'layer.1'") as caught:
-        blocks_of(model, "layer.1")
+        find_blocks(model, "layer.1")
     assert "layers.1" in caught.value.hint
     with pytest.raises(BadRequest) as caught:
-        blocks_of(model, "qqqq")
+        find_blocks(model, "qqqq")
     assert "--explain" in caught.value.hint
 
 
@@ -379,7 +379,7 @@ TINY: dict[str, Any] = {
 
 def by_group(model: Any) -> dict[str, list[int]]:
     """The numbers of the blocks in each group of a transformers model."""
-    blocks = blocks_of(model, "auto")
+    blocks = find_blocks(model, "auto")
 
     def call(batch: int, seq: int) -> Callable[[], Given]:
         def given() -> Given:
@@ -389,7 +389,7 @@ def by_group(model: Any) -> dict[str, list[int]]:
 
         return given
 
-    found = groups_of(blocks, observe(model, blocks, [call(2, 5), call(3, 7)], CPU))
+    found = group_blocks(blocks, observe(model, blocks, [call(2, 5), call(3, 7)], CPU))
     return {g.id: [int(path.rpartition(".")[2]) for path in g.modules] for g in found}
 
 

@@ -13,11 +13,11 @@ from hubaoti.compiler.request import (
     LAYOUTS,
     RECIPES,
     TASKS,
+    CompileRequest,
     Range,
-    Request,
-    bucket_ranges,
+    make_bucket_ranges,
+    make_ranges,
     parse_dims,
-    ranges,
 )
 from hubaoti.errors import BadDim, BadRequest, UnknownTask
 from hubaoti.runtime import quantize
@@ -31,7 +31,7 @@ bounds_of = st.tuples(sizes, sizes) | st.tuples(sizes, sizes, steps)
 @given(st.dictionaries(names, bounds_of, max_size=4))
 def test_parse_is_the_inverse_of_str(dims: dict[str, tuple[int, int]]) -> None:
     words = [f"{name}={Range(*bounds)}" for name, bounds in dims.items()]
-    assert parse_dims(words) == ranges(dims) == ranges(words)
+    assert parse_dims(words) == make_ranges(dims) == make_ranges(words)
 
 
 @given(st.lists(st.dictionaries(names, bounds_of, min_size=1, max_size=3), max_size=3))
@@ -39,8 +39,8 @@ def test_a_bucket_is_some_dims_between_commas(
     buckets: list[dict[str, tuple[int, int]]],
 ) -> None:
     words = [",".join(f"{n}={Range(*b)}" for n, b in bucket.items()) for bucket in buckets]
-    expected = tuple(ranges(bucket) for bucket in buckets)
-    assert bucket_ranges(words) == bucket_ranges(buckets) == expected
+    expected = tuple(make_ranges(bucket) for bucket in buckets)
+    assert make_bucket_ranges(words) == make_bucket_ranges(buckets) == expected
 
 
 @given(st.text())
@@ -60,7 +60,7 @@ MALFORMED = ["", "seq", "seq=", "a=1", "a=1:", "a=-1:2", "=1:2", "1a=1:2", "a=1:
 
 @pytest.mark.parametrize("text", MALFORMED)
 def test_a_malformed_dim_is_refused_with_an_example(text: str) -> None:
-    for parse in (parse_dims, bucket_ranges):
+    for parse in (parse_dims, make_bucket_ranges):
         with pytest.raises(BadDim, match="malformed") as caught:
             parse([text])
         assert "--dim" in caught.value.hint
@@ -70,16 +70,16 @@ def test_a_dim_is_given_once() -> None:
     with pytest.raises(BadDim, match="twice"):
         parse_dims(["seq=1:2", "seq=1:2"])
     with pytest.raises(BadDim, match="twice"):
-        bucket_ranges(["seq=1:2,seq=1:2"])
+        make_bucket_ranges(["seq=1:2,seq=1:2"])
 
 
 @given(names, st.integers(-5, 50), st.integers(-5, 50))
 def test_a_dim_that_no_size_has_is_refused(name: str, low: int, high: int) -> None:
     if 1 <= low <= high:
-        assert Request(dims={name: Range(low, high)}).dims[name] == Range(low, high)
+        assert CompileRequest(dims={name: Range(low, high)}).dims[name] == Range(low, high)
     else:
         with pytest.raises(BadDim, match=f"{name} goes from"):
-            Request(dims={name: Range(low, high)})
+            CompileRequest(dims={name: Range(low, high)})
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(-2, 16))
@@ -88,10 +88,10 @@ def test_a_step_that_the_ends_are_no_multiples_of_is_refused(
 ) -> None:
     low, high = min(low, high), max(low, high)
     if step > 0 and low % step == 0 and high % step == 0:
-        assert Request(dims={"seq": Range(low, high, step)}).dims["seq"].step == step
+        assert CompileRequest(dims={"seq": Range(low, high, step)}).dims["seq"].step == step
     else:
         with pytest.raises(BadDim, match=f"in steps of {step}") as caught:
-            Request(dims={"seq": Range(low, high, step)})
+            CompileRequest(dims={"seq": Range(low, high, step)})
         assert "--dim seq=8:4096:8" in caught.value.hint
 
 
@@ -111,7 +111,7 @@ def test_an_unknown_word_is_refused_with_the_known_ones(
     asked: dict[str, str], kind: type[BadRequest], words: tuple[str, ...]
 ) -> None:
     with pytest.raises(kind) as caught:
-        Request(**asked)  # type: ignore[arg-type]
+        CompileRequest(**asked)  # type: ignore[arg-type]
     assert all(word in caught.value.hint for word in words)
 
 
@@ -126,13 +126,13 @@ def test_an_unknown_word_is_refused_with_the_known_ones(
 def test_what_loaders_without_a_manifest_cannot_do_is_refused(
     asked: dict[str, Any], what: str
 ) -> None:
-    assert Request(task="forward", layout="zerogpu").layout == "zerogpu"
+    assert CompileRequest(task="forward", layout="zerogpu").layout == "zerogpu"
     with pytest.raises(BadRequest, match=what) as caught:
-        Request(**asked, layout="zerogpu")
+        CompileRequest(**asked, layout="zerogpu")
     assert "leave it out" in caught.value.hint
 
 
 def test_a_quantization_that_nobody_knows_is_refused_before_torch_is_asked() -> None:
     assert quantize.RECIPES == RECIPES
     with pytest.raises(BadRequest, match="unknown quantization: 'foo'"):
-        Request(quantize="foo")
+        CompileRequest(quantize="foo")

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hubaoti.artifact.requirements import KernelPin, Requirements
+from hubaoti.artifact.variant import Variant
 from hubaoti.errors import BadManifest
-from hubaoti.requirements import KernelPin, Requirements
-from hubaoti.variant import Variant
 
 PIN = KernelPin("kernels-community/flash-attn3", "a" * 40, (90,))
 CPU = Requirements(device="cpu", os="linux", torch="2.13.0+cpu", level="x86_64_v3", glibc="2.34")

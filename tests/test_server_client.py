@@ -119,9 +119,9 @@ def test_a_folder_comes_back_byte_for_byte(api: HfApi, repo: str, tmp_path: Path
 
 
 def test_a_large_file_is_one_object_and_leaves_no_xorb_behind(tmp_path: Path) -> None:
-    from hubaoti.server import running
+    from hubaoti.server import serve_in_thread
 
-    with running(tmp_path / "root") as endpoint:
+    with serve_in_thread(tmp_path / "root") as endpoint:
         api = HfApi(endpoint.url, token=endpoint.token)
         api.create_repo("o/r")
         api.upload_file(path_or_fileobj=BIG, path_in_repo="b.bin", repo_id="o/r")

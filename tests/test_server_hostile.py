@@ -442,7 +442,7 @@ def test_a_token_is_asked_for_before_a_body_is_read(send: Send) -> None:
     refused(send("GET", f"/api/models/{REPO}/auth-check/write", token=None), 401)
 
 
-OPEN = {"paths", "validate_yaml"}
+OPEN = {"view_paths", "validate_yaml"}
 WRITING = [
     route
     for route in ROUTES
@@ -550,7 +550,7 @@ def test_a_card_is_read_while_others_may_write(
         assert send("POST", "/api/repos/create", {"name": "meanwhile"}).status == 200
         return {"tags": ["read"]}
 
-    monkeypatch.setattr(card, "parse", fake)
+    monkeypatch.setattr(card, "parse_card", fake)
     assert commit(send, ("file", {"path": "README.md", "content": "---"})).status == 200
     assert "read" in send("GET", f"/api/models/{REPO}").json["tags"]
 

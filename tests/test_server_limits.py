@@ -23,8 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hubaoti.errors import BadRequest
-from hubaoti.server import Endpoint, ask, connections, running
-from hubaoti.server.access import Hosts, host_in
+from hubaoti.server import Endpoint, connections, request, serve_in_thread
+from hubaoti.server.auth import Hosts, parse_host
 from hubaoti.server.connections import Seldom
 
 HALF = b"GET /api/models HTTP/1.1\r\nHo"
@@ -34,7 +34,7 @@ MANY = b"[]," * (28 * 2**20 // 3)
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Endpoint]:
     """An endpoint of this test's own."""
-    with running(tmp_path / "root") as found:
+    with serve_in_thread(tmp_path / "root") as found:
         yield found
 
 
@@ -104,7 +104,7 @@ def asked(
 def test_half_heads_keep_nobody_out_and_do_not_stay(
     own: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "MOST", 20)
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 20)
     monkeypatch.setattr(connections, "HEAD_SECONDS", 2.0)
     held = [connected(own, HALF) for _ in range(60)]
     start = time.monotonic()
@@ -145,7 +145,7 @@ def test_at_the_limit_of_files_it_answers_and_its_log_stays_short(tmp_path: Path
 def test_where_all_are_busy_the_next_is_told(
     own: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "MOST", 2)
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 2)
     head = b"POST /api/validate-yaml HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
     with connected(own, head), connected(own, head):
         time.sleep(0.2)
@@ -157,7 +157,7 @@ def test_where_all_are_busy_the_next_is_told(
 def test_a_body_that_does_not_come_is_not_waited_for(
     own: Endpoint, monkeypatch: pytest.MonkeyPatch, drips: bool
 ) -> None:
-    monkeypatch.setattr(ask, "_SILENCE", 0.5)
+    monkeypatch.setattr(request, "_SILENCE", 0.5)
     head = b"POST /api/validate-yaml HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n"
     with connected(own, head) as client:
         with suppress(OSError):
@@ -264,7 +264,7 @@ def test_the_host_that_it_listens_on_is_its_name(tmp_path: Path) -> None:
 def test_a_host_is_the_same_with_its_port_and_in_brackets(host: Any) -> None:
     text = str(host)
     spelled = f"[{text}]" if ":" in text else text
-    assert host_in(text) == host_in(f"{spelled}:80") == host_in(spelled.upper()) == text
+    assert parse_host(text) == parse_host(f"{spelled}:80") == parse_host(spelled.upper()) == text
     assert Hosts([text]).hold(f"{spelled}:80")
 
 

@@ -12,18 +12,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hubaoti.server import access, card, gitids, trees, words
-from hubaoti.server.access import Guard
+from hubaoti.server import auth, card, gitids, trees, validation
+from hubaoti.server.auth import Guard
 from hubaoti.server.database import Database
+from hubaoti.server.errors import ServerError
 from hubaoti.server.objects import Objects
-from hubaoti.server.problems import Problem
-from hubaoti.server.trees import Delete, Entry, Put
+from hubaoti.server.trees import Delete, Put, TreeEntry
 
 SEGMENT = st.from_regex(r"[a-z.\-é ]{1,6}", fullmatch=True).filter(lambda s: s not in {".", ".."})
 PATH = st.lists(SEGMENT, min_size=1, max_size=4).map("/".join)
 OID = st.from_regex(r"[0-9a-f]{40}", fullmatch=True)
 ENTRY = st.builds(
-    Entry,
+    TreeEntry,
     blob=OID,
     size=st.integers(0, 2**50),
     sha256=st.from_regex(r"[0-9a-f]{64}", fullmatch=True),
@@ -40,8 +40,8 @@ unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]
 @given(st.text(max_size=30) | PATH)
 def test_an_accepted_path_names_something_below_its_folder(path: str) -> None:
     try:
-        found = words.file_path(path)
-    except Problem:
+        found = validation.check_file_path(path)
+    except ServerError:
         return
     base = Path("/base")
     assert found == path and not Path(path).is_absolute()
@@ -51,80 +51,80 @@ def test_an_accepted_path_names_something_below_its_folder(path: str) -> None:
 @unhurried
 @given(SEGMENT, SEGMENT)
 def test_plain_paths_are_accepted_as_they_are(folder: str, name: str) -> None:
-    assert words.file_path(f"{folder}/{name}") == f"{folder}/{name}"
-    assert words.folder_path(f"{folder}/") == folder
+    assert validation.check_file_path(f"{folder}/{name}") == f"{folder}/{name}"
+    assert validation.check_folder_path(f"{folder}/") == folder
 
 
 REPO_NAME = st.from_regex(r"[A-Za-z0-9_]([A-Za-z0-9_.]?[A-Za-z0-9_]){0,40}", fullmatch=True).filter(
     lambda name: (
         ".." not in name
         and not name.endswith(".git")
-        and name not in {*words.OPERATIONS, *words.KINDS, "api"}
+        and name not in {*validation.OPERATIONS, *validation.KINDS, "api"}
     )
 )
 
 
 @unhurried
-@given(st.sampled_from(sorted(words.KINDS.values())), REPO_NAME, REPO_NAME)
+@given(st.sampled_from(sorted(validation.KINDS.values())), REPO_NAME, REPO_NAME)
 def test_a_repos_name_is_read_as_it_is_written(kind: str, owner: str, name: str) -> None:
-    found = words.repo_id(kind, f"{owner}/{name}", "local")
+    found = validation.parse_repo_id(kind, f"{owner}/{name}", "local")
     assert (found.kind, found.owner, found.name) == (kind, owner, name)
-    assert words.repo_id(kind, found.full_name, "local") == found
-    assert words.repo_id(kind, name, owner) == found
+    assert validation.parse_repo_id(kind, found.full_name, "local") == found
+    assert validation.parse_repo_id(kind, name, owner) == found
 
 
 def test_a_ref_may_be_given_in_full() -> None:
     assert (
-        words.ref_name("refs/heads/feat/x", "heads")
+        validation.check_ref_name("refs/heads/feat/x", "heads")
         == "feat/x"
-        == words.ref_name("feat/x", "heads")
+        == validation.check_ref_name("feat/x", "heads")
     )
-    with pytest.raises(Problem):
-        words.ref_name("refs/tags/v1", "heads")
+    with pytest.raises(ServerError):
+        validation.check_ref_name("refs/tags/v1", "heads")
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.dictionaries(PATH, ENTRY, max_size=6))
-def test_a_tree_is_read_as_it_was_written(tree: dict[str, Entry]) -> None:
-    assert trees.load(trees.dump(tree, "commit")) == tree
+def test_a_tree_is_read_as_it_was_written(tree: dict[str, TreeEntry]) -> None:
+    assert trees.load_tree(trees.dump_tree(tree, "commit")) == tree
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.dictionaries(PATH, ENTRY, max_size=4), st.lists(st.tuples(PATH, ENTRY), max_size=4))
 def test_changes_leave_no_path_both_file_and_folder(
-    tree: dict[str, Entry], added: list[tuple[str, Entry]]
+    tree: dict[str, TreeEntry], added: list[tuple[str, TreeEntry]]
 ) -> None:
-    if trees.folders_of(tree) & tree.keys():
+    if trees.list_parent_folders(tree) & tree.keys():
         return
     try:
-        after = trees.changed(tree, [Put(path, entry) for path, entry in added], "commit")
-    except Problem:
+        after = trees.apply_changes(tree, [Put(path, entry) for path, entry in added], "commit")
+    except ServerError:
         return
-    assert not trees.folders_of(after) & after.keys()
+    assert not trees.list_parent_folders(after) & after.keys()
     assert after.keys() == tree.keys() | dict(added).keys()
 
 
 def test_a_folder_is_deleted_with_all_in_it_and_nothing_beside_it() -> None:
-    entry = trees.large("0" * 64, 1)
+    entry = trees.make_lfs_entry("0" * 64, 1)
     tree = dict.fromkeys(["a", "b/c", "b/d/e", "bc"], entry)
-    assert trees.changed(tree, [Delete("b", folder=True)], "").keys() == {"a", "bc"}
-    with pytest.raises(Problem, match="not found"):
-        trees.changed(tree, [Delete("b")], "")
+    assert trees.apply_changes(tree, [Delete("b", folder=True)], "").keys() == {"a", "bc"}
+    with pytest.raises(ServerError, match="not found"):
+        trees.apply_changes(tree, [Delete("b")], "")
 
 
 def test_thousands_of_files_are_deleted_at_once() -> None:
-    tree = {f"d/{number}": trees.large("0" * 64, 1) for number in range(8000)}
+    tree = {f"d/{number}": trees.make_lfs_entry("0" * 64, 1) for number in range(8000)}
     start = time.process_time()
-    assert trees.changed(tree, [Delete(path) for path in tree], "") == {}
+    assert trees.apply_changes(tree, [Delete(path) for path in tree], "") == {}
     assert time.process_time() - start < 5  # a look at each file for each deletion takes 17
 
 
 def test_a_file_put_again_unchanged_keeps_its_last_commit() -> None:
-    old = replace(trees.large("0" * 64, 1), since="old")
-    tree = trees.changed({"f": old}, [Put("f", replace(old, since=""))], "")
+    old = replace(trees.make_lfs_entry("0" * 64, 1), since="old")
+    tree = trees.apply_changes({"f": old}, [Put("f", replace(old, since=""))], "")
     assert tree["f"].since == "old"
-    tree = trees.changed({"f": old}, [Put("f", trees.large("1" * 64, 1))], "")
-    assert trees.load(trees.dump(tree, "new"))["f"].since == "new"
+    tree = trees.apply_changes({"f": old}, [Put("f", trees.make_lfs_entry("1" * 64, 1))], "")
+    assert trees.load_tree(trees.dump_tree(tree, "new"))["f"].since == "new"
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is the judge here")
@@ -149,7 +149,7 @@ def test_our_ids_are_those_that_git_computes(tmp_path: Path) -> None:
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "title", "-m", "message")
-    ids = gitids.tree_ids({path: gitids.blob_id(content) for path, content in files.items()})
+    ids = gitids.hash_trees({path: gitids.hash_blob(content) for path, content in files.items()})
     assert ids[""] == git("rev-parse", "HEAD^{tree}")
     assert ids["z/y/x"] == git("rev-parse", "HEAD:z/y/x")
     commit = gitids.CommitText(ids[""], None, "local", 1700000000, "title", "message")
@@ -166,7 +166,7 @@ def test_a_signature_serves_one_errand_for_an_hour(monkeypatch: pytest.MonkeyPat
     assert guard.honours("errand", signature)
     assert not guard.honours("other", signature)
     assert not Guard("token", b"other").honours("errand", signature)
-    later = time.time() + access.LIFETIME + 1
+    later = time.time() + auth.LIFETIME + 1
     monkeypatch.setattr(time, "time", lambda: later)
     assert not guard.honours("errand", signature)
 
@@ -184,11 +184,11 @@ def test_no_made_up_signature_or_token_is_honoured(said: str) -> None:
 @given(st.text(max_size=200))
 def test_any_readme_is_read_or_refused(text: str) -> None:
     try:
-        found = card.parse(f"---\n{text}\n---\n")
+        found = card.parse_card(f"---\n{text}\n---\n")
     except card.BadCard:
         return
-    card.tags("model", found)
-    card.tags("dataset", found)
+    card.derive_tags("model", found)
+    card.derive_tags("dataset", found)
 
 
 @pytest.mark.parametrize(
@@ -201,14 +201,19 @@ def test_any_readme_is_read_or_refused(text: str) -> None:
     ids=ascii,
 )
 def test_front_matter_ends_at_a_line_of_dashes_only(readme: str) -> None:
-    assert card.parse(readme) == {"license": "mit"}
+    assert card.parse_card(readme) == {"license": "mit"}
 
 
 def test_a_datasets_card_makes_the_tags_that_its_filters_ask_for() -> None:
     said = {"language": ["en"], "task_categories": ["qa"], "tags": ["x"], "license": "mit"}
-    assert card.tags("dataset", said) == ["x", "language:en", "license:mit", "task_categories:qa"]
+    assert card.derive_tags("dataset", said) == [
+        "x",
+        "language:en",
+        "license:mit",
+        "task_categories:qa",
+    ]
     said = {"base_model": "a/b", "base_model_relation": "quantized"}
-    assert card.tags("model", said) == ["base_model:a/b", "base_model:quantized:a/b"]
+    assert card.derive_tags("model", said) == ["base_model:a/b", "base_model:quantized:a/b"]
 
 
 def test_a_transaction_happens_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -259,7 +264,7 @@ def test_a_connection_that_was_busy_at_the_end_is_closed_after_it(tmp_path: Path
 
 def test_an_object_is_whole_and_read_only_or_absent(tmp_path: Path) -> None:
     objects = Objects(tmp_path)
-    with pytest.raises(Problem, match="mismatch"), objects.receive() as incoming:
+    with pytest.raises(ServerError, match="mismatch"), objects.receive() as incoming:
         incoming.write(b"content")
         incoming.keep("0" * 64)
     assert not list((tmp_path / "tmp").iterdir()) and objects.size("0" * 64) is None

@@ -22,7 +22,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from hubaoti import errors
-from hubaoti.server import create_app, run, running, serve
+from hubaoti.server import create_app, run, serve, serve_in_thread
 from hubaoti.server.hub import open_hub
 
 PROGRAM = """
@@ -61,7 +61,7 @@ def test_a_signal_ends_it_in_good_order(tmp_path: Path, number: signal.Signals) 
         server.send_signal(number)
         assert server.wait(10) == 0
         assert server.stdout and server.stdout.read() == "stopped\n"
-    with running(tmp_path / "root") as endpoint:
+    with serve_in_thread(tmp_path / "root") as endpoint:
         assert HfApi(endpoint.url).repo_exists("o/r")
 
 
@@ -69,7 +69,7 @@ def test_what_is_cut_off_at_the_end_is_no_crash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(run, "_GRACE", 0.1)
-    with socket.socket() as client, running(tmp_path / "root") as endpoint:
+    with socket.socket() as client, serve_in_thread(tmp_path / "root") as endpoint:
         address = urlsplit(endpoint.url)
         client.connect((address.hostname, address.port))
         head = b"POST /api/validate-yaml HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
@@ -157,7 +157,7 @@ def test_after_a_kill_a_commit_is_whole_or_absent(tmp_path: Path, moment: str) -
         server.send_signal(signal.SIGKILL)
         server.wait()
         upload.close()
-    with running(root) as endpoint:
+    with serve_in_thread(root) as endpoint:
         api = HfApi(endpoint.url, token=endpoint.token)
         found = api.list_repo_files("o/r")
         assert found in ([".gitattributes"], whole)
@@ -188,7 +188,7 @@ def test_the_official_client_survives_a_kill_in_the_middle(tmp_path: Path) -> No
             wait_for(lambda: any((root / "tmp").iterdir()) or any((root / "xorbs").iterdir()))
             server.send_signal(signal.SIGKILL)
             client.kill()
-    with running(root) as endpoint:
+    with serve_in_thread(root) as endpoint:
         api = HfApi(endpoint.url, token=endpoint.token)
         assert api.list_repo_files("o/r") in ([".gitattributes"], [".gitattributes", "x.bin"])
         api.upload_file(path_or_fileobj=content, path_in_repo="x.bin", repo_id="o/r")
@@ -247,14 +247,14 @@ def test_serve_runs_in_any_thread_and_over_ipv6(tmp_path: Path) -> None:
 def test_each_start_makes_up_a_token_of_its_own(tmp_path: Path) -> None:
     tokens = []
     for _ in range(2):
-        with running(tmp_path / "root") as endpoint:
+        with serve_in_thread(tmp_path / "root") as endpoint:
             tokens.append(endpoint.token)
             assert endpoint.token not in repr(endpoint)
     assert len(set(tokens)) == 2 and min(map(len, tokens)) > 30
 
 
 def test_a_given_token_is_the_token(tmp_path: Path) -> None:
-    with running(tmp_path / "root", token="sesame") as endpoint:
+    with serve_in_thread(tmp_path / "root", token="sesame") as endpoint:
         assert HfApi(endpoint.url, token="sesame").whoami()["name"] == "local"
         assert endpoint.token == "sesame"
 

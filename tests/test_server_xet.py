@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from hubaoti.server import Endpoint, merkle
 from hubaoti.server.database import Database
+from hubaoti.server.errors import ServerError
 from hubaoti.server.ingest import Ingest
 from hubaoti.server.objects import Objects
-from hubaoti.server.problems import Problem
-from hubaoti.server.xet import BadXet, chunks_of, files_of, read_chunk
+from hubaoti.server.xet import BadXet, read_chunk, read_chunks, read_files
 
 END = b"\xff" * 32 + bytes(16)
 HEAD = b"HFRepoMetaData" + bytes(34)
@@ -71,7 +71,7 @@ def digest(content: bytes) -> str:
 
 
 def named(*parts: bytes) -> str:
-    return merkle.root(map(merkle.leaf, parts))
+    return merkle.hash_leaves(map(merkle.hash_chunk, parts))
 
 
 def test_a_xorbs_hash_is_the_one_of_xets_test_vectors() -> None:
@@ -79,7 +79,7 @@ def test_a_xorbs_hash_is_the_one_of_xets_test_vectors() -> None:
     assert named(b"Hello World!") == alone
     first = "c28f58387a60d4aa200c311cda7c7f77f686614864f5869eadebf765d0a14a69"
     second = "6e4e3263e073ce2c0e78cc770c361e2778db3b054b98ab65e277fc084fa70f22"
-    both = merkle.root([merkle.Node(first, 100), merkle.Node(second, 200)])
+    both = merkle.hash_leaves([merkle.Node(first, 100), merkle.Node(second, 200)])
     assert both == "be64c7003ccd3cf4357364750e04c9592b3c36705dee76a71590c011766b6c14"
 
 
@@ -89,7 +89,7 @@ def test_a_xorb_gives_back_the_chunks_it_was_made_of(parts: list[tuple[bytes, in
     xorb = b"".join(chunk(content, scheme) for content, scheme in parts)
     for whole in (xorb, xorb + b"XETBLOB" + bytes(30)):
         file = io.BytesIO(whole)
-        found = chunks_of(file, len(whole))
+        found = read_chunks(file, len(whole))
         assert [read_chunk(file, at.offset) for at in found] == [content for content, _ in parts]
         assert [at.length for at in found] == [len(content) for content, _ in parts]
 
@@ -99,7 +99,7 @@ def test_a_xorb_gives_back_the_chunks_it_was_made_of(parts: list[tuple[bytes, in
 def test_any_bytes_are_a_xorb_or_refused(content: bytes, headed: bool) -> None:
     content = chunk(b"abc") + content if headed else content
     with suppress(BadXet):
-        for at in chunks_of(io.BytesIO(content), len(content)):
+        for at in read_chunks(io.BytesIO(content), len(content)):
             read_chunk(io.BytesIO(content), at.offset)
 
 
@@ -108,7 +108,7 @@ def test_any_bytes_are_a_xorb_or_refused(content: bytes, headed: bool) -> None:
 def test_any_bytes_are_a_shard_or_refused(content: bytes) -> None:
     for said in (content, HEAD + content, HEAD + content + END):
         with suppress(BadXet):
-            list(files_of(said))
+            list(read_files(said))
 
 
 BOMB = lz4.frame.compress(bytes(50_000_000))
@@ -134,7 +134,7 @@ BAD_CHUNKS = {
 def test_a_lying_xorb_is_refused(content: bytes) -> None:
     file = io.BytesIO(content)
     with pytest.raises(BadXet):
-        for at in chunks_of(file, len(content)):
+        for at in read_chunks(file, len(content)):
             read_chunk(file, at.offset)
 
 
@@ -222,7 +222,7 @@ def test_a_xorb_that_the_disk_spoilt_gives_way_to_the_next_upload(filled: Store)
     (root / "xorbs" / TWO).unlink()
     (root / "xorbs" / TWO).write_bytes(chunk(b"spoil"))
     file = shard(file_rows([(TWO, 5, 0, 1)], digest(b"delta")))
-    with pytest.raises(Problem, match="SHA-256 mismatch"):
+    with pytest.raises(ServerError, match="SHA-256 mismatch"):
         ingest.assemble(file)
     assert keep(filled, TWO, chunk(b"delta"))
     ingest.assemble(file)
@@ -259,7 +259,7 @@ def test_a_lying_shard_is_refused_and_leaves_nothing(filled: Store, content: byt
 
 
 def test_a_file_of_another_digest_is_refused_and_leaves_nothing(filled: Store) -> None:
-    with pytest.raises(Problem, match="SHA-256 mismatch"):
+    with pytest.raises(ServerError, match="SHA-256 mismatch"):
         filled[0].assemble(shard(file_rows([(TWO, 5, 0, 1)], digest(b"other"))))
     assert not [*(filled[2] / "objects").iterdir(), *(filled[2] / "tmp").iterdir()]
 
@@ -268,7 +268,7 @@ def test_a_full_disk_is_told_before_it_is_filled(
     filled: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Objects, "free", lambda self: 4)
-    with pytest.raises(Problem, match="full"):
+    with pytest.raises(ServerError, match="full"):
         filled[0].assemble(shard(file_rows([(TWO, 5, 0, 1)], None)))
 
 

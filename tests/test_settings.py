@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hubaoti.settings import ENDPOINT, Settings, environment
+from hubaoti.settings import ENDPOINT, Settings, override_environment
 
 
 def test_an_empty_environment_gives_the_defaults() -> None:
@@ -115,7 +115,7 @@ def test_the_token_is_never_printed() -> None:
 def test_a_variable_is_set_for_a_while_and_then_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HUBAOTI_A", "before")
     monkeypatch.delenv("HUBAOTI_B", raising=False)
-    with pytest.raises(ZeroDivisionError), environment(HUBAOTI_A="now", HUBAOTI_B="now"):
+    with pytest.raises(ZeroDivisionError), override_environment(HUBAOTI_A="now", HUBAOTI_B="now"):
         assert (os.environ["HUBAOTI_A"], os.environ["HUBAOTI_B"]) == ("now", "now")
         _ = 1 / 0
     assert os.environ["HUBAOTI_A"] == "before"

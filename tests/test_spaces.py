@@ -26,7 +26,10 @@ from space import Net, X, net
 import hubaoti
 import hubaoti.spaces
 from hubaoti import api
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.package import pack_folder
+from hubaoti.artifact.requirements import Requirements
+from hubaoti.attachment.stats import Fallback
 from hubaoti.errors import (
     AlreadyAttached,
     BadRequest,
@@ -37,16 +40,13 @@ from hubaoti.errors import (
     OtherProgram,
     Untrusted,
 )
-from hubaoti.hub.fleet import judge_without_gpu
-from hubaoti.hub.foreign import NoDigests
+from hubaoti.hub.pull_all import judge_without_gpu
 from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
-from hubaoti.package import pack
-from hubaoti.requirements import Requirements
-from hubaoti.runtime.tally import Fallback
 from hubaoti.settings import Settings
-from hubaoti.spaces.loose import misfit
-from hubaoti.spaces.worker import host_of
+from hubaoti.spaces.unsigned.fetch import NoDigests
+from hubaoti.spaces.unsigned.load import describe_misfit
+from hubaoti.spaces.worker import build_worker_host
 
 SPACE = Path(__file__).with_name("space.py")
 PLACE = "float32-native/torch2.13-cpu-x86_64_v3-linux"
@@ -177,7 +177,7 @@ def test_the_first_open_is_the_first_worker_s_and_remembered(
 def test_a_first_open_that_was_ended_from_outside_is_made_again_later(
     repo_of_blocks: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hubaoti.runtime.waiting.REST", 3600.0)
+    monkeypatch.setattr("hubaoti.spaces.deferred.REST", 3600.0)
     module = net()
     loaded = hubaoti.spaces.load(module, repo_of_blocks, trust=True, settings=settings)
     with torch.no_grad(), loaded, pytest.warns(Fallback, match="SIGTERM"):
@@ -187,7 +187,7 @@ def test_a_first_open_that_was_ended_from_outside_is_made_again_later(
         assert loaded.stats()["compiled"] == 0
         assert "SIGTERM" in loaded.stats()["process"]["why"]
         later = SimpleNamespace(monotonic=lambda: time.monotonic() + 3601.0)
-        monkeypatch.setattr("hubaoti.runtime.waiting.time", later)
+        monkeypatch.setattr("hubaoti.spaces.deferred.time", later)
         for _ in range(2):  # the first is compared
             module(X)
         assert loaded.stats()["compiled"] > 0
@@ -206,8 +206,9 @@ def test_bytes_that_change_after_the_pull_are_never_opened(
 def test_a_first_open_ends_with_the_worker_that_asked_for_it(tmp_path: Path) -> None:
     told = tmp_path / "pid"
     child = (
-        "import os, sys, time; from hubaoti.runtime.selftest import end_with; "
-        "end_with(int(sys.argv[1])); open(sys.argv[2], 'w').write(str(os.getpid())); time.sleep(60)"
+        "import os, sys, time; from hubaoti.runtime.first_open_child import die_with_parent; "
+        "die_with_parent(int(sys.argv[1])); open(sys.argv[2], 'w').write(str(os.getpid())); "
+        "time.sleep(60)"
     )
     parent = (
         "import os, subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1], "
@@ -283,7 +284,7 @@ def test_a_fork_while_another_thread_opens_graphs_waits_again(
     repo_of_blocks: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the child does right after the fork, done here at such a moment."""
-    from hubaoti.runtime import attach
+    from hubaoti.attachment import attach
 
     module, loaded, forwards = net(), [], []
 
@@ -293,7 +294,7 @@ def test_a_fork_while_another_thread_opens_graphs_waits_again(
         raise RuntimeError("the thread is not there any more")
 
     loaded.append(load(module, repo_of_blocks, settings))
-    monkeypatch.setattr(attach, "attach", halfway)
+    monkeypatch.setattr(attach, "attach_graphs", halfway)
     with torch.no_grad(), pytest.warns(Fallback, match="not there any more"):
         module(X)
     assert forwards == ["blocks.0", "blocks.1", "blocks.2"]
@@ -393,15 +394,15 @@ def test_where_there_is_no_gpu_all_else_is_judged() -> None:
 
 def test_a_worker_judges_the_gpu_that_its_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU is here: what torch would say of one is made up."""
-    from hubaoti.runtime import devices
+    from hubaoti.spaces import devices
 
-    monkeypatch.setattr(devices, "gpu_at", lambda _: ("fake B200", 100, 1 << 37))
-    monkeypatch.setattr(devices, "driver_cuda", lambda: "13.1")
+    monkeypatch.setattr(devices, "query_gpu", lambda _: ("fake B200", 100, 1 << 37))
+    monkeypatch.setattr(devices, "query_driver_cuda", lambda: "13.1")
     blind = replace(make_gpu_host(), gpus=(), driver_cuda=None)
-    found = host_of(blind, torch.device("cuda", 0))
+    found = build_worker_host(blind, torch.device("cuda", 0))
     assert [(gpu.name, gpu.sm) for gpu in found.gpus] == [("fake B200", 100)]
     assert found.driver_cuda == "13.1"
-    assert host_of(blind, CPU) is blind
+    assert build_worker_host(blind, CPU) is blind
 
 
 # The layout of other loaders
@@ -537,7 +538,7 @@ def test_a_package_that_crashes_takes_no_worker_along(
     folder.mkdir(parents=True)
     library = folder / "a.wrapper.so"
     subprocess.run(["g++", "-shared", "-fPIC", "-x", "c", source, "-o", library], check=True)
-    pack(tmp_path / "package", tmp_path / "package.pt2")
+    pack_folder(tmp_path / "package", tmp_path / "package.pt2")
     put(hub, repo, "package/root/package.pt2", (tmp_path / "package.pt2").read_bytes())
     told = play(settings, "few", repo)
     answers = [*told["workers"], told["main"], told["after"]]
@@ -552,7 +553,7 @@ def test_a_package_that_cannot_be_opened_costs_one_process_and_no_request_anothe
     folder = tmp_path / "package/model/data/aotinductor/model"
     folder.mkdir(parents=True)
     (folder / "a.wrapper.so").write_bytes(b"no library")
-    pack(tmp_path / "package", tmp_path / "package.pt2")
+    pack_folder(tmp_path / "package", tmp_path / "package.pt2")
     put(hub, repo, "package/root/package.pt2", (tmp_path / "package.pt2").read_bytes())
     told = play(settings, "first_opens", repo)
     assert told["workers"] == [{"off": 0.0, "started": n} for n in (1, 0, 0)]
@@ -639,14 +640,14 @@ def test_a_repo_with_nothing_to_run_says_so(hub: HfApi, repo: str, settings: Set
     ],
 )
 def test_what_a_package_says_of_its_host_is_judged(said: dict[str, str], why: str | None) -> None:
-    found = misfit(said, make_host(), CPU)
+    found = describe_misfit(said, make_host(), CPU)
     assert (found is None) if why is None else (why in (found or ""))
 
 
 def test_a_package_of_another_gpu_is_refused() -> None:
     host, cuda = make_gpu_host(), torch.device("cuda", 0)
-    assert misfit({"AOTI_COMPUTE_CAPABILITY": "90"}, host, cuda) is None
-    assert "sm_120" in (misfit({"AOTI_COMPUTE_CAPABILITY": "120"}, host, cuda) or "")
+    assert describe_misfit({"AOTI_COMPUTE_CAPABILITY": "90"}, host, cuda) is None
+    assert "sm_120" in (describe_misfit({"AOTI_COMPUTE_CAPABILITY": "120"}, host, cuda) or "")
 
 
 def test_a_model_whose_config_says_something_else_is_refused(

@@ -13,11 +13,11 @@ import torch
 from bundles import describe, make_bundle
 from tokenizers import Tokenizer
 
+from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.manifest import Input
 from hubaoti.errors import BadInput, ModelNotFound, OutOfBounds
-from hubaoti.manifest import Graph as Entry
-from hubaoti.manifest import Input
 from hubaoti.runtime.graph import Graph
-from hubaoti.runtime.text import TextEncoder, TextModel, shortened
+from hubaoti.runtime.text import TextEncoder, TextModel, shorten_text
 
 CPU = torch.device("cpu")
 SHORT, LONG = "cat", "the cat sits on the warm windowsill"
@@ -111,8 +111,8 @@ def test_bytes_that_are_no_text_are_refused(folder: Path) -> None:
 
 
 def test_a_long_text_is_shown_by_its_beginning() -> None:
-    assert shortened("a" * 40) == "a" * 40
-    assert shortened("a" * 41) == "a" * 39 + "…"
+    assert shorten_text("a" * 40) == "a" * 40
+    assert shorten_text("a" * 41) == "a" * 39 + "…"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b'{"model": 1}', b"\xff\xfe"])

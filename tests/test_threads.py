@@ -13,21 +13,21 @@ import torch
 from transformers import AutoModelForCausalLM, StaticCache
 
 import hubaoti
-from hubaoti.bundle import Bundle
-from hubaoti.package import unpack_all
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.package import unpack_all
 from hubaoti.runtime import golden
-from hubaoti.runtime.checks import Checks
+from hubaoti.runtime.input_checks import Checks
 from hubaoti.runtime.threads import (
     LEAST,
-    MOST,
+    MOST_WORK,
     OPENMP,
     SMALL,
     Constants,
     Limit,
-    in_one,
-    learn,
-    limit_of,
-    seconds_of_a_loop,
+    compute_thread_limit,
+    measure_threads,
+    run_in_one_thread,
+    time_parallel_loop,
 )
 from hubaoti.settings import Settings
 
@@ -37,7 +37,7 @@ needs_openmp = pytest.mark.skipif(OPENMP is None, reason="this torch has no Open
 STARTED = """
 import os, sys, torch
 from pathlib import Path
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
 from hubaoti.runtime import golden
 from hubaoti.runtime.graph import open_graph
 from hubaoti.runtime.threads import OPENMP
@@ -45,12 +45,12 @@ OPENMP.omp_set_num_threads(1)  # whatever torch itself does meanwhile
 bundle, folder = Bundle.read(Path(sys.argv[1])), Path(sys.argv[2])
 entry = bundle.manifest.graphs[0]
 graph = open_graph(folder, entry, torch.device("cpu"))
-graph.bind(golden.constants_for(entry, bundle.path, graph.device))
+graph.bind(golden.make_golden_constants(entry, bundle.path, graph.device))
 count = lambda: len(os.listdir("/proc/self/task"))
 found = [count()]
 for rows, seq in ((1, 2), (4, 40)):
     sizes = {"batch": rows, "seq": seq, "cache": 64, "filled": seq}
-    inputs = golden.inputs_for(entry, sizes)
+    inputs = golden.make_golden_inputs(entry, sizes)
     found.append(int(graph.checks.is_small(inputs)))
     OPENMP.omp_set_num_threads(2)
     graph(*inputs)
@@ -61,7 +61,7 @@ print(*found)
 # What a thread has within such a call, and what torch has there afterwards.
 NEW_THREAD = """
 import sys, threading, torch
-from hubaoti.runtime.threads import OPENMP, in_one
+from hubaoti.runtime.threads import OPENMP, run_in_one_thread
 torch.set_num_threads(int(sys.argv[1]))
 
 def call(query):
@@ -69,7 +69,7 @@ def call(query):
     return OPENMP.omp_get_max_threads()
 
 def work():
-    print(in_one(call, torch.zeros(1, 2, 8, 16)), torch.get_num_threads())
+    print(run_in_one_thread(call, torch.zeros(1, 2, 8, 16)), torch.get_num_threads())
 
 thread = threading.Thread(target=work)
 thread.start()
@@ -97,18 +97,18 @@ def test_a_parallel_loop_is_measured_once_and_the_same_calls_are_small_ever_afte
 ) -> None:
     notes = Kept()
     monkeypatch.setattr(Limit, "is_known", False)
-    learn(notes, "this host")
+    measure_threads(notes, "this host")
     first = Limit.multiplications
-    assert LEAST <= first <= MOST and first.bit_count() == 1
+    assert LEAST <= first <= MOST_WORK and first.bit_count() == 1
     (digest,) = notes
     notes[digest] = (1 << 22).to_bytes(4, "big")
-    learn(notes, "this host")
+    measure_threads(notes, "this host")
     assert Limit.multiplications == first  # this process has begun with it
     monkeypatch.setattr(Limit, "is_known", False)
-    learn(notes, "this host")
+    measure_threads(notes, "this host")
     assert Limit.multiplications == 1 << 22
     monkeypatch.setattr(Limit, "is_known", False)
-    learn(notes, "another host")
+    measure_threads(notes, "another host")
     assert len(notes) == 2
 
 
@@ -122,20 +122,27 @@ def test_a_note_that_is_none_is_measured_again(
             return noted
 
     monkeypatch.setattr(Limit, "is_known", False)
-    learn(Damaged(), "this host")
-    assert LEAST <= Limit.multiplications <= MOST
+    measure_threads(Damaged(), "this host")
+    assert LEAST <= Limit.multiplications <= MOST_WORK
 
 
 def test_the_longer_a_loop_takes_to_start_the_more_is_done_in_one_thread() -> None:
-    assert limit_of(0.0) == LEAST
-    assert limit_of(1e-6) < limit_of(9e-6) == SMALL < limit_of(1e-4) <= limit_of(1.0) == MOST
+    assert compute_thread_limit(0.0) == LEAST
+    assert (
+        compute_thread_limit(1e-6)
+        < compute_thread_limit(9e-6)
+        == SMALL
+        < compute_thread_limit(1e-4)
+        <= compute_thread_limit(1.0)
+        == MOST_WORK
+    )
 
 
 @needs_openmp
 def test_a_loop_costs_microseconds_and_leaves_the_number_of_threads() -> None:
     assert OPENMP is not None
     before = torch.get_num_threads(), OPENMP.omp_get_max_threads()
-    assert 0 <= seconds_of_a_loop(OPENMP) < 0.1
+    assert 0 <= time_parallel_loop(OPENMP) < 0.1
     assert (torch.get_num_threads(), OPENMP.omp_get_max_threads()) == before
 
 
@@ -170,9 +177,9 @@ def test_the_caller_s_threads_are_as_they_were(fails: bool) -> None:
     try:
         if fails:
             with pytest.raises(RuntimeError, match="as native code does"):
-                in_one(run, [7])
+                run_in_one_thread(run, [7])
         else:
-            assert in_one(run, [7]) == [7]
+            assert run_in_one_thread(run, [7]) == [7]
         assert seen == [1]
         assert torch.get_num_threads() == 3
     finally:
@@ -254,9 +261,9 @@ def test_a_region_s_small_calls_are_made_in_one_thread(
 
     def counted(run: Callable[[Any], Any], inputs: Any) -> Any:
         alone.append(inputs[0].shape[0] * inputs[0].shape[1])
-        return in_one(run, inputs)
+        return run_in_one_thread(run, inputs)
 
-    monkeypatch.setattr("hubaoti.runtime.graph.in_one", counted)
+    monkeypatch.setattr("hubaoti.runtime.graph.run_in_one_thread", counted)
     with torch.no_grad(), hubaoti.attach(model, decoder_bundle, strict=True, settings=built_at):
         for rows, seq in ((1, 2), (4, 40)):
             cache = StaticCache(config=model.config, max_cache_len=64)
@@ -266,6 +273,6 @@ def test_a_region_s_small_calls_are_made_in_one_thread(
 
 def test_what_stays_on_a_gpu_is_not_small(decoder_bundle: Bundle) -> None:
     entry = decoder_bundle.manifest.graphs[0]
-    inputs = golden.inputs_for(entry, golden.smallest(entry))
+    inputs = golden.make_golden_inputs(entry, golden.choose_smallest_dims(entry))
     assert Checks(entry, CPU).is_small(inputs)
     assert not Checks(entry, torch.device("cuda", 0)).is_small(inputs)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.errors import BadRequest
-from hubaoti.variant import Recipe, Variant
 
 # A deadline would measure whoever shares the machine.
 unhurried = settings(deadline=None)

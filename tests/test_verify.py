@@ -14,19 +14,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.manifest import Input, Output, Outputs
 from hubaoti.compiler import verify
+from hubaoti.compiler.dims import DimRanges, Probe, choose_probes, limit_graph_dims
 from hubaoti.compiler.request import Range
-from hubaoti.compiler.shapes import Bounds, Probe, of_dims, probes
-from hubaoti.compiler.verify import TOLERANCE, Trial, attempt, capped, compared, distance
+from hubaoti.compiler.verify import (
+    CHECK_TOLERANCE,
+    Trial,
+    cap_probe,
+    measure_difference,
+    record_comparison,
+    try_eager,
+)
 from hubaoti.errors import BadDim, CheckFailed, CompileFailed
-from hubaoti.manifest import Graph as Entry
-from hubaoti.manifest import Input, Output, Outputs
 from hubaoti.runtime.graph import Graph
-from hubaoti.runtime.rule import write
+from hubaoti.runtime.synthetic import fill_synthetic
 
 CPU = torch.device("cpu")
 DIMS = {"batch": Range(1, 4), "seq": Range(2, 16)}
-FLOAT32 = TOLERANCE["float32"]
+FLOAT32 = CHECK_TOLERANCE["float32"]
 IDS = Input(name="input_ids", dtype="int64", shape=("batch", "seq"), values="ids<99")
 MASK = msgspec.structs.replace(IDS, name="attention_mask", values="mask")
 
@@ -38,13 +45,13 @@ class Model(nn.Module):
         super().__init__()
         self.table = nn.Embedding(99, 8)
         self.register_buffer("seen", torch.ones(()))
-        write(self.table.weight, "table")
+        fill_synthetic(self.table.weight, "table")
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (self.table(ids) * mask.unsqueeze(-1),)
 
 
-def entry_of(bounds: Bounds, *inputs: Input, width: int = 8) -> Entry:
+def entry_of(bounds: DimRanges, *inputs: Input, width: int = 8) -> Entry:
     """A graph's entry as the compiler would write it."""
     output = Output(name="output", dtype="float32", shape=("batch", "seq", width))
     return Entry(
@@ -63,7 +70,7 @@ def entry_of(bounds: Bounds, *inputs: Input, width: int = 8) -> Entry:
     )
 
 
-def trial_of(module: nn.Module, bounds: Bounds = DIMS, **more: Any) -> Trial:
+def trial_of(module: nn.Module, bounds: DimRanges = DIMS, **more: Any) -> Trial:
     given: dict[str, Any] = {
         "entry": entry_of(bounds, IDS, MASK),
         "bounds": bounds,
@@ -165,26 +172,26 @@ def test_another_dtype_is_refused(trial: Trial) -> None:
 def test_a_difference_within_the_tolerance_passes_and_is_recorded() -> None:
     eager = torch.tensor([1.0, -4.0])
     probe = Probe({"batch": 1, "seq": 2})
-    check = compared("root", probe, [eager + 0.1], (eager,), TOLERANCE["bfloat16"])
+    check = record_comparison("root", probe, [eager + 0.1], (eager,), CHECK_TOLERANCE["bfloat16"])
     assert check.max_absolute == pytest.approx(0.1)
     assert check.max_relative == pytest.approx(0.025)
     with pytest.raises(CheckFailed, match="1e-04 is allowed"):
-        compared("root", probe, [eager + 0.1], (eager,), FLOAT32)
+        record_comparison("root", probe, [eager + 0.1], (eager,), FLOAT32)
 
 
 def test_each_answer_is_compared_with_its_own_largest_value() -> None:
     small, large = torch.tensor([0.001]), torch.tensor([1000.0])
     probe = Probe({"batch": 1})
     with pytest.raises(CheckFailed):
-        compared("root", probe, [large, small * 2], [large, small], FLOAT32)
+        record_comparison("root", probe, [large, small * 2], [large, small], FLOAT32)
 
 
 def test_where_eager_answers_nan_a_graph_may_too() -> None:
     nan = torch.tensor([float("nan"), float("inf"), 2.0])
-    assert distance(nan, nan.clone()) == (0.0, 2.0)
-    assert distance(torch.zeros(2), torch.zeros(2)) == (0.0, 1.0)
-    assert distance(torch.tensor([1.0, 2.0]), nan[[0, 2]])[0] == float("inf")
-    assert distance(nan[[0, 2]], torch.tensor([1.0, 2.0]))[0] == float("inf")
+    assert measure_difference(nan, nan.clone()) == (0.0, 2.0)
+    assert measure_difference(torch.zeros(2), torch.zeros(2)) == (0.0, 1.0)
+    assert measure_difference(torch.tensor([1.0, 2.0]), nan[[0, 2]])[0] == float("inf")
+    assert measure_difference(nan[[0, 2]], torch.tensor([1.0, 2.0]))[0] == float("inf")
 
 
 # What is written
@@ -237,17 +244,17 @@ def test_a_graph_that_writes_something_else_is_refused(
 
 
 def points(trial: Trial) -> list[dict[str, int]]:
-    return probes(trial.bounds)
+    return choose_probes(trial.bounds)
 
 
 def test_eager_that_can_everything_passes_and_writes_nothing(trial: Trial) -> None:
-    assert attempt(trial, points(trial)) == frozenset()
+    assert try_eager(trial, points(trial)) == frozenset()
 
 
 def test_the_inputs_that_eager_writes_are_named(writing: Trial) -> None:
     unknown = msgspec.structs.replace(HELD, mutated=False)
     asked = replace(writing, entry=entry_of(DIMS, IDS, unknown))
-    assert attempt(asked, points(asked)) == {"held"}
+    assert try_eager(asked, points(asked)) == {"held"}
 
 
 class WritesItsBuffer(Model):
@@ -266,7 +273,7 @@ class ReplacesItsBuffer(Model):
 def test_a_model_that_writes_its_own_buffer_stays_eager(module: Callable[[], nn.Module]) -> None:
     asked = trial_of(module())
     with pytest.raises(CompileFailed, match="writes to its own seen") as caught:
-        attempt(asked, points(asked))
+        try_eager(asked, points(asked))
     assert "eager" in caught.value.hint
 
 
@@ -296,7 +303,7 @@ def test_a_model_that_changes_from_call_to_call_stays_eager(
 ) -> None:
     asked = trial_of(module())
     with pytest.raises(CompileFailed, match=f"changes its own .*{name}") as caught:
-        attempt(asked, points(asked))
+        try_eager(asked, points(asked))
     assert "eager" in caught.value.hint
 
 
@@ -315,11 +322,11 @@ class WantsMore(Model):
 def test_what_eager_cannot_do_is_said_before_it_is_compiled() -> None:
     asked = trial_of(BreaksWhenLong())
     with pytest.raises(BadDim, match="seq = 16 eager itself fails: index out of range") as caught:
-        attempt(asked, points(asked))
+        try_eager(asked, points(asked))
     assert "--dim batch=1:4 --dim seq=2:16" in caught.value.hint
     assert "\n" not in str(caught.value)
     with pytest.raises(CompileFailed, match="pixel_values") as failed:
-        attempt(trial_of(WantsMore()), points(asked))
+        try_eager(trial_of(WantsMore()), points(asked))
     assert failed.value.hint
 
 
@@ -329,7 +336,7 @@ def test_what_eager_cannot_do_is_said_before_it_is_compiled() -> None:
 def test_a_probe_that_would_take_too_long_is_made_smaller_and_says_why(trial: Trial) -> None:
     large = replace(trial, bounds={"batch": Range(1, 64), "seq": Range(2, 512)})
     asked = {"batch": 1, "seq": 512}
-    probe = capped(asked, large, seconds_per_token=verify.SECONDS / 16)
+    probe = cap_probe(asked, large, seconds_per_token=verify.CHECK_SECONDS / 16)
     assert probe.asked == asked
     assert probe.sizes == {"batch": 1, "seq": 16}
     assert probe.capped is not None and probe.capped.startswith("time: it would take")
@@ -340,14 +347,14 @@ def test_a_probe_that_would_take_too_much_memory_is_made_smaller_and_says_why(
 ) -> None:
     bounds = {"batch": Range(1, 1 << 20), "seq": Range(2, 512)}
     large = replace(trial, bounds=bounds, width=100)
-    probe = capped({"batch": 1 << 20, "seq": 2}, large, 0.0)
+    probe = cap_probe({"batch": 1 << 20, "seq": 2}, large, 0.0)
     assert probe.asked == {"batch": 1 << 20, "seq": 2}
     assert 1 < probe.sizes["batch"] < 1 << 20
     assert probe.capped is not None and probe.capped.startswith("memory: it would take")
 
 
 def test_the_smallest_probe_is_never_skipped(trial: Trial) -> None:
-    probe = capped({"batch": 1, "seq": 2}, trial, seconds_per_token=1e6)
+    probe = cap_probe({"batch": 1, "seq": 2}, trial, seconds_per_token=1e6)
     assert probe == Probe({"batch": 1, "seq": 2})
 
 
@@ -359,7 +366,7 @@ def test_a_cap_is_written_into_the_checks(trial: Trial, monkeypatch: pytest.Monk
     assert all(check.asked and check.asked != check.dims for check in cut)
 
 
-def cache_trial(bounds: Bounds) -> Trial:
+def cache_trial(bounds: DimRanges) -> Trial:
     """A decoder's block, of which only the shapes count."""
     held = Input(name="keys", dtype="float32", shape=("batch", 2, "cache", 4), values="real")
     mask = Input(name="mask", dtype="bool", shape=("batch", 1, "seq", "filled"), values="mask")
@@ -378,10 +385,10 @@ def test_a_capped_probe_is_within_the_bounds_and_a_call_fits_its_cache(
 ) -> None:
     seq = Range(min(seq.low, cache.high), seq.high)
     dims = {"batch": Range(1, 64), "seq": seq, "cache": cache}
-    bounds = of_dims(dims, ("batch", "seq", "filled", "cache"), {})
+    bounds = limit_graph_dims(dims, ("batch", "seq", "filled", "cache"), {})
     trial = cache_trial(bounds)
-    for sizes in probes(bounds):
-        probe = capped(sizes, trial, seconds)
+    for sizes in choose_probes(bounds):
+        probe = cap_probe(sizes, trial, seconds)
         assert all(bounds[n].low <= size <= bounds[n].high for n, size in probe.sizes.items())
         order = [probe.sizes[name] for name in ("seq", "filled", "cache")]
         assert order == sorted(order)
@@ -397,5 +404,5 @@ def test_the_same_sizes_have_the_same_inputs(trial: Trial) -> None:
 
 def test_a_graph_is_bound_to_the_memory_that_eager_uses(tmp_path: Path) -> None:
     module = Model()
-    found = verify.constants_of(module, entry_of(DIMS, IDS), tmp_path)
+    found = verify.share_constants(module, entry_of(DIMS, IDS), tmp_path)
     assert found["table.weight"].data_ptr() == module.table.weight.data_ptr()

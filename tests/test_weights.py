@@ -11,17 +11,17 @@ import torch
 from bundles import describe, make_bundle
 from safetensors.torch import save_file
 
+from hubaoti.artifact.manifest import Constant, ConstantOrigin
+from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.errors import BadInput, MissingConstant
-from hubaoti.manifest import Constant, Origin
-from hubaoti.manifest import Graph as Entry
 from hubaoti.runtime.weights import (
     INDEX,
     Checkpoint,
-    aligned,
-    cast,
-    checkpoint_files,
-    constants,
-    from_checkpoint,
+    align_tensor,
+    cast_weight,
+    find_checkpoint_files,
+    load_constants,
+    load_from_checkpoint,
 )
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def constant(
     dtype: str = "float32",
     transform: str | None = None,
 ) -> Constant:
-    origin = Origin(checkpoint=names, transform=transform)
+    origin = ConstantOrigin(checkpoint=names, transform=transform)
     strides = tuple(torch.empty(shape).stride())
     return Constant(fqn=fqn, dtype=dtype, shape=shape, stride=strides, origin=origin)
 
@@ -55,7 +55,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 
 def test_a_tensor_is_found_by_the_first_of_its_names(checkpoint: Checkpoint) -> None:
-    found = from_checkpoint(constant("x", "head.a", "a", "b"), checkpoint, CPU)
+    found = load_from_checkpoint(constant("x", "head.a", "a", "b"), checkpoint, CPU)
     assert torch.equal(found, VALUES["a"])
 
 
@@ -73,12 +73,12 @@ def test_a_file_outside_of_the_folder_is_never_opened(tmp_path: Path) -> None:
     save_file(VALUES, tmp_path / "secret.safetensors")
     outside = {"a": "../secret.safetensors", "b": str(tmp_path / "secret.safetensors")}
     sharded(folder, outside | {"n": "in.safetensors"}, {"in.safetensors": ["n"]})
-    assert checkpoint_files(folder) == [folder / "in.safetensors"]
+    assert find_checkpoint_files(folder) == [folder / "in.safetensors"]
     with pytest.raises(MissingConstant, match="no tensor for x"):
-        from_checkpoint(constant("x", "a"), Checkpoint(folder, CPU), CPU)
+        load_from_checkpoint(constant("x", "a"), Checkpoint(folder, CPU), CPU)
     (folder / INDEX).write_text(json.dumps({"weight_map": outside}))
     with pytest.raises(MissingConstant, match="no safetensors file"):
-        checkpoint_files(folder)
+        find_checkpoint_files(folder)
 
 
 @pytest.mark.parametrize(
@@ -115,13 +115,13 @@ def test_a_damaged_file_is_named(damage: object, tmp_path: Path) -> None:
 
 def test_a_tensor_of_another_shape_is_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(MissingConstant, match=r"a has shape \[2, 3\].*for \[3, 2\]") as caught:
-        from_checkpoint(constant("x", "a", shape=(3, 2)), checkpoint, CPU)
+        load_from_checkpoint(constant("x", "a", shape=(3, 2)), checkpoint, CPU)
     assert "another model" in caught.value.hint
 
 
 def test_a_missing_tensor_is_named_with_all_that_was_looked_for(checkpoint: Checkpoint) -> None:
     with pytest.raises(MissingConstant, match="no tensor for x: looked for y, z; not there"):
-        from_checkpoint(constant("x", "y", "z"), checkpoint, CPU)
+        load_from_checkpoint(constant("x", "y", "z"), checkpoint, CPU)
 
 
 def test_a_constant_that_transformers_makes_is_refused_though_a_tensor_has_its_name(
@@ -129,14 +129,14 @@ def test_a_constant_that_transformers_makes_is_refused_though_a_tensor_has_its_n
 ) -> None:
     made = constant("x", "a", transform="made of several tensors")
     with pytest.raises(MissingConstant, match="transformers makes it") as caught:
-        from_checkpoint(made, checkpoint, CPU)
+        load_from_checkpoint(made, checkpoint, CPU)
     assert "--eager" in caught.value.hint
 
 
 def test_a_bfloat16_checkpoint_serves_a_float32_graph(tmp_path: Path) -> None:
     half = VALUES["a"].to(torch.bfloat16)
     save_file({"a": half}, tmp_path / "model.safetensors")
-    found = from_checkpoint(constant("x", "a"), Checkpoint(tmp_path, CPU), CPU)
+    found = load_from_checkpoint(constant("x", "a"), Checkpoint(tmp_path, CPU), CPU)
     assert found.dtype == torch.float32
     assert torch.equal(found, half.float())
 
@@ -146,7 +146,7 @@ def test_whole_and_broken_numbers_are_not_exchanged(
     name: str, dtype: str, checkpoint: Checkpoint
 ) -> None:
     with pytest.raises(BadInput, match=f"{name} is torch") as caught:
-        cast(name, checkpoint[name], getattr(torch, dtype))
+        cast_weight(name, checkpoint[name], getattr(torch, dtype))
     assert caught.value.hint
 
 
@@ -154,15 +154,15 @@ def test_a_tensor_is_used_where_the_file_is_mapped(tmp_path: Path) -> None:
     save_file({"a": VALUES["a"]}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint(tmp_path, CPU)
     mapped = checkpoint["a"]
-    assert aligned(mapped, CPU).data_ptr() == mapped.data_ptr()
+    assert align_tensor(mapped, CPU).data_ptr() == mapped.data_ptr()
 
 
 def test_a_tensor_at_an_odd_address_is_copied() -> None:
     raw = memoryview(bytearray(33))[1:33]
     odd = torch.frombuffer(raw, dtype=torch.float32)
     assert odd.data_ptr() % 4
-    assert aligned(odd, CPU).data_ptr() % 4 == 0
-    assert aligned(torch.ones(8)[1:], torch.device("cuda", 0)).data_ptr() % 16 == 0
+    assert align_tensor(odd, CPU).data_ptr() % 4 == 0
+    assert align_tensor(torch.ones(8)[1:], torch.device("cuda", 0)).data_ptr() % 16 == 0
 
 
 @pytest.fixture
@@ -178,10 +178,10 @@ def test_constants_of_the_artifact_come_from_its_own_file(
     artifact.mkdir()
     save_file({"table": torch.full((4,), 7.0)}, artifact / "buffers.safetensors")
     shipped = msgspec.structs.replace(
-        constant("table", shape=(4,)), origin=Origin(file="buffers.safetensors")
+        constant("table", shape=(4,)), origin=ConstantOrigin(file="buffers.safetensors")
     )
     whole = msgspec.structs.replace(entry, constants=(constant("x", "a"), shipped))
-    found = constants(whole, artifact, checkpoint, CPU)
+    found = load_constants(whole, artifact, checkpoint, CPU)
     assert torch.equal(found["x"], VALUES["a"])
     assert torch.equal(found["table"], torch.full((4,), 7.0))
 
@@ -190,10 +190,12 @@ def test_an_artifact_s_file_that_is_no_safetensors_is_an_error_that_says_so(
     tmp_path: Path, entry: Entry, checkpoint: Checkpoint
 ) -> None:
     (tmp_path / "buffers.safetensors").write_bytes(b"garbage")
-    shipped = msgspec.structs.replace(constant("table"), origin=Origin(file="buffers.safetensors"))
+    shipped = msgspec.structs.replace(
+        constant("table"), origin=ConstantOrigin(file="buffers.safetensors")
+    )
     whole = msgspec.structs.replace(entry, constants=(shipped,))
     with pytest.raises(MissingConstant, match="buffers.safetensors of the artifact") as caught:
-        constants(whole, tmp_path, checkpoint, CPU)
+        load_constants(whole, tmp_path, checkpoint, CPU)
     assert "compile it again" in caught.value.hint
 
 
@@ -204,9 +206,9 @@ def test_a_constant_that_the_artifact_s_file_lacks_is_an_error_that_says_so(
     artifact.mkdir()
     save_file({"other": torch.ones(1)}, artifact / "buffers.safetensors")
     shipped = msgspec.structs.replace(
-        constant("table", shape=(4,)), origin=Origin(file="buffers.safetensors")
+        constant("table", shape=(4,)), origin=ConstantOrigin(file="buffers.safetensors")
     )
     whole = msgspec.structs.replace(entry, constants=(shipped,))
     with pytest.raises(MissingConstant, match="table") as caught:
-        constants(whole, artifact, checkpoint, CPU)
+        load_constants(whole, artifact, checkpoint, CPU)
     assert caught.value.hint

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 from hubaoti.engines import wire
-from hubaoti.engines.asks import Begin, Tell
-from hubaoti.engines.building import Building, Work
-from hubaoti.engines.isolated import Isolated
+from hubaoti.engines.background_compile import Building, Work
+from hubaoti.engines.messages import Begin, Tell
 from hubaoti.engines.wire import LENGTH, Gone, receive, send
+from hubaoti.engines.worker_client import Isolated
 from hubaoti.errors import BadRequest, CompileFailed, WorkerEnded
 from hubaoti.settings import Settings
 
 STATE = "State('generate', None, 1, 0, 0, {}, 'host')"
 WORKER = """
 import socket, sys, msgspec
-from hubaoti.engines.asks import *
+from hubaoti.engines.messages import *
 from hubaoti.engines.wire import LENGTH, receive
 engine = socket.socket(fileno=int(sys.argv[1]))
 def say(content): engine.sendall(LENGTH.pack(len(content)) + content)
@@ -43,7 +43,7 @@ def speaking(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     """Have the children of a module be some code instead."""
 
     def speak(module: str, code: str) -> None:
-        monkeypatch.setattr(f"{module}.program", lambda name: [sys.executable, "-c", code])
+        monkeypatch.setattr(f"{module}.build_command", lambda name: [sys.executable, "-c", code])
 
     return speak
 
@@ -52,7 +52,7 @@ def speaking(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
 def test_a_worker_that_answers_nothing_of_ours_is_ended_and_started_again(
     what: str, speaking: Callable[[str, str], None], tmp_path: Path
 ) -> None:
-    speaking("hubaoti.engines.isolated", WORKER.format(said=f"{GOOD}; {GARBAGE[what]}"))
+    speaking("hubaoti.engines.worker_client", WORKER.format(said=f"{GOOD}; {GARBAGE[what]}"))
     worker = Isolated(Begin("model", "generate"), Settings(tmp_path))
     before = worker.pid
     with pytest.raises(WorkerEnded, match=r"has no answer: it (said|answered)"):
@@ -65,13 +65,13 @@ def test_a_worker_that_answers_nothing_of_ours_is_ended_and_started_again(
 def test_a_worker_that_begins_with_nothing_of_ours_cannot_be_loaded(
     what: str, speaking: Callable[[str, str], None], tmp_path: Path
 ) -> None:
-    speaking("hubaoti.engines.isolated", WORKER.format(said=GARBAGE[what]))
+    speaking("hubaoti.engines.worker_client", WORKER.format(said=GARBAGE[what]))
     with pytest.raises(WorkerEnded, match=r"cannot be loaded: it (said|answered)"):
         Isolated(Begin("model", "generate"), Settings(tmp_path))
 
 
 def test_what_is_said_between_processes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "LARGEST", 100)
+    monkeypatch.setattr(wire, "LARGEST_RECORD", 100)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         with pytest.raises(BadRequest, match="too much"):
@@ -88,7 +88,9 @@ def test_a_compile_that_says_nothing_of_ours_has_failed(
     said: str, speaking: Callable[[str, str], None]
 ) -> None:
     words: Any = ("model", {}, None, {})
-    speaking("hubaoti.engines.building", f"import sys; sys.stdout.write({said}); sys.exit(3)")
+    speaking(
+        "hubaoti.engines.background_compile", f"import sys; sys.stdout.write({said}); sys.exit(3)"
+    )
     with pytest.raises(CompileFailed, match="code 3"):
         Building(Work(*words)).outcome()
 
@@ -98,7 +100,7 @@ def test_a_compile_s_last_line_counts_whatever_was_printed_before(
 ) -> None:
     words: Any = ("model", {}, None, {})
     code = "print('x' * (3 << 20)); print('{\"digest\": \"abc\"}')"
-    speaking("hubaoti.engines.building", code)
+    speaking("hubaoti.engines.background_compile", code)
     assert Building(Work(*words)).outcome().digest == "abc"
 
 
@@ -108,7 +110,7 @@ def test_a_crash_is_held_against_a_graph_unless_memory_was_limited(
 ) -> None:
     code = WORKER.format(said=f"{GOOD}; import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     words = ["bash", "-c", f'ulimit -v {limit}; exec "$@"', "-", sys.executable, "-c", code]
-    monkeypatch.setattr("hubaoti.engines.isolated.program", lambda name: words)
+    monkeypatch.setattr("hubaoti.engines.worker_client.build_command", lambda name: words)
     blamed: list[int] = []
     monkeypatch.setattr(Isolated, "_blamed", lambda self, number: blamed.append(number) or "")
     worker = Isolated(Begin("model", "generate"), Settings(tmp_path))

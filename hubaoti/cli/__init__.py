@@ -24,7 +24,7 @@ COMMANDS = {
     "mirror": ("mirror", "What is stored on this machine."),
     "trust": ("trust", "The publishers whose code may run here."),
 }
-INTERRUPTED, STOPPED = 130, 143
+_INTERRUPTED, _STOPPED = 130, 143
 
 
 class Commands(click.Group):
@@ -35,7 +35,7 @@ class Commands(click.Group):
         return [*COMMANDS]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """The command itself."""
+        """The command, its module imported for it; None where there is none of this name."""
         if name not in COMMANDS:
             return None
         module = importlib.import_module(f"hubaoti.cli.{COMMANDS[name][0]}")
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Where the reader of our output left, as `head` does, click ends the process with 1, in silence.
     """
     # As an interrupt does, being stopped lets every step take its temporary files along.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_STOPPED))
     sys.exit(dispatch(arguments))
 
 
@@ -73,7 +73,7 @@ def dispatch(arguments: Sequence[str] | None) -> int:
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         print_line("interrupted; nothing half-written was left", err=True)
-        return INTERRUPTED
+        return _INTERRUPTED
     except HubaotiError as error:
         print_lines(f"error: {error}", err=True)
         if error.hint:

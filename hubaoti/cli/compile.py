@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from hubaoti.cli.output import Steps, human_size, print_json, print_line, print_text
-from hubaoti.misses import proposed, read
+from hubaoti.artifact.misses import propose_dims, read_misses
+from hubaoti.cli.output import Steps, format_size, print_json, print_line, print_text
 
 
 @click.command("compile")
@@ -53,46 +53,48 @@ def compile_command(
 ) -> None:
     """Compile MODEL (a Hub id or a folder) from its config; its weights are never read."""
     if from_misses is not None:
-        propose(from_misses, model, as_json)
+        _propose(from_misses, model, as_json)
         return
     if model is None:
         raise click.UsageError("Missing argument 'MODEL'.")
     if explain:
-        explain_model(model, output, as_json, quiet, options)
+        _explain_model(model, output, as_json, quiet, options)
         return
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     from hubaoti import api
 
-    with Steps(quiet) as say:
-        bundle = api.compile(model, output, say=say, **options)
+    with Steps(quiet) as progress:
+        bundle = api.compile(model, output, progress=progress, **options)
     manifest = bundle.manifest
     if as_json:
         facts = {"path": str(bundle.path), "key": manifest.key, "digest": manifest.digest}
         print_json(facts | {"recipe": str(manifest.recipe), "variant": str(manifest.variant)})
     elif not quiet:
         worst = max(check.max_relative for check in manifest.checks)
-        memory, seconds = human_size(manifest.built.peak_bytes), manifest.built.seconds
+        memory, seconds = format_size(manifest.built.peak_bytes), manifest.built.seconds
         print_line(f"{bundle.path}: {manifest.recipe} for {manifest.variant}")
         for graph in manifest.graphs:
-            print_line(f"  {graph.id} serves {counted(len(graph.modules), 'module')}")
-        print_line(f"  {human_size(manifest.size)}, in {seconds:.0f} s with {memory} at most")
+            print_line(f"  {graph.id} serves {_format_count(len(graph.modules), 'module')}")
+        print_line(f"  {format_size(manifest.size)}, in {seconds:.0f} s with {memory} at most")
         print_line(f"  {len(manifest.checks)} checks against eager, largest error {worst:.1e}")
 
 
-def propose(path: Path, model: str | None, as_json: bool) -> None:
+def _propose(path: Path, model: str | None, as_json: bool) -> None:
     """Print what would have served the calls that a file tells of."""
-    misses = read(path)
-    proposal = proposed(misses)
+    misses = read_misses(path)
+    proposal = propose_dims(misses)
     if as_json:
         facts = dataclasses.asdict(proposal) if proposal else {"dims": {}, "buckets": []}
         print_json(facts | {"reasons": misses.reasons})
         return
     for reason, calls in misses.reasons.items():
-        print_line(f"{counted(calls, 'call')} not served ({reason})")
+        print_line(f"{_format_count(calls, 'call')} not served ({reason})")
     for missed in misses.missed:
         sizes = ", ".join(f"{name}={size}" for name, size in missed.sizes.items())
-        print_line(f"  {missed.region} ({missed.reason}): {sizes}; {counted(missed.calls, 'call')}")
+        print_line(
+            f"  {missed.region} ({missed.reason}): {sizes}; {_format_count(missed.calls, 'call')}"
+        )
     if proposal is None:
         print_line("no call was missed for its sizes: no other dims would have served it")
         return
@@ -101,23 +103,23 @@ def propose(path: Path, model: str | None, as_json: bool) -> None:
     print_text(f"proposed: {shlex.join([*words, *proposal.words(), '-o', 'bundle'])}")
 
 
-def explain_model(
+def _explain_model(
     model: str, output: Path | None, as_json: bool, quiet: bool, options: dict[str, Any]
 ) -> None:
-    """Print what would be compiled."""
+    """Print what would be compiled, and whether it is built already; nothing is compiled."""
     from hubaoti import api
 
     for name in ("force", "jobs"):
         options.pop(name)
-    with Steps(quiet) as say:
-        found = api.explain(model, output, say=say, **options)
+    with Steps(quiet) as progress:
+        found = api.explain(model, output, progress=progress, **options)
     if as_json:
         print_json(dataclasses.asdict(found))
         return
     print_line(f"{found.recipe} for {found.variant}, regions {found.regions}")
     print_line(f"  key {found.key[:12]}, {'in ' + found.built if found.built else 'not built yet'}")
     for graph in found.graphs:
-        served = counted(len(graph["modules"]), "module")
+        served = _format_count(len(graph["modules"]), "module")
         print_line(f"  {graph['id']}: {served}, from {graph['modules'][0] or 'the model itself'}")
         bounds = ", ".join(f"{name}={sizes}" for name, sizes in graph["dims"].items())
         print_line(
@@ -129,6 +131,5 @@ def explain_model(
         print_line(f"  stays eager: {reason}")
 
 
-def counted(number: int, what: str) -> str:
-    """A number of things."""
+def _format_count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from hubaoti.cli.output import human_size, print_json, print_table
-from hubaoti.host import Host, probe
+from hubaoti.cli.output import format_size, print_json, print_table
+from hubaoti.host.probe import Host, probe_host
 from hubaoti.settings import Settings
 
 
@@ -13,30 +13,30 @@ from hubaoti.settings import Settings
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
 def doctor_command(as_json: bool) -> None:
     """Print this host as the facts that artifacts are judged by; nothing is changed."""
-    host = probe(Settings.from_env())
+    host = probe_host(Settings.from_env())
     if as_json:
         print_json(host.to_dict())
     else:
-        print_table(["fact", "value"], facts(host))
+        print_table(["fact", "value"], _list_facts(host))
 
 
-def facts(host: Host) -> list[tuple[str, str]]:
+def _list_facts(host: Host) -> list[tuple[str, str]]:
     """The facts that a person wants, in words."""
     torch = host.torch
     rows = [
         ("system", f"{host.os} {host.machine}, Python {host.python}"),
         ("CPU", f"{host.cpu}, level {host.level}, {host.cores} cores"),
-        ("memory", human_size(host.memory)),
+        ("memory", format_size(host.memory)),
         ("torch", f"{torch.version} at {torch.path}" if torch else "not installed"),
         ("CUDA of torch", (torch and torch.cuda) or "none"),
         ("driver", f"{host.driver}, up to CUDA {host.driver_cuda}" if host.driver else "none"),
     ]
     for index, gpu in enumerate(host.gpus):
-        rows.append((f"GPU {index}", f"{gpu.name}, sm {gpu.sm}, {human_size(gpu.memory)}"))
+        rows.append((f"GPU {index}", f"{gpu.name}, sm {gpu.sm}, {format_size(gpu.memory)}"))
     rows += [
         ("glibc", host.glibc or "unknown"),
         ("libstdc++", f"GLIBCXX {host.glibcxx}, CXXABI {host.cxxabi}"),
-        ("free disk", human_size(host.disk_free)),
+        ("free disk", format_size(host.disk_free)),
         ("endpoint", f"{host.endpoint}{' (offline)' if host.offline else ''}"),
         ("mirror", str(host.mirror)),
     ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hubaoti.cli.output import Steps, human_size, print_json, print_line, print_some
+from hubaoti.cli.output import Steps, format_size, print_json, print_line, print_some
 
 if TYPE_CHECKING:
     from hubaoti.hub.pull import Pulled
@@ -29,8 +29,8 @@ def push_command(bundle: Path, repo: str, quiet: bool, **options: Any) -> None:
     """Publish BUNDLE to REPO (owner/name) in one commit."""
     from hubaoti import api
 
-    with Steps(quiet) as say:
-        commit = api.push(bundle, repo, say=say, **options)
+    with Steps(quiet) as progress:
+        commit = api.push(bundle, repo, progress=progress, **options)
     if not quiet:
         what = "published" if commit.created else "was there already"
         print_line(f"{commit.repo}@{commit.commit}: {commit.path} {what}")
@@ -50,13 +50,13 @@ def pull_command(repo: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Fetch the artifact of REPO (owner/name[@revision]) that fits this host best."""
     from hubaoti import api
 
-    with Steps(quiet or as_json) as say:
-        pulled = api.pull(repo, say=say, **options)
+    with Steps(quiet or as_json) as progress:
+        pulled = api.pull(repo, progress=progress, **options)
     if as_json:
-        print_json(chosen(pulled))
+        print_json(_serialize_pulled(pulled))
     elif not quiet:
         source = "the mirror" if pulled.from_mirror else "the Hub"
-        size = human_size(pulled.artifact.manifest.size)
+        size = format_size(pulled.artifact.manifest.size)
         print_line(f"{pulled.place} ({pulled.verdict.fit}, {size}) from {source}")
         print_line(f"  commit {pulled.commit}, digest {pulled.artifact.digest[:12]}")
         for reason in pulled.verdict.notes:
@@ -66,7 +66,7 @@ def pull_command(repo: str, as_json: bool, quiet: bool, **options: Any) -> None:
         print_some([f"  {note}" for note in pulled.notes])
 
 
-def chosen(pulled: Pulled) -> dict[str, object]:
+def _serialize_pulled(pulled: Pulled) -> dict[str, object]:
     """What was chosen, among what and why, as plain values."""
     considered = [
         {

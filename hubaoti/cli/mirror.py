@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import click
 
-from hubaoti.cli.output import human_size, print_json, print_line, print_table
+from hubaoti.cli.output import format_size, print_json, print_line, print_table
 from hubaoti.mirror import Mirror, Row
 from hubaoti.settings import Settings
 
@@ -32,7 +32,7 @@ def ls_command(as_json: bool) -> None:
             row.origin.commit or "",
             row.recipe,
             row.variant,
-            human_size(row.size),
+            format_size(row.size),
             datetime.fromtimestamp(row.added, UTC).strftime("%Y-%m-%d %H:%M"),
             row.digest[:12],
         )
@@ -60,9 +60,9 @@ def retry_command(as_json: bool) -> None:
     for graph in retried.graphs:
         print_line(f"graph {graph[:12]} is back")
     for row in retried.artifacts:
-        print_line(f"artifact {row.digest[:12]} is back: {named(row)}")
+        print_line(f"artifact {row.digest[:12]} is back: {_format_origin(row)}")
 
 
-def named(row: Row) -> str:
+def _format_origin(row: Row) -> str:
     """Where an artifact came from, and what it is."""
     return f"{row.origin.repo or 'built here'} {row.recipe}/{row.variant}"

@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from hubaoti.escape import LONGEST, bounded, escape, one_line
+from hubaoti.escape import LONGEST, bound_message, escape, escape_line
 
-SOME = 20  # lines of a list whose length is somebody else's
-COLUMN = 60  # where times stand
+_SOME = 20  # lines of a list whose length is somebody else's
+_COLUMN = 60  # where times stand
 
 
 class Steps:
@@ -33,7 +33,7 @@ class Steps:
         self.end()
         self._current, self._since = step, time.perf_counter()
         if not self._quiet:
-            click.echo(f"  {one_line(step, LONGEST):<{COLUMN}}", nl=False, err=self._err)
+            click.echo(f"  {escape_line(step, LONGEST):<{_COLUMN}}", nl=False, err=self._err)
 
     def __enter__(self) -> Steps:
         return self
@@ -49,27 +49,27 @@ class Steps:
     def end(self) -> None:
         """The current step has ended, and no other starts."""
         if self._current and not self._quiet:
-            spent = human_time(time.perf_counter() - self._since)
+            spent = format_time(time.perf_counter() - self._since)
             click.echo(f" {spent:>9}", err=self._err)
         self._current = ""
 
 
 def print_line(text: str, err: bool = False) -> None:
-    """One line, whatever is in it."""
-    click.echo(one_line(text, LONGEST), err=err)
+    """Print text as one line: what a terminal would obey is spelled out, and it is cut."""
+    click.echo(escape_line(text, LONGEST), err=err)
 
 
 def print_some(lines: Sequence[str]) -> None:
     """The first lines of a list that somebody else made, and how many there are more."""
-    for line in lines[:SOME]:
+    for line in lines[:_SOME]:
         print_line(line)
-    if len(lines) > SOME:
-        print_line(f"  and {len(lines) - SOME} more (--json)")
+    if len(lines) > _SOME:
+        print_line(f"  and {len(lines) - _SOME} more (--json)")
 
 
 def print_lines(text: str, err: bool = False) -> None:
     """A message of some lines, as errors have them."""
-    click.echo(bounded(text), err=err)
+    click.echo(bound_message(text), err=err)
 
 
 def print_text(text: str) -> None:
@@ -91,19 +91,19 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(one_line(str(cell), LONGEST) for cell in row))
+        table.add_row(*(escape_line(str(cell), LONGEST) for cell in row))
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console.width = 1000
     console.print(table)
 
 
-def human_time(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     """A time in the unit that a person would say."""
     return f"{seconds:.1f} s" if seconds >= 0.5 else f"{seconds * 1000:.1f} ms"
 
 
-def human_size(size: float | None) -> str:
+def format_size(size: float | None) -> str:
     """Bytes in the unit that a person would say."""
     if size is None:
         return "unknown"

@@ -14,24 +14,24 @@ from hubaoti.errors import BadRequest
 from hubaoti.settings import Settings
 
 if TYPE_CHECKING:
-    from hubaoti.engines.asks import State
     from hubaoti.engines.lightweight import LightweightEngine
+    from hubaoti.engines.messages import State
 
 
 def answer_prompts(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     """Answer prompts, and print the answers or write them to a file."""
-    refuse_odd(options)
+    _refuse_odd(options)
     model = options["model"]
-    with loaded(options, quiet or as_json) as engine:
+    with _load_engine(options, quiet or as_json) as engine:
         if options["file"] is not None:
-            write_answers(engine, options, as_json, quiet)
+            _write_answers(engine, options, as_json, quiet)
         else:
-            print_answers(engine, options, as_json)
+            _print_answers(engine, options, as_json)
         if not (quiet or as_json):
-            print_line(counted(engine.state(model), engine.models()[0].why), err=True)
+            print_line(_summarize_state(engine.state(model), engine.models()[0].why), err=True)
 
 
-def refuse_odd(options: dict[str, Any]) -> None:
+def _refuse_odd(options: dict[str, Any]) -> None:
     """Refuse what would not be read.
 
     Raises:
@@ -45,14 +45,14 @@ def refuse_odd(options: dict[str, Any]) -> None:
 
 
 @contextmanager
-def loaded(options: dict[str, Any], quiet: bool) -> Iterator[LightweightEngine]:
+def _load_engine(options: dict[str, Any], quiet: bool) -> Iterator[LightweightEngine]:
     """An engine with the model, and the graphs of the repo where one is named."""
     from hubaoti import api
     from hubaoti.engines.lightweight import LightweightEngine
 
     settings = Settings.from_env()
     settings = replace(settings, graphs=settings.graphs and not options["eager"])
-    with Steps(quiet) as say:
+    with Steps(quiet) as progress:
         artifact = None
         if options["repo"] is not None and settings.graphs:
             artifact = api.pull(
@@ -60,7 +60,7 @@ def loaded(options: dict[str, Any], quiet: bool) -> Iterator[LightweightEngine]:
                 recipe=options["recipe"],
                 trust=options["trust"],
                 settings=settings,
-                say=say,
+                progress=progress,
             )
         engine = LightweightEngine(
             settings,
@@ -68,15 +68,15 @@ def loaded(options: dict[str, Any], quiet: bool) -> Iterator[LightweightEngine]:
             device=options["device"],
             isolate=options["isolate"],
             ops=options["ops"],
-            say=say,
+            progress=progress,
         )
         engine.load(options["model"], artifact, task="generate")
     with engine:
         yield engine
 
 
-def sampling_of(options: dict[str, Any]) -> dict[str, Any]:
-    """The words of `generate`."""
+def _read_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """The options as words of `generate`; a temperature of 0 is greedy."""
     names = ("max_new_tokens", "seed")
     words = {name: options[name] for name in names if options[name] is not None}
     heat = options["temperature"]
@@ -85,11 +85,11 @@ def sampling_of(options: dict[str, Any]) -> dict[str, Any]:
     return words
 
 
-def print_answers(engine: LightweightEngine, options: dict[str, Any], as_json: bool) -> None:
+def _print_answers(engine: LightweightEngine, options: dict[str, Any], as_json: bool) -> None:
     """What follows each prompt, as text or as JSON."""
     model, prompts = options["model"], options["prompts"]
     started = time.perf_counter()
-    answers = engine.generate(model, prompts, **sampling_of(options))
+    answers = engine.generate(model, prompts, **_read_sampling(options))
     seconds = time.perf_counter() - started
     if as_json:
         found = [
@@ -101,36 +101,40 @@ def print_answers(engine: LightweightEngine, options: dict[str, Any], as_json: b
             }
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        facts = {"model": model, "seconds": round(seconds, 3), **told(engine.state(model))}
+        facts = {
+            "model": model,
+            "seconds": round(seconds, 3),
+            **_serialize_state(engine.state(model)),
+        }
         print_json(facts | {"answers": found})
         return
     for prompt, answer in zip(prompts, answers, strict=True):
         print_text(f"{prompt}{answer.text if answer.text[:1].isspace() else ' ' + answer.text}")
 
 
-def write_answers(
+def _write_answers(
     engine: LightweightEngine, options: dict[str, Any], as_json: bool, quiet: bool
 ) -> None:
-    """Answer a file's prompts, with progress."""
-    from hubaoti.engines.answers import answer_file
+    """Answer a file's prompts into another file, and print how many, and how fast."""
+    from hubaoti.engines.batch_file import answer_file
 
     model, out = options["model"], options["out"]
-    words = sampling_of(options)
-    with bar(quiet or as_json) as show:
+    words = _read_sampling(options)
+    with _show_progress_bar(quiet or as_json) as show:
         done = answer_file(engine, model, options["file"], out, words, show)
     facts = {"out": str(out), "prompts": done.prompts, "answered_before": done.before}
     facts |= {"tokens": done.tokens, "seconds": round(done.seconds, 3)}
     facts |= {"tokens_per_second": round(done.rate, 1)}
     if as_json:
-        print_json(facts | told(engine.state(model)))
+        print_json(facts | _serialize_state(engine.state(model)))
     elif not quiet:
         before = f", {done.before} of them before" if done.before else ""
         print_line(f"{done.prompts} answers in {out}{before}; {done.rate:.0f} tokens/s", err=True)
 
 
 @contextmanager
-def bar(quiet: bool) -> Iterator[Any]:
-    """What shows progress on standard error."""
+def _show_progress_bar(quiet: bool) -> Iterator[Any]:
+    """Show a bar on standard error; the block is given what updates it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -145,16 +149,15 @@ def bar(quiet: bool) -> Iterator[Any]:
         yield show
 
 
-def told(state: State) -> dict[str, Any]:
-    """Who answered, as JSON."""
+def _serialize_state(state: State) -> dict[str, Any]:
     facts = {"artifact": state.artifact, "compiled": state.compiled, "eager": state.eager}
     return facts | {"reasons": state.reasons}
 
 
-def counted(state: State, why: str) -> str:
-    """Who answered, in a line."""
+def _summarize_state(state: State, why: str) -> str:
+    """How many calls the graphs answered, how many the model itself, and why; one line."""
     if state.artifact is None:
         return f"  answered without graphs: {why}"
-    why = ", ".join(f"{reason} {calls}" for reason, calls in state.reasons.items())
-    own = f", the model itself {state.eager} ({why})" if state.eager else ""
+    reasons = ", ".join(f"{reason} {calls}" for reason, calls in state.reasons.items())
+    own = f", the model itself {state.eager} ({reasons})" if state.eager else ""
     return f"  graphs answered {state.compiled} calls of blocks{own}"

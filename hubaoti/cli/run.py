@@ -10,13 +10,13 @@ import click
 
 from hubaoti.cli.output import Steps, print_json, print_line, print_table
 from hubaoti.errors import BadRequest
-from hubaoti.escape import one_line
+from hubaoti.escape import escape_line
 
 if TYPE_CHECKING:
     import torch
 
-FILE = click.Path(path_type=Path, dir_okay=False)
-GENERATES = ("out", "max_new_tokens", "temperature", "seed", "isolate", "memory")
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_GENERATES = ("out", "max_new_tokens", "temperature", "seed", "isolate", "memory")
 
 
 @click.command("run")
@@ -24,8 +24,8 @@ GENERATES = ("out", "max_new_tokens", "temperature", "seed", "isolate", "memory"
 @click.option("--model", required=True, help="whose weights and tokenizer: a Hub id or a folder")
 @click.option("--text", "texts", multiple=True, help="to be embedded; may be given many times")
 @click.option("--prompt", "prompts", multiple=True, help="to go on with; may be given many times")
-@click.option("--file", type=FILE, help='lines of {"prompt": "..."}')
-@click.option("--out", type=FILE, help="where their answers go; goes on where it stopped")
+@click.option("--file", type=_FILE, help='lines of {"prompt": "..."}')
+@click.option("--out", type=_FILE, help="where their answers go; goes on where it stopped")
 @click.option("--max-new-tokens", type=int, help="for each prompt  [default: 128]")
 @click.option("--temperature", type=float, help="0 is greedy; by default as the model's files say")
 @click.option("--seed", type=int, help="sample alike again")
@@ -47,15 +47,15 @@ def run_command(as_json: bool, quiet: bool, **options: Any) -> None:
     if len(asked) != 1:
         raise click.UsageError("Give one of --text, --prompt and --file.")
     if asked == ["texts"]:
-        refuse_given(options, GENERATES, "of prompts, and --text only embeds or classifies")
-        answer_texts(options, as_json, quiet)
+        refuse_given(options, _GENERATES, "of prompts, and --text only embeds or classifies")
+        _answer_texts(options, as_json, quiet)
     else:
         from hubaoti.cli.prompts import answer_prompts
 
         answer_prompts(options, as_json, quiet)
 
 
-def answer_texts(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
+def _answer_texts(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     """Print what a whole graph, or eager, says to texts."""
     from hubaoti import api
 
@@ -66,11 +66,11 @@ def answer_texts(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     if options["eager"]:
         refuse_given(options, ("recipe", "device", "ops"), "of the graph, and --eager opens none")
     started = time.perf_counter()
-    with Steps(quiet or as_json) as say:
+    with Steps(quiet or as_json) as progress:
         if options["eager"]:
-            answer = api.eager(options["model"], texts, repo=repo, say=say)
+            answer = api.eager(options["model"], texts, repo=repo, progress=progress)
         else:
-            answer = api.run(repo, options["model"], texts, say=say, **words)
+            answer = api.run(repo, options["model"], texts, progress=progress, **words)
     seconds = time.perf_counter() - started
     if as_json:
         facts = {"repo": repo, "task": answer.task, "eager": options["eager"]}
@@ -79,7 +79,7 @@ def answer_texts(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     elif answer.task == "embed" and len(texts) > 1:
         print_similarity(texts, answer.values)
     else:
-        print_values(texts, answer.values)
+        _print_values(texts, answer.values)
 
 
 def refuse_given(options: dict[str, Any], names: tuple[str, ...], why: str) -> None:
@@ -106,9 +106,9 @@ def print_similarity(texts: tuple[str, ...], vectors: torch.Tensor) -> None:
     print_table(["", "text", *numbers], cells)
 
 
-def print_values(texts: tuple[str, ...], values: torch.Tensor) -> None:
+def _print_values(texts: tuple[str, ...], values: torch.Tensor) -> None:
     """The shape of each text's answer, and where it begins."""
     for text, value in zip(texts, values, strict=True):
         begin = ", ".join(f"{number:.4f}" for number in value.flatten()[:8].tolist())
         dots = ", …" if value.numel() > 8 else ""
-        print_line(f"{one_line(text)}: {list(value.shape)} [{begin}{dots}]")
+        print_line(f"{escape_line(text)}: {list(value.shape)} [{begin}{dots}]")

@@ -9,9 +9,9 @@ import click
 
 from hubaoti.cli.output import print_line
 from hubaoti.errors import BadRequest
-from hubaoti.settings import Settings, serve_token
+from hubaoti.settings import Settings, read_serve_token
 
-LONGEST = 4096  # bytes of a token's file
+_LONGEST = 4096  # bytes of a token's file
 
 
 @click.command("serve")
@@ -40,12 +40,12 @@ def serve_command(
         print_line(f"serving {folder} at {url}")
         print_line(f"  export HF_ENDPOINT={url} HF_TOKEN={shown or token}")
 
-    given, shown = chosen_token(token, token_file)
+    given, shown = _choose_token(token, token_file)
     folder = root or Settings.from_env().home / "hub"
     serve(folder, host, port, given, ready, allow_host)
 
 
-def chosen_token(token: str | None, file: Path | None) -> tuple[str | None, str]:
+def _choose_token(token: str | None, file: Path | None) -> tuple[str | None, str]:
     """The token that was given in one of three ways, and how a shell has what was kept apart.
 
     None where it was given in none.
@@ -56,13 +56,13 @@ def chosen_token(token: str | None, file: Path | None) -> tuple[str | None, str]
     if token is not None and file is not None:
         raise BadRequest("--token and --token-file say two tokens", hint="give one of them")
     if file is not None:
-        return token_in(file), f'"$(cat {quote(str(file))})"'
-    if token is None and (kept := serve_token()):
+        return _read_token(file), f'"$(cat {quote(str(file))})"'
+    if token is None and (kept := read_serve_token()):
         return kept, '"$HUBAOTI_SERVE_TOKEN"'
     return token, ""
 
 
-def token_in(file: Path) -> str:
+def _read_token(file: Path) -> str:
     """The token in a file, which may end in a newline.
 
     Raises:
@@ -70,7 +70,7 @@ def token_in(file: Path) -> str:
     """
     try:
         with file.open("rb") as opened:
-            return opened.read(LONGEST).decode().strip()
-    except (OSError, ValueError) as why:
+            return opened.read(_LONGEST).decode().strip()
+    except (OSError, ValueError) as error:
         hint = "put the token into it, and nothing else"
-        raise BadRequest(f"the token's file {file} cannot be read: {why}", hint=hint) from why
+        raise BadRequest(f"the token's file {file} cannot be read: {error}", hint=hint) from error

@@ -11,19 +11,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import msgspec
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from hubaoti.compiler.calls import arguments
-from hubaoti.compiler.faces import Face
+from hubaoti.artifact.manifest import Direct, Graph
+from hubaoti.compiler.capture import thaw_arguments
+from hubaoti.compiler.patched import patch_attribute
+from hubaoti.compiler.signature import CallSignature
 from hubaoti.errors import BadManifest, CompileFailed
-from hubaoti.manifest import Direct, Graph
-from hubaoti.runtime.answer import answer_plan
-from hubaoti.runtime.template import is_own_call, words_in
+from hubaoti.runtime.call_template import is_own_call, walk_template_words
+from hubaoti.runtime.output_template import parse_output_template
 
 CallSpec = tuple[str, str]
 # The one folder of a package as those loaders make it: by it they find what torch unpacked in /tmp
@@ -31,7 +31,7 @@ CallSpec = tuple[str, str]
 ARCHIVE = "archive"
 
 
-def call_spec_of(face: Face, answer: Any) -> CallSpec | None:
+def make_call_spec(face: CallSignature, answer: Any) -> CallSpec | None:
     """The trees of a module's call and answer; None where they are not the graph's, in its order.
 
     Not the graph's are a KV cache among its inputs, a tensor that it was compiled without, and
@@ -42,35 +42,39 @@ def call_spec_of(face: Face, answer: Any) -> CallSpec | None:
         return None
     tensors = [torch.empty(0) for _ in face.inputs]
     known = {"size": lambda _: 2, "cache": None, "device": "cpu"}
-    args, kwargs = arguments(face.template, tensors, known)
+    args, kwargs = thaw_arguments(face.template, tensors, known)
     given, taken = pytree.tree_flatten((tuple(args), kwargs))
-    if not is_row([each for each in given if isinstance(each, torch.Tensor)], tensors):
+    if not _are_same_tensors([each for each in given if isinstance(each, torch.Tensor)], tensors):
         return None
-    results = [torch.empty(0) for _ in range(sum(word == "tensor" for word in words_in(answer)))]
+    results = [
+        torch.empty(0) for _ in range(sum(word == "tensor" for word in walk_template_words(answer)))
+    ]
     try:
-        answered, made = pytree.tree_flatten(answer_plan(answer)(results))
-        return (spelled(taken), spelled(made)) if is_row(answered, results) else None
+        answered, made = pytree.tree_flatten(parse_output_template(answer)(results))
+        if not _are_same_tensors(answered, results):
+            return None
+        return _serialize_treespec(taken), _serialize_treespec(made)
     except (BadManifest, NotImplementedError):  # a class that torch cannot name
         return None
 
 
-def is_row(found: Sequence[Any], tensors: Sequence[torch.Tensor]) -> bool:
+def _are_same_tensors(found: Sequence[Any], tensors: Sequence[torch.Tensor]) -> bool:
     """Whether these are the tensors, each once and in their order."""
     return len(found) == len(tensors) and all(map(lambda a, b: a is b, found, tensors))
 
 
-def spelled(tree: Any) -> str:
+def _serialize_treespec(tree: Any) -> str:
     """A tree as torch writes it into a library."""
     return str(pytree.treespec_dumps(tree))
 
 
 @contextmanager
-def writing_spec(spec: CallSpec | None) -> Iterator[None]:
+def write_call_spec(spec: CallSpec | None) -> Iterator[None]:
     """Have inductor write these trees into the library.
 
     Private, checked on torch 2.11 to 2.15: `compile_fx._aoti_flatten_inputs`, which takes the trees
     of the exported program whatever the options say. Where it has another name the trees stay flat,
-    and `direct_of` says that they are.
+    and `record_call_spec` says that they are.
     """
     with warnings.catch_warnings(action="ignore"):  # of torch about torch
         from torch._inductor import compile_fx
@@ -87,11 +91,11 @@ def writing_spec(spec: CallSpec | None) -> Iterator[None]:
             f"aot_inductor.serialized_{way}_spec": tree for way, tree in trees.items()
         }
 
-    with patch.object(compile_fx, "_aoti_flatten_inputs", flattened):
+    with patch_attribute(compile_fx, "_aoti_flatten_inputs", flattened):
         yield
 
 
-def direct_of(
+def record_call_spec(
     entry: Graph, spec: CallSpec | None, written: Sequence[str], model: nn.Module
 ) -> Graph:
     """The graph's entry, which tells of its call spec where the library has one.
@@ -103,7 +107,9 @@ def direct_of(
         return entry
     saved = model.get_submodule(entry.modules[0]).state_dict(keep_vars=True)
     absent = tuple(sorted(each.fqn for each in entry.constants if each.fqn not in saved))
-    return msgspec.structs.replace(entry, direct=Direct(every=list_of(entry, model), absent=absent))
+    return msgspec.structs.replace(
+        entry, direct=Direct(every=_find_module_list(entry, model), absent=absent)
+    )
 
 
 def require_direct(entry: Graph) -> None:
@@ -132,7 +138,7 @@ def require_direct(entry: Graph) -> None:
         )
 
 
-def list_of(entry: Graph, model: nn.Module) -> str | None:
+def _find_module_list(entry: Graph, model: nn.Module) -> str | None:
     """The list whose children, all of them, a graph serves; one that computes nothing itself."""
     path = entry.modules[0].rpartition(".")[0]
     found = model.get_submodule(path)

@@ -11,15 +11,15 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.export import ExportedProgram
 
+from hubaoti.artifact.manifest import Constant, ConstantOrigin
 from hubaoti.errors import CompileFailed
-from hubaoti.manifest import Constant, Origin
-from hubaoti.runtime.quantize import Made, lowered
+from hubaoti.runtime.quantize import Made, make_lowering_constant
 
 BUFFERS = "buffers.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ConstantsFile:
     """A compiled module, where it lies in its model, and what of it was quantized.
 
     The model's own path is empty. `module` may be a copy of what lies there.
@@ -32,32 +32,32 @@ class Place:
     made: Mapping[str, Made] = field(default_factory=dict)
     recipe: str | None = None
 
-    def lowered(self, fqn: str) -> torch.Tensor | None:
+    def find_lowered(self, fqn: str) -> torch.Tensor | None:
         """A constant that only the lowering of a quantized product makes."""
         if self.recipe is None:
             return None
-        return lowered(self.recipe, next(self.module.parameters()).device, fqn)
+        return make_lowering_constant(self.recipe, next(self.module.parameters()).device, fqn)
 
 
-def describe(
-    fqns: Iterable[str], place: Place, program: ExportedProgram
+def describe_constants(
+    fqns: Iterable[str], place: ConstantsFile, program: ExportedProgram
 ) -> tuple[tuple[Constant, ...], dict[str, torch.Tensor]]:
     """The constants that a compiled graph reads, and the values of those in no checkpoint.
 
     Raises:
         CompileFailed: the graph reads something that neither the module nor the program has.
     """
-    named = tensors_of(place.module)
-    aliases = tied(named)
+    named = collect_named_tensors(place.module)
+    aliases = find_tied(named)
     constants, shipped = [], {}
     for fqn in sorted(fqns):
-        tensor = named.get(fqn, program.constants.get(fqn, place.lowered(fqn)))
+        tensor = named.get(fqn, program.constants.get(fqn, place.find_lowered(fqn)))
         if not isinstance(tensor, torch.Tensor):
             raise CompileFailed(
                 f"build: the graph reads {fqn}, which the model does not have",
                 hint="report it with the model's config",
             )
-        origin = origin_of(place, fqn, tensor, aliases.get(fqn, ()))
+        origin = _find_origin(place, fqn, tensor, aliases.get(fqn, ()))
         if origin.file:
             shipped[fqn] = tensor.detach().contiguous().cpu().clone()
         constants.append(
@@ -74,7 +74,9 @@ def describe(
     return tuple(constants), shipped
 
 
-def origin_of(place: Place, fqn: str, tensor: torch.Tensor, aliases: Iterable[str]) -> Origin:
+def _find_origin(
+    place: ConstantsFile, fqn: str, tensor: torch.Tensor, aliases: Iterable[str]
+) -> ConstantOrigin:
     """Where a constant's values come from: a whole model's from its checkpoint, or a file of ours.
 
     A region's come from the module that it serves. Its buffers are in the file, too, as those of
@@ -82,45 +84,47 @@ def origin_of(place: Place, fqn: str, tensor: torch.Tensor, aliases: Iterable[st
     """
     made = place.made.get(fqn)
     if made is not None:
-        names = names_in_checkpoint(place, made.source, torch.empty(made.shape, device="meta"))
+        names = _find_checkpoint_names(place, made.source, torch.empty(made.shape, device="meta"))
         module = made.source if place.path else None
-        return Origin(checkpoint=names, transform=made.transform, dtype=made.dtype, module=module)
-    if fqn not in tensors_of(place.module):
-        return Origin(file=place.file)
+        return ConstantOrigin(
+            checkpoint=names, transform=made.transform, dtype=made.dtype, module=module
+        )
+    if fqn not in collect_named_tensors(place.module):
+        return ConstantOrigin(file=place.file)
     saved = fqn in place.module.state_dict(keep_vars=True)
     if not place.path:
         if not saved:
-            return Origin(file=place.file)
-        return checkpoint_origin(place.model, fqn, tensor, aliases)
+            return ConstantOrigin(file=place.file)
+        return find_checkpoint_origin(place.model, fqn, tensor, aliases)
     if not isinstance(tensor, nn.Parameter):
-        return Origin(file=place.file, module=fqn)
-    _, transform = saved_names(place.model, f"{place.path}.{fqn}", tensor)
-    names = names_in_checkpoint(place, fqn, tensor)
-    return Origin(checkpoint=names, transform=transform, module=fqn)
+        return ConstantOrigin(file=place.file, module=fqn)
+    _, transform = _revert_checkpoint_names(place.model, f"{place.path}.{fqn}", tensor)
+    names = _find_checkpoint_names(place, fqn, tensor)
+    return ConstantOrigin(checkpoint=names, transform=transform, module=fqn)
 
 
-def save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write tensors into a file that whoever may read the bundle may read, too."""
     save_file(dict(tensors), path)
     path.chmod(0o644)
 
 
-def names_in_checkpoint(place: Place, fqn: str, tensor: torch.Tensor) -> tuple[str, ...]:
+def _find_checkpoint_names(place: ConstantsFile, fqn: str, tensor: torch.Tensor) -> tuple[str, ...]:
     """The names of a tensor in a checkpoint, those of a region relative to its module."""
     if not place.path:
-        return checkpoint_origin(place.model, fqn, tensor, ()).checkpoint
+        return find_checkpoint_origin(place.model, fqn, tensor, ()).checkpoint
     start = f"{place.path}."
-    names, _ = saved_names(place.model, start + fqn, tensor)
+    names, _ = _revert_checkpoint_names(place.model, start + fqn, tensor)
     return tuple(name.removeprefix(start) for name in names if name.startswith(start))
 
 
-def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+def collect_named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by every name they have; non-persistent buffers too."""
     named: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     return named | dict(model.named_buffers(remove_duplicate=False))
 
 
-def tied(named: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
+def find_tied(named: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
     """The other names of each tensor, as of an embedding that is the output layer too."""
     names: dict[int, list[str]] = {}
     for name, tensor in named.items():
@@ -131,9 +135,9 @@ def tied(named: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
     }
 
 
-def checkpoint_origin(
+def find_checkpoint_origin(
     model: nn.Module, fqn: str, tensor: torch.Tensor, aliases: Iterable[str]
-) -> Origin:
+) -> ConstantOrigin:
     """The names to look for in a checkpoint: the model's own first, then with and without a head.
 
     A checkpoint saved from a model with another head has the base model's prefix, or lacks it.
@@ -142,17 +146,19 @@ def checkpoint_origin(
     names: list[str] = []
     transform = None
     for name in (fqn, *aliases):
-        saved, transform = saved_names(model, name, tensor)
+        saved, transform = _revert_checkpoint_names(model, name, tensor)
         names += saved
         for each in (name, *saved):
             names.append(each)
             if prefix:
                 short = each.removeprefix(f"{prefix}.")
                 names.append(short if short != each else f"{prefix}.{each}")
-    return Origin(checkpoint=tuple(dict.fromkeys(names)), transform=transform)
+    return ConstantOrigin(checkpoint=tuple(dict.fromkeys(names)), transform=transform)
 
 
-def saved_names(model: nn.Module, fqn: str, tensor: torch.Tensor) -> tuple[list[str], str | None]:
+def _revert_checkpoint_names(
+    model: nn.Module, fqn: str, tensor: torch.Tensor
+) -> tuple[list[str], str | None]:
     """What transformers would call this tensor in a checkpoint, and how it is changed if at all.
 
     Private, checked on transformers 5.15 to 5.24: `core_model_loading.revert_weight_conversion`.

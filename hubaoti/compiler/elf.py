@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from hubaoti.errors import CompileFailed
 
-EXECUTABLE = 1  # PF_X
+_EXECUTABLE = 1  # PF_X
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +25,23 @@ class Needs:
     cxxabi: str | None
 
 
-def needs_of(library: Path) -> Needs:
+def read_needs(library: Path) -> Needs:
     """Read DT_NEEDED and the version needs of a shared library."""
     with library.open("rb") as file:
         elf = ELFFile(file)
         dynamic: Any = elf.get_section_by_name(".dynamic")
         tags = dynamic.iter_tags() if dynamic else ()
         libraries = sorted(tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED")
-        versions = version_needs(elf)
+        versions = _read_symbol_versions(elf)
     return Needs(
         tuple(libraries),
-        newest(versions, "GLIBC_"),
-        newest(versions, "GLIBCXX_"),
-        newest(versions, "CXXABI_"),
+        find_newest_version(versions, "GLIBC_"),
+        find_newest_version(versions, "GLIBCXX_"),
+        find_newest_version(versions, "CXXABI_"),
     )
 
 
-def together(needs: Sequence[Needs]) -> Needs:
+def merge_needs(needs: Sequence[Needs]) -> Needs:
     """What several libraries need of one host."""
 
     def highest(name: str) -> str | None:
@@ -52,7 +52,7 @@ def together(needs: Sequence[Needs]) -> Needs:
     return Needs(tuple(libraries), highest("glibc"), highest("glibcxx"), highest("cxxabi"))
 
 
-def version_needs(elf: ELFFile) -> list[str]:
+def _read_symbol_versions(elf: ELFFile) -> list[str]:
     """The symbol versions that a library asks for, as `GLIBC_2.34`."""
     section: Any = elf.get_section_by_name(".gnu.version_r")
     if section is None:
@@ -60,7 +60,7 @@ def version_needs(elf: ELFFile) -> list[str]:
     return [need.name for _, needs in section.iter_versions() for need in needs]
 
 
-def newest(versions: list[str], prefix: str) -> str | None:
+def find_newest_version(versions: list[str], prefix: str) -> str | None:
     """The highest version of one runtime, without its prefix."""
     found = [v.removeprefix(prefix) for v in versions if v.startswith(prefix)]
     numbers = [text for text in found if text.replace(".", "").isdigit()]
@@ -75,7 +75,7 @@ def refuse_executable_stack(library: Path) -> None:
     """
     with library.open("rb") as file:
         for segment in ELFFile(file).iter_segments("PT_GNU_STACK"):
-            if segment["p_flags"] & EXECUTABLE:
+            if segment["p_flags"] & _EXECUTABLE:
                 raise CompileFailed(
                     f"build: {library.name} has an executable stack, which new systems refuse",
                     hint="use a linker that knows -z noexecstack",

@@ -14,26 +14,31 @@ from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from hubaoti.compiler.faces import Face, Flat, plain_size, substitute
+from hubaoti.artifact.manifest import Output, Outputs
+from hubaoti.compiler.dims import DimRanges
+from hubaoti.compiler.fake_run import describe_missing_fake
+from hubaoti.compiler.from_config import silence_transformers
 from hubaoti.compiler.guards import (
     Fixes,
     Lines,
-    beyond,
-    fixes_in,
-    guard_lines,
-    limits_in,
-    within_guards,
+    collect_guard_lines,
+    find_exceeding_dims,
+    limit_by_guards,
+    read_fixes,
+    read_limits,
 )
 from hubaoti.compiler.index_guards import guard_indices
-from hubaoti.compiler.observe import without_fake
 from hubaoti.compiler.request import Range
-from hubaoti.compiler.shapes import Bounds
-from hubaoti.compiler.source import quiet
-from hubaoti.compiler.symbols import extent_of, fake, placeholders, symbols_of
+from hubaoti.compiler.signature import CallSignature, FlatModule, encode_extent, substitute
+from hubaoti.compiler.symbols import (
+    convert_to_dim_expr,
+    get_fake_value,
+    list_placeholders,
+    map_symbols,
+)
 from hubaoti.errors import BadDim, CompileFailed, HubaotiError, first_line
-from hubaoti.manifest import Output, Outputs
 
-ATTEMPTS = 4  # at refining dims; torch tells of one thing at a time
+_ATTEMPTS = 4  # at refining dims; torch tells of one thing at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +46,15 @@ class Exported:
     """A program that torch can lower, the face and the bounds it has, and what it answers."""
 
     program: ExportedProgram
-    face: Face
-    bounds: Bounds
+    face: CallSignature
+    bounds: DimRanges
     outputs: Outputs
 
 
 def export(
     module: nn.Module,
-    face: Face,
-    bounds: Bounds,
+    face: CallSignature,
+    bounds: DimRanges,
     tensors: Sequence[torch.Tensor],
     stated: frozenset[str],
 ) -> Exported:
@@ -62,37 +67,37 @@ def export(
         BadDim: the model takes only some sizes of a stated dim, or relates it to another.
         CompileFailed: it cannot be traced.
     """
-    for _ in range(ATTEMPTS):
-        flat = Flat(module, face)
+    for _ in range(_ATTEMPTS):
+        flat = FlatModule(module, face)
         try:
-            with flat.answering(), quiet():
-                program = trace(module, face, bounds, tensors)
+            with flat.replace_own_forward(), silence_transformers():
+                program = _trace(module, face, bounds, tensors)
         except HubaotiError:
             raise
-        except Exception as why:  # torch raises of many kinds, each with its own words
-            fixes = fixes_in(str(why))
-            lines = lines_of(module, face, bounds, tensors)
-            require_allowed(fixes, bounds, stated, lines)
-            fixes = within_guards(fixes, bounds)
+        except Exception as error:  # torch raises of many kinds, each with its own words
+            fixes = read_fixes(str(error))
+            lines = find_guard_lines(module, face, bounds, tensors)
+            _require_allowed(fixes, bounds, stated, lines)
+            fixes = limit_by_guards(fixes, bounds)
             if not any((fixes.multiples, fixes.related, fixes.ranges)):
-                raise refused(why, lines.each) from why
-            face, bounds = refined(face, bounds, fixes)
+                raise _describe_export_error(error, lines.each) from error
+            face, bounds = _apply_fixes(face, bounds, fixes)
             continue
-        keep_names(program)
-        face, bounds = related(program, face, bounds)
-        face = with_ids(program, face)
+        _keep_names(program)
+        face, bounds = _apply_relations(program, face, bounds)
+        face = _limit_embedding_ids(program, face)
         if all(tensor.device.type == "cpu" for tensor in tensors):
             guard_indices(
-                program, [*zip(placeholders(program), face.inputs, strict=True)], face.cache
+                program, [*zip(list_placeholders(program), face.inputs, strict=True)], face.cache
             )
-        return Exported(program, face, bounds, outputs_of(program, face, bounds, flat))
+        return Exported(program, face, bounds, _describe_outputs(program, face, bounds, flat))
     raise CompileFailed(
-        f"export: torch wants other dims after {ATTEMPTS} attempts",
+        f"export: torch wants other dims after {_ATTEMPTS} attempts",
         hint="state the dims of the inputs, or compile with fewer of them",
     )
 
 
-def keep_names(program: ExportedProgram) -> None:
+def _keep_names(program: ExportedProgram) -> None:
     """Let inductor keep the names of tensors that stand in the model's code, as `tensor(16.0)`.
 
     It gives constants names of its own, which nothing leads back from; buffers keep theirs.
@@ -102,29 +107,29 @@ def keep_names(program: ExportedProgram) -> None:
             spec.kind, spec.persistent = InputKind.BUFFER, False
 
 
-def trace(
-    module: nn.Module, face: Face, bounds: Bounds, tensors: Sequence[torch.Tensor]
+def _trace(
+    module: nn.Module, face: CallSignature, bounds: DimRanges, tensors: Sequence[torch.Tensor]
 ) -> ExportedProgram:
     """Export through transformers for a whole model, whose patches make more of them traceable.
 
     Checked on transformers 5.15 to 5.24, where it is marked experimental. The public way,
     `torch.export.export`, takes the same tensors.
     """
-    shapes = dynamic_shapes(face, bounds)
+    shapes = _make_dynamic_shapes(face, bounds)
     names = [entry.name for entry in face.inputs]
-    exporter = whole_exporter(module)
+    exporter = _find_exporter(module)
     if exporter is None:
         with torch.no_grad():
             return torch.export.export(
                 module, tuple(tensors), dynamic_shapes=(tuple(shapes),), strict=False
             )
     config = exporter.DynamoConfig(dynamic_shapes=dict(zip(names, shapes, strict=True)))
-    return program_by(
+    return run_exporter(
         exporter.DynamoExporter(), module, dict(zip(names, tensors, strict=True)), config
     )
 
 
-def program_by(
+def run_exporter(
     exporter: Any, module: nn.Module, inputs: dict[str, torch.Tensor], config: Any
 ) -> ExportedProgram:
     """The program that transformers' exporter traces; from 5.23 on `export` makes a model of it."""
@@ -136,7 +141,7 @@ def program_by(
     return program
 
 
-def whole_exporter(module: nn.Module) -> Any:
+def _find_exporter(module: nn.Module) -> Any:
     """transformers' exporter, for what it is made for: whole models of transformers."""
     from transformers import PreTrainedModel
 
@@ -149,55 +154,55 @@ def whole_exporter(module: nn.Module) -> Any:
     return exporter_dynamo
 
 
-def dynamic_shapes(face: Face, bounds: Bounds) -> list[dict[int, Any]]:
+def _make_dynamic_shapes(face: CallSignature, bounds: DimRanges) -> list[dict[int, Any]]:
     """Torch's Dims for each input; an axis with one size has none."""
     single = {name: sizes.low for name, sizes in bounds.items() if sizes.low == sizes.high}
-    roots = {name: root_of(name, bounds[name]) for name in bounds.keys() - single.keys()}
+    roots = {name: _make_root_dim(name, bounds[name]) for name in bounds.keys() - single.keys()}
     shapes: list[dict[int, Any]] = [{} for _ in face.inputs]
-    for at, axis, whole in face.extents():
+    for index, axis, whole in face.extents():
         extent = substitute(whole, single)
         if not extent.terms:
             continue
         if len(extent.terms) > 1:  # torch finds the sum by itself
-            shapes[at][axis] = Dim.DYNAMIC
+            shapes[index][axis] = Dim.DYNAMIC
             continue
         name, factor = extent.terms[0]
-        dim = times(roots[name], factor * bounds[name].step)
-        shapes[at][axis] = dim + extent.plus if extent.plus else dim
+        dim = _multiply_dim(roots[name], factor * bounds[name].step)
+        shapes[index][axis] = dim + extent.plus if extent.plus else dim
     return shapes
 
 
-def times(dim: Any, factor: int) -> Any:
+def _multiply_dim(dim: Any, factor: int) -> Any:
     """A multiple of a Dim; torch has no word for the one-fold of one."""
     return factor * dim if factor != 1 else dim
 
 
-def root_of(name: str, sizes: Range) -> Any:
+def _make_root_dim(name: str, sizes: Range) -> Any:
     """The Dim that counts the steps of one of ours."""
     step = sizes.step
     own = name if step == 1 else f"_{name}"
     return Dim(own, min=sizes.low // step, max=sizes.high // step)
 
 
-def require_allowed(fixes: Fixes, bounds: Bounds, stated: frozenset[str], lines: Lines) -> None:
+def _require_allowed(fixes: Fixes, bounds: DimRanges, stated: frozenset[str], lines: Lines) -> None:
     """Refuse what nobody may decide but the user, and what no bounds can mend.
 
     Raises:
         BadDim: with the dim, the line of model code and the remedy.
     """
-    refuse_fixed(fixes, lines)
+    _refuse_fixed(fixes, lines)
     refuse_beyond(fixes, bounds, stated, lines)
     for name, factor in fixes.multiples.items():
         if name in stated:
             first, last = -(-bounds[name].low // factor), bounds[name].high // factor
             raise BadDim(
-                f"export: {name} must be a multiple of {factor}{at_line(lines.each)}",
+                f"export: {name} must be a multiple of {factor}{_cite_line(lines.each)}",
                 hint=f"say so: --dim {name}={max(first, 1) * factor}:{last * factor}:{factor}",
             )
     for name, extent in fixes.related.items():
         if name in stated:
             raise BadDim(
-                f"export: {name} must always be {extent}{at_line(lines.each)}",
+                f"export: {name} must always be {extent}{_cite_line(lines.each)}",
                 hint=f'say so where the shape names {name}: shapes={{…: ("{extent}", …)}}',
             )
     for name, (low, high) in fixes.ranges.items():
@@ -205,32 +210,32 @@ def require_allowed(fixes: Fixes, bounds: Bounds, stated: frozenset[str], lines:
             narrow = Range(
                 max(low or 1, bounds[name].low), min(high or bounds[name].high, bounds[name].high)
             )
-            where = at_line(lines.bounds or lines.each)
+            where = _cite_line(lines.bounds or lines.each)
             raise BadDim(
                 f"export: the model does not take every {name} of {bounds[name]}{where}",
                 hint=f"narrow it: --dim {name}={narrow}",
             )
 
 
-def refuse_beyond(fixes: Fixes, bounds: Bounds, stated: frozenset[str], lines: Lines) -> None:
+def refuse_beyond(fixes: Fixes, bounds: DimRanges, stated: frozenset[str], lines: Lines) -> None:
     """Tell of stated dims that exceed what the model's code takes.
 
     Raises:
         BadDim: with the dims, the line of model code and the remedy.
     """
-    for name, most in limits_in(fixes, bounds).items():
-        named = [each for each in beyond(name, most, bounds) if each in stated]
-        told = " and ".join(f"{each} goes up to {bounds[each].high}" for each in named)
+    for name, most in read_limits(fixes, bounds).items():
+        named = [each for each in find_exceeding_dims(name, most, bounds) if each in stated]
+        exceeding = " and ".join(f"{each} goes up to {bounds[each].high}" for each in named)
         ends = (f"--dim {each}={min(bounds[each].low, most)}:{most}" for each in named)
         if named:
             raise BadDim(
-                f"export: {told}, and the model's code takes {most} at most: of {most + 1} it "
-                f"would do something else{at_line(lines.holes[-1:] or lines.each[-1:])}",
+                f"export: {exceeding}, and the model's code takes {most} at most: of {most + 1} it "
+                f"would do something else{_cite_line(lines.holes[-1:] or lines.each[-1:])}",
                 hint=f"end it there: {' '.join(ends)}",
             )
 
 
-def refuse_fixed(fixes: Fixes, lines: Lines) -> None:
+def _refuse_fixed(fixes: Fixes, lines: Lines) -> None:
     """Refuse a dim of which one size fits only, or sizes that no bounds and steps say.
 
     Raises:
@@ -238,33 +243,36 @@ def refuse_fixed(fixes: Fixes, lines: Lines) -> None:
     """
     for name, size in fixes.sizes.items():
         raise BadDim(
-            f"export: the model's code makes {name} the constant {size}{at_line(lines.each[-1:])}",
+            f"export: the model's code makes {name} the constant {size}"
+            f"{_cite_line(lines.each[-1:])}",
             hint=f"give it that one size (--dim {name}={size}:{size}), or change that line",
         )
     for name, form in fixes.forms.items():
         raise BadDim(
-            f"export: {name} must be {form} for a whole n{at_line(lines.each)}",
+            f"export: {name} must be {form} for a whole n{_cite_line(lines.each)}",
             hint=f"give it one such size: --dim {name}=N:N",
         )
 
 
-def at_line(lines: Sequence[str]) -> str:
+def _cite_line(lines: Sequence[str]) -> str:
     """Where it was decided, as the end of a sentence."""
     return f", at {lines[0]}" if lines else ""
 
 
-def lines_of(
-    module: nn.Module, face: Face, bounds: Bounds, tensors: Sequence[torch.Tensor]
+def find_guard_lines(
+    module: nn.Module, face: CallSignature, bounds: DimRanges, tensors: Sequence[torch.Tensor]
 ) -> Lines:
     """Trace once more, to see where torch decides on sizes."""
-    answering = Flat(module, face).answering()
+    answering = FlatModule(module, face).replace_own_forward()
     # It failed before, too; only where it passes on the way is of interest.
-    with guard_lines() as lines, suppress(Exception), quiet(), answering:
-        trace(module, face, bounds, tensors)
+    with collect_guard_lines() as lines, suppress(Exception), silence_transformers(), answering:
+        _trace(module, face, bounds, tensors)
     return lines
 
 
-def refined(face: Face, bounds: Bounds, fixes: Fixes) -> tuple[Face, Bounds]:
+def _apply_fixes(
+    face: CallSignature, bounds: DimRanges, fixes: Fixes
+) -> tuple[CallSignature, DimRanges]:
     """Face and bounds with what torch suggests of dims that nobody stated."""
     fitting = dict(bounds)
     for name, factor in fixes.multiples.items():
@@ -276,48 +284,50 @@ def refined(face: Face, bounds: Bounds, fixes: Fixes) -> tuple[Face, Bounds]:
         fitting[name] = Range(max(old.low, least or 1), min(old.high, most or old.high), old.step)
     for name in fixes.related:
         fitting.pop(name, None)
-    return face.renamed(fixes.related), fitting
+    return face.substitute_dims(fixes.related), fitting
 
 
-def refused(why: Exception, lines: Sequence[str]) -> CompileFailed:
+def _describe_export_error(error: Exception, lines: Sequence[str]) -> CompileFailed:
     """Torch's words, and what to do about them."""
-    if isinstance(why, UnsupportedOperatorException):
-        return without_fake("export", why)
+    if isinstance(error, UnsupportedOperatorException):
+        return describe_missing_fake("export", error)
     return CompileFailed(
-        f"export: {type(why).__name__}: {first_line(why)}{at_line(lines[-1:])}",
+        f"export: {type(error).__name__}: {first_line(error)}{_cite_line(lines[-1:])}",
         hint="the model does something that cannot be traced; it stays eager",
     )
 
 
-def related(program: ExportedProgram, face: Face, bounds: Bounds) -> tuple[Face, Bounds]:
+def _apply_relations(
+    program: ExportedProgram, face: CallSignature, bounds: DimRanges
+) -> tuple[CallSignature, DimRanges]:
     """Face and bounds with the relations that torch found by itself, as of a sum.
 
     Raises:
         CompileFailed: a size follows from others in a way that no extent says.
     """
-    symbols = symbols_of(program, face, bounds)
+    symbols = map_symbols(program, face, bounds)
     inputs = list(face.inputs)
-    for at, axis, _ in face.extents():
-        size = fake(program, at).shape[axis]
+    for index, axis, _ in face.extents():
+        size = get_fake_value(program, index).shape[axis]
         if isinstance(size, int):
             continue
-        extent = extent_of(size, symbols)
+        extent = convert_to_dim_expr(size, symbols)
         if extent is None:
             raise CompileFailed(
-                f"export: {inputs[at].name} has a size of {size} on axis {axis}",
+                f"export: {inputs[index].name} has a size of {size} on axis {axis}",
                 hint="state the dims of the inputs with shapes=",
             )
-        shape = list(inputs[at].shape)
-        shape[axis] = plain_size(extent)
-        inputs[at] = msgspec.structs.replace(inputs[at], shape=tuple(shape))
+        shape = list(inputs[index].shape)
+        shape[axis] = encode_extent(extent)
+        inputs[index] = msgspec.structs.replace(inputs[index], shape=tuple(shape))
     found = replace(face, inputs=tuple(inputs))
     return found, {name: bounds[name] for name in bounds if name in found.dims}
 
 
-def with_ids(program: ExportedProgram, face: Face) -> Face:
+def _limit_embedding_ids(program: ExportedProgram, face: CallSignature) -> CallSignature:
     """The face with the bounds of numbers that choose rows of a table: others would be outside."""
     inputs = list(face.inputs)
-    for at, (entry, node) in enumerate(zip(inputs, placeholders(program), strict=True)):
+    for index, (entry, node) in enumerate(zip(inputs, list_placeholders(program), strict=True)):
         looked: list[Any] = [
             user.args[0]
             for user in node.users
@@ -325,32 +335,34 @@ def with_ids(program: ExportedProgram, face: Face) -> Face:
         ]
         rows = [table.meta["val"].shape[0] for table in looked]
         if entry.values.startswith("any<") and rows:
-            inputs[at] = msgspec.structs.replace(entry, values=f"ids<{min(rows)}")
+            inputs[index] = msgspec.structs.replace(entry, values=f"ids<{min(rows)}")
     return replace(face, inputs=tuple(inputs))
 
 
-def outputs_of(program: ExportedProgram, face: Face, bounds: Bounds, flat: Flat) -> Outputs:
+def _describe_outputs(
+    program: ExportedProgram, face: CallSignature, bounds: DimRanges, flat: FlatModule
+) -> Outputs:
     """What the graph answers, with the dims that torch's symbols stand for."""
-    symbols = symbols_of(program, face, bounds)
+    symbols = map_symbols(program, face, bounds)
     names = iter(flat.names)
     tensors = tuple(
         Output(
             name=next(names),
             dtype=str(result.dtype).removeprefix("torch."),
-            shape=tuple(named_size(size, symbols) for size in result.shape),
+            shape=tuple(_describe_size(size, symbols) for size in result.shape),
         )
-        for result in results_of(program)
+        for result in _find_user_outputs(program)
     )
     return Outputs(template=flat.template, tensors=tensors, writes=flat.writes or msgspec.UNSET)
 
 
-def named_size(size: Any, symbols: Mapping[Any, Any]) -> str | int | None:
+def _describe_size(size: Any, symbols: Mapping[Any, Any]) -> str | int | None:
     """A size as the manifest says it: a number, an extent, or None for another expression."""
-    extent = extent_of(size, symbols)
-    return None if extent is None else plain_size(extent)
+    extent = convert_to_dim_expr(size, symbols)
+    return None if extent is None else encode_extent(extent)
 
 
-def results_of(program: ExportedProgram) -> Iterator[Any]:
+def _find_user_outputs(program: ExportedProgram) -> Iterator[Any]:
     """What the user gets of a graph's results: mutated inputs are results, too, inside of torch."""
     wanted = {*program.graph_signature.user_outputs}
     for node in next(n for n in program.graph.nodes if n.op == "output").args[0]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from hubaoti.compiler.calls import Call
+from hubaoti.compiler.capture import Call
+from hubaoti.compiler.patched import patch_attribute
 
 
-def outside(func: Any, args: Any, kwargs: Any, truth: bool) -> Any:
+def run_outside_blocks(func: Any, args: Any, kwargs: Any, truth: bool) -> Any:
     """An operation between the blocks, where what has no values is zero, or false, to who asks.
 
     That decides what the model does around its blocks, as with a rope that grows: it stays eager.
@@ -28,7 +28,7 @@ def outside(func: Any, args: Any, kwargs: Any, truth: bool) -> Any:
 
 
 @contextmanager
-def seen_as_real() -> Iterator[None]:
+def pretend_real() -> Iterator[None]:
     """Have transformers leave out masks that say nothing, as it does wherever nothing is traced.
 
     Private, there in transformers 5.15 to 5.24: `utils.import_utils.is_fake_tensor`, by which it
@@ -39,11 +39,11 @@ def seen_as_real() -> Iterator[None]:
     if not hasattr(import_utils, "is_fake_tensor"):
         yield
         return
-    with patch.object(import_utils, "is_fake_tensor", lambda _: False):
+    with patch_attribute(import_utils, "is_fake_tensor", lambda _: False):
         yield
 
 
-def put_into(call: Call) -> tuple[int, int]:
+def count_cached(call: Call) -> tuple[int, int]:
     """How many keys, and how many recurrent states, are in the caches of a call, which count."""
     layers = [layer for cache in call.caches for layer in getattr(cache, "layers", ())]
     puts = sum(len(getattr(layer, "puts", ())) for layer in layers)

@@ -14,16 +14,16 @@ from types import FrameType
 
 import torch
 
-from hubaoti.compiler.shapes import NESTED, Bounds
-from hubaoti.extents import Extent
+from hubaoti.artifact.dim_expr import DimExpr
+from hubaoti.compiler.dims import NESTED, DimRanges
 
-TORCH = str(Path(torch.__file__).parent)
-OURS = str(Path(__file__).parent)
-CALLER = str(Path(__file__).with_name("export.py"))  # whoever called that is no model
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parent)
+_CALLER = str(Path(__file__).with_name("export.py"))  # whoever called that is no model
 # Torch tells of each guard as it adds it (checked on torch 2.11 to 2.15). Where it does not, an
 # error names no line.
-UNMET = re.compile(r"Not all values of ([a-z]\w*) = (\S+) in .* the generated guard (.*)\.$", re.M)
-GUARD = re.compile(r"(?:\bmax\b|\bmin\b|\bn\b|[\d\s()+*,<>=!-])+")  # sums and products of numbers
+_UNMET = re.compile(r"Not all values of ([a-z]\w*) = (\S+) in .* the generated guard (.*)\.$", re.M)
+_GUARD = re.compile(r"(?:\bmax\b|\bmin\b|\bn\b|[\d\s()+*,<>=!-])+")  # sums and products of numbers
 LOGGER = "torch.fx.experimental.symbolic_shapes"
 
 
@@ -37,21 +37,21 @@ class Fixes:
 
     sizes: dict[str, int] = field(default_factory=dict)
     multiples: dict[str, int] = field(default_factory=dict)
-    related: dict[str, Extent] = field(default_factory=dict)
+    related: dict[str, DimExpr] = field(default_factory=dict)
     ranges: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
     forms: dict[str, str] = field(default_factory=dict)
     guards: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def most(self, name: str, low: int, high: int) -> int:
+    def find_limit(self, name: str, low: int, high: int) -> int:
         """The largest size up to which torch takes every size of a dim, from `low` on."""
         terms = " and ".join(f"({guard})" for guard in self.guards[name])
-        holds = eval(f"lambda n: {terms}", {"max": max, "min": min})  # numbers, as GUARD has them
+        holds = eval(f"lambda n: {terms}", {"max": max, "min": min})  # numbers, as _GUARD has them
         return next((n - 1 for n in range(low, high + 1) if not holds(n)), high)
 
 
-def fixes_in(message: str) -> Fixes:
+def read_fixes(message: str) -> Fixes:
     """Read the suggested fixes of an export's error; conditions where it suggests nothing."""
-    fixes = Fixes(guards=guards_in(message) if "Suggested fixes:" not in message else {})
+    fixes = Fixes(guards=_read_guards(message) if "Suggested fixes:" not in message else {})
     for line in message.partition("Suggested fixes:")[2].splitlines():
         name, _, text = (part.strip() for part in line.partition("="))
         if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
@@ -65,44 +65,44 @@ def fixes_in(message: str) -> Fixes:
         elif multiple := re.fullmatch(rf"(\d+)\*_{re.escape(name)}", text):
             fixes.multiples[name] = int(multiple[1])
         elif re.fullmatch(r"[a-z0-9_*+ -]+", text) and not text.startswith("_"):
-            relate(fixes, name, text.replace(" ", ""))
+            _note_relation(fixes, name, text.replace(" ", ""))
     return fixes
 
 
-def guards_in(message: str) -> dict[str, tuple[str, ...]]:
+def _read_guards(message: str) -> dict[str, tuple[str, ...]]:
     """The conditions on single dims, in Python's words and with `n` for the size."""
     found: dict[str, tuple[str, ...]] = {}
-    for name, size, text in UNMET.findall(message):
+    for name, size, text in _UNMET.findall(message):
         guard = text.replace(size, "n")
-        if GUARD.fullmatch(guard):
+        if _GUARD.fullmatch(guard):
             found[name] = (*found.get(name, ()), guard)
     return found
 
 
-def relate(fixes: Fixes, name: str, text: str) -> None:
+def _note_relation(fixes: Fixes, name: str, text: str) -> None:
     """Note what a dim must always be."""
     try:
-        fixes.related[name] = Extent.parse(text)
+        fixes.related[name] = DimExpr.parse(text)
     except ValueError:
         fixes.forms[name] = re.sub(r"\b_\w+", "n", text)
 
 
-def within_guards(fixes: Fixes, bounds: Bounds) -> Fixes:
+def limit_by_guards(fixes: Fixes, bounds: DimRanges) -> Fixes:
     """The fixes with ranges that end where torch's conditions do."""
     ranges = dict(fixes.ranges)
-    for name, most in limits_in(fixes, bounds).items():
-        ranges |= {each: (None, most) for each in beyond(name, most, bounds)}
+    for name, most in read_limits(fixes, bounds).items():
+        ranges |= {each: (None, most) for each in find_exceeding_dims(name, most, bounds)}
     return replace(fixes, ranges=ranges)
 
 
-def limits_in(fixes: Fixes, bounds: Bounds) -> dict[str, int]:
+def read_limits(fixes: Fixes, bounds: DimRanges) -> dict[str, int]:
     """Where conditions end dims that begin within them."""
     named = {name: bounds[name] for name in fixes.guards if name in bounds}
-    most = {name: fixes.most(name, sizes.low, sizes.high) for name, sizes in named.items()}
+    most = {name: fixes.find_limit(name, sizes.low, sizes.high) for name, sizes in named.items()}
     return {name: size for name, size in most.items() if bounds[name].low <= size}
 
 
-def beyond(name: str, most: int, bounds: Bounds) -> list[str]:
+def find_exceeding_dims(name: str, most: int, bounds: DimRanges) -> list[str]:
     """A dim that exceeds a size; of what is filled, also what fills it and what holds it."""
     names = NESTED if name == "filled" else (name,)
     return [each for each in names if each in bounds and bounds[each].high > most]
@@ -124,24 +124,24 @@ class Lines:
         """Look at a record of torch's; none of them is printed."""
         guard, added, _ = record.getMessage().partition(" [guard added]")
         if added and re.match(r"eval (\[guard suppressed\] )?Eq\(", guard):
-            self._at(self.each)
+            self._add_line(self.each)
         elif added and re.match(r"eval Ne\(.*, \d+\)$", guard):
-            self._at(self.holes)
+            self._add_line(self.holes)
         elif added and re.match(r"eval [^\[]*[<>]", guard):
-            self._at(self.bounds)
+            self._add_line(self.bounds)
         return False
 
-    def _at(self, lines: list[str]) -> None:
-        line = model_line(sys._getframe())
+    def _add_line(self, lines: list[str]) -> None:
+        line = find_model_line(sys._getframe())
         if line and line not in lines:
             lines.append(line)
 
 
-def model_line(frame: FrameType | None) -> str | None:
+def find_model_line(frame: FrameType | None) -> str | None:
     """The innermost line on the stack that is neither torch's nor ours; below ours is none."""
-    while frame is not None and frame.f_code.co_filename != CALLER:
+    while frame is not None and frame.f_code.co_filename != _CALLER:
         file = frame.f_code.co_filename
-        outside = not file.startswith((TORCH, OURS)) and Path(file).is_file()
+        outside = not file.startswith((_TORCH, _OURS)) and Path(file).is_file()
         if outside and "logging" not in Path(file).parts:
             code = linecache.getline(file, frame.f_lineno).strip()
             return f"{Path(file).name}:{frame.f_lineno}: {code}"
@@ -150,7 +150,7 @@ def model_line(frame: FrameType | None) -> str | None:
 
 
 @contextmanager
-def guard_lines() -> Iterator[Lines]:
+def collect_guard_lines() -> Iterator[Lines]:
     """Collect the lines of model code at which torch fixes or relates sizes inside the block."""
     lines = Lines()
     logger = logging.getLogger(LOGGER)

@@ -12,18 +12,18 @@ from dataclasses import replace
 
 import msgspec
 
-from hubaoti.compiler.observe import Observed
+from hubaoti.compiler.fake_run import BlockCalls
+from hubaoti.compiler.from_config import Source
 from hubaoti.compiler.request import Range
-from hubaoti.compiler.source import Source
 from hubaoti.errors import CompileFailed
 
-BATCH = (97, 101, 107)  # at looks: none is a size of a map by chance
-SMALL = 64  # pixels: a network may halve a side six times
+_BATCH = (97, 101, 107)  # at looks: none is a size of a map by chance
+_SMALL = 64  # pixels: a network may halve a side six times
 AXES = {"height": 2, "width": 3}
-Observe = Callable[[Source], tuple[Source, Mapping[str, Observed]]]
+Observe = Callable[[Source], tuple[Source, Mapping[str, BlockCalls]]]
 
 
-def of_any_size(source: Source, asked: Mapping[str, Range], observe: Observe) -> Source:
+def vary_image_size(source: Source, requested: Mapping[str, Range], observe: Observe) -> Source:
     """The source with its images' height and width as dims, where its blocks are given maps.
 
     Their bounds are those that were asked for; else from half of the config's size to twice it.
@@ -32,7 +32,7 @@ def of_any_size(source: Source, asked: Mapping[str, Range], observe: Observe) ->
     if entry is None or source.live or not all(isinstance(n, int) for n in entry.shape[1:]):
         return source
     sizes = {name: int(entry.shape[axis] or 0) for name, axis in AXES.items()}
-    bounds = {name: asked.get(name, around(size)) for name, size in sizes.items()}
+    bounds = {name: requested.get(name, _choose_image_range(size)) for name, size in sizes.items()}
     shape = (*entry.shape[:2], *AXES)
     inputs = tuple(
         msgspec.structs.replace(each, shape=shape) if each is entry else each
@@ -42,21 +42,23 @@ def of_any_size(source: Source, asked: Mapping[str, Range], observe: Observe) ->
         source,
         face=replace(source.face, inputs=inputs),
         default_dims=source.default_dims | bounds,
-        looks=source.looks | {"batch": BATCH} | looks_at(bounds["height"], bounds["width"]),
+        looks=source.looks
+        | {"batch": _BATCH}
+        | _choose_image_looks(bounds["height"], bounds["width"]),
     )
     try:
         _, observed = observe(varied)
     except CompileFailed:
         return source
-    return varied if all(map(is_given_maps, observed.values())) else source
+    return varied if all(map(_is_given_maps, observed.values())) else source
 
 
-def around(size: int) -> Range:
+def _choose_image_range(size: int) -> Range:
     """The sizes of a side that are served where nobody says which."""
-    return Range(max(size // 2, min(size, SMALL)), 2 * size)
+    return Range(max(size // 2, min(size, _SMALL)), 2 * size)
 
 
-def looks_at(height: Range, width: Range) -> dict[str, tuple[int, ...]]:
+def _choose_image_looks(height: Range, width: Range) -> dict[str, tuple[int, ...]]:
     """Sizes at which to look: the ends of both, which do not change together."""
     middle = [(sizes.low + sizes.high) // 2 for sizes in (height, width)]
     return {
@@ -65,7 +67,7 @@ def looks_at(height: Range, width: Range) -> dict[str, tuple[int, ...]]:
     }
 
 
-def is_given_maps(seen: Observed) -> bool:
+def _is_given_maps(seen: BlockCalls) -> bool:
     """Whether of a block's call nothing changes with the size of images but the sides of maps."""
     if seen.problem or any(call.template != seen.calls[0].template for call in seen.calls):
         return False

@@ -17,29 +17,29 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
-from hubaoti.manifest import Cache, Input
+from hubaoti.artifact.manifest import Cache, Input
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 MESSAGE = "index out of bounds"
-WHOLE = {torch.int64, torch.int32}
+_WHOLE = {torch.int64, torch.int32}
 
 # Of (self, dim, index, …).
-ALONG_A_DIM = {
+_ALONG_A_DIM = {
     *("index_select", "index_add", "index_copy", "index_fill", "index_reduce", "gather"),
     *("scatter", "scatter_add", "scatter_reduce"),
 }
-BY_LISTS = {"index", "index_put", "_unsafe_index", "_unsafe_index_put"}
+_BY_LISTS = {"index", "index_put", "_unsafe_index", "_unsafe_index_put"}
 # Of a class for each row; one number says that a row has none.
-BY_CLASSES = {"nll_loss_nd", "nll_loss", "nll_loss2d", "cross_entropy_loss"}
+_BY_CLASSES = {"nll_loss_nd", "nll_loss", "nll_loss2d", "cross_entropy_loss"}
 # What these answer does not depend on the numbers that they are given.
-FIXED = {
+_FIXED = {
     *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
     *("new_zeros", "new_ones", "new_full", "new_empty", "sym_size"),
 }
 # What these answer are places along a dim, whose argument's place is the number; of those with two
 # answers it is the second.
-PLACES = {"argsort": 1, "argmax": 1, "argmin": 1}
-WITH_PLACES = {
+_PLACES = {"argsort": 1, "argmax": 1, "argmin": 1}
+_WITH_PLACES = {
     **dict.fromkeys(("sort", "max", "min", "median", "mode", "cummax", "cummin"), 1),
     **dict.fromkeys(("topk", "kthvalue"), 2),
 }
@@ -78,13 +78,13 @@ def guard_indices(
     the places of a KV cache, are checked before each call already.
     """
     given = dict(inputs)
-    count = guard_graph(
-        program.graph, {*given}, lambda index: is_checked(index, given, inputs, cache)
+    count = _guard_graph(
+        program.graph, {*given}, lambda index: _is_checked(index, given, inputs, cache)
     )
     for part in program.graph_module.modules():  # as of autocast that is off for a while
         if isinstance(part, GraphModule) and part is not program.graph_module:
             inside = {node for node in part.graph.nodes if node.op == "placeholder"}
-            count += guard_graph(part.graph, inside, lambda index: False)
+            count += _guard_graph(part.graph, inside, lambda index: False)
             part.recompile()
     if count:
         program.graph_module.recompile()
@@ -92,58 +92,58 @@ def guard_indices(
     return count
 
 
-def guard_graph(graph: Graph, given: Set[Node], is_known: Callable[[Index], bool]) -> int:
+def _guard_graph(graph: Graph, given: Set[Node], is_known: Callable[[Index], bool]) -> int:
     """Guard the indices of a graph that follow from what it is given; how many there are."""
     count = 0
     for node in [*graph.nodes]:
-        for index in indices_of(node):
-            if is_known(index) or not follows(index, given):
+        for index in _find_indices(node):
+            if is_known(index) or not _can_exceed_rows(index, given):
                 continue
             takes = index.numbers in node.all_input_nodes
             user = node if takes else node.args[2]  # a number that was taken out of a tensor
             with graph.inserting_before(user):
-                user.replace_input_with(index.numbers, guarded(graph, index))
+                user.replace_input_with(index.numbers, _clamp_index(graph, index))
             count += 1
     return count
 
 
-def indices_of(node: Node) -> Iterator[Index]:
-    """The indices that an operation takes."""
-    find = FINDERS.get(name := name_of(node))
+def _find_indices(node: Node) -> Iterator[Index]:
+    """The indices that an operation takes; none of an operation that no finder knows."""
+    find = _FINDERS.get(name := _read_op_name(node))
     if find is not None:
-        yield from (index for index in find(node, name) if chooses(index))
+        yield from (index for index in find(node, name) if _is_row_index(index))
 
 
-def chooses(index: Index) -> bool:
+def _is_row_index(index: Index) -> bool:
     """Whether these are numbers that choose rows, and not a mask over them."""
     both = all(
         isinstance(node, Node) and "val" in node.meta for node in (index.numbers, index.table)
     )
     if not both:
         return False
-    return index.numbers.meta["val"].dtype in WHOLE and index.table.meta["val"].dim() > 0
+    return index.numbers.meta["val"].dtype in _WHOLE and index.table.meta["val"].dim() > 0
 
 
-def by_rows(node: Node, _name: str) -> Iterator[Index]:
-    """An embedding: (table, numbers, …)."""
+def _find_embedding_rows(node: Node, _name: str) -> Iterator[Index]:
+    """The ids of an embedding, which is called with (table, numbers, …)."""
     yield Index(node.args[1], node.args[0], 0)  # type: ignore[arg-type]
 
 
-def along_a_dim(node: Node, name: str) -> Iterator[Index]:
+def _find_dim_index(node: Node, name: str) -> Iterator[Index]:
     """An index along one dim: (self, dim, numbers, …)."""
     table, dim, numbers = node.args[:3]
     yield Index(numbers, table, dim, from_end=name == "index_fill")  # type: ignore[arg-type]
 
 
-def by_number(node: Node, _name: str) -> Iterator[Index]:
+def _find_select_index(node: Node, _name: str) -> Iterator[Index]:
     """One row: (self, dim, number), where the number is an element of a tensor."""
     number = node.args[2]
-    if name_of(number) in {"item", "_local_scalar_dense"}:
+    if _read_op_name(number) in {"item", "_local_scalar_dense"}:
         numbers = number.args[0]  # type: ignore[union-attr]
         yield Index(numbers, node.args[0], node.args[1], from_end=True)  # type: ignore[arg-type]
 
 
-def by_lists(node: Node, _name: str) -> Iterator[Index]:
+def _find_list_indices(node: Node, _name: str) -> Iterator[Index]:
     """Advanced indexing: (self, [numbers or None for each dim], …); a mask stands for its dims."""
     dim = 0
     for each in node.args[1]:  # type: ignore[union-attr]
@@ -153,18 +153,18 @@ def by_lists(node: Node, _name: str) -> Iterator[Index]:
         dim += each.meta["val"].dim() if is_mask else 1  # type: ignore[union-attr]
 
 
-def by_places(node: Node, _name: str) -> Iterator[Index]:
+def _find_flat_index(node: Node, _name: str) -> Iterator[Index]:
     """Elements of a whole tensor: (self, numbers, …)."""
     yield Index(node.args[1], node.args[0], None, from_end=True)  # type: ignore[arg-type]
 
 
-def along_another(node: Node, _name: str) -> Iterator[Index]:
-    """`take_along_dim`: (self, numbers, dim=None)."""
+def _find_take_along_dim(node: Node, _name: str) -> Iterator[Index]:
+    """The index of `take_along_dim`: (self, numbers, dim=None), of all elements without a dim."""
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
     yield Index(node.args[1], node.args[0], dim)  # type: ignore[arg-type]
 
 
-def by_classes(node: Node, _name: str) -> Iterator[Index]:
+def _find_loss_classes(node: Node, _name: str) -> Iterator[Index]:
     """A loss: (scores of all classes, the class of each row, weight, reduction, ignored, …)."""
     scores, classes = node.args[:2]
     ignored = node.args[4] if len(node.args) > 4 else node.kwargs.get("ignore_index", -100)
@@ -172,34 +172,34 @@ def by_classes(node: Node, _name: str) -> Iterator[Index]:
     yield Index(classes, scores, dim, ignored=ignored)  # type: ignore[arg-type]
 
 
-def as_classes(node: Node, _name: str) -> Iterator[Index]:
+def _find_one_hot_classes(node: Node, _name: str) -> Iterator[Index]:
     """`one_hot`: (numbers, classes); without a number of them it cannot be exported."""
     numbers, classes = (*node.args, node.kwargs.get("num_classes"))[:2]
     if isinstance(classes, int):
         yield Index(numbers, numbers, None, classes=classes)  # type: ignore[arg-type]
 
 
-def by_pooled(node: Node, _name: str) -> Iterator[Index]:
+def _find_unpool_places(node: Node, _name: str) -> Iterator[Index]:
     """Places that a pooling took its numbers from: (self, numbers, output size)."""
     sizes = node.args[2]
     if isinstance(sizes, (list, tuple)) and all(isinstance(size, int) for size in sizes):
         yield Index(node.args[1], node.args[0], None, classes=prod(sizes))  # type: ignore[arg-type]
 
 
-FINDERS: Mapping[str, Callable[[Node, str], Iterator[Index]]] = {
-    **dict.fromkeys(("embedding", "embedding_bag", "_embedding_bag"), by_rows),
-    **dict.fromkeys(ALONG_A_DIM, along_a_dim),
-    **dict.fromkeys(BY_LISTS, by_lists),
-    **dict.fromkeys(("take", "put"), by_places),
-    **dict.fromkeys(BY_CLASSES, by_classes),
-    "take_along_dim": along_another,
-    "one_hot": as_classes,
-    "select": by_number,
-    **dict.fromkeys(("max_unpool2d", "max_unpool3d"), by_pooled),
+_FINDERS: Mapping[str, Callable[[Node, str], Iterator[Index]]] = {
+    **dict.fromkeys(("embedding", "embedding_bag", "_embedding_bag"), _find_embedding_rows),
+    **dict.fromkeys(_ALONG_A_DIM, _find_dim_index),
+    **dict.fromkeys(_BY_LISTS, _find_list_indices),
+    **dict.fromkeys(("take", "put"), _find_flat_index),
+    **dict.fromkeys(_BY_CLASSES, _find_loss_classes),
+    "take_along_dim": _find_take_along_dim,
+    "one_hot": _find_one_hot_classes,
+    "select": _find_select_index,
+    **dict.fromkeys(("max_unpool2d", "max_unpool3d"), _find_unpool_places),
 }
 
 
-def is_checked(
+def _is_checked(
     index: Index,
     given: Mapping[Node, Input],
     inputs: Sequence[tuple[Node, Input]],
@@ -217,7 +217,7 @@ def is_checked(
     return index.numbers is inputs[cache.position][0] and index.table in places
 
 
-def follows(index: Index, given: Set[Node]) -> bool:
+def _can_exceed_rows(index: Index, given: Set[Node]) -> bool:
     """Whether a caller can make numbers larger than what they choose from.
 
     What a comparison answers is 0 or 1, and what is found by sorting is a place.
@@ -227,59 +227,59 @@ def follows(index: Index, given: Set[Node]) -> bool:
         node = waiting.pop()
         if node in given:
             return True
-        if is_bounded(node, index.rows):
+        if _is_bounded(node, index.rows):
             continue
         waiting += [each for each in node.all_input_nodes if each not in seen]
         seen |= {*node.all_input_nodes}
     return False
 
 
-def is_bounded(node: Node, rows: Any) -> bool:
+def _is_bounded(node: Node, rows: Any) -> bool:
     """Whether an operation answers nothing that there are not rows for, whatever it is given."""
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor) and value.dtype is torch.bool:
         return True
-    places: int | None = PLACES.get(name_of(node))
+    places: int | None = _PLACES.get(_read_op_name(node))
     found = node
     if node.target is operator.getitem and node.args[1] == 1:
         found = node.args[0]  # type: ignore[assignment]
-        places = WITH_PLACES.get(name_of(found))
+        places = _WITH_PLACES.get(_read_op_name(found))
     if places is None:
-        return name_of(node) in FIXED
-    return is_no_more(size_along(found, places), rows)
+        return _read_op_name(node) in _FIXED
+    return _is_no_more(_read_size_along(found, places), rows)
 
 
-def size_along(node: Node, place: int) -> Any:
+def _read_size_along(node: Node, place: int) -> Any:
     """The size along which an operation looks; of all elements where it names no dim."""
     shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
-    default = None if name_of(node) in {"argmax", "argmin"} else -1
+    default = None if _read_op_name(node) in {"argmax", "argmin"} else -1
     dim = node.args[place] if len(node.args) > place else node.kwargs.get("dim", default)
     return shape[dim] if isinstance(dim, int) else prod(shape)
 
 
-def is_no_more(size: Any, rows: Any) -> bool:
+def _is_no_more(size: Any, rows: Any) -> bool:
     """Whether a size is known to be no more than another; two symbols are where they are one."""
     if isinstance(size, int) and isinstance(rows, int):
         return size <= rows
     return str(size) == str(rows)
 
 
-def name_of(node: Any) -> str:
+def _read_op_name(node: Any) -> str:
     """The name of what a node calls, as `index_add`."""
     packet = getattr(getattr(node, "target", None), "overloadpacket", None)
     return getattr(packet, "__name__", "").removesuffix("_")
 
 
-def edges(index: Index, call: Callable[..., Node]) -> tuple[Node, Node]:
+def _compute_row_limits(index: Index, call: Callable[..., Node]) -> tuple[Node, Node]:
     """The least and the largest number, where there are as many rows as a dim says."""
     if index.dim is None:
-        rows = call(aten.sym_numel.default, index.table)
+        rows = call(_aten.sym_numel.default, index.table)
     else:
-        rows = call(aten.sym_size.int, index.table, index.dim)
+        rows = call(_aten.sym_size.int, index.table, index.dim)
     return call(operator.neg, rows), call(operator.sub, rows, 1)
 
 
-def guarded(graph: torch.fx.Graph, index: Index) -> Node:
+def _clamp_index(graph: torch.fx.Graph, index: Index) -> Node:
     """The numbers, clamped to what there is, after a step that fails where that changes them."""
 
     def call(target: Any, *args: Any) -> Node:
@@ -290,11 +290,11 @@ def guarded(graph: torch.fx.Graph, index: Index) -> Node:
         return node
 
     rows = index.rows
-    least, most = (-rows, rows - 1) if isinstance(rows, int) else edges(index, call)
-    clamped = call(aten.clamp.default, index.numbers, least if index.from_end else 0, most)
+    least, most = (-rows, rows - 1) if isinstance(rows, int) else _compute_row_limits(index, call)
+    clamped = call(_aten.clamp.default, index.numbers, least if index.from_end else 0, most)
     if index.ignored is not None:
-        nothing = call(aten.eq.Scalar, index.numbers, index.ignored)
-        clamped = call(aten.where.self, nothing, index.numbers, clamped)
-    fine = call(aten.all.default, call(aten.eq.Tensor, index.numbers, clamped))
-    call(aten._assert_async.msg, fine, MESSAGE)
+        nothing = call(_aten.eq.Scalar, index.numbers, index.ignored)
+        clamped = call(_aten.where.self, nothing, index.numbers, clamped)
+    fine = call(_aten.all.default, call(_aten.eq.Tensor, index.numbers, clamped))
+    call(_aten._assert_async.msg, fine, MESSAGE)
     return clamped

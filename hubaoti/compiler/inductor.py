@@ -18,22 +18,22 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from packaging.version import Version
 from torch._inductor.exc import CppCompileError
 from torch.export import ExportedProgram
 
-from hubaoti.compiler.callspec import CallSpec, writing_spec
+from hubaoti.artifact.manifest import Target
+from hubaoti.artifact.package import pack_folder, unpack_all
+from hubaoti.compiler.callspec import CallSpec, write_call_spec
 from hubaoti.compiler.elf import refuse_executable_stack, refuse_paths
 from hubaoti.compiler.passes import UnfuseBias
-from hubaoti.disks import TEMPORARY, are_together, full_disk
+from hubaoti.compiler.patched import patch_attribute
+from hubaoti.disk import TEMPORARY, are_on_one_disk, find_full_disk
 from hubaoti.errors import CompileFailed, DiskFull, HubaotiError, UnsafeFolder, first_line
-from hubaoti.host import mapped
-from hubaoti.manifest import Target
-from hubaoti.package import pack, unpack_all
-from hubaoti.settings import environment
+from hubaoti.host.probe import find_mapped
+from hubaoti.settings import override_environment
 
 # Weights stay outside, and nothing is computed from them while compiling, as packed copies are.
 WEIGHTLESS = {
@@ -52,20 +52,20 @@ LEVELS = {
     "x86_64_v4": ("x86-64-v4", 512),
     "aarch64": ("armv8-a", 128),
 }
-DRIVER = "driver"  # a folder of the build
+_DRIVER = "driver"  # a folder of the build
 
-UNFUSE = UnfuseBias()
-PASSES = {UNFUSE.uuid(): UNFUSE}  # by the names that manifests give them
+_UNFUSE = UnfuseBias()
+_PASSES = {_UNFUSE.uuid(): _UNFUSE}  # by the names that manifests give them
 
 
-def options_for(target: Target) -> dict[str, Any]:
+def choose_inductor_options(target: Target) -> dict[str, Any]:
     """Every inductor option that is not at its default, as the manifest and the key have it."""
     options: dict[str, Any] = WEIGHTLESS | {"cpp.simdlen": LEVELS[target.level][1]}
     if target.device == "cpu":
         # Else sums are kept in arrays for as many threads as the builder has, and a host that has
         # more writes beyond them (measured: a crash).
         options["cpp.dynamic_threads"] = True
-        options["post_grad_custom_post_pass"] = UNFUSE.uuid()
+        options["post_grad_custom_post_pass"] = _UNFUSE.uuid()
     if target.device == "cuda":
         # Else the library holds the path of the build, under which each kernel is a file.
         options["aot_inductor.embed_kernel_binary"] = True
@@ -91,44 +91,48 @@ def lower(  # noqa: PLR0913 - all that a package is made of
         CompileFailed: inductor or the C++ compiler failed.
     """
     march = LEVELS[level][0]
-    settings = ALONE | {name: PASSES.get(str(value), value) for name, value in options.items()}
+    settings = ALONE | {name: _PASSES.get(str(value), value) for name, value in options.items()}
     with ExitStack() as around:
-        folder = around.enter_context(workplace(where))
-        for preparing in (host_code(level, march, folder), cuda_code(folder), fresh_cache(folder)):
+        folder = around.enter_context(_hold_build_folder(where))
+        for preparing in (
+            _target_cpu_level(level, march, folder),
+            _expose_cuda_toolkit(folder),
+            _use_fresh_cache(folder),
+        ):
             around.enter_context(preparing)
-        around.enter_context(side_by_side())
-        around.enter_context(writing_spec(spec))
+        around.enter_context(compile_wrapper_concurrently())
+        around.enter_context(write_call_spec(spec))
         raw = folder / f"{root}.pt2"  # torch names the folder after it
         try:
             with warnings.catch_warnings(action="ignore"):  # of torch about torch
                 torch._inductor.aoti_compile_and_package(
                     program, package_path=str(raw), inductor_configs=settings
                 )
-        except Exception as why:  # inductor, g++ and triton raise of many kinds
-            raise explained(why, folder) from why
+        except Exception as error:  # inductor, g++ and triton raise of many kinds
+            raise find_cause(error, folder) from error
         clean = folder / "clean"
         unpack_all(raw, clean)
-        finish(clean, folder)
-        pack(clean, package)
+        _clean_package(clean, folder)
+        pack_folder(clean, package)
 
 
-def explained(why: Exception, folder: Path) -> HubaotiError:
+def find_cause(error: Exception, folder: Path) -> HubaotiError:
     """Of the pages that inductor and g++ write, the line that names the cause."""
-    text = str(why)
+    text = str(error)
     if "No space left on device" in text:
-        place = full_disk(text, folder)
+        place = find_full_disk(text, folder)
         hint = "free some space there"
-        hint += "" if are_together(place, folder) else f", or {TEMPORARY}"
+        hint += "" if are_on_one_disk(place, folder) else f", or {TEMPORARY}"
         return DiskFull(f"lower: no room on the disk of {place}", hint=hint)
     causes = [line for line in text.splitlines() if "error: " in line or "cannot find -l" in line]
-    cause = first_line(causes[0] if causes else why)
+    cause = first_line(causes[0] if causes else error)
     return CompileFailed(
-        f"lower: {type(why).__name__}: {cause}",
+        f"lower: {type(error).__name__}: {cause}",
         hint="are g++ and, for a GPU, the CUDA toolkit installed? else try --dtype float32",
     )
 
 
-def finish(folder: Path, building: Path) -> None:
+def _clean_package(folder: Path, building: Path) -> None:
     """Drop the sources, and make sure that the libraries can be published."""
     for source in folder.rglob("*.cpp"):
         source.unlink()
@@ -142,7 +146,7 @@ def finish(folder: Path, building: Path) -> None:
 
 
 @contextmanager
-def workplace(name: str) -> Iterator[Path]:
+def _hold_build_folder(name: str) -> Iterator[Path]:
     """A folder of ours at a fixed, neutral path, empty, for one build of this name at a time.
 
     The path is part of what inductor hashes, so that equal builds need equal paths; and a folder
@@ -159,9 +163,9 @@ def workplace(name: str) -> Iterator[Path]:
             f"{root} belongs to somebody else, or others may write it",
             hint=f"remove it, or: chmod 700 {root}",
         )
-    sweep(root)
+    _sweep(root)
     folder = root / hashlib.sha256(name.encode()).hexdigest()[:16]
-    with locked(folder.with_suffix(".lock")):
+    with _hold_lock(folder.with_suffix(".lock")):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
         try:
@@ -172,7 +176,7 @@ def workplace(name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def _hold_lock(path: Path) -> Iterator[None]:
     """Hold the lock of this name; who held it before may have removed its file."""
     while True:
         with path.open("w") as lock:
@@ -182,7 +186,7 @@ def locked(path: Path) -> Iterator[None]:
                 return
 
 
-def sweep(root: Path) -> None:
+def _sweep(root: Path) -> None:
     """Remove what builds left that were killed: folders whose lock nobody holds."""
     for path in root.glob("*.lock"):
         with suppress(OSError), path.open("r+") as lock:
@@ -192,13 +196,13 @@ def sweep(root: Path) -> None:
 
 
 @contextmanager
-def fresh_cache(folder: Path) -> Iterator[None]:
+def _use_fresh_cache(folder: Path) -> Iterator[None]:
     """Let inductor write below `folder`, and forget what it compiled before at another path."""
     from torch._inductor.utils import clear_caches
 
     cache = str(folder / "cache")
     clear_caches()
-    with environment(
+    with override_environment(
         TORCHINDUCTOR_CACHE_DIR=cache,
         TRITON_CACHE_DIR=f"{cache}/triton",
         TRITON_DISABLE_LINE_INFO="1",  # else each kernel holds the paths of its Python files
@@ -208,43 +212,43 @@ def fresh_cache(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def host_code(level: str, march: str, folder: Path) -> Iterator[None]:
+def _target_cpu_level(level: str, march: str, folder: Path) -> Iterator[None]:
     """Make inductor's C++ for a CPU level, with a stack that is not executable and no paths.
 
     Private, checked on torch 2.11 to 2.15: `cpp_builder._get_optimization_cflags` (its flags have
     no public door; `cpp.march` came with 2.13) and `cpu_vec_isa.valid_vec_isa_list` (which would
     add what this very CPU has beyond the level, as avx512_bf16). Where they are gone, the checks of
-    `finish` refuse what would not be fit to publish.
+    `_clean_package` refuse what would not be fit to publish.
     """
     from torch._inductor import cpp_builder, cpu_vec_isa
 
     with ExitStack() as patches:
         if hasattr(cpp_builder, "_get_optimization_cflags"):
-            flags = flags_for(cpp_builder._get_optimization_cflags, march, folder)
-            patches.enter_context(patch.object(cpp_builder, "_get_optimization_cflags", flags))
+            flags = _wrap_cflags(cpp_builder._get_optimization_cflags, march, folder)
+            patches.enter_context(patch_attribute(cpp_builder, "_get_optimization_cflags", flags))
         if hasattr(cpu_vec_isa, "valid_vec_isa_list"):
-            isas = vector_isas(cpu_vec_isa, level)
-            patches.enter_context(patch.object(cpu_vec_isa, "valid_vec_isa_list", lambda: isas))
+            isas = choose_vector_isas(cpu_vec_isa, level)
+            patches.enter_context(patch_attribute(cpu_vec_isa, "valid_vec_isa_list", lambda: isas))
         yield
 
 
-def flags_for(
+def _wrap_cflags(
     original: Callable[..., tuple[list[str], list[str]]], march: str, folder: Path
 ) -> Callable[..., tuple[list[str], list[str]]]:
     """The compiler's flags with another `-march`, no debug lines, and neutral file names."""
-    maps = {torch_root(): "torch", folder: "build", Path(sys.prefix): "python"}
+    maps = {Path(torch.__file__).parent: "torch", folder: "build", Path(sys.prefix): "python"}
 
     def flags(*args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
         cflags, ldflags = original(*args, **kwargs)
         kept = [f for f in cflags if not f.startswith(("march=", "mcpu=")) and f != "g1"]
         kept += [f"march={march}", *(f"ffile-prefix-map={a}={b}" for a, b in maps.items())]
-        return kept, [*ldflags, "Wl,-z,noexecstack", f"L{folder / DRIVER}"]
+        return kept, [*ldflags, "Wl,-z,noexecstack", f"L{folder / _DRIVER}"]
 
     return flags
 
 
 @contextmanager
-def side_by_side() -> Iterator[None]:
+def compile_wrapper_concurrently() -> Iterator[None]:
     """Compile what calls the kernels beside the kernels; torch does one after the other.
 
     Private, checked on torch 2.11 to 2.15: `cpp_builder.CppBuilder`, whose first build is that of
@@ -264,7 +268,7 @@ def side_by_side() -> Iterator[None]:
                 each.end()
         build(self)
 
-    with patch.object(cpp_builder.CppBuilder, "build", beginning):
+    with patch_attribute(cpp_builder.CppBuilder, "build", beginning):
         try:
             yield
         finally:
@@ -295,14 +299,14 @@ class Begun:
         self.log.unlink()
 
     def stop(self) -> None:
-        """End it, where something else failed."""
+        """Kill it and what it started, where something else failed; nothing if it has ended."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
 
 @contextmanager
-def cuda_code(folder: Path) -> Iterator[None]:
+def _expose_cuda_toolkit(folder: Path) -> Iterator[None]:
     """Let g++ find CUDA's headers, and the driver by the name under which it is linked.
 
     Private, checked on torch 2.11: `cpp_extension.CUDA_HOME`, the folder above the first `nvcc`,
@@ -314,23 +318,18 @@ def cuda_code(folder: Path) -> Iterator[None]:
         return
     from torch.utils import cpp_extension
 
-    driver = mapped("libcuda.so.1")
+    driver = find_mapped("libcuda.so.1")
     if driver:
-        (folder / DRIVER).mkdir()
-        (folder / DRIVER / "libcuda.so").symlink_to(driver)
+        (folder / _DRIVER).mkdir()
+        (folder / _DRIVER / "libcuda.so").symlink_to(driver)
     usual = (f"/usr/local/cuda-{torch.version.cuda}", "/usr/local/cuda")
     homes = [home for home in (cpp_extension.CUDA_HOME, *usual) if home]
     home = next((h for h in homes if Path(h, "include/crt/host_defines.h").is_file()), None)
-    with patch.object(cpp_extension, "CUDA_HOME", home) if home else nullcontext():
+    with patch_attribute(cpp_extension, "CUDA_HOME", home) if home else nullcontext():
         yield
 
 
-def torch_root() -> Path:
-    """Where torch's headers are."""
-    return Path(torch.__file__).parent
-
-
-def vector_isas(cpu_vec_isa: Any, level: str) -> list[Any]:
+def choose_vector_isas(cpu_vec_isa: Any, level: str) -> list[Any]:
     """The one vector ISA of a level, without asking g++ what this CPU has besides."""
     names = {"x86_64_v3": "VecAVX2", "x86_64_v4": "VecAVX512", "aarch64": "VecNEON"}
     if level not in names:

@@ -16,20 +16,23 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from hubaoti.compiler.calls import replaced
+from hubaoti.compiler.capture import replace_forward
 from hubaoti.errors import CompileFailed
 
-MOST = 1024  # runs of equal numbers that are chosen from, one by one
+MOST_LITERALS = 1024  # runs of equal numbers that are chosen from, one by one
 Make = Callable[[], torch.Tensor]
 
 
 @contextmanager
-def written_out(module: nn.Module) -> Iterator[set[str]]:
+def write_out_buffers(module: nn.Module) -> Iterator[set[str]]:
     """Inside, a call of the module makes what its `state_dict` has not, and reads that.
 
     Gives the names of those that have too many numbers, and stay as they are.
     """
-    found = [(part, name, literal(tensor), where) for part, name, tensor, where in unsaved(module)]
+    found = [
+        (part, name, make_literal(tensor), where)
+        for part, name, tensor, where in _find_unsaved(module)
+    ]
     made = [(part, name, make) for part, name, make, _ in found if make is not None]
     forward = module.forward
 
@@ -37,10 +40,10 @@ def written_out(module: nn.Module) -> Iterator[set[str]]:
     def making(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as around:
             for part, name, make in made:
-                around.enter_context(standing_in(part, name, make()))
+                around.enter_context(_shadow_attribute(part, name, make()))
             return forward(*args, **kwargs)
 
-    with replaced(module, making):
+    with replace_forward(module, making):
         yield {where for *_, make, where in found if make is None}
 
 
@@ -55,14 +58,14 @@ def require_unread(program: ExportedProgram, names: Set[str]) -> None:
     read = sorted({str(each.target) for each in specs if each.arg.name in used} & names)
     if read:
         raise CompileFailed(
-            f"export: {', '.join(read)} is in no state_dict, and more than {MOST} numbers of which "
-            "none follows from another cannot be written into a graph",
+            f"export: {', '.join(read)} is in no state_dict, and more than {MOST_LITERALS} numbers "
+            "of which none follows from another cannot be written into a graph",
             hint="register it as a persistent buffer, or leave --layout zerogpu out and load it by "
             "hubaoti.spaces.load",
         )
 
 
-def unsaved(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor, str]]:
+def _find_unsaved(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor, str]]:
     """The tensors of a module that are not in its `state_dict`: whose, its name, what, and where.
 
     Buffers that are not persistent, and tensors that are plain attributes.
@@ -76,7 +79,7 @@ def unsaved(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor, s
 
 
 @contextmanager
-def standing_in(part: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[None]:
+def _shadow_attribute(part: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[None]:
     """Let a tensor stand in the place of a buffer or an attribute of a module, before which
     Python finds it."""
     kept = vars(part).get(name)
@@ -89,27 +92,29 @@ def standing_in(part: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[No
             vars(part)[name] = kept
 
 
-def literal(tensor: torch.Tensor) -> Make | None:
+def make_literal(tensor: torch.Tensor) -> Make | None:
     """What makes a tensor anew, bit for bit, of nothing but numbers; None if of too many."""
     shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
     flat = tensor.detach().cpu().reshape(-1)
-    ends = ends_of_runs(flat)
+    ends = _find_run_ends(flat)
     if len(ends) < 2:
         value = flat[0].item() if ends else 0
         return lambda: torch.full(shape, value, dtype=dtype, device=device)
-    if counting := progression(flat):
+    if counting := _find_progression(flat):
         return lambda: torch.arange(*counting, dtype=dtype, device=device).view(shape)
-    if len(ends) > MOST:
+    if len(ends) > MOST_LITERALS:
         return None
     numbers = [flat[end - 1].item() for end in ends]
 
     def chosen() -> torch.Tensor:
-        return among(numbers, ends, torch.arange(ends[-1], device=device), dtype).view(shape)
+        return _select_by_run(numbers, ends, torch.arange(ends[-1], device=device), dtype).view(
+            shape
+        )
 
     return chosen
 
 
-def ends_of_runs(flat: torch.Tensor) -> list[int]:
+def _find_run_ends(flat: torch.Tensor) -> list[int]:
     """The place after each run of numbers that are the same bit for bit, as zero and minus zero are
     not."""
     rows = flat.view(-1, 1).view(torch.uint8) if len(flat) else flat.view(0, 1)
@@ -117,7 +122,7 @@ def ends_of_runs(flat: torch.Tensor) -> list[int]:
     return [*changes.tolist(), len(flat)] if len(flat) else []
 
 
-def progression(flat: torch.Tensor) -> tuple[int, int, int] | None:
+def _find_progression(flat: torch.Tensor) -> tuple[int, int, int] | None:
     """What `arange` makes whole numbers of that follow one another in equal steps."""
     if flat.dtype.is_floating_point or flat.dtype.is_complex or flat.dtype is torch.bool:
         return None
@@ -127,13 +132,13 @@ def progression(flat: torch.Tensor) -> tuple[int, int, int] | None:
     return counting if same else None
 
 
-def among(
+def _select_by_run(
     numbers: Sequence[Any], ends: Sequence[int], at: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """At each place the number whose run it is in; runs end before `ends`."""
     if len(numbers) == 1:
         return torch.full(at.shape, numbers[0], dtype=dtype, device=at.device)
     half = len(numbers) // 2
-    first = among(numbers[:half], ends[:half], at, dtype)
-    last = among(numbers[half:], ends[half:], at, dtype)
+    first = _select_by_run(numbers[:half], ends[:half], at, dtype)
+    last = _select_by_run(numbers[half:], ends[half:], at, dtype)
     return torch.where(at < ends[half - 1], first, last)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hubaoti.compiler.fake_values import outside
+from hubaoti.compiler.fake_values import run_outside_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +55,16 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._start = f"{path}."
         self._words = {id(tensor): f"input {at}" for at, tensor in enumerate(given)}
         self.lines, self._kept = [], [*given]
-        own = [face(tensor, name) for name, tensor in block.named_parameters()]
-        own += [face(tensor, name) for name, tensor in block.named_buffers()]
-        self._kind = (type(block), *own, *map(face, given))
+        own = [_fingerprint_tensor(tensor, name) for name, tensor in block.named_parameters()]
+        own += [_fingerprint_tensor(tensor, name) for name, tensor in block.named_buffers()]
+        self._kind = (type(block), *own, *map(_fingerprint_tensor, given))
         self._alike, self._steps, self._pure = self._known.get(self._kind, []), [], True
 
     def end(self, answer: Any) -> str:
         """What was written down, and what of it the block answers and leaves in its call."""
         lines, self.lines = self.lines or [], None
         leaves = [leaf for leaf in tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
-        last = " ".join(self._word(leaf) for leaf in leaves)
+        last = " ".join(self._name_value(leaf) for leaf in leaves)
         if self._pure and not self._alike:
             self._known.setdefault(self._kind, []).append(self._steps)
         self._words, self._kept = {}, []
@@ -72,22 +72,22 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.lines is None:
-            return outside(func, args, kwargs or {}, self._truth)
+            return run_outside_blocks(func, args, kwargs or {}, self._truth)
         if func.namespace == "prim":  # as asking for a device
             return func(*args, **(kwargs or {}))
-        asked = " ".join([str(func), *map(self._word, tree_leaves((args, kwargs)))])
-        before = self._before(asked)
+        asked = " ".join([str(func), *map(self._name_value, tree_leaves((args, kwargs)))])
+        before = self._find_same_step(asked)
         # A view is of one tensor only, and belongs to it.
         out = func(*args, **(kwargs or {})) if before is None or func.is_view else before.out
         leaves = tree_leaves(out)
         # What writes to a tensor is done for each block: it would write to another's.
         self._pure &= not func._schema.is_mutable
         self._pure &= self._is_new(out)
-        self.lines.append(f"{asked} -> {' '.join(map(self._word, leaves))}")
+        self.lines.append(f"{asked} -> {' '.join(map(self._name_value, leaves))}")
         self._steps.append(Step(asked, out))
         return out
 
-    def _before(self, asked: str) -> Step | None:
+    def _find_same_step(self, asked: str) -> Step | None:
         """What came of the same in a block that did the same until here."""
         at = len(self._steps)
         alike = (steps for steps in self._alike if at < len(steps))
@@ -100,27 +100,27 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether the block has not had any tensor of a result before."""
         return all(id(leaf) not in self._words for leaf in tree_leaves(out))
 
-    def _word(self, leaf: Any) -> str:
+    def _name_value(self, leaf: Any) -> str:
         if not isinstance(leaf, torch.Tensor):
             return repr(leaf)
         if id(leaf) not in self._words:
-            self._words[id(leaf)] = self._new_word(leaf)
+            self._words[id(leaf)] = self._name_new_tensor(leaf)
             self._kept.append(leaf)
         return f"%{self._words[id(leaf)]}{list(leaf.shape)}"
 
-    def _new_word(self, tensor: torch.Tensor) -> str:
+    def _name_new_tensor(self, tensor: torch.Tensor) -> str:
         if id(tensor) in self._own:
             return self._own[id(tensor)].removeprefix(self._start)
         place = str(len(self._words))
-        return place if isinstance(tensor, FakeTensor) else f"{place} {bytes_of(tensor)}"
+        return place if isinstance(tensor, FakeTensor) else f"{place} {digest_values(tensor)}"
 
 
-def face(tensor: torch.Tensor, name: str = "") -> tuple[Any, ...]:
+def _fingerprint_tensor(tensor: torch.Tensor, name: str = "") -> tuple[Any, ...]:
     """What of a tensor decides on what comes of it, where it has no values."""
     return name, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device
 
 
-def bytes_of(tensor: torch.Tensor) -> str:
+def digest_values(tensor: torch.Tensor) -> str:
     """The digest of a tensor's values; a tensor without storage has none.
 
     Private, checked on torch 2.11 to 2.15: `unset_fake_temporarily`. Within a mode of fake tensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 
 
 class UnfuseBias(CustomGraphPass):
@@ -16,13 +16,13 @@ class UnfuseBias(CustomGraphPass):
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        """Rewrite the graph in place."""
+        """Rewrite the graph in place; an `addmm` with keywords (`alpha`, `beta`) stays."""
         for node in list(graph.nodes):
-            if node.target is aten.addmm.default and not node.kwargs:
+            if node.target is _aten.addmm.default and not node.kwargs:
                 bias, left, right = node.args
                 with graph.inserting_before(node):
-                    product = graph.call_function(aten.mm.default, (left, right))
-                    total = graph.call_function(aten.add.Tensor, (product, bias))
+                    product = graph.call_function(_aten.mm.default, (left, right))
+                    total = graph.call_function(_aten.add.Tensor, (product, bias))
                 product.meta.update(node.meta)
                 total.meta.update(node.meta)
                 node.replace_all_uses_with(total)

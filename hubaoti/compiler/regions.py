@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.canonical import canonical
-from hubaoti.compiler.observe import Observed
-from hubaoti.compiler.operations import bytes_of
+from hubaoti.artifact.canonical import encode_canonical
+from hubaoti.compiler.fake_run import BlockCalls
+from hubaoti.compiler.operations import digest_values
 from hubaoti.errors import BadRequest
 
 # Attributes that differ between equal blocks: their number, and what only training uses.
-NUMBERS = {"layer_idx", "layer_id", "layer_number", "layer_num", "layer_index", "block_idx", "idx"}
-TRAINING = ("drop", "gradient_checkpointing", "training")
-OWN = set(vars(nn.Module()))  # what every module has: parameters, hooks, …
+_NUMBERS = {"layer_idx", "layer_id", "layer_number", "layer_num", "layer_index", "block_idx", "idx"}
+_TRAINING = ("drop", "gradient_checkpointing", "training")
+_OWN = set(vars(nn.Module()))  # what every module has: parameters, hooks, …
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +37,14 @@ class Group:
     modules: tuple[str, ...]
 
 
-def blocks_of(model: nn.Module, regions: str) -> dict[str, nn.Module]:
+def find_blocks(model: nn.Module, regions: str) -> dict[str, nn.Module]:
     """The modules to compile, by path: repeated blocks (`auto`), or those at one path.
 
     Raises:
         BadRequest: there is no module at the path.
     """
     if regions == "auto":
-        return dict(repeated(model, ""))
+        return dict(find_repeated(model, ""))
     modules = dict(model.named_modules())
     if regions not in modules:
         near = difflib.get_close_matches(regions, modules, 3)
@@ -58,31 +58,33 @@ def blocks_of(model: nn.Module, regions: str) -> dict[str, nn.Module]:
     return {regions: found}
 
 
-def repeated(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+def find_repeated(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """The outermost blocks: children of a list of which two have one class and equal tensors.
 
     And what the model's own code calls its blocks, even where there is but one of them.
     """
     named = {*(getattr(module, "_repeated_blocks", None) or ())}
     named |= {*(getattr(module, "_no_split_modules", None) or ())}
-    yield from walk(module, path, named)
+    yield from _find_blocks_below(module, path, named)
 
 
-def walk(module: nn.Module, path: str, named: set[str]) -> Iterator[tuple[str, nn.Module]]:
+def _find_blocks_below(
+    module: nn.Module, path: str, named: set[str]
+) -> Iterator[tuple[str, nn.Module]]:
     """Blocks below a module, from the outside to the inside."""
     children = [(f"{path}.{name}".lstrip("."), each) for name, each in module.named_children()]
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
         large = [(name, each) for name, each in children if is_block(each)]
-        kinds = Counter((type(each), tensors_of(each)) for _, each in large)
+        kinds = Counter((type(each), _list_tensor_shapes(each)) for _, each in large)
         named_here = any(type(each).__name__ in named for _, each in large)
         if named_here or any(count > 1 for count in kinds.values()):
             yield from large
             return
     for name, child in children:
-        yield from walk(child, name, named)
+        yield from _find_blocks_below(child, name, named)
 
 
-def alone(model: nn.Module) -> dict[str, nn.Module]:
+def find_lone_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost blocks that are the only one of their list; what lies within one is its own."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
@@ -102,15 +104,15 @@ def is_block(module: nn.Module) -> bool:
     return any(True for _ in module.children()) and sum(1 for _ in module.parameters()) > 1
 
 
-def tensors_of(module: nn.Module) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
+def _list_tensor_shapes(module: nn.Module) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
     """Names, shapes and dtypes of a module's parameters and buffers."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors)
 
 
-def groups_of(
+def group_blocks(
     blocks: Mapping[str, nn.Module],
-    observed: Mapping[str, Observed],
+    observed: Mapping[str, BlockCalls],
     before: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[Group, ...]:
     """Blocks that one graph serves, in the order in which the model holds them.
@@ -121,71 +123,72 @@ def groups_of(
     members: dict[str, list[str]] = {}
     for path, block in blocks.items():
         if seen := observed.get(path):
-            held = before[path] if before else attributes(block)
-            members.setdefault(signature(block, seen, held), []).append(path)
-    names = group_names([paths for paths in members.values()], blocks)
+            held = before[path] if before else list_block_attributes(block)
+            members.setdefault(_fingerprint_block(block, seen, held), []).append(path)
+    names = _name_groups([paths for paths in members.values()], blocks)
     return tuple(
         Group(name, tuple(paths)) for name, paths in zip(names, members.values(), strict=True)
     )
 
 
-def signature(block: nn.Module, seen: Observed, held: Sequence[str]) -> str:
+def _fingerprint_block(block: nn.Module, seen: BlockCalls, held: Sequence[str]) -> str:
     """What blocks of one group have in common."""
     templates = [call.template for call in seen.calls]
     sizes = [[list(size) for size in call.sizes] for call in seen.calls]
-    text = canonical([templates, sizes]).decode() + seen.operations
-    return "\n".join([*map(repr, tensors_of(block)), *held, text])
+    text = encode_canonical([templates, sizes]).decode() + seen.operations
+    return "\n".join([*map(repr, _list_tensor_shapes(block)), *held, text])
 
 
-def attributes(block: nn.Module) -> list[str]:
+def list_block_attributes(block: nn.Module) -> list[str]:
     """The attributes of a block and of what is in it, private ones too, without layer numbers."""
     found = []
     for path, module in block.named_modules():
         found.append(f"{path}: {type(module).__module__}.{type(module).__qualname__}")
         for name, value in sorted(vars(module).items()):
-            if name in OWN or name in NUMBERS or any(word in name for word in TRAINING):
+            if name in _OWN or name in _NUMBERS or any(word in name for word in _TRAINING):
                 continue
-            found.append(f"{path}.{name} = {spelled(value)}")
+            found.append(f"{path}.{name} = {_render_attribute(value)}")
     return found
 
 
-def spelled(value: Any, depth: int = 3) -> str:
+def _render_attribute(value: Any, depth: int = 3) -> str:
     """A value as text that is equal for equal values; what has no such text is its class."""
     if isinstance(value, (bool, int, float, str, type(None), torch.dtype, torch.device)):
         return repr(value)
     if isinstance(value, torch.Tensor):
-        return f"tensor {tuple(value.shape)} {bytes_of(value)}"
+        return f"tensor {tuple(value.shape)} {digest_values(value)}"
     if isinstance(value, types.FunctionType):
-        return function_text(value, depth)
+        return _render_function(value, depth)
     if depth and isinstance(value, (tuple, list)):
-        return f"[{', '.join(spelled(item, depth - 1) for item in value)}]"
+        return f"[{', '.join(_render_attribute(item, depth - 1) for item in value)}]"
     if depth and isinstance(value, dict):
-        return f"{{{', '.join(f'{k!r}: {spelled(v, depth - 1)}' for k, v in value.items())}}}"
+        items = (f"{k!r}: {_render_attribute(v, depth - 1)}" for k, v in value.items())
+        return f"{{{', '.join(items)}}}"
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def function_text(function: types.FunctionType, depth: int) -> str:
+def _render_function(function: types.FunctionType, depth: int) -> str:
     """A function by its code and what it closes over."""
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    held = [spelled(each, depth - 1) for each in cells] if depth else []
+    held = [_render_attribute(each, depth - 1) for each in cells] if depth else []
     code = hashlib.sha256(function.__code__.co_code).hexdigest()[:12]
     return f"{function.__qualname__} {code} {function.__code__.co_consts!r} {held}"
 
 
-def group_names(groups: Sequence[Sequence[str]], blocks: Mapping[str, nn.Module]) -> list[str]:
+def _name_groups(groups: Sequence[Sequence[str]], blocks: Mapping[str, nn.Module]) -> list[str]:
     """A name for each group: where it lies, and where several lie there, of what kind it is."""
     places = [paths[0].rpartition(".")[0] or paths[0] for paths in groups]
     names = []
     for place, paths in zip(places, groups, strict=True):
         alone = places.count(place) == 1 and (len(paths) > 1 or place != paths[0])
-        names.append(place if alone else f"{place}.{kind_of(paths, blocks)}")
+        names.append(place if alone else f"{place}.{_name_group_kind(paths, blocks)}")
     return [
         name if names.count(name) == 1 else f"{name}{paths[0].rpartition('.')[2]}"
         for name, paths in zip(names, groups, strict=True)
     ]
 
 
-def kind_of(paths: Sequence[str], blocks: Mapping[str, nn.Module]) -> str:
+def _name_group_kind(paths: Sequence[str], blocks: Mapping[str, nn.Module]) -> str:
     """A word for a group: its layer type, or its class."""
     block = blocks[paths[0]]
     for module in block.modules():

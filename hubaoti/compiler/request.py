@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ LAYOUTS = ("zerogpu",)
 RECIPES = ("int8wo", "int4wo", "float8dq")  # of torchao, as `runtime/quantize.py` has them
 DEFAULT_LEVEL = "x86_64_v3"
 
+Shape = Sequence[str | int | None]
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -24,13 +26,19 @@ class Range:
     high: int
     step: int = 1
 
+    def __contains__(self, size: int) -> bool:
+        return self.low <= size <= self.high and size % self.step == 0
+
     def __str__(self) -> str:
         return f"{self.low}:{self.high}" + (f":{self.step}" if self.step != 1 else "")
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """How to compile a model; None means: as the model says.
+class CompileRequest:
+    """All that is asked of a compile; None means: as the model says.
+
+    `calls` and `shapes` are of a module from Python; `inductor` has its options as they are given,
+    and once they were looked at as JSON has them.
 
     Raises:
         UnknownTask, BadDim, BadRequest: a word that the compiler does not know.
@@ -44,10 +52,26 @@ class Request:
     regions: str | None = None
     buckets: tuple[dict[str, Range], ...] = ()
     mode: str = "default"
-    inductor: dict[str, Any] = field(default_factory=dict)
+    inductor: Mapping[str, Any] | Iterable[str] = field(default_factory=dict)
     quantize: str | None = None
     trust_remote_code: bool = False
     layout: str | None = None
+    revision: str | None = None
+    calls: Any = None
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, words: Mapping[str, Any]) -> CompileRequest:
+        """The keywords of `hubaoti.compile`, dims and buckets as people write them.
+
+        Raises:
+            TypeError: it takes no such keyword. UnknownTask, BadDim, BadRequest: as above.
+        """
+        dims, buckets = (
+            make_ranges(words.get("dims", ())),
+            make_bucket_ranges(words.get("buckets", ())),
+        )
+        return cls(**{**words, "dims": dims, "buckets": buckets})
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
@@ -98,10 +122,10 @@ def check_dim(name: str, sizes: Range) -> None:
         )
 
 
-Bounds = tuple[int, int] | tuple[int, int, int]
+RangeLike = tuple[int, int] | tuple[int, int, int]
 
 
-def ranges(dims: Mapping[str, Bounds] | Iterable[str]) -> dict[str, Range]:
+def make_ranges(dims: Mapping[str, RangeLike] | Iterable[str]) -> dict[str, Range]:
     """Dims as Python or the command line gives them."""
     if isinstance(dims, Mapping):
         return {name: Range(*sizes) for name, sizes in dims.items()}
@@ -124,9 +148,13 @@ def parse_dims(texts: Iterable[str]) -> dict[str, Range]:
     return dims
 
 
-def bucket_ranges(buckets: Iterable[Mapping[str, Bounds] | str]) -> tuple[dict[str, Range], ...]:
+def make_bucket_ranges(
+    buckets: Iterable[Mapping[str, RangeLike] | str],
+) -> tuple[dict[str, Range], ...]:
     """Buckets as Python or the command line gives them."""
     found = []
     for bucket in buckets:
-        found.append(parse_dims(bucket.split(",")) if isinstance(bucket, str) else ranges(bucket))
+        found.append(
+            parse_dims(bucket.split(",")) if isinstance(bucket, str) else make_ranges(bucket)
+        )
     return tuple(found)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch.export import ExportedProgram
 
-from hubaoti.compiler.symbols import placeholders
-from hubaoti.manifest import Input
+from hubaoti.artifact.manifest import Input
+from hubaoti.compiler.symbols import list_placeholders
 
 # Inductor neither lowers nor decomposes this one: it is called as it is, sees the strides that its
 # tensor really has, and answers a contiguous one.
-COPY = torch.ops.aten.detach_copy.default
+_COPY = torch.ops.aten.detach_copy.default
 
 
 def take_any_strides(program: ExportedProgram, inputs: tuple[Input, ...]) -> None:
@@ -24,14 +24,14 @@ def take_any_strides(program: ExportedProgram, inputs: tuple[Input, ...]) -> Non
     Not of what its module writes into, which is the caller's own.
     """
     graph = program.graph
-    given = [*zip(placeholders(program), inputs, strict=True)]
+    given = [*zip(list_placeholders(program), inputs, strict=True)]
     first = next(node for node in graph.nodes if node.op != "placeholder")
     for node, entry in given:
         users = [user for user in node.users if user.op != "output"]
         if entry.mutated or not entry.shape or not users:
             continue
         with graph.inserting_before(first):
-            copy = graph.call_function(COPY, (node,))
+            copy = graph.call_function(_COPY, (node,))
         copy.meta["val"] = node.meta["val"]
         for user in users:
             user.replace_input_with(node, copy)

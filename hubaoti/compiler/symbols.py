@@ -10,18 +10,16 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from hubaoti.compiler.faces import Face
-from hubaoti.compiler.shapes import Bounds
-from hubaoti.extents import Extent
-
-ATTEMPTS = 4  # at refining dims; torch tells of one thing at a time
+from hubaoti.artifact.dim_expr import DimExpr
+from hubaoti.compiler.dims import DimRanges
+from hubaoti.compiler.signature import CallSignature
 
 
-def symbols_of(program: ExportedProgram, face: Face, bounds: Bounds) -> dict[Any, Any]:
+def map_symbols(program: ExportedProgram, face: CallSignature, bounds: DimRanges) -> dict[Any, Any]:
     """Torch's symbols, as what they are of our dims."""
     symbols: dict[Any, Any] = {}
-    for at, axis, extent in face.extents():
-        size = fake(program, at).shape[axis]
+    for index, axis, extent in face.extents():
+        size = get_fake_value(program, index).shape[axis]
         if isinstance(size, int) or len(size.node.expr.free_symbols) != 1:
             continue
         (symbol,) = size.node.expr.free_symbols
@@ -31,10 +29,10 @@ def symbols_of(program: ExportedProgram, face: Face, bounds: Bounds) -> dict[Any
     return symbols
 
 
-def extent_of(size: Any, symbols: Mapping[Any, Any]) -> Extent | None:
+def convert_to_dim_expr(size: Any, symbols: Mapping[Any, Any]) -> DimExpr | None:
     """The extent that torch's expression is; None where it is no sum of dims."""
     if isinstance(size, int):
-        return Extent.of({}, size)
+        return DimExpr.of({}, size)
     expression = sympy.expand(size.node.expr.subs(symbols))
     terms: dict[str, int] = {}
     plus = 0
@@ -47,16 +45,16 @@ def extent_of(size: Any, symbols: Mapping[Any, Any]) -> Extent | None:
             terms[str(term)] = int(factor)
         else:
             return None
-    return Extent.of(terms, plus)
+    return DimExpr.of(terms, plus)
 
 
-def fake(program: ExportedProgram, at: int) -> Any:
-    """What torch knows of an input."""
-    return placeholders(program)[at].meta["val"]
+def get_fake_value(program: ExportedProgram, index: int) -> Any:
+    """The fake tensor of one user input: torch's symbols for its sizes, and no values."""
+    return list_placeholders(program)[index].meta["val"]
 
 
-def placeholders(program: ExportedProgram) -> list[torch.fx.Node]:
-    """The graph's user inputs, in order."""
+def list_placeholders(program: ExportedProgram) -> list[torch.fx.Node]:
+    """The nodes of a program's user inputs, in order, without its parameters and constants."""
     names = [
         spec.arg.name
         for spec in program.graph_signature.input_specs

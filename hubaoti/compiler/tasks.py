@@ -16,14 +16,14 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
-from hubaoti.compiler.faces import Face
+from hubaoti.artifact.manifest import Input
 from hubaoti.compiler.request import Range
+from hubaoti.compiler.signature import CallSignature
 from hubaoti.errors import UnknownTask
-from hubaoti.manifest import Input
-from hubaoti.model_files import POOLING, read_json
-from hubaoti.runtime.template import cache_word
+from hubaoti.program.model_files import POOLING, read_json
+from hubaoti.runtime.call_template import choose_cache_word
 
-LARGEST = 1 << 20  # tokenizers write 1e30 where a model has no limit
+_LARGEST = 1 << 20  # tokenizers write 1e30 where a model has no limit
 # Sizes at which a model is looked at. No dim's are another's plus a number or times one, nor the
 # sum of two others', so whatever changes with them says which it follows.
 LOOKS: dict[str, tuple[int, ...]] = {
@@ -32,10 +32,14 @@ LOOKS: dict[str, tuple[int, ...]] = {
     "filled": (17, 23, 37),
     "target": (7, 9, 19),
 }
-WHOLE = {"embed", "classify", "logits"}  # tasks whose graph answers texts without transformers
+WHOLE_TASKS = {
+    "embed",
+    "classify",
+    "logits",
+}  # tasks whose graph answers texts without transformers
 
 
-def task_of(folder: Path, config: Any) -> str:
+def infer_task(folder: Path, config: Any) -> str:
     """What a model is for, as its files say.
 
     Raises:
@@ -56,20 +60,20 @@ def task_of(folder: Path, config: Any) -> str:
     )
 
 
-def auto_class(task: str, config: Any) -> Any:
+def choose_auto_class(task: str, config: Any) -> Any:
     """The transformers class that makes the model of a task."""
     if task in {"embed", "forward"}:
-        return transformers.AutoModelForTextEncoding if is_half(config) else transformers.AutoModel
+        return transformers.AutoModelForTextEncoding if _is_half(config) else transformers.AutoModel
     if task == "classify":
         return transformers.AutoModelForSequenceClassification
     if task == "logits" and "ForMaskedLM" in " ".join(config.architectures or ()):
         return transformers.AutoModelForMaskedLM
-    if task == "generate" and is_multimodal(config):
+    if task == "generate" and _is_multimodal(config):
         return transformers.AutoModelForMultimodalLM
     return transformers.AutoModelForCausalLM
 
 
-def is_multimodal(config: Any) -> bool:
+def _is_multimodal(config: Any) -> bool:
     """Whether the files are those of a model whose text decoder is but a part of it."""
     whole: Any = transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None)
     alone = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -91,7 +95,7 @@ def refuse_two_caches(name: str, config: Any) -> None:
         )
 
 
-def is_half(config: Any) -> bool:
+def _is_half(config: Any) -> bool:
     """Whether the files are those of an encoder whose whole model has a decoder, or eyes, too."""
     half: Any = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
     whole = transformers.MODEL_MAPPING.get(type(config), None)
@@ -99,13 +103,16 @@ def is_half(config: Any) -> bool:
     return half is not None and half is not whole and named == [half.__name__]
 
 
-def whole_face(vocabulary: int) -> Face:
+def make_whole_signature(vocabulary: int) -> CallSignature:
     """How the `forward` of embed, classify and logits is called."""
-    inputs = (ids("input_ids", "seq", vocabulary), mask("attention_mask", "seq"))
-    return face_of_inputs(inputs, {})
+    inputs = (
+        _make_ids_input("input_ids", "seq", vocabulary),
+        _make_mask_input("attention_mask", "seq"),
+    )
+    return _make_keyword_signature(inputs, {})
 
 
-def own_face(model: nn.Module, config: Any, task: str, vocabulary: int) -> Face:
+def make_own_signature(model: nn.Module, config: Any, task: str, vocabulary: int) -> CallSignature:
     """How a model's own `forward` is called: with whatever it takes of what models take.
 
     Raises:
@@ -113,29 +120,31 @@ def own_face(model: nn.Module, config: Any, task: str, vocabulary: int) -> Face:
     """
     taken = inspect.signature(model.forward).parameters
     if task == "generate":
-        require_cache(type(model).__name__, {*taken})
+        _require_cache(type(model).__name__, {*taken})
     # A mask beside images alone is none of tokens.
     words = vocabulary if "input_ids" in taken else 0
-    inputs = tuple(entry for entry in possible_inputs(config, task, words) if entry.name in taken)
+    inputs = tuple(
+        entry for entry in _list_possible_inputs(config, task, words) if entry.name in taken
+    )
     literals: dict[str, Any] = {"use_cache": task == "generate"} if "use_cache" in taken else {}
     if task == "generate":
-        literals[cache_word(taken)] = {"cache": True}
-    return face_of_inputs(inputs, literals)
+        literals[choose_cache_word(taken)] = {"cache": True}
+    return _make_keyword_signature(inputs, literals)
 
 
-def users_face(face: Face, model: nn.Module, config: Any) -> Face:
+def make_user_signature(face: CallSignature, model: nn.Module, config: Any) -> CallSignature:
     """The face of a call as a model's user makes it, with what its tokenizer or processor gives."""
     taken = inspect.signature(model.forward).parameters
     inputs = [entry for entry in face.inputs if entry.name != "position_ids"]
     kinds = getattr(config, "type_vocab_size", None) or 0
     if "token_type_ids" in taken and kinds > 1:
-        inputs.insert(1, ids("token_type_ids", "seq", kinds))
+        inputs.insert(1, _make_ids_input("token_type_ids", "seq", kinds))
     is_encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
     literals = {"use_cache": False} if "use_cache" in taken and not is_encoder else {}
-    return face_of_inputs(tuple(inputs), literals)
+    return _make_keyword_signature(tuple(inputs), literals)
 
 
-def require_cache(name: str, taken: set[str]) -> None:
+def _require_cache(name: str, taken: set[str]) -> None:
     """Refuse to generate with a model that takes no KV cache, by the arguments that it takes.
 
     Raises:
@@ -150,84 +159,84 @@ def require_cache(name: str, taken: set[str]) -> None:
     )
 
 
-def face_of_inputs(inputs: tuple[Input, ...], literals: dict[str, Any]) -> Face:
-    """A face of keyword arguments."""
-    kwargs = {entry.name: {"tensor": at} for at, entry in enumerate(inputs)}
-    return Face({"args": [], "kwargs": kwargs | literals}, inputs)
+def _make_keyword_signature(inputs: tuple[Input, ...], literals: dict[str, Any]) -> CallSignature:
+    """A signature whose inputs and literals are keyword arguments, by their names."""
+    kwargs = {entry.name: {"tensor": index} for index, entry in enumerate(inputs)}
+    return CallSignature({"args": [], "kwargs": kwargs | literals}, inputs)
 
 
-def possible_inputs(config: Any, task: str, vocabulary: int) -> list[Input]:
+def _list_possible_inputs(config: Any, task: str, vocabulary: int) -> list[Input]:
     """What models of transformers take, with sizes as a config gives them."""
     length = "filled" if task == "generate" else "seq"
     inputs = []
     if vocabulary:
         inputs += [
-            ids("input_ids", "seq", vocabulary),
-            mask("attention_mask", length),
+            _make_ids_input("input_ids", "seq", vocabulary),
+            _make_mask_input("attention_mask", length),
             Input(name="position_ids", dtype="int64", shape=("batch", "seq"), values="position"),
         ]
     if task == "generate":  # images and sounds are tokens before the decoder sees them
         return inputs
     if config.is_encoder_decoder:
-        inputs.append(ids("decoder_input_ids", "target", vocabulary))
+        inputs.append(_make_ids_input("decoder_input_ids", "target", vocabulary))
     vision = getattr(config, "vision_config", None) or config
     if hasattr(vision, "image_size"):
-        sizes = (getattr(vision, "num_channels", 3), *square(vision.image_size))
-        inputs.append(real("pixel_values", sizes))
+        sizes = (getattr(vision, "num_channels", 3), *_read_image_size(vision.image_size))
+        inputs.append(_make_real_input("pixel_values", sizes))
     if hasattr(config, "num_mel_bins"):
         frames = 2 * getattr(config, "max_source_positions", 512)
-        inputs.append(real("input_features", (config.num_mel_bins, frames)))
+        inputs.append(_make_real_input("input_features", (config.num_mel_bins, frames)))
         inputs = [entry for entry in inputs if entry.name not in {"input_ids", "attention_mask"}]
     return inputs
 
 
-def real(name: str, sizes: tuple[int, ...]) -> Input:
+def _make_real_input(name: str, sizes: tuple[int, ...]) -> Input:
     """Numbers of any size, as of images and sounds."""
     return Input(name=name, dtype="float32", shape=("batch", *sizes), values="real")
 
 
-def largest_of(config: Any, name: str, default: int) -> int:
+def read_config_maximum(config: Any, name: str, default: int) -> int:
     """A number of a config; of one that has a number for each of its stages, the largest."""
     value = getattr(config, name, None)
     each = value if isinstance(value, (list, tuple)) else [value]
     return max((number for number in each if isinstance(number, int)), default=default)
 
 
-def square(size: Any) -> tuple[int, int]:
+def _read_image_size(size: Any) -> tuple[int, int]:
     """Height and width of images, which a config may give as one number."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def ids(name: str, length: str, vocabulary: int) -> Input:
+def _make_ids_input(name: str, length: str, vocabulary: int) -> Input:
     """Token ids, below the size of the vocabulary."""
     shape = ("batch", length)
     return Input(name=name, dtype="int64", shape=shape, values=f"ids<{vocabulary}")
 
 
-def mask(name: str, length: str) -> Input:
+def _make_mask_input(name: str, length: str) -> Input:
     """One for each token that is there, zero for padding."""
     return Input(name=name, dtype="int64", shape=("batch", length), values="mask")
 
 
-def default_dims(
-    face: Face, folder: Path, config: Any, positions: int | None, task: str
+def choose_default_dims(
+    face: CallSignature, folder: Path, config: Any, positions: int | None, task: str
 ) -> dict[str, Range]:
     """The bounds of a model's dims where nothing else is asked."""
     if task != "generate":
-        most = longest(folder, config, positions, 512)
+        most = choose_max_length(folder, config, positions, 512)
         return {dim: Range(1, 32) if dim == "batch" else Range(2, most) for dim in face.dims}
-    most = longest(folder, config, positions, 4096)
-    cache = longest(folder, config, positions, 32768)
+    most = choose_max_length(folder, config, positions, 4096)
+    cache = choose_max_length(folder, config, positions, 32768)
     return {"batch": Range(1, 32), "seq": Range(1, most), "cache": Range(min(16, cache), cache)}
 
 
-def text_part(model: nn.Module, config: Any, task: str) -> nn.Module:
+def find_text_part(model: nn.Module, config: Any, task: str) -> nn.Module:
     """What of a model reads tokens where it is to generate: the rest has positions of its own."""
-    is_whole = task != "generate" or not is_multimodal(config)
+    is_whole = task != "generate" or not _is_multimodal(config)
     return model if is_whole else model.get_decoder()  # type: ignore[operator]
 
 
-def learned_positions(model: nn.Module) -> int | None:
+def count_learned_positions(model: nn.Module) -> int | None:
     """How many positions a model's own table has; None where it has no such table.
 
     RoBERTa's begin after the padding id.
@@ -241,12 +250,12 @@ def learned_positions(model: nn.Module) -> int | None:
     return min(sizes, default=None)
 
 
-def longest(folder: Path, config: Any, positions: int | None, most: int) -> int:
+def choose_max_length(folder: Path, config: Any, positions: int | None, most: int) -> int:
     """The largest default for a length: less where the model or its tokenizer ends before."""
     names = ("max_position_embeddings", "max_seq_len")
     limits = [most, positions, *(getattr(config.get_text_config(), name, None) for name in names)]
     limits.append(read_json(folder / "tokenizer_config.json").get("model_max_length"))
-    return min(int(n) for n in limits if isinstance(n, (int, float)) and 2 <= n < LARGEST)
+    return min(int(n) for n in limits if isinstance(n, (int, float)) and 2 <= n < _LARGEST)
 
 
 def pool(mode: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -260,8 +269,8 @@ def pool(mode: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     if mode == "max":
         return hidden.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).amax(1)
     if mode in {"cls", "lasttoken"}:
-        at = first if mode == "cls" else (mask * places).argmax(1)
-        return hidden.take_along_dim(at.view(-1, 1, 1), 1).squeeze(1)
+        index = first if mode == "cls" else (mask * places).argmax(1)
+        return hidden.take_along_dim(index.view(-1, 1, 1), 1).squeeze(1)
     if mode == "weightedmean":
         mask = mask * (places + 1 - first.unsqueeze(1))
     precise = torch.promote_types(hidden.dtype, torch.float32)
@@ -275,16 +284,16 @@ def pool(mode: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 Forward = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 
 
-def answer(model: nn.Module, task: str, steps: tuple[str, ...]) -> str:
+def answer_task(model: nn.Module, task: str, steps: tuple[str, ...]) -> str:
     """Let a model answer its task, from now on; returns what the answer is called."""
     if task == "embed":
-        model.forward = embedder(model, steps)
+        model.forward = _make_embed_forward(model, steps)
         return "embedding"
-    model.forward = scorer(model)
+    model.forward = _make_logits_forward(model)
     return "logits"
 
 
-def embedder(model: nn.Module, steps: tuple[str, ...]) -> Forward:
+def _make_embed_forward(model: nn.Module, steps: tuple[str, ...]) -> Forward:
     """`forward` of embed: one vector a row."""
     inner = model.forward
 
@@ -297,7 +306,7 @@ def embedder(model: nn.Module, steps: tuple[str, ...]) -> Forward:
     return forward
 
 
-def scorer(model: nn.Module) -> Forward:
+def _make_logits_forward(model: nn.Module) -> Forward:
     """`forward` of classify and logits: the model's own logits."""
     inner = model.forward
 

@@ -15,26 +15,26 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hubaoti.compiler.constants import tensors_of
-from hubaoti.compiler.regions import attributes
-from hubaoti.compiler.shapes import Bounds, Probe, Sizes, nested, probes
+from hubaoti.artifact.manifest import Check
+from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.compiler.constants import collect_named_tensors
+from hubaoti.compiler.dims import DimRanges, Probe, Sizes, choose_probes, nest_sizes
+from hubaoti.compiler.regions import list_block_attributes
 from hubaoti.errors import BadDim, CheckFailed, CompileFailed, first_line
-from hubaoti.manifest import Check
-from hubaoti.manifest import Graph as Entry
-from hubaoti.runtime.golden import inputs_for, shape_at, width
+from hubaoti.runtime.golden import dtype_itemsize, make_golden_inputs, resolve_shape
 from hubaoti.runtime.graph import Graph
-from hubaoti.runtime.weights import shipped_tensors
+from hubaoti.runtime.weights import load_shipped_tensors
 
 # Largest difference allowed, as a part of the largest value: float32 sums in another order, the
 # half types also round where eager keeps a fused step's result, or the other way round.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2}
+CHECK_TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2}
 COARSE = {"float8dq": 1e-1}  # activations are rounded to three bits, here or there another way
-SECONDS = 12.0  # of eager, for all probes of a graph
-ATTEMPT = 3.0  # of eager alone, before a graph is compiled
-FEW_TOKENS = 16  # a call of fewer takes as long: it waits for the weights
-MANY_TOKENS = 64  # and of these on a busy machine; a probe too long only shortens the next
+CHECK_SECONDS = 12.0  # of eager, for all probes of a graph
+_ATTEMPT = 3.0  # of eager alone, before a graph is compiled
+_FEW_TOKENS = 16  # a call of fewer takes as long: it waits for the weights
+_MANY_TOKENS = 64  # and of these on a busy machine; a probe too long only shortens the next
 MEMORY = 256 << 20  # bytes of activations, for one probe
-LIVE = 8  # tensors of the size of what goes in and out that are held at once
+_LIVE = 8  # tensors of the size of what goes in and out that are held at once
 
 Eager = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -44,7 +44,7 @@ class Trial:
     """What a graph is compared with, and the budget's facts: `scores` is attention heads."""
 
     entry: Entry
-    bounds: Bounds
+    bounds: DimRanges
     eager: Eager
     module: nn.Module
     device: torch.device
@@ -54,10 +54,10 @@ class Trial:
 
     def inputs(self, sizes: Sizes) -> list[torch.Tensor]:
         """The same inputs for the same sizes, on the device."""
-        return [tensor.to(self.device) for tensor in inputs_for(self.entry, sizes)]
+        return [tensor.to(self.device) for tensor in make_golden_inputs(self.entry, sizes)]
 
 
-def attempt(trial: Trial, points: Sequence[Sizes]) -> frozenset[str]:
+def try_eager(trial: Trial, points: Sequence[Sizes]) -> frozenset[str]:
     """Ask eager alone, before minutes are spent on what it cannot do either.
 
     Returns the names of the inputs that it writes.
@@ -67,36 +67,39 @@ def attempt(trial: Trial, points: Sequence[Sizes]) -> frozenset[str]:
             from call to call.
         BadDim: it can, and fails at other ones.
     """
-    before = versions(trial.module)
+    before = _snapshot_versions(trial.module)
     written: set[str] = set()
-    seconds_per_token, left = 0.0, ATTEMPT
-    for at, sizes in enumerate(points):
-        probe = capped(sizes, trial, seconds_per_token, left)
+    seconds_per_token, left = 0.0, _ATTEMPT
+    for index, sizes in enumerate(points):
+        probe = cap_probe(sizes, trial, seconds_per_token, left)
         start = time.perf_counter()
         try:
-            written |= asked(trial, probe.sizes)
-            if at == 0:
-                refuse_state(trial, probe.sizes)
+            written |= _call_eager(trial, probe.sizes)
+            if index == 0:
+                _refuse_state(trial, probe.sizes)
         except CompileFailed:
             raise
-        except Exception as why:  # whatever a model's code raises
-            told = f"source: at {named(probe.sizes)} eager itself fails: {first_line(why)}"
-            if at == 0:
+        except Exception as error:  # whatever a model's code raises
+            message = (
+                f"source: at {_format_sizes(probe.sizes)} eager itself fails: {first_line(error)}"
+            )
+            if index == 0:
                 hint = "the model wants other inputs, or these sizes are too small"
-                raise CompileFailed(told, hint=hint) from why
-            raise BadDim(told, hint=f"narrow the dims: {words(trial.bounds)}") from why
+                raise CompileFailed(message, hint=hint) from error
+            hint = f"narrow the dims: {_format_bounds(trial.bounds)}"
+            raise BadDim(message, hint=hint) from error
         spent = time.perf_counter() - start
         left -= spent
-        seconds_per_token = spent / max(tokens(probe.sizes), FEW_TOKENS)
-        for changed in sorted(name for name, _ in versions(trial.module) ^ before):
+        seconds_per_token = spent / max(_count_tokens(probe.sizes), _FEW_TOKENS)
+        for changed in sorted(name for name, _ in _snapshot_versions(trial.module) ^ before):
             raise CompileFailed(
-                f"source: at {named(probe.sizes)} the model writes to its own {changed}",
+                f"source: at {_format_sizes(probe.sizes)} the model writes to its own {changed}",
                 hint="a graph's constants must stay as they are: this model stays eager",
             )
     return frozenset(written)
 
 
-def asked(trial: Trial, sizes: Sizes) -> set[str]:
+def _call_eager(trial: Trial, sizes: Sizes) -> set[str]:
     """Call eager; the names of the inputs that it wrote."""
     inputs = trial.inputs(sizes)
     before = [tensor._version for tensor in inputs]
@@ -107,30 +110,33 @@ def asked(trial: Trial, sizes: Sizes) -> set[str]:
     return {item.name for item, tensor, version in changed if tensor._version != version}
 
 
-def words(bounds: Bounds) -> str:
-    """Bounds as `--dim` takes them."""
+def _format_bounds(bounds: DimRanges) -> str:
+    """Bounds in the words that `--dim` takes, for a hint."""
     return " ".join(f"--dim {name}={sizes}" for name, sizes in bounds.items())
 
 
-def refuse_state(trial: Trial, sizes: Sizes) -> None:
+def _refuse_state(trial: Trial, sizes: Sizes) -> None:
     """Ask the same again: what a module then has changed of itself no graph could carry.
 
     Raises:
         CompileFailed: it counts its calls, or keeps what it was given.
     """
-    before = attributes(trial.module)
-    asked(trial, sizes)
-    for old, new in zip(before, attributes(trial.module), strict=False):
+    before = list_block_attributes(trial.module)
+    _call_eager(trial, sizes)
+    for old, new in zip(before, list_block_attributes(trial.module), strict=False):
         if old != new:
             raise CompileFailed(
-                f"source: at {named(sizes)} the module changes its own {old.partition(' = ')[0]}",
+                f"source: at {_format_sizes(sizes)} the module changes its own "
+                f"{old.partition(' = ')[0]}",
                 hint="a graph cannot keep what changes from call to call: this module stays eager",
             )
 
 
-def versions(model: nn.Module) -> set[tuple[str, tuple[int, int]]]:
+def _snapshot_versions(model: nn.Module) -> set[tuple[str, tuple[int, int]]]:
     """Each tensor of a model by name, with what changes when it is replaced or written."""
-    return {(name, (id(each), each._version)) for name, each in tensors_of(model).items()}
+    return {
+        (name, (id(each), each._version)) for name, each in collect_named_tensors(model).items()
+    }
 
 
 def verify(graph: Graph, trial: Trial) -> tuple[Check, ...]:
@@ -141,25 +147,25 @@ def verify(graph: Graph, trial: Trial) -> tuple[Check, ...]:
     """
     checks: list[Check] = []
     seen: list[Sizes] = []
-    seconds_per_token, left = 0.0, SECONDS
-    for sizes in probes(trial.bounds):
-        probe = capped(sizes, trial, seconds_per_token, left)
+    seconds_per_token, left = 0.0, CHECK_SECONDS
+    for sizes in choose_probes(trial.bounds):
+        probe = cap_probe(sizes, trial, seconds_per_token, left)
         if probe.sizes in seen:
             continue
         seen.append(probe.sizes)
         inputs = trial.inputs(probe.sizes)
         with torch.no_grad():
             start = time.perf_counter()
-            expected = answers(trial.entry, inputs, trial.eager)
+            expected = _collect_answers(trial.entry, inputs, trial.eager)
             spent = time.perf_counter() - start
-            found = answers(trial.entry, inputs, graph)
+            found = _collect_answers(trial.entry, inputs, graph)
         left -= spent
-        seconds_per_token = spent / max(tokens(probe.sizes), MANY_TOKENS)
-        checks.append(compared(graph.entry.id, probe, found, expected, trial.tolerance))
+        seconds_per_token = spent / max(_count_tokens(probe.sizes), _MANY_TOKENS)
+        checks.append(record_comparison(graph.entry.id, probe, found, expected, trial.tolerance))
     return tuple(checks)
 
 
-def answers(
+def _collect_answers(
     entry: Entry, inputs: Sequence[torch.Tensor], call: Callable[..., Sequence[torch.Tensor]]
 ) -> list[torch.Tensor]:
     """What a call answers, and then the inputs that it may write, as it left them."""
@@ -172,7 +178,7 @@ def answers(
     return [*outputs, *written]
 
 
-def compared(
+def record_comparison(
     graph: str,
     probe: Probe,
     found: Sequence[torch.Tensor],
@@ -187,24 +193,24 @@ def compared(
     absolute, relative = 0.0, 0.0
     if len(found) != len(expected):
         raise CheckFailed(
-            f"check: at {named(probe.sizes)} graph {graph} gives {len(found)} tensors, eager "
-            f"{len(expected)}",
+            f"check: at {_format_sizes(probe.sizes)} graph {graph} gives {len(found)} tensors, "
+            f"eager {len(expected)}",
             hint="this model cannot be compiled with these dims; it stays eager",
         )
     for ours, theirs in zip(found, expected, strict=True):
         if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
             raise CheckFailed(
-                f"check: at {named(probe.sizes)} graph {graph} gives {ours.dtype} "
+                f"check: at {_format_sizes(probe.sizes)} graph {graph} gives {ours.dtype} "
                 f"{list(ours.shape)}, eager {theirs.dtype} {list(theirs.shape)}",
                 hint="this model cannot be compiled with these dims; it stays eager",
             )
-        difference, largest = distance(ours, theirs)
+        difference, largest = measure_difference(ours, theirs)
         absolute = max(absolute, difference)
         relative = max(relative, difference / largest)
     if relative > tolerance:
         raise CheckFailed(
-            f"check: at {named(probe.sizes)} graph {graph} differs from eager by {relative:.1e} "
-            f"of the largest value; {tolerance:.0e} is allowed",
+            f"check: at {_format_sizes(probe.sizes)} graph {graph} differs from eager by "
+            f"{relative:.1e} of the largest value; {tolerance:.0e} is allowed",
             hint="try --dtype float32; if it differs there too, this model stays eager",
         )
     return Check(
@@ -218,7 +224,7 @@ def compared(
     )
 
 
-def distance(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
+def measure_difference(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
     """The largest difference and the largest value; infinite where only one of them answers nan."""
     if not ours.numel():
         return 0.0, 1.0
@@ -230,12 +236,14 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
     return difference, (finite.max().item() if finite.numel() else 1.0) or 1.0
 
 
-def capped(sizes: Sizes, trial: Trial, seconds_per_token: float, left: float = SECONDS) -> Probe:
+def cap_probe(
+    sizes: Sizes, trial: Trial, seconds_per_token: float, left: float = CHECK_SECONDS
+) -> Probe:
     """The probe, its largest dim halved until it fits into the budgets of time and memory."""
     bounds = trial.bounds
     small = dict(sizes)
-    why = over_budget(small, trial, seconds_per_token, left)
-    while reason := over_budget(small, trial, seconds_per_token, left):
+    broken = find_broken_budget(small, trial, seconds_per_token, left)
+    while reason := find_broken_budget(small, trial, seconds_per_token, left):
         widest = max(small, key=lambda name: small[name] / bounds[name].low)
         step = bounds[widest].step
         half = small[widest] // 2 // step * step
@@ -245,22 +253,27 @@ def capped(sizes: Sizes, trial: Trial, seconds_per_token: float, left: float = S
         if "cache" in small:
             small["filled"] = min(small["filled"], small["cache"])
             small["seq"] = min(small["seq"], small["filled"])
-        why = reason
-    small = nested(small, bounds)
-    return Probe(small, sizes, why) if small != sizes else Probe(small)
+        broken = reason
+    small = nest_sizes(small, bounds)
+    return Probe(small, sizes, broken) if small != sizes else Probe(small)
 
 
-def over_budget(sizes: Sizes, trial: Trial, seconds_per_token: float, left: float) -> str | None:
+def find_broken_budget(
+    sizes: Sizes, trial: Trial, seconds_per_token: float, left: float
+) -> str | None:
     """Which budget these sizes would break, if any."""
     entry = trial.entry
     tensors = [(item.shape, item.dtype) for item in entry.inputs]
     outputs = [(item.shape, item.dtype) for item in entry.outputs.tensors]
-    moving = sum(math.prod(shape_at(entry, s, sizes)) * width(d) for s, d in (*tensors, *outputs))
+    moving = sum(
+        math.prod(resolve_shape(entry, s, sizes)) * dtype_itemsize(d)
+        for s, d in (*tensors, *outputs)
+    )
     # Two outputs in double precision are held at once; a mask of scores a head is the other part.
     length = sizes.get("filled", sizes.get("seq", 1))
-    scores = 8 * tokens(sizes) * (trial.scores * length + LIVE * trial.width)
-    memory = LIVE * moving + scores
-    seconds = tokens(sizes) * seconds_per_token
+    scores = 8 * _count_tokens(sizes) * (trial.scores * length + _LIVE * trial.width)
+    memory = _LIVE * moving + scores
+    seconds = _count_tokens(sizes) * seconds_per_token
     if memory > MEMORY:
         return f"memory: it would take {memory >> 20} MiB, a probe has {MEMORY >> 20}"
     if seconds > left:
@@ -268,19 +281,19 @@ def over_budget(sizes: Sizes, trial: Trial, seconds_per_token: float, left: floa
     return None
 
 
-def tokens(sizes: Sizes) -> int:
+def _count_tokens(sizes: Sizes) -> int:
     """What a call brings: rows times what is in a row; what a cache holds already is no work."""
     return math.prod(size for name, size in sizes.items() if name not in {"filled", "cache"})
 
 
-def constants_of(module: nn.Module, entry: Entry, folder: Path) -> Mapping[str, torch.Tensor]:
+def share_constants(module: nn.Module, entry: Entry, folder: Path) -> Mapping[str, torch.Tensor]:
     """The memory that eager uses, for the graph: parameters by name, the rest from its file."""
     device = next(module.parameters()).device
-    own = tensors_of(module)
-    shipped = dict(shipped_tensors(entry, folder, device))
+    own = collect_named_tensors(module)
+    shipped = dict(load_shipped_tensors(entry, folder, device))
     return {**own, **shipped}
 
 
-def named(sizes: Sizes) -> str:
-    """Sizes in words."""
+def _format_sizes(sizes: Sizes) -> str:
+    """Sizes as an error message has them: `batch = 1, seq = 8`."""
     return ", ".join(f"{name} = {size}" for name, size in sizes.items())

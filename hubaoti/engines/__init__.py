@@ -1,5 +1,5 @@
 """Engines: what holds models and answers requests."""
 
-from hubaoti.extras import require
+from hubaoti.host.extras import require
 
 require("an engine", "compile", "run")

@@ -16,24 +16,24 @@ import torch
 import transformers
 from torch import nn
 
-from hubaoti.compiler.source import quiet
+from hubaoti.artifact.manifest import Manifest
+from hubaoti.compiler.from_config import silence_transformers
 from hubaoti.compiler.tasks import pool
-from hubaoti.engines.asks import Generation, Item, Likelihood, Message, Prompt, Sampling
+from hubaoti.engines.messages import Generation, Item, Likelihood, Message, Prompt, Sampling
 from hubaoti.engines.tokens import (
-    batches,
-    beginning,
-    beginning_of,
-    common,
-    padded,
-    parts,
-    tokenizer_in,
+    batch_by_length,
+    find_common_prefix,
+    find_starting_tokens,
+    load_tokenizer,
+    pad_batch,
+    shorten_prompt,
+    split_rows,
 )
 from hubaoti.errors import BadInput, BadRequest, OutOfBounds, first_line
-from hubaoti.manifest import Manifest
-from hubaoti.runtime.template import cache_word
-from hubaoti.runtime.text import require_unicode, shortened
+from hubaoti.runtime.call_template import choose_cache_word
+from hubaoti.runtime.text import require_unicode, shorten_text
 
-ROWS = 8  # prompts of a batch, where no graph says how many
+_ROWS = 8  # prompts of a batch, where no graph says how many
 LOGITS = 1 << 28  # bytes of float32 logits that scoring holds at a time
 
 
@@ -44,7 +44,7 @@ class Served:
     Without graphs the caches are the model's own, and `high` is what it has positions for.
     """
 
-    rows: int = ROWS
+    rows: int = _ROWS
     low: int | None = None
     high: int | None = None
     step: int = 1
@@ -52,7 +52,7 @@ class Served:
     @classmethod
     def by(cls, manifest: Manifest) -> Served:
         """What the graphs of a `generate` artifact serve."""
-        rows = manifest.build.dims.get("batch", (1, ROWS, 1))[1]
+        rows = manifest.build.dims.get("batch", (1, _ROWS, 1))[1]
         low, high, step = manifest.build.dims.get("cache", (None, None, 1))
         return cls(rows, low, high, step)
 
@@ -81,11 +81,11 @@ class Decoder:
         own.max_length = own.min_length = own.cache_implementation = None
         own.return_dict_in_generate, own.num_return_sequences = False, 1
         self.steps = steps
-        self.served = self.own = Served(high=positions_of(model))
-        self._tokenizer = tokenizer_in(folder, trust)
-        self._begin = beginning_of(self._tokenizer)
+        self.served = self.own = Served(high=_read_positions(model))
+        self._tokenizer = load_tokenizer(folder, trust)
+        self._begin = find_starting_tokens(self._tokenizer)
         self._takes = inspect.signature(model.forward).parameters
-        self._cache_word = cache_word(self._takes)
+        self._cache_word = choose_cache_word(self._takes)
 
     def serve(self, manifest: Manifest | None) -> None:
         """Graphs answer from now on, or the model itself."""
@@ -104,10 +104,10 @@ class Decoder:
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         answers: dict[int, Generation] = {}
-        for batch in batches([len(row) for row in rows], self.served.rows):
-            found = self._continued([rows[at] for at in batch], sampling)
+        for batch in batch_by_length([len(row) for row in rows], self.served.rows):
+            found = self._continued([rows[index] for index in batch], sampling)
             answers |= zip(batch, found, strict=True)
-        return [answers[at] for at in range(len(rows))]
+        return [answers[index] for index in range(len(rows))]
 
     def measured(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
         """The tokens of each prompt, for whose answers there is room.
@@ -116,9 +116,9 @@ class Decoder:
             OutOfBounds, BadInput: as `generate`.
         """
         rows = [self.prompt_ids(prompt) for prompt in prompts]
-        for at, (prompt, row) in enumerate(zip(prompts, rows, strict=True), 1):
-            told = f"prompt {at} ({beginning(prompt)!r})"
-            self._require_room(told, len(row), sampling.max_new_tokens)
+        for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True), 1):
+            subject = f"prompt {index} ({shorten_prompt(prompt)!r})"
+            self._require_room(subject, len(row), sampling.max_new_tokens)
         return rows
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
@@ -130,7 +130,8 @@ class Decoder:
             ids = self._conversation_ids(prompt)
         if not ids:
             raise BadInput(
-                f"the prompt {beginning(prompt)!r} has no token", hint="say something to go on with"
+                f"the prompt {shorten_prompt(prompt)!r} has no token",
+                hint="say something to go on with",
             )
         return [int(token) for token in ids]
 
@@ -152,9 +153,9 @@ class Decoder:
         ids: Sequence[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _require_room(self, told: str, length: int, new: int) -> None:
+    def _require_room(self, subject: str, length: int, new: int) -> None:
         """Refuse what is longer than the cache, before anything is generated."""
-        what = f"{told} has {length} tokens" + (f" and {new} are to follow" if new else "")
+        what = f"{subject} has {length} tokens" + (f" and {new} are to follow" if new else "")
         if self.own.high is not None and length + new > self.own.high:
             raise OutOfBounds(
                 f"{what}; the model has {self.own.high} positions",
@@ -171,13 +172,13 @@ class Decoder:
     def _continued(self, rows: list[list[int]], sampling: Sampling) -> list[Generation]:
         """What follows a batch of prompts, padded on the left."""
         width = max(len(row) for row in rows)
-        ids, mask = padded(rows, self._pad, self.device, left=True)
+        ids, mask = pad_batch(rows, self._pad, self.device, left=True)
         words: dict[str, Any] = {"generation_config": self._config(sampling)}
         if self.served.low is not None:
             words[self._cache_word] = self._cache(width + sampling.max_new_tokens)
         if sampling.stop:
             words |= {"stop_strings": [*sampling.stop], "tokenizer": self._tokenizer}
-        with quiet():
+        with silence_transformers():
             found = self.model.generate(ids, attention_mask=mask, **words)
         new = found[:, width:].tolist()
         return [
@@ -227,14 +228,14 @@ class Decoder:
             BadInput: a continuation has no token.
         """
         pairs = [self._pair(item) for item in items]
-        for at, (first, rest) in enumerate(pairs, 1):
-            told = f"item {at} ({shortened(items[at - 1].context)!r})"
-            self._require_room(told, len(first) + len(rest) - 1, 0)
+        for index, (first, rest) in enumerate(pairs, 1):
+            subject = f"item {index} ({shorten_text(items[index - 1].context)!r})"
+            self._require_room(subject, len(first) + len(rest) - 1, 0)
         answers: dict[int, Likelihood] = {}
-        for batch in batches([len(a) + len(b) for a, b in pairs], self.served.rows):
-            found = self._likelihoods([pairs[at] for at in batch])
+        for batch in batch_by_length([len(a) + len(b) for a, b in pairs], self.served.rows):
+            found = self._likelihoods([pairs[index] for index in batch])
             answers |= zip(batch, found, strict=True)
-        return [answers[at] for at in range(len(items))]
+        return [answers[index] for index in range(len(items))]
 
     def _pair(self, item: Item) -> tuple[list[int], list[int]]:
         """The tokens of a context and of its continuation."""
@@ -248,11 +249,11 @@ class Decoder:
             # Encoded together, since a token may begin in one and end in the other.
             first, whole = self._plain(context), self._plain(context + continuation)
             if len(whole) <= len(first):  # its last token goes on in the continuation
-                first = common(first, whole)
+                first = find_common_prefix(first, whole)
             first, rest = first or self._first, whole[len(first) :]
         if not rest:
             raise BadInput(
-                f"the continuation {shortened(item.continuation)!r} has no token of its own",
+                f"the continuation {shorten_text(item.continuation)!r} has no token of its own",
                 hint="an item is a context and what may follow it",
             )
         return first, rest
@@ -265,16 +266,16 @@ class Decoder:
     def _likelihoods(self, pairs: list[tuple[list[int], list[int]]]) -> Iterator[Likelihood]:
         """Of a batch, padded on the right: what comes later is not looked at."""
         rows = [(first + rest)[:-1] for first, rest in pairs]
-        ids, _ = padded(rows, self._pad, self.device, left=False)
+        ids, _ = pad_batch(rows, self._pad, self.device, left=False)
         width = ids.shape[1]
         keeps = "logits_to_keep" in self._takes
         begin = min(len(first) for first, _ in pairs) - 1 if keeps else 0
         kept = {"logits_to_keep": width - begin} if keeps else {}
-        for few in parts(len(pairs), (width - begin) * self._vocabulary * 4, LOGITS):
+        for few in split_rows(len(pairs), (width - begin) * self._vocabulary * 4, LOGITS):
             logits = self.model(input_ids=ids[few], **kept, **self._words(width)).logits
             for found, (first, rest) in zip(logits, pairs[few], strict=True):
                 place = len(first) - 1 - begin
-                yield likelihood(found[place : place + len(rest)], rest)
+                yield _score_tokens(found[place : place + len(rest)], rest)
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
@@ -287,17 +288,19 @@ class Decoder:
         if not texts:
             raise BadInput("no text is given", hint="give one or more")
         rows = [self.prompt_ids(text) for text in texts]
-        for at, row in enumerate(rows, 1):
-            self._require_room(f"text {at} ({shortened(texts[at - 1])!r})", len(row), 0)
+        for index, row in enumerate(rows, 1):
+            self._require_room(f"text {index} ({shorten_text(texts[index - 1])!r})", len(row), 0)
         vectors: dict[int, torch.Tensor] = {}
-        for batch in batches([len(row) for row in rows], self.served.rows):
-            ids, mask = padded([rows[at] for at in batch], self._pad, self.device, left=False)
+        for batch in batch_by_length([len(row) for row in rows], self.served.rows):
+            ids, mask = pad_batch(
+                [rows[index] for index in batch], self._pad, self.device, left=False
+            )
             hidden = self.model.base_model(input_ids=ids, **self._words(ids.shape[1]))[0]
             pooled = torch.cat([pool(mode, hidden, mask) for mode in self._pooling], 1)
             if "normalize" in self.steps:
                 pooled = nn.functional.normalize(pooled, dim=1)
             vectors |= zip(batch, pooled.float().cpu(), strict=True)
-        return torch.stack([vectors[at] for at in range(len(texts))])
+        return torch.stack([vectors[index] for index in range(len(texts))])
 
     def _words(self, width: int) -> dict[str, Any]:
         """What a call gets beside its tokens."""
@@ -312,7 +315,7 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model's first parameter, where its inputs go, too."""
         found: torch.device = next(self.model.parameters()).device
         return found
 
@@ -326,9 +329,9 @@ class Decoder:
 
     @property
     def _ends(self) -> set[int]:
-        """The tokens that end an answer."""
-        said = self.model.generation_config.eos_token_id
-        return {*said} if isinstance(said, (list, tuple)) else {said} - {None}
+        """The ids of the tokens that end an answer; empty where the model names none."""
+        found = self.model.generation_config.eos_token_id
+        return {*found} if isinstance(found, (list, tuple)) else {found} - {None}
 
     @property
     def _first(self) -> list[int]:
@@ -345,14 +348,14 @@ class Decoder:
         return next((int(token) for token in known), 0)
 
 
-def positions_of(model: nn.Module) -> int | None:
+def _read_positions(model: nn.Module) -> int | None:
     """How many positions a model has; None where its config does not say."""
     config: Any = model.config
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 
 
-def likelihood(logits: torch.Tensor, tokens: list[int]) -> Likelihood:
+def _score_tokens(logits: torch.Tensor, tokens: list[int]) -> Likelihood:
     """How likely tokens are, each after those before it."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     wanted = torch.tensor(tokens, device=logits.device)

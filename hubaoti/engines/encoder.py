@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.compiler.tasks import longest
-from hubaoti.engines.tokens import batches
+from hubaoti.compiler.tasks import choose_max_length
+from hubaoti.engines.tokens import batch_by_length
 from hubaoti.errors import BadInput, OutOfBounds
-from hubaoti.runtime.text import TextEncoder, shortened
+from hubaoti.runtime.text import TextEncoder, shorten_text
 
-LONGEST = 1 << 15
-ROWS = 32
+_LONGEST = 1 << 15
+_ROWS = 32
 
 
 class Encoder:
@@ -25,7 +25,7 @@ class Encoder:
         """Raises ModelNotFound when the folder has no tokenizer.json."""
         self.model = model
         self._texts = TextEncoder(folder, config.pad_token_id)
-        self._longest = longest(folder, config, positions, LONGEST)
+        self._longest = choose_max_length(folder, config, positions, _LONGEST)
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
@@ -39,18 +39,18 @@ class Encoder:
             raise BadInput("no text is given", hint="give one or more")
         device = next(self.model.parameters()).device
         vectors: dict[int, torch.Tensor] = {}
-        for batch in batches([*map(len, texts)], ROWS):
-            encoded = self._texts.encode([texts[at] for at in batch])
+        for batch in batch_by_length([*map(len, texts)], _ROWS):
+            encoded = self._texts.encode([texts[index] for index in batch])
             ids, mask = encoded.input_ids.to(device), encoded.attention_mask.to(device)
             self._require_positions(texts[batch[0]], ids.shape[1])
             vectors |= zip(batch, self.model(ids, mask)[0].float().cpu(), strict=True)
-        return torch.stack([vectors[at] for at in range(len(texts))])
+        return torch.stack([vectors[index] for index in range(len(texts))])
 
     def _require_positions(self, text: str, tokens: int) -> None:
         """Refuse what the model has no positions for."""
         if tokens > self._longest:
             raise OutOfBounds(
-                f"a text as {shortened(text)!r} has {tokens} tokens; the model takes up to "
+                f"a text as {shorten_text(text)!r} has {tokens} tokens; the model takes up to "
                 f"{self._longest}",
                 hint="shorten it: cutting it off silently would change its vector",
             )

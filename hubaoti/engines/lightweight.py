@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from hubaoti.engines.asks import (
-    Ask,
+from hubaoti.engines.background_compile import Building
+from hubaoti.engines.load_plan import Compile, Placing, Want, choose_device
+from hubaoti.engines.messages import (
     Begin,
     Embed,
     Embedded,
+    EngineRequest,
+    EngineResponse,
     Generate,
     Generated,
     Generation,
@@ -28,36 +31,33 @@ from hubaoti.engines.asks import (
     Measure,
     Measured,
     Prompt,
-    Reply,
     Sampling,
     Score,
     Scored,
     State,
     Use,
-    item_of,
-    listed,
-    prompts_of,
-    texts_of,
+    make_item,
+    read_list,
+    read_prompts,
+    read_texts,
 )
-from hubaoti.engines.building import Building
-from hubaoti.engines.placing import Compile, Placing, Want, device_of
-from hubaoti.engines.room import Holder, Place, Room, Standing, Unloaded
+from hubaoti.engines.pool import Holder, ModelPool, ModelSlot, ModelStatus, Unloaded
 from hubaoti.errors import BadRequest, HubaotiError, NotEnoughMemory, NotTried, WorkerEnded
-from hubaoti.host import probe
-from hubaoti.memory import size_of
-from hubaoti.runtime.ops import require_named
+from hubaoti.host.memory import parse_size
+from hubaoti.host.probe import probe_host
+from hubaoti.progress import Progress, report_nothing
+from hubaoti.runtime.custom_ops import require_module_names
 from hubaoti.settings import Settings
-from hubaoti.steps import Say, silent
 
 if TYPE_CHECKING:
     import torch
 
-    from hubaoti.bundle import Bundle
+    from hubaoti.artifact.bundle import Bundle
     from hubaoti.hub.pull import Pulled
     from hubaoti.mirror import Artifact
 
 # What says nothing of graphs: they are tried again.
-PASSING = (NotTried, NotEnoughMemory, WorkerEnded)
+_PASSING = (NotTried, NotEnoughMemory, WorkerEnded)
 
 
 class NoGraphs(UserWarning):
@@ -77,7 +77,7 @@ class LightweightEngine:
         isolate: bool = False,
         trust: bool = False,
         ops: Sequence[str] = (),
-        say: Say = silent,
+        progress: Progress = report_nothing,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -91,15 +91,15 @@ class LightweightEngine:
             BadRequest: `memory` is no size; `ops` are no modules.
         """
         self._settings = settings or Settings.from_env()
-        self._room = Room(None if memory is None else size_of(memory))
-        host = probe(self._settings)
-        where = device_of(host, device)
-        require_named(ops)
+        self._room = ModelPool(None if memory is None else parse_size(memory))
+        host = probe_host(self._settings)
+        where = choose_device(host, device)
+        require_module_names(ops)
         self._placing = Placing(
-            self._settings, host, where, tuple(repos), isolate, trust, say, tuple(ops)
+            self._settings, host, where, tuple(repos), isolate, trust, progress, tuple(ops)
         )
         self._isolates = isolate
-        self._say = say
+        self._progress = progress
 
     def load(
         self,
@@ -111,7 +111,7 @@ class LightweightEngine:
         push: str | None = None,
         revision: str | None = None,
         **asked: Any,
-    ) -> Standing:
+    ) -> ModelStatus:
         """Load a model with the graphs that serve it, and say how it stands.
 
         `artifact` is as `hubaoti.attach` takes it; without one it is looked for in the mirror, then
@@ -152,7 +152,7 @@ class LightweightEngine:
             OutOfBounds: a prompt and its new tokens are longer than the cache; nothing was
                 generated. WorkerEnded: the model's own process ended meanwhile.
         """
-        reply = self._ask(model, Generate(prompts_of(prompts), Sampling.of(sampling)))
+        reply = self._ask(model, Generate(read_prompts(prompts), Sampling.of(sampling)))
         assert isinstance(reply, Generated)
         return reply.answers
 
@@ -162,7 +162,7 @@ class LightweightEngine:
         Raises:
             OutOfBounds: one, with what `sampling` has follow it, is longer than the cache.
         """
-        reply = self._ask(model, Measure(prompts_of(prompts), Sampling.of(sampling)), requests=0)
+        reply = self._ask(model, Measure(read_prompts(prompts), Sampling.of(sampling)), requests=0)
         assert isinstance(reply, Measured)
         return reply.tokens
 
@@ -172,7 +172,7 @@ class LightweightEngine:
         Raises:
             OutOfBounds: an item is longer than the cache. WorkerEnded: as `generate`.
         """
-        reply = self._ask(model, Score([item_of(item) for item in listed(items, "items")]))
+        reply = self._ask(model, Score([make_item(item) for item in read_list(items, "items")]))
         assert isinstance(reply, Scored)
         return reply.answers
 
@@ -182,7 +182,7 @@ class LightweightEngine:
         Raises:
             OutOfBounds: a text is too long. WorkerEnded: as `generate`.
         """
-        reply = self._ask(model, Embed(texts_of(texts)))
+        reply = self._ask(model, Embed(read_texts(texts)))
         assert isinstance(reply, Embedded)
         import torch
 
@@ -203,12 +203,12 @@ class LightweightEngine:
         """
         self._room.drop(self._room.get(str(model)))
 
-    def models(self) -> list[Standing]:
-        """How each model stands."""
+    def models(self) -> list[ModelStatus]:
+        """How each model that the engine knows stands, loaded or not."""
         return [place.standing() for place in self._room]
 
     def close(self) -> None:
-        """Unload every model."""
+        """Unload every model, once nobody uses it, and forget it."""
         for place in self._room:
             self._room.drop(place)
 
@@ -218,7 +218,7 @@ class LightweightEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, model: str | Path, ask: Ask, requests: int = 1) -> Reply:
+    def _ask(self, model: str | Path, ask: EngineRequest, requests: int = 1) -> EngineResponse:
         with self._using(str(model)) as (place, holder):
             place.requests += requests
             try:
@@ -229,14 +229,14 @@ class LightweightEngine:
                     self._lost(place, holder.problem)
 
     @contextmanager
-    def _using(self, name: str) -> Iterator[tuple[Place, Holder]]:
+    def _using(self, name: str) -> Iterator[tuple[ModelSlot, Holder]]:
         """A model that is loaded, and stays while it is used; loaded again if it had to leave."""
         with self._room.using(name) as place:
             if place.building is not None and place.building.is_done():
                 self._take_built(place)
             yield place, self._held(place)
 
-    def _first(self, place: Place) -> Standing:
+    def _first(self, place: ModelSlot) -> ModelStatus:
         """A model that nobody had asked for before."""
         try:
             with self._using(place.name):
@@ -245,14 +245,14 @@ class LightweightEngine:
             self._room.drop(place)
             raise
 
-    def _build(self, place: Place, want: Want) -> None:
+    def _build(self, place: ModelSlot, want: Want) -> None:
         """Start a compile where one is wanted; with "now", wait for it."""
         work = self._placing.work(place, want)
         if want.compile == "never" or place.begin.digest or not self._settings.graphs:
             return
         place.building = Building(work)
         if want.compile == "now":
-            self._say(f"compile {place.name}")
+            self._progress(f"compile {place.name}")
             try:
                 self._take_built(place)
             except BaseException:  # an interrupt
@@ -260,7 +260,7 @@ class LightweightEngine:
                     place.building.stop()
                 raise
 
-    def _again(self, place: Place, want: Want) -> Standing:
+    def _again(self, place: ModelSlot, want: Want) -> ModelStatus:
         """A model that is known; other graphs answer from now on, or are built, as is wanted.
 
         Raises:
@@ -283,7 +283,7 @@ class LightweightEngine:
                 self._use(place, holder, given.digest)
             return place.standing()
 
-    def _take_built(self, place: Place) -> None:
+    def _take_built(self, place: ModelSlot) -> None:
         """Have what was compiled answer, between two requests."""
         building = place.building
         assert building is not None
@@ -302,7 +302,7 @@ class LightweightEngine:
             place.building = None
             self._lost(place, f"{why}")
 
-    def _use(self, place: Place, holder: Holder, digest: str) -> None:
+    def _use(self, place: ModelSlot, holder: Holder, digest: str) -> None:
         """Have other graphs answer; where they cannot, those that did before do."""
         try:
             holder.ask(Use(digest))
@@ -313,23 +313,23 @@ class LightweightEngine:
         place.begin = msgspec.structs.replace(place.begin, digest=digest)
         place.why, place.untried = "", None
 
-    def _try_again(self, place: Place, holder: Holder) -> None:
+    def _try_again(self, place: ModelSlot, holder: Holder) -> None:
         """Have graphs answer that something else kept from it when the model was loaded."""
         digest, place.untried = place.untried, None
         if digest is not None:
             try:
                 self._use(place, holder, digest)
             except HubaotiError as why:
-                place.untried = digest if isinstance(why, PASSING) else None
+                place.untried = digest if isinstance(why, _PASSING) else None
                 place.why = f"{why}"
 
-    def _lost(self, place: Place, why: str) -> None:
-        """A model goes on without graphs."""
+    def _lost(self, place: ModelSlot, why: str) -> None:
+        """Let a model go on without graphs, and warn of it with the reason."""
         place.begin = msgspec.structs.replace(place.begin, digest=None)
         place.why = why
         warnings.warn(f"{place.name} answers without graphs: {why}", NoGraphs, stacklevel=4)
 
-    def _held(self, place: Place) -> Holder:
+    def _held(self, place: ModelSlot) -> Holder:
         """The model in memory; others make room for it."""
         if place.holder is None:
             self._room.reserve(place)
@@ -342,7 +342,7 @@ class LightweightEngine:
                 self._room.settle(place)
         return place.holder
 
-    def _begun(self, place: Place) -> Holder:
+    def _begun(self, place: ModelSlot) -> Holder:
         """Load a model; without graphs, where those that were found cannot be opened."""
         if place.untried is not None:
             place.begin = msgspec.structs.replace(place.begin, digest=place.untried)
@@ -352,16 +352,16 @@ class LightweightEngine:
         except HubaotiError as why:
             if place.begin.digest is None or place.is_asked or isinstance(why, NotEnoughMemory):
                 raise
-            place.untried = place.begin.digest if isinstance(why, PASSING) else None
+            place.untried = place.begin.digest if isinstance(why, _PASSING) else None
             self._lost(place, f"{why}")
         return self._begin(place.begin)
 
     def _begin(self, begin: Begin) -> Holder:
         if self._isolates:
-            from hubaoti.engines.isolated import Isolated
+            from hubaoti.engines.worker_client import Isolated
 
             return Isolated(begin, self._settings)
-        self._say("torch")  # importing it takes longer than most steps
-        from hubaoti.engines.resident import Resident
+        self._progress("torch")  # importing it takes longer than most steps
+        from hubaoti.engines.local import Resident
 
-        return Resident(begin, self._settings, self._say)
+        return Resident(begin, self._settings, self._progress)

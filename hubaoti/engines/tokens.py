@@ -10,20 +10,20 @@ from typing import Any
 import torch
 import transformers
 
-from hubaoti.compiler.source import quiet
-from hubaoti.engines.asks import Prompt
+from hubaoti.compiler.from_config import silence_transformers
+from hubaoti.engines.messages import Prompt
 from hubaoti.errors import ModelNotFound, first_line
-from hubaoti.runtime.text import shortened
+from hubaoti.runtime.text import shorten_text
 
 
-def tokenizer_in(folder: Path, trust: bool) -> Any:
+def load_tokenizer(folder: Path, trust: bool) -> Any:
     """A model's own tokenizer.
 
     Raises:
         ModelNotFound: there is none that transformers can read.
     """
     try:
-        with quiet():
+        with silence_transformers():
             return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except Exception as why:  # of many kinds, as files are missing or odd
         raise ModelNotFound(
@@ -32,35 +32,35 @@ def tokenizer_in(folder: Path, trust: bool) -> Any:
         ) from why
 
 
-def beginning_of(tokenizer: Any) -> list[int]:
+def find_starting_tokens(tokenizer: Any) -> list[int]:
     """The tokens that a tokenizer puts before a text."""
     bare, whole = (tokenizer("a", add_special_tokens=each)["input_ids"] for each in (False, True))
-    places = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    places = (index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
     return [int(token) for token in whole[: next(places, 0)]]
 
 
-def beginning(prompt: Prompt) -> str:
+def shorten_prompt(prompt: Prompt) -> str:
     """The beginning of a prompt, or of its last message, for an error."""
     if isinstance(prompt, str):
-        return shortened(prompt)
-    return shortened(str(prompt[-1].get("content", ""))) if prompt else ""
+        return shorten_text(prompt)
+    return shorten_text(str(prompt[-1].get("content", ""))) if prompt else ""
 
 
-def batches(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:
+def batch_by_length(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:
     """Numbers of rows that are answered together: long ones beside long ones."""
-    order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for start in range(0, len(order), rows):
         yield order[start : start + rows]
 
 
-def parts(rows: int, each: int, most: int) -> Iterator[slice]:
+def split_rows(rows: int, each: int, most: int) -> Iterator[slice]:
     """Rows that take `most` bytes together, or one that takes more; `each` is what one takes."""
     few = max(1, most // max(1, each))
     for start in range(0, rows, few):
         yield slice(start, min(start + few, rows))
 
 
-def padded(
+def pad_batch(
     rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and mask of (rows, the longest)."""
@@ -74,7 +74,7 @@ def padded(
     return ids.to(device), mask.to(device)
 
 
-def common(first: Sequence[int], second: Sequence[int]) -> list[int]:
-    """The tokens with which both begin."""
+def find_common_prefix(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    """The longest row of tokens with which both begin."""
     pairs = zip(first, second, strict=False)
     return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]

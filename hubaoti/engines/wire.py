@@ -11,7 +11,7 @@ import msgspec
 from hubaoti.errors import BadRequest
 
 LENGTH = struct.Struct("<Q")
-LARGEST = 1 << 30  # bytes of a record
+LARGEST_RECORD = 1 << 30  # bytes of a record
 
 
 class Gone(Exception):
@@ -31,7 +31,7 @@ def send(to: socket.socket, record: object) -> None:
         raise BadRequest(
             f"what is asked cannot be sent to another process: {why}", hint="give plain texts"
         ) from why
-    if len(content) > LARGEST:
+    if len(content) > LARGEST_RECORD:
         raise BadRequest(
             f"{len(content) / 1e9:.1f} GB are too much for one answer or question of a process",
             hint="ask for fewer at a time",
@@ -48,13 +48,13 @@ def receive(from_: socket.socket) -> bytes:
     Raises:
         Gone: none comes any more, or none that can be one.
     """
-    (length,) = LENGTH.unpack(taken(from_, LENGTH.size))
-    if length > LARGEST:
+    (length,) = LENGTH.unpack(_receive_bytes(from_, LENGTH.size))
+    if length > LARGEST_RECORD:
         raise Gone("it said what is no record")
-    return taken(from_, length)
+    return _receive_bytes(from_, length)
 
 
-def decoded(content: bytes, kind: Any) -> Any:
+def decode_record(content: bytes, kind: Any) -> Any:
     """A record of a kind, which may be a union of some.
 
     Raises:
@@ -66,14 +66,18 @@ def decoded(content: bytes, kind: Any) -> Any:
         raise BadRequest(f"what is asked is malformed: {why}", hint="give plain texts") from why
 
 
-def taken(from_: socket.socket, size: int) -> bytes:
-    """So many bytes."""
+def _receive_bytes(from_: socket.socket, size: int) -> bytes:
+    """Wait for exactly `size` bytes.
+
+    Raises:
+        Gone: the other end closes before the last.
+    """
     content = bytearray()
     while len(content) < size:
         try:
             part = from_.recv(min(size - len(content), 1 << 20))
-        except OSError as why:
-            raise Gone(str(why)) from why
+        except OSError as error:
+            raise Gone(str(error)) from error
         if not part:
             raise Gone("the other end is closed")
         content += part

@@ -15,15 +15,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from hubaoti.engines.asks import Ask, Failed, Hello, Reply
-from hubaoti.engines.resident import Resident
-from hubaoti.engines.wire import Gone, decoded, receive, send
+from hubaoti.engines.local import Resident
+from hubaoti.engines.messages import EngineRequest, EngineResponse, Failed, Hello
+from hubaoti.engines.wire import Gone, decode_record, receive, send
 from hubaoti.errors import HubaotiError, first_line
-from hubaoti.runtime.ops import register
+from hubaoti.runtime.custom_ops import register_ops
 from hubaoti.settings import Settings
 
 # The system ends this process for memory before it ends the engine (proc(5)).
-FIRST_TO_GO = "500"
+_FIRST_TO_GO = "500"
 
 
 def main() -> None:
@@ -33,14 +33,14 @@ def main() -> None:
     os.dup2(2, 1)  # what is printed here is nobody's answer
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(FIRST_TO_GO)
-    threading.Thread(target=end_with, args=(engine,), daemon=True).start()
+        Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
+    threading.Thread(target=_end_with, args=(engine,), daemon=True).start()
     with suppress(Gone):
-        serve(engine, running)
+        _serve(engine, running)
     os._exit(0)  # without waiting for what libraries do at their end
 
 
-def end_with(engine: socket.socket) -> None:
+def _end_with(engine: socket.socket) -> None:
     """End this process when its engine is gone, even in the middle of a request."""
     hangup = getattr(select, "POLLRDHUP", select.POLLHUP)
     watch = select.poll()
@@ -49,33 +49,33 @@ def end_with(engine: socket.socket) -> None:
     os._exit(0)
 
 
-def serve(engine: socket.socket, running: memoryview) -> None:
+def _serve(engine: socket.socket, running: memoryview) -> None:
     """Load the model, say how it stands, and answer until the engine is gone."""
-    hello: Hello = decoded(receive(engine), Hello)
+    hello: Hello = decode_record(receive(engine), Hello)
     held: list[Resident] = []
 
-    def begin() -> Reply:
-        register(hello.begin.ops, hello.search)
+    def begin() -> EngineResponse:
+        register_ops(hello.begin.ops, hello.search)
         held.append(Resident(hello.begin, Settings.from_env(hello.env)))
-        note_runs(held[0], running)
+        _note_runs(held[0], running)
         return held[0].state()
 
-    send(engine, answered(begin))
+    send(engine, _try_answer(begin))
     while held:
         content = receive(engine)
         running[0] = 0
-        send(engine, answered(lambda: held[0].ask(decoded(content, Ask))))  # noqa: B023 - at once
-        note_runs(held[0], running)
+        send(engine, _try_answer(lambda: held[0].ask(decode_record(content, EngineRequest))))  # noqa: B023 - at once
+        _note_runs(held[0], running)
 
 
-def note_runs(resident: Resident, running: memoryview) -> None:
+def _note_runs(resident: Resident, running: memoryview) -> None:
     """Have each graph write its number, counted from one, where the engine reads it afterwards."""
     for graph in resident.graphs:
         if graph.note is None:
-            graph.note = noting(running, resident.number_of(graph))
+            graph.note = _make_note(running, resident.number_of(graph))
 
 
-def noting(running: memoryview, number: int) -> Callable[[], None]:
+def _make_note(running: memoryview, number: int) -> Callable[[], None]:
     """What a graph calls before native code is entered."""
 
     def note() -> None:
@@ -84,12 +84,12 @@ def noting(running: memoryview, number: int) -> Callable[[], None]:
     return note
 
 
-def answered(answer: Callable[[], Reply]) -> Reply:
+def _try_answer(answer: Callable[[], EngineResponse]) -> EngineResponse:
     """A reply, or the error that was raised instead."""
     try:
         return answer()
-    except HubaotiError as why:
-        return Failed(type(why).__name__, str(why), why.hint)
-    except Exception as why:  # which should not be; the worker goes on
-        told = f"{type(why).__name__}: {first_line(why)}"
-        return Failed("HubaotiError", told, "see whether --eager answers")
+    except HubaotiError as error:
+        return Failed(type(error).__name__, str(error), error.hint)
+    except Exception as error:  # which should not be; the worker goes on
+        message = f"{type(error).__name__}: {first_line(error)}"
+        return Failed("HubaotiError", message, "see whether --eager answers")

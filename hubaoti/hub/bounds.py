@@ -10,8 +10,8 @@ from typing import Any
 from hubaoti.errors import HubUnreachable
 
 MOST_ANSWERED = 32 << 20  # bytes of one answer: the tags of 200,000 commits, a page of a tree
-MOST_PACKED = 64 << 10  # bytes of one that is compressed, which nobody asked for
-PACKED = {"gzip", "deflate"}  # how, where at most a thousand bytes come of one
+_MOST_PACKED = 64 << 10  # bytes of one that is compressed, which nobody asked for
+_PACKED = {"gzip", "deflate"}  # how, where at most a thousand bytes come of one
 LONGEST_ANSWER = 300.0  # seconds, from its first byte to its last
 
 
@@ -19,7 +19,7 @@ class TooLong(Exception):
     """A file has more bytes than were wanted."""
 
 
-def bar_to(limit: int) -> type[Any]:
+def make_limit_bar(limit: int) -> type[Any]:
     """A progress bar that shows nothing, and ends a download that brings more than `limit` bytes.
 
     huggingface_hub tells its bar of every piece as it comes, and has no other bound. Of a file from
@@ -42,12 +42,12 @@ def bar_to(limit: int) -> type[Any]:
             """Else another bar of this class is made, and counts those bytes as the file's."""
 
         def set_transfer_postfix_str(self, postfix: str, refresh: bool = False) -> None:
-            """Nothing is shown."""
+            """huggingface_hub's name for a text beside the bar, which is not shown."""
 
     return Bar
 
 
-def bounded(response: Any) -> Any:
+def bound_answer(response: Any) -> Any:
     """The body of an answer that is not read yet, which ends with an error where it is too long.
 
     Raises:
@@ -55,9 +55,11 @@ def bounded(response: Any) -> Any:
     """
     body = response.stream
     how = response.headers.get("content-encoding", "identity").strip().lower()
-    if how not in {"identity", *PACKED}:
-        raise too_long(response, f"what is packed as {how!r:.80}, which may unfold without end,")
-    most = MOST_PACKED if how in PACKED else MOST_ANSWERED
+    if how not in {"identity", *_PACKED}:
+        raise describe_too_long(
+            response, f"what is packed as {how!r:.80}, which may unfold without end,"
+        )
+    most = _MOST_PACKED if how in _PACKED else MOST_ANSWERED
     # The library that huggingface_hub asks with has two names, and takes only bodies of its own.
     library = import_module(type(response).__module__.partition(".")[0])
 
@@ -67,9 +69,9 @@ def bounded(response: Any) -> Any:
             for piece in body:
                 taken += len(piece)
                 if taken > most:
-                    raise too_long(response, f"more than {most} bytes")
+                    raise describe_too_long(response, f"more than {most} bytes")
                 if time.monotonic() > until:
-                    raise too_long(response, f"more than {LONGEST_ANSWER:.0f} s of bytes")
+                    raise describe_too_long(response, f"more than {LONGEST_ANSWER:.0f} s of bytes")
                 yield piece
 
         def __getattr__(self, name: str) -> Any:
@@ -81,8 +83,7 @@ def bounded(response: Any) -> Any:
     return Bounded()
 
 
-def too_long(response: Any, how: str) -> HubUnreachable:
-    """The refusal of an answer."""
+def describe_too_long(response: Any, how: str) -> HubUnreachable:
     return HubUnreachable(
         f"{response.request.url.host} sends {how} to {response.request.url.path:.200}",
         hint="that is no Hub's answer: see whether HF_ENDPOINT names the right host, and tell its "

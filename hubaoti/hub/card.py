@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hubaoti.hub.client import join_card, split_card
-from hubaoti.hub.layout import Place
-from hubaoti.manifest import Manifest
+from hubaoti.artifact.manifest import Manifest
+from hubaoti.errors import Conflict, first_line
+from hubaoti.hub.layout import ArtifactPath
 
-START = "<!-- hubaoti: what stands up to the end mark is rendered by each push -->"
-END = "<!-- hubaoti: end -->"
-TEMPLATE = "template.md"
+_START = "<!-- hubaoti: what stands up to the end mark is rendered by each push -->"
+_END = "<!-- hubaoti: end -->"
+_TEMPLATE = "template.md"
 
 # A local folder can look like an id: only a model that has a commit came from the Hub.
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
@@ -23,7 +23,7 @@ _OUR_TAG = re.compile(r"hubaoti(-program-[0-9a-f]{12})?|torch-\d+\.\d+|cuda-\d+\
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the card's table."""
+    """One line of the card's table, each cell as it is shown."""
 
     recipe: str
     variant: str
@@ -36,7 +36,7 @@ class Row:
 def render(
     repo: str,
     readme: str,
-    artifacts: Mapping[Place, Manifest],
+    artifacts: Mapping[ArtifactPath, Manifest],
     newest: Manifest,
     unreadable: tuple[str, ...] = (),
 ) -> str:
@@ -46,19 +46,19 @@ def render(
         Conflict: the metadata of the present one is not readable.
     """
     metadata, text = split_card(readme)
-    rows = [row_of(place, artifacts[place]) for place in sorted(artifacts, key=str)]
+    rows = [_make_row(place, artifacts[place]) for place in sorted(artifacts, key=str)]
     program: dict[str, Any] = {
-        "base_model": base_model(newest),
+        "base_model": _find_base_model(newest),
         "tag": newest.program.tag,
         "task": newest.program.task,
         "answers": newest.is_whole,
     }
-    section = template().render(repo=repo, rows=rows, program=program, unreadable=unreadable)
-    merged = merge_metadata(metadata, artifacts.values(), program["base_model"])
-    return join_card(merged, merge_text(text, repo, section.strip()))
+    section = _load_template().render(repo=repo, rows=rows, program=program, unreadable=unreadable)
+    merged = _merge_metadata(metadata, artifacts.values(), program["base_model"])
+    return join_card(merged, _merge_text(text, repo, section.strip()))
 
 
-def template() -> Any:
+def _load_template() -> Any:
     """The card's template: in the installed package, or beside it in a checkout."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -69,11 +69,10 @@ def template() -> Any:
         undefined=StrictUndefined,
         autoescape=False,  # Markdown, and every value in it is of a grammar of ours
         keep_trailing_newline=True,
-    ).get_template(TEMPLATE)
+    ).get_template(_TEMPLATE)
 
 
-def row_of(place: Place, manifest: Manifest) -> Row:
-    """An artifact's line."""
+def _make_row(place: ArtifactPath, manifest: Manifest) -> Row:
     errors = [check.max_absolute for check in manifest.checks]
     return Row(
         recipe=str(place.recipe),
@@ -85,14 +84,14 @@ def row_of(place: Place, manifest: Manifest) -> Row:
     )
 
 
-def base_model(manifest: Manifest) -> str | None:
+def _find_base_model(manifest: Manifest) -> str | None:
     """The Hub id of the model that was compiled; None for a local one, whose path is private."""
     source = manifest.source
     known = source.commit is not None and _HUB_ID.fullmatch(source.model)
     return source.model if known else None
 
 
-def tags_of(manifest: Manifest) -> list[str]:
+def _make_tags(manifest: Manifest) -> list[str]:
     """The tags by which an artifact is found."""
     variant = manifest.variant
     tags = ["hubaoti", manifest.program.tag, f"torch-{variant.torch}"]
@@ -101,24 +100,59 @@ def tags_of(manifest: Manifest) -> list[str]:
     return [*tags, variant.level]
 
 
-def merge_metadata(metadata: dict[str, Any], manifests: Any, base: str | None) -> dict[str, Any]:
+def _merge_metadata(metadata: dict[str, Any], manifests: Any, base: str | None) -> dict[str, Any]:
     """The user's metadata with ours: our tags name what is there now, everything else stays."""
     before = metadata.get("tags") or []
     before = before if isinstance(before, list) else [before]  # yaml's `tags: mine` is one word
     theirs = [tag for tag in before if not _OUR_TAG.fullmatch(str(tag))]
-    ours = sorted({tag for manifest in manifests for tag in tags_of(manifest)})
+    ours = sorted({tag for manifest in manifests for tag in _make_tags(manifest)})
     merged = {"library_name": "hubaoti", **metadata}
     if base is not None:
         merged.setdefault("base_model", base)
     return {**merged, "tags": list(dict.fromkeys([*theirs, *ours]))}
 
 
-def merge_text(text: str, repo: str, section: str) -> str:
+def _merge_text(text: str, repo: str, section: str) -> str:
     """The user's text with our section in its place, or at the end."""
-    block = f"{START}\n{section}\n{END}"
-    head, start, rest = text.partition(START)
-    _, end, tail = rest.partition(END)
+    block = f"{_START}\n{section}\n{_END}"
+    head, start, rest = text.partition(_START)
+    _, end, tail = rest.partition(_END)
     if start and end:
         return f"{head}{block}{tail}"
     above = text.strip() or f"# {repo.partition('/')[2]}"
     return f"{above}\n\n{block}\n"
+
+
+def split_card(text: str) -> tuple[dict[str, Any], str]:
+    """A README's metadata and its text.
+
+    Raises:
+        Conflict: its metadata is not readable.
+    """
+    from hubaoti import front_matter  # and yaml, which pulls do not need
+
+    try:
+        return front_matter.split(text)
+    except front_matter.BadFrontMatter as error:
+        raise _describe_unreadable(error) from error
+
+
+def join_card(metadata: dict[str, Any], text: str) -> str:
+    """A README of metadata and text.
+
+    Raises:
+        Conflict: its metadata cannot be written again.
+    """
+    from hubaoti import front_matter
+
+    try:
+        return front_matter.join(metadata, text)
+    except front_matter.BadFrontMatter as error:
+        raise _describe_unreadable(error) from error
+
+
+def _describe_unreadable(error: ValueError) -> Conflict:
+    return Conflict(
+        f"the repo's README.md has unreadable metadata: {first_line(error)}",
+        hint="correct the block between the --- lines of README.md, then push again",
+    )

@@ -10,18 +10,18 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import TypeVar
 
+from hubaoti.artifact.manifest import FILENAME, LARGEST_MANIFEST, Manifest, parse_manifest
 from hubaoti.errors import BadManifest, BadRequest, DigestMismatch, HubUnreachable
-from hubaoti.escape import one_line
+from hubaoti.escape import escape_line
 from hubaoti.hub.client import HubClient
-from hubaoti.hub.layout import Place, require_agreement
+from hubaoti.hub.errors import silence_hub
+from hubaoti.hub.layout import ArtifactPath, require_agreement
 from hubaoti.hub.records import Entry
-from hubaoti.hub.words import quiet
-from hubaoti.manifest import FILENAME, LARGEST, Manifest, parse
 
-READERS = 8  # manifests that are fetched at once
-SECONDS = 300.0  # for all that is read of a repo
-MOST = 1000  # manifests
-TOGETHER = 64 << 20  # bytes of them
+_READERS = 8  # manifests that are fetched at once
+_SECONDS = 300.0  # for all that is read of a repo
+_MOST = 1000  # manifests
+_TOGETHER = 64 << 20  # bytes of them
 
 Unreadable = BadManifest | DigestMismatch
 Name = TypeVar("Name", bound=Hashable)
@@ -32,9 +32,9 @@ Found = TypeVar("Found")
 class Allowance:
     """What is read of a repo, in all its branches, before its publisher is known to be trusted."""
 
-    manifests: int = MOST
-    bytes: int = TOGETHER
-    end: float = field(default_factory=lambda: time.monotonic() + SECONDS)
+    manifests: int = _MOST
+    bytes: int = _TOGETHER
+    end: float = field(default_factory=lambda: time.monotonic() + _SECONDS)
 
     def take(self, where: str, sizes: Sequence[int]) -> None:
         """Count manifests of these sizes.
@@ -43,11 +43,11 @@ class Allowance:
             BadManifest: they are too many.
         """
         self.manifests -= len(sizes)
-        self.bytes -= sum(min(size, LARGEST) for size in sizes)
+        self.bytes -= sum(min(size, LARGEST_MANIFEST) for size in sizes)
         if self.manifests < 0 or self.bytes < 0:
             raise BadManifest(
-                f"{where} has more manifests than are read: {MOST} of them, and "
-                f"{TOGETHER >> 20} MiB, are the most",
+                f"{where} has more manifests than are read: {_MOST} of them, and "
+                f"{_TOGETHER >> 20} MiB, are the most",
                 hint="name a revision that has fewer, or ask its publisher for one",
             )
 
@@ -63,13 +63,13 @@ class Catalog:
     repo: str
     commit: str
     files: dict[str, Entry]
-    artifacts: dict[Place, Manifest | Unreadable]
+    artifacts: dict[ArtifactPath, Manifest | Unreadable]
     notes: tuple[str, ...]
-    places: tuple[Place, ...] = ()
+    places: tuple[ArtifactPath, ...] = ()
 
     @property
-    def readable(self) -> dict[Place, Manifest]:
-        """The artifacts whose manifests are good."""
+    def readable(self) -> dict[ArtifactPath, Manifest]:
+        """The artifacts whose manifests are good, by their places."""
         found = self.artifacts.items()
         return {place: each for place, each in found if isinstance(each, Manifest)}
 
@@ -79,7 +79,7 @@ def read_catalog(
     repo: str,
     commit: str,
     allowance: Allowance | None = None,
-    only: Place | None = None,
+    only: ArtifactPath | None = None,
 ) -> Catalog:
     """Read every manifest of a commit, or the one of a place; a bad one hides no other.
 
@@ -88,38 +88,40 @@ def read_catalog(
         RepoNotFound, AuthFailed, HubUnreachable: from the client.
     """
     left = allowance or Allowance()
-    with quiet():
-        listed = read_all(lambda commit: client.files(repo, commit), [commit], left.end)[commit]
+    with silence_hub():
+        listed = _read_all(lambda commit: client.files(repo, commit), [commit], left.end)[commit]
         files = {entry.path: entry for entry in listed}
-        there, notes = places_in(files)
+        there, notes = find_artifact_paths(files)
         places = [place for place in there if only in (None, place)]
         left.take(f"{repo} at {commit}", [files[place.manifest].size for place in places])
-        artifacts = read_all(
-            lambda place: read_manifest(client, repo, commit, files[place.manifest]),
+        artifacts = _read_all(
+            lambda place: _read_manifest(client, repo, commit, files[place.manifest]),
             places,
             left.end,
         )
     return Catalog(repo, commit, files, artifacts, notes, tuple(there))
 
 
-def is_manifest(path: str) -> bool:
+def _is_manifest(path: str) -> bool:
     """Whether a file is called as manifests are."""
     return path.rpartition("/")[2] == FILENAME
 
 
-def places_in(paths: Iterable[str]) -> tuple[list[Place], tuple[str, ...]]:
+def find_artifact_paths(paths: Iterable[str]) -> tuple[list[ArtifactPath], tuple[str, ...]]:
     """The artifacts' folders among the paths, and notes on what only looks like one."""
     places, notes = [], []
     for path in sorted(paths):
-        if is_manifest(path):
+        if _is_manifest(path):
             try:
-                places.append(Place.parse(path.rpartition("/")[0]))
+                places.append(ArtifactPath.parse(path.rpartition("/")[0]))
             except BadRequest as why:
-                notes.append(f"{one_line(path)} is ignored: {why}")
+                notes.append(f"{escape_line(path)} is ignored: {why}")
     return places, tuple(notes)
 
 
-def read_all(read: Callable[[Name], Found], names: Sequence[Name], end: float) -> dict[Name, Found]:
+def _read_all(
+    read: Callable[[Name], Found], names: Sequence[Name], end: float
+) -> dict[Name, Found]:
     """What `read` gives for each name, several at once.
 
     An interrupt or an error waits for nobody who still reads, not even at the process's end, as a
@@ -136,39 +138,41 @@ def read_all(read: Callable[[Name], Found], names: Sequence[Name], end: float) -
         waiting.put(name)
 
     def work() -> None:
-        for name in emptied(waiting):
+        for name in _drain_queue(waiting):
             try:
                 answers[name].set_result(read(name))
-            except Exception as why:
-                answers[name].set_exception(why)
+            except Exception as error:
+                answers[name].set_exception(error)
 
-    for _ in range(min(READERS, len(names))):
+    for _ in range(min(_READERS, len(names))):
         Thread(target=work, daemon=True).start()
     try:
         return {name: each.result(end - time.monotonic()) for name, each in answers.items()}
-    except TimeoutError as why:
+    except TimeoutError as error:
         raise HubUnreachable(
-            f"the endpoint takes more than {SECONDS:.0f} s to show what the repo holds",
+            f"the endpoint takes more than {_SECONDS:.0f} s to show what the repo holds",
             hint="try again when it is faster",
-        ) from why
+        ) from error
     finally:
-        list(emptied(waiting))
+        list(_drain_queue(waiting))
 
 
-def emptied(queue: SimpleQueue[Name]) -> Iterator[Name]:
+def _drain_queue(queue: SimpleQueue[Name]) -> Iterator[Name]:
     """What waits in a queue, until nothing does."""
     with suppress(Empty):
         while True:
             yield queue.get_nowait()
 
 
-def read_manifest(client: HubClient, repo: str, commit: str, entry: Entry) -> Manifest | Unreadable:
+def _read_manifest(
+    client: HubClient, repo: str, commit: str, entry: Entry
+) -> Manifest | Unreadable:
     """One manifest, compared with its path; or the reason that it cannot be used."""
     try:
-        if entry.size > LARGEST:
-            raise BadManifest(f"{entry.path} is larger than {LARGEST >> 20} MiB")
-        manifest = parse(client.read(repo, commit, entry), f"{repo}/{entry.path}")
-        require_agreement(Place.parse(entry.path.rpartition("/")[0]), manifest)
+        if entry.size > LARGEST_MANIFEST:
+            raise BadManifest(f"{entry.path} is larger than {LARGEST_MANIFEST >> 20} MiB")
+        manifest = parse_manifest(client.read(repo, commit, entry), f"{repo}/{entry.path}")
+        require_agreement(ArtifactPath.parse(entry.path.rpartition("/")[0]), manifest)
     except (BadManifest, DigestMismatch) as why:
         return why
     return manifest

@@ -20,26 +20,30 @@ import msgspec
 
 from hubaoti.errors import (
     BadRequest,
-    Conflict,
     DigestMismatch,
     HubaotiError,
     HubUnreachable,
-    first_line,
 )
-from hubaoti.hub.bounds import TooLong, bar_to
+from hubaoti.hub.bounds import TooLong, make_limit_bar
+from hubaoti.hub.errors import NO_HUB, AnswerLost, ErrorTranslator, StaleParent, silence_hub
 from hubaoti.hub.records import CommitId, Entry, Pushed, Refs
-from hubaoti.hub.retry import LIBRARY, heeding, repeated, status_of, unwrapped
-from hubaoti.hub.words import NO_HUB, AnswerLost, StaleParent, Words, quiet
+from hubaoti.hub.retry import (
+    LIBRARY,
+    find_response_status,
+    heed_answers,
+    raise_cause,
+    retry_request,
+)
+from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import ENDPOINT, Settings
-from hubaoti.steps import Say, silent
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-LONGEST_SILENCE = 600  # seconds without a byte, after which nobody waits for the rest
+_LONGEST_SILENCE = 600  # seconds without a byte, after which nobody waits for the rest
 MOST_FILES = 100_000  # of a commit, folders counted; what the Hub recommends at most
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 _MODEL = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -54,21 +58,21 @@ class HubClient:
             says, or we are offline.
         DiskFull: there is no room for what was asked for.
 
-    `say` is told when the endpoint is busy and has to be waited for.
+    `progress` is told when the endpoint is busy and has to be waited for.
     """
 
-    def __init__(self, settings: Settings, say: Say = silent) -> None:
-        self._settings, self._say = settings, say
+    def __init__(self, settings: Settings, progress: Progress = report_nothing) -> None:
+        self._settings, self._progress = settings, progress
         self.endpoint = settings.endpoint
         # A commit id proves nothing about an endpoint: what one says must not answer for another.
-        self.cache = settings.mirror / "hub" / folder_of(settings.endpoint)
+        self.cache = settings.mirror / "hub" / endpoint_folder(settings.endpoint)
         # In whose name one is logged in there is no other endpoint's affair.
         self._stored = self.endpoint == ENDPOINT and settings.login is None
-        self._words = Words(self.endpoint, settings.token, self.cache, self._stored)
+        self._words = ErrorTranslator(self.endpoint, settings.token, self.cache, self._stored)
 
     @property
     def is_offline(self) -> bool:
-        """Whether nothing may be asked for."""
+        """Whether `HF_HUB_OFFLINE` is set, so that nothing may be asked for."""
         return self._settings.offline
 
     @cached_property
@@ -144,7 +148,7 @@ class HubClient:
         return self._asked(f"{path} of {repo}", download, of_files=True)
 
     def _download(self, repo: str, commit: str, path: str, limit: int | None) -> Path:
-        bar = None if limit is None else bar_to(limit)
+        bar = None if limit is None else make_limit_bar(limit)
         found = self._api.hf_hub_download(
             repo, path, revision=commit, cache_dir=self.cache, tqdm_class=bar
         )
@@ -154,7 +158,7 @@ class HubClient:
         """Remove what killed downloads left; a living one has written to its file just now."""
         for path in self.cache.glob("*/blobs/*.incomplete"):
             with suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > LONGEST_SILENCE:
+                if time.time() - path.stat().st_mtime > _LONGEST_SILENCE:
                     path.unlink()
 
     def read(self, repo: str, commit: str, entry: Entry) -> bytes:
@@ -202,7 +206,7 @@ class HubClient:
         def snapshot(_: bool) -> str:
             # By its own name, not by its commit: so it is found by that name when offline.
             allowed = list(patterns)
-            with unwrapped():
+            with raise_cause():
                 return self._api.snapshot_download(
                     model, revision=revision, allow_patterns=allowed, local_files_only=offline
                 )
@@ -257,7 +261,7 @@ class HubClient:
         return self._asked(repo, send, writing=True)
 
     def tags(self, repo: str) -> dict[str, str]:
-        """Every tag's commit."""
+        """The full commit id that each tag of a repo names."""
         return self._asked(repo, lambda _: self._refs(repo, "tags"))
 
     def _refs(self, repo: str, kind: str) -> dict[str, str]:
@@ -275,15 +279,15 @@ class HubClient:
         def create(again: bool) -> None:
             try:
                 self._api.create_tag(repo, tag=name, revision=commit)
-            except Exception as why:
-                made = again and status_of(why) == 409 and self._refs(repo, "tags")
+            except Exception as error:
+                made = again and find_response_status(error) == 409 and self._refs(repo, "tags")
                 if not made or made.get(name) != commit:
                     raise
 
         self._asked(f"tag {name} of {repo}", create, writing=True)
 
     def branches(self, repo: str) -> dict[str, str]:
-        """Every branch's commit."""
+        """The full commit id that each branch of a repo is at."""
         return self._asked(repo, lambda _: self._refs(repo, "branches"))
 
     def make_branch(self, repo: str, name: str) -> bool:
@@ -298,13 +302,13 @@ class HubClient:
         return True
 
     def drop_branch(self, repo: str, name: str) -> None:
-        """Remove a branch; its commits stay."""
+        """Remove a branch, which has to be there; its commits stay."""
 
         def drop(again: bool) -> None:
             try:
                 self._api.delete_branch(repo, branch=name)
-            except Exception as why:
-                if not (again and status_of(why) == 404):
+            except Exception as error:
+                if not (again and find_response_status(error) == 404):
                     raise
 
         self._asked(f"branch {name} of {repo}", drop, writing=True)
@@ -314,15 +318,15 @@ class HubClient:
     def _asked(
         self,
         what: str,
-        request: Callable[[bool], T],
+        request: Callable[[bool], _T],
         *,
         writing: bool = False,
         local: bool = False,
         of_files: bool = False,
-    ) -> T:
+    ) -> _T:
         """What a request brings. While the endpoint is busy it is repeated, and told that it is."""
         with self._door(what, writing, local, of_files):
-            return repeated(request, self._say)
+            return retry_request(request, self._progress)
 
     def _shaped(self, found: Any, kind: Any, how: str) -> Any:
         """What the endpoint said, as the type that the Hub's protocol gives it.
@@ -348,7 +352,10 @@ class HubClient:
             )
         offline = self._settings.offline
         try:
-            with quiet(), nullcontext() if offline else heeding(self._say, of_files):
+            with (
+                silence_hub(),
+                nullcontext() if offline else heed_answers(self._progress, of_files),
+            ):
                 yield
         except (HubaotiError, StaleParent, TooLong):
             raise
@@ -356,43 +363,7 @@ class HubClient:
             raise self._words.explained(why, what, writing) from why
 
 
-def folder_of(endpoint: str) -> str:
+def endpoint_folder(endpoint: str) -> str:
     """A folder's name for an endpoint: one that people recognize, and no other endpoint has."""
     host = re.sub(r"[^A-Za-z0-9.-]", "_", endpoint.partition("://")[2])[:60]
     return f"{host}~{hashlib.sha256(endpoint.encode()).hexdigest()[:8]}"
-
-
-def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """A README's metadata and its text.
-
-    Raises:
-        Conflict: its metadata is not readable.
-    """
-    from hubaoti import front_matter  # and yaml, which pulls do not need
-
-    try:
-        return front_matter.split(text)
-    except front_matter.BadFrontMatter as why:
-        raise unreadable(why) from why
-
-
-def join_card(metadata: dict[str, Any], text: str) -> str:
-    """A README of metadata and text.
-
-    Raises:
-        Conflict: its metadata cannot be written again.
-    """
-    from hubaoti import front_matter
-
-    try:
-        return front_matter.join(metadata, text)
-    except front_matter.BadFrontMatter as why:
-        raise unreadable(why) from why
-
-
-def unreadable(why: ValueError) -> Conflict:
-    """The refusal of a repo's README."""
-    return Conflict(
-        f"the repo's README.md has unreadable metadata: {first_line(why)}",
-        hint="correct the block between the --- lines of README.md, then push again",
-    )

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from hubaoti.artifact.manifest import FILENAME, Manifest
+from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.errors import BadManifest, BadRequest
-from hubaoti.manifest import FILENAME, Manifest
-from hubaoti.variant import Recipe, Variant
 
-REPO_HINT = "write it as owner/name or owner/name@revision"
-PATH_HINT = "write it as <recipe>/<variant>: float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
+_REPO_HINT = "write it as owner/name or owner/name@revision"
+_PATH_HINT = "write it as <recipe>/<variant>: float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
 
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -38,9 +38,9 @@ class RepoRef:
         owner, slash, name = self.repo.partition("/")
         good = slash and all(map(is_name, (owner, name))) and len(self.repo) <= 96
         if not good:
-            raise BadRequest(f"malformed repo: {self.repo!r:.120}", hint=REPO_HINT)
+            raise BadRequest(f"malformed repo: {self.repo!r:.120}", hint=_REPO_HINT)
         if self.revision is not None and not is_revision(self.revision):
-            raise BadRequest(f"malformed revision: {self.revision!r:.120}", hint=REPO_HINT)
+            raise BadRequest(f"malformed revision: {self.revision!r:.120}", hint=_REPO_HINT)
 
     @classmethod
     def parse(cls, text: str) -> RepoRef:
@@ -57,7 +57,7 @@ class RepoRef:
 
     @property
     def owner(self) -> str:
-        """Who publishes what is in it."""
+        """Who publishes what is in it: what stands before the slash."""
         return self.repo.partition("/")[0]
 
     @property
@@ -84,14 +84,14 @@ def looks_like_commit(revision: str | None) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """An artifact's folder in a repo."""
+class ArtifactPath:
+    """An artifact's folder in a repo; `str` and `parse` are inverses."""
 
     recipe: Recipe
     variant: Variant
 
     @classmethod
-    def parse(cls, text: str) -> Place:
+    def parse(cls, text: str) -> ArtifactPath:
         """Read what `str` writes, and nothing else.
 
         Raises:
@@ -99,7 +99,7 @@ class Place:
         """
         recipe, slash, variant = text.partition("/")
         if not slash:
-            raise BadRequest(f"malformed artifact's path: {text!r:.120}", hint=PATH_HINT)
+            raise BadRequest(f"malformed artifact's path: {text!r:.120}", hint=_PATH_HINT)
         return cls(Recipe.parse(recipe), Variant.parse(variant))
 
     def __str__(self) -> str:
@@ -107,7 +107,7 @@ class Place:
 
     @property
     def manifest(self) -> str:
-        """The path of its manifest."""
+        """The path of its manifest, from the repo's root."""
         return f"{self}/{FILENAME}"
 
     def file(self, path: str) -> str:
@@ -115,22 +115,22 @@ class Place:
         return f"{self}/{path}"
 
 
-def place_of(manifest: Manifest, label: str | None = None) -> Place:
+def artifact_path(manifest: Manifest, label: str | None = None) -> ArtifactPath:
     """Where an artifact lies; `label` is the user's own part of the path.
 
     Raises:
         BadRequest: the label is malformed.
     """
-    return Place(replace(manifest.recipe, label=label), manifest.variant)
+    return ArtifactPath(replace(manifest.recipe, label=label), manifest.variant)
 
 
-def require_agreement(place: Place, manifest: Manifest) -> None:
+def require_agreement(place: ArtifactPath, manifest: Manifest) -> None:
     """See that a path says what its manifest says; the label is free.
 
     Raises:
         BadManifest: it does not.
     """
-    own = place_of(manifest, place.recipe.label)
+    own = artifact_path(manifest, place.recipe.label)
     if own != place:
         raise BadManifest(
             f"{place.manifest} describes {own}",

@@ -13,7 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hubaoti.disks import require_room
+from hubaoti.artifact.manifest import File, Manifest
+from hubaoti.artifact.package import hash_file
+from hubaoti.artifact.requirements import Requirements
+from hubaoti.artifact.variant import Recipe
+from hubaoti.disk import require_disk_room
 from hubaoti.errors import (
     BadPackage,
     BadRequest,
@@ -23,31 +27,27 @@ from hubaoti.errors import (
     NoMatch,
     Untrusted,
 )
-from hubaoti.host import Host
+from hubaoti.host.match import Candidate, MatchResult, Verdict, judge, rank
+from hubaoti.host.probe import Host
 from hubaoti.hub.catalog import Catalog, Unreadable, read_catalog
 from hubaoti.hub.client import HubClient
-from hubaoti.hub.layout import Place, RepoRef, looks_like_commit
-from hubaoti.hub.named import judge_named, no_artifact_at, no_torch
+from hubaoti.hub.layout import ArtifactPath, RepoRef, looks_like_commit
+from hubaoti.hub.pull_path import describe_no_artifact, describe_no_torch, judge_named
 from hubaoti.hub.trust import Trust
-from hubaoti.manifest import File, Manifest
-from hubaoti.match import Candidate, Fit, Verdict, judge, rank
-from hubaoti.mirror import Artifact, Mirror, Origin
+from hubaoti.mirror import Artifact, Mirror, PullOrigin
 from hubaoti.mirror.rows import Pin
-from hubaoti.mirror.store import unpacked_size
-from hubaoti.package import sha256_of
-from hubaoti.requirements import Requirements
+from hubaoti.mirror.store import compute_unpacked_size
+from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
-from hubaoti.steps import Say, silent
-from hubaoti.variant import Recipe
 
-ATTEMPTS = 3
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Considered:
     """An artifact that was looked at: its verdict, or why its manifest cannot be used."""
 
-    place: Place
+    place: ArtifactPath
     manifest: Manifest | None
     verdict: Verdict | None
     error: Unreadable | None = None
@@ -60,28 +60,28 @@ class Pulled:
     artifact: Artifact
     ref: RepoRef
     commit: str
-    place: Place
+    place: ArtifactPath
     verdict: Verdict
     considered: tuple[Considered, ...]
     notes: tuple[str, ...]
     from_mirror: bool
 
 
-def pull(  # noqa: PLR0913 - a face of keywords
+def pull_artifact(  # noqa: PLR0913 - a face of keywords
     ref: RepoRef,
     settings: Settings,
     host: Host,
     *,
     recipe: Recipe | None = None,
-    place: Place | None = None,
+    place: ArtifactPath | None = None,
     trust: bool = False,
-    say: Say = silent,
+    progress: Progress = report_nothing,
 ) -> Pulled:
     """Choose, fetch, verify and store the artifact of `ref` that fits `host` best.
 
     An asked `recipe` is a condition. With `place` no other artifact is looked at, and it is fetched
     where no torch is installed, too, with a note of the one that it needs. `trust` trusts the
-    publisher, from now on. `say` is called with the name of each step as it starts.
+    publisher, from now on. `progress` is called with the name of each step as it starts.
 
     A second pull of the same commit asks the Hub nothing; of a revision, only its commit.
 
@@ -100,13 +100,13 @@ def pull(  # noqa: PLR0913 - a face of keywords
     with Mirror.open(settings.mirror) as mirror:
         return Puller(
             mirror=mirror,
-            client=HubClient(settings, say),
+            client=HubClient(settings, progress),
             trusted=Trust(settings.trust),
             host=host,
             recipe=recipe,
             place=place,
             trust=trust,
-            say=say,
+            progress=progress,
         ).pull(ref)
 
 
@@ -120,19 +120,21 @@ class Puller:
     host: Host
     recipe: Recipe | None
     trust: bool
-    say: Say
-    place: Place | None = None
+    progress: Progress
+    place: ArtifactPath | None = None
 
     def pull(self, ref: RepoRef) -> Pulled:
-        """All of it."""
+        """Pin the commit, then take what the mirror has of it, else what the Hub has."""
         commit = ref.commit or self._resolve(ref)
         return self._from_mirror(ref, commit) or self._from_hub(ref, commit)
 
     def _resolve(self, ref: RepoRef) -> str:
-        self.say(f"asking {self.client.endpoint} for the commit of {ref}")
+        self.progress(f"asking {self.client.endpoint} for the commit of {ref}")
         commit = self.client.resolve(ref.repo, ref.revision)
         if looks_like_commit(ref.revision) and not commit.startswith(str(ref.revision)):
-            self.say(f"{ref.revision} is the name of a branch or a tag here, which is at {commit}")
+            self.progress(
+                f"{ref.revision} is the name of a branch or a tag here, which is at {commit}"
+            )
         return commit
 
     def _from_mirror(self, ref: RepoRef, commit: str) -> Pulled | None:
@@ -142,16 +144,16 @@ class Puller:
             return None
         artifact, path = found
         verdict = self._judged(artifact.manifest.requires)
-        if verdict.fit is Fit.INCOMPATIBLE:
+        if verdict.fit is MatchResult.INCOMPATIBLE:
             return None
-        place = Place.parse(path)
+        place = ArtifactPath.parse(path)
         self.require_trust(ref, commit, place, artifact.manifest)
         considered = (Considered(place, artifact.manifest, verdict),)
         return Pulled(artifact, ref, commit, place, verdict, considered, (), True)
 
     def _from_hub(self, ref: RepoRef, commit: str) -> Pulled:
         self.mirror.require_writable()
-        self.say(f"reading the manifests of {ref.repo} at {commit}")
+        self.progress(f"reading the manifests of {ref.repo} at {commit}")
         catalog = read_catalog(self.client, ref.repo, commit, only=self.place)
         considered = tuple(self._consider(catalog))
         chosen = self._chosen(ref, catalog, considered)
@@ -196,16 +198,18 @@ class Puller:
         """
         if self.place is not None:
             if not considered:
-                raise no_artifact_at(self.place, catalog)
-            return choose(catalog, considered, self.place.recipe)
+                raise describe_no_artifact(self.place, catalog)
+            return _choose_best(catalog, considered, self.place.recipe)
         try:
-            return choose(catalog, considered, self.recipe)
-        except NoMatch as why:
+            return _choose_best(catalog, considered, self.recipe)
+        except NoMatch as error:
             if self.host.torch is None:
-                raise no_torch(why, ref, catalog) from None
+                raise describe_no_torch(error, ref, catalog) from None
             raise
 
-    def require_trust(self, ref: RepoRef, commit: str, place: Place, manifest: Manifest) -> None:
+    def require_trust(
+        self, ref: RepoRef, commit: str, place: ArtifactPath, manifest: Manifest
+    ) -> None:
         """See that code of this publisher may run here; what was built here needs no one's trust.
 
         Raises:
@@ -231,31 +235,31 @@ class Puller:
                 hint=f"if you trust {ref.owner}, say so once with --trust",
             )
 
-    def _fetch(self, catalog: Catalog, place: Place, manifest: Manifest) -> Artifact:
+    def _fetch(self, catalog: Catalog, place: ArtifactPath, manifest: Manifest) -> Artifact:
         """Download, verify, unpack; what was downloaded is not kept twice."""
-        origin = Origin(self.client.endpoint, catalog.repo, catalog.commit, str(place))
-        require_listed(catalog, place, manifest)
+        origin = PullOrigin(self.client.endpoint, catalog.repo, catalog.commit, str(place))
+        _require_listed(catalog, place, manifest)
         self.client.sweep()
-        for _ in range(ATTEMPTS):
+        for _ in range(_ATTEMPTS):
             # The zips, and what is unpacked from them, lie on the disk together for a while.
-            require_room(self.mirror.root, manifest.size + unpacked_size(manifest))
+            require_disk_room(self.mirror.root, manifest.size + compute_unpacked_size(manifest))
             try:
                 with self._downloaded(catalog, place, manifest) as files:
-                    self.say(f"unpacking {place}")
+                    self.progress(f"unpacking {place}")
                     return self.mirror.put(manifest, files, origin, place.recipe)
             except FileNotFoundError:
                 # Another pull of the same artifact stored it, and removed what we shared.
-                self.say(f"downloading {place} again: another pull removed it")
-            except BadPackage as why:
-                raise BadPackage(f"{place} of {catalog.repo}: {why}", hint=why.hint) from why
+                self.progress(f"downloading {place} again: another pull removed it")
+            except BadPackage as error:
+                raise BadPackage(f"{place} of {catalog.repo}: {error}", hint=error.hint) from error
         raise HubaotiError(
-            f"the downloads of {place} were removed {ATTEMPTS} times",
+            f"the downloads of {place} were removed {_ATTEMPTS} times",
             hint=f"see who else works in {self.mirror.root}, then pull again",
         )
 
     @contextmanager
     def _downloaded(
-        self, catalog: Catalog, place: Place, manifest: Manifest
+        self, catalog: Catalog, place: ArtifactPath, manifest: Manifest
     ) -> Iterator[dict[str, Path]]:
         """The artifact's files, verified; they leave the cache folder once they are stored.
 
@@ -267,9 +271,9 @@ class Puller:
         files: dict[str, Path] = {}
         for file in manifest.all_files():
             path = place.file(file.path)
-            self.say(f"downloading {path} ({file.size / 1e6:.1f} MB)")
+            self.progress(f"downloading {path} ({file.size / 1e6:.1f} MB)")
             files[file.path] = self.client.download(catalog.repo, catalog.commit, path)
-            if not is_same(files[file.path], file):
+            if not _is_listed_file(files[file.path], file):
                 self.client.drop(files[file.path])
                 raise DigestMismatch(
                     f"{path} from {self.client.endpoint} is not the file that its manifest lists",
@@ -288,7 +292,7 @@ class Puller:
         return Pin(self.client.endpoint, ref.repo, commit, asked, fingerprint(self.host))
 
 
-def choose(
+def _choose_best(
     catalog: Catalog, considered: tuple[Considered, ...], recipe: Recipe | None
 ) -> Considered:
     """The best of those that fit.
@@ -307,10 +311,10 @@ def choose(
     )
     if ranked:
         return by_path[ranked[0].id]
-    raise no_choice(catalog, considered, recipe)
+    raise describe_no_choice(catalog, considered, recipe)
 
 
-def no_choice(
+def describe_no_choice(
     catalog: Catalog, considered: tuple[Considered, ...], recipe: Recipe | None
 ) -> HubaotiError:
     """Why nothing was chosen, of everything that was looked at."""
@@ -320,7 +324,7 @@ def no_choice(
             "\n".join((f"{where} holds no artifact", *catalog.notes)),
             hint=f"compile one and push it: hubaoti push DIR {catalog.repo}",
         )
-    lines = [line for each in considered for line in lines_of(each, recipe)]
+    lines = [line for each in considered for line in _format_considered(each, recipe)]
     errors = [each.error for each in considered if each.error is not None]
     if len(errors) == len(considered):
         message = "\n".join((f"no manifest of {where} can be used:", *lines))
@@ -331,7 +335,7 @@ def no_choice(
     )
 
 
-def lines_of(each: Considered, recipe: Recipe | None) -> list[str]:
+def _format_considered(each: Considered, recipe: Recipe | None) -> list[str]:
     """An artifact and every reason against it."""
     if each.verdict is None:
         return [f"  {each.place}", f"    {each.error}"]
@@ -346,7 +350,7 @@ def lines_of(each: Considered, recipe: Recipe | None) -> list[str]:
     return [f"  {each.place}", *reasons]
 
 
-def require_listed(catalog: Catalog, place: Place, manifest: Manifest) -> None:
+def _require_listed(catalog: Catalog, place: ArtifactPath, manifest: Manifest) -> None:
     """See that the commit has the manifest's files, of their sizes, before one is fetched.
 
     Raises:
@@ -363,9 +367,9 @@ def require_listed(catalog: Catalog, place: Place, manifest: Manifest) -> None:
             )
 
 
-def is_same(path: Path, file: File) -> bool:
+def _is_listed_file(path: Path, file: File) -> bool:
     """Whether a downloaded file is the listed one."""
-    return path.stat().st_size == file.size and sha256_of(path) == file.sha256
+    return path.stat().st_size == file.size and hash_file(path) == file.sha256
 
 
 def fingerprint(host: Host) -> str:

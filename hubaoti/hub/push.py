@@ -13,23 +13,23 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hubaoti.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.manifest import FILENAME, Manifest
 from hubaoti.errors import BadPackage, BadRequest, Conflict, HubaotiError
 from hubaoti.hub.card import render
 from hubaoti.hub.catalog import Catalog, read_catalog
 from hubaoti.hub.client import HubClient
-from hubaoti.hub.layout import Place, RepoRef, is_revision, place_of
+from hubaoti.hub.errors import AnswerLost, StaleParent
+from hubaoti.hub.layout import ArtifactPath, RepoRef, artifact_path, is_revision
 from hubaoti.hub.records import Pushed
-from hubaoti.hub.words import AnswerLost, StaleParent
-from hubaoti.hub.zerogpu import LAYOUT, branch_of, packages_of
-from hubaoti.manifest import FILENAME, Manifest
+from hubaoti.hub.zerogpu import LAYOUT, artifact_branch, lay_out_packages
+from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
-from hubaoti.steps import Say, silent
 
-README = "README.md"
+_README = "README.md"
 LARGEST_README = 4 << 20  # bytes
-ATTRIBUTES = ".gitattributes"  # the Hub's own, which says how large files are kept
-BRANCH_CARD = """# {repo}
+_ATTRIBUTES = ".gitattributes"  # the Hub's own, which says how large files are kept
+_BRANCH_CARD = """# {repo}
 
 `package/` on this branch is read by these loaders, which check nothing before they open it:
 
@@ -98,7 +98,7 @@ class Shipment:
     """
 
     bundle: Bundle
-    place: Place
+    place: ArtifactPath
     branch: str | None = None
     packages: Mapping[str, str] = field(default_factory=dict)
 
@@ -112,11 +112,13 @@ class Shipment:
     def is_in_the_way(self, path: str) -> bool:
         """Whether a file that is there, and not one of ours, leaves with this commit."""
         if self.branch is not None:
-            return path != ATTRIBUTES
+            return path != _ATTRIBUTES
         return path.startswith(f"{self.place}/")
 
 
-def push(bundle: Bundle, to: Destination, settings: Settings, say: Say = silent) -> Commit:
+def push_bundle(
+    bundle: Bundle, to: Destination, settings: Settings, progress: Progress = report_nothing
+) -> Commit:
     """Put a bundle into a repo, which is made if missing: one commit, or none if it is there.
 
     Raises:
@@ -127,18 +129,18 @@ def push(bundle: Bundle, to: Destination, settings: Settings, say: Say = silent)
             branch moves faster than we do.
         AuthFailed, RepoNotFound, HubUnreachable: from the Hub.
     """
-    shipment = shipment_of(bundle, to)
-    say(f"checking {bundle.path}")
-    check(bundle)
-    client, repo = HubClient(settings, say), to.repo.repo
-    say(f"looking into {repo} at {client.endpoint}")
+    shipment = _make_shipment(bundle, to)
+    progress(f"checking {bundle.path}")
+    _check_bundle(bundle)
+    client, repo = HubClient(settings, progress), to.repo.repo
+    progress(f"looking into {repo} at {client.endpoint}")
     private = client.create(repo, to.private)
     if to.private and not private:
-        say(f"{repo} is public already, and stays so")
-    with branched(client, repo, shipment.branch):
-        made, created = commit_on_head(client, shipment, to, say)
+        progress(f"{repo} is public already, and stays so")
+    with _ensure_branch(client, repo, shipment.branch):
+        made, created = _commit_on_head(client, shipment, to, progress)
     if to.tag is not None and client.tags(repo).get(to.tag) != made.commit:
-        say(f"tagging {made.commit} as {to.tag}")
+        progress(f"tagging {made.commit} as {to.tag}")
         client.tag(repo, to.tag, made.commit)
     return Commit(
         repo=repo,
@@ -153,20 +155,20 @@ def push(bundle: Bundle, to: Destination, settings: Settings, say: Say = silent)
     )
 
 
-def shipment_of(bundle: Bundle, to: Destination) -> Shipment:
+def _make_shipment(bundle: Bundle, to: Destination) -> Shipment:
     """What goes where.
 
     Raises:
         BadRequest: the label is malformed, or the bundle cannot be had in this layout.
     """
-    place = place_of(bundle.manifest, to.label)
+    place = artifact_path(bundle.manifest, to.label)
     if to.layout is None:
         return Shipment(bundle, place)
-    return Shipment(bundle, place, branch_of(place), packages_of(bundle.manifest))
+    return Shipment(bundle, place, artifact_branch(place), lay_out_packages(bundle.manifest))
 
 
 @contextmanager
-def branched(client: HubClient, repo: str, branch: str | None) -> Iterator[None]:
+def _ensure_branch(client: HubClient, repo: str, branch: str | None) -> Iterator[None]:
     """While there is this branch; one that was made for a commit that failed does not stay."""
     made = branch is not None and client.make_branch(repo, branch)
     try:
@@ -178,7 +180,7 @@ def branched(client: HubClient, repo: str, branch: str | None) -> Iterator[None]
         raise
 
 
-def check(bundle: Bundle) -> None:
+def _check_bundle(bundle: Bundle) -> None:
     """See that a bundle is what its manifest says.
 
     Raises:
@@ -186,33 +188,33 @@ def check(bundle: Bundle) -> None:
     """
     try:
         bundle.check()
-    except BadPackage as why:
+    except BadPackage as error:
         hint = "compile the bundle again, or copy it again from where it came"
-        raise BadPackage(str(why), hint=hint) from why
+        raise BadPackage(str(error), hint=hint) from error
 
 
-def commit_on_head(
-    client: HubClient, shipment: Shipment, to: Destination, say: Say
+def _commit_on_head(
+    client: HubClient, shipment: Shipment, to: Destination, progress: Progress
 ) -> tuple[Pushed, bool]:
     """The commit that holds the bundle, and whether it was made now; retried on a moving head."""
     repo, bundle, place = to.repo.repo, shipment.bundle, shipment.place
     lost = False
     for attempt in range(ATTEMPTS):
         catalog = read_catalog(client, repo, client.resolve(repo, shipment.branch))
-        present = is_present(catalog, shipment)
+        present = _is_present(catalog, shipment)
         if to.tag is not None:
-            require_free(client, repo, to.tag, catalog.commit if present else None)
+            _require_free(client, repo, to.tag, catalog.commit if present else None)
         if present:
-            say(f"{repo} holds {place} {'now' if lost else 'already'}")
+            progress(f"{repo} holds {place} {'now' if lost else 'already'}")
             url = f"{client.endpoint}/{repo}/commit/{catalog.commit}"
             return Pushed(catalog.commit, url), lost
         try:
-            say(f"uploading {place} ({bundle.manifest.size / 1e6:.1f} MB)")
-            return commit(client, catalog, shipment), True
-        except StaleParent as why:
-            lost = lost or isinstance(why, AnswerLost)
+            progress(f"uploading {place} ({bundle.manifest.size / 1e6:.1f} MB)")
+            return _commit_shipment(client, catalog, shipment), True
+        except StaleParent as error:
+            lost = lost or isinstance(error, AnswerLost)
             moved = "no answer came, and the repo changed" if lost else "another push was faster"
-            say(f"{moved}: reading the repo again")
+            progress(f"{moved}: reading the repo again")
             time.sleep(random.uniform(0, 0.2 * (attempt + 1)))
     raise Conflict(
         f"{repo} changed {ATTEMPTS} times while this bundle was pushed",
@@ -220,7 +222,7 @@ def commit_on_head(
     )
 
 
-def is_present(catalog: Catalog, shipment: Shipment) -> bool:
+def _is_present(catalog: Catalog, shipment: Shipment) -> bool:
     """Whether a commit holds this very artifact, all of it, at its place.
 
     Raises:
@@ -243,7 +245,7 @@ def is_present(catalog: Catalog, shipment: Shipment) -> bool:
     return whole and there.digest == manifest.digest
 
 
-def require_free(client: HubClient, repo: str, tag: str, commit: str | None) -> None:
+def _require_free(client: HubClient, repo: str, tag: str, commit: str | None) -> None:
     """See, before anything is uploaded, that a tag is free, or on this commit already.
 
     Raises:
@@ -257,37 +259,37 @@ def require_free(client: HubClient, repo: str, tag: str, commit: str | None) -> 
         )
 
 
-def commit(client: HubClient, catalog: Catalog, shipment: Shipment) -> Pushed:
+def _commit_shipment(client: HubClient, catalog: Catalog, shipment: Shipment) -> Pushed:
     """One commit: the bundle's files, those of the artifact it replaces removed, the new card."""
     add = shipment.files
-    card = new_card if shipment.branch is None else branch_card
-    add[README] = card(client, catalog, shipment).encode()
+    card = _render_card if shipment.branch is None else _render_branch_card
+    add[_README] = card(client, catalog, shipment).encode()
     stale = [path for path in catalog.files if shipment.is_in_the_way(path) and path not in add]
     message = f"Add {shipment.place}"
     return client.commit(catalog.repo, add, stale, message, catalog.commit, shipment.branch)
 
 
-def branch_card(client: HubClient, catalog: Catalog, shipment: Shipment) -> str:
+def _render_branch_card(client: HubClient, catalog: Catalog, shipment: Shipment) -> str:
     """The README of a branch that holds one artifact for other loaders."""
     manifest = shipment.bundle.manifest
-    text = BRANCH_CARD.format(repo=catalog.repo, branch=shipment.branch)
+    text = _BRANCH_CARD.format(repo=catalog.repo, branch=shipment.branch)
     return render(catalog.repo, text, {shipment.place: manifest}, manifest)
 
 
-def new_card(client: HubClient, catalog: Catalog, shipment: Shipment) -> str:
+def _render_card(client: HubClient, catalog: Catalog, shipment: Shipment) -> str:
     """The README once the artifact is there."""
     place, manifest = shipment.place, shipment.bundle.manifest
-    there = catalog.files.get(README)
+    there = catalog.files.get(_README)
     if there is not None and there.size > LARGEST_README:
         hint = "make it smaller, then push again: images are better files of their own"
         raise Conflict(f"the repo's README.md has {there.size / 1e6:.1f} MB", hint=hint)
-    text = decoded(client.read(catalog.repo, catalog.commit, there)) if there else ""
+    text = decode_readme(client.read(catalog.repo, catalog.commit, there)) if there else ""
     artifacts = {**catalog.readable, place: manifest}
     unreadable = tuple(str(each) for each in catalog.artifacts if each not in artifacts)
     return render(catalog.repo, text, artifacts, manifest, unreadable)
 
 
-def decoded(readme: bytes) -> str:
+def decode_readme(readme: bytes) -> str:
     """The text of a README that is there, without the mark that some editors begin it with.
 
     Raises:

@@ -23,7 +23,7 @@ class Entry:
     sha256: str | None
 
     def is_of(self, content: bytes) -> bool:
-        """Whether these are the file's bytes."""
+        """Whether these are the file's bytes: by its sha256, else by git's blob id."""
         if self.sha256 is not None:
             return hashlib.sha256(content).hexdigest() == self.sha256
         head = b"blob %d\0" % len(content)

@@ -1,8 +1,8 @@
 """Requests of an endpoint that is busy: asked again after a while, a bounded number of times.
 
 Some of huggingface_hub's calls (trees, downloads, uploads) repeat their requests by themselves,
-with its `http_backoff`. It waits as long as the endpoint says, however long: `heeding` bounds that.
-All others are repeated here.
+with its `http_backoff`. It waits as long as the endpoint says, however long: `heed_answers` bounds
+that. All others are repeated here.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hubaoti.hub.bounds import bounded, too_long
-from hubaoti.steps import Say, silent
+from hubaoti.hub.bounds import bound_answer, describe_too_long
+from hubaoti.progress import Progress, report_nothing
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 LIBRARY = "hubaoti"  # as our requests name us
 BUSY = frozenset({429, 502, 503, 504})
 """Answers that pass by themselves."""
 ATTEMPTS = 6
-FIRST_WAIT, LONGEST_BACKOFF = 0.5, 8.0  # seconds, where the endpoint names none
+FIRST_WAIT, _LONGEST_BACKOFF = 0.5, 8.0  # seconds, where the endpoint names none
 LONGEST_WAIT = 300.0  # seconds, of all waits together: the Hub counts in windows of as many
 MOST_ANSWERS = 2000  # to one request of ours, which may be of many pages
 # httpx's and httpx2's, of connections that were there: the request may have been answered already.
@@ -44,7 +44,7 @@ class Patience:
     `of_files` says that it asks for a file's bytes, too, which those who asked for it count.
     """
 
-    say: Say
+    progress: Progress
     of_files: bool = False
     asked: float = 0.0
     answers: int = 0
@@ -58,12 +58,12 @@ class Patience:
     def is_spent(self, status: int, seconds: float) -> bool:
         """Whether an endpoint that is busy asks for more seconds than all waits may take."""
         wish = f", and asks to wait {seconds:.0f} s" if seconds else ""
-        self.say(f"the endpoint is busy ({status}){wish}")
+        self.progress(f"the endpoint is busy ({status}){wish}")
         self.asked += seconds
         return self.asked > LONGEST_WAIT
 
 
-def repeated(request: Callable[[bool], T], say: Say) -> T:
+def retry_request(request: Callable[[bool], _T], progress: Progress) -> _T:
     """What a request brings, repeated while the endpoint is busy or drops the connection.
 
     The request is called with whether it is a repetition. The last error is raised as it is.
@@ -71,13 +71,14 @@ def repeated(request: Callable[[bool], T], say: Say) -> T:
     from tenacity import Retrying, retry_if_exception
 
     def tell(state: RetryCallState) -> None:
-        if status_of(error_in(state)) is None:  # of a busy one, `heeding` has told
-            say(f"the connection was dropped: asking again in {state.upcoming_sleep:.1f} s")
+        status = find_response_status(_get_error(state))
+        if status is None:  # of a busy one, `heed_answers` has told
+            progress(f"the connection was dropped: asking again in {state.upcoming_sleep:.1f} s")
 
     retrying = Retrying(
-        retry=retry_if_exception(is_passing),
-        wait=wait_of,
-        stop=is_enough,
+        retry=retry_if_exception(_is_passing),
+        wait=_choose_wait,
+        stop=_is_enough,
         before_sleep=tell,
         reraise=True,
     )
@@ -87,40 +88,40 @@ def repeated(request: Callable[[bool], T], say: Say) -> T:
     raise AssertionError("the last attempt returns or raises")
 
 
-def is_passing(why: BaseException) -> bool:
+def _is_passing(error: BaseException) -> bool:
     """Whether the same request may be answered a little later."""
-    return status_of(why) in BUSY or type(why).__name__ in _DROPPED
+    return find_response_status(error) in BUSY or type(error).__name__ in _DROPPED
 
 
-def is_enough(state: RetryCallState) -> bool:
+def _is_enough(state: RetryCallState) -> bool:
     """Whether to give up: after so many attempts, or if the next would be too far away."""
     too_long = state.idle_for + state.upcoming_sleep > LONGEST_WAIT
     return bool(too_long) or state.attempt_number >= ATTEMPTS
 
 
-def wait_of(state: RetryCallState) -> float:
+def _choose_wait(state: RetryCallState) -> float:
     """Seconds until the next attempt: what the endpoint asks for, else twice as many each time."""
     from tenacity import wait_exponential, wait_random
 
-    backoff = wait_exponential(FIRST_WAIT, LONGEST_BACKOFF) + wait_random(0, FIRST_WAIT / 2)
-    return seconds_asked(error_in(state)) or backoff(state)
+    backoff = wait_exponential(FIRST_WAIT, _LONGEST_BACKOFF) + wait_random(0, FIRST_WAIT / 2)
+    return find_retry_after(_get_error(state)) or backoff(state)
 
 
 @contextmanager
-def heeding(say: Say, of_files: bool = False) -> Iterator[None]:
-    """While `say` is told of each busy answer, and answers that are not `of_files` are bounded.
+def heed_answers(progress: Progress, of_files: bool = False) -> Iterator[None]:
+    """While `progress` is told of each busy answer; answers that are not `of_files` are bounded.
 
     From now on huggingface_hub's waits are bounded, too.
     """
-    have_all_heeded()
-    before = _patience.set(Patience(say, of_files))
+    heed_all_sessions()
+    before = _patience.set(Patience(progress, of_files))
     try:
         yield
     finally:
         _patience.reset(before)
 
 
-def have_all_heeded() -> None:
+def heed_all_sessions() -> None:
     """Have huggingface_hub's session heed answers, and any that it makes anew within a call.
 
     Private, checked on huggingface_hub 1.30 to 2.4: `_http._GLOBAL_CLIENT_FACTORY`, which makes
@@ -130,33 +131,33 @@ def have_all_heeded() -> None:
     from huggingface_hub.utils import _http
 
     make: Any = getattr(_http, "_GLOBAL_CLIENT_FACTORY", None)
-    if make is not None and not isinstance(make, Heeding):
-        _http._GLOBAL_CLIENT_FACTORY = Heeding(make)
-    heeding_client(get_session())
+    if make is not None and not isinstance(make, HeedingFactory):
+        _http._GLOBAL_CLIENT_FACTORY = HeedingFactory(make)
+    add_heed_hook(get_session())
 
 
 @dataclass(frozen=True, slots=True)
-class Heeding:
+class HeedingFactory:
     """Makes sessions as somebody else does, which heed answers."""
 
     make: Callable[[], Any]
 
     def __call__(self) -> Any:
         """One of them."""
-        return heeding_client(self.make())
+        return add_heed_hook(self.make())
 
 
-def heeding_client(client: Any) -> Any:
+def add_heed_hook(client: Any) -> Any:
     """A session that heeds answers, and does not wait for ever for the next byte of one."""
     hooks = client.event_hooks["response"]
-    if heed not in hooks:
-        hooks.append(heed)
+    if _heed not in hooks:
+        hooks.append(_heed)
     if client.timeout.read is None:
         client.timeout = LONGEST_WAIT
     return client
 
 
-def heed(response: Any) -> None:
+def _heed(response: Any) -> None:
     """Bound an answer to us, and tell of a busy one.
 
     One that asks for too long a wait is an error here already.
@@ -168,30 +169,29 @@ def heed(response: Any) -> None:
 
     ours = response.request.headers.get("user-agent", "").startswith(f"{LIBRARY}/")
     # A thread of huggingface_hub's own has none, and brings files or takes them.
-    patience = _patience.get() or Patience(silent, of_files=True)
+    patience = _patience.get() or Patience(report_nothing, of_files=True)
     if ours and not patience.is_file(response):
         patience.answers += 1
         if patience.answers > MOST_ANSWERS:
-            raise too_long(response, f"more than {MOST_ANSWERS} answers")
-        response.stream = bounded(response)
+            raise describe_too_long(response, f"more than {MOST_ANSWERS} answers")
+        response.stream = bound_answer(response)
     if not ours or response.status_code not in BUSY:
         return
-    spent = patience.is_spent(response.status_code, seconds_in(response.headers) or 0)
+    spent = patience.is_spent(response.status_code, read_retry_after(response.headers) or 0)
     # Of this one huggingface_hub reads the body, which may be no JSON, before the status.
     if spent or response.request.url.path.endswith("/validate-yaml"):
         response.read()
         hf_raise_for_status(response)
 
 
-def error_in(state: RetryCallState) -> BaseException:
-    """How an attempt ended."""
-    why = state.outcome.exception() if state.outcome else None
-    assert why is not None
-    return why
+def _get_error(state: RetryCallState) -> BaseException:
+    error = state.outcome.exception() if state.outcome else None
+    assert error is not None
+    return error
 
 
 @contextmanager
-def unwrapped() -> Iterator[None]:
+def raise_cause() -> Iterator[None]:
     """Around a call that looks into the cache when the endpoint fails: that failure, if any."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -201,18 +201,18 @@ def unwrapped() -> Iterator[None]:
         raise why.__cause__ or why from why.__cause__
 
 
-def status_of(why: BaseException) -> int | None:
+def find_response_status(error: BaseException) -> int | None:
     """The status of the answer that an error tells of."""
-    response = getattr(why, "response", None)
+    response = getattr(error, "response", None)
     return getattr(response, "status_code", None)
 
 
-def seconds_asked(why: BaseException) -> float | None:
+def find_retry_after(error: BaseException) -> float | None:
     """How long the answer that an error tells of asks to wait; None where it does not say."""
-    return None if status_of(why) is None else seconds_in(why.response.headers)  # type: ignore[attr-defined]
+    return None if find_response_status(error) is None else read_retry_after(error.response.headers)  # type: ignore[attr-defined]
 
 
-def seconds_in(headers: Any) -> float | None:
+def read_retry_after(headers: Any) -> float | None:
     """The seconds of Retry-After, a number or a date, or until the Hub's rate limit is reset."""
     said = str(headers.get("retry-after", "")).strip()
     if re.fullmatch(r"\d{1,9}", said):

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import tomli_w
 
-from hubaoti.disks import explained
+from hubaoti.disk import explain_disk_errors
 from hubaoti.errors import HubaotiError, UnsafeFolder
 from hubaoti.mirror.folders import make_private, refuse_shared
-from hubaoti.settings import without_login
+from hubaoti.settings import split_login
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Trust:
         try:
             refuse_shared(self.path.parent)
             refuse_shared(self.path)
-            return parse(self.path.read_text("utf-8"))
+            return _parse_publishers(self.path.read_text("utf-8"))
         except FileNotFoundError:
             return ()
         except UnsafeFolder:
@@ -87,7 +87,7 @@ class Trust:
     def _alone(self) -> Iterator[None]:
         """While no other process changes the file, so that no change of it is lost."""
         lock = self.path.with_name(f"{self.path.name}.lock")
-        with explained(self.path.parent):
+        with explain_disk_errors(self.path.parent):
             make_private(self.path.parent)
             refuse_shared(lock)
             handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -99,7 +99,7 @@ class Trust:
 
     def _write(self, publishers: tuple[Publisher, ...]) -> None:
         text = tomli_w.dumps({"publisher": [asdict(each) for each in publishers]})
-        with explained(self.path.parent):
+        with explain_disk_errors(self.path.parent):
             handle, name = tempfile.mkstemp(prefix=".trust.", dir=self.path.parent)
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -111,7 +111,7 @@ class Trust:
                 Path(name).unlink(missing_ok=True)
 
 
-def parse(text: str) -> tuple[Publisher, ...]:
+def _parse_publishers(text: str) -> tuple[Publisher, ...]:
     """Read the file's text.
 
     Raises:
@@ -123,4 +123,4 @@ def parse(text: str) -> tuple[Publisher, ...]:
         if not strings or not isinstance(each.since, date):
             raise ValueError(f"malformed publisher {each.owner!r:.80}")
     # An older hubaoti kept the password of an endpoint that has one in its URL.
-    return tuple(replace(each, endpoint=without_login(each.endpoint)[0]) for each in found)
+    return tuple(replace(each, endpoint=split_login(each.endpoint)[0]) for each in found)

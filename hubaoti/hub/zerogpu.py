@@ -16,61 +16,61 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from hubaoti.artifact.manifest import Direct, Graph, Manifest
 from hubaoti.errors import BadRequest
-from hubaoti.hub.layout import Place
-from hubaoti.manifest import Direct, Graph, Manifest
+from hubaoti.hub.layout import ArtifactPath
 
 LAYOUT = "zerogpu"
-ROOT = "package/root"
+PACKAGE_ROOT = "package/root"
 SUBMODULES = "package/submodules"
 PACKAGE = "package.pt2"
-TEXTS = {"embed", "classify", "logits"}
+_TEXTS = {"embed", "classify", "logits"}
 
 
-def branch_of(place: Place) -> str:
+def artifact_branch(place: ArtifactPath) -> str:
     """The branch that holds an artifact in this layout."""
     return f"{LAYOUT}/{place}"
 
 
-def packages_of(manifest: Manifest) -> Mapping[str, str]:
+def lay_out_packages(manifest: Manifest) -> Mapping[str, str]:
     """The bundle's file for each path of the layout.
 
     Raises:
         BadRequest: its graphs do not answer without hubaoti; with every reason.
     """
-    reasons = [*reasons_of(manifest)]
+    reasons = [*_list_obstacles(manifest)]
     if reasons:
         raise BadRequest(
             f"the artifact cannot be read by spaces.aoti_load and aokit: {'; '.join(reasons)}",
             hint="compile it with --layout zerogpu; or push without --layout, and use "
             "hubaoti.spaces.load",
         )
-    return {path: graph.file for graph in manifest.graphs for path in paths_of(graph)}
+    return {path: graph.file for graph in manifest.graphs for path in _list_package_paths(graph)}
 
 
-def paths_of(graph: Graph) -> Iterator[str]:
+def _list_package_paths(graph: Graph) -> Iterator[str]:
     """Where a graph's package lies: once for a list whose children it serves, all of them."""
     every = graph.direct.every if isinstance(graph.direct, Direct) else None
     for module in [every] if every else graph.modules:
-        yield f"{SUBMODULES}/{module}/{PACKAGE}" if module else f"{ROOT}/{PACKAGE}"
+        yield f"{SUBMODULES}/{module}/{PACKAGE}" if module else f"{PACKAGE_ROOT}/{PACKAGE}"
 
 
-def reasons_of(manifest: Manifest) -> Iterator[str]:
+def _list_obstacles(manifest: Manifest) -> Iterator[str]:
     """Why loaders without a manifest cannot serve a module by these graphs."""
     if manifest.build.layout != LAYOUT:
         yield f"it was compiled without --layout {LAYOUT}"
-    if manifest.is_whole and manifest.program.task in TEXTS:
+    if manifest.is_whole and manifest.program.task in _TEXTS:
         yield f"it answers texts ({manifest.program.task}), not calls of the module"
     for graph in manifest.graphs:
-        if why := reason_of(graph):
-            yield f"graph {graph.id} {why}"
+        if obstacle := _find_obstacle(graph):
+            yield f"graph {graph.id} {obstacle}"
     served = Counter(path for graph in manifest.graphs for path in graph.modules)
     for path, count in served.items():
         if count > 1:
             yield f"{path or 'the module'} has {count} graphs, and only hubaoti chooses by sizes"
 
 
-def reason_of(graph: Graph) -> str | None:
+def _find_obstacle(graph: Graph) -> str | None:
     """Why a graph does not answer by itself; None where it does."""
     if graph.cache is not None:
         return "takes the layers of a KV cache, which are no arguments of its module"

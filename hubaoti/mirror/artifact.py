@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from hubaoti.artifact.manifest import Graph, Manifest
 from hubaoti.errors import DigestMismatch
-from hubaoti.manifest import Graph, Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Artifact:
     manifest: Manifest
 
     def graph_folder(self, graph: Graph) -> Path:
-        """Where a graph's package lies unpacked."""
+        """The folder in which a graph's package lies unpacked, read-only."""
         return self.graphs / graph.sha256
 
     def file(self, path: str) -> Path:
@@ -27,7 +27,7 @@ class Artifact:
         return self.path / path
 
 
-def changed(path: Path) -> DigestMismatch:
+def describe_changed(path: Path) -> DigestMismatch:
     return DigestMismatch(
         f"{path} has other bytes than its manifest lists",
         hint="pull it again, into a HUBAOTI_HOME that you may write; a broken copy is kept in the "

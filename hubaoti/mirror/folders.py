@@ -14,9 +14,9 @@ from pathlib import Path
 
 from hubaoti.errors import HubaotiError, UnsafeFolder
 
-OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 # Of another machine on a shared disk, nobody can ask whether its process still lives.
-LONGEST_WORK = 24 * 3600
+_LONGEST_WORK = 24 * 3600
 
 
 def make_private(folder: Path) -> None:
@@ -47,10 +47,12 @@ def refuse_shared(path: Path) -> None:
     with suppress(FileNotFoundError):
         for status in (path.lstat(), path.stat()):
             if status.st_uid != os.geteuid():
-                raise _unsafe(path, f"belongs to user {status.st_uid}", f"chown {os.geteuid()}")
+                raise _describe_unsafe(
+                    path, f"belongs to user {status.st_uid}", f"chown {os.geteuid()}"
+                )
             # A link's own mode says nothing.
-            if status.st_mode & OTHERS_WRITE and not stat.S_ISLNK(status.st_mode):
-                raise _unsafe(path, "may be written by other users", "chmod go-w")
+            if status.st_mode & _OTHERS_WRITE and not stat.S_ISLNK(status.st_mode):
+                raise _describe_unsafe(path, "may be written by other users", "chmod go-w")
 
 
 def may_write(path: Path) -> bool:
@@ -58,7 +60,7 @@ def may_write(path: Path) -> bool:
     return os.access(path, os.W_OK)
 
 
-def _unsafe(path: Path, why: str, remedy: str) -> UnsafeFolder:
+def _describe_unsafe(path: Path, why: str, remedy: str) -> UnsafeFolder:
     return UnsafeFolder(
         f"{path} {why}, who could plant code there",
         hint=f"make it yours alone ({remedy} {path}), or set HUBAOTI_HOME to a folder that is",
@@ -66,7 +68,7 @@ def _unsafe(path: Path, why: str, remedy: str) -> UnsafeFolder:
 
 
 @contextmanager
-def workspace(tmp: Path) -> Iterator[Path]:
+def make_workspace(tmp: Path) -> Iterator[Path]:
     """A folder of our own below `tmp`, gone at the block's end, whatever ends it."""
     folder = tmp / f"{platform.node()}~{os.getpid()}~{secrets.token_hex(8)}"
     try:
@@ -76,11 +78,11 @@ def workspace(tmp: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def sweep(tmp: Path) -> None:
+def sweep_folder(tmp: Path) -> None:
     """Remove what killed processes left below `tmp`; what a living one writes stays."""
     for entry in list(tmp.iterdir()):
         with suppress(OSError):
-            if is_abandoned(entry):
+            if _is_abandoned(entry):
                 shutil.rmtree(entry)
 
 
@@ -89,13 +91,13 @@ def keep_newest(folder: Path, most: int, size: int) -> None:
 
     The newest stays, whatever its size.
     """
-    for at, entry in enumerate(sorted(folder.iterdir(), key=changed_at, reverse=True)):
-        size -= bytes_below(entry)
+    for at, entry in enumerate(sorted(folder.iterdir(), key=_read_change_time, reverse=True)):
+        size -= _count_bytes(entry)
         if at and (at >= most or size < 0):
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def changed_at(path: Path) -> float:
+def _read_change_time(path: Path) -> float:
     """When it was changed; long ago, if another process removed it."""
     try:
         return path.lstat().st_mtime
@@ -103,7 +105,7 @@ def changed_at(path: Path) -> float:
         return 0.0
 
 
-def bytes_below(folder: Path) -> int:
+def _count_bytes(folder: Path) -> int:
     """The bytes of all files below a folder that can be seen."""
     total = 0
     for parent, _, names in os.walk(folder):
@@ -113,16 +115,16 @@ def bytes_below(folder: Path) -> int:
     return total
 
 
-def is_abandoned(entry: Path) -> bool:
+def _is_abandoned(entry: Path) -> bool:
     """Whether nobody works in this temporary folder any more."""
-    if time.time() - entry.stat().st_mtime > LONGEST_WORK:
+    if time.time() - entry.stat().st_mtime > _LONGEST_WORK:
         return True
     node, _, rest = entry.name.partition("~")
     pid = rest.partition("~")[0]
-    return node == platform.node() and pid.isdigit() and not is_alive(int(pid))
+    return node == platform.node() and pid.isdigit() and not _is_process_alive(int(pid))
 
 
-def is_alive(pid: int) -> bool:
+def _is_process_alive(pid: int) -> bool:
     """Whether a process of this machine runs."""
     try:
         os.kill(pid, 0)

@@ -15,16 +15,16 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-from hubaoti.disks import no_room
+from hubaoti.artifact.manifest import Manifest
+from hubaoti.disk import describe_no_room
 from hubaoti.errors import HubaotiError, first_line
-from hubaoti.manifest import Manifest
-from hubaoti.mirror.rows import Origin, Pin, Promise, Row
+from hubaoti.mirror.rows import Pin, Promise, PullOrigin, Row
 
 KEPT = 1024  # notes, the latest
 PATIENCE = 30.0  # seconds to wait for another process's transaction
-PAUSE = 0.005  # seconds between two looks, where SQLite itself does not wait
+_PAUSE = 0.005  # seconds between two looks, where SQLite itself does not wait
 
-FIRST = """
+_FIRST = """
 create table artifacts (
     digest text primary key, key text not null, recipe text not null, variant text not null,
     size integer not null, added real not null,
@@ -44,28 +44,28 @@ create table pulls (
 ) strict;
 create table built (digest text primary key, key text not null, at real not null) strict;
 """
-SECOND = """
+_SECOND = """
 create table tested (
     graph text not null, host text not null, problem text not null, at real not null,
     primary key (graph, host)
 ) strict;
 """
-THIRD = """
+_THIRD = """
 create table notes (digest text primary key, data blob not null, at real not null) strict;
 create index notes_by_age on notes (at);
 """
 # It has every column, so that SQLite's own check finds any byte of a row that was changed.
-FOURTH = """
+_FOURTH = """
 create index if not exists artifacts_whole on artifacts (
     digest, key, recipe, variant, size, added, endpoint, repo, revision, path
 );
 """
 # From nothing to today's tables; one that was released never changes.
-STEPS = (FIRST, SECOND, THIRD, FOURTH)
-VERSION = len(STEPS)
+STEPS = (_FIRST, _SECOND, _THIRD, _FOURTH)
+_VERSION = len(STEPS)
 # What SQLite says of a damaged file; tables that are not as they were made are an error of SQL.
-DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
-DAMAGED |= {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG}
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
+_DAMAGED |= {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG}
 
 
 class Index:
@@ -94,7 +94,7 @@ class Index:
         It then does not look at the -wal file; where there is one, it has to.
         """
         wal = self._path.with_name(f"{self._path.name}-wal")
-        return "?mode=ro" if has_content(wal) else "?mode=ro&immutable=1"
+        return "?mode=ro" if _has_content(wal) else "?mode=ro&immutable=1"
 
     def require_writable(self) -> None:
         """See that something can be stored.
@@ -113,17 +113,17 @@ class Index:
         with self._explained():
             self._db.execute("pragma foreign_keys = on")
             before = self._version()
-            if before == 0 or (before < VERSION and self.is_writable):
+            if before == 0 or (before < _VERSION and self.is_writable):
                 self._create()
             version = self._version()
-        if version > VERSION:
+        if version > _VERSION:
             raise HubaotiError(
                 f"{self._path} was written by a newer hubaoti",
                 hint="upgrade hubaoti on this machine",
             )
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file; nothing can be asked of the index after that."""
         self._db.close()
 
     def add(self, row: Row, graphs: Iterable[str]) -> None:
@@ -235,7 +235,7 @@ class Index:
             )
 
     def is_built(self, digest: str) -> bool:
-        """Whether this machine built it."""
+        """Whether this machine built the artifact of this digest."""
         query = "select 1 from built where digest = ?"
         with self._explained():
             return self._db.execute(query, (digest,)).fetchone() is not None
@@ -256,7 +256,7 @@ class Index:
         """The problem of a graph on a kind of host, empty where it has none; None if untested."""
         query = "select problem from tested where graph = ? and host = ?"
         with self._explained():
-            if self._version() <= STEPS.index(SECOND):  # of before, and only read
+            if self._version() <= STEPS.index(_SECOND):  # of before, and only read
                 return None
             found = self._db.execute(query, (graph, host)).fetchone()
         return None if found is None else str(found[0])
@@ -264,7 +264,7 @@ class Index:
     def problems(self) -> list[tuple[str, str]]:
         """The graphs that are not opened here, each with what is held against it."""
         with self._explained():
-            if self._version() <= STEPS.index(SECOND):
+            if self._version() <= STEPS.index(_SECOND):
                 return []
             query = "select graph, problem from tested where problem != '' order by at desc"
             return [(str(graph), str(why)) for graph, why in self._db.execute(query).fetchall()]
@@ -295,7 +295,7 @@ class Index:
     def noted(self, digest: str) -> bytes | None:
         """What was kept under a digest; None where nothing was, it was forgotten, or is damaged."""
         with suppress(HubaotiError), self._explained():
-            if self._version() > STEPS.index(THIRD):  # else of before, and only read
+            if self._version() > STEPS.index(_THIRD):  # else of before, and only read
                 query = "select data from notes where digest = ?"
                 row = self._db.execute(query, (digest,)).fetchone()
                 return None if row is None else bytes(row[0])
@@ -314,7 +314,7 @@ class Index:
         good = all(isinstance(word, str) for word in words) and isinstance(size, int)
         if not (good and isinstance(added, float)):
             raise self._damaged("a row of artifacts is none")
-        return Row(digest, key, recipe, variant, size, added, Origin(*origin))
+        return Row(digest, key, recipe, variant, size, added, PullOrigin(*origin))
 
     def _version(self) -> int:
         return int(self._db.execute("pragma user_version").fetchone()[0])
@@ -326,7 +326,7 @@ class Index:
         for step in STEPS[self._version() :]:  # another process may have been faster
             for statement in step.split(";"):
                 self._db.execute(statement)
-        self._db.execute(f"pragma user_version = {max(VERSION, self._version())}")
+        self._db.execute(f"pragma user_version = {max(_VERSION, self._version())}")
         self._db.execute("commit")
 
     def _use_wal(self) -> None:
@@ -342,7 +342,7 @@ class Index:
             except sqlite3.OperationalError as why:
                 if why.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
                     raise
-                time.sleep(PAUSE)
+                time.sleep(_PAUSE)
             else:
                 return
 
@@ -372,11 +372,11 @@ class Index:
     def _wrapped(self, why: sqlite3.Error) -> HubaotiError:
         code = getattr(why, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_FULL:
-            return no_room(self._path.parent, 0)
+            return describe_no_room(self._path.parent, 0)
         if code == sqlite3.SQLITE_BUSY:
             return HubaotiError(f"{self._path} is busy", hint="another hubaoti works; try again")
         undecoded = not code and isinstance(why, sqlite3.OperationalError)  # of Python's own module
-        if code in DAMAGED or undecoded:
+        if code in _DAMAGED or undecoded:
             return self._damaged(why)
         hint = "see that you may write it, or set HUBAOTI_HOME to another folder"
         return HubaotiError(f"{self._path}: {why}", hint=hint)
@@ -386,6 +386,6 @@ class Index:
         return HubaotiError(f"{self._path} is damaged: {first_line(str(why))!a}", hint=hint)
 
 
-def has_content(path: Path) -> bool:
+def _has_content(path: Path) -> bool:
     """Whether a file is there, and not empty."""
     return path.is_file() and path.stat().st_size > 0

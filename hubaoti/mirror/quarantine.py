@@ -12,13 +12,13 @@ from pathlib import Path
 
 import msgspec
 
-from hubaoti.manifest import Graph
+from hubaoti.artifact.manifest import Graph
 from hubaoti.mirror.folders import keep_newest
 from hubaoti.mirror.rows import Promise
 
-KEPT = 5, 1 << 30  # what stays to be looked at, and the most bytes of it
+_KEPT = 5, 1 << 30  # what stays to be looked at, and the most bytes of it
 NOTE = ".hubaoti-withdrawn.json"
-LARGEST = 16 << 20  # bytes of a note
+_LARGEST = 16 << 20  # bytes of a note
 
 
 class Note(msgspec.Struct, frozen=True):
@@ -35,13 +35,13 @@ def set_apart(folder: Path, apart: Path, note: Note) -> None:
         with suppress(OSError):  # a file in the place of a folder, or no room
             (broken / NOTE).write_bytes(msgspec.json.encode(note))
         os.utime(broken)  # else it has the time at which it was unpacked
-        keep_newest(apart, *KEPT)
+        keep_newest(apart, *_KEPT)
 
 
-def note_of(folder: Path) -> Note:
+def read_note(folder: Path) -> Note:
     """The note of a folder that is apart; an empty one where it has none that can be read."""
     with suppress(OSError, msgspec.DecodeError):
         file = folder / NOTE
-        if file.stat().st_size <= LARGEST:
+        if file.stat().st_size <= _LARGEST:
             return msgspec.json.decode(file.read_bytes(), type=Note)
     return Note()

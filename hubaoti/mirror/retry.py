@@ -7,10 +7,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from hubaoti.artifact.manifest import Graph
 from hubaoti.errors import BadManifest, DigestMismatch
-from hubaoti.manifest import Graph
 from hubaoti.mirror.artifact import Artifact
-from hubaoti.mirror.quarantine import NOTE, note_of
+from hubaoti.mirror.quarantine import NOTE, read_note
 from hubaoti.mirror.rows import Row
 from hubaoti.mirror.store import Mirror, holds_members, holds_small, is_whole
 
@@ -34,9 +34,13 @@ def retry(mirror: Mirror) -> Retried:
         HubaotiError: the mirror may not be written.
     """
     mirror.require_writable()
-    promises = [p for folder in apart(mirror) for p in note_of(folder).promises]
-    known = graphs_in(mirror)
-    graphs = [name for folder in apart(mirror) if (name := brought_back(folder, mirror, known))]
+    promises = [p for folder in _list_quarantined(mirror) for p in read_note(folder).promises]
+    known = _find_known_graphs(mirror)
+    graphs = [
+        name
+        for folder in _list_quarantined(mirror)
+        if (name := _restore_folder(folder, mirror, known))
+    ]
     rows = []
     for promise in promises:
         artifact = mirror.stored(promise.row.digest)
@@ -46,23 +50,23 @@ def retry(mirror: Mirror) -> Retried:
     return Retried(mirror.index.forget_problems(), tuple(graphs), tuple(rows))
 
 
-def apart(mirror: Mirror) -> list[Path]:
+def _list_quarantined(mirror: Mirror) -> list[Path]:
     """What is in quarantine, the newest last."""
     return sorted((mirror.root / "quarantine").iterdir(), key=lambda each: each.lstat().st_mtime)
 
 
-def brought_back(folder: Path, mirror: Mirror, known: dict[str, Graph]) -> str | None:
+def _restore_folder(folder: Path, mirror: Mirror, known: dict[str, Graph]) -> str | None:
     """Give a folder that is apart its place again, if its bytes are right; the graph's name."""
     name = folder.name.partition("~")[0]
-    graph = known.get(name) or note_of(folder).graph
+    graph = known.get(name) or read_note(folder).graph
     if graph is not None and graph.sha256 == name and holds_members(folder, graph):
-        return name if moved(folder, mirror.root / "graphs" / name) else None
-    if holds_manifest(folder, name, mirror):
-        moved(folder, mirror.root / "artifacts" / name)
+        return name if _move_into_place(folder, mirror.root / "graphs" / name) else None
+    if _holds_manifest(folder, name, mirror):
+        _move_into_place(folder, mirror.root / "artifacts" / name)
     return None
 
 
-def moved(folder: Path, target: Path) -> bool:
+def _move_into_place(folder: Path, target: Path) -> bool:
     """Give a folder its place, unless there is another by now."""
     (folder / NOTE).unlink(missing_ok=True)
     try:
@@ -72,20 +76,20 @@ def moved(folder: Path, target: Path) -> bool:
     return True
 
 
-def holds_manifest(folder: Path, digest: str, mirror: Mirror) -> bool:
+def _holds_manifest(folder: Path, digest: str, mirror: Mirror) -> bool:
     """Whether a folder has an artifact's manifest and small tensors, byte for byte."""
     with suppress(OSError, BadManifest, DigestMismatch):
         return holds_small(mirror.read(digest, folder))
     return False
 
 
-def graphs_in(mirror: Mirror) -> dict[str, Graph]:
+def _find_known_graphs(mirror: Mirror) -> dict[str, Graph]:
     """The graphs of all artifacts whose manifests are here, promised or not, by their sha256."""
-    return {graph.sha256: graph for each in stored_in(mirror) for graph in each.manifest.graphs}
+    return {graph.sha256: graph for each in _list_stored(mirror) for graph in each.manifest.graphs}
 
 
-def stored_in(mirror: Mirror) -> Iterator[Artifact]:
-    """The artifacts whose manifests are here."""
+def _list_stored(mirror: Mirror) -> Iterator[Artifact]:
+    """The artifacts whose manifests are here, promised or not."""
     for folder in (mirror.root / "artifacts").iterdir():
         if artifact := mirror.stored(folder.name):
             yield artifact

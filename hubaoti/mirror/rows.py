@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hubaoti.settings import without_login
+from hubaoti.settings import split_login
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class PullOrigin:
     """Where an artifact came from: a path in a repo at a commit; all empty if built here."""
 
     endpoint: str = ""
@@ -18,7 +18,7 @@ class Origin:
 
     def __post_init__(self) -> None:
         # An older hubaoti kept the password of an endpoint that has one in its URL.
-        object.__setattr__(self, "endpoint", without_login(self.endpoint)[0])
+        object.__setattr__(self, "endpoint", split_login(self.endpoint)[0])
 
     @property
     def publisher(self) -> str:
@@ -26,7 +26,7 @@ class Origin:
         return self.repo.partition("/")[0]
 
 
-BUILT_HERE = Origin()
+BUILT_HERE = PullOrigin()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Row:
     variant: str
     size: int
     added: float
-    origin: Origin
+    origin: PullOrigin
 
 
 @dataclass(frozen=True, slots=True)

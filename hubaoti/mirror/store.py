@@ -22,29 +22,29 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from hubaoti import manifest as manifests
-from hubaoti.disks import explained, require_room
+from hubaoti.artifact import manifest as manifests
+from hubaoti.artifact.manifest import File, Graph, Manifest
+from hubaoti.artifact.package import hash_file
+from hubaoti.artifact.variant import Recipe
+from hubaoti.disk import explain_disk_errors, require_disk_room
 from hubaoti.errors import BadManifest, DigestMismatch, HubaotiError
-from hubaoti.manifest import File, Graph, Manifest
-from hubaoti.mirror.artifact import Artifact, changed
+from hubaoti.mirror.artifact import Artifact, describe_changed
 from hubaoti.mirror.folders import (
     make_private,
+    make_workspace,
     may_write,
     refuse_shared,
-    sweep,
+    sweep_folder,
     sync_folder,
-    workspace,
 )
 from hubaoti.mirror.index import Index
 from hubaoti.mirror.quarantine import Note, set_apart
-from hubaoti.mirror.rows import BUILT_HERE, Origin, Pin, Row
+from hubaoti.mirror.rows import BUILT_HERE, Pin, PullOrigin, Row
 from hubaoti.mirror.writing import unpack_synced, write_small
-from hubaoti.package import sha256_of
-from hubaoti.variant import Recipe
 
-FOLDERS = ("hub", "artifacts", "graphs", "quarantine", "tmp")
-TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
-ATTEMPTS = 3
+_FOLDERS = ("hub", "artifacts", "graphs", "quarantine", "tmp")
+_TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
+_ATTEMPTS = 3
 
 
 class Mirror:
@@ -64,16 +64,16 @@ class Mirror:
             HubaotiError: its folder or its index cannot be used.
         """
         index = root / "index.sqlite3"
-        with explained(root):
+        with explain_disk_errors(root):
             # One that was baked into an image: what was put there before can be used.
             is_writable = not index.is_file() or (may_write(root) and may_write(index))
             see = make_private if is_writable else refuse_shared
-            for folder in (root, *(root / name for name in FOLDERS)):
+            for folder in (root, *(root / name for name in _FOLDERS)):
                 see(folder)
             for suffix in ("", "-wal", "-shm"):
                 refuse_shared(root / f"index.sqlite3{suffix}")
             if is_writable:
-                sweep(root / "tmp")
+                sweep_folder(root / "tmp")
         return cls(root, Index(index, is_writable))
 
     def require_writable(self) -> None:
@@ -85,7 +85,7 @@ class Mirror:
         self.index.require_writable()
 
     def close(self) -> None:
-        """Let go of the index."""
+        """Let go of the index; the files stay as they are."""
         self.index.close()
 
     def __enter__(self) -> Mirror:
@@ -98,7 +98,7 @@ class Mirror:
         self,
         manifest: Manifest,
         files: Mapping[str, Path],
-        origin: Origin = BUILT_HERE,
+        origin: PullOrigin = BUILT_HERE,
         recipe: Recipe | None = None,
     ) -> Artifact:
         """Store an artifact, given its files by their paths in the manifest.
@@ -119,7 +119,7 @@ class Mirror:
             key=manifest.key,
             recipe=str(recipe or manifest.recipe),
             variant=str(manifest.variant),
-            size=unpacked_size(manifest),
+            size=compute_unpacked_size(manifest),
             added=time.time(),
             origin=origin,
         )
@@ -137,8 +137,8 @@ class Mirror:
         target, tmp = self.root / "graphs" / graph.sha256, self.root / "tmp"
         needed = sum(member.size for member in graph.members)
         if not holds_members(target, graph):
-            with explained(tmp, needed), workspace(tmp) as work:
-                require_room(tmp, needed)
+            with explain_disk_errors(tmp, needed), make_workspace(tmp) as work:
+                require_disk_room(tmp, needed)
                 unpack_synced(package, graph, work / graph.sha256)
                 self._settle(work / graph.sha256, target, partial(holds_members, target, graph))
         return target
@@ -155,7 +155,7 @@ class Mirror:
         except (OSError, BadManifest, DigestMismatch):
             self._withdraw(digest, self.root / "artifacts" / digest)
             return None
-        if not has_sizes(artifact):
+        if not _has_sizes(artifact):
             self._withdraw(digest)
             return None
         return artifact
@@ -202,9 +202,9 @@ class Mirror:
         """
         folder = self.root / "graphs" / graph.sha256
         for member in graph.members:
-            if not has_bytes(folder / member.path, member.sha256):
+            if not _has_bytes(folder / member.path, member.sha256):
                 self.quarantine(graph)
-                raise changed(folder / member.path)
+                raise describe_changed(folder / member.path)
 
     def quarantine(self, graph: Graph) -> None:
         """Keep a graph apart that must not be opened, and promise no artifact that holds it."""
@@ -220,9 +220,9 @@ class Mirror:
             DigestMismatch: it has other bytes; the artifact is in quarantine and no longer here.
         """
         path = artifact.file(file.path)
-        if not has_bytes(path, file.sha256):
+        if not _has_bytes(path, file.sha256):
             self._withdraw(artifact.digest, artifact.path)
-            raise changed(path)
+            raise describe_changed(path)
         return path
 
     def _artifact(self, manifest: Manifest) -> Artifact:
@@ -245,8 +245,8 @@ class Mirror:
         path = folder / manifests.FILENAME
         text = path.read_bytes()
         if hashlib.sha256(text).hexdigest() != digest:
-            raise changed(path)
-        manifest = manifests.parse(text, str(path))
+            raise describe_changed(path)
+        manifest = manifests.parse_manifest(text, str(path))
         return Artifact(digest, folder, self.root / "graphs", manifest)
 
     def _store(self, artifact: Artifact, files: Mapping[str, Path]) -> None:
@@ -259,9 +259,9 @@ class Mirror:
         needed = sum(member.size for graph in graphs for member in graph.members)
         needed += sum(file.size for file in artifact.manifest.files)
         tmp = self.root / "tmp"
-        with explained(tmp, needed):
-            require_room(tmp, needed)
-            with workspace(tmp) as work:
+        with explain_disk_errors(tmp, needed):
+            require_disk_room(tmp, needed)
+            with make_workspace(tmp) as work:
                 for graph in graphs:
                     folder = work / graph.sha256
                     unpack_synced(files[graph.file], graph, folder)
@@ -275,11 +275,11 @@ class Mirror:
     def _settle(self, folder: Path, target: Path, is_good: Callable[[], bool]) -> None:
         """Give a written folder its name, unless another process gave an equal one the name."""
         sync_folder(folder)
-        for _ in range(ATTEMPTS):
+        for _ in range(_ATTEMPTS):
             try:
                 folder.rename(target)
             except OSError as why:
-                if why.errno not in TAKEN:
+                if why.errno not in _TAKEN:
                     raise
                 if is_good():
                     return
@@ -304,22 +304,22 @@ class Mirror:
         set_apart(folder, self.root / "quarantine", note)
 
 
-def unpacked_size(manifest: Manifest) -> int:
+def compute_unpacked_size(manifest: Manifest) -> int:
     """The bytes that an artifact takes in the mirror."""
     members = sum(member.size for graph in manifest.graphs for member in graph.members)
     return members + sum(file.size for file in manifest.files) + len(manifest.to_json())
 
 
-def has_sizes(artifact: Artifact) -> bool:
+def _has_sizes(artifact: Artifact) -> bool:
     """Whether every file is there, of the right size; their bytes are for `verify`."""
     sizes = {artifact.file(file.path): file.size for file in artifact.manifest.files}
     for graph in artifact.manifest.graphs:
         folder = artifact.graph_folder(graph)
         sizes |= {folder / member.path: member.size for member in graph.members}
-    return all(has_size(path, size) for path, size in sizes.items())
+    return all(_has_size(path, size) for path, size in sizes.items())
 
 
-def has_size(path: Path, size: int) -> bool:
+def _has_size(path: Path, size: int) -> bool:
     """Whether a file is there, of this size."""
     try:
         return path.lstat().st_size == size
@@ -330,21 +330,21 @@ def has_size(path: Path, size: int) -> bool:
 def holds_members(folder: Path, graph: Graph) -> bool:
     """Whether an unpacked graph is there, byte for byte."""
     members = graph.members
-    return folder.is_dir() and all(has_bytes(folder / each.path, each.sha256) for each in members)
+    return folder.is_dir() and all(_has_bytes(folder / each.path, each.sha256) for each in members)
 
 
 def holds_small(artifact: Artifact) -> bool:
     """Whether the manifest and the small tensors are there, byte for byte."""
     files = artifact.manifest.files
-    return has_bytes(artifact.path / manifests.FILENAME, artifact.digest) and all(
-        has_bytes(artifact.file(file.path), file.sha256) for file in files
+    return _has_bytes(artifact.path / manifests.FILENAME, artifact.digest) and all(
+        _has_bytes(artifact.file(file.path), file.sha256) for file in files
     )
 
 
-def has_bytes(path: Path, sha256: str) -> bool:
+def _has_bytes(path: Path, sha256: str) -> bool:
     """Whether a file is there, and no link, with these bytes; one that cannot be read has none."""
     try:
-        return path.is_file() and not path.is_symlink() and sha256_of(path) == sha256
+        return path.is_file() and not path.is_symlink() and hash_file(path) == sha256
     except OSError:
         return False
 

@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from hubaoti import manifest as manifests
-from hubaoti.manifest import Graph, Manifest
-from hubaoti.mirror.artifact import changed
+from hubaoti.artifact import manifest as manifests
+from hubaoti.artifact.manifest import Graph, Manifest
+from hubaoti.artifact.package import copy_hashed, unpack
+from hubaoti.mirror.artifact import describe_changed
 from hubaoti.mirror.folders import sync_folder
-from hubaoti.package import copy_hashed, unpack
 
 
 def unpack_synced(package: Path, graph: Graph, folder: Path) -> None:
@@ -34,7 +34,7 @@ def write_small(manifest: Manifest, files: Mapping[str, Path], folder: Path) -> 
             sink.flush()
             os.fsync(sink.fileno())
         if digest != file.sha256:
-            raise changed(files[file.path])
+            raise describe_changed(files[file.path])
         target.chmod(0o444)
     target = folder / manifests.FILENAME
     with target.open("xb") as sink:

@@ -27,17 +27,17 @@ class Bound(dict[str, torch.Tensor]):
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__({name: tensor.detach() for name, tensor in tensors.items()})
         with torch.inference_mode(False), torch.no_grad():  # in which one is made says nothing
-            self.aliases = {name: alias_of(tensor) for name, tensor in self.items()}
-        weakref.finalize(self, take_back, [*self.aliases.values()]).atexit = False
+            self.aliases = {name: _alias_tensor(tensor) for name, tensor in self.items()}
+        weakref.finalize(self, _recycle_aliases, [*self.aliases.values()]).atexit = False
 
 
-def take_back(lent: Sequence[torch.Tensor]) -> None:
+def _recycle_aliases(lent: Sequence[torch.Tensor]) -> None:
     """Have aliases used again; whatever they point to may be gone, and nobody looks."""
     for alias in lent:
         FREE.setdefault((alias.dtype, alias.device), []).append(alias)
 
 
-def alias_of(tensor: torch.Tensor) -> torch.Tensor:
+def _alias_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor at the place of another, which it does not keep.
 
     Private, checked on torch 2.11 to 2.15: `torch._C._construct_storage_from_data_pointer`, which
@@ -48,11 +48,11 @@ def alias_of(tensor: torch.Tensor) -> torch.Tensor:
     size = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
     place = tensor.data_ptr(), tensor.device, int(size)
     storage = torch._C._construct_storage_from_data_pointer(*place)
-    alias = free_alias(tensor.dtype, tensor.device)
+    alias = _take_free_alias(tensor.dtype, tensor.device)
     return alias.set_(storage, 0, tensor.shape, tensor.stride())
 
 
-def free_alias(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _take_free_alias(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An alias that nobody has, or a new one."""
     try:
         return FREE[dtype, device].pop()

@@ -15,36 +15,36 @@ from typing import Any
 import msgspec
 import torch
 
-from hubaoti.manifest import Outputs
-from hubaoti.runtime.answer import answer_plan
-from hubaoti.runtime.reasons import Unserved
-from hubaoti.runtime.template import children_of, word_of
+from hubaoti.artifact.manifest import Outputs
+from hubaoti.runtime.call_template import child_templates, split_word
+from hubaoti.runtime.fallback import CannotServe
+from hubaoti.runtime.output_template import parse_output_template
 
 # Those that do nothing else when they are written; transformers shares keys in a UserDict.
-WRITABLE = {list, dict, OrderedDict, defaultdict, UserDict}
-LITERALS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_WRITABLE = {list, dict, OrderedDict, defaultdict, UserDict}
+_LITERALS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 Key = str | int
 Path = tuple[Key, ...]
 Items = list[tuple[Key, Any]]
 
 
-def items_in(value: Any) -> Items:
+def list_items(value: Any) -> Items:
     """What a container holds, by keys or places; nothing of anything else."""
     if isinstance(value, Mapping):
         return [*value.items()]
     return [*enumerate(value)] if isinstance(value, (list, tuple)) else []
 
 
-def walk(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+def walk_containers(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
     """A value and all that it holds, each with its path."""
     yield path, value
-    for key, item in items_in(value):
-        yield from walk(item, (*path, key))
+    for key, item in list_items(value):
+        yield from walk_containers(item, (*path, key))
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class ContainerChange:
     """What a container of a call holds since its module was called."""
 
     path: Path
@@ -55,35 +55,35 @@ class Contents:
     """What a call's arguments, by name, held before its module was called."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        self._values = [pair for pair in walk(arguments, ()) if pair[0]]
-        self._before = {path: items_in(value) for path, value in self._values}
+        self._values = [pair for pair in walk_containers(arguments, ()) if pair[0]]
+        self._before = {path: list_items(value) for path, value in self._values}
         self.places: dict[int, Path] = {}
         for path, value in self._values:
-            if not isinstance(value, LITERALS):
+            if not isinstance(value, _LITERALS):
                 self.places.setdefault(id(value), path)
 
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[ContainerChange]:
         """The containers that hold something else by now, in the order of the call."""
         return [
-            Change(path, items_in(value))
+            ContainerChange(path, list_items(value))
             for path, value in self._values
-            if not same_items(self._before[path], items_in(value))
+            if not _have_same_items(self._before[path], list_items(value))
         ]
 
 
-def same_items(first: Items, second: Items) -> bool:
+def _have_same_items(first: Items, second: Items) -> bool:
     """Whether two containers hold the same under the same keys, in one order."""
     return len(first) == len(second) and all(
-        key == other and same_value(value, item)
+        key == other and _is_same_value(value, item)
         for (key, value), (other, item) in zip(first, second, strict=True)
     )
 
 
-def same_value(first: Any, second: Any) -> bool:
+def _is_same_value(first: Any, second: Any) -> bool:
     """Whether two values are one object, or equal literals of one type."""
     if first is second:
         return True
-    return type(first) is type(second) and isinstance(first, LITERALS) and bool(first == second)
+    return type(first) is type(second) and isinstance(first, _LITERALS) and bool(first == second)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,29 +101,34 @@ class Answers:
         writes = () if isinstance(outputs.writes, msgspec.UnsetType) else outputs.writes
         self.into = [write.into for write in writes]
         templates = [outputs.template, *(item for write in writes for _, item in write.items)]
-        self._given = [*dict.fromkeys(path for each in templates for path in paths_in(each))]
-        places = {path: len(outputs.tensors) + at for at, path in enumerate(self._given)}
+        self._given = [
+            *dict.fromkeys(path for each in templates for path in _find_given_paths(each))
+        ]
+        places = {path: len(outputs.tensors) + index for index, path in enumerate(self._given)}
         self._items = [
-            [(key, answer_plan(item, places)) for key, item in write.items] for write in writes
+            [(key, parse_output_template(item, places)) for key, item in write.items]
+            for write in writes
         ]
         self.writes = bool(writes)
-        self.make = answer_plan(outputs.template, places)
+        self.make = parse_output_template(outputs.template, places)
 
     def find(self, arguments: Mapping[str, Any]) -> Filling:
         """The containers of a call that will be written, before its graph runs.
 
         Raises:
-            Unserved: one is of a kind that has its own way to be written, or is given twice.
+            CannotServe: one is of a kind that has its own way to be written, or is given twice.
         """
-        containers = tuple(value_at(arguments, path) for path in self.into)
-        every = [value for _, value in walk(arguments, ()) if type(value) in WRITABLE]
+        containers = tuple(get_at_path(arguments, path) for path in self.into)
+        every = [value for _, value in walk_containers(arguments, ()) if type(value) in _WRITABLE]
         for path, each in zip(self.into, containers, strict=True):
-            if type(each) not in WRITABLE:
-                told = f"{name_of(path)}, which is written, is a {type(each).__name__}"
-                raise Unserved("arguments", told)
+            if type(each) not in _WRITABLE:
+                message = f"{spell_path(path)}, which is written, is a {type(each).__name__}"
+                raise CannotServe("arguments", message)
             if sum(each is other for other in every) > 1:
-                raise Unserved("arguments", f"{name_of(path)}, which is written, is given twice")
-        return Filling(containers, tuple(value_at(arguments, path) for path in self._given))
+                raise CannotServe(
+                    "arguments", f"{spell_path(path)}, which is written, is given twice"
+                )
+        return Filling(containers, tuple(get_at_path(arguments, path) for path in self._given))
 
     def contents(self, filling: Filling, outputs: Sequence[torch.Tensor]) -> list[Items]:
         """What each of the containers is to hold, of a graph's outputs."""
@@ -135,16 +140,16 @@ class Answers:
         for container, items in zip(
             filling.containers, self.contents(filling, outputs), strict=True
         ):
-            fill(container, items)
+            fill_container(container, items)
         return self.make([*outputs, *filling.given])
 
 
-def name_of(path: Path) -> str:
+def spell_path(path: Path) -> str:
     """A path in a call as people read it."""
     return ".".join(map(str, path))
 
 
-def fill(container: Any, items: Items) -> None:
+def fill_container(container: Any, items: Items) -> None:
     """Have a list or a dictionary hold these; what it holds already under a key stays there."""
     if isinstance(container, list):
         container[:] = [value for _, value in items]
@@ -160,27 +165,29 @@ def fill(container: Any, items: Items) -> None:
         container.update(items)
 
 
-def value_at(arguments: Mapping[str, Any], path: Path) -> Any:
+def get_at_path(arguments: Mapping[str, Any], path: Path) -> Any:
     """What a call gives at a path.
 
     Raises:
-        Unserved: nothing.
+        CannotServe: nothing.
     """
     value: Any = arguments
     try:
         for key in path:
             value = value[key]
-    except (LookupError, TypeError) as why:
-        raise Unserved("arguments", f"{name_of(path)} is not given") from why
+    except (LookupError, TypeError) as error:
+        raise CannotServe("arguments", f"{spell_path(path)} is not given") from error
     return value
 
 
-def paths_in(template: Any) -> Iterator[Path]:
+def _find_given_paths(template: Any) -> Iterator[Path]:
     """The paths of a call that the template of a written value names."""
-    word, inner = word_of(template) if isinstance(template, Mapping) else ("", template)
+    word, inner = split_word(template) if isinstance(template, Mapping) else ("", template)
     if word == "given":
         yield tuple(inner)
         return
-    each = children_of(word, inner) if word else inner if isinstance(inner, (list, tuple)) else ()
+    each = (
+        child_templates(word, inner) if word else inner if isinstance(inner, (list, tuple)) else ()
+    )
     for item in each:
-        yield from paths_in(item)
+        yield from _find_given_paths(item)

@@ -13,26 +13,26 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hubaoti.artifact.dim_expr import DimExpr
+from hubaoti.artifact.manifest import Constant, Golden
+from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.errors import BadInput, MissingConstant
-from hubaoti.extents import Extent
-from hubaoti.manifest import Constant, Golden
-from hubaoti.manifest import Graph as Entry
-from hubaoti.runtime.checks import dtype_of
 from hubaoti.runtime.graph import Graph
-from hubaoti.runtime.quantize import make
-from hubaoti.runtime.rule import made, write
-from hubaoti.runtime.weights import shipped_tensors
+from hubaoti.runtime.input_checks import name_dtype, parse_dtype
+from hubaoti.runtime.quantize import make_quantized
+from hubaoti.runtime.synthetic import fill_synthetic, make_synthetic
+from hubaoti.runtime.weights import load_shipped_tensors
 
 GOLDEN = "golden.safetensors"
-LARGEST = 1_000_000  # bytes of that file
-HEADER = 128  # bytes that a tensor's dtype, shape and place take in it, at most
+LARGEST_GOLDEN = 1_000_000  # bytes of that file
+_HEADER = 128  # bytes that a tensor's dtype, shape and place take in it, at most
 
-INT4 = "int4wo.qdata"  # the transform whose result lies differently on different CPUs
-ROWS = 128  # of such a weight at a time: a multiple of every CPU's block of rows
+_INT4 = "int4wo.qdata"  # the transform whose result lies differently on different CPUs
+_ROWS = 128  # of such a weight at a time: a multiple of every CPU's block of rows
 
 # Largest difference allowed, as a part of the largest value. A decoder block on CPUs of SSE to AMX
 # differs by 1e-6 in float32, 1e-3 in float16, 6e-3 in bfloat16; a GPU may multiply float32 in TF32.
-TOLERANCE = {
+GOLDEN_TOLERANCE = {
     "float64": 1e-3,
     "float32": 1e-3,
     "complex64": 1e-3,
@@ -41,27 +41,29 @@ TOLERANCE = {
     "float8_e4m3fn": 1.5e-1,
     "float8_e5m2": 1.5e-1,
 }
-SCRATCH = 64 << 20  # bytes that a BLAS and an allocator take, whatever the sizes
-LIVE = 16  # intermediates of an input's or output's size that are held at once
+_SCRATCH = 64 << 20  # bytes that a BLAS and an allocator take, whatever the sizes
+_LIVE = 16  # intermediates of an input's or output's size that are held at once
 
 
-def smallest(entry: Entry) -> dict[str, int]:
+def choose_smallest_dims(entry: Entry) -> dict[str, int]:
     """The smallest dims at which a graph's inputs are valid."""
-    sizes = {dim: stepped(entry, dim, max(low, 1)) for dim, (low, _) in entry.bounds.items()}
+    sizes = {
+        dim: _round_up_to_step(entry, dim, max(low, 1)) for dim, (low, _) in entry.bounds.items()
+    }
     if entry.cache is not None and entry.cache.kind == "static":
         for inner, outer in (("seq", "filled"), ("filled", "cache")):
             if inner in sizes and outer in sizes:
-                sizes[outer] = stepped(entry, outer, max(sizes[inner], sizes[outer]))
+                sizes[outer] = _round_up_to_step(entry, outer, max(sizes[inner], sizes[outer]))
     return sizes
 
 
-def stepped(entry: Entry, dim: str, size: int) -> int:
+def _round_up_to_step(entry: Entry, dim: str, size: int) -> int:
     """The next size of a dim that is a multiple of its step."""
     step = max(entry.steps.get(dim, 1), 1)
     return -(-size // step) * step
 
 
-def inputs_for(entry: Entry, sizes: Mapping[str, int]) -> list[torch.Tensor]:
+def make_golden_inputs(entry: Entry, sizes: Mapping[str, int]) -> list[torch.Tensor]:
     """A graph's inputs at these dims, on the CPU, in the manifest's order.
 
     With a static cache, positions are the last of the filled places; the cache's own places hold
@@ -70,15 +72,15 @@ def inputs_for(entry: Entry, sizes: Mapping[str, int]) -> list[torch.Tensor]:
     Raises:
         BadInput: a shape cannot be at these dims.
     """
-    shapes = [shape_at(entry, item.shape, sizes) for item in entry.inputs]
-    start = first_position(entry, shapes)
+    shapes = [resolve_shape(entry, item.shape, sizes) for item in entry.inputs]
+    start = _compute_first_position(entry, shapes)
     return [
-        made(item.name, shape, dtype_of(item.dtype), item.values, start)
+        make_synthetic(item.name, shape, parse_dtype(item.dtype), item.values, start)
         for item, shape in zip(entry.inputs, shapes, strict=True)
     ]
 
 
-def shape_at(
+def resolve_shape(
     entry: Entry, shape: Sequence[str | int | None], sizes: Mapping[str, int]
 ) -> list[int]:
     """A shape of the manifest in numbers; a size that nobody knows is 1.
@@ -88,9 +90,11 @@ def shape_at(
     """
     try:
         known = [1 if size is None else size for size in shape]
-        found = [Extent.parse(n).at(sizes) if isinstance(n, str) else n for n in known]
-    except KeyError as why:
-        raise BadInput(f"graph {entry.id} has no size for the dim {why}", hint="name it") from why
+        found = [DimExpr.parse(n).at(sizes) if isinstance(n, str) else n for n in known]
+    except KeyError as error:
+        raise BadInput(
+            f"graph {entry.id} has no size for the dim {error}", hint="name it"
+        ) from error
     if min(found, default=0) < 0:
         raise BadInput(
             f"graph {entry.id} cannot have {list(shape)} at {dict(sizes)}",
@@ -99,7 +103,7 @@ def shape_at(
     return found
 
 
-def first_position(entry: Entry, shapes: Sequence[Sequence[int]]) -> int:
+def _compute_first_position(entry: Entry, shapes: Sequence[Sequence[int]]) -> int:
     """Where positions count from: after the places of a static cache that were filled before."""
     cache = entry.cache
     if cache is None or cache.kind != "static" or cache.position is None:
@@ -109,29 +113,31 @@ def first_position(entry: Entry, shapes: Sequence[Sequence[int]]) -> int:
     return max(0, filled - (1, *shapes[cache.position])[-1])
 
 
-def constants_for(entry: Entry, folder: Path, device: torch.device) -> dict[str, torch.Tensor]:
+def make_golden_constants(
+    entry: Entry, folder: Path, device: torch.device
+) -> dict[str, torch.Tensor]:
     """Every constant of a graph by fqn, as the manifest says it lies: by the rule, or shipped.
 
     Raises:
         MissingConstant: the artifact lacks one that should have come with it.
     """
-    shipped = dict(shipped_tensors(entry, folder, device))
+    shipped = dict(load_shipped_tensors(entry, folder, device))
     found = {}
     for constant in entry.constants:
         tensor = torch.empty_strided(
-            constant.shape, constant.stride, dtype=dtype_of(constant.dtype), device=device
+            constant.shape, constant.stride, dtype=parse_dtype(constant.dtype), device=device
         )
         if constant.origin.file:
-            tensor.copy_(brought(constant, shipped))
-        elif constant.origin.transform == INT4 and device.type == "cpu":
-            pack(tensor, constant.fqn)
+            tensor.copy_(_find_shipped_constant(constant, shipped))
+        elif constant.origin.transform == _INT4 and device.type == "cpu":
+            pack_four_bits(tensor, constant.fqn)
         else:
-            write(tensor, constant.fqn)
+            fill_synthetic(tensor, constant.fqn)
         found[constant.fqn] = tensor
     return found
 
 
-def brought(constant: Constant, shipped: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _find_shipped_constant(constant: Constant, shipped: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A constant that came with the artifact.
 
     Raises:
@@ -147,41 +153,45 @@ def brought(constant: Constant, shipped: Mapping[str, torch.Tensor]) -> torch.Te
     return tensor
 
 
-def pack(tensor: torch.Tensor, name: str) -> None:
+def pack_four_bits(tensor: torch.Tensor, name: str) -> None:
     """Write four-bit weights (out, in / 2) as this CPU's kernel reads them: each has its own order.
 
     On every CPU the same weights: some rows of the rule's, again and again, since packing is slow.
     """
     rows, half = tensor.shape
-    weight = made(name, (min(rows, ROWS), 2 * half), torch.float32)
-    packed = make(INT4, weight)
-    for row in range(0, rows, ROWS):
-        part = tensor[row : row + ROWS]
-        part.copy_(packed if len(part) == len(weight) else make(INT4, weight[: len(part)]))
+    weight = make_synthetic(name, (min(rows, _ROWS), 2 * half), torch.float32)
+    packed = make_quantized(_INT4, weight)
+    for row in range(0, rows, _ROWS):
+        part = tensor[row : row + _ROWS]
+        part.copy_(
+            packed if len(part) == len(weight) else make_quantized(_INT4, weight[: len(part)])
+        )
 
 
-def memory_of(entry: Entry, sizes: Mapping[str, int]) -> int:
-    """Bytes that `answer` takes at these dims on top of a process that has torch.
+def estimate_answer_memory(entry: Entry, sizes: Mapping[str, int]) -> int:
+    """Bytes that `ask_golden` takes at these dims on top of a process that has torch.
 
     Counted are constants, inputs and outputs. Added is an allowance: the largest constant once
     more, as a BLAS may pack it, LIVE times the inputs and outputs for what is computed in between,
-    and SCRATCH.
+    and _SCRATCH.
     """
     tensors = [
         *((item.shape, item.dtype) for item in entry.inputs),
         *((item.shape, item.dtype) for item in entry.outputs.tensors),
     ]
-    moving = sum(math.prod(shape_at(entry, shape, sizes)) * width(d) for shape, d in tensors)
-    constants = [math.prod(c.shape) * width(c.dtype) for c in entry.constants]
-    return sum(constants) + max(constants, default=0) + (1 + LIVE) * moving + SCRATCH
+    moving = sum(
+        math.prod(resolve_shape(entry, shape, sizes)) * dtype_itemsize(d) for shape, d in tensors
+    )
+    constants = [math.prod(c.shape) * dtype_itemsize(c.dtype) for c in entry.constants]
+    return sum(constants) + max(constants, default=0) + (1 + _LIVE) * moving + _SCRATCH
 
 
-def width(dtype: str) -> int:
-    """Bytes of one number."""
-    return dtype_of(dtype).itemsize
+def dtype_itemsize(dtype: str) -> int:
+    """The bytes of one number of a dtype that a manifest names."""
+    return parse_dtype(dtype).itemsize
 
 
-def answer(graph: Graph, folder: Path) -> dict[str, torch.Tensor]:
+def ask_golden(graph: Graph, folder: Path) -> dict[str, torch.Tensor]:
     """What an open graph of the artifact in `folder` says to the rule's constants and inputs.
 
     The graph stays bound to these constants.
@@ -190,23 +200,25 @@ def answer(graph: Graph, folder: Path) -> dict[str, torch.Tensor]:
         MissingConstant, BadInput, OutOfBounds: as for any call; a manifest that is wrong.
     """
     if graph.entry.constants:
-        graph.bind(constants_for(graph.entry, folder, graph.device))
-    return replies(graph)
+        graph.bind(make_golden_constants(graph.entry, folder, graph.device))
+    return answer_golden_inputs(graph)
 
 
-def replies(graph: Graph) -> dict[str, torch.Tensor]:
+def answer_golden_inputs(graph: Graph) -> dict[str, torch.Tensor]:
     """A bound graph's mutated inputs afterwards and its outputs, on the CPU, by their names.
 
     Dims are the ones that its manifest has for this, else the smallest.
     """
     entry = graph.entry
-    inputs = [tensor.to(graph.device) for tensor in inputs_for(entry, dims_of(entry))]
+    inputs = [
+        tensor.to(graph.device) for tensor in make_golden_inputs(entry, _choose_golden_dims(entry))
+    ]
     outputs = graph(*inputs)
     pairs = zip(entry.inputs, inputs, strict=True)
     answers = [(item.name, tensor) for item, tensor in pairs if item.mutated]
     # A graph that gives fewer than it should is not an error here: its answers are missing.
     answers += zip((item.name for item in entry.outputs.tensors), outputs, strict=False)
-    named = {f"{entry.id}/{name}": plain(tensor) for name, tensor in answers}
+    named = {f"{entry.id}/{name}": to_plain(tensor) for name, tensor in answers}
     if len(named) < len(answers):
         raise BadInput(
             f"graph {entry.id} has two answers of one name among {', '.join(named)}",
@@ -215,50 +227,58 @@ def replies(graph: Graph) -> dict[str, torch.Tensor]:
     return named
 
 
-def dims_of(entry: Entry) -> dict[str, int]:
+def _choose_golden_dims(entry: Entry) -> dict[str, int]:
     """The dims of a graph's golden answers."""
-    return smallest(entry) | (entry.golden.dims if entry.golden else {})
+    return choose_smallest_dims(entry) | (entry.golden.dims if entry.golden else {})
 
 
-def plain(tensor: torch.Tensor) -> torch.Tensor:
+def to_plain(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor on the CPU; complex numbers as pairs."""
     tensor = tensor.detach().cpu()
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def golden_of(entry: Entry, answers: Mapping[str, torch.Tensor]) -> Golden:
+def describe_golden(entry: Entry, answers: Mapping[str, torch.Tensor]) -> Golden:
     """What the manifest says of a graph's answers."""
-    dims = dims_of(entry)
-    return Golden(dims=dims, tolerances=tolerances(entry, answers), memory=memory_of(entry, dims))
+    dims = _choose_golden_dims(entry)
+    return Golden(
+        dims=dims,
+        tolerances=choose_tolerances(entry, answers),
+        memory=estimate_answer_memory(entry, dims),
+    )
 
 
-def tolerances(entry: Entry, answers: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def choose_tolerances(entry: Entry, answers: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """How far each answer may be off; whole numbers not at all.
 
     A float32 answer may come from bfloat16 constants, so the coarsest dtype of the graph counts.
     """
     dtypes = {item.dtype for item in entry.inputs} | {item.dtype for item in entry.constants}
     dtypes |= {item.dtype for item in entry.outputs.tensors}
-    coarsest = max((TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+    coarsest = max((GOLDEN_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=0.0)
     return {
         name: coarsest if tensor.is_floating_point() else 0.0 for name, tensor in answers.items()
     }
 
 
-def kept(answers: Mapping[str, torch.Tensor], budget: int = LARGEST) -> dict[str, torch.Tensor]:
+def sample_answers(
+    answers: Mapping[str, torch.Tensor], budget: int = LARGEST_GOLDEN
+) -> dict[str, torch.Tensor]:
     """All answers of an artifact, the largest of them sampled, so that their file has its size."""
-    room = budget - sum(HEADER + len(name.encode()) for name in ("", *answers))
+    room = budget - sum(_HEADER + len(name.encode()) for name in ("", *answers))
     found = {}
     for at, name in enumerate(sorted(answers, key=lambda name: answers[name].nbytes)):
         share = room // (len(answers) - at)
         limit = max(1, share // answers[name].itemsize)
         # Of its own: answers may share memory, as a tensor and a view of it.
-        found[name] = sampled(answers[name], limit).clone(memory_format=torch.contiguous_format)
+        found[name] = sample_tensor(answers[name], limit).clone(
+            memory_format=torch.contiguous_format
+        )
         room -= found[name].nbytes
     return {name: found[name] for name in answers}
 
 
-def sampled(tensor: torch.Tensor, limit: int) -> torch.Tensor:
+def sample_tensor(tensor: torch.Tensor, limit: int) -> torch.Tensor:
     """The tensor, or `limit` of its elements, from the first to the last, evenly spread."""
     if tensor.numel() <= limit:
         return tensor
@@ -266,7 +286,7 @@ def sampled(tensor: torch.Tensor, limit: int) -> torch.Tensor:
     return tensor.flatten()[places]
 
 
-def expected(entry: Entry, folder: Path) -> dict[str, torch.Tensor]:
+def load_expected(entry: Entry, folder: Path) -> dict[str, torch.Tensor]:
     """The golden answers of a graph that came with the artifact in `folder`.
 
     Raises:
@@ -281,7 +301,7 @@ def expected(entry: Entry, folder: Path) -> dict[str, torch.Tensor]:
         raise MissingConstant(f"{GOLDEN} of the artifact: {why}", hint=hint) from why
 
 
-def differences(
+def compare_golden_answers(
     found: Mapping[str, torch.Tensor],
     expected: Mapping[str, torch.Tensor],
     allowed: Mapping[str, float],
@@ -289,29 +309,29 @@ def differences(
     """Why answers are not the golden ones, in words; nothing where they are."""
     if not expected:
         return ["there is no golden answer"]
-    told = [
-        difference(name, found.get(name), theirs, allowed.get(name, 0.0))
+    reasons = [
+        compare_golden(name, found.get(name), theirs, allowed.get(name, 0.0))
         for name, theirs in expected.items()
     ]
-    return [reason for reason in told if reason]
+    return [reason for reason in reasons if reason]
 
 
-def difference(
+def compare_golden(
     name: str, found: torch.Tensor | None, theirs: torch.Tensor, allowed: float
 ) -> str | None:
     """Why an answer is not the golden one, which may be a sample."""
     if found is None:
         return f"{name} is missing"
-    ours = sampled(found, theirs.numel())
+    ours = sample_tensor(found, theirs.numel())
     if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
-        return f"{name} is {kind(found)}; expected is {kind(theirs)}"
-    relative = apart(ours, theirs)
+        return f"{name} is {_describe_tensor(found)}; expected is {_describe_tensor(theirs)}"
+    relative = _measure_relative_difference(ours, theirs)
     if relative <= allowed:
         return None
     return f"{name} is off by {relative:.1e} of its largest value; {allowed:.0e} is allowed"
 
 
-def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def _measure_relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The largest difference, as a part of their largest value; infinite where one is nan."""
     ours, theirs = ours.double(), theirs.double()
     same = (ours == theirs) | (ours.isnan() & theirs.isnan())
@@ -321,6 +341,6 @@ def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return (difference.max().item() if difference.numel() else 0.0) / (largest or 1.0)
 
 
-def kind(tensor: torch.Tensor) -> str:
+def _describe_tensor(tensor: torch.Tensor) -> str:
     """A tensor's dtype and shape in words."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return f"{name_dtype(tensor.dtype)} {list(tensor.shape)}"

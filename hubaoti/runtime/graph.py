@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.package import hash_file
 from hubaoti.errors import (
     BadInput,
     BadRequest,
@@ -22,30 +24,28 @@ from hubaoti.errors import (
     NotEnoughMemory,
     first_line,
 )
-from hubaoti.manifest import Graph as Entry
-from hubaoti.memory import is_limited
-from hubaoti.package import sha256_of
+from hubaoti.host.memory import is_limited
 from hubaoti.runtime.aliases import Bound
-from hubaoti.runtime.checks import Checks, address, check_constant
-from hubaoti.runtime.runners import Runner, native_runner
-from hubaoti.runtime.threads import in_one
+from hubaoti.runtime.input_checks import Checks, address, check_constant
+from hubaoti.runtime.runners import Runner, open_native_runner
+from hubaoti.runtime.threads import run_in_one_thread
 
 # What to do where an op is missing: only its caller knows which module registers it.
 NAME_OPS = 'name the module that registers it: ops=["my.ops"], or hubaoti run --ops my.ops'
 # As glibc, libstdc++ and torch say that there is no memory left.
-NO_MEMORY = ("annot allocate memory", "an't allocate memory", "not enough memory", "bad_alloc")
+_NO_MEMORY = ("annot allocate memory", "an't allocate memory", "not enough memory", "bad_alloc")
 
 
-def device_for(target: str, asked: str | None = None) -> torch.device:
+def choose_graph_device(target: str, wanted: str | None = None) -> torch.device:
     """Where a graph that was built for `target` (cpu or cuda) is opened: by default its first.
 
     Raises:
         BadRequest: what is asked for is no device, or one of another kind.
     """
     try:
-        device = torch.device(asked or target)
-    except RuntimeError as why:
-        raise BadRequest(f"unknown device: {asked!r:.120}", hint=f"ask for {target}") from why
+        device = torch.device(wanted or target)
+    except RuntimeError as error:
+        raise BadRequest(f"unknown device: {wanted!r:.120}", hint=f"ask for {target}") from error
     if device.type != target:
         raise BadRequest(
             f"the artifact was built for {target}, not for {device}", hint=f"ask for {target}"
@@ -74,11 +74,11 @@ def open_graph(
             f"graph {entry.id} has {len(libraries)} libraries, not one",
             hint="its publisher must compile it again",
         )
-    folder = loaded_from(entry, folder)
+    folder = find_loaded_folder(entry, folder)
     try:
-        runner = native_runner(folder, folder / libraries[0], device)
-    except (RuntimeError, OSError) as why:
-        raise refusal(entry.id, folder, str(why)) from why
+        runner = open_native_runner(folder, folder / libraries[0], device)
+    except (RuntimeError, OSError) as error:
+        raise explain_refusal(entry.id, folder, str(error)) from error
     LOADED[entry.sha256] = folder
     return Graph(entry, runner, device, checks or Checks(entry, device))
 
@@ -88,7 +88,7 @@ def open_graph(
 LOADED: dict[str, Path] = {}
 
 
-def loaded_from(entry: Entry, folder: Path) -> Path:
+def find_loaded_folder(entry: Entry, folder: Path) -> Path:
     """The folder from which this process loaded a package's library, if it is the same as `folder`.
 
     Else `folder`.
@@ -96,18 +96,18 @@ def loaded_from(entry: Entry, folder: Path) -> Path:
     before = LOADED.get(entry.sha256)
     if before is None or before == folder:
         return folder
-    return before if all(holds(place, entry) for place in (before, folder)) else folder
+    return before if all(_holds_package(place, entry) for place in (before, folder)) else folder
 
 
-def holds(folder: Path, entry: Entry) -> bool:
+def _holds_package(folder: Path, entry: Entry) -> bool:
     """Whether a package lies unpacked in a folder, byte for byte."""
     try:
-        return all(sha256_of(folder / each.path) == each.sha256 for each in entry.members)
+        return all(hash_file(folder / each.path) == each.sha256 for each in entry.members)
     except OSError:
         return False
 
 
-def runs(folder: Path) -> bool:
+def allows_code(folder: Path) -> bool:
     """Whether a folder's disk allows code; glibc has one message for that and for no memory."""
     try:
         return not os.statvfs(folder).f_flag & os.ST_NOEXEC
@@ -115,16 +115,20 @@ def runs(folder: Path) -> bool:
         return False
 
 
-def refusal(graph: str, folder: Path, why: str) -> CannotOpen | MissingOps | NotEnoughMemory:
+def explain_refusal(
+    graph: str, folder: Path, message: str
+) -> CannotOpen | MissingOps | NotEnoughMemory:
     """What the loader's message means, in words that say what to do."""
-    first = first_line(why)
-    if op := re.search(r"Could not find schema for ([\w:.]+)", why):
+    first = first_line(message)
+    if op := re.search(r"Could not find schema for ([\w:.]+)", message):
         name = op[1].rstrip(".")
         return MissingOps(
             f"graph {graph} calls {name}, an op that is not registered", hint=NAME_OPS
         )
-    unmapped = "failed to map segment" in why
-    if any(words in why for words in NO_MEMORY) or (unmapped and is_limited() and runs(folder)):
+    unmapped = "failed to map segment" in message
+    if any(words in message for words in _NO_MEMORY) or (
+        unmapped and is_limited() and allows_code(folder)
+    ):
         return NotEnoughMemory(
             f"graph {graph} cannot be loaded: {first}",
             hint="free some memory, or raise the limit of this process (ulimit -v)",
@@ -134,7 +138,7 @@ def refusal(graph: str, folder: Path, why: str) -> CannotOpen | MissingOps | Not
             f"graph {graph} cannot be loaded from {folder}: its disk does not allow code",
             hint="the disk is mounted noexec; set HUBAOTI_HOME to a folder on another disk",
         )
-    if "cannot open shared object file" in why:
+    if "cannot open shared object file" in message:
         return CannotOpen(
             f"graph {graph} needs a library that is not here: {first}",
             hint="install that library, or pull a variant built for this host",
@@ -229,12 +233,12 @@ class Graph:
             self.note()
         try:
             run = self._runner.run
-            return in_one(run, inputs) if small else run(inputs)
-        except RuntimeError as why:
+            return run_in_one_thread(run, inputs) if small else run(inputs)
+        except RuntimeError as error:
             raise BadInput(
-                f"graph {self.entry.id} failed: {first_line(why)}",
+                f"graph {self.entry.id} failed: {first_line(error)}",
                 hint="see that its inputs are what the manifest says of their values",
-            ) from why
+            ) from error
         finally:
             del bound
 

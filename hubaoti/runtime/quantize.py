@@ -30,12 +30,13 @@ from torch.nn.functional import pad
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hubaoti.errors import BadRequest, CompileFailed, MissingConstant, MissingDependency, first_line
+from hubaoti.runtime.input_checks import name_dtype
 
 RECIPES = ("int8wo", "int4wo", "float8dq")
 GROUP = 128  # weights of a row that share a scale, in int4wo
 TILE = (8, 1024)  # what the GPU's int4 kernel pads a weight to
-FLOAT8 = torch.float8_e4m3fn
-TINY = 1e-12  # least activation; below it a token of zeros, as of padding, would become NaN
+_FLOAT8 = torch.float8_e4m3fn
+_TINY = 1e-12  # least activation; below it a token of zeros, as of padding, would become NaN
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Quantized:
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class LayerFit:
     """What a recipe takes on one kind of device; sizes are multiples of (out, in)."""
 
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,18 +70,18 @@ class Fit:
     capability: tuple[int, int] = (0, 0)
 
 
-BFLOAT16 = (torch.bfloat16,)
-FITS: dict[str, dict[str, Fit]] = {
-    "int8wo": {"cpu": Fit(), "cuda": Fit()},
+_BFLOAT16 = (torch.bfloat16,)
+FITS: dict[str, dict[str, LayerFit]] = {
+    "int8wo": {"cpu": LayerFit(), "cuda": LayerFit()},
     "int4wo": {
-        "cpu": Fit(sizes=(16, GROUP)),
-        "cuda": Fit(BFLOAT16, sizes=(1, GROUP), capability=(8, 0)),
+        "cpu": LayerFit(sizes=(16, GROUP)),
+        "cuda": LayerFit(_BFLOAT16, sizes=(1, GROUP), capability=(8, 0)),
     },
-    "float8dq": {"cuda": Fit(BFLOAT16, sizes=(16, 16), capability=(8, 9))},
+    "float8dq": {"cuda": LayerFit(_BFLOAT16, sizes=(16, 16), capability=(8, 9))},
 }
 
 
-def check(recipe: str, device: torch.device) -> Fit:
+def check_recipe(recipe: str, device: torch.device) -> LayerFit:
     """What the recipe takes on this device; asked before a model is built.
 
     Raises:
@@ -96,15 +97,17 @@ def check(recipe: str, device: torch.device) -> Fit:
     fit = FITS[recipe].get(device.type)
     found = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if fit is None or found < fit.capability:
-        needs = " or ".join(in_words(kind, each.capability) for kind, each in FITS[recipe].items())
+        needs = " or ".join(
+            _describe_capability(kind, each.capability) for kind, each in FITS[recipe].items()
+        )
         raise CompileFailed(
-            f"quantize: {recipe} needs {needs}; here is {in_words(str(device), found)}",
+            f"quantize: {recipe} needs {needs}; here is {_describe_capability(str(device), found)}",
             hint="try --quantize int8wo",
         )
     return fit
 
 
-def in_words(device: str, capability: tuple[int, int]) -> str:
+def _describe_capability(device: str, capability: tuple[int, int]) -> str:
     """A device, and its compute capability where that counts: `cuda 8.9`."""
     major, minor = capability
     return f"{device} {major}.{minor}" if major else device
@@ -120,11 +123,11 @@ def quantize(module: nn.Module, recipe: str, device: torch.device) -> Quantized:
     Raises:
         BadRequest: there is no such recipe.
         CompileFailed: the device cannot run it, it fits no layer, or this torchao means something
-            else by it than `make` does.
+            else by it than `make_quantized` does.
         MissingDependency: torchao is not installed.
     """
-    fit = check(recipe, device)
-    layers, left = choose(module, fit)
+    fit = check_recipe(recipe, device)
+    layers, left = _pick_linears(module, fit)
     if not layers:
         reasons = "; ".join(dict.fromkeys(left.values())) or "it has no Linear"
         raise CompileFailed(
@@ -132,29 +135,31 @@ def quantize(module: nn.Module, recipe: str, device: torch.device) -> Quantized:
             hint="compile it without --quantize, or with another --dtype or recipe",
         )
     weights = {name: layer.weight.detach() for name, layer in layers.items()}
-    with quiet():
-        parts = swap(module, recipe, device, layers)
+    with silence_torchao():
+        parts = quantize_with_torchao(module, recipe, device, layers)
     made = {}
     for name, weight in weights.items():
-        source, dtype, shape = joined(name, "weight"), word(weight.dtype), tuple(weight.shape)
-        for at, part in enumerate(parts[name]):
-            new = joined(name, f"parametrizations.weight.original{at}")
+        source = _join_fqn(name, "weight")
+        dtype, shape = name_dtype(weight.dtype), tuple(weight.shape)
+        for index, part in enumerate(parts[name]):
+            new = _join_fqn(name, f"parametrizations.weight.original{index}")
             made[new] = Made(source, f"{recipe}.{part}", dtype, shape)
-            settle(module.get_parameter(new), made[new], weight)
+            _replace_by_runtime_values(module.get_parameter(new), made[new], weight)
     return Quantized(made, left)
 
 
-def choose(module: nn.Module, fit: Fit) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+def _pick_linears(module: nn.Module, fit: LayerFit) -> tuple[dict[str, nn.Linear], dict[str, str]]:
     """The Linears to quantize, and the reason for each that is not."""
     holders: dict[int, list[str]] = {}
     for name, part in module.named_modules():
         for key, tensor in part.named_parameters(recurse=False):
-            holders.setdefault(id(tensor), []).append(joined(name, key))
+            holders.setdefault(id(tensor), []).append(_join_fqn(name, key))
     layers, left = {}, {}
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear):
             named = holders.get(id(layer.weight), [])
-            reason = misfit(layer, fit, [each for each in named if each != joined(name, "weight")])
+            others = [each for each in named if each != _join_fqn(name, "weight")]
+            reason = _find_misfit(layer, fit, others)
             if reason is None:
                 layers[name] = layer
             else:
@@ -162,15 +167,15 @@ def choose(module: nn.Module, fit: Fit) -> tuple[dict[str, nn.Linear], dict[str,
     return layers, left
 
 
-def misfit(layer: nn.Linear, fit: Fit, others: list[str]) -> str | None:
+def _find_misfit(layer: nn.Linear, fit: LayerFit, others: list[str]) -> str | None:
     """Why a layer is left as it is; None where it is quantized."""
     if "weight" not in dict(layer.named_parameters(recurse=False)):
         return "its weight is computed from others"
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         return "the module around it reads its weight"
     if layer.weight.dtype not in fit.dtypes:
-        kinds = " or ".join(map(word, fit.dtypes))
-        return f"its weight is {word(layer.weight.dtype)}, not {kinds}"
+        kinds = " or ".join(map(name_dtype, fit.dtypes))
+        return f"its weight is {name_dtype(layer.weight.dtype)}, not {kinds}"
     if others:
         return f"its weight is {others[0]} too, which stays"
     for size, multiple, what in zip(layer.weight.shape, fit.sizes, ("out", "in"), strict=True):
@@ -179,17 +184,12 @@ def misfit(layer: nn.Linear, fit: Fit, others: list[str]) -> str | None:
     return None
 
 
-def joined(name: str, key: str) -> str:
+def _join_fqn(name: str, key: str) -> str:
     """A tensor's fqn; the module itself has no name."""
     return f"{name}.{key}" if name else key
 
 
-def word(dtype: torch.dtype) -> str:
-    """A dtype as the manifest writes it."""
-    return str(dtype).removeprefix("torch.")
-
-
-def swap(
+def quantize_with_torchao(
     module: nn.Module, recipe: str, device: torch.device, layers: Mapping[str, nn.Linear]
 ) -> dict[str, list[str]]:
     """Let torchao quantize, and take its tensors apart; the parts of each weight, in order.
@@ -201,27 +201,28 @@ def swap(
         from torchao.quantization import quantize_
         from torchao.utils import unwrap_tensor_subclass
 
-        config = config_of(recipe, device)
-    except ImportError as why:
+        config = make_torchao_config(recipe, device)
+    except ImportError as error:
         raise MissingDependency(
-            f"--quantize {recipe} needs torchao: {first_line(why)}",
+            f"--quantize {recipe} needs torchao: {first_line(error)}",
             hint='pip install "hubaoti[quantize]"',
-        ) from why
+        ) from error
     try:
         with torch.no_grad():
             quantize_(module, config, filter_fn=lambda _, name: name in layers)
             weights: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
             parts = {name: weight.__tensor_flatten__()[0] for name, weight in weights.items()}
             unwrap_tensor_subclass(nn.ModuleList([module]))
-    except Exception as why:  # torchao raises of many kinds, and leaves weights that do not suit it
+    except Exception as error:  # torchao raises of many kinds, and leaves what does not suit it
         raise CompileFailed(
-            f"quantize: torchao cannot do {recipe} here: {type(why).__name__}: {first_line(why)}",
+            f"quantize: torchao cannot do {recipe} here: {type(error).__name__}: "
+            f"{first_line(error)}",
             hint="try another recipe, or torchao 0.18",
-        ) from why
+        ) from error
     return parts
 
 
-def config_of(recipe: str, device: torch.device) -> Any:
+def make_torchao_config(recipe: str, device: torch.device) -> Any:
     """torchao's words for a recipe: nothing that depends on what else is installed.
 
     The settings that torchao recommends for inductor are not set: they would be neither in the
@@ -236,10 +237,10 @@ def config_of(recipe: str, device: torch.device) -> Any:
         from torchao.quantization.quantize_.common import KernelPreference
 
         return ao.Float8DynamicActivationFloat8WeightConfig(
-            activation_dtype=FLOAT8,
-            weight_dtype=FLOAT8,
+            activation_dtype=_FLOAT8,
+            weight_dtype=_FLOAT8,
             granularity=ao.PerRow(),
-            activation_value_lb=TINY,
+            activation_value_lb=_TINY,
             kernel_preference=KernelPreference.TORCH,
             set_inductor_config=False,
         )
@@ -252,7 +253,7 @@ def config_of(recipe: str, device: torch.device) -> Any:
     )
 
 
-def settle(constant: nn.Parameter, made: Made, weight: Tensor) -> None:
+def _replace_by_runtime_values(constant: nn.Parameter, made: Made, weight: Tensor) -> None:
     """Give a constant the very values that a runtime will make, if torchao's are the same.
 
     Where torchao's are NaN they are not asked for: in float8 it divides a row of zeros by zero.
@@ -260,8 +261,8 @@ def settle(constant: nn.Parameter, made: Made, weight: Tensor) -> None:
     Raises:
         CompileFailed: they differ in layout or in a value.
     """
-    ours, theirs = make(made.transform, weight), constant.detach()
-    if not same(ours, theirs):
+    ours, theirs = make_quantized(made.transform, weight), constant.detach()
+    if not _are_equal_tensors(ours, theirs):
         raise CompileFailed(
             f"quantize: this torchao makes {made.transform} of {made.source} otherwise than a "
             "runtime would",
@@ -271,7 +272,7 @@ def settle(constant: nn.Parameter, made: Made, weight: Tensor) -> None:
         constant.copy_(ours)
 
 
-def same(ours: Tensor, theirs: Tensor) -> bool:
+def _are_equal_tensors(ours: Tensor, theirs: Tensor) -> bool:
     """Whether dtype, shape and stride are equal, and values wherever `theirs` is a number."""
     if (ours.dtype, ours.stride()) != (theirs.dtype, theirs.stride()):
         return False
@@ -282,7 +283,7 @@ def same(ours: Tensor, theirs: Tensor) -> bool:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_torchao() -> Iterator[None]:
     """Keep torchao's notes, about kernels that are not for this machine, out of our output."""
     loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
@@ -296,7 +297,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def lowered(recipe: str, device: torch.device, fqn: str) -> Tensor | None:
+def make_lowering_constant(recipe: str, device: torch.device, fqn: str) -> Tensor | None:
     """A constant that is neither the module's nor the program's, but the lowering's.
 
     Private, checked on torch 2.13 (`torch._inductor.quantized_lowerings`): the CPU's int4 kernel
@@ -306,7 +307,7 @@ def lowered(recipe: str, device: torch.device, fqn: str) -> Tensor | None:
     return torch.tensor(GROUP) if ours else None
 
 
-def make(transform: str, weight: Tensor) -> Tensor:
+def make_quantized(transform: str, weight: Tensor) -> Tensor:
     """The constant that a transform makes of a checkpoint's weight, on the weight's device.
 
     Raises:
@@ -324,23 +325,23 @@ def make(transform: str, weight: Tensor) -> Tensor:
 # The formulas are torchao's (quant_primitives.py of 0.18), rounded at the same places.
 
 
-def int8_scale(weight: Tensor) -> Tensor:
+def compute_int8_scale(weight: Tensor) -> Tensor:
     """(out, 1), float32: half of 255 steps reach a row's largest value."""
     largest = weight.abs().amax(1, keepdim=True)
     return (largest / 127.5).clamp(min=torch.finfo(torch.float32).eps).float()
 
 
-def int8_values(weight: Tensor) -> Tensor:
-    """(out, in), int8."""
-    return (weight * (1.0 / int8_scale(weight))).round().clamp(-128, 127).to(torch.int8)
+def _compute_int8_values(weight: Tensor) -> Tensor:
+    """(out, in), int8: each weight in steps of its row's scale."""
+    return (weight * (1.0 / compute_int8_scale(weight))).round().clamp(-128, 127).to(torch.int8)
 
 
-def int8_zeros(weight: Tensor) -> Tensor:
+def _make_int8_zeros(weight: Tensor) -> Tensor:
     """(out, 1), int8: symmetric, so zero is zero; the graph does not read it."""
     return torch.zeros((weight.shape[0], 1), dtype=torch.int8, device=weight.device)
 
 
-def grouped(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _group_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A weight as (out, groups, GROUP), with each group's scale and middle, (out, groups)."""
     on_cpu = weight.device.type == "cpu"
     if not on_cpu:
@@ -353,18 +354,18 @@ def grouped(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return groups, scale, low + scale * 8.0
 
 
-def int4_scales(weight: Tensor) -> Tensor:
+def _compute_int4_scales(weight: Tensor) -> Tensor:
     """(groups, out, 2), the weight's dtype: a scale, and the value in the middle."""
-    _, scale, middle = grouped(weight)
+    _, scale, middle = _group_weight(weight)
     return torch.stack((scale, middle), -1).transpose(0, 1).contiguous()
 
 
-def int4_values(weight: Tensor) -> Tensor:
+def _pack_int4_values(weight: Tensor) -> Tensor:
     """Two values a byte, in the order in which this device's int4 kernel reads them.
 
     Private, checked on torch 2.13: the two ops that pack for the two ops in the graphs.
     """
-    groups, scale, middle = grouped(weight)
+    groups, scale, middle = _group_weight(weight)
     low = middle - scale * 8.0
     steps = ((groups - low.unsqueeze(2)) / scale.unsqueeze(2)).round().clamp(0, 15)
     values = steps.to(torch.int32).reshape(groups.shape[0], -1)
@@ -374,26 +375,26 @@ def int4_values(weight: Tensor) -> Tensor:
     return torch.ops.aten._convert_weight_to_int4pack(pairs, 8)  # type: ignore[no-any-return]
 
 
-def float8_scale(weight: Tensor) -> Tensor:
+def _compute_float8_scale(weight: Tensor) -> Tensor:
     """(out, 1), float32: the largest float8 is a row's largest value."""
-    return (weight.abs().amax(1, keepdim=True) / torch.finfo(FLOAT8).max).float()
+    return (weight.abs().amax(1, keepdim=True) / torch.finfo(_FLOAT8).max).float()
 
 
-def float8_values(weight: Tensor) -> Tensor:
+def _compute_float8_values(weight: Tensor) -> Tensor:
     """(out, in), float8; a row of zeros stays zeros."""
-    scale = float8_scale(weight)
-    largest = torch.finfo(FLOAT8).max
+    scale = _compute_float8_scale(weight)
+    largest = torch.finfo(_FLOAT8).max
     scaled = (weight.float() / scale).clamp(-largest, largest)
-    return scaled.masked_fill(scale == 0, 0.0).to(FLOAT8)
+    return scaled.masked_fill(scale == 0, 0.0).to(_FLOAT8)
 
 
 # By a recipe's name, and torchao's for a part of its tensor.
 MAKERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "int8wo.qdata": int8_values,
-    "int8wo.scale": int8_scale,
-    "int8wo.zero_point": int8_zeros,
-    "int4wo.qdata": int4_values,
-    "int4wo.scale_and_zero": int4_scales,
-    "float8dq.qdata": float8_values,
-    "float8dq.scale": float8_scale,
+    "int8wo.qdata": _compute_int8_values,
+    "int8wo.scale": compute_int8_scale,
+    "int8wo.zero_point": _make_int8_zeros,
+    "int4wo.qdata": _pack_int4_values,
+    "int4wo.scale_and_zero": _compute_int4_scales,
+    "float8dq.qdata": _compute_float8_values,
+    "float8dq.scale": _compute_float8_scale,
 }

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hubaoti.package import pack
+from hubaoti.artifact.package import pack_folder
 
 
 class Runner(Protocol):
@@ -25,7 +25,7 @@ class Runner(Protocol):
     ) -> None: ...
 
 
-def native_runner(folder: Path, library: Path, device: torch.device) -> Runner:
+def open_native_runner(folder: Path, library: Path, device: torch.device) -> Runner:
     """The container runner of torch, or its public loader where a torch has none.
 
     Private, checked on torch 2.11 to 2.15: `torch._C._aoti.AOTIModelContainerRunner{Cpu,Cuda}`
@@ -35,22 +35,22 @@ def native_runner(folder: Path, library: Path, device: torch.device) -> Runner:
     try:
         from torch._C import _aoti
     except ImportError:
-        return public_runner(folder, device)
+        return open_public_runner(folder, device)
     if device.type == "cpu" and hasattr(_aoti, "AOTIModelContainerRunnerCpu"):
         return _aoti.AOTIModelContainerRunnerCpu(str(library), 1)
     if device.type == "cuda" and hasattr(_aoti, "AOTIModelContainerRunnerCuda"):
         place = str(library), 1, str(device), str(library.parent)
         return OnDevice(_aoti.AOTIModelContainerRunnerCuda(*place), device)
-    return public_runner(folder, device)
+    return open_public_runner(folder, device)
 
 
-def public_runner(folder: Path, device: torch.device) -> Runner:
-    """The same through `torch._inductor.aoti_load_package`, which wants a zip and takes seconds."""
+def open_public_runner(folder: Path, device: torch.device) -> Runner:
+    """A runner by `torch._inductor.aoti_load_package`, which wants a zip and takes seconds."""
     from torch._inductor import aoti_load_package
 
     with tempfile.TemporaryDirectory(prefix="hubaoti-") as scratch:
         package = Path(scratch) / f"{next(folder.iterdir()).name}.pt2"
-        pack(folder, package)
+        pack_folder(folder, package)
         index = -1 if device.index is None else device.index
         loaded = aoti_load_package(str(package), run_single_threaded=False, device_index=index)
     runner = PublicRunner(loaded)

@@ -61,7 +61,7 @@ class TextEncoder:
         for text, row in zip(texts, rows, strict=True):
             if high is not None and len(row) > high:
                 raise OutOfBounds(
-                    f"the text {shortened(text)!r} has {len(row)} tokens; it takes seq up to "
+                    f"the text {shorten_text(text)!r} has {len(row)} tokens; it takes seq up to "
                     f"{high}",
                     hint=f"shorten it; a model that has more positions is compiled for them with "
                     f"--dim seq={low}:{len(row)}",
@@ -125,7 +125,7 @@ class TextModel:
             yield rows + [rows[-1]] * (low - len(rows)), len(rows)
 
     def _run(self, encoded: Encoded, rows: list[int], real: int) -> torch.Tensor:
-        """One batch."""
+        """The graph's answers to these rows, the first `real` of them, on the CPU."""
         device = self.graph.device
         whole = {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
         inputs = [whole[item.name][rows].to(device) for item in self.graph.entry.inputs]
@@ -141,10 +141,10 @@ def require_unicode(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as why:
-        message = f"the text {shortened(text)!r} is not UTF-8"
+        message = f"the text {shorten_text(text)!r} is not UTF-8"
         raise BadInput(message, hint="give it in the encoding UTF-8") from why
 
 
-def shortened(text: str) -> str:
+def shorten_text(text: str) -> str:
     """The beginning of a text, for a message."""
     return text if len(text) <= 40 else f"{text[:39]}…"

@@ -19,13 +19,13 @@ from typing import Any, Protocol
 import torch
 
 # Multiplications that one core does in a second, roughly, and loops of a decoder block's graph.
-RATE, LOOPS = 1e10, 12
+_RATE, _LOOPS = 1e10, 12
 # Where nobody has measured what a parallel loop costs: as if it took 9 microseconds.
 SMALL = 1 << 20
-LEAST, MOST = 1 << 14, 1 << 26
-BATCHES, TIMES = 9, 50  # of loops that are measured; the fastest batch counts
+LEAST, MOST_WORK = 1 << 14, 1 << 26
+_BATCHES, _TIMES = 9, 50  # of loops that are measured; the fastest batch counts
 
-NOTE = "what a parallel loop costs, 1"
+_NOTE = "what a parallel loop costs, 1"
 
 
 class Limit:
@@ -43,7 +43,7 @@ class Notes(Protocol):
     def note(self, found: Mapping[str, bytes]) -> None: ...
 
 
-def learn(notes: Notes, host: str) -> None:
+def measure_threads(notes: Notes, host: str) -> None:
     """Take the limit that was measured on this kind of host before, else measure and note it.
 
     Once in a process: a call is computed in the same order from then on, and in every process that
@@ -51,25 +51,25 @@ def learn(notes: Notes, host: str) -> None:
     """
     if Limit.is_known or OPENMP is None:
         return
-    words = f"{NOTE}: {host}, {torch.get_num_threads()} threads"
+    words = f"{_NOTE}: {host}, {torch.get_num_threads()} threads"
     digest = hashlib.sha256(words.encode()).hexdigest()
     kept = notes.noted(digest)
     found = int.from_bytes(kept or b"", "big")
-    if not LEAST <= found <= MOST:
-        found = limit_of(seconds_of_a_loop(OPENMP))
+    if not LEAST <= found <= MOST_WORK:
+        found = compute_thread_limit(time_parallel_loop(OPENMP))
         notes.note({digest: found.to_bytes(4, "big")})
         first = int.from_bytes(notes.noted(digest) or b"", "big")  # another may have been faster
-        found = first if LEAST <= first <= MOST else found
+        found = first if LEAST <= first <= MOST_WORK else found
     Limit.multiplications, Limit.is_known = found, True
 
 
-def limit_of(seconds: float) -> int:
+def compute_thread_limit(seconds: float) -> int:
     """How much one core does while the loops of a graph are started and ended; a power of two."""
-    work = max(LOOPS * RATE * seconds, LEAST)
-    return min(MOST, 1 << round(log2(work)))
+    work = max(_LOOPS * _RATE * seconds, LEAST)
+    return min(MOST_WORK, 1 << round(log2(work)))
 
 
-def seconds_of_a_loop(openmp: ctypes.PyDLL) -> float:
+def time_parallel_loop(openmp: ctypes.PyDLL) -> float:
     """What it takes to start and end a loop without work in all threads, as graphs do.
 
     `GOMP_parallel` is what g++ makes of every such loop, and LLVM's OpenMP has it, too. The body is
@@ -77,20 +77,20 @@ def seconds_of_a_loop(openmp: ctypes.PyDLL) -> float:
     """
     parallel = getattr(openmp, "GOMP_parallel", None)
     if parallel is None:
-        return SMALL / RATE / LOOPS
+        return SMALL / _RATE / _LOOPS
     parallel.restype = None
     parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     body = ctypes.cast(openmp.free, ctypes.c_void_p)
 
     def batch(threads: int) -> float:
         start = perf_counter()
-        for _ in range(TIMES):
+        for _ in range(_TIMES):
             parallel(body, None, threads, 0)
-        return (perf_counter() - start) / TIMES
+        return (perf_counter() - start) / _TIMES
 
-    alone = min(batch(1) for _ in range(BATCHES))
+    alone = min(batch(1) for _ in range(_BATCHES))
     # Its own number of threads, which a graph's loops take, too.
-    return max(0.0, min(batch(0) for _ in range(BATCHES)) - alone)
+    return max(0.0, min(batch(0) for _ in range(_BATCHES)) - alone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class Constants:
         return rows * self.numbers + largest * longest <= Limit.multiplications
 
 
-def in_one(run: Callable[[Any], Any], inputs: Any) -> Any:
+def run_in_one_thread(run: Callable[[Any], Any], inputs: Any) -> Any:
     """Call with OpenMP's threads of this thread, and of no other, set to one meanwhile."""
     # Torch is asked, and not OpenMP: in a new thread it sets its number when it is first asked.
     if OPENMP is None or (threads := torch.get_num_threads()) == 1:
@@ -144,7 +144,7 @@ def in_one(run: Callable[[Any], Any], inputs: Any) -> Any:
         OPENMP.omp_set_num_threads(threads)
 
 
-def openmp() -> ctypes.PyDLL | None:
+def _find_openmp() -> ctypes.PyDLL | None:
     """The OpenMP that torch has loaded, and its graphs with it; None where it has none.
 
     Not `torch.set_num_threads`, which is for all threads to come, and changes for good how MKL
@@ -157,4 +157,4 @@ def openmp() -> ctypes.PyDLL | None:
     return library
 
 
-OPENMP = openmp()
+OPENMP = _find_openmp()

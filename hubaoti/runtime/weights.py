@@ -10,10 +10,10 @@ import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hubaoti.artifact.manifest import Constant
+from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.errors import BadInput, MissingConstant
-from hubaoti.manifest import Constant
-from hubaoti.manifest import Graph as Entry
-from hubaoti.runtime.checks import alignment_of, dtype_of
+from hubaoti.runtime.input_checks import parse_dtype, tensor_alignment
 
 INDEX = "model.safetensors.index.json"
 
@@ -24,7 +24,7 @@ class Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-INDEX_DECODER = msgspec.json.Decoder(Index)  # here, not at its first use: threads may meet there
+_INDEX_DECODER = msgspec.json.Decoder(Index)  # here, not at its first use: threads may meet there
 
 
 class Checkpoint:
@@ -39,13 +39,13 @@ class Checkpoint:
         self.folder = folder
         self._device = device
         self._files: dict[str, Any] = {}
-        for file in checkpoint_files(folder):
+        for file in find_checkpoint_files(folder):
             try:
                 opened: Any = safe_open(file, framework="pt", device=str(device))
-            except (SafetensorError, OSError) as why:
+            except (SafetensorError, OSError) as error:
                 raise MissingConstant(
-                    f"{file} is not a whole safetensors file: {why}", hint="download it again"
-                ) from why
+                    f"{file} is not a whole safetensors file: {error}", hint="download it again"
+                ) from error
             self._files.update(dict.fromkeys(opened.keys(), opened))
 
     def __contains__(self, name: str) -> bool:
@@ -56,7 +56,7 @@ class Checkpoint:
         return tensor
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
+def find_checkpoint_files(folder: Path) -> list[Path]:
     """The safetensors files of a model, as its index or its only name says.
 
     Raises:
@@ -65,7 +65,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         # Names from outside: only files of this very folder are taken.
-        files = [folder / name for name in sorted(names_in(index)) if Path(name).name == name]
+        files = [
+            folder / name for name in sorted(_read_index_files(index)) if Path(name).name == name
+        ]
     else:
         files = [folder / "model.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
@@ -77,15 +79,15 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return files
 
 
-def names_in(index: Path) -> set[str]:
+def _read_index_files(index: Path) -> set[str]:
     """The files that a checkpoint's index names."""
     try:
-        return {*INDEX_DECODER.decode(index.read_bytes()).weight_map.values()}
-    except msgspec.MsgspecError as why:
-        raise MissingConstant(f"{index} is no index: {why}", hint="download it again") from why
+        return {*_INDEX_DECODER.decode(index.read_bytes()).weight_map.values()}
+    except msgspec.MsgspecError as error:
+        raise MissingConstant(f"{index} is no index: {error}", hint="download it again") from error
 
 
-def constants(
+def load_constants(
     entry: Entry, artifact: Path, checkpoint: Checkpoint, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Every constant of a graph by fqn; mapped where the file's bytes can be used as they are.
@@ -94,10 +96,10 @@ def constants(
         MissingConstant: the checkpoint has none of a constant's names, or another shape of it; or
             the artifact lacks one that should have come with it.
     """
-    found = dict(shipped_tensors(entry, artifact, device))
+    found = dict(load_shipped_tensors(entry, artifact, device))
     for constant in entry.constants:
         if not constant.origin.file:
-            found[constant.fqn] = from_checkpoint(constant, checkpoint, device)
+            found[constant.fqn] = load_from_checkpoint(constant, checkpoint, device)
         elif constant.fqn not in found:
             raise MissingConstant(
                 f"{constant.origin.file} of the artifact has no {constant.fqn}",
@@ -106,7 +108,7 @@ def constants(
     return found
 
 
-def shipped_tensors(
+def load_shipped_tensors(
     entry: Entry, artifact: Path, device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The constants that came with the artifact."""
@@ -114,23 +116,23 @@ def shipped_tensors(
         try:
             with safe_open(artifact / file, framework="pt", device=str(device)) as opened:
                 for name in opened.keys():  # noqa: SIM118 - not a mapping
-                    yield name, aligned(opened.get_tensor(name), device)
-        except SafetensorError as why:
+                    yield name, align_tensor(opened.get_tensor(name), device)
+        except SafetensorError as error:
             hint = "its publisher must compile it again"
-            raise MissingConstant(f"{file} of the artifact: {why}", hint=hint) from why
+            raise MissingConstant(f"{file} of the artifact: {error}", hint=hint) from error
 
 
-def from_checkpoint(
+def load_from_checkpoint(
     constant: Constant, checkpoint: Checkpoint, device: torch.device
 ) -> torch.Tensor:
     """One constant, by the first of its names that the checkpoint has."""
     origin = constant.origin
     name = next((name for name in origin.checkpoint if name in checkpoint), None)
     if name is None or origin.transform:
-        why = f"transformers makes it ({origin.transform})" if origin.transform else "not there"
+        reason = f"transformers makes it ({origin.transform})" if origin.transform else "not there"
         raise MissingConstant(
             f"{checkpoint.folder} has no tensor for {constant.fqn}: looked for "
-            f"{', '.join(origin.checkpoint) or 'none'}; {why}",
+            f"{', '.join(origin.checkpoint) or 'none'}; {reason}",
             hint="use a checkpoint whose names are the manifest's, or --eager",
         )
     tensor = checkpoint[name]
@@ -140,10 +142,10 @@ def from_checkpoint(
             f"for {list(constant.shape)}",
             hint="this checkpoint belongs to another model than the artifact",
         )
-    return aligned(cast(name, tensor, dtype_of(constant.dtype)), device)
+    return align_tensor(cast_weight(name, tensor, parse_dtype(constant.dtype)), device)
 
 
-def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def cast_weight(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What `from_pretrained(dtype=…)` does: a floating tensor in the graph's floating dtype."""
     if tensor.dtype == dtype:
         return tensor
@@ -155,6 +157,6 @@ def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype)
 
 
-def aligned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def align_tensor(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor, or a copy where a file's layout put it at an address that cannot be used."""
-    return tensor.clone() if tensor.data_ptr() % alignment_of(tensor.dtype, device) else tensor
+    return tensor.clone() if tensor.data_ptr() % tensor_alignment(tensor.dtype, device) else tensor

@@ -22,13 +22,13 @@ from hubaoti.errors import MissingDependency
 
 try:
     from hubaoti.server.app import create_app
-    from hubaoti.server.run import Endpoint, running, serve
-except ModuleNotFoundError as error:
-    if error.name is None or error.name.partition(".")[0] == "hubaoti":
+    from hubaoti.server.run import Endpoint, serve, serve_in_thread
+except ModuleNotFoundError as _error:
+    if _error.name is None or _error.name.partition(".")[0] == "hubaoti":
         raise
     raise MissingDependency(
-        f"serving needs {error.name}, which is not installed",
+        f"serving needs {_error.name}, which is not installed",
         hint="pip install 'hubaoti[serve]'",
-    ) from error
+    ) from _error
 
-__all__ = ["Endpoint", "create_app", "running", "serve"]
+__all__ = ["Endpoint", "create_app", "serve_in_thread", "serve"]

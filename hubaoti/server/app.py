@@ -14,9 +14,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hubaoti.server.access import Hosts
+from hubaoti.server.auth import Hosts
+from hubaoti.server.errors import ServerError, disk_full, other_host, says_full
 from hubaoti.server.hub import Hub, open_hub
-from hubaoti.server.problems import Problem, disk_full, other_host, says_full
 from hubaoti.server.routes import ROUTES
 
 
@@ -34,11 +34,11 @@ def create_app(
         HubaotiError: another process serves it.
     """
     hosts = Hosts(allow_hosts)
-    return app_of(open_hub(root, token, user), hosts)
+    return make_app(open_hub(root, token, user), hosts)
 
 
-def app_of(hub: Hub, hosts: Hosts) -> ASGIApp:
-    """The app over an open root."""
+def make_app(hub: Hub, hosts: Hosts) -> ASGIApp:
+    """Route requests to the views of an open root, which the app closes at its end."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -49,34 +49,34 @@ def app_of(hub: Hub, hosts: Hosts) -> ASGIApp:
         routes=ROUTES,
         lifespan=lifespan,
         exception_handlers={
-            Problem: _refused,
-            HTTPException: _no_route,
-            ClientDisconnect: _gone,
-            OSError: _disk,
-            sqlite3.OperationalError: _disk,
-            Exception: _broken,
+            ServerError: _handle_server_error,
+            HTTPException: _handle_http_exception,
+            ClientDisconnect: _handle_disconnect,
+            OSError: _handle_disk_error,
+            sqlite3.OperationalError: _handle_disk_error,
+            Exception: _handle_failure,
         },
     )
     app.router.redirect_slashes = False
     app.state.hub = hub
-    return _of_our_names(_quoted_paths(app), hosts)
+    return _refuse_other_hosts(_route_quoted_paths(app), hosts)
 
 
-def _of_our_names(app: ASGIApp, hosts: Hosts) -> ASGIApp:
+def _refuse_other_hosts(app: ASGIApp, hosts: Hosts) -> ASGIApp:
     """Let the app answer what was sent to this endpoint by one of its names, or by none at all."""
 
     async def judged(scope: Scope, receive: Receive, send: Send) -> None:
         answer = app
         if scope["type"] == "http":
-            said = Headers(scope=scope).get("host")
-            if said is not None and not hosts.hold(said):
-                answer = other_host(said).response()
+            host = Headers(scope=scope).get("host")
+            if host is not None and not hosts.hold(host):
+                answer = other_host(host).response()
         await answer(scope, receive, send)
 
     return judged
 
 
-def _quoted_paths(app: ASGIApp) -> ASGIApp:
+def _route_quoted_paths(app: ASGIApp) -> ASGIApp:
     """Let the app route on paths as they were sent: unquoted, `%2F` could not be told from `/`."""
 
     async def quoted(scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,26 +88,26 @@ def _quoted_paths(app: ASGIApp) -> ASGIApp:
     return quoted
 
 
-def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Problem)
+def _handle_server_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServerError)
     return error.response()
 
 
-def _no_route(request: Request, error: Exception) -> Response:
+def _handle_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return Problem(error.status_code, error.detail, headers=error.headers).response()
+    return ServerError(error.status_code, error.detail, headers=error.headers).response()
 
 
-def _gone(request: Request, error: Exception) -> Response:
-    """Nobody is there to read it."""
-    return Problem(400, "The client left").response()
+def _handle_disconnect(request: Request, error: Exception) -> Response:
+    """Answer 400, which nobody is there to read."""
+    return ServerError(400, "The client left").response()
 
 
-def _disk(request: Request, error: Exception) -> Response:
+def _handle_disk_error(request: Request, error: Exception) -> Response:
     if says_full(error):
         return disk_full().response()
     raise error
 
 
-def _broken(request: Request, error: Exception) -> Response:
-    return Problem(500, "The endpoint failed; its log says why").response()
+def _handle_failure(request: Request, error: Exception) -> Response:
+    return ServerError(500, "The endpoint failed; its log says why").response()

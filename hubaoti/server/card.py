@@ -11,7 +11,7 @@ from typing import Any
 
 from hubaoti import front_matter
 
-LIMIT, BadCard = front_matter.LIMIT, front_matter.BadFrontMatter
+CARD_LIMIT, BadCard = front_matter.LIMIT, front_matter.BadFrontMatter
 
 _TAG_KEYS = {
     "language": "",
@@ -35,7 +35,7 @@ _DATASET_TAG_KEYS = (
 )
 
 
-def parse(readme: str) -> dict[str, Any]:
+def parse_card(readme: str) -> dict[str, Any]:
     """The front matter of a README, plain; {} when it has none.
 
     Raises:
@@ -43,38 +43,38 @@ def parse(readme: str) -> dict[str, Any]:
     """
     found, _ = front_matter.split(readme)
     try:
-        return {_word(key): _plain(held) for key, held in found.items()}
+        return {_to_word(key): _make_plain(held) for key, held in found.items()}
     except Exception as error:  # of values that Python cannot write
         raise BadCard(f"the metadata is not valid YAML: {error}"[:500]) from None
 
 
-def tags(kind: str, card: dict[str, Any]) -> list[str]:
+def derive_tags(kind: str, card: dict[str, Any]) -> list[str]:
     """What the repo can be filtered by, as the Hub derives it from a card."""
     keys = _TAG_KEYS
     if kind == "dataset":
         keys = {"tags": ""} | {key: f"{key}:" for key in _DATASET_TAG_KEYS}
-    found = [f"{mark}{word}" for key, mark in keys.items() for word in _words(card.get(key))]
+    found = [f"{mark}{word}" for key, mark in keys.items() for word in _list_words(card.get(key))]
     if relation := card.get("base_model_relation"):
-        found += [f"base_model:{relation}:{word}" for word in _words(card.get("base_model"))]
+        found += [f"base_model:{relation}:{word}" for word in _list_words(card.get("base_model"))]
     return list(dict.fromkeys(found))
 
 
-def _words(value: object) -> Iterable[str]:
+def _list_words(value: object) -> Iterable[str]:
     if isinstance(value, list):
         return [str(word) for word in value if isinstance(word, str | int | float)]
     return [str(value)] if isinstance(value, str | int | float) and value != "" else []
 
 
-def _plain(value: object) -> Any:
+def _make_plain(value: object) -> Any:
     if isinstance(value, dict):
-        return {_word(key): _plain(held) for key, held in value.items()}
+        return {_to_word(key): _make_plain(held) for key, held in value.items()}
     if isinstance(value, list | tuple | set):
-        return [_plain(held) for held in value]
+        return [_make_plain(held) for held in value]
     exact = isinstance(value, bool | None) or (isinstance(value, int) and abs(value) < 2**53)
     if exact or (isinstance(value, float) and math.isfinite(value)):
         return value
-    return _word(value)
+    return _to_word(value)
 
 
-def _word(value: object) -> str:
+def _to_word(value: object) -> str:
     return str(value).encode("utf-8", "replace").decode()

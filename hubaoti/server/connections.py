@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-MOST = 512
+MOST_CONNECTIONS = 512
 """Connections at a time, where the system lets a process have three times as many files open."""
 
 HEAD_SECONDS = 10.0
@@ -49,7 +49,7 @@ class Connection(H11Protocol):
         self._make_room()
 
     def data_received(self, data: bytes) -> None:
-        """Some of a request."""
+        """Take some bytes of a request; a whole head ends the wait for it."""
         super().data_received(data)
         self._watch()
 
@@ -59,7 +59,7 @@ class Connection(H11Protocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing to wait for."""
+        """Wait for no head any more: there is no connection."""
         super().connection_lost(exc)
         self._stop()
 
@@ -78,7 +78,7 @@ class Connection(H11Protocol):
     def _make_room(self) -> None:
         held = [each for each in self.connections if isinstance(each, Connection)]
         held = [each for each in held if not each.transport.is_closing()]
-        if len(held) <= room():
+        if len(held) <= _choose_connection_limit():
             return
         waiting = [each for each in held if each.is_waiting and each is not self]
         if waiting:
@@ -88,10 +88,12 @@ class Connection(H11Protocol):
             self.transport.close()
 
 
-def room() -> int:
+def _choose_connection_limit() -> int:
     """How many connections may be open: of the files that a process may have, a third at most."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST if files == resource.RLIM_INFINITY else min(MOST, files // 3)
+    return (
+        MOST_CONNECTIONS if files == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, files // 3)
+    )
 
 
 class Seldom(logging.Filter):
@@ -103,7 +105,7 @@ class Seldom(logging.Filter):
         self._start, self._count = time.monotonic(), 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is printed."""
+        """Whether the record is printed; the first of a new span says how many were not."""
         now = time.monotonic()
         if now - self._start > self._seconds:
             left_out, self._start, self._count = self._count - self._most, now, 0
@@ -115,7 +117,7 @@ class Seldom(logging.Filter):
 
 
 @contextmanager
-def few_lines() -> Iterator[None]:
+def limit_log_lines() -> Iterator[None]:
     """While a server runs: what clients cause fills no disk with lines of the log."""
     loggers, seldom = [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")], Seldom()
     for logger in loggers:

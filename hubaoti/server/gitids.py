@@ -10,19 +10,19 @@ from typing import TypeAlias
 _Folder: TypeAlias = "dict[str, str | _Folder]"
 
 
-def blob_id(content: bytes) -> str:
+def hash_blob(content: bytes) -> str:
     """The id of a file stored in git itself."""
-    return _object_id(b"blob", content)
+    return _hash_object(b"blob", content)
 
 
-def pointer(sha256: str, size: int) -> bytes:
+def format_pointer(sha256: str, size: int) -> bytes:
     """The text that git keeps in place of an LFS file (git-lfs/docs/spec.md)."""
     return (
         f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
     )
 
 
-def tree_ids(blobs: Mapping[str, str]) -> dict[str, str]:
+def hash_trees(blobs: Mapping[str, str]) -> dict[str, str]:
     """From each file's path and blob id, each folder's path and tree id; the root's path is ""."""
     root: _Folder = {}
     for path, blob in blobs.items():
@@ -34,21 +34,21 @@ def tree_ids(blobs: Mapping[str, str]) -> dict[str, str]:
             folder = inner
         folder[name] = blob
     ids: dict[str, str] = {}
-    _name_folder(root, "", ids)
+    _hash_folder(root, "", ids)
     return ids
 
 
-def _name_folder(folder: _Folder, path: str, ids: dict[str, str]) -> str:
+def _hash_folder(folder: _Folder, path: str, ids: dict[str, str]) -> str:
     rows = []
     for name, held in folder.items():
         if isinstance(held, dict):
-            inner = _name_folder(held, f"{path}/{name}".removeprefix("/"), ids)
+            inner = _hash_folder(held, f"{path}/{name}".removeprefix("/"), ids)
             # git sorts a folder as if its name ended in a slash
             rows.append((f"{name}/".encode(), b"40000 %s\0" % name.encode(), inner))
         else:
             rows.append((name.encode(), b"100644 %s\0" % name.encode(), held))
     content = b"".join(head + bytes.fromhex(oid) for _, head, oid in sorted(rows))
-    ids[path] = _object_id(b"tree", content)
+    ids[path] = _hash_object(b"tree", content)
     return ids[path]
 
 
@@ -65,14 +65,14 @@ class CommitText:
 
     @property
     def oid(self) -> str:
-        """The commit's id."""
+        """The commit's id, as git computes it: a SHA-1 in hex."""
         who = f"{self.user} <{self.user}@localhost> {self.seconds} +0000"
         parent = f"parent {self.parent}\n" if self.parent else ""
         words = f"{self.title}\n" + (f"\n{self.message}\n" if self.message else "")
         head = f"tree {self.tree}\n{parent}author {who}\ncommitter {who}\n\n"
-        return _object_id(b"commit", (head + words).encode())
+        return _hash_object(b"commit", (head + words).encode())
 
 
-def _object_id(kind: bytes, content: bytes) -> str:
+def _hash_object(kind: bytes, content: bytes) -> str:
     head = b"%s %d\0" % (kind, len(content))
     return hashlib.sha1(head + content, usedforsecurity=False).hexdigest()

@@ -10,9 +10,9 @@ from sqlite3 import Connection
 from typing import Any
 
 from hubaoti.server import card, repos, trees
+from hubaoti.server.errors import ServerError
 from hubaoti.server.gitids import CommitText
 from hubaoti.server.objects import Objects
-from hubaoti.server.problems import Problem
 from hubaoti.server.repos import Repo
 from hubaoti.server.trees import Tree
 
@@ -25,7 +25,7 @@ _REMEMBERED = 64
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """One commit, without its files."""
+    """One commit, without its files; `date` is as the Hub writes it."""
 
     oid: str
     parent: str | None
@@ -41,7 +41,7 @@ class Draft:
     title: str
     message: str = ""
     parent: str = ""
-    changes: tuple[trees.Change, ...] = ()
+    changes: tuple[trees.TreeChange, ...] = ()
 
 
 class History:
@@ -62,7 +62,7 @@ class History:
         return Revision(*row)
 
     def revisions(self, db: Connection, repo: Repo, oids: Iterable[str]) -> dict[str, Revision]:
-        """Several commits, by id."""
+        """The commits of these ids, by id; each must be one of the repo's."""
         return {oid: self.revision(db, repo, oid) for oid in set(oids)}
 
     def log(self, db: Connection, repo: Repo, oid: str, limit: int) -> list[Revision]:
@@ -82,14 +82,14 @@ class History:
         if known is not None:
             return known
         row = db.execute("select tree from revision where repo = ? and oid = ?", key).fetchone()
-        tree = trees.load(row[0])
+        tree = trees.load_tree(row[0])
         with self._lock:
             self._trees[key] = tree
             while len(self._trees) > _REMEMBERED:
                 del self._trees[next(iter(self._trees))]
         return tree
 
-    def card_after(self, changes: Sequence[trees.Change]) -> Card | None:
+    def card_after(self, changes: Sequence[trees.TreeChange]) -> Card | None:
         """What a repo's card says after these changes; None when they leave it as it is.
 
         To read one may take a second: ask before the transaction that would keep others waiting.
@@ -103,9 +103,9 @@ class History:
 
     def _read_card(self, sha256: str) -> Card:
         with self._objects.path(sha256).open("rb") as file:
-            text = file.read(card.LIMIT).decode("utf-8", "replace")
+            text = file.read(card.CARD_LIMIT).decode("utf-8", "replace")
         try:
-            return card.parse(text)
+            return card.parse_card(text)
         except card.BadCard:
             return {}  # a broken card hides nothing else of the repo
 
@@ -117,25 +117,25 @@ class History:
         Raises:
             Problem: 404, there is no such branch; 412, it moved on since `draft.parent`.
         """
-        head = repos.head(db, repo, branch)
+        head = repos.find_head(db, repo, branch)
         if draft.parent and not head.startswith(draft.parent):
             message = "A commit has happened since. Please refresh and try again."
-            raise Problem(412, f"{message} ({branch} is at {head}, not at {draft.parent})")
-        tree = trees.changed(self.tree(db, repo, head), draft.changes, head)
+            raise ServerError(412, f"{message} ({branch} is at {head}, not at {draft.parent})")
+        tree = trees.apply_changes(self.tree(db, repo, head), draft.changes, head)
         if branch == "main" and new_card is not None:
             repos.set_card(db, repo, new_card)
         return self._record(db, repo, branch, head, draft, tree)
 
-    def begin(self, db: Connection, repo: Repo, changes: tuple[trees.Change, ...]) -> str:
+    def begin(self, db: Connection, repo: Repo, changes: tuple[trees.TreeChange, ...]) -> str:
         """The first commit of a new repo, which makes its main branch."""
-        tree = trees.changed({}, changes, "")
+        tree = trees.apply_changes({}, changes, "")
         repos.set_card(db, repo, self.card_after(changes) or {})
         return self._record(db, repo, "main", None, Draft("initial commit"), tree)
 
     def squash(self, db: Connection, repo: Repo, branch: str, title: str) -> str:
         """Put one commit of the same files in place of a branch's whole history."""
-        tree = self.tree(db, repo, repos.head(db, repo, branch))
-        return self._record(db, repo, branch, None, Draft(title), trees.all_since(tree, ""))
+        tree = self.tree(db, repo, repos.find_head(db, repo, branch))
+        return self._record(db, repo, branch, None, Draft(title), trees.assign_commit(tree, ""))
 
     def _record(
         self,
@@ -146,12 +146,12 @@ class History:
         draft: Draft,
         tree: Tree,
     ) -> str:
-        root, seconds = trees.ids(tree)[""], int(time.time())
+        root, seconds = trees.hash_folders(tree)[""], int(time.time())
         oid = CommitText(root, parent, self._user, seconds, draft.title, draft.message).oid
         row = (repo.row, oid, parent, draft.title, draft.message, repos.now())
         db.execute(
             "insert or ignore into revision values (?, ?, ?, ?, ?, ?, ?)",
-            (*row, trees.dump(tree, oid)),
+            (*row, trees.dump_tree(tree, oid)),
         )
         db.execute(
             "insert into ref values (?, 'heads', ?, ?, '') "

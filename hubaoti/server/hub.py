@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import IO
 
 from hubaoti.errors import BadRequest, DiskFull, HubaotiError, UnsafeFolder
-from hubaoti.server.access import Guard
+from hubaoti.server.auth import Guard
 from hubaoti.server.database import Database
+from hubaoti.server.errors import says_full
 from hubaoti.server.history import History
 from hubaoti.server.ingest import Ingest
 from hubaoti.server.objects import Objects
-from hubaoti.server.problems import says_full
-from hubaoti.server.words import is_owner
+from hubaoti.server.validation import is_owner
 
 _INDEX = "hub.sqlite3"
 
@@ -53,26 +53,25 @@ def open_hub(root: Path, token: str | None = None, user: str = "local") -> Hub:
         HubaotiError: another process serves it.
     """
     if token is None:
-        token = new_token()
+        token = _make_token()
     if not (token and token.isascii() and token.isprintable() and " " not in token):
         raise BadRequest("a token is printable ASCII without spaces")
     if not is_owner(user):
         raise BadRequest(f"a user cannot be named {user!r}")
-    with _told(root), ExitStack() as undo:
+    with _explain_root_errors(root), ExitStack() as undo:
         _claim(root)
         lock = undo.enter_context(_lock(root))
         database = undo.enter_context(closing(Database(root / _INDEX)))
-        hub = _open(root, lock, database, token, user)
+        hub = _make_hub(root, lock, database, token, user)
         undo.pop_all()
     return hub
 
 
-def new_token() -> str:
-    """A token that nobody can guess."""
+def _make_token() -> str:
     return f"hf_{secrets.token_urlsafe(24)}"
 
 
-def _open(root: Path, lock: IO[str], database: Database, token: str, user: str) -> Hub:
+def _make_hub(root: Path, lock: IO[str], database: Database, token: str, user: str) -> Hub:
     objects = Objects(root)
     return Hub(
         database=database,
@@ -87,15 +86,15 @@ def _open(root: Path, lock: IO[str], database: Database, token: str, user: str) 
 
 
 @contextmanager
-def _told(root: Path) -> Iterator[None]:
+def _explain_root_errors(root: Path) -> Iterator[None]:
     """Say in words what is wrong with the folder, its disk or its index."""
     try:
         yield
     except (OSError, sqlite3.DatabaseError) as error:
-        raise _trouble(root, error) from error
+        raise _describe_root_error(root, error) from error
 
 
-def _trouble(root: Path, error: OSError | sqlite3.DatabaseError) -> HubaotiError:
+def _describe_root_error(root: Path, error: OSError | sqlite3.DatabaseError) -> HubaotiError:
     if says_full(error):
         hint = "free some space there, or choose another --root"
         return DiskFull(f"no room on the disk of {root}", hint=hint)

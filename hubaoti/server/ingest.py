@@ -19,9 +19,9 @@ from typing import BinaryIO
 
 from hubaoti.server import merkle
 from hubaoti.server.database import Database
+from hubaoti.server.errors import disk_full
 from hubaoti.server.objects import Incoming, Objects
-from hubaoti.server.problems import disk_full
-from hubaoti.server.xet import BadXet, File, Segment, chunks_of, files_of, read_chunk
+from hubaoti.server.xet import BadXet, Segment, XetFile, read_chunk, read_chunks, read_files
 
 _RAW = ""
 
@@ -50,7 +50,7 @@ class Ingest:
         """Remove raw xorbs that nobody needs: what a killed process had no time to."""
         for file in self._raw.iterdir():
             places = self._places(file.name)
-            if places is None or _moved(places):
+            if places is None or _are_moved(places):
                 file.unlink()
 
     def keep_xorb(self, xorb: str, incoming: Incoming) -> bool:
@@ -62,8 +62,10 @@ class Ingest:
             BadXet: it is malformed, or its hash is another one.
         """
         with incoming.reread() as file:
-            chunks = chunks_of(file, incoming.size)
-            found = merkle.root(merkle.leaf(read_chunk(file, chunk.offset)) for chunk in chunks)
+            chunks = read_chunks(file, incoming.size)
+            found = merkle.hash_leaves(
+                merkle.hash_chunk(read_chunk(file, chunk.offset)) for chunk in chunks
+            )
         if found != xorb:
             raise BadXet(f"xorb hash mismatch: expected {xorb}, received {found}")
         with self._lock:
@@ -80,30 +82,30 @@ class Ingest:
             BadXet: the shard is malformed, or names chunks that never came.
             Problem: 400, a file's SHA-256 is not the one that the shard names; 507, no room.
         """
-        files = list(files_of(shard))
+        files = list(read_files(shard))
         with self._lock:
             for file in files:
                 self._assemble(file)
 
-    def _assemble(self, file: File) -> None:
+    def _assemble(self, file: XetFile) -> None:
         places = {xorb: self._known(xorb) for xorb in {s.xorb for s in file.segments}}
         for segment in file.segments:
-            _judge(segment, places[segment.xorb])
+            _check_segment(segment, places[segment.xorb])
         if self._is_done(file, places):
             return
         if sum(segment.length for segment in file.segments) > self._objects.free():
             raise disk_full()
         self._remember(self._write(file, places))
         for xorb, known in places.items():
-            if _moved(known):
+            if _are_moved(known):
                 (self._raw / xorb).unlink(missing_ok=True)
 
-    def _is_done(self, file: File, places: dict[str, list[Place]]) -> bool:
+    def _is_done(self, file: XetFile, places: dict[str, list[Place]]) -> bool:
         """Whether this upload came before: a client repeats one whose answer it missed."""
         here = file.sha256 is not None and self._objects.size(file.sha256) is not None
-        return here and all(_moved(known) for known in places.values())
+        return here and all(_are_moved(known) for known in places.values())
 
-    def _write(self, file: File, places: dict[str, list[Place]]) -> dict[str, list[Place]]:
+    def _write(self, file: XetFile, places: dict[str, list[Place]]) -> dict[str, list[Place]]:
         """Write the file; returns the places, changed to where its chunks are now."""
         found: list[tuple[str, int, Place]] = []
         with self._objects.receive() as incoming, _Sources(self._raw, self._objects) as sources:
@@ -134,7 +136,7 @@ class Ingest:
             db.executemany("insert or replace into xorb values (?, ?)", rows)
 
 
-def _judge(segment: Segment, places: list[Place]) -> None:
+def _check_segment(segment: Segment, places: list[Place]) -> None:
     if not segment.first < segment.last <= len(places):
         raise BadXet("the shard names chunks that its xorb does not have")
     length = sum(place.length for place in places[segment.first : segment.last])
@@ -142,7 +144,7 @@ def _judge(segment: Segment, places: list[Place]) -> None:
         raise BadXet("the shard names another length than its chunks have")
 
 
-def _moved(places: list[Place]) -> bool:
+def _are_moved(places: list[Place]) -> bool:
     return all(place.source != _RAW for place in places)
 
 
@@ -164,7 +166,7 @@ class _Sources:
             file.close()
 
     def read(self, xorb: str, place: Place) -> bytes:
-        """A chunk's bytes."""
+        """The unpacked bytes of the chunk at a place of a xorb."""
         if place.source == _RAW:
             return read_chunk(self._file(self._raw / xorb), place.offset)
         file = self._file(self._objects.path(place.source))

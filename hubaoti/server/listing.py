@@ -7,8 +7,8 @@ from typing import Any
 
 from starlette.datastructures import QueryParams
 
-from hubaoti.server import shapes, words
-from hubaoti.server.problems import malformed
+from hubaoti.server import serializers, validation
+from hubaoti.server.errors import malformed_request
 
 _PAGE = 1000
 _SORTS = frozenset(
@@ -21,7 +21,7 @@ _UNSUPPORTED |= {"models", "datasets", "linked"}
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What is asked of the list."""
+    """What a URL's query asks of the list: filters, order, page, and which properties."""
 
     tags: frozenset[str]
     author: str
@@ -38,21 +38,23 @@ class Query:
     def parse(cls, query: QueryParams) -> Query:
         """Read a URL's query; 400 for what cannot be answered."""
         if refused := _UNSUPPORTED & query.keys():
-            raise malformed(f"This endpoint cannot filter by {', '.join(sorted(refused))}")
-        tags = [tag for said in query.getlist("filter") for tag in said.split(",")]
+            raise malformed_request(f"This endpoint cannot filter by {', '.join(sorted(refused))}")
+        tags = [tag for value in query.getlist("filter") for tag in value.split(",")]
         sort = query.get("sort", "trendingScore")
         if sort not in _SORTS:
-            raise malformed(f"This endpoint cannot sort by {sort!r}")
+            raise malformed_request(f"This endpoint cannot sort by {sort!r}")
         return cls(
             tags=frozenset(filter(None, [*tags, query.get("pipeline_tag", "")])),
             author=query.get("author", ""),
-            search=tuple(word.lower() for said in query.getlist("search") for word in said.split()),
+            search=tuple(
+                word.lower() for value in query.getlist("search") for word in value.split()
+            ),
             gated=_is_gated(query.get("gated", "")),
             sort=sort,
-            start=_number(query, "cursor", 0),
-            limit=min(_number(query, "limit", _PAGE), _PAGE),
-            full=words.is_set(query.get("full", "")),
-            card=words.is_set(query.get("cardData", "")),
+            start=_read_number(query, "cursor", 0),
+            limit=min(_read_number(query, "limit", _PAGE), _PAGE),
+            full=validation.is_set(query.get("full", "")),
+            card=validation.is_set(query.get("cardData", "")),
             expand=frozenset(query.getlist("expand")),
         )
 
@@ -73,11 +75,13 @@ class Query:
 
     def shown(self, said: dict[str, Any]) -> dict[str, Any]:
         """What of a repo is asked for."""
-        shown = shapes.chosen(said, expand=set(self.expand), listed=True, full=self.full)
+        shown = serializers.choose_properties(
+            said, expand=set(self.expand), listed=True, full=self.full
+        )
         return shown | ({"cardData": said["cardData"]} if self.card else {})
 
 
-def page_of(repos: list[dict[str, Any]], query: Query) -> tuple[list[dict[str, Any]], int | None]:
+def list_page(repos: list[dict[str, Any]], query: Query) -> tuple[list[dict[str, Any]], int | None]:
     """A page of the repos asked for, and where the next one starts, if there is one."""
     found = sorted(filter(query.wants, repos), key=lambda said: str(said["id"]))
     found.sort(key=lambda said: said[query.sort], reverse=True)
@@ -86,11 +90,11 @@ def page_of(repos: list[dict[str, Any]], query: Query) -> tuple[list[dict[str, A
 
 
 def _is_gated(said: str) -> bool:
-    return words.is_set(said) or said.lower() in {"auto", "manual"}
+    return validation.is_set(said) or said.lower() in {"auto", "manual"}
 
 
-def _number(query: QueryParams, name: str, default: int) -> int:
-    said = query.get(name, str(default))
-    if not (said.isascii() and said.isdecimal() and len(said) < 10):
-        raise malformed(f"{name} is not a number: {said[:100]!r}")
-    return int(said)
+def _read_number(query: QueryParams, name: str, default: int) -> int:
+    value = query.get(name, str(default))
+    if not (value.isascii() and value.isdecimal() and len(value) < 10):
+        raise malformed_request(f"{name} is not a number: {value[:100]!r}")
+    return int(value)

@@ -27,25 +27,25 @@ class Node:
     size: int
 
 
-def leaf(content: bytes) -> Node:
-    """A chunk's node."""
-    return Node(_keyed(_CHUNK_KEY, content), len(content))
+def hash_chunk(content: bytes) -> Node:
+    """A chunk's node: the keyed hash of its bytes, and their number."""
+    return Node(_hash_keyed(_CHUNK_KEY, content), len(content))
 
 
-def root(leaves: Iterable[Node]) -> str:
+def hash_leaves(leaves: Iterable[Node]) -> str:
     """The hash of all chunks, in their order; a single one's is its own."""
     row = list(leaves)
     while len(row) > 1:
-        row = [_parent(family) for family in _families(row)]
+        row = [_hash_family(family) for family in _split_families(row)]
     return row[0].hash
 
 
-def _parent(family: list[Node]) -> Node:
+def _hash_family(family: list[Node]) -> Node:
     lines = "".join(f"{node.hash} : {node.size}\n" for node in family)
-    return Node(_keyed(_NODE_KEY, lines.encode()), sum(node.size for node in family))
+    return Node(_hash_keyed(_NODE_KEY, lines.encode()), sum(node.size for node in family))
 
 
-def _families(row: list[Node]) -> Iterator[list[Node]]:
+def _split_families(row: list[Node]) -> Iterator[list[Node]]:
     """Cut a row into families by the nodes' own hashes: a change moves only the cuts near it."""
     family: list[Node] = []
     for node in row:
@@ -58,10 +58,10 @@ def _families(row: list[Node]) -> Iterator[list[Node]]:
         yield family
 
 
-def _keyed(key: bytes, content: bytes) -> str:
-    return hash_text(blake3.blake3(content, key=key).digest())
+def _hash_keyed(key: bytes, content: bytes) -> str:
+    return format_hash(blake3.blake3(content, key=key).digest())
 
 
-def hash_text(raw: bytes) -> str:
+def format_hash(raw: bytes) -> str:
     """A hash as Xet writes it: four little-endian numbers of 64 bits."""
     return "".join(f"{number:016x}" for number in struct.unpack_from("<4Q", raw))

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from hubaoti.server.problems import malformed
+from hubaoti.server.errors import malformed_request
 
 
 class Objects:
@@ -40,7 +40,7 @@ class Objects:
         return room.f_bavail * room.f_frsize
 
     def put(self, content: bytes) -> str:
-        """Store these bytes; returns their digest."""
+        """Store these bytes, unless they are here; returns their sha256, in hex."""
         sha256 = hashlib.sha256(content).hexdigest()
         if self.size(sha256) is None:
             with self.receive() as incoming:
@@ -78,7 +78,7 @@ class Incoming:
             self._path.unlink(missing_ok=True)
 
     def write(self, content: bytes) -> None:
-        """Append these bytes."""
+        """Append these bytes, and hash them."""
         self._hash.update(content)
         self._file.write(content)
         self.size += len(content)
@@ -96,7 +96,7 @@ class Incoming:
         """
         found = self._hash.hexdigest()
         if expected is not None and found != expected:
-            raise malformed(f"SHA-256 mismatch: expected {expected}, received {found}")
+            raise malformed_request(f"SHA-256 mismatch: expected {expected}, received {found}")
         self.move_to(self._objects.path(found))
         return found
 
@@ -107,12 +107,12 @@ class Incoming:
         os.fsync(self._file.fileno())
         if not path.parent.is_dir():
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            _sync_folder(path.parent.parent)
+            _flush_folder(path.parent.parent)
         self._path.replace(path)
-        _sync_folder(path.parent)
+        _flush_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def _flush_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from sqlite3 import Connection
 from typing import Any
 
-from hubaoti.server.problems import Problem, revision_not_found
-from hubaoti.server.words import RepoId, is_commit
+from hubaoti.server.errors import ServerError, revision_not_found
+from hubaoti.server.validation import RepoId, is_commit
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +45,22 @@ def find(db: Connection, repo: RepoId) -> Repo | None:
         "select id, private, created, card from repo where kind = ? and name = ?",
         (repo.kind, repo.full_name),
     ).fetchone()
-    return _repo(repo, *row) if row else None
+    return _make_repo(repo, *row) if row else None
 
 
-def every(db: Connection, kind: str) -> list[Repo]:
-    """All repos of a kind."""
+def list_repos(db: Connection, kind: str) -> list[Repo]:
+    """All repos of a kind, by name, private ones too."""
     rows = db.execute(
         "select name, id, private, created, card from repo where kind = ? order by name", (kind,)
     )
-    return [_repo(RepoId(kind, *name.split("/")), *rest) for name, *rest in rows]
+    return [_make_repo(RepoId(kind, *name.split("/")), *rest) for name, *rest in rows]
 
 
-def _repo(name: RepoId, row: int, private: int, created: str, card: str) -> Repo:
+def _make_repo(name: RepoId, row: int, private: int, created: str, card: str) -> Repo:
     return Repo(row, name, bool(private), created, json.loads(card))
 
 
-def create(db: Connection, repo: RepoId, private: bool) -> int:
+def create_repo(db: Connection, repo: RepoId, private: bool) -> int:
     """A new, empty repo; returns its row's number."""
     cursor = db.execute(
         "insert into repo (kind, name, private, created, card) values (?, ?, ?, ?, '{}')",
@@ -70,15 +70,15 @@ def create(db: Connection, repo: RepoId, private: bool) -> int:
     return cursor.lastrowid
 
 
-def delete(db: Connection, repo: Repo) -> None:
+def delete_repo(db: Connection, repo: Repo) -> None:
     """Forget the repo, its refs and commits; objects stay, for others may hold them too."""
     db.execute("delete from repo where id = ?", (repo.row,))
 
 
-def move(db: Connection, repo: Repo, to: RepoId) -> None:
-    """Give the repo another name."""
+def move_repo(db: Connection, repo: Repo, to: RepoId) -> None:
+    """Give the repo another name; 409 where a repo of this name is."""
     if find(db, to):
-        raise Problem(409, f"{to} already exists")
+        raise ServerError(409, f"{to} already exists")
     db.execute("update repo set name = ? where id = ?", (to.full_name, repo.row))
 
 
@@ -92,13 +92,13 @@ def set_card(db: Connection, repo: Repo, card: dict[str, Any]) -> None:
     db.execute("update repo set card = ? where id = ?", (json.dumps(card), repo.row))
 
 
-def refs(db: Connection, repo: Repo) -> list[Ref]:
-    """Every branch and tag, by name."""
+def list_refs(db: Connection, repo: Repo) -> list[Ref]:
+    """Every branch and tag of a repo, in order of their names."""
     rows = db.execute("select folder, name, oid from ref where repo = ? order by name", (repo.row,))
     return [Ref(*row) for row in rows]
 
 
-def ref(db: Connection, repo: Repo, folder: str, name: str) -> str | None:
+def _find_ref(db: Connection, repo: Repo, folder: str, name: str) -> str | None:
     """The commit that a ref names, None when there is no such ref."""
     row = db.execute(
         "select oid from ref where repo = ? and folder = ? and name = ?", (repo.row, folder, name)
@@ -106,9 +106,9 @@ def ref(db: Connection, repo: Repo, folder: str, name: str) -> str | None:
     return str(row[0]) if row else None
 
 
-def head(db: Connection, repo: Repo, branch: str) -> str:
+def find_head(db: Connection, repo: Repo, branch: str) -> str:
     """The commit at the end of a branch."""
-    oid = ref(db, repo, "heads", branch)
+    oid = _find_ref(db, repo, "heads", branch)
     if oid is None:
         raise revision_not_found(branch)
     return oid
@@ -116,18 +116,18 @@ def head(db: Connection, repo: Repo, branch: str) -> str:
 
 def add_ref(db: Connection, repo: Repo, new: Ref, message: str = "") -> None:
     """A new branch or tag; 409 when there is one of its name."""
-    if ref(db, repo, new.folder, new.name) is not None:
-        raise Problem(409, f"Reference refs/{new.folder}/{new.name} already exists")
+    if _find_ref(db, repo, new.folder, new.name) is not None:
+        raise ServerError(409, f"Reference refs/{new.folder}/{new.name} already exists")
     row = (repo.row, new.folder, new.name, new.oid, message)
     db.execute("insert into ref values (?, ?, ?, ?, ?)", row)
 
 
 def delete_ref(db: Connection, repo: Repo, folder: str, name: str) -> None:
     """Forget a branch or tag; its commits stay."""
-    if ref(db, repo, folder, name) is None:
+    if _find_ref(db, repo, folder, name) is None:
         raise revision_not_found(name)
     if (folder, name) == ("heads", "main"):
-        raise Problem(403, "The main branch cannot be deleted")
+        raise ServerError(403, "The main branch cannot be deleted")
     key = (repo.row, folder, name)
     db.execute("delete from ref where repo = ? and folder = ? and name = ?", key)
 
@@ -137,24 +137,24 @@ def resolve(db: Connection, repo: Repo, revision: str) -> str:
 
     A full commit id is looked up first, so that no ref can pose as a pinned commit.
     """
-    folder, name = _ref_of(revision)
+    folder, name = _split_revision(revision)
     if name.startswith("refs/"):
         raise revision_not_found(f"{revision} (only branches and tags are served, no PRs)")
-    commit = _commit(db, repo, revision) if len(revision) == 40 else None
+    commit = _find_commit(db, repo, revision) if len(revision) == 40 else None
     for place in ("heads", "tags") if folder is None else (folder,):
-        commit = commit or ref(db, repo, place, name)
-    commit = commit or _commit(db, repo, revision)
+        commit = commit or _find_ref(db, repo, place, name)
+    commit = commit or _find_commit(db, repo, revision)
     if commit is None:
         raise revision_not_found(revision)
     return commit
 
 
-def _ref_of(revision: str) -> tuple[str | None, str]:
+def _split_revision(revision: str) -> tuple[str | None, str]:
     match = re.fullmatch(r"refs/(heads|tags)/(.+)", revision, re.DOTALL)
     return (match[1], match[2]) if match else (None, revision)
 
 
-def _commit(db: Connection, repo: Repo, digits: str) -> str | None:
+def _find_commit(db: Connection, repo: Repo, digits: str) -> str | None:
     if not is_commit(digits):
         return None
     rows = db.execute(

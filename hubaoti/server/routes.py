@@ -18,9 +18,9 @@ from hubaoti.server import (
     views_repos,
     views_uploads,
 )
-from hubaoti.server.ask import LIST, Ask, View, reads, reads_body, streams, writes
+from hubaoti.server.request import LIST, ApiRequest, View, reads, reads_body, streams, writes
+from hubaoti.server.validation import KINDS
 from hubaoti.server.views_uploads import demand_lfs, demand_xet
-from hubaoti.server.words import KINDS
 
 
 class _Kind(Convertor[str]):
@@ -36,34 +36,38 @@ class _Kind(Convertor[str]):
 register_url_convertor("kind", _Kind())
 
 _API: list[tuple[str, str, View]] = [
-    ("GET", "/revision/{revision}", reads(views_repos.describe)),
-    ("GET", "/auth-check", reads(views_repos.auth_check)),
-    ("GET", "/auth-check/write", reads(views_repos.auth_check, Ask.demand_token)),
-    ("PUT", "/settings", writes(views_repos.settings)),
-    ("GET", "/refs", reads(views_refs.refs)),
-    ("GET", "/commits/{revision}", reads(views_refs.log)),
+    ("GET", "/revision/{revision}", reads(views_repos.view_repo)),
+    ("GET", "/auth-check", reads(views_repos.check_auth)),
+    ("GET", "/auth-check/write", reads(views_repos.check_auth, ApiRequest.demand_token)),
+    ("PUT", "/settings", writes(views_repos.update_settings)),
+    ("GET", "/refs", reads(views_refs.view_refs)),
+    ("GET", "/commits/{revision}", reads(views_refs.view_log)),
     ("POST", "/branch/{branch}", writes(views_refs.create_branch)),
     ("DELETE", "/branch/{branch}", writes(views_refs.delete_branch)),
     ("POST", "/tag/{revision}", writes(views_refs.create_tag)),
     ("DELETE", "/tag/{revision}", writes(views_refs.delete_tag)),
     ("POST", "/super-squash/{branch}", writes(views_refs.squash)),
-    ("GET", "/tree/{revision}", reads(views_files.tree)),
-    ("GET", "/tree/{revision}/{path:path}", reads(views_files.tree)),
-    ("POST", "/paths-info/{revision}", reads_body(views_files.paths)),
+    ("GET", "/tree/{revision}", reads(views_files.view_tree)),
+    ("GET", "/tree/{revision}/{path:path}", reads(views_files.view_tree)),
+    ("POST", "/paths-info/{revision}", reads_body(views_files.view_paths)),
     ("POST", "/preupload/{revision}", writes(views_uploads.preupload, LIST)),
-    ("GET", "/xet-write-token/{revision}", reads(views_uploads.xet_token, Ask.demand_token)),
-    ("POST", "/commit/{revision}", streams(views_commit.commit, Ask.demand_token)),
-    ("GET", "", reads(views_repos.describe)),
+    (
+        "GET",
+        "/xet-write-token/{revision}",
+        reads(views_uploads.issue_xet_token, ApiRequest.demand_token),
+    ),
+    ("POST", "/commit/{revision}", streams(views_commit.view_commit, ApiRequest.demand_token)),
+    ("GET", "", reads(views_repos.view_repo)),
 ]
 
 
 _PAGES: list[tuple[str, str, View]] = [
-    ("GET", "/resolve/{revision}/{path:path}", reads(views_files.content)),
-    ("POST", ".git/info/lfs/objects/batch", writes(views_uploads.lfs_batch, LIST)),
+    ("GET", "/resolve/{revision}/{path:path}", reads(views_files.view_content)),
+    ("POST", ".git/info/lfs/objects/batch", writes(views_uploads.offer_lfs_batch, LIST)),
 ]
 
 
-def _of_repos(prefix: str, rows: list[tuple[str, str, View]]) -> list[Route]:
+def _make_repo_routes(prefix: str, rows: list[tuple[str, str, View]]) -> list[Route]:
     """The rows for both spellings; all of `name` first, for `owner/name` would take `name/refs`."""
     return [
         Route(f"{prefix}/{repo}{rest}", view, methods=[method])
@@ -75,32 +79,32 @@ def _of_repos(prefix: str, rows: list[tuple[str, str, View]]) -> list[Route]:
 ROUTES = [
     Route("/api/whoami-v2", reads(views_account.whoami), methods=["GET"]),
     Route("/api/validate-yaml", reads_body(views_account.validate_yaml), methods=["POST"]),
-    Route("/api/repos/create", writes(views_repos.create), methods=["POST"]),
-    Route("/api/repos/delete", writes(views_repos.delete), methods=["DELETE"]),
-    Route("/api/repos/move", writes(views_repos.move), methods=["POST"]),
+    Route("/api/repos/create", writes(views_repos.view_create), methods=["POST"]),
+    Route("/api/repos/delete", writes(views_repos.view_delete), methods=["DELETE"]),
+    Route("/api/repos/move", writes(views_repos.view_move), methods=["POST"]),
     Route(
         "/api/settings/repositories",
-        reads(views_repos.storage, Ask.demand_token),
+        reads(views_repos.view_storage, ApiRequest.demand_token),
         methods=["GET"],
     ),
     Route(
         "/api/organizations/{owner}/settings/repositories",
-        reads(views_repos.storage, Ask.demand_token),
+        reads(views_repos.view_storage, ApiRequest.demand_token),
         methods=["GET"],
     ),
     Route("/api/{kind:kind}", reads(views_repos.search), methods=["GET"]),
-    *_of_repos("/api/{kind:kind}", _API),
-    Route("/_lfs/{oid}", streams(views_uploads.lfs_put, demand_lfs), methods=["PUT"]),
+    *_make_repo_routes("/api/{kind:kind}", _API),
+    Route("/_lfs/{oid}", streams(views_uploads.put_lfs_object, demand_lfs), methods=["PUT"]),
     Route(
         "/_cas/{epoch}/v1/xorbs/{prefix}/{hash}",
-        streams(views_uploads.xorb_post, demand_xet),
+        streams(views_uploads.post_xorb, demand_xet),
         methods=["POST"],
     ),
     Route(
-        "/_cas/{epoch}/v1/shards", streams(views_uploads.shard_post, demand_xet), methods=["POST"]
+        "/_cas/{epoch}/v1/shards", streams(views_uploads.post_shard, demand_xet), methods=["POST"]
     ),
     # Whatever else hf_xet asks for first (grants, known chunks) it does without, when it is a 404.
     Mount("/_cas", routes=[]),
-    *_of_repos("/{kind:kind}", _PAGES),
-    *_of_repos("", _PAGES),
+    *_make_repo_routes("/{kind:kind}", _PAGES),
+    *_make_repo_routes("", _PAGES),
 ]

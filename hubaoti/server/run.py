@@ -16,9 +16,9 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hubaoti.errors import HubaotiError
-from hubaoti.server.access import Hosts
-from hubaoti.server.app import app_of
-from hubaoti.server.connections import AT_ONCE, QUEUE, Connection, few_lines
+from hubaoti.server.app import make_app
+from hubaoti.server.auth import Hosts
+from hubaoti.server.connections import AT_ONCE, QUEUE, Connection, limit_log_lines
 from hubaoti.server.hub import Hub, open_hub
 
 _GRACE = 5
@@ -52,20 +52,20 @@ def serve(
         UnsafeFolder: the folder is not ours alone.
         DiskFull: there is no room in it.
     """
-    with _listening(host, port) as listener:
+    with _listen(host, port) as listener:
         hosts = Hosts((host, *allow_hosts))
-        with _opened(root, token) as hub:
-            endpoint = Endpoint(_url(listener), hub.guard.token)
-            told = (lambda: ready(endpoint.url, endpoint.token)) if ready else (lambda: None)
-            server = _Server(hub, hosts, told)
-            with _signals_handled(), few_lines():
+        with _open_root(root, token) as hub:
+            endpoint = Endpoint(_format_url(listener), hub.guard.token)
+            announce = (lambda: ready(endpoint.url, endpoint.token)) if ready else (lambda: None)
+            server = _Server(hub, hosts, announce)
+            with _handle_signals(), limit_log_lines():
                 server.run(sockets=[listener])
 
 
 @contextmanager
-def running(root: Path, token: str | None = None, port: int = 0) -> Iterator[Endpoint]:
+def serve_in_thread(root: Path, token: str | None = None, port: int = 0) -> Iterator[Endpoint]:
     """Serve a root folder on 127.0.0.1 from a thread of this process, as long as the block runs."""
-    with _listening("127.0.0.1", port) as listener, _opened(root, token) as hub, few_lines():
+    with _listen("127.0.0.1", port) as listener, _open_root(root, token) as hub, limit_log_lines():
         started = threading.Event()
         server = _Server(hub, Hosts(), started.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -74,18 +74,18 @@ def running(root: Path, token: str | None = None, port: int = 0) -> Iterator[End
             while not started.wait(0.1):
                 if not thread.is_alive():
                     raise HubaotiError("the endpoint did not start")
-            yield Endpoint(_url(listener), hub.guard.token)
+            yield Endpoint(_format_url(listener), hub.guard.token)
         finally:
             server.should_exit = True
             thread.join()
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, saying when it is ready."""
+    """uvicorn, which calls `ready` once connections are taken."""
 
     def __init__(self, hub: Hub, hosts: Hosts, ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
-            _cut_off_in_silence(app_of(hub, hosts)),
+            _suppress_cancellation(make_app(hub, hosts)),
             http=Connection,
             backlog=AT_ONCE,
             log_level="error",
@@ -99,7 +99,7 @@ class _Server(uvicorn.Server):
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start listening, then say so."""
+        """Start listening, then call `ready`, unless the start failed."""
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(QUEUE)
@@ -107,7 +107,7 @@ class _Server(uvicorn.Server):
             self._ready()
 
 
-def _cut_off_in_silence(app: ASGIApp) -> ASGIApp:
+def _suppress_cancellation(app: ASGIApp) -> ASGIApp:
     """The app; uvicorn, which cancels what outlasts the grace, would print each one's traceback."""
 
     async def quiet(scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,7 +118,7 @@ def _cut_off_in_silence(app: ASGIApp) -> ASGIApp:
 
 
 @contextmanager
-def _opened(root: Path, token: str | None) -> Iterator[Hub]:
+def _open_root(root: Path, token: str | None) -> Iterator[Hub]:
     hub = open_hub(root, token)
     try:
         yield hub
@@ -127,7 +127,7 @@ def _opened(root: Path, token: str | None) -> Iterator[Hub]:
 
 
 @contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -139,23 +139,25 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         try:
             listener.bind(address)
         except OSError as error:
-            raise _not_bound(host, port, error) from error
+            raise _describe_bind_error(host, port, error) from error
         yield listener
 
 
-def _not_bound(host: str, port: int, error: OSError) -> HubaotiError:
-    why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
-    return HubaotiError(f"{host}:{port} {why}", hint="choose another --port, or 0 for a free one")
+def _describe_bind_error(host: str, port: int, error: OSError) -> HubaotiError:
+    reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
+    return HubaotiError(
+        f"{host}:{port} {reason}", hint="choose another --port, or 0 for a free one"
+    )
 
 
-def _url(listener: socket.socket) -> str:
+def _format_url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 @contextmanager
-def _signals_handled() -> Iterator[None]:
+def _handle_signals() -> Iterator[None]:
     """Let SIGINT and SIGTERM end in a return: uvicorn raises them once more when it has stopped."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -7,12 +7,12 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from hubaoti.server.gitids import blob_id, pointer, tree_ids
-from hubaoti.server.problems import entry_not_found, malformed
+from hubaoti.server.errors import entry_not_found, malformed_request
+from hubaoti.server.gitids import format_pointer, hash_blob, hash_trees
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TreeEntry:
     """One file: its git blob id, its size and digest, and the commit that last changed it."""
 
     blob: str
@@ -29,42 +29,42 @@ class Entry:
     @property
     def pointer_size(self) -> int:
         """How long the text is that git keeps for it."""
-        return len(pointer(self.sha256, self.size))
+        return len(format_pointer(self.sha256, self.size))
 
 
-Tree = Mapping[str, Entry]
+Tree = Mapping[str, TreeEntry]
 
 
-def regular(content: bytes, sha256: str) -> Entry:
+def make_regular_entry(content: bytes, sha256: str) -> TreeEntry:
     """A file that git itself would keep."""
-    return Entry(blob_id(content), len(content), sha256, lfs=False)
+    return TreeEntry(hash_blob(content), len(content), sha256, lfs=False)
 
 
-def large(sha256: str, size: int) -> Entry:
+def make_lfs_entry(sha256: str, size: int) -> TreeEntry:
     """A file that git would keep a pointer of."""
-    return Entry(blob_id(pointer(sha256, size)), size, sha256, lfs=True)
+    return TreeEntry(hash_blob(format_pointer(sha256, size)), size, sha256, lfs=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """Add or replace a file."""
+    """A change that adds a file, or replaces the one at its path."""
 
     path: str
-    entry: Entry
+    entry: TreeEntry
 
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """Remove a file, or a folder with all in it."""
+    """A change that removes a file, or a folder with all in it."""
 
     path: str
     folder: bool = False
 
 
-Change = Put | Delete
+TreeChange = Put | Delete
 
 
-def changed(tree: Tree, changes: Iterable[Change], commit: str) -> dict[str, Entry]:
+def apply_changes(tree: Tree, changes: Iterable[TreeChange], commit: str) -> dict[str, TreeEntry]:
     """The tree after the changes, in their order; `commit` is the one that they change.
 
     Raises:
@@ -73,40 +73,40 @@ def changed(tree: Tree, changes: Iterable[Change], commit: str) -> dict[str, Ent
     after = dict(tree)
     for change in changes:
         if isinstance(change, Put):
-            after[change.path] = _kept(tree.get(change.path), change.entry)
+            after[change.path] = _keep_unchanged(tree.get(change.path), change.entry)
         else:
-            _delete(after, tree, change, commit)
+            _delete_path(after, tree, change, commit)
     _refuse_clashes(after)
     return after
 
 
-def _kept(old: Entry | None, new: Entry) -> Entry:
+def _keep_unchanged(old: TreeEntry | None, new: TreeEntry) -> TreeEntry:
     same = old is not None and (old.blob, old.lfs) == (new.blob, new.lfs)
     return old if old is not None and same else new
 
 
-def _delete(after: dict[str, Entry], before: Tree, change: Delete, commit: str) -> None:
-    doomed = _files_of(after, change)
-    if not doomed and not _files_of(before, change):
+def _delete_path(after: dict[str, TreeEntry], before: Tree, change: Delete, commit: str) -> None:
+    doomed = _list_deleted_files(after, change)
+    if not doomed and not _list_deleted_files(before, change):
         raise entry_not_found(change.path, commit)
     for path in doomed:
         del after[path]
 
 
-def _files_of(tree: Tree, change: Delete) -> list[str]:
-    """The files that a deletion means."""
+def _list_deleted_files(tree: Tree, change: Delete) -> list[str]:
+    """The paths that a deletion removes; none where nothing is there."""
     if change.folder:
         return [path for path in tree if path.startswith(f"{change.path}/")]
     return [change.path] if change.path in tree else []
 
 
 def _refuse_clashes(tree: Tree) -> None:
-    for folder in folders_of(tree):
+    for folder in list_parent_folders(tree):
         if folder in tree:
-            raise malformed(f"{folder!r} cannot be both a file and a folder")
+            raise malformed_request(f"{folder!r} cannot be both a file and a folder")
 
 
-def folders_of(paths: Iterable[str]) -> set[str]:
+def list_parent_folders(paths: Iterable[str]) -> set[str]:
     """Every folder that these files lie in."""
     found: set[str] = set()
     for path in paths:
@@ -117,22 +117,22 @@ def folders_of(paths: Iterable[str]) -> set[str]:
     return found
 
 
-def ids(tree: Tree) -> dict[str, str]:
+def hash_folders(tree: Tree) -> dict[str, str]:
     """Each folder's git tree id; the root's path is ""."""
-    return tree_ids({path: entry.blob for path, entry in tree.items()})
+    return hash_trees({path: entry.blob for path, entry in tree.items()})
 
 
-def dump(tree: Tree, commit: str) -> bytes:
-    """The tree as a row; entries that no commit has yet are this commit's."""
+def dump_tree(tree: Tree, commit: str) -> bytes:
+    """Write a tree as a row; entries that no commit has yet are this commit's."""
     rows = {p: [e.blob, e.size, e.sha256, e.lfs, e.since or commit] for p, e in tree.items()}
     return zlib.compress(json.dumps(rows).encode(), 1)
 
 
-def load(row: bytes) -> Tree:
-    """The inverse of `dump`."""
-    return {path: Entry(*fields) for path, fields in json.loads(zlib.decompress(row)).items()}
+def load_tree(row: bytes) -> Tree:
+    """Read a tree from its row, as `dump_tree` wrote it."""
+    return {path: TreeEntry(*fields) for path, fields in json.loads(zlib.decompress(row)).items()}
 
 
-def all_since(tree: Tree, commit: str) -> dict[str, Entry]:
+def assign_commit(tree: Tree, commit: str) -> dict[str, TreeEntry]:
     """The same files, as one commit's work."""
     return {path: replace(entry, since=commit) for path, entry in tree.items()}

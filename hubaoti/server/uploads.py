@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
-LARGE = 1_000_000
+_LARGE = 1_000_000
 """From this size on (bytes) a file is large, whatever it is."""
 
 _SUFFIXES = """
@@ -20,4 +20,4 @@ def is_large(path: str, size: int, sample: bytes) -> bool:
     """Whether this file goes by LFS (or Xet); empty ones never do."""
     if size == 0:
         return False
-    return size >= LARGE or b"\0" in sample or PurePosixPath(path).suffix.lower() in LFS_SUFFIXES
+    return size >= _LARGE or b"\0" in sample or PurePosixPath(path).suffix.lower() in LFS_SUFFIXES

@@ -5,19 +5,19 @@ from __future__ import annotations
 import msgspec
 from starlette.responses import JSONResponse, Response
 
-from hubaoti.server import card, words
-from hubaoti.server.ask import Ask
-from hubaoti.server.problems import BAD_TOKEN, Problem
+from hubaoti.server import card, validation
+from hubaoti.server.errors import BAD_TOKEN, ServerError
+from hubaoti.server.request import ApiRequest
 
 
 class _Card(msgspec.Struct):
     content: str
 
 
-def whoami(ask: Ask) -> Response:
-    """The one user that this endpoint has."""
+def whoami(ask: ApiRequest) -> Response:
+    """Answer with the one user that this endpoint has; 401 without the token."""
     if not ask.trusted:
-        raise Problem(401, BAD_TOKEN)
+        raise ServerError(401, BAD_TOKEN)
     token = {"displayName": "local", "role": "write"}
     return JSONResponse(
         {
@@ -33,12 +33,12 @@ def whoami(ask: Ask) -> Response:
     )
 
 
-def validate_yaml(ask: Ask, body: bytes) -> Response:
+def validate_yaml(ask: ApiRequest, body: bytes) -> Response:
     """Whether a README's front matter can be read; 400 with the reason when it cannot."""
-    content = words.json_fields(body, _Card).content
+    content = validation.parse_json_fields(body, _Card).content
     try:
-        card.parse(content[: card.LIMIT])
+        card.parse_card(content[: card.CARD_LIMIT])
     except card.BadCard as error:
         errors = [{"message": str(error)}]
-        raise Problem(400, str(error), more={"errors": errors, "warnings": []}) from None
+        raise ServerError(400, str(error), more={"errors": errors, "warnings": []}) from None
     return JSONResponse({"errors": [], "warnings": []})

@@ -10,10 +10,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from hubaoti.server import repos, trees, words
-from hubaoti.server.ask import Ask, bounded
+from hubaoti.server import repos, trees, validation
+from hubaoti.server.errors import ServerError, malformed_request, too_large
 from hubaoti.server.history import Draft
-from hubaoti.server.problems import Problem, malformed, too_large
+from hubaoti.server.request import ApiRequest, read_bounded
 
 MAX_REGULAR = 16 * 2**20
 """The bytes at most of a file that is sent inside its commit."""
@@ -40,7 +40,7 @@ class _Value(msgspec.Struct):
     size: _Scalar = msgspec.UNSET
 
     def given(self) -> dict[str, Any]:
-        """What the line says."""
+        """What the line says, by name; what it leaves out is not there."""
         return {
             name: value
             for name, value in msgspec.structs.asdict(self).items()
@@ -53,36 +53,36 @@ class _Line(msgspec.Struct):
     value: _Value
 
 
-async def commit(ask: Ask) -> Response:
+async def view_commit(ask: ApiRequest) -> Response:
     """Commit the changes of an NDJSON body, all or none."""
     ask.refuse_pr()
-    branch = words.ref_name(ask.word("revision"), "heads")
-    await run_in_threadpool(_branch_is_there, ask, branch)
+    branch = validation.check_ref_name(ask.word("revision"), "heads")
+    await run_in_threadpool(_require_branch, ask, branch)
     header: dict[str, Any] | None = None
-    changes: list[trees.Change] = []
-    async for line in _lines(ask.request):
-        said = words.json_fields(line, _Line)
-        value = said.value.given()
+    changes: list[trees.TreeChange] = []
+    async for line in _read_lines(ask.request):
+        parsed = validation.parse_json_fields(line, _Line)
+        value = parsed.value.given()
         if header is None:
-            header = _header(said.key, value)
+            header = _read_header(parsed.key, value)
         elif len(changes) == _MAX_CHANGES:
-            raise Problem(413, f"A commit has at most {_MAX_CHANGES} changes")
+            raise ServerError(413, f"A commit has at most {_MAX_CHANGES} changes")
         else:
-            changes.append(await run_in_threadpool(_change, ask, said.key, value))
+            changes.append(await run_in_threadpool(_read_change, ask, parsed.key, value))
     if header is None:
-        raise malformed("The commit has no header")
-    return await run_in_threadpool(_commit, ask, branch, _draft(header, changes))
+        raise malformed_request("The commit has no header")
+    return await run_in_threadpool(_commit_draft, ask, branch, _make_draft(header, changes))
 
 
-def _branch_is_there(ask: Ask, branch: str) -> None:
+def _require_branch(ask: ApiRequest, branch: str) -> None:
     with ask.hub.database.reading() as db:
-        repos.head(db, ask.repo(db), branch)
+        repos.find_head(db, ask.repo(db), branch)
 
 
-async def _lines(request: Request) -> AsyncIterator[bytes]:
-    """The body's lines that hold something."""
+async def _read_lines(request: Request) -> AsyncIterator[bytes]:
+    """The lines of the body that hold something; 413 for one that is too long."""
     rest = bytearray()
-    async for chunk in bounded(request, _MAX_COMMIT):
+    async for chunk in read_bounded(request, _MAX_COMMIT):
         *lines, tail = chunk.split(b"\n")
         for line in lines:
             rest += line
@@ -96,64 +96,64 @@ async def _lines(request: Request) -> AsyncIterator[bytes]:
         yield bytes(rest)
 
 
-def _header(key: object, value: dict[str, Any]) -> dict[str, Any]:
+def _read_header(key: object, value: dict[str, Any]) -> dict[str, Any]:
     if key != "header":
-        raise malformed("The commit's first line must be its header")
+        raise malformed_request("The commit's first line must be its header")
     return value
 
 
-def _draft(header: dict[str, Any], changes: list[trees.Change]) -> Draft:
-    parent = words.text(header.get("parentCommit") or "", "parentCommit")
-    if parent and not words.is_commit(parent):
-        raise malformed(f"parentCommit is not a commit: {parent[:100]!r}")
+def _make_draft(header: dict[str, Any], changes: list[trees.TreeChange]) -> Draft:
+    parent = validation.check_text(header.get("parentCommit") or "", "parentCommit")
+    if parent and not validation.is_commit(parent):
+        raise malformed_request(f"parentCommit is not a commit: {parent[:100]!r}")
     return Draft(
-        title=words.text(header.get("summary"), "the summary", 65536) or "Commit",
-        message=words.text(header.get("description") or "", "the description", 2**20),
+        title=validation.check_text(header.get("summary"), "the summary", 65536) or "Commit",
+        message=validation.check_text(header.get("description") or "", "the description", 2**20),
         parent=parent,
         changes=tuple(changes),
     )
 
 
-def _change(ask: Ask, key: object, value: dict[str, Any]) -> trees.Change:
+def _read_change(ask: ApiRequest, key: object, value: dict[str, Any]) -> trees.TreeChange:
     """One change; a file's bytes are stored before the commit that names them."""
     if key == "deletedFile":
-        return trees.Delete(words.file_path(value.get("path")))
+        return trees.Delete(validation.check_file_path(value.get("path")))
     if key == "deletedFolder":
-        return trees.Delete(words.folder_path(value.get("path")), folder=True)
-    path = words.file_path(value.get("path"))
+        return trees.Delete(validation.check_folder_path(value.get("path")), folder=True)
+    path = validation.check_file_path(value.get("path"))
     if key == "file":
-        return trees.Put(path, _regular(ask, value))
+        return trees.Put(path, _store_regular(ask, value))
     if key == "lfsFile":
-        return trees.Put(path, _large(ask, path, value))
-    raise malformed(f"Unknown kind of change: {str(key)[:100]!r}")
+        return trees.Put(path, _find_lfs_entry(ask, path, value))
+    raise malformed_request(f"Unknown kind of change: {str(key)[:100]!r}")
 
 
-def _regular(ask: Ask, value: dict[str, Any]) -> trees.Entry:
-    said, encoding = value.get("content"), value.get("encoding", "utf-8")
+def _store_regular(ask: ApiRequest, value: dict[str, Any]) -> trees.TreeEntry:
+    text, encoding = value.get("content"), value.get("encoding", "utf-8")
     if encoding not in ("base64", "utf-8"):
-        raise malformed(f"Unknown encoding: {str(encoding)[:100]!r}")
+        raise malformed_request(f"Unknown encoding: {str(encoding)[:100]!r}")
     if encoding == "base64":
-        content = words.base64_bytes(said, _MAX_LINE)
+        content = validation.decode_base64(text, _MAX_LINE)
     else:
-        content = words.text(said, "content", _MAX_LINE).encode()
+        content = validation.check_text(text, "content", _MAX_LINE).encode()
     if len(content) > MAX_REGULAR:
         raise too_large("A file inside a commit", MAX_REGULAR)
-    return trees.regular(content, ask.hub.objects.put(content))
+    return trees.make_regular_entry(content, ask.hub.objects.put(content))
 
 
-def _large(ask: Ask, path: str, value: dict[str, Any]) -> trees.Entry:
-    oid = words.digest(value.get("oid"))
+def _find_lfs_entry(ask: ApiRequest, path: str, value: dict[str, Any]) -> trees.TreeEntry:
+    oid = validation.check_digest(value.get("oid"))
     size = ask.hub.objects.size(oid)
     if value.get("algo", "sha256") != "sha256":
-        raise malformed("LFS objects are named by SHA-256")
+        raise malformed_request("LFS objects are named by SHA-256")
     if size is None:
-        raise malformed(f"LFS object {oid} ({path}) was not uploaded")
-    if "size" in value and words.size(value["size"]) != size:
-        raise malformed(f"LFS object {oid} ({path}) has {size} bytes, not {value['size']}")
-    return trees.large(oid, size)
+        raise malformed_request(f"LFS object {oid} ({path}) was not uploaded")
+    if "size" in value and validation.check_size(value["size"]) != size:
+        raise malformed_request(f"LFS object {oid} ({path}) has {size} bytes, not {value['size']}")
+    return trees.make_lfs_entry(oid, size)
 
 
-def _commit(ask: Ask, branch: str, draft: Draft) -> Response:
+def _commit_draft(ask: ApiRequest, branch: str, draft: Draft) -> Response:
     card = ask.hub.history.card_after(draft.changes)
     with ask.hub.database.writing() as db:
         repo = ask.repo(db)

@@ -8,11 +8,11 @@ from urllib.parse import parse_qs, quote
 import msgspec
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from hubaoti.server import repos, shapes, trees, words
-from hubaoti.server.ask import Ask
-from hubaoti.server.problems import entry_not_found, malformed
-from hubaoti.server.shapes import Json
-from hubaoti.server.trees import Entry
+from hubaoti.server import repos, serializers, trees, validation
+from hubaoti.server.errors import entry_not_found, malformed_request
+from hubaoti.server.request import ApiRequest
+from hubaoti.server.serializers import Json
+from hubaoti.server.trees import TreeEntry
 
 _PAGE = 1000
 _PATHS = 10_000
@@ -29,11 +29,11 @@ class _Paths(msgspec.Struct):
     expand: bool = False
 
 
-def tree(ask: Ask) -> Response:
+def view_tree(ask: ApiRequest) -> Response:
     """A folder's files and folders, or all that lie below it, in pages."""
     path = ask.word("path").strip("/") if "path" in ask.request.path_params else ""
-    prefix = f"{words.folder_path(path)}/" if path else ""
-    oid, items = _items(ask, ask.word("revision"), ask.flag("expand"))
+    prefix = f"{validation.check_folder_path(path)}/" if path else ""
+    oid, items = _list_items(ask, ask.word("revision"), ask.flag("expand"))
     if path and items.get(path, {}).get("type") != "directory":
         raise entry_not_found(path, oid)
     after = ask.request.query_params.get("cursor", "")
@@ -49,53 +49,53 @@ def tree(ask: Ask) -> Response:
     return JSONResponse([items[item] for item in found[:_PAGE]], headers=headers)
 
 
-def _items(ask: Ask, revision: str, expand: bool) -> tuple[str, dict[str, Json]]:
+def _list_items(ask: ApiRequest, revision: str, expand: bool) -> tuple[str, dict[str, Json]]:
     with ask.hub.database.reading() as db:
         repo = ask.repo(db)
         oid = repos.resolve(db, repo, revision)
         tree = ask.hub.history.tree(db, repo, oid)
         since = {entry.since for entry in tree.values()} if expand else set()
         revisions = ask.hub.history.revisions(db, repo, since)
-    return oid, shapes.items(tree, revisions)
+    return oid, serializers.serialize_tree(tree, revisions)
 
 
-def paths(ask: Ask, body: bytes) -> Response:
+def view_paths(ask: ApiRequest, body: bytes) -> Response:
     """What some paths are; those that do not exist are left out."""
-    wanted, expand = _wanted(ask.request.headers.get("content-type", ""), body)
-    _, items = _items(ask, ask.word("revision"), expand)
+    wanted, expand = _read_wanted_paths(ask.request.headers.get("content-type", ""), body)
+    _, items = _list_items(ask, ask.word("revision"), expand)
     found = dict.fromkeys(path.strip("/") for path in wanted)
     return JSONResponse([items[path] for path in found if path in items])
 
 
-def _wanted(media: str, body: bytes) -> tuple[list[str], bool]:
+def _read_wanted_paths(media: str, body: bytes) -> tuple[list[str], bool]:
     """The paths of a form or of a JSON body, and whether their last commits are asked for."""
     if "json" in media:
-        said = words.json_fields(body, _Paths)
-        if len(said.paths) > _PATHS:
-            raise malformed(f"The body has more than {_PATHS} paths")
-        return [words.text(path, "a path") for path in said.paths], said.expand
+        fields = validation.parse_json_fields(body, _Paths)
+        if len(fields.paths) > _PATHS:
+            raise malformed_request(f"The body has more than {_PATHS} paths")
+        return [validation.check_text(path, "a path") for path in fields.paths], fields.expand
     try:
         form = parse_qs(body.decode(), max_num_fields=_PATHS)
     except ValueError:
-        raise malformed("The body is not a form of at most 10000 fields") from None
-    return form.get("paths", []), words.is_set(form.get("expand", [""])[-1])
+        raise malformed_request("The body is not a form of at most 10000 fields") from None
+    return form.get("paths", []), validation.is_set(form.get("expand", [""])[-1])
 
 
-def content(ask: Ask) -> Response:
+def view_content(ask: ApiRequest) -> Response:
     """A file's bytes, or the part that `Range` asks for."""
-    path = words.file_path(ask.word("path"))
+    path = validation.check_file_path(ask.word("path"))
     with ask.hub.database.reading() as db:
         repo = ask.repo(db)
         oid = repos.resolve(db, repo, ask.word("revision"))
         entry = ask.hub.history.tree(db, repo, oid).get(path)
     if entry is None:
         raise entry_not_found(path, oid)
-    headers = _headers(oid, entry)
-    if _matches(ask.request.headers.get("if-none-match", ""), entry):
+    headers = _make_headers(oid, entry)
+    if _matches_etag(ask.request.headers.get("if-none-match", ""), entry):
         return Response(status_code=304, headers=headers)
     wanted = ask.request.headers.get("range")
     if wanted is not None and (len(wanted) > 1000 or not _RANGE.fullmatch(wanted)):
-        raise malformed(f"Not a range of bytes: {wanted[:100]!r}")
+        raise malformed_request(f"Not a range of bytes: {wanted[:100]!r}")
     return _File(
         ask.hub.objects.path(entry.sha256),
         headers=headers,
@@ -105,7 +105,7 @@ def content(ask: Ask) -> Response:
     )
 
 
-def _headers(oid: str, entry: Entry) -> dict[str, str]:
+def _make_headers(oid: str, entry: TreeEntry) -> dict[str, str]:
     headers = {
         "X-Repo-Commit": oid,
         "ETag": f'"{entry.etag}"',
@@ -119,6 +119,6 @@ def _headers(oid: str, entry: Entry) -> dict[str, str]:
     return headers
 
 
-def _matches(said: str, entry: trees.Entry) -> bool:
-    tags = {tag.strip().removeprefix("W/").strip('"') for tag in said.split(",")}
+def _matches_etag(header: str, entry: trees.TreeEntry) -> bool:
+    tags = {tag.strip().removeprefix("W/").strip('"') for tag in header.split(",")}
     return entry.etag in tags or "*" in tags

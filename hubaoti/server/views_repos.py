@@ -6,83 +6,88 @@ from sqlite3 import Connection
 
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from hubaoti.server import repos, shapes, trees, words
-from hubaoti.server.ask import Ask, Body
-from hubaoti.server.listing import Query, page_of
-from hubaoti.server.problems import Problem, malformed
+from hubaoti.server import repos, serializers, trees, validation
+from hubaoti.server.errors import ServerError, malformed_request
+from hubaoti.server.listing import Query, list_page
 from hubaoti.server.repos import Repo
-from hubaoti.server.shapes import Json
+from hubaoti.server.request import ApiRequest, Body
+from hubaoti.server.serializers import Json
 from hubaoti.server.uploads import LFS_SUFFIXES
-from hubaoti.server.words import RepoId
+from hubaoti.server.validation import RepoId
 
 _SDKS = ("docker", "gradio", "static", "streamlit")
 
 
-def create(ask: Ask, body: Body) -> Response:
+def view_create(ask: ApiRequest, body: Body) -> Response:
     """Make a repo with its first commit; 409 says where the one of this name is."""
-    repo_id = _named(ask, body)
+    repo_id = _read_repo_id(ask, body)
     url = f"{ask.base}/{repo_id.page}"
-    private = bool(_private(body))
-    changes = _first_files(ask, repo_id, body)
+    private = bool(_read_visibility(body))
+    changes = _make_first_files(ask, repo_id, body)
     with ask.hub.database.writing() as db:
         if repos.find(db, repo_id):
-            raise Problem(409, f"You already created this {repo_id.kind} repo", more={"url": url})
-        repos.create(db, repo_id, private)
+            raise ServerError(
+                409, f"You already created this {repo_id.kind} repo", more={"url": url}
+            )
+        repos.create_repo(db, repo_id, private)
         ask.hub.history.begin(db, ask.repo(db, repo_id), changes)
     return JSONResponse({"url": url, "name": repo_id.full_name, "id": repo_id.full_name})
 
 
-def _named(ask: Ask, body: Body) -> RepoId:
+def _read_repo_id(ask: ApiRequest, body: Body) -> RepoId:
     name, owner = body.get("name"), body.get("organization")
     full = f"{owner}/{name}" if owner and isinstance(name, str) else name
-    return words.repo_id(body.get("type") or "model", full, ask.hub.user)
+    return validation.parse_repo_id(body.get("type") or "model", full, ask.hub.user)
 
 
-def _private(body: Body) -> bool | None:
+def _read_visibility(body: Body) -> bool | None:
     """What a body says about who may read; None when it says nothing."""
-    said = body.get("visibility", body.get("private"))
+    visibility = body.get("visibility", body.get("private"))
     meanings = {"private": True, "public": False, True: True, False: False, None: None}
-    if not isinstance(said, str | bool | None) or said not in meanings:
-        raise malformed(f"Visibility must be public or private, not {said!r}")
-    return meanings[said]
+    if not isinstance(visibility, str | bool | None) or visibility not in meanings:
+        raise malformed_request(f"Visibility must be public or private, not {visibility!r}")
+    return meanings[visibility]
 
 
-def _first_files(ask: Ask, repo_id: RepoId, body: Body) -> tuple[trees.Change, ...]:
+def _make_first_files(ask: ApiRequest, repo_id: RepoId, body: Body) -> tuple[trees.TreeChange, ...]:
     patterns = "".join(f"*{s} filter=lfs diff=lfs merge=lfs -text\n" for s in sorted(LFS_SUFFIXES))
     files = {".gitattributes": patterns}
     if repo_id.kind == "space":
         sdk = body.get("sdk")
         if sdk not in _SDKS:
-            raise malformed(f"A Space's sdk is one of {', '.join(_SDKS)}, not {sdk!r}")
+            raise malformed_request(f"A Space's sdk is one of {', '.join(_SDKS)}, not {sdk!r}")
         files["README.md"] = f"---\ntitle: {repo_id.name}\nsdk: {sdk}\n---\n"
-    return tuple(_put(ask, path, content.encode()) for path, content in files.items())
+    return tuple(_store_file(ask, path, content.encode()) for path, content in files.items())
 
 
-def _put(ask: Ask, path: str, content: bytes) -> trees.Put:
-    return trees.Put(path, trees.regular(content, ask.hub.objects.put(content)))
+def _store_file(ask: ApiRequest, path: str, content: bytes) -> trees.Put:
+    return trees.Put(path, trees.make_regular_entry(content, ask.hub.objects.put(content)))
 
 
-def delete(ask: Ask, body: Body) -> Response:
-    """Delete a repo."""
+def view_delete(ask: ApiRequest, body: Body) -> Response:
+    """Delete a repo with its refs and commits; 404 where there is none."""
     with ask.hub.database.writing() as db:
-        repos.delete(db, ask.repo(db, _named(ask, body)))
+        repos.delete_repo(db, ask.repo(db, _read_repo_id(ask, body)))
     return PlainTextResponse("OK")
 
 
-def move(ask: Ask, body: Body) -> Response:
+def view_move(ask: ApiRequest, body: Body) -> Response:
     """Give a repo another name; the old one is free again."""
     kind = body.get("type") or "model"
-    old, new = (words.repo_id(kind, body.get(key), ask.hub.user) for key in ("fromRepo", "toRepo"))
+    old, new = (
+        validation.parse_repo_id(kind, body.get(key), ask.hub.user)
+        for key in ("fromRepo", "toRepo")
+    )
     with ask.hub.database.writing() as db:
-        repos.move(db, ask.repo(db, old), new)
+        repos.move_repo(db, ask.repo(db, old), new)
     return JSONResponse({"url": f"{ask.base}/{new.page}"})
 
 
-def settings(ask: Ask, body: Body) -> Response:
+def update_settings(ask: ApiRequest, body: Body) -> Response:
     """Make a repo private or public; nothing else can be set."""
-    private = _private(body)
+    private = _read_visibility(body)
     if body.get("gated"):
-        raise malformed("Gated repos are not supported by this endpoint")
+        raise malformed_request("Gated repos are not supported by this endpoint")
     with ask.hub.database.writing() as db:
         repo = ask.repo(db)
         if private is not None:
@@ -91,7 +96,7 @@ def settings(ask: Ask, body: Body) -> Response:
     return JSONResponse({"private": now_private, "gated": False})
 
 
-def describe(ask: Ask) -> Response:
+def view_repo(ask: ApiRequest) -> Response:
     """All about a repo, at a revision or at its main branch."""
     query = ask.request.query_params
     revision = ask.word("revision") if "revision" in ask.request.path_params else "main"
@@ -99,58 +104,72 @@ def describe(ask: Ask) -> Response:
         repo = ask.repo(db)
         oid = repos.resolve(db, repo, revision)
         head, tree = ask.hub.history.revision(db, repo, oid), ask.hub.history.tree(db, repo, oid)
-    said = shapes.repo(repo, head) | shapes.files(tree, blobs=ask.flag("blobs"))
-    return JSONResponse(shapes.chosen(said, expand=set(query.getlist("expand"))))
+    facts = serializers.serialize_repo(repo, head) | serializers.serialize_files(
+        tree, blobs=ask.flag("blobs")
+    )
+    return JSONResponse(serializers.choose_properties(facts, expand=set(query.getlist("expand"))))
 
 
-def search(ask: Ask) -> Response:
+def search(ask: ApiRequest) -> Response:
     """The list of repos of a kind: filtered, sorted, in pages."""
     kind = ask.request.path_params["kind"]
     query = Query.parse(ask.request.query_params)
     with ask.hub.database.reading() as db:
-        found = [_head(ask, db, repo) for repo in _visible(ask, db, words.KINDS[kind])]
-        page, following = page_of(found, query)
+        found = [
+            _serialize_head(ask, db, repo)
+            for repo in _list_visible(ask, db, validation.KINDS[kind])
+        ]
+        page, following = list_page(found, query)
         if query.wants_files:
-            page = [said | _files(ask, db, words.KINDS[kind], said) for said in page]
+            page = [
+                facts | _serialize_repo_files(ask, db, validation.KINDS[kind], facts)
+                for facts in page
+            ]
     headers = ask.next_page(f"/api/{kind}", cursor=following) if following is not None else None
-    return JSONResponse([query.shown(said) for said in page], headers=headers)
+    return JSONResponse([query.shown(facts) for facts in page], headers=headers)
 
 
-def _visible(ask: Ask, db: Connection, kind: str) -> list[Repo]:
-    return [repo for repo in repos.every(db, kind) if ask.trusted or not repo.private]
+def _list_visible(ask: ApiRequest, db: Connection, kind: str) -> list[Repo]:
+    return [repo for repo in repos.list_repos(db, kind) if ask.trusted or not repo.private]
 
 
-def _head(ask: Ask, db: Connection, repo: Repo) -> Json:
-    return shapes.repo(repo, ask.hub.history.revision(db, repo, repos.head(db, repo, "main")))
+def _serialize_head(ask: ApiRequest, db: Connection, repo: Repo) -> Json:
+    return serializers.serialize_repo(
+        repo, ask.hub.history.revision(db, repo, repos.find_head(db, repo, "main"))
+    )
 
 
-def _files(ask: Ask, db: Connection, kind: str, said: Json) -> Json:
-    repo = ask.repo(db, words.repo_id(kind, said["id"], ask.hub.user))
-    return shapes.files(ask.hub.history.tree(db, repo, said["sha"]))
+def _serialize_repo_files(ask: ApiRequest, db: Connection, kind: str, facts: Json) -> Json:
+    repo = ask.repo(db, validation.parse_repo_id(kind, facts["id"], ask.hub.user))
+    return serializers.serialize_files(ask.hub.history.tree(db, repo, facts["sha"]))
 
 
-def storage(ask: Ask) -> Response:
+def view_storage(ask: ApiRequest) -> Response:
     """What takes how much room: all repos, or those of one owner."""
     owner = ask.word("owner") if "owner" in ask.request.path_params else None
     with ask.hub.database.reading() as db:
-        found = [repo for kind in words.KINDS.values() for repo in repos.every(db, kind)]
-        said = [_stored(ask, db, repo) for repo in found if owner in {None, repo.id.owner}]
-    total = sum(repo["storage"] for repo in said) or 1
-    return JSONResponse([repo | {"storagePercent": 100 * repo["storage"] / total} for repo in said])
+        found = [repo for kind in validation.KINDS.values() for repo in repos.list_repos(db, kind)]
+        stored = [
+            _serialize_storage(ask, db, repo) for repo in found if owner in {None, repo.id.owner}
+        ]
+    total = sum(repo["storage"] for repo in stored) or 1
+    return JSONResponse(
+        [repo | {"storagePercent": 100 * repo["storage"] / total} for repo in stored]
+    )
 
 
-def _stored(ask: Ask, db: Connection, repo: Repo) -> Json:
-    head = _head(ask, db, repo)
+def _serialize_storage(ask: ApiRequest, db: Connection, repo: Repo) -> Json:
+    head = _serialize_head(ask, db, repo)
     return {
         "id": repo.id.full_name,
         "type": repo.id.kind,
         "updatedAt": head["lastModified"],
         "visibility": "private" if repo.private else "public",
-        "storage": shapes.storage(ask.hub.history.tree(db, repo, head["sha"])),
+        "storage": serializers.count_storage(ask.hub.history.tree(db, repo, head["sha"])),
     }
 
 
-def auth_check(ask: Ask) -> Response:
+def check_auth(ask: ApiRequest) -> Response:
     """Whether the repo is there, for this client."""
     with ask.hub.database.reading() as db:
         ask.repo(db)

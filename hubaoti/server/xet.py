@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import lz4.frame  # type: ignore[import-untyped]  # lz4 ships no types
 
-from hubaoti.server.merkle import hash_text
+from hubaoti.server.merkle import format_hash
 
 MAX_XORB = 80 * 2**20
 """A xorb's bytes at most: hf_xet's limit is 64 MiB before its headers."""
@@ -58,14 +58,14 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class File:
+class XetFile:
     """A file as its segments, and the digest that its sender gives it."""
 
     sha256: str | None
     segments: tuple[Segment, ...]
 
 
-def chunks_of(xorb: BinaryIO, size: int) -> list[Chunk]:
+def read_chunks(xorb: BinaryIO, size: int) -> list[Chunk]:
     """The chunks of a serialized xorb, by their heads; a footer may follow them.
 
     Raises:
@@ -74,10 +74,10 @@ def chunks_of(xorb: BinaryIO, size: int) -> list[Chunk]:
     found: list[Chunk] = []
     offset = 0
     while offset < size:
-        head = _at(xorb, offset, _CHUNK_HEAD)
+        head = _read_exactly(xorb, offset, _CHUNK_HEAD)
         if head.startswith(_FOOTER):
             break
-        chunk = _chunk(head, offset)
+        chunk = _parse_chunk_head(head, offset)
         offset += _CHUNK_HEAD + chunk.stored
         if offset > size or len(found) == _MAX_CHUNKS:
             raise BadXet(f"the xorb's chunk {len(found)} leaves its bounds")
@@ -93,7 +93,7 @@ def read_chunk(xorb: BinaryIO, offset: int) -> bytes:
     Raises:
         BadXet: they do not unpack to the length that the head names.
     """
-    chunk = _chunk(_at(xorb, offset, _CHUNK_HEAD), offset)
+    chunk = _parse_chunk_head(_read_exactly(xorb, offset, _CHUNK_HEAD), offset)
     stored = xorb.read(chunk.stored)
     if chunk.scheme == 0:
         content = stored
@@ -106,7 +106,7 @@ def read_chunk(xorb: BinaryIO, offset: int) -> bytes:
     return content
 
 
-def _at(file: BinaryIO, offset: int, length: int) -> bytes:
+def _read_exactly(file: BinaryIO, offset: int, length: int) -> bytes:
     file.seek(offset)
     found = file.read(length)
     if len(found) != length:
@@ -114,7 +114,7 @@ def _at(file: BinaryIO, offset: int, length: int) -> bytes:
     return found
 
 
-def _chunk(head: bytes, offset: int) -> Chunk:
+def _parse_chunk_head(head: bytes, offset: int) -> Chunk:
     stored, length = int.from_bytes(head[1:4], "little"), int.from_bytes(head[5:8], "little")
     scheme = head[4]
     sane = 0 < stored <= 2 * _MAX_CHUNK and 0 < length <= _MAX_CHUNK
@@ -142,7 +142,7 @@ def _ungroup(planes: bytes) -> bytes:
     return bytes(content)
 
 
-def files_of(shard: bytes) -> Iterator[File]:
+def read_files(shard: bytes) -> Iterator[XetFile]:
     """The files that a shard describes.
 
     Raises:
@@ -153,11 +153,11 @@ def files_of(shard: bytes) -> Iterator[File]:
     rows = _Rows(shard)
     while (head := rows.next())[:32] != _END:
         flags, count = struct.unpack_from("<II", head, 32)
-        segments = tuple(_segment(rows.next()) for _ in range(count))
+        segments = tuple(_parse_segment(rows.next()) for _ in range(count))
         if flags & _HAS_VERIFICATION:
             rows.skip(count)
-        sha256 = hash_text(rows.next()) if flags & _HAS_SHA256 else None
-        yield File(sha256, segments)
+        sha256 = format_hash(rows.next()) if flags & _HAS_SHA256 else None
+        yield XetFile(sha256, segments)
 
 
 class _Rows:
@@ -178,6 +178,6 @@ class _Rows:
         self._offset += count * _ROW
 
 
-def _segment(row: bytes) -> Segment:
+def _parse_segment(row: bytes) -> Segment:
     _, length, first, last = struct.unpack_from("<IIII", row, 32)
-    return Segment(hash_text(row), length, first, last)
+    return Segment(format_hash(row), length, first, last)

@@ -10,34 +10,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import HubaotiError
-from hubaoti.extras import require
-from hubaoti.host import Host, probe
+from hubaoti.host.extras import require
+from hubaoti.host.probe import Host, probe_host
 from hubaoti.hub.client import HubClient
-from hubaoti.hub.fleet import (
-    Offer,
-    branch_catalogs,
-    chosen_of,
-    device_in,
-    first_catalog,
-    pull_fleet,
-    pulled_before,
-)
-from hubaoti.hub.foreign import Fetched, fetch, packages_in
-from hubaoti.hub.foreign import NoDigests as NoDigests
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import Puller
+from hubaoti.hub.pull_all import (
+    Offer,
+    artifact_device,
+    choose_artifacts,
+    find_pulled,
+    pull_fleet,
+    read_branch_catalogs,
+    read_revision_catalog,
+)
 from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
+from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
-from hubaoti.steps import Say, silent
-from hubaoti.variant import Recipe
+from hubaoti.spaces.unsigned.fetch import Fetched, fetch_packages, find_packages
+from hubaoti.spaces.unsigned.fetch import NoDigests as NoDigests
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from hubaoti.runtime.waiting import Deferred
-    from hubaoti.spaces.worker import Plan
+    from hubaoti.spaces.deferred import Deferred
+    from hubaoti.spaces.worker import WorkerPlan
 
 
 def load(  # noqa: PLR0913 - a face of keywords
@@ -51,7 +51,7 @@ def load(  # noqa: PLR0913 - a face of keywords
     strict: bool = False,
     ops: Sequence[str] = (),
     settings: Settings | None = None,
-    say: Say = silent,
+    progress: Progress = report_nothing,
 ) -> Deferred:
     """Have a repo's graphs answer for a module, in each process that calls it.
 
@@ -76,41 +76,41 @@ def load(  # noqa: PLR0913 - a face of keywords
     """
     require("spaces.load", "run")
     settings = settings or Settings.from_env()
-    ref = reference(repo, revision)
-    from hubaoti.runtime.attach import refuse_attached
-    from hubaoti.runtime.waiting import nothing
+    ref = _parse_reference(repo, revision)
+    from hubaoti.attachment.attach import refuse_attached
+    from hubaoti.spaces.deferred import defer_nothing
 
     refuse_attached(module)
     if not settings.graphs:
-        return nothing(module)
-    from hubaoti.runtime.ops import register
+        return defer_nothing(module)
+    from hubaoti.runtime.custom_ops import register_ops
 
-    register(ops)
-    host = probe(settings)
-    asked = None if recipe is None else Recipe.parse(recipe)
+    register_ops(ops)
+    host = probe_host(settings)
+    wanted = None if recipe is None else Recipe.parse(recipe)
     with Mirror.open(settings.mirror) as mirror:
         puller = Puller(
             mirror=mirror,
-            client=HubClient(settings, say),
+            client=HubClient(settings, progress),
             trusted=Trust(settings.trust),
             host=host,
-            recipe=asked,
+            recipe=wanted,
             trust=trust,
-            say=say,
+            progress=progress,
         )
-        found = brought(puller, ref, module, variant)
-    say("plan")
+        found = _pull_candidates(puller, ref, module, variant)
+    progress("plan")
     if isinstance(found, Fetched):
-        from hubaoti.spaces import loose
+        from hubaoti.spaces.unsigned import load
 
-        return loose.deferred(module, found, host, settings, strict=strict, ops=ops)
-    from hubaoti.spaces.worker import deferred
+        return load.defer_unsigned(module, found, host, settings, strict=strict, ops=ops)
+    from hubaoti.spaces.worker import defer_artifacts
 
-    plans = plans_of(module, found)
-    return deferred(module, plans, host, settings, strict=strict, recipe=asked, ops=ops)
+    plans = plan_modules(module, found)
+    return defer_artifacts(module, plans, host, settings, strict=strict, recipe=wanted, ops=ops)
 
 
-def reference(repo: str, revision: str | None) -> RepoRef:
+def _parse_reference(repo: str, revision: str | None) -> RepoRef:
     """The repo, at a revision that may stand in its name or beside it.
 
     Raises:
@@ -119,7 +119,7 @@ def reference(repo: str, revision: str | None) -> RepoRef:
     return RepoRef.parse(repo) if revision is None else RepoRef(repo, revision)
 
 
-def brought(
+def _pull_candidates(
     puller: Puller, ref: RepoRef, module: nn.Module, variant: str | None
 ) -> tuple[Offer, ...] | Fetched:
     """The artifacts that may serve a module on this host, in the mirror; or packages of others.
@@ -128,45 +128,48 @@ def brought(
         HubaotiError: as `pull` raises.
     """
     if puller.client.is_offline:
-        return pulled_before(puller, ref)
-    catalogs, kinds = [first_catalog(puller, ref)], kinds_for(module, puller.host)
-    if not catalogs[0].artifacts and (packages := packages_in(catalogs[0], variant)):
-        return fetch(puller, ref, catalogs[0], packages, variant)
-    found = {device_in(each) for each in chosen_of(puller, catalogs[0], kinds)}
+        return find_pulled(puller, ref)
+    catalogs, kinds = (
+        [read_revision_catalog(puller, ref)],
+        _choose_device_kinds(module, puller.host),
+    )
+    if not catalogs[0].artifacts and (packages := find_packages(catalogs[0], variant)):
+        return fetch_packages(puller, ref, catalogs[0], packages, variant)
+    found = {artifact_device(each) for each in choose_artifacts(puller, catalogs[0], kinds)}
     if ref.revision is None and found != kinds:
-        catalogs += branch_catalogs(puller, ref)
+        catalogs += read_branch_catalogs(puller, ref)
     return pull_fleet(puller, ref, catalogs, kinds)
 
 
-def kinds_for(module: nn.Module, host: Host) -> frozenset[str]:
+def _choose_device_kinds(module: nn.Module, host: Host) -> frozenset[str]:
     """The kinds of device on which a module may be called on this host.
 
     One that is on the CPU now may be moved by a worker that has a GPU.
     """
-    from hubaoti.runtime.planned import kind_of
+    from hubaoti.attachment.served_modules import device_kind
 
-    if kind_of(module) == "cuda":
+    if device_kind(module) == "cuda":
         return frozenset({"cuda"})
     has_cuda = host.torch is not None and host.torch.cuda is not None
     return frozenset({"cpu", "cuda"} if has_cuda else {"cpu"})
 
 
-def plans_of(module: nn.Module, offers: Sequence[Offer]) -> list[Plan]:
+def plan_modules(module: nn.Module, offers: Sequence[Offer]) -> list[WorkerPlan]:
     """Which modules each artifact serves; those of other models are left out.
 
     Raises:
         OtherProgram, MissingConstant, BadRequest: all are of other models.
     """
-    from hubaoti.compiler.program import is_program_of
-    from hubaoti.runtime.planned import planned
-    from hubaoti.spaces.worker import Plan
+    from hubaoti.attachment.served_modules import find_served_modules
+    from hubaoti.program.identity import matches_program
+    from hubaoti.spaces.worker import WorkerPlan
 
     plans, problems = [], []
     for offer in offers:
         manifest = offer.artifact.manifest
         try:
-            known = is_program_of(module, manifest.program, manifest.is_whole)
-            plans.append(Plan(offer, tuple(planned(module, manifest)), known))
+            known = matches_program(module, manifest.program, manifest.is_whole)
+            plans.append(WorkerPlan(offer, tuple(find_served_modules(module, manifest)), known))
         except HubaotiError as why:
             problems.append(why)
     if not plans:

@@ -1,0 +1,30 @@
+"""The verbs: where compiler, runtime, mirror and hub work together.
+
+Nothing heavy is imported before a verb needs it: `pull` works without torch, a warm one without the
+Hub's client.
+"""
+
+from __future__ import annotations
+
+from hubaoti.api.attaching import attach, detach, get_artifact, put
+from hubaoti.api.compiling import Explanation, capture, compile, explain
+from hubaoti.api.publishing import pull, push
+from hubaoti.api.texts import Answer, eager, load, recall_task_and_dtype, run
+
+__all__ = [
+    "Answer",
+    "Explanation",
+    "attach",
+    "capture",
+    "compile",
+    "detach",
+    "eager",
+    "explain",
+    "get_artifact",
+    "load",
+    "pull",
+    "push",
+    "put",
+    "recall_task_and_dtype",
+    "run",
+]

@@ -1,0 +1,129 @@
+"""The verbs that give a module its graphs, and take them away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hubaoti.api.publishing import pull
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.errors import BadRequest
+from hubaoti.host.extras import require
+from hubaoti.mirror import Artifact, Mirror
+from hubaoti.progress import Progress, report_nothing
+from hubaoti.runtime.first_open import require_sound
+from hubaoti.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hubaoti.attachment.attach import Attachment
+    from hubaoti.hub.pull import Pulled
+
+
+def attach(  # noqa: PLR0913 - a face of keywords
+    module: nn.Module,
+    artifact: Artifact | Pulled | Bundle | Path | str,
+    *,
+    strict: bool = False,
+    quantize: bool = False,
+    trust: bool = False,
+    ops: Sequence[str] = (),
+    settings: Settings | None = None,
+    progress: Progress = report_nothing,
+) -> Attachment:
+    """Have an artifact's graphs answer for the regions of a module; all else about it stays.
+
+    `artifact` is one of the mirror, a bundle or its folder, or a repo to pull. The module's
+    tensors are bound by reference. What no graph serves is answered by the module itself, counted,
+    and warned of once for each reason; with `strict` it raises `NotServed`. A module that has no
+    config, or other code than was compiled, or of which code or attributes were patched, answers
+    the first call of each graph itself, and the graph's answer is compared. Of a PeftModel it is
+    the model within.
+
+    Of an artifact that was compiled with `--quantize`, the graphs make quantized weights of the
+    module's, which then has both. With `quantize`, the module gives its own up and is smaller: what
+    it answers itself is of the quantized weights too, and stays so after `detach`.
+
+    `ops` are modules of the caller's that register the ops which graphs call, as "my.ops". They are
+    imported here, and wherever a graph is tried before it is opened here.
+
+    Raises:
+        OtherProgram: the module's config says that it computes something else.
+        MissingConstant: it lacks tensors that the graphs need; all are named, nothing was touched.
+        AlreadyAttached: it has graphs already.
+        BadRequest: `quantize` is asked of an artifact without quantized weights, or of layers that
+            are no plain Linears.
+        DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
+        Quarantined: a graph crashed or differed when it was first opened, in its own process.
+        MissingOps, NotTried, CannotOpen: it could not be opened there, and is not opened here.
+    """
+    settings = settings or Settings.from_env()
+    if settings.graphs:
+        require("attach", "run")
+    from hubaoti.attachment import attach as runtime
+    from hubaoti.program.adapters import unwrap_peft
+    from hubaoti.program.identity import matches_program
+    from hubaoti.program.source_scan import use_scan_cache
+
+    if not settings.graphs:
+        return runtime.attach_nothing(module)
+    module = unwrap_peft(module)
+    found = get_artifact(artifact, trust, settings, progress)
+    manifest = found.manifest
+    with Mirror.open(settings.mirror) as mirror:
+        with use_scan_cache(mirror.index):
+            known = matches_program(module, manifest.program, manifest.is_whole)
+        progress("open")
+        require_sound(
+            found, mirror, runtime.find_module_device(module, manifest.target.device), progress, ops
+        )
+    parts = runtime.Parts(manifest, found.path, found.graph_folder)
+    return runtime.attach_graphs(module, parts, strict=strict, tries=not known, quantize=quantize)
+
+
+def detach(module: nn.Module) -> None:
+    """Give a module everything back that `attach` took.
+
+    Raises:
+        NotAttached: nothing was attached to it.
+    """
+    from hubaoti.attachment import attach as runtime
+    from hubaoti.program.adapters import unwrap_peft
+
+    runtime.detach_graphs(unwrap_peft(module))
+
+
+def get_artifact(
+    artifact: Artifact | Pulled | Bundle | Path | str,
+    trust: bool,
+    settings: Settings,
+    progress: Progress,
+) -> Artifact:
+    """An artifact of the mirror, by whatever it is called.
+
+    Raises:
+        BadRequest: it is called by a folder's name as a text, which is a repo's; else as `pull`.
+    """
+    if isinstance(artifact, Artifact):
+        return artifact
+    if isinstance(artifact, Path):
+        artifact = Bundle.read(artifact)
+    if isinstance(artifact, str):
+        if artifact.count("/") != 1 and Path(artifact).is_dir():
+            raise BadRequest(
+                f"{artifact!r:.120} names a repo of the Hub, and here is a folder of that name",
+                hint=f"for the bundle in it give pathlib.Path({artifact!r:.120})",
+            )
+        artifact = pull(artifact, trust=trust, settings=settings, progress=progress)
+    if not isinstance(artifact, Bundle):
+        return artifact.artifact
+    with Mirror.open(settings.mirror) as mirror:
+        return mirror.artifact(artifact.manifest.digest) or put(artifact, mirror)
+
+
+def put(bundle: Bundle, mirror: Mirror) -> Artifact:
+    """A bundle's files in the mirror, each hashed on its way."""
+    files = {file.path: bundle.path / file.path for file in bundle.manifest.all_files()}
+    return mirror.put(bundle.manifest, files)

@@ -1,0 +1,73 @@
+"""The verbs that reach a Hub: push a bundle, pull what fits this host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.variant import Recipe
+from hubaoti.host.probe import probe_host
+from hubaoti.hub.layout import ArtifactPath, RepoRef
+from hubaoti.progress import Progress, report_nothing
+from hubaoti.settings import Settings
+
+if TYPE_CHECKING:
+    from hubaoti.hub.pull import Pulled
+    from hubaoti.hub.push import Commit
+
+
+def push(  # noqa: PLR0913 - a face of keywords
+    bundle: Bundle | str | Path,
+    repo: str,
+    *,
+    tag: str | None = None,
+    label: str | None = None,
+    private: bool = False,
+    layout: str | None = None,
+    settings: Settings | None = None,
+    progress: Progress = report_nothing,
+) -> Commit:
+    """Publish a bundle in one commit; the repo is made when there is none.
+
+    With the layout `zerogpu` it goes to the branch `zerogpu/<recipe>/<variant>`, as a `package/`
+    that `spaces.aoti_load` and `aokit` read.
+
+    Raises:
+        BadRequest: the graphs do not answer without hubaoti, as that layout's loaders ask them.
+        DigestMismatch: a file of the bundle is not the one its manifest names.
+        Conflict: the path or the tag is taken; AuthFailed, HubUnreachable: of the Hub.
+    """
+    from hubaoti.hub.push import Destination
+    from hubaoti.hub.push import push_bundle as push_to
+
+    settings = settings or Settings.from_env()
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(Path(bundle))
+    place = Destination(RepoRef.parse(repo), tag=tag, label=label, private=private, layout=layout)
+    return push_to(bundle, place, settings, progress)
+
+
+def pull(
+    repo: str,
+    *,
+    recipe: str | None = None,
+    path: str | None = None,
+    trust: bool = False,
+    settings: Settings | None = None,
+    progress: Progress = report_nothing,
+) -> Pulled:
+    """The artifact of `owner/name[@revision]` that fits this host best, verified, in the mirror.
+
+    Or the one at `path`, its `<recipe>/<variant>`, which needs no torch to be fetched.
+
+    Raises:
+        NoMatch: none fits, with every reason; NoArtifact: the repo has none, or none at `path`.
+        Untrusted: its publisher is not trusted here; `trust=True` remembers that it is.
+    """
+    from hubaoti.hub.pull import pull_artifact as pull_from
+
+    settings = settings or Settings.from_env()
+    asked = None if recipe is None else Recipe.parse(recipe)
+    place = None if path is None else ArtifactPath.parse(path)
+    ref, host = RepoRef.parse(repo), probe_host(settings)
+    return pull_from(ref, settings, host, recipe=asked, place=place, trust=trust, progress=progress)

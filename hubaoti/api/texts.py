@@ -1,0 +1,158 @@
+"""The verbs that answer texts: by a graph, or by transformers beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hubaoti.api.publishing import pull
+from hubaoti.host.extras import require
+from hubaoti.hub.layout import RepoRef
+from hubaoti.hub.model_download import EAGER_FILES, RUN_FILES, fetch_model_files
+from hubaoti.mirror import Artifact, Mirror
+from hubaoti.program.model_files import padding_id, refuse_other_program
+from hubaoti.progress import Progress, report_nothing
+from hubaoti.runtime.first_open import refuse_parts, require_sound
+from hubaoti.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from hubaoti.host.match import Verdict
+    from hubaoti.runtime.text import TextModel
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model says to texts: `values` has one row a text, on the CPU."""
+
+    task: str
+    values: torch.Tensor
+
+
+def run(  # noqa: PLR0913 - a face of keywords
+    repo: str,
+    model: str | Path,
+    texts: Sequence[str],
+    *,
+    recipe: str | None = None,
+    trust: bool = False,
+    device: str | None = None,
+    ops: Sequence[str] = (),
+    settings: Settings | None = None,
+    progress: Progress = report_nothing,
+) -> Answer:
+    """Pull, open and call: the answers of a repo's graph over a model's weights.
+
+    Raises:
+        HubaotiError: as `pull` and `load` do; OutOfBounds: a text is too long for the graph.
+    """
+    require("run", "run")
+    settings = settings or Settings.from_env()
+    pulled = pull(repo, recipe=recipe, trust=trust, settings=settings, progress=progress)
+    where = device or visible_device(pulled.verdict)
+    opened = load(
+        pulled.artifact, model, device=where, ops=ops, settings=settings, progress=progress
+    )
+    progress("run")
+    return Answer(pulled.artifact.manifest.program.task, opened(texts))
+
+
+def load(  # noqa: PLR0913 - a face of keywords
+    artifact: Artifact,
+    model: str | Path,
+    *,
+    device: str | None = None,
+    revision: str | None = None,
+    ops: Sequence[str] = (),
+    settings: Settings | None = None,
+    progress: Progress = report_nothing,
+) -> TextModel:
+    """Open an artifact over a model's tokenizer and weights: texts in, tensors out.
+
+    `ops` are as `attach` has them.
+
+    Raises:
+        DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
+        OtherProgram: the model's config says something else than the graph computes.
+        MissingConstant: the model's checkpoint lacks a tensor that the graph reads.
+        Quarantined: the graph crashed or differed when it was first opened, in its own process.
+        MissingOps, NotTried, CannotOpen: it could not be opened there, and is not opened here.
+    """
+    require("load", "run")
+    settings = settings or Settings.from_env()
+    refuse_parts(artifact)
+    folder, _ = fetch_model_files(model, revision, RUN_FILES, settings, progress)
+    refuse_other_program(folder, artifact.manifest.program)
+    progress("torch")  # importing it takes longer than all the rest
+    from hubaoti.runtime.graph import choose_graph_device, open_graph
+    from hubaoti.runtime.text import TextEncoder, TextModel
+    from hubaoti.runtime.weights import Checkpoint, load_constants
+
+    progress("open")
+    where = choose_graph_device(artifact.manifest.target.device, device)
+    entry = artifact.manifest.graphs[0]
+    with Mirror.open(settings.mirror) as mirror:
+        require_sound(artifact, mirror, where, progress, ops)
+    graph = open_graph(artifact.graph_folder(entry), entry, where)
+    progress("bind")
+    graph.bind(load_constants(entry, artifact.path, Checkpoint(folder, where), where))
+    return TextModel(graph, TextEncoder(folder, padding_id(artifact.manifest.program)))
+
+
+def visible_device(verdict: Verdict) -> str | None:
+    """The GPU that an artifact was judged to fit; None is the first of those that torch sees.
+
+    A verdict counts all GPUs of the host, torch those that CUDA_VISIBLE_DEVICES shows: where it
+    shows fewer, nothing is said.
+    """
+    if not verdict.device:
+        return None
+    import torch
+
+    return f"cuda:{verdict.device}" if verdict.device < torch.cuda.device_count() else None
+
+
+def eager(
+    model: str | Path,
+    texts: Sequence[str],
+    *,
+    repo: str | None = None,
+    settings: Settings | None = None,
+    progress: Progress = report_nothing,
+) -> Answer:
+    """The same answers through transformers, for comparison; nothing compiled is opened.
+
+    Task and dtype are those of the artifact that was pulled from `repo`, if one was, else what the
+    model's files say.
+    """
+    require("eager", "compile", "run")
+    import torch
+
+    from hubaoti.compiler import from_config
+    from hubaoti.compiler.request import CompileRequest
+    from hubaoti.runtime.text import TextEncoder
+
+    settings = settings or Settings.from_env()
+    folder, _ = fetch_model_files(model, None, EAGER_FILES, settings, progress)
+    task, dtype = recall_task_and_dtype(repo, settings) if repo else (None, None)
+    progress("load")
+    asked = CompileRequest(task=task, dtype=dtype, regions="none")
+    whole = from_config.load_source(folder, asked, torch.device("cpu"), weights=True)
+    encoded = TextEncoder(folder, padding_id(whole.program)).encode(texts, high=whole.positions)
+    progress("run")
+    with torch.no_grad():
+        values = whole.model(encoded.input_ids, encoded.attention_mask)[0]
+    return Answer(whole.program.task, values)
+
+
+def recall_task_and_dtype(repo: str, settings: Settings) -> tuple[str | None, str | None]:
+    """Task and dtype of the artifact that was last pulled from a repo, and is still here."""
+    ref = RepoRef.parse(repo)
+    with Mirror.open(settings.mirror) as mirror:
+        for digest in mirror.index.pulled_from(settings.endpoint, ref.repo, ref.commit):
+            if artifact := mirror.artifact(digest):
+                return artifact.manifest.program.task, artifact.manifest.build.dtype
+    return None, None

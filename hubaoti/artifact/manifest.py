@@ -1,0 +1,370 @@
+"""The manifest: what an artifact holds, was built from, and needs (`hubaoti.json`).
+
+It is written as RFC 8785 canonical JSON, so that one artifact has one digest; a file that is not
+its own canonical form is refused. Everything here comes from outside sooner or later: types,
+patterns and cross-references are checked once, when a manifest is read, so nothing else has to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from hubaoti.artifact.canonical import encode_canonical
+from hubaoti.artifact.dim_expr import DimExpr
+from hubaoti.artifact.requirements import KernelPin, Requirements
+from hubaoti.artifact.schema import (
+    Build,
+    BuildRecord,
+    Cache,
+    Check,
+    Constant,
+    ConstantOrigin,
+    Direct,
+    File,
+    Golden,
+    Graph,
+    Input,
+    Member,
+    ModelSource,
+    Output,
+    Outputs,
+    Program,
+    Record,
+    Sha256,
+    Target,
+    Write,
+    compute_key,
+)
+from hubaoti.artifact.variant import Recipe, Variant
+from hubaoti.errors import BadManifest, BadRequest, NewerSchema
+from hubaoti.escape import LONGEST, escape_line
+
+__all__ = [
+    "FILENAME",
+    "LARGEST_MANIFEST",
+    "_SCHEMA",
+    "Build",
+    "BuildRecord",
+    "Cache",
+    "Check",
+    "Constant",
+    "Direct",
+    "File",
+    "Golden",
+    "Graph",
+    "Input",
+    "Manifest",
+    "Member",
+    "ConstantOrigin",
+    "Output",
+    "Outputs",
+    "Program",
+    "Record",
+    "ModelSource",
+    "Target",
+    "Write",
+    "compute_key",
+    "parse_manifest",
+    "label_recipe",
+    "find_oldest_schema",
+    "label_variant",
+]
+
+_SCHEMA = 2  # the newest that is read; what is written has the oldest that can say it
+FILENAME = "hubaoti.json"
+# An honest manifest is far below these: the one of an 80-layer model is some hundred kB.
+LARGEST_MANIFEST = 16 << 20  # bytes
+MOST_VALUES = 400_000  # of JSON
+MOST_GRAPHS = 4096
+_MOST_FILES = 10_000  # beside the graphs' packages
+MOST_MEMBERS = 50_000  # of all packages together
+_TOLD = 9  # problems that are told of one manifest
+# What is raised of a text that is no manifest, by msgspec, by ours and by the canonical form.
+_MALFORMED = (msgspec.MsgspecError, BadManifest, ValueError, RecursionError)
+
+
+class Manifest(Record, frozen=True, kw_only=True):
+    """All there is to know about an artifact."""
+
+    schema: int = 1
+    program: Program
+    build: Build
+    target: Target
+    key: Sha256
+    source: ModelSource
+    requires: Requirements
+    graphs: tuple[Graph, ...]
+    kernels: tuple[KernelPin, ...] = ()
+    files: tuple[File, ...] = ()
+    checks: tuple[Check, ...] = ()
+    built: BuildRecord
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the graphs were built, as a label; the user's own part of it is in the path only."""
+        return label_recipe(self.build)
+
+    @property
+    def variant(self) -> Variant:
+        """The kind of host the graphs were built for, as a label."""
+        return label_variant(self.target)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its one graph is a whole model, which answers without the model's own code."""
+        return len(self.graphs) == 1 and self.graphs[0].modules == ("",)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the artifact's files, the manifest left out."""
+        return sum(file.size for file in self.all_files())
+
+    def all_files(self) -> tuple[File, ...]:
+        """Every file beside the manifest: the graphs' packages, then the small tensors."""
+        packages = (File(path=g.file, sha256=g.sha256, size=g.size) for g in self.graphs)
+        return (*packages, *self.files)
+
+    def to_json(self) -> bytes:
+        """The canonical form; its sha256 is the artifact's digest."""
+        return encode_canonical(msgspec.to_builtins(self))
+
+    @property
+    def digest(self) -> str:
+        """The artifact's digest: the sha256, in hex, of its manifest's canonical form."""
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+
+def label_recipe(build: Build) -> Recipe:
+    """How graphs are built, as a label."""
+    return Recipe(build.dtype, build.attention, build.quantization)
+
+
+def label_variant(target: Target) -> Variant:
+    """The kind of host that graphs are built for, as a label."""
+    torch = ".".join(target.torch.split("+")[0].split(".")[:2])
+    return Variant(torch, target.cuda, target.sm, target.level, target.os)
+
+
+# msgspec learns a type when it is first used, and two threads that meet there end the process.
+msgspec.json.Decoder(Manifest)
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """Read a manifest that came from `where` (a path or URL, for messages).
+
+    Raises:
+        NewerSchema: it was written for a schema that this hubaoti does not know.
+        BadManifest: it is no manifest, not canonical, or contradicts itself.
+    """
+    hint = "compile the bundle again, or pull it again if it came from a repo"
+    if len(text) > LARGEST_MANIFEST:
+        raise BadManifest(
+            f"the manifest {where} is larger than {LARGEST_MANIFEST >> 20} MiB", hint=hint
+        )
+    if sum(text.count(sign) for sign in (b",", b"[", b"{")) > MOST_VALUES:
+        raise BadManifest(f"the manifest {where} has more than {MOST_VALUES} values", hint=hint)
+    try:
+        value = msgspec.json.decode(text)
+        _refuse_newer(value, where)
+        manifest = msgspec.convert(value, Manifest)
+        same = manifest.to_json() == text
+        problems = _find_contradictions(manifest) if same else []
+    except NewerSchema:
+        raise
+    except _MALFORMED as why:
+        raise BadManifest(f"{where} is not a manifest: {escape_line(str(why))}", hint=hint) from why
+    if not same:
+        raise BadManifest(f"{where} is not in canonical form: it was edited", hint=hint)
+    if manifest.key != compute_key(manifest.program, manifest.build, manifest.target):
+        problems.insert(0, "the key is not the one of its program, build and target")
+    if problems:
+        raise BadManifest(f"{where} contradicts itself: {_summarize_problems(problems)}", hint=hint)
+    return manifest
+
+
+def _summarize_problems(problems: Sequence[str]) -> str:
+    """Some of the problems, as many as a person reads."""
+    more = [f"and {len(problems) - _TOLD} more"] if len(problems) > _TOLD else []
+    return "; ".join([escape_line(problem, LONGEST) for problem in problems[:_TOLD]] + more)
+
+
+def _refuse_newer(value: Any, where: str) -> None:
+    """Say so when a newer hubaoti wrote this, before its fields look like nonsense."""
+    schema = value.get("schema") if isinstance(value, dict) else None
+    if isinstance(schema, int) and schema > _SCHEMA:
+        raise NewerSchema(
+            f"{where} has schema {escape_line(str(schema))}; this hubaoti reads up to {_SCHEMA}",
+            hint="upgrade hubaoti: pip install -U hubaoti",
+        )
+    if schema not in range(1, _SCHEMA + 1) or isinstance(schema, bool):
+        raise ValueError(f"schema is {schema!r:.80}, not 1 to {_SCHEMA}")
+
+
+def _find_contradictions(manifest: Manifest) -> list[str]:
+    """What cannot be true together; a good manifest has none."""
+    found = []
+    if not manifest.graphs:
+        found.append("it lists no graph")
+    if manifest.schema != (schema := find_oldest_schema(manifest.graphs)):
+        found.append(f"its schema is {manifest.schema}, what it says is of schema {schema}")
+    found += _find_excesses(manifest)
+    found += _find_unspeakable_labels(manifest)
+    found += _find_clashing_files(manifest)
+    found += _find_requirement_clashes(manifest)
+    for graph in manifest.graphs:
+        if not graph.modules:
+            found.append(f"{graph.id}: it serves no module")
+        found += _find_unknown_dims(graph)
+        found += _find_misplaced_cache(graph)
+        found += _find_bad_outputs(graph)
+    return found
+
+
+def find_oldest_schema(graphs: Iterable[Graph]) -> int:
+    """The oldest schema that can say what graphs take and leave."""
+    return 2 if any(_needs_second_schema(graph) for graph in graphs) else 1
+
+
+def _needs_second_schema(graph: Graph) -> bool:
+    """Whether a graph leaves something in its call, or its call has words of schema 2."""
+    args, kwargs = graph.call.get("args"), graph.call.get("kwargs")
+    templates = [args, {"dict": kwargs}, graph.outputs.template]
+    return graph.outputs.writes is not msgspec.UNSET or any(map(_has_new_words, templates))
+
+
+def _has_new_words(template: Any) -> bool:
+    """Whether a template has a dictionary whose keys are no words, or a float without a part."""
+    if isinstance(template, list):
+        return any(map(_has_new_words, template))
+    if not isinstance(template, dict):
+        return False
+    inner: Any = template.get("dict", template.get("fields", template.get("tuple", ())))
+    each = inner.values() if isinstance(inner, dict) else inner
+    new = "items" in template or "float" in template
+    return new or (isinstance(inner, (dict, list)) and any(map(_has_new_words, each)))
+
+
+def _find_excesses(manifest: Manifest) -> list[str]:
+    """What it lists so many of that each would cost whoever only reads it."""
+    counted = {
+        "graphs": (len(manifest.graphs), MOST_GRAPHS),
+        "files": (len(manifest.files), _MOST_FILES),
+        "members": (sum(len(graph.members) for graph in manifest.graphs), MOST_MEMBERS),
+    }
+    return [
+        f"it lists {count} {what}, at most {most} are read"
+        for what, (count, most) in counted.items()
+        if count > most
+    ]
+
+
+def _find_unspeakable_labels(manifest: Manifest) -> list[str]:
+    """A recipe or a variant that has no name, and so no path in a repo."""
+    found = []
+    for name in ("recipe", "variant"):
+        try:
+            getattr(manifest, name)
+        except BadRequest as error:
+            found.append(f"its {name}: {error}")
+    return found
+
+
+def _find_clashing_files(manifest: Manifest) -> list[str]:
+    """Paths that two files share, and constants from files that are not listed."""
+    paths = {file.path for file in manifest.all_files()}
+    listed = [*(file.path for file in manifest.all_files()), FILENAME]
+    ids = [graph.id for graph in manifest.graphs]
+    found = [f"{path} is listed twice" for path in _find_repeated_names(listed)]
+    found += [f"graph {name} is listed twice" for name in _find_repeated_names(ids)]
+    for graph in manifest.graphs:
+        members = [member.path for member in graph.members]
+        found += [
+            f"{graph.id}: member {path} is listed twice" for path in _find_repeated_names(members)
+        ]
+        files = {c.origin.file for c in graph.constants if c.origin.file}
+        found += [f"{graph.id}: constants from {f}, not listed" for f in sorted(files - paths)]
+    return found
+
+
+def _find_requirement_clashes(manifest: Manifest) -> list[str]:
+    """`requires` and `target` describe one host; where both speak they must agree."""
+    target, needs = manifest.target, manifest.requires
+    return [
+        f"target.{name} is {getattr(target, name)}, requires.{name} is {getattr(needs, name)}"
+        for name in ("device", "os", "level", "torch", "cuda", "sm")
+        if getattr(target, name) != getattr(needs, name)
+    ]
+
+
+def _find_unknown_dims(graph: Graph) -> list[str]:
+    """Dims that a shape names and the bounds do not, and bounds that are empty."""
+    extents = {size for entry in graph.inputs for size in entry.shape if isinstance(size, str)}
+    named = {dim for extent in extents for dim in DimExpr.parse(extent).dims}
+    found = [f"{graph.id}: dim {dim} has no bounds" for dim in sorted(named - {*graph.bounds})]
+    for dim, (low, high) in graph.bounds.items():
+        if not 0 <= low <= high or high == 0:
+            found.append(f"{graph.id}: dim {dim} is bounded by [{low}, {high}]")
+    for dim in sorted(graph.steps.keys() - graph.bounds.keys()):
+        found.append(f"{graph.id}: dim {dim} has a step and no bounds")
+    return found
+
+
+def _find_bad_outputs(graph: Graph) -> list[str]:
+    """Templates of answers, and of what is left in a call, that nothing can be made of."""
+    outputs = graph.outputs
+    writes = () if isinstance(outputs.writes, msgspec.UnsetType) else outputs.writes
+    templates = [outputs.template, *(item for write in writes for _, item in write.items)]
+    fine = all(_is_made_of(each, len(outputs.tensors), bool(writes)) for each in templates)
+    found = [] if fine else [f"{graph.id}: its answer is made of what is not there"]
+    if not all(write.into for write in writes):
+        found.append(f"{graph.id}: it leaves something nowhere")
+    return found
+
+
+def _is_made_of(template: Any, tensors: int, given: bool) -> bool:
+    """Whether a template is made of so many tensors and literals, or of what a call gives."""
+    if isinstance(template, list):
+        return all(_is_made_of(item, tensors, given) for item in template)
+    if not isinstance(template, dict):
+        return True
+    words = [word for word in template if word not in {"class", "order"}]
+    word = words[0] if len(words) == 1 else ""
+    inner = template.get(word)
+    if word == "tensor":
+        return type(inner) is int and 0 <= inner < tensors
+    if word == "given":
+        return given and isinstance(inner, list)
+    if word in {"dict", "fields"} and isinstance(inner, dict):
+        named = template.get("order", [*inner])
+        same = isinstance(named, list) and sorted(map(str, named)) == sorted(inner)
+        return same and all(_is_made_of(item, tensors, given) for item in inner.values())
+    if word == "items" and isinstance(inner, list):
+        pairs = all(isinstance(pair, list) and len(pair) == 2 for pair in inner)
+        return pairs and all(_is_made_of(item, tensors, given) for _, item in inner)
+    if word == "tuple":
+        return isinstance(inner, list) and _is_made_of(inner, tensors, given)
+    return word in {"float", "dtype", "device"} and isinstance(inner, str)
+
+
+def _find_misplaced_cache(graph: Graph) -> list[str]:
+    """Places of a cache where no such input is, or one that the graph would not write."""
+    if graph.cache is None:
+        return []
+    places = [graph.cache.keys, graph.cache.values]
+    if not all(index < len(graph.inputs) and graph.inputs[index].mutated for index in places):
+        return [f"{graph.id}: its cache is not among its mutated inputs"]
+    position = graph.cache.position
+    if position is not None and not position < len(graph.inputs):
+        return [f"{graph.id}: its cache has no position"]
+    return []
+
+
+def _find_repeated_names(names: list[str]) -> list[str]:
+    """The names that stand more than once, compared as a case-folding disk would."""
+    counted = Counter(name.casefold() for name in names)
+    return sorted(name for name, times in counted.items() if times > 1)

@@ -1,0 +1,154 @@
+"""What graphs could not serve, as `Attachment.save_misses` wrote it, and the dims that would have.
+
+Only sizes can be mended by compiling again. What else kept graphs from answering is told with what
+to do about it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+from pathlib import Path
+
+import msgspec
+
+from hubaoti.artifact.schema import Dim, Size
+from hubaoti.errors import BadRequest
+
+Bounds = tuple[int, int]
+
+
+class Missed(msgspec.Struct, frozen=True):
+    """Calls of one region that no graph served, for one reason, at one size."""
+
+    region: str
+    reason: str
+    sizes: dict[Dim, Size]
+    calls: int
+
+
+class AskedDims(msgspec.Struct, frozen=True):
+    """The dims, buckets, model and task that the graphs were compiled for."""
+
+    dims: dict[Dim, tuple[int, int, int]] = {}
+    buckets: tuple[dict[Dim, Bounds], ...] = ()
+    model: str = ""
+    task: str = ""
+
+
+class Region(msgspec.Struct, frozen=True):
+    """How calls of one region were answered: by which graph, and why by none."""
+
+    compiled: dict[str, int] = {}
+    eager: dict[str, int] = {}
+
+
+class Misses(msgspec.Struct, frozen=True):
+    """A file of misses, schema 1: what was asked for, and the calls that no graph served."""
+
+    schema: int
+    build: AskedDims
+    missed: tuple[Missed, ...]
+    regions: dict[str, Region] = {}
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How many calls each reason kept from the graphs."""
+        found: dict[str, int] = {}
+        for region in self.regions.values():
+            for reason, calls in region.eager.items():
+                found[reason] = found.get(reason, 0) + calls
+        return found
+
+    @property
+    def sizes(self) -> list[dict[str, int]]:
+        """The sizes that were not served, each once."""
+        each = {tuple(sorted(m.sizes.items())) for m in self.missed if m.reason == "shape"}
+        return [dict(sizes) for sizes in sorted(each)]
+
+
+_DECODER = msgspec.json.Decoder(Misses)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Dims and buckets that would have served what was missed, as `compile` takes them."""
+
+    dims: dict[str, tuple[int, int, int]]
+    buckets: tuple[dict[str, Bounds], ...]
+
+    def words(self) -> list[str]:
+        """The `--dim` and `--bucket` options of `hubaoti compile`, as a list of arguments."""
+        found = []
+        for name, (low, high, step) in self.dims.items():
+            found += ["--dim", f"{name}={low}:{high}" + (f":{step}" if step > 1 else "")]
+        for bucket in self.buckets:
+            bounds = ",".join(f"{name}={low}:{high}" for name, (low, high) in bucket.items())
+            found += ["--bucket", bounds]
+        return found
+
+
+def read_misses(path: Path) -> Misses:
+    """Read and check a file of misses.
+
+    Raises:
+        BadRequest: it cannot be read, or is none.
+    """
+    hint = "write one with attachment.save_misses(FILE)"
+    try:
+        found = _DECODER.decode(path.read_bytes())
+    except OSError as error:
+        raise BadRequest(f"{path} cannot be read: {error.strerror}", hint=hint) from error
+    except msgspec.MsgspecError as error:
+        raise BadRequest(f"{path} is no file of misses: {error!s:.200}", hint=hint) from error
+    if found.schema != 1:
+        raise BadRequest(f"{path} has schema {found.schema}, not 1", hint="upgrade hubaoti")
+    return found
+
+
+def propose_dims(misses: Misses) -> Proposal | None:
+    """The dims and buckets that would have served every size; None where sizes were no reason."""
+    if not misses.sizes:
+        return None
+    dims = dict(misses.build.dims)
+    for sizes in misses.sizes:
+        for name, size in sizes.items():
+            if name in dims and size > 0:
+                dims[name] = _extend_bounds(dims[name], size)
+        # A cache has to hold what is filled of it; how much that is, no one asks for.
+        if "cache" in dims and sizes.get("filled", 0) > dims["cache"][1]:
+            low, _, step = dims["cache"]
+            dims["cache"] = (low, -(-sizes["filled"] // step) * step, step)
+    buckets = misses.build.buckets
+    for sizes in misses.sizes:
+        buckets = _extend_nearest_bucket(buckets, sizes)
+    return Proposal(dims, buckets)
+
+
+def _extend_bounds(bounds: tuple[int, int, int], size: int) -> tuple[int, int, int]:
+    """Bounds that hold one more size, which is a multiple of their step."""
+    low, high, step = bounds
+    return min(low, size), max(high, size), gcd(step, size)
+
+
+def _extend_nearest_bucket(
+    buckets: tuple[dict[str, Bounds], ...], sizes: dict[str, int]
+) -> tuple[dict[str, Bounds], ...]:
+    """Buckets of which one holds some sizes: the one that is nearest is stretched."""
+    if not buckets or any(distance_to_bucket(bucket, sizes) == 0 for bucket in buckets):
+        return buckets
+    nearest = min(range(len(buckets)), key=lambda index: distance_to_bucket(buckets[index], sizes))
+    mended = {
+        name: (min(low, sizes.get(name, low)), max(high, sizes.get(name, high)))
+        for name, (low, high) in buckets[nearest].items()
+    }
+    return (*buckets[:nearest], mended, *buckets[nearest + 1 :])
+
+
+def distance_to_bucket(bucket: dict[str, Bounds], sizes: dict[str, int]) -> int:
+    """How far some sizes are outside of a bucket."""
+    return sum(
+        max(low - sizes[name], sizes[name] - high, 0)
+        for name, (low, high) in bucket.items()
+        if name in sizes
+    )

@@ -1,0 +1,135 @@
+"""Requirements: what an artifact needs of a host, as its manifest says and `match` judges."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from packaging.version import Version
+
+from hubaoti.artifact.variant import Variant
+from hubaoti.errors import BadManifest, BadRequest
+
+_MANIFEST_HINT = "the manifest was not written by hubaoti, or was changed; pull another artifact"
+
+_MOST = 500  # libraries, and kernels: each that is missing is told of
+
+_CUDA = re.compile(r"[1-9][0-9]?\.[0-9]{1,2}")
+_RELEASE = re.compile(r"[0-9]{1,4}(?:\.[0-9]{1,4}){1,3}")
+_SONAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")
+# Both halves start with no dot: the name becomes a folder.
+_REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True)
+class KernelPin:
+    """A kernel at one commit, and the `sms` that it was built for; none means any device.
+
+    Raises:
+        BadManifest: a field is malformed.
+    """
+
+    repo: str
+    commit: str
+    sms: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require_valid(_matches_pattern(_REPO, self.repo), "kernel's repo", self.repo)
+        _require_valid(_matches_pattern(_COMMIT, self.commit), "kernel's commit", self.commit)
+        whole = isinstance(self.sms, tuple) and all(_is_between(10, sm, 999) for sm in self.sms)
+        _require_valid(whole, "kernel's sms", self.sms)
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.commit}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requirements:
+    """What an artifact needs of a host: the manifest's `requires`; only valid ones exist.
+
+    `torch` (with its local tag), `cuda` (toolkit), `sm` and `level` are what it was built for;
+    `driver` is the oldest CUDA that the driver must serve; `ptx` the lowest sm that the PTX it
+    carries serves (None: it carries none); `shared_memory` the bytes that its largest block takes.
+
+    Raises:
+        BadManifest: a field is malformed, or two contradict each other.
+    """
+
+    device: str
+    os: str
+    torch: str
+    level: str
+    cuda: str | None = None
+    driver: str | None = None
+    sm: int | None = None
+    ptx: int | None = None
+    glibc: str | None = None
+    glibcxx: str | None = None
+    cxxabi: str | None = None
+    libraries: tuple[str, ...] = ()
+    shared_memory: int | None = None
+    kernels: tuple[KernelPin, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require_valid(self.device in ("cpu", "cuda"), "device", self.device)
+        _require_valid(read_version(self.torch) is not None, "torch", self.torch)
+        _require_valid((self.device == "cuda") == (self.cuda is not None), "cuda", self.cuda)
+        self._check_gpu()
+        for name in ("glibc", "glibcxx", "cxxabi"):
+            value = getattr(self, name)
+            _require_valid(value is None or _matches_pattern(_RELEASE, value), name, value)
+        named = isinstance(self.libraries, tuple) and len(self.libraries) <= _MOST
+        named = named and all(_matches_pattern(_SONAME, each) for each in self.libraries)
+        _require_valid(named, "libraries", self.libraries)
+        pinned = isinstance(self.kernels, tuple) and len(self.kernels) <= _MOST
+        pinned = pinned and all(isinstance(each, KernelPin) for each in self.kernels)
+        _require_valid(pinned, "kernels", self.kernels)
+        try:
+            str(self.variant)
+        except BadRequest as error:
+            raise BadManifest(f"requires: {error}", hint=_MANIFEST_HINT) from error
+
+    def _check_gpu(self) -> None:
+        gpu = self.device == "cuda"
+        serves = self.driver is None or (gpu and _matches_pattern(_CUDA, self.driver))
+        _require_valid(serves, "driver", self.driver)
+        _require_valid(
+            self.ptx is None or (gpu and _is_between(10, self.ptx, 999)), "ptx", self.ptx
+        )
+        fits = self.shared_memory is None or (gpu and _is_between(0, self.shared_memory, 2**31))
+        _require_valid(fits, "shared_memory", self.shared_memory)
+
+    @property
+    def variant(self) -> Variant:
+        """The variant that these requirements are of: what the artifact's path must say."""
+        return Variant(series(Version(self.torch)), self.cuda, self.sm, self.level, self.os)
+
+
+def read_version(text: object) -> Version | None:
+    """A version of PEP 440; None for anything else."""
+    if not isinstance(text, str) or len(text) > 100:
+        return None
+    try:
+        return Version(text)
+    except ValueError:
+        return None
+
+
+def series(version: Version) -> str:
+    """Such as "2.13": what torch keeps its compiled interface for."""
+    return f"{version.major}.{version.minor}"
+
+
+def _matches_pattern(pattern: re.Pattern[str], value: object) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def _is_between(least: int, value: object, most: int) -> bool:
+    # bool is an int, and JSON's true is no number.
+    return type(value) is int and least <= value <= most
+
+
+def _require_valid(condition: bool, what: str, value: object) -> None:
+    if not condition:
+        raise BadManifest(f"requires: malformed {what}: {value!r:.120}", hint=_MANIFEST_HINT)

@@ -1,0 +1,277 @@
+"""The records of a manifest, schemas 1 and 2: types, patterns and bounds of every field.
+
+Everything here comes from outside sooner or later, so a field that is malformed, or that no schema
+has, is refused when it is read.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from hubaoti.artifact.canonical import digest_canonical
+from hubaoti.artifact.dim_expr import PATTERN
+
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Size = Annotated[int, msgspec.Meta(ge=0)]
+# A relative path below the bundle: no empty, hidden, `.` or `..` segment, no backslash, no colon.
+SafePath = Annotated[
+    str,
+    msgspec.Meta(pattern=r"^[A-Za-z0-9_+-][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)*\Z"),
+]
+MemberPath = Annotated[
+    str,
+    msgspec.Meta(pattern=r"^(?!.*(^|/)\.{1,2}(/|\Z))[A-Za-z0-9_.+-]+(/[A-Za-z0-9_.+-]+)*\Z"),
+]
+Dim = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
+Dtype = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
+Expression = Annotated[str, msgspec.Meta(pattern=PATTERN, max_length=1000)]
+DimExprs = tuple[Expression | Size, ...]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A frozen record of the manifest; a field that schema 1 does not have is refused."""
+
+
+class Program(Record, frozen=True, kw_only=True):
+    """What is computed, whatever the weights: all fine-tunes of a model have one program."""
+
+    config: dict[str, Any]
+    code: Sha256
+    task: Literal["embed", "classify", "logits", "generate", "forward"]
+    steps: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the program's canonical form."""
+        return digest_canonical(msgspec.to_builtins(self))
+
+    @property
+    def tag(self) -> str:
+        """The repo tag under which all artifacts of this program are found."""
+        return f"hubaoti-program-{self.digest[:12]}"
+
+
+class Build(Record, frozen=True, kw_only=True):
+    """The options it was built with; what is at its default is written all the same.
+
+    `version` is that of what hubaoti itself puts into graphs, as `compiler.build` has it. `layout`
+    names the loaders that graphs were made for, where those know no manifest.
+    """
+
+    regions: str
+    dims: dict[Dim, tuple[int, int, int]]
+    dtype: Dtype
+    attention: str
+    quantization: str | None = None
+    mode: str = "default"
+    buckets: tuple[dict[Dim, tuple[int, int]], ...] = ()
+    options: dict[str, Any] = {}
+    version: int = 1
+    layout: Literal["zerogpu"] | msgspec.UnsetType = msgspec.UNSET  # else not in the key
+
+
+class Target(Record, frozen=True, kw_only=True):
+    """The kind of host it was built for."""
+
+    device: Literal["cpu", "cuda"]
+    os: str
+    level: str
+    torch: str
+    git: str
+    cuda: str | None = None
+    sm: int | None = None
+
+
+class ModelSource(Record, frozen=True, kw_only=True):
+    """Where the model came from; not in the key."""
+
+    model: str
+    commit: str | None = None
+    subfolder: str | None = None
+
+
+class File(Record, frozen=True, kw_only=True):
+    """A file by its path below the bundle and its bytes."""
+
+    path: SafePath
+    sha256: Sha256
+    size: Size
+
+
+class Member(Record, frozen=True, kw_only=True):
+    """An entry of a `.pt2` that may be unpacked."""
+
+    path: MemberPath
+    sha256: Sha256
+    size: Size
+
+
+class Input(Record, frozen=True, kw_only=True):
+    """A tensor that a graph takes. `shape` has sizes, dims, and extents that follow from dims.
+
+    `values` says what the numbers mean: `ids<N` (below N), `mask` (true, 1 or 0.0 where to look),
+    `position` (counting on along the last axis), `real`, or `any<N`: whole numbers of which nothing
+    is known but that those below N may be given. A mutated input is written in place.
+    """
+
+    name: str
+    dtype: Dtype
+    shape: DimExprs
+    layout: Literal["contiguous"] = "contiguous"
+    values: Annotated[str, msgspec.Meta(pattern=r"^((ids|any)<[0-9]+|mask|position|real)\Z")]
+    mutated: bool = False
+
+
+class Output(Record, frozen=True, kw_only=True):
+    """A tensor that a graph returns; a size is None where it is neither a dim nor fixed."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[Expression | Size | None, ...]
+
+
+class Write(Record, frozen=True, kw_only=True):
+    """What a graph leaves in a list or a dictionary that its call gives, all of it and in order.
+
+    `into` is where that stands in the call: the argument's name, then keys and places. An item's
+    template has one more word than an answer's: `{"given": path}`, what the call gives at a path.
+    """
+
+    into: tuple[str | int, ...]
+    items: tuple[tuple[str | int, Any], ...]
+
+
+class Outputs(Record, frozen=True, kw_only=True):
+    """The tensors a graph returns, and the template that puts them back in their places.
+
+    `writes` is what is put into the containers of the call, since schema 2.
+    """
+
+    template: Any
+    tensors: tuple[Output, ...]
+    writes: tuple[Write, ...] | msgspec.UnsetType = msgspec.UNSET
+
+
+class ConstantOrigin(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """Where a constant's values come from: the model's checkpoint, or a file of the artifact.
+
+    `checkpoint` gives tensor names in the order to try them. `transform` is None where that tensor
+    is the constant; otherwise it names how the constant is made: by
+    `runtime.quantize.make_quantized` of that tensor in `dtype`, or by transformers while loading,
+    which a plain reader of the checkpoint cannot do. `file` ships with the artifact, the constant
+    in it is called by its `fqn`. `module` is its name in the module that the graph serves, which
+    holds it without a checkpoint having it. For a graph that serves several modules, names of a
+    checkpoint are relative to the module's own.
+    """
+
+    checkpoint: tuple[str, ...] = ()
+    transform: str | None = None
+    dtype: Dtype | None = None
+    file: SafePath | None = None
+    module: str | None = None
+
+
+class Constant(Record, frozen=True, kw_only=True):
+    """A tensor that is bound to a graph before its first call."""
+
+    fqn: str
+    aliases: tuple[str, ...] = ()
+    dtype: Dtype
+    shape: tuple[Size, ...]
+    stride: tuple[Size, ...]
+    origin: ConstantOrigin = msgspec.field(name="from")
+    shared_by_all_modules: bool = False
+
+
+class Cache(Record, frozen=True, kw_only=True):
+    """A layer's KV cache among a graph's inputs, by their places; it is written in place.
+
+    `static`: the new keys and values go to `position`, and what is looked at are the first
+    `filled` places, the size of the mask's last axis; `filled` is at most `cache`. `sliding`: the
+    cache is full, the oldest entries leave it, and what is looked at are `cache+seq-1` places.
+    """
+
+    kind: Literal["static", "sliding"]
+    keys: Size
+    values: Size
+    position: Size | None = None
+    window: Size | None = None
+
+
+class Golden(Record, frozen=True, kw_only=True):
+    """The answers in `golden.safetensors`: at which dims, how near, with how much memory (bytes).
+
+    Tolerances are by tensor, each a part of the tensor's largest value; the tensors of the file
+    are called `<graph>/<tensor>`.
+    """
+
+    dims: dict[Dim, int]
+    tolerances: dict[str, float]
+    memory: Size
+
+
+class Direct(Record, frozen=True, kw_only=True):
+    """The package itself takes the module's own call and gives its answer, without a manifest.
+
+    `every` is the list whose children are the graph's modules, all of them; `absent` are constants
+    that the `state_dict` of such a module does not have.
+    """
+
+    every: str | None = None
+    absent: tuple[str, ...] = ()
+
+
+class Graph(Record, frozen=True, kw_only=True):
+    """One region, compiled: its package, whom it serves, what it takes, gives and needs bound.
+
+    `bounds` are the smallest and largest size of each dim, `steps` what its size is a multiple of.
+    Of the graphs that serve a module, the first by `order` whose bounds hold a call serves it.
+    """
+
+    id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")]
+    file: SafePath
+    sha256: Sha256
+    size: Size
+    members: tuple[Member, ...]
+    modules: tuple[str, ...]
+    bounds: dict[Dim, tuple[int, int]]
+    steps: dict[Dim, int] = {}
+    order: int = 0
+    call: dict[str, Any]
+    inputs: tuple[Input, ...]
+    outputs: Outputs
+    constants: tuple[Constant, ...]
+    cache: Cache | None = None
+    golden: Golden | None = None
+    direct: Direct | msgspec.UnsetType = msgspec.UNSET  # not in what was compiled before it was
+
+
+class Check(Record, frozen=True, kw_only=True):
+    """One comparison with eager: at which dims, how far apart, and what was allowed."""
+
+    graph: str
+    dims: dict[Dim, int]
+    asked: dict[Dim, int] | None = None
+    max_absolute: float
+    max_relative: float
+    tolerance: float
+    capped: str | None = None
+
+
+class BuildRecord(Record, frozen=True, kw_only=True):
+    """When and how it was built; in the digest, not in the key."""
+
+    at: str
+    seconds: float
+    peak_bytes: Size
+    host: str
+    hubaoti: str
+    transformers: str
+
+
+def compute_key(program: Program, build: Build, target: Target) -> str:
+    """The key: "is this already built?" Two honest builds of one key may differ in digest."""
+    parts = {"program": program, "build": build, "target": target}
+    return digest_canonical(msgspec.to_builtins(parts))

@@ -1,0 +1,1 @@
+"""Artifact → module: its regions are answered by graphs, or by itself where none can."""

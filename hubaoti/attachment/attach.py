@@ -1,0 +1,388 @@
+"""Attach: a module's regions answer by their graphs; everything else about it stays.
+
+All or nothing: whatever the graphs need is looked for in the module before anything of it is
+touched. What is bound is bound by reference, so the module holds its weights once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.manifest import Manifest
+from hubaoti.attachment.binding import ConstantBinding, collect_constants
+from hubaoti.attachment.dispatch import Dispatcher
+from hubaoti.attachment.first_call import FirstCallCheck
+from hubaoti.attachment.quantized import Sketched, refuse_other_layers
+from hubaoti.attachment.region import Answering, Region
+from hubaoti.attachment.stats import CallStats
+from hubaoti.errors import (
+    AlreadyAttached,
+    BadRequest,
+    MissingConstant,
+    NotAttached,
+    OtherProgram,
+)
+from hubaoti.runtime.call_template import takes_containers
+from hubaoti.runtime.fallback import CannotServe
+from hubaoti.runtime.graph import Graph, open_graph
+from hubaoti.runtime.weights import load_shipped_tensors
+
+# Tasks whose whole graph answers something else than the model's own `forward`.
+TEXTS = {"embed", "classify", "logits"}
+# transformers asks the model itself whether `generate` compiles it (generation/utils.py, 5.22).
+_AUTO_COMPILE = "_valid_auto_compile_criteria"
+_SEES_CONTAINERS = 3  # the version of builds that carry what a module leaves in its call
+# Whatever somebody puts over a region's `forward`, it is known here by its module.
+# Neither lives for it: a region, or what waits in its place, is its module's.
+ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """An artifact that was verified: where its small tensors lie, and each graph unpacked."""
+
+    manifest: Manifest
+    path: Path
+    graph_folder: Callable[[Entry], Path]
+
+
+class Attachment:
+    """What was attached to a module: counts, other weights, and the way back."""
+
+    def __init__(self, module: nn.Module, regions: Iterable[Answering], tally: CallStats) -> None:
+        self._module = weakref.ref(module)
+        self._regions = tuple(regions)
+        self._tally = tally
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """The paths of the modules that graphs answer for."""
+        return tuple(region.path for region in self._regions)
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """The open graphs of all regions; packages without a manifest are none."""
+        each = (graph for region in self._regions for graph in region.graphs)
+        return tuple(graph for graph in each if isinstance(graph, Graph))
+
+    def rebind(self) -> None:
+        """Bind the module's tensors as they are now, as after other weights were loaded.
+
+        A region also notices by itself, at its next call, when a tensor of it was replaced or
+        moved; this says at once whether all of them fit.
+
+        Raises:
+            MissingConstant: some do not; their regions are answered by the module until they do.
+        """
+        problems = []
+        for region in self._regions:
+            try:
+                region.bind(anew=True)
+            except CannotServe as why:
+                problems.append(f"{region.path}: {why}")
+        if problems:
+            raise MissingConstant(
+                f"{len(problems)} regions cannot be bound: {'; '.join(problems)}",
+                hint="until they can, the module itself answers for them",
+            )
+
+    def detach(self) -> None:
+        """Give the module everything back; a second time does nothing."""
+        for region in self._regions:
+            if not region.inside.is_gone:
+                ATTACHED.pop(region.inside.module, None)
+            region.take_away()
+        module = self._module()
+        if module is not None and isinstance(vars(module).get(_AUTO_COMPILE), Uncompiled):
+            delattr(module, _AUTO_COMPILE)
+        self._regions = ()
+
+    def stats(self) -> dict[str, Any]:
+        """Calls by region: how many each graph answered, how many the module, and why.
+
+        `missed` has the sizes of the calls that no graph could serve. It is plain JSON.
+        """
+        return self._tally.stats({region.path: region.counts() for region in self._regions})
+
+    def save_misses(self, path: str | Path) -> None:
+        """Write `stats` to a file, for `hubaoti compile --from-misses`."""
+        self._tally.save(self.stats(), Path(path))
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+def attach_graphs(
+    module: nn.Module,
+    parts: Parts,
+    *,
+    strict: bool,
+    tries: bool,
+    quantize: bool = False,
+    trials: Callable[[str, Iterable[str]], FirstCallCheck] | None = None,
+) -> Attachment:
+    """Have the graphs of an artifact answer for the regions of a module.
+
+    With `tries`, the first call of each graph is answered by the module, and compared; `trials`
+    makes what remembers that of a region's graphs. With `strict`, a call that no graph serves
+    raises. With `quantize`, the weights that the graphs have quantized are replaced in the module,
+    too.
+
+    Raises:
+        AlreadyAttached: it has graphs already, or a module within it has.
+        BadRequest: the artifact answers texts, serves no module, or was built for another kind of
+            device; what is to be quantized is not quantized in the artifact, or cannot be in the
+            module.
+        MissingConstant: the module lacks tensors that the graphs need, or has others; all are
+            named. Nothing was touched.
+    """
+    manifest = parts.manifest
+    refuse_attached(module)
+    if manifest.is_whole and manifest.program.task in TEXTS:
+        raise BadRequest(
+            f"the artifact answers texts ({manifest.program.task}), not calls of a module",
+            hint="open it with hubaoti.load, or compile with --task forward",
+        )
+    if idle := [entry.id for entry in manifest.graphs if not entry.modules]:
+        raise BadRequest(
+            f"graphs {', '.join(idle)} serve no module", hint="its publisher must compile it again"
+        )
+    tally = CallStats(manifest, strict)
+    if quantize:
+        _require_quantized(manifest)
+    found = _locate_modules(module, parts, Sketched() if quantize else None)
+    regions = [*_open_regions(found, parts)]
+    for region in regions:
+        if quantize:
+            region.inside.quantize()
+        _bind_first(region)
+    for region in regions:
+        # What no graph reads may still be computed with: a config tells of no bias that was added.
+        tried = (
+            region.ways.entries
+            if tries or region.inside.more
+            else _select_older_graphs(region, manifest)
+        )
+        names = [entry.id for entry in tried]
+        region.put(tally.missed, trials(region.path, names) if trials else FirstCallCheck(names))
+        ATTACHED[region.inside.module] = weakref.ref(region)
+    if hasattr(module, _AUTO_COMPILE):
+        setattr(module, _AUTO_COMPILE, Uncompiled(module))
+    return Attachment(module, regions, tally)
+
+
+def _select_older_graphs(region: Region, manifest: Manifest) -> list[Entry]:
+    """The graphs that were compiled before anybody looked at what modules leave in containers."""
+    entries = region.ways.entries if manifest.build.version < _SEES_CONTAINERS else ()
+    return [entry for entry in entries if takes_containers(entry.call)]
+
+
+def attach_nothing(module: nn.Module) -> Attachment:
+    """An attachment without graphs: the module answers everything itself, as it did."""
+    return Attachment(module, (), CallStats(None, False))
+
+
+def detach_graphs(module: nn.Module) -> None:
+    """Give a module everything back that `attach_graphs` took.
+
+    Raises:
+        NotAttached: nothing was attached to it.
+    """
+    regions = [*find_regions(module)]
+    if not regions:
+        raise NotAttached(f"{type(module).__name__} has no graphs attached", hint="nothing to do")
+    Attachment(module, regions, CallStats(None, False)).detach()
+
+
+def find_regions(module: nn.Module) -> Iterator[Region]:
+    """The regions that are attached to a module and all within it."""
+    for part in module.modules():
+        region = ATTACHED[part]() if part in ATTACHED else None
+        if region is not None:
+            yield region
+
+
+def refuse_attached(module: nn.Module) -> None:
+    """Refuse a module that has graphs already.
+
+    Raises:
+        AlreadyAttached: with the region.
+    """
+    for region in find_regions(module):
+        raise AlreadyAttached(
+            f"{type(module).__name__} has graphs attached already, at {region.path or 'itself'}",
+            hint="detach it first: hubaoti.detach(model)",
+        )
+
+
+def list_served_paths(manifest: Manifest) -> list[str]:
+    """The modules that graphs serve, each once."""
+    return [*dict.fromkeys(path for graph in manifest.graphs for path in graph.modules)]
+
+
+def select_graphs(manifest: Manifest, path: str) -> tuple[Entry, ...]:
+    """The graphs that serve the module at a path, in the manifest's order."""
+    return tuple(graph for graph in manifest.graphs if path in graph.modules)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A module that graphs serve: where it is, on which device, and what it has for them."""
+
+    path: str
+    entries: tuple[Entry, ...]
+    device: torch.device
+    inside: ConstantBinding
+
+
+def _locate_modules(module: nn.Module, parts: Parts, sketched: Sketched | None) -> list[Served]:
+    """The modules that graphs serve; nothing is opened and nothing is touched.
+
+    With `sketched`, they are to be quantized.
+
+    Raises:
+        BadRequest: one cannot be quantized in place.
+        MissingConstant: one is not there, or its tensors do not fit; all of them are named.
+    """
+    problems: list[str] = []
+    found = []
+    brought: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
+    for path in list_served_paths(parts.manifest):
+        try:
+            part = module.get_submodule(path)
+        except AttributeError:
+            problems.append(f"{path} is not there")
+            continue
+        entries = select_graphs(parts.manifest, path)
+        device = find_module_device(part, parts.manifest.target.device)
+        key = (device, *(entry.id for entry in entries))
+        if key not in brought:
+            each = (pair for e in entries for pair in load_shipped_tensors(e, parts.path, device))
+            brought[key] = dict(each)
+        inside = ConstantBinding(part, collect_constants(entries), brought[key])
+        misfits = inside.problems(device, sketched)
+        if sketched is not None:
+            refuse_other_layers(part, inside.constants)
+        problems += [f"{path}: {problem}" if path else problem for problem in misfits]
+        found.append(Served(path, entries, device, inside))
+    if problems:
+        raise MissingConstant(
+            f"{type(module).__name__} is not the model that was compiled: {'; '.join(problems)}",
+            hint="attach the artifact of this very model; nothing was changed",
+        )
+    return found
+
+
+def _require_quantized(manifest: Manifest) -> None:
+    """Refuse to quantize a module as an artifact is that is not quantized.
+
+    Raises:
+        BadRequest: with its recipe.
+    """
+    if manifest.build.quantization is None:
+        raise BadRequest(
+            f"the artifact's weights are not quantized: its recipe is {manifest.recipe}",
+            hint="leave quantize=True out, or attach one that was compiled with --quantize",
+        )
+
+
+def find_module_device(module: nn.Module, target: str) -> torch.device:
+    """The device of a module's tensors; of one without tensors the first of its kind.
+
+    Raises:
+        BadRequest: it is of another kind than the artifact was built for.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    device = next((each.device for each in tensors if not each.is_meta), None)
+    if device is None:
+        return torch.device(target, 0) if target == "cuda" else torch.device(target)
+    if device.type != target:
+        raise BadRequest(
+            f"the artifact was built for {target}, the module is on {device}",
+            hint=f"move the model first: model.to({target!r})",
+        )
+    return device
+
+
+def _open_regions(found: Iterable[Served], parts: Parts) -> Iterator[Region]:
+    """A region for each module: graphs of its own over libraries and ways that all share.
+
+    Raises:
+        CannotOpen, MissingOps: a library cannot be loaded here.
+        OtherProgram: a module cannot be called as the one that was compiled. Nothing was touched.
+    """
+    program, build = parts.manifest.program, parts.manifest.build
+    expands = "model_type" in program.config
+    shared: dict[tuple[Any, ...], Dispatcher] = {}
+    for each in found:
+        module, device = each.inside.module, each.device
+        key = (device, type(module), *(entry.id for entry in each.entries))
+        if key not in shared:
+            shared[key] = _make_dispatcher(each, device, expands, build.attention)
+        ways = shared[key]
+        graphs = [
+            open_graph(parts.graph_folder(entry), entry, device, checks)
+            for entry, checks in zip(ways.entries, ways.checks, strict=True)
+        ]
+        yield Region(each.path, ways, graphs, each.inside)
+
+
+def _make_dispatcher(
+    served: Served, device: torch.device, expands: bool, attention: str
+) -> Dispatcher:
+    """How the graphs of a module are called.
+
+    Raises:
+        OtherProgram: not as this module is.
+    """
+    module = served.inside.module
+    try:
+        return Dispatcher(served.entries, module, device, expands, attention)
+    except CannotServe as error:
+        raise OtherProgram(
+            f"{served.path or type(module).__name__} is called otherwise than the module that was "
+            f"compiled: {error}",
+            hint="attach the artifact of this very model; nothing was changed",
+        ) from error
+
+
+def _bind_first(region: Region) -> None:
+    """Bind a region's graphs, before the module is touched.
+
+    Raises:
+        MissingConstant: a tensor does not fit.
+    """
+    try:
+        region.bind()
+    except CannotServe as why:
+        if why.reason in {"training", "hooks", "changed", "adapters"}:
+            return  # the module answers, and says so, until that is over
+        raise MissingConstant(
+            f"{region.path}: {why}", hint="nothing was changed; attach what was compiled"
+        ) from why
+
+
+class Uncompiled:
+    """Says for a model that `generate` is not to compile it: its graphs answer."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as the model's own answer."""
+        return getattr, (self._module(), _AUTO_COMPILE)

@@ -1,0 +1,338 @@
+"""What a region's graphs took of its module: its tensors, its parts, and that nothing listens.
+
+A graph stands for the module as it was when it was bound; `watch` tells whether it still is.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from hubaoti.artifact.manifest import Constant
+from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.attachment.module_guard import GLOBAL_HOOKS, Found, ModuleGuard
+from hubaoti.attachment.quantized import Sketched, find_quantized_constant, quantize_in_place
+from hubaoti.errors import MissingConstant
+from hubaoti.program.adapters import Adapter, separate_adapters, stands_aside, tensor_version
+from hubaoti.program.output_capturing import is_capture
+from hubaoti.runtime.fallback import CannotServe
+from hubaoti.runtime.input_checks import (
+    check_constant,
+    describe_layout,
+    has_memory,
+    parse_dtype,
+    tensor_alignment,
+)
+from hubaoti.runtime.quantize import make_quantized
+
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+Make = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+class OfModule:
+    """What belongs to a module and does not keep it alive."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody has the module any more."""
+        return self._module() is None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module; who calls it holds it."""
+        module = self._module()
+        assert module is not None
+        return module
+
+
+class ConstantBinding(OfModule):
+    """One module as its graphs know it: where it has their constants."""
+
+    def __init__(
+        self, module: nn.Module, constants: Sequence[Constant], shipped: Mapping[str, torch.Tensor]
+    ) -> None:
+        super().__init__(module)
+        self._make: Make = make_quantized
+        self.constants = constants
+        self.shipped = shipped
+        self._read = {name for constant in constants for name in _list_possible_names(constant)}
+        self._compiled = self._compiled_adapters(module)
+        parts = self._parts_now(module)[0]
+        self._parts = {name: part for name, part in parts.items() if part is not module}
+        self._types = self._types_now()
+        self._found: dict[str, Found] = {}
+        self._states: list[tuple[Any, ...]] = []
+        self.more = self._unread(parts)
+
+    def _compiled_adapters(self, module: nn.Module) -> dict[str, tuple[Any, ...]]:
+        """The adapters that were compiled with their layers, and what they are set to."""
+        read = tuple(self._read)
+        return {
+            each.path: each.mode()
+            for each in separate_adapters(module)[1]
+            if any(name.startswith(f"{each.path}.base_layer.".lstrip(".")) for name in read)
+        }
+
+    def _parts_now(self, module: nn.Module) -> tuple[dict[str, nn.Module], list[Adapter]]:
+        """All parts by their paths, those under adapters in the place of these; and these."""
+        return separate_adapters(module, self._compiled)
+
+    def _types_now(self) -> dict[str, type]:
+        return {name: type(part) for name, part in self._parts.items()}
+
+    def quantize(self) -> None:
+        """Have the module hold what its graphs read, and not what that is made of."""
+        self.forget()
+        self._make = make_quantized
+        quantize_in_place(self.module, self.constants)
+        parts = self._parts_now(self.module)[0]
+        self._types, self.more = self._types_now(), self._unread(parts)
+
+    def _unread(self, parts: Mapping[str, nn.Module]) -> frozenset[str]:
+        """The tensors that no graph reads, as a bias that the program has not."""
+        return frozenset(_list_tensor_names(parts)) - self._read
+
+    def look(self, device: torch.device) -> tuple[dict[str, torch.Tensor], ModuleGuard]:
+        """The constants by fqn as they are now, and what tells when that is so no more.
+
+        Raises:
+            CannotServe: the module is not what it was, or a tensor does not fit.
+        """
+        self._require_quiet()
+        parts, adapters = self._parts_now(self.module)
+        self._require_same(parts)
+        self._require_aside(adapters)
+        self._require_no_more(parts)
+        states = [each.state() for each in adapters]
+        if states != self._states:  # what was made is of a weight that may be another
+            self.forget()
+        found: dict[str, Found] = {}
+        problems = [*self._problems(found, device)]
+        if problems:
+            raise CannotServe("weights", "; ".join(problems))
+        self._found, self._states = found, states
+        shipped = {c.fqn: self.shipped[c.fqn] for c in self.constants if c.fqn not in found}
+        tensors = shipped | {fqn: each.bound for fqn, each in found.items()}
+        known = [*zip(adapters, states, strict=True)]
+        return tensors, ModuleGuard(self.module, [*found.values()], known)
+
+    def forget(self) -> None:
+        """Make everything anew that is made of the module's tensors."""
+        self._found = {}
+
+    def problems(self, device: torch.device, sketched: Sketched | None = None) -> list[str]:
+        """Why constants do not fit, each with its name, what is expected and what is there.
+
+        What had to be made to tell is kept for `look`; what was only sketched is not.
+        """
+        if sketched is not None:
+            self._make = sketched
+            return [*self._problems({}, device)]
+        self._found = {}
+        return [*self._problems(self._found, device)]
+
+    def _problems(self, found: dict[str, Found], device: torch.device) -> Iterator[str]:
+        for constant in self.constants:
+            try:
+                each = self._find(constant, device)
+            except (MissingConstant, CannotServe) as why:
+                yield f"{why}"
+                continue
+            if each is not None:
+                found[constant.fqn] = each
+
+    def _find(self, constant: Constant, device: torch.device) -> Found | None:
+        """A constant in the module; None where the artifact brought it.
+
+        Raises:
+            MissingConstant: it is nowhere, or another tensor than the graph was compiled for.
+        """
+        origin = constant.origin
+        held = self._held(constant.fqn) or self._held(find_quantized_constant(constant) or "")
+        made: Callable[[torch.Tensor], torch.Tensor] = _clone_tensor
+        if held is None and origin.transform and origin.module:
+            held = self._held(origin.module)
+            made = partial(_quantize_constant, constant, self._make)
+        elif held is not None and self._fits(constant, held[0][held[1]], device):
+            return Found(*held, held[0][held[1]], held[0][held[1]])
+        if held is not None:
+            found = self._remade(constant, held, made)
+            check_constant(constant, found.bound, device)
+            return found
+        if constant.fqn in self.shipped:
+            return None
+        dtype, shape = constant.dtype, list(constant.shape)
+        raise MissingConstant(
+            f"{constant.fqn} is not there; expected is {dtype} {shape}",
+            hint="attach the model that the artifact was compiled for",
+        )
+
+    def _held(self, fqn: str) -> tuple[dict[str, Any], str] | None:
+        """The dictionary that holds a tensor, and its name there."""
+        path, _, name = fqn.rpartition(".")
+        part = self._parts.get(path) if path else self.module
+        if part is None:
+            return None
+        for store in (vars(part)["_parameters"], vars(part)["_buffers"]):
+            if store.get(name) is not None:
+                return store, name
+        return None
+
+    def _fits(self, constant: Constant, tensor: torch.Tensor, device: torch.device) -> bool:
+        """Whether a tensor can be bound as it is; one at an odd address has to be copied.
+
+        Raises:
+            MissingConstant: it is not the tensor that the graph was compiled for.
+        """
+        _require_plain_weight(constant.fqn, tensor)
+        if tensor.data_ptr() % tensor_alignment(tensor.dtype, device):
+            return False
+        check_constant(constant, tensor, device)
+        return True
+
+    def _remade(
+        self,
+        constant: Constant,
+        held: tuple[dict[str, Any], str],
+        made: Callable[[torch.Tensor], torch.Tensor],
+    ) -> Found:
+        """What is made of a tensor, once for each of its values."""
+        tensor = held[0][held[1]]
+        _require_plain_weight(held[1], tensor)
+        before = self._found.get(constant.fqn)
+        if before is not None and before.tensor is tensor and before.is_fresh:
+            return before
+        return Found(*held, tensor, made(tensor), tensor_version(tensor))
+
+    def _require_quiet(self) -> None:
+        """Refuse what `require_quiet` does, of a module that is still there."""
+        if self._module() is None:
+            raise CannotServe("changed", "the module is gone")
+        require_quiet(self.module)
+
+    def _require_same(self, now: Mapping[str, nn.Module]) -> None:
+        """Refuse parts that were replaced, are of another class, or new."""
+        for name, part in self._parts.items():
+            if now.get(name) is not part:
+                other = type(now.get(name)).__name__
+                raise CannotServe("changed", f"{name} was replaced by a {other}")
+            if type(part) is not self._types[name]:
+                raise CannotServe("changed", f"{name} is a {type(part).__name__} now")
+        new = now.keys() - self._parts.keys() - {""}
+        if new:
+            raise CannotServe("changed", f"{min(new)} is new")
+
+    def _require_aside(self, adapters: Sequence[Adapter]) -> None:
+        """Refuse adapters that add to their layers, and those that were compiled otherwise."""
+        for each in adapters:
+            compiled = self._compiled.get(each.path)
+            if compiled is not None and compiled != each.mode():
+                raise CannotServe("adapters", f"{each.path} has an adapter that was set otherwise")
+            if compiled is None and not stands_aside(each.layer):
+                raise CannotServe("adapters", f"{each.path} has an adapter that is not merged")
+
+    def _require_no_more(self, parts: Mapping[str, nn.Module]) -> None:
+        """Refuse tensors that were not there.
+
+        Raises:
+            CannotServe: with their names.
+        """
+        new = self._unread(parts) - self.more
+        if new:
+            raise CannotServe("changed", f"{', '.join(sorted(new))} is new")
+
+
+def collect_constants(entries: Sequence[Entry]) -> list[Constant]:
+    """The constants of all graphs of a module, each once."""
+    return [*{each.fqn: each for entry in entries for each in entry.constants}.values()]
+
+
+def _list_tensor_names(parts: Mapping[str, nn.Module]) -> Iterator[str]:
+    """The names of parameters and of buffers in parts by their paths, each tensor's first one."""
+    seen = set()
+    for path, part in parts.items():
+        for kind in ("_parameters", "_buffers"):
+            for name, tensor in vars(part)[kind].items():
+                if tensor is not None and (kind, id(tensor)) not in seen:
+                    seen.add((kind, id(tensor)))
+                    yield f"{path}.{name}" if path else name
+
+
+def _list_possible_names(constant: Constant) -> tuple[str, str, str]:
+    """Where a module may have a constant, or what it is made of."""
+    return constant.fqn, constant.origin.module or "", find_quantized_constant(constant) or ""
+
+
+def require_quiet(module: nn.Module, own: tuple[type, ...] = ()) -> None:
+    """Refuse train mode, hooks, and parts whose `forward` is not their class's any more.
+
+    `own` are the kinds of `forward` that graphs put there. transformers' own hooks are none that
+    anybody would miss, but in a call that collects by them, which `collecting` refuses.
+
+    Raises:
+        CannotServe: with the reason.
+    """
+    for name, part in module.named_modules():
+        if part.training:
+            raise CannotServe("training", f"{name or 'the region'} is in train mode")
+        if part is module:
+            continue
+        hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        if not all(map(is_capture, hooks)):
+            raise CannotServe("hooks", f"{name} has a hook")
+        if "forward" in vars(part) and not isinstance(vars(part)["forward"], own):
+            raise CannotServe("changed", f"the forward of {name} was replaced")
+    if any(getattr(torch_module, name) for name in GLOBAL_HOOKS):
+        raise CannotServe("hooks", "there is a hook on all modules")
+
+
+def _require_plain_weight(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor that is more than its values, and one that has none.
+
+    Raises:
+        MissingConstant: with its kind.
+    """
+    if type(tensor) not in _PLAIN:
+        raise MissingConstant(f"{name} is a {type(tensor).__name__}", hint="give it plain tensors")
+    if tensor.is_meta:
+        raise MissingConstant(
+            f"{name} has no values: it is offloaded, or was never loaded",
+            hint="load all of the model onto its device",
+        )
+    if not has_memory(tensor):
+        raise MissingConstant(
+            f"{name} has no plain memory{describe_layout(tensor)}",
+            hint="give the module plain tensors: to_dense(), clone()",
+        )
+
+
+def _clone_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values at an address that can be used."""
+    return tensor.detach().clone()
+
+
+def _quantize_constant(constant: Constant, make: Make, tensor: torch.Tensor) -> torch.Tensor:
+    """A quantized constant, of the module's own weight.
+
+    Raises:
+        MissingConstant: the weight has another dtype than the one that it was quantized from.
+    """
+    origin = constant.origin
+    if origin.dtype is not None and tensor.dtype != parse_dtype(origin.dtype):
+        raise MissingConstant(
+            f"{origin.module} is {tensor.dtype}; expected is {origin.dtype}, of which "
+            f"{constant.fqn} is made",
+            hint="load the model in the dtype that the recipe names",
+        )
+    assert origin.transform is not None
+    return make(origin.transform, tensor.detach())

@@ -1,0 +1,104 @@
+"""Inputs as a graph wants them, of what a model gives: whole masks, and a row for each text.
+
+Transformers leave out a mask that says nothing, and give one row of a table for all rows. A graph
+has the whole, so it is made here: once for all blocks that are given the same tensor.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+_KEPT = 8  # adapted tensors that are remembered
+
+Key = tuple[Any, ...]
+
+
+class Adapted:
+    """Tensors made of others for the blocks of a model, in one pass through it.
+
+    A block that asks for the same again is in another pass, in which the source may hold something
+    else: what is written through numpy, no version tells.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[Key, tuple[Any, int, torch.Tensor, set[str]]] = {}
+
+    def shaped(
+        self, source: torch.Tensor, shape: Sequence[int], filled: int | None, who: str
+    ) -> torch.Tensor:
+        """A tensor cut to the places that are filled, and with all of its rows, for a block.
+
+        What an inference tensor was written since cannot be told: it is adapted each time.
+        """
+        if source.is_inference():
+            return expand_to_shape(source, shape, filled)
+        key = (id(source), current_stream(source.device), *shape)
+        found = self._made.get(key)
+        if found is not None and found[0]() is source and found[1] == source._version:
+            asked = found[3]
+            if who not in asked:
+                asked.add(who)
+                return found[2]
+        made = expand_to_shape(source, shape, filled)
+        if made is not source:
+            self._keep(key, (weakref.ref(source), source._version, made, {who}))
+        return made
+
+    def mask(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, causal: bool
+    ) -> torch.Tensor:
+        """The mask that was left out: all that is there is looked at, or all that was before."""
+        key = (None, current_stream(device), causal, dtype, device, *shape)
+        found = self._made.get(key)
+        if found is not None:
+            return found[2]
+        made = _make_attention_mask(shape, dtype, device, causal)
+        self._keep(key, (None, 0, made, set()))
+        return made
+
+    def _keep(self, key: Key, made: tuple[Any, int, torch.Tensor, set[str]]) -> None:
+        """Remember the newest; those whose source is gone are the first to be forgotten."""
+        alive = {k: v for k, v in self._made.items() if v[0] is None or v[0]() is not None}
+        alive.pop(key, None)
+        self._made = {**dict([*alive.items()][-(_KEPT - 1) :]), key: made}
+
+
+def current_stream(device: torch.device) -> int:
+    """The stream on which tensors are made here; what another one makes may not be there yet."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def expand_to_shape(source: torch.Tensor, shape: Sequence[int], filled: int | None) -> torch.Tensor:
+    """A tensor cut and expanded to a shape, in memory of its own unless it has it already.
+
+    A mask of fewer places than a full window has is given the others, which nobody looks at, first.
+    """
+    if filled is not None and source.shape[-1] > filled:
+        source = source.narrow(-1, 0, filled)
+    if 1 < source.shape[-1] < shape[-1]:
+        before = (shape[-1] - source.shape[-1], 0)
+        source = nn.functional.pad(source, before, value=_get_masked_value(source.dtype))
+    return source.expand(shape).contiguous()
+
+
+def _make_attention_mask(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, causal: bool
+) -> torch.Tensor:
+    """True, 1 or 0.0 where to look; as transformers' sdpa does it without a mask."""
+    seen = torch.ones(tuple(shape), dtype=torch.bool, device=device)
+    if causal and len(shape) == 4 and shape[2] > 1:
+        seen = seen.tril()
+    if dtype.is_floating_point:
+        nothing = torch.zeros(seen.shape, dtype=dtype, device=device)
+        return nothing.masked_fill_(~seen, _get_masked_value(dtype))
+    return seen.to(dtype)
+
+
+def _get_masked_value(dtype: torch.dtype) -> float:
+    """What a mask of a dtype has where nobody looks."""
+    return torch.finfo(dtype).min if dtype.is_floating_point else 0

@@ -1,0 +1,128 @@
+"""Whether a module still is what its graphs were bound to; asked at each call, so it is short."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import getitem, is_
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from hubaoti.program.adapters import Adapter, tensor_version
+from hubaoti.program.output_capturing import Capture, find_captures, is_capture
+from hubaoti.runtime.fallback import CannotServe
+
+# Hooks of every module, which a graph's inner modules would not run (torch.nn.modules.module).
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A constant in a module: the dictionary and the name that hold it, and the tensor itself.
+
+    `bound` is what a graph is given: the very tensor, unless it has to be made of it, as it was at
+    a version.
+    """
+
+    store: dict[str, Any]
+    name: str
+    tensor: torch.Tensor
+    bound: torch.Tensor
+    version: int = 0
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the tensor was not written to since something was made of it."""
+        return self.bound is self.tensor or self.version == tensor_version(self.tensor)
+
+
+class ModuleGuard:
+    """A module as it was when its graphs were bound.
+
+    Seen are other parts, parameters and buffers, hooks, train mode, a `forward` put on a part, and
+    adapters that are merged, taken out or heard otherwise. Not seen are plain attributes that
+    somebody sets, and what is written into a tensor that a graph reads where it lies, which needs
+    not be seen.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        found: Sequence[Found],
+        adapters: Sequence[tuple[Adapter, tuple[Any, ...]]],
+    ) -> None:
+        """`adapters` come with the states in which their layers were looked at."""
+        # The module holds its region, which holds this: a way back, or to its own dictionary, would
+        # keep a model that nobody has any more, until the garbage collector comes.
+        self._module = weakref.ref(module)
+        parts = [*module.modules()]
+        stores = [
+            vars(part)[kind] for part in parts for kind in ("_parameters", "_buffers", "_modules")
+        ]
+        held = [(store, name, each) for store in stores for name, each in store.items()]
+        held += [(vars(part), "training", False) for part in parts[1:]]
+        self._stores = [store for store, _, _ in held]
+        self._names = [name for _, name, _ in held]
+        self._things = [each for _, _, each in held]
+        self._inner = parts[1:]
+        self._types = [*map(type, self._inner)]
+        # What somebody adds: a part to one, or a `forward` of its own to one within.
+        self._growing = [*stores[2::3], *map(vars, self._inner)]
+        self._sizes = [*map(len, self._growing)]
+        hooks: list[dict[int, Any]] = [getattr(torch_module, name) for name in GLOBAL_HOOKS]
+        hooks += [part._forward_hooks for part in self._inner]
+        hooks += [part._forward_pre_hooks for part in self._inner]
+        # transformers' own collect nothing as long as no call asks, and may be there already.
+        captured = [each for each in hooks if each and all(map(is_capture, each.values()))]
+        self._captured = [(each, [*each]) for each in captured]
+        self._captures = find_captures(hook for each in captured for hook in each.values())
+        self._hooks = [each for each in hooks if not any(each is other for other in captured)]
+        self._tensors = [each.tensor for each in found]
+        self._made = [each for each in found if each.bound is not each.tensor]
+        self._adapters = [*adapters]
+
+    def is_same(self) -> bool:
+        """Whether nothing of it was replaced, hooked, or set to train."""
+        module = self._module()
+        try:
+            return (
+                module is not None
+                and not module.training
+                and not any(self._hooks)
+                and all([*hooks] == known for hooks, known in self._captured)
+                and all(map(is_, map(getitem, self._stores, self._names), self._things))
+                and [*map(len, self._growing)] == self._sizes
+                and [*map(type, self._inner)] == self._types
+                and all(each.state() == known for each, known in self._adapters)
+                and (not self._made or all(each.is_fresh for each in self._made))
+            )
+        except KeyError:
+            return False
+
+    def refuse_collecting(self) -> None:
+        """Refuse a call that collects what only parts of the module have.
+
+        Raises:
+            CannotServe: with what it collects.
+        """
+        if self._captures:
+            refuse_collecting(self._captures)
+
+    def wants_gradients(self) -> bool:
+        """Whether one of the tensors that were bound is trained."""
+        return any(tensor.requires_grad for tensor in self._tensors)
+
+
+def refuse_collecting(captures: Iterable[Capture]) -> None:
+    """Refuse a call that collects what only parts inside of a region have.
+
+    Raises:
+        CannotServe: with what it collects.
+    """
+    keys = sorted(each.key for each in captures if each.is_on)
+    if keys:
+        raise CannotServe("outputs", f"the call collects {', '.join(keys)} inside of it")

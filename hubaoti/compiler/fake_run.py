@@ -1,0 +1,331 @@
+"""A model run without storage: what its blocks are given, and which operations they do.
+
+The model's tensors are fake ones, which have shapes and no values. So a model of any size runs in
+a second and in no memory, and no mask is left out because its values would allow it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import UnsupportedOperatorException
+
+from hubaoti.compiler.capture import (
+    Call,
+    Frozen,
+    Opaque,
+    bind_arguments,
+    make_call,
+    replace_forward,
+    thaw_arguments,
+)
+from hubaoti.compiler.fake_values import count_cached, pretend_real
+from hubaoti.compiler.operations import Operations
+from hubaoti.errors import CompileFailed, first_line
+from hubaoti.runtime.call_template import CAUSAL, takes_containers
+from hubaoti.runtime.containers import ContainerChange, Contents
+
+
+@contextmanager
+def init_empty_parameters() -> Iterator[None]:
+    """Modules made inside have parameters without memory; buffers are real, since code makes them.
+
+    A parameter is made as untouched memory first, and given back at once.
+    """
+    register = nn.Module.register_parameter
+
+    def without(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            bare = torch.empty_like(parameter, device="meta")
+            parameter = nn.Parameter(bare, requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = without  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@dataclass(slots=True)
+class BlockCalls:
+    """The first call of one block in each run, and the operations of the very first as text.
+
+    It `attends` where it puts keys and values into a cache, and is `recurrent` where it puts states
+    there, each of which follows from the one before. A block that did in the first run what another
+    had done need not run again: it answers what that one, its `leader`, has answered.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    operations: str = ""
+    idle: frozenset[str] = frozenset()  # flags among its arguments on which nothing depends
+    problem: str | None = None
+    called: bool = False
+    writes: bool = False
+    answered: bool = False
+    attends: bool = False
+    recurrent: bool = False
+    times: int = 0  # that it was called, in all runs
+    leader: BlockCalls | None = None
+    answer: Any = None
+
+    def wrap(self, block: nn.Module, path: str, operations: Operations) -> Callable[..., Any]:
+        """The `forward` of the block at a path, noted."""
+        forward = block.forward
+
+        def watching(*args: Any, **kwargs: Any) -> Any:
+            self.times += 1
+            if self.called:
+                return forward(*args, **kwargs)
+            self.called = True
+            try:
+                self.calls.append(make_call(forward, args, kwargs))
+            except Opaque as error:
+                self.problem = str(error)
+                return forward(*args, **kwargs)
+            if self.leader is not None and self.leader.called:
+                return self.leader.answer
+            alone = not self.operations and operations.lines is None
+            if alone:
+                operations.begin(path, block, self.calls[-1].tensors)
+            before = Contents(bind_arguments(forward, args, kwargs))
+            puts, states = count_cached(self.calls[-1])
+            self.answer = forward(*args, **kwargs)
+            puts_now, states_now = count_cached(self.calls[-1])
+            self.attends |= puts_now > puts
+            self.recurrent |= states_now > states
+            changes = before.changes()
+            self.writes |= bool(changes)
+            if alone:
+                self.operations = operations.end([self.answer, [each.items for each in changes]])
+                self.operations += "".join(f"\n{_describe_container(each)}" for each in changes)
+                self.idle = self._find_idle_flags(forward, block, path, operations)
+            return self.answer
+
+        return self._note_answered(watching)
+
+    def _note_answered(self, watching: Callable[..., Any]) -> Callable[..., Any]:
+        """The same, noted as answered where it does not fail."""
+
+        def ending(*args: Any, **kwargs: Any) -> Any:
+            answer = watching(*args, **kwargs)
+            self.answered = True
+            return answer
+
+        return ending
+
+    def _find_idle_flags(
+        self, forward: Callable[..., Any], block: nn.Module, path: str, operations: Operations
+    ) -> frozenset[str]:
+        """The flags of the call that may as well be the other: the block does and answers the same.
+
+        Of a call over a cache, or with containers, nothing is said: the block would put into it
+        twice, or leave something else there.
+        """
+        call, kind = self.calls[0], self.describe_work(block)
+        flags = [name for name, value in call.template["kwargs"].items() if isinstance(value, bool)]
+        if call.caches or takes_containers(call.template):
+            return frozenset()
+        if kind not in operations.idle:
+            same = (self.operations, _freeze_answer(self.answer))
+            found = {}
+            for name in (each for each in flags if each != CAUSAL):
+                operations.begin(path, block, call.tensors)
+                answer = _try_call(forward, _flip_flag(call, name))
+                found[name] = (operations.end(answer), _freeze_answer(answer))
+            operations.idle[kind] = frozenset(name for name in found if found[name] == same)
+        return operations.idle[kind]
+
+    @property
+    def unused(self) -> frozenset[int]:
+        """The tensors of its call that a block neither computed with nor answered."""
+        used = {int(place) for place in re.findall(r"%input (\d+)\[", self.operations)}
+        return frozenset(range(len(self.calls[0].tensors))) - used
+
+    def describe_work(self, block: nn.Module) -> str:
+        """What a block was given first, and what it did, as text."""
+        first = self.calls[0]
+        given = [(tuple(t.shape), t.dtype) for t in first.tensors]
+        return f"{type(block)} {first.template} {given} {self.operations}"
+
+
+def _describe_container(change: ContainerChange) -> str:
+    """Where a block left what, as text."""
+    return f"{change.path} holds {[(key, type(item).__name__) for key, item in change.items]}"
+
+
+def _flip_flag(call: Call, name: str) -> Call:
+    """A call of which one flag is the other."""
+    kwargs = call.template["kwargs"]
+    template = call.template | {"kwargs": kwargs | {name: not kwargs[name]}}
+    return Call(template, call.tensors, call.names)
+
+
+def _try_call(forward: Callable[..., Any], call: Call) -> Any:
+    """What a call is answered; nothing where it raises."""
+    args, kwargs = thaw_arguments(call.template, call.tensors, {})
+    try:
+        return forward(*args, **kwargs)
+    except Exception:  # whatever a model's code raises
+        return None
+
+
+def _freeze_answer(answer: Any) -> Any:
+    """The structure of an answer; nothing equals one that has none."""
+    try:
+        return Frozen().freeze(answer, "answer")
+    except Opaque:
+        return object()
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One call of a whole model: arguments of which tensors count by shape and dtype only."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+def observe(
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    calls: Sequence[Callable[[], Given]],
+    device: torch.device,
+    truth: bool = False,
+) -> dict[str, BlockCalls]:
+    """Run a model once for each of `calls`, and note what each of its blocks is given first.
+
+    `truth` is what comes of a question about values that the model asks between its blocks.
+
+    Raises:
+        CompileFailed: the model looks at values, or cannot take what it is called with.
+    """
+    found: dict[str, BlockCalls] = {path: BlockCalls() for path in blocks}
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    with ExitStack() as around:
+        around.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.CRITICAL)
+        around.callback(_clear_model_caches, model)
+        around.enter_context(torch.no_grad())
+        around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        if truth:
+            around.enter_context(pretend_real())
+        tensors = {
+            name: torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device=device)
+            for name, each in (*model.named_parameters(), *model.named_buffers())
+        }
+        operations = Operations(tensors, truth)
+        for path, block in blocks.items():
+            watching = found[path].wrap(block, path, operations)
+            around.enter_context(replace_forward(block, watching))
+        around.enter_context(operations)
+        for index, call in enumerate(calls):
+            given = call()
+            if index == 1:
+                _assign_leaders(found, blocks)
+            for seen in found.values():
+                seen.called = seen.answered = False
+            _run_model(model, tensors, given, found)
+    for seen in found.values():
+        seen.calls = [_move_call_to_meta(call) for call in seen.calls]
+    return {path: seen for path, seen in found.items() if seen.calls or seen.problem}
+
+
+def _run_model(
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    given: Given,
+    found: Mapping[str, BlockCalls],
+) -> None:
+    """Run a model with these tensors in the place of its own, until all of its blocks answered.
+
+    Raises:
+        CompileFailed: it fails before.
+    """
+    try:
+        torch.func.functional_call(model, dict(tensors), given.args, dict(given.kwargs))
+    except Exception as error:  # whatever a model's code raises
+        if not all(seen.answered for seen in found.values()):
+            raise _describe_run_failure(model, found, error) from error
+
+
+def _describe_run_failure(
+    model: nn.Module, found: Mapping[str, BlockCalls], error: Exception
+) -> CompileFailed:
+    """The refusal of a model that failed before each of its blocks had answered."""
+    if isinstance(error, UnsupportedOperatorException):
+        return describe_missing_fake("capture", error)
+    inside = [path for path, seen in found.items() if seen.called and not seen.answered]
+    before = _find_answered_path(found)
+    compiled = f"compile what comes before with --regions {before}, or " if before else ""
+    return CompileFailed(
+        f"capture: {type(model).__name__} cannot be run without values"
+        f"{f', in {inside[-1]}' if inside else ''}: {type(error).__name__}: {first_line(error)}",
+        hint=f"it looks at values to decide what to compute, or takes other inputs: {compiled}"
+        "capture the calls of a module inside of it, as hubaoti.capture(model.PATH)",
+    )
+
+
+def _find_answered_path(found: Mapping[str, BlockCalls]) -> str | None:
+    """The first list of which all blocks have answered, else the first block that has."""
+    missing = {path.rpartition(".")[0] for path, seen in found.items() if not seen.answered}
+    answered = [path for path, seen in found.items() if seen.answered]
+    lists = [path.rpartition(".")[0] for path in answered]
+    return next((path for path in lists if path and path not in missing), None) or next(
+        iter(answered), None
+    )
+
+
+def describe_missing_fake(step: str, op: Exception) -> CompileFailed:
+    """The refusal of an op of which torch does not know what it answers, only how it is run."""
+    return CompileFailed(
+        f"{step}: the op {op} has no fake, so that it cannot be run without values",
+        hint="who made the op can register one, with torch.library.register_fake; until then what "
+        "calls it stays eager",
+    )
+
+
+def _clear_model_caches(model: nn.Module) -> None:
+    """Empty what a model's classes and their files cached of a run without storage: no values."""
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    kept = [value for cls in classes for value in vars(cls).values()]
+    for name in {cls.__module__ for cls in classes} & {*sys.modules}:
+        functions = [*vars(sys.modules[name]).values()]
+        kept += [each for each in functions if getattr(each, "__module__", None) == name]
+    for each in kept:
+        for inner in (each, *_read_closure(each)):
+            if callable(clear := getattr(inner, "cache_clear", None)):
+                clear()
+
+
+def _read_closure(function: Any) -> Iterator[Any]:
+    """What a function closes over, as the cache that a decorator's own function calls."""
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty one
+            yield cell.cell_contents
+
+
+def _assign_leaders(found: Mapping[str, BlockCalls], blocks: Mapping[str, nn.Module]) -> None:
+    """Give each block that did what one before it had done that one as its leader."""
+    first: dict[str, BlockCalls] = {}
+    for path, seen in found.items():
+        if seen.calls and not seen.problem and not seen.writes:  # which others have to see
+            leader = first.setdefault(seen.describe_work(blocks[path]), seen)
+            seen.leader = None if leader is seen else leader
+
+
+def _move_call_to_meta(call: Call) -> Call:
+    """A call whose tensors have faces only, and outlive the mode that they were made in."""
+    tensors = (
+        torch.empty(tuple(each.shape), dtype=each.dtype, device="meta") for each in call.tensors
+    )
+    return Call(call.template, tuple(tensors), call.names, call.caches)

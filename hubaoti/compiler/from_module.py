@@ -1,0 +1,263 @@
+"""A module that somebody built, with the calls that it received, as a source to compile."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from hubaoti.artifact.dim_expr import DimExpr
+from hubaoti.compiler.capture import Call, Calls
+from hubaoti.compiler.dims import span_sizes
+from hubaoti.compiler.from_config import Source
+from hubaoti.compiler.infer_dims import (
+    Dims,
+    infer_signature,
+    mix_sizes,
+    read_stated_dims,
+    vary_call,
+)
+from hubaoti.compiler.regions import find_repeated
+from hubaoti.compiler.request import DTYPES, CompileRequest, Range
+from hubaoti.compiler.signature import CallSignature
+from hubaoti.errors import BadDim, BadRequest
+from hubaoti.program.identity import identify_module_program
+
+_CONTAINERS = {list, dict, set, OrderedDict}
+Shapes = Mapping[str, Sequence[str | int | None]]
+
+
+def make_source(
+    module: nn.Module, request: CompileRequest
+) -> tuple[Source, tuple[dict[str, Range], ...]]:
+    """A module as a source, and a bucket for each set of calls where there are several.
+
+    Dims come from the request's calls of different sizes, or from `shapes`, which names them; their
+    bounds are the sizes that were seen, unless the request has others.
+
+    Raises:
+        BadRequest: no call came, calls have different structures, or one holds a KV cache.
+        BadDim: `shapes` names what is not there; a dim of the request is in no input.
+    """
+    sets, shapes = _read_call_sets(request.calls, module), request.shapes
+    calls = [call for each in sets for call in _require_calls(each)]
+    _refuse_caches(module, calls)
+    steps = {name: sizes.step for name, sizes in request.dims.items()}
+    looked = vary_call(calls[0], shapes, steps) if shapes and len(calls) == 1 else calls
+    dims = read_stated_dims(looked, shapes)
+    kind = type(module).__name__
+    regions = request.regions or (
+        "auto" if any(True for _ in find_repeated(module, "")) else "none"
+    )
+    try:
+        face = infer_signature(looked, dims, None, kind)
+    except BadRequest:
+        if regions == "none" or shapes:
+            raise
+        # Its blocks may be called alike though the module is not, as with lists of image sizes.
+        dims, face = Dims({}, related=False), CallSignature(calls[0].template, ())
+    bounds = {name: span_sizes(dims.series[name]) for name in face.dims}
+    if shapes and len(calls) == 1:
+        _require_bounded(bounds, request)
+    source = Source(
+        model=module,
+        program=identify_module_program(module),
+        regions=regions,
+        dtype=request.dtype or _find_main_dtype(module),
+        attention=_read_attention(module),
+        face=face,
+        default_dims=bounds,
+        config=_get_config(module),
+        looks=mix_sizes({name: dims.series[name] for name in face.dims}),
+        recorded={name: dims.series[name] for name in face.dims},
+        stated=frozenset(request.dims) | _list_named_dims(shapes),
+        live=True,
+        calls=() if face.inputs else tuple(calls),
+        layout=request.layout,
+        unpadded=request.layout is not None and _is_unpadded(calls),
+    )
+    return source, _make_buckets(sets, calls, dims, face.dims)
+
+
+def _read_call_sets(calls: Any, model: nn.Module) -> list[Any]:
+    """The calls of a module as sets.
+
+    Raises:
+        BadRequest: there are none.
+    """
+    if calls is None:
+        raise BadRequest(
+            f"{type(model).__name__} is a module, and how it is called is not known",
+            hint="record calls: with hubaoti.capture(module) as calls: ...; compile(..., "
+            "calls=calls)",
+        )
+    if isinstance(calls, Calls):
+        return [calls]
+    each = list(calls)
+    if all(isinstance(call, Call) for call in each):
+        return [each]
+    if not all(isinstance(one, (Calls, list, tuple)) for one in each):
+        raise BadRequest(
+            f"calls are {type(calls).__name__} of {type(each[0]).__name__}",
+            hint="give what hubaoti.capture recorded, or a list of such",
+        )
+    return each
+
+
+def _refuse_caches(module: nn.Module, calls: Sequence[Call]) -> None:
+    """Refuse calls that hold a KV cache.
+
+    Raises:
+        BadRequest: one does; what is advised is what the model's kind can.
+    """
+    if not any(call.caches for call in calls):
+        return
+    alone = not getattr(_get_config(module), "is_encoder_decoder", False)
+    folder = ", or compile the model from its folder with --task generate"
+    raise BadRequest(
+        f"a call of {type(module).__name__} holds a KV cache, which is made while it runs",
+        hint=f"capture calls with use_cache=False{folder if alone else ''}",
+    )
+
+
+def _is_unpadded(calls: Sequence[Call]) -> bool:
+    """Whether the masks of all calls left nothing out."""
+    masks = (
+        tensor
+        for call in calls
+        for name, tensor in zip(call.names, call.tensors, strict=True)
+        if "mask" in name
+    )
+    return all(bool(mask.all()) for mask in masks)
+
+
+def _require_calls(calls: Calls | Sequence[Call]) -> Sequence[Call]:
+    """The calls of one set, of which there is at least one."""
+    if isinstance(calls, Calls):
+        return calls.require()
+    if not calls or not all(isinstance(call, Call) for call in calls):
+        raise BadRequest("a set of calls holds no calls", hint="see hubaoti.capture")
+    return calls
+
+
+def _require_bounded(bounds: Mapping[str, Range], request: CompileRequest) -> None:
+    """Of a dim that only a name tells of, no size but one was seen: its bounds must be given.
+
+    Raises:
+        BadDim: they are not.
+    """
+    for name in bounds.keys() - request.dims.keys():
+        raise BadDim(
+            f"{name} is named, and only one size of it was seen",
+            hint=f'give its bounds: dims={{"{name}": (1, 4096)}}, or calls of other sizes',
+        )
+
+
+def _list_named_dims(shapes: Shapes) -> frozenset[str]:
+    """The dims that shapes name, also within extents as `2*seq`."""
+    words = (size for shape in shapes.values() for size in shape if isinstance(size, str))
+    return frozenset(name for word in words for name in DimExpr.parse(word).dims)
+
+
+def _find_main_dtype(module: nn.Module) -> str:
+    """The dtype that most of a module's numbers have.
+
+    Raises:
+        BadRequest: graphs are not compiled for it, or the module has no floating parameter.
+    """
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] += parameter.numel()
+    found = counts.most_common(1)
+    dtype = str(found[0][0]).removeprefix("torch.") if found else "none"
+    if dtype not in DTYPES:
+        raise BadRequest(
+            f"{type(module).__name__} computes in {dtype}",
+            hint=f"convert it before: {', '.join(DTYPES)}",
+        )
+    return dtype
+
+
+def _read_attention(module: nn.Module) -> str:
+    """The attention that a model of transformers says it has; else it is the module's own."""
+    name = getattr(_get_config(module), "_attn_implementation", None)
+    return name if isinstance(name, str) else "native"
+
+
+def _get_config(module: nn.Module) -> Any:
+    """The config of a model of transformers."""
+    config = getattr(module, "config", None)
+    return config if hasattr(config, "get_text_config") else None
+
+
+def _make_buckets(
+    sets: Sequence[Calls | Sequence[Call]],
+    calls: Sequence[Call],
+    dims: Dims,
+    names: Sequence[str],
+) -> tuple[dict[str, Range], ...]:
+    """A bucket for each set of calls, over the dims that changed between the sets."""
+    if len(sets) < 2:
+        return ()
+    buckets, start = [], 0
+    for each in sets:
+        end = start + len(_require_calls(each))
+        seen = {name: dims.series[name][start:end] for name in names}
+        buckets.append({name: span_sizes(series) for name, series in seen.items()})
+        start = end
+    changed = [name for name in names if len({str(bucket[name]) for bucket in buckets}) > 1]
+    return tuple({name: bucket[name] for name in changed} for bucket in buckets)
+
+
+@contextmanager
+def evaluate_unchanged(module: nn.Module) -> Iterator[None]:
+    """Around work on somebody's module: inside it is in eval mode, afterwards it is as it was.
+
+    Its code is asked with inputs of ours, and run without storage: what it counts, keeps and writes
+    of that is of no use to its owner. Only parameters are not kept: they may fill the memory.
+    """
+    parts = [*module.modules()]
+    kept = [
+        (part, {name: (value, _copy_container(value)) for name, value in vars(part).items()})
+        for part in parts
+    ]
+    buffers = [
+        (buffer, _get_tensor_version(buffer), buffer.detach().clone())
+        for buffer in module.buffers()
+    ]
+    for part in parts:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, attributes in kept:
+            _restore_attributes(vars(part), attributes)
+        for buffer, before, values in buffers:
+            if _get_tensor_version(buffer) != before:
+                buffer.detach().copy_(values)
+
+
+def _copy_container(value: Any) -> Any:
+    """What a list, dictionary or set holds; None of anything else, as a frozen dictionary."""
+    return value.copy() if type(value) in _CONTAINERS else None
+
+
+def _restore_attributes(attributes: dict[str, Any], before: Mapping[str, tuple[Any, Any]]) -> None:
+    """Give a module the attributes that it had; lists and dictionaries what they held."""
+    for name in attributes.keys() - before.keys():
+        del attributes[name]
+    for name, (value, content) in before.items():
+        attributes[name] = value
+        if content is not None:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
+
+
+def _get_tensor_version(tensor: torch.Tensor) -> int:
+    """A number that changes when a tensor is written; a tensor of inference mode has none."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,86 @@
+"""Memory lent to blocks that have none: filled by the rule, given back while others need it."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from hubaoti.runtime.synthetic import fill_synthetic
+
+_PAGES = "_hubaoti_pages"  # the attribute of a parameter that holds its memory
+
+
+@contextmanager
+def lend_memory(
+    modules: list[nn.Module], device: torch.device, live: bool
+) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Modules with memory where they had none; all of them share it, their values do not matter.
+
+    Afterwards they have none again. A live module keeps what it has.
+    """
+    if live:
+        yield modules[0], modules[-1]
+        return
+    made = {
+        name: _allocate_parameter(name, old, device) for name, old in modules[0].named_parameters()
+    }
+    kept = [
+        (owner, name, old)
+        for module in modules
+        for owner, name, old in _list_parameter_slots(module)
+    ]
+    for module in modules:
+        new = {id(old): made[name] for name, old in module.named_parameters() if name in made}
+        for owner, name, old in _list_parameter_slots(module):
+            owner._parameters[name] = new.get(id(old), old)
+        module.to(device)  # its buffers, which are real
+    try:
+        yield modules[0], modules[-1]
+    finally:
+        for owner, name, old in kept:
+            owner._parameters[name] = old
+
+
+def _allocate_parameter(name: str, old: torch.Tensor, device: torch.device) -> nn.Parameter:
+    """A parameter with memory, and the values that the golden rule gives to its name."""
+    tensor = old.detach()
+    pages = None
+    if old.is_meta and device.type == "cpu" and old.numel() and hasattr(mmap, "MADV_DONTNEED"):
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # of shared memory nothing is given back
+        pages = mmap.mmap(-1, old.untyped_storage().nbytes(), flags)
+        tensor = torch.frombuffer(pages, dtype=old.dtype).as_strided(old.shape, old.stride())
+    elif old.is_meta:
+        tensor = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
+    fill_synthetic(tensor, name)
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    setattr(parameter, _PAGES, pages)
+    return parameter
+
+
+@contextmanager
+def give_memory_back(module: nn.Module) -> Iterator[None]:
+    """Around work that needs no values but much memory: afterwards the values are there again.
+
+    Addresses stay, since inductor tells constants from each other by them.
+    """
+    named = dict(module.named_parameters())
+    lent = {name: pages for name, each in named.items() if (pages := getattr(each, _PAGES, None))}
+    for pages in lent.values():
+        pages.madvise(mmap.MADV_DONTNEED)
+    yield
+    for name in lent:
+        fill_synthetic(named[name], name)
+
+
+def _list_parameter_slots(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Every place of a module that holds a parameter; a tied one has several."""
+    return [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None
+    ]

@@ -1,0 +1,295 @@
+"""Faces: how a module is called, with the dims that the sizes of its tensors follow.
+
+`infer_dims.py` finds a face from calls; here is what is done with one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+
+from hubaoti.artifact.dim_expr import DimExpr
+from hubaoti.artifact.manifest import Cache, Input, Write
+from hubaoti.compiler import kv_inputs as caches
+from hubaoti.compiler.capture import Frozen, Opaque, bind_arguments, replace_forward, thaw_arguments
+from hubaoti.errors import CompileFailed
+from hubaoti.runtime.containers import ContainerChange, Contents, get_at_path
+
+
+@dataclass(frozen=True, slots=True)
+class CallSignature:
+    """A call template, the tensors it takes, and the KV cache among them."""
+
+    template: dict[str, Any]
+    inputs: tuple[Input, ...]
+    cache: Cache | None = None
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The dims of the inputs, in their order."""
+        found = (dim for _, _, extent in self.extents() for dim in extent.dims)
+        return tuple(dict.fromkeys(found))
+
+    def extents(self) -> Iterator[tuple[int, int, DimExpr]]:
+        """Input, axis and extent of each size that changes."""
+        for index, entry in enumerate(self.inputs):
+            for axis, size in enumerate(entry.shape):
+                if isinstance(size, str):
+                    yield index, axis, DimExpr.parse(size)
+
+    def read_sizes(self, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """The sizes of the dims, as tensors have them; symbols while tracing."""
+        found: dict[str, Any] = {}
+        for index, axis, extent in self.extents():
+            if extent.plain:
+                found.setdefault(extent.dims[0], tensors[index].shape[axis])
+        for index, axis, extent in self.extents():
+            if len(extent.terms) == 1 and extent.dims[0] not in found:
+                size = tensors[index].shape[axis]
+                found[extent.dims[0]] = (size - extent.plus) // extent.terms[0][1]
+        return found
+
+    def substitute_dims(self, extents: Mapping[str, int | DimExpr]) -> CallSignature:
+        """The face with sizes or other extents in the place of dims."""
+
+        def other(size: int | str) -> int | str:
+            if isinstance(size, int):
+                return size
+            extent = DimExpr.parse(size)
+            return encode_extent(substitute(extent, extents))
+
+        inputs = tuple(
+            msgspec.structs.replace(entry, shape=tuple(other(size) for size in entry.shape))
+            for entry in self.inputs
+        )
+        return CallSignature(self.template, inputs, self.cache)
+
+    def drop_inputs(self, unused: Set[int]) -> CallSignature:
+        """The face without inputs that are not computed with; their dims others have, too.
+
+        A graph cannot leave out an input that it has, and who calls a block may give none.
+        """
+        kept = [index for index in range(len(self.inputs)) if index not in unused]
+        known = {d for index, _, extent in self.extents() if index in kept for d in extent.dims}
+        needed = [
+            index for index, _, e in self.extents() if index in unused and not known >= {*e.dims}
+        ]
+        kept = sorted({*kept, *needed})
+        places: dict[int, Any] = {index: {"tensor": place} for place, index in enumerate(kept)}
+        for index in unused - {*kept}:
+            entry = self.inputs[index]
+            places[index] = {"any": {"dtype": entry.dtype, "shape": list(entry.shape)}}
+        template = _renumber_tensors(self.template, places)
+        return CallSignature(template, tuple(self.inputs[index] for index in kept), self.cache)
+
+    def drop_argument(self, name: str) -> CallSignature:
+        """The face of calls that do not give one of the keyword arguments, a tensor."""
+        index = self.template["kwargs"].get(name, {}).get("tensor")
+        kept = [place for place in range(len(self.inputs)) if place != index]
+        places = {old: {"tensor": new} for new, old in enumerate(kept)}
+        kwargs = {key: item for key, item in self.template["kwargs"].items() if key != name}
+        template = _renumber_tensors({**self.template, "kwargs": kwargs}, places)
+        return CallSignature(template, tuple(self.inputs[place] for place in kept), self.cache)
+
+    def accept_any(self, idle: Set[str]) -> CallSignature:
+        """The face that takes any value of the keyword arguments on which nothing depends."""
+        kwargs = self.template["kwargs"]
+        free = {name: {"any": kwargs[name]} for name in kwargs if name in idle}
+        return CallSignature({**self.template, "kwargs": kwargs | free}, self.inputs, self.cache)
+
+
+def _renumber_tensors(template: Any, places: Mapping[int, Any]) -> Any:
+    """A template whose tensors have other places."""
+    if isinstance(template, list):
+        return [_renumber_tensors(item, places) for item in template]
+    if not isinstance(template, dict):
+        return template
+    if isinstance(template.get("tensor"), int) and len(template) == 1:
+        return places[template["tensor"]]
+    return {key: _renumber_tensors(item, places) for key, item in template.items()}
+
+
+def substitute(extent: DimExpr, extents: Mapping[str, int | DimExpr]) -> DimExpr:
+    """An extent with sizes or extents in the place of its dims."""
+    terms: dict[str, int] = {}
+    plus = extent.plus
+    for name, factor in extent.terms:
+        value = extents.get(name, DimExpr(((name, 1),)))
+        if isinstance(value, int):
+            plus += factor * value
+            continue
+        plus += factor * value.plus
+        for inner, times in value.terms:
+            terms[inner] = terms.get(inner, 0) + factor * times
+    return DimExpr.of(terms, plus)
+
+
+def encode_extent(extent: DimExpr) -> int | str:
+    """An extent as a manifest has it: a number where it has no dims."""
+    return str(extent) if extent.terms else extent.plus
+
+
+def make_names_unique(inputs: tuple[Input, ...]) -> tuple[Input, ...]:
+    """Inputs of which no two have one name."""
+    names: list[str] = []
+    for entry in inputs:
+        name = entry.name
+        while name in names:
+            name += "x"
+        names.append(name)
+    return tuple(
+        msgspec.structs.replace(entry, name=name) for entry, name in zip(inputs, names, strict=True)
+    )
+
+
+def add_cache_inputs(
+    face: CallSignature, keys: torch.Tensor, values: torch.Tensor
+) -> CallSignature:
+    """The face of a decoder's block whose cache is among its inputs.
+
+    Raises:
+        CompileFailed: no input tells how much of the cache is filled.
+    """
+    if "filled" not in face.dims:
+        raise CompileFailed(
+            "capture: no input of the block tells how much of its cache is filled",
+            hint="its attention takes no mask: it stays eager",
+        )
+    dtype = str(keys.dtype).removeprefix("torch.")
+    index = len(face.inputs)
+
+    def held(name: str, tensor: torch.Tensor) -> Input:
+        shape = ("batch", tensor.shape[1], "cache", tensor.shape[3])
+        return Input(name=name, dtype=dtype, shape=shape, values="real", mutated=True)
+
+    position = Input(name="position", dtype="int64", shape=("seq",), values="position")
+    inputs = (*face.inputs, held("keys", keys), held("values", values), position)
+    return CallSignature(
+        face.template,
+        make_names_unique(inputs),
+        Cache(kind="static", keys=index, values=index + 1, position=index + 2),
+    )
+
+
+def specialize_full_window(face: CallSignature, window: int) -> CallSignature:
+    """The same block when its window is full: the oldest entries leave as the new ones come."""
+    assert face.cache is not None
+    inputs = tuple(entry for index, entry in enumerate(face.inputs) if index != face.cache.position)
+    cache = Cache(kind="sliding", keys=face.cache.keys, values=face.cache.values, window=window)
+    full: dict[str, int | DimExpr] = {"cache": window, "filled": DimExpr.of({"seq": 1}, window - 1)}
+    return CallSignature(face.template, inputs, cache).substitute_dims(full)
+
+
+@dataclass(slots=True)
+class FlatModule:
+    """A module as a function of a flat list of tensors; `outputs` is the template of its answer."""
+
+    module: nn.Module
+    face: CallSignature
+    names: tuple[str, ...] = ()
+    template: Any = None
+    writes: tuple[Write, ...] = ()
+    _forward: Callable[..., Any] = field(init=False)
+    _layers: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._forward = self.module.forward
+        self._layers = caches.count_layers(self.module)
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tensors that the module answers, and that it leaves in containers of its call.
+
+        Raises:
+            CompileFailed: what it answers or leaves is neither a tensor nor a plain value, or is
+                put together in another way than before.
+        """
+        sizes = self.face.read_sizes(tensors)
+        known: dict[str, Any] = {
+            "size": lambda text: DimExpr.parse(text).at(sizes),
+            "cache": None,
+            "device": tensors[0].device if tensors else "cpu",
+        }
+        if self.face.cache is not None:
+            known["cache"] = self._make_cache(tensors, sizes)
+        args, kwargs = thaw_arguments(self.face.template, tensors, known)
+        named = bind_arguments(self._forward, args, kwargs)
+        before = Contents(named)
+        answer = self._forward(*args, **kwargs)
+        changes = before.changes()
+        frozen = Frozen(given={id(get_at_path(named, each.path)): each.path for each in changes})
+        try:
+            template = frozen.freeze(answer, "output")
+            frozen.given = before.places
+            writes = tuple(_describe_write(change, frozen) for change in changes)
+        except Opaque as error:
+            raise CompileFailed(
+                f"capture: the module answers, or leaves in its arguments, what a graph cannot: "
+                f"{error}",
+                hint="compile a module inside that answers tensors",
+            ) from error
+        self._note_template(template, writes)
+        self.names = tuple(frozen.names)
+        return tuple(frozen.tensors)
+
+    def _note_template(self, template: Any, writes: tuple[Write, ...]) -> None:
+        """Note how the answer is put together, which is the same at every size.
+
+        Raises:
+            CompileFailed: it is not.
+        """
+        if self.names and (template, writes) != (self.template, self.writes):
+            raise CompileFailed(
+                "capture: what the module answers, or leaves in its arguments, is put together in "
+                "another way at other sizes",
+                hint="narrow the dims to sizes at which it is not: this call stays eager",
+            )
+        self.template, self.writes = template, writes
+
+    def _make_cache(self, tensors: Sequence[torch.Tensor], sizes: Mapping[str, Any]) -> Any:
+        cache = self.face.cache
+        assert cache is not None
+        keys, values = tensors[cache.keys], tensors[cache.values]
+        if cache.position is None:
+            layer = caches.Sliding(keys, values, sizes["seq"], self._find_mask_length(tensors))
+            return caches.make_cache(layer, self._layers)
+        position = tensors[cache.position]
+        static = caches.Static(keys, values, position, sizes["filled"])
+        return caches.make_cache(static, self._layers)
+
+    def _find_mask_length(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """The length of the mask over a full window; None where there is no mask."""
+        assert self.face.cache is not None and self.face.cache.window is not None
+        length = DimExpr.of({"seq": 1}, self.face.cache.window - 1)
+        each = (
+            tensors[index].shape[axis]
+            for index, axis, size in self.face.extents()
+            if size == length
+        )
+        return next(each, None)
+
+    def replace_own_forward(self) -> AbstractContextManager[None]:
+        """Around tracing: the module's own `forward` is this function."""
+
+        def forward(*tensors: torch.Tensor, **named: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self(*tensors, *(named[entry.name] for entry in self.face.inputs if named))
+
+        return replace_forward(self.module, forward)
+
+
+def _describe_write(change: ContainerChange, frozen: Frozen) -> Write:
+    """What a module left in a container of its call, as the manifest has it.
+
+    Raises:
+        Opaque: something that no template can hold.
+    """
+    name = "_".join(map(str, change.path))
+    if not all(type(key) in {str, int} for key, _ in change.items):
+        raise Opaque(f"{name} has keys that are neither words nor whole numbers")
+    items = tuple((key, frozen.freeze(item, f"{name}_{key}")) for key, item in change.items)
+    return Write(into=change.path, items=items)

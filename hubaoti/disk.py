@@ -1,0 +1,104 @@
+"""Disks that are full, closed or broken: their errors in words, and the room that they have."""
+
+from __future__ import annotations
+
+import errno
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hubaoti.errors import DiskFull, HubaotiError
+
+# What else can be done, by what lies on the disk.
+_HOME = "set HUBAOTI_HOME to a folder on a larger disk"
+TEMPORARY = "set TMPDIR to a folder on a larger disk"
+OUTPUT = "choose another folder with -o"
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# As g++ and as Python name what could not be written.
+_NAMED = re.compile(r"(/[^:'\"\n]*): No space left|No space left on device: '(/[^'\n]*)'")
+DISK_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@contextmanager
+def explain_disk_errors(folder: Path, needed: int = 0) -> Iterator[None]:
+    """Around work that writes `needed` bytes below `folder`: a full or closed disk is said so.
+
+    Raises:
+        DiskFull: the disk, or the quota, has no room.
+        HubaotiError: the disk may not be written, or is broken.
+        FileNotFoundError: as it came: only the caller knows what is missing.
+    """
+    try:
+        yield
+    except OSError as why:
+        if isinstance(why, FileNotFoundError):
+            raise
+        raise describe_disk_error(why, folder, needed) from why
+
+
+def describe_disk_error(why: OSError, folder: Path, needed: int = 0) -> HubaotiError:
+    """The error that says why `needed` bytes could not be written below `folder`."""
+    if why.errno in DISK_FULL:
+        return describe_no_room(folder, needed)
+    hint = "see that the folder and its disk are well, or set HUBAOTI_HOME to another"
+    if why.errno in DISK_CLOSED:
+        hint = "set HUBAOTI_HOME to a folder that you may write"
+    return HubaotiError(f"cannot write {why.filename or folder}: {why.strerror}", hint=hint)
+
+
+def require_disk_room(folder: Path, needed: int, remedy: str = _HOME) -> None:
+    """See that `needed` more bytes go below `folder`, before any is written.
+
+    `remedy` is what else can be done than to free some space.
+
+    Raises:
+        DiskFull: they do not.
+    """
+    if free_bytes(folder) < needed:
+        raise describe_no_room(folder, needed, remedy)
+
+
+def describe_no_room(folder: Path, needed: int, remedy: str = _HOME) -> DiskFull:
+    """The error that says how much is needed, and how much is free."""
+    need = f"{format_mebibytes(needed)} needed, " if needed else ""
+    return DiskFull(
+        f"no room on the disk of {folder}: {need}{format_mebibytes(free_bytes(folder))} free",
+        hint=f"free some space there, or {remedy}",
+    )
+
+
+def find_full_disk(error: BaseException | str, *folders: Path) -> Path:
+    """The folder whose disk had no room: the one that the error names, else that with the least.
+
+    Looked at are `folders`, and where the system, and we, put temporary files.
+    """
+    if named := _NAMED.search(str(error)):
+        place = Path(named[1] or named[2]).parent
+        if place.is_dir():
+            return place
+    return min((*folders, Path(tempfile.gettempdir()), Path("/tmp")), key=free_bytes)
+
+
+def free_bytes(folder: Path) -> int:
+    """The bytes that this user may still write on the disk of a folder, existing or not."""
+    return shutil.disk_usage(_find_existing_folder(folder)).free
+
+
+def are_on_one_disk(one: Path, other: Path) -> bool:
+    """Whether two folders, existing or not, are on one disk."""
+    return _find_existing_folder(one).stat().st_dev == _find_existing_folder(other).stat().st_dev
+
+
+def _find_existing_folder(folder: Path) -> Path:
+    """The folder, or the first one above it that exists."""
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def format_mebibytes(size: int) -> str:
+    """Bytes as MiB, with one decimal."""
+    return f"{size / (1 << 20):.1f} MiB"

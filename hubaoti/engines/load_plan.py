@@ -1,0 +1,156 @@
+"""What `load` is asked for, and what comes of it: files, a task, an artifact, a place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hubaoti import api
+from hubaoti.compiler.request import CompileRequest
+from hubaoti.engines.background_compile import Work
+from hubaoti.engines.messages import Begin
+from hubaoti.engines.pool import ModelSlot
+from hubaoti.engines.resolve import (
+    ENGINE_TASKS,
+    Wanted,
+    choose_task,
+    estimate_weight_bytes,
+    find_in_mirror,
+    find_in_repos,
+    read_dtype,
+)
+from hubaoti.errors import BadRequest
+from hubaoti.host.probe import Host
+from hubaoti.hub.model_download import EAGER_FILES, fetch_model_files, find_local_folder
+from hubaoti.progress import Progress
+from hubaoti.settings import Settings
+
+if TYPE_CHECKING:
+    from hubaoti.artifact.bundle import Bundle
+    from hubaoti.hub.pull import Pulled
+    from hubaoti.mirror import Artifact
+
+Compile = Literal["never", "background", "now"]
+_PROCESS = 400 << 20  # bytes of a worker beside its weights
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What `load` was asked for."""
+
+    name: str
+    artifact: Artifact | Pulled | Bundle | Path | str | None
+    compile: Compile
+    task: str | None
+    push: str | None
+    revision: str | None
+    asked: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Placing:
+    """Where an engine looks for models and artifacts, and on which device they are to be."""
+
+    settings: Settings
+    host: Host
+    device: str
+    repos: tuple[str, ...]
+    isolate: bool
+    trust: bool
+    progress: Progress
+    ops: tuple[str, ...] = ()
+
+    def placed(self, want: Want) -> ModelSlot:
+        """A model with its files here, and the artifact that serves it.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            OtherProgram, BadRequest: the artifact that was given does not serve it.
+        """
+        self.progress("files")
+        folder, _ = fetch_model_files(
+            want.name, want.revision, EAGER_FILES, self.settings, self.progress
+        )
+        given, why = self.given(want), "no graphs are wanted"
+        task = want.task or (given.manifest.program.task if given else choose_task(folder))
+        wanted = self._wanted(folder, task, want.asked)
+        if given is not None:
+            wanted.require(given.manifest)
+        elif self.settings.graphs:
+            given, why = self._found(wanted)
+        begin = Begin(
+            str(folder.resolve()),
+            task,
+            self.device,
+            given.manifest.build.dtype if given else wanted.dtype,
+            given.digest if given else None,
+            bool(want.asked.get("trust_remote_code")),
+            self.ops,
+        )
+        needs = estimate_weight_bytes(folder, begin.dtype) + (_PROCESS if self.isolate else 0)
+        is_asked = want.artifact is not None
+        why = "" if given else why
+        return ModelSlot(want.name, begin, needs, want.revision, why, is_asked=is_asked)
+
+    def given(self, want: Want) -> Artifact | None:
+        """The artifact that a call gave, in the mirror; None where it gave none."""
+        if want.artifact is None or not self.settings.graphs:
+            return None
+        return api.get_artifact(want.artifact, self.trust, self.settings, self.progress)
+
+    def require_serves(self, artifact: Artifact, begin: Begin) -> None:
+        """See that an artifact serves a model that is loaded.
+
+        Raises:
+            OtherProgram, BadRequest: it does not.
+        """
+        self._wanted(Path(begin.folder), begin.task, {}).require(artifact.manifest)
+
+    def _wanted(self, folder: Path, task: str, asked: dict[str, Any]) -> Wanted:
+        if task not in ENGINE_TASKS:
+            raise BadRequest(
+                f"an engine has models to {' or '.join(ENGINE_TASKS)}, not for {task}",
+                hint="compile it with --task generate or embed; hubaoti.attach takes the others",
+            )
+        dtype, quantization = asked.get("dtype"), asked.get("quantize")
+        return Wanted(folder, task, self.device, self.host, dtype, quantization)
+
+    def _found(self, wanted: Wanted) -> tuple[Artifact | None, str]:
+        """The artifact of a model, in the mirror or a repo; else why there is none.
+
+        It computes in the model's own dtype, unless another is asked for.
+        """
+        wanted = replace(wanted, dtype=wanted.dtype or read_dtype(wanted.folder))
+        if found := find_in_mirror(wanted, self.settings):
+            return found, ""
+        found, reasons = find_in_repos(wanted, self.repos, self.trust, self.settings, self.progress)
+        return found, "" if found else "; ".join(["the mirror has no artifact for it", *reasons])
+
+    def work(self, place: ModelSlot, want: Want) -> Work:
+        """What a child process compiles."""
+        words = {"task": place.begin.task, "device": self.device, **want.asked}
+        try:
+            CompileRequest.parse(words)
+        except TypeError as why:
+            raise BadRequest(f"load: {why}", hint="it takes the words of hubaoti.compile") from why
+        if want.revision is not None:
+            words["revision"] = want.revision
+        folder = find_local_folder(place.name)
+        return Work(str(folder or place.name), words, want.push, self.settings.to_env())
+
+
+def choose_device(host: Host, asked: str | None) -> str:
+    """Where models are: as is asked, else on a GPU where there is one that torch can use.
+
+    Raises:
+        BadRequest: there is no such device here.
+    """
+    has_cuda = bool(host.gpus) and host.torch is not None and host.torch.cuda is not None
+    if asked is None:
+        return "cuda:0" if has_cuda else "cpu"
+    kind, _, number = asked.partition(":")
+    known = kind == "cpu" and not number or kind == "cuda" and (not number or number.isdigit())
+    if not known or (kind == "cuda" and not (has_cuda and int(number or 0) < len(host.gpus))):
+        raise BadRequest(f"there is no device {asked!r} here", hint="cpu, or cuda:0 with a GPU")
+    return asked

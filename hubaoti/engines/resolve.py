@@ -1,0 +1,178 @@
+"""The artifact of a model: in the mirror, else in the repos that an engine was told of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from hubaoti import api
+from hubaoti.artifact.manifest import Manifest
+from hubaoti.errors import BadRequest, HubaotiError, OtherProgram
+from hubaoti.host.match import Candidate, judge, rank
+from hubaoti.host.probe import Host
+from hubaoti.hub.trust import Trust
+from hubaoti.mirror import Artifact, Mirror
+from hubaoti.program.model_files import read_json, refuse_other_program
+from hubaoti.progress import Progress
+from hubaoti.settings import Settings
+
+ENGINE_TASKS = ("generate", "embed")
+_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What graphs are wanted for: a model's folder and task, on a device of a host.
+
+    A `dtype` or a `quantization` that is asked for is a condition.
+    """
+
+    folder: Path
+    task: str
+    device: str
+    host: Host
+    dtype: str | None = None
+    quantization: str | None = None
+
+    def require(self, manifest: Manifest) -> None:
+        """See that an artifact serves it.
+
+        Raises:
+            OtherProgram, BadRequest: why it does not.
+        """
+        if refusal := self.refusal(manifest):
+            raise refusal
+
+    def refusal(self, manifest: Manifest) -> HubaotiError | None:
+        """Why an artifact does not serve it; None where it does."""
+        if manifest.program.task != self.task:
+            return BadRequest(
+                f"the artifact was built for {manifest.program.task}, an engine has "
+                f"{self.folder.name} to {self.task}",
+                hint=f"compile it with --task {self.task}",
+            )
+        if manifest.target.device != self.device.partition(":")[0]:
+            return BadRequest(
+                f"the artifact was built for {manifest.target.device}, the model is on "
+                f"{self.device}",
+                hint=f"load the model on {manifest.target.device}",
+            )
+        if self.dtype not in (None, manifest.build.dtype):
+            return BadRequest(
+                f"the artifact computes in {manifest.build.dtype}, not in {self.dtype}",
+                hint="ask for its dtype, or for none",
+            )
+        try:
+            refuse_other_program(self.folder, manifest.program)
+        except OtherProgram as why:
+            return why
+        return None
+
+
+def read_dtype(folder: Path) -> str:
+    """The dtype in which a model is loaded, as its config says; float32 where it does not."""
+    config = read_json(folder / "config.json")
+    said = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return str(said).removeprefix("torch.")
+
+
+def choose_task(folder: Path) -> str:
+    """What an engine has a model for, as its files say: to generate, or else to embed."""
+    named = read_json(folder / "config.json").get("architectures") or ()
+    names = " ".join(map(str, named)) if isinstance(named, list) else ""
+    decodes = "ForCausalLM" in names or "LMHead" in names
+    return "generate" if decodes and not (folder / "modules.json").is_file() else "embed"
+
+
+def find_in_mirror(wanted: Wanted, settings: Settings) -> Artifact | None:
+    """The best artifact of the mirror for a model; a quantized one only where that is wanted."""
+    with Mirror.open(settings.mirror) as mirror:
+        fitting = {
+            artifact.digest: artifact for artifact in _list_candidates(wanted, mirror, settings)
+        }
+    judged = [
+        Candidate(
+            artifact.manifest.recipe,
+            artifact.manifest.variant,
+            judge(artifact.manifest.requires, wanted.host, _parse_gpu_index(wanted.device)),
+            digest,
+        )
+        for digest, artifact in fitting.items()
+    ]
+    same = [each for each in judged if each.recipe.quantization == wanted.quantization]
+    # Quantized ones answer something else, so they are ranked only by their recipe's name.
+    recipes = sorted({each.recipe for each in same}, key=str) if wanted.quantization else [None]
+    best = next((each for recipe in recipes for each in rank(same, recipe)), None)
+    return None if best is None else fitting[best.id]
+
+
+def _list_candidates(wanted: Wanted, mirror: Mirror, settings: Settings) -> Iterator[Artifact]:
+    """The artifacts of a model's program that were built here, or come from a trusted publisher."""
+    trusted = Trust(settings.trust)
+    for row in mirror.ls():
+        origin = row.origin
+        if not (
+            mirror.index.is_built(row.digest) or trusted.holds(origin.endpoint, origin.publisher)
+        ):
+            continue
+        artifact = mirror.artifact(row.digest)
+        if artifact is not None and wanted.refusal(artifact.manifest) is None:
+            yield artifact
+
+
+def _parse_gpu_index(device: str) -> int | None:
+    """The number of a GPU; None of a CPU."""
+    kind, _, number = device.partition(":")
+    return int(number or 0) if kind == "cuda" else None
+
+
+def find_in_repos(
+    wanted: Wanted, repos: Sequence[str], trust: bool, settings: Settings, progress: Progress
+) -> tuple[Artifact | None, list[str]]:
+    """The first artifact of some repos that serves a model, and why those before it do not."""
+    reasons = []
+    for repo in repos:
+        try:
+            artifact = api.pull(repo, trust=trust, settings=settings, progress=progress).artifact
+        except HubaotiError as error:
+            reasons.append(f"{repo}: {error}")
+            continue
+        refusal = wanted.refusal(artifact.manifest)
+        if refusal is None:
+            return artifact, reasons
+        reasons.append(f"{repo}: {refusal}")
+    return None, reasons
+
+
+def _list_weight_files(folder: Path) -> list[Path]:
+    """The files that a model's weights are loaded from: those of its index, or the only one."""
+    listed = read_json(folder / "model.safetensors.index.json").get("weight_map")
+    if isinstance(listed, dict):
+        return [folder / str(name) for name in sorted({*map(str, listed.values())})]
+    only = folder / "model.safetensors"
+    return [only] if only.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def estimate_weight_bytes(folder: Path, dtype: str | None) -> int:
+    """The memory that a model's weights will take, as the headers of its files say; 0 if unknown.
+
+    With a `dtype`, numbers of other widths are made into it.
+    """
+    bits = {"float32": 32, "bfloat16": 16, "float16": 16}.get(dtype or "", 0)
+    total = 0
+    for file in _list_weight_files(folder):
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    each = opened.get_slice(name)
+                    kind, count = each.get_dtype(), 1
+                    for size in each.get_shape():
+                        count *= size
+                    own = _BITS.get(kind, 8)
+                    total += count * (bits if bits and "F" in kind else own) // 8
+        except (SafetensorError, OSError):
+            continue  # who loads it says so
+    return total

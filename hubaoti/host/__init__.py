@@ -1,0 +1,1 @@
+"""This machine: its facts, its memory and processes, and which artifacts fit it."""

@@ -1,0 +1,399 @@
+"""What an artifact needs against what this host has: every reason, and the best one first.
+
+`judge` reads a manifest's requirements and never its path. Each row of the table is one function
+that answers a Refusal (it cannot run here), a Compromise (it runs, and is not made for this host)
+or None; a verdict is all of them. `rank` orders the artifacts that can run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from packaging.version import Version
+
+from hubaoti.artifact.requirements import KernelPin as KernelPin
+from hubaoti.artifact.requirements import Requirements as Requirements
+from hubaoti.artifact.requirements import read_version, series
+from hubaoti.artifact.variant import Recipe, Variant
+from hubaoti.host.probe import Gpu, Host
+
+# Bytes of shared memory that one block can have, by sm: "Maximum amount of shared memory per
+# thread block" in the CUDA C++ Programming Guide, Technical Specifications per Compute Capability.
+_SHARED_MEMORY = {
+    **dict.fromkeys((50, 52, 53, 60, 61, 62), 48 << 10),
+    75: 64 << 10,
+    **dict.fromkeys((70, 72), 96 << 10),
+    **dict.fromkeys((86, 89, 120, 121), 99 << 10),
+    **dict.fromkeys((80, 87), 163 << 10),
+    **dict.fromkeys((90, 100, 101, 103, 110), 227 << 10),
+}
+# What every GPU has; all that may be assumed of one that is not in the table.
+_LEAST_SHARED_MEMORY = 48 << 10
+
+_ATTENTIONS = ("fa3", "sdpa")
+
+
+class MatchResult(StrEnum):
+    """How well an artifact fits a host, best first."""
+
+    EXACT = "exact"
+    COMPATIBLE = "compatible"
+    INCOMPATIBLE = "incompatible"
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """What an artifact needs, what the host has, and what a person can do about it."""
+
+    need: str
+    have: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal(Reason):
+    """Why an artifact cannot run here: one refusal makes it incompatible."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compromise(Reason):
+    """Why an artifact that runs here is compatible and not exact."""
+
+
+Finding = Refusal | Compromise | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Every reason; `device` is the host's GPU that was chosen, None for a CPU or a refusal."""
+
+    refusals: tuple[Refusal, ...] = ()
+    notes: tuple[Compromise, ...] = ()
+    device: int | None = None
+
+    @property
+    def fit(self) -> MatchResult:
+        """Any refusal makes it incompatible, any note compatible."""
+        if self.refusals:
+            return MatchResult.INCOMPATIBLE
+        return MatchResult.COMPATIBLE if self.notes else MatchResult.EXACT
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict as JSON has it: fit, device, and all reasons as records."""
+        return {"fit": str(self.fit), **asdict(self)}
+
+
+def judge(requires: Requirements, host: Host, device_index: int | None = None) -> Verdict:
+    """Whether an artifact runs on a host, with every reason.
+
+    `device_index` is a place in `host.gpus`. Without it any GPU will do: the verdict is on the one
+    that fits best, the first of equals, and if none fits it has the refusals of all of them.
+    """
+    found = [row(requires, host) for row in _HOST_ROWS]
+    device = None
+    if requires.device == "cuda":
+        device, on_gpu = _judge_gpus(requires, host, device_index)
+        found.extend(on_gpu)
+    verdict = _make_verdict(found, device)
+    return _make_verdict(found, None) if verdict.refusals else verdict
+
+
+def _make_verdict(found: Iterable[Finding], device: int | None) -> Verdict:
+    """Equal findings, as of two GPUs of one kind, are said once."""
+    found = dict.fromkeys(found)
+    return Verdict(
+        refusals=tuple(each for each in found if isinstance(each, Refusal)),
+        notes=tuple(each for each in found if isinstance(each, Compromise)),
+        device=device,
+    )
+
+
+def _judge_gpus(
+    requires: Requirements, host: Host, index: int | None
+) -> tuple[int | None, list[Finding]]:
+    """The GPU that fits best and what was found on it; if none fits, what was found on each."""
+    chosen = range(len(host.gpus)) if index is None else [index]
+    if not chosen or not 0 <= chosen[0] < len(host.gpus):
+        return None, [_describe_missing_gpu(requires, host, index)]
+    found = {i: [row(requires, host.gpus[i]) for row in _GPU_ROWS] for i in chosen}
+    best = min(chosen, key=lambda i: _rank_verdict(_make_verdict(found[i], i)))
+    if _make_verdict(found[best], best).fit is MatchResult.INCOMPATIBLE:
+        return None, [each for i in chosen for each in found[i] if isinstance(each, Refusal)]
+    return best, found[best]
+
+
+def _describe_missing_gpu(requires: Requirements, host: Host, index: int | None) -> Refusal:
+    need = f"an NVIDIA GPU of {_format_arch(requires.sm)}"
+    if host.gpus:
+        have = f"{len(host.gpus)} of them, counted from 0"
+        return Refusal(f"{need} as GPU {index}", have, "choose one of them, or name none")
+    notes = "".join(f" ({note})" for note in host.notes if note.startswith("NVML"))
+    return Refusal(
+        need, f"no NVIDIA GPU{notes}", "pull a cpu variant, or use a host that has a GPU"
+    )
+
+
+# The rows of the table that ask the host
+
+
+def _judge_os(requires: Requirements, host: Host) -> Finding:
+    if requires.os == host.os:
+        return None
+    return Refusal(
+        need=f"the operating system {requires.os}",
+        have=host.os or "an unknown system",
+        advice=f"pull a {host.os} variant, or compile one here",
+    )
+
+
+def _judge_torch(requires: Requirements, host: Host) -> Finding:
+    """Same release and local tag: exact; same major.minor, both final: compatible.
+
+    Final is what is no alpha, beta, rc or dev build: those change their C interface from day to
+    day. A post-release is final.
+    """
+    built, here = Version(requires.torch), read_version(host.torch.version if host.torch else None)
+    need, have = f"torch {requires.torch}", _describe_torch(host)
+    if here is None:
+        return Refusal(need, have, f"install torch {series(built)}")
+    if built == here:
+        return None
+    final = not built.is_prerelease and not here.is_prerelease
+    if final and series(built) == series(here) and built.epoch == here.epoch:
+        return Compromise(need, have, f"install torch {requires.torch} to match exactly")
+    alone = here.is_prerelease or series(built) == series(here)  # another variant is no better
+    other = "compile one here" if alone else f"pull a torch{series(here)} variant"
+    return Refusal(need, have, f"{other}, or install torch {requires.torch}")
+
+
+def _judge_cuda(requires: Requirements, host: Host) -> Finding:
+    """The toolkit of the host's torch: same: exact; same major, not older: compatible."""
+    if requires.cuda is None:
+        return None
+    built = _parse_cuda_version(requires.cuda)
+    here = _parse_cuda_version(host.torch.cuda if host.torch else None)
+    need = f"torch built with CUDA {requires.cuda}"
+    install = f"install a torch that is built with CUDA {requires.cuda}"
+    if here is None:
+        advice = f"{install}, or pull a cpu variant"
+        return Refusal(need, f"{_describe_torch(host)}, without CUDA", advice)
+    have = f"CUDA {here[0]}.{here[1]}"
+    if built == here:
+        return None
+    if built is not None and built[0] == here[0] and built <= here:
+        return Compromise(need, have, f"pull a cu{here[0]}{here[1]} variant to match exactly")
+    return Refusal(need, have, f"pull a cu{here[0]}{here[1]} variant, or {install}")
+
+
+def _judge_driver(requires: Requirements, host: Host) -> Finding:
+    """The driver serves the CUDA that is needed."""
+    needed, here = _parse_cuda_version(requires.driver), _parse_cuda_version(host.driver_cuda)
+    if needed is None or (here is not None and here >= needed):
+        return None
+    have = f"driver {host.driver}, which serves CUDA {host.driver_cuda}"
+    return Refusal(
+        need=f"a driver that serves CUDA {requires.driver}",
+        have="no NVIDIA driver" if here is None else have,
+        advice="install or upgrade the driver, or pull a variant of an older CUDA",
+    )
+
+
+def judge_level(requires: Requirements, host: Host) -> Finding:
+    """The host's CPU level is the one built for, or above it in the same family."""
+    from archspec.cpu import TARGETS
+
+    built, here = TARGETS.get(requires.level), TARGETS.get(host.level)
+    need, have = f"a CPU of level {requires.level}", f"{host.level} ({host.cpu})"
+    if built is None or here is None:
+        advice = "upgrade archspec, which does not know both levels, or compile for this host"
+        return Refusal(need, have, advice)
+    if built == here:
+        return None
+    if here > built:
+        return Compromise(need, have, f"pull a variant for {host.level}, or compile one here")
+    what = f"{host.level} or below" if built.family == here.family else f"{here.family} machines"
+    return Refusal(need, have, f"pull a variant for {what}, or compile one here")
+
+
+def _judge_glibc(requires: Requirements, host: Host) -> Finding:
+    return _judge_minimum("glibc", requires.glibc, host.glibc)
+
+
+def _judge_glibcxx(requires: Requirements, host: Host) -> Finding:
+    return _judge_minimum("GLIBCXX", requires.glibcxx, host.glibcxx)
+
+
+def _judge_cxxabi(requires: Requirements, host: Host) -> Finding:
+    return _judge_minimum("CXXABI", requires.cxxabi, host.cxxabi)
+
+
+def _judge_libraries(requires: Requirements, host: Host) -> Finding:
+    """Every shared library that the graphs name can be found."""
+    missing = ", ".join(sorted(set(requires.libraries) - host.libraries))
+    if not missing:
+        return None
+    return Refusal(
+        need=f"the libraries {missing}",
+        have="none of that name in torch's folder or where the loader looks",
+        advice=f"install the packages that have {missing}",
+    )
+
+
+def _judge_kernels(requires: Requirements, host: Host) -> Finding:
+    """Every pinned kernel is here, or may be fetched."""
+    missing = ", ".join(str(pin) for pin in requires.kernels if str(pin) not in host.kernels)
+    if not missing or not host.offline:
+        return None
+    return Refusal(
+        need=f"the kernels {missing}",
+        have="no copy of them, and no network: HF_HUB_OFFLINE is set",
+        advice="unset HF_HUB_OFFLINE to fetch them, or pull an sdpa recipe",
+    )
+
+
+# The rows that ask one GPU
+
+
+def _judge_sm(requires: Requirements, gpu: Gpu) -> Finding:
+    """Same capability: exact; PTX for this one or a lower: compatible."""
+    need, have = _format_arch(requires.sm), f"{_format_arch(gpu.sm)} ({gpu.name})"
+    if requires.sm == gpu.sm:
+        return None
+    advice = _suggest_variant(gpu)
+    if requires.ptx is not None and requires.ptx <= gpu.sm:
+        return Compromise(need, have, f"the driver compiles its PTX at the first call; {advice}")
+    carried = "no PTX" if requires.ptx is None else f"PTX from {_format_arch(requires.ptx)} on"
+    return Refusal(f"{need} (carries {carried})", have, advice)
+
+
+def _judge_shared_memory(requires: Requirements, gpu: Gpu) -> Finding:
+    """A block may have the shared memory that the largest one takes."""
+    most = _SHARED_MEMORY.get(gpu.sm, _LEAST_SHARED_MEMORY)
+    if requires.shared_memory is None or requires.shared_memory <= most:
+        return None
+    return Refusal(
+        need=f"{requires.shared_memory} bytes of shared memory a block",
+        have=f"{most} bytes on {_format_arch(gpu.sm)} ({gpu.name})",
+        advice=_suggest_variant(gpu),
+    )
+
+
+def _judge_kernel_archs(requires: Requirements, gpu: Gpu) -> Finding:
+    """Every pinned kernel was built for this capability."""
+    lacking = [pin for pin in requires.kernels if pin.sms and gpu.sm not in pin.sms]
+    if not lacking:
+        return None
+    built = {pin.repo: " or ".join(map(_format_arch, pin.sms)) for pin in lacking}
+    return Refusal(
+        need=", ".join(f"{archs} for the kernel {repo}" for repo, archs in built.items()),
+        have=f"{_format_arch(gpu.sm)} ({gpu.name})",
+        advice="pull an sdpa recipe, which needs no kernel",
+    )
+
+
+_HOST_ROWS: tuple[Callable[[Requirements, Host], Finding], ...] = (
+    _judge_os,
+    _judge_torch,
+    _judge_cuda,
+    _judge_driver,
+    judge_level,
+    _judge_glibc,
+    _judge_glibcxx,
+    _judge_cxxabi,
+    _judge_libraries,
+    _judge_kernels,
+)
+_GPU_ROWS: tuple[Callable[[Requirements, Gpu], Finding], ...] = (
+    _judge_sm,
+    _judge_shared_memory,
+    _judge_kernel_archs,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An artifact that could be pulled; `id` (its path, its digest) is its own among candidates."""
+
+    recipe: Recipe
+    variant: Variant
+    verdict: Verdict
+    id: str
+
+
+def rank(candidates: Iterable[Candidate], recipe: Recipe | None = None) -> list[Candidate]:
+    """The candidates that can run here, best first: a total order, whatever order they come in.
+
+    An asked recipe is a condition: only artifacts of exactly it, label included, are offered. With
+    none asked every recipe is, except the quantized ones, which answer something else.
+    """
+    offered = [
+        each
+        for each in candidates
+        if each.verdict.fit is not MatchResult.INCOMPATIBLE
+        and (each.recipe.quantization is None if recipe is None else each.recipe == recipe)
+    ]
+    return sorted(offered, key=_rank_candidate)
+
+
+def _rank_candidate(candidate: Candidate) -> tuple[Any, ...]:
+    """Exact, fa3, unlabelled, GPU; then the higher CPU level and the nearer CUDA and sm; then id.
+
+    Among those that fit, the nearer CUDA is the higher one: none is above the host's. A labelled
+    recipe was built for a special use, and a CPU artifact leaves the GPU idle.
+    """
+    recipe, variant = candidate.recipe, candidate.variant
+    known = recipe.attention in _ATTENTIONS
+    return (
+        _rank_verdict(candidate.verdict),
+        _ATTENTIONS.index(recipe.attention) if known else len(_ATTENTIONS),
+        recipe.label is not None,
+        variant.cuda is None,
+        -_rank_level(variant.level),
+        tuple(-number for number in _parse_cuda_version(variant.cuda) or ()),
+        -(variant.sm or 0),
+        candidate.id,
+    )
+
+
+def _rank_verdict(verdict: Verdict) -> int:
+    return tuple(MatchResult).index(verdict.fit)
+
+
+def _rank_level(level: str) -> int:
+    """How far a CPU level stands above its family; -1 for one that archspec does not know."""
+    from archspec.cpu import TARGETS
+
+    return len(TARGETS[level].ancestors) if level in TARGETS else -1
+
+
+def _parse_cuda_version(text: str | None) -> tuple[int, int] | None:
+    """The first two numbers of a CUDA version; None where there are none."""
+    found = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", text or "")
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _judge_minimum(what: str, needed: str | None, have: str | None) -> Finding:
+    here = read_version(have)
+    if needed is None or (here is not None and here >= Version(needed)):
+        return None
+    found = f"no {what}" if here is None else f"{what} {have}"
+    new = "a newer distribution or container" if what == "glibc" else "a newer libstdc++"
+    return Refusal(f"{what} {needed}", found, f"use {new}, or compile on this host")
+
+
+def _describe_torch(host: Host) -> str:
+    return f"torch {host.torch.version}" if host.torch else "no torch"
+
+
+def _format_arch(sm: int | None) -> str:
+    return f"sm_{sm}"
+
+
+def _suggest_variant(gpu: Gpu) -> str:
+    if gpu.sm == 0:
+        return "see what nvidia-smi says of this GPU"
+    return f"pull an sm{gpu.sm} variant, or compile one here"

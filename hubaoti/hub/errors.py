@@ -1,0 +1,239 @@
+"""What huggingface_hub says, in our words: its errors become ours, its printing nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hubaoti.disk import DISK_CLOSED, DISK_FULL, describe_disk_error, describe_no_room
+from hubaoti.errors import (
+    AuthFailed,
+    BadRequest,
+    Conflict,
+    HubaotiError,
+    HubUnreachable,
+    RepoNotFound,
+)
+from hubaoti.escape import escape_line
+from hubaoti.hub.retry import BUSY, find_retry_after
+from hubaoti.settings import ENDPOINT, Settings, override_environment
+
+_BUSY_HUB = "the endpoint is overloaded, or starts anew: try again in some minutes"
+NO_HUB = "see whether the endpoint is up and HF_ENDPOINT names it, then try again"
+
+
+class StaleParent(Exception):
+    """The branch moved since it was read: read it again and try again."""
+
+
+class AnswerLost(StaleParent):
+    """It moved, and perhaps by the very commit that was sent, whose answer never came."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorTranslator:
+    """The words for errors of an endpoint; none of them holds `token`, or the stored login's.
+
+    `stored` says that the endpoint is sent huggingface_hub's stored login for want of a `token`.
+    """
+
+    endpoint: str
+    token: str | None
+    cache: Path
+    stored: bool = False
+
+    def explained(self, error: Exception, what: str, writing: bool) -> Exception:
+        """The error of ours for a foreign one; `what` was asked for."""
+        from huggingface_hub import errors
+
+        cause = error.__cause__
+        if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(cause, Exception):
+            return self.explained(cause, what, writing)
+        if isinstance(error, errors.HfHubHTTPError):
+            return self._refused(error, what, writing)
+        if isinstance(error, errors.HFValidationError):
+            return BadRequest(
+                f"{what}: {self.first_line(error)}", hint="write a repo as owner/name"
+            )
+        if _is_full(error):
+            return describe_no_room(self.cache, 0)
+        if isinstance(error, OSError) and error.errno in DISK_CLOSED:
+            return describe_disk_error(error, self.cache)
+        if _is_of_network(error):
+            return self._unreachable(error, what)
+        hint = "see whether the repo's card or files are odd; it is not the network"
+        message = f"{type(error).__name__}: {self.first_line(error)}"
+        return HubaotiError(f"huggingface_hub failed on {what}: {message}", hint=hint)
+
+    def _refused(self, error: Any, what: str, writing: bool) -> Exception:
+        """The error for an answer's status, which is no success."""
+        from huggingface_hub import errors
+
+        status = error.response.status_code if error.response is not None else 0
+        if status == 412:
+            return StaleParent(what)
+        if isinstance(error, errors.GatedRepoError):
+            hint = f"ask for access at {self.endpoint}/{what}, then set HF_TOKEN"
+            return AuthFailed(f"{what} is gated", hint=hint)
+        if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError) and (
+            not writing or status == 404
+        ):
+            return self._not_found(error, what)
+        if status in (401, 403):
+            return self._unauthorized(error, what)
+        if status == 404:
+            return self._not_found(error, what)
+        if status == 409:
+            return Conflict(f"{what}: {self.first_line(error)}", hint="choose another name")
+        if status == 429 or status >= 500 or status == 0:
+            return self._unanswered(error, what, status)
+        hint = "see whether the endpoint serves the Hub's protocol"
+        return HubaotiError(f"{self.endpoint} refused {what}: {self.first_line(error)}", hint=hint)
+
+    def _not_found(self, why: Exception, what: str) -> RepoNotFound:
+        from huggingface_hub import errors
+
+        thing = "revision" if isinstance(why, errors.RevisionNotFoundError) else "repo or file"
+        hint = "check the name; if the repo is private, set HF_TOKEN to a token that may read it"
+        return RepoNotFound(f"{self.endpoint} shows no such {thing}: {what}", hint=hint)
+
+    def _unauthorized(self, why: Exception, what: str) -> AuthFailed:
+        if self._sent() is None:
+            hint = "set HF_TOKEN, or log in with: hf auth login"
+            if not self.stored:
+                hint = "set HF_TOKEN; what `hf auth login` stored is for https://huggingface.co"
+            return AuthFailed(f"{self.endpoint} wants a token for {what}", hint=hint)
+        hint = "set HF_TOKEN to a token of this endpoint that may do this"
+        message = f"{self.endpoint} refused the token for {what}: {self.first_line(why)}"
+        return AuthFailed(message, hint=hint)
+
+    def _unreachable(self, why: Exception, what: str, hint: str = NO_HUB) -> HubUnreachable:
+        return HubUnreachable(
+            f"{self.endpoint} could not be asked for {what}: {self.first_line(why)}", hint=hint
+        )
+
+    def _unanswered(self, why: Exception, what: str, status: int) -> HubUnreachable:
+        if status == 429:
+            return self._limited(why, what)
+        return self._unreachable(why, what, _BUSY_HUB if status in BUSY else NO_HUB)
+
+    def _limited(self, why: Exception, what: str) -> HubUnreachable:
+        seconds = find_retry_after(why)
+        when = "in some minutes" if seconds is None else f"in {seconds:.0f} s"
+        token = "" if self._sent() else ", or set HF_TOKEN: who has a token may ask more often"
+        return HubUnreachable(
+            f"{self.endpoint} is asked too often, and did not answer for {what} "
+            f"(429 Too Many Requests)",
+            hint=f"try again {when}{token}",
+        )
+
+    def first_line(self, why: BaseException) -> str:
+        """The first line of a foreign message, without the token."""
+        lines = [line.strip() for line in str(why).splitlines() if line.strip()]
+        words = lines[0] if lines else type(why).__name__
+        if token := self._sent():
+            for spelling in (token, repr(token)[1:-1]):
+                words = words.replace(spelling, "***")
+        return escape_line(words)
+
+    def _sent(self) -> str | None:
+        """The token that our requests carry; None where they carry none."""
+        from huggingface_hub import get_token
+
+        return self.token or (get_token() if self.stored else None)
+
+
+def _is_full(why: BaseException) -> bool:
+    """Whether an error says that the disk is full.
+
+    hf_xet says it in words only; huggingface_hub warns of it, which is an error where the user
+    made warnings errors.
+    """
+    words = ("No space left", "Not enough free disk space")
+    numbered = isinstance(why, OSError) and why.errno in DISK_FULL
+    return numbered or any(each in str(why) for each in words)
+
+
+def _is_of_network(why: BaseException) -> bool:
+    """Whether the endpoint, or the way to it, is to blame.
+
+    hf_xet's errors are plain RuntimeErrors; huggingface_hub's own OSErrors, as of a file that came
+    too short, have no number. What is no JSON came from something that is no Hub.
+    """
+    from huggingface_hub import errors
+
+    numberless = isinstance(why, OSError) and why.errno is None
+    # Its transport's root, which is httpx in its releases 1 and httpx2 in 2.
+    root = errors.HTTPError  # type: ignore[attr-defined]
+    kinds = (root, ConnectionError, TimeoutError, json.JSONDecodeError)
+    return isinstance(why, kinds) or numberless or type(why) is RuntimeError
+
+
+@contextmanager
+def hide_stored_login(settings: Settings) -> Iterator[None]:
+    """While libraries that ask the Hub by themselves keep the stored login from other endpoints.
+
+    An explicit HF_TOKEN they send as our own requests do.
+    """
+    from huggingface_hub import constants
+
+    if settings.token or {settings.endpoint, constants.ENDPOINT} == {ENDPOINT}:
+        yield
+        return
+    before = constants.HF_HUB_DISABLE_IMPLICIT_TOKEN
+    constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = True
+    try:
+        with override_environment(HF_HUB_DISABLE_IMPLICIT_TOKEN="1"):  # for processes of our own
+            yield
+    finally:
+        constants.HF_HUB_DISABLE_IMPLICIT_TOKEN = before
+
+
+@contextmanager
+def silence_hub() -> Iterator[None]:
+    """No progress bars and no log lines, as of retries, unless the user's environment asks.
+
+    Both are switches of the whole process: around work in threads, hold this outside of them.
+    """
+    with _silence_progress_bars(), _silence_warnings():
+        yield
+
+
+@contextmanager
+def _silence_warnings() -> Iterator[None]:
+    """huggingface_hub's log as it is where the user changed its level, else only its errors."""
+    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
+
+    if get_verbosity() != logging.WARNING:
+        yield
+        return
+    set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        set_verbosity(logging.WARNING)
+
+
+@contextmanager
+def _silence_progress_bars() -> Iterator[None]:
+    """huggingface_hub's progress bars off, unless the user's environment says on or off."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

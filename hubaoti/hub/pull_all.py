@@ -1,0 +1,153 @@
+"""Every artifact of a commit that could run here, for a machine whose GPU is not seen yet.
+
+In a ZeroGPU Space the process that pulls has no GPU, and the one that runs may be given one of
+several kinds. So whatever fits in everything else is pulled, and judged again where the GPU is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from hubaoti.artifact.requirements import Requirements
+from hubaoti.artifact.variant import Recipe
+from hubaoti.errors import HubaotiError, NoArtifact
+from hubaoti.host.match import Candidate, Verdict, judge, rank
+from hubaoti.host.probe import Gpu, Host
+from hubaoti.hub.catalog import Allowance, Catalog, read_catalog
+from hubaoti.hub.layout import ArtifactPath, RepoRef
+from hubaoti.hub.pull import Considered, Puller, describe_no_choice
+from hubaoti.hub.zerogpu import LAYOUT
+from hubaoti.mirror import Artifact
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """An artifact in the mirror, and where in its repo it lies."""
+
+    place: ArtifactPath
+    artifact: Artifact
+
+
+def judge_without_gpu(requires: Requirements, host: Host) -> Verdict:
+    """Whether an artifact would run on a host if it had the GPU, and the driver, that is needed."""
+    if requires.device != "cuda":
+        return judge(requires, host)
+    wanted = Gpu("the one that it is for", requires.sm or 0, None)
+    return judge(requires, replace(host, gpus=(wanted,), driver_cuda=requires.driver))
+
+
+def rank_offers(
+    offers: tuple[Offer, ...], judged: Callable[[Requirements], Verdict], recipe: Recipe | None
+) -> tuple[list[Offer], dict[ArtifactPath, Verdict]]:
+    """Those that fit, the best first; and every verdict."""
+    by_id = {f"{index} {offer.place}": offer for index, offer in enumerate(offers)}
+    verdicts = {name: judged(each.artifact.manifest.requires) for name, each in by_id.items()}
+    candidates = [
+        Candidate(each.place.recipe, each.place.variant, verdicts[name], name)
+        for name, each in by_id.items()
+    ]
+    found = [by_id[each.id] for each in rank(candidates, recipe)]
+    return found, {by_id[name].place: verdict for name, verdict in verdicts.items()}
+
+
+def pull_fleet(
+    puller: Puller, ref: RepoRef, catalogs: Sequence[Catalog], kinds: frozenset[str]
+) -> tuple[Offer, ...]:
+    """The artifacts for these kinds of device ("cpu", "cuda"): every CUDA one, the best CPU one.
+
+    Raises:
+        NoArtifact, NoMatch: there is none, or none fits; with every reason.
+        HubaotiError: as `pull` raises.
+    """
+    chosen: dict[ArtifactPath, tuple[Catalog, Considered]] = {}
+    for catalog in catalogs:
+        for each in choose_artifacts(puller, catalog, kinds):
+            chosen.setdefault(each.place, (catalog, each))  # the default branch comes first
+    if not chosen:
+        catalog = next((each for each in catalogs if each.artifacts), catalogs[0])
+        raise describe_no_choice(catalog, _judge_catalog(puller, catalog), puller.recipe)
+    return tuple(_pull_offer(puller, ref, catalog, each) for catalog, each in chosen.values())
+
+
+def find_pulled(puller: Puller, ref: RepoRef) -> tuple[Offer, ...]:
+    """What earlier pulls brought of a repo, for a machine without a network.
+
+    Raises:
+        NoArtifact: nothing is here, or nobody can say where a branch is.
+        Untrusted: its publisher is trusted no more.
+    """
+    if ref.revision is not None and ref.commit is None:
+        raise NoArtifact(
+            f"which commit {ref} is cannot be asked: HF_HUB_OFFLINE is set",
+            hint="name the full commit id, or no revision for all that was pulled before",
+        )
+    index = puller.mirror.index
+    digests = index.pulled_from(puller.client.endpoint, ref.repo, ref.commit)
+    offers: dict[ArtifactPath, Offer] = {}
+    for digest in dict.fromkeys(digests):
+        artifact, row = puller.mirror.artifact(digest), index.row(digest)
+        if artifact is not None and row is not None:
+            place = ArtifactPath(Recipe.parse(row.recipe), artifact.manifest.variant)
+            puller.require_trust(ref, row.origin.commit, place, artifact.manifest)
+            offers.setdefault(place, Offer(place, artifact))  # the newest of each place
+    if not offers:
+        raise NoArtifact(
+            f"nothing of {ref} is in the mirror, and HF_HUB_OFFLINE is set",
+            hint="unset HF_HUB_OFFLINE once",
+        )
+    return tuple(offers.values())
+
+
+def read_revision_catalog(puller: Puller, ref: RepoRef) -> Catalog:
+    """Read what the revision, by default the default branch, holds now."""
+    client, repo = puller.client, ref.repo
+    puller.progress(f"reading the manifests of {ref}")
+    return read_catalog(client, repo, ref.commit or client.resolve(repo, ref.revision))
+
+
+def read_branch_catalogs(puller: Puller, ref: RepoRef) -> Iterator[Catalog]:
+    """Read what the branches of the zerogpu layout hold: one artifact each."""
+    client, allowance = puller.client, Allowance()
+    for branch, commit in sorted(client.branches(ref.repo).items()):
+        if branch.startswith(f"{LAYOUT}/"):
+            allowance.take(f"{ref.repo} in its branches", [0])  # of an empty one the list is read
+            yield read_catalog(client, ref.repo, commit, allowance)
+
+
+def _judge_catalog(puller: Puller, catalog: Catalog) -> tuple[Considered, ...]:
+    """Each artifact of a catalog with its verdict, for a host that has its GPU."""
+    return tuple(
+        Considered(place, None, None, found)
+        if isinstance(found, HubaotiError)
+        else Considered(place, found, judge_without_gpu(found.requires, puller.host))
+        for place, found in catalog.artifacts.items()
+    )
+
+
+def choose_artifacts(
+    puller: Puller, catalog: Catalog, kinds: frozenset[str]
+) -> Iterator[Considered]:
+    """The artifacts of a catalog that are worth having: any of a GPU, the best of a CPU."""
+    by_path = {str(each.place): each for each in _judge_catalog(puller, catalog)}
+    candidates = [
+        Candidate(each.place.recipe, each.place.variant, each.verdict, path)
+        for path, each in by_path.items()
+        if each.verdict is not None and artifact_device(each) in kinds
+    ]
+    found = [by_path[each.id] for each in rank(candidates, puller.recipe)]
+    yield from (each for each in found if artifact_device(each) == "cuda")
+    yield from [each for each in found if artifact_device(each) == "cpu"][:1]
+
+
+def artifact_device(considered: Considered) -> str | None:
+    """The kind of device that an artifact is for."""
+    return considered.manifest.target.device if considered.manifest else None
+
+
+def _pull_offer(puller: Puller, ref: RepoRef, catalog: Catalog, chosen: Considered) -> Offer:
+    """An artifact in the mirror; the pull is remembered beside that of the best one."""
+    pin = puller.pin(ref, catalog.commit, f"zerogpu {chosen.place}")
+    artifact = puller.taken(ref, catalog, chosen, pin)
+    puller.mirror.verify(artifact)
+    return Offer(chosen.place, artifact)

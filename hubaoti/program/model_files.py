@@ -1,0 +1,158 @@
+"""What a model's own files say of it: its config as it stands, what follows the encoder.
+
+Read without torch or transformers, so that a runtime can see whether a model is of the program that
+a graph was compiled for: equal shapes bind without complaint, and answer something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hubaoti.artifact.manifest import Program
+from hubaoti.errors import ModelNotFound, OtherProgram, UnknownTask
+
+POOLING = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+
+
+def refuse_other_program(folder: Path, program: Program) -> None:
+    """See that a model's files say nothing else than the program says.
+
+    Only what both say is compared: a config leaves out what is at its default.
+
+    Raises:
+        OtherProgram: they differ; the message has every difference.
+    """
+    ours = flatten_config(read_json(folder / "config.json"))
+    compiled = flatten_config(program.config)
+    found = [
+        f"{name} is {ours[name]!r}, the graph has {compiled[name]!r}"
+        for name in sorted(ours.keys() & compiled.keys())
+        if ours[name] != compiled[name]
+    ]
+    if program.task == "embed" and (folder / "modules.json").is_file():
+        steps = read_sentence_steps(folder)
+        if steps != program.steps:
+            found.append(f"it ends with {list(steps)}, the graph with {list(program.steps)}")
+    if found:
+        raise OtherProgram(
+            f"{folder.name} is not of the program that was compiled: {'; '.join(found)}",
+            hint="compile this model, or answer with --eager",
+        )
+
+
+def flatten_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The plain values of a config by their names, at any depth; a name of two values is left out.
+
+    By name alone, because transformers moves some: `rope_theta` into `rope_parameters`.
+    """
+    values: dict[str, Any] = {}
+    ambiguous = set()
+    for name, value in _walk_config(config):
+        if name in values and values[name] != value:
+            ambiguous.add(name)
+        values[name] = value
+    return {name: value for name, value in values.items() if name not in ambiguous}
+
+
+def _walk_config(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every number and word of a config with its own name."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _walk_config(value)
+        elif isinstance(value, (bool, int, float, str)):
+            yield name, value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, empty where there is no such file.
+
+    Raises:
+        ModelNotFound: the file is not JSON.
+    """
+    value = _decode_json_file(path) if path.is_file() else {}
+    return value if isinstance(value, dict) else {}
+
+
+def _decode_json_file(path: Path) -> Any:
+    """What a JSON file says.
+
+    Raises:
+        ModelNotFound: it is not JSON.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes())
+    except msgspec.DecodeError as error:
+        raise ModelNotFound(f"{path} cannot be read: {error}", hint="download it again") from error
+
+
+def read_sentence_steps(folder: Path) -> tuple[str, ...]:
+    """What follows the encoder, as the sentence-transformers files say; mean pooling without them.
+
+    Raises:
+        UnknownTask: a module that a graph cannot hold yet, or no pooling.
+    """
+    listing = folder / "modules.json"
+    if not listing.is_file():
+        return ("mean",)
+    steps: list[str] = []
+    for kind, path in _read_sentence_modules(listing)[1:]:
+        if kind == "Pooling":
+            steps += parse_pooling_modes(read_json(folder / path / "config.json"))
+        elif kind == "Normalize":
+            steps.append("normalize")
+        else:
+            raise UnknownTask(
+                f"{folder.name} ends with {kind}, which embed does not know",
+                hint="embed takes Pooling and Normalize",
+            )
+    if not set(steps) & set(POOLING):
+        raise UnknownTask(
+            f"{folder.name} ends without a Pooling", hint="embed gives one vector a sentence"
+        )
+    return tuple(steps)
+
+
+def _read_sentence_modules(listing: Path) -> list[tuple[str, str]]:
+    """The kinds and folders of a sentence-transformers model's modules.
+
+    Raises:
+        ModelNotFound: the listing is not one.
+    """
+    try:
+        found = [
+            (m["type"].rpartition(".")[2], m.get("path", "")) for m in _decode_json_file(listing)
+        ]
+        if any(".." in Path(path).parts or Path(path).is_absolute() for _, path in found):
+            raise ValueError("a module's path leads outside")
+        return found
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ModelNotFound(
+            f"{listing} is no list of modules: {error!r}", hint="download it again"
+        ) from error
+
+
+def parse_pooling_modes(config: dict[str, Any]) -> list[str]:
+    """The poolings that a sentence-transformers config turns on, in the order they are joined."""
+    named = config.get("pooling_mode")
+    if named is None:
+        spelled = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens"}
+        spelled |= {"weightedmean": "weightedmean_tokens"}
+        modes = [m for m in POOLING if config.get(f"pooling_mode_{spelled.get(m, m)}")]
+        return modes or ["mean"]
+    modes = [named] if isinstance(named, str) else list(named)
+    if not modes or not set(modes) <= {*POOLING}:
+        raise UnknownTask(
+            f"the model's pooling is {named}, which embed does not know",
+            hint=f"embed takes {', '.join(POOLING)}",
+        )
+    return modes
+
+
+def padding_id(program: Program) -> int | None:
+    """The padding id, of a program that computes with it."""
+    pad = program.config.get("pad_token_id")
+    return pad if isinstance(pad, int) and pad >= 0 else None

@@ -1,0 +1,223 @@
+"""One request, and the ways to answer it: views that read, that write, that take a stream.
+
+All but the last are plain functions, run in a thread: they may use files and SQLite as they like.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from functools import cached_property, wraps
+from sqlite3 import Connection
+from typing import Any
+from urllib.parse import urlencode
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from hubaoti.server import repos, validation
+from hubaoti.server.errors import (
+    BAD_TOKEN,
+    NO_TOKEN,
+    ServerError,
+    malformed_request,
+    repo_not_found,
+    too_large,
+    too_slow,
+)
+from hubaoti.server.hub import Hub
+from hubaoti.server.repos import Repo
+from hubaoti.server.validation import RepoId
+
+_SMALL = 2**19
+"""The bytes of most bodies at most: some names, and a text of 65536 characters."""
+
+LIST = 4 * 2**20
+"""The bytes at most of a body that lists files, or holds a card; files come on other roads."""
+
+_SILENCE = 60.0
+"""Seconds without a byte of a body, after which nobody waits for the rest; of one that fits into
+memory, all of it has to be here by then."""
+
+_DRAINED, _DRAIN_SECONDS = 64 * 2**20, 2.0
+"""The bytes at most, and the seconds, of a body that is refused, which are read and dropped."""
+
+
+class ApiRequest:
+    """A request; each word of it is checked when it is read."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.hub: Hub = request.app.state.hub
+
+    def word(self, name: str) -> str:
+        """A part of the URL's path, unquoted."""
+        return validation.unquote_segment(self.request.path_params[name])
+
+    def flag(self, name: str) -> bool:
+        """Whether the URL's query sets this flag: to 1, true or yes."""
+        return validation.is_set(self.request.query_params.get(name, ""))
+
+    @cached_property
+    def repo_id(self) -> RepoId:
+        """The repo that the path names; 400 where that is no name of one."""
+        parts = self.request.path_params
+        kind = validation.KINDS.get(parts.get("kind", "models"))
+        name = "/".join(self.word(part) for part in ("owner", "name") if part in parts)
+        return validation.parse_repo_id(kind, name, self.hub.user)
+
+    @cached_property
+    def trusted(self) -> bool:
+        """Whether the request carries the token that this endpoint was started with."""
+        return self.hub.guard.knows(self.request.headers.get("authorization"))
+
+    def demand_token(self) -> None:
+        """401 unless the request carries the token."""
+        if not self.trusted:
+            said = self.request.headers.get("authorization")
+            raise ServerError(401, BAD_TOKEN if said else NO_TOKEN)
+
+    def refuse_pr(self) -> None:
+        """400 to whoever asks for a pull request."""
+        if self.flag("create_pr"):
+            raise malformed_request("Pull requests are not supported by this endpoint")
+
+    def repo(self, db: Connection, repo_id: RepoId | None = None) -> Repo:
+        """The repo that the path (or the caller) names; a private one only for the trusted."""
+        name = repo_id or self.repo_id
+        repo = repos.find(db, name)
+        if repo is None or (repo.private and not self.trusted):
+            raise repo_not_found(name, trusted=self.trusted)
+        return repo
+
+    @property
+    def base(self) -> str:
+        """The endpoint's URL, as this client knows it."""
+        host, port = self.request.scope.get("server") or ("127.0.0.1", 80)
+        return f"{self.request.scope['scheme']}://" + self.request.headers.get(
+            "host", f"{host}:{port}"
+        )
+
+    def next_page(self, path: str, **changed: object) -> dict[str, str]:
+        """The `Link` header to a list's next page: this query, changed."""
+        query = [(k, v) for k, v in self.request.query_params.multi_items() if k not in changed]
+        url = f"{self.base}{path}?{urlencode(query + list(changed.items()))}"
+        return {"Link": f'<{url}>; rel="next"'}
+
+
+Body = dict[str, Any]
+Permit = Callable[[ApiRequest], None]
+"""Raises unless a request may do what it asks for."""
+
+View = Callable[[Request], Response | Awaitable[Response]]
+
+
+def _allow_anybody(ask: ApiRequest) -> None:
+    """Let every request pass: what is private the view itself hides."""
+
+
+def reads(view: Callable[[ApiRequest], Response], permit: Permit = _allow_anybody) -> View:
+    """Make an endpoint of a view that needs no body; `permit` is asked first."""
+
+    @wraps(view)
+    def answer(request: Request) -> Response:
+        ask = ApiRequest(request)
+        permit(ask)
+        return view(ask)
+
+    return answer
+
+
+def writes(view: Callable[[ApiRequest, Body], Response], limit: int = _SMALL) -> View:
+    """Make an endpoint of a view that needs the token, which is checked before the body is read."""
+
+    @wraps(view)
+    async def answer(request: Request) -> Response:
+        ask = ApiRequest(request)
+        ask.demand_token()
+        body = validation.parse_json_object(await _wait_for_body(read_whole_body(request, limit)))
+        return await run_in_threadpool(view, ask, body)
+
+    return answer
+
+
+def reads_body(view: Callable[[ApiRequest, bytes], Response]) -> View:
+    """Make an endpoint of a view that anybody may call, and whose question is its body."""
+
+    @wraps(view)
+    async def answer(request: Request) -> Response:
+        body = await _wait_for_body(read_whole_body(request, LIST))
+        return await run_in_threadpool(view, ApiRequest(request), body)
+
+    return answer
+
+
+def streams(view: Callable[[ApiRequest], Awaitable[Response]], permit: Permit) -> View:
+    """A view that reads its body itself, once it may; work that blocks goes to threads."""
+
+    @wraps(view)
+    async def answer(request: Request) -> Response:
+        ask = ApiRequest(request)
+        permit(ask)
+        return await view(ask)
+
+    return answer
+
+
+async def read_whole_body(request: Request, limit: int) -> bytes:
+    """The request's body; 413 as soon as it is too long."""
+    body = bytearray()
+    async for chunk in read_bounded(request, limit):
+        body += chunk
+    return bytes(body)
+
+
+async def _wait_for_body(body: Awaitable[bytes]) -> bytes:
+    """A body that does not take long; 408 when it does."""
+    try:
+        async with asyncio.timeout(_SILENCE):
+            return await body
+    except TimeoutError:
+        raise too_slow() from None
+
+
+async def read_bounded(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """The request's body in pieces of about 1 MiB; 413 as soon as it is too long."""
+    stream = request.stream()
+    received, piece = _read_content_length(request), bytearray()
+    if received <= limit:
+        received = 0
+        while chunk := await _wait_for_body(anext(stream, b"")):
+            received += len(chunk)
+            if received > limit:
+                break
+            piece += chunk
+            if len(piece) >= 2**20:
+                yield bytes(piece)
+                piece.clear()
+    if received > limit:
+        await _drain(stream)
+        raise too_large("The body", limit)
+    if piece:
+        yield bytes(piece)
+
+
+async def _drain(stream: AsyncIterator[bytes]) -> None:
+    """Take and drop what is on its way: else its sender meets a broken pipe, and not our answer."""
+    left = _DRAINED
+    with suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            async for chunk in stream:
+                left -= len(chunk)
+                if left < 0:
+                    return
+
+
+def _read_content_length(request: Request) -> int:
+    """The body's length as its sender names it, 0 when it does not."""
+    value = request.headers.get("content-length", "0")
+    if not value.isdecimal() or len(value) > 20:
+        raise malformed_request("Content-Length is not a number")
+    return int(value)

@@ -1,0 +1,293 @@
+"""An attachment that each process makes for itself, at the first call that it is asked for.
+
+A graph that was opened before a fork is of no use after it on a GPU, and a worker that is forked
+for a call ends without a word. So nothing of one process is believed in another: after a fork the
+modules wait again, and what the parent had open is left alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hubaoti.attachment.attach import ATTACHED, Attachment
+from hubaoti.attachment.attach import attach_nothing as no_graphs
+from hubaoti.attachment.binding import OfModule
+from hubaoti.attachment.served_modules import Spot, device_kind
+from hubaoti.attachment.stats import CallStats
+from hubaoti.errors import HubaotiError, NotEnoughMemory, NotTried, first_line
+from hubaoti.runtime.fallback import CannotServe
+
+Open = Callable[[], Attachment]
+_PASSING = (NotTried, NotEnoughMemory)  # what says nothing of graphs
+REST = 60.0  # seconds until they are tried again
+
+
+class Waiting(OfModule):
+    """What answers in the place of a module's `forward` until its process has opened graphs.
+
+    As a region is, it is an attribute of the module and of nothing else.
+    """
+
+    def __init__(self, spot: Spot, deferred: Deferred) -> None:
+        self.path = spot.path
+        self.deferred = deferred
+        self.region: Any = None  # one with a manifest or without
+        self.is_away = False
+        self.over: Any = None  # what stood in our place when this process began to open graphs
+        super().__init__(spot.module)
+        self._own = vars(spot.module).get("forward")
+
+    @property
+    def inside(self) -> Waiting:
+        """As a region has it: where the module is."""
+        return self
+
+    def put(self, over: Any = None) -> None:
+        """Answer from here on, below what somebody put over us."""
+        self.module.forward = over or self
+        ATTACHED[self.module] = weakref.ref(self)
+
+    def take_away(self) -> None:
+        """Give the module its own `forward` back; where somebody put theirs over it, it stays."""
+        self.region, self.is_away = None, True
+        if self.is_gone:
+            return
+        if vars(self.module).get("forward") is self:
+            del self.module.forward
+            if self._own is not None:
+                self.module.forward = self._own
+        found = ATTACHED.get(self.module)
+        if found is not None and found() is self:
+            del ATTACHED[self.module]
+
+    def renew(self, halfway: bool) -> None:
+        """Wait again, unless the module was given back before.
+
+        `halfway` is of a fork while another thread was opening graphs, who is not here.
+        """
+        region, self.region = self.region, None
+        if self.is_gone or self.is_away or (region is not None and not region.graphs):
+            return
+        ATTACHED[self.module] = weakref.ref(self)
+        if halfway:
+            self.module.forward = self.over or self
+        elif region is not None and vars(self.module).get("forward") is region:
+            self.module.forward = self
+
+    def hand_over(self, over: Any) -> None:
+        """The process has opened its graphs: a region answers, below what somebody put over us."""
+        found = vars(self.module).get("forward")
+        self.region = found if found is not self._own else None
+        if over is not self and over is not None:
+            self.module.forward = over
+
+    def eager(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module itself answers to a call, by the `forward` that it had."""
+        if self._own is not None:
+            return self._own(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.eager(*args, **kwargs)
+        if self.region is None:
+            self.deferred.require(self.path)
+        answer = self.region or self.eager
+        return answer(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as the module's own `forward`."""
+        if self._own is not None:
+            return copy.copy, (self._own,)
+        return getattr, (self.module, "forward")
+
+
+class Deferred:
+    """What was attached to a module, as each process sees it: counts, and the way back.
+
+    `opens` makes the attachment, in a process that may; `only_elsewhere` says that the process in
+    which this was made is not one of them. `single` is of a CPU: a forked child cannot use the
+    threads of its parent, and hangs where it tries to (libgomp).
+    """
+
+    def __init__(
+        self, module: nn.Module, spots: Iterable[Spot], opens: Open, tally: CallStats, **how: bool
+    ) -> None:
+        self._module = weakref.ref(module)
+        self._opens = opens
+        self._tally = tally
+        self._home = os.getpid()
+        self._only_elsewhere = how.get("only_elsewhere", False)
+        self._single = how.get("single", False)
+        self._waiting = [Waiting(spot, self) for spot in spots]
+        self._left: list[Attachment] = []  # of a process before a fork: never touched, nor freed
+        self._begin()
+        for each in self._waiting:
+            each.put()
+        _DEFERRED.add(self)
+
+    def _begin(self) -> None:
+        """As a process begins: nothing is open, nothing failed."""
+        self._lock = threading.Lock()
+        self._attachment: Attachment | None = None
+        self._problem: tuple[str, str | None, float] | None = None  # of which device, until when
+        self._is_detached = False
+        self._is_opening = False
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """The paths of the modules that graphs answer for, or will."""
+        return () if self._is_detached else tuple(each.path for each in self._waiting)
+
+    def require(self, path: str) -> None:
+        """See that this process has opened its graphs; where it cannot, a call is counted.
+
+        Raises:
+            NotServed: it cannot, and that was not to be.
+        """
+        if self._attachment is None and not self._is_detached:
+            try:
+                self._open()
+            except CannotServe as why:
+                self._tally.missed(path, why)
+
+    def _open(self) -> None:
+        """Open them once, whoever comes first.
+
+        Raises:
+            CannotServe: why this process has none.
+        """
+        if self._only_elsewhere and os.getpid() == self._home:
+            raise CannotServe("main", "this process has no GPU; its workers do")
+        with self._lock:
+            if self._attachment is not None or self._is_detached:
+                return
+            module = self._module()
+            kind = None if module is None else device_kind(module)
+            if self._problem is not None:
+                message, of, until = self._problem
+                if of == kind and time.monotonic() < until:
+                    raise CannotServe("unopened", message)
+            try:
+                self._attach()
+            except Exception as error:  # the module always answers, whatever fails
+                hint = f" ({error.hint})" if isinstance(error, HubaotiError) and error.hint else ""
+                message = str(error) if isinstance(error, HubaotiError) else first_line(error)
+                rest = REST if isinstance(error, _PASSING) else float("inf")
+                self._problem = (f"{message}{hint}", kind, time.monotonic() + rest)
+                raise CannotServe("unopened", self._problem[0]) from error
+
+    def _attach(self) -> None:
+        """Have regions in the place of those who wait, below what somebody put over them."""
+        living = [each for each in self._waiting if not each.is_gone]
+        for each in living:
+            each.over = vars(each.module).get("forward")
+        self._is_opening = True
+        try:
+            for each in living:
+                vars(each.module).pop("forward", None)
+                if each._own is not None:
+                    each.module.forward = each._own
+                ATTACHED.pop(each.module, None)
+            self._attachment = self._opens()
+            for each in living:
+                each.hand_over(each.over)
+        except BaseException:
+            for each in living:
+                each.put(each.over)
+            raise
+        finally:  # a fork before this waits again: some of the regions may not be known yet
+            self._is_opening = False
+
+    def renew(self) -> None:
+        """After a fork: this process has opened nothing yet."""
+        if self._attachment is not None:
+            self._left.append(self._attachment)
+        gone, halfway = self._is_detached, self._is_opening
+        self._begin()
+        self._is_detached = gone
+        self._tally = self._tally.anew()
+        for each in self._waiting:
+            each.renew(halfway)
+        if self._single and not gone:
+            torch.set_num_threads(1)
+
+    def detach(self) -> None:
+        """Give the module everything back, in this process; a second time does nothing."""
+        with self._lock:
+            attachment, self._attachment = self._attachment, None
+            self._is_detached = True
+            if attachment is not None:
+                attachment.detach()
+            for each in self._waiting:
+                each.take_away()
+
+    def rebind(self) -> None:
+        """As `Attachment.rebind`, where this process has opened its graphs.
+
+        Raises:
+            MissingConstant: some tensors do not fit.
+        """
+        if self._attachment is not None:
+            self._attachment.rebind()
+
+    def stats(self) -> dict[str, Any]:
+        """Calls of this process by region, as `Attachment.stats` has them, and what it opened."""
+        with self._lock:
+            attachment, problem = self._attachment, self._problem
+        before = self._tally.stats({path: {} for path in self.regions})
+        found = before if attachment is None else _merge_stats(before, attachment.stats())
+        message = problem[0] if problem and attachment is None else None
+        return {**found, "process": {"pid": os.getpid(), "open": bool(attachment), "why": message}}
+
+    def save_misses(self, path: str | Path) -> None:
+        """Write `stats` to a file, for `hubaoti compile --from-misses`."""
+        if self._attachment is not None:
+            self._attachment.save_misses(path)
+        else:
+            self._tally.save(self.stats(), Path(path))
+
+    def __enter__(self) -> Deferred:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+def defer_nothing(module: nn.Module) -> Deferred:
+    """What waits for nobody: the module answers everything itself, as it did."""
+    return Deferred(module, (), lambda: no_graphs(module), CallStats(None, False))
+
+
+def _merge_stats(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The counts of graphs, with the calls that came before they were open."""
+    regions = {}
+    for path in {**before["regions"], **now["regions"]}:
+        each = [found["regions"][path] for found in (before, now) if path in found["regions"]]
+        eager = sum((Counter(counts["eager"]) for counts in each), Counter())
+        regions[path] = {"compiled": each[-1]["compiled"], "eager": dict(eager)}
+    return {**now, "regions": regions, "eager": before["eager"] + now["eager"]}
+
+
+# Each lives as long as its module does, which holds it.
+_DEFERRED: weakref.WeakSet[Deferred] = weakref.WeakSet()
+
+
+def _renew_all() -> None:
+    """In a child, right after the fork: only the thread that forked is there."""
+    for each in [*_DEFERRED]:
+        each.renew()
+
+
+os.register_at_fork(after_in_child=_renew_all)

@@ -1,0 +1,42 @@
+"""The device that this very process was given, as torch sees it."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import nn
+
+from hubaoti.attachment.served_modules import device_kind
+
+LIBCUDA = "libcuda.so.1"
+
+
+def choose_serving_device(module: nn.Module) -> torch.device:
+    """Where a module would be served: on the device of its tensors, else on what there is."""
+    kind = device_kind(module) or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind != "cuda":
+        return torch.device(kind)
+    placed = (each.device for each in (*module.parameters(), *module.buffers()))
+    return next((each for each in placed if each.type == "cuda"), torch.device("cuda", 0))
+
+
+def query_gpu(device: torch.device) -> tuple[str, int, int]:
+    """The name, the compute capability without its dot, and the bytes of a GPU."""
+    major, minor = torch.cuda.get_device_capability(device)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return torch.cuda.get_device_name(device), 10 * major + minor, memory
+
+
+def query_driver_cuda() -> str | None:
+    """The newest CUDA that the driver serves, in its own words; of use where NVML does not answer.
+
+    torch has no word for it, in builds of 2.11 to 2.15. Asking makes no context.
+    """
+    number = ctypes.c_int()
+    try:
+        if ctypes.CDLL(LIBCUDA).cuDriverGetVersion(ctypes.byref(number)) != 0:
+            return None
+    except (OSError, AttributeError):  # there is no driver, or another library of that name
+        return None
+    return f"{number.value // 1000}.{number.value % 1000 // 10}" if number.value else None

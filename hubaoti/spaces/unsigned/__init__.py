@@ -1,0 +1,1 @@
+"""Packages without a manifest, which others published."""

@@ -1,0 +1,441 @@
+"""The host: real facts of this machine, and a machine that lacks each of them."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import archspec.cpu
+import pytest
+
+from hubaoti.host import probe as probe_of_host
+from hubaoti.host.probe import Gpu, Host, Torch, find_torch, probe_host, read_torch
+from hubaoti.settings import Settings
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+has_driver = shutil.which("nvidia-smi") is not None
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path / "home", endpoint="https://hub.example")
+
+
+@pytest.fixture
+def here(settings: Settings) -> Host:
+    return probe_host(settings, kernel_caches=())
+
+
+def fake_version_py(folder: Path, source: str | bytes) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "__init__.py").touch()
+    source = source.encode() if isinstance(source, str) else source
+    (folder / "version.py").write_bytes(source)
+    return folder
+
+
+# This machine
+
+
+def test_probing_imports_neither_torch_nor_the_hub_client(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from hubaoti.host.probe import probe_host\n"
+        "from hubaoti.settings import Settings\n"
+        "assert probe_host(Settings(home=Path(sys.argv[1]))).torch is not None\n"
+        "sys.exit(bool({'torch', 'huggingface_hub', 'numpy'} & set(sys.modules)))"
+    )
+    asked = [sys.executable, "-c", program, str(tmp_path)]
+    assert subprocess.run(asked, cwd=Path(probe_of_host.__file__).parents[1]).returncode == 0
+
+
+def test_torch_is_the_one_that_would_be_imported(here: Host) -> None:
+    program = (
+        "import torch, json\n"
+        "print(json.dumps([torch.__version__, torch.version.cuda, torch.version.git_version,"
+        " torch.__path__[0]]))"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout
+    version, cuda, git, path = json.loads(said)
+    assert here.torch == Torch(version=version, cuda=cuda, git=git, path=Path(path))
+
+
+def test_probing_changes_nothing_on_disk(here: Host, settings: Settings) -> None:
+    assert here.mirror == settings.mirror
+    assert not settings.home.exists()
+
+
+def test_the_facts_are_json_with_sorted_sets(here: Host) -> None:
+    facts = here.to_dict()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["libraries"] == sorted(here.libraries)
+    assert facts["mirror"] == str(here.mirror)
+    assert facts["endpoint"] == "https://hub.example"
+
+
+def test_the_processor_has_a_level_of_its_family(here: Host) -> None:
+    level, cpu = archspec.cpu.TARGETS[here.level], archspec.cpu.TARGETS[here.cpu]
+    assert level.vendor == "generic"
+    assert level.family == cpu.family == here.machine
+    assert cpu >= level
+    assert here.cores >= 1
+    assert here.memory is None or here.memory > 1 << 28
+
+
+@linux
+def test_libstdcxx_is_the_one_that_this_process_loads(here: Host) -> None:
+    ctypes.CDLL("libstdc++.so.6")
+    maps = Path("/proc/self/maps").read_text()
+    path = re.search(r"/\S*libstdc\+\+\.so\.6\S*", maps)
+    assert path is not None
+    named = re.findall(rb"GLIBCXX_3\.4\.(\d+)", Path(path[0]).read_bytes())
+    assert here.glibcxx == f"3.4.{max(map(int, named))}"
+    assert here.cxxabi is not None and here.cxxabi.startswith("1.3.")
+
+
+@linux
+def test_the_libraries_that_every_graph_names_are_found(here: Host) -> None:
+    needed = {"libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1"}
+    assert needed | {"libtorch.so", "libtorch_cpu.so", "libc10.so"} <= here.libraries
+    assert "libno-such-thing.so.1" not in here.libraries
+
+
+@linux
+def test_a_search_path_of_the_process_counts(tmp_path: Path) -> None:
+    (tmp_path / "libonly_here.so.1").touch()
+    program = (
+        "import sys; from pathlib import Path; from hubaoti.host.probe import probe_host\n"
+        "from hubaoti.settings import Settings\n"
+        "found = probe_host(Settings(home=Path('nowhere'))).libraries\n"
+        "sys.exit('libonly_here.so.1' not in found)"
+    )
+    asked = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+        cwd=Path(probe_of_host.__file__).parents[1],
+    )
+    assert asked.returncode == 0
+
+
+def test_offline_and_free_disk_are_facts(tmp_path: Path) -> None:
+    here = probe_host(Settings(home=tmp_path / "a" / "b", offline=True), kernel_caches=())
+    assert here.offline
+    assert here.disk_free is not None and here.disk_free > 0
+
+
+def test_kernels_are_looked_for_where_the_settings_say(settings: Settings, tmp_path: Path) -> None:
+    assert probe_host(settings).kernels == set()
+    here = replace(settings, kernel_cache=tmp_path / "hub")
+    assert probe_host(here).kernels == set()  # there may be none
+    snapshot = tmp_path / f"hub/kernels--someone--op/snapshots/{'1' * 40}"
+    snapshot.mkdir(parents=True)
+    (snapshot / "metadata.json").touch()
+    assert probe_host(here).kernels == {f"someone/op@{'1' * 40}"}
+
+
+# Kernels in a cache folder
+
+
+def test_kernels_are_read_from_either_layout_and_only_if_not_empty(
+    settings: Settings, tmp_path: Path
+) -> None:
+    one, two, empty = "1" * 40, "2" * 40, "3" * 40
+    for folder in (
+        f"models--kernels-community--flash-attn3/snapshots/{one}",
+        f"kernels--kernels-community--rmsnorm/snapshots/{two}",
+        f"datasets--someone--rows/snapshots/{one}",
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "metadata.json").touch()
+    (tmp_path / f"models--someone--half/snapshots/{empty}").mkdir(parents=True)
+    found = probe_host(settings, kernel_caches=[tmp_path, tmp_path / "absent"]).kernels
+    assert found == {f"kernels-community/flash-attn3@{one}", f"kernels-community/rmsnorm@{two}"}
+
+
+class ClosedFolder(type(Path())):  # type: ignore[misc]
+    """A folder that may not be read, also by root, who may run these tests."""
+
+    def glob(self, pattern: str) -> Any:
+        raise PermissionError(13, "Permission denied", str(self))
+
+
+def test_a_folder_that_may_not_be_read_has_no_kernels(settings: Settings, tmp_path: Path) -> None:
+    assert probe_host(settings, kernel_caches=[ClosedFolder(tmp_path)]).kernels == set()
+
+
+# torch, in fake folders
+
+
+def test_version_py_is_read_with_and_without_annotations(tmp_path: Path) -> None:
+    source = (
+        "from typing import Optional\n__all__ = ['cuda']\n__version__ = '2.13.0+cu130'\n"
+        "cuda: Optional[str] = '13.0'\ngit_version = 'abc'\nhip: Optional[str] = None\n"
+    )
+    folder = fake_version_py(tmp_path / "torch", source)
+    assert read_torch(folder, []) == Torch("2.13.0+cu130", "13.0", "abc", folder)
+
+
+def test_version_py_is_never_executed(tmp_path: Path) -> None:
+    source = "raise SystemExit\n__version__ = '2.13.0'\ncuda = open('x').read()\n"
+    folder = fake_version_py(tmp_path / "torch", source)
+    assert read_torch(folder, []) == Torch("2.13.0", None, None, folder)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["__version__ = ", b"\xff\xfe", b"\x00", "", "__version__ = 2.13", "x = " + "(" * 5000],
+    ids=["cut off", "not text", "zero byte", "empty", "a number", "deep"],
+)
+def test_an_unreadable_version_py_is_a_note(tmp_path: Path, source: str | bytes) -> None:
+    notes: list[str] = []
+    assert read_torch(fake_version_py(tmp_path / "torch", source), notes) is None
+    assert len(notes) == 1 and "version.py" in notes[0]
+
+
+def test_a_missing_version_py_is_a_note(tmp_path: Path) -> None:
+    notes: list[str] = []
+    assert read_torch(tmp_path, notes) is None
+    assert "version.py" in notes[0]
+
+
+def test_the_first_torch_on_the_path_is_found_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fake_version_py(tmp_path / "torch", "__version__ = '9.9.0'")
+    (folder / "__init__.py").write_text("raise SystemExit")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert find_torch([]) == Torch("9.9.0", None, None, folder)
+
+
+@pytest.mark.parametrize("fake_spec", [None, types.SimpleNamespace(submodule_search_locations=[])])
+def test_no_torch_is_a_note(fake_spec: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: fake_spec)
+    notes: list[str] = []
+    assert find_torch(notes) is None
+    assert notes == ["torch: not installed"]
+
+
+def test_a_broken_torch_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_torch = types.ModuleType("torch")
+    fake_torch.__spec__ = None
+    monkeypatch.setitem(sys.modules, "torch", fake_torch)
+    notes: list[str] = []
+    assert find_torch(notes) is None
+    assert "torch.__spec__" in notes[0]
+
+
+# NVML
+
+
+class FakeNvml(types.ModuleType):
+    """A pynvml of GPUs that do not exist; a capability of None is a GPU that does not answer."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, sms: list[tuple[int, int] | None], broken: str = "") -> None:
+        super().__init__("pynvml")
+        self.sms, self.broken, self.shut_down = sms, broken, False
+
+    def _progress(self, call: str, answer: Any) -> Any:
+        if call == self.broken:
+            raise self.NVMLError("Driver/library version mismatch")
+        return answer
+
+    def nvmlInit(self) -> None:
+        self._progress("init", None)
+
+    def nvmlShutdown(self) -> None:
+        self.shut_down = True
+
+    def nvmlSystemGetDriverVersion(self) -> bytes:
+        return b"580.65.06"
+
+    def nvmlSystemGetCudaDriverVersion_v2(self) -> int:
+        return int(self._progress("cuda", 12080))
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.sms)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: int) -> tuple[int, int]:
+        sm = self.sms[handle]
+        if sm is None:
+            raise self.NVMLError("GPU is lost")
+        return sm
+
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        return f"Fake {handle}"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
+        return self._progress("memory", types.SimpleNamespace(total=80 << 30))
+
+
+def probe_with(fake_nvml: FakeNvml, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Host:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml)
+    return probe_host(settings, kernel_caches=())
+
+
+@pytest.mark.skipif(has_driver, reason="there is a driver here")
+def test_no_driver_is_a_note(here: Host) -> None:
+    assert (here.driver, here.driver_cuda, here.gpus) == (None, None, ())
+    assert any(note.startswith("NVML: ") for note in here.notes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_driver, reason="there is no driver here")
+def test_a_real_gpu_is_seen(here: Host) -> None:
+    assert here.driver and here.driver_cuda and here.gpus
+    assert all(gpu.sm >= 50 and gpu.memory for gpu in here.gpus)
+
+
+def test_the_gpus_of_a_fake_driver(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvml = FakeNvml([(9, 0), (12, 0)])
+    here = probe_with(fake_nvml, settings, monkeypatch)
+    assert here.gpus == (Gpu("Fake 0", 90, 80 << 30), Gpu("Fake 1", 120, 80 << 30))
+    assert (here.driver, here.driver_cuda) == ("580.65.06", "12.8")
+    assert fake_nvml.shut_down
+
+
+@pytest.mark.parametrize("broken", ["init", "cuda"])
+def test_a_driver_mismatch_is_a_note(
+    broken: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = probe_with(FakeNvml([(9, 0)], broken), settings, monkeypatch)
+    assert (here.driver, here.gpus) == (None, ())
+    assert "NVML: Driver/library version mismatch" in here.notes
+
+
+def test_a_lost_gpu_keeps_its_place(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = probe_with(FakeNvml([None, (9, 0)]), settings, monkeypatch)
+    assert [gpu.sm for gpu in here.gpus] == [0, 90]
+    assert "NVML: GPU 0 does not answer: GPU is lost" in here.notes
+
+
+def test_a_gpu_without_memory_of_its_own_is_still_one(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = probe_with(FakeNvml([(12, 1)], "memory"), settings, monkeypatch)
+    assert here.gpus == (Gpu("Fake 0", 121, None),)
+
+
+# Machines that lack something
+
+
+def raises(error: Exception) -> Any:
+    def call(*args: object, **kwargs: object) -> Any:
+        raise error
+
+    return call
+
+
+def test_a_machine_without_glibc_answers_none(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "confstr", raises(ValueError("unrecognized configuration name")))
+    here = probe_host(settings, kernel_caches=())
+    assert here.glibc is None
+
+
+def test_a_machine_without_libstdcxx_answers_none(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe_of_host, "LIBSTDCXX", "libno-such-thing.so.6")
+    here = probe_host(settings, kernel_caches=())
+    assert (here.glibcxx, here.cxxabi) == (None, None)
+    assert any(note.startswith("libno-such-thing.so.6: ") for note in here.notes)
+
+
+def test_a_library_that_is_no_elf_file_is_a_note(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "libstdc++.so.6"
+    text.write_text("INPUT(-lstdc++)")
+    monkeypatch.setattr(probe_of_host, "find_mapped", lambda soname: text)
+    here = probe_host(settings, kernel_caches=())
+    assert here.glibcxx is None
+    assert any("not an ELF library" in note for note in here.notes)
+
+
+def test_a_library_that_is_mapped_under_no_name_answers_none(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(probe_of_host, "LIBSTDCXX", "libno-such-thing.so.6")
+    monkeypatch.setattr(probe_of_host, "_list_loader_folders", list)
+    assert probe_host(settings, kernel_caches=()).glibcxx is None
+
+
+@pytest.mark.parametrize("fake_ldconfig", [None, "/no/such/ldconfig"])
+def test_a_machine_without_ldconfig_still_lists_folders(
+    fake_ldconfig: str | None, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name, path: fake_ldconfig)
+    assert "libtorch.so" in probe_host(settings, kernel_caches=()).libraries
+
+
+def test_a_folder_that_is_not_there_is_no_crash(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "absent"))
+    assert "libtorch.so" in probe_host(settings, kernel_caches=()).libraries
+
+
+@pytest.mark.parametrize("failing", ["size", "paths"])
+def test_a_loader_that_does_not_answer_is_no_crash(
+    failing: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constant = {"size": "_RTLD_DI_SERINFOSIZE", "paths": "_RTLD_DI_SERINFO"}[failing]
+    monkeypatch.setattr(probe_of_host, constant, 999)
+    assert "libtorch.so" in probe_host(settings, kernel_caches=()).libraries
+
+
+def test_a_system_without_posix_calls_answers_none(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sysconf", raises(ValueError("unrecognized configuration name")))
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    here = probe_host(settings, kernel_caches=())
+    assert here.memory is None
+    assert here.cores >= 1
+
+
+def test_a_disk_that_does_not_answer_is_none(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", raises(PermissionError()))
+    assert probe_host(settings, kernel_caches=()).disk_free is None
+
+
+def test_an_arm_host_has_its_family_as_level(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_cpu = archspec.cpu.TARGETS["neoverse_v2"]
+    monkeypatch.setattr(archspec.cpu, "host", lambda: fake_cpu)
+    here = probe_host(settings, kernel_caches=())
+    assert (here.level, here.cpu) == ("aarch64", "neoverse_v2")
+
+
+def test_what_archspec_warns_of_is_a_note(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake_host() -> object:
+        warnings.warn("cpuid is not there", stacklevel=1)
+        return archspec.cpu.TARGETS["x86_64"]
+
+    monkeypatch.setattr(archspec.cpu, "host", fake_host)
+    here = probe_host(settings, kernel_caches=())
+    assert "processor: cpuid is not there" in here.notes
+    assert here.level == "x86_64"
