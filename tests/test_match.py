@@ -12,14 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hubaoti.artifact.requirements import KernelPin, Requirements
 from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.host.match import (
     Candidate,
     Compromise,
-    KernelPin,
     MatchResult,
     Refusal,
-    Requirements,
     Verdict,
     judge,
     rank,

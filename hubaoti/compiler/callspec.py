@@ -125,12 +125,6 @@ def require_direct(entry: Graph) -> None:
             "follows from sizes",
             hint="compile a module inside of it, or leave --layout zerogpu out",
         )
-    if written := [each.name for each in entry.inputs if each.mutated]:
-        raise CompileFailed(
-            f"build: it writes into {', '.join(written)}, and those loaders do not look how a "
-            "tensor that they are given lies in memory",
-            hint="compile a module inside of it, or leave --layout zerogpu out",
-        )
     if entry.direct.absent:
         raise CompileFailed(
             f"build: it reads {', '.join(entry.direct.absent)}, which no state_dict has",

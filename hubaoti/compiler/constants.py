@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from hubaoti.artifact.manifest import Constant, ConstantOrigin
 from hubaoti.errors import CompileFailed
+from hubaoti.runtime.input_checks import name_dtype
 from hubaoti.runtime.quantize import Made, make_lowering_constant
 
 BUFFERS = "buffers.safetensors"
@@ -64,7 +65,7 @@ def describe_constants(
             Constant(
                 fqn=fqn,
                 aliases=tuple(aliases.get(fqn, ())),
-                dtype=str(tensor.dtype).removeprefix("torch."),
+                dtype=name_dtype(tensor.dtype),
                 shape=tuple(tensor.shape),
                 stride=tuple(tensor.stride()),
                 origin=origin,

@@ -37,6 +37,7 @@ from hubaoti.compiler.symbols import (
     map_symbols,
 )
 from hubaoti.errors import BadDim, CompileFailed, HubaotiError, first_line
+from hubaoti.runtime.input_checks import name_dtype
 
 _ATTEMPTS = 4  # at refining dims; torch tells of one thing at a time
 
@@ -348,7 +349,7 @@ def _describe_outputs(
     tensors = tuple(
         Output(
             name=next(names),
-            dtype=str(result.dtype).removeprefix("torch."),
+            dtype=name_dtype(result.dtype),
             shape=tuple(_describe_size(size, symbols) for size in result.shape),
         )
         for result in _find_user_outputs(program)

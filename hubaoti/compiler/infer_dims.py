@@ -18,6 +18,7 @@ from hubaoti.artifact.manifest import Input
 from hubaoti.compiler.capture import Call
 from hubaoti.compiler.signature import CallSignature, encode_extent, make_names_unique
 from hubaoti.errors import BadDim, BadRequest
+from hubaoti.runtime.input_checks import name_dtype
 
 Series = tuple[int, ...]  # one size in each of the calls
 _LOOKS = 4  # recorded calls at which a module is looked at again, at most
@@ -101,7 +102,7 @@ def infer_signature(
     inputs = tuple(
         Input(
             name=_normalize_name(name),
-            dtype=str(tensor.dtype).removeprefix("torch."),
+            dtype=name_dtype(tensor.dtype),
             shape=tuple(shape),
             values=_classify_values(name, [call.tensors[index] for call in calls], vocabulary),
         )

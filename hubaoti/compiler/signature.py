@@ -20,6 +20,7 @@ from hubaoti.compiler import kv_inputs as caches
 from hubaoti.compiler.capture import Frozen, Opaque, bind_arguments, replace_forward, thaw_arguments
 from hubaoti.errors import CompileFailed
 from hubaoti.runtime.containers import ContainerChange, Contents, get_at_path
+from hubaoti.runtime.input_checks import name_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ def add_cache_inputs(
             "capture: no input of the block tells how much of its cache is filled",
             hint="its attention takes no mask: it stays eager",
         )
-    dtype = str(keys.dtype).removeprefix("torch.")
+    dtype = name_dtype(keys.dtype)
     index = len(face.inputs)
 
     def held(name: str, tensor: torch.Tensor) -> Input:

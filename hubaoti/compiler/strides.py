@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from hubaoti.artifact.manifest import Input
 from hubaoti.compiler.symbols import list_placeholders
+from hubaoti.errors import CompileFailed
 
 # Inductor neither lowers nor decomposes this one: it is called as it is, sees the strides that its
 # tensor really has, and answers a contiguous one.
@@ -21,14 +22,21 @@ _COPY = torch.ops.aten.detach_copy.default
 def take_any_strides(program: ExportedProgram, inputs: tuple[Input, ...]) -> None:
     """Have a program read a contiguous copy of each of its inputs.
 
-    Not of what its module writes into, which is the caller's own.
+    Raises:
+        CompileFailed: it writes into some, which are the caller's own and cannot be copies.
     """
+    if written := [entry.name for entry in inputs if entry.mutated]:
+        raise CompileFailed(
+            f"export: it writes into {', '.join(written)}, and those loaders do not look how a "
+            "tensor that they are given lies in memory",
+            hint="compile a module inside of it, or leave --layout zerogpu out",
+        )
     graph = program.graph
     given = [*zip(list_placeholders(program), inputs, strict=True)]
     first = next(node for node in graph.nodes if node.op != "placeholder")
     for node, entry in given:
         users = [user for user in node.users if user.op != "output"]
-        if entry.mutated or not entry.shape or not users:
+        if not entry.shape or not users:
             continue
         with graph.inserting_before(first):
             copy = graph.call_function(_COPY, (node,))

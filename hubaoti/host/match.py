@@ -15,9 +15,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from hubaoti.artifact.requirements import KernelPin as KernelPin
-from hubaoti.artifact.requirements import Requirements as Requirements
-from hubaoti.artifact.requirements import read_version, series
+from hubaoti.artifact.requirements import Requirements, read_version, series
 from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.host.probe import Gpu, Host
 

@@ -2,10 +2,10 @@
 
     run          the foreground server, and one in a thread      app      routes, errors, lifespan
     connections  how many, and how long they wait
-    routes       the table of requests                           ask      a request, checked
-    views_*      the answers                                     shapes   the JSON in them
-    words        every word from outside is checked here         problems every "no"
-    access       the token, and signatures for single errands    hub      the root folder, open
+    routes       the table of requests                           request  one of them, checked
+    views_*      the answers                               serializers    the JSON in them
+    validation   every word from outside is checked here         errors   every "no"
+    auth         the token, and signatures for single errands    hub      the root folder, open
     database     SQLite, transactions                            objects  files under their digest
     repos        repos and refs        history  commits          trees    a commit's files
     gitids       git's own names       card     a README's head  listing  the list of repos
