@@ -18,6 +18,8 @@ ENDPOINT = "https://huggingface.co"
 _TUNING = re.compile(
     r"TORCHINDUCTOR_(?!\w*(CACHE|THREADS|WORKER|TIMEOUT|LOG|DIR|PROGRESS|COMPILE_TIME))"
 )
+# The Hub's tokens, and what stands before the @ of a URL.
+_SECRET = re.compile(r"\bhf_\w{8,}|(?<=://)[^/@\s]+(?=@)")
 _TRUE = {"1", "ON", "YES", "TRUE"}
 _FALSE = {"0", "OFF", "NO", "FALSE"}
 
@@ -137,6 +139,14 @@ def read_serve_token(env: Mapping[str, str] | None = None) -> str | None:
     is told of it."""
     env = os.environ if env is None else env
     return env.get("HUBAOTI_SERVE_TOKEN", "").strip() or None
+
+
+def hide_secrets(text: str) -> str:
+    """A text for others to read: without what the environment, or a login, says in confidence."""
+    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUBAOTI_SERVE_TOKEN")
+    for secret in filter(None, (os.environ.get(name, "").strip() for name in names)):
+        text = text.replace(secret, "(token)")
+    return _SECRET.sub("(token)", text)
 
 
 def _find_kernel_cache(env: Mapping[str, str], cache: Path) -> Path:

@@ -33,7 +33,7 @@ def environment_of(settings: Settings) -> dict[str, str]:
 
 
 def hubaoti(settings: Settings, *words: object, cwd: Path | None = None) -> Done:
-    """Run a command to its end; a traceback is never an answer."""
+    """Run a command to its end; neither a traceback nor what nobody foresaw is ever an answer."""
     done = subprocess.run(
         [HUBAOTI, *map(str, words)],
         env=environment_of(settings),
@@ -42,7 +42,8 @@ def hubaoti(settings: Settings, *words: object, cwd: Path | None = None) -> Done
         text=True,
         timeout=120,
     )
-    assert "Traceback" not in done.stdout + done.stderr, done.stderr
+    for word in ("Traceback", "error: unexpected"):
+        assert word not in done.stdout + done.stderr, done.stderr
     return Done(done.returncode, done.stdout, done.stderr)
 
 
@@ -52,4 +53,5 @@ def inside(settings: Settings, *words: object) -> Done:
     values = environment_of(settings) | {"HF_TOKEN": settings.token or ""}
     with override_environment(**values), redirect_stdout(out), redirect_stderr(err):
         code = dispatch([str(word) for word in words])
+    assert "error: unexpected" not in err.getvalue(), err.getvalue()
     return Done(code, out.getvalue(), err.getvalue())

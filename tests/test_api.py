@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 
 import hubaoti
 from hubaoti import api
-from hubaoti.api.texts import visible_device
+from hubaoti.api.texts import _choose_visible_device
 from hubaoti.artifact.bundle import Bundle, write_bundle
 from hubaoti.engines import lightweight
 from hubaoti.errors import (
@@ -126,7 +126,7 @@ def test_a_graph_is_opened_on_the_gpu_that_it_was_judged_for(
 ) -> None:
     """Of fake GPUs: one machine with two kinds of them is not at hand."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    assert visible_device(Verdict(device=chosen)) == found
+    assert _choose_visible_device(Verdict(device=chosen)) == found
 
 
 def test_a_text_beyond_the_graph_s_bounds_is_refused(

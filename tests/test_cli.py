@@ -502,6 +502,45 @@ def test_an_error_without_a_hint_prints_none(
     assert capsys.readouterr().err == "error: it broke\n"
 
 
+def test_what_nobody_foresaw_is_said_in_words_and_kept_whole_in_a_file(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    env: Settings,
+    tmp_path: Path,
+) -> None:
+    def fake(*_: object, **__: object) -> None:
+        raise KeyError("Bearer hf_abcdefghijklm to https://me:secret@hub.example\nand more\x1b[31m")
+
+    monkeypatch.setattr("hubaoti.api.pull", fake)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("HF_TOKEN", "a-token-of-another-kind")
+    assert dispatch(["pull", "a/b"]) == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: unexpected KeyError: ")
+    assert "\x1b" not in error
+    assert "secret" not in error and "hf_abcdef" not in error
+    (file,) = tmp_path.glob("hubaoti-error-*.txt")
+    assert str(file) in hint
+    assert file.stat().st_mode & 0o077 == 0, "nobody else's"
+    kept = file.read_text()
+    assert kept.startswith("Traceback ") and 'raise KeyError("Bearer' in kept
+    assert "hf_abcdef" not in kept and "me:secret" not in kept
+
+
+def test_what_nobody_foresaw_is_said_even_where_no_file_can_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], env: Settings
+) -> None:
+    def fake(*_: object, **__: object) -> None:
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr("hubaoti.api.pull", fake)
+    monkeypatch.setattr("tempfile.tempdir", "/dev/null")
+    assert dispatch(["pull", "a/b"]) == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == "error: unexpected RuntimeError: it broke"
+    assert hint.startswith("hint: its traceback could not be written: ")
+
+
 def test_main_ends_the_process_with_the_code(env: Settings) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["trust", "rm", "nobody"])

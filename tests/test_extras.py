@@ -65,7 +65,8 @@ def python(bare: Path, settings: Settings, *words: object) -> Done:
         text=True,
         timeout=120,
     )
-    assert "Traceback" not in done.stdout + done.stderr, done.stderr
+    for word in ("Traceback", "error: unexpected"):
+        assert word not in done.stdout + done.stderr, done.stderr
     return Done(done.returncode, done.stdout, done.stderr)
 
 

@@ -300,6 +300,7 @@ def test_a_token_that_cannot_be_had_is_said(tmp_path: Path, words: list[str], sa
     done = subprocess.run([*command, *words], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert said in done.stderr and "Traceback" not in done.stderr
+    assert "error: unexpected" not in done.stderr
 
 
 def test_a_log_gets_so_many_lines_and_their_number(caplog: pytest.LogCaptureFixture) -> None:

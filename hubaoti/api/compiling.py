@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from hubaoti.api.attaching import put
 from hubaoti.api.finding import find_built, find_whole
@@ -23,12 +23,7 @@ from hubaoti.compiler.request import (
     make_bucket_ranges,
     make_ranges,
 )
-from hubaoti.errors import (
-    BadDim,
-    BadRequest,
-    CheckFailed,
-    CompileFailed,
-)
+from hubaoti.errors import BadDim, BadRequest, CheckFailed, CompileFailed
 from hubaoti.host.extras import require
 from hubaoti.host.probe import Host, probe_host
 from hubaoti.hub.model_download import COMPILE_FILES, fetch_model_files
@@ -119,7 +114,7 @@ def compile(  # noqa: PLR0913 - a face of keywords
     require("compile", "compile")
     settings = settings or Settings.from_env()
     host, place = probe_host(settings), Path(output)
-    with Mirror.open(settings.mirror) as mirror, in_eval_mode(model):
+    with Mirror.open(settings.mirror) as mirror, _in_eval_mode(model):
         mirror.require_writable()
         request = CompileRequest(
             calls=calls,
@@ -133,20 +128,16 @@ def compile(  # noqa: PLR0913 - a face of keywords
             mode=mode,
             inductor=inductor,
             level=level,
-            device=device or _device_of(model),
+            device=device or _find_device(model),
             layout=layout,
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        with report_failure(place, _facts(request), (CompileFailed,)):
+        with report_failure(place, _list_facts(request), (CompileFailed,)):
             job, origin = _prepare(model, request, host, settings, progress)
         if not force and (found := find_built(job.key, place, mirror, progress)):
             return found
-        bundle = _build(job, origin, place, host, jobs, progress)
-        with explain_store_errors(bundle.path):
-            put(bundle, mirror)
-            mirror.record_built(bundle.manifest)
-        return bundle
+        return _store(_build(job, origin, place, host, jobs, progress), mirror)
 
 
 def explain(  # noqa: PLR0913 - a face of keywords
@@ -181,7 +172,7 @@ def explain(  # noqa: PLR0913 - a face of keywords
     """
     require("compile", "compile")
     settings = settings or Settings.from_env()
-    with Mirror.open(settings.mirror) as mirror, in_eval_mode(model):
+    with Mirror.open(settings.mirror) as mirror, _in_eval_mode(model):
         request = CompileRequest(
             calls=calls,
             shapes=shapes or {},
@@ -194,13 +185,13 @@ def explain(  # noqa: PLR0913 - a face of keywords
             mode=mode,
             inductor=inductor,
             level=level,
-            device=device or _device_of(model),
+            device=device or _find_device(model),
             layout=layout,
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
         job, _ = _prepare(model, request, probe_host(settings), settings, progress)
-        return _explanation(job, Path(output) if output else None, mirror)
+        return _explain_job(job, Path(output) if output else None, mirror)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,13 +255,13 @@ def _prepare(
     return Job.of(make_plan(source, request, where), request, target, where), origin
 
 
-def _facts(request: CompileRequest) -> list[str]:
+def _list_facts(request: CompileRequest) -> list[str]:
     """What was asked, for a report."""
     words = {each.name: getattr(request, each.name) for each in fields(request)}
     return [f"asked: { {name: value for name, value in words.items() if name != 'calls'} }"]
 
 
-def _device_of(model: str | Path | nn.Module) -> str:
+def _find_device(model: str | Path | nn.Module) -> str:
     """Where a module's tensors are; the CPU for a model's name."""
     if isinstance(model, (str, Path)):
         return "cpu"
@@ -278,7 +269,7 @@ def _device_of(model: str | Path | nn.Module) -> str:
 
 
 @contextmanager
-def in_eval_mode(model: object) -> Iterator[None]:
+def _in_eval_mode(model: Any) -> Iterator[None]:
     """Around work on a module from Python: it is in eval mode, and afterwards as it was.
 
     Raises:
@@ -287,7 +278,7 @@ def in_eval_mode(model: object) -> Iterator[None]:
     if isinstance(model, (str, Path)):
         yield
         return
-    if not isinstance(model, SupportsModules):
+    if not hasattr(model, "modules"):  # an `nn.Module`, said without torch
         raise BadRequest(
             f"a {type(model).__name__} is neither a module nor the name of a model",
             hint="give a Hub id, a folder, or a module; of a pipeline one of its modules, as "
@@ -295,16 +286,8 @@ def in_eval_mode(model: object) -> Iterator[None]:
         )
     from hubaoti.compiler.from_module import evaluate_unchanged
 
-    module: Any = model
-    with evaluate_unchanged(module):
+    with evaluate_unchanged(model):
         yield
-
-
-@runtime_checkable
-class SupportsModules(Protocol):
-    """An `nn.Module`, said without torch."""
-
-    def modules(self) -> Iterator[Any]: ...
 
 
 def _build(
@@ -323,7 +306,15 @@ def _build(
         return build(job, origin, host, output, progress, jobs)
 
 
-def _explanation(job: Job, output: Path | None, mirror: Mirror) -> Explanation:
+def _store(bundle: Bundle, mirror: Mirror) -> Bundle:
+    """Keep a bundle that was built here in the mirror, too, where its key finds it."""
+    with explain_store_errors(bundle.path):
+        put(bundle, mirror)
+        mirror.record_built(bundle.manifest)
+    return bundle
+
+
+def _explain_job(job: Job, output: Path | None, mirror: Mirror) -> Explanation:
     """What compiling a job would do, without doing it."""
     from hubaoti.artifact.manifest import label_recipe, label_variant
 

@@ -21,7 +21,7 @@ def find_built(key: str, output: Path, mirror: Mirror, progress: Progress) -> Bu
     for artifact in mirror.by_key(key):
         try:
             mirror.verify(artifact)
-            bundle = copy_from_mirror(artifact, output)
+            bundle = _copy_from_mirror(artifact, output)
         except DigestMismatch:
             continue
         progress(f"found {key[:12]} in the mirror")
@@ -29,7 +29,7 @@ def find_built(key: str, output: Path, mirror: Mirror, progress: Progress) -> Bu
     return None
 
 
-def copy_from_mirror(artifact: Artifact, output: Path) -> Bundle:
+def _copy_from_mirror(artifact: Artifact, output: Path) -> Bundle:
     """A bundle from the mirror, its graphs packed again.
 
     Raises:

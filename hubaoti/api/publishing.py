@@ -38,13 +38,12 @@ def push(  # noqa: PLR0913 - a face of keywords
         DigestMismatch: a file of the bundle is not the one its manifest names.
         Conflict: the path or the tag is taken; AuthFailed, HubUnreachable: of the Hub.
     """
-    from hubaoti.hub.push import Destination
-    from hubaoti.hub.push import push_bundle as push_to
+    from hubaoti.hub.push import Destination, push_bundle
 
     settings = settings or Settings.from_env()
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(Path(bundle))
     place = Destination(RepoRef.parse(repo), tag=tag, label=label, private=private, layout=layout)
-    return push_to(bundle, place, settings, progress)
+    return push_bundle(bundle, place, settings, progress)
 
 
 def pull(
@@ -64,10 +63,15 @@ def pull(
         NoMatch: none fits, with every reason; NoArtifact: the repo has none, or none at `path`.
         Untrusted: its publisher is not trusted here; `trust=True` remembers that it is.
     """
-    from hubaoti.hub.pull import pull_artifact as pull_from
+    from hubaoti.hub.pull import pull_artifact
 
     settings = settings or Settings.from_env()
-    asked = None if recipe is None else Recipe.parse(recipe)
-    place = None if path is None else ArtifactPath.parse(path)
-    ref, host = RepoRef.parse(repo), probe_host(settings)
-    return pull_from(ref, settings, host, recipe=asked, place=place, trust=trust, progress=progress)
+    return pull_artifact(
+        RepoRef.parse(repo),
+        settings,
+        probe_host(settings),
+        recipe=None if recipe is None else Recipe.parse(recipe),
+        place=None if path is None else ArtifactPath.parse(path),
+        trust=trust,
+        progress=progress,
+    )

@@ -52,7 +52,7 @@ def run(  # noqa: PLR0913 - a face of keywords
     require("run", "run")
     settings = settings or Settings.from_env()
     pulled = pull(repo, recipe=recipe, trust=trust, settings=settings, progress=progress)
-    where = device or visible_device(pulled.verdict)
+    where = device or _choose_visible_device(pulled.verdict)
     opened = load(
         pulled.artifact, model, device=where, ops=ops, settings=settings, progress=progress
     )
@@ -102,7 +102,7 @@ def load(  # noqa: PLR0913 - a face of keywords
     return TextModel(graph, TextEncoder(folder, padding_id(artifact.manifest.program)))
 
 
-def visible_device(verdict: Verdict) -> str | None:
+def _choose_visible_device(verdict: Verdict) -> str | None:
     """The GPU that an artifact was judged to fit; None is the first of those that torch sees.
 
     A verdict counts all GPUs of the host, torch those that CUDA_VISIBLE_DEVICES shows: where it
@@ -139,8 +139,8 @@ def eager(
     folder, _ = fetch_model_files(model, None, EAGER_FILES, settings, progress)
     task, dtype = recall_task_and_dtype(repo, settings) if repo else (None, None)
     progress("load")
-    asked = CompileRequest(task=task, dtype=dtype, regions="none")
-    whole = from_config.load_source(folder, asked, torch.device("cpu"), weights=True)
+    request = CompileRequest(task=task, dtype=dtype, regions="none")
+    whole = from_config.load_source(folder, request, torch.device("cpu"), weights=True)
     encoded = TextEncoder(folder, padding_id(whole.program)).encode(texts, high=whole.positions)
     progress("run")
     with torch.no_grad():

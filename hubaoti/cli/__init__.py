@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 
 import click
 
 from hubaoti import __version__
 from hubaoti.cli.output import print_line, print_lines
-from hubaoti.errors import HubaotiError
+from hubaoti.errors import HubaotiError, first_line
+from hubaoti.settings import hide_secrets
 
 # Each command's module, loaded when the command is named, and the line that help shows for it.
 COMMANDS = {
@@ -79,4 +83,22 @@ def dispatch(arguments: Sequence[str] | None) -> int:
         if error.hint:
             print_lines(f"hint: {error.hint}", err=True)
         return error.exit_code
+    except Exception as error:
+        return _report_unexpected(error)
     return 0
+
+
+def _report_unexpected(error: Exception) -> int:
+    """Say in words that something failed which nobody foresaw; the traceback goes to a file."""
+    message = hide_secrets(f"{type(error).__name__}: {first_line(error)}")
+    print_line(f"error: unexpected {message}", err=True)
+    try:
+        file, name = tempfile.mkstemp(prefix="hubaoti-error-", suffix=".txt")
+        with os.fdopen(file, "w", errors="backslashreplace") as report:
+            report.write(hide_secrets("".join(traceback.format_exception(error))))
+    except OSError as why:
+        print_line(f"hint: its traceback could not be written: {first_line(why)}", err=True)
+    else:
+        hint = "please report it, with that, where nothing on this machine explains it"
+        print_line(f"hint: the whole of it is in {name}; {hint}", err=True)
+    return HubaotiError.exit_code

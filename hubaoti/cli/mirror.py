@@ -39,8 +39,8 @@ def ls_command(as_json: bool) -> None:
         for row in rows
     ]
     print_table(["repo", "commit", "recipe", "variant", "size", "added", "digest"], cells)
-    for graph, why in problems:
-        print_line(f"not opened: graph {graph[:12]}: {why}")
+    for graph, problem in problems:
+        print_line(f"not opened: graph {graph[:12]}: {problem}")
     if problems:
         print_line("to have them tried again: hubaoti mirror retry")
 

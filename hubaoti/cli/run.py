@@ -43,10 +43,10 @@ def run_command(as_json: bool, quiet: bool, **options: Any) -> None:
 
     Without REPO, prompts are answered by what the mirror has for the model.
     """
-    asked = [name for name in ("texts", "prompts", "file") if options[name]]
-    if len(asked) != 1:
+    given = [name for name in ("texts", "prompts", "file") if options[name]]
+    if len(given) != 1:
         raise click.UsageError("Give one of --text, --prompt and --file.")
-    if asked == ["texts"]:
+    if given == ["texts"]:
         refuse_given(options, _GENERATES, "of prompts, and --text only embeds or classifies")
         _answer_texts(options, as_json, quiet)
     else:
@@ -61,7 +61,7 @@ def _answer_texts(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
 
     repo, texts = options["repo"], options["texts"]
     if repo is None:
-        raise click.UsageError("Missing argument 'REPO'.")
+        raise click.UsageError("Missing argument 'REPO': --text is answered by a repo's graph.")
     words = {name: options[name] for name in ("recipe", "trust", "device", "ops")}
     if options["eager"]:
         refuse_given(options, ("recipe", "device", "ops"), "of the graph, and --eager opens none")
@@ -82,7 +82,7 @@ def _answer_texts(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
         _print_values(texts, answer.values)
 
 
-def refuse_given(options: dict[str, Any], names: tuple[str, ...], why: str) -> None:
+def refuse_given(options: dict[str, Any], names: tuple[str, ...], reason: str) -> None:
     """Refuse what would not be read.
 
     Raises:
@@ -91,14 +91,14 @@ def refuse_given(options: dict[str, Any], names: tuple[str, ...], why: str) -> N
     for name in names:
         if options[name] not in (None, False, ()):
             option = f"--{name.replace('_', '-')}"
-            raise BadRequest(f"{option} is {why}", hint=f"leave out {option}")
+            raise BadRequest(f"{option} is {reason}", hint=f"leave out {option}")
 
 
 def print_similarity(texts: tuple[str, ...], vectors: torch.Tensor) -> None:
     """The cosine of each two texts' vectors."""
     unit = vectors / vectors.norm(dim=1, keepdim=True)
     rows = (unit @ unit.T).tolist()
-    numbers = [str(at) for at in range(1, len(texts) + 1)]
+    numbers = [str(index) for index in range(1, len(texts) + 1)]
     cells = [
         (number, text, *(f"{value:.3f}" for value in row))
         for number, text, row in zip(numbers, texts, rows, strict=True)
