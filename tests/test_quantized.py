@@ -112,7 +112,7 @@ def test_its_graphs_answer_as_torchao_s_own_quantized_model(
     torch.testing.assert_close(logits(model), alone(torchao))
     found = model.generate(IDS, **STATIC)
     assert torch.equal(found, torchao.generate(IDS, **STATIC))
-    assert attached.stats()["eager"] == 0
+    assert (attached.stats()["compiled"], attached.stats()["eager"]) == (2 + 2 * 20, 0)
 
 
 def test_what_the_module_answers_itself_is_of_the_same_weights(
@@ -154,6 +154,7 @@ def test_plain_weights_are_quantized_as_they_are_loaded(
     assert not torch.allclose(logits(model), expected, rtol=1e-2)
     model.load_state_dict(plain)
     assert torch.equal(logits(model), expected)  # written where the graphs read
+    assert (attached.stats()["compiled"], attached.stats()["eager"]) == (6, 0)
 
 
 def test_its_state_and_its_copies_are_quantized_too(model: Any, attached: Attachment) -> None:

@@ -18,11 +18,17 @@ from torch import nn
 
 from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.artifact.manifest import Manifest
-from hubaoti.attachment.binding import ConstantBinding, collect_constants
+from hubaoti.attachment.binding import ConstantBinding
 from hubaoti.attachment.dispatch import Dispatcher
 from hubaoti.attachment.first_call import FirstCallCheck
+from hubaoti.attachment.forward_patch import GraphPatch, find_patch
 from hubaoti.attachment.quantized import Sketched, refuse_other_layers
-from hubaoti.attachment.region import Answering, Region
+from hubaoti.attachment.region import Region
+from hubaoti.attachment.served_modules import (
+    ServedModule,
+    find_module_device,
+    find_served_modules,
+)
 from hubaoti.attachment.stats import CallStats
 from hubaoti.errors import (
     AlreadyAttached,
@@ -36,14 +42,9 @@ from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.graph import Graph, open_graph
 from hubaoti.runtime.weights import load_shipped_tensors
 
-# Tasks whose whole graph answers something else than the model's own `forward`.
-TEXTS = {"embed", "classify", "logits"}
 # transformers asks the model itself whether `generate` compiles it (generation/utils.py, 5.22).
 _AUTO_COMPILE = "_valid_auto_compile_criteria"
 _SEES_CONTAINERS = 3  # the version of builds that carry what a module leaves in its call
-# Whatever somebody puts over a region's `forward`, it is known here by its module.
-# Neither lives for it: a region, or what waits in its place, is its module's.
-ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Parts:
 class Attachment:
     """What was attached to a module: counts, other weights, and the way back."""
 
-    def __init__(self, module: nn.Module, regions: Iterable[Answering], tally: CallStats) -> None:
+    def __init__(self, module: nn.Module, regions: Iterable[GraphPatch], tally: CallStats) -> None:
         self._module = weakref.ref(module)
         self._regions = tuple(regions)
         self._tally = tally
@@ -98,9 +99,7 @@ class Attachment:
     def detach(self) -> None:
         """Give the module everything back; a second time does nothing."""
         for region in self._regions:
-            if not region.inside.is_gone:
-                ATTACHED.pop(region.inside.module, None)
-            region.take_away()
+            region.remove()
         module = self._module()
         if module is not None and isinstance(vars(module).get(_AUTO_COMPILE), Uncompiled):
             delattr(module, _AUTO_COMPILE)
@@ -150,15 +149,6 @@ def attach_graphs(
     """
     manifest = parts.manifest
     refuse_attached(module)
-    if manifest.is_whole and manifest.program.task in TEXTS:
-        raise BadRequest(
-            f"the artifact answers texts ({manifest.program.task}), not calls of a module",
-            hint="open it with hubaoti.load, or compile with --task forward",
-        )
-    if idle := [entry.id for entry in manifest.graphs if not entry.modules]:
-        raise BadRequest(
-            f"graphs {', '.join(idle)} serve no module", hint="its publisher must compile it again"
-        )
     tally = CallStats(manifest, strict)
     if quantize:
         _require_quantized(manifest)
@@ -177,7 +167,6 @@ def attach_graphs(
         )
         names = [entry.id for entry in tried]
         region.put(tally.missed, trials(region.path, names) if trials else FirstCallCheck(names))
-        ATTACHED[region.inside.module] = weakref.ref(region)
     if hasattr(module, _AUTO_COMPILE):
         setattr(module, _AUTO_COMPILE, Uncompiled(module))
     return Attachment(module, regions, tally)
@@ -208,10 +197,20 @@ def detach_graphs(module: nn.Module) -> None:
 
 def find_regions(module: nn.Module) -> Iterator[Region]:
     """The regions that are attached to a module and all within it."""
-    for part in module.modules():
-        region = ATTACHED[part]() if part in ATTACHED else None
-        if region is not None:
-            yield region
+    return filter(None, map(find_patch, module.modules()))
+
+
+def require_module(module: object) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        BadRequest: with its kind.
+    """
+    if not isinstance(module, nn.Module):
+        raise BadRequest(
+            f"a {type(module).__name__} is no module",
+            hint="give a torch.nn.Module; of a pipeline one of its modules, as pipe.transformer",
+        )
 
 
 def refuse_attached(module: nn.Module) -> None:
@@ -227,27 +226,16 @@ def refuse_attached(module: nn.Module) -> None:
         )
 
 
-def list_served_paths(manifest: Manifest) -> list[str]:
-    """The modules that graphs serve, each once."""
-    return [*dict.fromkeys(path for graph in manifest.graphs for path in graph.modules)]
-
-
-def select_graphs(manifest: Manifest, path: str) -> tuple[Entry, ...]:
-    """The graphs that serve the module at a path, in the manifest's order."""
-    return tuple(graph for graph in manifest.graphs if path in graph.modules)
-
-
 @dataclass(frozen=True, slots=True)
-class Served:
+class _Located:
     """A module that graphs serve: where it is, on which device, and what it has for them."""
 
-    path: str
-    entries: tuple[Entry, ...]
+    served: ServedModule
     device: torch.device
     inside: ConstantBinding
 
 
-def _locate_modules(module: nn.Module, parts: Parts, sketched: Sketched | None) -> list[Served]:
+def _locate_modules(module: nn.Module, parts: Parts, sketched: Sketched | None) -> list[_Located]:
     """The modules that graphs serve; nothing is opened and nothing is touched.
 
     With `sketched`, they are to be quantized.
@@ -256,33 +244,24 @@ def _locate_modules(module: nn.Module, parts: Parts, sketched: Sketched | None) 
         BadRequest: one cannot be quantized in place.
         MissingConstant: one is not there, or its tensors do not fit; all of them are named.
     """
-    problems: list[str] = []
-    found = []
+    located = []
     brought: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
-    for path in list_served_paths(parts.manifest):
-        try:
-            part = module.get_submodule(path)
-        except AttributeError:
-            problems.append(f"{path} is not there")
-            continue
-        entries = select_graphs(parts.manifest, path)
-        device = find_module_device(part, parts.manifest.target.device)
-        key = (device, *(entry.id for entry in entries))
+
+    def locate(served: ServedModule) -> list[str]:
+        device = find_module_device(served.module, parts.manifest.target.device)
+        key = (device, *(entry.id for entry in served.graphs))
         if key not in brought:
-            each = (pair for e in entries for pair in load_shipped_tensors(e, parts.path, device))
-            brought[key] = dict(each)
-        inside = ConstantBinding(part, collect_constants(entries), brought[key])
+            each = (load_shipped_tensors(entry, parts.path, device) for entry in served.graphs)
+            brought[key] = dict(itertools.chain.from_iterable(each))
+        inside = ConstantBinding(served.module, served.constants, brought[key])
+        located.append(_Located(served, device, inside))
         misfits = inside.problems(device, sketched)
         if sketched is not None:
-            refuse_other_layers(part, inside.constants)
-        problems += [f"{path}: {problem}" if path else problem for problem in misfits]
-        found.append(Served(path, entries, device, inside))
-    if problems:
-        raise MissingConstant(
-            f"{type(module).__name__} is not the model that was compiled: {'; '.join(problems)}",
-            hint="attach the artifact of this very model; nothing was changed",
-        )
-    return found
+            refuse_other_layers(served.module, inside.constants)
+        return misfits
+
+    find_served_modules(module, parts.manifest, "attach", locate)
+    return located
 
 
 def _require_quantized(manifest: Manifest) -> None:
@@ -298,62 +277,43 @@ def _require_quantized(manifest: Manifest) -> None:
         )
 
 
-def find_module_device(module: nn.Module, target: str) -> torch.device:
-    """The device of a module's tensors; of one without tensors the first of its kind.
-
-    Raises:
-        BadRequest: it is of another kind than the artifact was built for.
-    """
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    device = next((each.device for each in tensors if not each.is_meta), None)
-    if device is None:
-        return torch.device(target, 0) if target == "cuda" else torch.device(target)
-    if device.type != target:
-        raise BadRequest(
-            f"the artifact was built for {target}, the module is on {device}",
-            hint=f"move the model first: model.to({target!r})",
-        )
-    return device
-
-
-def _open_regions(found: Iterable[Served], parts: Parts) -> Iterator[Region]:
+def _open_regions(found: Iterable[_Located], parts: Parts) -> Iterator[Region]:
     """A region for each module: graphs of its own over libraries and ways that all share.
 
     Raises:
         CannotOpen, MissingOps: a library cannot be loaded here.
         OtherProgram: a module cannot be called as the one that was compiled. Nothing was touched.
     """
-    program, build = parts.manifest.program, parts.manifest.build
-    expands = "model_type" in program.config
+    build = parts.manifest.build
+    expands = "model_type" in parts.manifest.program.config
     shared: dict[tuple[Any, ...], Dispatcher] = {}
     for each in found:
-        module, device = each.inside.module, each.device
-        key = (device, type(module), *(entry.id for entry in each.entries))
+        served, device = each.served, each.device
+        key = (device, type(served.module), *(entry.id for entry in served.graphs))
         if key not in shared:
-            shared[key] = _make_dispatcher(each, device, expands, build.attention)
+            shared[key] = _make_dispatcher(served, device, expands, build.attention)
         ways = shared[key]
         graphs = [
             open_graph(parts.graph_folder(entry), entry, device, checks)
             for entry, checks in zip(ways.entries, ways.checks, strict=True)
         ]
-        yield Region(each.path, ways, graphs, each.inside)
+        yield Region(served.path, ways, graphs, each.inside)
 
 
 def _make_dispatcher(
-    served: Served, device: torch.device, expands: bool, attention: str
+    served: ServedModule, device: torch.device, expands: bool, attention: str
 ) -> Dispatcher:
     """How the graphs of a module are called.
 
     Raises:
         OtherProgram: not as this module is.
     """
-    module = served.inside.module
     try:
-        return Dispatcher(served.entries, module, device, expands, attention)
+        return Dispatcher(served.graphs, served.module, device, expands, attention)
     except CannotServe as error:
         raise OtherProgram(
-            f"{served.path or type(module).__name__} is called otherwise than the module that was "
-            f"compiled: {error}",
+            f"{served.path or type(served.module).__name__} is called otherwise than the module "
+            f"that was compiled: {error}",
             hint="attach the artifact of this very model; nothing was changed",
         ) from error
 

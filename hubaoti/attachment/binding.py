@@ -5,7 +5,6 @@ A graph stands for the module as it was when it was bound; `watch` tells whether
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from hubaoti.artifact.manifest import Constant
-from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.attachment.forward_patch import ModuleReference
 from hubaoti.attachment.module_guard import GLOBAL_HOOKS, Found, ModuleGuard
 from hubaoti.attachment.quantized import Sketched, find_quantized_constant, quantize_in_place
 from hubaoti.errors import MissingConstant
@@ -36,26 +35,7 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 Make = Callable[[str, torch.Tensor], torch.Tensor]
 
 
-class OfModule:
-    """What belongs to a module and does not keep it alive."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether nobody has the module any more."""
-        return self._module() is None
-
-    @property
-    def module(self) -> nn.Module:
-        """The module; who calls it holds it."""
-        module = self._module()
-        assert module is not None
-        return module
-
-
-class ConstantBinding(OfModule):
+class ConstantBinding(ModuleReference):
     """One module as its graphs know it: where it has their constants."""
 
     def __init__(
@@ -250,11 +230,6 @@ class ConstantBinding(OfModule):
         new = self._unread(parts) - self.more
         if new:
             raise CannotServe("changed", f"{', '.join(sorted(new))} is new")
-
-
-def collect_constants(entries: Sequence[Entry]) -> list[Constant]:
-    """The constants of all graphs of a module, each once."""
-    return [*{each.fqn: each for entry in entries for each in entry.constants}.values()]
 
 
 def _list_tensor_names(parts: Mapping[str, nn.Module]) -> Iterator[str]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from hubaoti.attachment.binding import ConstantBinding
 from hubaoti.attachment.dispatch import Dispatcher, Route
 from hubaoti.attachment.first_call import Beside, FirstCallCheck
+from hubaoti.attachment.forward_patch import GraphPatch, Missed, wants_gradient
 from hubaoti.attachment.module_guard import ModuleGuard
 from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers
 from hubaoti.errors import BadInput, MissingConstant
@@ -28,44 +25,9 @@ from hubaoti.runtime.kv_cache import (
     slide_window,
 )
 
-Missed = Callable[[str, CannotServe], None]
 
-
-class Located(Protocol):
-    """Where a region's module is, while it is anywhere."""
-
-    @property
-    def is_gone(self) -> bool: ...
-
-    @property
-    def module(self) -> nn.Module: ...
-
-
-class Answering(Protocol):
-    """A module's `forward` that graphs answer: a region, or one of a package without a manifest."""
-
-    @property
-    def path(self) -> str: ...
-
-    @property
-    def graphs(self) -> Sequence[Any]: ...
-
-    @property
-    def inside(self) -> Located: ...
-
-    def bind(self, *, anew: bool = False) -> None: ...
-
-    def counts(self) -> Mapping[str, int]: ...
-
-    def take_away(self) -> None: ...
-
-
-class Region:
-    """What answers in the place of a module's `forward`.
-
-    It is an attribute of the module and of nothing else: whoever copies, pickles or exports the
-    module gets the module as it was. Only a shallow copy shares it, and answers as the original.
-    """
+class Region(GraphPatch):
+    """A module's `forward` that graphs answer by what their manifest says."""
 
     def __init__(
         self,
@@ -74,63 +36,30 @@ class Region:
         graphs: Sequence[Graph],
         inside: ConstantBinding,
     ) -> None:
-        self.path = path
+        super().__init__(path, inside.module, graphs, (entry.id for entry in ways.entries))
         self.ways = ways
-        self.graphs = list(graphs)
         self.inside = inside
-        module = inside.module
-        self._own = vars(module).get("forward")
-        self._place = CacheSlot(module, ways.entries) if ways.has_cache else None
+        self._place = CacheSlot(inside.module, ways.entries) if ways.has_cache else None
         self._watch: ModuleGuard | None = None  # nothing is bound
-        self._lock = threading.Lock()
-        self._counts = [itertools.count() for _ in graphs]
-        self._missed: Missed = ignore_miss
         self._trials = FirstCallCheck(())
-        self._note_tracing = _make_tracing_note(ignore_miss, path)
-
-    def counts(self) -> dict[str, int]:
-        """How many calls each graph answered, by the ids of the graphs."""
-        # `count(7)`: counting by `next` is safe in threads, and so one asks without counting.
-        pairs = zip(self.ways.entries, self._counts, strict=True)
-        return {entry.id: int(repr(count)[6:-1]) for entry, count in pairs}
 
     def put(self, missed: Missed, trials: FirstCallCheck) -> None:
         """Answer from here on; `missed` is told of each call that the module answers itself."""
         self._missed, self._trials = missed, trials
         self._note_tracing = _make_tracing_note(missed, self.path)
-        self.inside.module.forward = self
+        self.install()
 
-    def take_away(self) -> None:
-        """Give the module its own `forward` back.
-
-        Where somebody else has put theirs over it meanwhile, it stays, and only calls the module's.
-        """
-        if not self.inside.is_gone:
-            module = self.inside.module
-            if vars(module).get("forward") is self:
-                del module.forward
-                if self._own is not None:
-                    module.forward = self._own
+    def remove(self) -> None:
+        """Give the module its own `forward` back, and its tensors."""
+        super().remove()
         with self._lock:
             self._watch = None
             graphs, self.graphs = self.graphs, []
             for graph in graphs:
                 graph.release()
 
-    def eager(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module itself answers to a call, by the `forward` that it had."""
-        if self._own is not None:
-            return self._own(*args, **kwargs)
-        module = self.inside.module
-        return type(module).forward(module, *args, **kwargs)
-
     def bind(self, *, anew: bool = False) -> None:
-        """Give the graphs the module's tensors as they are now; what is made of them, if need be.
-
-        Raises:
-            CannotServe: the module is not what it was, or a tensor does not fit. Nothing stays
-                bound.
-        """
+        """As every patch of graphs does; where it cannot, nothing stays bound."""
         with self._lock:
             if not anew and self._is_bound():  # another thread was faster
                 return
@@ -168,30 +97,8 @@ class Region:
         watch, graphs = self._watch, self.graphs
         return watch is not None and watch.is_same() and not (graphs and graphs[0].is_moved)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            self._note_tracing()
-            return self.eager(*args, **kwargs)
-        if not self.graphs:
-            return self.eager(*args, **kwargs)
-        try:
-            return self._answer(args, kwargs)
-        except CannotServe as why:
-            self._missed(self.path, why)
-        return self.eager(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled and copied as the module's own `forward`."""
-        if self._own is not None:
-            return copy.copy, (self._own,)
-        return getattr, (self.inside.module, "forward")
-
-    def _answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What a graph answers.
-
-        Raises:
-            CannotServe: none can, with the reason.
-        """
+    def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a graph answers."""
         refuse_watchers()
         watch, graphs = self._watch, self.graphs
         if watch is None or not watch.is_same() or graphs[0].is_moved:
@@ -260,7 +167,7 @@ class Region:
             raise CannotServe("failed", f"{why}") from why
         if held is not None:
             held.wrote()
-        next(self._counts[way.graph])
+        next(self._counts[graph.entry.id])
         return outputs
 
 
@@ -268,15 +175,6 @@ def _is_patched(own: Any) -> bool:
     """Whether a module has a `forward` that is not its class's; a copy may have that as its own."""
     function, of = getattr(own, "__func__", None), type(getattr(own, "__self__", None))
     return own is not None and (function is None or function is not getattr(of, "forward", None))
-
-
-def wants_gradient(item: Any) -> bool:
-    """Whether gradients are wanted of what a call gives."""
-    return isinstance(item, torch.Tensor) and item.requires_grad
-
-
-def ignore_miss(path: str, error: CannotServe) -> None:
-    """Tell nobody that no graph answered a call; what regions do until they are put."""
 
 
 def _make_tracing_note(missed: Missed, path: str) -> Callable[[], None]:

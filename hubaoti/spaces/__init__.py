@@ -71,15 +71,16 @@ def load(  # noqa: PLR0913 - a face of keywords
         NoMatch: nothing fits this host, with every reason; NoArtifact: the repo has nothing.
         Untrusted: its publisher is not trusted here; `trust=True` remembers that it is.
         OtherProgram, MissingConstant: the module is not the one that was compiled; nothing changed.
-        AlreadyAttached: it has graphs already.
+        AlreadyAttached: it has graphs already. BadRequest: it is no module, or the repo no name.
         MissingOps: a module of `ops` cannot be imported.
     """
     require("spaces.load", "run")
     settings = settings or Settings.from_env()
     ref = _parse_reference(repo, revision)
-    from hubaoti.attachment.attach import refuse_attached
+    from hubaoti.attachment.attach import refuse_attached, require_module
     from hubaoti.spaces.deferred import defer_nothing
 
+    require_module(module)
     refuse_attached(module)
     if not settings.graphs:
         return defer_nothing(module)
@@ -146,9 +147,9 @@ def _choose_device_kinds(module: nn.Module, host: Host) -> frozenset[str]:
 
     One that is on the CPU now may be moved by a worker that has a GPU.
     """
-    from hubaoti.attachment.served_modules import device_kind
+    from hubaoti.attachment.served_modules import find_device_kind
 
-    if device_kind(module) == "cuda":
+    if find_device_kind(module) == "cuda":
         return frozenset({"cuda"})
     has_cuda = host.torch is not None and host.torch.cuda is not None
     return frozenset({"cpu", "cuda"} if has_cuda else {"cpu"})
@@ -160,7 +161,7 @@ def plan_modules(module: nn.Module, offers: Sequence[Offer]) -> list[WorkerPlan]
     Raises:
         OtherProgram, MissingConstant, BadRequest: all are of other models.
     """
-    from hubaoti.attachment.served_modules import find_served_modules
+    from hubaoti.attachment.served_modules import find_served_modules, list_misfits_anywhere
     from hubaoti.program.identity import matches_program
     from hubaoti.spaces.worker import WorkerPlan
 
@@ -169,7 +170,8 @@ def plan_modules(module: nn.Module, offers: Sequence[Offer]) -> list[WorkerPlan]
         manifest = offer.artifact.manifest
         try:
             known = matches_program(module, manifest.program, manifest.is_whole)
-            plans.append(WorkerPlan(offer, tuple(find_served_modules(module, manifest)), known))
+            served = find_served_modules(module, manifest, "load", list_misfits_anywhere)
+            plans.append(WorkerPlan(offer, tuple(each.path for each in served), known))
         except HubaotiError as why:
             problems.append(why)
     if not plans:

@@ -7,14 +7,14 @@ import ctypes
 import torch
 from torch import nn
 
-from hubaoti.attachment.served_modules import device_kind
+from hubaoti.attachment.served_modules import find_device_kind
 
 LIBCUDA = "libcuda.so.1"
 
 
 def choose_serving_device(module: nn.Module) -> torch.device:
     """Where a module would be served: on the device of its tensors, else on what there is."""
-    kind = device_kind(module) or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = find_device_kind(module) or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind != "cuda":
         return torch.device(kind)
     placed = (each.device for each in (*module.parameters(), *module.buffers()))

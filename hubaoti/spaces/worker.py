@@ -6,10 +6,16 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
 
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.variant import Recipe
+from hubaoti.attachment import attach
+from hubaoti.attachment.first_call import Verdicts
+from hubaoti.attachment.served_modules import find_device_kind, find_module_device
+from hubaoti.attachment.stats import CallStats
 from hubaoti.errors import HubaotiError, NoMatch, NotEnoughMemory, NotTried
 from hubaoti.host.match import judge
 from hubaoti.host.probe import Gpu, Host
@@ -18,16 +24,10 @@ from hubaoti.mirror import Artifact, Mirror
 from hubaoti.mirror.store import is_whole
 from hubaoti.progress import report_nothing
 from hubaoti.runtime.first_open import require_sound
+from hubaoti.runtime.first_open_child import name_host_kind
 from hubaoti.settings import Settings
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from hubaoti.attachment.attach import Attachment
-    from hubaoti.attachment.first_call import Verdicts
-    from hubaoti.attachment.served_modules import Spot
-    from hubaoti.spaces.deferred import Deferred
+from hubaoti.spaces import devices
+from hubaoti.spaces.deferred import Deferred, Open
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class WorkerPlan:
     """An artifact that may serve a module: where, and whether the module is known to be its own."""
 
     offer: Offer
-    spots: tuple[Spot, ...]
+    paths: tuple[str, ...]
     known: bool
 
 
@@ -52,21 +52,19 @@ class Worker:
     verdicts: Mapping[str, Verdicts]
     ops: tuple[str, ...] = ()
 
-    def open(self) -> Attachment:
+    def open(self) -> attach.Attachment:
         """Attach the best of what fits this process's device; what fails there is passed over.
 
         Raises:
             NoMatch: nothing fits, with every reason.
             HubaotiError: what fits cannot be opened, with every reason; NotTried: it may be later.
         """
-        from hubaoti.spaces.devices import choose_serving_device
-
         module = self.module()
         assert module is not None  # it is being called
         problems: dict[str, HubaotiError] = {}
-        for plan in self._fitting(choose_serving_device(module)):
+        for plan in self._rank_plans(devices.choose_serving_device(module)):
             try:
-                return self._attached(module, plan)
+                return self._attach(module, plan)
             except HubaotiError as error:
                 hint = f" ({error.hint})" if error.hint else ""
                 problems[f"{plan.offer.place}: {error}{hint}"] = error
@@ -74,7 +72,7 @@ class Worker:
         kind = NotTried if passing else HubaotiError
         raise kind("; ".join(problems), hint="see what is said of each artifact")
 
-    def _fitting(self, device: torch.device) -> list[WorkerPlan]:
+    def _rank_plans(self, device: torch.device) -> list[WorkerPlan]:
         """The plans for a device, the best first.
 
         Raises:
@@ -98,24 +96,20 @@ class Worker:
         )
         raise NoMatch("; ".join(reasons), hint="compile and push an artifact for this kind of host")
 
-    def _attached(self, module: nn.Module, plan: WorkerPlan) -> Attachment:
+    def _attach(self, module: nn.Module, plan: WorkerPlan) -> attach.Attachment:
         """The graphs of one artifact, checked once more where they are opened."""
-        from hubaoti.attachment import attach as runtime
-
         artifact = plan.offer.artifact
-        device = runtime.find_module_device(module, artifact.manifest.target.device)
+        device = find_module_device(module, artifact.manifest.target.device)
         self._require_sound(artifact, device)
-        parts = runtime.Parts(artifact.manifest, artifact.path, artifact.graph_folder)
+        parts = attach.Parts(artifact.manifest, artifact.path, artifact.graph_folder)
         tries, trials = not plan.known, self.verdicts[artifact.digest].trials
-        return runtime.attach_graphs(module, parts, strict=self.strict, tries=tries, trials=trials)
+        return attach.attach_graphs(module, parts, strict=self.strict, tries=tries, trials=trials)
 
     def _require_sound(self, artifact: Artifact, device: torch.device) -> None:
         """As everywhere; where another worker has asked, the files alone are looked at.
 
         A worker may be killed at any moment, and most of them shall not even touch the index.
         """
-        from hubaoti.runtime.first_open_child import name_host_kind
-
         verdicts, host = self.verdicts[artifact.digest], name_host_kind(device)
         if verdicts.is_sound(artifact.digest, host) and is_whole(artifact):
             return
@@ -128,10 +122,8 @@ def build_worker_host(host: Host, device: torch.device) -> Host:
     """The host as a worker has it: with the GPU that its torch sees."""
     if device.type != "cuda":
         return host
-    from hubaoti.spaces.devices import query_driver_cuda, query_gpu
-
-    name, sm, memory = query_gpu(device)
-    driver = host.driver_cuda or query_driver_cuda()
+    name, sm, memory = devices.query_gpu(device)
+    driver = host.driver_cuda or devices.query_driver_cuda()
     return replace(host, gpus=(Gpu(name, sm, memory),), driver_cuda=driver)
 
 
@@ -146,25 +138,14 @@ def defer_artifacts(  # noqa: PLR0913 - all that a worker needs
     ops: Sequence[str] = (),
 ) -> Deferred:
     """The module, waiting for a process that calls it."""
-    from hubaoti.attachment.first_call import Verdicts
-    from hubaoti.attachment.stats import CallStats
-    from hubaoti.spaces.deferred import Deferred
-
     artifacts = [plan.offer.artifact for plan in plans]
     verdicts = {each.digest: Verdicts(_list_verdict_names(each.manifest)) for each in artifacts}
     worker = Worker(
         weakref.ref(module), tuple(plans), host, settings, recipe, strict, verdicts, (*ops,)
     )
-    preload_for_workers()
-    spots = {spot.path: spot for plan in plans for spot in plan.spots}
-    return Deferred(
-        module,
-        spots.values(),
-        worker.open,
-        CallStats(artifacts[0].manifest, strict),
-        only_elsewhere=settings.zerogpu,
-        single=is_single(module),
-    )
+    modules = {path: module.get_submodule(path) for plan in plans for path in plan.paths}
+    tally = CallStats(artifacts[0].manifest, strict)
+    return defer(module, modules, worker.open, tally, settings)
 
 
 def _list_verdict_names(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -174,17 +155,17 @@ def _list_verdict_names(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield from ((path, graph.id) for path in graph.modules)
 
 
-def is_single(module: nn.Module) -> bool:
-    """Whether forked children may compute on the CPU, where they cannot use their parent's threads.
+def defer(
+    module: nn.Module,
+    modules: Mapping[str, nn.Module],
+    opens: Open,
+    tally: CallStats,
+    settings: Settings,
+) -> Deferred:
+    """Have modules wait for a process that calls them, with what each imports before it is forked.
 
-    One that moves the module to a GPU has one thread for the rest: slow is better than a hang.
+    Of a module on a GPU, workers have one thread for the rest: slow is better than a hang.
     """
-    from hubaoti.attachment.served_modules import device_kind
-
-    return device_kind(module) != "cuda"
-
-
-def preload_for_workers() -> None:
-    """Import what each worker needs, once for all that are forked from here."""
-    for name in ("torch._dynamo", "hubaoti.runtime.first_open_child", "hubaoti.spaces.devices"):
-        import_module(name)
+    import_module("torch._dynamo")
+    single = find_device_kind(module) != "cuda"
+    return Deferred(module, modules, opens, tally, only_elsewhere=settings.zerogpu, single=single)

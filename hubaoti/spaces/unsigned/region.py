@@ -7,10 +7,9 @@ is answered by the module.
 
 from __future__ import annotations
 
-import itertools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from hubaoti.artifact.manifest import Graph as Entry
-from hubaoti.attachment.binding import OfModule, require_quiet
+from hubaoti.attachment.binding import require_quiet
 from hubaoti.attachment.first_call import AGREES, DIFFERS, UNTRIED, describe_difference
+from hubaoti.attachment.forward_patch import GraphPatch, Missed, wants_gradient
 from hubaoti.attachment.module_guard import refuse_collecting
-from hubaoti.attachment.region import ignore_miss, wants_gradient
-from hubaoti.attachment.served_modules import Spot
 from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers
 from hubaoti.errors import CannotOpen, MissingConstant
 from hubaoti.program.output_capturing import find_captures_inside
@@ -75,16 +73,14 @@ def open_package(folder: Path, library: str, name: str, device: torch.device) ->
         raise explain_refusal(name, folder, str(error)) from error
 
 
-class UnsignedRegion(OfModule):
+class UnsignedRegion(GraphPatch):
     """A module's `forward` that a package answers by its own call spec, or else the module."""
 
-    def __init__(self, spot: Spot, entry: Entry, runner: Runner, device: torch.device) -> None:
-        module = spot.module
-        self.path = spot.path
-        self.entry = entry
-        self.graphs = [runner]
-        super().__init__(module)
-        self._own = vars(module).get("forward")
+    def __init__(
+        self, path: str, module: nn.Module, entry: Entry, runner: Runner, device: torch.device
+    ) -> None:
+        super().__init__(path, module, [runner], [entry.id])
+        self._id = entry.id
         self._names = runner.get_constant_names_to_original_fqns()
         dtypes = getattr(runner, "get_constant_names_to_dtypes", None)
         self._dtypes: dict[str, int] = dtypes() if dtypes else {}
@@ -94,41 +90,22 @@ class UnsignedRegion(OfModule):
         self._bound = Bound({})
         self._addresses: list[int] = []
         self._has_run = False
-        self._lock = threading.Lock()
-        self._count = itertools.count()
-        self._missed: Callable[[str, CannotServe], None] = ignore_miss
-        self._looks: CallOutcomes | None = None
+        self._outcomes: CallOutcomes | None = None
 
-    @property
-    def inside(self) -> UnsignedRegion:
-        """As a region has it: where the module is."""
-        return self
-
-    def counts(self) -> dict[str, int]:
-        """How many calls the package answered, by its id."""
-        return {self.entry.id: int(repr(self._count)[6:-1])}
-
-    def put(self, missed: Callable[[str, CannotServe], None], looks: CallOutcomes) -> None:
+    def put(self, missed: Missed, outcomes: CallOutcomes) -> None:
         """Answer from here on; `missed` is told of each call that the module answers itself."""
-        self._missed, self._looks = missed, looks
-        self.module.forward = self
+        self._missed, self._outcomes = missed, outcomes
+        self.install()
 
-    def take_away(self) -> None:
-        """Give the module its own `forward` back; where somebody put theirs over it, it stays."""
-        if not self.is_gone and vars(self.module).get("forward") is self:
-            del self.module.forward
-            if self._own is not None:
-                self.module.forward = self._own
+    def remove(self) -> None:
+        """Give the module its own `forward` back, and its tensors."""
+        super().remove()
         with self._lock:
             self.graphs = []
             self._given, self._bound, self._addresses = [], Bound({}), []
 
     def bind(self, *, anew: bool = False) -> None:
-        """Give the package the module's tensors as they are now.
-
-        Raises:
-            CannotServe: one is not there, or is of another dtype.
-        """
+        """As every patch of graphs does, of a module that has all its tensors in their dtypes."""
         with self._lock:
             if not self.graphs or (not anew and self._is_bound()):
                 return
@@ -170,40 +147,17 @@ class UnsignedRegion(OfModule):
         )
         return [*map(address, self._given)] == self._addresses and all(same)
 
-    def eager(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module itself answers to a call, by the `forward` that it had."""
-        if self._own is not None:
-            return self._own(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not self.graphs:
-            return self.eager(*args, **kwargs)
-        try:
-            return self._answer(args, kwargs)
-        except CannotServe as why:
-            self._missed(self.path, why)
-        return self.eager(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled and copied as the module's own `forward`."""
-        return getattr, (self.module, "forward")
-
-    def _answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What the package answers, once its answer to a call of this look was compared.
-
-        Raises:
-            CannotServe: it cannot, with the reason.
-        """
+    def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the package answers, once its answer to a call of this look was compared."""
         refuse_watchers()
         refuse_modes(self._device)
         self._require_quiet()
         self.bind()
         inputs, values = self._inputs(args, kwargs)
         tensors = ((*each.shape, str(each.dtype)) for each in inputs)
-        look = (self.path, self.entry.id, *tensors, *values)
-        assert self._looks is not None
-        verdict = self._looks[look]
+        look = (self.path, self._id, *tensors, *values)
+        assert self._outcomes is not None
+        verdict = self._outcomes[look]
         if verdict == DIFFERS:
             raise CannotServe("differs", "the package refused such a call, or answered otherwise")
         if verdict == IS_FULL:
@@ -213,14 +167,15 @@ class UnsignedRegion(OfModule):
         if verdict == IS_BUSY:  # who tries it will know
             return self.eager(*args, **kwargs)
         if verdict == UNTRIED:
-            return self._tried(self._looks, look, inputs, lambda: self.eager(*args, **kwargs))
+            eager = partial(self.eager, *args, **kwargs)
+            return self._compare(self._outcomes, look, inputs, eager)
         outputs = self._run(inputs)
-        next(self._count)
+        next(self._counts[self._id])
         return pytree.tree_unflatten(outputs, self._made)
 
-    def _tried(
+    def _compare(
         self,
-        looks: CallOutcomes,
+        outcomes: CallOutcomes,
         look: object,
         inputs: list[torch.Tensor],
         eager: Callable[[], Any],
@@ -230,19 +185,19 @@ class UnsignedRegion(OfModule):
         Raises:
             CannotServe: the package fails.
         """
-        looks.begin(look)
+        outcomes.begin(look)
         try:
             given = [each.clone() for each in inputs]
             ours = self._run(given)
             writes = not all(map(_have_same_bytes, given, inputs))
             answer = eager()
             writes = writes or not all(map(_have_same_bytes, given, inputs))
-            looks[look] = DIFFERS if writes or self._differs(ours, answer) else AGREES
+            outcomes[look] = DIFFERS if writes or self._differs(ours, answer) else AGREES
         except CannotServe:
-            looks.failed(look)
+            outcomes.failed(look)
             raise
         except BaseException:
-            looks.undo(look)
+            outcomes.undo(look)
             raise
         return answer
 
@@ -298,7 +253,8 @@ class UnsignedRegion(OfModule):
         try:
             with nullcontext() if self._has_run else override_environment(**_CHECKS):
                 self._has_run = True
-                return self.graphs[0].run([_align_detached(each) for each in inputs])
+                runner: Runner = self.graphs[0]
+                return runner.run([_align_detached(each) for each in inputs])
         except (RuntimeError, IndexError) as error:
             raise CannotServe("failed", f"{error!s:.200}") from error
         finally:
