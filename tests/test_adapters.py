@@ -194,10 +194,10 @@ def test_an_adapter_that_was_compiled_with_its_layer_has_to_stay_as_it_was() -> 
     module = adapted_layer()
     inside = ConstantBinding(module, [constant("0.base_layer.weight")], {})
     for _ in range(2):
-        inside.look(CPU)
+        inside.find_constants(CPU)
         module[0].merge()  # type: ignore[index]
         with pytest.raises(CannotServe, match="set otherwise"):
-            inside.look(CPU)
+            inside.find_constants(CPU)
         module[0].unmerge()  # type: ignore[index]
 
 

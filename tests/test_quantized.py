@@ -102,7 +102,7 @@ def test_a_module_that_is_quantized_holds_what_its_graphs_read_and_nothing_else(
         assert sum(held.values()) < size / 3  # so narrow a block has many scales
         made = {c.fqn for c in quantized_bundle.manifest.graphs[0].constants if c.origin.transform}
         for region in find_regions(model):
-            tensors, _ = region.inside.look(CPU)
+            tensors, _ = region.inside.find_constants(CPU)
             assert {tensors[fqn].data_ptr() for fqn in made} <= held.keys()
 
 

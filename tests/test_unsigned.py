@@ -77,7 +77,7 @@ def put(
         UnsignedRegion("", module, entry, package, device),
         CallStats(None, strict),
     )
-    region.put(tally.missed, CallOutcomes())
+    region.put(tally.count_miss, CallOutcomes())
     return region, tally
 
 

@@ -20,7 +20,7 @@ from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.attachment.binding import ConstantBinding
 from hubaoti.attachment.dispatch import Dispatcher
-from hubaoti.attachment.first_call import FirstCallCheck
+from hubaoti.attachment.first_call import FirstCallCheck, Verdicts
 from hubaoti.attachment.forward_patch import GraphPatch, find_patch
 from hubaoti.attachment.quantized import Sketched, refuse_other_layers
 from hubaoti.attachment.region import Region
@@ -88,8 +88,8 @@ class Attachment:
         for region in self._regions:
             try:
                 region.bind(anew=True)
-            except CannotServe as why:
-                problems.append(f"{region.path}: {why}")
+            except CannotServe as error:
+                problems.append(f"{region.path}: {error}")
         if problems:
             raise MissingConstant(
                 f"{len(problems)} regions cannot be bound: {'; '.join(problems)}",
@@ -101,7 +101,7 @@ class Attachment:
         for region in self._regions:
             region.remove()
         module = self._module()
-        if module is not None and isinstance(vars(module).get(_AUTO_COMPILE), Uncompiled):
+        if module is not None and isinstance(vars(module).get(_AUTO_COMPILE), _Uncompiled):
             delattr(module, _AUTO_COMPILE)
         self._regions = ()
 
@@ -130,12 +130,12 @@ def attach_graphs(
     strict: bool,
     tries: bool,
     quantize: bool = False,
-    trials: Callable[[str, Iterable[str]], FirstCallCheck] | None = None,
+    verdicts: Verdicts | None = None,
 ) -> Attachment:
     """Have the graphs of an artifact answer for the regions of a module.
 
-    With `tries`, the first call of each graph is answered by the module, and compared; `trials`
-    makes what remembers that of a region's graphs. With `strict`, a call that no graph serves
+    With `tries`, the first call of each graph is answered by the module, and compared; `verdicts`
+    are of other processes that have done so. With `strict`, a call that no graph serves
     raises. With `quantize`, the weights that the graphs have quantized are replaced in the module,
     too.
 
@@ -160,22 +160,17 @@ def attach_graphs(
         _bind_first(region)
     for region in regions:
         # What no graph reads may still be computed with: a config tells of no bias that was added.
-        tried = (
-            region.ways.entries
-            if tries or region.inside.more
-            else _select_older_graphs(region, manifest)
-        )
-        names = [entry.id for entry in tried]
-        region.put(tally.missed, trials(region.path, names) if trials else FirstCallCheck(names))
+        all_of_them = tries or region.inside.more
+        tried = (e.id for e in region.dispatcher.entries if all_of_them or _is_older(e, manifest))
+        region.put(tally.count_miss, FirstCallCheck(tried, region.path, verdicts))
     if hasattr(module, _AUTO_COMPILE):
-        setattr(module, _AUTO_COMPILE, Uncompiled(module))
+        setattr(module, _AUTO_COMPILE, _Uncompiled(module))
     return Attachment(module, regions, tally)
 
 
-def _select_older_graphs(region: Region, manifest: Manifest) -> list[Entry]:
-    """The graphs that were compiled before anybody looked at what modules leave in containers."""
-    entries = region.ways.entries if manifest.build.version < _SEES_CONTAINERS else ()
-    return [entry for entry in entries if takes_containers(entry.call)]
+def _is_older(entry: Entry, manifest: Manifest) -> bool:
+    """Whether a graph was compiled before anybody looked at what modules leave in containers."""
+    return manifest.build.version < _SEES_CONTAINERS and takes_containers(entry.call)
 
 
 def attach_nothing(module: nn.Module) -> Attachment:
@@ -239,10 +234,6 @@ def _locate_modules(module: nn.Module, parts: Parts, sketched: Sketched | None) 
     """The modules that graphs serve; nothing is opened and nothing is touched.
 
     With `sketched`, they are to be quantized.
-
-    Raises:
-        BadRequest: one cannot be quantized in place.
-        MissingConstant: one is not there, or its tensors do not fit; all of them are named.
     """
     located = []
     brought: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
@@ -255,7 +246,7 @@ def _locate_modules(module: nn.Module, parts: Parts, sketched: Sketched | None) 
             brought[key] = dict(itertools.chain.from_iterable(each))
         inside = ConstantBinding(served.module, served.constants, brought[key])
         located.append(_Located(served, device, inside))
-        misfits = inside.problems(device, sketched)
+        misfits = inside.list_problems(device, sketched)
         if sketched is not None:
             refuse_other_layers(served.module, inside.constants)
         return misfits
@@ -265,11 +256,7 @@ def _locate_modules(module: nn.Module, parts: Parts, sketched: Sketched | None) 
 
 
 def _require_quantized(manifest: Manifest) -> None:
-    """Refuse to quantize a module as an artifact is that is not quantized.
-
-    Raises:
-        BadRequest: with its recipe.
-    """
+    """Refuse to quantize a module as an artifact is that is not quantized."""
     if manifest.build.quantization is None:
         raise BadRequest(
             f"the artifact's weights are not quantized: its recipe is {manifest.recipe}",
@@ -278,12 +265,7 @@ def _require_quantized(manifest: Manifest) -> None:
 
 
 def _open_regions(found: Iterable[_Located], parts: Parts) -> Iterator[Region]:
-    """A region for each module: graphs of its own over libraries and ways that all share.
-
-    Raises:
-        CannotOpen, MissingOps: a library cannot be loaded here.
-        OtherProgram: a module cannot be called as the one that was compiled. Nothing was touched.
-    """
+    """A region for each module: graphs of its own over libraries and dispatchers that all share."""
     build = parts.manifest.build
     expands = "model_type" in parts.manifest.program.config
     shared: dict[tuple[Any, ...], Dispatcher] = {}
@@ -292,22 +274,18 @@ def _open_regions(found: Iterable[_Located], parts: Parts) -> Iterator[Region]:
         key = (device, type(served.module), *(entry.id for entry in served.graphs))
         if key not in shared:
             shared[key] = _make_dispatcher(served, device, expands, build.attention)
-        ways = shared[key]
+        dispatcher = shared[key]
         graphs = [
             open_graph(parts.graph_folder(entry), entry, device, checks)
-            for entry, checks in zip(ways.entries, ways.checks, strict=True)
+            for entry, checks in zip(dispatcher.entries, dispatcher.checks, strict=True)
         ]
-        yield Region(served.path, ways, graphs, each.inside)
+        yield Region(served.path, dispatcher, graphs, each.inside)
 
 
 def _make_dispatcher(
     served: ServedModule, device: torch.device, expands: bool, attention: str
 ) -> Dispatcher:
-    """How the graphs of a module are called.
-
-    Raises:
-        OtherProgram: not as this module is.
-    """
+    """How the graphs of a module are called."""
     try:
         return Dispatcher(served.graphs, served.module, device, expands, attention)
     except CannotServe as error:
@@ -319,22 +297,18 @@ def _make_dispatcher(
 
 
 def _bind_first(region: Region) -> None:
-    """Bind a region's graphs, before the module is touched.
-
-    Raises:
-        MissingConstant: a tensor does not fit.
-    """
+    """Bind a region's graphs, before the module is touched."""
     try:
         region.bind()
-    except CannotServe as why:
-        if why.reason in {"training", "hooks", "changed", "adapters"}:
+    except CannotServe as error:
+        if error.reason in {"training", "hooks", "changed", "adapters"}:
             return  # the module answers, and says so, until that is over
         raise MissingConstant(
-            f"{region.path}: {why}", hint="nothing was changed; attach what was compiled"
-        ) from why
+            f"{region.path}: {error}", hint="nothing was changed; attach what was compiled"
+        ) from error
 
 
-class Uncompiled:
+class _Uncompiled:
     """Says for a model that `generate` is not to compile it: its graphs answer."""
 
     def __init__(self, module: nn.Module) -> None:

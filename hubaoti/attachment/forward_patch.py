@@ -15,7 +15,7 @@ from torch import nn
 
 from hubaoti.runtime.fallback import CannotServe
 
-Missed = Callable[[str, CannotServe], None]
+CountMiss = Callable[[str, CannotServe], None]
 
 
 class ModuleReference:
@@ -50,7 +50,7 @@ class ForwardPatch(ModuleReference, ABC):
         self.path = path
         self.is_removed = False
         self._own = vars(module).get("forward")
-        self._missed: Missed = _ignore_miss
+        self._count_miss: CountMiss = _ignore_miss
         self._note_tracing: Callable[[], None] = _ignore_tracing
 
     def install(self, over: Any = None) -> None:
@@ -101,7 +101,7 @@ class ForwardPatch(ModuleReference, ABC):
             try:
                 return self.answer(args, kwargs)
             except CannotServe as error:
-                self._missed(self.path, error)
+                self._count_miss(self.path, error)
         return self.eager(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:

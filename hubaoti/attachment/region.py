@@ -11,7 +11,7 @@ import torch
 from hubaoti.attachment.binding import ConstantBinding
 from hubaoti.attachment.dispatch import Dispatcher, Route
 from hubaoti.attachment.first_call import Beside, FirstCallCheck
-from hubaoti.attachment.forward_patch import GraphPatch, Missed, wants_gradient
+from hubaoti.attachment.forward_patch import CountMiss, GraphPatch, wants_gradient
 from hubaoti.attachment.module_guard import ModuleGuard
 from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers
 from hubaoti.errors import BadInput, MissingConstant
@@ -32,28 +32,28 @@ class Region(GraphPatch):
     def __init__(
         self,
         path: str,
-        ways: Dispatcher,
+        dispatcher: Dispatcher,
         graphs: Sequence[Graph],
         inside: ConstantBinding,
     ) -> None:
-        super().__init__(path, inside.module, graphs, (entry.id for entry in ways.entries))
-        self.ways = ways
+        super().__init__(path, inside.module, graphs, (entry.id for entry in dispatcher.entries))
+        self.dispatcher = dispatcher
         self.inside = inside
-        self._place = CacheSlot(inside.module, ways.entries) if ways.has_cache else None
-        self._watch: ModuleGuard | None = None  # nothing is bound
+        self._slot = CacheSlot(inside.module, dispatcher.entries) if dispatcher.has_cache else None
+        self._guard: ModuleGuard | None = None  # nothing is bound
         self._trials = FirstCallCheck(())
 
-    def put(self, missed: Missed, trials: FirstCallCheck) -> None:
-        """Answer from here on; `missed` is told of each call that the module answers itself."""
-        self._missed, self._trials = missed, trials
-        self._note_tracing = _make_tracing_note(missed, self.path)
+    def put(self, count_miss: CountMiss, trials: FirstCallCheck) -> None:
+        """Answer from here on; `count_miss` is told of each call that the module answers itself."""
+        self._count_miss, self._trials = count_miss, trials
+        self._note_tracing = _make_tracing_note(count_miss, self.path)
         self.install()
 
     def remove(self) -> None:
         """Give the module its own `forward` back, and its tensors."""
         super().remove()
         with self._lock:
-            self._watch = None
+            self._guard = None
             graphs, self.graphs = self.graphs, []
             for graph in graphs:
                 graph.release()
@@ -63,11 +63,11 @@ class Region(GraphPatch):
         with self._lock:
             if not anew and self._is_bound():  # another thread was faster
                 return
-            self._watch = None
+            self._guard = None
             if anew:
                 self.inside.forget()
             try:
-                watch = self._give()
+                guard = self._give()
             except (CannotServe, MissingConstant) as error:
                 self.inside.forget()
                 for graph in self.graphs:
@@ -76,59 +76,55 @@ class Region(GraphPatch):
                     raise
                 raise CannotServe("weights", f"{error}") from error
             if self.inside.more:  # what no graph reads may be another by now
-                self._trials.again()
-            self._watch = watch
+                self._trials.restart()
+            self._guard = guard
 
     def _give(self) -> ModuleGuard:
-        """Bind the graphs to the tensors that the module has now.
-
-        Raises:
-            CannotServe, MissingConstant: the module is not what it was, or a tensor does not fit.
-        """
+        """Bind the graphs to the tensors that the module has now."""
         if _is_patched(self._own):
             raise CannotServe("changed", "it had a forward of its own when it was attached")
-        tensors, watch = self.inside.look(self.ways.device)
+        tensors, guard = self.inside.find_constants(self.dispatcher.device)
         for graph in self.graphs:
             graph.bind(tensors)
-        return watch
+        return guard
 
     def _is_bound(self) -> bool:
         """Whether the graphs have the module's tensors as they are now."""
-        watch, graphs = self._watch, self.graphs
-        return watch is not None and watch.is_same() and not (graphs and graphs[0].is_moved)
+        guard, graphs = self._guard, self.graphs
+        return guard is not None and guard.is_same() and not (graphs and graphs[0].is_moved)
 
     def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What a graph answers."""
         refuse_watchers()
-        watch, graphs = self._watch, self.graphs
-        if watch is None or not watch.is_same() or graphs[0].is_moved:
-            refuse_modes(self.ways.device)
+        guard, graphs = self._guard, self.graphs
+        if guard is None or not guard.is_same() or graphs[0].is_moved:
+            refuse_modes(self.dispatcher.device)
             self.bind()
-            watch, graphs = self._watch, self.graphs
-        if watch is None or not graphs:
+            guard, graphs = self._guard, self.graphs
+        if guard is None or not graphs:
             raise CannotServe("changed", "it is bound anew, or detached, in another thread")
-        watch.refuse_collecting()
-        if torch.is_grad_enabled() and watch.wants_gradients():
+        guard.refuse_collecting()
+        if torch.is_grad_enabled() and guard.wants_gradients():
             raise CannotServe("gradients", "the region's parameters are trained")
-        ways = self.ways
-        found = ways.plan.flat(args, kwargs)
+        dispatcher = self.dispatcher
+        found = dispatcher.plan.flat(args, kwargs)
         if torch.is_grad_enabled() and any(map(wants_gradient, found)):
             raise CannotServe("gradients", "gradients are wanted of an input")
-        if self._place is None:
-            if is_capturing(ways.device):
+        if self._slot is None:
+            if is_capturing(dispatcher.device):
                 raise explain_capture()
-            return self._through(graphs, found, None, args, kwargs)
-        rows, seq = ways.sizes_of(found)
-        held = self._place.held(found[ways.plan.count], rows, seq, ways.device)
+            return self._dispatch(graphs, found, None, args, kwargs)
+        rows, seq = dispatcher.read_sizes(found)
+        held = self._slot.held(found[dispatcher.plan.count], rows, seq, dispatcher.device)
         try:
             held.require_room()
-            ways.with_cache(found, held)
-            return self._through(graphs, found, held, args, kwargs)
+            dispatcher.add_cache(found, held)
+            return self._dispatch(graphs, found, held, args, kwargs)
         except CannotServe:
             held.undo()
             raise
 
-    def _through(
+    def _dispatch(
         self,
         graphs: Sequence[Graph],
         found: list[Any],
@@ -136,35 +132,35 @@ class Region(GraphPatch):
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """The answer of the graph to which a call's tensors find their way."""
-        ways = self.ways
-        count = ways.plan.count
+        """The answer of the graph to which a call's tensors find their route."""
+        dispatcher = self.dispatcher
+        count = dispatcher.plan.count
         inputs, numbers = found[:count], found[count + 1 :]
         if held is not None and held.slides:
             inputs.pop()  # a full window has no position
-        way = ways.of(inputs, numbers, held)
-        inputs = ways.follow(way, inputs, held, self.path)
-        graph, answers = graphs[way.graph], ways.answers[way.graph]
-        filling = answers.find(ways.plan.named(args, kwargs)) if answers.writes else None
+        route = dispatcher.find_route(inputs, numbers, held)
+        inputs = dispatcher.follow(route, inputs, held, self.path)
+        graph, answers = graphs[route.graph], dispatcher.answers[route.graph]
+        filling = answers.find(dispatcher.plan.named(args, kwargs)) if answers.writes else None
         if self._trials.wants(graph.entry.id):
             eager = partial(self.eager, *args, **kwargs)
             slide = partial(slide_window, graph.entry.cache, held)
-            call = Beside(eager, ways.plan.named(args, kwargs), answers, filling, slide)
-            return self._trials.hold(graph, inputs, way.small, call)
-        outputs = self._run(way, graph, inputs, held)
+            call = Beside(eager, dispatcher.plan.named(args, kwargs), answers, filling, slide)
+            return self._trials.compare(graph, inputs, route.small, call)
+        outputs = self._run(route, graph, inputs, held)
         return answers.make(outputs) if filling is None else answers.fill(filling, outputs)
 
     def _run(
-        self, way: Route, graph: Graph, inputs: list[torch.Tensor], held: CacheState | None
+        self, route: Route, graph: Graph, inputs: list[torch.Tensor], held: CacheState | None
     ) -> list[torch.Tensor]:
         """Have a graph answer, and count it."""
         slide_window(graph.entry.cache, held, inputs)
         try:
-            outputs = graph.run(inputs, way.small)
-        except BadInput as why:
+            outputs = graph.run(inputs, route.small)
+        except BadInput as error:
             if held is not None and held.slides:
                 raise  # the window has moved on already: nobody could answer now
-            raise CannotServe("failed", f"{why}") from why
+            raise CannotServe("failed", f"{error}") from error
         if held is not None:
             held.wrote()
         next(self._counts[graph.entry.id])
@@ -177,11 +173,11 @@ def _is_patched(own: Any) -> bool:
     return own is not None and (function is None or function is not getattr(of, "forward", None))
 
 
-def _make_tracing_note(missed: Missed, path: str) -> Callable[[], None]:
+def _make_tracing_note(count_miss: CountMiss, path: str) -> Callable[[], None]:
     """What tells that a module is compiled or exported by somebody else: once, while it is."""
 
     def count_tracing() -> None:
-        missed(path, CannotServe("tracing", "the module is compiled or exported"))
+        count_miss(path, CannotServe("tracing", "the module is compiled or exported"))
 
     note: Callable[[], None] = torch.compiler.assume_constant_result(count_tracing)  # type: ignore[no-untyped-call]
     return note

@@ -92,7 +92,8 @@ def list_misfits_anywhere(served: ServedModule) -> Iterator[str]:
 def _describe_problem(part: nn.Module, constant: Constant) -> str | None:
     """What is wrong with a constant in a module; None where it fits, or comes along."""
     tensor, origin = _find_tensor(part, constant.fqn), constant.origin
-    if tensor is not None and not _is_made(constant):
+    is_made = origin.transform is not None and origin.module is not None
+    if tensor is not None and not is_made:
         found = (tensor.dtype, tuple(tensor.shape))
         wanted = (parse_dtype(constant.dtype), constant.shape)
         message = f"{constant.fqn} is {found[0]} {list(found[1])}; expected is {wanted[0]} "
@@ -101,11 +102,6 @@ def _describe_problem(part: nn.Module, constant: Constant) -> str | None:
     if origin.file or (source and _find_tensor(part, source) is not None):
         return None
     return f"{source or constant.fqn} is not there"
-
-
-def _is_made(constant: Constant) -> bool:
-    """Whether a constant is made of another tensor, as a quantized weight is."""
-    return constant.origin.transform is not None and constant.origin.module is not None
 
 
 def _find_tensor(part: nn.Module, fqn: str) -> torch.Tensor | None:

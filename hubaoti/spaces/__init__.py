@@ -76,7 +76,7 @@ def load(  # noqa: PLR0913 - a face of keywords
     """
     require("spaces.load", "run")
     settings = settings or Settings.from_env()
-    ref = _parse_reference(repo, revision)
+    ref = RepoRef.parse(repo) if revision is None else RepoRef(repo, revision)
     from hubaoti.attachment.attach import refuse_attached, require_module
     from hubaoti.spaces.deferred import defer_nothing
 
@@ -111,29 +111,14 @@ def load(  # noqa: PLR0913 - a face of keywords
     return defer_artifacts(module, plans, host, settings, strict=strict, recipe=wanted, ops=ops)
 
 
-def _parse_reference(repo: str, revision: str | None) -> RepoRef:
-    """The repo, at a revision that may stand in its name or beside it.
-
-    Raises:
-        BadRequest: a part is malformed.
-    """
-    return RepoRef.parse(repo) if revision is None else RepoRef(repo, revision)
-
-
 def _pull_candidates(
     puller: Puller, ref: RepoRef, module: nn.Module, variant: str | None
 ) -> tuple[Offer, ...] | Fetched:
-    """The artifacts that may serve a module on this host, in the mirror; or packages of others.
-
-    Raises:
-        HubaotiError: as `pull` raises.
-    """
+    """The artifacts that may serve a module on this host, in the mirror; or packages of others."""
     if puller.client.is_offline:
         return find_pulled(puller, ref)
-    catalogs, kinds = (
-        [read_revision_catalog(puller, ref)],
-        _choose_device_kinds(module, puller.host),
-    )
+    catalogs = [read_revision_catalog(puller, ref)]
+    kinds = _choose_device_kinds(module, puller.host)
     if not catalogs[0].artifacts and (packages := find_packages(catalogs[0], variant)):
         return fetch_packages(puller, ref, catalogs[0], packages, variant)
     found = {artifact_device(each) for each in choose_artifacts(puller, catalogs[0], kinds)}

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ from hubaoti.attachment.stats import CallStats
 from hubaoti.errors import HubaotiError, NotEnoughMemory, NotTried, first_line
 from hubaoti.runtime.fallback import CannotServe
 
-Open = Callable[[], Attachment]
 _PASSING = (NotTried, NotEnoughMemory)  # what says nothing of graphs
-REST = 60.0  # seconds until they are tried again
+_REST = 60.0  # seconds until they are tried again
 
 
 class WaitingPatch(ForwardPatch):
@@ -39,7 +39,7 @@ class WaitingPatch(ForwardPatch):
         self.deferred = deferred
         self.region: Any = None  # one with a manifest or without
         self.over: Any = None  # what stood in our place when this process began to open graphs
-        self._missed = deferred.count_miss
+        self._count_miss = deferred.count_miss
 
     def remove(self) -> None:
         """Give the module its own `forward` back, for good."""
@@ -77,27 +77,28 @@ class Deferred:
     """What was attached to a module, as each process sees it: counts, and the way back.
 
     `modules` are those that graphs will answer for, by path. `opens` makes the attachment, in a
-    process that may; `only_elsewhere` says that the process in
-    which this was made is not one of them. `single` is of a CPU: a forked child cannot use the
-    threads of its parent, and hangs where it tries to (libgomp).
+    process that may; `only_elsewhere` says that the process in which this was made is not one. A
+    forked child cannot use its parent's threads on a CPU, and hangs where it tries to (libgomp).
     """
 
     def __init__(
         self,
         module: nn.Module,
         modules: Mapping[str, nn.Module],
-        opens: Open,
+        opens: Callable[[], Attachment],
         tally: CallStats,
         *,
         only_elsewhere: bool = False,
-        single: bool = False,
     ) -> None:
+        if modules:
+            import_module("torch._dynamo")  # each worker needs it: once for all forked from here
         self._module = weakref.ref(module)
         self._opens = opens
         self._tally = tally
         self._home = os.getpid()
         self._only_elsewhere = only_elsewhere
-        self._single = single
+        # Of a module on a GPU, workers have one thread for the rest: slow is better than a hang.
+        self._single = bool(modules) and find_device_kind(module) != "cuda"
         self._waiting = [WaitingPatch(path, part, self) for path, part in modules.items()]
         self._left: list[Attachment] = []  # of a process before a fork: never touched, nor freed
         self._begin()
@@ -120,7 +121,7 @@ class Deferred:
 
     def count_miss(self, path: str, error: CannotServe) -> None:
         """Count a call that the module answers itself, in this process."""
-        self._tally.missed(path, error)
+        self._tally.count_miss(path, error)
 
     def require_open(self) -> None:
         """See that this process has opened its graphs, once, whoever comes first.
@@ -146,7 +147,7 @@ class Deferred:
             except Exception as error:  # the module always answers, whatever fails
                 hint = f" ({error.hint})" if isinstance(error, HubaotiError) and error.hint else ""
                 message = str(error) if isinstance(error, HubaotiError) else first_line(error)
-                rest = REST if isinstance(error, _PASSING) else float("inf")
+                rest = _REST if isinstance(error, _PASSING) else float("inf")
                 self._problem = (f"{message}{hint}", kind, time.monotonic() + rest)
                 raise CannotServe("unopened", self._problem[0]) from error
 
@@ -176,7 +177,7 @@ class Deferred:
         gone, halfway = self._is_detached, self._is_opening
         self._begin()
         self._is_detached = gone
-        self._tally = self._tally.anew()
+        self._tally = self._tally.make_empty()
         for each in self._waiting:
             each.renew(halfway)
         if self._single and not gone:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.variant import Recipe
 from hubaoti.attachment import attach
 from hubaoti.attachment.first_call import Verdicts
-from hubaoti.attachment.served_modules import find_device_kind, find_module_device
+from hubaoti.attachment.served_modules import find_module_device
 from hubaoti.attachment.stats import CallStats
 from hubaoti.errors import HubaotiError, NoMatch, NotEnoughMemory, NotTried
 from hubaoti.host.match import judge
@@ -27,7 +26,7 @@ from hubaoti.runtime.first_open import require_sound
 from hubaoti.runtime.first_open_child import name_host_kind
 from hubaoti.settings import Settings
 from hubaoti.spaces import devices
-from hubaoti.spaces.deferred import Deferred, Open
+from hubaoti.spaces.deferred import Deferred
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +72,7 @@ class Worker:
         raise kind("; ".join(problems), hint="see what is said of each artifact")
 
     def _rank_plans(self, device: torch.device) -> list[WorkerPlan]:
-        """The plans for a device, the best first.
-
-        Raises:
-            NoMatch: there is none.
-        """
+        """The plans for a device, the best first."""
         host = build_worker_host(self.host, device)
         plans = {plan.offer.place: plan for plan in self.plans}
         offers = tuple(plan.offer for plan in self.plans)
@@ -90,10 +85,8 @@ class Worker:
             for place, verdict in verdicts.items()
             for refusal in verdict.refusals
         ]
-        others = ", ".join(str(offer.place) for offer in offers if offer not in same)
-        reasons += (
-            [f"the module is on {device.type}, {others} is for another device"] if others else []
-        )
+        if others := ", ".join(str(offer.place) for offer in offers if offer not in same):
+            reasons.append(f"the module is on {device.type}, {others} is for another device")
         raise NoMatch("; ".join(reasons), hint="compile and push an artifact for this kind of host")
 
     def _attach(self, module: nn.Module, plan: WorkerPlan) -> attach.Attachment:
@@ -102,8 +95,9 @@ class Worker:
         device = find_module_device(module, artifact.manifest.target.device)
         self._require_sound(artifact, device)
         parts = attach.Parts(artifact.manifest, artifact.path, artifact.graph_folder)
-        tries, trials = not plan.known, self.verdicts[artifact.digest].trials
-        return attach.attach_graphs(module, parts, strict=self.strict, tries=tries, trials=trials)
+        how = {"strict": self.strict, "tries": not plan.known}
+        verdicts = self.verdicts[artifact.digest]
+        return attach.attach_graphs(module, parts, **how, verdicts=verdicts)
 
     def _require_sound(self, artifact: Artifact, device: torch.device) -> None:
         """As everywhere; where another worker has asked, the files alone are looked at.
@@ -145,7 +139,7 @@ def defer_artifacts(  # noqa: PLR0913 - all that a worker needs
     )
     modules = {path: module.get_submodule(path) for plan in plans for path in plan.paths}
     tally = CallStats(artifacts[0].manifest, strict)
-    return defer(module, modules, worker.open, tally, settings)
+    return Deferred(module, modules, worker.open, tally, only_elsewhere=settings.zerogpu)
 
 
 def _list_verdict_names(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -153,19 +147,3 @@ def _list_verdict_names(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield manifest.digest, ""
     for graph in manifest.graphs:
         yield from ((path, graph.id) for path in graph.modules)
-
-
-def defer(
-    module: nn.Module,
-    modules: Mapping[str, nn.Module],
-    opens: Open,
-    tally: CallStats,
-    settings: Settings,
-) -> Deferred:
-    """Have modules wait for a process that calls them, with what each imports before it is forked.
-
-    Of a module on a GPU, workers have one thread for the rest: slow is better than a hang.
-    """
-    import_module("torch._dynamo")
-    single = find_device_kind(module) != "cuda"
-    return Deferred(module, modules, opens, tally, only_elsewhere=settings.zerogpu, single=single)

@@ -125,11 +125,7 @@ def fetch_packages(
 
 
 def _download_verified(client: HubClient, catalog: Catalog, entry: Entry) -> Path:
-    """A downloaded file, with the bytes that its commit lists.
-
-    Raises:
-        DigestMismatch: it has others.
-    """
+    """A downloaded file, with the bytes that its commit lists."""
     path = client.download(catalog.repo, catalog.commit, entry.path)
     same = hash_file(path) == entry.sha256 if entry.sha256 else entry.is_of(path.read_bytes())
     if not same:
@@ -161,11 +157,7 @@ def _make_package_entry(path: Path, package: Package) -> Graph:
 def _read_kernels(
     client: HubClient, catalog: Catalog, variant: str | None
 ) -> tuple[dict[str, Any], ...]:
-    """What the repo's config says that `get_kernel` is to be called with.
-
-    Raises:
-        BadRequest: it is no such config.
-    """
+    """What the repo's config says that `get_kernel` is to be called with."""
     name = f"config.{variant}.json" if variant else "config.json"
     entry = catalog.files.get(name)
     if entry is None or entry.size > _LARGEST:
@@ -183,11 +175,7 @@ def _read_kernels(
 
 
 def _require_owners(puller: Puller, ref: RepoRef, kernels: tuple[dict[str, Any], ...]) -> None:
-    """See that the code of each kernel's owner may run here: a config may name anybody's.
-
-    Raises:
-        Untrusted: one may not. BadRequest: one has no such name.
-    """
+    """See that the code of each kernel's owner may run here: a config may name anybody's."""
     for each in kernels:
         kernel = RepoRef(each["repo_id"], None)
         what = f"the kernel {kernel.repo}, which packages in {ref.repo} call,"

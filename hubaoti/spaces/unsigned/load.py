@@ -41,15 +41,10 @@ from hubaoti.spaces.unsigned.region import (
     open_package,
     require_tensors,
 )
-from hubaoti.spaces.worker import build_worker_host, defer
+from hubaoti.spaces.worker import build_worker_host
 
-
-@dataclass(frozen=True, slots=True)
-class ServedByPackage:
-    """A package, and the modules that it serves, by path."""
-
-    graph: Graph
-    modules: dict[str, nn.Module]
+# A package, and the modules that it serves, by path.
+_Served = tuple[Graph, dict[str, nn.Module]]
 
 
 def _hide_login_from_kernels(fetched: Fetched, settings: Settings) -> AbstractContextManager[None]:
@@ -69,31 +64,21 @@ def _warn_without_digests(fetched: Fetched) -> None:
     )
 
 
-def _match_packages(module: nn.Module, fetched: Fetched) -> tuple[ServedByPackage, ...]:
-    """The modules that each package serves.
-
-    Raises:
-        MissingConstant: a module is not there, or none is.
-    """
-    found = []
-    for package, graph in fetched.packages:
-        if modules := _find_modules(module, package):
-            found.append(ServedByPackage(graph, modules))
-    if not found:
+def _match_packages(module: nn.Module, fetched: Fetched) -> tuple[_Served, ...]:
+    """The modules that each package serves."""
+    found = ((graph, _find_modules(module, package)) for package, graph in fetched.packages)
+    served = tuple((graph, modules) for graph, modules in found if modules)
+    if not served:
         names = ", ".join(package.path for package, _ in fetched.packages)
         raise MissingConstant(
             f"{type(module).__name__} has no module that {names} of {fetched.repo} would serve",
             hint="load the packages of this very model; nothing was changed",
         )
-    return tuple(found)
+    return served
 
 
 def _find_modules(module: nn.Module, package: Package) -> dict[str, nn.Module]:
-    """The modules of a class; or the one at a path, or each child of a list there.
-
-    Raises:
-        MissingConstant: there is no module at the path.
-    """
+    """The modules of a class; or the one at a path, or each child of a list there."""
     where = package.module
     if where is None:
         named = module.named_modules()
@@ -126,7 +111,7 @@ class UnsignedWorker:
     """All that a process needs to open packages for a module."""
 
     module: weakref.ref[nn.Module]
-    served: tuple[ServedByPackage, ...]
+    served: tuple[_Served, ...]
     fetched: Fetched
     host: Host
     settings: Settings
@@ -151,21 +136,21 @@ class UnsignedWorker:
         with _hide_login_from_kernels(self.fetched, self.settings):
             self._require_all_sound(device)
             register_kernels(self.fetched.kernels)
-        regions = [*self._regions(device)]
+        regions = [*self._open_regions(device)]
         tally = CallStats(None, self.strict)
         for region in regions:
-            region.put(tally.missed, self.outcomes)
+            region.put(tally.count_miss, self.outcomes)
         return Attachment(module, regions, tally)
 
-    def _regions(self, device: torch.device) -> Iterator[UnsignedRegion]:
+    def _open_regions(self, device: torch.device) -> Iterator[UnsignedRegion]:
         """Each module's own container over the library that all share."""
-        for each in self.served:
-            folder = self._folder(each.graph)
-            for path, module in each.modules.items():
-                runner = open_package(folder, find_library(each.graph), each.graph.id, device)
+        for graph, modules in self.served:
+            for path, module in modules.items():
+                library = find_library(graph)
+                runner = open_package(self._folder(graph), library, graph.id, device)
                 names = runner.get_constant_names_to_original_fqns()
                 require_tensors(path, module, [*names.values()])
-                yield UnsignedRegion(path, module, each.graph, runner, device)
+                yield UnsignedRegion(path, module, graph, runner, device)
 
     def _require_all_sound(self, device: torch.device) -> None:
         """See that nothing speaks against opening these packages here.
@@ -173,7 +158,7 @@ class UnsignedWorker:
         Where another worker has asked, the files alone are looked at: a worker may be killed at any
         moment, and most of them shall not even touch the index.
         """
-        graphs, host = [each.graph for each in self.served], name_host_kind(device)
+        graphs, host = [graph for graph, _ in self.served], name_host_kind(device)
         for graph in graphs:
             if self.verdicts.is_sound(_make_unopened_key(graph), host):
                 raise HubaotiError(
@@ -238,18 +223,14 @@ def _read_package_metadata(folder: Path, graph: Graph) -> dict[str, Any]:
 
 def describe_misfit(metadata: dict[str, Any], host: Host, device: torch.device) -> str | None:
     """Why a package cannot run here, as far as it says; None where nothing speaks against it."""
-    sm = "".join(
-        each for each in str(metadata.get("AOTI_COMPUTE_CAPABILITY", "")) if each.isdigit()
-    )
+    sm = "".join(filter(str.isdigit, str(metadata.get("AOTI_COMPUTE_CAPABILITY", ""))))
     pairs = {
         "device": (metadata.get("AOTI_DEVICE_KEY"), device.type),
         "operating system": (metadata.get("AOTI_PLATFORM"), host.os),
         "machine": (metadata.get("AOTI_MACHINE"), host.machine),
-        "GPU": (
-            f"sm_{sm}" if sm and host.gpus else None,
-            f"sm_{host.gpus[0].sm if host.gpus else 0}",
-        ),
     }
+    if host.gpus:
+        pairs["GPU"] = (sm and f"sm_{sm}", f"sm_{host.gpus[0].sm}")
     for what, (built, here) in pairs.items():
         if built and built != here:
             return f"was built for the {what} {built}; here is {here}"
@@ -273,13 +254,18 @@ def defer_unsigned(
     _warn_without_digests(fetched)
     with _hide_login_from_kernels(fetched, settings):
         fetch_kernels(fetched.kernels)
-    graphs = [each.graph for each in served]
-    verdicts = Verdicts(
-        (name, "") for graph in graphs for name in (graph.sha256, _make_unopened_key(graph))
-    )
-    outcomes, module_ref = CallOutcomes(), weakref.ref(module)
+    names = ((graph.sha256, _make_unopened_key(graph)) for graph, _ in served)
     worker = UnsignedWorker(
-        module_ref, served, fetched, host, settings, strict, outcomes, verdicts, (*ops,)
+        module=weakref.ref(module),
+        served=served,
+        fetched=fetched,
+        host=host,
+        settings=settings,
+        strict=strict,
+        outcomes=CallOutcomes(),
+        verdicts=Verdicts((name, "") for pair in names for name in pair),
+        ops=(*ops,),
     )
-    modules = {path: part for each in served for path, part in each.modules.items()}
-    return defer(module, modules, worker.open, CallStats(None, strict), settings)
+    modules = {path: part for _, parts in served for path, part in parts.items()}
+    tally = CallStats(None, strict)
+    return Deferred(module, modules, worker.open, tally, only_elsewhere=settings.zerogpu)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.attachment.binding import require_quiet
 from hubaoti.attachment.first_call import AGREES, DIFFERS, UNTRIED, describe_difference
-from hubaoti.attachment.forward_patch import GraphPatch, Missed, wants_gradient
+from hubaoti.attachment.forward_patch import CountMiss, GraphPatch, wants_gradient
 from hubaoti.attachment.module_guard import refuse_collecting
 from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers
 from hubaoti.errors import CannotOpen, MissingConstant
@@ -92,9 +93,9 @@ class UnsignedRegion(GraphPatch):
         self._has_run = False
         self._outcomes: CallOutcomes | None = None
 
-    def put(self, missed: Missed, outcomes: CallOutcomes) -> None:
-        """Answer from here on; `missed` is told of each call that the module answers itself."""
-        self._missed, self._outcomes = missed, outcomes
+    def put(self, count_miss: CountMiss, outcomes: CallOutcomes) -> None:
+        """Answer from here on; `count_miss` is told of each call that the module answers itself."""
+        self._count_miss, self._outcomes = count_miss, outcomes
         self.install()
 
     def remove(self) -> None:
@@ -111,18 +112,14 @@ class UnsignedRegion(GraphPatch):
                 return
             self._given = []
             found = _collect_tensors(self.module)
-            given = {inner: self._tensor(found, inner) for inner in self._names}
+            given = {inner: self._find_tensor(found, inner) for inner in self._names}
             bound = Bound({inner: _align_detached(tensor) for inner, tensor in given.items()})
             self.graphs[0].update_constant_buffer(bound.aliases, False, True, True)
             self._bound, self._given = bound, [*given.values()]
             self._addresses = [*map(address, self._given)]
 
-    def _tensor(self, found: Mapping[str, torch.Tensor], inner: str) -> torch.Tensor:
-        """One constant.
-
-        Raises:
-            CannotServe: it is not there, or does not fit.
-        """
+    def _find_tensor(self, found: Mapping[str, torch.Tensor], inner: str) -> torch.Tensor:
+        """The tensor of one constant, which has to fit."""
         fqn = self._names[inner]
         tensor, dtype = found.get(fqn), _DTYPES.get(self._dtypes.get(inner, -1))
         if tensor is None or type(tensor) not in _PLAIN or tensor.is_meta:
@@ -141,11 +138,8 @@ class UnsignedRegion(GraphPatch):
         if len(self._given) != len(self._names):
             return False
         found = _collect_tensors(self.module)
-        same = (
-            found.get(self._names[inner]) is self._given[index]
-            for index, inner in enumerate(self._names)
-        )
-        return [*map(address, self._given)] == self._addresses and all(same)
+        same = all(map(is_, map(found.get, self._names.values()), self._given))
+        return same and [*map(address, self._given)] == self._addresses
 
     def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What the package answers, once its answer to a call of this look was compared."""
@@ -153,7 +147,7 @@ class UnsignedRegion(GraphPatch):
         refuse_modes(self._device)
         self._require_quiet()
         self.bind()
-        inputs, values = self._inputs(args, kwargs)
+        inputs, values = self._read_inputs(args, kwargs)
         tensors = ((*each.shape, str(each.dtype)) for each in inputs)
         look = (self.path, self._id, *tensors, *values)
         assert self._outcomes is not None
@@ -180,11 +174,7 @@ class UnsignedRegion(GraphPatch):
         inputs: list[torch.Tensor],
         eager: Callable[[], Any],
     ) -> Any:
-        """What the module answers, after the package was asked the same; others are told.
-
-        Raises:
-            CannotServe: the package fails.
-        """
+        """What the module answers, after the package was asked the same; others are told."""
         outcomes.begin(look)
         try:
             given = [each.clone() for each in inputs]
@@ -216,14 +206,10 @@ class UnsignedRegion(GraphPatch):
         if torch.is_grad_enabled() and any(each.requires_grad for each in self.module.parameters()):
             raise CannotServe("gradients", "the module's parameters are trained")
 
-    def _inputs(
+    def _read_inputs(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[list[torch.Tensor], list[str]]:
-        """The tensors of a call that is as the package's own call spec has it, and all its values.
-
-        Raises:
-            CannotServe: it is not, or a tensor is not plain.
-        """
+        """The tensors and all values of a call that is as the package's own call spec has it."""
         names = self._taken.child(1).context
         if {*kwargs} != {*names}:
             raise CannotServe("arguments", f"{', '.join(kwargs) or 'nothing'} is given by name")
@@ -244,11 +230,7 @@ class UnsignedRegion(GraphPatch):
         return inputs, values
 
     def _run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The package's answer to a list of tensors.
-
-        Raises:
-            CannotServe: it refuses them.
-        """
+        """The package's answer to a list of tensors."""
         bound = self._bound  # held until it has run
         try:
             with nullcontext() if self._has_run else override_environment(**_CHECKS):
@@ -268,11 +250,7 @@ def _collect_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _describe_leaf(leaf: object) -> str:
-    """A leaf of a call that is not a tensor, as its look has it.
-
-    Raises:
-        CannotServe: it is nothing that can be told from another by its words.
-    """
+    """A leaf of a call that is not a tensor, as its look has it."""
     if isinstance(leaf, torch.Tensor):
         return "a tensor"
     if type(leaf) not in _VALUES:
