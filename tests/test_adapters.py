@@ -192,12 +192,12 @@ def constant(name: str) -> Constant:
 
 def test_an_adapter_that_was_compiled_with_its_layer_has_to_stay_as_it_was() -> None:
     module = adapted_layer()
-    inside = ConstantBinding(module, [constant("0.base_layer.weight")], {})
+    inside = ConstantBinding(module, [constant("0.base_layer.weight")], {}, CPU)
     for _ in range(2):
-        inside.find_constants(CPU)
+        inside.find_constants()
         module[0].merge()  # type: ignore[index]
         with pytest.raises(CannotServe, match="set otherwise"):
-            inside.find_constants(CPU)
+            inside.find_constants()
         module[0].unmerge()  # type: ignore[index]
 
 

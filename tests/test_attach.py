@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import json
 import pickle
 import shutil
@@ -274,6 +275,8 @@ def test_the_model_keeps_its_face(plain: Any, model: Any, attached: Attachment) 
     assert (model.dtype, model.device) == (plain.dtype, plain.device)
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert [*dict(model.named_modules())] == [*dict(plain.named_modules())]
+    ours, theirs = (each.model.layers[0].forward for each in (model, plain))
+    assert inspect.signature(ours) == inspect.signature(theirs)
     with torch.no_grad():
         step(model)
     assert attached.stats()["compiled"] == 2

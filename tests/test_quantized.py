@@ -102,7 +102,7 @@ def test_a_module_that_is_quantized_holds_what_its_graphs_read_and_nothing_else(
         assert sum(held.values()) < size / 3  # so narrow a block has many scales
         made = {c.fqn for c in quantized_bundle.manifest.graphs[0].constants if c.origin.transform}
         for region in find_regions(model):
-            tensors, _ = region.inside.find_constants(CPU)
+            tensors, _ = region.inside.find_constants()
             assert {tensors[fqn].data_ptr() for fqn in made} <= held.keys()
 
 
@@ -278,9 +278,9 @@ def test_only_whole_pages_within_a_file_are_named() -> None:
 
 
 def test_a_sketch_looks_as_what_would_be_made() -> None:
-    from hubaoti.attachment.quantized import Sketched
+    from hubaoti.attachment.quantized import ConstantSketches
 
-    weight, sketched = torch.randn(16, 128), Sketched()
+    weight, sketched = torch.randn(16, 128), ConstantSketches()
     for transform in ("int8wo.qdata", "int8wo.scale", "int4wo.qdata", "int4wo.scale_and_zero"):
         ours, real = sketched(transform, weight), make_quantized(transform, weight)
         assert (ours.dtype, ours.shape, ours.stride()) == (real.dtype, real.shape, real.stride())

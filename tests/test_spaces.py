@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import pickle
@@ -277,6 +278,8 @@ def test_copies_and_pickles_are_of_the_module_as_it_was(
         expected = module(X)["y"]
         for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
             assert torch.equal(other(X)["y"], expected)
+            ours, theirs = (each.blocks[0].forward for each in (module, other))
+            assert inspect.signature(ours) == inspect.signature(theirs)
         assert loaded.stats()["compiled"] == 0  # the one call was compared
 
 

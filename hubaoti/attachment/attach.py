@@ -22,7 +22,7 @@ from hubaoti.attachment.binding import ConstantBinding
 from hubaoti.attachment.dispatch import Dispatcher
 from hubaoti.attachment.first_call import FirstCallCheck, Verdicts
 from hubaoti.attachment.forward_patch import GraphPatch, find_patch
-from hubaoti.attachment.quantized import Sketched, refuse_other_layers
+from hubaoti.attachment.quantized import ConstantSketches, refuse_other_layers
 from hubaoti.attachment.region import Region
 from hubaoti.attachment.served_modules import (
     ServedModule,
@@ -152,8 +152,8 @@ def attach_graphs(
     tally = CallStats(manifest, strict)
     if quantize:
         _require_quantized(manifest)
-    found = _locate_modules(module, parts, Sketched() if quantize else None)
-    regions = [*_open_regions(found, parts)]
+    bound = _bind_modules(module, parts, ConstantSketches() if quantize else None)
+    regions = [*_open_regions(bound, parts)]
     for region in regions:
         if quantize:
             region.inside.quantize()
@@ -221,38 +221,31 @@ def refuse_attached(module: nn.Module) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Located:
-    """A module that graphs serve: where it is, on which device, and what it has for them."""
-
-    served: ServedModule
-    device: torch.device
-    inside: ConstantBinding
-
-
-def _locate_modules(module: nn.Module, parts: Parts, sketched: Sketched | None) -> list[_Located]:
-    """The modules that graphs serve; nothing is opened and nothing is touched.
+def _bind_modules(
+    module: nn.Module, parts: Parts, sketched: ConstantSketches | None
+) -> list[tuple[ServedModule, ConstantBinding]]:
+    """The modules that graphs serve, and what each has for them; nothing of it is touched.
 
     With `sketched`, they are to be quantized.
     """
-    located = []
-    brought: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
+    bindings = []
+    shipped: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
 
-    def locate(served: ServedModule) -> list[str]:
+    def list_misfits(served: ServedModule) -> list[str]:
         device = find_module_device(served.module, parts.manifest.target.device)
         key = (device, *(entry.id for entry in served.graphs))
-        if key not in brought:
+        if key not in shipped:
             each = (load_shipped_tensors(entry, parts.path, device) for entry in served.graphs)
-            brought[key] = dict(itertools.chain.from_iterable(each))
-        inside = ConstantBinding(served.module, served.constants, brought[key])
-        located.append(_Located(served, device, inside))
-        misfits = inside.list_problems(device, sketched)
+            shipped[key] = dict(itertools.chain.from_iterable(each))
+        binding = ConstantBinding(served.module, served.constants, shipped[key], device)
+        bindings.append(binding)
+        misfits = binding.list_problems(sketched)
         if sketched is not None:
-            refuse_other_layers(served.module, inside.constants)
+            refuse_other_layers(served.module, binding.constants)
         return misfits
 
-    find_served_modules(module, parts.manifest, "attach", locate)
-    return located
+    served = find_served_modules(module, parts.manifest, "attach", list_misfits)
+    return [*zip(served, bindings, strict=True)]
 
 
 def _require_quantized(manifest: Manifest) -> None:
@@ -264,30 +257,28 @@ def _require_quantized(manifest: Manifest) -> None:
         )
 
 
-def _open_regions(found: Iterable[_Located], parts: Parts) -> Iterator[Region]:
+def _open_regions(
+    bound: Iterable[tuple[ServedModule, ConstantBinding]], parts: Parts
+) -> Iterator[Region]:
     """A region for each module: graphs of its own over libraries and dispatchers that all share."""
-    build = parts.manifest.build
-    expands = "model_type" in parts.manifest.program.config
     shared: dict[tuple[Any, ...], Dispatcher] = {}
-    for each in found:
-        served, device = each.served, each.device
-        key = (device, type(served.module), *(entry.id for entry in served.graphs))
+    for served, binding in bound:
+        key = (binding.device, type(served.module), *(entry.id for entry in served.graphs))
         if key not in shared:
-            shared[key] = _make_dispatcher(served, device, expands, build.attention)
+            shared[key] = _make_dispatcher(served, binding.device, parts.manifest)
         dispatcher = shared[key]
         graphs = [
-            open_graph(parts.graph_folder(entry), entry, device, checks)
+            open_graph(parts.graph_folder(entry), entry, binding.device, checks)
             for entry, checks in zip(dispatcher.entries, dispatcher.checks, strict=True)
         ]
-        yield Region(served.path, dispatcher, graphs, each.inside)
+        yield Region(served.path, dispatcher, graphs, binding)
 
 
-def _make_dispatcher(
-    served: ServedModule, device: torch.device, expands: bool, attention: str
-) -> Dispatcher:
+def _make_dispatcher(served: ServedModule, device: torch.device, manifest: Manifest) -> Dispatcher:
     """How the graphs of a module are called."""
+    expands = "model_type" in manifest.program.config
     try:
-        return Dispatcher(served.graphs, served.module, device, expands, attention)
+        return Dispatcher(served.graphs, served.module, device, expands, manifest.build.attention)
     except CannotServe as error:
         raise OtherProgram(
             f"{served.path or type(served.module).__name__} is called otherwise than the module "

@@ -14,8 +14,12 @@ from torch.nn.modules import module as torch_module
 
 from hubaoti.artifact.manifest import Constant
 from hubaoti.attachment.forward_patch import ModuleReference
-from hubaoti.attachment.module_guard import GLOBAL_HOOKS, Found, ModuleGuard
-from hubaoti.attachment.quantized import Sketched, find_quantized_constant, quantize_in_place
+from hubaoti.attachment.module_guard import GLOBAL_HOOKS, FoundConstant, ModuleGuard
+from hubaoti.attachment.quantized import (
+    ConstantSketches,
+    find_quantized_constant,
+    quantize_in_place,
+)
 from hubaoti.errors import MissingConstant
 from hubaoti.program.adapters import Adapter, separate_adapters, stands_aside, tensor_version
 from hubaoti.program.output_capturing import is_capture
@@ -37,9 +41,14 @@ class ConstantBinding(ModuleReference):
     """One module as its graphs know it: where it has their constants."""
 
     def __init__(
-        self, module: nn.Module, constants: Sequence[Constant], shipped: Mapping[str, torch.Tensor]
+        self,
+        module: nn.Module,
+        constants: Sequence[Constant],
+        shipped: Mapping[str, torch.Tensor],
+        device: torch.device,
     ) -> None:
         super().__init__(module)
+        self.device = device
         self._make: Callable[[str, torch.Tensor], torch.Tensor] = make_quantized
         self.constants = constants
         self.shipped = shipped
@@ -53,7 +62,7 @@ class ConstantBinding(ModuleReference):
         parts = self._find_parts(module)[0]
         self._parts = {name: part for name, part in parts.items() if part is not module}
         self._types = {name: type(part) for name, part in self._parts.items()}
-        self._found: dict[str, Found] = {}
+        self._found: dict[str, FoundConstant] = {}
         self._states: list[tuple[Any, ...]] = []
         self.more = self._list_unread(parts)
 
@@ -82,7 +91,7 @@ class ConstantBinding(ModuleReference):
         """The tensors that no graph reads, as a bias that the program has not."""
         return frozenset(_list_tensor_names(parts)) - self._read
 
-    def find_constants(self, device: torch.device) -> tuple[dict[str, torch.Tensor], ModuleGuard]:
+    def find_constants(self) -> tuple[dict[str, torch.Tensor], ModuleGuard]:
         """The constants by fqn as they are now, and what tells when that is so no more.
 
         Raises:
@@ -98,8 +107,8 @@ class ConstantBinding(ModuleReference):
         states = [each.state() for each in adapters]
         if states != self._states:  # what was made is of a weight that may be another
             self.forget()
-        found: dict[str, Found] = {}
-        problems = [*self._find_all(found, device)]
+        found: dict[str, FoundConstant] = {}
+        problems = [*self._find_all(found)]
         if problems:
             raise CannotServe("weights", "; ".join(problems))
         self._found, self._states = found, states
@@ -112,41 +121,41 @@ class ConstantBinding(ModuleReference):
         """Make everything anew that is made of the module's tensors."""
         self._found = {}
 
-    def list_problems(self, device: torch.device, sketched: Sketched | None = None) -> list[str]:
+    def list_problems(self, sketched: ConstantSketches | None = None) -> list[str]:
         """Why constants do not fit, each with its name, what is expected and what is there.
 
         What had to be made to tell is kept for `find_constants`; what was only sketched is not.
         """
-        found: dict[str, Found] = {}
+        found: dict[str, FoundConstant] = {}
         if sketched is None:
             self._found = found
         else:
             self._make = sketched
-        return [*self._find_all(found, device)]
+        return [*self._find_all(found)]
 
-    def _find_all(self, found: dict[str, Found], device: torch.device) -> Iterator[str]:
+    def _find_all(self, found: dict[str, FoundConstant]) -> Iterator[str]:
         """Add all constants that fit to those that were found; why the others do not."""
         for constant in self.constants:
             try:
-                each = self._find(constant, device)
+                each = self._find(constant)
             except (MissingConstant, CannotServe) as error:
                 yield f"{error}"
                 continue
             if each is not None:
                 found[constant.fqn] = each
 
-    def _find(self, constant: Constant, device: torch.device) -> Found | None:
+    def _find(self, constant: Constant) -> FoundConstant | None:
         """A constant in the module; None where the artifact brought it; nowhere is refused."""
         origin = constant.origin
         held = self._locate(constant.fqn) or self._locate(find_quantized_constant(constant) or "")
         is_source = held is None and bool(origin.transform and origin.module)
         if is_source:
             held = self._locate(origin.module or "")
-        elif held is not None and self._fits(constant, held[0][held[1]], device):
-            return Found(*held, held[0][held[1]], held[0][held[1]])
+        elif held is not None and self._fits(constant, held[0][held[1]]):
+            return FoundConstant(*held, held[0][held[1]], held[0][held[1]])
         if held is not None:
             found = self._remake(constant, held, is_source)
-            check_constant(constant, found.bound, device)
+            check_constant(constant, found.bound, self.device)
             return found
         if constant.fqn in self.shipped:
             return None
@@ -167,15 +176,15 @@ class ConstantBinding(ModuleReference):
                 return store, name
         return None
 
-    def _fits(self, constant: Constant, tensor: torch.Tensor, device: torch.device) -> bool:
+    def _fits(self, constant: Constant, tensor: torch.Tensor) -> bool:
         """Whether a tensor can be bound as it is; one at an odd address has to be copied."""
         _require_plain_weight(constant.fqn, tensor)
-        if tensor.data_ptr() % tensor_alignment(tensor.dtype, device):
+        if tensor.data_ptr() % tensor_alignment(tensor.dtype, self.device):
             return False
-        check_constant(constant, tensor, device)
+        check_constant(constant, tensor, self.device)
         return True
 
-    def _remake(self, constant: Constant, held: _Held, quantize: bool) -> Found:
+    def _remake(self, constant: Constant, held: _Held, quantize: bool) -> FoundConstant:
         """What is made of a tensor for each of its values: quantized, or at another address."""
         tensor = held[0][held[1]]
         _require_plain_weight(held[1], tensor)
@@ -183,7 +192,7 @@ class ConstantBinding(ModuleReference):
         if before is not None and before.tensor is tensor and before.is_fresh:
             return before
         made = self._quantize(constant, tensor) if quantize else tensor.detach().clone()
-        return Found(*held, tensor, made, tensor_version(tensor))
+        return FoundConstant(*held, tensor, made, tensor_version(tensor))
 
     def _quantize(self, constant: Constant, tensor: torch.Tensor) -> torch.Tensor:
         """A quantized constant, of the module's own weight in the dtype that the recipe names."""
@@ -219,7 +228,7 @@ class ConstantBinding(ModuleReference):
                 raise CannotServe("adapters", f"{each.path} has an adapter that is not merged")
 
     def _require_no_more(self, parts: Mapping[str, nn.Module]) -> None:
-        """Refuse tensors that were not there."""
+        """Refuse tensors that were not there when it was attached."""
         new = self._list_unread(parts) - self.more
         if new:
             raise CannotServe("changed", f"{', '.join(sorted(new))} is new")

@@ -47,7 +47,7 @@ _REASONS: dict[type, str] = {Overlap: "overlap", BadValue: "values"}
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class InputShape:
     """What an input is made into; the last axis is cut to what is filled where `cut` says so."""
 
     place: int
@@ -65,7 +65,7 @@ class Route:
 
     graph: int
     small: bool
-    shapes: tuple[Shape, ...]
+    shapes: tuple[InputShape, ...]
     sizes: tuple[int, ...]
     numbers: tuple[int, ...]
     filled: tuple[int, int, int] | None
@@ -215,7 +215,7 @@ class Dispatcher:
     def _find(
         self, inputs: Sequence[Any], numbers: Sequence[Any], held: CacheState | None
     ) -> Route:
-        """Try the graphs in their order."""
+        """The route by the first graph that can; the last one's reason where none can."""
         problems: list[CannotServe] = []
         for index, entry in enumerate(self.entries):
             if entry.cache is not None and entry.cache.kind != _choose_cache_kind(held):
@@ -229,7 +229,7 @@ class Dispatcher:
     def _try(
         self, index: int, inputs: Sequence[Any], numbers: Sequence[Any], held: CacheState | None
     ) -> Route:
-        """The route by one graph."""
+        """The route by one graph, which is refused where that cannot answer."""
         entry, checks = self.entries[index], self.checks[index]
         for slot, item in zip(checks.slots, inputs, strict=True):
             self._require_kind(slot, item)
@@ -280,7 +280,7 @@ class Dispatcher:
 
     def _plan_shapes(
         self, entry: Entry, inputs: Sequence[Any], sizes: Mapping[str, int], grown: int | None
-    ) -> Iterator[Shape]:
+    ) -> Iterator[InputShape]:
         """What has to be made of the inputs for them to have the sizes of one call.
 
         In the call in which a window becomes full, masks of `grown` places are of a full one.
@@ -300,10 +300,10 @@ class Dispatcher:
             grows = item.values == "mask" and _is_grown(tensor, wanted, grown)
             less = expands and tensor is not None and is_expandable(tensor.shape, wanted, cut)
             if same or tensor is None or less or grows:
-                yield Shape(place, wanted[:-1] if cut else wanted, cut)
+                yield InputShape(place, wanted[:-1] if cut else wanted, cut)
 
     def _make_input(
-        self, slot: Slot, shape: Shape, inputs: Sequence[Any], filled: int | None, who: str
+        self, slot: Slot, shape: InputShape, inputs: Sequence[Any], filled: int | None, who: str
     ) -> torch.Tensor:
         """An input made into a shape; one that was left out is made."""
         sizes = (*shape.sizes, filled) if shape.cut and filled is not None else shape.sizes

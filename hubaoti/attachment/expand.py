@@ -20,7 +20,7 @@ from hubaoti.runtime.fallback import CannotServe
 
 _KEPT = 8  # adapted tensors that are remembered
 
-Key = tuple[Any, ...]
+_Key = tuple[Any, ...]
 
 
 class ExpandedInputs:
@@ -31,7 +31,7 @@ class ExpandedInputs:
     """
 
     def __init__(self) -> None:
-        self._made: dict[Key, tuple[Any, int, torch.Tensor, set[str]]] = {}
+        self._made: dict[_Key, tuple[Any, int, torch.Tensor, set[str]]] = {}
 
     def expand(
         self, source: torch.Tensor, shape: Sequence[int], filled: int | None, who: str
@@ -65,7 +65,7 @@ class ExpandedInputs:
         self._keep(key, (None, 0, made, set()))
         return made
 
-    def _keep(self, key: Key, made: tuple[Any, int, torch.Tensor, set[str]]) -> None:
+    def _keep(self, key: _Key, made: tuple[Any, int, torch.Tensor, set[str]]) -> None:
         """Remember the newest; those whose source is gone are the first to be forgotten."""
         alive = {k: v for k, v in self._made.items() if v[0] is None or v[0]() is not None}
         alive.pop(key, None)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,8 +52,9 @@ class ForwardPatch(ModuleReference, ABC):
         self.path = path
         self.is_removed = False
         self._own = vars(module).get("forward")
-        self._count_miss: CountMiss = _ignore_miss
-        self._note_tracing: Callable[[], None] = _ignore_tracing
+        # Nobody is told before it is installed.
+        self._count_miss: CountMiss = lambda path, error: None
+        self._note_tracing: Callable[[], None] = lambda: None
 
     def install(self, over: Any = None) -> None:
         """Answer from here on, below what somebody put over us."""
@@ -104,6 +107,11 @@ class ForwardPatch(ModuleReference, ABC):
                 self._count_miss(self.path, error)
         return self.eager(*args, **kwargs)
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the module's own `forward`: callers look up there what a model takes."""
+        return inspect.signature(self._own or partial(type(self.module).forward, self.module))
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled and copied as the module's own `forward`."""
         if self._own is not None:
@@ -144,16 +152,3 @@ _PATCHES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakK
 def find_patch(module: nn.Module) -> Any:
     """The patch of a module itself; None where it has none."""
     return _PATCHES[module]() if module in _PATCHES else None
-
-
-def wants_gradient(item: Any) -> bool:
-    """Whether gradients are wanted of what a call gives."""
-    return isinstance(item, torch.Tensor) and item.requires_grad
-
-
-def _ignore_miss(path: str, error: CannotServe) -> None:
-    """Tell nobody that no graph answered a call; what patches do until they are installed."""
-
-
-def _ignore_tracing() -> None:
-    """Tell nobody that the module is compiled or exported."""

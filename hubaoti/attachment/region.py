@@ -11,9 +11,9 @@ import torch
 from hubaoti.attachment.binding import ConstantBinding
 from hubaoti.attachment.dispatch import Dispatcher, Route
 from hubaoti.attachment.first_call import Beside, FirstCallCheck
-from hubaoti.attachment.forward_patch import CountMiss, GraphPatch, wants_gradient
+from hubaoti.attachment.forward_patch import CountMiss, GraphPatch
 from hubaoti.attachment.module_guard import ModuleGuard
-from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers
+from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers, wants_gradient
 from hubaoti.errors import BadInput, MissingConstant
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.graph import Graph
@@ -83,7 +83,7 @@ class Region(GraphPatch):
         """Bind the graphs to the tensors that the module has now."""
         if _is_patched(self._own):
             raise CannotServe("changed", "it had a forward of its own when it was attached")
-        tensors, guard = self.inside.find_constants(self.dispatcher.device)
+        tensors, guard = self.inside.find_constants()
         for graph in self.graphs:
             graph.bind(tensors)
         return guard
@@ -94,7 +94,7 @@ class Region(GraphPatch):
         return guard is not None and guard.is_same() and not (graphs and graphs[0].is_moved)
 
     def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What a graph answers."""
+        """What a graph answers to a call that it was compiled for; all others are refused."""
         refuse_watchers()
         guard, graphs = self._guard, self.graphs
         if guard is None or not guard.is_same() or graphs[0].is_moved:

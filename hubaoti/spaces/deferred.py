@@ -31,7 +31,7 @@ _PASSING = (NotTried, NotEnoughMemory)  # what says nothing of graphs
 _REST = 60.0  # seconds until they are tried again
 
 
-class WaitingPatch(ForwardPatch):
+class _WaitingPatch(ForwardPatch):
     """What answers in the place of a module's `forward` until its process has opened graphs."""
 
     def __init__(self, path: str, module: nn.Module, deferred: Deferred) -> None:
@@ -58,12 +58,12 @@ class WaitingPatch(ForwardPatch):
         is_bare = forward is region or forward is self._own
         self.install(self.over if halfway else None if is_bare else forward)
 
-    def hand_over(self, over: Any) -> None:
+    def hand_over(self) -> None:
         """The process has opened its graphs: a region answers, below what somebody put over us."""
         found = vars(self.module).get("forward")
         self.region = found if found is not self._own else None
-        if over is not self and over is not None:
-            self.module.forward = over
+        if self.over is not self and self.over is not None:
+            self.module.forward = self.over
 
     def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What the region of this process answers, once it has opened its graphs."""
@@ -99,8 +99,9 @@ class Deferred:
         self._only_elsewhere = only_elsewhere
         # Of a module on a GPU, workers have one thread for the rest: slow is better than a hang.
         self._single = bool(modules) and find_device_kind(module) != "cuda"
-        self._waiting = [WaitingPatch(path, part, self) for path, part in modules.items()]
+        self._waiting = [_WaitingPatch(path, part, self) for path, part in modules.items()]
         self._left: list[Attachment] = []  # of a process before a fork: never touched, nor freed
+        self._is_detached = False
         self._begin()
         for each in self._waiting:
             each.install()
@@ -111,7 +112,6 @@ class Deferred:
         self._lock = threading.Lock()
         self._attachment: Attachment | None = None
         self._problem: tuple[str, str | None, float] | None = None  # of which device, until when
-        self._is_detached = False
         self._is_opening = False
 
     @property
@@ -129,8 +129,6 @@ class Deferred:
         Raises:
             CannotServe: why it has none.
         """
-        if self._attachment is not None or self._is_detached:
-            return
         if self._only_elsewhere and os.getpid() == self._home:
             raise CannotServe("main", "this process has no GPU; its workers do")
         with self._lock:
@@ -162,7 +160,7 @@ class Deferred:
                 each.lift()
             self._attachment = self._opens()
             for each in living:
-                each.hand_over(each.over)
+                each.hand_over()
         except BaseException:
             for each in living:
                 each.install(each.over)
@@ -174,13 +172,12 @@ class Deferred:
         """After a fork: this process has opened nothing yet."""
         if self._attachment is not None:
             self._left.append(self._attachment)
-        gone, halfway = self._is_detached, self._is_opening
+        halfway = self._is_opening
         self._begin()
-        self._is_detached = gone
         self._tally = self._tally.make_empty()
         for each in self._waiting:
             each.renew(halfway)
-        if self._single and not gone:
+        if self._single and not self._is_detached:
             torch.set_num_threads(1)
 
     def detach(self) -> None:

@@ -39,7 +39,7 @@ class WorkerPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Worker:
+class _Worker:
     """All that a process needs to open graphs for a module, found out by the one before it."""
 
     module: weakref.ref[nn.Module]
@@ -54,9 +54,7 @@ class Worker:
     def open(self) -> attach.Attachment:
         """Attach the best of what fits this process's device; what fails there is passed over.
 
-        Raises:
-            NoMatch: nothing fits, with every reason.
-            HubaotiError: what fits cannot be opened, with every reason; NotTried: it may be later.
+        Where nothing fits, or none can be opened, every reason is told; NotTried: it may be later.
         """
         module = self.module()
         assert module is not None  # it is being called
@@ -134,7 +132,7 @@ def defer_artifacts(  # noqa: PLR0913 - all that a worker needs
     """The module, waiting for a process that calls it."""
     artifacts = [plan.offer.artifact for plan in plans]
     verdicts = {each.digest: Verdicts(_list_verdict_names(each.manifest)) for each in artifacts}
-    worker = Worker(
+    worker = _Worker(
         weakref.ref(module), tuple(plans), host, settings, recipe, strict, verdicts, (*ops,)
     )
     modules = {path: module.get_submodule(path) for plan in plans for path in plan.paths}

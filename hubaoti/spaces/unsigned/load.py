@@ -35,12 +35,7 @@ from hubaoti.spaces.unsigned.first_open import (
     register_kernels,
 )
 from hubaoti.spaces.unsigned.outcomes import CallOutcomes
-from hubaoti.spaces.unsigned.region import (
-    UnsignedRegion,
-    find_library,
-    open_package,
-    require_tensors,
-)
+from hubaoti.spaces.unsigned.region import UnsignedRegion, find_library, open_package
 from hubaoti.spaces.worker import build_worker_host
 
 # A package, and the modules that it serves, by path.
@@ -65,7 +60,7 @@ def _warn_without_digests(fetched: Fetched) -> None:
 
 
 def _match_packages(module: nn.Module, fetched: Fetched) -> tuple[_Served, ...]:
-    """The modules that each package serves."""
+    """The packages that serve modules of this model, one at least, with these modules."""
     found = ((graph, _find_modules(module, package)) for package, graph in fetched.packages)
     served = tuple((graph, modules) for graph, modules in found if modules)
     if not served:
@@ -107,7 +102,7 @@ def _is_list(part: nn.Module) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class UnsignedWorker:
+class _UnsignedWorker:
     """All that a process needs to open packages for a module."""
 
     module: weakref.ref[nn.Module]
@@ -121,15 +116,7 @@ class UnsignedWorker:
     ops: tuple[str, ...] = ()
 
     def open(self) -> Attachment:
-        """Attach all packages, or none.
-
-        Raises:
-            NoMatch: one is for another device or host.
-            DigestMismatch: one was changed since it was pulled.
-            Quarantined: one cannot be loaded by a process of its own.
-            CannotOpen, MissingOps: one cannot be loaded by it, and is not loaded here.
-            NotTried: that process came to nothing.
-        """
+        """Attach all packages; or none, where one was changed, or cannot be loaded here."""
         module = self.module()
         assert module is not None  # it is being called
         device = choose_serving_device(module)
@@ -148,8 +135,6 @@ class UnsignedWorker:
             for path, module in modules.items():
                 library = find_library(graph)
                 runner = open_package(self._folder(graph), library, graph.id, device)
-                names = runner.get_constant_names_to_original_fqns()
-                require_tensors(path, module, [*names.values()])
                 yield UnsignedRegion(path, module, graph, runner, device)
 
     def _require_all_sound(self, device: torch.device) -> None:
@@ -255,7 +240,7 @@ def defer_unsigned(
     with _hide_login_from_kernels(fetched, settings):
         fetch_kernels(fetched.kernels)
     names = ((graph.sha256, _make_unopened_key(graph)) for graph, _ in served)
-    worker = UnsignedWorker(
+    worker = _UnsignedWorker(
         module=weakref.ref(module),
         served=served,
         fetched=fetched,

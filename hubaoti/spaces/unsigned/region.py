@@ -21,9 +21,9 @@ from torch.utils import _pytree as pytree
 from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.attachment.binding import require_quiet
 from hubaoti.attachment.first_call import AGREES, DIFFERS, UNTRIED, describe_difference
-from hubaoti.attachment.forward_patch import CountMiss, GraphPatch, wants_gradient
+from hubaoti.attachment.forward_patch import CountMiss, GraphPatch
 from hubaoti.attachment.module_guard import refuse_collecting
-from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers
+from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers, wants_gradient
 from hubaoti.errors import CannotOpen, MissingConstant
 from hubaoti.program.output_capturing import find_captures_inside
 from hubaoti.runtime.aliases import Bound
@@ -80,9 +80,16 @@ class UnsignedRegion(GraphPatch):
     def __init__(
         self, path: str, module: nn.Module, entry: Entry, runner: Runner, device: torch.device
     ) -> None:
+        """Raises MissingConstant where the module lacks tensors that the package reads."""
         super().__init__(path, module, [runner], [entry.id])
         self._id = entry.id
         self._names = runner.get_constant_names_to_original_fqns()
+        if missing := sorted({*self._names.values()} - _collect_tensors(module).keys()):
+            raise MissingConstant(
+                f"{path or type(module).__name__} has no {', '.join(missing)}, which its package "
+                "reads",
+                hint="load the packages of this very model",
+            )
         dtypes = getattr(runner, "get_constant_names_to_dtypes", None)
         self._dtypes: dict[str, int] = dtypes() if dtypes else {}
         self._taken, self._made = map(pytree.treespec_loads, runner.get_call_spec())
@@ -184,7 +191,7 @@ class UnsignedRegion(GraphPatch):
             writes = writes or not all(map(_have_same_bytes, given, inputs))
             outcomes[look] = DIFFERS if writes or self._differs(ours, answer) else AGREES
         except CannotServe:
-            outcomes.failed(look)
+            outcomes.count_failure(look)
             raise
         except BaseException:
             outcomes.undo(look)
@@ -267,17 +274,3 @@ def _align_detached(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy where it starts at an address that cannot be read."""
     off = tensor.data_ptr() % tensor_alignment(tensor.dtype, tensor.device)
     return tensor.detach().clone() if off else tensor.detach()
-
-
-def require_tensors(path: str, module: nn.Module, fqns: Sequence[str]) -> None:
-    """See that a module has the tensors that a package reads.
-
-    Raises:
-        MissingConstant: some are not there; all of them are named.
-    """
-    missing = sorted({*fqns} - _collect_tensors(module).keys())
-    if missing:
-        raise MissingConstant(
-            f"{path or type(module).__name__} has no {', '.join(missing)}, which its package reads",
-            hint="load the packages of this very model",
-        )
