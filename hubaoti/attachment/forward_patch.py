@@ -112,6 +112,11 @@ class ForwardPatch(ModuleReference, ABC):
         """That of the module's own `forward`: callers look up there what a model takes."""
         return inspect.signature(self._own or partial(type(self.module).forward, self.module))
 
+    @property
+    def __code__(self) -> Any:
+        """That of the module's own `forward`: `torch.export` looks up there what it exports."""
+        return (self._own or type(self.module).forward).__code__
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled and copied as the module's own `forward`."""
         if self._own is not None:

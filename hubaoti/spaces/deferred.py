@@ -85,7 +85,7 @@ class Deferred:
         self,
         module: nn.Module,
         modules: Mapping[str, nn.Module],
-        opens: Callable[[], Attachment],
+        opens: Callable[[nn.Module], Attachment],
         tally: CallStats,
         *,
         only_elsewhere: bool = False,
@@ -141,7 +141,7 @@ class Deferred:
                 if of == kind and time.monotonic() < until:
                     raise CannotServe("unopened", message)
             try:
-                self._attach()
+                self._attach(module)
             except Exception as error:  # the module always answers, whatever fails
                 hint = f" ({error.hint})" if isinstance(error, HubaotiError) and error.hint else ""
                 message = str(error) if isinstance(error, HubaotiError) else first_line(error)
@@ -149,8 +149,9 @@ class Deferred:
                 self._problem = (f"{message}{hint}", kind, time.monotonic() + rest)
                 raise CannotServe("unopened", self._problem[0]) from error
 
-    def _attach(self) -> None:
+    def _attach(self, module: nn.Module | None) -> None:
         """Have regions in the place of those who wait, below what somebody put over them."""
+        assert module is not None  # it is being called
         living = [each for each in self._waiting if not each.is_gone]
         for each in living:
             each.over = vars(each.module).get("forward")
@@ -158,7 +159,7 @@ class Deferred:
         try:
             for each in living:
                 each.lift()
-            self._attachment = self._opens()
+            self._attachment = self._opens(module)
             for each in living:
                 each.hand_over()
         except BaseException:
@@ -224,7 +225,7 @@ class Deferred:
 
 def defer_nothing(module: nn.Module) -> Deferred:
     """What waits for nobody: the module answers everything itself, as it did."""
-    return Deferred(module, {}, lambda: attach_nothing(module), CallStats(None, False))
+    return Deferred(module, {}, attach_nothing, CallStats(None, False))
 
 
 def _merge_stats(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -42,7 +41,6 @@ class WorkerPlan:
 class _Worker:
     """All that a process needs to open graphs for a module, found out by the one before it."""
 
-    module: weakref.ref[nn.Module]
     plans: tuple[WorkerPlan, ...]
     host: Host
     settings: Settings
@@ -51,13 +49,11 @@ class _Worker:
     verdicts: Mapping[str, Verdicts]
     ops: tuple[str, ...] = ()
 
-    def open(self) -> attach.Attachment:
+    def open(self, module: nn.Module) -> attach.Attachment:
         """Attach the best of what fits this process's device; what fails there is passed over.
 
         Where nothing fits, or none can be opened, every reason is told; NotTried: it may be later.
         """
-        module = self.module()
-        assert module is not None  # it is being called
         problems: dict[str, HubaotiError] = {}
         for plan in self._rank_plans(devices.choose_serving_device(module)):
             try:
@@ -132,9 +128,7 @@ def defer_artifacts(  # noqa: PLR0913 - all that a worker needs
     """The module, waiting for a process that calls it."""
     artifacts = [plan.offer.artifact for plan in plans]
     verdicts = {each.digest: Verdicts(_list_verdict_names(each.manifest)) for each in artifacts}
-    worker = _Worker(
-        weakref.ref(module), tuple(plans), host, settings, recipe, strict, verdicts, (*ops,)
-    )
+    worker = _Worker(tuple(plans), host, settings, recipe, strict, verdicts, (*ops,))
     modules = {path: module.get_submodule(path) for plan in plans for path in plan.paths}
     tally = CallStats(artifacts[0].manifest, strict)
     return Deferred(module, modules, worker.open, tally, only_elsewhere=settings.zerogpu)

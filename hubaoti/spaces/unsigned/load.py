@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -105,7 +104,6 @@ def _is_list(part: nn.Module) -> bool:
 class _UnsignedWorker:
     """All that a process needs to open packages for a module."""
 
-    module: weakref.ref[nn.Module]
     served: tuple[_Served, ...]
     fetched: Fetched
     host: Host
@@ -115,10 +113,8 @@ class _UnsignedWorker:
     verdicts: Verdicts
     ops: tuple[str, ...] = ()
 
-    def open(self) -> Attachment:
+    def open(self, module: nn.Module) -> Attachment:
         """Attach all packages; or none, where one was changed, or cannot be loaded here."""
-        module = self.module()
-        assert module is not None  # it is being called
         device = choose_serving_device(module)
         with _hide_login_from_kernels(self.fetched, self.settings):
             self._require_all_sound(device)
@@ -241,7 +237,6 @@ def defer_unsigned(
         fetch_kernels(fetched.kernels)
     names = ((graph.sha256, _make_unopened_key(graph)) for graph, _ in served)
     worker = _UnsignedWorker(
-        module=weakref.ref(module),
         served=served,
         fetched=fetched,
         host=host,
