@@ -14,8 +14,9 @@ LIBCUDA = "libcuda.so.1"
 
 def choose_serving_device(module: nn.Module) -> torch.device:
     """Where a module would be served: on the device of its tensors, else on what there is."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return find_device(module) or device
+    if device := find_device(module):
+        return device
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def query_gpu(device: torch.device) -> tuple[str, int, int]:
