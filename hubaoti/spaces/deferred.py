@@ -28,7 +28,7 @@ from hubaoti.errors import HubaotiError, NotEnoughMemory, NotTried, first_line
 from hubaoti.runtime.fallback import CannotServe
 
 _PASSING = (NotTried, NotEnoughMemory)  # what says nothing of graphs
-_REST = 60.0  # seconds until they are tried again
+REST = 60.0  # seconds until they are tried again
 
 
 class _WaitingPatch(ForwardPatch):
@@ -145,7 +145,7 @@ class Deferred:
             except Exception as error:  # the module always answers, whatever fails
                 hint = f" ({error.hint})" if isinstance(error, HubaotiError) and error.hint else ""
                 message = str(error) if isinstance(error, HubaotiError) else first_line(error)
-                rest = _REST if isinstance(error, _PASSING) else float("inf")
+                rest = REST if isinstance(error, _PASSING) else float("inf")
                 self._problem = (f"{message}{hint}", kind, time.monotonic() + rest)
                 raise CannotServe("unopened", self._problem[0]) from error
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.variant import Recipe
 from hubaoti.attachment import attach
 from hubaoti.attachment.first_call import Verdicts
@@ -126,16 +125,12 @@ def defer_artifacts(  # noqa: PLR0913 - all that a worker needs
     ops: Sequence[str] = (),
 ) -> Deferred:
     """The module, waiting for a process that calls it."""
-    artifacts = [plan.offer.artifact for plan in plans]
-    verdicts = {each.digest: Verdicts(_list_verdict_names(each.manifest)) for each in artifacts}
+    manifests = [plan.offer.artifact.manifest for plan in plans]
+    verdicts = {}
+    for each in manifests:
+        names = [(path, graph.id) for graph in each.graphs for path in graph.modules]
+        verdicts[each.digest] = Verdicts([(each.digest, ""), *names])
     worker = _Worker(tuple(plans), host, settings, recipe, strict, verdicts, (*ops,))
     modules = {path: module.get_submodule(path) for plan in plans for path in plan.paths}
-    tally = CallStats(artifacts[0].manifest, strict)
+    tally = CallStats(manifests[0], strict)
     return Deferred(module, modules, worker.open, tally, only_elsewhere=settings.zerogpu)
-
-
-def _list_verdict_names(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """The artifact, and each region's graphs by path and id."""
-    yield manifest.digest, ""
-    for graph in manifest.graphs:
-        yield from ((path, graph.id) for path in graph.modules)

@@ -111,7 +111,10 @@ def fetch_packages(
     client, commit = puller.client, catalog.commit
     puller.require_publisher(ref, f"packages in {ref.repo}", f"commit {commit}, no manifest")
     named = _read_kernels(client, catalog, variant)
-    _require_owners(puller, ref, named)
+    for each in named:  # a config may name anybody's
+        kernel = RepoRef(each["repo_id"], None)
+        what = f"the kernel {kernel.repo}, which packages in {ref.repo} call,"
+        puller.require_publisher(kernel, what, _read_kernel_revision(each) or "no revision")
     kernels = tuple(_pin_kernel(client, each) for each in named)
     found = []
     for package in packages:
@@ -172,14 +175,6 @@ def _read_kernels(
             message = f"{name} of {catalog.repo} names no kernel: {escape_line(str(each))}"
             raise BadRequest(message, hint=_NO_KERNEL)
     return tuple(kernels.kernels)
-
-
-def _require_owners(puller: Puller, ref: RepoRef, kernels: tuple[dict[str, Any], ...]) -> None:
-    """See that the code of each kernel's owner may run here: a config may name anybody's."""
-    for each in kernels:
-        kernel = RepoRef(each["repo_id"], None)
-        what = f"the kernel {kernel.repo}, which packages in {ref.repo} call,"
-        puller.require_publisher(kernel, what, f"{_read_kernel_revision(each) or 'no revision'}")
 
 
 def _pin_kernel(client: HubClient, kernel: dict[str, Any]) -> dict[str, Any]:
