@@ -116,13 +116,13 @@ def find(
     """
     found, held = ways.plan.flat(args, kwargs), None
     if place is not None:
-        held = place.held(found[ways.plan.count], *ways.sizes_of(found), CPU)
+        held = place.held(found[ways.plan.count], *ways.read_sizes(found), CPU)
         held.require_room()
-        ways.with_cache(found, held)
+        ways.add_cache(found, held)
     inputs, numbers = found[: ways.plan.count], found[ways.plan.count + 1 :]
     if held is not None and held.slides:
         inputs.pop()
-    way = ways.of(inputs, numbers, held)
+    way = ways.find_route(inputs, numbers, held)
     entry = ways.entries[way.graph]
     row = ways.follow(way, inputs, held, path)
     given = [t.clone() if i.mutated else t for i, t in zip(entry.inputs, row, strict=True)]

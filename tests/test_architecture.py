@@ -51,6 +51,8 @@ DOORS = {
         "engines",
         "spaces/deferred.py",
         "spaces/devices.py",
+        "spaces/worker.py",
+        "spaces/unsigned/load.py",
         "spaces/unsigned/region.py",
         "spaces/unsigned/first_open.py",
         "spaces/unsigned/outcomes.py",
@@ -80,8 +82,6 @@ LAZY = {
     ("torch", "api/texts.py"),
     ("torch", "cli/run.py"),
     ("torch", "spaces/__init__.py"),
-    ("torch", "spaces/worker.py"),
-    ("torch", "spaces/unsigned/load.py"),
 }
 
 

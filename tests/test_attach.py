@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import json
 import pickle
 import shutil
@@ -153,6 +154,42 @@ def test_a_folder_s_name_as_a_text_is_a_repo_s_and_says_so(
     assert "pathlib.Path(" in caught.value.hint
 
 
+@pytest.mark.parametrize("wrong", [None, 5, b"acme/model"])
+def test_what_is_no_artifact_is_refused_in_words(
+    wrong: Any, model: Any, tiny_decoder: Path, built_at: Settings
+) -> None:
+    kind = type(wrong).__name__
+    with pytest.raises(BadRequest, match=f"a {kind} is no artifact") as caught:
+        hubaoti.attach(model, wrong, settings=built_at)
+    assert "hubaoti.pull" in caught.value.hint and not [*find_regions(model)]
+    with pytest.raises(BadRequest, match=f"a {kind} is no artifact") as caught:
+        hubaoti.load(wrong, tiny_decoder, settings=built_at)
+    assert "hubaoti.pull" in caught.value.hint
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "acme/model"])
+def test_what_is_no_module_is_refused_in_words(
+    wrong: Any, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    verbs = (
+        lambda: hubaoti.attach(wrong, decoder_bundle, settings=built_at),
+        lambda: hubaoti.detach(wrong),
+        lambda: hubaoti.spaces.load(wrong, "acme/model", settings=built_at),
+    )
+    for verb in verbs:
+        with pytest.raises(BadRequest, match=f"a {type(wrong).__name__} is no module") as caught:
+            verb()
+        assert "torch.nn.Module" in caught.value.hint
+
+
+@pytest.mark.parametrize("wrong", [None, 5])
+def test_what_is_no_repo_is_refused_in_words(wrong: Any, model: Any, built_at: Settings) -> None:
+    with pytest.raises(BadRequest, match=f"malformed repo: {wrong}"):
+        hubaoti.spaces.load(model, wrong, settings=built_at)
+    with pytest.raises(BadRequest, match="malformed revision: 5"):
+        hubaoti.spaces.load(model, "acme/model", revision=5, settings=built_at)  # type: ignore[arg-type]
+
+
 def test_sampling_and_beams_are_untouched(plain: Any, model: Any, attached: Attachment) -> None:
     for more in ({"do_sample": True, "top_k": 50}, {"num_beams": 2}):
         answers = []
@@ -160,7 +197,7 @@ def test_sampling_and_beams_are_untouched(plain: Any, model: Any, attached: Atta
             torch.manual_seed(3)
             answers.append(each.generate(**prompt("padded on the left"), **{**STATIC, **more}))
         assert torch.equal(*answers)
-    assert attached.stats()["eager"] == 0
+    assert (attached.stats()["compiled"], attached.stats()["eager"]) == (80, 0)
 
 
 def test_it_is_never_compiled_by_generate_itself(model: Any, attached: Attachment) -> None:
@@ -170,7 +207,7 @@ def test_it_is_never_compiled_by_generate_itself(model: Any, attached: Attachmen
     compiles = CompileConfig(backend="eager")
     compiles._compile_all_devices = True
     model.generate(**prompt("one text"), **STATIC, compile_config=compiles)
-    assert attached.stats()["eager"] == 0
+    assert (attached.stats()["compiled"], attached.stats()["eager"]) == (40, 0)
     attached.detach()
     assert model._valid_auto_compile_criteria.__self__ is model
 
@@ -238,13 +275,22 @@ def test_the_model_keeps_its_face(plain: Any, model: Any, attached: Attachment) 
     assert (model.dtype, model.device) == (plain.dtype, plain.device)
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert [*dict(model.named_modules())] == [*dict(plain.named_modules())]
+    ours, theirs = (each.model.layers[0].forward for each in (model, plain))
+    assert inspect.signature(ours) == inspect.signature(theirs)
+    with torch.no_grad():
+        step(model)
+    assert attached.stats()["compiled"] == 2
 
 
 def test_what_it_binds_is_the_model_s_own_memory(model: Any, attached: Attachment) -> None:
+    graphs = 0
     for region in find_regions(model):
         own = {each.data_ptr() for each in region.inside.module.parameters()}
         for graph in region.graphs:
-            assert {each.data_ptr() for each in graph._bound.values()} <= own
+            bound = {each.data_ptr() for each in graph._bound.values()}
+            assert bound and bound <= own
+            graphs += 1
+    assert graphs == 2
 
 
 def test_a_copy_is_the_plain_model(plain: Any, model: Any, attached: Attachment) -> None:
@@ -264,7 +310,7 @@ def test_hooks_on_a_region_run_around_its_graph(model: Any, attached: Attachment
     with torch.no_grad():
         step(model)
     assert seen == ["before", "after"]
-    assert attached.stats()["eager"] == 0
+    assert (attached.stats()["compiled"], attached.stats()["eager"]) == (2, 0)
 
 
 def everything(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -303,6 +349,9 @@ def test_a_forward_that_somebody_put_over_ours_stays_and_calls_the_module(
     block = model.model.layers[0]
     ours = block.forward
     block.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    with torch.no_grad():
+        step(model)
+    assert attached.stats()["compiled"] == 2
     attached.detach()
     assert "forward" in vars(block)
     with torch.no_grad():
@@ -313,9 +362,11 @@ def test_a_model_that_nobody_has_any_more_is_gone_at_once(
     tiny_decoder: Path, decoder_bundle: Bundle, built_at: Settings
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_decoder).eval()
-    hubaoti.attach(model, decoder_bundle, settings=built_at)
+    attachment = hubaoti.attach(model, decoder_bundle, settings=built_at)
     with torch.no_grad():
         step(model)
+    assert attachment.stats()["compiled"] == 2
+    del attachment
     gone = weakref.ref(model.model.layers[0].mlp.down_proj.weight)
     gc.collect()
     gc.disable()
@@ -573,7 +624,7 @@ def test_what_changes_no_operation_is_no_reason(
 ) -> None:
     with torch.no_grad(), mode():
         torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
-    assert attached.stats()["eager"] == 0
+    assert (attached.stats()["compiled"], attached.stats()["eager"]) == (2, 0)
 
 
 def test_autocast_is_left_to_the_module(plain: Any, model: Any, attached: Attachment) -> None:
@@ -721,6 +772,7 @@ def test_export_sees_the_module_itself(plain: Any, model: Any, attached: Attachm
         torch.testing.assert_close(program.module()(ids, use_cache=False).logits,
                                    plain(ids, use_cache=False).logits)  # fmt: skip
     assert attached.stats()["compiled"] == 0
+    assert attached.stats()["regions"]["model.layers.0"]["eager"] == {"tracing": 1}
 
 
 # Other weights
@@ -758,7 +810,7 @@ def test_other_weights_are_noticed_at_the_next_call(
         change(plain)
         change(model)
         torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
-    assert attached.stats()["eager"] == 0
+    assert (attached.stats()["compiled"], attached.stats()["eager"]) == (4, 0)
 
 
 def test_rebind_says_at_once_whether_weights_fit(model: Any, attached: Attachment) -> None:
@@ -833,8 +885,9 @@ def test_a_model_that_collected_before_is_attached_and_served(
     model: Any, decoder_bundle: Bundle, built_at: Settings
 ) -> None:
     ask(model, output_hidden_states=True)
-    with hubaoti.attach(model, decoder_bundle, strict=True, settings=built_at):
+    with hubaoti.attach(model, decoder_bundle, strict=True, settings=built_at) as attachment:
         ask(model)
+        assert attachment.stats()["compiled"] == 2
 
 
 def test_a_hook_inside_ends_serving_until_it_is_removed(
@@ -918,7 +971,7 @@ def test_a_graph_that_is_removed_or_changed_while_it_is_open_answers_on(
         torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
         shutil.rmtree(artifact.graphs)
         torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
-        assert attachment.stats()["eager"] == 0
+        assert (attachment.stats()["compiled"], attachment.stats()["eager"]) == (4, 0)
 
 
 def test_an_artifact_that_was_changed_is_not_opened(
@@ -978,19 +1031,32 @@ def test_what_no_graph_reads_is_noticed_too(
         change(model)
         for _ in range(2):
             torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
+    counts = attached.stats()["regions"]
+    assert counts["model.layers.0"] == {"compiled": {"model.layers": 1}, "eager": {"changed": 2}}
+    assert counts["model.layers.1"] == {"compiled": {"model.layers": 3}, "eager": {}}
 
 
-@pytest.mark.parametrize("change", [biased, steered])
+# Of a model whose code was patched, the first call of each graph is the module's own.
+PATCHES: dict[str, tuple[Callable[[Any], None], dict[str, int], int]] = {
+    "a bias": (biased, {"differs": 1}, 2),
+    "a forward": (steered, {"changed": 2}, 1),
+}
+
+
+@pytest.mark.parametrize("case", PATCHES)
 def test_what_the_config_does_not_tell_of_is_tried_or_left_to_the_module(
-    change: Callable[[Any], None], plain: Any, model: Any, decoder_bundle: Bundle,
-    built_at: Settings,
-) -> None:  # fmt: skip
+    case: str, plain: Any, model: Any, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    change, eager, compiled = PATCHES[case]
     change(plain)
     change(model)
     quiet = warnings.catch_warnings(action="ignore", category=Fallback)
-    with hubaoti.attach(model, decoder_bundle, settings=built_at), torch.no_grad(), quiet:
+    with hubaoti.attach(model, decoder_bundle, settings=built_at) as found, torch.no_grad(), quiet:
         for _ in range(2):
             torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
+        counts = found.stats()["regions"]
+    assert counts["model.layers.0"] == {"compiled": {"model.layers": 0}, "eager": eager}
+    assert counts["model.layers.1"] == {"compiled": {"model.layers": compiled}, "eager": {}}
 
 
 def test_a_disabled_adapter_is_not_served(plain: Any, model: Any, attached: Attachment) -> None:
@@ -1017,7 +1083,7 @@ def test_a_copied_cache_is_counted_by_itself(plain: Any, model: Any, attached: A
             answers.append([*steps, each(torch.tensor([[9]]), past_key_values=cache).logits])
     for ours, theirs in zip(*answers, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    assert attached.stats()["eager"] == 0
+    assert (attached.stats()["compiled"], attached.stats()["eager"]) == (10, 0)
 
 
 def test_a_cache_of_more_rows_than_the_call_is_not_filled_by_guessing(
@@ -1028,12 +1094,17 @@ def test_a_cache_of_more_rows_than_the_call_is_not_filled_by_guessing(
     with torch.no_grad(), warnings.catch_warnings(action="ignore"), pytest.raises(RuntimeError):
         model(torch.tensor([[5, 6]]), past_key_values=cache)
     assert attached.stats()["compiled"] == 0
+    assert attached.stats()["regions"]["model.layers.0"]["eager"] == {"shape": 1}
 
 
 def test_detach_goes_on_where_a_part_is_gone(model: Any, attached: Attachment) -> None:
+    with torch.no_grad():
+        step(model)
+    assert attached.stats()["compiled"] == 2
     model.model.layers = nn.ModuleList([model.model.layers[1]])
     attached.detach()
     assert not [*find_regions(model)]
+    assert not any("forward" in vars(each) for each in model.modules())
 
 
 def test_detach_finds_what_somebody_wrapped(model: Any, attached: Attachment) -> None:
@@ -1042,10 +1113,12 @@ def test_detach_finds_what_somebody_wrapped(model: Any, attached: Attachment) ->
         block.forward = lambda *args, ours=ours, **kwargs: ours(*args, **kwargs)
     with pytest.raises(AlreadyAttached):
         refuse_attached(model)
-    hubaoti.detach(model)
     with torch.no_grad():
         step(model)
-    assert attached.stats()["compiled"] == 0
+        assert attached.stats()["compiled"] == 2
+        hubaoti.detach(model)
+        step(model)
+    assert (attached.stats()["compiled"], attached.stats()["eager"]) == (2, 0)
 
 
 def test_weights_that_do_not_fit_any_more_are_let_go(model: Any, attached: Attachment) -> None:
@@ -1144,8 +1217,9 @@ def test_a_window_that_is_partly_filled_becomes_full_in_a_later_prompt(
         return answers + [(layer.keys, layer.values) for layer in cache.layers]
 
     expected = talk()
-    with hubaoti.attach(windowed, windowed_bundle, strict=True, settings=built_at):
+    with hubaoti.attach(windowed, windowed_bundle, strict=True, settings=built_at) as attachment:
         found = talk()
+        assert attachment.stats()["compiled"] == 60
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -1157,13 +1231,14 @@ def test_the_first_call_in_which_a_window_becomes_full_is_compared_on_copies(
     expected = windowed.generate(ids, **STATIC)
     with hubaoti.attach(windowed, windowed_bundle, strict=True, settings=built_at) as attachment:
         for region in attachment._regions:
-            region._trials = FirstCallCheck(entry.id for entry in region.ways.entries)
+            region._trials = FirstCallCheck(entry.id for entry in region.dispatcher.entries)
         cache = StaticCache(config=windowed.config, max_cache_len=60)
         head = windowed.generate(
             ids[:, :5], past_key_values=cache, **GREEDY | {"max_new_tokens": 1}
         )
         assert torch.equal(head[:, :5], ids[:, :5])
         found = windowed.generate(ids, past_key_values=cache, **GREEDY)
+        assert (attachment.stats()["compiled"], attachment.stats()["eager"]) == (38, 0)
     assert torch.equal(found, expected)
 
 
@@ -1173,8 +1248,8 @@ def test_a_window_without_a_graph_for_a_full_one_says_so(
     ids = torch.arange(3, 43).view(2, 20)
     with hubaoti.attach(windowed, windowed_bundle, strict=True, settings=built_at) as attachment:
         for region in attachment._regions:
-            kept = [e for e in region.ways.entries if e.cache.kind == "static"]
-            monkeypatch.setattr(region.ways, "entries", kept)
+            kept = [e for e in region.dispatcher.entries if e.cache.kind == "static"]
+            monkeypatch.setattr(region.dispatcher, "entries", kept)
         with pytest.raises(NotServed, match=r"window"):
             windowed.generate(ids, **STATIC)
 
@@ -1193,7 +1268,7 @@ def test_masks_that_are_left_out_and_tables_of_one_row_are_made_whole(
         with hubaoti.attach(model, forward_bundle, settings=built_at) as attachment:
             for _ in range(2):
                 torch.testing.assert_close(model(**words)[0], expected, atol=1e-4, rtol=1e-4)
-            assert attachment.stats()["eager"] == 0
+            assert (attachment.stats()["compiled"], attachment.stats()["eager"]) == (4, 0)
 
 
 def test_a_mask_that_is_written_to_is_read_again(
@@ -1208,11 +1283,12 @@ def test_a_mask_that_is_written_to_is_read_again(
         for last in (True, False):
             mask[0, 0, 2, 0] = last
             expected.append(model(**words, attention_mask=mask)[0].clone())
-        with hubaoti.attach(model, forward_bundle, strict=True, settings=built_at):
+        with hubaoti.attach(model, forward_bundle, strict=True, settings=built_at) as attachment:
             for last, answer in zip((True, False), expected, strict=True):
                 mask[0, 0, 2, 0] = last
                 found = model(**words, attention_mask=mask)[0]
                 torch.testing.assert_close(found, answer, atol=1e-4, rtol=1e-4)
+            assert attachment.stats()["compiled"] == 4
     assert not torch.allclose(expected[0], expected[1], atol=1e-4)
 
 
@@ -1379,8 +1455,9 @@ def test_functional_calls_are_the_module_s(stack_bundle: Bundle, built_at: Setti
         return torch.func.grad(loss)({n: p.detach() for n, p in cell.named_parameters()})
 
     quiet = warnings.catch_warnings(action="ignore", category=Fallback)
-    with hubaoti.attach(stack, stack_bundle, settings=built_at), quiet:
+    with hubaoti.attach(stack, stack_bundle, settings=built_at) as attachment, quiet:
         found = grad(stack)
+        assert attachment.stats()["eager"] == 1
     assert torch.equal(found["linear.weight"], grad(plain)["linear.weight"])
 
 
@@ -1422,13 +1499,15 @@ def test_inputs_that_lie_otherwise_are_copied(stack_bundle: Bundle, built_at: Se
         shifted = torch.zeros(4 * 8 * 4 + 8, dtype=torch.uint8)[8:].view(torch.float32).view(4, 8)
         shifted.copy_(x)
         torch.testing.assert_close(stack(shifted), expected)
-        assert attachment.stats()["eager"] == 0
+        assert (attachment.stats()["compiled"], attachment.stats()["eager"]) == (6, 0)
 
 
 def test_pickled_it_is_the_plain_module(stack_bundle: Bundle, built_at: Settings) -> None:
     stack = Stack().eval()
-    with torch.no_grad(), hubaoti.attach(stack, stack_bundle, settings=built_at):
+    with torch.no_grad(), hubaoti.attach(stack, stack_bundle, settings=built_at) as attachment:
         expected = stack(torch.ones(2, 8))
+        stack(torch.ones(2, 8))
+        assert attachment.stats()["compiled"] == 3  # the first call was the module's own
         other = pickle.loads(pickle.dumps(stack))
         assert not [*find_regions(other)]
         assert torch.equal(other(torch.ones(2, 8)), expected)

@@ -158,9 +158,9 @@ def test_a_first_call_sees_what_a_graph_does_not_leave() -> None:
     silent = Answers(Outputs(template={"tensor": 0}, tensors=()))
     beside = Beside(lambda: x, arguments, silent, None)
     before = Contents(arguments)
-    assert beside.difference_left([x], before) is None
+    assert beside.compare_contents([x], before) is None
     store["last"] = x
-    found = beside.difference_left([x], before)
+    found = beside.compare_contents([x], before)
     assert found == "the module leaves something in store, the graph does not"
 
 
@@ -171,10 +171,10 @@ def test_a_first_call_sees_what_a_graph_leaves_otherwise() -> None:
     beside = Beside(lambda: None, {"store": store}, answers, answers.find({"store": store}))
     before = Contents({"store": store})
     store["last"] = x
-    assert beside.difference_left([x], before) is None
-    assert "in store: answer 0 is off" in (beside.difference_left([x + 1], before) or "")
+    assert beside.compare_contents([x], before) is None
+    assert "in store: answer 0 is off" in (beside.compare_contents([x + 1], before) or "")
     store["first"] = x
-    assert "other keys in store" in (beside.difference_left([x], before) or "")
+    assert "other keys in store" in (beside.compare_contents([x], before) or "")
 
 
 def flat(forward: Callable[..., Any]) -> FlatModule:

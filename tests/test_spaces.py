@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import pickle
@@ -277,7 +278,11 @@ def test_copies_and_pickles_are_of_the_module_as_it_was(
         expected = module(X)["y"]
         for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
             assert torch.equal(other(X)["y"], expected)
+            ours, theirs = (each.blocks[0].forward for each in (module, other))
+            assert inspect.signature(ours) == inspect.signature(theirs)
         assert loaded.stats()["compiled"] == 0  # the one call was compared
+        module(X)
+        assert loaded.stats()["compiled"] == 3
 
 
 def test_a_fork_while_another_thread_opens_graphs_waits_again(
@@ -336,8 +341,12 @@ def test_without_a_network_what_was_pulled_before_serves(
 ) -> None:
     load(net(), repo_of_blocks, settings).detach()
     offline = replace(settings, offline=True)
-    with load(net(), repo_of_blocks, offline) as loaded:
+    module = net()
+    with load(module, repo_of_blocks, offline) as loaded, torch.no_grad():
         assert len(loaded.regions) == 3
+        for _ in range(2):  # the first is compared
+            module(X)
+        assert loaded.stats()["compiled"] == 3
     with pytest.raises(NoArtifact, match="HF_HUB_OFFLINE"):
         load(net(), "acme/never-pulled", offline)
     with pytest.raises(NoArtifact, match="cannot be asked"):

@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 
 from hubaoti.artifact.manifest import Graph, Outputs
 from hubaoti.attachment.first_call import AGREES, DIFFERS, UNTRIED
-from hubaoti.attachment.served_modules import Spot
 from hubaoti.attachment.stats import CallStats, Fallback
 from hubaoti.errors import NotServed
 from hubaoti.spaces.unsigned.outcomes import (
@@ -75,10 +74,10 @@ def put(
     nothing |= {"inputs": (), "outputs": Outputs(template=None, tensors=()), "constants": ()}
     entry = Graph(id="root", file="root", sha256="0" * 64, size=1, members=(), **nothing)
     region, tally = (
-        UnsignedRegion(Spot("", module), entry, package, device),
+        UnsignedRegion("", module, entry, package, device),
         CallStats(None, strict),
     )
-    region.put(tally.missed, CallOutcomes())
+    region.put(tally.count_miss, CallOutcomes())
     return region, tally
 
 
@@ -288,7 +287,7 @@ def test_a_package_keeps_no_weights_of_a_module_that_is_gone() -> None:
         module(given)
     assert answered(region) == 1
     gone = weakref.ref(module.weight.untyped_storage())
-    region.take_away()
+    region.remove()
     del module, region
     assert gone() is None
     assert package.bound["w"].shape == (64, 64)  # the container gives nothing back

@@ -54,7 +54,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
         MissingConstant: it lacks tensors that the graphs need; all are named, nothing was touched.
         AlreadyAttached: it has graphs already.
         BadRequest: `quantize` is asked of an artifact without quantized weights, or of layers that
-            are no plain Linears.
+            are no plain Linears; what is given is no module, or no artifact.
         DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
         Quarantined: a graph crashed or differed when it was first opened, in its own process.
         MissingOps, NotTried, CannotOpen: it could not be opened there, and is not opened here.
@@ -63,10 +63,12 @@ def attach(  # noqa: PLR0913 - a face of keywords
     if settings.graphs:
         require("attach", "run")
     from hubaoti.attachment import attach as runtime
+    from hubaoti.attachment.served_modules import find_module_device
     from hubaoti.program.adapters import unwrap_peft
     from hubaoti.program.identity import matches_program
     from hubaoti.program.source_scan import use_scan_cache
 
+    runtime.require_module(module)
     if not settings.graphs:
         return runtime.attach_nothing(module)
     module = unwrap_peft(module)
@@ -76,9 +78,8 @@ def attach(  # noqa: PLR0913 - a face of keywords
         with use_scan_cache(mirror.index):
             known = matches_program(module, manifest.program, manifest.is_whole)
         progress("open")
-        require_sound(
-            found, mirror, runtime.find_module_device(module, manifest.target.device), progress, ops
-        )
+        device = find_module_device(module, manifest.target.device)
+        require_sound(found, mirror, device, progress, ops)
     parts = runtime.Parts(manifest, found.path, found.graph_folder)
     return runtime.attach_graphs(module, parts, strict=strict, tries=not known, quantize=quantize)
 
@@ -87,11 +88,12 @@ def detach(module: nn.Module) -> None:
     """Give a module everything back that `attach` took.
 
     Raises:
-        NotAttached: nothing was attached to it.
+        NotAttached: nothing was attached to it. BadRequest: it is no module.
     """
     from hubaoti.attachment import attach as runtime
     from hubaoti.program.adapters import unwrap_peft
 
+    runtime.require_module(module)
     runtime.detach_graphs(unwrap_peft(module))
 
 
@@ -104,7 +106,8 @@ def get_artifact(
     """An artifact of the mirror, by whatever it is called.
 
     Raises:
-        BadRequest: it is called by a folder's name as a text, which is a repo's; else as `pull`.
+        BadRequest: it is no artifact, or called by a folder's name as a text, which is a repo's;
+            else as `pull`.
     """
     if isinstance(artifact, Artifact):
         return artifact
@@ -118,9 +121,24 @@ def get_artifact(
             )
         artifact = pull(artifact, trust=trust, settings=settings, progress=progress)
     if not isinstance(artifact, Bundle):
-        return artifact.artifact
+        found = getattr(artifact, "artifact", artifact)
+        return require_artifact(found, "a bundle, its folder as a pathlib.Path, or a repo's name")
     with Mirror.open(settings.mirror) as mirror:
         return mirror.artifact(artifact.manifest.digest) or put(artifact, mirror)
+
+
+def require_artifact(artifact: object, others: str) -> Artifact:
+    """What is given as an artifact of the mirror; `others` says what else might have been.
+
+    Raises:
+        BadRequest: it is none.
+    """
+    if not isinstance(artifact, Artifact):
+        raise BadRequest(
+            f"a {type(artifact).__name__} is no artifact",
+            hint=f"give the artifact that hubaoti.pull returned, {others}",
+        )
+    return artifact
 
 
 def put(bundle: Bundle, mirror: Mirror) -> Artifact:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hubaoti.api.attaching import require_artifact
 from hubaoti.api.publishing import pull
 from hubaoti.host.extras import require
 from hubaoti.hub.layout import RepoRef
@@ -75,6 +76,7 @@ def load(  # noqa: PLR0913 - a face of keywords
     `ops` are as `attach` has them.
 
     Raises:
+        BadRequest: what is given is no artifact.
         DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
         OtherProgram: the model's config says something else than the graph computes.
         MissingConstant: the model's checkpoint lacks a tensor that the graph reads.
@@ -83,7 +85,7 @@ def load(  # noqa: PLR0913 - a face of keywords
     """
     require("load", "run")
     settings = settings or Settings.from_env()
-    refuse_parts(artifact)
+    refuse_parts(require_artifact(artifact, "as pull(...).artifact"))
     folder, _ = fetch_model_files(model, revision, RUN_FILES, settings, progress)
     refuse_other_program(folder, artifact.manifest.program)
     progress("torch")  # importing it takes longer than all the rest

@@ -18,11 +18,17 @@ from torch import nn
 
 from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.artifact.manifest import Manifest
-from hubaoti.attachment.binding import ConstantBinding, collect_constants
+from hubaoti.attachment.binding import ConstantBinding
 from hubaoti.attachment.dispatch import Dispatcher
-from hubaoti.attachment.first_call import FirstCallCheck
-from hubaoti.attachment.quantized import Sketched, refuse_other_layers
-from hubaoti.attachment.region import Answering, Region
+from hubaoti.attachment.first_call import FirstCallCheck, Verdicts
+from hubaoti.attachment.forward_patch import GraphPatch, find_patch
+from hubaoti.attachment.quantized import ConstantSketches, refuse_other_layers
+from hubaoti.attachment.region import Region
+from hubaoti.attachment.served_modules import (
+    ServedModule,
+    find_module_device,
+    find_served_modules,
+)
 from hubaoti.attachment.stats import CallStats
 from hubaoti.errors import (
     AlreadyAttached,
@@ -36,14 +42,9 @@ from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.graph import Graph, open_graph
 from hubaoti.runtime.weights import load_shipped_tensors
 
-# Tasks whose whole graph answers something else than the model's own `forward`.
-TEXTS = {"embed", "classify", "logits"}
 # transformers asks the model itself whether `generate` compiles it (generation/utils.py, 5.22).
 _AUTO_COMPILE = "_valid_auto_compile_criteria"
 _SEES_CONTAINERS = 3  # the version of builds that carry what a module leaves in its call
-# Whatever somebody puts over a region's `forward`, it is known here by its module.
-# Neither lives for it: a region, or what waits in its place, is its module's.
-ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Parts:
 class Attachment:
     """What was attached to a module: counts, other weights, and the way back."""
 
-    def __init__(self, module: nn.Module, regions: Iterable[Answering], tally: CallStats) -> None:
+    def __init__(self, module: nn.Module, regions: Iterable[GraphPatch], tally: CallStats) -> None:
         self._module = weakref.ref(module)
         self._regions = tuple(regions)
         self._tally = tally
@@ -87,8 +88,8 @@ class Attachment:
         for region in self._regions:
             try:
                 region.bind(anew=True)
-            except CannotServe as why:
-                problems.append(f"{region.path}: {why}")
+            except CannotServe as error:
+                problems.append(f"{region.path}: {error}")
         if problems:
             raise MissingConstant(
                 f"{len(problems)} regions cannot be bound: {'; '.join(problems)}",
@@ -98,11 +99,9 @@ class Attachment:
     def detach(self) -> None:
         """Give the module everything back; a second time does nothing."""
         for region in self._regions:
-            if not region.inside.is_gone:
-                ATTACHED.pop(region.inside.module, None)
-            region.take_away()
+            region.remove()
         module = self._module()
-        if module is not None and isinstance(vars(module).get(_AUTO_COMPILE), Uncompiled):
+        if module is not None and isinstance(vars(module).get(_AUTO_COMPILE), _Uncompiled):
             delattr(module, _AUTO_COMPILE)
         self._regions = ()
 
@@ -131,12 +130,12 @@ def attach_graphs(
     strict: bool,
     tries: bool,
     quantize: bool = False,
-    trials: Callable[[str, Iterable[str]], FirstCallCheck] | None = None,
+    verdicts: Verdicts | None = None,
 ) -> Attachment:
     """Have the graphs of an artifact answer for the regions of a module.
 
-    With `tries`, the first call of each graph is answered by the module, and compared; `trials`
-    makes what remembers that of a region's graphs. With `strict`, a call that no graph serves
+    With `tries`, the first call of each graph is answered by the module, and compared; `verdicts`
+    are of other processes that have done so. With `strict`, a call that no graph serves
     raises. With `quantize`, the weights that the graphs have quantized are replaced in the module,
     too.
 
@@ -150,43 +149,28 @@ def attach_graphs(
     """
     manifest = parts.manifest
     refuse_attached(module)
-    if manifest.is_whole and manifest.program.task in TEXTS:
-        raise BadRequest(
-            f"the artifact answers texts ({manifest.program.task}), not calls of a module",
-            hint="open it with hubaoti.load, or compile with --task forward",
-        )
-    if idle := [entry.id for entry in manifest.graphs if not entry.modules]:
-        raise BadRequest(
-            f"graphs {', '.join(idle)} serve no module", hint="its publisher must compile it again"
-        )
     tally = CallStats(manifest, strict)
     if quantize:
         _require_quantized(manifest)
-    found = _locate_modules(module, parts, Sketched() if quantize else None)
-    regions = [*_open_regions(found, parts)]
+    bound = _bind_modules(module, parts, ConstantSketches() if quantize else None)
+    regions = [*_open_regions(bound, parts)]
     for region in regions:
         if quantize:
             region.inside.quantize()
         _bind_first(region)
     for region in regions:
         # What no graph reads may still be computed with: a config tells of no bias that was added.
-        tried = (
-            region.ways.entries
-            if tries or region.inside.more
-            else _select_older_graphs(region, manifest)
-        )
-        names = [entry.id for entry in tried]
-        region.put(tally.missed, trials(region.path, names) if trials else FirstCallCheck(names))
-        ATTACHED[region.inside.module] = weakref.ref(region)
+        all_of_them = tries or region.inside.more
+        tried = (e.id for e in region.dispatcher.entries if all_of_them or _is_older(e, manifest))
+        region.put(tally.count_miss, FirstCallCheck(tried, region.path, verdicts))
     if hasattr(module, _AUTO_COMPILE):
-        setattr(module, _AUTO_COMPILE, Uncompiled(module))
+        setattr(module, _AUTO_COMPILE, _Uncompiled(module))
     return Attachment(module, regions, tally)
 
 
-def _select_older_graphs(region: Region, manifest: Manifest) -> list[Entry]:
-    """The graphs that were compiled before anybody looked at what modules leave in containers."""
-    entries = region.ways.entries if manifest.build.version < _SEES_CONTAINERS else ()
-    return [entry for entry in entries if takes_containers(entry.call)]
+def _is_older(entry: Entry, manifest: Manifest) -> bool:
+    """Whether a graph was compiled before anybody looked at what modules leave in containers."""
+    return manifest.build.version < _SEES_CONTAINERS and takes_containers(entry.call)
 
 
 def attach_nothing(module: nn.Module) -> Attachment:
@@ -208,10 +192,20 @@ def detach_graphs(module: nn.Module) -> None:
 
 def find_regions(module: nn.Module) -> Iterator[Region]:
     """The regions that are attached to a module and all within it."""
-    for part in module.modules():
-        region = ATTACHED[part]() if part in ATTACHED else None
-        if region is not None:
-            yield region
+    return filter(None, map(find_patch, module.modules()))
+
+
+def require_module(module: object) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        BadRequest: with its kind.
+    """
+    if not isinstance(module, nn.Module):
+        raise BadRequest(
+            f"a {type(module).__name__} is no module",
+            hint="give a torch.nn.Module; of a pipeline one of its modules, as pipe.transformer",
+        )
 
 
 def refuse_attached(module: nn.Module) -> None:
@@ -227,70 +221,35 @@ def refuse_attached(module: nn.Module) -> None:
         )
 
 
-def list_served_paths(manifest: Manifest) -> list[str]:
-    """The modules that graphs serve, each once."""
-    return [*dict.fromkeys(path for graph in manifest.graphs for path in graph.modules)]
-
-
-def select_graphs(manifest: Manifest, path: str) -> tuple[Entry, ...]:
-    """The graphs that serve the module at a path, in the manifest's order."""
-    return tuple(graph for graph in manifest.graphs if path in graph.modules)
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A module that graphs serve: where it is, on which device, and what it has for them."""
-
-    path: str
-    entries: tuple[Entry, ...]
-    device: torch.device
-    inside: ConstantBinding
-
-
-def _locate_modules(module: nn.Module, parts: Parts, sketched: Sketched | None) -> list[Served]:
-    """The modules that graphs serve; nothing is opened and nothing is touched.
+def _bind_modules(
+    module: nn.Module, parts: Parts, sketched: ConstantSketches | None
+) -> list[tuple[ServedModule, ConstantBinding]]:
+    """The modules that graphs serve, and what each has for them; nothing of it is touched.
 
     With `sketched`, they are to be quantized.
-
-    Raises:
-        BadRequest: one cannot be quantized in place.
-        MissingConstant: one is not there, or its tensors do not fit; all of them are named.
     """
-    problems: list[str] = []
-    found = []
-    brought: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
-    for path in list_served_paths(parts.manifest):
-        try:
-            part = module.get_submodule(path)
-        except AttributeError:
-            problems.append(f"{path} is not there")
-            continue
-        entries = select_graphs(parts.manifest, path)
-        device = find_module_device(part, parts.manifest.target.device)
-        key = (device, *(entry.id for entry in entries))
-        if key not in brought:
-            each = (pair for e in entries for pair in load_shipped_tensors(e, parts.path, device))
-            brought[key] = dict(each)
-        inside = ConstantBinding(part, collect_constants(entries), brought[key])
-        misfits = inside.problems(device, sketched)
+    bindings = []
+    shipped: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
+
+    def list_misfits(served: ServedModule) -> list[str]:
+        device = find_module_device(served.module, parts.manifest.target.device)
+        key = (device, *(entry.id for entry in served.graphs))
+        if key not in shipped:
+            each = (load_shipped_tensors(entry, parts.path, device) for entry in served.graphs)
+            shipped[key] = dict(itertools.chain.from_iterable(each))
+        binding = ConstantBinding(served.module, served.constants, shipped[key], device)
+        bindings.append(binding)
+        misfits = binding.list_problems(sketched)
         if sketched is not None:
-            refuse_other_layers(part, inside.constants)
-        problems += [f"{path}: {problem}" if path else problem for problem in misfits]
-        found.append(Served(path, entries, device, inside))
-    if problems:
-        raise MissingConstant(
-            f"{type(module).__name__} is not the model that was compiled: {'; '.join(problems)}",
-            hint="attach the artifact of this very model; nothing was changed",
-        )
-    return found
+            refuse_other_layers(served.module, binding.constants)
+        return misfits
+
+    served = find_served_modules(module, parts.manifest, "attach", list_misfits)
+    return [*zip(served, bindings, strict=True)]
 
 
 def _require_quantized(manifest: Manifest) -> None:
-    """Refuse to quantize a module as an artifact is that is not quantized.
-
-    Raises:
-        BadRequest: with its recipe.
-    """
+    """Refuse to quantize a module as an artifact is that is not quantized."""
     if manifest.build.quantization is None:
         raise BadRequest(
             f"the artifact's weights are not quantized: its recipe is {manifest.recipe}",
@@ -298,83 +257,49 @@ def _require_quantized(manifest: Manifest) -> None:
         )
 
 
-def find_module_device(module: nn.Module, target: str) -> torch.device:
-    """The device of a module's tensors; of one without tensors the first of its kind.
-
-    Raises:
-        BadRequest: it is of another kind than the artifact was built for.
-    """
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    device = next((each.device for each in tensors if not each.is_meta), None)
-    if device is None:
-        return torch.device(target, 0) if target == "cuda" else torch.device(target)
-    if device.type != target:
-        raise BadRequest(
-            f"the artifact was built for {target}, the module is on {device}",
-            hint=f"move the model first: model.to({target!r})",
-        )
-    return device
-
-
-def _open_regions(found: Iterable[Served], parts: Parts) -> Iterator[Region]:
-    """A region for each module: graphs of its own over libraries and ways that all share.
-
-    Raises:
-        CannotOpen, MissingOps: a library cannot be loaded here.
-        OtherProgram: a module cannot be called as the one that was compiled. Nothing was touched.
-    """
-    program, build = parts.manifest.program, parts.manifest.build
-    expands = "model_type" in program.config
+def _open_regions(
+    bound: Iterable[tuple[ServedModule, ConstantBinding]], parts: Parts
+) -> Iterator[Region]:
+    """A region for each module: graphs of its own over libraries and dispatchers that all share."""
     shared: dict[tuple[Any, ...], Dispatcher] = {}
-    for each in found:
-        module, device = each.inside.module, each.device
-        key = (device, type(module), *(entry.id for entry in each.entries))
+    for served, binding in bound:
+        key = (binding.device, type(served.module), *(entry.id for entry in served.graphs))
         if key not in shared:
-            shared[key] = _make_dispatcher(each, device, expands, build.attention)
-        ways = shared[key]
+            shared[key] = _make_dispatcher(served, binding.device, parts.manifest)
+        dispatcher = shared[key]
         graphs = [
-            open_graph(parts.graph_folder(entry), entry, device, checks)
-            for entry, checks in zip(ways.entries, ways.checks, strict=True)
+            open_graph(parts.graph_folder(entry), entry, binding.device, checks)
+            for entry, checks in zip(dispatcher.entries, dispatcher.checks, strict=True)
         ]
-        yield Region(each.path, ways, graphs, each.inside)
+        yield Region(served.path, dispatcher, graphs, binding)
 
 
-def _make_dispatcher(
-    served: Served, device: torch.device, expands: bool, attention: str
-) -> Dispatcher:
-    """How the graphs of a module are called.
-
-    Raises:
-        OtherProgram: not as this module is.
-    """
-    module = served.inside.module
+def _make_dispatcher(served: ServedModule, device: torch.device, manifest: Manifest) -> Dispatcher:
+    """How the graphs of a module are called."""
+    expands = "model_type" in manifest.program.config
     try:
-        return Dispatcher(served.entries, module, device, expands, attention)
+        return Dispatcher(served.graphs, served.module, device, expands, manifest.build.attention)
     except CannotServe as error:
         raise OtherProgram(
-            f"{served.path or type(module).__name__} is called otherwise than the module that was "
-            f"compiled: {error}",
+            f"{served.path or type(served.module).__name__} is called otherwise than the module "
+            f"that was compiled: {error}",
             hint="attach the artifact of this very model; nothing was changed",
         ) from error
 
 
 def _bind_first(region: Region) -> None:
-    """Bind a region's graphs, before the module is touched.
-
-    Raises:
-        MissingConstant: a tensor does not fit.
-    """
+    """Bind a region's graphs, before the module is touched."""
     try:
         region.bind()
-    except CannotServe as why:
-        if why.reason in {"training", "hooks", "changed", "adapters"}:
+    except CannotServe as error:
+        if error.reason in {"training", "hooks", "changed", "adapters"}:
             return  # the module answers, and says so, until that is over
         raise MissingConstant(
-            f"{region.path}: {why}", hint="nothing was changed; attach what was compiled"
-        ) from why
+            f"{region.path}: {error}", hint="nothing was changed; attach what was compiled"
+        ) from error
 
 
-class Uncompiled:
+class _Uncompiled:
     """Says for a model that `generate` is not to compile it: its graphs answer."""
 
     def __init__(self, module: nn.Module) -> None:

@@ -1,13 +1,11 @@
 """What a region's graphs took of its module: its tensors, its parts, and that nothing listens.
 
-A graph stands for the module as it was when it was bound; `watch` tells whether it still is.
+A graph stands for the module as it was when it was bound; its guard tells whether it still is.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +13,13 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from hubaoti.artifact.manifest import Constant
-from hubaoti.artifact.manifest import Graph as Entry
-from hubaoti.attachment.module_guard import GLOBAL_HOOKS, Found, ModuleGuard
-from hubaoti.attachment.quantized import Sketched, find_quantized_constant, quantize_in_place
+from hubaoti.attachment.forward_patch import ModuleReference
+from hubaoti.attachment.module_guard import GLOBAL_HOOKS, FoundConstant, ModuleGuard
+from hubaoti.attachment.quantized import (
+    ConstantSketches,
+    find_quantized_constant,
+    quantize_in_place,
+)
 from hubaoti.errors import MissingConstant
 from hubaoti.program.adapters import Adapter, separate_adapters, stands_aside, tensor_version
 from hubaoti.program.output_capturing import is_capture
@@ -32,92 +34,81 @@ from hubaoti.runtime.input_checks import (
 from hubaoti.runtime.quantize import make_quantized
 
 _PLAIN = (torch.Tensor, nn.Parameter)
-
-Make = Callable[[str, torch.Tensor], torch.Tensor]
-
-
-class OfModule:
-    """What belongs to a module and does not keep it alive."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether nobody has the module any more."""
-        return self._module() is None
-
-    @property
-    def module(self) -> nn.Module:
-        """The module; who calls it holds it."""
-        module = self._module()
-        assert module is not None
-        return module
+_Held = tuple[dict[str, Any], str]  # the dictionary of a module that holds a tensor, and its name
 
 
-class ConstantBinding(OfModule):
+class ConstantBinding(ModuleReference):
     """One module as its graphs know it: where it has their constants."""
 
     def __init__(
-        self, module: nn.Module, constants: Sequence[Constant], shipped: Mapping[str, torch.Tensor]
+        self,
+        module: nn.Module,
+        constants: Sequence[Constant],
+        shipped: Mapping[str, torch.Tensor],
+        device: torch.device,
     ) -> None:
         super().__init__(module)
-        self._make: Make = make_quantized
+        self.device = device
+        self._make: Callable[[str, torch.Tensor], torch.Tensor] = make_quantized
         self.constants = constants
         self.shipped = shipped
-        self._read = {name for constant in constants for name in _list_possible_names(constant)}
-        self._compiled = self._compiled_adapters(module)
-        parts = self._parts_now(module)[0]
+        self._read = {
+            name
+            for each in constants
+            for name in (each.fqn, each.origin.module, find_quantized_constant(each))
+            if name
+        }
+        self._compiled = self._find_compiled_adapters(module)
+        parts = self._find_parts(module)[0]
         self._parts = {name: part for name, part in parts.items() if part is not module}
-        self._types = self._types_now()
-        self._found: dict[str, Found] = {}
+        self._types = {name: type(part) for name, part in self._parts.items()}
+        self._found: dict[str, FoundConstant] = {}
         self._states: list[tuple[Any, ...]] = []
-        self.more = self._unread(parts)
+        self.more = self._list_unread(parts)
 
-    def _compiled_adapters(self, module: nn.Module) -> dict[str, tuple[Any, ...]]:
+    def _find_compiled_adapters(self, module: nn.Module) -> dict[str, tuple[Any, ...]]:
         """The adapters that were compiled with their layers, and what they are set to."""
-        read = tuple(self._read)
         return {
             each.path: each.mode()
             for each in separate_adapters(module)[1]
-            if any(name.startswith(f"{each.path}.base_layer.".lstrip(".")) for name in read)
+            if any(name.startswith(f"{each.path}.base_layer.".lstrip(".")) for name in self._read)
         }
 
-    def _parts_now(self, module: nn.Module) -> tuple[dict[str, nn.Module], list[Adapter]]:
+    def _find_parts(self, module: nn.Module) -> tuple[dict[str, nn.Module], list[Adapter]]:
         """All parts by their paths, those under adapters in the place of these; and these."""
         return separate_adapters(module, self._compiled)
-
-    def _types_now(self) -> dict[str, type]:
-        return {name: type(part) for name, part in self._parts.items()}
 
     def quantize(self) -> None:
         """Have the module hold what its graphs read, and not what that is made of."""
         self.forget()
         self._make = make_quantized
         quantize_in_place(self.module, self.constants)
-        parts = self._parts_now(self.module)[0]
-        self._types, self.more = self._types_now(), self._unread(parts)
+        parts = self._find_parts(self.module)[0]
+        self._types = {name: type(part) for name, part in self._parts.items()}
+        self.more = self._list_unread(parts)
 
-    def _unread(self, parts: Mapping[str, nn.Module]) -> frozenset[str]:
+    def _list_unread(self, parts: Mapping[str, nn.Module]) -> frozenset[str]:
         """The tensors that no graph reads, as a bias that the program has not."""
         return frozenset(_list_tensor_names(parts)) - self._read
 
-    def look(self, device: torch.device) -> tuple[dict[str, torch.Tensor], ModuleGuard]:
+    def find_constants(self) -> tuple[dict[str, torch.Tensor], ModuleGuard]:
         """The constants by fqn as they are now, and what tells when that is so no more.
 
         Raises:
             CannotServe: the module is not what it was, or a tensor does not fit.
         """
-        self._require_quiet()
-        parts, adapters = self._parts_now(self.module)
+        if self.is_gone:
+            raise CannotServe("changed", "the module is gone")
+        require_quiet(self.module)
+        parts, adapters = self._find_parts(self.module)
         self._require_same(parts)
         self._require_aside(adapters)
         self._require_no_more(parts)
         states = [each.state() for each in adapters]
         if states != self._states:  # what was made is of a weight that may be another
             self.forget()
-        found: dict[str, Found] = {}
-        problems = [*self._problems(found, device)]
+        found: dict[str, FoundConstant] = {}
+        problems = [*self._find_all(found)]
         if problems:
             raise CannotServe("weights", "; ".join(problems))
         self._found, self._states = found, states
@@ -130,44 +121,41 @@ class ConstantBinding(OfModule):
         """Make everything anew that is made of the module's tensors."""
         self._found = {}
 
-    def problems(self, device: torch.device, sketched: Sketched | None = None) -> list[str]:
+    def list_problems(self, sketched: ConstantSketches | None = None) -> list[str]:
         """Why constants do not fit, each with its name, what is expected and what is there.
 
-        What had to be made to tell is kept for `look`; what was only sketched is not.
+        What had to be made to tell is kept for `find_constants`; what was only sketched is not.
         """
-        if sketched is not None:
+        found: dict[str, FoundConstant] = {}
+        if sketched is None:
+            self._found = found
+        else:
             self._make = sketched
-            return [*self._problems({}, device)]
-        self._found = {}
-        return [*self._problems(self._found, device)]
+        return [*self._find_all(found)]
 
-    def _problems(self, found: dict[str, Found], device: torch.device) -> Iterator[str]:
+    def _find_all(self, found: dict[str, FoundConstant]) -> Iterator[str]:
+        """Add all constants that fit to those that were found; why the others do not."""
         for constant in self.constants:
             try:
-                each = self._find(constant, device)
-            except (MissingConstant, CannotServe) as why:
-                yield f"{why}"
+                each = self._find(constant)
+            except (MissingConstant, CannotServe) as error:
+                yield f"{error}"
                 continue
             if each is not None:
                 found[constant.fqn] = each
 
-    def _find(self, constant: Constant, device: torch.device) -> Found | None:
-        """A constant in the module; None where the artifact brought it.
-
-        Raises:
-            MissingConstant: it is nowhere, or another tensor than the graph was compiled for.
-        """
+    def _find(self, constant: Constant) -> FoundConstant | None:
+        """A constant in the module; None where the artifact brought it; nowhere is refused."""
         origin = constant.origin
-        held = self._held(constant.fqn) or self._held(find_quantized_constant(constant) or "")
-        made: Callable[[torch.Tensor], torch.Tensor] = _clone_tensor
-        if held is None and origin.transform and origin.module:
-            held = self._held(origin.module)
-            made = partial(_quantize_constant, constant, self._make)
-        elif held is not None and self._fits(constant, held[0][held[1]], device):
-            return Found(*held, held[0][held[1]], held[0][held[1]])
+        held = self._locate(constant.fqn) or self._locate(find_quantized_constant(constant) or "")
+        is_source = held is None and bool(origin.transform and origin.module)
+        if is_source:
+            held = self._locate(origin.module or "")
+        elif held is not None and self._fits(constant, held[0][held[1]]):
+            return FoundConstant(*held, held[0][held[1]], held[0][held[1]])
         if held is not None:
-            found = self._remade(constant, held, made)
-            check_constant(constant, found.bound, device)
+            found = self._remake(constant, held, is_source)
+            check_constant(constant, found.bound, self.device)
             return found
         if constant.fqn in self.shipped:
             return None
@@ -177,7 +165,7 @@ class ConstantBinding(OfModule):
             hint="attach the model that the artifact was compiled for",
         )
 
-    def _held(self, fqn: str) -> tuple[dict[str, Any], str] | None:
+    def _locate(self, fqn: str) -> _Held | None:
         """The dictionary that holds a tensor, and its name there."""
         path, _, name = fqn.rpartition(".")
         part = self._parts.get(path) if path else self.module
@@ -188,37 +176,35 @@ class ConstantBinding(OfModule):
                 return store, name
         return None
 
-    def _fits(self, constant: Constant, tensor: torch.Tensor, device: torch.device) -> bool:
-        """Whether a tensor can be bound as it is; one at an odd address has to be copied.
-
-        Raises:
-            MissingConstant: it is not the tensor that the graph was compiled for.
-        """
+    def _fits(self, constant: Constant, tensor: torch.Tensor) -> bool:
+        """Whether a tensor can be bound as it is; one at an odd address has to be copied."""
         _require_plain_weight(constant.fqn, tensor)
-        if tensor.data_ptr() % tensor_alignment(tensor.dtype, device):
+        if tensor.data_ptr() % tensor_alignment(tensor.dtype, self.device):
             return False
-        check_constant(constant, tensor, device)
+        check_constant(constant, tensor, self.device)
         return True
 
-    def _remade(
-        self,
-        constant: Constant,
-        held: tuple[dict[str, Any], str],
-        made: Callable[[torch.Tensor], torch.Tensor],
-    ) -> Found:
-        """What is made of a tensor, once for each of its values."""
+    def _remake(self, constant: Constant, held: _Held, quantize: bool) -> FoundConstant:
+        """What is made of a tensor for each of its values: quantized, or at another address."""
         tensor = held[0][held[1]]
         _require_plain_weight(held[1], tensor)
         before = self._found.get(constant.fqn)
         if before is not None and before.tensor is tensor and before.is_fresh:
             return before
-        return Found(*held, tensor, made(tensor), tensor_version(tensor))
+        made = self._quantize(constant, tensor) if quantize else tensor.detach().clone()
+        return FoundConstant(*held, tensor, made, tensor_version(tensor))
 
-    def _require_quiet(self) -> None:
-        """Refuse what `require_quiet` does, of a module that is still there."""
-        if self._module() is None:
-            raise CannotServe("changed", "the module is gone")
-        require_quiet(self.module)
+    def _quantize(self, constant: Constant, tensor: torch.Tensor) -> torch.Tensor:
+        """A quantized constant, of the module's own weight in the dtype that the recipe names."""
+        origin = constant.origin
+        if origin.dtype is not None and tensor.dtype != parse_dtype(origin.dtype):
+            raise MissingConstant(
+                f"{origin.module} is {tensor.dtype}; expected is {origin.dtype}, of which "
+                f"{constant.fqn} is made",
+                hint="load the model in the dtype that the recipe names",
+            )
+        assert origin.transform is not None
+        return self._make(origin.transform, tensor.detach())
 
     def _require_same(self, now: Mapping[str, nn.Module]) -> None:
         """Refuse parts that were replaced, are of another class, or new."""
@@ -242,19 +228,10 @@ class ConstantBinding(OfModule):
                 raise CannotServe("adapters", f"{each.path} has an adapter that is not merged")
 
     def _require_no_more(self, parts: Mapping[str, nn.Module]) -> None:
-        """Refuse tensors that were not there.
-
-        Raises:
-            CannotServe: with their names.
-        """
-        new = self._unread(parts) - self.more
+        """Refuse tensors that were not there when it was attached."""
+        new = self._list_unread(parts) - self.more
         if new:
             raise CannotServe("changed", f"{', '.join(sorted(new))} is new")
-
-
-def collect_constants(entries: Sequence[Entry]) -> list[Constant]:
-    """The constants of all graphs of a module, each once."""
-    return [*{each.fqn: each for entry in entries for each in entry.constants}.values()]
 
 
 def _list_tensor_names(parts: Mapping[str, nn.Module]) -> Iterator[str]:
@@ -266,11 +243,6 @@ def _list_tensor_names(parts: Mapping[str, nn.Module]) -> Iterator[str]:
                 if tensor is not None and (kind, id(tensor)) not in seen:
                     seen.add((kind, id(tensor)))
                     yield f"{path}.{name}" if path else name
-
-
-def _list_possible_names(constant: Constant) -> tuple[str, str, str]:
-    """Where a module may have a constant, or what it is made of."""
-    return constant.fqn, constant.origin.module or "", find_quantized_constant(constant) or ""
 
 
 def require_quiet(module: nn.Module, own: tuple[type, ...] = ()) -> None:
@@ -297,11 +269,7 @@ def require_quiet(module: nn.Module, own: tuple[type, ...] = ()) -> None:
 
 
 def _require_plain_weight(name: str, tensor: torch.Tensor) -> None:
-    """Refuse a tensor that is more than its values, and one that has none.
-
-    Raises:
-        MissingConstant: with its kind.
-    """
+    """Refuse a tensor that is more than its values, and one that has none."""
     if type(tensor) not in _PLAIN:
         raise MissingConstant(f"{name} is a {type(tensor).__name__}", hint="give it plain tensors")
     if tensor.is_meta:
@@ -314,25 +282,3 @@ def _require_plain_weight(name: str, tensor: torch.Tensor) -> None:
             f"{name} has no plain memory{describe_layout(tensor)}",
             hint="give the module plain tensors: to_dense(), clone()",
         )
-
-
-def _clone_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values at an address that can be used."""
-    return tensor.detach().clone()
-
-
-def _quantize_constant(constant: Constant, make: Make, tensor: torch.Tensor) -> torch.Tensor:
-    """A quantized constant, of the module's own weight.
-
-    Raises:
-        MissingConstant: the weight has another dtype than the one that it was quantized from.
-    """
-    origin = constant.origin
-    if origin.dtype is not None and tensor.dtype != parse_dtype(origin.dtype):
-        raise MissingConstant(
-            f"{origin.module} is {tensor.dtype}; expected is {origin.dtype}, of which "
-            f"{constant.fqn} is made",
-            hint="load the model in the dtype that the recipe names",
-        )
-    assert origin.transform is not None
-    return make(origin.transform, tensor.detach())

@@ -1,7 +1,7 @@
-"""Ways: which graph answers a call, and what has to be done to its inputs before.
+"""Which graph answers a call, and what has to be done to its inputs before.
 
-All blocks that share graphs share their ways, so that what is worked out for the first block of a
-model holds for the others.
+All blocks that share graphs share the routes to them, so that what is worked out for the first
+block of a model holds for the others.
 """
 
 from __future__ import annotations
@@ -15,8 +15,14 @@ import torch
 from torch import nn
 
 from hubaoti.artifact.manifest import Graph as Entry
-from hubaoti.attachment.expand import Adapted, current_stream
-from hubaoti.attachment.sizes import compute_shape, find_axis, is_expandable, read_dims
+from hubaoti.attachment.expand import (
+    ExpandedInputs,
+    compute_shape,
+    current_stream,
+    find_axis,
+    is_expandable,
+    read_dims,
+)
 from hubaoti.attachment.torch_modes import refuse_modes
 from hubaoti.errors import BadInput, BadManifest, OutOfBounds
 from hubaoti.program.output_capturing import find_unread_flags
@@ -41,7 +47,7 @@ _REASONS: dict[type, str] = {Overlap: "overlap", BadValue: "values"}
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class InputShape:
     """What an input is made into; the last axis is cut to what is filled where `cut` says so."""
 
     place: int
@@ -59,14 +65,14 @@ class Route:
 
     graph: int
     small: bool
-    shapes: tuple[Shape, ...]
+    shapes: tuple[InputShape, ...]
     sizes: tuple[int, ...]
     numbers: tuple[int, ...]
     filled: tuple[int, int, int] | None
 
 
 class Dispatcher:
-    """The graphs that serve the same modules, in their order, and the ways to them."""
+    """The graphs that serve the same modules, in their order, and the routes to them."""
 
     def __init__(
         self,
@@ -85,7 +91,7 @@ class Dispatcher:
         own = partial(type(block).forward, block)  # whatever somebody has put over it
         self.plan = CallPlan(first.call, len(first.inputs), own, find_unread_flags(block))
         self.answers = [Answers(entry.outputs) for entry in self.entries]
-        self.adapted = Adapted()
+        self._expanded = ExpandedInputs()
         self.has_cache = first.cache is not None
         self._rows, self._seq = find_axis(first, "batch"), find_axis(first, "seq")
         # Who made a model of transformers gives one row for all, and leaves masks out.
@@ -93,12 +99,12 @@ class Dispatcher:
         self._config = next((p.config for p in block.modules() if hasattr(p, "config")), None)
         self._masks = sum(item.values == "mask" for item in first.inputs)
         self._compiled_from = attention
-        says = any(getattr(part, CAUSAL, False) for part in block.modules())
-        self._could_be_causal = bool(first.call["kwargs"].get(CAUSAL, says))
+        is_said = any(getattr(part, CAUSAL, False) for part in block.modules())
+        self._could_be_causal = bool(first.call["kwargs"].get(CAUSAL, is_said))
         self._known: KnownCalls[Route] = KnownCalls()
         self._position: tuple[tuple[int, int, int], torch.Tensor] | None = None
 
-    def sizes_of(self, found: Sequence[Any]) -> tuple[int, int]:
+    def read_sizes(self, found: Sequence[Any]) -> tuple[int, int]:
         """Rows and tokens of a call of a decoder's block."""
         sizes = []
         for place in (self._rows, self._seq):
@@ -108,50 +114,52 @@ class Dispatcher:
             sizes.append(tensor.shape[place[1]])
         return sizes[0], sizes[1]
 
-    def with_cache(self, found: list[Any], held: CacheState) -> None:
+    def add_cache(self, found: list[Any], held: CacheState) -> None:
         """Put the layer of a cache among the inputs, and the places that are written."""
-        entry = self._of_kind(held)
+        entry = self._find_entry(held)
         assert entry.cache is not None
         put_cache(entry.cache, held, found, self._positions(held))
 
-    def of(self, inputs: Sequence[Any], numbers: Sequence[Any], held: CacheState | None) -> Route:
-        """The way of a call.
+    def find_route(
+        self, inputs: Sequence[Any], numbers: Sequence[Any], held: CacheState | None
+    ) -> Route:
+        """The route of a call.
 
         Raises:
             CannotServe: there is none, with the reason.
         """
         known, look = self._known, inputs
-        way = known.of(look)
-        if way is None:
-            look = self._whole(inputs, held)
-            way = known.of(look)
-        if way is not None and way.numbers == tuple(numbers) and _is_within(way, held):
-            return way
+        route = known.of(look)
+        if route is None:
+            look = self._mark_gaps(inputs, held)
+            route = known.of(look)
+        if route is not None and route.numbers == tuple(numbers) and _is_within(route, held):
+            return route
         refuse_modes(self.device)
-        way = self._find(inputs, numbers, held)
-        known.add(look, way)
-        return way
+        route = self._find(inputs, numbers, held)
+        known.add(look, route)
+        return route
 
     def follow(
-        self, way: Route, inputs: list[Any], held: CacheState | None, who: str
+        self, route: Route, inputs: list[Any], held: CacheState | None, who: str
     ) -> list[torch.Tensor]:
-        """The inputs as the way's graph takes them, for the block at a path.
+        """The inputs as the route's graph takes them, for the block at a path.
 
         Raises:
             CannotServe: two share memory that is written, or an id is no id.
         """
         filled = held.filled if held is not None else None
-        checks = self.checks[way.graph]
-        for shape in way.shapes:
-            inputs[shape.place] = self._shaped(
+        checks = self.checks[route.graph]
+        for shape in route.shapes:
+            inputs[shape.place] = self._make_input(
                 checks.slots[shape.place], shape, inputs, filled, who
             )
         try:
-            return checks.settled(inputs, way.sizes)
+            return checks.settled(inputs, route.sizes)
         except BadInput as error:
             raise CannotServe(_REASONS.get(type(error), "layout"), f"{error}") from error
 
-    def _whole(self, inputs: Sequence[Any], held: CacheState | None) -> Sequence[Any]:
+    def _mark_gaps(self, inputs: Sequence[Any], held: CacheState | None) -> Sequence[Any]:
         """The inputs with something in the place of those that are left out, which has a look.
 
         Over a cache a mask is left out only while nothing is in it.
@@ -177,8 +185,8 @@ class Dispatcher:
     def _require_plain_mask(self, held: CacheState | None) -> None:
         """Refuse to make a mask that would say something else than leaving it out."""
         if self._attention not in _MASKED:
-            told = f"a mask is left out, of an attention that is {self._attention}"
-            raise CannotServe("arguments", f"{told}, not {' or '.join(_MASKED)}")
+            message = f"a mask is left out, of an attention that is {self._attention}"
+            raise CannotServe("arguments", f"{message}, not {' or '.join(_MASKED)}")
         if self._masks != 1:
             raise CannotServe("arguments", "a mask is left out, and there are several")
         # Of one token sdpa looks at all places, those that are empty among them; eager always does.
@@ -188,15 +196,15 @@ class Dispatcher:
 
     def _positions(self, held: CacheState) -> torch.Tensor:
         """Where new entries go, the same for all layers of a step."""
-        at = (held.before, held.seq, current_stream(self.device))
+        key = (held.before, held.seq, current_stream(self.device))
         known = self._position
-        if known is None or known[0] != at:
-            known = (at, held.position())
+        if known is None or known[0] != key:
+            known = (key, held.position())
             if type(known[1]) is torch.Tensor:  # and not one of a mode that is refused yet
                 self._position = known
         return known[1]
 
-    def _of_kind(self, held: CacheState) -> Entry:
+    def _find_entry(self, held: CacheState) -> Entry:
         """A graph for a window that is full, or becomes so, or for one that is not."""
         for entry in self.entries:
             if entry.cache is not None and entry.cache.kind == _choose_cache_kind(held):
@@ -207,11 +215,7 @@ class Dispatcher:
     def _find(
         self, inputs: Sequence[Any], numbers: Sequence[Any], held: CacheState | None
     ) -> Route:
-        """Try the graphs in their order.
-
-        Raises:
-            CannotServe: with the reason of the last of them.
-        """
+        """The route by the first graph that can; the last one's reason where none can."""
         problems: list[CannotServe] = []
         for index, entry in enumerate(self.entries):
             if entry.cache is not None and entry.cache.kind != _choose_cache_kind(held):
@@ -225,11 +229,7 @@ class Dispatcher:
     def _try(
         self, index: int, inputs: Sequence[Any], numbers: Sequence[Any], held: CacheState | None
     ) -> Route:
-        """The way by one graph.
-
-        Raises:
-            CannotServe: it cannot answer.
-        """
+        """The route by one graph, which is refused where that cannot answer."""
         entry, checks = self.entries[index], self.checks[index]
         for slot, item in zip(checks.slots, inputs, strict=True):
             self._require_kind(slot, item)
@@ -238,10 +238,12 @@ class Dispatcher:
         if filled is not None and "filled" in entry.bounds:
             sizes["filled"] = filled
         grown = filled if held is not None and held.is_filling else None
-        shapes = [*self._shapes(entry, inputs, sizes, grown)]
+        shapes = [*self._plan_shapes(entry, inputs, sizes, grown)]
         made = [*inputs]
         for shape in shapes:
-            made[shape.place] = self._shaped(checks.slots[shape.place], shape, inputs, filled, "")
+            made[shape.place] = self._make_input(
+                checks.slots[shape.place], shape, inputs, filled, ""
+            )
         try:
             checks.examined(made)
         except (OutOfBounds, BadInput) as error:
@@ -276,9 +278,9 @@ class Dispatcher:
         if slot.entry.mutated and not item.is_contiguous():
             raise CannotServe("layout", f"{name}, which is written, is a view")
 
-    def _shapes(
+    def _plan_shapes(
         self, entry: Entry, inputs: Sequence[Any], sizes: Mapping[str, int], grown: int | None
-    ) -> Iterator[Shape]:
+    ) -> Iterator[InputShape]:
         """What has to be made of the inputs for them to have the sizes of one call.
 
         In the call in which a window becomes full, masks of `grown` places are of a full one.
@@ -298,10 +300,10 @@ class Dispatcher:
             grows = item.values == "mask" and _is_grown(tensor, wanted, grown)
             less = expands and tensor is not None and is_expandable(tensor.shape, wanted, cut)
             if same or tensor is None or less or grows:
-                yield Shape(place, wanted[:-1] if cut else wanted, cut)
+                yield InputShape(place, wanted[:-1] if cut else wanted, cut)
 
-    def _shaped(
-        self, slot: Slot, shape: Shape, inputs: Sequence[Any], filled: int | None, who: str
+    def _make_input(
+        self, slot: Slot, shape: InputShape, inputs: Sequence[Any], filled: int | None, who: str
     ) -> torch.Tensor:
         """An input made into a shape; one that was left out is made."""
         sizes = (*shape.sizes, filled) if shape.cut and filled is not None else shape.sizes
@@ -309,9 +311,9 @@ class Dispatcher:
         if source is None:
             # Over another sequence, as over an encoder's answer, everything is looked at.
             own = slot.entry.shape[-1] in {slot.entry.shape[-2], "filled"}
-            return self.adapted.mask(sizes, slot.dtype, self.device, own and self._is_causal)
+            return self._expanded.make_mask(sizes, slot.dtype, self.device, own and self._is_causal)
         cut = filled if shape.cut else None
-        return self.adapted.shaped(source, sizes, cut, who)
+        return self._expanded.expand(source, sizes, cut, who)
 
     def _require_numbers(self, numbers: Sequence[Any], sizes: Mapping[str, int]) -> None:
         """Refuse a number that does not follow from the dims as it did."""
@@ -324,11 +326,7 @@ class Dispatcher:
 
 
 def _require_plain_input(name: str, item: Any) -> None:
-    """Refuse what is more than a tensor, or not one.
-
-    Raises:
-        CannotServe: with what it is.
-    """
+    """Refuse what is more than a tensor, or not one."""
     if not isinstance(item, torch.Tensor):
         raise CannotServe("arguments", f"{name} is {describe_value(item)}, not a tensor")
     if type(item) not in _PLAIN:
@@ -338,11 +336,7 @@ def _require_plain_input(name: str, item: Any) -> None:
 
 
 def _refuse_other_calls(first: Entry, entries: Sequence[Entry]) -> None:
-    """Refuse graphs that serve one module and are called in different ways.
-
-    Raises:
-        BadManifest: they are; hubaoti makes none.
-    """
+    """Refuse graphs that serve one module and are called in different ways."""
     for entry in entries:
         same = entry.call == first.call and first.inputs[: len(entry.inputs)]
         names = [item.name for item in same or ()]
@@ -368,15 +362,15 @@ def _choose_cache_kind(held: CacheState | None) -> str:
 def _find_filled_range(
     entry: Entry, sizes: Mapping[str, int], grown: int | None
 ) -> tuple[int, int, int] | None:
-    """What may be filled for a way to be taken again: from, to, and in which steps."""
+    """What may be filled for a route to be taken again: from, to, and in which steps."""
     if grown is not None:
         return grown, grown, 1
     return (*entry.bounds["filled"], entry.steps.get("filled", 1)) if "filled" in sizes else None
 
 
-def _is_within(way: Route, held: CacheState | None) -> bool:
-    """Whether what is filled is what a way's graph was compiled for."""
-    if way.filled is None or held is None:
+def _is_within(route: Route, held: CacheState | None) -> bool:
+    """Whether what is filled is what a route's graph was compiled for."""
+    if route.filled is None or held is None:
         return held is None or not held.is_filling
-    low, high, step = way.filled
+    low, high, step = route.filled
     return low <= held.filled <= high and held.filled % step == 0

@@ -1,4 +1,4 @@
-"""Inputs as a graph wants them, of what a model gives: whole masks, and a row for each text.
+"""Inputs as a graph wants them, of what a model gives: dims, whole masks, a row for each text.
 
 Transformers leave out a mask that says nothing, and give one row of a table for all rows. A graph
 has the whole, so it is made here: once for all blocks that are given the same tensor.
@@ -7,18 +7,23 @@ has the whole, so it is made here: once for all blocks that are given the same t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from hubaoti.artifact.dim_expr import DimExpr
+from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.manifest import Input
+from hubaoti.runtime.fallback import CannotServe
+
 _KEPT = 8  # adapted tensors that are remembered
 
-Key = tuple[Any, ...]
+_Key = tuple[Any, ...]
 
 
-class Adapted:
+class ExpandedInputs:
     """Tensors made of others for the blocks of a model, in one pass through it.
 
     A block that asks for the same again is in another pass, in which the source may hold something
@@ -26,9 +31,9 @@ class Adapted:
     """
 
     def __init__(self) -> None:
-        self._made: dict[Key, tuple[Any, int, torch.Tensor, set[str]]] = {}
+        self._made: dict[_Key, tuple[Any, int, torch.Tensor, set[str]]] = {}
 
-    def shaped(
+    def expand(
         self, source: torch.Tensor, shape: Sequence[int], filled: int | None, who: str
     ) -> torch.Tensor:
         """A tensor cut to the places that are filled, and with all of its rows, for a block.
@@ -39,17 +44,16 @@ class Adapted:
             return expand_to_shape(source, shape, filled)
         key = (id(source), current_stream(source.device), *shape)
         found = self._made.get(key)
-        if found is not None and found[0]() is source and found[1] == source._version:
-            asked = found[3]
-            if who not in asked:
-                asked.add(who)
-                return found[2]
+        same = found is not None and found[0]() is source and found[1] == source._version
+        if found is not None and same and who not in found[3]:
+            found[3].add(who)
+            return found[2]
         made = expand_to_shape(source, shape, filled)
         if made is not source:
             self._keep(key, (weakref.ref(source), source._version, made, {who}))
         return made
 
-    def mask(
+    def make_mask(
         self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, causal: bool
     ) -> torch.Tensor:
         """The mask that was left out: all that is there is looked at, or all that was before."""
@@ -61,7 +65,7 @@ class Adapted:
         self._keep(key, (None, 0, made, set()))
         return made
 
-    def _keep(self, key: Key, made: tuple[Any, int, torch.Tensor, set[str]]) -> None:
+    def _keep(self, key: _Key, made: tuple[Any, int, torch.Tensor, set[str]]) -> None:
         """Remember the newest; those whose source is gone are the first to be forgotten."""
         alive = {k: v for k, v in self._made.items() if v[0] is None or v[0]() is not None}
         alive.pop(key, None)
@@ -102,3 +106,44 @@ def _make_attention_mask(
 def _get_masked_value(dtype: torch.dtype) -> float:
     """What a mask of a dtype has where nobody looks."""
     return torch.finfo(dtype).min if dtype.is_floating_point else 0
+
+
+def find_axis(entry: Entry, dim: str) -> tuple[int, int] | None:
+    """The first input and axis that have a dim's size."""
+    for place, item in enumerate(entry.inputs):
+        if dim in item.shape:
+            return place, item.shape.index(dim)
+    return None
+
+
+def read_dims(entry: Entry, inputs: Sequence[Any]) -> dict[str, int]:
+    """The sizes of the dims in a call; an axis of one may stand for any size."""
+    sizes: dict[str, int] = {}
+    for item, tensor in zip(entry.inputs, inputs, strict=True):
+        if tensor is None:
+            continue
+        if tensor.dim() != len(item.shape):
+            raise CannotServe(
+                "shape", f"{item.name} has {tensor.dim()} axes, not {len(item.shape)}"
+            )
+        for size, named in zip(tensor.shape, item.shape, strict=True):
+            if isinstance(named, str) and (extent := DimExpr.parse(named)).plain:
+                dim = extent.dims[0]
+                sizes[dim] = max(sizes.get(dim, 1), size)
+    return sizes
+
+
+def compute_shape(item: Input, sizes: Mapping[str, int]) -> tuple[int, ...] | None:
+    """The shape of an input at some sizes; None where they do not tell."""
+    try:
+        return tuple(n if isinstance(n, int) else DimExpr.parse(n).at(sizes) for n in item.shape)
+    except KeyError:
+        return None
+
+
+def is_expandable(shape: Sequence[int], wanted: Sequence[int], cut: bool) -> bool:
+    """Whether a tensor becomes another by expanding it, and by cutting its last axis."""
+    pairs = [*zip(shape, wanted, strict=True)]
+    whole = pairs[:-1] if cut else pairs
+    fits = not cut or pairs[-1][0] >= pairs[-1][1]
+    return fits and all(have in (1, want) for have, want in whole)

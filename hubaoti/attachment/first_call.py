@@ -28,24 +28,57 @@ from hubaoti.runtime.input_checks import name_dtype
 
 UNTRIED, AGREES, DIFFERS = range(3)
 
-Prepare = Callable[[list[torch.Tensor]], None]
+
+class Verdicts:
+    """What came of trials, in memory that a process shares with all that are forked from it.
+
+    A worker that serves one call would answer it by the module itself for ever.
+    """
+
+    def __init__(self, names: Iterable[tuple[str, str]]) -> None:
+        """Room for these regions' graphs, by path and id."""
+        self._places = {name: index for index, name in enumerate(dict.fromkeys(names))}
+        self._bytes = mmap.mmap(-1, max(1, len(self._places)))
+
+    def __getitem__(self, name: tuple[str, str]) -> int:
+        return self._bytes[self._places[name]] if name in self._places else UNTRIED
+
+    def __setitem__(self, name: tuple[str, str], verdict: int) -> None:
+        if name in self._places:
+            self._bytes[self._places[name]] = verdict
+
+    def is_sound(self, name: str, host: str) -> bool:
+        """Whether a process on this kind of host has opened this artifact or package before."""
+        return self[name, ""] == _hash_host(host)
+
+    def remember(self, name: str, host: str) -> None:
+        """It was opened, after all that is asked before."""
+        self[name, ""] = _hash_host(host)
 
 
-def _prepare_nothing(inputs: list[torch.Tensor]) -> None:
-    """Nothing has to be done to a graph's inputs."""
+def _hash_host(host: str) -> int:
+    """A kind of host in one byte, which is not 0."""
+    return 1 + hash(host) % 255
 
 
 class FirstCallCheck:
-    """Graphs of a region that were not tried yet, and those that answered otherwise than it."""
+    """Graphs of a region that were not tried yet, and those that answered otherwise than it.
 
-    def __init__(self, graphs: Iterable[str]) -> None:
+    With `verdicts`, one trial is enough for all processes that share them.
+    """
+
+    def __init__(
+        self, graphs: Iterable[str], path: str = "", verdicts: Verdicts | None = None
+    ) -> None:
         self._all = frozenset(graphs)
         self._waiting = {*self._all}
         self._refused: dict[str, str] = {}
+        self._path = path
+        self._verdicts = verdicts
 
-    def again(self) -> None:
-        """Try all graphs once more, also those that answered otherwise."""
-        self._refused = {}
+    def restart(self) -> None:
+        """Try all graphs once more: what was seen of them anywhere was of other tensors."""
+        self._refused, self._verdicts = {}, None
         self._waiting = {*self._all}
 
     def wants(self, graph: str) -> bool:
@@ -54,13 +87,18 @@ class FirstCallCheck:
         Raises:
             CannotServe: it was tried, and answered otherwise.
         """
+        known = UNTRIED if self._verdicts is None else self._verdicts[self._path, graph]
+        if known == DIFFERS:
+            raise CannotServe("differs", f"graph {graph} answered otherwise in another process")
+        if known == AGREES:
+            self._waiting.discard(graph)
         if graph in self._waiting:  # it leaves here last: who comes in between tries it, too
             return True
         if graph in self._refused:
             raise CannotServe("differs", self._refused[graph])
         return False
 
-    def hold(self, graph: Graph, inputs: list[torch.Tensor], small: bool, call: Beside) -> Any:
+    def compare(self, graph: Graph, inputs: list[torch.Tensor], small: bool, call: Beside) -> Any:
         """What the module answers, after the graph was asked the same.
 
         What is written in place is written by the module; the graph has copies of it, which
@@ -79,15 +117,16 @@ class FirstCallCheck:
         contents = Contents(call.arguments)
         answer = call.eager()
         problem = (
-            call.difference(ours, answer)
-            or describe_difference(
-                [given[index] for index in written], [inputs[index] for index in written]
-            )
-            or call.difference_left(ours, contents)
+            call.compare_answers(ours, answer)
+            or describe_difference([given[n] for n in written], [inputs[n] for n in written])
+            or call.compare_contents(ours, contents)
         )
+        name = graph.entry.id
         if problem:
-            self._refused[graph.entry.id] = f"graph {graph.entry.id}: {problem}"
-        self._waiting.discard(graph.entry.id)
+            self._refused[name] = f"graph {name}: {problem}"
+        self._waiting.discard(name)
+        if self._verdicts is not None:
+            self._verdicts[self._path, name] = DIFFERS if problem else AGREES
         return answer
 
 
@@ -99,15 +138,15 @@ class Beside:
     arguments: Mapping[str, Any]
     answers: Answers
     filling: Filling | None
-    prepare: Prepare = _prepare_nothing
+    prepare: Callable[[list[torch.Tensor]], object] = lambda inputs: None
 
-    def difference(self, outputs: list[torch.Tensor], answer: Any) -> str | None:
+    def compare_answers(self, outputs: list[torch.Tensor], answer: Any) -> str | None:
         """How the graph's answer differs from the module's; None where it does not."""
         given = self.filling.given if self.filling else ()
         ours = self.answers.make([*outputs, *given])
         return describe_difference(_find_tensors(ours), _find_tensors(answer))
 
-    def difference_left(self, outputs: list[torch.Tensor], before: Contents) -> str | None:
+    def compare_contents(self, outputs: list[torch.Tensor], before: Contents) -> str | None:
         """How what the graph leaves in the call differs from what the module has left there."""
         wanted: dict[Path, Items] = {}
         if self.filling is not None:
@@ -125,81 +164,6 @@ class Beside:
             if problem := describe_difference(_find_tensors(items), _find_tensors(left)):
                 return f"in {spell_path(path)}: {problem}"
         return None
-
-
-class Verdicts:
-    """What came of trials, in memory that a process shares with all that are forked from it.
-
-    A worker that serves one call would answer it by the module itself for ever.
-    """
-
-    def __init__(self, names: Iterable[tuple[str, str]]) -> None:
-        """Room for these regions' graphs, by path and id."""
-        self._places = {name: at for at, name in enumerate(dict.fromkeys(names))}
-        self._bytes = mmap.mmap(-1, max(1, len(self._places)))
-
-    def __getitem__(self, name: tuple[str, str]) -> int:
-        return self._bytes[self._places[name]] if name in self._places else UNTRIED
-
-    def __setitem__(self, name: tuple[str, str], verdict: int) -> None:
-        if name in self._places:
-            self._bytes[self._places[name]] = verdict
-
-    def is_sound(self, name: str, host: str) -> bool:
-        """Whether a process on this kind of host has opened this artifact or package before."""
-        return self[name, ""] == _hash_host(host)
-
-    def remember(self, name: str, host: str) -> None:
-        """It was opened, after all that is asked before."""
-        self[name, ""] = _hash_host(host)
-
-    def trials(self, path: str, graphs: Iterable[str]) -> SharedFirstCallCheck:
-        """The check of one region's graphs, which asks here and tells here what came of it."""
-        return SharedFirstCallCheck(path, graphs, self)
-
-
-def _hash_host(host: str) -> int:
-    """A kind of host in one byte, which is not 0."""
-    return 1 + hash(host) % 255
-
-
-class SharedFirstCallCheck(FirstCallCheck):
-    """Trials of which one for all processes is enough."""
-
-    def __init__(self, path: str, graphs: Iterable[str], verdicts: Verdicts) -> None:
-        super().__init__(graphs)
-        self._path = path
-        self._verdicts: Verdicts | None = verdicts
-
-    def again(self) -> None:
-        """Try all of them once more; what others saw was of other tensors."""
-        super().again()
-        self._verdicts = None
-
-    def wants(self, graph: str) -> bool:
-        """Whether a graph has to be tried first, here or anywhere.
-
-        Raises:
-            CannotServe: it was tried, and answered otherwise.
-        """
-        known = UNTRIED if self._verdicts is None else self._verdicts[self._path, graph]
-        if known == AGREES:
-            self._waiting.discard(graph)
-        elif known == DIFFERS:
-            raise CannotServe("differs", f"graph {graph} answered otherwise in another process")
-        return super().wants(graph)
-
-    def hold(self, graph: Graph, inputs: list[torch.Tensor], small: bool, call: Beside) -> Any:
-        """As everywhere; what came of it is told to the others.
-
-        Raises:
-            CannotServe: the graph fails.
-        """
-        answer = super().hold(graph, inputs, small, call)
-        if self._verdicts is not None:
-            name = (self._path, graph.entry.id)
-            self._verdicts[name] = DIFFERS if graph.entry.id in self._refused else AGREES
-        return answer
 
 
 def describe_difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> str | None:

@@ -21,7 +21,7 @@ GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundConstant:
     """A constant in a module: the dictionary and the name that hold it, and the tensor itself.
 
     `bound` is what a graph is given: the very tensor, unless it has to be made of it, as it was at
@@ -52,7 +52,7 @@ class ModuleGuard:
     def __init__(
         self,
         module: nn.Module,
-        found: Sequence[Found],
+        found: Sequence[FoundConstant],
         adapters: Sequence[tuple[Adapter, tuple[Any, ...]]],
     ) -> None:
         """`adapters` come with the states in which their layers were looked at."""

@@ -18,7 +18,7 @@ from hubaoti.errors import BadRequest
 from hubaoti.runtime.heap import release_pages
 from hubaoti.runtime.quantize import GROUP, TILE, make_quantized
 
-Parts = Mapping[str, Tensor]
+_Parts = Mapping[str, Tensor]
 
 
 class QuantizedLinear(nn.Linear):
@@ -64,12 +64,12 @@ def _make_part(recipe: str, part: str, weight: Tensor) -> Tensor:
     return make_quantized(f"{recipe}.{part}", weight.detach())
 
 
-def _dequantize_scaled(layer: nn.Linear, parts: Parts) -> Tensor:
+def _dequantize_scaled(layer: nn.Linear, parts: _Parts) -> Tensor:
     """The weight of values that have one scale a row, in the dtype of the scales."""
     return parts["qdata"].to(parts["scale"].dtype) * parts["scale"]
 
 
-def _dequantize_int4(layer: nn.Linear, parts: Parts) -> Tensor:
+def _dequantize_int4(layer: nn.Linear, parts: _Parts) -> Tensor:
     """Four-bit values, which only the kernel that reads them knows how to find.
 
     Private, checked on torch 2.13: the two ops in the graphs, which are given one row for each
@@ -85,7 +85,7 @@ def _dequantize_int4(layer: nn.Linear, parts: Parts) -> Tensor:
     return found.t()[: layer.out_features]  # type: ignore[no-any-return]
 
 
-WEIGHTS: dict[str, Callable[[nn.Linear, Parts], Tensor]] = {
+WEIGHTS: dict[str, Callable[[nn.Linear, _Parts], Tensor]] = {
     "int8wo": _dequantize_scaled,
     "int4wo": _dequantize_int4,
     "float8dq": _dequantize_scaled,
@@ -132,7 +132,7 @@ def refuse_other_layers(module: nn.Module, constants: Collection[Constant]) -> N
             )
 
 
-class Sketched:
+class ConstantSketches:
     """Makes constants that look as those made of a module's weights, without their values.
 
     Equal layers have equal looks, so one of each is made: enough to tell whether a module fits.

@@ -31,31 +31,32 @@ class CallStats:
         self._manifest = manifest
         self._calls: Counter[tuple[str, str]] = Counter()
         self._sizes: Counter[tuple[str, str, tuple[tuple[str, int], ...]]] = Counter()
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
         self._lock = threading.Lock()
 
-    def anew(self) -> CallStats:
+    def make_empty(self) -> CallStats:
         """The same without a count, for another process."""
         return CallStats(self._manifest, self.strict)
 
-    def missed(self, path: str, why: CannotServe) -> None:
+    def count_miss(self, path: str, error: CannotServe) -> None:
         """Count a call, and warn of the first one for each reason.
 
         Raises:
             NotServed: where that is wanted.
         """
-        told = f"{path or 'the module'} was not answered by a graph ({why.reason}): {why.detail}"
+        reason = error.reason
+        message = f"{path or 'the module'} was not answered by a graph ({reason}): {error.detail}"
         with self._lock:
-            self._calls[path, why.reason] += 1
-            entry = (path, why.reason, tuple(sorted(why.sizes.items())))
-            if why.sizes and (entry in self._sizes or len(self._sizes) < _SIZES):
+            self._calls[path, reason] += 1
+            entry = (path, reason, tuple(sorted(error.sizes.items())))
+            if error.sizes and (entry in self._sizes or len(self._sizes) < _SIZES):
                 self._sizes[entry] += 1
-            first = why.reason not in self._said
-            self._said.add(why.reason)
+            first = reason not in self._warned
+            self._warned.add(reason)
         if self.strict:
-            raise NotServed(told, hint=why.advice) from why
+            raise NotServed(message, hint=error.advice) from error
         if first:
-            warnings.warn(f"{told}; {why.advice}", Fallback, stacklevel=4)
+            warnings.warn(f"{message}; {error.advice}", Fallback, stacklevel=4)
 
     def stats(self, compiled: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
         """All counts, with those of the graphs; plain JSON."""
@@ -64,7 +65,7 @@ class CallStats:
         regions = {
             path: {
                 "compiled": dict(counts),
-                "eager": {why: n for (at, why), n in sorted(calls.items()) if at == path},
+                "eager": {reason: n for (p, reason), n in sorted(calls.items()) if p == path},
             }
             for path, counts in compiled.items()
         }
@@ -75,16 +76,16 @@ class CallStats:
             "eager": sum(calls.values()),
             "regions": regions,
             "missed": [
-                {"region": path, "reason": why, "sizes": dict(dims), "calls": n}
-                for (path, why, dims), n in sorted(sizes.items())
+                {"region": path, "reason": reason, "sizes": dict(dims), "calls": n}
+                for (path, reason, dims), n in sorted(sizes.items())
             ],
         }
 
     def save(self, stats: Mapping[str, Any], path: Path) -> None:
         """Write counts to a file, with the dims that the artifact has."""
         manifest = self._manifest
-        asked: dict[str, Any] = {}
+        build: dict[str, Any] = {}
         if manifest is not None:
-            asked = {"dims": manifest.build.dims, "buckets": manifest.build.buckets}
-            asked |= {"model": manifest.source.model, "task": manifest.program.task}
-        path.write_bytes(encode_canonical({**stats, "build": msgspec.to_builtins(asked)}))
+            build = {"dims": manifest.build.dims, "buckets": manifest.build.buckets}
+            build |= {"model": manifest.source.model, "task": manifest.program.task}
+        path.write_bytes(encode_canonical({**stats, "build": msgspec.to_builtins(build)}))

@@ -26,17 +26,13 @@ def refuse_watchers() -> None:
     Raises:
         CannotServe: with the reason.
     """
-    if _functions() and any(map(_is_beyond_device, _function_modes())):
+    # `with torch.device(…)` changes no operation on tensors.
+    if _functions() and not all(isinstance(mode, DeviceContext) for mode in _function_modes()):
         raise CannotServe("modes", "a torch function mode is on")
     if forward_ad._current_level >= 0:
         raise CannotServe("transforms", "forward gradients are computed")
     if _jit_traces():
         raise CannotServe("tracing", "torch.jit traces")
-
-
-def _is_beyond_device(mode: object) -> bool:
-    """Whether a mode is more than `with torch.device(…)`, which changes no operation on tensors."""
-    return not isinstance(mode, DeviceContext)
 
 
 def refuse_modes(device: torch.device) -> None:
@@ -52,3 +48,8 @@ def refuse_modes(device: torch.device) -> None:
     modes = _get_current_dispatch_mode_stack()
     if modes:
         raise CannotServe("modes", f"{type(modes[-1]).__name__} is on")
+
+
+def wants_gradient(item: Any) -> bool:
+    """Whether gradients are wanted of what a call gives."""
+    return isinstance(item, torch.Tensor) and item.requires_grad

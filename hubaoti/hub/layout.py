@@ -35,7 +35,8 @@ class RepoRef:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        owner, slash, name = self.repo.partition("/")
+        is_text = isinstance(self.repo, str)
+        owner, slash, name = self.repo.partition("/") if is_text else ("", "", "")
         good = slash and all(map(is_name, (owner, name))) and len(self.repo) <= 96
         if not good:
             raise BadRequest(f"malformed repo: {self.repo!r:.120}", hint=_REPO_HINT)
@@ -49,7 +50,7 @@ class RepoRef:
         Raises:
             BadRequest: the text names no repo.
         """
-        repo, at, revision = text.partition("@")
+        repo, at, revision = text.partition("@") if isinstance(text, str) else (text, "", "")
         return cls(repo, revision if at else None)
 
     def __str__(self) -> str:
@@ -75,7 +76,8 @@ def is_name(text: str) -> bool:
 
 def is_revision(text: str) -> bool:
     """Whether a branch, tag or commit may be called so."""
-    return _REVISION.fullmatch(text) is not None and _NOT_IN_REVISION.search(text) is None
+    is_text = isinstance(text, str) and _REVISION.fullmatch(text) is not None
+    return is_text and _NOT_IN_REVISION.search(text) is None
 
 
 def looks_like_commit(revision: str | None) -> bool:

@@ -52,5 +52,5 @@ def find_local_folder(model: str | Path) -> Path | None:
     try:
         folder = Path(model).expanduser()
         return folder if folder.is_dir() else None
-    except (OSError, RuntimeError):  # too long a name; the home of a user that there is not
+    except (OSError, RuntimeError, TypeError):  # too long a name, no name; nobody's home
         return None

@@ -71,15 +71,16 @@ def load(  # noqa: PLR0913 - a face of keywords
         NoMatch: nothing fits this host, with every reason; NoArtifact: the repo has nothing.
         Untrusted: its publisher is not trusted here; `trust=True` remembers that it is.
         OtherProgram, MissingConstant: the module is not the one that was compiled; nothing changed.
-        AlreadyAttached: it has graphs already.
+        AlreadyAttached: it has graphs already. BadRequest: it is no module, or the repo no name.
         MissingOps: a module of `ops` cannot be imported.
     """
     require("spaces.load", "run")
     settings = settings or Settings.from_env()
-    ref = _parse_reference(repo, revision)
-    from hubaoti.attachment.attach import refuse_attached
+    ref = RepoRef.parse(repo) if revision is None else RepoRef(repo, revision)
+    from hubaoti.attachment.attach import refuse_attached, require_module
     from hubaoti.spaces.deferred import defer_nothing
 
+    require_module(module)
     refuse_attached(module)
     if not settings.graphs:
         return defer_nothing(module)
@@ -110,29 +111,14 @@ def load(  # noqa: PLR0913 - a face of keywords
     return defer_artifacts(module, plans, host, settings, strict=strict, recipe=wanted, ops=ops)
 
 
-def _parse_reference(repo: str, revision: str | None) -> RepoRef:
-    """The repo, at a revision that may stand in its name or beside it.
-
-    Raises:
-        BadRequest: a part is malformed.
-    """
-    return RepoRef.parse(repo) if revision is None else RepoRef(repo, revision)
-
-
 def _pull_candidates(
     puller: Puller, ref: RepoRef, module: nn.Module, variant: str | None
 ) -> tuple[Offer, ...] | Fetched:
-    """The artifacts that may serve a module on this host, in the mirror; or packages of others.
-
-    Raises:
-        HubaotiError: as `pull` raises.
-    """
+    """The artifacts that may serve a module on this host, in the mirror; or packages of others."""
     if puller.client.is_offline:
         return find_pulled(puller, ref)
-    catalogs, kinds = (
-        [read_revision_catalog(puller, ref)],
-        _choose_device_kinds(module, puller.host),
-    )
+    catalogs = [read_revision_catalog(puller, ref)]
+    kinds = _choose_device_kinds(module, puller.host)
     if not catalogs[0].artifacts and (packages := find_packages(catalogs[0], variant)):
         return fetch_packages(puller, ref, catalogs[0], packages, variant)
     found = {artifact_device(each) for each in choose_artifacts(puller, catalogs[0], kinds)}
@@ -146,9 +132,9 @@ def _choose_device_kinds(module: nn.Module, host: Host) -> frozenset[str]:
 
     One that is on the CPU now may be moved by a worker that has a GPU.
     """
-    from hubaoti.attachment.served_modules import device_kind
+    from hubaoti.attachment.served_modules import find_device_kind
 
-    if device_kind(module) == "cuda":
+    if find_device_kind(module) == "cuda":
         return frozenset({"cuda"})
     has_cuda = host.torch is not None and host.torch.cuda is not None
     return frozenset({"cpu", "cuda"} if has_cuda else {"cpu"})
@@ -160,7 +146,7 @@ def plan_modules(module: nn.Module, offers: Sequence[Offer]) -> list[WorkerPlan]
     Raises:
         OtherProgram, MissingConstant, BadRequest: all are of other models.
     """
-    from hubaoti.attachment.served_modules import find_served_modules
+    from hubaoti.attachment.served_modules import find_served_modules, list_misfits_anywhere
     from hubaoti.program.identity import matches_program
     from hubaoti.spaces.worker import WorkerPlan
 
@@ -169,7 +155,8 @@ def plan_modules(module: nn.Module, offers: Sequence[Offer]) -> list[WorkerPlan]
         manifest = offer.artifact.manifest
         try:
             known = matches_program(module, manifest.program, manifest.is_whole)
-            plans.append(WorkerPlan(offer, tuple(find_served_modules(module, manifest)), known))
+            served = find_served_modules(module, manifest, "load", list_misfits_anywhere)
+            plans.append(WorkerPlan(offer, tuple(each.path for each in served), known))
         except HubaotiError as why:
             problems.append(why)
     if not plans:

@@ -7,69 +7,44 @@ modules wait again, and what the parent had open is left alone.
 
 from __future__ import annotations
 
-import copy
 import os
 import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from hubaoti.attachment.attach import ATTACHED, Attachment
-from hubaoti.attachment.attach import attach_nothing as no_graphs
-from hubaoti.attachment.binding import OfModule
-from hubaoti.attachment.served_modules import Spot, device_kind
+from hubaoti.attachment.attach import Attachment, attach_nothing
+from hubaoti.attachment.forward_patch import ForwardPatch
+from hubaoti.attachment.served_modules import find_device_kind
 from hubaoti.attachment.stats import CallStats
 from hubaoti.errors import HubaotiError, NotEnoughMemory, NotTried, first_line
 from hubaoti.runtime.fallback import CannotServe
 
-Open = Callable[[], Attachment]
 _PASSING = (NotTried, NotEnoughMemory)  # what says nothing of graphs
 REST = 60.0  # seconds until they are tried again
 
 
-class Waiting(OfModule):
-    """What answers in the place of a module's `forward` until its process has opened graphs.
+class _WaitingPatch(ForwardPatch):
+    """What answers in the place of a module's `forward` until its process has opened graphs."""
 
-    As a region is, it is an attribute of the module and of nothing else.
-    """
-
-    def __init__(self, spot: Spot, deferred: Deferred) -> None:
-        self.path = spot.path
+    def __init__(self, path: str, module: nn.Module, deferred: Deferred) -> None:
+        super().__init__(path, module)
         self.deferred = deferred
         self.region: Any = None  # one with a manifest or without
-        self.is_away = False
         self.over: Any = None  # what stood in our place when this process began to open graphs
-        super().__init__(spot.module)
-        self._own = vars(spot.module).get("forward")
+        self._count_miss = deferred.count_miss
 
-    @property
-    def inside(self) -> Waiting:
-        """As a region has it: where the module is."""
-        return self
-
-    def put(self, over: Any = None) -> None:
-        """Answer from here on, below what somebody put over us."""
-        self.module.forward = over or self
-        ATTACHED[self.module] = weakref.ref(self)
-
-    def take_away(self) -> None:
-        """Give the module its own `forward` back; where somebody put theirs over it, it stays."""
-        self.region, self.is_away = None, True
-        if self.is_gone:
-            return
-        if vars(self.module).get("forward") is self:
-            del self.module.forward
-            if self._own is not None:
-                self.module.forward = self._own
-        found = ATTACHED.get(self.module)
-        if found is not None and found() is self:
-            del ATTACHED[self.module]
+    def remove(self) -> None:
+        """Give the module its own `forward` back, for good."""
+        self.region = None
+        super().remove()
 
     def renew(self, halfway: bool) -> None:
         """Wait again, unless the module was given back before.
@@ -77,64 +52,59 @@ class Waiting(OfModule):
         `halfway` is of a fork while another thread was opening graphs, who is not here.
         """
         region, self.region = self.region, None
-        if self.is_gone or self.is_away or (region is not None and not region.graphs):
+        if self.is_gone or self.is_removed or (region is not None and region.is_removed):
             return
-        ATTACHED[self.module] = weakref.ref(self)
-        if halfway:
-            self.module.forward = self.over or self
-        elif region is not None and vars(self.module).get("forward") is region:
-            self.module.forward = self
+        forward = vars(self.module).get("forward")
+        is_bare = forward is region or forward is self._own
+        self.install(self.over if halfway else None if is_bare else forward)
 
-    def hand_over(self, over: Any) -> None:
+    def hand_over(self) -> None:
         """The process has opened its graphs: a region answers, below what somebody put over us."""
         found = vars(self.module).get("forward")
         self.region = found if found is not self._own else None
-        if over is not self and over is not None:
-            self.module.forward = over
+        if self.over is not self and self.over is not None:
+            self.module.forward = self.over
 
-    def eager(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module itself answers to a call, by the `forward` that it had."""
-        if self._own is not None:
-            return self._own(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.eager(*args, **kwargs)
+    def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the region of this process answers, once it has opened its graphs."""
         if self.region is None:
-            self.deferred.require(self.path)
+            self.deferred.require_open()
         answer = self.region or self.eager
         return answer(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled and copied as the module's own `forward`."""
-        if self._own is not None:
-            return copy.copy, (self._own,)
-        return getattr, (self.module, "forward")
 
 
 class Deferred:
     """What was attached to a module, as each process sees it: counts, and the way back.
 
-    `opens` makes the attachment, in a process that may; `only_elsewhere` says that the process in
-    which this was made is not one of them. `single` is of a CPU: a forked child cannot use the
-    threads of its parent, and hangs where it tries to (libgomp).
+    `modules` are those that graphs will answer for, by path. `opens` makes the attachment, in a
+    process that may; `only_elsewhere` says that the process in which this was made is not one. A
+    forked child cannot use its parent's threads on a CPU, and hangs where it tries to (libgomp).
     """
 
     def __init__(
-        self, module: nn.Module, spots: Iterable[Spot], opens: Open, tally: CallStats, **how: bool
+        self,
+        module: nn.Module,
+        modules: Mapping[str, nn.Module],
+        opens: Callable[[nn.Module], Attachment],
+        tally: CallStats,
+        *,
+        only_elsewhere: bool = False,
     ) -> None:
+        if modules:
+            import_module("torch._dynamo")  # each worker needs it: once for all forked from here
         self._module = weakref.ref(module)
         self._opens = opens
         self._tally = tally
         self._home = os.getpid()
-        self._only_elsewhere = how.get("only_elsewhere", False)
-        self._single = how.get("single", False)
-        self._waiting = [Waiting(spot, self) for spot in spots]
+        self._only_elsewhere = only_elsewhere
+        # Of a module on a GPU, workers have one thread for the rest: slow is better than a hang.
+        self._single = bool(modules) and find_device_kind(module) != "cuda"
+        self._waiting = [_WaitingPatch(path, part, self) for path, part in modules.items()]
         self._left: list[Attachment] = []  # of a process before a fork: never touched, nor freed
+        self._is_detached = False
         self._begin()
         for each in self._waiting:
-            each.put()
+            each.install()
         _DEFERRED.add(self)
 
     def _begin(self) -> None:
@@ -142,7 +112,6 @@ class Deferred:
         self._lock = threading.Lock()
         self._attachment: Attachment | None = None
         self._problem: tuple[str, str | None, float] | None = None  # of which device, until when
-        self._is_detached = False
         self._is_opening = False
 
     @property
@@ -150,23 +119,15 @@ class Deferred:
         """The paths of the modules that graphs answer for, or will."""
         return () if self._is_detached else tuple(each.path for each in self._waiting)
 
-    def require(self, path: str) -> None:
-        """See that this process has opened its graphs; where it cannot, a call is counted.
+    def count_miss(self, path: str, error: CannotServe) -> None:
+        """Count a call that the module answers itself, in this process."""
+        self._tally.count_miss(path, error)
+
+    def require_open(self) -> None:
+        """See that this process has opened its graphs, once, whoever comes first.
 
         Raises:
-            NotServed: it cannot, and that was not to be.
-        """
-        if self._attachment is None and not self._is_detached:
-            try:
-                self._open()
-            except CannotServe as why:
-                self._tally.missed(path, why)
-
-    def _open(self) -> None:
-        """Open them once, whoever comes first.
-
-        Raises:
-            CannotServe: why this process has none.
+            CannotServe: why it has none.
         """
         if self._only_elsewhere and os.getpid() == self._home:
             raise CannotServe("main", "this process has no GPU; its workers do")
@@ -174,13 +135,13 @@ class Deferred:
             if self._attachment is not None or self._is_detached:
                 return
             module = self._module()
-            kind = None if module is None else device_kind(module)
+            kind = None if module is None else find_device_kind(module)
             if self._problem is not None:
                 message, of, until = self._problem
                 if of == kind and time.monotonic() < until:
                     raise CannotServe("unopened", message)
             try:
-                self._attach()
+                self._attach(module)
             except Exception as error:  # the module always answers, whatever fails
                 hint = f" ({error.hint})" if isinstance(error, HubaotiError) and error.hint else ""
                 message = str(error) if isinstance(error, HubaotiError) else first_line(error)
@@ -188,24 +149,22 @@ class Deferred:
                 self._problem = (f"{message}{hint}", kind, time.monotonic() + rest)
                 raise CannotServe("unopened", self._problem[0]) from error
 
-    def _attach(self) -> None:
+    def _attach(self, module: nn.Module | None) -> None:
         """Have regions in the place of those who wait, below what somebody put over them."""
+        assert module is not None  # it is being called
         living = [each for each in self._waiting if not each.is_gone]
         for each in living:
             each.over = vars(each.module).get("forward")
         self._is_opening = True
         try:
             for each in living:
-                vars(each.module).pop("forward", None)
-                if each._own is not None:
-                    each.module.forward = each._own
-                ATTACHED.pop(each.module, None)
-            self._attachment = self._opens()
+                each.lift()
+            self._attachment = self._opens(module)
             for each in living:
-                each.hand_over(each.over)
+                each.hand_over()
         except BaseException:
             for each in living:
-                each.put(each.over)
+                each.install(each.over)
             raise
         finally:  # a fork before this waits again: some of the regions may not be known yet
             self._is_opening = False
@@ -214,13 +173,12 @@ class Deferred:
         """After a fork: this process has opened nothing yet."""
         if self._attachment is not None:
             self._left.append(self._attachment)
-        gone, halfway = self._is_detached, self._is_opening
+        halfway = self._is_opening
         self._begin()
-        self._is_detached = gone
-        self._tally = self._tally.anew()
+        self._tally = self._tally.make_empty()
         for each in self._waiting:
             each.renew(halfway)
-        if self._single and not gone:
+        if self._single and not self._is_detached:
             torch.set_num_threads(1)
 
     def detach(self) -> None:
@@ -231,7 +189,7 @@ class Deferred:
             if attachment is not None:
                 attachment.detach()
             for each in self._waiting:
-                each.take_away()
+                each.remove()
 
     def rebind(self) -> None:
         """As `Attachment.rebind`, where this process has opened its graphs.
@@ -267,7 +225,7 @@ class Deferred:
 
 def defer_nothing(module: nn.Module) -> Deferred:
     """What waits for nobody: the module answers everything itself, as it did."""
-    return Deferred(module, (), lambda: no_graphs(module), CallStats(None, False))
+    return Deferred(module, {}, attach_nothing, CallStats(None, False))
 
 
 def _merge_stats(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

@@ -7,18 +7,16 @@ import ctypes
 import torch
 from torch import nn
 
-from hubaoti.attachment.served_modules import device_kind
+from hubaoti.attachment.served_modules import find_device
 
 LIBCUDA = "libcuda.so.1"
 
 
 def choose_serving_device(module: nn.Module) -> torch.device:
     """Where a module would be served: on the device of its tensors, else on what there is."""
-    kind = device_kind(module) or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind != "cuda":
-        return torch.device(kind)
-    placed = (each.device for each in (*module.parameters(), *module.buffers()))
-    return next((each for each in placed if each.type == "cuda"), torch.device("cuda", 0))
+    if device := find_device(module):
+        return device
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def query_gpu(device: torch.device) -> tuple[str, int, int]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
-from typing import TYPE_CHECKING
 
-from hubaoti.artifact.manifest import Manifest
+import torch
+from torch import nn
+
 from hubaoti.artifact.variant import Recipe
+from hubaoti.attachment import attach
+from hubaoti.attachment.first_call import Verdicts
+from hubaoti.attachment.served_modules import find_module_device
+from hubaoti.attachment.stats import CallStats
 from hubaoti.errors import HubaotiError, NoMatch, NotEnoughMemory, NotTried
 from hubaoti.host.match import judge
 from hubaoti.host.probe import Gpu, Host
@@ -18,16 +21,10 @@ from hubaoti.mirror import Artifact, Mirror
 from hubaoti.mirror.store import is_whole
 from hubaoti.progress import report_nothing
 from hubaoti.runtime.first_open import require_sound
+from hubaoti.runtime.first_open_child import name_host_kind
 from hubaoti.settings import Settings
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from hubaoti.attachment.attach import Attachment
-    from hubaoti.attachment.first_call import Verdicts
-    from hubaoti.attachment.served_modules import Spot
-    from hubaoti.spaces.deferred import Deferred
+from hubaoti.spaces import devices
+from hubaoti.spaces.deferred import Deferred
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +32,14 @@ class WorkerPlan:
     """An artifact that may serve a module: where, and whether the module is known to be its own."""
 
     offer: Offer
-    spots: tuple[Spot, ...]
+    paths: tuple[str, ...]
     known: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Worker:
+class _Worker:
     """All that a process needs to open graphs for a module, found out by the one before it."""
 
-    module: weakref.ref[nn.Module]
     plans: tuple[WorkerPlan, ...]
     host: Host
     settings: Settings
@@ -52,21 +48,15 @@ class Worker:
     verdicts: Mapping[str, Verdicts]
     ops: tuple[str, ...] = ()
 
-    def open(self) -> Attachment:
+    def open(self, module: nn.Module) -> attach.Attachment:
         """Attach the best of what fits this process's device; what fails there is passed over.
 
-        Raises:
-            NoMatch: nothing fits, with every reason.
-            HubaotiError: what fits cannot be opened, with every reason; NotTried: it may be later.
+        Where nothing fits, or none can be opened, every reason is told; NotTried: it may be later.
         """
-        from hubaoti.spaces.devices import choose_serving_device
-
-        module = self.module()
-        assert module is not None  # it is being called
         problems: dict[str, HubaotiError] = {}
-        for plan in self._fitting(choose_serving_device(module)):
+        for plan in self._rank_plans(devices.choose_serving_device(module)):
             try:
-                return self._attached(module, plan)
+                return self._attach(module, plan)
             except HubaotiError as error:
                 hint = f" ({error.hint})" if error.hint else ""
                 problems[f"{plan.offer.place}: {error}{hint}"] = error
@@ -74,12 +64,8 @@ class Worker:
         kind = NotTried if passing else HubaotiError
         raise kind("; ".join(problems), hint="see what is said of each artifact")
 
-    def _fitting(self, device: torch.device) -> list[WorkerPlan]:
-        """The plans for a device, the best first.
-
-        Raises:
-            NoMatch: there is none.
-        """
+    def _rank_plans(self, device: torch.device) -> list[WorkerPlan]:
+        """The plans for a device, the best first."""
         host = build_worker_host(self.host, device)
         plans = {plan.offer.place: plan for plan in self.plans}
         offers = tuple(plan.offer for plan in self.plans)
@@ -92,30 +78,25 @@ class Worker:
             for place, verdict in verdicts.items()
             for refusal in verdict.refusals
         ]
-        others = ", ".join(str(offer.place) for offer in offers if offer not in same)
-        reasons += (
-            [f"the module is on {device.type}, {others} is for another device"] if others else []
-        )
+        if others := ", ".join(str(offer.place) for offer in offers if offer not in same):
+            reasons.append(f"the module is on {device.type}, {others} is for another device")
         raise NoMatch("; ".join(reasons), hint="compile and push an artifact for this kind of host")
 
-    def _attached(self, module: nn.Module, plan: WorkerPlan) -> Attachment:
+    def _attach(self, module: nn.Module, plan: WorkerPlan) -> attach.Attachment:
         """The graphs of one artifact, checked once more where they are opened."""
-        from hubaoti.attachment import attach as runtime
-
         artifact = plan.offer.artifact
-        device = runtime.find_module_device(module, artifact.manifest.target.device)
+        device = find_module_device(module, artifact.manifest.target.device)
         self._require_sound(artifact, device)
-        parts = runtime.Parts(artifact.manifest, artifact.path, artifact.graph_folder)
-        tries, trials = not plan.known, self.verdicts[artifact.digest].trials
-        return runtime.attach_graphs(module, parts, strict=self.strict, tries=tries, trials=trials)
+        parts = attach.Parts(artifact.manifest, artifact.path, artifact.graph_folder)
+        how = {"strict": self.strict, "tries": not plan.known}
+        verdicts = self.verdicts[artifact.digest]
+        return attach.attach_graphs(module, parts, **how, verdicts=verdicts)
 
     def _require_sound(self, artifact: Artifact, device: torch.device) -> None:
         """As everywhere; where another worker has asked, the files alone are looked at.
 
         A worker may be killed at any moment, and most of them shall not even touch the index.
         """
-        from hubaoti.runtime.first_open_child import name_host_kind
-
         verdicts, host = self.verdicts[artifact.digest], name_host_kind(device)
         if verdicts.is_sound(artifact.digest, host) and is_whole(artifact):
             return
@@ -128,10 +109,8 @@ def build_worker_host(host: Host, device: torch.device) -> Host:
     """The host as a worker has it: with the GPU that its torch sees."""
     if device.type != "cuda":
         return host
-    from hubaoti.spaces.devices import query_driver_cuda, query_gpu
-
-    name, sm, memory = query_gpu(device)
-    driver = host.driver_cuda or query_driver_cuda()
+    name, sm, memory = devices.query_gpu(device)
+    driver = host.driver_cuda or devices.query_driver_cuda()
     return replace(host, gpus=(Gpu(name, sm, memory),), driver_cuda=driver)
 
 
@@ -146,45 +125,12 @@ def defer_artifacts(  # noqa: PLR0913 - all that a worker needs
     ops: Sequence[str] = (),
 ) -> Deferred:
     """The module, waiting for a process that calls it."""
-    from hubaoti.attachment.first_call import Verdicts
-    from hubaoti.attachment.stats import CallStats
-    from hubaoti.spaces.deferred import Deferred
-
-    artifacts = [plan.offer.artifact for plan in plans]
-    verdicts = {each.digest: Verdicts(_list_verdict_names(each.manifest)) for each in artifacts}
-    worker = Worker(
-        weakref.ref(module), tuple(plans), host, settings, recipe, strict, verdicts, (*ops,)
-    )
-    preload_for_workers()
-    spots = {spot.path: spot for plan in plans for spot in plan.spots}
-    return Deferred(
-        module,
-        spots.values(),
-        worker.open,
-        CallStats(artifacts[0].manifest, strict),
-        only_elsewhere=settings.zerogpu,
-        single=is_single(module),
-    )
-
-
-def _list_verdict_names(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """The artifact, and each region's graphs by path and id."""
-    yield manifest.digest, ""
-    for graph in manifest.graphs:
-        yield from ((path, graph.id) for path in graph.modules)
-
-
-def is_single(module: nn.Module) -> bool:
-    """Whether forked children may compute on the CPU, where they cannot use their parent's threads.
-
-    One that moves the module to a GPU has one thread for the rest: slow is better than a hang.
-    """
-    from hubaoti.attachment.served_modules import device_kind
-
-    return device_kind(module) != "cuda"
-
-
-def preload_for_workers() -> None:
-    """Import what each worker needs, once for all that are forked from here."""
-    for name in ("torch._dynamo", "hubaoti.runtime.first_open_child", "hubaoti.spaces.devices"):
-        import_module(name)
+    manifests = [plan.offer.artifact.manifest for plan in plans]
+    verdicts = {}
+    for each in manifests:
+        names = [(path, graph.id) for graph in each.graphs for path in graph.modules]
+        verdicts[each.digest] = Verdicts([(each.digest, ""), *names])
+    worker = _Worker(tuple(plans), host, settings, recipe, strict, verdicts, (*ops,))
+    modules = {path: module.get_submodule(path) for plan in plans for path in plan.paths}
+    tally = CallStats(manifests[0], strict)
+    return Deferred(module, modules, worker.open, tally, only_elsewhere=settings.zerogpu)

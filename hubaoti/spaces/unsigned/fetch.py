@@ -111,7 +111,10 @@ def fetch_packages(
     client, commit = puller.client, catalog.commit
     puller.require_publisher(ref, f"packages in {ref.repo}", f"commit {commit}, no manifest")
     named = _read_kernels(client, catalog, variant)
-    _require_owners(puller, ref, named)
+    for each in named:  # a config may name anybody's
+        kernel = RepoRef(each["repo_id"], None)
+        what = f"the kernel {kernel.repo}, which packages in {ref.repo} call,"
+        puller.require_publisher(kernel, what, _read_kernel_revision(each) or "no revision")
     kernels = tuple(_pin_kernel(client, each) for each in named)
     found = []
     for package in packages:
@@ -125,11 +128,7 @@ def fetch_packages(
 
 
 def _download_verified(client: HubClient, catalog: Catalog, entry: Entry) -> Path:
-    """A downloaded file, with the bytes that its commit lists.
-
-    Raises:
-        DigestMismatch: it has others.
-    """
+    """A downloaded file, with the bytes that its commit lists."""
     path = client.download(catalog.repo, catalog.commit, entry.path)
     same = hash_file(path) == entry.sha256 if entry.sha256 else entry.is_of(path.read_bytes())
     if not same:
@@ -161,11 +160,7 @@ def _make_package_entry(path: Path, package: Package) -> Graph:
 def _read_kernels(
     client: HubClient, catalog: Catalog, variant: str | None
 ) -> tuple[dict[str, Any], ...]:
-    """What the repo's config says that `get_kernel` is to be called with.
-
-    Raises:
-        BadRequest: it is no such config.
-    """
+    """What the repo's config says that `get_kernel` is to be called with."""
     name = f"config.{variant}.json" if variant else "config.json"
     entry = catalog.files.get(name)
     if entry is None or entry.size > _LARGEST:
@@ -180,18 +175,6 @@ def _read_kernels(
             message = f"{name} of {catalog.repo} names no kernel: {escape_line(str(each))}"
             raise BadRequest(message, hint=_NO_KERNEL)
     return tuple(kernels.kernels)
-
-
-def _require_owners(puller: Puller, ref: RepoRef, kernels: tuple[dict[str, Any], ...]) -> None:
-    """See that the code of each kernel's owner may run here: a config may name anybody's.
-
-    Raises:
-        Untrusted: one may not. BadRequest: one has no such name.
-    """
-    for each in kernels:
-        kernel = RepoRef(each["repo_id"], None)
-        what = f"the kernel {kernel.repo}, which packages in {ref.repo} call,"
-        puller.require_publisher(kernel, what, f"{_read_kernel_revision(each) or 'no revision'}")
 
 
 def _pin_kernel(client: HubClient, kernel: dict[str, Any]) -> dict[str, Any]:

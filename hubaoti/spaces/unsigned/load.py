@@ -4,42 +4,41 @@ from __future__ import annotations
 
 import json
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from hubaoti.artifact.manifest import Graph
+from hubaoti.attachment.attach import Attachment
+from hubaoti.attachment.first_call import Verdicts
+from hubaoti.attachment.stats import CallStats
 from hubaoti.errors import HubaotiError, MissingConstant, NoMatch, Quarantined
 from hubaoti.host.probe import Host
 from hubaoti.hub.errors import hide_stored_login
 from hubaoti.mirror import Mirror
 from hubaoti.mirror.store import holds_members
 from hubaoti.runtime.first_open import RETRY, OpenHistory
+from hubaoti.runtime.first_open_child import name_host_kind
 from hubaoti.settings import Settings
+from hubaoti.spaces.deferred import Deferred
+from hubaoti.spaces.devices import choose_serving_device
 from hubaoti.spaces.unsigned.fetch import Fetched, NoDigests, Package
+from hubaoti.spaces.unsigned.first_open import (
+    fetch_kernels,
+    open_package_in_child,
+    register_kernels,
+)
+from hubaoti.spaces.unsigned.outcomes import CallOutcomes
+from hubaoti.spaces.unsigned.region import UnsignedRegion, find_library, open_package
 from hubaoti.spaces.worker import build_worker_host
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from hubaoti.attachment.attach import Attachment
-    from hubaoti.attachment.first_call import Verdicts
-    from hubaoti.attachment.served_modules import Spot
-    from hubaoti.spaces.deferred import Deferred
-    from hubaoti.spaces.unsigned.outcomes import CallOutcomes
-    from hubaoti.spaces.unsigned.region import UnsignedRegion
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A package, and the modules that it serves."""
-
-    graph: Graph
-    spots: tuple[Spot, ...]
+# A package, and the modules that it serves, by path.
+_Served = tuple[Graph, dict[str, nn.Module]]
 
 
 def _hide_login_from_kernels(fetched: Fetched, settings: Settings) -> AbstractContextManager[None]:
@@ -59,51 +58,35 @@ def _warn_without_digests(fetched: Fetched) -> None:
     )
 
 
-def _match_packages(module: nn.Module, fetched: Fetched) -> tuple[Served, ...]:
-    """The modules that each package serves.
-
-    Raises:
-        MissingConstant: a module is not there, or none is.
-    """
-    found = []
-    for package, graph in fetched.packages:
-        spots = tuple(_find_spots(module, package))
-        if spots:
-            found.append(Served(graph, spots))
-    if not found:
+def _match_packages(module: nn.Module, fetched: Fetched) -> tuple[_Served, ...]:
+    """The packages that serve modules of this model, one at least, with these modules."""
+    found = ((graph, _find_modules(module, package)) for package, graph in fetched.packages)
+    served = tuple((graph, modules) for graph, modules in found if modules)
+    if not served:
         names = ", ".join(package.path for package, _ in fetched.packages)
         raise MissingConstant(
             f"{type(module).__name__} has no module that {names} of {fetched.repo} would serve",
             hint="load the packages of this very model; nothing was changed",
         )
-    return tuple(found)
+    return served
 
 
-def _find_spots(module: nn.Module, package: Package) -> Iterator[Spot]:
-    """The modules of a class; or the one at a path, or each child of a list there.
-
-    Raises:
-        MissingConstant: there is no module at the path.
-    """
-    from hubaoti.attachment.served_modules import Spot
-
-    if package.module is None:
-        for path, part in module.named_modules():
-            if type(part).__name__ == package.cls:
-                yield Spot(path, part)
-        return
+def _find_modules(module: nn.Module, package: Package) -> dict[str, nn.Module]:
+    """The modules of a class; or the one at a path, or each child of a list there."""
+    where = package.module
+    if where is None:
+        named = module.named_modules()
+        return {path: part for path, part in named if type(part).__name__ == package.cls}
     try:
-        part = module.get_submodule(package.module)
+        part = module.get_submodule(where)
     except AttributeError as error:
         raise MissingConstant(
-            f"{type(module).__name__} has no {package.module}, for which there is a package",
+            f"{type(module).__name__} has no {where}, for which there is a package",
             hint="load the packages of this very model; nothing was changed",
         ) from error
     if not _is_list(part):
-        yield Spot(package.module, part)
-        return
-    for name, child in part.named_children():
-        yield Spot(f"{package.module}.{name}".removeprefix("."), child)
+        return {where: part}
+    return {f"{where}.{name}".removeprefix("."): child for name, child in part.named_children()}
 
 
 def _is_list(part: nn.Module) -> bool:
@@ -112,71 +95,43 @@ def _is_list(part: nn.Module) -> bool:
     `spaces` means all that can be walked through, `aokit` lists only; a sequence of unequal parts
     can only be meant as one.
     """
-    from torch import nn
-
     if isinstance(part, nn.Sequential):
         return len(part) > 1 and len({type(child) for child in part}) == 1
     return isinstance(part, nn.ModuleList)
 
 
 @dataclass(frozen=True, slots=True)
-class UnsignedWorker:
+class _UnsignedWorker:
     """All that a process needs to open packages for a module."""
 
-    module: weakref.ref[nn.Module]
-    served: tuple[Served, ...]
+    served: tuple[_Served, ...]
     fetched: Fetched
     host: Host
     settings: Settings
     strict: bool
-    looks: CallOutcomes
+    outcomes: CallOutcomes
     verdicts: Verdicts
     ops: tuple[str, ...] = ()
 
-    def open(self) -> Attachment:
-        """Attach all packages, or none.
-
-        Raises:
-            NoMatch: one is for another device or host.
-            DigestMismatch: one was changed since it was pulled.
-            Quarantined: one cannot be loaded by a process of its own.
-            CannotOpen, MissingOps: one cannot be loaded by it, and is not loaded here.
-            NotTried: that process came to nothing.
-        """
-        from hubaoti.attachment.attach import ATTACHED, Attachment
-        from hubaoti.attachment.stats import CallStats
-        from hubaoti.spaces.devices import choose_serving_device
-        from hubaoti.spaces.unsigned.first_open import register_kernels
-
-        module = self.module()
-        assert module is not None  # it is being called
+    def open(self, module: nn.Module) -> Attachment:
+        """Attach all packages; or none, where one was changed, or cannot be loaded here."""
         device = choose_serving_device(module)
         with _hide_login_from_kernels(self.fetched, self.settings):
             self._require_all_sound(device)
             register_kernels(self.fetched.kernels)
-        regions = [*self._regions(device)]
+        regions = [*self._open_regions(device)]
         tally = CallStats(None, self.strict)
         for region in regions:
-            region.put(tally.missed, self.looks)
-            ATTACHED[region.module] = weakref.ref(region)
+            region.put(tally.count_miss, self.outcomes)
         return Attachment(module, regions, tally)
 
-    def _regions(self, device: torch.device) -> Iterator[UnsignedRegion]:
+    def _open_regions(self, device: torch.device) -> Iterator[UnsignedRegion]:
         """Each module's own container over the library that all share."""
-        from hubaoti.spaces.unsigned.region import (
-            UnsignedRegion,
-            find_library,
-            open_package,
-            require_tensors,
-        )
-
-        for each in self.served:
-            folder = self._folder(each.graph)
-            for spot in each.spots:
-                runner = open_package(folder, find_library(each.graph), each.graph.id, device)
-                names = runner.get_constant_names_to_original_fqns()
-                require_tensors(spot.path, spot.module, [*names.values()])
-                yield UnsignedRegion(spot, each.graph, runner, device)
+        for graph, modules in self.served:
+            for path, module in modules.items():
+                library = find_library(graph)
+                runner = open_package(self._folder(graph), library, graph.id, device)
+                yield UnsignedRegion(path, module, graph, runner, device)
 
     def _require_all_sound(self, device: torch.device) -> None:
         """See that nothing speaks against opening these packages here.
@@ -184,9 +139,7 @@ class UnsignedWorker:
         Where another worker has asked, the files alone are looked at: a worker may be killed at any
         moment, and most of them shall not even touch the index.
         """
-        from hubaoti.runtime.first_open_child import name_host_kind
-
-        graphs, host = [each.graph for each in self.served], name_host_kind(device)
+        graphs, host = [graph for graph, _ in self.served], name_host_kind(device)
         for graph in graphs:
             if self.verdicts.is_sound(_make_unopened_key(graph), host):
                 raise HubaotiError(
@@ -210,8 +163,6 @@ class UnsignedWorker:
             _read_package_metadata(folder, graph), build_worker_host(self.host, device), device
         ):
             raise NoMatch(f"{graph.id} {misfit}", hint="use packages that were built for this host")
-        from hubaoti.spaces.unsigned.first_open import open_package_in_child
-
         tried = OpenHistory.on(mirror, device, self.ops)
         problem = tried.problem(graph)
         if problem is None:
@@ -253,18 +204,14 @@ def _read_package_metadata(folder: Path, graph: Graph) -> dict[str, Any]:
 
 def describe_misfit(metadata: dict[str, Any], host: Host, device: torch.device) -> str | None:
     """Why a package cannot run here, as far as it says; None where nothing speaks against it."""
-    sm = "".join(
-        each for each in str(metadata.get("AOTI_COMPUTE_CAPABILITY", "")) if each.isdigit()
-    )
+    sm = "".join(filter(str.isdigit, str(metadata.get("AOTI_COMPUTE_CAPABILITY", ""))))
     pairs = {
         "device": (metadata.get("AOTI_DEVICE_KEY"), device.type),
         "operating system": (metadata.get("AOTI_PLATFORM"), host.os),
         "machine": (metadata.get("AOTI_MACHINE"), host.machine),
-        "GPU": (
-            f"sm_{sm}" if sm and host.gpus else None,
-            f"sm_{host.gpus[0].sm if host.gpus else 0}",
-        ),
     }
+    if host.gpus:
+        pairs["GPU"] = (sm and f"sm_{sm}", f"sm_{host.gpus[0].sm}")
     for what, (built, here) in pairs.items():
         if built and built != here:
             return f"was built for the {what} {built}; here is {here}"
@@ -284,39 +231,21 @@ def defer_unsigned(
     ops: Sequence[str] = (),
 ) -> Deferred:
     """The module, waiting for a process that calls it."""
-    from hubaoti.attachment.first_call import Verdicts
-    from hubaoti.attachment.stats import CallStats
-    from hubaoti.spaces.deferred import Deferred
-    from hubaoti.spaces.unsigned.first_open import fetch_kernels
-    from hubaoti.spaces.unsigned.outcomes import CallOutcomes
-    from hubaoti.spaces.worker import is_single, preload_for_workers
-
     served = _match_packages(module, fetched)
     _warn_without_digests(fetched)
     with _hide_login_from_kernels(fetched, settings):
         fetch_kernels(fetched.kernels)
-    names = [
-        name for each in served for name in (each.graph.sha256, _make_unopened_key(each.graph))
-    ]
-    verdicts = Verdicts((name, "") for name in names)
-    worker = UnsignedWorker(
-        weakref.ref(module),
-        served,
-        fetched,
-        host,
-        settings,
-        strict,
-        CallOutcomes(),
-        verdicts,
-        (*ops,),
+    names = ((graph.sha256, _make_unopened_key(graph)) for graph, _ in served)
+    worker = _UnsignedWorker(
+        served=served,
+        fetched=fetched,
+        host=host,
+        settings=settings,
+        strict=strict,
+        outcomes=CallOutcomes(),
+        verdicts=Verdicts((name, "") for pair in names for name in pair),
+        ops=(*ops,),
     )
-    preload_for_workers()
-    spots = {spot.path: spot for each in served for spot in each.spots}
-    return Deferred(
-        module,
-        spots.values(),
-        worker.open,
-        CallStats(None, strict),
-        only_elsewhere=settings.zerogpu,
-        single=is_single(module),
-    )
+    modules = {path: part for _, parts in served for path, part in parts.items()}
+    tally = CallStats(None, strict)
+    return Deferred(module, modules, worker.open, tally, only_elsewhere=settings.zerogpu)

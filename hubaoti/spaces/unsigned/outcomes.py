@@ -47,7 +47,7 @@ class CallOutcomes:
         """This process tries it; should that end it, the attempt stays counted."""
         self._write(look, self._attempts(look) + _AT_IT + 1, os.getpid())
 
-    def failed(self, look: object) -> None:
+    def count_failure(self, look: object) -> None:
         """The package gave no answer: it may next time, for want of memory is one reason."""
         self._write(look, max(1, self._attempts(look)) + _AT_IT)
 
@@ -71,10 +71,10 @@ class CallOutcomes:
         digest = hashlib.blake2b(repr(look).encode(), digest_size=16).digest()
         start = int.from_bytes(digest[:8])
         fingerprint = max(1, int.from_bytes(digest[8:]) // _STATES) * _STATES
-        for at in range(start, start + _PROBES):
-            word = self._words[at % PLACES]
+        for index in range(start, start + _PROBES):
+            word = self._words[index % PLACES]
             if not word or word - word % _STATES == fingerprint:
-                return at % PLACES, fingerprint
+                return index % PLACES, fingerprint
         return None, fingerprint
 
 
@@ -86,6 +86,6 @@ def _is_still_trying(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # it is somebody else's
+        pass
     return True

@@ -7,10 +7,10 @@ is answered by the module.
 
 from __future__ import annotations
 
-import itertools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from hubaoti.artifact.manifest import Graph as Entry
-from hubaoti.attachment.binding import OfModule, require_quiet
+from hubaoti.attachment.binding import require_quiet
 from hubaoti.attachment.first_call import AGREES, DIFFERS, UNTRIED, describe_difference
+from hubaoti.attachment.forward_patch import CountMiss, GraphPatch
 from hubaoti.attachment.module_guard import refuse_collecting
-from hubaoti.attachment.region import ignore_miss, wants_gradient
-from hubaoti.attachment.served_modules import Spot
-from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers
+from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers, wants_gradient
 from hubaoti.errors import CannotOpen, MissingConstant
 from hubaoti.program.output_capturing import find_captures_inside
 from hubaoti.runtime.aliases import Bound
@@ -75,17 +74,22 @@ def open_package(folder: Path, library: str, name: str, device: torch.device) ->
         raise explain_refusal(name, folder, str(error)) from error
 
 
-class UnsignedRegion(OfModule):
+class UnsignedRegion(GraphPatch):
     """A module's `forward` that a package answers by its own call spec, or else the module."""
 
-    def __init__(self, spot: Spot, entry: Entry, runner: Runner, device: torch.device) -> None:
-        module = spot.module
-        self.path = spot.path
-        self.entry = entry
-        self.graphs = [runner]
-        super().__init__(module)
-        self._own = vars(module).get("forward")
+    def __init__(
+        self, path: str, module: nn.Module, entry: Entry, runner: Runner, device: torch.device
+    ) -> None:
+        """Raises MissingConstant where the module lacks tensors that the package reads."""
+        super().__init__(path, module, [runner], [entry.id])
+        self._id = entry.id
         self._names = runner.get_constant_names_to_original_fqns()
+        if missing := sorted({*self._names.values()} - _collect_tensors(module).keys()):
+            raise MissingConstant(
+                f"{path or type(module).__name__} has no {', '.join(missing)}, which its package "
+                "reads",
+                hint="load the packages of this very model",
+            )
         dtypes = getattr(runner, "get_constant_names_to_dtypes", None)
         self._dtypes: dict[str, int] = dtypes() if dtypes else {}
         self._taken, self._made = map(pytree.treespec_loads, runner.get_call_spec())
@@ -94,58 +98,35 @@ class UnsignedRegion(OfModule):
         self._bound = Bound({})
         self._addresses: list[int] = []
         self._has_run = False
-        self._lock = threading.Lock()
-        self._count = itertools.count()
-        self._missed: Callable[[str, CannotServe], None] = ignore_miss
-        self._looks: CallOutcomes | None = None
+        self._outcomes: CallOutcomes | None = None
 
-    @property
-    def inside(self) -> UnsignedRegion:
-        """As a region has it: where the module is."""
-        return self
+    def put(self, count_miss: CountMiss, outcomes: CallOutcomes) -> None:
+        """Answer from here on; `count_miss` is told of each call that the module answers itself."""
+        self._count_miss, self._outcomes = count_miss, outcomes
+        self.install()
 
-    def counts(self) -> dict[str, int]:
-        """How many calls the package answered, by its id."""
-        return {self.entry.id: int(repr(self._count)[6:-1])}
-
-    def put(self, missed: Callable[[str, CannotServe], None], looks: CallOutcomes) -> None:
-        """Answer from here on; `missed` is told of each call that the module answers itself."""
-        self._missed, self._looks = missed, looks
-        self.module.forward = self
-
-    def take_away(self) -> None:
-        """Give the module its own `forward` back; where somebody put theirs over it, it stays."""
-        if not self.is_gone and vars(self.module).get("forward") is self:
-            del self.module.forward
-            if self._own is not None:
-                self.module.forward = self._own
+    def remove(self) -> None:
+        """Give the module its own `forward` back, and its tensors."""
+        super().remove()
         with self._lock:
             self.graphs = []
             self._given, self._bound, self._addresses = [], Bound({}), []
 
     def bind(self, *, anew: bool = False) -> None:
-        """Give the package the module's tensors as they are now.
-
-        Raises:
-            CannotServe: one is not there, or is of another dtype.
-        """
+        """As every patch of graphs does, of a module that has all its tensors in their dtypes."""
         with self._lock:
             if not self.graphs or (not anew and self._is_bound()):
                 return
             self._given = []
             found = _collect_tensors(self.module)
-            given = {inner: self._tensor(found, inner) for inner in self._names}
+            given = {inner: self._find_tensor(found, inner) for inner in self._names}
             bound = Bound({inner: _align_detached(tensor) for inner, tensor in given.items()})
             self.graphs[0].update_constant_buffer(bound.aliases, False, True, True)
             self._bound, self._given = bound, [*given.values()]
             self._addresses = [*map(address, self._given)]
 
-    def _tensor(self, found: Mapping[str, torch.Tensor], inner: str) -> torch.Tensor:
-        """One constant.
-
-        Raises:
-            CannotServe: it is not there, or does not fit.
-        """
+    def _find_tensor(self, found: Mapping[str, torch.Tensor], inner: str) -> torch.Tensor:
+        """The tensor of one constant, which has to fit."""
         fqn = self._names[inner]
         tensor, dtype = found.get(fqn), _DTYPES.get(self._dtypes.get(inner, -1))
         if tensor is None or type(tensor) not in _PLAIN or tensor.is_meta:
@@ -164,46 +145,20 @@ class UnsignedRegion(OfModule):
         if len(self._given) != len(self._names):
             return False
         found = _collect_tensors(self.module)
-        same = (
-            found.get(self._names[inner]) is self._given[index]
-            for index, inner in enumerate(self._names)
-        )
-        return [*map(address, self._given)] == self._addresses and all(same)
+        same = all(map(is_, map(found.get, self._names.values()), self._given))
+        return same and [*map(address, self._given)] == self._addresses
 
-    def eager(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module itself answers to a call, by the `forward` that it had."""
-        if self._own is not None:
-            return self._own(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not self.graphs:
-            return self.eager(*args, **kwargs)
-        try:
-            return self._answer(args, kwargs)
-        except CannotServe as why:
-            self._missed(self.path, why)
-        return self.eager(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled and copied as the module's own `forward`."""
-        return getattr, (self.module, "forward")
-
-    def _answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What the package answers, once its answer to a call of this look was compared.
-
-        Raises:
-            CannotServe: it cannot, with the reason.
-        """
+    def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the package answers, once its answer to a call of this look was compared."""
         refuse_watchers()
         refuse_modes(self._device)
         self._require_quiet()
         self.bind()
-        inputs, values = self._inputs(args, kwargs)
+        inputs, values = self._read_inputs(args, kwargs)
         tensors = ((*each.shape, str(each.dtype)) for each in inputs)
-        look = (self.path, self.entry.id, *tensors, *values)
-        assert self._looks is not None
-        verdict = self._looks[look]
+        look = (self.path, self._id, *tensors, *values)
+        assert self._outcomes is not None
+        verdict = self._outcomes[look]
         if verdict == DIFFERS:
             raise CannotServe("differs", "the package refused such a call, or answered otherwise")
         if verdict == IS_FULL:
@@ -213,36 +168,33 @@ class UnsignedRegion(OfModule):
         if verdict == IS_BUSY:  # who tries it will know
             return self.eager(*args, **kwargs)
         if verdict == UNTRIED:
-            return self._tried(self._looks, look, inputs, lambda: self.eager(*args, **kwargs))
+            eager = partial(self.eager, *args, **kwargs)
+            return self._compare(self._outcomes, look, inputs, eager)
         outputs = self._run(inputs)
-        next(self._count)
+        next(self._counts[self._id])
         return pytree.tree_unflatten(outputs, self._made)
 
-    def _tried(
+    def _compare(
         self,
-        looks: CallOutcomes,
+        outcomes: CallOutcomes,
         look: object,
         inputs: list[torch.Tensor],
         eager: Callable[[], Any],
     ) -> Any:
-        """What the module answers, after the package was asked the same; others are told.
-
-        Raises:
-            CannotServe: the package fails.
-        """
-        looks.begin(look)
+        """What the module answers, after the package was asked the same; others are told."""
+        outcomes.begin(look)
         try:
             given = [each.clone() for each in inputs]
             ours = self._run(given)
             writes = not all(map(_have_same_bytes, given, inputs))
             answer = eager()
             writes = writes or not all(map(_have_same_bytes, given, inputs))
-            looks[look] = DIFFERS if writes or self._differs(ours, answer) else AGREES
+            outcomes[look] = DIFFERS if writes or self._differs(ours, answer) else AGREES
         except CannotServe:
-            looks.failed(look)
+            outcomes.count_failure(look)
             raise
         except BaseException:
-            looks.undo(look)
+            outcomes.undo(look)
             raise
         return answer
 
@@ -261,14 +213,10 @@ class UnsignedRegion(OfModule):
         if torch.is_grad_enabled() and any(each.requires_grad for each in self.module.parameters()):
             raise CannotServe("gradients", "the module's parameters are trained")
 
-    def _inputs(
+    def _read_inputs(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[list[torch.Tensor], list[str]]:
-        """The tensors of a call that is as the package's own call spec has it, and all its values.
-
-        Raises:
-            CannotServe: it is not, or a tensor is not plain.
-        """
+        """The tensors and all values of a call that is as the package's own call spec has it."""
         names = self._taken.child(1).context
         if {*kwargs} != {*names}:
             raise CannotServe("arguments", f"{', '.join(kwargs) or 'nothing'} is given by name")
@@ -289,16 +237,13 @@ class UnsignedRegion(OfModule):
         return inputs, values
 
     def _run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The package's answer to a list of tensors.
-
-        Raises:
-            CannotServe: it refuses them.
-        """
+        """The package's answer to a list of tensors."""
         bound = self._bound  # held until it has run
         try:
             with nullcontext() if self._has_run else override_environment(**_CHECKS):
                 self._has_run = True
-                return self.graphs[0].run([_align_detached(each) for each in inputs])
+                runner: Runner = self.graphs[0]
+                return runner.run([_align_detached(each) for each in inputs])
         except (RuntimeError, IndexError) as error:
             raise CannotServe("failed", f"{error!s:.200}") from error
         finally:
@@ -312,11 +257,7 @@ def _collect_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _describe_leaf(leaf: object) -> str:
-    """A leaf of a call that is not a tensor, as its look has it.
-
-    Raises:
-        CannotServe: it is nothing that can be told from another by its words.
-    """
+    """A leaf of a call that is not a tensor, as its look has it."""
     if isinstance(leaf, torch.Tensor):
         return "a tensor"
     if type(leaf) not in _VALUES:
@@ -333,17 +274,3 @@ def _align_detached(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy where it starts at an address that cannot be read."""
     off = tensor.data_ptr() % tensor_alignment(tensor.dtype, tensor.device)
     return tensor.detach().clone() if off else tensor.detach()
-
-
-def require_tensors(path: str, module: nn.Module, fqns: Sequence[str]) -> None:
-    """See that a module has the tensors that a package reads.
-
-    Raises:
-        MissingConstant: some are not there; all of them are named.
-    """
-    missing = sorted({*fqns} - _collect_tensors(module).keys())
-    if missing:
-        raise MissingConstant(
-            f"{path or type(module).__name__} has no {', '.join(missing)}, which its package reads",
-            hint="load the packages of this very model",
-        )

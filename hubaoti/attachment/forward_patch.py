@@ -1,0 +1,159 @@
+"""A module's `forward` in whose place something else answers: put over it, and taken away again."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from hubaoti.runtime.fallback import CannotServe
+
+CountMiss = Callable[[str, CannotServe], None]
+
+
+class ModuleReference:
+    """What belongs to a module and does not keep it alive."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody has the module any more."""
+        return self._module() is None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module; who calls it holds it."""
+        module = self._module()
+        assert module is not None
+        return module
+
+
+class ForwardPatch(ModuleReference, ABC):
+    """What answers in the place of a module's `forward`.
+
+    It is an attribute of the module and of nothing else: whoever copies, pickles, compiles or
+    exports the module gets the module as it was. Only a shallow copy shares it, and answers as the
+    original.
+    """
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        super().__init__(module)
+        self.path = path
+        self.is_removed = False
+        self._own = vars(module).get("forward")
+        # Nobody is told before it is installed.
+        self._count_miss: CountMiss = lambda path, error: None
+        self._note_tracing: Callable[[], None] = lambda: None
+
+    def install(self, over: Any = None) -> None:
+        """Answer from here on, below what somebody put over us."""
+        self.module.forward = over or self
+        _PATCHES[self.module] = weakref.ref(self)
+
+    def remove(self) -> None:
+        """Give the module its own `forward` back.
+
+        Where somebody else has put theirs over it meanwhile, it stays, and only calls the module's.
+        """
+        self.is_removed = True
+        if self.is_gone:
+            return
+        if vars(self.module).get("forward") is self:
+            self.lift()
+        elif find_patch(self.module) is self:
+            del _PATCHES[self.module]
+
+    def lift(self) -> None:
+        """Have the module's own `forward` lie bare, whatever somebody put over us."""
+        vars(self.module).pop("forward", None)
+        if self._own is not None:
+            self.module.forward = self._own
+        if find_patch(self.module) is self:
+            del _PATCHES[self.module]
+
+    def eager(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module itself answers to a call, by the `forward` that it had."""
+        if self._own is not None:
+            return self._own(*args, **kwargs)
+        module = self.module
+        return type(module).forward(module, *args, **kwargs)
+
+    @abstractmethod
+    def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What is answered in the module's place.
+
+        Raises:
+            CannotServe: nothing is, with the reason; the module answers itself.
+        """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            self._note_tracing()
+        elif not self.is_removed:
+            try:
+                return self.answer(args, kwargs)
+            except CannotServe as error:
+                self._count_miss(self.path, error)
+        return self.eager(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the module's own `forward`: callers look up there what a model takes."""
+        return inspect.signature(self._own or partial(type(self.module).forward, self.module))
+
+    @property
+    def __code__(self) -> Any:
+        """That of the module's own `forward`: `torch.export` looks up there what it exports."""
+        return (self._own or type(self.module).forward).__code__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as the module's own `forward`."""
+        if self._own is not None:
+            return copy.copy, (self._own,)
+        return getattr, (self.module, "forward")
+
+
+class GraphPatch(ForwardPatch):
+    """A `forward` that graphs answer, which are bound to the module's tensors."""
+
+    def __init__(
+        self, path: str, module: nn.Module, graphs: Sequence[Any], ids: Iterable[str]
+    ) -> None:
+        super().__init__(path, module)
+        self.graphs: list[Any] = [*graphs]
+        self._counts = {name: itertools.count() for name in ids}
+        self._lock = threading.Lock()
+
+    def counts(self) -> dict[str, int]:
+        """How many calls each graph answered, by the ids of the graphs."""
+        # `count(7)`: counting by `next` is safe in threads, and so one asks without counting.
+        return {name: int(repr(count)[6:-1]) for name, count in self._counts.items()}
+
+    @abstractmethod
+    def bind(self, *, anew: bool = False) -> None:
+        """Give the graphs the module's tensors as they are now; what is made of them, if need be.
+
+        Raises:
+            CannotServe: the module is not what it was, or a tensor does not fit.
+        """
+
+
+# Whatever somebody puts over a patch, it is known here by its module.
+# Neither lives for it: a patch is its module's.
+_PATCHES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+
+
+def find_patch(module: nn.Module) -> Any:
+    """The patch of a module itself; None where it has none."""
+    return _PATCHES[module]() if module in _PATCHES else None

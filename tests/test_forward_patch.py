@@ -1,0 +1,128 @@
+"""What answers in the place of a module's forward: to callers, copies, tracers, and afterwards."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import pickle
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hubaoti.attachment.attach import find_regions, refuse_attached
+from hubaoti.attachment.forward_patch import ForwardPatch, find_patch
+from hubaoti.errors import AlreadyAttached
+from hubaoti.runtime.fallback import CannotServe
+
+X = torch.ones(1, 2)
+
+
+class Double(nn.Module):
+    def forward(self, x: torch.Tensor, by: float = 2.0) -> torch.Tensor:
+        return x * by
+
+
+class Zero(ForwardPatch):
+    """Answers zeros, but to three times."""
+
+    def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if kwargs.get("by") == 3.0:
+            raise CannotServe("arguments", "three times")
+        return torch.zeros(1, 2)
+
+
+@pytest.fixture
+def module() -> Double:
+    return Double().eval()
+
+
+@pytest.fixture
+def patch(module: Double) -> Zero:
+    patch = Zero("", module)
+    patch.install()
+    return patch
+
+
+def test_it_answers_and_what_it_refuses_is_the_module_s_and_counted(
+    module: Double, patch: Zero
+) -> None:
+    missed = []
+    patch._count_miss = lambda path, error: missed.append((path, error.reason))
+    assert torch.equal(module(X), 0 * X)
+    assert torch.equal(module(X, by=3.0), 3 * X)
+    assert missed == [("", "arguments")]
+
+
+def test_removed_the_module_is_as_it_was_and_answers(module: Double, patch: Zero) -> None:
+    assert find_patch(module) is patch and [*find_regions(module)] == [patch]
+    patch.remove()
+    assert "forward" not in vars(module) and find_patch(module) is None
+    assert torch.equal(module(X), 2 * X)
+    patch.remove()
+
+
+def test_a_forward_of_the_module_s_own_comes_back(module: Double) -> None:
+    own = module.forward = lambda x: 5 * x  # type: ignore[method-assign]
+    patch = Zero("", module)
+    patch.install()
+    assert torch.equal(patch.eager(X), 5 * X)
+    assert torch.equal(copy.deepcopy(module)(X), 5 * X)
+    patch.remove()
+    assert vars(module)["forward"] is own
+
+
+def test_what_lies_over_it_stays_and_calls_the_module(module: Double, patch: Zero) -> None:
+    over = module.forward = lambda x: patch(x) + 1  # type: ignore[method-assign]
+    assert torch.equal(module(X), 0 * X + 1)
+    with pytest.raises(AlreadyAttached):
+        refuse_attached(module)
+    patch.remove()
+    assert vars(module)["forward"] is over and find_patch(module) is None
+    assert torch.equal(module(X), 2 * X + 1)
+    refuse_attached(module)
+
+
+def test_copies_are_of_the_module_itself(module: Double, patch: Zero) -> None:
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(X), 2 * X) and find_patch(other) is None
+    assert torch.equal(module(X), 0 * X)
+
+
+def test_it_has_the_face_of_the_module_s_own(module: Double, patch: Zero) -> None:
+    assert inspect.signature(module.forward) == inspect.signature(Double().forward)
+    assert [*inspect.signature(module.forward).parameters] == ["x", "by"]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_whole_module_is_exported_as_itself(module: Double, patch: Zero, strict: bool) -> None:
+    traced = []
+    patch._note_tracing = lambda: traced.append(1) if not strict else None
+    program = torch.export.export(module, (X,), strict=strict)
+    assert torch.equal(program.module()(X), 2 * X)
+    names = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+    assert names == ["x"] and (strict or traced)
+
+
+def test_a_whole_module_is_compiled_as_itself(module: Double, patch: Zero) -> None:
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(X), 2 * X)
+    assert torch.equal(module(X), 0 * X)
+
+
+def test_it_keeps_no_module_alive() -> None:
+    module = Double()
+    patch = Zero("", module)
+    patch.install()
+    gone = weakref.ref(module)
+    gc.disable()
+    try:
+        del module
+        assert gone() is None and patch.is_gone
+        patch.remove()
+    finally:
+        gc.enable()
