@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from hubaoti.compiler.patched import shadow_attribute
 from hubaoti.errors import BadRequest, first_line
 from hubaoti.runtime.call_template import split_word
 
@@ -82,10 +83,10 @@ class Frozen:
     def _freeze_mapping(self, value: Mapping[Any, Any], name: str) -> dict[str, Any]:
         if not all(type(key) in {str, int} for key in value):
             raise Opaque(f"{name} has keys that are neither words nor whole numbers")
+        pairs = [[key, self.freeze(item, f"{name}_{key}")] for key, item in value.items()]
         if not all(isinstance(key, str) for key in value):
-            pairs = [[key, self.freeze(item, f"{name}_{key}")] for key, item in value.items()]
             return {"items": pairs}
-        items = {key: self.freeze(item, f"{name}_{key}") for key, item in value.items()}
+        items = {key: frozen for key, frozen in pairs}
         if hasattr(value, "__dataclass_fields__"):  # an output of transformers or diffusers
             return {"fields": items, "class": _class_name(value)}
         in_order = [*items] == sorted(items)
@@ -93,12 +94,12 @@ class Frozen:
 
     def _index_tensor(self, tensor: torch.Tensor, name: str) -> int:
         """A tensor that is given twice has one place, so that the graph has one input for it."""
-        for index, seen in enumerate(self.tensors):
-            if seen is tensor:
-                return index
+        seen = [*map(id, self.tensors)]
+        if id(tensor) in seen:
+            return seen.index(id(tensor))
         self.tensors.append(tensor)
         self.names.append(name)
-        return len(self.tensors) - 1
+        return len(seen)
 
 
 def thaw(template: Any, tensors: Sequence[torch.Tensor], known: Mapping[str, Any]) -> Any:
@@ -276,14 +277,6 @@ def record_calls(module: nn.Module, n: int | None = None, *, run: bool = True) -
             ) from error
 
 
-@contextmanager
-def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
     """Give one module, and no other of its class, another `forward` for a while."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
+    return shadow_attribute(module, "forward", forward)
