@@ -24,7 +24,7 @@ from hubaoti.compiler.patched import shadow_attribute
 from hubaoti.errors import BadRequest, first_line
 from hubaoti.runtime.call_template import split_word
 
-_LITERALS = (bool, int, float, str, type(None))
+_PLAIN_KINDS = (bool, int, float, str, type(None))
 
 
 class Opaque(Exception):
@@ -65,7 +65,7 @@ class Frozen:
             return {"given": [*self.given[id(value)]]}
         if isinstance(value, torch.Tensor):
             return {"tensor": self._index_tensor(value, name)}
-        if isinstance(value, _LITERALS):
+        if isinstance(value, _PLAIN_KINDS):
             whole = type(value) is float and not value % 1.0  # JSON would make an int of it
             return {"float": repr(value)} if whole else value
         if isinstance(value, (torch.dtype, torch.device)):
@@ -180,7 +180,7 @@ def bind_arguments(
     return {**dict(zip(_name_positionals(forward, len(args)), args, strict=False)), **kwargs}
 
 
-class Enough(BaseException):
+class _Enough(BaseException):
     """Leaves the block of `record_calls`: the calls that were asked for have come."""
 
 
@@ -215,19 +215,19 @@ class Calls:
             self.each.append(Call(call.template, copies, call.names, call.caches))
 
     def wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward`, of which each call is kept; `Enough` ends the last one where none is run."""
+        """`forward`, of which each call is kept; `_Enough` ends the last one where none is run."""
 
-        def recording(*args: Any, **kwargs: Any) -> Any:
+        def record_and_call(*args: Any, **kwargs: Any) -> Any:
             self.came += 1
             if self.limit is None or self.came <= self.limit:
                 self.add(forward, args, kwargs)
             if self.run:
                 return forward(*args, **kwargs)
             if self.came == self.limit:
-                raise Enough
+                raise _Enough
             return None
 
-        return recording
+        return record_and_call
 
     def require(self) -> list[Call]:
         """The calls, of which there is one at least.
@@ -266,7 +266,7 @@ def record_calls(module: nn.Module, n: int | None = None, *, run: bool = True) -
     with replace_forward(module, calls.wrap(module.forward)):
         try:
             yield calls
-        except Enough:
+        except _Enough:
             pass
         except Exception as error:
             if run or not calls.came:

@@ -21,7 +21,7 @@ from hubaoti.compiler.patched import shadow_attribute
 from hubaoti.errors import CompileFailed
 
 MOST_LITERALS = 1024  # runs of equal numbers that are chosen from, one by one
-Make = Callable[[], torch.Tensor]
+_Make = Callable[[], torch.Tensor]
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def _find_unsaved(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, torc
                 yield where, part, name, value
 
 
-def make_literal(tensor: torch.Tensor) -> Make | None:
+def make_literal(tensor: torch.Tensor) -> _Make | None:
     """What makes a tensor anew, bit for bit, of nothing but numbers; None if of too many."""
     shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
     flat = tensor.detach().cpu().reshape(-1)

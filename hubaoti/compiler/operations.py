@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fa
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Step = tuple[str, Any]  # an operation of a block: what was called, and what came of it
+_Step = tuple[str, Any]  # an operation of a block: what was called, and what came of it
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -35,10 +35,10 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._start = ""
         self._words: dict[int, str] = {}
         self._kept: list[torch.Tensor] = []  # an id is one tensor's only while it lives
-        self._known: dict[Any, list[list[Step]]] = {}  # by kinds of blocks
+        self._known: dict[Any, list[list[_Step]]] = {}  # by kinds of blocks
         self._kind: Any = None
-        self._alike: list[list[Step]] = []  # those that did the same so far
-        self._steps: list[Step] = []
+        self._alike: list[list[_Step]] = []  # those that did the same so far
+        self._steps: list[_Step] = []
         self._pure = True
 
     def begin(self, path: str, block: nn.Module, given: Sequence[torch.Tensor]) -> None:
@@ -91,7 +91,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             dtype = args[0].dtype if is_scalar else torch.bool
             return 0.0 if dtype.is_floating_point else self._truth if dtype is torch.bool else 0
 
-    def _find_same_step(self, request: str) -> Step | None:
+    def _find_same_step(self, request: str) -> _Step | None:
         """What came of the same in a block that did the same until here."""
         index = len(self._steps)
         alike = (steps for steps in self._alike if index < len(steps))

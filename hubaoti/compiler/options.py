@@ -2,7 +2,7 @@
 
 What stands here stands in the manifest and in the key, so it is JSON, and an option at torch's own
 default is left out. What inductor would ignore is refused, because it would only split keys. Which
-options are for users, and why others are not, is in `inductor_options.toml`.
+options are for users, and words others are not, is in `inductor_options.toml`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def merge_options(
     requested = given if isinstance(given, Mapping) else _split_words(given)
     defaults = _declared.get_config_copy()
     for name, value in requested.items():
-        _require_allowed(name, defaults, device)
+        _require_settable(name, defaults, device)
         options[name] = _read_value(name, value, spoken)
     return {
         name: options[name]
@@ -97,7 +97,7 @@ def _split_words(texts: Iterable[str]) -> dict[str, str]:
     return words
 
 
-def _require_allowed(name: str, known: Iterable[str], device: str) -> None:
+def _require_settable(name: str, known: Iterable[str], device: str) -> None:
     """Refuse an option that torch does not have, or that cannot be set.
 
     Raises:
@@ -135,7 +135,7 @@ def refuse_option(name: str, device: str) -> str | None:
         return "it is of GPU kernels, and this graph is for a CPU"
     reason = None
     if name not in ANY_DEVICE | GPU_KERNELS:
-        fitting = (why for why, starts in _REFUSED.items() if name.startswith(tuple(starts)))
+        fitting = (words for words, starts in _REFUSED.items() if name.startswith(tuple(starts)))
         reason = next(fitting, _UNKNOWN)
     if reason in {None, _UNKNOWN} and not _is_speakable(_get_kind(name)):
         return "its values are Python"
@@ -172,7 +172,7 @@ def _read_value(name: str, value: Any, spoken: bool) -> Any:
             return _fit(each, kind)
     shown = value if spoken else repr(value)
     raise BadRequest(
-        f"inductor option {name} cannot be {shown}", hint=f"give {_describe_kind(kind)}"
+        f"inductor option {name} cannot be {shown}", hint=f"give {_describe_type(kind)}"
     )
 
 
@@ -239,11 +239,11 @@ def _fit_plain(value: Any, kind: Any) -> bool | int | float | str:
     raise ValueError(value)
 
 
-def _describe_kind(kind: Any) -> str:
-    """A type in words."""
+def _describe_type(kind: Any) -> str:
+    """A type in the words of a hint, as what is to be given."""
     origin = get_origin(kind)
     if origin in {Union, types.UnionType}:
-        return " or ".join(_describe_kind(each) for each in get_args(kind))
+        return " or ".join(_describe_type(each) for each in get_args(kind))
     if origin is Literal:
         return f"one of: {', '.join(map(str, get_args(kind)))}"
     names = {

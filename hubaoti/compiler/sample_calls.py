@@ -13,7 +13,6 @@ from hubaoti.compiler import kv_inputs as caches
 from hubaoti.compiler.capture import thaw_arguments
 from hubaoti.compiler.fake_run import Arguments
 from hubaoti.compiler.from_config import Source
-from hubaoti.runtime.input_checks import parse_dtype
 
 _ROOT = "root"
 
@@ -38,14 +37,7 @@ def prepare_sample_call(
 
     def make() -> Arguments:
         sizes = {name: series[index] for name, series in source.looks.items()}
-        tensors = [
-            torch.empty(
-                [n if isinstance(n, int) else DimExpr.parse(n).at(sizes) for n in entry.shape],
-                dtype=parse_dtype(entry.dtype),
-                device=device,
-            )
-            for entry in source.face.inputs
-        ]
+        tensors = source.face.make_empty_inputs(sizes, device)
         layers = caches.count_layers(source.model)
         seen = caches.make_recording_cache(sizes.get("filled", 1), sizes.get("seq", 1), layers)
         known = {"size": lambda text: DimExpr.parse(text).at(sizes), "cache": seen}
