@@ -43,7 +43,7 @@ def read_needs(library: Path) -> Needs:
 def merge_needs(needs: Sequence[Needs]) -> Needs:
     """What several libraries need of one host."""
     libraries = sorted({library for each in needs for library in each.libraries})
-    found = {name: filter(None, (getattr(each, name) for each in needs)) for name in _RUNTIMES}
+    found = {name: [v for each in needs if (v := getattr(each, name))] for name in _RUNTIMES}
     newest = {name: max(each, key=Version, default=None) for name, each in found.items()}
     return Needs(tuple(libraries), **newest)
 
