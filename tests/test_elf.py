@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from hubaoti.compiler.elf import (
+    Needs,
     find_newest_version,
+    merge_needs,
     read_needs,
     refuse_executable_stack,
     refuse_paths,
@@ -54,6 +56,14 @@ def test_a_library_of_nothing_needs_nothing(tmp_path: Path) -> None:
     source = 'extern "C" int one() { return 1; }'
     needs = read_needs(build(tmp_path, "-nostdlib", source=source))
     assert (needs.libraries, needs.glibc, needs.glibcxx, needs.cxxabi) == ((), None, None, None)
+
+
+def test_several_libraries_need_the_newest_of_each_runtime() -> None:
+    first = Needs(("libc.so.6", "libm.so.6"), "2.34", "3.4.9", "1.3.9")
+    other = Needs(("libc.so.6", "libtorch.so"), "2.4", "3.4.30", None)
+    merged = merge_needs([first, other, Needs((), None, None, None)])
+    assert merged == Needs(("libc.so.6", "libm.so.6", "libtorch.so"), "2.34", "3.4.30", "1.3.9")
+    assert merge_needs([]) == Needs((), None, None, None)
 
 
 def test_versions_are_numbers_and_not_text() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 
-from hubaoti.compiler.fake_run import BlockCalls, Given, init_empty_parameters, observe
+from hubaoti.compiler.fake_run import Arguments, BlockCalls, init_empty_parameters, observe
 from hubaoti.compiler.from_config import load_source
 from hubaoti.compiler.plan import make_plan
 from hubaoti.compiler.request import CompileRequest
@@ -49,11 +49,11 @@ class Model(nn.Module):
         return x
 
 
-def looks(*rows: int, **rest: Any) -> list[Callable[[], Given]]:
+def looks(*rows: int, **rest: Any) -> list[Callable[[], Arguments]]:
     """One call for each number of rows."""
 
-    def call(count: int) -> Callable[[], Given]:
-        return lambda: Given((torch.empty(count, 4),), rest)
+    def call(count: int) -> Callable[[], Arguments]:
+        return lambda: ((torch.empty(count, 4),), rest)
 
     return [call(count) for count in rows]
 

@@ -15,12 +15,12 @@ from hubaoti.artifact.canonical import encode_canonical
 from hubaoti.artifact.schema import Target
 from hubaoti.compiler import options as options_module
 from hubaoti.compiler.inductor import ALONE, WEIGHTLESS, choose_inductor_options
-from hubaoti.compiler.inductor_options import ANY_DEVICE, GPU_KERNELS
 from hubaoti.compiler.options import (
+    ANY_DEVICE,
+    GPU_KERNELS,
     MODES,
     merge_options,
     options_of_mode,
-    parse_options,
     refuse_option,
 )
 from hubaoti.errors import BadRequest
@@ -30,7 +30,7 @@ ALLOWED = [name for name in ALL if refuse_option(name, "cuda") is None]
 
 
 def parsed(*texts: str) -> dict[str, Any]:
-    return parse_options(texts, "cuda")
+    return merge_options("default", texts, "cuda")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_an_option_is_given_once() -> None:
 def test_what_is_not_for_users_is_refused_with_its_reason(name: str, reason: str) -> None:
     assert name in ALL
     with pytest.raises(BadRequest, match=reason) as caught:
-        parse_options({name: True}, "cuda")
+        merge_options("default", {name: True}, "cuda")
     assert name in str(caught.value)
 
 
@@ -191,11 +191,11 @@ def test_what_a_new_torch_brings_is_refused(
 ) -> None:
     monkeypatch.setattr(options_module, "_declared", NewerTorch())
     with pytest.raises(BadRequest, match="does not know what it changes") as caught:
-        parse_options({name: True}, device)
+        merge_options("default", {name: True}, device)
     assert name in str(caught.value)
     assert "leave it out" in caught.value.hint
-    assert "inductor_options.py" in caught.value.hint
-    assert parse_options({"max_fusion_size": 128}, device) == {"max_fusion_size": 128}
+    assert "inductor_options.toml" in caught.value.hint
+    assert merge_options("default", {"max_fusion_size": 128}, device) == {"max_fusion_size": 128}
 
 
 def test_a_refused_option_that_hubaoti_does_not_know_is_refused_with_the_near_ones(
@@ -250,15 +250,15 @@ def test_most_of_what_shapes_kernels_is_for_users() -> None:
 def test_every_allowed_option_is_json_and_none_at_its_default() -> None:
     defaults = config.get_config_copy()
     given = {name: defaults[name] for name in ALLOWED}
-    assert parse_options(given, "cuda") == {}
+    assert merge_options("default", given, "cuda") == {}
     assert all(encode_canonical(value) for value in given.values())
 
 
 def test_two_spellings_of_one_value_are_one() -> None:
-    assert parsed("max_autotune=true") == parse_options({"max_autotune": True}, "cuda")
+    assert parsed("max_autotune=true") == merge_options("default", {"max_autotune": True}, "cuda")
     assert parsed("min_overlap_ratio=2") == parsed("min_overlap_ratio=2.0")
-    assert parsed("multi_kernel_hints=[1,2]") == parse_options(
-        {"multi_kernel_hints": (1, 2)}, "cuda"
+    assert parsed("multi_kernel_hints=[1,2]") == merge_options(
+        "default", {"multi_kernel_hints": (1, 2)}, "cuda"
     )
     first, second = (
         parsed("max_autotune=true", "combo_kernels=true"),
@@ -284,7 +284,7 @@ def test_two_spellings_of_one_value_are_one() -> None:
 )
 def test_python_values_are_taken_as_they_are(name: str, value: Any) -> None:
     with pytest.raises(BadRequest, match=name):
-        parse_options({name: value}, "cuda")
+        merge_options("default", {name: value}, "cuda")
 
 
 @given(st.sampled_from(ALLOWED), st.text(max_size=8) | st.integers().map(str))
@@ -294,15 +294,15 @@ def test_whatever_is_accepted_can_be_said_again(name: str, text: str) -> None:
     except BadRequest as error:
         assert error.hint
     else:
-        assert parse_options(json.loads(encode_canonical(options)), "cuda") == options
+        assert merge_options("default", json.loads(encode_canonical(options)), "cuda") == options
 
 
 def test_a_cpu_graph_has_no_options_of_gpu_kernels() -> None:
     with pytest.raises(BadRequest, match="CPU"):
-        parse_options(["triton.multi_kernel=1"], "cpu")
+        merge_options("default", ["triton.multi_kernel=1"], "cpu")
     with pytest.raises(BadRequest, match="packs weights"):
-        parse_options(["max_autotune=true"], "cpu")
-    assert parse_options(["cpp.min_chunk_size=64"], "cpu") == {"cpp.min_chunk_size": 64}
+        merge_options("default", ["max_autotune=true"], "cpu")
+    assert merge_options("default", ["cpp.min_chunk_size=64"], "cpu") == {"cpp.min_chunk_size": 64}
 
 
 def test_modes_are_what_a_graph_can_have_of_torch_s() -> None:
@@ -318,7 +318,7 @@ def test_modes_are_what_a_graph_can_have_of_torch_s() -> None:
 def test_a_mode_s_options_could_have_been_given_one_by_one(mode: str) -> None:
     for device in ("cpu", "cuda"):
         options = options_of_mode(mode, device)
-        assert parse_options(options, device) == options
+        assert merge_options("default", options, device) == options
 
 
 def test_what_is_given_overrides_the_mode_even_with_a_default() -> None:

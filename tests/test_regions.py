@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from hubaoti.compiler.fake_run import Given, observe
+from hubaoti.compiler.fake_run import Arguments, observe
 from hubaoti.compiler.regions import Group, find_blocks, group_blocks
 from hubaoti.errors import BadRequest
 
@@ -53,9 +53,10 @@ def groups(model: nn.Module, *tensors: torch.Tensor, regions: str = "auto") -> t
     given = tensors or (torch.empty(3, 4),)
     blocks = find_blocks(model, regions)
 
-    def call(more: int) -> Callable[[], Given]:
-        return lambda: Given(
-            tuple(torch.empty(t.shape[0] + more, *t.shape[1:], dtype=t.dtype) for t in given), {}
+    def call(more: int) -> Callable[[], Arguments]:
+        return lambda: (
+            tuple(torch.empty(t.shape[0] + more, *t.shape[1:], dtype=t.dtype) for t in given),
+            {},
         )
 
     return group_blocks(blocks, observe(model, blocks, [call(0), call(2)], CPU))
@@ -381,11 +382,11 @@ def by_group(model: Any) -> dict[str, list[int]]:
     """The numbers of the blocks in each group of a transformers model."""
     blocks = find_blocks(model, "auto")
 
-    def call(batch: int, seq: int) -> Callable[[], Given]:
-        def given() -> Given:
+    def call(batch: int, seq: int) -> Callable[[], Arguments]:
+        def given() -> Arguments:
             ids = torch.ones(batch, seq, dtype=torch.int64)
             more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-            return Given((), {"input_ids": ids, "attention_mask": ids, "use_cache": False, **more})
+            return ((), {"input_ids": ids, "attention_mask": ids, "use_cache": False, **more})
 
         return given
 

@@ -337,7 +337,7 @@ def test_a_probe_that_would_take_too_long_is_made_smaller_and_says_why(trial: Tr
     large = replace(trial, bounds={"batch": Range(1, 64), "seq": Range(2, 512)})
     asked = {"batch": 1, "seq": 512}
     probe = cap_probe(asked, large, seconds_per_token=verify.CHECK_SECONDS / 16)
-    assert probe.asked == asked
+    assert probe.requested == asked
     assert probe.sizes == {"batch": 1, "seq": 16}
     assert probe.capped is not None and probe.capped.startswith("time: it would take")
 
@@ -348,7 +348,7 @@ def test_a_probe_that_would_take_too_much_memory_is_made_smaller_and_says_why(
     bounds = {"batch": Range(1, 1 << 20), "seq": Range(2, 512)}
     large = replace(trial, bounds=bounds, width=100)
     probe = cap_probe({"batch": 1 << 20, "seq": 2}, large, 0.0)
-    assert probe.asked == {"batch": 1 << 20, "seq": 2}
+    assert probe.requested == {"batch": 1 << 20, "seq": 2}
     assert 1 < probe.sizes["batch"] < 1 << 20
     assert probe.capped is not None and probe.capped.startswith("memory: it would take")
 
@@ -396,7 +396,7 @@ def test_a_capped_probe_is_within_the_bounds_and_a_call_fits_its_cache(
 
 
 def test_the_same_sizes_have_the_same_inputs(trial: Trial) -> None:
-    first, second = (trial.inputs({"batch": 3, "seq": 9}) for _ in range(2))
+    first, second = (trial.make_inputs({"batch": 3, "seq": 9}) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert [list(tensor.shape) for tensor in first] == [[3, 9], [3, 9]]
     assert first[1].min() == 0, "no row is padded"

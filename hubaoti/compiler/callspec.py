@@ -43,29 +43,16 @@ def make_call_spec(face: CallSignature, answer: Any) -> CallSpec | None:
     tensors = [torch.empty(0) for _ in face.inputs]
     known = {"size": lambda _: 2, "cache": None, "device": "cpu"}
     args, kwargs = thaw_arguments(face.template, tensors, known)
-    given, taken = pytree.tree_flatten((tuple(args), kwargs))
-    if not _are_same_tensors([each for each in given if isinstance(each, torch.Tensor)], tensors):
-        return None
-    results = [
-        torch.empty(0) for _ in range(sum(word == "tensor" for word in walk_template_words(answer)))
-    ]
+    leaves, call = pytree.tree_flatten((tuple(args), kwargs))
+    given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    results = [torch.empty(0) for word in walk_template_words(answer) if word == "tensor"]
     try:
         answered, made = pytree.tree_flatten(parse_output_template(answer)(results))
-        if not _are_same_tensors(answered, results):
+        if [*map(id, given), *map(id, answered)] != [*map(id, tensors), *map(id, results)]:
             return None
-        return _serialize_treespec(taken), _serialize_treespec(made)
+        return pytree.treespec_dumps(call), pytree.treespec_dumps(made)
     except (BadManifest, NotImplementedError):  # a class that torch cannot name
         return None
-
-
-def _are_same_tensors(found: Sequence[Any], tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether these are the tensors, each once and in their order."""
-    return len(found) == len(tensors) and all(map(lambda a, b: a is b, found, tensors))
-
-
-def _serialize_treespec(tree: Any) -> str:
-    """A tree as torch writes it into a library."""
-    return str(pytree.treespec_dumps(tree))
 
 
 @contextmanager
@@ -84,14 +71,13 @@ def write_call_spec(spec: CallSpec | None) -> Iterator[None]:
         yield
         return
 
-    def flattened(*args: Any, **kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
-        inputs, options = original(*args, **kwargs)
-        trees = dict(zip(("in", "out"), spec, strict=True))
-        return inputs, options | {
-            f"aot_inductor.serialized_{way}_spec": tree for way, tree in trees.items()
-        }
+    names = ("aot_inductor.serialized_in_spec", "aot_inductor.serialized_out_spec")
 
-    with patch_attribute(compile_fx, "_aoti_flatten_inputs", flattened):
+    def flatten_inputs(*args: Any, **kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+        inputs, options = original(*args, **kwargs)
+        return inputs, options | dict(zip(names, spec, strict=True))
+
+    with patch_attribute(compile_fx, "_aoti_flatten_inputs", flatten_inputs):
         yield
 
 

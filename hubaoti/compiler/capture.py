@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +20,11 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from hubaoti.compiler.patched import shadow_attribute
 from hubaoti.errors import BadRequest, first_line
 from hubaoti.runtime.call_template import split_word
 
-_LITERALS = (bool, int, float, str, type(None))
+_PLAIN_KINDS = (bool, int, float, str, type(None))
 
 
 class Opaque(Exception):
@@ -64,7 +65,7 @@ class Frozen:
             return {"given": [*self.given[id(value)]]}
         if isinstance(value, torch.Tensor):
             return {"tensor": self._index_tensor(value, name)}
-        if isinstance(value, _LITERALS):
+        if isinstance(value, _PLAIN_KINDS):
             whole = type(value) is float and not value % 1.0  # JSON would make an int of it
             return {"float": repr(value)} if whole else value
         if isinstance(value, (torch.dtype, torch.device)):
@@ -82,10 +83,10 @@ class Frozen:
     def _freeze_mapping(self, value: Mapping[Any, Any], name: str) -> dict[str, Any]:
         if not all(type(key) in {str, int} for key in value):
             raise Opaque(f"{name} has keys that are neither words nor whole numbers")
+        pairs = [[key, self.freeze(item, f"{name}_{key}")] for key, item in value.items()]
         if not all(isinstance(key, str) for key in value):
-            pairs = [[key, self.freeze(item, f"{name}_{key}")] for key, item in value.items()]
             return {"items": pairs}
-        items = {key: self.freeze(item, f"{name}_{key}") for key, item in value.items()}
+        items = {key: frozen for key, frozen in pairs}
         if hasattr(value, "__dataclass_fields__"):  # an output of transformers or diffusers
             return {"fields": items, "class": _class_name(value)}
         in_order = [*items] == sorted(items)
@@ -93,12 +94,12 @@ class Frozen:
 
     def _index_tensor(self, tensor: torch.Tensor, name: str) -> int:
         """A tensor that is given twice has one place, so that the graph has one input for it."""
-        for index, seen in enumerate(self.tensors):
-            if seen is tensor:
-                return index
+        seen = [*map(id, self.tensors)]
+        if id(tensor) in seen:
+            return seen.index(id(tensor))
         self.tensors.append(tensor)
         self.names.append(name)
-        return len(self.tensors) - 1
+        return len(seen)
 
 
 def thaw(template: Any, tensors: Sequence[torch.Tensor], known: Mapping[str, Any]) -> Any:
@@ -179,7 +180,7 @@ def bind_arguments(
     return {**dict(zip(_name_positionals(forward, len(args)), args, strict=False)), **kwargs}
 
 
-class Enough(BaseException):
+class _Enough(BaseException):
     """Leaves the block of `record_calls`: the calls that were asked for have come."""
 
 
@@ -214,19 +215,19 @@ class Calls:
             self.each.append(Call(call.template, copies, call.names, call.caches))
 
     def wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward`, of which each call is kept; `Enough` ends the last one where none is run."""
+        """`forward`, of which each call is kept; `_Enough` ends the last one where none is run."""
 
-        def recording(*args: Any, **kwargs: Any) -> Any:
+        def record_and_call(*args: Any, **kwargs: Any) -> Any:
             self.came += 1
             if self.limit is None or self.came <= self.limit:
                 self.add(forward, args, kwargs)
             if self.run:
                 return forward(*args, **kwargs)
             if self.came == self.limit:
-                raise Enough
+                raise _Enough
             return None
 
-        return recording
+        return record_and_call
 
     def require(self) -> list[Call]:
         """The calls, of which there is one at least.
@@ -265,7 +266,7 @@ def record_calls(module: nn.Module, n: int | None = None, *, run: bool = True) -
     with replace_forward(module, calls.wrap(module.forward)):
         try:
             yield calls
-        except Enough:
+        except _Enough:
             pass
         except Exception as error:
             if run or not calls.came:
@@ -276,14 +277,6 @@ def record_calls(module: nn.Module, n: int | None = None, *, run: bool = True) -
             ) from error
 
 
-@contextmanager
-def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> AbstractContextManager[None]:
     """Give one module, and no other of its class, another `forward` for a while."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
+    return shadow_attribute(module, "forward", forward)

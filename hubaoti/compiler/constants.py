@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,19 +122,16 @@ def _find_checkpoint_names(place: ConstantsFile, fqn: str, tensor: torch.Tensor)
 
 def collect_named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers by every name they have; non-persistent buffers too."""
-    named: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    return named | dict(model.named_buffers(remove_duplicate=False))
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def find_tied(named: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
     """The other names of each tensor, as of an embedding that is the output layer too."""
-    names: dict[int, list[str]] = {}
+    names = defaultdict[int, list[str]](list)
     for name, tensor in named.items():
-        names.setdefault(id(tensor), []).append(name)
-    return {
-        name: [other for other in names[id(tensor)] if other != name]
-        for name, tensor in named.items()
-    }
+        names[id(tensor)].append(name)
+    return {name: [each for each in names[id(t)] if each != name] for name, t in named.items()}
 
 
 def find_checkpoint_origin(

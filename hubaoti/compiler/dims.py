@@ -17,10 +17,10 @@ NESTED = ("seq", "filled", "cache")
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Dims at which a graph is compared with eager; `asked` is what a cap made smaller, and why."""
+    """Dims at which a graph is compared with eager; what was `requested` before a cap, and why."""
 
     sizes: Sizes
-    asked: Sizes | None = None
+    requested: Sizes | None = None
     capped: str | None = None
 
 
@@ -54,16 +54,11 @@ def limit_dims(
                 f"seq goes up to {dims['seq'].high}, the cache to {dims['cache'].high}",
                 hint=f"one call fills no more than the cache: --dim seq=1:{dims['cache'].high}",
             )
-        dims.update(_fit_default_range(dims, "seq" if "cache" in requested else "cache"))
+        # The one of which nobody said how far it goes is made to fit the other.
+        fitted, fixed = ("seq", "cache") if "cache" in requested else ("cache", "seq")
+        high = dims[fixed].high
+        dims[fitted] = Range(min(dims[fitted].low, high), high)
     return dims
-
-
-def _fit_default_range(dims: DimRanges, name: str) -> DimRanges:
-    """The bounds of seq or cache, of which nobody said how far it goes, made to fit the other."""
-    seq, cache = dims["seq"], dims["cache"]
-    if name == "seq":
-        return {"seq": Range(min(seq.low, cache.high), cache.high)}
-    return {"cache": Range(min(cache.low, seq.high), seq.high)}
 
 
 def limit_graph_dims(
@@ -81,7 +76,8 @@ def limit_graph_dims(
         found[name] = Range(sizes.low, sizes.high, dims[name].step)
     if "cache" in found:
         seq, cache = found["seq"], found["cache"]
-        found["seq"] = Range(seq.low, _round_down(cache.high, seq), seq.step)
+        most = min(seq.high, cache.high // seq.step * seq.step)
+        found["seq"] = Range(seq.low, most, seq.step)
         least = _round_up(max(seq.low, cache.low), cache)
         found["cache"] = _ensure_several_lengths(Range(least, cache.high, cache.step), seq)
         found["filled"] = Range(seq.low, cache.high)
@@ -98,11 +94,6 @@ def _ensure_several_lengths(cache: Range, seq: Range) -> Range:
     if cache.low < cache.high or seq.low >= cache.high:
         return cache
     return Range(cache.high - 1, cache.high)
-
-
-def _round_down(high: int, sizes: Range) -> int:
-    """The largest size of a dim that is no more than `high`."""
-    return min(sizes.high, high // sizes.step * sizes.step)
 
 
 def _round_up(size: int, sizes: Range) -> int:
@@ -178,9 +169,8 @@ def choose_probes(dims: DimRanges) -> list[Sizes]:
     """All dims smallest, an odd middle, and each dim at its largest with the others smallest."""
     smallest = {name: sizes.low for name, sizes in dims.items()}
     middle = {name: choose_odd_middle(sizes) for name, sizes in dims.items()}
-    points = [smallest, middle]
-    points += [smallest | {name: sizes.high} for name, sizes in dims.items()]
-    points = [nest_sizes(point, dims) for point in points]
+    corners = [smallest | {name: sizes.high} for name, sizes in dims.items()]
+    points = [nest_sizes(point, dims) for point in (smallest, middle, *corners)]
     return [point for index, point in enumerate(points) if point not in points[:index]]
 
 
@@ -215,20 +205,14 @@ def choose_example_sizes(dims: DimRanges) -> Sizes:
         bounds, least = dims[name], max([3, *inner])
         candidates = [_list_multiples(max(least, bounds.low), bounds.step, bounds.high)]
         if name != "filled":
-            high = min(
-                [bounds.high, *(dims[each].high - 2 for each in _list_outer_dims(name, dims))]
-            )
+            # And room for the dims that hold this one.
+            outer = NESTED[NESTED.index(name) + 1 :] if name in NESTED else ()
+            high = min([bounds.high, *(dims[each].high - 2 for each in outer if each in dims)])
             candidates.insert(0, _list_multiples(max(least, 2 * bounds.low), bounds.low, high))
         sizes[name] = next(
             (n for n in itertools.chain(*candidates) if n not in sizes.values()), bounds.high
         )
     return {name: sizes[name] for name in dims}
-
-
-def _list_outer_dims(name: str, dims: DimRanges) -> list[str]:
-    """The dims that hold this one, for which there must be room."""
-    place = NESTED.index(name) + 1 if name in NESTED else len(NESTED)
-    return [each for each in NESTED[place:] if each in dims]
 
 
 def _list_multiples(least: int, unit: int, high: int) -> range:

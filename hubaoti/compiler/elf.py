@@ -13,6 +13,7 @@ from packaging.version import Version
 from hubaoti.errors import CompileFailed
 
 _EXECUTABLE = 1  # PF_X
+_RUNTIMES = {"glibc": "GLIBC_", "glibcxx": "GLIBCXX_", "cxxabi": "CXXABI_"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,32 +33,19 @@ def read_needs(library: Path) -> Needs:
         dynamic: Any = elf.get_section_by_name(".dynamic")
         tags = dynamic.iter_tags() if dynamic else ()
         libraries = sorted(tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED")
-        versions = _read_symbol_versions(elf)
-    return Needs(
-        tuple(libraries),
-        find_newest_version(versions, "GLIBC_"),
-        find_newest_version(versions, "GLIBCXX_"),
-        find_newest_version(versions, "CXXABI_"),
-    )
+        section: Any = elf.get_section_by_name(".gnu.version_r")
+        needs = section.iter_versions() if section else ()
+        versions = [each.name for _, needed in needs for each in needed]  # as GLIBC_2.34
+    newest = {name: find_newest_version(versions, start) for name, start in _RUNTIMES.items()}
+    return Needs(tuple(libraries), **newest)
 
 
 def merge_needs(needs: Sequence[Needs]) -> Needs:
     """What several libraries need of one host."""
-
-    def highest(name: str) -> str | None:
-        found = (getattr(each, name) for each in needs)
-        return max((version for version in found if version), key=Version, default=None)
-
     libraries = sorted({library for each in needs for library in each.libraries})
-    return Needs(tuple(libraries), highest("glibc"), highest("glibcxx"), highest("cxxabi"))
-
-
-def _read_symbol_versions(elf: ELFFile) -> list[str]:
-    """The symbol versions that a library asks for, as `GLIBC_2.34`."""
-    section: Any = elf.get_section_by_name(".gnu.version_r")
-    if section is None:
-        return []
-    return [need.name for _, needs in section.iter_versions() for need in needs]
+    found = {name: [v for each in needs if (v := getattr(each, name))] for name in _RUNTIMES}
+    newest = {name: max(each, key=Version, default=None) for name, each in found.items()}
+    return Needs(tuple(libraries), **newest)
 
 
 def find_newest_version(versions: list[str], prefix: str) -> str | None:

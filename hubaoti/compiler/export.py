@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,17 +29,12 @@ from hubaoti.compiler.guards import (
 )
 from hubaoti.compiler.index_guards import guard_indices
 from hubaoti.compiler.request import Range
-from hubaoti.compiler.signature import CallSignature, FlatModule, encode_extent, substitute
-from hubaoti.compiler.symbols import (
-    convert_to_dim_expr,
-    get_fake_value,
-    list_placeholders,
-    map_symbols,
-)
+from hubaoti.compiler.signature import CallSignature, FlatModule, substitute
+from hubaoti.compiler.symbols import encode_size, get_fake_value, list_placeholders, map_symbols
 from hubaoti.errors import BadDim, CompileFailed, HubaotiError, first_line
 from hubaoti.runtime.input_checks import name_dtype
 
-_ATTEMPTS = 4  # at refining dims; torch tells of one thing at a time
+_MOST_TRACES = 4  # at refining dims; torch tells of one thing at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +63,7 @@ def export(
         BadDim: the model takes only some sizes of a stated dim, or relates it to another.
         CompileFailed: it cannot be traced.
     """
-    for _ in range(_ATTEMPTS):
+    for _ in range(_MOST_TRACES):
         flat = FlatModule(module, face)
         try:
             with flat.replace_own_forward(), silence_transformers():
@@ -93,7 +88,7 @@ def export(
             )
         return Exported(program, face, bounds, _describe_outputs(program, face, bounds, flat))
     raise CompileFailed(
-        f"export: torch wants other dims after {_ATTEMPTS} attempts",
+        f"export: torch wants other dims after {_MOST_TRACES} attempts",
         hint="state the dims of the inputs, or compile with fewer of them",
     )
 
@@ -134,12 +129,9 @@ def run_exporter(
     exporter: Any, module: nn.Module, inputs: dict[str, torch.Tensor], config: Any
 ) -> ExportedProgram:
     """The program that transformers' exporter traces; from 5.23 on `export` makes a model of it."""
-    program: ExportedProgram
     if hasattr(exporter, "export_program"):
-        program, _ = exporter.export_program(module, inputs, config)
-    else:
-        program = exporter.export(module, inputs, config)
-    return program
+        return exporter.export_program(module, inputs, config)[0]  # type: ignore[no-any-return]
+    return exporter.export(module, inputs, config)  # type: ignore[no-any-return]
 
 
 def _find_exporter(module: nn.Module) -> Any:
@@ -158,9 +150,18 @@ def _find_exporter(module: nn.Module) -> Any:
 def _make_dynamic_shapes(face: CallSignature, bounds: DimRanges) -> list[dict[int, Any]]:
     """Torch's Dims for each input; an axis with one size has none."""
     single = {name: sizes.low for name, sizes in bounds.items() if sizes.low == sizes.high}
-    roots = {name: _make_root_dim(name, bounds[name]) for name in bounds.keys() - single.keys()}
+    roots = {
+        # Of a dim with steps torch's Dim counts the steps.
+        name: Dim(
+            name if sizes.step == 1 else f"_{name}",
+            min=sizes.low // sizes.step,
+            max=sizes.high // sizes.step,
+        )
+        for name, sizes in bounds.items()
+        if name not in single
+    }
     shapes: list[dict[int, Any]] = [{} for _ in face.inputs]
-    for index, axis, whole in face.extents():
+    for index, axis, whole in face.list_extents():
         extent = substitute(whole, single)
         if not extent.terms:
             continue
@@ -168,21 +169,10 @@ def _make_dynamic_shapes(face: CallSignature, bounds: DimRanges) -> list[dict[in
             shapes[index][axis] = Dim.DYNAMIC
             continue
         name, factor = extent.terms[0]
-        dim = _multiply_dim(roots[name], factor * bounds[name].step)
+        factor *= bounds[name].step
+        dim: Any = factor * roots[name] if factor != 1 else roots[name]  # it has no 1-fold
         shapes[index][axis] = dim + extent.plus if extent.plus else dim
     return shapes
-
-
-def _multiply_dim(dim: Any, factor: int) -> Any:
-    """A multiple of a Dim; torch has no word for the one-fold of one."""
-    return factor * dim if factor != 1 else dim
-
-
-def _make_root_dim(name: str, sizes: Range) -> Any:
-    """The Dim that counts the steps of one of ours."""
-    step = sizes.step
-    own = name if step == 1 else f"_{name}"
-    return Dim(own, min=sizes.low // step, max=sizes.high // step)
 
 
 def _require_allowed(fixes: Fixes, bounds: DimRanges, stated: frozenset[str], lines: Lines) -> None:
@@ -226,9 +216,9 @@ def refuse_beyond(fixes: Fixes, bounds: DimRanges, stated: frozenset[str], lines
     """
     for name, most in read_limits(fixes, bounds).items():
         named = [each for each in find_exceeding_dims(name, most, bounds) if each in stated]
-        exceeding = " and ".join(f"{each} goes up to {bounds[each].high}" for each in named)
-        ends = (f"--dim {each}={min(bounds[each].low, most)}:{most}" for each in named)
         if named:
+            exceeding = " and ".join(f"{each} goes up to {bounds[each].high}" for each in named)
+            ends = (f"--dim {each}={min(bounds[each].low, most)}:{most}" for each in named)
             raise BadDim(
                 f"export: {exceeding}, and the model's code takes {most} at most: of {most + 1} it "
                 f"would do something else{_cite_line(lines.holes[-1:] or lines.each[-1:])}",
@@ -256,7 +246,7 @@ def _refuse_fixed(fixes: Fixes, lines: Lines) -> None:
 
 
 def _cite_line(lines: Sequence[str]) -> str:
-    """Where it was decided, as the end of a sentence."""
+    """The first of some lines as the end of a sentence, nothing where there is none."""
     return f", at {lines[0]}" if lines else ""
 
 
@@ -308,18 +298,18 @@ def _apply_relations(
     """
     symbols = map_symbols(program, face, bounds)
     inputs = list(face.inputs)
-    for index, axis, _ in face.extents():
+    for index, axis, _ in face.list_extents():
         size = get_fake_value(program, index).shape[axis]
         if isinstance(size, int):
             continue
-        extent = convert_to_dim_expr(size, symbols)
-        if extent is None:
+        encoded = encode_size(size, symbols)
+        if encoded is None:
             raise CompileFailed(
                 f"export: {inputs[index].name} has a size of {size} on axis {axis}",
                 hint="state the dims of the inputs with shapes=",
             )
         shape = list(inputs[index].shape)
-        shape[axis] = encode_extent(extent)
+        shape[axis] = encoded
         inputs[index] = msgspec.structs.replace(inputs[index], shape=tuple(shape))
     found = replace(face, inputs=tuple(inputs))
     return found, {name: bounds[name] for name in bounds if name in found.dims}
@@ -345,27 +335,16 @@ def _describe_outputs(
 ) -> Outputs:
     """What the graph answers, with the dims that torch's symbols stand for."""
     symbols = map_symbols(program, face, bounds)
-    names = iter(flat.names)
+    # Mutated inputs are results, too, inside of torch.
+    wanted = {*program.graph_signature.user_outputs}
+    nodes = [node for node in program.graph.output_node().args[0] if node.name in wanted]
+    results = [node.meta["val"] for node in nodes]
     tensors = tuple(
         Output(
-            name=next(names),
+            name=name,
             dtype=name_dtype(result.dtype),
-            shape=tuple(_describe_size(size, symbols) for size in result.shape),
+            shape=tuple(encode_size(size, symbols) for size in result.shape),
         )
-        for result in _find_user_outputs(program)
+        for name, result in zip(flat.names, results, strict=True)
     )
     return Outputs(template=flat.template, tensors=tensors, writes=flat.writes or msgspec.UNSET)
-
-
-def _describe_size(size: Any, symbols: Mapping[Any, Any]) -> str | int | None:
-    """A size as the manifest says it: a number, an extent, or None for another expression."""
-    extent = convert_to_dim_expr(size, symbols)
-    return None if extent is None else encode_extent(extent)
-
-
-def _find_user_outputs(program: ExportedProgram) -> Iterator[Any]:
-    """What the user gets of a graph's results: mutated inputs are results, too, inside of torch."""
-    wanted = {*program.graph_signature.user_outputs}
-    for node in next(n for n in program.graph.nodes if n.op == "output").args[0]:
-        if node.name in wanted:
-            yield node.meta["val"]

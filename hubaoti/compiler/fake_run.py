@@ -6,12 +6,13 @@ a second and in no memory, and no mask is left out because its values would allo
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,32 +29,29 @@ from hubaoti.compiler.capture import (
     replace_forward,
     thaw_arguments,
 )
-from hubaoti.compiler.fake_values import count_cached, pretend_real
 from hubaoti.compiler.operations import Operations
+from hubaoti.compiler.patched import patch_attribute
 from hubaoti.errors import CompileFailed, first_line
 from hubaoti.runtime.call_template import CAUSAL, takes_containers
-from hubaoti.runtime.containers import ContainerChange, Contents
+from hubaoti.runtime.containers import Contents
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call: by place, and by name
 
 
-@contextmanager
-def init_empty_parameters() -> Iterator[None]:
+def init_empty_parameters() -> AbstractContextManager[None]:
     """Modules made inside have parameters without memory; buffers are real, since code makes them.
 
     A parameter is made as untouched memory first, and given back at once.
     """
     register = nn.Module.register_parameter
 
-    def without(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:
             bare = torch.empty_like(parameter, device="meta")
             parameter = nn.Parameter(bare, requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = without  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    return patch_attribute(nn.Module, "register_parameter", register_empty)
 
 
 @dataclass(slots=True)
@@ -82,7 +80,7 @@ class BlockCalls:
         """The `forward` of the block at a path, noted."""
         forward = block.forward
 
-        def watching(*args: Any, **kwargs: Any) -> Any:
+        def watch(*args: Any, **kwargs: Any) -> Any:
             self.times += 1
             if self.called:
                 return forward(*args, **kwargs)
@@ -98,30 +96,28 @@ class BlockCalls:
             if alone:
                 operations.begin(path, block, self.calls[-1].tensors)
             before = Contents(bind_arguments(forward, args, kwargs))
-            puts, states = count_cached(self.calls[-1])
+            puts, states = _count_cached(self.calls[-1])
             self.answer = forward(*args, **kwargs)
-            puts_now, states_now = count_cached(self.calls[-1])
+            puts_now, states_now = _count_cached(self.calls[-1])
             self.attends |= puts_now > puts
             self.recurrent |= states_now > states
             changes = before.changes()
             self.writes |= bool(changes)
             if alone:
                 self.operations = operations.end([self.answer, [each.items for each in changes]])
-                self.operations += "".join(f"\n{_describe_container(each)}" for each in changes)
+                self.operations += "".join(
+                    f"\n{each.path} holds {[(k, type(v).__name__) for k, v in each.items]}"
+                    for each in changes
+                )
                 self.idle = self._find_idle_flags(forward, block, path, operations)
             return self.answer
 
-        return self._note_answered(watching)
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            found = watch(*args, **kwargs)
+            self.answered = True  # where it did not fail
+            return found
 
-    def _note_answered(self, watching: Callable[..., Any]) -> Callable[..., Any]:
-        """The same, noted as answered where it does not fail."""
-
-        def ending(*args: Any, **kwargs: Any) -> Any:
-            answer = watching(*args, **kwargs)
-            self.answered = True
-            return answer
-
-        return ending
+        return answer
 
     def _find_idle_flags(
         self, forward: Callable[..., Any], block: nn.Module, path: str, operations: Operations
@@ -132,15 +128,16 @@ class BlockCalls:
         twice, or leave something else there.
         """
         call, kind = self.calls[0], self.describe_work(block)
-        flags = [name for name, value in call.template["kwargs"].items() if isinstance(value, bool)]
         if call.caches or takes_containers(call.template):
             return frozenset()
+        given = call.template["kwargs"].items()
+        flags = [name for name, value in given if isinstance(value, bool) and name != CAUSAL]
         if kind not in operations.idle:
             same = (self.operations, _freeze_answer(self.answer))
             found = {}
-            for name in (each for each in flags if each != CAUSAL):
+            for name in flags:
                 operations.begin(path, block, call.tensors)
-                answer = _try_call(forward, _flip_flag(call, name))
+                answer = _call_with_other_flag(forward, call, name)
                 found[name] = (operations.end(answer), _freeze_answer(answer))
             operations.idle[kind] = frozenset(name for name in found if found[name] == same)
         return operations.idle[kind]
@@ -158,23 +155,11 @@ class BlockCalls:
         return f"{type(block)} {first.template} {given} {self.operations}"
 
 
-def _describe_container(change: ContainerChange) -> str:
-    """Where a block left what, as text."""
-    return f"{change.path} holds {[(key, type(item).__name__) for key, item in change.items]}"
-
-
-def _flip_flag(call: Call, name: str) -> Call:
-    """A call of which one flag is the other."""
-    kwargs = call.template["kwargs"]
-    template = call.template | {"kwargs": kwargs | {name: not kwargs[name]}}
-    return Call(template, call.tensors, call.names)
-
-
-def _try_call(forward: Callable[..., Any], call: Call) -> Any:
-    """What a call is answered; nothing where it raises."""
+def _call_with_other_flag(forward: Callable[..., Any], call: Call, flag: str) -> Any:
+    """What a call is answered of which one flag is the other; nothing where it raises."""
     args, kwargs = thaw_arguments(call.template, call.tensors, {})
     try:
-        return forward(*args, **kwargs)
+        return forward(*args, **{**kwargs, flag: not kwargs[flag]})
     except Exception:  # whatever a model's code raises
         return None
 
@@ -187,24 +172,17 @@ def _freeze_answer(answer: Any) -> Any:
         return object()
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
-    """One call of a whole model: arguments of which tensors count by shape and dtype only."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-
 def observe(
     model: nn.Module,
     blocks: Mapping[str, nn.Module],
-    calls: Sequence[Callable[[], Given]],
+    calls: Sequence[Callable[[], Arguments]],
     device: torch.device,
     truth: bool = False,
 ) -> dict[str, BlockCalls]:
     """Run a model once for each of `calls`, and note what each of its blocks is given first.
 
-    `truth` is what comes of a question about values that the model asks between its blocks.
+    Of the tensors of a call only shape and dtype count. `truth` is what comes of a question about
+    values that the model asks between its blocks.
 
     Raises:
         CompileFailed: the model looks at values, or cannot take what it is called with.
@@ -218,61 +196,50 @@ def observe(
         around.enter_context(torch.no_grad())
         around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if truth:
-            around.enter_context(pretend_real())
+            around.enter_context(_pretend_real())
         tensors = {
             name: torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device=device)
             for name, each in (*model.named_parameters(), *model.named_buffers())
         }
         operations = Operations(tensors, truth)
         for path, block in blocks.items():
-            watching = found[path].wrap(block, path, operations)
-            around.enter_context(replace_forward(block, watching))
+            watched = found[path].wrap(block, path, operations)
+            around.enter_context(replace_forward(block, watched))
         around.enter_context(operations)
         for index, call in enumerate(calls):
-            given = call()
+            args, kwargs = call()
             if index == 1:
                 _assign_leaders(found, blocks)
             for seen in found.values():
                 seen.called = seen.answered = False
-            _run_model(model, tensors, given, found)
-    for seen in found.values():
+            try:
+                torch.func.functional_call(model, tensors, args, kwargs)
+            except Exception as error:  # whatever a model's code raises
+                _require_answers(model, found, error)
+    for seen in found.values():  # whose tensors outlive the mode that they were made in
         seen.calls = [_move_call_to_meta(call) for call in seen.calls]
     return {path: seen for path, seen in found.items() if seen.calls or seen.problem}
 
 
-def _run_model(
-    model: nn.Module,
-    tensors: Mapping[str, torch.Tensor],
-    given: Given,
-    found: Mapping[str, BlockCalls],
-) -> None:
-    """Run a model with these tensors in the place of its own, until all of its blocks answered.
+def _require_answers(model: nn.Module, found: Mapping[str, BlockCalls], error: Exception) -> None:
+    """Refuse a model that failed before each of its blocks had answered.
 
     Raises:
-        CompileFailed: it fails before.
+        CompileFailed: it did.
     """
-    try:
-        torch.func.functional_call(model, dict(tensors), given.args, dict(given.kwargs))
-    except Exception as error:  # whatever a model's code raises
-        if not all(seen.answered for seen in found.values()):
-            raise _describe_run_failure(model, found, error) from error
-
-
-def _describe_run_failure(
-    model: nn.Module, found: Mapping[str, BlockCalls], error: Exception
-) -> CompileFailed:
-    """The refusal of a model that failed before each of its blocks had answered."""
+    if all(seen.answered for seen in found.values()):
+        return
     if isinstance(error, UnsupportedOperatorException):
-        return describe_missing_fake("capture", error)
+        raise describe_missing_fake("capture", error) from error
     inside = [path for path, seen in found.items() if seen.called and not seen.answered]
     before = _find_answered_path(found)
     compiled = f"compile what comes before with --regions {before}, or " if before else ""
-    return CompileFailed(
+    raise CompileFailed(
         f"capture: {type(model).__name__} cannot be run without values"
         f"{f', in {inside[-1]}' if inside else ''}: {type(error).__name__}: {first_line(error)}",
         hint=f"it looks at values to decide what to compute, or takes other inputs: {compiled}"
         "capture the calls of a module inside of it, as hubaoti.capture(model.PATH)",
-    )
+    ) from error
 
 
 def _find_answered_path(found: Mapping[str, BlockCalls]) -> str | None:
@@ -280,9 +247,8 @@ def _find_answered_path(found: Mapping[str, BlockCalls]) -> str | None:
     missing = {path.rpartition(".")[0] for path, seen in found.items() if not seen.answered}
     answered = [path for path, seen in found.items() if seen.answered]
     lists = [path.rpartition(".")[0] for path in answered]
-    return next((path for path in lists if path and path not in missing), None) or next(
-        iter(answered), None
-    )
+    whole = (path for path in lists if path and path not in missing)
+    return next(itertools.chain(whole, answered), None)
 
 
 def describe_missing_fake(step: str, op: Exception) -> CompileFailed:
@@ -301,17 +267,14 @@ def _clear_model_caches(model: nn.Module) -> None:
     for name in {cls.__module__ for cls in classes} & {*sys.modules}:
         functions = [*vars(sys.modules[name]).values()]
         kept += [each for each in functions if getattr(each, "__module__", None) == name]
-    for each in kept:
-        for inner in (each, *_read_closure(each)):
-            if callable(clear := getattr(inner, "cache_clear", None)):
-                clear()
-
-
-def _read_closure(function: Any) -> Iterator[Any]:
-    """What a function closes over, as the cache that a decorator's own function calls."""
-    for cell in getattr(function, "__closure__", None) or ():
+    # And what a function closes over, as the cache that a decorator's own function calls.
+    cells = [cell for each in kept for cell in getattr(each, "__closure__", None) or ()]
+    for cell in cells:
         with suppress(ValueError):  # an empty one
-            yield cell.cell_contents
+            kept.append(cell.cell_contents)
+    for each in kept:
+        if callable(clear := getattr(each, "cache_clear", None)):
+            clear()
 
 
 def _assign_leaders(found: Mapping[str, BlockCalls], blocks: Mapping[str, nn.Module]) -> None:
@@ -324,8 +287,25 @@ def _assign_leaders(found: Mapping[str, BlockCalls], blocks: Mapping[str, nn.Mod
 
 
 def _move_call_to_meta(call: Call) -> Call:
-    """A call whose tensors have faces only, and outlive the mode that they were made in."""
-    tensors = (
-        torch.empty(tuple(each.shape), dtype=each.dtype, device="meta") for each in call.tensors
-    )
-    return Call(call.template, tuple(tensors), call.names, call.caches)
+    tensors = (torch.empty(each.shape, dtype=each.dtype, device="meta") for each in call.tensors)
+    return replace(call, tensors=tuple(tensors))
+
+
+def _pretend_real() -> AbstractContextManager[None]:
+    """Have transformers leave out masks that say nothing, as it does wherever nothing is traced.
+
+    Private, there in transformers 5.15 to 5.24: `utils.import_utils.is_fake_tensor`, by which it
+    knows a run without values. Where it has another name, masks stay.
+    """
+    from transformers.utils import import_utils
+
+    if not hasattr(import_utils, "is_fake_tensor"):
+        return nullcontext()
+    return patch_attribute(import_utils, "is_fake_tensor", lambda _: False)
+
+
+def _count_cached(call: Call) -> tuple[int, int]:
+    """How many keys, and how many recurrent states, are in the caches of a call, which count."""
+    layers = [layer for cache in call.caches for layer in getattr(cache, "layers", ())]
+    puts = sum(len(getattr(layer, "puts", ())) for layer in layers)
+    return puts, sum(getattr(layer, "states", 0) for layer in layers)

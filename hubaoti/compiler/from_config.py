@@ -7,7 +7,7 @@ touched. Buffers are made for real, since the model's own code computes them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from hubaoti.errors import (
 )
 from hubaoti.program.identity import identify_program
 from hubaoti.program.model_files import read_json, read_sentence_steps
-from hubaoti.runtime.quantize import silence_torchao as quiet_torchao
+from hubaoti.runtime.quantize import silence_torchao
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def load_source(
         tasks.refuse_two_caches(folder.name, config)
     regions = request.regions or ("none" if task in tasks.WHOLE_TASKS else "auto")
     chosen = request.dtype or _read_config_dtype(config)
-    made = Making(folder, config, task, getattr(torch, chosen), weights, regions != "none")
+    made = _Making(folder, config, task, getattr(torch, chosen), weights, regions != "none")
     model, attention = _build_model(made, request.trust_remote_code)
     steps = read_sentence_steps(folder) if task == "embed" else ()
     positions = tasks.count_learned_positions(tasks.find_text_part(model, config, task))
@@ -183,7 +183,7 @@ def _read_config_dtype(config: Any) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Making:
+class _Making:
     """What a model is made from, and with what of its memory."""
 
     folder: Path
@@ -194,9 +194,8 @@ class Making:
     bare: bool
 
 
-def _build_model(making: Making, trust: bool) -> tuple[nn.Module, str]:
+def _build_model(making: _Making, trust: bool) -> tuple[nn.Module, str]:
     """The model of a task and its attention: sdpa where the model has it, else eager."""
-    name = making.folder.name
     for attention in ("sdpa", "eager"):
         try:
             with silence_transformers():
@@ -204,40 +203,36 @@ def _build_model(making: Making, trust: bool) -> tuple[nn.Module, str]:
         except ValueError as error:
             if attention == "sdpa" and "scaled_dot_product_attention" in str(error):
                 continue
-            raise _describe_unsupported_task(making, error) from error
+            raise _describe_failure(making, error) from error
         except (OSError, SafetensorError) as error:
             raise MissingConstant(
                 f"transformers cannot load the weights of {making.folder}: {first_line(error)}",
                 hint="--model takes a folder or a Hub id with the weights as safetensors",
             ) from error
         except Exception as error:  # whatever a model's constructor makes of an odd config
-            raise CompileFailed(
-                f"source: {type(error).__name__}: {first_line(error)}",
-                hint="install the package that it names"
-                if isinstance(error, ImportError)
-                else "the config contradicts itself, or is of another transformers",
-            ) from error
-    raise CompileFailed(f"{name} has no attention that can be compiled")
+            raise _describe_failure(making, error) from error
+    raise CompileFailed(f"{making.folder.name} has no attention that can be compiled")
 
 
-def _describe_unsupported_task(making: Making, error: ValueError) -> HubaotiError:
-    """The refusal of a model for whose kind transformers has no class that does the task."""
-    if "Unrecognized configuration class" not in str(error):
+def _describe_failure(making: _Making, error: Exception) -> HubaotiError:
+    """The refusal of a model that transformers does not make, as where no class does the task."""
+    if not isinstance(error, ValueError) or "Unrecognized configuration class" not in str(error):
         return CompileFailed(
             f"source: {type(error).__name__}: {first_line(error)}",
-            hint="the config contradicts itself, or is of another transformers",
+            hint="install the package that it names"
+            if isinstance(error, ImportError)
+            else "the config contradicts itself, or is of another transformers",
         )
-    kind = getattr(making.config, "model_type", "of this kind")
     return UnknownTask(
         f"{making.folder.name} cannot do {making.task}: transformers has no class that does, for "
-        f"models of {kind}",
+        f"models of {getattr(making.config, 'model_type', 'of this kind')}",
         hint="compile it with --task forward"
         if making.task != "forward"
         else "capture its calls, and compile those: hubaoti.capture(model)",
     )
 
 
-def _instantiate_model(making: Making, attention: str, trust: bool) -> nn.Module:
+def _instantiate_model(making: _Making, attention: str, trust: bool) -> nn.Module:
     """Build with weights, or without: buffers for real, parameters untouched or not there."""
     auto = _find_declared_class(making) or tasks.choose_auto_class(making.task, making.config)
     if hasattr(making.config, "use_cache"):  # to one that has none, layers would be given one
@@ -252,7 +247,7 @@ def _instantiate_model(making: Making, attention: str, trust: bool) -> nn.Module
     return _set_traceable_experts(model, making.dtype)
 
 
-def _find_declared_class(making: Making) -> Any:
+def _find_declared_class(making: _Making) -> Any:
     """The class that the files name, for forward, whose calls are those of the user's own model.
 
     None where they name none that transformers has for this config.
@@ -274,7 +269,7 @@ def _construct_from_config(
     Private, checked on transformers 5.22: `_from_config`, which the auto classes call.
     """
     if hasattr(kind, "from_config"):
-        options["trust_remote_code"] = trust_remote_code
+        options |= {"trust_remote_code": trust_remote_code}
         return kind.from_config(config, **options)  # type: ignore[no-any-return]
     return kind._from_config(config, **options)  # type: ignore[no-any-return]
 
@@ -295,11 +290,8 @@ def _set_traceable_experts(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def use_attention(model: nn.Module, name: str) -> Iterator[None]:
     """Let a model use another attention for a while; its blocks ask their configs."""
     configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c}
-    kept = [
-        (each, each._attn_implementation)
-        for each in configs.values()
-        if _has_attention_choice(each)
-    ]
+    choices = ((each, getattr(each, "_attn_implementation", None)) for each in configs.values())
+    kept = [(config, before) for config, before in choices if before is not None]
     for config, _ in kept:
         config._attn_implementation = name
     try:
@@ -309,25 +301,17 @@ def use_attention(model: nn.Module, name: str) -> Iterator[None]:
             config._attn_implementation = before
 
 
-def _has_attention_choice(config: Any) -> bool:
-    """Whether a config says which attention is used."""
-    return getattr(config, "_attn_implementation", None) is not None
-
-
-@contextmanager
-def _skip_init_weights() -> Iterator[None]:
+def _skip_init_weights() -> AbstractContextManager[None]:
     """Skip filling parameters with random numbers.
 
     Private, checked on transformers 5.15 to 5.24: `transformers.initialization.no_init_weights`.
     Where it is gone, models are built the public way, which only takes longer.
     """
     try:
-        from transformers.initialization import no_init_weights as private
+        from transformers.initialization import no_init_weights
     except ImportError:
-        yield
-        return
-    with private():
-        yield
+        return nullcontext()
+    return no_init_weights()
 
 
 @contextmanager
@@ -338,7 +322,7 @@ def silence_transformers() -> Iterator[None]:
     log.set_verbosity_error()
     log.disable_progress_bar()
     try:
-        with quiet_torchao():
+        with silence_torchao():
             yield
     finally:
         log.set_verbosity(level)

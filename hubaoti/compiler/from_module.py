@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,19 +17,19 @@ from hubaoti.compiler.dims import span_sizes
 from hubaoti.compiler.from_config import Source
 from hubaoti.compiler.infer_dims import (
     Dims,
+    Series,
     infer_signature,
     mix_sizes,
     read_stated_dims,
     vary_call,
 )
-from hubaoti.compiler.regions import find_repeated
-from hubaoti.compiler.request import DTYPES, CompileRequest, Range
+from hubaoti.compiler.regions import find_blocks
+from hubaoti.compiler.request import DTYPES, CompileRequest, Range, Shape
 from hubaoti.compiler.signature import CallSignature
 from hubaoti.errors import BadDim, BadRequest
 from hubaoti.program.identity import identify_module_program
 
 _CONTAINERS = {list, dict, set, OrderedDict}
-Shapes = Mapping[str, Sequence[str | int | None]]
 
 
 def make_source(
@@ -50,9 +51,7 @@ def make_source(
     looked = vary_call(calls[0], shapes, steps) if shapes and len(calls) == 1 else calls
     dims = read_stated_dims(looked, shapes)
     kind = type(module).__name__
-    regions = request.regions or (
-        "auto" if any(True for _ in find_repeated(module, "")) else "none"
-    )
+    regions = request.regions or ("auto" if find_blocks(module, "auto") else "none")
     try:
         face = infer_signature(looked, dims, None, kind)
     except BadRequest:
@@ -60,7 +59,8 @@ def make_source(
             raise
         # Its blocks may be called alike though the module is not, as with lists of image sizes.
         dims, face = Dims({}, related=False), CallSignature(calls[0].template, ())
-    bounds = {name: span_sizes(dims.series[name]) for name in face.dims}
+    recorded = {name: dims.series[name] for name in face.dims}
+    bounds = {name: span_sizes(sizes) for name, sizes in recorded.items()}
     if shapes and len(calls) == 1:
         _require_bounded(bounds, request)
     source = Source(
@@ -72,15 +72,15 @@ def make_source(
         face=face,
         default_dims=bounds,
         config=_get_config(module),
-        looks=mix_sizes({name: dims.series[name] for name in face.dims}),
-        recorded={name: dims.series[name] for name in face.dims},
+        looks=mix_sizes(recorded),
+        recorded=recorded,
         stated=frozenset(request.dims) | _list_named_dims(shapes),
         live=True,
         calls=() if face.inputs else tuple(calls),
         layout=request.layout,
         unpadded=request.layout is not None and _is_unpadded(calls),
     )
-    return source, _make_buckets(sets, calls, dims, face.dims)
+    return source, _make_buckets([len(_require_calls(each)) for each in sets], recorded)
 
 
 def _read_call_sets(calls: Any, model: nn.Module) -> list[Any]:
@@ -126,13 +126,8 @@ def _refuse_caches(module: nn.Module, calls: Sequence[Call]) -> None:
 
 def _is_unpadded(calls: Sequence[Call]) -> bool:
     """Whether the masks of all calls left nothing out."""
-    masks = (
-        tensor
-        for call in calls
-        for name, tensor in zip(call.names, call.tensors, strict=True)
-        if "mask" in name
-    )
-    return all(bool(mask.all()) for mask in masks)
+    named = (pair for call in calls for pair in zip(call.names, call.tensors, strict=True))
+    return all(bool(tensor.all()) for name, tensor in named if "mask" in name)
 
 
 def _require_calls(calls: Calls | Sequence[Call]) -> Sequence[Call]:
@@ -150,14 +145,14 @@ def _require_bounded(bounds: Mapping[str, Range], request: CompileRequest) -> No
     Raises:
         BadDim: they are not.
     """
-    for name in bounds.keys() - request.dims.keys():
+    for name in (each for each in bounds if each not in request.dims):
         raise BadDim(
             f"{name} is named, and only one size of it was seen",
             hint=f'give its bounds: dims={{"{name}": (1, 4096)}}, or calls of other sizes',
         )
 
 
-def _list_named_dims(shapes: Shapes) -> frozenset[str]:
+def _list_named_dims(shapes: Mapping[str, Shape]) -> frozenset[str]:
     """The dims that shapes name, also within extents as `2*seq`."""
     words = (size for shape in shapes.values() for size in shape if isinstance(size, str))
     return frozenset(name for word in words for name in DimExpr.parse(word).dims)
@@ -196,22 +191,18 @@ def _get_config(module: nn.Module) -> Any:
 
 
 def _make_buckets(
-    sets: Sequence[Calls | Sequence[Call]],
-    calls: Sequence[Call],
-    dims: Dims,
-    names: Sequence[str],
+    counts: Sequence[int], recorded: Mapping[str, Series]
 ) -> tuple[dict[str, Range], ...]:
-    """A bucket for each set of calls, over the dims that changed between the sets."""
-    if len(sets) < 2:
+    """A bucket for each of several sets of calls, over the dims that changed between the sets."""
+    if len(counts) < 2:
         return ()
-    buckets, start = [], 0
-    for each in sets:
-        end = start + len(_require_calls(each))
-        seen = {name: dims.series[name][start:end] for name in names}
-        buckets.append({name: span_sizes(series) for name, series in seen.items()})
-        start = end
-    changed = [name for name in names if len({str(bucket[name]) for bucket in buckets}) > 1]
-    return tuple({name: bucket[name] for name in changed} for bucket in buckets)
+    ends = [0, *itertools.accumulate(counts)]
+    spans = {
+        name: [span_sizes(sizes[start:end]) for start, end in itertools.pairwise(ends)]
+        for name, sizes in recorded.items()
+    }
+    changed = {name: each for name, each in spans.items() if len({*each}) > 1}
+    return tuple({name: each[i] for name, each in changed.items()} for i in range(len(counts)))
 
 
 @contextmanager
@@ -223,8 +214,12 @@ def evaluate_unchanged(module: nn.Module) -> Iterator[None]:
     """
     parts = [*module.modules()]
     kept = [
-        (part, {name: (value, _copy_container(value)) for name, value in vars(part).items()})
-        for part in parts
+        (
+            own,
+            {**own},
+            {name: each.copy() for name, each in own.items() if type(each) in _CONTAINERS},
+        )
+        for own in map(vars, parts)
     ]
     buffers = [
         (buffer, _get_tensor_version(buffer), buffer.detach().clone())
@@ -235,27 +230,24 @@ def evaluate_unchanged(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for part, attributes in kept:
-            _restore_attributes(vars(part), attributes)
-        for buffer, before, values in buffers:
-            if _get_tensor_version(buffer) != before:
+        for own, before, contents in kept:
+            _restore_attributes(own, before, contents)
+        for buffer, version, values in buffers:
+            if _get_tensor_version(buffer) != version:
                 buffer.detach().copy_(values)
 
 
-def _copy_container(value: Any) -> Any:
-    """What a list, dictionary or set holds; None of anything else, as a frozen dictionary."""
-    return value.copy() if type(value) in _CONTAINERS else None
-
-
-def _restore_attributes(attributes: dict[str, Any], before: Mapping[str, tuple[Any, Any]]) -> None:
+def _restore_attributes(
+    attributes: dict[str, Any], before: Mapping[str, Any], contents: Mapping[str, Any]
+) -> None:
     """Give a module the attributes that it had; lists and dictionaries what they held."""
     for name in attributes.keys() - before.keys():
         del attributes[name]
-    for name, (value, content) in before.items():
-        attributes[name] = value
-        if content is not None:
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(content)
+    attributes.update(before)
+    for name, content in contents.items():
+        container = before[name]
+        container.clear()
+        (container.extend if isinstance(container, list) else container.update)(content)
 
 
 def _get_tensor_version(tensor: torch.Tensor) -> int:

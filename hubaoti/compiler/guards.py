@@ -17,8 +17,8 @@ import torch
 from hubaoti.artifact.dim_expr import DimExpr
 from hubaoti.compiler.dims import NESTED, DimRanges
 
-_TORCH = str(Path(torch.__file__).parent)
-_OURS = str(Path(__file__).parent)
+_TORCH_FOLDER = str(Path(torch.__file__).parent)
+_OUR_FOLDER = str(Path(__file__).parent)
 _CALLER = str(Path(__file__).with_name("export.py"))  # whoever called that is no model
 # Torch tells of each guard as it adds it (checked on torch 2.11 to 2.15). Where it does not, an
 # error names no line.
@@ -57,15 +57,15 @@ def read_fixes(message: str) -> Fixes:
         if not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
             continue
         if bounds := re.fullmatch(r"Dim\('\w+'(?:, min=(\w+))?(?:, max=(\w+))?\)", text):
-            low, high = (int(n) if n and n.isdigit() else None for n in bounds.groups())
             if not name.startswith("_"):
+                low, high = (int(n) if n and n.isdigit() else None for n in bounds.groups())
                 fixes.ranges[name] = (low, high)
         elif text.isdigit():
             fixes.sizes[name] = int(text)
         elif multiple := re.fullmatch(rf"(\d+)\*_{re.escape(name)}", text):
             fixes.multiples[name] = int(multiple[1])
         elif re.fullmatch(r"[a-z0-9_*+ -]+", text) and not text.startswith("_"):
-            _note_relation(fixes, name, text.replace(" ", ""))
+            _add_relation(fixes, name, text.replace(" ", ""))
     return fixes
 
 
@@ -79,8 +79,8 @@ def _read_guards(message: str) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _note_relation(fixes: Fixes, name: str, text: str) -> None:
-    """Note what a dim must always be."""
+def _add_relation(fixes: Fixes, name: str, text: str) -> None:
+    """Add what a dim must always be: an extent, or a form that no extent says."""
     try:
         fixes.related[name] = DimExpr.parse(text)
     except ValueError:
@@ -141,7 +141,7 @@ def find_model_line(frame: FrameType | None) -> str | None:
     """The innermost line on the stack that is neither torch's nor ours; below ours is none."""
     while frame is not None and frame.f_code.co_filename != _CALLER:
         file = frame.f_code.co_filename
-        outside = not file.startswith((_TORCH, _OURS)) and Path(file).is_file()
+        outside = not file.startswith((_TORCH_FOLDER, _OUR_FOLDER)) and Path(file).is_file()
         if outside and "logging" not in Path(file).parts:
             code = linecache.getline(file, frame.f_lineno).strip()
             return f"{Path(file).name}:{frame.f_lineno}: {code}"

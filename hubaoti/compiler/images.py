@@ -18,12 +18,12 @@ from hubaoti.compiler.request import Range
 from hubaoti.errors import CompileFailed
 
 _BATCH = (97, 101, 107)  # at looks: none is a size of a map by chance
-_SMALL = 64  # pixels: a network may halve a side six times
+_SMALLEST_SIDE = 64  # pixels: a network may halve a side six times
 AXES = {"height": 2, "width": 3}
-Observe = Callable[[Source], tuple[Source, Mapping[str, BlockCalls]]]
+_Observe = Callable[[Source], tuple[Source, Mapping[str, BlockCalls]]]
 
 
-def vary_image_size(source: Source, requested: Mapping[str, Range], observe: Observe) -> Source:
+def vary_image_size(source: Source, requested: Mapping[str, Range], observe: _Observe) -> Source:
     """The source with its images' height and width as dims, where its blocks are given maps.
 
     Their bounds are those that were asked for; else from half of the config's size to twice it.
@@ -32,12 +32,12 @@ def vary_image_size(source: Source, requested: Mapping[str, Range], observe: Obs
     if entry is None or source.live or not all(isinstance(n, int) for n in entry.shape[1:]):
         return source
     sizes = {name: int(entry.shape[axis] or 0) for name, axis in AXES.items()}
-    bounds = {name: requested.get(name, _choose_image_range(size)) for name, size in sizes.items()}
-    shape = (*entry.shape[:2], *AXES)
-    inputs = tuple(
-        msgspec.structs.replace(each, shape=shape) if each is entry else each
-        for each in source.face.inputs
-    )
+    bounds = {
+        name: requested.get(name, Range(max(size // 2, min(size, _SMALLEST_SIDE)), 2 * size))
+        for name, size in sizes.items()
+    }
+    shaped = msgspec.structs.replace(entry, shape=(*entry.shape[:2], *AXES))
+    inputs = tuple(shaped if each is entry else each for each in source.face.inputs)
     varied = replace(
         source,
         face=replace(source.face, inputs=inputs),
@@ -51,11 +51,6 @@ def vary_image_size(source: Source, requested: Mapping[str, Range], observe: Obs
     except CompileFailed:
         return source
     return varied if all(map(_is_given_maps, observed.values())) else source
-
-
-def _choose_image_range(size: int) -> Range:
-    """The sizes of a side that are served where nobody says which."""
-    return Range(max(size // 2, min(size, _SMALL)), 2 * size)
 
 
 def _choose_image_looks(height: Range, width: Range) -> dict[str, tuple[int, ...]]:

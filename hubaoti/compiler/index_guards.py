@@ -8,7 +8,7 @@ that nothing had to be clamped is asserted in a step of its own, of which the ca
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -23,9 +23,8 @@ _aten = torch.ops.aten
 MESSAGE = "index out of bounds"
 _WHOLE = {torch.int64, torch.int32}
 
-# Of (self, dim, index, …).
 _ALONG_A_DIM = {
-    *("index_select", "index_add", "index_copy", "index_fill", "index_reduce", "gather"),
+    *("index_select", "index_add", "index_copy", "index_reduce", "gather"),
     *("scatter", "scatter_add", "scatter_reduce"),
 }
 _BY_LISTS = {"index", "index_put", "_unsafe_index", "_unsafe_index_put"}
@@ -36,17 +35,15 @@ _FIXED = {
     *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
     *("new_zeros", "new_ones", "new_full", "new_empty", "sym_size"),
 }
-# What these answer are places along a dim, whose argument's place is the number; of those with two
-# answers it is the second.
-_PLACES = {"argsort": 1, "argmax": 1, "argmin": 1}
+# What these answer are places along a dim; of those with two answers it is the second.
+_PLACES = {"argsort", "argmax", "argmin"}
 _WITH_PLACES = {
-    **dict.fromkeys(("sort", "max", "min", "median", "mode", "cummax", "cummin"), 1),
-    **dict.fromkeys(("topk", "kthvalue"), 2),
+    *("sort", "max", "min", "median", "mode", "cummax", "cummin", "topk", "kthvalue"),
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Index:
+class _Index:
     """A tensor of numbers that choose among `table`'s rows along `dim`; all elements without one.
 
     With `from_end` numbers below zero count from the end; `ignored` is one that chooses nothing.
@@ -92,7 +89,7 @@ def guard_indices(
     return count
 
 
-def _guard_graph(graph: Graph, given: Set[Node], is_known: Callable[[Index], bool]) -> int:
+def _guard_graph(graph: Graph, given: Set[Node], is_known: Callable[[_Index], bool]) -> int:
     """Guard the indices of a graph that follow from what it is given; how many there are."""
     count = 0
     for node in [*graph.nodes]:
@@ -107,92 +104,83 @@ def _guard_graph(graph: Graph, given: Set[Node], is_known: Callable[[Index], boo
     return count
 
 
-def _find_indices(node: Node) -> Iterator[Index]:
+def _find_indices(node: Node) -> Iterator[_Index]:
     """The indices that an operation takes; none of an operation that no finder knows."""
-    find = _FINDERS.get(name := _read_op_name(node))
+    find = _FINDERS.get(_read_op_name(node))
     if find is not None:
-        yield from (index for index in find(node, name) if _is_row_index(index))
+        yield from (index for index in find(_bind_arguments(node)) if _is_row_index(index))
 
 
-def _is_row_index(index: Index) -> bool:
+def _bind_arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an operation by the names that its schema has for them, defaults too."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    defaults = {each.name: each.default_value for each in schema}
+    return defaults | dict(zip(defaults, node.args, strict=False)) | node.kwargs
+
+
+def _is_row_index(index: _Index) -> bool:
     """Whether these are numbers that choose rows, and not a mask over them."""
-    both = all(
-        isinstance(node, Node) and "val" in node.meta for node in (index.numbers, index.table)
-    )
-    if not both:
+    nodes = (index.numbers, index.table)
+    if not all(isinstance(node, Node) and "val" in node.meta for node in nodes):
         return False
     return index.numbers.meta["val"].dtype in _WHOLE and index.table.meta["val"].dim() > 0
 
 
-def _find_embedding_rows(node: Node, _name: str) -> Iterator[Index]:
-    """The ids of an embedding, which is called with (table, numbers, …)."""
-    yield Index(node.args[1], node.args[0], 0)  # type: ignore[arg-type]
-
-
-def _find_dim_index(node: Node, name: str) -> Iterator[Index]:
-    """An index along one dim: (self, dim, numbers, …)."""
-    table, dim, numbers = node.args[:3]
-    yield Index(numbers, table, dim, from_end=name == "index_fill")  # type: ignore[arg-type]
-
-
-def _find_select_index(node: Node, _name: str) -> Iterator[Index]:
-    """One row: (self, dim, number), where the number is an element of a tensor."""
-    number = node.args[2]
+def _find_select_index(given: Mapping[str, Any]) -> Iterator[_Index]:
+    """One row, where its number is an element of a tensor."""
+    number = given["index"]
     if _read_op_name(number) in {"item", "_local_scalar_dense"}:
-        numbers = number.args[0]  # type: ignore[union-attr]
-        yield Index(numbers, node.args[0], node.args[1], from_end=True)  # type: ignore[arg-type]
+        yield _Index(number.args[0], given["self"], given["dim"], from_end=True)
 
 
-def _find_list_indices(node: Node, _name: str) -> Iterator[Index]:
-    """Advanced indexing: (self, [numbers or None for each dim], …); a mask stands for its dims."""
+def _find_list_indices(given: Mapping[str, Any]) -> Iterator[_Index]:
+    """Advanced indexing: numbers or None for each dim; a mask stands for its dims."""
     dim = 0
-    for each in node.args[1]:  # type: ignore[union-attr]
+    for each in given["indices"]:
         is_mask = isinstance(each, Node) and each.meta["val"].dtype in {torch.bool, torch.uint8}
         if isinstance(each, Node) and not is_mask:
-            yield Index(each, node.args[0], dim, from_end=True)  # type: ignore[arg-type]
-        dim += each.meta["val"].dim() if is_mask else 1  # type: ignore[union-attr]
+            yield _Index(each, given["self"], dim, from_end=True)
+        dim += each.meta["val"].dim() if is_mask else 1
 
 
-def _find_flat_index(node: Node, _name: str) -> Iterator[Index]:
-    """Elements of a whole tensor: (self, numbers, …)."""
-    yield Index(node.args[1], node.args[0], None, from_end=True)  # type: ignore[arg-type]
+def _find_loss_classes(given: Mapping[str, Any]) -> Iterator[_Index]:
+    """A loss, of the scores of all classes and the class of each row."""
+    dim = min(1, given["self"].meta["val"].dim() - 1)
+    yield _Index(given["target"], given["self"], dim, ignored=given["ignore_index"])
 
 
-def _find_take_along_dim(node: Node, _name: str) -> Iterator[Index]:
-    """The index of `take_along_dim`: (self, numbers, dim=None), of all elements without a dim."""
-    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
-    yield Index(node.args[1], node.args[0], dim)  # type: ignore[arg-type]
+def _find_one_hot_classes(given: Mapping[str, Any]) -> Iterator[_Index]:
+    """`one_hot`; without a number of classes it cannot be exported."""
+    classes = given["num_classes"]
+    if isinstance(classes, int) and classes >= 0:
+        yield _Index(given["self"], given["self"], None, classes=classes)
 
 
-def _find_loss_classes(node: Node, _name: str) -> Iterator[Index]:
-    """A loss: (scores of all classes, the class of each row, weight, reduction, ignored, …)."""
-    scores, classes = node.args[:2]
-    ignored = node.args[4] if len(node.args) > 4 else node.kwargs.get("ignore_index", -100)
-    dim = min(1, scores.meta["val"].dim() - 1)  # type: ignore[union-attr]
-    yield Index(classes, scores, dim, ignored=ignored)  # type: ignore[arg-type]
-
-
-def _find_one_hot_classes(node: Node, _name: str) -> Iterator[Index]:
-    """`one_hot`: (numbers, classes); without a number of them it cannot be exported."""
-    numbers, classes = (*node.args, node.kwargs.get("num_classes"))[:2]
-    if isinstance(classes, int):
-        yield Index(numbers, numbers, None, classes=classes)  # type: ignore[arg-type]
-
-
-def _find_unpool_places(node: Node, _name: str) -> Iterator[Index]:
-    """Places that a pooling took its numbers from: (self, numbers, output size)."""
-    sizes = node.args[2]
+def _find_unpool_places(given: Mapping[str, Any]) -> Iterator[_Index]:
+    """Places that a pooling took its numbers from."""
+    sizes = given["output_size"]
     if isinstance(sizes, (list, tuple)) and all(isinstance(size, int) for size in sizes):
-        yield Index(node.args[1], node.args[0], None, classes=prod(sizes))  # type: ignore[arg-type]
+        yield _Index(given["indices"], given["self"], None, classes=prod(sizes))
 
 
-_FINDERS: Mapping[str, Callable[[Node, str], Iterator[Index]]] = {
-    **dict.fromkeys(("embedding", "embedding_bag", "_embedding_bag"), _find_embedding_rows),
-    **dict.fromkeys(_ALONG_A_DIM, _find_dim_index),
+# By what an operation is called; each takes the arguments by name.
+_FINDERS: Mapping[str, Callable[[Mapping[str, Any]], Iterable[_Index]]] = {
+    **dict.fromkeys(
+        ("embedding", "embedding_bag", "_embedding_bag"),
+        lambda given: [_Index(given["indices"], given["weight"], 0)],
+    ),
+    **dict.fromkeys(
+        _ALONG_A_DIM, lambda given: [_Index(given["index"], given["self"], given["dim"])]
+    ),
     **dict.fromkeys(_BY_LISTS, _find_list_indices),
-    **dict.fromkeys(("take", "put"), _find_flat_index),
+    **dict.fromkeys(
+        ("take", "put"), lambda given: [_Index(given["index"], given["self"], None, from_end=True)]
+    ),
     **dict.fromkeys(_BY_CLASSES, _find_loss_classes),
-    "take_along_dim": _find_take_along_dim,
+    "index_fill": lambda given: [
+        _Index(given["index"], given["self"], given["dim"], from_end=True)
+    ],
+    "take_along_dim": lambda given: [_Index(given["indices"], given["self"], given["dim"])],
     "one_hot": _find_one_hot_classes,
     "select": _find_select_index,
     **dict.fromkeys(("max_unpool2d", "max_unpool3d"), _find_unpool_places),
@@ -200,7 +188,7 @@ _FINDERS: Mapping[str, Callable[[Node, str], Iterator[Index]]] = {
 
 
 def _is_checked(
-    index: Index,
+    index: _Index,
     given: Mapping[Node, Input],
     inputs: Sequence[tuple[Node, Input]],
     cache: Cache | None,
@@ -213,11 +201,11 @@ def _is_checked(
         return isinstance(index.rows, int) and int(entry.values[4:]) <= index.rows
     if cache is None or cache.position is None:
         return False
-    places = {inputs[at][0] for at in (cache.keys, cache.values)}
+    places = {inputs[place][0] for place in (cache.keys, cache.values)}
     return index.numbers is inputs[cache.position][0] and index.table in places
 
 
-def _can_exceed_rows(index: Index, given: Set[Node]) -> bool:
+def _can_exceed_rows(index: _Index, given: Set[Node]) -> bool:
     """Whether a caller can make numbers larger than what they choose from.
 
     What a comparison answers is 0 or 1, and what is found by sorting is a place.
@@ -239,21 +227,20 @@ def _is_bounded(node: Node, rows: Any) -> bool:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor) and value.dtype is torch.bool:
         return True
-    places: int | None = _PLACES.get(_read_op_name(node))
-    found = node
+    found: Any = node
+    has_places = _read_op_name(node) in _PLACES
     if node.target is operator.getitem and node.args[1] == 1:
-        found = node.args[0]  # type: ignore[assignment]
-        places = _WITH_PLACES.get(_read_op_name(found))
-    if places is None:
+        found = node.args[0]
+        has_places = _read_op_name(found) in _WITH_PLACES
+    if not has_places:
         return _read_op_name(node) in _FIXED
-    return _is_no_more(_read_size_along(found, places), rows)
+    return _is_no_more(_read_size_along(found), rows)
 
 
-def _read_size_along(node: Node, place: int) -> Any:
+def _read_size_along(node: Node) -> Any:
     """The size along which an operation looks; of all elements where it names no dim."""
-    shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
-    default = None if _read_op_name(node) in {"argmax", "argmin"} else -1
-    dim = node.args[place] if len(node.args) > place else node.kwargs.get("dim", default)
+    given = _bind_arguments(node)
+    shape, dim = given["self"].meta["val"].shape, given.get("dim")
     return shape[dim] if isinstance(dim, int) else prod(shape)
 
 
@@ -270,7 +257,7 @@ def _read_op_name(node: Any) -> str:
     return getattr(packet, "__name__", "").removesuffix("_")
 
 
-def _compute_row_limits(index: Index, call: Callable[..., Node]) -> tuple[Node, Node]:
+def _compute_row_limits(index: _Index, call: Callable[..., Node]) -> tuple[Node, Node]:
     """The least and the largest number, where there are as many rows as a dim says."""
     if index.dim is None:
         rows = call(_aten.sym_numel.default, index.table)
@@ -279,7 +266,7 @@ def _compute_row_limits(index: Index, call: Callable[..., Node]) -> tuple[Node, 
     return call(operator.neg, rows), call(operator.sub, rows, 1)
 
 
-def _clamp_index(graph: torch.fx.Graph, index: Index) -> Node:
+def _clamp_index(graph: torch.fx.Graph, index: _Index) -> Node:
     """The numbers, clamped to what there is, after a step that fails where that changes them."""
 
     def call(target: Any, *args: Any) -> Node:

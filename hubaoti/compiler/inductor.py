@@ -90,18 +90,15 @@ def lower(  # noqa: PLR0913 - all that a package is made of
     Raises:
         CompileFailed: inductor or the C++ compiler failed.
     """
-    march = LEVELS[level][0]
     settings = ALONE | {name: _PASSES.get(str(value), value) for name, value in options.items()}
-    with ExitStack() as around:
-        folder = around.enter_context(_hold_build_folder(where))
-        for preparing in (
-            _target_cpu_level(level, march, folder),
-            _expose_cuda_toolkit(folder),
-            _use_fresh_cache(folder),
-        ):
-            around.enter_context(preparing)
-        around.enter_context(compile_wrapper_concurrently())
-        around.enter_context(write_call_spec(spec))
+    with (
+        _hold_build_folder(where) as folder,
+        _target_cpu_level(level, folder),
+        _expose_cuda_toolkit(folder),
+        _use_fresh_cache(folder),
+        compile_wrapper_concurrently(),
+        write_call_spec(spec),
+    ):
         raw = folder / f"{root}.pt2"  # torch names the folder after it
         try:
             with warnings.catch_warnings(action="ignore"):  # of torch about torch
@@ -121,13 +118,13 @@ def find_cause(error: Exception, folder: Path) -> HubaotiError:
     text = str(error)
     if "No space left on device" in text:
         place = find_full_disk(text, folder)
-        hint = "free some space there"
-        hint += "" if are_on_one_disk(place, folder) else f", or {TEMPORARY}"
-        return DiskFull(f"lower: no room on the disk of {place}", hint=hint)
-    causes = [line for line in text.splitlines() if "error: " in line or "cannot find -l" in line]
-    cause = first_line(causes[0] if causes else error)
+        other = "" if are_on_one_disk(place, folder) else f", or {TEMPORARY}"
+        return DiskFull(
+            f"lower: no room on the disk of {place}", hint=f"free some space there{other}"
+        )
+    causes = (line for line in text.splitlines() if "error: " in line or "cannot find -l" in line)
     return CompileFailed(
-        f"lower: {type(error).__name__}: {cause}",
+        f"lower: {type(error).__name__}: {first_line(next(causes, error))}",
         hint="are g++ and, for a GPU, the CUDA toolkit installed? else try --dtype float32",
     )
 
@@ -212,7 +209,7 @@ def _use_fresh_cache(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _target_cpu_level(level: str, march: str, folder: Path) -> Iterator[None]:
+def _target_cpu_level(level: str, folder: Path) -> Iterator[None]:
     """Make inductor's C++ for a CPU level, with a stack that is not executable and no paths.
 
     Private, checked on torch 2.11 to 2.15: `cpp_builder._get_optimization_cflags` (its flags have
@@ -224,7 +221,7 @@ def _target_cpu_level(level: str, march: str, folder: Path) -> Iterator[None]:
 
     with ExitStack() as patches:
         if hasattr(cpp_builder, "_get_optimization_cflags"):
-            flags = _wrap_cflags(cpp_builder._get_optimization_cflags, march, folder)
+            flags = _wrap_cflags(cpp_builder._get_optimization_cflags, LEVELS[level][0], folder)
             patches.enter_context(patch_attribute(cpp_builder, "_get_optimization_cflags", flags))
         if hasattr(cpu_vec_isa, "valid_vec_isa_list"):
             isas = choose_vector_isas(cpu_vec_isa, level)
@@ -238,13 +235,13 @@ def _wrap_cflags(
     """The compiler's flags with another `-march`, no debug lines, and neutral file names."""
     maps = {Path(torch.__file__).parent: "torch", folder: "build", Path(sys.prefix): "python"}
 
-    def flags(*args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
+    def get_cflags(*args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
         cflags, ldflags = original(*args, **kwargs)
         kept = [f for f in cflags if not f.startswith(("march=", "mcpu=")) and f != "g1"]
         kept += [f"march={march}", *(f"ffile-prefix-map={a}={b}" for a, b in maps.items())]
         return kept, [*ldflags, "Wl,-z,noexecstack", f"L{folder / _DRIVER}"]
 
-    return flags
+    return get_cflags
 
 
 @contextmanager
@@ -256,27 +253,27 @@ def compile_wrapper_concurrently() -> Iterator[None]:
     """
     from torch._inductor import cpp_builder
 
-    build, begun = cpp_builder.CppBuilder.build, list[Begun]()
+    build, started = cpp_builder.CppBuilder.build, list[_Compiler]()
 
-    def beginning(self: Any) -> None:
+    def start_or_build(self: Any) -> None:
         target = Path(self.get_target_file_path())
         if target.name.endswith(".wrapper.o"):
-            begun.append(Begun(self.get_command_line(), target))
+            started.append(_Compiler(self.get_command_line(), target))
             return
         if target.suffix == ".so":
-            for each in begun:
-                each.end()
+            for each in started:
+                each.wait()
         build(self)
 
-    with patch_attribute(cpp_builder.CppBuilder, "build", beginning):
+    with patch_attribute(cpp_builder.CppBuilder, "build", start_or_build):
         try:
             yield
         finally:
-            for each in begun:
+            for each in started:
                 each.stop()
 
 
-class Begun:
+class _Compiler:
     """A compiler that was started, and what it says."""
 
     def __init__(self, command: str, target: Path) -> None:
@@ -288,8 +285,8 @@ class Begun:
                 self.command, cwd=target.parent, stdout=log, stderr=log, process_group=0
             )
 
-    def end(self) -> None:
-        """Wait for it.
+    def wait(self) -> None:
+        """Wait until it has ended.
 
         Raises:
             CppCompileError: it failed; as torch raises it.
@@ -318,12 +315,11 @@ def _expose_cuda_toolkit(folder: Path) -> Iterator[None]:
         return
     from torch.utils import cpp_extension
 
-    driver = find_mapped("libcuda.so.1")
-    if driver:
+    if driver := find_mapped("libcuda.so.1"):
         (folder / _DRIVER).mkdir()
         (folder / _DRIVER / "libcuda.so").symlink_to(driver)
     usual = (f"/usr/local/cuda-{torch.version.cuda}", "/usr/local/cuda")
-    homes = [home for home in (cpp_extension.CUDA_HOME, *usual) if home]
+    homes = filter(None, (cpp_extension.CUDA_HOME, *usual))
     home = next((h for h in homes if Path(h, "include/crt/host_defines.h").is_file()), None)
     with patch_attribute(cpp_extension, "CUDA_HOME", home) if home else nullcontext():
         yield
@@ -331,9 +327,8 @@ def _expose_cuda_toolkit(folder: Path) -> Iterator[None]:
 
 def choose_vector_isas(cpu_vec_isa: Any, level: str) -> list[Any]:
     """The one vector ISA of a level, without asking g++ what this CPU has besides."""
-    names = {"x86_64_v3": "VecAVX2", "x86_64_v4": "VecAVX512", "aarch64": "VecNEON"}
-    if level not in names:
+    name = {"x86_64_v3": "VecAVX2", "x86_64_v4": "VecAVX512", "aarch64": "VecNEON"}.get(level)
+    if name is None:
         return []
-    base = getattr(cpu_vec_isa, names[level])
-    plain = type(names[level], (base,), {"__bool__": lambda self: True, "__hash__": base.__hash__})
-    return [plain()]
+    base = getattr(cpu_vec_isa, name)
+    return [type(name, (base,), {"__bool__": lambda self: True, "__hash__": base.__hash__})()]

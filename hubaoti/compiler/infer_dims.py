@@ -7,8 +7,9 @@ of two is `image+text`, and a number that follows a size is that size.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from hubaoti.artifact.dim_expr import DimExpr
 from hubaoti.artifact.manifest import Input
 from hubaoti.compiler.capture import Call
+from hubaoti.compiler.request import Shape
 from hubaoti.compiler.signature import CallSignature, encode_extent, make_names_unique
 from hubaoti.errors import BadDim, BadRequest
 from hubaoti.runtime.input_checks import name_dtype
@@ -39,13 +41,9 @@ class Dims:
 
     def find_extent(self, sizes: Series, name: str) -> DimExpr:
         """The extent that had these sizes: a dim, one that follows from dims, or a new dim."""
-        ways = (
-            (self.find_equal, self.find_multiple, self.find_sum)
-            if self.related
-            else (self.find_equal, self.find_sum)
-        )
-        for known in ways:
-            if (found := known(sizes)) is not None:
+        related = [self.find_multiple] if self.related else []
+        for find in (self.find_equal, *related, self._find_sum):
+            if (found := find(sizes)) is not None:
                 return found
         fresh = name
         while fresh in self.series:
@@ -56,8 +54,7 @@ class Dims:
     def find_equal(self, sizes: Series) -> DimExpr | None:
         """A dim that always had these sizes."""
         same = (name for name, series in self.series.items() if series == sizes)
-        name = next(same, None)
-        return None if name is None else DimExpr.of({name: 1})
+        return next((DimExpr.of({name: 1}) for name in same), None)
 
     def find_multiple(self, sizes: Series) -> DimExpr | None:
         """A multiple of a dim, plus a number; two calls are too few to tell."""
@@ -72,14 +69,11 @@ class Dims:
                 return DimExpr.of({name: factor}, sizes[0] - factor * series[0])
         return None
 
-    def find_sum(self, sizes: Series) -> DimExpr | None:
+    def _find_sum(self, sizes: Series) -> DimExpr | None:
         """The sum of two dims, as of image and text tokens."""
-        names = list(self.series)
-        for index, first in enumerate(names):
-            for second in names[index + 1 :]:
-                pairs = zip(self.series[first], self.series[second], strict=True)
-                if tuple(a + b for a, b in pairs) == sizes:
-                    return DimExpr.of({first: 1, second: 1})
+        for (first, ours), (second, theirs) in itertools.combinations(self.series.items(), 2):
+            if tuple(map(operator.add, ours, theirs)) == sizes:
+                return DimExpr.of({first: 1, second: 1})
         return None
 
 
@@ -151,45 +145,22 @@ def _merge_templates(templates: Sequence[Any], dims: Dims, where: str) -> Any:
     first = templates[0]
     if all(template == first and type(template) is type(first) for template in templates[1:]):
         return first
-    is_float = isinstance(first, dict) and "float" in first
-    if (
-        isinstance(first, dict)
-        and not is_float
-        and all(_has_same_keys(first, t) for t in templates)
-    ):
+    kinds = {type(each) for each in templates}
+    if kinds == {dict} and "float" not in first and len({frozenset(t) for t in templates}) == 1:
         return {
             key: _merge_templates([each[key] for each in templates], dims, where) for key in first
         }
-    if isinstance(first, list) and all(_has_same_length(first, each) for each in templates):
-        return [_merge_templates(list(each), dims, where) for each in zip(*templates, strict=True)]
-    if all(isinstance(each, int) and not isinstance(each, bool) for each in templates):
+    if kinds == {list} and len({len(each) for each in templates}) == 1:
+        return [_merge_templates(each, dims, where) for each in zip(*templates, strict=True)]
+    if kinds == {int}:
         found = dims.find_equal(tuple(templates)) or dims.find_multiple(tuple(templates))
         if found:
             return {"size": str(found)}
+    literals = [t["float"] if isinstance(t, dict) and "float" in t else repr(t) for t in templates]
     raise BadRequest(
-        f"capture: calls of {where} differ in a value that is no tensor: "
-        + ", ".join(map(_render_literal, templates)),
+        f"capture: calls of {where} differ in a value that is no tensor: {', '.join(literals)}",
         hint="give it as a tensor, or compile one bundle for each of the values",
     )
-
-
-def _render_literal(template: Any) -> str:
-    """A literal of a template as the caller wrote it, for an error message."""
-    return (
-        str(template["float"])
-        if isinstance(template, dict) and "float" in template
-        else repr(template)
-    )
-
-
-def _has_same_keys(first: dict[str, Any], other: Any) -> bool:
-    """Whether both are dictionaries with the same keys."""
-    return isinstance(other, dict) and first.keys() == other.keys()
-
-
-def _has_same_length(first: list[Any], other: Any) -> bool:
-    """Whether both are lists of one length."""
-    return isinstance(other, list) and len(first) == len(other)
 
 
 def _normalize_name(name: str) -> str:
@@ -220,9 +191,7 @@ def _is_consecutive(tensor: torch.Tensor) -> bool:
     return bool((tensor.diff(dim=-1) == 1).all())
 
 
-def read_stated_dims(
-    calls: Sequence[Call], shapes: Mapping[str, Sequence[str | int | None]]
-) -> Dims:
+def read_stated_dims(calls: Sequence[Call], shapes: Mapping[str, Shape]) -> Dims:
     """Dims as the user names them: `{"hidden_states": ("batch", "seq", None)}`.
 
     Raises:
@@ -242,9 +211,8 @@ def read_stated_dims(
                 sizes = tuple(call.tensors[index].shape[axis] for call in calls)
                 _set_stated_dim(dims, (name, axis), _parse_extent(text), sizes)
     for (name, axis), extent in dims.given.items():
-        _require_stated(
-            dims, name, extent, [c.tensors[_find_input(name, c)].shape[axis] for c in calls]
-        )
+        index = _find_input(name, calls[0])
+        _require_stated(dims, name, extent, [call.tensors[index].shape[axis] for call in calls])
     return dims
 
 
@@ -263,21 +231,18 @@ def _set_stated_dim(dims: Dims, place: tuple[str, int], extent: DimExpr, sizes: 
         )
 
 
-def _require_stated(dims: Dims, name: str, extent: DimExpr, sizes: Sequence[int]) -> None:
+def _require_stated(dims: Dims, name: str, extent: DimExpr, sizes: list[int]) -> None:
     """Refuse an extent over dims that nobody stated, or that the calls do not have."""
     unknown = [dim for dim in extent.dims if dim not in dims.series]
-    found = (
-        []
-        if unknown
-        else [
-            extent.at({dim: dims.series[dim][index] for dim in extent.dims})
-            for index in range(len(sizes))
-        ]
-    )
-    if found != list(sizes):
-        reason = f"{unknown[0]} stands alone nowhere" if unknown else f"that is {found}"
+    if unknown:
+        reason = f"{unknown[0]} stands alone nowhere"
+    else:
+        calls = range(len(sizes))
+        found = [extent.at({dim: dims.series[dim][c] for dim in extent.dims}) for c in calls]
+        reason = f"that is {found}" if found != sizes else ""
+    if reason:
         raise BadDim(
-            f"{name} has sizes {list(sizes)}, its shape says {extent}: {reason}",
+            f"{name} has sizes {sizes}, its shape says {extent}: {reason}",
             hint="name the dims of the shapes as the calls have them",
         )
 
@@ -307,9 +272,7 @@ def _find_input(name: str, call: Call) -> int:
     return call.names.index(name)
 
 
-def vary_call(
-    call: Call, shapes: Mapping[str, Sequence[str | int | None]], steps: Mapping[str, int]
-) -> list[Call]:
+def vary_call(call: Call, shapes: Mapping[str, Shape], steps: Mapping[str, int]) -> list[Call]:
     """A call, and two of other sizes without values, where only one call was recorded.
 
     They grow by numbers of steps and by their squares, of which none are multiples or sums of
@@ -321,8 +284,10 @@ def vary_call(
     named = {dim: sizes[0] for dim, sizes in read_stated_dims([call], shapes).series.items()}
     calls = [call]
     for power in (1, 2):
-        grown = zip(named.items(), itertools.count(3), strict=False)
-        sizes = {dim: size + steps.get(dim, 1) * more**power for (dim, size), more in grown}
+        sizes = {
+            dim: size + steps.get(dim, 1) * more**power
+            for more, (dim, size) in enumerate(named.items(), 3)
+        }
         tensors = list(call.tensors)
         for name, shape in shapes.items():
             index = _find_input(name, call)
@@ -331,7 +296,7 @@ def vary_call(
                 for dim, old in zip(shape, tensors[index].shape, strict=True)
             ]
             tensors[index] = torch.empty(size, dtype=tensors[index].dtype, device="meta")
-        calls.append(Call(call.template, tuple(tensors), call.names, call.caches))
+        calls.append(replace(call, tensors=tuple(tensors)))
     return calls
 
 

@@ -17,10 +17,11 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from hubaoti.compiler.capture import replace_forward
+from hubaoti.compiler.patched import shadow_attribute
 from hubaoti.errors import CompileFailed
 
 MOST_LITERALS = 1024  # runs of equal numbers that are chosen from, one by one
-Make = Callable[[], torch.Tensor]
+_Make = Callable[[], torch.Tensor]
 
 
 @contextmanager
@@ -30,21 +31,21 @@ def write_out_buffers(module: nn.Module) -> Iterator[set[str]]:
     Gives the names of those that have too many numbers, and stay as they are.
     """
     found = [
-        (part, name, make_literal(tensor), where)
-        for part, name, tensor, where in _find_unsaved(module)
+        (where, part, name, make_literal(tensor))
+        for where, part, name, tensor in _find_unsaved(module)
     ]
-    made = [(part, name, make) for part, name, make, _ in found if make is not None]
     forward = module.forward
 
     @functools.wraps(forward)
-    def making(*args: Any, **kwargs: Any) -> Any:
+    def write_out_and_call(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as around:
-            for part, name, make in made:
-                around.enter_context(_shadow_attribute(part, name, make()))
+            for _, part, name, make in found:
+                if make is not None:
+                    around.enter_context(shadow_attribute(part, name, make()))
             return forward(*args, **kwargs)
 
-    with replace_forward(module, making):
-        yield {where for *_, make, where in found if make is None}
+    with replace_forward(module, write_out_and_call):
+        yield {where for where, *_, make in found if make is None}
 
 
 def require_unread(program: ExportedProgram, names: Set[str]) -> None:
@@ -65,8 +66,8 @@ def require_unread(program: ExportedProgram, names: Set[str]) -> None:
         )
 
 
-def _find_unsaved(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor, str]]:
-    """The tensors of a module that are not in its `state_dict`: whose, its name, what, and where.
+def _find_unsaved(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+    """The tensors of a module that are not in its `state_dict`: where, whose, its name, and what.
 
     Buffers that are not persistent, and tensors that are plain attributes.
     """
@@ -75,24 +76,10 @@ def _find_unsaved(module: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Ten
         for name, value in (*part.named_buffers(recurse=False), *vars(part).items()):
             where = f"{path}.{name}".lstrip(".")
             if type(value) is torch.Tensor and where not in saved:
-                yield part, name, value, where
+                yield where, part, name, value
 
 
-@contextmanager
-def _shadow_attribute(part: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[None]:
-    """Let a tensor stand in the place of a buffer or an attribute of a module, before which
-    Python finds it."""
-    kept = vars(part).get(name)
-    vars(part)[name] = tensor
-    try:
-        yield
-    finally:
-        del vars(part)[name]
-        if kept is not None:
-            vars(part)[name] = kept
-
-
-def make_literal(tensor: torch.Tensor) -> Make | None:
+def make_literal(tensor: torch.Tensor) -> _Make | None:
     """What makes a tensor anew, bit for bit, of nothing but numbers; None if of too many."""
     shape, dtype, device = tensor.shape, tensor.dtype, tensor.device
     flat = tensor.detach().cpu().reshape(-1)
@@ -106,12 +93,11 @@ def make_literal(tensor: torch.Tensor) -> Make | None:
         return None
     numbers = [flat[end - 1].item() for end in ends]
 
-    def chosen() -> torch.Tensor:
-        return _select_by_run(numbers, ends, torch.arange(ends[-1], device=device), dtype).view(
-            shape
-        )
+    def choose() -> torch.Tensor:
+        index = torch.arange(ends[-1], device=device)
+        return _select_by_run(numbers, ends, index, dtype).view(shape)
 
-    return chosen
+    return choose
 
 
 def _find_run_ends(flat: torch.Tensor) -> list[int]:
@@ -133,12 +119,12 @@ def _find_progression(flat: torch.Tensor) -> tuple[int, int, int] | None:
 
 
 def _select_by_run(
-    numbers: Sequence[Any], ends: Sequence[int], at: torch.Tensor, dtype: torch.dtype
+    numbers: Sequence[Any], ends: Sequence[int], index: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """At each place the number whose run it is in; runs end before `ends`."""
     if len(numbers) == 1:
-        return torch.full(at.shape, numbers[0], dtype=dtype, device=at.device)
+        return torch.full(index.shape, numbers[0], dtype=dtype, device=index.device)
     half = len(numbers) // 2
-    first = _select_by_run(numbers[:half], ends[:half], at, dtype)
-    last = _select_by_run(numbers[half:], ends[half:], at, dtype)
-    return torch.where(at < ends[half - 1], first, last)
+    first = _select_by_run(numbers[:half], ends[:half], index, dtype)
+    last = _select_by_run(numbers[half:], ends[half:], index, dtype)
+    return torch.where(index < ends[half - 1], first, last)

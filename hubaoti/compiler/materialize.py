@@ -11,7 +11,7 @@ from torch import nn
 
 from hubaoti.runtime.synthetic import fill_synthetic
 
-_PAGES = "_hubaoti_pages"  # the attribute of a parameter that holds its memory
+_MEMORY_ATTRIBUTE = "_hubaoti_pages"  # the attribute of a parameter that holds its memory
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def _allocate_parameter(name: str, old: torch.Tensor, device: torch.device) -> n
         tensor = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
     fill_synthetic(tensor, name)
     parameter = nn.Parameter(tensor, requires_grad=False)
-    setattr(parameter, _PAGES, pages)
+    setattr(parameter, _MEMORY_ATTRIBUTE, pages)
     return parameter
 
 
@@ -68,7 +68,11 @@ def give_memory_back(module: nn.Module) -> Iterator[None]:
     Addresses stay, since inductor tells constants from each other by them.
     """
     named = dict(module.named_parameters())
-    lent = {name: pages for name, each in named.items() if (pages := getattr(each, _PAGES, None))}
+    lent = {
+        name: pages
+        for name, each in named.items()
+        if (pages := getattr(each, _MEMORY_ATTRIBUTE, None))
+    }
     for pages in lent.values():
         pages.madvise(mmap.MADV_DONTNEED)
     yield

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hubaoti.compiler.fake_values import run_outside_blocks
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """An operation of a block: what was asked, and what came of it."""
-
-    asked: str
-    out: Any
+_Step = tuple[str, Any]  # an operation of a block: what was called, and what came of it
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -44,16 +35,16 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._start = ""
         self._words: dict[int, str] = {}
         self._kept: list[torch.Tensor] = []  # an id is one tensor's only while it lives
-        self._known: dict[Any, list[list[Step]]] = {}  # by kinds of blocks
+        self._known: dict[Any, list[list[_Step]]] = {}  # by kinds of blocks
         self._kind: Any = None
-        self._alike: list[list[Step]] = []  # those that did the same so far
-        self._steps: list[Step] = []
+        self._alike: list[list[_Step]] = []  # those that did the same so far
+        self._steps: list[_Step] = []
         self._pure = True
 
     def begin(self, path: str, block: nn.Module, given: Sequence[torch.Tensor]) -> None:
         """Write down from here on what the block at a path does with what it is given."""
         self._start = f"{path}."
-        self._words = {id(tensor): f"input {at}" for at, tensor in enumerate(given)}
+        self._words = {id(tensor): f"input {index}" for index, tensor in enumerate(given)}
         self.lines, self._kept = [], [*given]
         own = [_fingerprint_tensor(tensor, name) for name, tensor in block.named_parameters()]
         own += [_fingerprint_tensor(tensor, name) for name, tensor in block.named_buffers()]
@@ -72,29 +63,42 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.lines is None:
-            return run_outside_blocks(func, args, kwargs or {}, self._truth)
+            return self._run_outside_blocks(func, args, kwargs or {})
         if func.namespace == "prim":  # as asking for a device
             return func(*args, **(kwargs or {}))
-        asked = " ".join([str(func), *map(self._name_value, tree_leaves((args, kwargs)))])
-        before = self._find_same_step(asked)
+        request = " ".join([str(func), *map(self._name_value, tree_leaves((args, kwargs)))])
+        before = self._find_same_step(request)
         # A view is of one tensor only, and belongs to it.
-        out = func(*args, **(kwargs or {})) if before is None or func.is_view else before.out
+        out = func(*args, **(kwargs or {})) if before is None or func.is_view else before[1]
         leaves = tree_leaves(out)
         # What writes to a tensor is done for each block: it would write to another's.
-        self._pure &= not func._schema.is_mutable
-        self._pure &= self._is_new(out)
-        self.lines.append(f"{asked} -> {' '.join(map(self._name_value, leaves))}")
-        self._steps.append(Step(asked, out))
+        self._pure &= not func._schema.is_mutable and self._is_new(out)
+        self.lines.append(f"{request} -> {' '.join(map(self._name_value, leaves))}")
+        self._steps.append((request, out))
         return out
 
-    def _find_same_step(self, asked: str) -> Step | None:
+    def _run_outside_blocks(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation between the blocks, where what has no values is zero, or false, to who asks.
+
+        That decides what the model does around its blocks, as with a rope that grows: it stays
+        eager. What they are given in another case is another call to their graphs. With `truth`, it
+        is true: that a mask is all ones, say, so that it can be left out.
+        """
+        try:
+            return func(*args, **kwargs)
+        except DataDependentOutputException:
+            is_scalar = func is torch.ops.aten._local_scalar_dense.default
+            dtype = args[0].dtype if is_scalar else torch.bool
+            return 0.0 if dtype.is_floating_point else self._truth if dtype is torch.bool else 0
+
+    def _find_same_step(self, request: str) -> _Step | None:
         """What came of the same in a block that did the same until here."""
-        at = len(self._steps)
-        alike = (steps for steps in self._alike if at < len(steps))
-        self._alike = [steps for steps in alike if steps[at].asked == asked]
-        step = self._alike[0][at] if self._alike else None
+        index = len(self._steps)
+        alike = (steps for steps in self._alike if index < len(steps))
+        self._alike = [steps for steps in alike if steps[index][0] == request]
+        step = self._alike[0][index] if self._alike else None
         # What this block has already, as its input, is another tensor than what comes of it.
-        return step if step is not None and self._is_new(step.out) else None
+        return step if step is not None and self._is_new(step[1]) else None
 
     def _is_new(self, out: Any) -> bool:
         """Whether the block has not had any tensor of a result before."""

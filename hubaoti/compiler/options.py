@@ -1,7 +1,8 @@
 """Inductor's options as users give them: known, of the right type, safe for a graph, spelled once.
 
 What stands here stands in the manifest and in the key, so it is JSON, and an option at torch's own
-default is left out. What inductor would ignore is refused, because it would only split keys.
+default is left out. What inductor would ignore is refused, because it would only split keys. Which
+options are for users, and words others are not, is in `inductor_options.toml`.
 """
 
 from __future__ import annotations
@@ -10,19 +11,26 @@ import difflib
 import json
 import math
 import re
+import tomllib
 import types
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 from torch._inductor import config
 
 from hubaoti.artifact.canonical import SAFE, encode_canonical
-from hubaoti.compiler.inductor_options import ANY_DEVICE, GPU_KERNELS
-from hubaoti.compiler.refused_options import UNKNOWN, reason_for_a_cpu, reason_to_refuse
+from hubaoti.compiler.inductor import ALONE, WEIGHTLESS
 from hubaoti.errors import BadRequest
 
 MODES = ("default", "max-autotune", "reduce-overhead")
+_LISTED = tomllib.loads(Path(__file__).with_name("inductor_options.toml").read_text("utf-8"))
+ANY_DEVICE = frozenset(_LISTED["any_device"])
+GPU_KERNELS = frozenset(_LISTED["gpu_kernels"])
+_REFUSED = {"hubaoti sets it for every build": [*WEIGHTLESS, *ALONE], **_LISTED["refused"]}
+_UNKNOWN = "hubaoti does not know what it changes"
 _WORD = re.compile(r"[\w.,:+-]*\Z")  # no paths and no commands
 _SPOKEN = {"true": True, "false": False, "none": None, "null": None}
 _declared: Any = config  # whose methods mypy does not see
@@ -48,53 +56,29 @@ def options_of_mode(mode: str, device: str) -> dict[str, Any]:
 def merge_options(
     mode: str, given: Iterable[str] | Mapping[str, Any], device: str
 ) -> dict[str, Any]:
-    """The options of a mode, and over them those that were given, as `parse_options` has them.
-
-    Raises:
-        BadRequest: the mode or an option is not what it should be.
-    """
-    return _without_defaults(options_of_mode(mode, device) | _checked_options(given, device))
-
-
-def parse_options(given: Iterable[str] | Mapping[str, Any], device: str) -> dict[str, Any]:
-    """Options from `key=value` words, or from Python, for a graph on a kind of device.
+    """The options of a mode, and over them those from `key=value` words, or from Python.
 
     Sorted, as JSON has them, without those at torch's default: one spelling for one build.
 
     Raises:
-        BadRequest: an option is malformed, unknown, given twice, not for users, or of another type.
+        BadRequest: the mode is unknown; an option is malformed, unknown, given twice, not for
+            users, or of another type.
     """
-    return _without_defaults(_checked_options(given, device))
-
-
-def _checked_options(given: Iterable[str] | Mapping[str, Any], device: str) -> dict[str, Any]:
-    """The options that were given, each known, allowed and of its type.
-
-    Raises:
-        BadRequest: one is not.
-    """
+    options = options_of_mode(mode, device)
     spoken = not isinstance(given, Mapping)
-    asked = given if isinstance(given, Mapping) else _words_of(given)
-    known = _declared.get_config_copy()
-    for name in asked:
-        if name not in known:
-            raise _unknown(name, known, device)
-        if reason := refuse_option(name, device):
-            raise _refused(name, reason, known, device)
-    return {name: _checked(name, value, spoken) for name, value in asked.items()}
-
-
-def _without_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options in the order of their names, those at torch's default left out."""
+    requested = given if isinstance(given, Mapping) else _split_words(given)
     defaults = _declared.get_config_copy()
+    for name, value in requested.items():
+        _require_settable(name, defaults, device)
+        options[name] = _read_value(name, value, spoken)
     return {
         name: options[name]
         for name in sorted(options)
-        if encode_canonical(options[name]) != _canonical_default(defaults.get(name))
+        if encode_canonical(options[name]) != _encode_default(defaults.get(name))
     }
 
 
-def _words_of(texts: Iterable[str]) -> dict[str, str]:
+def _split_words(texts: Iterable[str]) -> dict[str, str]:
     """The names and values of `key=value` words.
 
     Raises:
@@ -113,48 +97,52 @@ def _words_of(texts: Iterable[str]) -> dict[str, str]:
     return words
 
 
-def _unknown(name: str, known: Iterable[str], device: str) -> BadRequest:
-    """That torch has no such option, and those that may have been meant."""
-    near = _near(name, known, device)
-    version = torch.__version__.partition("+")[0]
-    return BadRequest(
-        f"inductor of torch {version} has no option {name!r}",
-        hint=f"near ones: {', '.join(near)}"
-        if near
-        else "torch._inductor.list_options() has them all",
-    )
+def _require_settable(name: str, known: Iterable[str], device: str) -> None:
+    """Refuse an option that torch does not have, or that cannot be set.
+
+    Raises:
+        BadRequest: with those that may have been meant.
+    """
+    if name not in known:
+        near = _find_near(name, known, device)
+        raise BadRequest(
+            f"inductor of torch {torch.__version__.partition('+')[0]} has no option {name!r}",
+            hint=near or "torch._inductor.list_options() has them all",
+        )
+    reason = refuse_option(name, device)
+    if reason == _UNKNOWN:
+        near = _find_near(name, known, device)
+        listed = "hubaoti/compiler/inductor_options.toml has all that can be set"
+        hint = "; ".join(filter(None, ("leave it out", near, listed)))
+        raise BadRequest(f"inductor option {name} cannot be set: {reason}", hint=hint)
+    if reason:
+        raise BadRequest(f"inductor option {name} cannot be set: {reason}", hint="leave it out")
 
 
-def _refused(name: str, reason: str, known: Iterable[str], device: str) -> BadRequest:
-    """That an option cannot be set, and why; of one that hubaoti does not know, which it does."""
-    hint = "leave it out"
-    if reason == UNKNOWN:
-        near = _near(name, known, device)
-        hint += f"; near ones: {', '.join(near)}" if near else ""
-        hint += "; hubaoti/compiler/inductor_options.py has all that can be set"
-    return BadRequest(f"inductor option {name} cannot be set: {reason}", hint=hint)
-
-
-def _near(name: str, known: Iterable[str], device: str) -> list[str]:
-    """Options for users whose names are like one."""
+def _find_near(name: str, known: Iterable[str], device: str) -> str:
+    """Options for users whose names are like one, for a hint; empty where there are none."""
     allowed = [each for each in known if refuse_option(each, device) is None]
     near = [each for each in allowed if each.endswith(f".{name}")]
     near += difflib.get_close_matches(name, allowed, n=4)
-    return [*dict.fromkeys(near)]
+    return f"near ones: {', '.join(dict.fromkeys(near))}" if near else ""
 
 
 def refuse_option(name: str, device: str) -> str | None:
     """Why an option is not for users, None where it is: it is in the list, and JSON can say it."""
     if name in GPU_KERNELS and device.startswith("cpu"):
-        return reason_for_a_cpu(name)
-    listed = name in ANY_DEVICE or name in GPU_KERNELS
-    reason = None if listed else reason_to_refuse(name)
-    if reason in {None, UNKNOWN} and not _speakable(_kind_of(name)):
+        if name in _LISTED["packing"]:
+            return "it packs weights while compiling, and a graph holds none"
+        return "it is of GPU kernels, and this graph is for a CPU"
+    reason = None
+    if name not in ANY_DEVICE | GPU_KERNELS:
+        fitting = (words for words, starts in _REFUSED.items() if name.startswith(tuple(starts)))
+        reason = next(fitting, _UNKNOWN)
+    if reason in {None, _UNKNOWN} and not _is_speakable(_get_kind(name)):
         return "its values are Python"
     return reason
 
 
-def _kind_of(name: str) -> Any:
+def _get_kind(name: str) -> Any:
     """The type that torch declares for an option."""
     try:
         return _declared.get_type(name)
@@ -162,33 +150,33 @@ def _kind_of(name: str) -> Any:
         return str
 
 
-def _speakable(kind: Any) -> bool:
+def _is_speakable(kind: Any) -> bool:
     """Whether some value of a type, besides None, is JSON."""
     if get_origin(kind) in {Union, types.UnionType}:
-        return any(_speakable(each) for each in get_args(kind) if each is not types.NoneType)
+        return any(_is_speakable(each) for each in get_args(kind) if each is not types.NoneType)
     plain = {bool, int, float, str, list, tuple, dict, types.NoneType, Any}
     if get_origin(kind) in {list, tuple}:
-        return all(_speakable(each) for each in get_args(kind) if each is not Ellipsis)
+        return all(_is_speakable(each) for each in get_args(kind) if each is not Ellipsis)
     return get_origin(kind) in {Literal, dict} or kind in plain
 
 
-def _checked(name: str, value: Any, spoken: bool) -> Any:
+def _read_value(name: str, value: Any, spoken: bool) -> Any:
     """An option's value, as JSON has it.
 
     Raises:
         BadRequest: it is of another type.
     """
-    kind = _kind_of(name)
-    for each in _readings(value) if spoken else [value]:
-        try:
-            return _fitted(each, kind)
-        except ValueError:
-            continue
+    kind = _get_kind(name)
+    for each in _list_readings(value) if spoken else [value]:
+        with suppress(ValueError):
+            return _fit(each, kind)
     shown = value if spoken else repr(value)
-    raise BadRequest(f"inductor option {name} cannot be {shown}", hint=f"give {_described(kind)}")
+    raise BadRequest(
+        f"inductor option {name} cannot be {shown}", hint=f"give {_describe_type(kind)}"
+    )
 
 
-def _readings(text: str) -> list[Any]:
+def _list_readings(text: str) -> list[Any]:
     """What a word may mean: a truth value, None, JSON, or itself."""
     if text.lower() in _SPOKEN:
         return [_SPOKEN[text.lower()], text]
@@ -198,27 +186,42 @@ def _readings(text: str) -> list[Any]:
         return [text]
 
 
-def _fitted(value: Any, kind: Any) -> Any:
+def _fit(value: Any, kind: Any) -> Any:
     """A value as a type has it.
 
     Raises:
         ValueError: it is of another type, or no JSON.
     """
-    origin, inner = get_origin(kind), get_args(kind)
+    origin, inner = get_origin(kind) or kind, get_args(kind)
     if origin in {Union, types.UnionType}:
-        return _first_fit(value, inner)
-    if origin is Literal:
-        return _first_equal(value, inner)
-    if kind is Any or kind is types.NoneType:
-        return _first_fit(value, (bool, int, float, str, list, dict)) if value is not None else None
-    if (origin or kind) in {list, tuple} and isinstance(value, (list, tuple)):
-        return [_first_fit(each, inner or (Any,)) for each in value]
-    if (origin or kind) is dict and isinstance(value, Mapping):
-        return {_fitted(k, str): _fitted(v, (*inner, Any, Any)[1]) for k, v in value.items()}
-    return _fitted_plain(value, kind)
+        return _fit_first(value, inner)
+    if origin in {Any, types.NoneType}:
+        return _fit_first(value, (types.NoneType, bool, int, float, str, list, dict))
+    if origin is Literal and any(type(each) is type(value) and each == value for each in inner):
+        return value
+    if origin in {list, tuple} and isinstance(value, (list, tuple)):
+        return [_fit_first(each, inner or (Any,)) for each in value]
+    if origin is dict and isinstance(value, Mapping):
+        return {_fit(k, str): _fit(v, (*inner, Any, Any)[1]) for k, v in value.items()}
+    return _fit_plain(value, kind)
 
 
-def _fitted_plain(value: Any, kind: Any) -> bool | int | float | str:
+def _fit_first(value: Any, kinds: Iterable[Any]) -> Any:
+    """A value as the first of some types that has it; None only where a type is None.
+
+    Raises:
+        ValueError: none of them has it.
+    """
+    for kind in kinds:
+        if kind is not types.NoneType:
+            with suppress(ValueError):
+                return _fit(value, kind)
+        elif value is None:
+            return None
+    raise ValueError(value)
+
+
+def _fit_plain(value: Any, kind: Any) -> bool | int | float | str:
     """A value as one of JSON's plain types has it.
 
     Raises:
@@ -236,41 +239,11 @@ def _fitted_plain(value: Any, kind: Any) -> bool | int | float | str:
     raise ValueError(value)
 
 
-def _first_fit(value: Any, kinds: Iterable[Any]) -> Any:
-    """A value as the first of some types that has it; None only where a type is None.
-
-    Raises:
-        ValueError: none of them has it.
-    """
-    for kind in kinds:
-        if kind is types.NoneType:
-            if value is None:
-                return None
-            continue
-        try:
-            return _fitted(value, kind)
-        except ValueError:
-            continue
-    raise ValueError(value)
-
-
-def _first_equal(value: Any, choices: Iterable[Any]) -> Any:
-    """A value that is one of some, of the same type.
-
-    Raises:
-        ValueError: it is none of them.
-    """
-    for choice in choices:
-        if type(choice) is type(value) and choice == value:
-            return choice
-    raise ValueError(value)
-
-
-def _described(kind: Any) -> str:
-    """A type in words."""
+def _describe_type(kind: Any) -> str:
+    """A type in the words of a hint, as what is to be given."""
     origin = get_origin(kind)
     if origin in {Union, types.UnionType}:
-        return " or ".join(_described(each) for each in get_args(kind))
+        return " or ".join(_describe_type(each) for each in get_args(kind))
     if origin is Literal:
         return f"one of: {', '.join(map(str, get_args(kind)))}"
     names = {
@@ -286,7 +259,7 @@ def _described(kind: Any) -> str:
     return names.get(origin or kind, "a plain value")
 
 
-def _canonical_default(value: Any) -> bytes | None:
+def _encode_default(value: Any) -> bytes | None:
     """The canonical form of a default; None of one that is no JSON."""
     try:
         return encode_canonical(value)

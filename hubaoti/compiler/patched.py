@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from torch import nn
+
 
 @contextmanager
 def patch_attribute(owner: ModuleType | type, name: str, value: Any) -> Iterator[None]:
@@ -17,3 +19,16 @@ def patch_attribute(owner: ModuleType | type, name: str, value: Any) -> Iterator
         yield
     finally:
         setattr(owner, name, before)
+
+
+@contextmanager
+def shadow_attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Let a value stand before a module's own attribute, buffer or method, for this module only."""
+    own = vars(module)
+    before = {name: own[name]} if name in own else {}
+    own[name] = value
+    try:
+        yield
+    finally:
+        del own[name]
+        own.update(before)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.artifact.dim_expr import DimExpr
 from hubaoti.compiler import kv_inputs as caches
 from hubaoti.compiler.dims import (
     DimRanges,
@@ -42,7 +41,6 @@ from hubaoti.compiler.sample_calls import count_runs, prepare_sample_call
 from hubaoti.compiler.signature import CallSignature, add_cache_inputs, specialize_full_window
 from hubaoti.errors import BadRequest, CompileFailed, HubaotiError
 from hubaoti.runtime.call_template import takes_containers
-from hubaoti.runtime.input_checks import parse_dtype
 
 WHOLE_MODEL = "root"
 
@@ -89,7 +87,6 @@ def make_plan(source: Source, request: CompileRequest, device: torch.device) -> 
             source = varied
     own = {name: sizes for name, sizes in request.dims.items() if name in source.default_dims}
     dims = limit_dims(own, source.default_dims, source.positions)
-    forms: list[Form] = [Form(Group(WHOLE_MODEL, ("",)), "", source.face)]
     left_out: list[str] = []
     if blocks:
         found = Dims(dict(source.looks), related=not source.calls and "height" not in source.looks)
@@ -98,7 +95,7 @@ def make_plan(source: Source, request: CompileRequest, device: torch.device) -> 
     else:
         _require_no_cache(source)
         source = replace(source, regions="none")
-        forms = [Form(Group(WHOLE_MODEL, ("",)), "", _derive_whole_signature(source, device))]
+        forms = [_Form(Group(WHOLE_MODEL, ("",)), "", _derive_whole_signature(source, device))]
     dims = limit_dims(request.dims, dims, source.positions)
     require_covered(dims, request.buckets)
     units = [unit for form in forms for unit in _split_into_buckets(form, dims, request.buckets)]
@@ -128,26 +125,13 @@ def _can_trace(source: Source, blocks: Mapping[str, nn.Module], device: torch.de
     try:
         for form in forms:
             bounds = {name: known[name] for name in form.face.dims}
-            block = blocks[form.group.modules[0]]
+            inputs = form.face.make_empty_inputs(choose_example_sizes(bounds), "meta")
             export(
-                block, form.face, bounds, _make_meta_inputs(form.face, bounds), frozenset(bounds)
+                blocks[form.group.modules[0]], form.face, bounds, inputs, stated=frozenset(bounds)
             )
     except HubaotiError:
         return False
     return not left_out
-
-
-def _make_meta_inputs(face: CallSignature, bounds: DimRanges) -> list[torch.Tensor]:
-    """Inputs without values at sizes to trace with."""
-    sizes = choose_example_sizes(bounds)
-    shapes = [
-        [n if isinstance(n, int) else DimExpr.parse(n).at(sizes) for n in entry.shape]
-        for entry in face.inputs
-    ]
-    return [
-        torch.empty(shape, dtype=parse_dtype(entry.dtype), device="meta")
-        for shape, entry in zip(shapes, face.inputs, strict=True)
-    ]
 
 
 def _derive_whole_signature(source: Source, device: torch.device) -> CallSignature:
@@ -191,7 +175,7 @@ def _find_reused_blocks(
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class _Form:
     """One way in which the modules of a group are called; `suffix` ends the name of its graph.
 
     `window` is how many places their KV cache has at most, whatever others have.
@@ -209,14 +193,14 @@ def _find_forms(
     dims: DimRanges,
     found: Dims,
     device: torch.device,
-) -> tuple[Source, list[Form], list[str]]:
+) -> tuple[Source, list[_Form], list[str]]:
     """The forms of a model's blocks, and what stays eager, and why; `found` learns their dims."""
     before = {path: list_block_attributes(block) for path, block in blocks.items()}
     source, observed = _observe_blocks(source, blocks, device)
     if parts := _split_hybrid_blocks(blocks, observed):
         return _find_forms(source, parts, dims, found, device)
     found.series = dict(source.looks)
-    forms: list[Form] = []
+    forms: list[_Form] = []
     left_out = [f"{path}: {seen.problem}" for path, seen in observed.items() if seen.problem]
     fine = {path: seen for path, seen in observed.items() if not seen.problem}
     for group in group_blocks(blocks, fine, before):
@@ -228,7 +212,7 @@ def _find_forms(
             continue
         windows = {face.cache.window for face in faces.values() if face.cache} - {None}
         window = next(iter(windows), None)
-        forms += [Form(group, suffix, face, window) for suffix, face in faces.items()]
+        forms += [_Form(group, suffix, face, window) for suffix, face in faces.items()]
     if not forms:
         reasons = "; ".join(left_out) or "the model calls none of them"
         generates = source.program.task == "generate"
@@ -372,7 +356,7 @@ def _refuse_shared(seen: BlockCalls, face: CallSignature, kind: str) -> None:
 
 
 def _split_into_buckets(
-    form: Form, dims: DimRanges, buckets: Sequence[Mapping[str, Range]]
+    form: _Form, dims: DimRanges, buckets: Sequence[Mapping[str, Range]]
 ) -> list[GraphPlan]:
     """The units of one form: one for all sizes, or one for each bucket, in their order.
 

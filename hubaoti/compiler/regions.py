@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import types
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,17 @@ from hubaoti.compiler.operations import digest_values
 from hubaoti.errors import BadRequest
 
 # Attributes that differ between equal blocks: their number, and what only training uses.
-_NUMBERS = {"layer_idx", "layer_id", "layer_number", "layer_num", "layer_index", "block_idx", "idx"}
+_LAYER_NUMBERS = {
+    "layer_idx",
+    "layer_id",
+    "layer_number",
+    "layer_num",
+    "layer_index",
+    "block_idx",
+    "idx",
+}
 _TRAINING = ("drop", "gradient_checkpointing", "training")
-_OWN = set(vars(nn.Module()))  # what every module has: parameters, hooks, …
+_OF_EVERY_MODULE = set(vars(nn.Module()))  # what every module has: parameters, hooks, …
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +52,9 @@ def find_blocks(model: nn.Module, regions: str) -> dict[str, nn.Module]:
         BadRequest: there is no module at the path.
     """
     if regions == "auto":
-        return dict(find_repeated(model, ""))
+        named = {*(getattr(model, "_repeated_blocks", None) or ())}
+        named |= {*(getattr(model, "_no_split_modules", None) or ())}
+        return dict(_find_repeated(model, "", named))
     modules = dict(model.named_modules())
     if regions not in modules:
         near = difflib.get_close_matches(regions, modules, 3)
@@ -58,20 +68,13 @@ def find_blocks(model: nn.Module, regions: str) -> dict[str, nn.Module]:
     return {regions: found}
 
 
-def find_repeated(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+def _find_repeated(
+    module: nn.Module, path: str, named: Set[str]
+) -> Iterator[tuple[str, nn.Module]]:
     """The outermost blocks: children of a list of which two have one class and equal tensors.
 
-    And what the model's own code calls its blocks, even where there is but one of them.
+    And those of the named classes, as the model's own code calls its blocks, even a single one.
     """
-    named = {*(getattr(module, "_repeated_blocks", None) or ())}
-    named |= {*(getattr(module, "_no_split_modules", None) or ())}
-    yield from _find_blocks_below(module, path, named)
-
-
-def _find_blocks_below(
-    module: nn.Module, path: str, named: set[str]
-) -> Iterator[tuple[str, nn.Module]]:
-    """Blocks below a module, from the outside to the inside."""
     children = [(f"{path}.{name}".lstrip("."), each) for name, each in module.named_children()]
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
         large = [(name, each) for name, each in children if is_block(each)]
@@ -81,19 +84,18 @@ def _find_blocks_below(
             yield from large
             return
     for name, child in children:
-        yield from _find_blocks_below(child, name, named)
+        yield from _find_repeated(child, name, named)
 
 
 def find_lone_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost blocks that are the only one of their list; what lies within one is its own."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        children = (
-            [*module.children()] if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
-        )
+        is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
+        children = [*module.named_children()] if is_list else []
         inside = any(path.startswith(f"{outer}.") for outer in found)
-        if len(children) == 1 and is_block(children[0]) and not inside:
-            found[f"{path}.{next(name for name, _ in module.named_children())}"] = children[0]
+        if len(children) == 1 and is_block(children[0][1]) and not inside:
+            found[f"{path}.{children[0][0]}"] = children[0][1]
     return found
 
 
@@ -125,7 +127,7 @@ def group_blocks(
         if seen := observed.get(path):
             held = before[path] if before else list_block_attributes(block)
             members.setdefault(_fingerprint_block(block, seen, held), []).append(path)
-    names = _name_groups([paths for paths in members.values()], blocks)
+    names = _name_groups([*members.values()], blocks)
     return tuple(
         Group(name, tuple(paths)) for name, paths in zip(names, members.values(), strict=True)
     )
@@ -145,7 +147,11 @@ def list_block_attributes(block: nn.Module) -> list[str]:
     for path, module in block.named_modules():
         found.append(f"{path}: {type(module).__module__}.{type(module).__qualname__}")
         for name, value in sorted(vars(module).items()):
-            if name in _OWN or name in _NUMBERS or any(word in name for word in _TRAINING):
+            if (
+                name in _OF_EVERY_MODULE
+                or name in _LAYER_NUMBERS
+                or any(word in name for word in _TRAINING)
+            ):
                 continue
             found.append(f"{path}.{name} = {_render_attribute(value)}")
     return found
@@ -181,16 +187,15 @@ def _name_groups(groups: Sequence[Sequence[str]], blocks: Mapping[str, nn.Module
     names = []
     for place, paths in zip(places, groups, strict=True):
         alone = places.count(place) == 1 and (len(paths) > 1 or place != paths[0])
-        names.append(place if alone else f"{place}.{_name_group_kind(paths, blocks)}")
+        names.append(place if alone else f"{place}.{_name_kind(blocks[paths[0]])}")
     return [
         name if names.count(name) == 1 else f"{name}{paths[0].rpartition('.')[2]}"
         for name, paths in zip(names, groups, strict=True)
     ]
 
 
-def _name_group_kind(paths: Sequence[str], blocks: Mapping[str, nn.Module]) -> str:
-    """A word for a group: its layer type, or its class."""
-    block = blocks[paths[0]]
+def _name_kind(block: nn.Module) -> str:
+    """A word for the kind of a block: its layer type, or its class."""
     for module in block.modules():
         for name in ("attention_type", "layer_type", "is_sliding"):
             value = getattr(module, name, None)

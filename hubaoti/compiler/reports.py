@@ -23,17 +23,18 @@ def report_failure(
     """
     try:
         yield
-    except kinds as why:
+    except kinds as error:
         path = output.absolute().with_name(f"{output.absolute().name}.report.txt")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(_report(why, facts))
+            path.write_text(_render_report(error, facts))
         except OSError:
-            raise why from why.__cause__
-        raise type(why)(str(why), hint=f"{why.hint}; the whole report: {path}") from why.__cause__
+            raise error from error.__cause__
+        hint = f"{error.hint}; the whole report: {path}"
+        raise type(error)(str(error), hint=hint) from error.__cause__
 
 
-def _report(why: Exception, facts: Sequence[str]) -> str:
+def _render_report(error: Exception, facts: Sequence[str]) -> str:
     """All that is known of a failure."""
     import torch
     import transformers
@@ -42,5 +43,5 @@ def _report(why: Exception, facts: Sequence[str]) -> str:
         f"hubaoti {__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {sys.version.split()[0]}"
     )
-    trace = "".join(traceback.format_exception(why))
-    return "\n".join([str(why), "", versions, *facts, "", trace])
+    trace = "".join(traceback.format_exception(error))
+    return "\n".join([str(error), "", versions, *facts, "", trace])

@@ -67,11 +67,10 @@ class CompileRequest:
         Raises:
             TypeError: it takes no such keyword. UnknownTask, BadDim, BadRequest: as above.
         """
-        dims, buckets = (
-            make_ranges(words.get("dims", ())),
-            make_bucket_ranges(words.get("buckets", ())),
+        dims = make_ranges(words.get("dims", ()))
+        return cls(
+            **{**words, "dims": dims, "buckets": make_bucket_ranges(words.get("buckets", ()))}
         )
-        return cls(**{**words, "dims": dims, "buckets": buckets})
 
     def __post_init__(self) -> None:
         if self.task is not None and self.task not in TASKS:
@@ -152,9 +151,4 @@ def make_bucket_ranges(
     buckets: Iterable[Mapping[str, RangeLike] | str],
 ) -> tuple[dict[str, Range], ...]:
     """Buckets as Python or the command line gives them."""
-    found = []
-    for bucket in buckets:
-        found.append(
-            parse_dims(bucket.split(",")) if isinstance(bucket, str) else make_ranges(bucket)
-        )
-    return tuple(found)
+    return tuple(make_ranges(b.split(",") if isinstance(b, str) else b) for b in buckets)

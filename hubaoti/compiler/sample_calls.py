@@ -11,9 +11,8 @@ from torch import nn
 from hubaoti.artifact.dim_expr import DimExpr
 from hubaoti.compiler import kv_inputs as caches
 from hubaoti.compiler.capture import thaw_arguments
-from hubaoti.compiler.fake_run import Given
+from hubaoti.compiler.fake_run import Arguments
 from hubaoti.compiler.from_config import Source
-from hubaoti.runtime.input_checks import parse_dtype
 
 _ROOT = "root"
 
@@ -26,30 +25,23 @@ def count_runs(source: Source) -> int:
 def prepare_sample_call(
     source: Source, index: int, blocks: Mapping[str, nn.Module], device: torch.device
 ) -> Any:
-    """A call of a whole model at the sizes of look number `at`, made where it is used."""
+    """A call of a whole model at the sizes of look number `index`, made where it is used."""
 
-    def again() -> Given:
+    def repeat() -> Arguments:
         call = source.calls[index]
         tensors = [
             torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for tensor in call.tensors
         ]
         args, kwargs = thaw_arguments(call.template, tensors, {})
-        return Given(tuple(args), kwargs)
+        return tuple(args), kwargs
 
-    def given() -> Given:
+    def make() -> Arguments:
         sizes = {name: series[index] for name, series in source.looks.items()}
-        tensors = [
-            torch.empty(
-                [n if isinstance(n, int) else DimExpr.parse(n).at(sizes) for n in entry.shape],
-                dtype=parse_dtype(entry.dtype),
-                device=device,
-            )
-            for entry in source.face.inputs
-        ]
+        tensors = source.face.make_empty_inputs(sizes, device)
         layers = caches.count_layers(source.model)
         seen = caches.make_recording_cache(sizes.get("filled", 1), sizes.get("seq", 1), layers)
         known = {"size": lambda text: DimExpr.parse(text).at(sizes), "cache": seen}
         args, kwargs = thaw_arguments(source.face.template, tensors, known)
-        return Given(tuple(args), kwargs)
+        return tuple(args), kwargs
 
-    return again if source.calls else given
+    return repeat if source.calls else make

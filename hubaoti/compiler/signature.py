@@ -20,7 +20,7 @@ from hubaoti.compiler import kv_inputs as caches
 from hubaoti.compiler.capture import Frozen, Opaque, bind_arguments, replace_forward, thaw_arguments
 from hubaoti.errors import CompileFailed
 from hubaoti.runtime.containers import ContainerChange, Contents, get_at_path
-from hubaoti.runtime.input_checks import name_dtype
+from hubaoti.runtime.input_checks import name_dtype, parse_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,10 @@ class CallSignature:
     @property
     def dims(self) -> tuple[str, ...]:
         """The dims of the inputs, in their order."""
-        found = (dim for _, _, extent in self.extents() for dim in extent.dims)
+        found = (dim for _, _, extent in self.list_extents() for dim in extent.dims)
         return tuple(dict.fromkeys(found))
 
-    def extents(self) -> Iterator[tuple[int, int, DimExpr]]:
+    def list_extents(self) -> Iterator[tuple[int, int, DimExpr]]:
         """Input, axis and extent of each size that changes."""
         for index, entry in enumerate(self.inputs):
             for axis, size in enumerate(entry.shape):
@@ -47,27 +47,36 @@ class CallSignature:
     def read_sizes(self, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
         """The sizes of the dims, as tensors have them; symbols while tracing."""
         found: dict[str, Any] = {}
-        for index, axis, extent in self.extents():
+        for index, axis, extent in self.list_extents():
             if extent.plain:
                 found.setdefault(extent.dims[0], tensors[index].shape[axis])
-        for index, axis, extent in self.extents():
+        for index, axis, extent in self.list_extents():
             if len(extent.terms) == 1 and extent.dims[0] not in found:
                 size = tensors[index].shape[axis]
                 found[extent.dims[0]] = (size - extent.plus) // extent.terms[0][1]
         return found
 
+    def make_empty_inputs(
+        self, sizes: Mapping[str, int], device: torch.device | str
+    ) -> list[torch.Tensor]:
+        """The tensors of a call at some sizes, whose values do not matter."""
+        shapes = [
+            [n if isinstance(n, int) else DimExpr.parse(n).at(sizes) for n in entry.shape]
+            for entry in self.inputs
+        ]
+        return [
+            torch.empty(shape, dtype=parse_dtype(entry.dtype), device=device)
+            for shape, entry in zip(shapes, self.inputs, strict=True)
+        ]
+
     def substitute_dims(self, extents: Mapping[str, int | DimExpr]) -> CallSignature:
         """The face with sizes or other extents in the place of dims."""
-
-        def other(size: int | str) -> int | str:
-            if isinstance(size, int):
-                return size
-            extent = DimExpr.parse(size)
-            return encode_extent(substitute(extent, extents))
-
+        shapes = [list(entry.shape) for entry in self.inputs]
+        for index, axis, extent in self.list_extents():
+            shapes[index][axis] = encode_extent(substitute(extent, extents))
         inputs = tuple(
-            msgspec.structs.replace(entry, shape=tuple(other(size) for size in entry.shape))
-            for entry in self.inputs
+            msgspec.structs.replace(entry, shape=tuple(shape))
+            for entry, shape in zip(self.inputs, shapes, strict=True)
         )
         return CallSignature(self.template, inputs, self.cache)
 
@@ -76,27 +85,28 @@ class CallSignature:
 
         A graph cannot leave out an input that it has, and who calls a block may give none.
         """
-        kept = [index for index in range(len(self.inputs)) if index not in unused]
-        known = {d for index, _, extent in self.extents() if index in kept for d in extent.dims}
-        needed = [
-            index for index, _, e in self.extents() if index in unused and not known >= {*e.dims}
-        ]
-        kept = sorted({*kept, *needed})
-        places: dict[int, Any] = {index: {"tensor": place} for place, index in enumerate(kept)}
-        for index in unused - {*kept}:
-            entry = self.inputs[index]
-            places[index] = {"any": {"dtype": entry.dtype, "shape": list(entry.shape)}}
-        template = _renumber_tensors(self.template, places)
-        return CallSignature(template, tuple(self.inputs[index] for index in kept), self.cache)
+        known = {d for index, _, e in self.list_extents() if index not in unused for d in e.dims}
+        needed = {index for index, _, extent in self.list_extents() if not known >= {*extent.dims}}
+        faces: dict[int | None, Any] = {
+            index: {"any": {"dtype": entry.dtype, "shape": list(entry.shape)}}
+            for index, entry in enumerate(self.inputs)
+            if index in unused - needed
+        }
+        return self._keep_inputs(self.template, faces)
 
     def drop_argument(self, name: str) -> CallSignature:
         """The face of calls that do not give one of the keyword arguments, a tensor."""
-        index = self.template["kwargs"].get(name, {}).get("tensor")
-        kept = [place for place in range(len(self.inputs)) if place != index]
-        places = {old: {"tensor": new} for new, old in enumerate(kept)}
         kwargs = {key: item for key, item in self.template["kwargs"].items() if key != name}
-        template = _renumber_tensors({**self.template, "kwargs": kwargs}, places)
-        return CallSignature(template, tuple(self.inputs[place] for place in kept), self.cache)
+        index = self.template["kwargs"].get(name, {}).get("tensor")
+        return self._keep_inputs({**self.template, "kwargs": kwargs}, {index: None})
+
+    def _keep_inputs(self, template: Any, dropped: Mapping[int | None, Any]) -> CallSignature:
+        """The face of a template without some inputs, by what stands in the place of each."""
+        kept = [index for index in range(len(self.inputs)) if index not in dropped]
+        places: dict[int | None, Any] = dict(dropped)
+        places |= {index: {"tensor": place} for place, index in enumerate(kept)}
+        inputs = tuple(self.inputs[index] for index in kept)
+        return CallSignature(_renumber_tensors(template, places), inputs, self.cache)
 
     def accept_any(self, idle: Set[str]) -> CallSignature:
         """The face that takes any value of the keyword arguments on which nothing depends."""
@@ -105,7 +115,7 @@ class CallSignature:
         return CallSignature({**self.template, "kwargs": kwargs | free}, self.inputs, self.cache)
 
 
-def _renumber_tensors(template: Any, places: Mapping[int, Any]) -> Any:
+def _renumber_tensors(template: Any, places: Mapping[int | None, Any]) -> Any:
     """A template whose tensors have other places."""
     if isinstance(template, list):
         return [_renumber_tensors(item, places) for item in template]
@@ -138,15 +148,13 @@ def encode_extent(extent: DimExpr) -> int | str:
 
 def make_names_unique(inputs: tuple[Input, ...]) -> tuple[Input, ...]:
     """Inputs of which no two have one name."""
-    names: list[str] = []
+    named: dict[str, Input] = {}
     for entry in inputs:
         name = entry.name
-        while name in names:
+        while name in named:
             name += "x"
-        names.append(name)
-    return tuple(
-        msgspec.structs.replace(entry, name=name) for entry, name in zip(inputs, names, strict=True)
-    )
+        named[name] = msgspec.structs.replace(entry, name=name)
+    return tuple(named.values())
 
 
 def add_cache_inputs(
@@ -162,18 +170,21 @@ def add_cache_inputs(
             "capture: no input of the block tells how much of its cache is filled",
             hint="its attention takes no mask: it stays eager",
         )
-    dtype = name_dtype(keys.dtype)
-    index = len(face.inputs)
-
-    def held(name: str, tensor: torch.Tensor) -> Input:
-        shape = ("batch", tensor.shape[1], "cache", tensor.shape[3])
-        return Input(name=name, dtype=dtype, shape=shape, values="real", mutated=True)
-
+    held = (
+        Input(
+            name=name,
+            dtype=name_dtype(keys.dtype),
+            shape=("batch", tensor.shape[1], "cache", tensor.shape[3]),
+            values="real",
+            mutated=True,
+        )
+        for name, tensor in (("keys", keys), ("values", values))
+    )
     position = Input(name="position", dtype="int64", shape=("seq",), values="position")
-    inputs = (*face.inputs, held("keys", keys), held("values", values), position)
+    index = len(face.inputs)
     return CallSignature(
         face.template,
-        make_names_unique(inputs),
+        make_names_unique((*face.inputs, *held, position)),
         Cache(kind="static", keys=index, values=index + 1, position=index + 2),
     )
 
@@ -217,7 +228,7 @@ class FlatModule:
             "device": tensors[0].device if tensors else "cpu",
         }
         if self.face.cache is not None:
-            known["cache"] = self._make_cache(tensors, sizes)
+            known["cache"] = self._make_cache(self.face.cache, tensors, sizes)
         args, kwargs = thaw_arguments(self.face.template, tensors, known)
         named = bind_arguments(self._forward, args, kwargs)
         before = Contents(named)
@@ -234,45 +245,34 @@ class FlatModule:
                 f"{error}",
                 hint="compile a module inside that answers tensors",
             ) from error
-        self._note_template(template, writes)
-        self.names = tuple(frozen.names)
-        return tuple(frozen.tensors)
-
-    def _note_template(self, template: Any, writes: tuple[Write, ...]) -> None:
-        """Note how the answer is put together, which is the same at every size.
-
-        Raises:
-            CompileFailed: it is not.
-        """
         if self.names and (template, writes) != (self.template, self.writes):
             raise CompileFailed(
                 "capture: what the module answers, or leaves in its arguments, is put together in "
                 "another way at other sizes",
                 hint="narrow the dims to sizes at which it is not: this call stays eager",
             )
-        self.template, self.writes = template, writes
+        self.template, self.writes, self.names = template, writes, tuple(frozen.names)
+        return tuple(frozen.tensors)
 
-    def _make_cache(self, tensors: Sequence[torch.Tensor], sizes: Mapping[str, Any]) -> Any:
-        cache = self.face.cache
-        assert cache is not None
+    def _make_cache(
+        self, cache: Cache, tensors: Sequence[torch.Tensor], sizes: Mapping[str, Any]
+    ) -> Any:
+        """The cache of a call, whose tensors are among its inputs."""
         keys, values = tensors[cache.keys], tensors[cache.values]
+        layer: caches.Layer
         if cache.position is None:
-            layer = caches.Sliding(keys, values, sizes["seq"], self._find_mask_length(tensors))
-            return caches.make_cache(layer, self._layers)
-        position = tensors[cache.position]
-        static = caches.Static(keys, values, position, sizes["filled"])
-        return caches.make_cache(static, self._layers)
+            assert cache.window is not None
+            looked = self._find_mask_length(tensors, cache.window)
+            layer = caches.Sliding(keys, values, sizes["seq"], looked)
+        else:
+            layer = caches.Static(keys, values, tensors[cache.position], sizes["filled"])
+        return caches.make_cache(layer, self._layers)
 
-    def _find_mask_length(self, tensors: Sequence[torch.Tensor]) -> Any:
+    def _find_mask_length(self, tensors: Sequence[torch.Tensor], window: int) -> Any:
         """The length of the mask over a full window; None where there is no mask."""
-        assert self.face.cache is not None and self.face.cache.window is not None
-        length = DimExpr.of({"seq": 1}, self.face.cache.window - 1)
-        each = (
-            tensors[index].shape[axis]
-            for index, axis, size in self.face.extents()
-            if size == length
-        )
-        return next(each, None)
+        length = DimExpr.of({"seq": 1}, window - 1)
+        places = ((index, axis) for index, axis, e in self.face.list_extents() if e == length)
+        return next((tensors[index].shape[axis] for index, axis in places), None)
 
     def replace_own_forward(self) -> AbstractContextManager[None]:
         """Around tracing: the module's own `forward` is this function."""

@@ -12,13 +12,13 @@ from torch.export.graph_signature import InputKind
 
 from hubaoti.artifact.dim_expr import DimExpr
 from hubaoti.compiler.dims import DimRanges
-from hubaoti.compiler.signature import CallSignature
+from hubaoti.compiler.signature import CallSignature, encode_extent
 
 
 def map_symbols(program: ExportedProgram, face: CallSignature, bounds: DimRanges) -> dict[Any, Any]:
     """Torch's symbols, as what they are of our dims."""
     symbols: dict[Any, Any] = {}
-    for index, axis, extent in face.extents():
+    for index, axis, extent in face.list_extents():
         size = get_fake_value(program, index).shape[axis]
         if isinstance(size, int) or len(size.node.expr.free_symbols) != 1:
             continue
@@ -29,10 +29,10 @@ def map_symbols(program: ExportedProgram, face: CallSignature, bounds: DimRanges
     return symbols
 
 
-def convert_to_dim_expr(size: Any, symbols: Mapping[Any, Any]) -> DimExpr | None:
-    """The extent that torch's expression is; None where it is no sum of dims."""
+def encode_size(size: Any, symbols: Mapping[Any, Any]) -> str | int | None:
+    """A size as the manifest says it: a number, a sum of dims, or None for another expression."""
     if isinstance(size, int):
-        return DimExpr.of({}, size)
+        return size
     expression = sympy.expand(size.node.expr.subs(symbols))
     terms: dict[str, int] = {}
     plus = 0
@@ -45,7 +45,7 @@ def convert_to_dim_expr(size: Any, symbols: Mapping[Any, Any]) -> DimExpr | None
             terms[str(term)] = int(factor)
         else:
             return None
-    return DimExpr.of(terms, plus)
+    return encode_extent(DimExpr.of(terms, plus))
 
 
 def get_fake_value(program: ExportedProgram, index: int) -> Any:

@@ -7,7 +7,7 @@ and mask in, a tuple of plain tensors out. So the graph's constants have the mod
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from hubaoti.errors import UnknownTask
 from hubaoti.program.model_files import POOLING, read_json
 from hubaoti.runtime.call_template import choose_cache_word
 
-_LARGEST = 1 << 20  # tokenizers write 1e30 where a model has no limit
+_NO_LIMIT = 1 << 20  # tokenizers write 1e30 where a model has no limit
 # Sizes at which a model is looked at. No dim's are another's plus a number or times one, nor the
 # sum of two others', so whatever changes with them says which it follows.
 LOOKS: dict[str, tuple[int, ...]] = {
@@ -32,11 +32,7 @@ LOOKS: dict[str, tuple[int, ...]] = {
     "filled": (17, 23, 37),
     "target": (7, 9, 19),
 }
-WHOLE_TASKS = {
-    "embed",
-    "classify",
-    "logits",
-}  # tasks whose graph answers texts without transformers
+WHOLE_TASKS = {"embed", "classify", "logits"}  # their graph answers texts without transformers
 
 
 def infer_task(folder: Path, config: Any) -> str:
@@ -105,11 +101,8 @@ def _is_half(config: Any) -> bool:
 
 def make_whole_signature(vocabulary: int) -> CallSignature:
     """How the `forward` of embed, classify and logits is called."""
-    inputs = (
-        _make_ids_input("input_ids", "seq", vocabulary),
-        _make_mask_input("attention_mask", "seq"),
-    )
-    return _make_keyword_signature(inputs, {})
+    ids = _make_ids_input("input_ids", "seq", vocabulary)
+    return _make_keyword_signature([ids, _make_mask_input("attention_mask", "seq")], {})
 
 
 def make_own_signature(model: nn.Module, config: Any, task: str, vocabulary: int) -> CallSignature:
@@ -123,13 +116,11 @@ def make_own_signature(model: nn.Module, config: Any, task: str, vocabulary: int
         _require_cache(type(model).__name__, {*taken})
     # A mask beside images alone is none of tokens.
     words = vocabulary if "input_ids" in taken else 0
-    inputs = tuple(
-        entry for entry in _list_possible_inputs(config, task, words) if entry.name in taken
-    )
+    possible = _list_possible_inputs(config, task, words)
     literals: dict[str, Any] = {"use_cache": task == "generate"} if "use_cache" in taken else {}
     if task == "generate":
         literals[choose_cache_word(taken)] = {"cache": True}
-    return _make_keyword_signature(inputs, literals)
+    return _make_keyword_signature([each for each in possible if each.name in taken], literals)
 
 
 def make_user_signature(face: CallSignature, model: nn.Module, config: Any) -> CallSignature:
@@ -141,7 +132,7 @@ def make_user_signature(face: CallSignature, model: nn.Module, config: Any) -> C
         inputs.insert(1, _make_ids_input("token_type_ids", "seq", kinds))
     is_encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
     literals = {"use_cache": False} if "use_cache" in taken and not is_encoder else {}
-    return _make_keyword_signature(tuple(inputs), literals)
+    return _make_keyword_signature(inputs, literals)
 
 
 def _require_cache(name: str, taken: set[str]) -> None:
@@ -159,10 +150,10 @@ def _require_cache(name: str, taken: set[str]) -> None:
     )
 
 
-def _make_keyword_signature(inputs: tuple[Input, ...], literals: dict[str, Any]) -> CallSignature:
+def _make_keyword_signature(inputs: Sequence[Input], literals: dict[str, Any]) -> CallSignature:
     """A signature whose inputs and literals are keyword arguments, by their names."""
     kwargs = {entry.name: {"tensor": index} for index, entry in enumerate(inputs)}
-    return CallSignature({"args": [], "kwargs": kwargs | literals}, inputs)
+    return CallSignature({"args": [], "kwargs": kwargs | literals}, tuple(inputs))
 
 
 def _list_possible_inputs(config: Any, task: str, vocabulary: int) -> list[Input]:
@@ -181,8 +172,10 @@ def _list_possible_inputs(config: Any, task: str, vocabulary: int) -> list[Input
         inputs.append(_make_ids_input("decoder_input_ids", "target", vocabulary))
     vision = getattr(config, "vision_config", None) or config
     if hasattr(vision, "image_size"):
-        sizes = (getattr(vision, "num_channels", 3), *_read_image_size(vision.image_size))
-        inputs.append(_make_real_input("pixel_values", sizes))
+        size = vision.image_size
+        sides = (size, size) if isinstance(size, int) else (size[0], size[1])  # height and width
+        channels = getattr(vision, "num_channels", 3)
+        inputs.append(_make_real_input("pixel_values", (channels, *sides)))
     if hasattr(config, "num_mel_bins"):
         frames = 2 * getattr(config, "max_source_positions", 512)
         inputs.append(_make_real_input("input_features", (config.num_mel_bins, frames)))
@@ -202,15 +195,9 @@ def read_config_maximum(config: Any, name: str, default: int) -> int:
     return max((number for number in each if isinstance(number, int)), default=default)
 
 
-def _read_image_size(size: Any) -> tuple[int, int]:
-    """Height and width of images, which a config may give as one number."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
 def _make_ids_input(name: str, length: str, vocabulary: int) -> Input:
     """Token ids, below the size of the vocabulary."""
-    shape = ("batch", length)
-    return Input(name=name, dtype="int64", shape=shape, values=f"ids<{vocabulary}")
+    return Input(name=name, dtype="int64", shape=("batch", length), values=f"ids<{vocabulary}")
 
 
 def _make_mask_input(name: str, length: str) -> Input:
@@ -255,7 +242,7 @@ def choose_max_length(folder: Path, config: Any, positions: int | None, most: in
     names = ("max_position_embeddings", "max_seq_len")
     limits = [most, positions, *(getattr(config.get_text_config(), name, None) for name in names)]
     limits.append(read_json(folder / "tokenizer_config.json").get("model_max_length"))
-    return min(int(n) for n in limits if isinstance(n, (int, float)) and 2 <= n < _LARGEST)
+    return min(int(n) for n in limits if isinstance(n, (int, float)) and 2 <= n < _NO_LIMIT)
 
 
 def pool(mode: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -281,36 +268,21 @@ def pool(mode: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return ((hidden * weights).sum(1) / count).to(hidden.dtype)
 
 
-Forward = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
-
-
 def answer_task(model: nn.Module, task: str, steps: tuple[str, ...]) -> str:
-    """Let a model answer its task, from now on; returns what the answer is called."""
-    if task == "embed":
-        model.forward = _make_embed_forward(model, steps)
-        return "embedding"
-    model.forward = _make_logits_forward(model)
-    return "logits"
+    """Let a model answer its task, from now on; returns what the answer is called.
 
-
-def _make_embed_forward(model: nn.Module, steps: tuple[str, ...]) -> Forward:
-    """`forward` of embed: one vector a row."""
+    To embed that is one vector a row, to classify and for logits it is the model's own logits.
+    """
     inner = model.forward
 
-    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def embed(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         hidden = inner(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         pooled = [pool(mode, hidden, attention_mask) for mode in steps if mode in POOLING]
         vectors = torch.cat(pooled, 1) if len(pooled) > 1 else pooled[0]
         return (functional.normalize(vectors, dim=1) if "normalize" in steps else vectors,)
 
-    return forward
-
-
-def _make_logits_forward(model: nn.Module) -> Forward:
-    """`forward` of classify and logits: the model's own logits."""
-    inner = model.forward
-
-    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def score(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (inner(input_ids=input_ids, attention_mask=attention_mask).logits,)
 
-    return forward
+    model.forward = embed if task == "embed" else score
+    return "embedding" if task == "embed" else "logits"

@@ -6,6 +6,7 @@ same memory, and both answer the same inputs.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hubaoti.artifact.manifest import Check
+from hubaoti.artifact.manifest import Check, Input, Output
 from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.compiler.constants import collect_named_tensors
 from hubaoti.compiler.dims import DimRanges, Probe, Sizes, choose_probes, nest_sizes
@@ -30,13 +31,13 @@ from hubaoti.runtime.weights import load_shipped_tensors
 CHECK_TOLERANCE = {"float32": 1e-4, "bfloat16": 4e-2, "float16": 1e-2}
 COARSE = {"float8dq": 1e-1}  # activations are rounded to three bits, here or there another way
 CHECK_SECONDS = 12.0  # of eager, for all probes of a graph
-_ATTEMPT = 3.0  # of eager alone, before a graph is compiled
+_ATTEMPT_SECONDS = 3.0  # of eager alone, before a graph is compiled
 _FEW_TOKENS = 16  # a call of fewer takes as long: it waits for the weights
 _MANY_TOKENS = 64  # and of these on a busy machine; a probe too long only shortens the next
 MEMORY = 256 << 20  # bytes of activations, for one probe
-_LIVE = 8  # tensors of the size of what goes in and out that are held at once
+_HELD_TENSORS = 8  # tensors of the size of what goes in and out that are held at once
 
-Eager = Callable[..., tuple[torch.Tensor, ...]]
+_Eager = Callable[..., tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +46,14 @@ class Trial:
 
     entry: Entry
     bounds: DimRanges
-    eager: Eager
+    eager: _Eager
     module: nn.Module
     device: torch.device
     tolerance: float
     scores: int = 0
     width: int = 0
 
-    def inputs(self, sizes: Sizes) -> list[torch.Tensor]:
+    def make_inputs(self, sizes: Sizes) -> list[torch.Tensor]:
         """The same inputs for the same sizes, on the device."""
         return [tensor.to(self.device) for tensor in make_golden_inputs(self.entry, sizes)]
 
@@ -69,7 +70,7 @@ def try_eager(trial: Trial, points: Sequence[Sizes]) -> frozenset[str]:
     """
     before = _snapshot_versions(trial.module)
     written: set[str] = set()
-    seconds_per_token, left = 0.0, _ATTEMPT
+    seconds_per_token, left = 0.0, _ATTEMPT_SECONDS
     for index, sizes in enumerate(points):
         probe = cap_probe(sizes, trial, seconds_per_token, left)
         start = time.perf_counter()
@@ -86,8 +87,8 @@ def try_eager(trial: Trial, points: Sequence[Sizes]) -> frozenset[str]:
             if index == 0:
                 hint = "the model wants other inputs, or these sizes are too small"
                 raise CompileFailed(message, hint=hint) from error
-            hint = f"narrow the dims: {_format_bounds(trial.bounds)}"
-            raise BadDim(message, hint=hint) from error
+            bounds = " ".join(f"--dim {name}={sizes}" for name, sizes in trial.bounds.items())
+            raise BadDim(message, hint=f"narrow the dims: {bounds}") from error
         spent = time.perf_counter() - start
         left -= spent
         seconds_per_token = spent / max(_count_tokens(probe.sizes), _FEW_TOKENS)
@@ -101,18 +102,13 @@ def try_eager(trial: Trial, points: Sequence[Sizes]) -> frozenset[str]:
 
 def _call_eager(trial: Trial, sizes: Sizes) -> set[str]:
     """Call eager; the names of the inputs that it wrote."""
-    inputs = trial.inputs(sizes)
+    inputs = trial.make_inputs(sizes)
     before = [tensor._version for tensor in inputs]
     with torch.no_grad():
         outputs = trial.eager(*inputs)
         outputs[0].flatten()[:1].cpu()  # a GPU tells of its errors late
-    changed = zip(trial.entry.inputs, inputs, before, strict=True)
-    return {item.name for item, tensor, version in changed if tensor._version != version}
-
-
-def _format_bounds(bounds: DimRanges) -> str:
-    """Bounds in the words that `--dim` takes, for a hint."""
-    return " ".join(f"--dim {name}={sizes}" for name, sizes in bounds.items())
+    called = zip(trial.entry.inputs, inputs, before, strict=True)
+    return {item.name for item, tensor, version in called if tensor._version != version}
 
 
 def _refuse_state(trial: Trial, sizes: Sizes) -> None:
@@ -134,9 +130,8 @@ def _refuse_state(trial: Trial, sizes: Sizes) -> None:
 
 def _snapshot_versions(model: nn.Module) -> set[tuple[str, tuple[int, int]]]:
     """Each tensor of a model by name, with what changes when it is replaced or written."""
-    return {
-        (name, (id(each), each._version)) for name, each in collect_named_tensors(model).items()
-    }
+    named = collect_named_tensors(model).items()
+    return {(name, (id(tensor), tensor._version)) for name, tensor in named}
 
 
 def verify(graph: Graph, trial: Trial) -> tuple[Check, ...]:
@@ -153,7 +148,7 @@ def verify(graph: Graph, trial: Trial) -> tuple[Check, ...]:
         if probe.sizes in seen:
             continue
         seen.append(probe.sizes)
-        inputs = trial.inputs(probe.sizes)
+        inputs = trial.make_inputs(probe.sizes)
         with torch.no_grad():
             start = time.perf_counter()
             expected = _collect_answers(trial.entry, inputs, trial.eager)
@@ -169,13 +164,9 @@ def _collect_answers(
     entry: Entry, inputs: Sequence[torch.Tensor], call: Callable[..., Sequence[torch.Tensor]]
 ) -> list[torch.Tensor]:
     """What a call answers, and then the inputs that it may write, as it left them."""
-    own = [
-        tensor.clone() if item.mutated else tensor
-        for tensor, item in zip(inputs, entry.inputs, strict=True)
-    ]
-    outputs = call(*own)
-    written = (tensor for tensor, item in zip(own, entry.inputs, strict=True) if item.mutated)
-    return [*outputs, *written]
+    mutated = [item.mutated for item in entry.inputs]
+    own = [each.clone() if written else each for each, written in zip(inputs, mutated, strict=True)]
+    return [*call(*own), *itertools.compress(own, mutated)]
 
 
 def record_comparison(
@@ -190,33 +181,31 @@ def record_comparison(
     Raises:
         CheckFailed: shapes differ, or a value by more than the tolerance.
     """
-    absolute, relative = 0.0, 0.0
+    where = f"check: at {_format_sizes(probe.sizes)} graph {graph}"
+    stays = "this model cannot be compiled with these dims; it stays eager"
     if len(found) != len(expected):
-        raise CheckFailed(
-            f"check: at {_format_sizes(probe.sizes)} graph {graph} gives {len(found)} tensors, "
-            f"eager {len(expected)}",
-            hint="this model cannot be compiled with these dims; it stays eager",
-        )
+        raise CheckFailed(f"{where} gives {len(found)} tensors, eager {len(expected)}", hint=stays)
+    absolute, relative = 0.0, 0.0
     for ours, theirs in zip(found, expected, strict=True):
         if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
             raise CheckFailed(
-                f"check: at {_format_sizes(probe.sizes)} graph {graph} gives {ours.dtype} "
-                f"{list(ours.shape)}, eager {theirs.dtype} {list(theirs.shape)}",
-                hint="this model cannot be compiled with these dims; it stays eager",
+                f"{where} gives {ours.dtype} {list(ours.shape)}, "
+                f"eager {theirs.dtype} {list(theirs.shape)}",
+                hint=stays,
             )
         difference, largest = measure_difference(ours, theirs)
         absolute = max(absolute, difference)
         relative = max(relative, difference / largest)
     if relative > tolerance:
         raise CheckFailed(
-            f"check: at {_format_sizes(probe.sizes)} graph {graph} differs from eager by "
-            f"{relative:.1e} of the largest value; {tolerance:.0e} is allowed",
+            f"{where} differs from eager by {relative:.1e} of the largest value; "
+            f"{tolerance:.0e} is allowed",
             hint="try --dtype float32; if it differs there too, this model stays eager",
         )
     return Check(
         graph=graph,
         dims=probe.sizes,
-        asked=probe.asked,
+        asked=probe.requested,
         max_absolute=absolute,
         max_relative=relative,
         tolerance=tolerance,
@@ -262,17 +251,15 @@ def find_broken_budget(
     sizes: Sizes, trial: Trial, seconds_per_token: float, left: float
 ) -> str | None:
     """Which budget these sizes would break, if any."""
-    entry = trial.entry
-    tensors = [(item.shape, item.dtype) for item in entry.inputs]
-    outputs = [(item.shape, item.dtype) for item in entry.outputs.tensors]
+    tensors: list[Input | Output] = [*trial.entry.inputs, *trial.entry.outputs.tensors]
     moving = sum(
-        math.prod(resolve_shape(entry, s, sizes)) * dtype_itemsize(d)
-        for s, d in (*tensors, *outputs)
+        math.prod(resolve_shape(trial.entry, each.shape, sizes)) * dtype_itemsize(each.dtype)
+        for each in tensors
     )
     # Two outputs in double precision are held at once; a mask of scores a head is the other part.
     length = sizes.get("filled", sizes.get("seq", 1))
-    scores = 8 * _count_tokens(sizes) * (trial.scores * length + _LIVE * trial.width)
-    memory = _LIVE * moving + scores
+    scores = 8 * _count_tokens(sizes) * (trial.scores * length + _HELD_TENSORS * trial.width)
+    memory = _HELD_TENSORS * moving + scores
     seconds = _count_tokens(sizes) * seconds_per_token
     if memory > MEMORY:
         return f"memory: it would take {memory >> 20} MiB, a probe has {MEMORY >> 20}"
@@ -289,9 +276,7 @@ def _count_tokens(sizes: Sizes) -> int:
 def share_constants(module: nn.Module, entry: Entry, folder: Path) -> Mapping[str, torch.Tensor]:
     """The memory that eager uses, for the graph: parameters by name, the rest from its file."""
     device = next(module.parameters()).device
-    own = collect_named_tensors(module)
-    shipped = dict(load_shipped_tensors(entry, folder, device))
-    return {**own, **shipped}
+    return collect_named_tensors(module) | dict(load_shipped_tensors(entry, folder, device))
 
 
 def _format_sizes(sizes: Sizes) -> str:
