@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_in_metadata
 
@@ -53,10 +54,9 @@ def package_version(package: str) -> str | None:
     loaded = getattr(sys.modules.get(package), "__version__", None)
     if loaded is not None:
         return str(loaded)
-    try:
+    with suppress(PackageNotFoundError):
         return version_in_metadata(package)
-    except PackageNotFoundError:
-        return None
+    return None
 
 
 def is_supported(package: str, version: str) -> bool:
