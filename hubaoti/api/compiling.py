@@ -120,7 +120,7 @@ def compile(  # noqa: PLR0913 - a face of keywords
     settings = settings or Settings.from_env()
     host, place = probe_host(settings), Path(output)
     with Mirror.open(settings.mirror) as mirror, in_eval_mode(model):
-        mirror.require_writable()
+        mirror.index.require_writable()
         request = CompileRequest(
             calls=calls,
             shapes=shapes or {},
@@ -145,7 +145,7 @@ def compile(  # noqa: PLR0913 - a face of keywords
         bundle = _build(job, origin, place, host, jobs, progress)
         with explain_store_errors(bundle.path):
             put(bundle, mirror)
-            mirror.record_built(bundle.manifest)
+            mirror.index.record_built(bundle.manifest)
         return bundle
 
 

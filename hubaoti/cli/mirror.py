@@ -69,7 +69,7 @@ def retry_command(as_json: bool) -> None:
 
 def _read_program(mirror: Mirror, row: Row) -> dict[str, str | None]:
     """What an artifact was compiled from, and for: None where its manifest is not whole."""
-    artifact = mirror.stored(row.digest)
+    artifact = mirror.read(row.digest)
     if artifact is None:
         return {"model": None, "task": None}
     manifest = artifact.manifest

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubaoti.artifact.manifest import Graph
+from hubaoti.artifact.package import holds_members
 from hubaoti.errors import HubaotiError, MissingConstant, NoMatch, Quarantined
 from hubaoti.host.probe import Host
 from hubaoti.hub.errors import hide_stored_login
 from hubaoti.mirror import Mirror
-from hubaoti.mirror.store import holds_members
 from hubaoti.runtime.first_open import RETRY, OpenHistory
 from hubaoti.settings import Settings
 from hubaoti.spaces.unsigned.fetch import Fetched, NoDigests, Package
