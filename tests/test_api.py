@@ -165,7 +165,7 @@ def test_what_was_built_here_needs_no_trust(
     with pytest.raises(Untrusted):
         hubaoti.pull(repo, settings=settings)
     with Mirror.open(settings.mirror) as mirror:
-        mirror.record_built(roberta_bundle.manifest)
+        mirror.index.record_built(roberta_bundle.manifest)
     assert hubaoti.pull(repo, settings=settings).artifact.digest == roberta_bundle.manifest.digest
 
 

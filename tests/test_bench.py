@@ -255,7 +255,7 @@ def place(
         for bundle in bundles.values():
             files = {each.path: bundle.path / each.path for each in bundle.manifest.all_files()}
             mirror.put(bundle.manifest, files)
-            mirror.record_built(bundle.manifest)
+            mirror.index.record_built(bundle.manifest)
     paths = {name: bundle.path for name, bundle in bundles.items()}
     return Place(scratch, settings, tiny_decoder, paths)
 

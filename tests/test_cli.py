@@ -186,6 +186,22 @@ def test_the_mirror_lists_what_was_pulled(env: Settings, repo: str) -> None:
     assert repo in table and row["digest"][:12] in table and "float32-sdpa" in table
 
 
+def test_what_is_stored_is_told_apart_by_its_model_and_task(env: Settings, repo: str) -> None:
+    inside(env, "pull", repo, "--trust")
+    (row,) = json.loads(inside(env, "mirror", "ls", "--json").out)
+    head, line = inside(env, "mirror", "ls").out.splitlines()
+    assert head.split()[:2] == ["model", "task"]
+    assert line.split()[:2] == [row["model"], row["task"]]
+    manifest = env.mirror / "artifacts" / row["digest"] / "hubaoti.json"
+    facts = json.loads(manifest.read_text())
+    assert (row["model"], row["task"]) == (facts["source"]["model"], facts["program"]["task"])
+    manifest.chmod(0o644)
+    manifest.write_text("{}")
+    (row,) = json.loads(inside(env, "mirror", "ls", "--json").out)
+    assert (row["model"], row["task"]) == (None, None)
+    assert inside(env, "mirror", "ls").out.splitlines()[1].split()[:2] == ["unknown", "unknown"]
+
+
 def test_trust_is_listed_and_taken_back(env: Settings, repo: str) -> None:
     assert json.loads(inside(env, "trust", "ls", "--json").out) == []
     inside(env, "pull", repo, "--trust")

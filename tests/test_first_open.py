@@ -268,7 +268,7 @@ def test_it_is_done_once_for_a_graph_and_a_host(
 def test_what_was_built_here_was_compared_when_it_was_built(
     artifact: Artifact, mirror: Mirror
 ) -> None:
-    mirror.record_built(artifact.manifest)
+    mirror.index.record_built(artifact.manifest)
     said: list[str] = []
     require_sound(artifact, mirror, CPU, said.append)
     assert said == []
@@ -318,7 +318,7 @@ def test_an_index_of_before_learns_to_remember(artifact: Artifact, settings: Set
     db.close()
     with Mirror.open(settings.mirror) as mirror:
         assert mirror.artifact(artifact.digest) is not None
-        assert mirror.index.tested("0" * 64, "host") is None
+        assert mirror.index.find_problem("0" * 64, "host") is None
         mirror.index.record_tested("0" * 64, "host", "it crashed")
         mirror.index.record_tested("0" * 64, "host", "")
-        assert mirror.index.tested("0" * 64, "host") == "it crashed"
+        assert mirror.index.find_problem("0" * 64, "host") == "it crashed"

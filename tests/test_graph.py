@@ -578,3 +578,9 @@ def test_a_library_whose_package_was_changed_is_not_used_again(
     assert find_loaded_folder(entry, second) == second
     monkeypatch.setitem(LOADED, entry.sha256, tmp_path / "gone")
     assert find_loaded_folder(entry, second) == second
+    linked = tmp_path / "linked"
+    unpack_all(roberta_bundle.path / entry.file, linked)
+    (linked / entry.members[0].path).unlink()
+    (linked / entry.members[0].path).symlink_to(second / entry.members[0].path)
+    monkeypatch.setitem(LOADED, entry.sha256, linked)
+    assert find_loaded_folder(entry, second) == second  # a link may lead elsewhere by then

@@ -421,9 +421,11 @@ def test_what_this_machine_built_needs_no_trust(
     bundle = make_bundle(tmp_path / "bundle")
     push_bundle(bundle, Destination(RepoRef(repo)), settings)
     with Mirror.open(settings.mirror) as mirror:
-        mirror.record_built(bundle.manifest)
+        mirror.index.record_built(bundle.manifest)
     assert pull_artifact(RepoRef(repo), settings, HOST).artifact.digest == bundle.manifest.digest
     assert not settings.trust.exists()
+    assert pull_artifact(RepoRef(repo), settings, HOST, trust=True).from_mirror
+    assert Trust(settings.trust).holds(settings.endpoint, "acme")  # which was said
 
 
 def test_another_endpoint_with_the_same_names_is_another_publisher(

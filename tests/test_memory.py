@@ -57,7 +57,7 @@ def own() -> int:
 
 def test_what_a_child_holds_counts_beside_what_we_hold() -> None:
     before = own()
-    with Peak.watched() as peak, holding(300):
+    with Peak.watch() as peak, holding(300):
         wait_for(peak, before + 290 * MB)
     assert peak.bytes >= peak.seen
     assert peak.seen - before < 400 * MB
@@ -67,7 +67,7 @@ def test_what_a_child_of_a_child_holds_counts() -> None:
     nested = f"import subprocess; subprocess.run([sys.executable, '-c', {HOLDING!r}.format("
     nested += "size=300, then='time.sleep(60)')])"
     before = own()
-    with Peak.watched() as peak, holding(1, nested) as outer:
+    with Peak.watch() as peak, holding(1, nested) as outer:
         wait_for(peak, before + 290 * MB)
         for process in list_descendants(str(outer.pid))[1:]:
             os.kill(int(process), signal.SIGKILL)
@@ -75,7 +75,7 @@ def test_what_a_child_of_a_child_holds_counts() -> None:
 
 def test_the_most_is_remembered_after_it_was_given_back() -> None:
     before = own()
-    with Peak.watched() as peak:
+    with Peak.watch() as peak:
         with holding(300):
             wait_for(peak, before + 290 * MB)
         most = peak.seen
@@ -85,13 +85,13 @@ def test_the_most_is_remembered_after_it_was_given_back() -> None:
 
 
 def test_without_children_it_is_what_this_process_took_at_most() -> None:
-    with Peak.watched() as peak:
+    with Peak.watch() as peak:
         taken = b"x" * (64 * MB)
     assert peak.bytes >= own() > len(taken)
 
 
 def test_nobody_watches_afterwards() -> None:
-    with Peak.watched() as peak:
+    with Peak.watch() as peak:
         pass
     with holding(1):
         time.sleep(3 * memory.INTERVAL)

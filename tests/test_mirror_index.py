@@ -108,8 +108,8 @@ def test_whatever_byte_of_an_index_is_flipped_the_list_is_right_or_words(
     [
         Index.rows,
         lambda index: index.rows("0" * 64),
-        lambda index: index.row(index.pulled_from("https://hub", "acme/one")[0]),
-        lambda index: index.tested("0" * 64, "host"),
+        lambda index: index.row(index.list_pulls("https://hub", "acme/one")[0]),
+        lambda index: index.find_problem("0" * 64, "host"),
     ],
 )
 def test_text_that_is_none_is_a_damaged_index(

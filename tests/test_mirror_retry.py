@@ -54,9 +54,9 @@ def test_what_is_whole_comes_back_as_it_was(mirror: Mirror, artifact: Artifact) 
     retried = retry(mirror)
     assert {*retried.graphs} == {graph.sha256 for graph in artifact.manifest.graphs}
     assert (retried.verdicts, [*retried.artifacts]) == (2, mirror.ls())
-    assert mirror.pulled(PIN) == (artifact, "path")
+    assert mirror.find_pull(PIN) == (artifact, "path")
     assert mirror.ls()[0].origin.repo == "acme/tiny"
-    assert mirror.index.tested(artifact.manifest.graphs[0].sha256, "host") is None
+    assert mirror.index.find_problem(artifact.manifest.graphs[0].sha256, "host") is None
     assert names_apart(mirror) == []
     mirror.verify(artifact)
     assert [path.name for path in artifact.path.iterdir() if path.name.startswith(".")] == []

@@ -112,7 +112,7 @@ def test_what_was_built_here_has_no_publisher(mirror: Mirror, bundle: Bundle) ->
     put(mirror, bundle, BUILT_HERE)
     assert mirror.ls()[0].origin.publisher == ""
     assert not mirror.index.is_built(bundle.manifest.digest)
-    mirror.record_built(bundle.manifest)
+    mirror.index.record_built(bundle.manifest)
     assert mirror.index.is_built(bundle.manifest.digest)
 
 
@@ -178,7 +178,7 @@ def test_a_file_that_cannot_be_read_is_a_broken_one(
     def unreadable(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("hubaoti.mirror.store.hash_file", unreadable)
+    monkeypatch.setattr("hubaoti.artifact.package.hash_file", unreadable)
     with pytest.raises(DigestMismatch):
         mirror.verify(artifact)
     monkeypatch.undo()
@@ -264,14 +264,14 @@ def test_broken_copies_beyond_a_size_go_the_oldest_first(tmp_path: Path) -> None
 def test_a_pull_is_remembered_with_its_artifact(mirror: Mirror, bundle: Bundle) -> None:
     pin = Pin("https://hub", "acme/tiny", "c" * 40, "", "host")
     mirror.index.record_pull(pin, "0" * 64, "path")
-    assert mirror.pulled(pin) is None  # of an artifact that is not here there is no memory
+    assert mirror.find_pull(pin) is None  # of an artifact that is not here there is no memory
     artifact = put(mirror, bundle)
     mirror.index.record_pull(pin, artifact.digest, "path")
-    assert mirror.pulled(pin) == (artifact, "path")
-    assert mirror.pulled(replace(pin, endpoint="https://other")) is None
+    assert mirror.find_pull(pin) == (artifact, "path")
+    assert mirror.find_pull(replace(pin, endpoint="https://other")) is None
     damage(artifact.path / FILENAME)
-    assert mirror.pulled(pin) is None
-    assert mirror.index.pulled(pin) is None
+    assert mirror.find_pull(pin) is None
+    assert mirror.index.find_pull(pin) is None
 
 
 def test_what_a_repo_gave_is_known_also_where_another_gave_it_first(
@@ -283,10 +283,10 @@ def test_what_a_repo_gave_is_known_also_where_another_gave_it_first(
     for repo in ("acme/a", "acme/b"):
         mirror.index.record_pull(replace(first, repo=repo), one.digest, "path")
     mirror.index.record_pull(replace(first, commit=second), two.digest, "path")
-    assert mirror.index.pulled_from("https://hub", "acme/a") == [two.digest, one.digest]
-    assert mirror.index.pulled_from("https://hub", "acme/a", "a" * 40) == [one.digest]
-    assert mirror.index.pulled_from("https://hub", "acme/b") == [one.digest]
-    assert mirror.index.pulled_from("https://other", "acme/b") == []
+    assert mirror.index.list_pulls("https://hub", "acme/a") == [two.digest, one.digest]
+    assert mirror.index.list_pulls("https://hub", "acme/a", "a" * 40) == [one.digest]
+    assert mirror.index.list_pulls("https://hub", "acme/b") == [one.digest]
+    assert mirror.index.list_pulls("https://other", "acme/b") == []
 
 
 def put_in_process(root: Path, folder: Path) -> str:
@@ -453,7 +453,7 @@ def test_a_limit_on_file_sizes_is_a_full_disk(tmp_path: Path) -> None:
 def test_what_others_may_write_is_refused(tmp_path: Path, name: str) -> None:
     root = tmp_path / "mirror"
     keeper = Mirror.open(root)  # keeps the -wal file there
-    keeper.record_built(make_bundle(tmp_path / "bundle").manifest)
+    keeper.index.record_built(make_bundle(tmp_path / "bundle").manifest)
     (root / name).chmod(0o777)
     with pytest.raises(UnsafeFolder, match="may be written") as caught:
         Mirror.open(root)
@@ -528,7 +528,7 @@ def test_a_read_only_mirror_gives_what_it_has(tmp_path: Path, bundle: Bundle) ->
             (mirror.root / folder).rmdir()
     with read_only(home), Mirror.open(home / "mirror") as mirror:
         assert [row.digest for row in mirror.ls()] == [artifact.digest]
-        assert mirror.pulled(pin) == (artifact, "path")
+        assert mirror.find_pull(pin) == (artifact, "path")
         mirror.verify(artifact)
 
 
@@ -542,9 +542,9 @@ def test_a_read_only_mirror_says_that_it_is_where_it_had_to_write(
     with read_only(home), Mirror.open(home / "mirror") as mirror:
         works: list[Callable[[], object]] = [
             lambda: put(mirror, bundle),
-            lambda: mirror.record_built(bundle.manifest),
+            lambda: mirror.index.record_built(bundle.manifest),
             lambda: mirror.index.remove(artifact.digest),
-            mirror.require_writable,
+            mirror.index.require_writable,
         ]
         for work in works:
             with pytest.raises(HubaotiError, match=r"mirror is read-only") as caught:
@@ -628,9 +628,9 @@ def test_a_busy_index_says_so(
     with Mirror.open(tmp_path / "mirror") as mirror, Mirror.open(tmp_path / "mirror") as other:
         other.index._db.execute("begin immediate")
         with pytest.raises(HubaotiError, match="busy"):
-            mirror.record_built(bundle.manifest)
+            mirror.index.record_built(bundle.manifest)
         other.index._db.execute("rollback")
-        mirror.record_built(bundle.manifest)
+        mirror.index.record_built(bundle.manifest)
 
 
 def test_an_index_that_cannot_be_opened_is_said(tmp_path: Path) -> None:

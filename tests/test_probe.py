@@ -258,8 +258,8 @@ class FakeNvml(types.ModuleType):
     def nvmlShutdown(self) -> None:
         self.shut_down = True
 
-    def nvmlSystemGetDriverVersion(self) -> bytes:
-        return b"580.65.06"
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "580.65.06"
 
     def nvmlSystemGetCudaDriverVersion_v2(self) -> int:
         return int(self._progress("cuda", 12080))

@@ -275,15 +275,15 @@ def test_the_log_and_its_squash(api: HfApi, repo: str, tmp_path: Path) -> None:
 
 
 def test_a_log_longer_than_a_page_is_whole(api: HfApi, repo: str) -> None:
-    from hubaoti.server import views_refs
+    from hubaoti.server import views_repos
 
     for number in range(4):
         commit(api, repo, add("f", str(number).encode()))
-    page, views_refs._PAGE = views_refs._PAGE, 2
+    page, views_repos._LOG_PAGE = views_repos._LOG_PAGE, 2
     try:
         assert len(api.list_repo_commits(repo)) == 5
     finally:
-        views_refs._PAGE = page
+        views_repos._LOG_PAGE = page
 
 
 def test_a_tree_longer_than_a_page_is_whole(api: HfApi, repo: str) -> None:

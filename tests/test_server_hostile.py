@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.routing import Route
 
-from hubaoti.server import Endpoint, card, views_commit
+from hubaoti.server import Endpoint, card, views_uploads
 from hubaoti.server.objects import Objects
 from hubaoti.server.routes import ROUTES
-from hubaoti.server.views_commit import MAX_REGULAR
+from hubaoti.server.views_uploads import MAX_REGULAR
 
 REPO = "hostile/target"
 CONTENT = base64.b64encode(b"hello").decode()
@@ -383,7 +383,7 @@ def test_big_bodies_are_cut_off(send: Send, endpoint: Endpoint) -> None:
 def test_a_commit_has_so_many_changes_and_no_more(
     send: Send, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(views_commit, "_MAX_CHANGES", 2)
+    monkeypatch.setattr(views_uploads, "_MAX_CHANGES", 2)
     refused(commit(send, put("a"), put("b"), put("c")), 413)
     assert commit(send, put("a"), put("b")).status == 200
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hubaoti.server import Endpoint, merkle
+from hubaoti.server import Endpoint, xet
 from hubaoti.server.database import Database
 from hubaoti.server.errors import ServerError
 from hubaoti.server.ingest import Ingest
@@ -71,7 +71,7 @@ def digest(content: bytes) -> str:
 
 
 def named(*parts: bytes) -> str:
-    return merkle.hash_leaves(map(merkle.hash_chunk, parts))
+    return xet.hash_leaves(map(xet.hash_chunk, parts))
 
 
 def test_a_xorbs_hash_is_the_one_of_xets_test_vectors() -> None:
@@ -79,7 +79,7 @@ def test_a_xorbs_hash_is_the_one_of_xets_test_vectors() -> None:
     assert named(b"Hello World!") == alone
     first = "c28f58387a60d4aa200c311cda7c7f77f686614864f5869eadebf765d0a14a69"
     second = "6e4e3263e073ce2c0e78cc770c361e2778db3b054b98ab65e277fc084fa70f22"
-    both = merkle.hash_leaves([merkle.Node(first, 100), merkle.Node(second, 200)])
+    both = xet.hash_leaves([xet.Node(first, 100), xet.Node(second, 200)])
     assert both == "be64c7003ccd3cf4357364750e04c9592b3c36705dee76a71590c011766b6c14"
 
 

@@ -46,7 +46,7 @@ class Layer(n.Module):
 class Kept(dict[str, bytes]):
     """Notes in memory."""
 
-    def noted(self, digest: str) -> bytes | None:
+    def read_note(self, digest: str) -> bytes | None:
         return self.get(digest)
 
     def note(self, found: Mapping[str, bytes]) -> None:
@@ -152,8 +152,8 @@ def test_half_a_character_is_read_and_not_kept() -> None:
 def test_the_oldest_notes_are_forgotten(index: Index) -> None:
     for at in range(KEPT + 3):
         index.note({f"{at}": b"%d" % at})
-    assert index.noted("2") is None
-    assert [index.noted(f"{at}") for at in (3, KEPT + 2)] == [b"3", b"%d" % (KEPT + 2)]
+    assert index.read_note("2") is None
+    assert [index.read_note(f"{at}") for at in (3, KEPT + 2)] == [b"3", b"%d" % (KEPT + 2)]
 
 
 def test_an_index_that_is_only_read_keeps_nothing_and_does_not_mind(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_an_index_that_is_only_read_keeps_nothing_and_does_not_mind(tmp_path: Pa
     made.close()
     readable = Index(path, is_writable=False)
     readable.note({"b": b"lost"})
-    assert (readable.noted("a"), readable.noted("b")) == (b"kept", None)
+    assert (readable.read_note("a"), readable.read_note("b")) == (b"kept", None)
     readable.close()
 
 
@@ -175,7 +175,7 @@ def test_where_nothing_can_be_written_nothing_fails(
 
     monkeypatch.setattr(index, "require_writable", full)
     index.note({"a": b"lost"})
-    assert index.noted("a") is None
+    assert index.read_note("a") is None
 
 
 def test_a_writer_that_takes_its_time_is_not_waited_for(index: Index, tmp_path: Path) -> None:
@@ -186,9 +186,9 @@ def test_a_writer_that_takes_its_time_is_not_waited_for(index: Index, tmp_path: 
     assert time.perf_counter() - start < 5
     other.execute("rollback")
     other.close()
-    assert index.noted("a") is None
+    assert index.read_note("a") is None
     index.note({"a": b"kept"})
-    assert index.noted("a") == b"kept"
+    assert index.read_note("a") == b"kept"
 
 
 def test_a_table_that_is_damaged_knows_nothing(index: Index, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_table_that_is_damaged_knows_nothing(index: Index, tmp_path: Path) -> 
     other.execute("drop table notes")
     other.close()
     index.note({"a": b"lost"})
-    assert index.noted("a") is None
+    assert index.read_note("a") is None
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -208,11 +208,15 @@ def test_an_index_of_before_is_read_as_it_is(steps: int, tmp_path: Path) -> None
     old.execute(f"pragma user_version = {steps}")
     old.close()
     readable = Index(path, is_writable=False)
-    assert (readable.noted("a"), readable.tested("a", "host"), readable.rows()) == (None, None, [])
+    assert (readable.read_note("a"), readable.find_problem("a", "host"), readable.rows()) == (
+        None,
+        None,
+        [],
+    )
     readable.close()
     made = Index(path)
     made.note({"a": b"kept"})
-    assert made.noted("a") == b"kept"
+    assert made.read_note("a") == b"kept"
     made.close()
 
 

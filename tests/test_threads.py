@@ -80,7 +80,7 @@ thread.join()
 class Kept(dict[str, bytes]):
     """Notes that are kept in memory."""
 
-    noted = dict.get
+    read_note = dict.get
     note = dict.update
 
 
@@ -118,7 +118,7 @@ def test_a_note_that_is_none_is_measured_again(
     monkeypatch: pytest.MonkeyPatch, noted: bytes
 ) -> None:
     class Damaged(Kept):
-        def noted(self, digest: str) -> bytes | None:
+        def read_note(self, digest: str) -> bytes | None:
             return noted
 
     monkeypatch.setattr(Limit, "is_known", False)

@@ -169,9 +169,5 @@ def test_a_refusal_names_what_was_written(text: str) -> None:
         Variant.parse(text)
 
 
-def test_unlabelled_takes_the_label_only() -> None:
-    assert str(Recipe.parse("bfloat16-sdpa-int8wo+decode").unlabelled) == "bfloat16-sdpa-int8wo"
-
-
 def test_a_variant_knows_its_device() -> None:
     assert (GPU.device, CPU.device) == ("cuda", "cpu")

@@ -115,7 +115,7 @@ def compile(  # noqa: PLR0913 - a face of keywords
     settings = settings or Settings.from_env()
     host, place = probe_host(settings), Path(output)
     with Mirror.open(settings.mirror) as mirror, _in_eval_mode(model):
-        mirror.require_writable()
+        mirror.index.require_writable()
         request = CompileRequest(
             calls=calls,
             shapes=shapes or {},
@@ -310,7 +310,7 @@ def _store(bundle: Bundle, mirror: Mirror) -> Bundle:
     """Keep a bundle that was built here in the mirror, too, where its key finds it."""
     with explain_store_errors(bundle.path):
         put(bundle, mirror)
-        mirror.record_built(bundle.manifest)
+        mirror.index.record_built(bundle.manifest)
     return bundle
 
 

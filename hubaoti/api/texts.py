@@ -154,7 +154,7 @@ def recall_task_and_dtype(repo: str, settings: Settings) -> tuple[str | None, st
     """Task and dtype of the artifact that was last pulled from a repo, and is still here."""
     ref = RepoRef.parse(repo)
     with Mirror.open(settings.mirror) as mirror:
-        for digest in mirror.index.pulled_from(settings.endpoint, ref.repo, ref.commit):
+        for digest in mirror.index.list_pulls(settings.endpoint, ref.repo, ref.commit):
             if artifact := mirror.artifact(digest):
                 return artifact.manifest.program.task, artifact.manifest.build.dtype
     return None, None

@@ -33,6 +33,7 @@ _MADE = re.compile(r"[a-z0-9_]{8}\Z")  # what `mkdtemp` makes up, which did it b
 # What may lie in a bundle in the making, beside temporary folders.
 _PARTS = {_OLD, "replaced", "graphs", "buffers", "buffers.safetensors", "golden.safetensors"}
 _PARTS |= {".parts", manifests.FILENAME, f"{manifests.FILENAME}.sha256"}
+_AGAIN = "compile the bundle again"
 SEAL = f"{manifests.FILENAME}.sha256"  # stays here; on the Hub the digest is the artifact's name
 
 
@@ -78,25 +79,19 @@ class Bundle:
         self._check_seal()
         present = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()}
         for extra in sorted(present - {*listed, manifests.FILENAME, SEAL}):
-            raise DigestMismatch(
-                f"{self.path / extra} is not in the manifest",
-                hint="remove it, or compile the bundle again",
-            )
+            hint = f"remove it, or {_AGAIN}"
+            raise DigestMismatch(f"{self.path / extra} is not in the manifest", hint=hint)
         for graph in self.manifest.graphs:
             if list_members(self.path / graph.file) != graph.members:
-                raise DigestMismatch(
-                    f"{graph.file} has other entries than its manifest lists",
-                    hint="compile the bundle again",
-                )
+                message = f"{graph.file} has other entries than its manifest lists"
+                raise DigestMismatch(message, hint=_AGAIN)
 
     def _check_seal(self) -> None:
         """A manifest that was edited may be canonical, and even agree with itself."""
         seal = self.path / SEAL
         if seal.is_file() and seal.read_text() != _format_seal(self.manifest):
-            raise DigestMismatch(
-                f"{self.path / manifests.FILENAME} was edited after it was compiled",
-                hint="compile the bundle again",
-            )
+            message = f"{self.path / manifests.FILENAME} was edited after it was compiled"
+            raise DigestMismatch(message, hint=_AGAIN)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -122,19 +117,15 @@ def explain_read_errors(path: Path) -> Iterator[None]:
 
 
 def _check_file(path: Path, file: File) -> None:
-    """Compare one file with its entry of a manifest.
-
-    Raises:
-        DigestMismatch: it is missing, or has other bytes.
-    """
+    """Compare one file with its entry: DigestMismatch where it is missing, or has other bytes."""
     if path.is_symlink() or not path.is_file():
-        raise DigestMismatch(f"{path} is listed and is not there", hint="compile the bundle again")
+        raise DigestMismatch(f"{path} is listed and is not there", hint=_AGAIN)
     found = hash_file(path)
     if found != file.sha256:
         raise DigestMismatch(
             f"{path} was changed: its sha256 is {found[:12]}…, the manifest says "
             f"{file.sha256[:12]}…",
-            hint="compile the bundle again, or copy it again from where it came",
+            hint=f"{_AGAIN}, or copy it again from where it came",
         )
 
 
@@ -217,9 +208,7 @@ def _make_locked_folder(path: Path) -> Iterator[Path]:
 def _lock_folder(folder: Path, how: int) -> int:
     """A handle that holds the lock of a folder; the system lets go of it when we are killed.
 
-    Raises:
-        FileNotFoundError: it is gone by now.
-        OSError: another process holds it, and `how` is not to wait.
+    FileNotFoundError where it is gone by now; OSError where it is held, and `how` is not to wait.
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:

@@ -45,9 +45,6 @@ from hubaoti.errors import BadManifest, BadRequest, NewerSchema
 from hubaoti.escape import LONGEST, escape_line
 
 __all__ = [
-    "FILENAME",
-    "LARGEST_MANIFEST",
-    "_SCHEMA",
     "Build",
     "BuildRecord",
     "Cache",
@@ -58,21 +55,15 @@ __all__ = [
     "Golden",
     "Graph",
     "Input",
-    "Manifest",
     "Member",
     "ConstantOrigin",
     "Output",
     "Outputs",
     "Program",
-    "Record",
     "ModelSource",
     "Target",
     "Write",
     "compute_key",
-    "parse_manifest",
-    "label_recipe",
-    "find_oldest_schema",
-    "label_variant",
 ]
 
 _SCHEMA = 2  # the newest that is read; what is written has the oldest that can say it
@@ -176,8 +167,10 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         problems = _find_contradictions(manifest) if same else []
     except NewerSchema:
         raise
-    except _MALFORMED as why:
-        raise BadManifest(f"{where} is not a manifest: {escape_line(str(why))}", hint=hint) from why
+    except _MALFORMED as error:
+        raise BadManifest(
+            f"{where} is not a manifest: {escape_line(str(error))}", hint=hint
+        ) from error
     if not same:
         raise BadManifest(f"{where} is not in canonical form: it was edited", hint=hint)
     if manifest.key != compute_key(manifest.program, manifest.build, manifest.target):

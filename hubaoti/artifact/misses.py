@@ -6,6 +6,7 @@ to do about it.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
@@ -15,7 +16,7 @@ import msgspec
 from hubaoti.artifact.schema import Dim, Size
 from hubaoti.errors import BadRequest
 
-Bounds = tuple[int, int]
+_Bounds = tuple[int, int]
 
 
 class Missed(msgspec.Struct, frozen=True):
@@ -31,12 +32,12 @@ class AskedDims(msgspec.Struct, frozen=True):
     """The dims, buckets, model and task that the graphs were compiled for."""
 
     dims: dict[Dim, tuple[int, int, int]] = {}
-    buckets: tuple[dict[Dim, Bounds], ...] = ()
+    buckets: tuple[dict[Dim, _Bounds], ...] = ()
     model: str = ""
     task: str = ""
 
 
-class Region(msgspec.Struct, frozen=True):
+class _RegionCalls(msgspec.Struct, frozen=True):
     """How calls of one region were answered: by which graph, and why by none."""
 
     compiled: dict[str, int] = {}
@@ -49,16 +50,15 @@ class Misses(msgspec.Struct, frozen=True):
     schema: int
     build: AskedDims
     missed: tuple[Missed, ...]
-    regions: dict[str, Region] = {}
+    regions: dict[str, _RegionCalls] = {}
 
     @property
     def reasons(self) -> dict[str, int]:
         """How many calls each reason kept from the graphs."""
-        found: dict[str, int] = {}
+        found: Counter[str] = Counter()
         for region in self.regions.values():
-            for reason, calls in region.eager.items():
-                found[reason] = found.get(reason, 0) + calls
-        return found
+            found.update(region.eager)
+        return dict(found)
 
     @property
     def sizes(self) -> list[dict[str, int]]:
@@ -75,7 +75,7 @@ class Proposal:
     """Dims and buckets that would have served what was missed, as `compile` takes them."""
 
     dims: dict[str, tuple[int, int, int]]
-    buckets: tuple[dict[str, Bounds], ...]
+    buckets: tuple[dict[str, _Bounds], ...]
 
     def words(self) -> list[str]:
         """The `--dim` and `--bucket` options of `hubaoti compile`, as a list of arguments."""
@@ -114,7 +114,8 @@ def propose_dims(misses: Misses) -> Proposal | None:
     for sizes in misses.sizes:
         for name, size in sizes.items():
             if name in dims and size > 0:
-                dims[name] = _extend_bounds(dims[name], size)
+                low, high, step = dims[name]
+                dims[name] = (min(low, size), max(high, size), gcd(step, size))
         # A cache has to hold what is filled of it; how much that is, no one asks for.
         if "cache" in dims and sizes.get("filled", 0) > dims["cache"][1]:
             low, _, step = dims["cache"]
@@ -125,15 +126,9 @@ def propose_dims(misses: Misses) -> Proposal | None:
     return Proposal(dims, buckets)
 
 
-def _extend_bounds(bounds: tuple[int, int, int], size: int) -> tuple[int, int, int]:
-    """Bounds that hold one more size, which is a multiple of their step."""
-    low, high, step = bounds
-    return min(low, size), max(high, size), gcd(step, size)
-
-
 def _extend_nearest_bucket(
-    buckets: tuple[dict[str, Bounds], ...], sizes: dict[str, int]
-) -> tuple[dict[str, Bounds], ...]:
+    buckets: tuple[dict[str, _Bounds], ...], sizes: dict[str, int]
+) -> tuple[dict[str, _Bounds], ...]:
     """Buckets of which one holds some sizes: the one that is nearest is stretched."""
     if not buckets or any(distance_to_bucket(bucket, sizes) == 0 for bucket in buckets):
         return buckets
@@ -145,7 +140,7 @@ def _extend_nearest_bucket(
     return (*buckets[:nearest], mended, *buckets[nearest + 1 :])
 
 
-def distance_to_bucket(bucket: dict[str, Bounds], sizes: dict[str, int]) -> int:
+def distance_to_bucket(bucket: dict[str, _Bounds], sizes: dict[str, int]) -> int:
     """How far some sizes are outside of a bucket."""
     return sum(
         max(low - sizes[name], sizes[name] - high, 0)

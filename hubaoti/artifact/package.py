@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from hubaoti.artifact.manifest import Member
+from hubaoti.artifact.manifest import Graph, Member
 from hubaoti.errors import BadPackage
 
 _CHUNK = 1 << 20
@@ -32,7 +32,6 @@ _DAMAGE = (
     struct.error,
     EOFError,
     IndexError,
-    NotImplementedError,
     RuntimeError,
     ValueError,
 )
@@ -43,6 +42,20 @@ def hash_file(path: Path) -> str:
     """The sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def has_bytes(path: Path, sha256: str) -> bool:
+    """Whether a file is there, and no link, with these bytes; one that cannot be read has none."""
+    try:
+        return path.is_file() and not path.is_symlink() and hash_file(path) == sha256
+    except OSError:
+        return False
+
+
+def holds_members(folder: Path, graph: Graph) -> bool:
+    """Whether a graph's package lies unpacked in a folder, byte for byte, and no part is a link."""
+    members = graph.members
+    return folder.is_dir() and all(has_bytes(folder / each.path, each.sha256) for each in members)
 
 
 def list_members(package: Path) -> tuple[Member, ...]:
@@ -70,9 +83,9 @@ def unpack(package: Path, members: tuple[Member, ...], folder: Path) -> None:
                 raise BadPackage(f"{package.name} has not the listed {member.path}", hint=_HINT)
             try:
                 _copy_member(archive, entry, member, folder / member.path)
-            except (FileExistsError, NotADirectoryError) as why:
+            except (FileExistsError, NotADirectoryError) as error:
                 message = f"{package.name}: {member.path} is a file and a folder"
-                raise BadPackage(message, hint=_HINT) from why
+                raise BadPackage(message, hint=_HINT) from error
 
 
 def unpack_all(package: Path, folder: Path) -> None:
@@ -97,11 +110,9 @@ def _open_archive(package: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(package) as archive:
             yield archive
-    except _DAMAGE as error:
-        raise BadPackage(f"{package.name} is not a whole zip file: {error}", hint=_HINT) from error
-    except OSError as error:
+    except (*_DAMAGE, OSError) as error:
         # A made-up offset is an invalid argument of seek, and bz2 gives its errors no number.
-        if error.errno not in (errno.EINVAL, None):
+        if isinstance(error, OSError) and error.errno not in (errno.EINVAL, None):
             raise
         raise BadPackage(f"{package.name} is not a whole zip file: {error}", hint=_HINT) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from packaging.version import Version
@@ -72,33 +73,26 @@ class Requirements:
     kernels: tuple[KernelPin, ...] = ()
 
     def __post_init__(self) -> None:
-        _require_valid(self.device in ("cpu", "cuda"), "device", self.device)
-        _require_valid(read_version(self.torch) is not None, "torch", self.torch)
-        _require_valid((self.device == "cuda") == (self.cuda is not None), "cuda", self.cuda)
-        self._check_gpu()
-        for name in ("glibc", "glibcxx", "cxxabi"):
-            value = getattr(self, name)
-            _require_valid(value is None or _matches_pattern(_RELEASE, value), name, value)
-        named = isinstance(self.libraries, tuple) and len(self.libraries) <= _MOST
-        named = named and all(_matches_pattern(_SONAME, each) for each in self.libraries)
-        _require_valid(named, "libraries", self.libraries)
-        pinned = isinstance(self.kernels, tuple) and len(self.kernels) <= _MOST
-        pinned = pinned and all(isinstance(each, KernelPin) for each in self.kernels)
-        _require_valid(pinned, "kernels", self.kernels)
+        gpu, memory = self.device == "cuda", self.shared_memory
+        valid = {
+            "device": self.device in ("cpu", "cuda"),
+            "torch": read_version(self.torch) is not None,
+            "cuda": gpu == (self.cuda is not None),
+            "driver": self.driver is None or (gpu and _matches_pattern(_CUDA, self.driver)),
+            "ptx": self.ptx is None or (gpu and _is_between(10, self.ptx, 999)),
+            "shared_memory": memory is None or (gpu and _is_between(0, memory, 2**31)),
+            "glibc": self.glibc is None or _matches_pattern(_RELEASE, self.glibc),
+            "glibcxx": self.glibcxx is None or _matches_pattern(_RELEASE, self.glibcxx),
+            "cxxabi": self.cxxabi is None or _matches_pattern(_RELEASE, self.cxxabi),
+            "libraries": _is_list_of(lambda each: _matches_pattern(_SONAME, each), self.libraries),
+            "kernels": _is_list_of(lambda each: isinstance(each, KernelPin), self.kernels),
+        }
+        for name, is_valid in valid.items():
+            _require_valid(is_valid, name, getattr(self, name))
         try:
             str(self.variant)
         except BadRequest as error:
             raise BadManifest(f"requires: {error}", hint=_MANIFEST_HINT) from error
-
-    def _check_gpu(self) -> None:
-        gpu = self.device == "cuda"
-        serves = self.driver is None or (gpu and _matches_pattern(_CUDA, self.driver))
-        _require_valid(serves, "driver", self.driver)
-        _require_valid(
-            self.ptx is None or (gpu and _is_between(10, self.ptx, 999)), "ptx", self.ptx
-        )
-        fits = self.shared_memory is None or (gpu and _is_between(0, self.shared_memory, 2**31))
-        _require_valid(fits, "shared_memory", self.shared_memory)
 
     @property
     def variant(self) -> Variant:
@@ -123,6 +117,10 @@ def series(version: Version) -> str:
 
 def _matches_pattern(pattern: re.Pattern[str], value: object) -> bool:
     return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def _is_list_of(is_valid: Callable[[object], bool], value: object) -> bool:
+    return isinstance(value, tuple) and len(value) <= _MOST and all(map(is_valid, value))
 
 
 def _is_between(least: int, value: object, most: int) -> bool:

@@ -16,18 +16,18 @@ from hubaoti.artifact.dim_expr import PATTERN
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Size = Annotated[int, msgspec.Meta(ge=0)]
 # A relative path below the bundle: no empty, hidden, `.` or `..` segment, no backslash, no colon.
-SafePath = Annotated[
+_SafePath = Annotated[
     str,
     msgspec.Meta(pattern=r"^[A-Za-z0-9_+-][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)*\Z"),
 ]
-MemberPath = Annotated[
+_MemberPath = Annotated[
     str,
     msgspec.Meta(pattern=r"^(?!.*(^|/)\.{1,2}(/|\Z))[A-Za-z0-9_.+-]+(/[A-Za-z0-9_.+-]+)*\Z"),
 ]
 Dim = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
-Dtype = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
-Expression = Annotated[str, msgspec.Meta(pattern=PATTERN, max_length=1000)]
-DimExprs = tuple[Expression | Size, ...]
+_Dtype = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
+_Expression = Annotated[str, msgspec.Meta(pattern=PATTERN, max_length=1000)]
+_DimExprs = tuple[_Expression | Size, ...]
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,7 +62,7 @@ class Build(Record, frozen=True, kw_only=True):
 
     regions: str
     dims: dict[Dim, tuple[int, int, int]]
-    dtype: Dtype
+    dtype: _Dtype
     attention: str
     quantization: str | None = None
     mode: str = "default"
@@ -95,7 +95,7 @@ class ModelSource(Record, frozen=True, kw_only=True):
 class File(Record, frozen=True, kw_only=True):
     """A file by its path below the bundle and its bytes."""
 
-    path: SafePath
+    path: _SafePath
     sha256: Sha256
     size: Size
 
@@ -103,7 +103,7 @@ class File(Record, frozen=True, kw_only=True):
 class Member(Record, frozen=True, kw_only=True):
     """An entry of a `.pt2` that may be unpacked."""
 
-    path: MemberPath
+    path: _MemberPath
     sha256: Sha256
     size: Size
 
@@ -117,8 +117,8 @@ class Input(Record, frozen=True, kw_only=True):
     """
 
     name: str
-    dtype: Dtype
-    shape: DimExprs
+    dtype: _Dtype
+    shape: _DimExprs
     layout: Literal["contiguous"] = "contiguous"
     values: Annotated[str, msgspec.Meta(pattern=r"^((ids|any)<[0-9]+|mask|position|real)\Z")]
     mutated: bool = False
@@ -128,8 +128,8 @@ class Output(Record, frozen=True, kw_only=True):
     """A tensor that a graph returns; a size is None where it is neither a dim nor fixed."""
 
     name: str
-    dtype: Dtype
-    shape: tuple[Expression | Size | None, ...]
+    dtype: _Dtype
+    shape: tuple[_Expression | Size | None, ...]
 
 
 class Write(Record, frozen=True, kw_only=True):
@@ -168,8 +168,8 @@ class ConstantOrigin(Record, frozen=True, kw_only=True, omit_defaults=True):
 
     checkpoint: tuple[str, ...] = ()
     transform: str | None = None
-    dtype: Dtype | None = None
-    file: SafePath | None = None
+    dtype: _Dtype | None = None
+    file: _SafePath | None = None
     module: str | None = None
 
 
@@ -178,7 +178,7 @@ class Constant(Record, frozen=True, kw_only=True):
 
     fqn: str
     aliases: tuple[str, ...] = ()
-    dtype: Dtype
+    dtype: _Dtype
     shape: tuple[Size, ...]
     stride: tuple[Size, ...]
     origin: ConstantOrigin = msgspec.field(name="from")
@@ -231,7 +231,7 @@ class Graph(Record, frozen=True, kw_only=True):
     """
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")]
-    file: SafePath
+    file: _SafePath
     sha256: Sha256
     size: Size
     members: tuple[Member, ...]

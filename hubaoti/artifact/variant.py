@@ -14,12 +14,12 @@ lower case only, no `/`, no `..`, no dot in a label (a branch may not end in `.l
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hubaoti.errors import BadRequest
 
 # Long enough for every name in use; two of these folders stay far below a path's limit.
-_LONGEST_TOKEN = 40
+_LONGEST = 40  # characters of a part
 
 _SYSTEMS = ("linux", "darwin", "windows")
 
@@ -134,19 +134,10 @@ class Recipe:
             parts.append(self.quantization)
         return "-".join(parts) + ("" if self.label is None else f"+{self.label}")
 
-    @property
-    def unlabelled(self) -> Recipe:
-        """The same recipe without its label, which is the user's own."""
-        return replace(self, label=None)
-
 
 def _matches(pattern: re.Pattern[str], value: object) -> bool:
     """Whether a value, of any type, is a short string of the pattern."""
-    return (
-        isinstance(value, str)
-        and len(value) <= _LONGEST_TOKEN
-        and pattern.fullmatch(value) is not None
-    )
+    return isinstance(value, str) and len(value) <= _LONGEST and bool(pattern.fullmatch(value))
 
 
 def _require(condition: bool, what: str, value: object, hint: str) -> None:

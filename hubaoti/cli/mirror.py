@@ -23,11 +23,14 @@ def ls_command(as_json: bool) -> None:
     """List the artifacts, the newest first, and the graphs that are not opened here."""
     with Mirror.open(Settings.from_env().mirror) as mirror:
         rows, problems = mirror.ls(), mirror.index.problems()
+        programs = [_read_program(mirror, row) for row in rows]
     if as_json:
-        print_json([asdict(row) for row in rows])
+        print_json([asdict(row) | found for row, found in zip(rows, programs, strict=True)])
         return
     cells = [
         (
+            found["model"] or "unknown",
+            found["task"] or "unknown",
             row.origin.repo or "built here",
             row.origin.commit or "",
             row.recipe,
@@ -36,9 +39,10 @@ def ls_command(as_json: bool) -> None:
             datetime.fromtimestamp(row.added, UTC).strftime("%Y-%m-%d %H:%M"),
             row.digest[:12],
         )
-        for row in rows
+        for row, found in zip(rows, programs, strict=True)
     ]
-    print_table(["repo", "commit", "recipe", "variant", "size", "added", "digest"], cells)
+    columns = ["model", "task", "repo", "commit", "recipe", "variant", "size", "added", "digest"]
+    print_table(columns, cells)
     for graph, problem in problems:
         print_line(f"not opened: graph {graph[:12]}: {problem}")
     if problems:
@@ -61,6 +65,15 @@ def retry_command(as_json: bool) -> None:
         print_line(f"graph {graph[:12]} is back")
     for row in retried.artifacts:
         print_line(f"artifact {row.digest[:12]} is back: {_format_origin(row)}")
+
+
+def _read_program(mirror: Mirror, row: Row) -> dict[str, str | None]:
+    """What an artifact was compiled from, and for: None where its manifest is not whole."""
+    artifact = mirror.read(row.digest)
+    if artifact is None:
+        return {"model": None, "task": None}
+    manifest = artifact.manifest
+    return {"model": manifest.source.model, "task": manifest.program.task}
 
 
 def _format_origin(row: Row) -> str:

@@ -97,7 +97,7 @@ def build(
     weights = max(_sum_unit_bytes(job.plan, unit) for unit in job.plan.units)
     require_memory(weights + OVERHEAD, f"{job.plan.units[0].id} of {origin.model}")
     at_once = choose_job_count(jobs, len(job.plan.units), weights, job.device)
-    with Peak.watched() as peak, write_bundle(output) as scratch:
+    with Peak.watch() as peak, write_bundle(output) as scratch:
         require_disk_room(scratch, _ROOM * len(job.plan.units), OUTPUT)
         for folder in ("/tmp", tempfile.gettempdir()):  # ours, and that of g++
             require_disk_room(Path(folder), _ROOM * at_once, TEMPORARY)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_in_metadata
 
@@ -40,7 +41,12 @@ def require(what: str, *extras: str) -> None:
         )
     for package, version in found.items():
         if version is not None and not is_supported(package, version):
-            raise _describe_unsupported(what, package, version)
+            first, last = SUPPORTED[package]
+            major, minor = map(int, last.split("."))
+            raise MissingDependency(
+                f"{what} needs {package} {first} to {last}, and {package} {version} is installed",
+                hint=f'pip install "{package}>={first},<{major}.{minor + 1}"',
+            )
 
 
 def join_names(names: list[str]) -> str:
@@ -53,10 +59,9 @@ def package_version(package: str) -> str | None:
     loaded = getattr(sys.modules.get(package), "__version__", None)
     if loaded is not None:
         return str(loaded)
-    try:
+    with suppress(PackageNotFoundError):
         return version_in_metadata(package)
-    except PackageNotFoundError:
-        return None
+    return None
 
 
 def is_supported(package: str, version: str) -> bool:
@@ -66,13 +71,3 @@ def is_supported(package: str, version: str) -> bool:
     found = read_version(version)
     first, last = (tuple(map(int, each.split("."))) for each in SUPPORTED[package])
     return found is not None and first <= tuple(map(int, series(found).split("."))) <= last
-
-
-def _describe_unsupported(what: str, package: str, version: str) -> MissingDependency:
-    """The refusal of a version, with those that are supported."""
-    first, last = SUPPORTED[package]
-    major, minor = map(int, last.split("."))
-    return MissingDependency(
-        f"{what} needs {package} {first} to {last}, and {package} {version} is installed",
-        hint=f'pip install "{package}>={first},<{major}.{minor + 1}"',
-    )

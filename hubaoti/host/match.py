@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from packaging.version import Version
@@ -217,16 +218,15 @@ def judge_level(requires: Requirements, host: Host) -> Finding:
     return Refusal(need, have, f"pull a variant for {what}, or compile one here")
 
 
-def _judge_glibc(requires: Requirements, host: Host) -> Finding:
-    return _judge_minimum("glibc", requires.glibc, host.glibc)
-
-
-def _judge_glibcxx(requires: Requirements, host: Host) -> Finding:
-    return _judge_minimum("GLIBCXX", requires.glibcxx, host.glibcxx)
-
-
-def _judge_cxxabi(requires: Requirements, host: Host) -> Finding:
-    return _judge_minimum("CXXABI", requires.cxxabi, host.cxxabi)
+def _judge_minimum(what: str, requires: Requirements, host: Host) -> Finding:
+    """The host's C or C++ library is as new as what was built for it."""
+    needed, have = getattr(requires, what.lower()), getattr(host, what.lower())
+    here = read_version(have)
+    if needed is None or (here is not None and here >= Version(needed)):
+        return None
+    found = f"no {what}" if here is None else f"{what} {have}"
+    new = "a newer distribution or container" if what == "glibc" else "a newer libstdc++"
+    return Refusal(f"{what} {needed}", found, f"use {new}, or compile on this host")
 
 
 def _judge_libraries(requires: Requirements, host: Host) -> Finding:
@@ -299,9 +299,7 @@ _HOST_ROWS: tuple[Callable[[Requirements, Host], Finding], ...] = (
     _judge_cuda,
     _judge_driver,
     judge_level,
-    _judge_glibc,
-    _judge_glibcxx,
-    _judge_cxxabi,
+    *(partial(_judge_minimum, what) for what in ("glibc", "GLIBCXX", "CXXABI")),
     _judge_libraries,
     _judge_kernels,
 )
@@ -372,15 +370,6 @@ def _parse_cuda_version(text: str | None) -> tuple[int, int] | None:
     """The first two numbers of a CUDA version; None where there are none."""
     found = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", text or "")
     return (int(found[1]), int(found[2])) if found else None
-
-
-def _judge_minimum(what: str, needed: str | None, have: str | None) -> Finding:
-    here = read_version(have)
-    if needed is None or (here is not None and here >= Version(needed)):
-        return None
-    found = f"no {what}" if here is None else f"{what} {have}"
-    new = "a newer distribution or container" if what == "glibc" else "a newer libstdc++"
-    return Refusal(f"{what} {needed}", found, f"use {new}, or compile on this host")
 
 
 def _describe_torch(host: Host) -> str:

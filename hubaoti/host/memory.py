@@ -47,10 +47,10 @@ class Peak:
 
     @classmethod
     @contextmanager
-    def watched(cls) -> Iterator[Peak]:
+    def watch(cls) -> Iterator[Peak]:
         """Look every INTERVAL seconds while the block runs."""
         peak = cls()
-        watcher = threading.Thread(target=peak._watch, name="hubaoti-memory", daemon=True)
+        watcher = threading.Thread(target=peak._look, name="hubaoti-memory", daemon=True)
         watcher.start()
         try:
             yield peak
@@ -58,14 +58,12 @@ class Peak:
             peak._stop.set()
             watcher.join()
 
-    def _watch(self) -> None:
+    def _look(self) -> None:
         own = Path("/proc/self").resolve().name if Path("/proc/self").exists() else ""
         while own and not self._stop.wait(INTERVAL):
             processes = list_descendants(own)
             if len(processes) > 1:
-                self.seen = max(
-                    self.seen, sum(measure_process_memory(process) for process in processes)
-                )
+                self.seen = max(self.seen, sum(map(measure_process_memory, processes)))
 
 
 def list_descendants(process: str) -> list[str]:
@@ -80,24 +78,18 @@ def list_descendants(process: str) -> list[str]:
 
 def measure_process_memory(process: str) -> int:
     """The bytes that a process holds, shared pages in parts; 0 where it is gone."""
-    with suppress(OSError):
-        for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) << 10
-    return 0
+    return (_read_amount(Path(f"/proc/{process}/smaps_rollup"), "Pss:") or 0) << 10
 
 
 def read_available_memory() -> int:
     """The bytes that may still be taken here: of the machine, and of the container's limit."""
-    found = []
-    with suppress(OSError):
-        for line in Path(MEMINFO).read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) << 10)
+    free = _read_amount(Path(MEMINFO), "MemAvailable:")
+    found = [] if free is None else [free << 10]
     for folder, limit, used, given_back in CGROUPS:
         with suppress(OSError, ValueError):  # "max" where there is none
             most, taken = (int(Path(folder, name).read_text()) for name in (limit, used))
-            found.append(most - taken + _read_counter(Path(folder, "memory.stat"), given_back))
+            cached = _read_amount(Path(folder, "memory.stat"), given_back) or 0
+            found.append(most - taken + cached)
     return max(0, min(found, default=1 << 62))
 
 
@@ -112,14 +104,13 @@ def is_limited(process: int = 0) -> bool:
     return any(resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in kinds)
 
 
-def _read_counter(stat: Path, name: str) -> int:
-    """A number of a file of names and numbers; 0 where it says nothing."""
+def _read_amount(file: Path, name: str) -> int | None:
+    """A number of a file of names and numbers; None where it does not say."""
     with suppress(OSError):
-        for line in stat.read_text().splitlines():
-            word, _, number = line.partition(" ")
-            if word == name:
-                return int(number)
-    return 0
+        for line in file.read_text().splitlines():
+            if line.startswith(f"{name} "):
+                return int(line.split()[1])
+    return None
 
 
 def require_memory(needed: int, what: str) -> None:

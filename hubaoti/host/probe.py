@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import ctypes
-import dataclasses
 import importlib.util
 import os
 import platform
@@ -22,6 +21,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
+from packaging.version import Version
 
 from hubaoti.settings import Settings
 
@@ -91,7 +93,8 @@ class Host:
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as JSON has them: sets sorted, paths as strings."""
-        return {name: _convert_fact(value) for name, value in dataclasses.asdict(self).items()}
+        facts = msgspec.to_builtins(self, order="deterministic", enc_hook=str)
+        return {name: [*fact] if isinstance(fact, tuple) else fact for name, fact in facts.items()}
 
 
 def probe_host(settings: Settings, kernel_caches: Iterable[Path] | None = None) -> Host:
@@ -154,10 +157,9 @@ def _count_cores() -> int:
 
 
 def _probe_memory() -> int | None:
-    try:
+    with suppress(AttributeError, OSError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
+    return None
 
 
 def find_torch(notes: list[str]) -> Torch | None:
@@ -187,12 +189,8 @@ def read_torch(folder: Path, notes: list[str]) -> Torch | None:
     if not isinstance(version, str):
         notes.append(f"torch: {folder / 'version.py'} names no version")
         return None
-    return Torch(
-        version=version,
-        cuda=cuda if isinstance(cuda, str) else None,
-        git=git if isinstance(git, str) else None,
-        path=folder,
-    )
+    cuda, git = (each if isinstance(each, str) else None for each in (cuda, git))
+    return Torch(version, cuda, git, folder)
 
 
 def _read_literals(source: str) -> dict[str, object]:
@@ -214,19 +212,16 @@ def _probe_nvidia(notes: list[str]) -> tuple[str | None, str | None, tuple[Gpu, 
 
     try:
         pynvml.nvmlInit()
+        try:
+            driver = str(pynvml.nvmlSystemGetDriverVersion())
+            # An integer, 1000 * major + 10 * minor.
+            serves = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
+            gpus = tuple(_probe_gpu(pynvml, i, notes) for i in range(pynvml.nvmlDeviceGetCount()))
+        finally:
+            pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
         notes.append(f"NVML: {error}")
         return None, None, ()
-    try:
-        driver = _decode_text(pynvml.nvmlSystemGetDriverVersion())
-        # An integer, 1000 * major + 10 * minor.
-        serves = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
-        gpus = tuple(_probe_gpu(pynvml, i, notes) for i in range(pynvml.nvmlDeviceGetCount()))
-    except pynvml.NVMLError as error:
-        notes.append(f"NVML: {error}")
-        return None, None, ()
-    finally:
-        pynvml.nvmlShutdown()
     return driver, f"{serves // 1000}.{serves % 1000 // 10}", gpus
 
 
@@ -235,7 +230,7 @@ def _probe_gpu(nvml: Any, index: int, notes: list[str]) -> Gpu:
     try:
         handle = nvml.nvmlDeviceGetHandleByIndex(index)
         major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-        name = _decode_text(nvml.nvmlDeviceGetName(handle))
+        name = str(nvml.nvmlDeviceGetName(handle))
     except nvml.NVMLError as error:
         notes.append(f"NVML: GPU {index} does not answer: {error}")
         return Gpu(name="does not answer", sm=0, memory=None)
@@ -247,19 +242,12 @@ def _probe_gpu(nvml: Any, index: int, notes: list[str]) -> Gpu:
     return Gpu(name=name, sm=10 * major + minor, memory=memory)
 
 
-def _decode_text(value: str | bytes) -> str:
-    """NVML's bindings answered bytes before release 12."""
-    return value.decode() if isinstance(value, bytes) else value
-
-
 def _probe_glibc() -> str | None:
     """Such as "2.36"; None on musl, macOS and Windows, which have no such name."""
-    try:
-        value = os.confstr("CS_GNU_LIBC_VERSION") or ""
-    except (AttributeError, OSError, ValueError):
-        return None
-    found = re.match(r"glibc ([0-9]+\.[0-9]+)", value)
-    return found[1] if found else None
+    with suppress(AttributeError, OSError, ValueError):
+        found = re.match(r"glibc ([0-9]+\.[0-9]+)", os.confstr("CS_GNU_LIBC_VERSION") or "")
+        return found[1] if found else None
+    return None
 
 
 def _probe_libstdcxx(notes: list[str]) -> tuple[str | None, str | None]:
@@ -303,7 +291,7 @@ def _find_highest_version(prefix: str, versions: Iterable[str]) -> str | None:
     """The highest version of a prefix; names such as CXXABI_TM_1 are no versions of it."""
     pattern = re.compile(rf"{prefix}_([0-9]+(?:\.[0-9]+)+)")
     found = [match[1] for match in map(pattern.fullmatch, versions) if match]
-    return max(found, key=lambda text: [int(part) for part in text.split(".")], default=None)
+    return max(found, key=Version, default=None)
 
 
 def _list_libraries(torch: Torch | None) -> frozenset[str]:
@@ -319,10 +307,9 @@ def _list_libraries(torch: Torch | None) -> frozenset[str]:
 
 
 def _list_sonames(folder: Path) -> list[str]:
-    try:
+    with suppress(OSError):
         return [entry.name for entry in os.scandir(folder) if ".so" in entry.name]
-    except OSError:
-        return []
+    return []
 
 
 def _read_loader_cache() -> list[str]:
@@ -330,11 +317,10 @@ def _read_loader_cache() -> list[str]:
     ldconfig = shutil.which("ldconfig", path="/sbin:/usr/sbin:/bin:/usr/bin")
     if ldconfig is None:
         return []
-    try:
+    with suppress(OSError, subprocess.SubprocessError, ValueError):
         listed = subprocess.run([ldconfig, "-p"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return []
-    return re.findall(r"^\t(\S+) \(", listed.stdout, flags=re.MULTILINE)
+        return re.findall(r"^\t(\S+) \(", listed.stdout, flags=re.MULTILINE)
+    return []
 
 
 class _SearchPaths(ctypes.Structure):
@@ -383,18 +369,6 @@ def _list_kernels(caches: Iterable[Path]) -> Iterator[str]:
 def _measure_free_disk(folder: Path) -> int | None:
     """The free bytes of the disk on which a folder is, or would be made."""
     for existing in (folder, *folder.parents):
-        try:
+        with suppress(OSError):
             return shutil.disk_usage(existing).free
-        except OSError:
-            continue
     return None
-
-
-def _convert_fact(value: object) -> Any:
-    if isinstance(value, frozenset):
-        return sorted(value)
-    if isinstance(value, tuple):
-        return [_convert_fact(each) for each in value]
-    if isinstance(value, dict):
-        return {name: _convert_fact(each) for name, each in value.items()}
-    return str(value) if isinstance(value, Path) else value

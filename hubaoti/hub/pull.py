@@ -139,7 +139,7 @@ class Puller:
 
     def _from_mirror(self, ref: RepoRef, commit: str) -> Pulled | None:
         """What an earlier pull of this commit chose, if it still may run here."""
-        found = self.mirror.pulled(self._pin(ref, commit))
+        found = self.mirror.find_pull(self._pin(ref, commit))
         if found is None:
             return None
         artifact, path = found
@@ -152,7 +152,7 @@ class Puller:
         return Pulled(artifact, ref, commit, place, verdict, considered, (), True)
 
     def _from_hub(self, ref: RepoRef, commit: str) -> Pulled:
-        self.mirror.require_writable()
+        self.mirror.index.require_writable()
         self.progress(f"reading the manifests of {ref.repo} at {commit}")
         catalog = read_catalog(self.client, ref.repo, commit, only=self.place)
         considered = tuple(self._consider(catalog))
@@ -215,7 +215,7 @@ class Puller:
         Raises:
             Untrusted: nobody ever said so.
         """
-        if not self.mirror.index.is_built(manifest.digest):
+        if self.trust or not self.mirror.index.is_built(manifest.digest):
             what = f"{place} in {ref.repo}", f"commit {commit}, artifact {manifest.digest}"
             self.require_publisher(ref, *what)
 

@@ -83,7 +83,7 @@ def find_pulled(puller: Puller, ref: RepoRef) -> tuple[Offer, ...]:
             hint="name the full commit id, or no revision for all that was pulled before",
         )
     index = puller.mirror.index
-    digests = index.pulled_from(puller.client.endpoint, ref.repo, ref.commit)
+    digests = index.list_pulls(puller.client.endpoint, ref.repo, ref.commit)
     offers: dict[ArtifactPath, Offer] = {}
     for digest in dict.fromkeys(digests):
         artifact, row = puller.mirror.artifact(digest), index.row(digest)

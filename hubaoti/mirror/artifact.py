@@ -1,11 +1,19 @@
-"""An artifact as it lies in the mirror."""
+"""An artifact as it lies in the mirror, and its files as they are written there.
+
+They are for us alone, and survive a power cut.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hubaoti.artifact import manifest as manifests
 from hubaoti.artifact.manifest import Graph, Manifest
+from hubaoti.artifact.package import copy_hashed, unpack
+from hubaoti.disk import sync_folder
 from hubaoti.errors import DigestMismatch
 
 
@@ -28,8 +36,40 @@ class Artifact:
 
 
 def describe_changed(path: Path) -> DigestMismatch:
+    """The error that says that a file is not the one that its manifest lists."""
     return DigestMismatch(
         f"{path} has other bytes than its manifest lists",
         hint="pull it again, into a HUBAOTI_HOME that you may write; a broken copy is kept in the "
         "mirror's quarantine, never opened",
     )
+
+
+def unpack_synced(package: Path, graph: Graph, folder: Path) -> None:
+    """Unpack a graph's listed members, for us alone and so that they survive a power cut."""
+    folder.mkdir(mode=0o700)
+    unpack(package, graph.members, folder)
+    for each in folder.rglob("*"):
+        if each.is_dir():
+            each.chmod(0o700)
+            sync_folder(each)
+
+
+def write_small(manifest: Manifest, files: Mapping[str, Path], folder: Path) -> None:
+    """Write the manifest and the small tensors, read-only."""
+    folder.mkdir(mode=0o700)
+    for file in manifest.files:
+        target = folder / file.path
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with files[file.path].open("rb") as source, target.open("xb") as sink:
+            digest = copy_hashed(source, sink, file.size)
+            sink.flush()
+            os.fsync(sink.fileno())
+        if digest != file.sha256:
+            raise describe_changed(files[file.path])
+        target.chmod(0o444)
+    target = folder / manifests.FILENAME
+    with target.open("xb") as sink:
+        sink.write(manifest.to_json())
+        sink.flush()
+        os.fsync(sink.fileno())
+    target.chmod(0o444)

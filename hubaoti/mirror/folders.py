@@ -32,9 +32,9 @@ def make_private(folder: Path) -> None:
         # mkdir's mode is cut by the umask, which can only take rights away.
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
-        except FileNotFoundError as why:  # in /proc and its like
+        except FileNotFoundError as error:  # in /proc and its like
             hint = "set HUBAOTI_HOME to a folder that you may write"
-            raise HubaotiError(f"cannot make {folder}", hint=hint) from why
+            raise HubaotiError(f"cannot make {folder}", hint=hint) from error
     refuse_shared(folder)
 
 
@@ -47,9 +47,8 @@ def refuse_shared(path: Path) -> None:
     with suppress(FileNotFoundError):
         for status in (path.lstat(), path.stat()):
             if status.st_uid != os.geteuid():
-                raise _describe_unsafe(
-                    path, f"belongs to user {status.st_uid}", f"chown {os.geteuid()}"
-                )
+                problem = f"belongs to user {status.st_uid}"
+                raise _describe_unsafe(path, problem, f"chown {os.geteuid()}")
             # A link's own mode says nothing.
             if status.st_mode & _OTHERS_WRITE and not stat.S_ISLNK(status.st_mode):
                 raise _describe_unsafe(path, "may be written by other users", "chmod go-w")
@@ -60,9 +59,9 @@ def may_write(path: Path) -> bool:
     return os.access(path, os.W_OK)
 
 
-def _describe_unsafe(path: Path, why: str, remedy: str) -> UnsafeFolder:
+def _describe_unsafe(path: Path, problem: str, remedy: str) -> UnsafeFolder:
     return UnsafeFolder(
-        f"{path} {why}, who could plant code there",
+        f"{path} {problem}, who could plant code there",
         hint=f"make it yours alone ({remedy} {path}), or set HUBAOTI_HOME to a folder that is",
     )
 
@@ -91,18 +90,17 @@ def keep_newest(folder: Path, most: int, size: int) -> None:
 
     The newest stays, whatever its size.
     """
-    for at, entry in enumerate(sorted(folder.iterdir(), key=_read_change_time, reverse=True)):
+    for index, entry in enumerate(sorted(folder.iterdir(), key=_read_change_time, reverse=True)):
         size -= _count_bytes(entry)
-        if at and (at >= most or size < 0):
+        if index and (index >= most or size < 0):
             shutil.rmtree(entry, ignore_errors=True)
 
 
 def _read_change_time(path: Path) -> float:
     """When it was changed; long ago, if another process removed it."""
-    try:
+    with suppress(OSError):
         return path.lstat().st_mtime
-    except OSError:
-        return 0.0
+    return 0.0
 
 
 def _count_bytes(folder: Path) -> int:
@@ -128,17 +126,6 @@ def _is_process_alive(pid: int) -> bool:
     """Whether a process of this machine runs."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

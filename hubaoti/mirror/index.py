@@ -80,7 +80,7 @@ class Index:
         self._path = path
         self.is_writable = is_writable
         name = path.as_uri() + ("" if is_writable else self._read_only())
-        with self._explained():
+        with self._explain_errors():
             self._db = sqlite3.connect(name, timeout=PATIENCE, isolation_level=None, uri=True)
         try:
             self._prepare()
@@ -94,7 +94,8 @@ class Index:
         It then does not look at the -wal file; where there is one, it has to.
         """
         wal = self._path.with_name(f"{self._path.name}-wal")
-        return "?mode=ro" if _has_content(wal) else "?mode=ro&immutable=1"
+        has_content = wal.is_file() and wal.stat().st_size > 0
+        return "?mode=ro" if has_content else "?mode=ro&immutable=1"
 
     def require_writable(self) -> None:
         """See that something can be stored.
@@ -110,7 +111,7 @@ class Index:
             )
 
     def _prepare(self) -> None:
-        with self._explained():
+        with self._explain_errors():
             self._db.execute("pragma foreign_keys = on")
             before = self._version()
             if before == 0 or (before < _VERSION and self.is_writable):
@@ -152,22 +153,20 @@ class Index:
                 (graph,),
             )
 
-    def promise(self, digest: str) -> Promise | None:
+    def read_promise(self, digest: str) -> Promise | None:
         """What is promised of an artifact; None where it is not."""
         if (row := self.row(digest)) is None:
             return None
-        of = "where digest = ?", (digest,)
-        with self._explained():
-            held = self._db.execute(f"select graph from holds {of[0]}", of[1]).fetchall()
-            columns = "endpoint, repo, revision, asked, host, path"
-            gave = self._db.execute(f"select {columns} from pulls {of[0]}", of[1]).fetchall()
-        pulls = ((Pin(*map(str, each[:-1])), str(each[-1])) for each in gave)
-        return Promise(row, tuple(str(graph) for (graph,) in held), tuple(pulls))
+        graphs = self._select("select graph from holds where digest = ?", digest)
+        columns = "endpoint, repo, revision, asked, host, path"
+        found = self._select(f"select {columns} from pulls where digest = ?", digest)
+        pulls = ((Pin(*map(str, pin)), str(path)) for *pin, path in found)
+        return Promise(row, tuple(str(graph) for (graph,) in graphs), tuple(pulls))
 
-    def promises(self, graph: str) -> list[Promise]:
+    def list_promises(self, graph: str) -> list[Promise]:
         """What is promised of every artifact that holds a graph (by its package's sha256)."""
-        rows = self._rows("where digest in (select digest from holds where graph = ?)", graph)
-        return [each for row in rows if (each := self.promise(row.digest))]
+        rows = self._read_rows("where digest in (select digest from holds where graph = ?)", graph)
+        return [each for row in rows if (each := self.read_promise(row.digest))]
 
     def keep(self, promise: Promise) -> None:
         """Promise an artifact as it was promised before."""
@@ -177,7 +176,7 @@ class Index:
 
     def row(self, digest: str) -> Row | None:
         """The artifact's row; None when it is not promised."""
-        found = self._rows("where digest = ?", digest)
+        found = self._read_rows("where digest = ?", digest)
         return found[0] if found else None
 
     def require_whole(self) -> None:
@@ -186,16 +185,15 @@ class Index:
         Raises:
             HubaotiError: it is damaged.
         """
-        with self._explained():
-            found = self._db.execute("pragma integrity_check(artifacts)").fetchone()
+        found, *_ = self._select("pragma integrity_check(artifacts)")
         if found != ("ok",):
-            raise self._damaged(str(found[0]).partition("\n")[0])
+            raise self._describe_damage(str(found[0]).partition("\n")[0])
 
     def rows(self, key: str | None = None) -> list[Row]:
         """Every artifact, or those of one key, the newest first."""
         if key is None:
-            return self._rows("order by added desc, digest")
-        return self._rows("where key = ? order by added desc, digest", key)
+            return self._read_rows("order by added desc, digest")
+        return self._read_rows("where key = ? order by added desc, digest", key)
 
     def record_pull(self, pin: Pin, digest: str, path: str) -> None:
         """Remember what a pull gave; forgotten together with the artifact."""
@@ -206,25 +204,22 @@ class Index:
                 (*astuple(pin), path, digest),
             )
 
-    def pulled(self, pin: Pin) -> tuple[str, str] | None:
+    def find_pull(self, pin: Pin) -> tuple[str, str] | None:
         """The digest and path that this pull gave before; None when it gave none."""
-        with self._explained():
-            found = self._db.execute(
-                "select digest, path from pulls where endpoint = ? and repo = ? "
-                "and revision = ? and asked = ? and host = ?",
-                astuple(pin),
-            ).fetchone()
-        return None if found is None else (str(found[0]), str(found[1]))
+        query = (
+            "select digest, path from pulls where endpoint = ? and repo = ? "
+            "and revision = ? and asked = ? and host = ?"
+        )
+        found = self._select(query, *astuple(pin))
+        return (str(found[0][0]), str(found[0][1])) if found else None
 
-    def pulled_from(self, endpoint: str, repo: str, commit: str | None = None) -> list[str]:
+    def list_pulls(self, endpoint: str, repo: str, commit: str | None = None) -> list[str]:
         """The digests that pulls from a repo gave, of one commit if it is named, the last first."""
         query = (
             "select digest from pulls where endpoint = ? and repo = ? "
             "and revision = coalesce(?, revision) order by rowid desc"
         )
-        with self._explained():
-            found = self._db.execute(query, (endpoint, repo, commit)).fetchall()
-        return [str(digest) for (digest,) in found]
+        return [str(digest) for (digest,) in self._select(query, endpoint, repo, commit)]
 
     def record_built(self, manifest: Manifest) -> None:
         """Remember that this machine built this artifact, so it needs no one's trust."""
@@ -236,9 +231,7 @@ class Index:
 
     def is_built(self, digest: str) -> bool:
         """Whether this machine built the artifact of this digest."""
-        query = "select 1 from built where digest = ?"
-        with self._explained():
-            return self._db.execute(query, (digest,)).fetchone() is not None
+        return bool(self._select("select 1 from built where digest = ?", digest))
 
     def record_tested(self, graph: str, host: str, problem: str) -> None:
         """Remember what came of a graph on a kind of host; nothing where it is fine.
@@ -252,10 +245,10 @@ class Index:
                 (graph, host, problem, time.time()),
             )
 
-    def tested(self, graph: str, host: str) -> str | None:
+    def find_problem(self, graph: str, host: str) -> str | None:
         """The problem of a graph on a kind of host, empty where it has none; None if untested."""
         query = "select problem from tested where graph = ? and host = ?"
-        with self._explained():
+        with self._explain_errors():
             if self._version() <= STEPS.index(_SECOND):  # of before, and only read
                 return None
             found = self._db.execute(query, (graph, host)).fetchone()
@@ -263,11 +256,13 @@ class Index:
 
     def problems(self) -> list[tuple[str, str]]:
         """The graphs that are not opened here, each with what is held against it."""
-        with self._explained():
+        with self._explain_errors():
             if self._version() <= STEPS.index(_SECOND):
                 return []
             query = "select graph, problem from tested where problem != '' order by at desc"
-            return [(str(graph), str(why)) for graph, why in self._db.execute(query).fetchall()]
+            return [
+                (str(graph), str(problem)) for graph, problem in self._db.execute(query).fetchall()
+            ]
 
     def forget_problems(self) -> int:
         """Forget what is held against graphs, so that they are tried again; of how many."""
@@ -278,7 +273,7 @@ class Index:
         """Keep by digest what can be worked out again, if that can be at once: this never fails."""
         if not self.is_writable:
             return
-        with suppress(HubaotiError), self._explained():
+        with suppress(HubaotiError), self._explain_errors():
             self._db.execute("pragma busy_timeout = 0")
             try:
                 with self._writing() as db:
@@ -292,28 +287,31 @@ class Index:
             finally:
                 self._db.execute(f"pragma busy_timeout = {PATIENCE * 1000:.0f}")
 
-    def noted(self, digest: str) -> bytes | None:
+    def read_note(self, digest: str) -> bytes | None:
         """What was kept under a digest; None where nothing was, it was forgotten, or is damaged."""
-        with suppress(HubaotiError), self._explained():
+        with suppress(HubaotiError), self._explain_errors():
             if self._version() > STEPS.index(_THIRD):  # else of before, and only read
                 query = "select data from notes where digest = ?"
                 row = self._db.execute(query, (digest,)).fetchone()
                 return None if row is None else bytes(row[0])
         return None
 
-    def _rows(self, where: str, *values: str) -> list[Row]:
+    def _read_rows(self, where: str, *values: str) -> list[Row]:
         columns = "digest, key, recipe, variant, size, added, endpoint, repo, revision, path"
-        with self._explained():
-            found = self._db.execute(f"select {columns} from artifacts {where}", values).fetchall()
-        return [self._row(each) for each in found]
+        found = self._select(f"select {columns} from artifacts {where}", *values)
+        return [self._check_row(each) for each in found]
 
-    def _row(self, found: tuple[Any, ...]) -> Row:
+    def _select(self, query: str, *values: str | None) -> list[tuple[Any, ...]]:
+        with self._explain_errors():
+            return self._db.execute(query, values).fetchall()
+
+    def _check_row(self, found: tuple[Any, ...]) -> Row:
         """A row as it was written; of a damaged page SQLite may give values of any type."""
         digest, key, recipe, variant, size, added, *origin = found
         words = (digest, key, recipe, variant, *origin)
         good = all(isinstance(word, str) for word in words) and isinstance(size, int)
         if not (good and isinstance(added, float)):
-            raise self._damaged("a row of artifacts is none")
+            raise self._describe_damage("a row of artifacts is none")
         return Row(digest, key, recipe, variant, size, added, PullOrigin(*origin))
 
     def _version(self) -> int:
@@ -339,8 +337,8 @@ class Index:
         while True:
             try:
                 self._db.execute("pragma journal_mode = wal")
-            except sqlite3.OperationalError as why:
-                if why.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
                     raise
                 time.sleep(_PAUSE)
             else:
@@ -350,7 +348,7 @@ class Index:
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """One change: alone from its first read to its commit, undone by any error."""
         self.require_writable()
-        with self._explained():
+        with self._explain_errors():
             self._db.execute("begin immediate")
             try:
                 yield self._db
@@ -361,31 +359,28 @@ class Index:
                 raise
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explain_errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as why:
-            raise self._wrapped(why) from why
-        except UnicodeDecodeError as why:  # a column's text, or an error's that quotes it
-            raise self._damaged("it has text that is none") from why
+        except sqlite3.Error as error:
+            raise self._describe_error(error) from error
+        except UnicodeDecodeError as error:  # a column's text, or an error's that quotes it
+            raise self._describe_damage("it has text that is none") from error
 
-    def _wrapped(self, why: sqlite3.Error) -> HubaotiError:
-        code = getattr(why, "sqlite_errorcode", 0) & 0xFF
+    def _describe_error(self, error: sqlite3.Error) -> HubaotiError:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_FULL:
             return describe_no_room(self._path.parent, 0)
         if code == sqlite3.SQLITE_BUSY:
             return HubaotiError(f"{self._path} is busy", hint="another hubaoti works; try again")
-        undecoded = not code and isinstance(why, sqlite3.OperationalError)  # of Python's own module
+        undecoded = not code and isinstance(
+            error, sqlite3.OperationalError
+        )  # of Python's own module
         if code in _DAMAGED or undecoded:
-            return self._damaged(why)
+            return self._describe_damage(error)
         hint = "see that you may write it, or set HUBAOTI_HOME to another folder"
-        return HubaotiError(f"{self._path}: {why}", hint=hint)
+        return HubaotiError(f"{self._path}: {error}", hint=hint)
 
-    def _damaged(self, why: object) -> HubaotiError:
+    def _describe_damage(self, error: object) -> HubaotiError:
         hint = f"remove {self._path} and pull again; what is unpacked is used again"
-        return HubaotiError(f"{self._path} is damaged: {first_line(str(why))!a}", hint=hint)
-
-
-def _has_content(path: Path) -> bool:
-    """Whether a file is there, and not empty."""
-    return path.is_file() and path.stat().st_size > 0
+        return HubaotiError(f"{self._path} is damaged: {first_line(str(error))!a}", hint=hint)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from hubaoti.artifact.manifest import Graph
-from hubaoti.errors import BadManifest, DigestMismatch
-from hubaoti.mirror.artifact import Artifact
+from hubaoti.artifact.package import holds_members
 from hubaoti.mirror.quarantine import NOTE, read_note
 from hubaoti.mirror.rows import Row
-from hubaoti.mirror.store import Mirror, holds_members, holds_small, is_whole
+from hubaoti.mirror.store import Mirror, holds_small, is_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +30,7 @@ def retry(mirror: Mirror) -> Retried:
     Raises:
         HubaotiError: the mirror may not be written.
     """
-    mirror.require_writable()
+    mirror.index.require_writable()
     promises = [p for folder in _list_quarantined(mirror) for p in read_note(folder).promises]
     known = _find_known_graphs(mirror)
     graphs = [
@@ -43,7 +40,7 @@ def retry(mirror: Mirror) -> Retried:
     ]
     rows = []
     for promise in promises:
-        artifact = mirror.stored(promise.row.digest)
+        artifact = mirror.read(promise.row.digest)
         if artifact and is_whole(artifact) and mirror.index.row(promise.row.digest) is None:
             mirror.index.keep(promise)
             rows.append(promise.row)
@@ -61,7 +58,8 @@ def _restore_folder(folder: Path, mirror: Mirror, known: dict[str, Graph]) -> st
     graph = known.get(name) or read_note(folder).graph
     if graph is not None and graph.sha256 == name and holds_members(folder, graph):
         return name if _move_into_place(folder, mirror.root / "graphs" / name) else None
-    if _holds_manifest(folder, name, mirror):
+    artifact = mirror.read(name, folder)
+    if artifact is not None and holds_small(artifact):
         _move_into_place(folder, mirror.root / "artifacts" / name)
     return None
 
@@ -76,20 +74,7 @@ def _move_into_place(folder: Path, target: Path) -> bool:
     return True
 
 
-def _holds_manifest(folder: Path, digest: str, mirror: Mirror) -> bool:
-    """Whether a folder has an artifact's manifest and small tensors, byte for byte."""
-    with suppress(OSError, BadManifest, DigestMismatch):
-        return holds_small(mirror.read(digest, folder))
-    return False
-
-
 def _find_known_graphs(mirror: Mirror) -> dict[str, Graph]:
     """The graphs of all artifacts whose manifests are here, promised or not, by their sha256."""
-    return {graph.sha256: graph for each in _list_stored(mirror) for graph in each.manifest.graphs}
-
-
-def _list_stored(mirror: Mirror) -> Iterator[Artifact]:
-    """The artifacts whose manifests are here, promised or not."""
-    for folder in (mirror.root / "artifacts").iterdir():
-        if artifact := mirror.stored(folder.name):
-            yield artifact
+    artifacts = [mirror.read(folder.name) for folder in (mirror.root / "artifacts").iterdir()]
+    return {graph.sha256: graph for each in artifacts if each for graph in each.manifest.graphs}

@@ -24,23 +24,21 @@ from pathlib import Path
 
 from hubaoti.artifact import manifest as manifests
 from hubaoti.artifact.manifest import File, Graph, Manifest
-from hubaoti.artifact.package import hash_file
+from hubaoti.artifact.package import has_bytes, holds_members
 from hubaoti.artifact.variant import Recipe
-from hubaoti.disk import explain_disk_errors, require_disk_room
-from hubaoti.errors import BadManifest, DigestMismatch, HubaotiError
-from hubaoti.mirror.artifact import Artifact, describe_changed
+from hubaoti.disk import explain_disk_errors, require_disk_room, sync_folder
+from hubaoti.errors import BadManifest, HubaotiError
+from hubaoti.mirror.artifact import Artifact, describe_changed, unpack_synced, write_small
 from hubaoti.mirror.folders import (
     make_private,
     make_workspace,
     may_write,
     refuse_shared,
     sweep_folder,
-    sync_folder,
 )
 from hubaoti.mirror.index import Index
 from hubaoti.mirror.quarantine import Note, set_apart
 from hubaoti.mirror.rows import BUILT_HERE, Pin, PullOrigin, Row
-from hubaoti.mirror.writing import unpack_synced, write_small
 
 _FOLDERS = ("hub", "artifacts", "graphs", "quarantine", "tmp")
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
@@ -76,14 +74,6 @@ class Mirror:
                 sweep_folder(root / "tmp")
         return cls(root, Index(index, is_writable))
 
-    def require_writable(self) -> None:
-        """See that something can be stored here.
-
-        Raises:
-            HubaotiError: the disk, or what it permits, is read-only.
-        """
-        self.index.require_writable()
-
     def close(self) -> None:
         """Let go of the index; the files stay as they are."""
         self.index.close()
@@ -111,8 +101,10 @@ class Mirror:
             BadPackage: a package is damaged, or lacks a listed member.
             DiskFull: there is no room; nothing half-written stays.
         """
-        self.require_writable()
-        artifact = self._artifact(manifest)
+        self.index.require_writable()
+        digest = manifest.digest
+        path = self.root / "artifacts" / digest
+        artifact = Artifact(digest, path, self.root / "graphs", manifest)
         self._store(artifact, files)
         row = Row(
             digest=artifact.digest,
@@ -133,7 +125,7 @@ class Mirror:
             BadPackage: it is damaged, or lacks a listed member.
             DiskFull: there is no room; nothing half-written stays.
         """
-        self.require_writable()
+        self.index.require_writable()
         target, tmp = self.root / "graphs" / graph.sha256, self.root / "tmp"
         needed = sum(member.size for member in graph.members)
         if not holds_members(target, graph):
@@ -150,13 +142,9 @@ class Mirror:
         """
         if self.index.row(digest) is None:
             return None
-        try:
-            artifact = self.read(digest, self.root / "artifacts" / digest)
-        except (OSError, BadManifest, DigestMismatch):
-            self._withdraw(digest, self.root / "artifacts" / digest)
-            return None
-        if not _has_sizes(artifact):
-            self._withdraw(digest)
+        artifact = self.read(digest)
+        if artifact is None or not _has_sizes(artifact):
+            self._withdraw(digest, None if artifact else self.root / "artifacts" / digest)
             return None
         return artifact
 
@@ -170,17 +158,13 @@ class Mirror:
         self.index.require_whole()
         return self.index.rows()
 
-    def pulled(self, pin: Pin) -> tuple[Artifact, str] | None:
+    def find_pull(self, pin: Pin) -> tuple[Artifact, str] | None:
         """The artifact that this pull gave before, and its path in the repo."""
-        found = self.index.pulled(pin)
+        found = self.index.find_pull(pin)
         if found is None:
             return None
         artifact = self.artifact(found[0])
         return None if artifact is None else (artifact, found[1])
-
-    def record_built(self, manifest: Manifest) -> None:
-        """Remember that this machine built this artifact, so it needs no one's trust."""
-        self.index.record_built(manifest)
 
     def verify(self, artifact: Artifact) -> None:
         """Hash every file of an artifact again.
@@ -202,14 +186,14 @@ class Mirror:
         """
         folder = self.root / "graphs" / graph.sha256
         for member in graph.members:
-            if not _has_bytes(folder / member.path, member.sha256):
+            if not has_bytes(folder / member.path, member.sha256):
                 self.quarantine(graph)
                 raise describe_changed(folder / member.path)
 
     def quarantine(self, graph: Graph) -> None:
         """Keep a graph apart that must not be opened, and promise no artifact that holds it."""
         if self.index.is_writable:
-            note = Note(graph, tuple(self.index.promises(graph.sha256)))
+            note = Note(graph, tuple(self.index.list_promises(graph.sha256)))
             self.index.remove_graph(graph.sha256)
             self._quarantine(self.root / "graphs" / graph.sha256, note)
 
@@ -220,34 +204,24 @@ class Mirror:
             DigestMismatch: it has other bytes; the artifact is in quarantine and no longer here.
         """
         path = artifact.file(file.path)
-        if not _has_bytes(path, file.sha256):
+        if not has_bytes(path, file.sha256):
             self._withdraw(artifact.digest, artifact.path)
             raise describe_changed(path)
         return path
 
-    def _artifact(self, manifest: Manifest) -> Artifact:
-        digest = manifest.digest
-        path = self.root / "artifacts" / digest
-        return Artifact(digest, path, self.root / "graphs", manifest)
+    def read(self, digest: str, folder: Path | None = None) -> Artifact | None:
+        """The artifact, promised or not, whose manifest lies in a folder, by default in its own.
 
-    def stored(self, digest: str) -> Artifact | None:
-        """An artifact whose manifest is here, promised or not; None where none is, or another."""
-        with suppress(OSError, BadManifest, DigestMismatch):
-            return self.read(digest, self.root / "artifacts" / digest)
-        return None
-
-    def read(self, digest: str, folder: Path) -> Artifact:
-        """The artifact whose manifest lies in a folder, which is believed by its digest.
-
-        Raises:
-            DigestMismatch: it is another; BadManifest, OSError: it cannot be read.
+        The manifest is believed by its digest; None where it is another, or cannot be read.
         """
+        folder = folder or self.root / "artifacts" / digest
         path = folder / manifests.FILENAME
-        text = path.read_bytes()
-        if hashlib.sha256(text).hexdigest() != digest:
-            raise describe_changed(path)
-        manifest = manifests.parse_manifest(text, str(path))
-        return Artifact(digest, folder, self.root / "graphs", manifest)
+        with suppress(OSError, BadManifest):
+            text = path.read_bytes()
+            if hashlib.sha256(text).hexdigest() == digest:
+                manifest = manifests.parse_manifest(text, str(path))
+                return Artifact(digest, folder, self.root / "graphs", manifest)
+        return None
 
     def _store(self, artifact: Artifact, files: Mapping[str, Path]) -> None:
         """Write what is missing; the artifact's own folder, which names the graphs, comes last."""
@@ -278,8 +252,8 @@ class Mirror:
         for _ in range(_ATTEMPTS):
             try:
                 folder.rename(target)
-            except OSError as why:
-                if why.errno not in _TAKEN:
+            except OSError as error:
+                if error.errno not in _TAKEN:
                     raise
                 if is_good():
                     return
@@ -295,7 +269,7 @@ class Mirror:
         A mirror that may not be written keeps both.
         """
         if self.index.is_writable:
-            promise = self.index.promise(digest)
+            promise = self.index.read_promise(digest)
             self.index.remove(digest)
             if broken is not None:
                 self._quarantine(broken, Note(None, (promise,) if promise else ()))
@@ -316,37 +290,17 @@ def _has_sizes(artifact: Artifact) -> bool:
     for graph in artifact.manifest.graphs:
         folder = artifact.graph_folder(graph)
         sizes |= {folder / member.path: member.size for member in graph.members}
-    return all(_has_size(path, size) for path, size in sizes.items())
-
-
-def _has_size(path: Path, size: int) -> bool:
-    """Whether a file is there, of this size."""
-    try:
-        return path.lstat().st_size == size
-    except OSError:
-        return False
-
-
-def holds_members(folder: Path, graph: Graph) -> bool:
-    """Whether an unpacked graph is there, byte for byte."""
-    members = graph.members
-    return folder.is_dir() and all(_has_bytes(folder / each.path, each.sha256) for each in members)
+    with suppress(OSError):
+        return all(path.lstat().st_size == size for path, size in sizes.items())
+    return False
 
 
 def holds_small(artifact: Artifact) -> bool:
     """Whether the manifest and the small tensors are there, byte for byte."""
     files = artifact.manifest.files
-    return _has_bytes(artifact.path / manifests.FILENAME, artifact.digest) and all(
-        _has_bytes(artifact.file(file.path), file.sha256) for file in files
+    return has_bytes(artifact.path / manifests.FILENAME, artifact.digest) and all(
+        has_bytes(artifact.file(file.path), file.sha256) for file in files
     )
-
-
-def _has_bytes(path: Path, sha256: str) -> bool:
-    """Whether a file is there, and no link, with these bytes; one that cannot be read has none."""
-    try:
-        return path.is_file() and not path.is_symlink() and hash_file(path) == sha256
-    except OSError:
-        return False
 
 
 def is_whole(artifact: Artifact) -> bool:

@@ -26,7 +26,7 @@ from hubaoti.program.names_read import collect_names_read, has_forward, reads_by
 class Notes(Protocol):
     """A place where small texts are kept by a digest, and may be forgotten; it never fails."""
 
-    def noted(self, digest: str) -> bytes | None:
+    def read_note(self, digest: str) -> bytes | None:
         """What was kept under a digest; None where nothing is known of it."""
 
     def note(self, found: Mapping[str, bytes]) -> None:
@@ -94,7 +94,7 @@ def scan_source(text: str) -> Parsed:
     notes, new = lent
     digest = hashlib.sha256(f"{rules}\0{text}".encode()).hexdigest()
     try:
-        return _DECODER.decode(notes.noted(digest) or b"")
+        return _DECODER.decode(notes.read_note(digest) or b"")
     except (msgspec.DecodeError, UnicodeError):
         found = parse_source(text)
         with suppress(UnicodeError):  # half of a character, which no JSON has

@@ -105,7 +105,7 @@ class OpenHistory:
 
     def problem(self, graph: Graph) -> str | None:
         """What is wrong with a graph, empty where nothing is; None if it was never opened."""
-        told = (self.mirror.index.tested(graph.sha256, host) for host in self.hosts)
+        told = (self.mirror.index.find_problem(graph.sha256, host) for host in self.hosts)
         return next((each for each in told if each is not None), None)
 
     def require_ops(self, graph: Graph) -> None:
@@ -114,7 +114,7 @@ class OpenHistory:
         Raises:
             MissingOps: it was.
         """
-        if problem := self.mirror.index.tested(_make_missing_ops_key(graph), self.hosts[-1]):
+        if problem := self.mirror.index.find_problem(_make_missing_ops_key(graph), self.hosts[-1]):
             raise self._missing(problem)
 
     def settle(self, verdict: OpenVerdict, graph: Graph) -> None:

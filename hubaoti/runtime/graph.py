@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from hubaoti.artifact.manifest import Graph as Entry
-from hubaoti.artifact.package import hash_file
+from hubaoti.artifact.package import holds_members
 from hubaoti.errors import (
     BadInput,
     BadRequest,
@@ -96,15 +96,7 @@ def find_loaded_folder(entry: Entry, folder: Path) -> Path:
     before = LOADED.get(entry.sha256)
     if before is None or before == folder:
         return folder
-    return before if all(_holds_package(place, entry) for place in (before, folder)) else folder
-
-
-def _holds_package(folder: Path, entry: Entry) -> bool:
-    """Whether a package lies unpacked in a folder, byte for byte."""
-    try:
-        return all(hash_file(folder / each.path) == each.sha256 for each in entry.members)
-    except OSError:
-        return False
+    return before if all(holds_members(place, entry) for place in (before, folder)) else folder
 
 
 def allows_code(folder: Path) -> bool:

@@ -38,7 +38,7 @@ class Limit:
 class Notes(Protocol):
     """What keeps things by digest that were found out on this host, as the mirror's index."""
 
-    def noted(self, digest: str) -> bytes | None: ...
+    def read_note(self, digest: str) -> bytes | None: ...
 
     def note(self, found: Mapping[str, bytes]) -> None: ...
 
@@ -53,12 +53,14 @@ def measure_threads(notes: Notes, host: str) -> None:
         return
     words = f"{_NOTE}: {host}, {torch.get_num_threads()} threads"
     digest = hashlib.sha256(words.encode()).hexdigest()
-    kept = notes.noted(digest)
+    kept = notes.read_note(digest)
     found = int.from_bytes(kept or b"", "big")
     if not LEAST <= found <= MOST_WORK:
         found = compute_thread_limit(time_parallel_loop(OPENMP))
         notes.note({digest: found.to_bytes(4, "big")})
-        first = int.from_bytes(notes.noted(digest) or b"", "big")  # another may have been faster
+        first = int.from_bytes(
+            notes.read_note(digest) or b"", "big"
+        )  # another may have been faster
         found = first if LEAST <= first <= MOST_WORK else found
     Limit.multiplications, Limit.is_known = found, True
 

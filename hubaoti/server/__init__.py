@@ -1,17 +1,5 @@
 """An endpoint that speaks the Hub's protocol: what the official clients call, and no more.
 
-    run          the foreground server, and one in a thread      app      routes, errors, lifespan
-    connections  how many, and how long they wait
-    routes       the table of requests                           request  one of them, checked
-    views_*      the answers                               serializers    the JSON in them
-    validation   every word from outside is checked here         errors   every "no"
-    auth         the token, and signatures for single errands    hub      the root folder, open
-    database     SQLite, transactions                            objects  files under their digest
-    repos        repos and refs        history  commits          trees    a commit's files
-    gitids       git's own names       card     a README's head  listing  the list of repos
-    uploads      which files are large xet      its two formats  merkle   a xorb's hash
-    ingest       Xet uploads taken apart
-
 Under the root: `hub.sqlite3` (repos, refs, commits), `objects/` (files under their SHA-256),
 `xorbs/` (Xet uploads not yet taken apart), `tmp/` (files being written, emptied at the start) and
 `lock`. A file is stored before the commit that names it, and a commit is one transaction, so a

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hubaoti.server.auth import Hosts
-from hubaoti.server.errors import ServerError, disk_full, other_host, says_full
+from hubaoti.server.errors import ServerError, disk_full, says_full
 from hubaoti.server.hub import Hub, open_hub
 from hubaoti.server.routes import ROUTES
 
@@ -49,11 +49,8 @@ def make_app(hub: Hub, hosts: Hosts) -> ASGIApp:
         routes=ROUTES,
         lifespan=lifespan,
         exception_handlers={
-            ServerError: _handle_server_error,
-            HTTPException: _handle_http_exception,
-            ClientDisconnect: _handle_disconnect,
-            OSError: _handle_disk_error,
-            sqlite3.OperationalError: _handle_disk_error,
+            **dict.fromkeys((ServerError, HTTPException, ClientDisconnect), _handle_refusal),
+            **dict.fromkeys((OSError, sqlite3.OperationalError), _handle_disk_error),
             Exception: _handle_failure,
         },
     )
@@ -65,42 +62,36 @@ def make_app(hub: Hub, hosts: Hosts) -> ASGIApp:
 def _refuse_other_hosts(app: ASGIApp, hosts: Hosts) -> ASGIApp:
     """Let the app answer what was sent to this endpoint by one of its names, or by none at all."""
 
-    async def judged(scope: Scope, receive: Receive, send: Send) -> None:
-        answer = app
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        chosen = app
         if scope["type"] == "http":
             host = Headers(scope=scope).get("host")
             if host is not None and not hosts.hold(host):
-                answer = other_host(host).response()
-        await answer(scope, receive, send)
+                message = f"This endpoint is not called {host[:100]!r}: see serve --allow-host"
+                chosen = ServerError(421, message).response()
+        await chosen(scope, receive, send)
 
-    return judged
+    return answer
 
 
 def _route_quoted_paths(app: ASGIApp) -> ASGIApp:
     """Let the app route on paths as they were sent: unquoted, `%2F` could not be told from `/`."""
 
-    async def quoted(scope: Scope, receive: Receive, send: Send) -> None:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             path = scope["raw_path"].partition(b"?")[0].decode("latin-1")
             scope = {**scope, "path": path, "root_path": ""}
         await app(scope, receive, send)
 
-    return quoted
+    return answer
 
 
-def _handle_server_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ServerError)
+def _handle_refusal(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        error = ServerError(error.status_code, error.detail, headers=error.headers)
+    elif not isinstance(error, ServerError):
+        error = ServerError(400, "The client left")  # which nobody is there to read
     return error.response()
-
-
-def _handle_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return ServerError(error.status_code, error.detail, headers=error.headers).response()
-
-
-def _handle_disconnect(request: Request, error: Exception) -> Response:
-    """Answer 400, which nobody is there to read."""
-    return ServerError(400, "The client left").response()
 
 
 def _handle_disk_error(request: Request, error: Exception) -> Response:

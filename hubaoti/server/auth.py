@@ -64,19 +64,17 @@ class Hosts:
     def hold(self, header: str) -> bool:
         """Whether a `Host` header names this endpoint."""
         host = parse_host(header)
-        return host in self._names or host == "localhost" or _is_loopback(host)
+        address = _parse_address(host)
+        is_loopback = host == "localhost" or (address is not None and address.is_loopback)
+        return is_loopback or host in self._names
 
 
 def _require_host(name: str) -> str:
-    """The host of a name that is allowed.
-
-    Raises:
-        BadRequest: it is none, as a URL.
-    """
+    """The host of a name that is allowed; BadRequest where it is none, as a URL."""
     host = parse_host(name)
-    if not (_parse_address(host) or _NAME.fullmatch(host)):
-        _refuse_host(name)
-    return host
+    if _parse_address(host) or _NAME.fullmatch(host):
+        return host
+    raise BadRequest(f"{name!r} is no host's name", hint="write it as hub.example or 10.0.0.5")
 
 
 def parse_host(text: str) -> str:
@@ -95,15 +93,6 @@ def _parse_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address |
         return ipaddress.ip_address(host)
     except ValueError:
         return None
-
-
-def _is_loopback(host: str) -> bool:
-    address = _parse_address(host)
-    return address is not None and address.is_loopback
-
-
-def _refuse_host(name: str) -> str:
-    raise BadRequest(f"{name!r} is no host's name", hint="write it as hub.example or 10.0.0.5")
 
 
 def read_bearer(authorization: str | None) -> str:

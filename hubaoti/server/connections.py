@@ -91,9 +91,8 @@ class Connection(H11Protocol):
 def _choose_connection_limit() -> int:
     """How many connections may be open: of the files that a process may have, a third at most."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (
-        MOST_CONNECTIONS if files == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, files // 3)
-    )
+    unlimited = files == resource.RLIM_INFINITY
+    return MOST_CONNECTIONS if unlimited else min(MOST_CONNECTIONS, files // 3)
 
 
 class Seldom(logging.Filter):

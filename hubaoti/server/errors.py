@@ -61,20 +61,10 @@ def too_large(what: str, limit: int) -> ServerError:
     return ServerError(413, f"{what} is larger than {limit} bytes")
 
 
-def too_slow() -> ServerError:
-    """408: the body does not come."""
-    return ServerError(408, "The body took too long to come", headers={"Connection": "close"})
-
-
-def other_host(host: str) -> ServerError:
-    """421: a request to a name that is not this endpoint's."""
-    return ServerError(421, f"This endpoint is not called {host[:100]!r}: see serve --allow-host")
-
-
 def repo_not_found(repo: object, *, trusted: bool) -> ServerError:
     """404 to who may know; to others 401, the same for a hidden repo and for none at all."""
-    status, why = (404, "") if trusted else (401, "; if it is private, send a valid token")
-    return ServerError(status, f"Repository not found: {repo}{why}", code="RepoNotFound")
+    status, advice = (404, "") if trusted else (401, "; if it is private, send a valid token")
+    return ServerError(status, f"Repository not found: {repo}{advice}", code="RepoNotFound")
 
 
 def disk_full() -> ServerError:

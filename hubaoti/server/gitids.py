@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TypeAlias
 
 _Folder: TypeAlias = "dict[str, str | _Folder]"
@@ -52,25 +51,15 @@ def _hash_folder(folder: _Folder, path: str, ids: dict[str, str]) -> str:
     return ids[path]
 
 
-@dataclass(frozen=True, slots=True)
-class CommitText:
-    """What a commit's id is made of."""
-
-    tree: str
-    parent: str | None
-    user: str
-    seconds: int
-    title: str
-    message: str
-
-    @property
-    def oid(self) -> str:
-        """The commit's id, as git computes it: a SHA-1 in hex."""
-        who = f"{self.user} <{self.user}@localhost> {self.seconds} +0000"
-        parent = f"parent {self.parent}\n" if self.parent else ""
-        words = f"{self.title}\n" + (f"\n{self.message}\n" if self.message else "")
-        head = f"tree {self.tree}\n{parent}author {who}\ncommitter {who}\n\n"
-        return _hash_object(b"commit", (head + words).encode())
+def hash_commit(
+    tree: str, parent: str | None, user: str, seconds: int, title: str, message: str
+) -> str:
+    """The id of a commit that its user made, at a time in Unix seconds."""
+    author = f"{user} <{user}@localhost> {seconds} +0000"
+    ancestor = f"parent {parent}\n" if parent else ""
+    words = f"{title}\n" + (f"\n{message}\n" if message else "")
+    head = f"tree {tree}\n{ancestor}author {author}\ncommitter {author}\n\n"
+    return _hash_object(b"commit", (head + words).encode())
 
 
 def _hash_object(kind: bytes, content: bytes) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from sqlite3 import Connection
 from typing import Any
 
 from hubaoti.server import card, repos, trees
 from hubaoti.server.errors import ServerError
-from hubaoti.server.gitids import CommitText
+from hubaoti.server.gitids import hash_commit
 from hubaoti.server.objects import Objects
 from hubaoti.server.repos import Repo
 from hubaoti.server.trees import Tree
@@ -60,10 +60,6 @@ class History:
             (repo.row, oid),
         ).fetchone()
         return Revision(*row)
-
-    def revisions(self, db: Connection, repo: Repo, oids: Iterable[str]) -> dict[str, Revision]:
-        """The commits of these ids, by id; each must be one of the repo's."""
-        return {oid: self.revision(db, repo, oid) for oid in set(oids)}
 
     def log(self, db: Connection, repo: Repo, oid: str, limit: int) -> list[Revision]:
         """A commit and those before it, newest first."""
@@ -135,7 +131,8 @@ class History:
     def squash(self, db: Connection, repo: Repo, branch: str, title: str) -> str:
         """Put one commit of the same files in place of a branch's whole history."""
         tree = self.tree(db, repo, repos.find_head(db, repo, branch))
-        return self._record(db, repo, branch, None, Draft(title), trees.assign_commit(tree, ""))
+        anew = {path: replace(entry, since="") for path, entry in tree.items()}
+        return self._record(db, repo, branch, None, Draft(title), anew)
 
     def _record(
         self,
@@ -147,7 +144,7 @@ class History:
         tree: Tree,
     ) -> str:
         root, seconds = trees.hash_folders(tree)[""], int(time.time())
-        oid = CommitText(root, parent, self._user, seconds, draft.title, draft.message).oid
+        oid = hash_commit(root, parent, self._user, seconds, draft.title, draft.message)
         row = (repo.row, oid, parent, draft.title, draft.message, repos.now())
         db.execute(
             "insert or ignore into revision values (?, ?, ?, ?, ?, ?, ?)",

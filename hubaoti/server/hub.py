@@ -53,7 +53,7 @@ def open_hub(root: Path, token: str | None = None, user: str = "local") -> Hub:
         HubaotiError: another process serves it.
     """
     if token is None:
-        token = _make_token()
+        token = f"hf_{secrets.token_urlsafe(24)}"
     if not (token and token.isascii() and token.isprintable() and " " not in token):
         raise BadRequest("a token is printable ASCII without spaces")
     if not is_owner(user):
@@ -62,27 +62,19 @@ def open_hub(root: Path, token: str | None = None, user: str = "local") -> Hub:
         _claim(root)
         lock = undo.enter_context(_lock(root))
         database = undo.enter_context(closing(Database(root / _INDEX)))
-        hub = _make_hub(root, lock, database, token, user)
+        objects = Objects(root)
+        hub = Hub(
+            database=database,
+            objects=objects,
+            history=History(objects, user),
+            ingest=Ingest(root, database, objects),
+            guard=Guard(token, bytes.fromhex(database.constant("secret", secrets.token_hex(32)))),
+            user=user,
+            epoch=database.constant("epoch", secrets.token_hex(8)),
+            lock=lock,
+        )
         undo.pop_all()
     return hub
-
-
-def _make_token() -> str:
-    return f"hf_{secrets.token_urlsafe(24)}"
-
-
-def _make_hub(root: Path, lock: IO[str], database: Database, token: str, user: str) -> Hub:
-    objects = Objects(root)
-    return Hub(
-        database=database,
-        objects=objects,
-        history=History(objects, user),
-        ingest=Ingest(root, database, objects),
-        guard=Guard(token, bytes.fromhex(database.constant("secret", secrets.token_hex(32)))),
-        user=user,
-        epoch=database.constant("epoch", secrets.token_hex(8)),
-        lock=lock,
-    )
 
 
 @contextmanager
@@ -91,17 +83,13 @@ def _explain_root_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.DatabaseError) as error:
-        raise _describe_root_error(root, error) from error
-
-
-def _describe_root_error(root: Path, error: OSError | sqlite3.DatabaseError) -> HubaotiError:
-    if says_full(error):
-        hint = "free some space there, or choose another --root"
-        return DiskFull(f"no room on the disk of {root}", hint=hint)
-    if isinstance(error, OSError):
-        return UnsafeFolder(f"{root} cannot be used: {error.strerror}")
-    hint = "move the folder away and start with an empty one"
-    return HubaotiError(f"{root / _INDEX} cannot be read: {error}", hint=hint)
+        if says_full(error):
+            hint = "free some space there, or choose another --root"
+            raise DiskFull(f"no room on the disk of {root}", hint=hint) from error
+        if isinstance(error, OSError):
+            raise UnsafeFolder(f"{root} cannot be used: {error.strerror}") from error
+        hint = "move the folder away and start with an empty one"
+        raise HubaotiError(f"{root / _INDEX} cannot be read: {error}", hint=hint) from error
 
 
 def _claim(root: Path) -> None:

@@ -15,19 +15,26 @@ import json
 import threading
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
-from hubaoti.server import merkle
 from hubaoti.server.database import Database
 from hubaoti.server.errors import disk_full
 from hubaoti.server.objects import Incoming, Objects
-from hubaoti.server.xet import BadXet, Segment, XetFile, read_chunk, read_chunks, read_files
+from hubaoti.server.xet import (
+    BadXet,
+    Segment,
+    XetFile,
+    hash_chunk,
+    hash_leaves,
+    read_chunk,
+    read_chunks,
+    read_files,
+)
 
 _RAW = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class _Place:
     """Where a chunk's bytes are: in an object, or, still packed, in their own raw xorb."""
 
     source: str
@@ -49,7 +56,7 @@ class Ingest:
     def _sweep(self) -> None:
         """Remove raw xorbs that nobody needs: what a killed process had no time to."""
         for file in self._raw.iterdir():
-            places = self._places(file.name)
+            places = self._find_places(file.name)
             if places is None or _are_moved(places):
                 file.unlink()
 
@@ -63,16 +70,14 @@ class Ingest:
         """
         with incoming.reread() as file:
             chunks = read_chunks(file, incoming.size)
-            found = merkle.hash_leaves(
-                merkle.hash_chunk(read_chunk(file, chunk.offset)) for chunk in chunks
-            )
+            found = hash_leaves(hash_chunk(read_chunk(file, chunk.offset)) for chunk in chunks)
         if found != xorb:
             raise BadXet(f"xorb hash mismatch: expected {xorb}, received {found}")
         with self._lock:
-            if any(place.source != _RAW for place in self._places(xorb) or ()):
+            if any(place.source != _RAW for place in self._find_places(xorb) or ()):
                 return False
             incoming.move_to(self._raw / xorb)
-            self._remember({xorb: [Place(_RAW, chunk.offset, chunk.length) for chunk in chunks]})
+            self._remember({xorb: [_Place(_RAW, chunk.offset, chunk.length) for chunk in chunks]})
         return True
 
     def assemble(self, shard: bytes) -> None:
@@ -88,7 +93,7 @@ class Ingest:
                 self._assemble(file)
 
     def _assemble(self, file: XetFile) -> None:
-        places = {xorb: self._known(xorb) for xorb in {s.xorb for s in file.segments}}
+        places = {xorb: self._require_places(xorb) for xorb in {s.xorb for s in file.segments}}
         for segment in file.segments:
             _check_segment(segment, places[segment.xorb])
         if self._is_done(file, places):
@@ -100,43 +105,52 @@ class Ingest:
             if _are_moved(known):
                 (self._raw / xorb).unlink(missing_ok=True)
 
-    def _is_done(self, file: XetFile, places: dict[str, list[Place]]) -> bool:
+    def _is_done(self, file: XetFile, places: dict[str, list[_Place]]) -> bool:
         """Whether this upload came before: a client repeats one whose answer it missed."""
         here = file.sha256 is not None and self._objects.size(file.sha256) is not None
         return here and all(_are_moved(known) for known in places.values())
 
-    def _write(self, file: XetFile, places: dict[str, list[Place]]) -> dict[str, list[Place]]:
+    def _write(self, file: XetFile, places: dict[str, list[_Place]]) -> dict[str, list[_Place]]:
         """Write the file; returns the places, changed to where its chunks are now."""
-        found: list[tuple[str, int, Place]] = []
-        with self._objects.receive() as incoming, _Sources(self._raw, self._objects) as sources:
+        found: list[tuple[str, int, _Place]] = []
+        with self._objects.receive() as incoming:
             for segment in file.segments:
                 for index in range(segment.first, segment.last):
-                    content = sources.read(segment.xorb, places[segment.xorb][index])
-                    found.append((segment.xorb, index, Place("", incoming.size, len(content))))
+                    content = self._read_place(segment.xorb, places[segment.xorb][index])
+                    found.append((segment.xorb, index, _Place("", incoming.size, len(content))))
                     incoming.write(content)
             sha256 = incoming.keep(file.sha256)
         for xorb, index, place in found:
             places[xorb][index] = replace(place, source=sha256)
         return places
 
-    def _known(self, xorb: str) -> list[Place]:
-        places = self._places(xorb)
+    def _read_place(self, xorb: str, place: _Place) -> bytes:
+        """The unpacked bytes of the chunk at a place of a xorb."""
+        if place.source == _RAW:
+            with (self._raw / xorb).open("rb") as file:
+                return read_chunk(file, place.offset)
+        with self._objects.path(place.source).open("rb") as file:
+            file.seek(place.offset)
+            return file.read(place.length)
+
+    def _require_places(self, xorb: str) -> list[_Place]:
+        places = self._find_places(xorb)
         if places is None:
             raise BadXet(f"the shard names a xorb that was not uploaded: {xorb}")
         return places
 
-    def _places(self, xorb: str) -> list[Place] | None:
+    def _find_places(self, xorb: str) -> list[_Place] | None:
         with self._database.reading() as db:
             row = db.execute("select places from xorb where hash = ?", (xorb,)).fetchone()
-        return [Place(*place) for place in json.loads(row[0])] if row else None
+        return [_Place(*place) for place in json.loads(row[0])] if row else None
 
-    def _remember(self, places: dict[str, list[Place]]) -> None:
+    def _remember(self, places: dict[str, list[_Place]]) -> None:
         rows = [(xorb, json.dumps([astuple(p) for p in held])) for xorb, held in places.items()]
         with self._database.writing() as db:
             db.executemany("insert or replace into xorb values (?, ?)", rows)
 
 
-def _check_segment(segment: Segment, places: list[Place]) -> None:
+def _check_segment(segment: Segment, places: list[_Place]) -> None:
     if not segment.first < segment.last <= len(places):
         raise BadXet("the shard names chunks that its xorb does not have")
     length = sum(place.length for place in places[segment.first : segment.last])
@@ -144,38 +158,5 @@ def _check_segment(segment: Segment, places: list[Place]) -> None:
         raise BadXet("the shard names another length than its chunks have")
 
 
-def _are_moved(places: list[Place]) -> bool:
+def _are_moved(places: list[_Place]) -> bool:
     return all(place.source != _RAW for place in places)
-
-
-class _Sources:
-    """Open files to read chunks from, few at a time."""
-
-    _OPEN = 16
-
-    def __init__(self, raw: Path, objects: Objects) -> None:
-        self._raw = raw
-        self._objects = objects
-        self._files: dict[Path, BinaryIO] = {}
-
-    def __enter__(self) -> _Sources:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def read(self, xorb: str, place: Place) -> bytes:
-        """The unpacked bytes of the chunk at a place of a xorb."""
-        if place.source == _RAW:
-            return read_chunk(self._file(self._raw / xorb), place.offset)
-        file = self._file(self._objects.path(place.source))
-        file.seek(place.offset)
-        return file.read(place.length)
-
-    def _file(self, path: Path) -> BinaryIO:
-        if path not in self._files:
-            if len(self._files) == self._OPEN:
-                self._files.pop(next(iter(self._files))).close()
-            self._files[path] = path.open("rb")
-        return self._files[path]

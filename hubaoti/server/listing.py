@@ -40,7 +40,7 @@ class Query:
         if refused := _UNSUPPORTED & query.keys():
             raise malformed_request(f"This endpoint cannot filter by {', '.join(sorted(refused))}")
         tags = [tag for value in query.getlist("filter") for tag in value.split(",")]
-        sort = query.get("sort", "trendingScore")
+        sort, gated = query.get("sort", "trendingScore"), query.get("gated", "").lower()
         if sort not in _SORTS:
             raise malformed_request(f"This endpoint cannot sort by {sort!r}")
         return cls(
@@ -49,7 +49,7 @@ class Query:
             search=tuple(
                 word.lower() for value in query.getlist("search") for word in value.split()
             ),
-            gated=_is_gated(query.get("gated", "")),
+            gated=validation.is_set(gated) or gated in {"auto", "manual"},
             sort=sort,
             start=_read_number(query, "cursor", 0),
             limit=min(_read_number(query, "limit", _PAGE), _PAGE),
@@ -63,34 +63,29 @@ class Query:
         """Whether the repos' files are asked for."""
         return self.full or bool(self.expand & {"siblings", "usedStorage"})
 
-    def wants(self, said: dict[str, Any]) -> bool:
+    def wants(self, facts: dict[str, Any]) -> bool:
         """Whether this repo is one of those asked for; ours are never gated."""
-        name = said["id"].lower()
+        name = facts["id"].lower()
         return (
-            self.tags <= set(said["tags"])
-            and self.author in {"", said["author"]}
+            self.tags <= set(facts["tags"])
+            and self.author in {"", facts["author"]}
             and all(word in name for word in self.search)
             and not self.gated
         )
 
-    def shown(self, said: dict[str, Any]) -> dict[str, Any]:
+    def choose(self, facts: dict[str, Any]) -> dict[str, Any]:
         """What of a repo is asked for."""
-        shown = serializers.choose_properties(
-            said, expand=set(self.expand), listed=True, full=self.full
-        )
-        return shown | ({"cardData": said["cardData"]} if self.card else {})
+        expand, full = self.expand, self.full
+        chosen = serializers.choose_properties(facts, expand=expand, listed=True, full=full)
+        return chosen | ({"cardData": facts["cardData"]} if self.card else {})
 
 
 def list_page(repos: list[dict[str, Any]], query: Query) -> tuple[list[dict[str, Any]], int | None]:
     """A page of the repos asked for, and where the next one starts, if there is one."""
-    found = sorted(filter(query.wants, repos), key=lambda said: str(said["id"]))
-    found.sort(key=lambda said: said[query.sort], reverse=True)
+    found = sorted(filter(query.wants, repos), key=lambda facts: str(facts["id"]))
+    found.sort(key=lambda facts: facts[query.sort], reverse=True)
     end = query.start + query.limit
     return found[query.start : end], end if query.limit and end < len(found) else None
-
-
-def _is_gated(said: str) -> bool:
-    return validation.is_set(said) or said.lower() in {"auto", "manual"}
 
 
 def _read_number(query: QueryParams, name: str, default: int) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
+from hubaoti.disk import sync_folder
 from hubaoti.server.errors import malformed_request
 
 
@@ -29,10 +30,9 @@ class Objects:
 
     def size(self, sha256: str) -> int | None:
         """The object's size in bytes; None when it is not here."""
-        try:
+        with suppress(FileNotFoundError):
             return self.path(sha256).stat().st_size
-        except FileNotFoundError:
-            return None
+        return None
 
     def free(self) -> int:
         """How many bytes the disk still takes."""
@@ -66,19 +66,14 @@ class Incoming:
     def __enter__(self) -> Incoming:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             self._file.close()  # which fails when its last bytes find no room
         finally:
             self._path.unlink(missing_ok=True)
 
     def write(self, content: bytes) -> None:
-        """Append these bytes, and hash them."""
+        """Append these bytes, and hash them, so that `keep` can compare."""
         self._hash.update(content)
         self._file.write(content)
         self.size += len(content)
@@ -107,14 +102,6 @@ class Incoming:
         os.fsync(self._file.fileno())
         if not path.parent.is_dir():
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            _flush_folder(path.parent.parent)
+            sync_folder(path.parent.parent)
         self._path.replace(path)
-        _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_folder(path.parent)

@@ -35,8 +35,7 @@ class Ref:
 
 def now() -> str:
     """The time, as the Hub writes it."""
-    moment = datetime.now(UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def find(db: Connection, repo: RepoId) -> Repo | None:
@@ -137,21 +136,17 @@ def resolve(db: Connection, repo: Repo, revision: str) -> str:
 
     A full commit id is looked up first, so that no ref can pose as a pinned commit.
     """
-    folder, name = _split_revision(revision)
+    match = re.fullmatch(r"refs/(heads|tags)/(.+)", revision, re.DOTALL)
+    folders, name = ((match[1],), match[2]) if match else (("heads", "tags"), revision)
     if name.startswith("refs/"):
         raise revision_not_found(f"{revision} (only branches and tags are served, no PRs)")
     commit = _find_commit(db, repo, revision) if len(revision) == 40 else None
-    for place in ("heads", "tags") if folder is None else (folder,):
-        commit = commit or _find_ref(db, repo, place, name)
+    for folder in folders:
+        commit = commit or _find_ref(db, repo, folder, name)
     commit = commit or _find_commit(db, repo, revision)
     if commit is None:
         raise revision_not_found(revision)
     return commit
-
-
-def _split_revision(revision: str) -> tuple[str | None, str]:
-    match = re.fullmatch(r"refs/(heads|tags)/(.+)", revision, re.DOTALL)
-    return (match[1], match[2]) if match else (None, revision)
 
 
 def _find_commit(db: Connection, repo: Repo, digits: str) -> str | None:

@@ -25,7 +25,6 @@ from hubaoti.server.errors import (
     malformed_request,
     repo_not_found,
     too_large,
-    too_slow,
 )
 from hubaoti.server.hub import Hub
 from hubaoti.server.repos import Repo
@@ -76,8 +75,8 @@ class ApiRequest:
     def demand_token(self) -> None:
         """401 unless the request carries the token."""
         if not self.trusted:
-            said = self.request.headers.get("authorization")
-            raise ServerError(401, BAD_TOKEN if said else NO_TOKEN)
+            given = self.request.headers.get("authorization")
+            raise ServerError(401, BAD_TOKEN if given else NO_TOKEN)
 
     def refuse_pr(self) -> None:
         """400 to whoever asks for a pull request."""
@@ -96,9 +95,8 @@ class ApiRequest:
     def base(self) -> str:
         """The endpoint's URL, as this client knows it."""
         host, port = self.request.scope.get("server") or ("127.0.0.1", 80)
-        return f"{self.request.scope['scheme']}://" + self.request.headers.get(
-            "host", f"{host}:{port}"
-        )
+        name = self.request.headers.get("host", f"{host}:{port}")
+        return f"{self.request.scope['scheme']}://{name}"
 
     def next_page(self, path: str, **changed: object) -> dict[str, str]:
         """The `Link` header to a list's next page: this query, changed."""
@@ -111,7 +109,7 @@ Body = dict[str, Any]
 Permit = Callable[[ApiRequest], None]
 """Raises unless a request may do what it asks for."""
 
-View = Callable[[Request], Response | Awaitable[Response]]
+View = Callable[[Request], Awaitable[Response]]
 
 
 def _allow_anybody(ask: ApiRequest) -> None:
@@ -122,36 +120,32 @@ def reads(view: Callable[[ApiRequest], Response], permit: Permit = _allow_anybod
     """Make an endpoint of a view that needs no body; `permit` is asked first."""
 
     @wraps(view)
-    def answer(request: Request) -> Response:
-        ask = ApiRequest(request)
-        permit(ask)
-        return view(ask)
+    async def answer(ask: ApiRequest) -> Response:
+        return await run_in_threadpool(view, ask)
 
-    return answer
+    return streams(answer, permit)
 
 
 def writes(view: Callable[[ApiRequest, Body], Response], limit: int = _SMALL) -> View:
     """Make an endpoint of a view that needs the token, which is checked before the body is read."""
 
     @wraps(view)
-    async def answer(request: Request) -> Response:
-        ask = ApiRequest(request)
-        ask.demand_token()
-        body = validation.parse_json_object(await _wait_for_body(read_whole_body(request, limit)))
-        return await run_in_threadpool(view, ask, body)
+    async def answer(ask: ApiRequest) -> Response:
+        content = await _wait_for_body(read_whole_body(ask.request, limit))
+        return await run_in_threadpool(view, ask, validation.parse_json_object(content))
 
-    return answer
+    return streams(answer, ApiRequest.demand_token)
 
 
 def reads_body(view: Callable[[ApiRequest, bytes], Response]) -> View:
     """Make an endpoint of a view that anybody may call, and whose question is its body."""
 
     @wraps(view)
-    async def answer(request: Request) -> Response:
-        body = await _wait_for_body(read_whole_body(request, LIST))
-        return await run_in_threadpool(view, ApiRequest(request), body)
+    async def answer(ask: ApiRequest) -> Response:
+        content = await _wait_for_body(read_whole_body(ask.request, LIST))
+        return await run_in_threadpool(view, ask, content)
 
-    return answer
+    return streams(answer, _allow_anybody)
 
 
 def streams(view: Callable[[ApiRequest], Awaitable[Response]], permit: Permit) -> View:
@@ -180,7 +174,8 @@ async def _wait_for_body(body: Awaitable[bytes]) -> bytes:
         async with asyncio.timeout(_SILENCE):
             return await body
     except TimeoutError:
-        raise too_slow() from None
+        headers = {"Connection": "close"}
+        raise ServerError(408, "The body took too long to come", headers=headers) from None
 
 
 async def read_bounded(request: Request, limit: int) -> AsyncIterator[bytes]:

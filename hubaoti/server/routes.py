@@ -7,59 +7,62 @@ of the words that may follow, so the two cannot be confused.
 
 from __future__ import annotations
 
-from starlette.convertors import Convertor, register_url_convertor
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.routing import Mount, Route
 
-from hubaoti.server import (
-    views_account,
-    views_commit,
-    views_files,
-    views_refs,
-    views_repos,
-    views_uploads,
-)
+from hubaoti.server import views_files, views_repos, views_uploads
 from hubaoti.server.request import LIST, ApiRequest, View, reads, reads_body, streams, writes
 from hubaoti.server.validation import KINDS
 from hubaoti.server.views_uploads import demand_lfs, demand_xet
 
 
-class _Kind(Convertor[str]):
+class _Kind(StringConvertor):
     regex = "|".join(KINDS)
-
-    def convert(self, value: str) -> str:
-        return value
-
-    def to_string(self, value: str) -> str:
-        return value
 
 
 register_url_convertor("kind", _Kind())
+
+_view_storage = reads(views_repos.view_storage, ApiRequest.demand_token)
+_issue_xet_token = reads(views_uploads.issue_xet_token, ApiRequest.demand_token)
+
+_ENDPOINT: list[tuple[str, str, View]] = [
+    ("GET", "/api/whoami-v2", reads(views_repos.whoami)),
+    ("POST", "/api/validate-yaml", reads_body(views_repos.validate_yaml)),
+    ("POST", "/api/repos/create", writes(views_repos.view_create)),
+    ("DELETE", "/api/repos/delete", writes(views_repos.view_delete)),
+    ("POST", "/api/repos/move", writes(views_repos.view_move)),
+    ("GET", "/api/settings/repositories", _view_storage),
+    ("GET", "/api/organizations/{owner}/settings/repositories", _view_storage),
+    ("GET", "/api/{kind:kind}", reads(views_repos.search)),
+    ("PUT", "/_lfs/{oid}", streams(views_uploads.put_lfs_object, demand_lfs)),
+    (
+        "POST",
+        "/_cas/{epoch}/v1/xorbs/{prefix}/{hash}",
+        streams(views_uploads.post_xorb, demand_xet),
+    ),
+    ("POST", "/_cas/{epoch}/v1/shards", streams(views_uploads.post_shard, demand_xet)),
+]
 
 _API: list[tuple[str, str, View]] = [
     ("GET", "/revision/{revision}", reads(views_repos.view_repo)),
     ("GET", "/auth-check", reads(views_repos.check_auth)),
     ("GET", "/auth-check/write", reads(views_repos.check_auth, ApiRequest.demand_token)),
     ("PUT", "/settings", writes(views_repos.update_settings)),
-    ("GET", "/refs", reads(views_refs.view_refs)),
-    ("GET", "/commits/{revision}", reads(views_refs.view_log)),
-    ("POST", "/branch/{branch}", writes(views_refs.create_branch)),
-    ("DELETE", "/branch/{branch}", writes(views_refs.delete_branch)),
-    ("POST", "/tag/{revision}", writes(views_refs.create_tag)),
-    ("DELETE", "/tag/{revision}", writes(views_refs.delete_tag)),
-    ("POST", "/super-squash/{branch}", writes(views_refs.squash)),
+    ("GET", "/refs", reads(views_repos.view_refs)),
+    ("GET", "/commits/{revision}", reads(views_repos.view_log)),
+    ("POST", "/branch/{branch}", writes(views_repos.create_branch)),
+    ("DELETE", "/branch/{branch}", writes(views_repos.delete_branch)),
+    ("POST", "/tag/{revision}", writes(views_repos.create_tag)),
+    ("DELETE", "/tag/{revision}", writes(views_repos.delete_tag)),
+    ("POST", "/super-squash/{branch}", writes(views_repos.squash)),
     ("GET", "/tree/{revision}", reads(views_files.view_tree)),
     ("GET", "/tree/{revision}/{path:path}", reads(views_files.view_tree)),
     ("POST", "/paths-info/{revision}", reads_body(views_files.view_paths)),
     ("POST", "/preupload/{revision}", writes(views_uploads.preupload, LIST)),
-    (
-        "GET",
-        "/xet-write-token/{revision}",
-        reads(views_uploads.issue_xet_token, ApiRequest.demand_token),
-    ),
-    ("POST", "/commit/{revision}", streams(views_commit.view_commit, ApiRequest.demand_token)),
+    ("GET", "/xet-write-token/{revision}", _issue_xet_token),
+    ("POST", "/commit/{revision}", streams(views_uploads.view_commit, ApiRequest.demand_token)),
     ("GET", "", reads(views_repos.view_repo)),
 ]
-
 
 _PAGES: list[tuple[str, str, View]] = [
     ("GET", "/resolve/{revision}/{path:path}", reads(views_files.view_content)),
@@ -77,32 +80,8 @@ def _make_repo_routes(prefix: str, rows: list[tuple[str, str, View]]) -> list[Ro
 
 
 ROUTES = [
-    Route("/api/whoami-v2", reads(views_account.whoami), methods=["GET"]),
-    Route("/api/validate-yaml", reads_body(views_account.validate_yaml), methods=["POST"]),
-    Route("/api/repos/create", writes(views_repos.view_create), methods=["POST"]),
-    Route("/api/repos/delete", writes(views_repos.view_delete), methods=["DELETE"]),
-    Route("/api/repos/move", writes(views_repos.view_move), methods=["POST"]),
-    Route(
-        "/api/settings/repositories",
-        reads(views_repos.view_storage, ApiRequest.demand_token),
-        methods=["GET"],
-    ),
-    Route(
-        "/api/organizations/{owner}/settings/repositories",
-        reads(views_repos.view_storage, ApiRequest.demand_token),
-        methods=["GET"],
-    ),
-    Route("/api/{kind:kind}", reads(views_repos.search), methods=["GET"]),
+    *(Route(path, view, methods=[method]) for method, path, view in _ENDPOINT),
     *_make_repo_routes("/api/{kind:kind}", _API),
-    Route("/_lfs/{oid}", streams(views_uploads.put_lfs_object, demand_lfs), methods=["PUT"]),
-    Route(
-        "/_cas/{epoch}/v1/xorbs/{prefix}/{hash}",
-        streams(views_uploads.post_xorb, demand_xet),
-        methods=["POST"],
-    ),
-    Route(
-        "/_cas/{epoch}/v1/shards", streams(views_uploads.post_shard, demand_xet), methods=["POST"]
-    ),
     # Whatever else hf_xet asks for first (grants, known chunks) it does without, when it is a 404.
     Mount("/_cas", routes=[]),
     *_make_repo_routes("/{kind:kind}", _PAGES),

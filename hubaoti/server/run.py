@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def serve(
     """
     with _listen(host, port) as listener:
         hosts = Hosts((host, *allow_hosts))
-        with _open_root(root, token) as hub:
+        with closing(open_hub(root, token)) as hub:
             endpoint = Endpoint(_format_url(listener), hub.guard.token)
             announce = (lambda: ready(endpoint.url, endpoint.token)) if ready else (lambda: None)
             server = _Server(hub, hosts, announce)
@@ -65,7 +65,11 @@ def serve(
 @contextmanager
 def serve_in_thread(root: Path, token: str | None = None, port: int = 0) -> Iterator[Endpoint]:
     """Serve a root folder on 127.0.0.1 from a thread of this process, as long as the block runs."""
-    with _listen("127.0.0.1", port) as listener, _open_root(root, token) as hub, limit_log_lines():
+    with (
+        _listen("127.0.0.1", port) as listener,
+        closing(open_hub(root, token)) as hub,
+        limit_log_lines(),
+    ):
         started = threading.Event()
         server = _Server(hub, Hosts(), started.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -118,15 +122,6 @@ def _suppress_cancellation(app: ASGIApp) -> ASGIApp:
 
 
 @contextmanager
-def _open_root(root: Path, token: str | None) -> Iterator[Hub]:
-    hub = open_hub(root, token)
-    try:
-        yield hub
-    finally:
-        hub.close()
-
-
-@contextmanager
 def _listen(host: str, port: int) -> Iterator[socket.socket]:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -139,15 +134,11 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
         try:
             listener.bind(address)
         except OSError as error:
-            raise _describe_bind_error(host, port, error) from error
+            is_taken = error.errno == errno.EADDRINUSE
+            reason = "is in use" if is_taken else f"cannot be used: {error.strerror}"
+            hint = "choose another --port, or 0 for a free one"
+            raise HubaotiError(f"{host}:{port} {reason}", hint=hint) from error
         yield listener
-
-
-def _describe_bind_error(host: str, port: int, error: OSError) -> HubaotiError:
-    reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
-    return HubaotiError(
-        f"{host}:{port} {reason}", hint="choose another --port, or 0 for a free one"
-    )
 
 
 def _format_url(listener: socket.socket) -> str:

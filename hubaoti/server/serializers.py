@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from hubaoti.server import card, trees
+from hubaoti.server.gitids import format_pointer
 from hubaoti.server.history import Revision
 from hubaoti.server.repos import Repo
 from hubaoti.server.trees import Tree, TreeEntry
@@ -15,6 +16,7 @@ from hubaoti.server.trees import Tree, TreeEntry
 Json = dict[str, Any]
 
 _ALWAYS = frozenset({"_id", "id", "modelId"})
+_FROM_CARD = ("library_name", "pipeline_tag", "sdk")
 _ON_REQUEST = frozenset({"usedStorage"})
 _NOT_IN_LISTS = frozenset({"siblings", "cardData", "sha", "lastModified", "author", "gated"})
 _NOT_IN_LISTS |= {"disabled"}
@@ -40,9 +42,7 @@ def serialize_repo(of: Repo, head: Revision) -> Json:
         "tags": card.derive_tags(of.id.kind, of.card),
         "cardData": of.card,
     }
-    fields |= {
-        key: of.card[key] for key in ("library_name", "pipeline_tag", "sdk") if key in of.card
-    }
+    fields |= {key: of.card[key] for key in _FROM_CARD if key in of.card}
     return fields | ({"modelId": name} if of.id.kind == "model" else {})
 
 
@@ -62,13 +62,13 @@ def count_storage(tree: Tree) -> int:
 
 
 def choose_properties(
-    said: Json, *, expand: set[str], listed: bool = False, full: bool = False
+    facts: Json, *, expand: Set[str], listed: bool = False, full: bool = False
 ) -> Json:
     """The properties that were asked for; without `expand`, the usual ones."""
     if expand:
-        return {key: said[key] for key in said if key in expand | _ALWAYS}
+        return {key: facts[key] for key in facts if key in expand | _ALWAYS}
     left_out = _ON_REQUEST | (_NOT_IN_LISTS if listed and not full else frozenset())
-    return {key: said[key] for key in said if key not in left_out}
+    return {key: facts[key] for key in facts if key not in left_out}
 
 
 def _serialize_sibling(path: str, entry: TreeEntry, blobs: bool) -> Json:
@@ -76,12 +76,12 @@ def _serialize_sibling(path: str, entry: TreeEntry, blobs: bool) -> Json:
     if not blobs:
         return {"rfilename": path}
     fields: Json = {"rfilename": path, "size": entry.size, "blobId": entry.blob}
-    return fields | (
-        {"lfs": {"sha256": entry.sha256, **_serialize_lfs(entry)}} if entry.lfs else {}
-    )
+    if entry.lfs:
+        fields["lfs"] = {"sha256": entry.sha256, **_serialize_lfs(entry)}
+    return fields
 
 
-def _serialize_file(path: str, entry: TreeEntry, last: Revision | None = None) -> Json:
+def _serialize_file(path: str, entry: TreeEntry, last: Revision | None) -> Json:
     """A file, as a tree lists it; with the commit that last changed it, where that is asked for."""
     fields: Json = {"type": "file", "oid": entry.blob, "size": entry.size, "path": path}
     if entry.lfs:
@@ -90,12 +90,8 @@ def _serialize_file(path: str, entry: TreeEntry, last: Revision | None = None) -
 
 
 def _serialize_lfs(entry: TreeEntry) -> Json:
-    return {"size": entry.size, "pointerSize": entry.pointer_size}
-
-
-def _serialize_folder(path: str, oid: str, last: Revision | None = None) -> Json:
-    """A folder, as a tree lists it."""
-    return {"type": "directory", "oid": oid, "size": 0, "path": path} | _serialize_last_commit(last)
+    pointer = format_pointer(entry.sha256, entry.size)
+    return {"size": entry.size, "pointerSize": len(pointer)}
 
 
 def _serialize_last_commit(last: Revision | None) -> Json:
@@ -116,14 +112,15 @@ def serialize_tree(tree: Tree, revisions: Mapping[str, Revision] | None = None) 
             for step in trees.list_parent_folders([path]):
                 newest[step] = max(newest.get(step, last), last, key=lambda r: r.date)
     ids = {path: oid for path, oid in trees.hash_folders(tree).items() if path}
-    return found | {
-        path: _serialize_folder(path, oid, newest.get(path)) for path, oid in ids.items()
-    }
+    for path, oid in ids.items():
+        folder = {"type": "directory", "oid": oid, "size": 0, "path": path}
+        found[path] = folder | _serialize_last_commit(newest.get(path))
+    return found
 
 
 def serialize_commit(of: Revision, user: str, *, formatted: bool = False) -> Json:
     """A commit, as a log lists it."""
-    said: Json = {
+    fields: Json = {
         "id": of.oid,
         "title": of.title,
         "message": of.message,
@@ -131,5 +128,5 @@ def serialize_commit(of: Revision, user: str, *, formatted: bool = False) -> Jso
         "authors": [{"user": user}],
     }
     if formatted:
-        said["formatted"] = {"title": html.escape(of.title), "message": html.escape(of.message)}
-    return said
+        fields["formatted"] = {"title": html.escape(of.title), "message": html.escape(of.message)}
+    return fields

@@ -5,10 +5,22 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from hubaoti.server.errors import entry_not_found, malformed_request
 from hubaoti.server.gitids import format_pointer, hash_blob, hash_trees
+
+_LARGE = 1_000_000
+"""From this size on (bytes) a file is large, whatever it is."""
+
+_SUFFIXES = """
+    .arrow .bin .ckpt .gguf .gz .h5 .jpeg .jpg .msgpack .npy .npz .onnx .ot .parquet .pb .pickle
+    .pkl .png .pt .pt2 .pth .safetensors .so .tar .tgz .tflite .webp .xz .zip .zst
+"""
+
+LFS_SUFFIXES = frozenset(_SUFFIXES.split())
+"""Always large: formats that no one reads as text. New repos name them in `.gitattributes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +38,15 @@ class TreeEntry:
         """What the Hub calls the file's content by."""
         return self.sha256 if self.lfs else self.blob
 
-    @property
-    def pointer_size(self) -> int:
-        """How long the text is that git keeps for it."""
-        return len(format_pointer(self.sha256, self.size))
-
 
 Tree = Mapping[str, TreeEntry]
+
+
+def is_large(path: str, size: int, sample: bytes) -> bool:
+    """Whether this file goes by LFS (or Xet); empty ones never do."""
+    if size == 0:
+        return False
+    return size >= _LARGE or b"\0" in sample or PurePosixPath(path).suffix.lower() in LFS_SUFFIXES
 
 
 def make_regular_entry(content: bytes, sha256: str) -> TreeEntry:
@@ -73,16 +87,14 @@ def apply_changes(tree: Tree, changes: Iterable[TreeChange], commit: str) -> dic
     after = dict(tree)
     for change in changes:
         if isinstance(change, Put):
-            after[change.path] = _keep_unchanged(tree.get(change.path), change.entry)
+            old, new = tree.get(change.path), change.entry
+            after[change.path] = old if old and (old.blob, old.lfs) == (new.blob, new.lfs) else new
         else:
             _delete_path(after, tree, change, commit)
-    _refuse_clashes(after)
+    for folder in list_parent_folders(after):
+        if folder in after:
+            raise malformed_request(f"{folder!r} cannot be both a file and a folder")
     return after
-
-
-def _keep_unchanged(old: TreeEntry | None, new: TreeEntry) -> TreeEntry:
-    same = old is not None and (old.blob, old.lfs) == (new.blob, new.lfs)
-    return old if old is not None and same else new
 
 
 def _delete_path(after: dict[str, TreeEntry], before: Tree, change: Delete, commit: str) -> None:
@@ -98,12 +110,6 @@ def _list_deleted_files(tree: Tree, change: Delete) -> list[str]:
     if change.folder:
         return [path for path in tree if path.startswith(f"{change.path}/")]
     return [change.path] if change.path in tree else []
-
-
-def _refuse_clashes(tree: Tree) -> None:
-    for folder in list_parent_folders(tree):
-        if folder in tree:
-            raise malformed_request(f"{folder!r} cannot be both a file and a folder")
 
 
 def list_parent_folders(paths: Iterable[str]) -> set[str]:
@@ -131,8 +137,3 @@ def dump_tree(tree: Tree, commit: str) -> bytes:
 def load_tree(row: bytes) -> Tree:
     """Read a tree from its row, as `dump_tree` wrote it."""
     return {path: TreeEntry(*fields) for path, fields in json.loads(zlib.decompress(row)).items()}
-
-
-def assign_commit(tree: Tree, commit: str) -> dict[str, TreeEntry]:
-    """The same files, as one commit's work."""
-    return {path: replace(entry, since=commit) for path, entry in tree.items()}

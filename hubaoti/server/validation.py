@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
@@ -192,16 +193,12 @@ def parse_json_fields(body: bytes, kind: type[_Fields]) -> _Fields:
         raise malformed_request("The body is not the JSON that is needed here") from None
 
 
-def check_list(body: dict[str, Any], key: str) -> list[Any]:
-    """The list that a body holds under a key."""
+def iterate_objects(body: dict[str, Any], key: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects of the list that a body holds under a key; 400 where there is another."""
     found = body.get(key)
     if not isinstance(found, list):
         raise malformed_request(f"The body needs a list: {key!r}")
-    return found
-
-
-def check_item(found: object) -> dict[str, Any]:
-    """An element of such a list, which is an object; else 400."""
-    if not isinstance(found, dict):
-        raise malformed_request("Each item must be a JSON object")
-    return found
+    for item in found:
+        if not isinstance(item, dict):
+            raise malformed_request("Each item must be a JSON object")
+        yield item

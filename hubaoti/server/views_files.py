@@ -55,7 +55,7 @@ def _list_items(ask: ApiRequest, revision: str, expand: bool) -> tuple[str, dict
         oid = repos.resolve(db, repo, revision)
         tree = ask.hub.history.tree(db, repo, oid)
         since = {entry.since for entry in tree.values()} if expand else set()
-        revisions = ask.hub.history.revisions(db, repo, since)
+        revisions = {each: ask.hub.history.revision(db, repo, each) for each in since}
     return oid, serializers.serialize_tree(tree, revisions)
 
 

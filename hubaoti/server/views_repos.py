@@ -1,21 +1,56 @@
-"""Repos: create, delete, move, settings, one's description, the list of all."""
+"""Who asks; repos, one and all; their branches, tags and logs."""
 
 from __future__ import annotations
 
 from sqlite3 import Connection
 
+import msgspec
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from hubaoti.server import repos, serializers, trees, validation
-from hubaoti.server.errors import ServerError, malformed_request
+from hubaoti.server import card, repos, serializers, trees, validation
+from hubaoti.server.errors import BAD_TOKEN, ServerError, malformed_request
 from hubaoti.server.listing import Query, list_page
-from hubaoti.server.repos import Repo
+from hubaoti.server.repos import Ref, Repo
 from hubaoti.server.request import ApiRequest, Body
 from hubaoti.server.serializers import Json
-from hubaoti.server.uploads import LFS_SUFFIXES
 from hubaoti.server.validation import RepoId
 
 _SDKS = ("docker", "gradio", "static", "streamlit")
+_LOG_PAGE = 500
+
+
+class _Card(msgspec.Struct):
+    content: str
+
+
+def whoami(ask: ApiRequest) -> Response:
+    """Answer with the one user that this endpoint has; 401 without the token."""
+    if not ask.trusted:
+        raise ServerError(401, BAD_TOKEN)
+    token = {"displayName": "local", "role": "write"}
+    return JSONResponse(
+        {
+            "type": "user",
+            "id": "1",
+            "name": ask.hub.user,
+            "fullname": ask.hub.user,
+            "email": None,
+            "isPro": False,
+            "orgs": [],
+            "auth": {"type": "access_token", "accessToken": token},
+        }
+    )
+
+
+def validate_yaml(ask: ApiRequest, body: bytes) -> Response:
+    """Whether a README's front matter can be read; 400 with the reason when it cannot."""
+    content = validation.parse_json_fields(body, _Card).content
+    try:
+        card.parse_card(content[: card.CARD_LIMIT])
+    except card.BadCard as error:
+        errors = [{"message": str(error)}]
+        raise ServerError(400, str(error), more={"errors": errors, "warnings": []}) from None
+    return JSONResponse({"errors": [], "warnings": []})
 
 
 def view_create(ask: ApiRequest, body: Body) -> Response:
@@ -50,18 +85,20 @@ def _read_visibility(body: Body) -> bool | None:
 
 
 def _make_first_files(ask: ApiRequest, repo_id: RepoId, body: Body) -> tuple[trees.TreeChange, ...]:
-    patterns = "".join(f"*{s} filter=lfs diff=lfs merge=lfs -text\n" for s in sorted(LFS_SUFFIXES))
+    patterns = "".join(
+        f"*{s} filter=lfs diff=lfs merge=lfs -text\n" for s in sorted(trees.LFS_SUFFIXES)
+    )
     files = {".gitattributes": patterns}
     if repo_id.kind == "space":
         sdk = body.get("sdk")
         if sdk not in _SDKS:
             raise malformed_request(f"A Space's sdk is one of {', '.join(_SDKS)}, not {sdk!r}")
         files["README.md"] = f"---\ntitle: {repo_id.name}\nsdk: {sdk}\n---\n"
-    return tuple(_store_file(ask, path, content.encode()) for path, content in files.items())
-
-
-def _store_file(ask: ApiRequest, path: str, content: bytes) -> trees.Put:
-    return trees.Put(path, trees.make_regular_entry(content, ask.hub.objects.put(content)))
+    contents = {path: text.encode() for path, text in files.items()}
+    return tuple(
+        trees.Put(path, trees.make_regular_entry(content, ask.hub.objects.put(content)))
+        for path, content in contents.items()
+    )
 
 
 def view_delete(ask: ApiRequest, body: Body) -> Response:
@@ -115,33 +152,22 @@ def search(ask: ApiRequest) -> Response:
     kind = ask.request.path_params["kind"]
     query = Query.parse(ask.request.query_params)
     with ask.hub.database.reading() as db:
-        found = [
-            _serialize_head(ask, db, repo)
-            for repo in _list_visible(ask, db, validation.KINDS[kind])
-        ]
-        page, following = list_page(found, query)
+        found = repos.list_repos(db, validation.KINDS[kind])
+        visible = {r.id.full_name: r for r in found if ask.trusted or not r.private}
+        heads = [_serialize_head(ask, db, repo) for repo in visible.values()]
+        page, following = list_page(heads, query)
         if query.wants_files:
-            page = [
-                facts | _serialize_repo_files(ask, db, validation.KINDS[kind], facts)
-                for facts in page
-            ]
+            for facts in page:
+                tree = ask.hub.history.tree(db, visible[facts["id"]], facts["sha"])
+                facts |= serializers.serialize_files(tree)
     headers = ask.next_page(f"/api/{kind}", cursor=following) if following is not None else None
-    return JSONResponse([query.shown(facts) for facts in page], headers=headers)
-
-
-def _list_visible(ask: ApiRequest, db: Connection, kind: str) -> list[Repo]:
-    return [repo for repo in repos.list_repos(db, kind) if ask.trusted or not repo.private]
+    return JSONResponse([query.choose(facts) for facts in page], headers=headers)
 
 
 def _serialize_head(ask: ApiRequest, db: Connection, repo: Repo) -> Json:
     return serializers.serialize_repo(
         repo, ask.hub.history.revision(db, repo, repos.find_head(db, repo, "main"))
     )
-
-
-def _serialize_repo_files(ask: ApiRequest, db: Connection, kind: str, facts: Json) -> Json:
-    repo = ask.repo(db, validation.parse_repo_id(kind, facts["id"], ask.hub.user))
-    return serializers.serialize_files(ask.hub.history.tree(db, repo, facts["sha"]))
 
 
 def view_storage(ask: ApiRequest) -> Response:
@@ -174,3 +200,89 @@ def check_auth(ask: ApiRequest) -> Response:
     with ask.hub.database.reading() as db:
         ask.repo(db)
     return PlainTextResponse("OK")
+
+
+def view_refs(ask: ApiRequest) -> Response:
+    """Answer with every branch and tag of a repo, and its commit."""
+    with ask.hub.database.reading() as db:
+        found = repos.list_refs(db, ask.repo(db))
+    refs = {
+        key: [_serialize_ref(ref) for ref in found if ref.folder == folder]
+        for key, folder in (("branches", "heads"), ("tags", "tags"))
+    }
+    return JSONResponse({**refs, "converts": [], "pullRequests": []})
+
+
+def _serialize_ref(ref: Ref) -> Json:
+    full = f"refs/{ref.folder}/{ref.name}"
+    return {"name": ref.name, "ref": full, "targetCommit": ref.oid}
+
+
+def create_branch(ask: ApiRequest, body: Body) -> Response:
+    """Make a branch, from a revision (`startingPoint`) or from main; 409 if it is there."""
+    name = validation.check_ref_name(ask.word("branch"), "heads")
+    start = validation.check_text(body.get("startingPoint") or "main", "startingPoint")
+    return _create_ref(ask, "heads", name, start)
+
+
+def create_tag(ask: ApiRequest, body: Body) -> Response:
+    """Make a tag on a revision; 409 if it is there."""
+    name = validation.check_ref_name(body.get("tag"), "tags")
+    message = validation.check_text(body.get("message") or "", "the tag's message", 65536)
+    return _create_ref(ask, "tags", name, ask.word("revision"), message)
+
+
+def _create_ref(
+    ask: ApiRequest, folder: str, name: str, revision: str, message: str = ""
+) -> Response:
+    with ask.hub.database.writing() as db:
+        repo = ask.repo(db)
+        ref = Ref(folder, name, repos.resolve(db, repo, revision))
+        repos.add_ref(db, repo, ref, message)
+    return JSONResponse(_serialize_ref(ref))
+
+
+def delete_branch(ask: ApiRequest, body: Body) -> Response:
+    """Delete a branch, but not main; its commits stay."""
+    return _remove_ref(ask, "heads", validation.check_ref_name(ask.word("branch"), "heads"))
+
+
+def delete_tag(ask: ApiRequest, body: Body) -> Response:
+    """Delete a tag; the commit that it names stays."""
+    return _remove_ref(ask, "tags", validation.check_ref_name(ask.word("revision"), "tags"))
+
+
+def _remove_ref(ask: ApiRequest, folder: str, name: str) -> Response:
+    with ask.hub.database.writing() as db:
+        repos.delete_ref(db, ask.repo(db), folder, name)
+    return JSONResponse({})
+
+
+def view_log(ask: ApiRequest) -> Response:
+    """A revision's commits, newest first; the next page starts at a commit, so it never shifts."""
+    formatted = "formatted" in ask.request.query_params.getlist("expand[]")
+    with ask.hub.database.reading() as db:
+        repo = ask.repo(db)
+        oid = repos.resolve(db, repo, ask.word("revision"))
+        *page, last = ask.hub.history.log(db, repo, oid, _LOG_PAGE + 1)
+    headers = None
+    if len(page) == _LOG_PAGE:
+        kind = ask.request.path_params["kind"]
+        headers = ask.next_page(f"/api/{kind}/{repo.id.full_name}/commits/{last.oid}")
+    else:
+        page.append(last)
+    commits = [
+        serializers.serialize_commit(commit, ask.hub.user, formatted=formatted) for commit in page
+    ]
+    return JSONResponse(commits, headers=headers)
+
+
+def squash(ask: ApiRequest, body: Body) -> Response:
+    """One commit in place of a branch's history."""
+    branch = validation.check_ref_name(ask.word("branch"), "heads")
+    title = validation.check_text(
+        body.get("message") or f"Super-squash branch {branch!r}", "the message"
+    )
+    with ask.hub.database.writing() as db:
+        oid = ask.hub.history.squash(db, ask.repo(db), branch, title)
+    return JSONResponse({"commitOid": oid})

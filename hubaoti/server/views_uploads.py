@@ -1,20 +1,52 @@
-"""The road of a file into a repo: ask how, send it by LFS or Xet."""
+"""The road of files into a repo: ask how, send them by LFS or Xet, commit."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlencode
 
+import msgspec
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from hubaoti.server import auth, repos, trees, validation
-from hubaoti.server.errors import ServerError, disk_full, malformed_request
+from hubaoti.server.errors import ServerError, disk_full, malformed_request, too_large
+from hubaoti.server.history import Draft
 from hubaoti.server.request import ApiRequest, Body, read_bounded, read_whole_body
-from hubaoti.server.uploads import is_large
-from hubaoti.server.xet import MAX_SHARD, MAX_XORB, BadXet
+from hubaoti.server.xet import MAX_SHARD, MAX_XORB
 
 _XET_ERRAND = "xet"
+
+MAX_REGULAR = 16 * 2**20
+"""The bytes at most of a file that is sent inside its commit."""
+
+_MAX_LINE = MAX_REGULAR * 4 // 3 + 65536
+_MAX_COMMIT = 2**30
+_MAX_CHANGES = 100_000
+
+
+_Scalar = str | int | float | bool | None
+
+
+class _Value(msgspec.Struct):
+    """All that a line may say, of whatever kind it is."""
+
+    summary: _Scalar = None
+    description: _Scalar = None
+    parentCommit: _Scalar = None  # as the Hub calls it
+    path: _Scalar = None
+    content: _Scalar = None
+    encoding: _Scalar = "utf-8"
+    algo: _Scalar = "sha256"
+    oid: _Scalar = None
+    size: _Scalar | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Line(msgspec.Struct):
+    key: str
+    value: _Value
 
 
 def preupload(ask: ApiRequest, body: Body) -> Response:
@@ -24,20 +56,15 @@ def preupload(ask: ApiRequest, body: Body) -> Response:
     with ask.hub.database.reading() as db:
         repo = ask.repo(db)
         tree = ask.hub.history.tree(db, repo, repos.find_head(db, repo, branch))
-    files = [
-        _choose_upload_mode(validation.check_item(entry), tree)
-        for entry in validation.check_list(body, "files")
-    ]
-    return JSONResponse({"files": files})
+    files = validation.iterate_objects(body, "files")
+    return JSONResponse({"files": [_choose_upload_mode(entry, tree) for entry in files]})
 
 
 def _choose_upload_mode(entry: dict[str, Any], tree: trees.Tree) -> dict[str, Any]:
-    path, size = (
-        validation.check_file_path(entry.get("path")),
-        validation.check_size(entry.get("size")),
-    )
+    path = validation.check_file_path(entry.get("path"))
+    size = validation.check_size(entry.get("size"))
     sample = validation.decode_base64(entry.get("sample") or "", 65536)
-    mode = "lfs" if is_large(path, size, sample) else "regular"
+    mode = "lfs" if trees.is_large(path, size, sample) else "regular"
     answer = {"path": path, "uploadMode": mode, "shouldIgnore": False}
     return answer | ({"oid": tree[path].etag} if path in tree else {})
 
@@ -48,11 +75,8 @@ def offer_lfs_batch(ask: ApiRequest, body: Body) -> Response:
         raise malformed_request("This endpoint's LFS takes uploads only")
     with ask.hub.database.reading() as db:
         ask.repo(db)
-    objects = [
-        _offer_lfs_object(ask, validation.check_item(entry))
-        for entry in validation.check_list(body, "objects")
-    ]
-    answer = {"transfer": "basic", "objects": objects}
+    objects = validation.iterate_objects(body, "objects")
+    answer = {"transfer": "basic", "objects": [_offer_lfs_object(ask, each) for each in objects]}
     return JSONResponse(answer, media_type="application/vnd.git-lfs+json")
 
 
@@ -116,18 +140,115 @@ async def post_xorb(ask: ApiRequest) -> Response:
     with ask.hub.objects.receive() as incoming:
         async for chunk in read_bounded(ask.request, MAX_XORB):
             await run_in_threadpool(incoming.write, chunk)
-        try:
-            new = await run_in_threadpool(ask.hub.ingest.keep_xorb, name, incoming)
-        except BadXet as error:
-            raise malformed_request(str(error)) from None
+        new = await run_in_threadpool(ask.hub.ingest.keep_xorb, name, incoming)
     return JSONResponse({"was_inserted": new})
 
 
 async def post_shard(ask: ApiRequest) -> Response:
     """Take a shard, and put its files together."""
     shard = await read_whole_body(ask.request, MAX_SHARD)
-    try:
-        await run_in_threadpool(ask.hub.ingest.assemble, shard)
-    except BadXet as error:
-        raise malformed_request(str(error)) from None
+    await run_in_threadpool(ask.hub.ingest.assemble, shard)
     return JSONResponse({"result": 1})
+
+
+async def view_commit(ask: ApiRequest) -> Response:
+    """Commit the changes of an NDJSON body, all or none."""
+    ask.refuse_pr()
+    branch = validation.check_ref_name(ask.word("revision"), "heads")
+    await run_in_threadpool(_require_branch, ask, branch)
+    header: _Value | None = None
+    changes: list[trees.TreeChange] = []
+    async for text in _read_lines(ask.request):
+        line = validation.parse_json_fields(text, _Line)
+        if header is None:
+            if line.key != "header":
+                raise malformed_request("The commit's first line must be its header")
+            header = line.value
+        elif len(changes) == _MAX_CHANGES:
+            raise ServerError(413, f"A commit has at most {_MAX_CHANGES} changes")
+        else:
+            changes.append(await run_in_threadpool(_read_change, ask, line.key, line.value))
+    if header is None:
+        raise malformed_request("The commit has no header")
+    return await run_in_threadpool(_commit_draft, ask, branch, _make_draft(header, changes))
+
+
+def _require_branch(ask: ApiRequest, branch: str) -> None:
+    with ask.hub.database.reading() as db:
+        repos.find_head(db, ask.repo(db), branch)
+
+
+async def _read_lines(request: Request) -> AsyncIterator[bytes]:
+    """The lines of the body that hold something; 413 for one that is too long."""
+    rest = bytearray()
+    async for chunk in read_bounded(request, _MAX_COMMIT):
+        *lines, tail = chunk.split(b"\n")
+        for line in lines:
+            rest += line
+            if rest.strip():
+                yield bytes(rest)
+            rest.clear()
+        rest += tail
+        if len(rest) > _MAX_LINE:
+            raise too_large("A file inside a commit", MAX_REGULAR)
+    if rest.strip():
+        yield bytes(rest)
+
+
+def _make_draft(header: _Value, changes: list[trees.TreeChange]) -> Draft:
+    parent = validation.check_text(header.parentCommit or "", "parentCommit")
+    if parent and not validation.is_commit(parent):
+        raise malformed_request(f"parentCommit is not a commit: {parent[:100]!r}")
+    return Draft(
+        title=validation.check_text(header.summary, "the summary", 65536) or "Commit",
+        message=validation.check_text(header.description or "", "the description", 2**20),
+        parent=parent,
+        changes=tuple(changes),
+    )
+
+
+def _read_change(ask: ApiRequest, key: str, value: _Value) -> trees.TreeChange:
+    """One change; a file's bytes are stored before the commit that names them."""
+    if key == "deletedFile":
+        return trees.Delete(validation.check_file_path(value.path))
+    if key == "deletedFolder":
+        return trees.Delete(validation.check_folder_path(value.path), folder=True)
+    path = validation.check_file_path(value.path)
+    if key == "file":
+        return trees.Put(path, _store_regular(ask, value))
+    if key == "lfsFile":
+        return trees.Put(path, _find_lfs_entry(ask, path, value))
+    raise malformed_request(f"Unknown kind of change: {key[:100]!r}")
+
+
+def _store_regular(ask: ApiRequest, value: _Value) -> trees.TreeEntry:
+    if value.encoding == "base64":
+        content = validation.decode_base64(value.content, _MAX_LINE)
+    elif value.encoding == "utf-8":
+        content = validation.check_text(value.content, "content", _MAX_LINE).encode()
+    else:
+        raise malformed_request(f"Unknown encoding: {str(value.encoding)[:100]!r}")
+    if len(content) > MAX_REGULAR:
+        raise too_large("A file inside a commit", MAX_REGULAR)
+    return trees.make_regular_entry(content, ask.hub.objects.put(content))
+
+
+def _find_lfs_entry(ask: ApiRequest, path: str, value: _Value) -> trees.TreeEntry:
+    oid = validation.check_digest(value.oid)
+    size = ask.hub.objects.size(oid)
+    if value.algo != "sha256":
+        raise malformed_request("LFS objects are named by SHA-256")
+    if size is None:
+        raise malformed_request(f"LFS object {oid} ({path}) was not uploaded")
+    if value.size is not msgspec.UNSET and validation.check_size(value.size) != size:
+        raise malformed_request(f"LFS object {oid} ({path}) has {size} bytes, not {value.size}")
+    return trees.make_lfs_entry(oid, size)
+
+
+def _commit_draft(ask: ApiRequest, branch: str, draft: Draft) -> Response:
+    card = ask.hub.history.card_after(draft.changes)
+    with ask.hub.database.writing() as db:
+        repo = ask.repo(db)
+        oid = ask.hub.history.commit(db, repo, branch, draft, card)
+    url = f"{ask.base}/{repo.id.page}/commit/{oid}"
+    return JSONResponse({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hubaoti.artifact.manifest import Graph
+from hubaoti.artifact.package import holds_members
 from hubaoti.attachment.attach import Attachment
 from hubaoti.attachment.first_call import Verdicts
 from hubaoti.attachment.stats import CallStats
@@ -21,7 +22,6 @@ from hubaoti.errors import HubaotiError, MissingConstant, NoMatch, Quarantined
 from hubaoti.host.probe import Host
 from hubaoti.hub.errors import hide_stored_login
 from hubaoti.mirror import Mirror
-from hubaoti.mirror.store import holds_members
 from hubaoti.runtime.first_open import RETRY, OpenHistory
 from hubaoti.runtime.first_open_child import name_host_kind
 from hubaoti.settings import Settings
