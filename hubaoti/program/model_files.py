@@ -139,8 +139,8 @@ def parse_pooling_modes(config: dict[str, Any]) -> list[str]:
     """The poolings that a sentence-transformers config turns on, in the order they are joined."""
     named = config.get("pooling_mode")
     if named is None:
-        spelled = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens"}
-        spelled |= {"weightedmean": "weightedmean_tokens"}
+        spelled = {each: f"{each}_tokens" for each in ("max", "mean", "weightedmean")}
+        spelled["cls"] = "cls_token"
         modes = [m for m in POOLING if config.get(f"pooling_mode_{spelled.get(m, m)}")]
         return modes or ["mean"]
     modes = [named] if isinstance(named, str) else list(named)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.program.model_code import Code, is_generated
+from hubaoti.program.model_code import Code, is_generated, is_outside
 from hubaoti.program.module_fingerprint import defining_module, is_ours
 from hubaoti.program.names_read import unwrap_descriptor
 from hubaoti.program.on_disk import UNKNOWN, Files, OnDisk, is_class_body
@@ -32,11 +32,11 @@ from hubaoti.program.reachable_code import (
     Reach,
     find_functions,
     function_module,
-    is_outside,
 )
 from hubaoti.program.source_scan import DEFAULTS, Import, is_simple
 
 _COMPILED = ("torch._dynamo", "torch._compile")  # what torch.compile puts around a function
+_LAYERS = {"kernels"}  # of which transformers' decorators make what they put in a function's place
 _LEVELS = 4  # of configs and values within a config
 _MOST = 32  # kinds of models whose code is kept in mind
 
@@ -89,7 +89,6 @@ class Look:
                         yield from (*dict.keys(entries), *dict.values(entries))
 
 
-_LAYERS = {"kernels"}  # of which transformers' decorators make what they put in a function's place
 _LOOKED_AT: dict[tuple[Code, frozenset[type], frozenset[str]], Look] = {}
 
 
@@ -120,7 +119,8 @@ class Judge:
         ways: list[bool] = []
         if codes := file.codes.get(place.qualname):
             ways.append(self.is_defined(file, codes, place, value))
-        if place.module in self.modules or (not any(ways) and _is_registry(value)):
+        # Of all modules those values are looked at by whose entries code finds what it calls.
+        if place.module in self.modules or (not any(ways) and isinstance(value, Mapping)):
             imports = file.imports.get(place.name, ()) if place.cls is None else ()
             ways += (self.is_imported(file, *each, value) for each in imports)
             if (text := file.assigned.get(place.qualname)) is not None:
@@ -244,11 +244,6 @@ class Judge:
         file = self.files.of(function_module(function))
         code = function.__code__
         return file is not None and code in file.codes.get(code.co_qualname, ())
-
-
-def _is_registry(value: Any) -> bool:
-    """Whether a value has entries by which code finds what it calls."""
-    return isinstance(value, Mapping)
 
 
 def _is_like_torch(name: str, value: Any) -> bool:

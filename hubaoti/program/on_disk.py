@@ -11,8 +11,9 @@ from functools import cached_property, lru_cache
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from hubaoti.program.model_code import OUTSIDE, module_file, module_text, resolve_import
+from hubaoti.program.model_code import is_outside, module_file, module_text, resolve_import
 from hubaoti.program.module_fingerprint import defining_module, list_names_looked_up
+from hubaoti.program.names_read import walk_code
 from hubaoti.program.source_scan import Import, Parsed, scan_source
 
 UNKNOWN: Any = object()
@@ -32,7 +33,7 @@ class OnDisk:
         Python's own loader reads them, from its cache where that is as new as the file.
         """
         found: dict[str, list[CodeType]] = {}
-        for code in _walk_inner_code(self.whole) if self.whole is not None else ():
+        for code in walk_code(self.whole) if self.whole is not None else ():
             found.setdefault(code.co_qualname, []).append(code)
         return found
 
@@ -58,7 +59,8 @@ class OnDisk:
     def parsed(self) -> Parsed | None:
         """What is known of the source; nothing of torch's, whose files are many and long."""
         try:
-            return None if self.text is None or self.package in OUTSIDE else scan_source(self.text)
+            outside = self.text is None or is_outside(self.package)
+            return None if outside else scan_source(self.text)
         except SyntaxError:  # it was changed since
             return None
 
@@ -135,14 +137,6 @@ class Files:
 def _read_at(module: ModuleType, written: int) -> OnDisk:
     """A module's file as it was written at a time."""
     return OnDisk(module)
-
-
-def _walk_inner_code(code: CodeType) -> Iterator[CodeType]:
-    """The functions and classes that code makes, and those within them."""
-    for item in code.co_consts:
-        if isinstance(item, CodeType):
-            yield item
-            yield from _walk_inner_code(item)
 
 
 def is_class_body(code: CodeType) -> bool:
