@@ -28,7 +28,7 @@ Part = tuple[str, dict[str, Any]]
 BUILT: dict[tuple[type, Code, str, str], dict[str, Part] | None] = {}
 
 
-def is_as_built(model: nn.Module, code: Code, task: str, listing: Listing) -> bool:
+def is_as_built(model: nn.Module, code: Code, task: str, listing: AttributeListing) -> bool:
     """Whether the attributes that code reads for a task are those that the model's class gave it.
 
     Its class makes another one of the same config, without memory for weights. Parts that only the
@@ -41,7 +41,7 @@ def is_as_built(model: nn.Module, code: Code, task: str, listing: Listing) -> bo
         while len(BUILT) >= _MOST:
             BUILT.pop(next(iter(BUILT)), None)
         BUILT[key] = _build_same_model(model, listing)
-    other = BUILT[key]
+    other = BUILT.get(key)  # another thread may have met a patch, and cleared it
     return other is not None and all(
         _is_like(path, listing.part(part), other)
         for path, part in _list_parts_beside_peft(model).items()
@@ -64,19 +64,19 @@ def _is_like(path: str, part: Part, other: dict[str, Part]) -> bool:
     return other.get(path) == (kind, left)
 
 
-def _build_same_model(model: nn.Module, listing: Listing) -> dict[str, Part] | None:
+def _build_same_model(model: nn.Module, listing: AttributeListing) -> dict[str, Part] | None:
     """The parts of a model of the same class and config; None where it cannot be made."""
     kind: Any = type(model)
     try:
         config = copy.deepcopy(model.config)
-        with torch.device("meta"), torch.random.fork_rng(devices=[]), Unfilled():
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), _Unfilled():
             other = kind.from_config(config) if isinstance(config, Mapping) else kind(config)
         return {path: listing.part(part) for path, part in other.named_modules()}
     except Exception:  # whatever a constructor does with tensors that have no values
         return None
 
 
-class Unfilled(TorchFunctionMode):
+class _Unfilled(TorchFunctionMode):
     """Tensors without memory are not filled, in this thread alone: it would be for nothing."""
 
     def __torch_function__(
@@ -90,7 +90,7 @@ class Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Listing:
+class AttributeListing:
     """The attributes of modules as plain values; tensors, dtypes and devices do not count.
 
     `counts` decides by an attribute's name; `special` describes a config.

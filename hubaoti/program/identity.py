@@ -119,7 +119,7 @@ def matches_program(model: nn.Module, program: Program, whole: bool) -> bool:
     )
 
 
-def list_read_attributes(code: Code, task: str) -> changed_attributes.Listing:
+def list_read_attributes(code: Code, task: str) -> changed_attributes.AttributeListing:
     """A listing of the attributes that the code of a model reads."""
     normal = Normal(code, task)
     left_out = _NAMES | _OUTPUTS | {"vocab_size"}  # which the tables tell by themselves
@@ -130,7 +130,7 @@ def list_read_attributes(code: Code, task: str) -> changed_attributes.Listing:
             return False
         return code.reads(name) and name != "_gradient_checkpointing_func"
 
-    return changed_attributes.Listing(counts, normal.config_of_part)
+    return changed_attributes.AttributeListing(counts, normal.config_of_part)
 
 
 def _format_value(config: Mapping[str, Any], name: str) -> str:
@@ -153,12 +153,12 @@ class Normal:
         for each in _walk_configs(config):
             for alias, name in each.attribute_map.items():
                 self.other_names.setdefault(name, set()).add(alias)
-        plain = self.normalized(config.to_dict())
+        plain = self.normalize(config.to_dict())
         if self.code.reads("num_labels", "id2label"):
             plain["num_labels"] = config.num_labels
         return plain
 
-    def normalized(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def normalize(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The keys that count, in this config and in those within it."""
         return {
             key: self.plain(value)
@@ -184,7 +184,7 @@ class Normal:
     def plain(self, value: Any) -> Any:
         """A config value as canonical JSON can have it."""
         if _is_config(value):
-            return self.normalized(value)
+            return self.normalize(value)
         if isinstance(value, Mapping):
             items = {str(key): item for key, item in value.items()}
             return {key: self.plain(item) for key, item in items.items() if item is not None}

@@ -7,7 +7,6 @@ no file of its own, a class of a notebook or of the script that runs, is left to
 from __future__ import annotations
 
 import hashlib
-import inspect
 import re
 import sys
 import sysconfig
@@ -85,9 +84,10 @@ class Code:
         describing: list[Statement] = []
         for each in scan_source(text).statements:
             cls = vars(module).get(each.defines) if each.defines else None
+            is_module = isinstance(cls, type) and issubclass(cls, nn.Module)
             if each.defines in named:
                 describing.append(each)
-            elif cls in self.classes or not (each.has_forward or _is_module_class(cls)):
+            elif cls in self.classes or not (each.has_forward or is_module):
                 computing.append(each)
         return computing, describing
 
@@ -179,22 +179,15 @@ def is_near(name: str, importer: str) -> bool:
 def _list_import_sources(module: ModuleType) -> Iterator[str]:
     """The names of the modules from which a module imports, where they are defined."""
     for each in scan_source(module_text(module) or "").imports:
-        if each.level is None:
-            yield from each.names
-            continue
-        base = resolve_import(module, each.level, each.module)
-        for name in each.names:
+        bases = each.resolve(module.__package__)
+        yield from bases
+        for name in each.names if each.level is not None else ():
             value = vars(module).get(name)
             defined = getattr(value, "__module__", None)
-            yield value.__name__ if isinstance(value, ModuleType) else base
-            yield defined if isinstance(defined, str) else base
-
-
-def resolve_import(module: ModuleType, level: int, name: str) -> str:
-    """The absolute name of what `from … import` names."""
-    package = (module.__package__ or "").split(".")
-    parts = package[: len(package) + 1 - level] if level else []
-    return ".".join([*parts, *([name] if name else [])])
+            if isinstance(value, ModuleType):
+                yield value.__name__
+            if isinstance(defined, str):
+                yield defined
 
 
 def digest_sources(files: Iterable[tuple[str, Path]], names: Iterable[str] = ()) -> str:
@@ -233,8 +226,3 @@ def is_generated(function: object) -> bool:
     """Whether a function was written by `exec`, so that no file has it."""
     file = getattr(getattr(function, "__code__", None), "co_filename", "")
     return file.startswith("<") and not file.startswith("<frozen")
-
-
-def _is_module_class(value: object) -> bool:
-    """Whether a value is a class of modules."""
-    return inspect.isclass(value) and issubclass(value, nn.Module)

@@ -31,10 +31,7 @@ from hubaoti.program.output_capturing import is_capture
 
 OWN = {*vars(nn.Module()), "training"}  # what torch keeps in every module
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-_UNUSED: dict[type, set[str]] = {
-    nn.Embedding: {"padding_idx"},
-    **{each: {"p"} for each in _DROPOUTS},
-}
+_UNUSED: dict[type, set[str]] = {nn.Embedding: {"padding_idx"}, **dict.fromkeys(_DROPOUTS, {"p"})}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _DEEP = 12  # levels of values within values; what lies deeper computes nothing here
 
@@ -107,9 +104,9 @@ class Listing:
             return f"seen {self.seen[id(value)]}"
         self.seen[id(value)] = len(self.seen)
         self.kept.append(value)
-        return self.listed(value, depth + 1)
+        return self.expand(value, depth + 1)
 
-    def listed(self, value: Any, depth: int) -> Any:
+    def expand(self, value: Any, depth: int) -> Any:
         """A value that is made of others."""
         if isinstance(value, torch.Tensor):
             return _digest_tensor(value, True)
@@ -172,10 +169,10 @@ class Listing:
             "code": self.code(value.__code__, depth),
             "closure": [self.value(each, depth) for each in list_closure_values(value)],
             "defaults": self.value([value.__defaults__, value.__kwdefaults__], depth),
-            "globals": {k: self.found(v, where, depth) for k, v in known.items()},
+            "globals": {k: self.describe_global(v, where, depth) for k, v in known.items()},
         }
 
-    def found(self, value: Any, module: str, depth: int) -> Any:
+    def describe_global(self, value: Any, module: str, depth: int) -> Any:
         """What a function of a module finds by a name; what other modules define, by its name."""
         where = value.__name__ if isinstance(value, ModuleType) else defining_module(value)
         if is_plain(value) or where == module:

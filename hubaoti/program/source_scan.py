@@ -42,6 +42,14 @@ class Import(msgspec.Struct, frozen=True, array_like=True):
     level: int | None = None
     originals: tuple[str, ...] = ()  # the names there; of an `import`, those that it binds here
 
+    def resolve(self, package: str | None) -> tuple[str, ...]:
+        """The absolute names of the modules that it names, in a module of a package."""
+        if self.level is None:
+            return self.names
+        outer = (package or "").split(".")
+        outer = outer[: len(outer) + 1 - self.level] if self.level else []
+        return (".".join([*outer, *filter(None, [self.module])]),)
+
 
 class Statement(msgspec.Struct, frozen=True, array_like=True):
     """A statement at the top: the class that it is, if it is one, and what its code reads."""
