@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from bundles import make_bundle
 from huggingface_hub import HfApi, ModelInfo, constants, errors
 from huggingface_hub.utils import logging
 from proxies import Proxy
@@ -30,7 +31,7 @@ from hubaoti.errors import (
     HubUnreachable,
     RepoNotFound,
 )
-from hubaoti.hub.card import join_card, split_card
+from hubaoti.hub.card import render
 from hubaoti.hub.client import (
     Entry,
     HubClient,
@@ -349,12 +350,12 @@ def test_a_download_that_another_process_dropped_is_asked_for_again(
 
 @pytest.mark.parametrize("text", ["", "Just words", "# A title\n\n---\n\nbelow a line\n"])
 def test_a_card_without_metadata_is_all_text(text: str) -> None:
-    assert split_card(text) == ({}, text)
+    assert front_matter.split(text) == ({}, text)
 
 
 def test_a_card_comes_apart_and_together() -> None:
-    text = join_card({"tags": ["a"], "license": "mit"}, "# Words\n")
-    assert split_card(text) == ({"tags": ["a"], "license": "mit"}, "# Words\n")
+    text = front_matter.join({"tags": ["a"], "license": "mit"}, "# Words\n")
+    assert front_matter.split(text) == ({"tags": ["a"], "license": "mit"}, "# Words\n")
 
 
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1},' * 9}]\n" for n in range(1, 30))
@@ -372,10 +373,13 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1},' * 9}]\n" for n in
     ],
     ids=["bomb", "circle", "large", "deep", "code", "number"],
 )
-def test_a_card_is_read_within_the_endpoint_s_bounds(metadata: str, why: str) -> None:
+def test_a_card_is_read_within_the_endpoint_s_bounds(
+    metadata: str, why: str, tmp_path: Path
+) -> None:
+    manifest = make_bundle(tmp_path / "bundle").manifest
     started = time.perf_counter()
     with pytest.raises(Conflict, match=why) as caught:
-        split_card(f"---\n{metadata}---\ntext\n")
+        render("acme/graphs", f"---\n{metadata}---\ntext\n", {}, manifest)
     assert "README.md" in caught.value.hint
     assert time.perf_counter() - started < 10
 
@@ -389,11 +393,12 @@ def test_a_card_is_read_within_the_endpoint_s_bounds(metadata: str, why: str) ->
     ],
 )
 def test_what_a_card_says_stays_as_it_is(metadata: dict[Any, Any]) -> None:
-    assert split_card(join_card(metadata, "# Words\n")) == (metadata, "# Words\n")
+    text = front_matter.join(metadata, "# Words\n")
+    assert front_matter.split(text) == (metadata, "# Words\n")
 
 
 @pytest.mark.parametrize("text", ["---\n[: bad\n---\n", "---\n- a list\n---\n"])
-def test_a_card_with_unreadable_metadata_is_a_conflict(text: str) -> None:
+def test_a_card_with_unreadable_metadata_is_a_conflict(text: str, tmp_path: Path) -> None:
     with pytest.raises(Conflict) as caught:
-        split_card(text)
+        render("acme/graphs", text, {}, make_bundle(tmp_path / "bundle").manifest)
     assert "README.md" in caught.value.hint

@@ -49,6 +49,7 @@ from hubaoti.errors import (
 )
 from hubaoti.host.match import MatchResult
 from hubaoti.host.probe import Host, Torch
+from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import ArtifactPath, RepoRef, artifact_path
 from hubaoti.hub.pull import Pulled, fingerprint, pull_artifact
 from hubaoti.hub.push import Commit, Destination, push_bundle
@@ -345,6 +346,21 @@ def test_a_missing_repo_and_a_missing_revision_say_so(
         get(f"{repo}@v9", settings)
     with pytest.raises(RepoNotFound):
         get(f"{repo}@{'0' * 40}", settings)
+
+
+def test_who_names_a_tag_that_is_not_there_is_told_of_those_that_are(
+    tmp_path: Path, repo: str, settings: Settings
+) -> None:
+    made, hub = ship(tmp_path, repo, settings), HubClient(settings)
+    with pytest.raises(RepoNotFound) as caught:
+        get(f"{repo}@v9", settings)
+    assert caught.value.hint.startswith("check the name")
+    for at in range(12):
+        hub.tag(repo, f"v{at:02}", made.commit)
+    with pytest.raises(RepoNotFound) as caught:
+        get(f"{repo}@v99", settings)
+    assert caught.value.hint.startswith("its tags are v11, v10, v09,")
+    assert "v02 and 2 more; check the name" in caught.value.hint
 
 
 NEWER = encode_canonical({"schema": 3, "something": "else"})

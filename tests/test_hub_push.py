@@ -28,8 +28,8 @@ from hubaoti.hub.client import HubClient, StaleParent
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import pull_artifact
 from hubaoti.hub.push import (
-    ATTEMPTS,
     LARGEST_README,
+    PUSH_ATTEMPTS,
     Commit,
     Destination,
     decode_readme,
@@ -293,7 +293,7 @@ def test_a_head_that_never_rests_gives_up(
 
     monkeypatch.setattr(HubClient, "commit", stale)
     monkeypatch.setattr("time.sleep", lambda _: None)
-    with pytest.raises(Conflict, match=f"changed {ATTEMPTS} times"):
+    with pytest.raises(Conflict, match=f"changed {PUSH_ATTEMPTS} times"):
         ship(bundle, repo, settings)
 
 

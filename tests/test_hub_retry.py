@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -168,6 +169,21 @@ def test_waits_of_huggingface_hub_are_bounded_together(
     with pytest.raises(HubUnreachable, match="429"):
         client.files(repo, head)
     assert sum(waits) < LONGEST_WAIT and len(proxy.answers) == 97
+
+
+def test_a_thread_of_huggingface_hub_s_own_waits_no_longer_than_we_do(
+    client: HubClient, repo: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[tuple[int, float]] = []
+    made = commit(client, repo)
+    monkeypatch.setattr("time.sleep", lambda wait: waits.append((threading.get_ident(), wait)))
+    proxy.matching, proxy.answers = "/resolve/", [(429, {"Retry-After": "140"})] * 100
+    with pytest.raises(HubUnreachable, match="429"):
+        client.model_folder(repo, None, ("a.txt",))
+    threads = {thread for thread, wait in waits if wait > 100}
+    assert threads and threading.get_ident() not in threads
+    assert sum(wait for _, wait in waits) < LONGEST_WAIT
+    assert client.resolve(repo) == made.commit  # type: ignore[attr-defined]
 
 
 def test_too_many_requests_have_words_of_their_own(

@@ -21,7 +21,7 @@ from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.manifest import Cache, Direct, Input, Manifest, compute_key, parse_manifest
 from hubaoti.compiler.callspec import make_call_spec
 from hubaoti.compiler.signature import CallSignature
-from hubaoti.errors import BadRequest, Conflict, HubaotiError
+from hubaoti.errors import BadRequest, Conflict, HubaotiError, NoArtifact
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import artifact_path
 from hubaoti.hub.zerogpu import artifact_branch, lay_out_packages
@@ -87,6 +87,23 @@ def test_the_same_again_makes_no_commit_and_what_lay_on_the_default_branch_stays
     assert f"{PLACE}/hubaoti.json" in hub.list_repo_files(repo)
     pulled = api.pull(f"{repo}@{BRANCH}", settings=settings, trust=True)
     assert pulled.artifact.digest == bundle.manifest.digest
+
+
+def test_who_pulls_a_repo_that_holds_only_this_layout_is_told_how(
+    bundle: Bundle, repo: str, settings: Settings, hub: HfApi
+) -> None:
+    push(bundle, repo, settings)
+    with pytest.raises(NoArtifact) as caught:
+        api.pull(repo, settings=settings)
+    pull = f"hubaoti pull {repo}@{BRANCH}"
+    load = f'hubaoti.spaces.load(module, "{repo}"'
+    assert caught.value.hint == f"its graphs are on branches: {pull}; or in Python, {load})"
+    package = {"path_in_repo": "package/root/package.pt2", "path_or_fileobj": b"a package"}
+    hub.create_branch(repo, branch="theirs")
+    hub.upload_file(repo_id=repo, revision="theirs", **package)
+    with pytest.raises(NoArtifact) as caught:
+        api.pull(f"{repo}@theirs", settings=settings)
+    assert caught.value.hint.endswith(f'for other loaders: in Python, {load}, revision="theirs")')
 
 
 def test_other_artifacts_do_not_come_along(

@@ -213,7 +213,7 @@ def judge_level(requires: Requirements, host: Host) -> Finding:
     if built == here:
         return None
     if here > built:
-        return Compromise(need, have, f"pull a variant for {host.level}, or compile one here")
+        return Compromise(need, have, f"it runs here; one for {host.level} may be faster")
     what = f"{host.level} or below" if built.family == here.family else f"{here.family} machines"
     return Refusal(need, have, f"pull a variant for {what}, or compile one here")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)
 _OUR_TAG = re.compile(r"hubaoti(-program-[0-9a-f]{12})?|torch-\d+\.\d+|cuda-\d+\.\d+|sm-\d+")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the card's table, each cell as it is shown."""
-
-    recipe: str
-    variant: str
-    graphs: int
-    size: str
-    error: str
-    digest: str
-
-
 def render(
     repo: str,
     readme: str,
@@ -43,9 +30,10 @@ def render(
     """The README of a repo that holds these artifacts; `readme` is the one that is there, or "".
 
     Raises:
-        Conflict: the metadata of the present one is not readable.
+        Conflict: the metadata of the present one cannot be read, or not be written again.
     """
-    metadata, text = split_card(readme)
+    from hubaoti import front_matter  # and yaml, which pulls do not need
+
     rows = [_make_row(place, artifacts[place]) for place in sorted(artifacts, key=str)]
     program: dict[str, Any] = {
         "base_model": _find_base_model(newest),
@@ -54,8 +42,15 @@ def render(
         "answers": newest.is_whole,
     }
     section = _load_template().render(repo=repo, rows=rows, program=program, unreadable=unreadable)
-    merged = _merge_metadata(metadata, artifacts.values(), program["base_model"])
-    return join_card(merged, _merge_text(text, repo, section.strip()))
+    try:
+        metadata, text = front_matter.split(readme)
+        merged = _merge_metadata(metadata, artifacts.values(), program["base_model"])
+        return front_matter.join(merged, _merge_text(text, repo, section.strip()))
+    except front_matter.BadFrontMatter as error:
+        raise Conflict(
+            f"the repo's README.md has unreadable metadata: {first_line(error)}",
+            hint="correct the block between the --- lines of README.md, then push again",
+        ) from error
 
 
 def _load_template() -> Any:
@@ -72,16 +67,17 @@ def _load_template() -> Any:
     ).get_template(_TEMPLATE)
 
 
-def _make_row(place: ArtifactPath, manifest: Manifest) -> Row:
+def _make_row(place: ArtifactPath, manifest: Manifest) -> dict[str, Any]:
+    """One line of the card's table, each cell as it is shown."""
     errors = [check.max_absolute for check in manifest.checks]
-    return Row(
-        recipe=str(place.recipe),
-        variant=str(place.variant),
-        graphs=len(manifest.graphs),
-        size=f"{manifest.size / 1e6:.1f} MB",
-        error=f"{max(errors):.1e}" if errors else "not checked",
-        digest=manifest.digest[:12],
-    )
+    return {
+        "recipe": place.recipe,
+        "variant": place.variant,
+        "graphs": len(manifest.graphs),
+        "size": f"{manifest.size / 1e6:.1f} MB",
+        "error": f"{max(errors):.1e}" if errors else "not checked",
+        "digest": manifest.digest[:12],
+    }
 
 
 def _find_base_model(manifest: Manifest) -> str | None:
@@ -121,38 +117,3 @@ def _merge_text(text: str, repo: str, section: str) -> str:
         return f"{head}{block}{tail}"
     above = text.strip() or f"# {repo.partition('/')[2]}"
     return f"{above}\n\n{block}\n"
-
-
-def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """A README's metadata and its text.
-
-    Raises:
-        Conflict: its metadata is not readable.
-    """
-    from hubaoti import front_matter  # and yaml, which pulls do not need
-
-    try:
-        return front_matter.split(text)
-    except front_matter.BadFrontMatter as error:
-        raise _describe_unreadable(error) from error
-
-
-def join_card(metadata: dict[str, Any], text: str) -> str:
-    """A README of metadata and text.
-
-    Raises:
-        Conflict: its metadata cannot be written again.
-    """
-    from hubaoti import front_matter
-
-    try:
-        return front_matter.join(metadata, text)
-    except front_matter.BadFrontMatter as error:
-        raise _describe_unreadable(error) from error
-
-
-def _describe_unreadable(error: ValueError) -> Conflict:
-    return Conflict(
-        f"the repo's README.md has unreadable metadata: {first_line(error)}",
-        hint="correct the block between the --- lines of README.md, then push again",
-    )

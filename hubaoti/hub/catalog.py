@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import TypeVar
 
@@ -24,8 +24,8 @@ _MOST = 1000  # manifests
 _TOGETHER = 64 << 20  # bytes of them
 
 Unreadable = BadManifest | DigestMismatch
-Name = TypeVar("Name", bound=Hashable)
-Found = TypeVar("Found")
+_Name = TypeVar("_Name", bound=Hashable)
+_Found = TypeVar("_Found")
 
 
 @dataclass(slots=True)
@@ -102,47 +102,40 @@ def read_catalog(
     return Catalog(repo, commit, files, artifacts, notes, tuple(there))
 
 
-def _is_manifest(path: str) -> bool:
-    """Whether a file is called as manifests are."""
-    return path.rpartition("/")[2] == FILENAME
-
-
 def find_artifact_paths(paths: Iterable[str]) -> tuple[list[ArtifactPath], tuple[str, ...]]:
     """The artifacts' folders among the paths, and notes on what only looks like one."""
     places, notes = [], []
     for path in sorted(paths):
-        if _is_manifest(path):
+        folder, _, name = path.rpartition("/")
+        if name == FILENAME:
             try:
-                places.append(ArtifactPath.parse(path.rpartition("/")[0]))
-            except BadRequest as why:
-                notes.append(f"{escape_line(path)} is ignored: {why}")
+                places.append(ArtifactPath.parse(folder))
+            except BadRequest as error:
+                notes.append(f"{escape_line(path)} is ignored: {error}")
     return places, tuple(notes)
 
 
 def _read_all(
-    read: Callable[[Name], Found], names: Sequence[Name], end: float
-) -> dict[Name, Found]:
+    read: Callable[[_Name], _Found], names: Sequence[_Name], end: float
+) -> dict[_Name, _Found]:
     """What `read` gives for each name, several at once.
 
-    An interrupt or an error waits for nobody who still reads, not even at the process's end, as a
-    pool's would: of a slow endpoint that takes minutes.
-
-    Raises:
-        HubUnreachable: it was not all there when the clock was at `end`.
+    Until the clock is at `end`. An interrupt or an error waits for nobody who still reads, not even
+    at the process's end, as a pool's would: of a slow endpoint that takes minutes.
     """
     from concurrent.futures import Future  # not for a warm pull, which counts ms
 
-    answers: dict[Name, Future[Found]] = {name: Future() for name in names}
-    waiting: SimpleQueue[Name] = SimpleQueue()
-    for name in names:
-        waiting.put(name)
+    answers: dict[_Name, Future[_Found]] = {name: Future() for name in names}
+    waiting = deque(names)
 
     def work() -> None:
-        for name in _drain_queue(waiting):
-            try:
-                answers[name].set_result(read(name))
-            except Exception as error:
-                answers[name].set_exception(error)
+        with suppress(IndexError):  # of a deque that is empty
+            while True:
+                name = waiting.popleft()
+                try:
+                    answers[name].set_result(read(name))
+                except Exception as error:
+                    answers[name].set_exception(error)
 
     for _ in range(min(_READERS, len(names))):
         Thread(target=work, daemon=True).start()
@@ -154,14 +147,7 @@ def _read_all(
             hint="try again when it is faster",
         ) from error
     finally:
-        list(_drain_queue(waiting))
-
-
-def _drain_queue(queue: SimpleQueue[Name]) -> Iterator[Name]:
-    """What waits in a queue, until nothing does."""
-    with suppress(Empty):
-        while True:
-            yield queue.get_nowait()
+        waiting.clear()
 
 
 def _read_manifest(
@@ -173,6 +159,6 @@ def _read_manifest(
             raise BadManifest(f"{entry.path} is larger than {LARGEST_MANIFEST >> 20} MiB")
         manifest = parse_manifest(client.read(repo, commit, entry), f"{repo}/{entry.path}")
         require_agreement(ArtifactPath.parse(entry.path.rpartition("/")[0]), manifest)
-    except (BadManifest, DigestMismatch) as why:
-        return why
+    except (BadManifest, DigestMismatch) as error:
+        return error
     return manifest

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +23,9 @@ from hubaoti.errors import (
     DigestMismatch,
     HubaotiError,
     HubUnreachable,
+    RepoNotFound,
 )
+from hubaoti.escape import escape_line
 from hubaoti.hub.bounds import TooLong, make_limit_bar
 from hubaoti.hub.errors import NO_HUB, AnswerLost, ErrorTranslator, StaleParent, silence_hub
 from hubaoti.hub.records import CommitId, Entry, Pushed, Refs
@@ -31,7 +33,6 @@ from hubaoti.hub.retry import (
     LIBRARY,
     find_response_status,
     heed_answers,
-    raise_cause,
     retry_request,
 )
 from hubaoti.progress import Progress, report_nothing
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _LONGEST_SILENCE = 600  # seconds without a byte, after which nobody waits for the rest
+_TAGS_SHOWN = 10  # to who asks for one that there is not
 MOST_FILES = 100_000  # of a commit, folders counted; what the Hub recommends at most
 
 _T = TypeVar("_T")
@@ -92,11 +94,25 @@ class HubClient:
     def resolve(self, repo: str, revision: str | None = None, kind: str = "model") -> str:
         """The full commit id that a revision (by default the default branch) is at now."""
         what = f"{repo}@{revision}" if revision else repo
-        return self._asked(what, lambda _: self._head(repo, revision, kind))
+        try:
+            return self._ask(what, lambda _: self._head(repo, revision, kind))
+        except RepoNotFound as error:
+            tags = self._list_some_tags(repo) if revision and kind == "model" else ""
+            error.hint = f"{tags}{error.hint}"
+            raise
+
+    def _list_some_tags(self, repo: str) -> str:
+        """The beginning of a hint for who named a tag that a repo does not have."""
+        with suppress(HubaotiError):
+            if tags := sorted(self.tags(repo), reverse=True):
+                more = f" and {len(tags) - _TAGS_SHOWN} more" if len(tags) > _TAGS_SHOWN else ""
+                shown = ", ".join(escape_line(each, 80) for each in tags[:_TAGS_SHOWN])
+                return f"its tags are {shown}{more}; "
+        return ""
 
     def _head(self, repo: str, revision: str | None, kind: str = "model") -> str:
         found = self._api.repo_info(repo, revision=revision, repo_type=kind).sha
-        commit: str = self._shaped(found, CommitId, f"names no commit of {repo}")
+        commit: str = self._convert(found, CommitId, f"names no commit of {repo}")
         return commit
 
     def files(self, repo: str, commit: str) -> tuple[Entry, ...]:
@@ -116,17 +132,12 @@ class HubClient:
                 hint="name a revision that has fewer, or ask its publisher for one",
             )
         found = [
-            {
-                "path": file.path,
-                "size": file.size,
-                "blob": file.blob_id,
-                "sha256": file.lfs.sha256 if file.lfs else None,
-            }
-            for file in listed
-            if isinstance(file, RepoFile)
+            {"path": f.path, "size": f.size, "blob": f.blob_id, "sha256": f.lfs and f.lfs.sha256}
+            for f in listed
+            if isinstance(f, RepoFile)
         ]
         how = f"lists the files of {repo} in no way of the Hub's"
-        entries: tuple[Entry, ...] = self._shaped(found, tuple[Entry, ...], how)
+        entries: tuple[Entry, ...] = self._convert(found, tuple[Entry, ...], how)
         return entries
 
     def download(self, repo: str, commit: str, path: str, limit: int | None = None) -> Path:
@@ -137,22 +148,17 @@ class HubClient:
         """
 
         def download(_: bool) -> Path:
+            bar = None if limit is None else make_limit_bar(limit)
+            options: dict[str, Any] = {"cache_dir": self.cache, "tqdm_class": bar}
+            fetch = partial(self._api.hf_hub_download, repo, path, revision=commit, **options)
             try:
-                return self._download(repo, commit, path, limit)
-            except FileNotFoundError as why:
-                if why.errno is None:  # huggingface_hub's own, not the system's
+                return Path(fetch())
+            except FileNotFoundError as error:
+                if error.errno is None:  # huggingface_hub's own, not the system's
                     raise
-                # Another process dropped the file while we linked to it.
-                return self._download(repo, commit, path, limit)
+                return Path(fetch())  # another process dropped the file while we linked to it
 
-        return self._asked(f"{path} of {repo}", download, of_files=True)
-
-    def _download(self, repo: str, commit: str, path: str, limit: int | None) -> Path:
-        bar = None if limit is None else make_limit_bar(limit)
-        found = self._api.hf_hub_download(
-            repo, path, revision=commit, cache_dir=self.cache, tqdm_class=bar
-        )
-        return Path(found)
+        return self._ask(f"{path} of {repo}", download, of_files=True)
 
     def sweep(self) -> None:
         """Remove what killed downloads left; a living one has written to its file just now."""
@@ -201,18 +207,20 @@ class HubClient:
         """
         if not _MODEL.fullmatch(model):
             raise BadRequest(f"malformed model id: {model!r:.120}", hint="write it as owner/name")
-        offline = self._settings.offline
+        offline, allowed = self._settings.offline, list(patterns)
 
-        def snapshot(_: bool) -> str:
-            # By its own name, not by its commit: so it is found by that name when offline.
-            allowed = list(patterns)
-            with raise_cause():
-                return self._api.snapshot_download(
-                    model, revision=revision, allow_patterns=allowed, local_files_only=offline
-                )
+        def snapshot(_: bool) -> Path:
+            from huggingface_hub.errors import LocalEntryNotFoundError
 
-        folder = Path(self._asked(model, snapshot, local=offline, of_files=True))
-        return folder, self._shaped(folder.name, CommitId, f"names no commit of {model}")
+            options: dict[str, Any] = {"allow_patterns": allowed, "local_files_only": offline}
+            try:
+                # By its own name, not by its commit: so it is found by that name when offline.
+                return Path(self._api.snapshot_download(model, revision=revision, **options))
+            except LocalEntryNotFoundError as error:  # of the cache, once the endpoint failed
+                raise error.__cause__ or error from error.__cause__
+
+        folder = self._ask(model, snapshot, local=offline, of_files=True)
+        return folder, self._convert(folder.name, CommitId, f"names no commit of {model}")
 
     # Writing
 
@@ -221,10 +229,10 @@ class HubClient:
 
         def create(_: bool) -> bool:
             self._api.create_repo(repo, private=private, exist_ok=True)
-            found = self._api.repo_info(repo).private
-            return bool(self._shaped(found, bool | None, f"does not say whether {repo} is private"))
+            how = f"does not say whether {repo} is private"
+            return bool(self._convert(self._api.repo_info(repo).private, bool | None, how))
 
-        return self._asked(repo, create, writing=True)
+        return self._ask(repo, create, writing=True)
 
     def commit(
         self,
@@ -255,19 +263,20 @@ class HubClient:
             )
             found = {"commit": made.oid, "url": made.commit_url}
             how = f"names no commit that it made in {repo}"
-            pushed: Pushed = self._shaped(found, Pushed, how)
+            pushed: Pushed = self._convert(found, Pushed, how)
             return pushed
 
-        return self._asked(repo, send, writing=True)
+        return self._ask(repo, send, writing=True)
 
     def tags(self, repo: str) -> dict[str, str]:
         """The full commit id that each tag of a repo names."""
-        return self._asked(repo, lambda _: self._refs(repo, "tags"))
+        return self._ask(repo, lambda _: self._refs(repo, "tags"))
 
     def _refs(self, repo: str, kind: str) -> dict[str, str]:
         refs = getattr(self._api.list_repo_refs(repo), kind)
         found = [(each.name, each.target_commit) for each in refs]
-        return dict(self._shaped(found, Refs, f"lists the {kind} of {repo} in no way of the Hub's"))
+        how = f"lists the {kind} of {repo} in no way of the Hub's"
+        return dict(self._convert(found, Refs, how))
 
     def tag(self, repo: str, name: str, commit: str) -> None:
         """Name a commit.
@@ -284,11 +293,11 @@ class HubClient:
                 if not made or made.get(name) != commit:
                     raise
 
-        self._asked(f"tag {name} of {repo}", create, writing=True)
+        self._ask(f"tag {name} of {repo}", create, writing=True)
 
     def branches(self, repo: str) -> dict[str, str]:
         """The full commit id that each branch of a repo is at."""
-        return self._asked(repo, lambda _: self._refs(repo, "branches"))
+        return self._ask(repo, lambda _: self._refs(repo, "branches"))
 
     def make_branch(self, repo: str, name: str) -> bool:
         """See that a branch exists, off the default one; whether it was made now."""
@@ -298,7 +307,7 @@ class HubClient:
         def create(_: bool) -> None:
             self._api.create_branch(repo, branch=name, exist_ok=True)
 
-        self._asked(f"branch {name} of {repo}", create, writing=True)
+        self._ask(f"branch {name} of {repo}", create, writing=True)
         return True
 
     def drop_branch(self, repo: str, name: str) -> None:
@@ -311,11 +320,11 @@ class HubClient:
                 if not (again and find_response_status(error) == 404):
                     raise
 
-        self._asked(f"branch {name} of {repo}", drop, writing=True)
+        self._ask(f"branch {name} of {repo}", drop, writing=True)
 
     # The door
 
-    def _asked(
+    def _ask(
         self,
         what: str,
         request: Callable[[bool], _T],
@@ -328,17 +337,13 @@ class HubClient:
         with self._door(what, writing, local, of_files):
             return retry_request(request, self._progress)
 
-    def _shaped(self, found: Any, kind: Any, how: str) -> Any:
-        """What the endpoint said, as the type that the Hub's protocol gives it.
-
-        Raises:
-            HubUnreachable: it is of another; `how` says what that means.
-        """
+    def _convert(self, found: Any, kind: Any, how: str) -> Any:
+        """What the endpoint said, as the type of the Hub's protocol; `how` says it is of none."""
         try:
             return msgspec.convert(found, kind)
-        except (msgspec.ValidationError, UnicodeError) as why:
-            message = f"{self.endpoint} {how}: {self._words.first_line(why)}"
-            raise HubUnreachable(message, hint=NO_HUB) from why
+        except (msgspec.ValidationError, UnicodeError) as error:
+            message = f"{self.endpoint} {how}: {self._words.first_line(error)}"
+            raise HubUnreachable(message, hint=NO_HUB) from error
 
     @contextmanager
     def _door(
@@ -350,17 +355,14 @@ class HubClient:
                 f"{what} is not asked for at {self.endpoint}: HF_HUB_OFFLINE is set",
                 hint="unset HF_HUB_OFFLINE, or name a full commit id that was pulled before",
             )
-        offline = self._settings.offline
+        heeded = nullcontext() if local else heed_answers(self._progress, of_files)
         try:
-            with (
-                silence_hub(),
-                nullcontext() if offline else heed_answers(self._progress, of_files),
-            ):
+            with silence_hub(), heeded:
                 yield
         except (HubaotiError, StaleParent, TooLong):
             raise
-        except Exception as why:
-            raise self._words.explained(why, what, writing) from why
+        except Exception as error:
+            raise self._words.translate(error, what, writing) from error
 
 
 def endpoint_folder(endpoint: str) -> str:

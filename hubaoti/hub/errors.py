@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,15 +47,15 @@ class ErrorTranslator:
     cache: Path
     stored: bool = False
 
-    def explained(self, error: Exception, what: str, writing: bool) -> Exception:
+    def translate(self, error: Exception, what: str, writing: bool) -> Exception:
         """The error of ours for a foreign one; `what` was asked for."""
         from huggingface_hub import errors
 
         cause = error.__cause__
         if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(cause, Exception):
-            return self.explained(cause, what, writing)
+            return self.translate(cause, what, writing)
         if isinstance(error, errors.HfHubHTTPError):
-            return self._refused(error, what, writing)
+            return self._translate_status(error, what, writing)
         if isinstance(error, errors.HFValidationError):
             return BadRequest(
                 f"{what}: {self.first_line(error)}", hint="write a repo as owner/name"
@@ -65,12 +65,12 @@ class ErrorTranslator:
         if isinstance(error, OSError) and error.errno in DISK_CLOSED:
             return describe_disk_error(error, self.cache)
         if _is_of_network(error):
-            return self._unreachable(error, what)
+            return self._describe_unreachable(error, what, NO_HUB)
         hint = "see whether the repo's card or files are odd; it is not the network"
         message = f"{type(error).__name__}: {self.first_line(error)}"
         return HubaotiError(f"huggingface_hub failed on {what}: {message}", hint=hint)
 
-    def _refused(self, error: Any, what: str, writing: bool) -> Exception:
+    def _translate_status(self, error: Any, what: str, writing: bool) -> Exception:
         """The error for an answer's status, which is no success."""
         from huggingface_hub import errors
 
@@ -80,86 +80,77 @@ class ErrorTranslator:
         if isinstance(error, errors.GatedRepoError):
             hint = f"ask for access at {self.endpoint}/{what}, then set HF_TOKEN"
             return AuthFailed(f"{what} is gated", hint=hint)
-        if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError) and (
-            not writing or status == 404
-        ):
-            return self._not_found(error, what)
+        missing = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
+        if status == 404 or (isinstance(error, missing) and not writing):
+            known = not isinstance(error, errors.RevisionNotFoundError)
+            thing = "repo or file" if known else "revision"
+            hint = (
+                "check the name; if the repo is private, set HF_TOKEN to a token that may read it"
+            )
+            return RepoNotFound(f"{self.endpoint} shows no such {thing}: {what}", hint=hint)
         if status in (401, 403):
-            return self._unauthorized(error, what)
-        if status == 404:
-            return self._not_found(error, what)
+            return self._describe_unauthorized(error, what)
         if status == 409:
             return Conflict(f"{what}: {self.first_line(error)}", hint="choose another name")
-        if status == 429 or status >= 500 or status == 0:
-            return self._unanswered(error, what, status)
+        if status == 429:
+            return self._describe_limited(error, what)
+        if status >= 500 or status == 0:
+            return self._describe_unreachable(error, what, _BUSY_HUB if status in BUSY else NO_HUB)
         hint = "see whether the endpoint serves the Hub's protocol"
         return HubaotiError(f"{self.endpoint} refused {what}: {self.first_line(error)}", hint=hint)
 
-    def _not_found(self, why: Exception, what: str) -> RepoNotFound:
-        from huggingface_hub import errors
-
-        thing = "revision" if isinstance(why, errors.RevisionNotFoundError) else "repo or file"
-        hint = "check the name; if the repo is private, set HF_TOKEN to a token that may read it"
-        return RepoNotFound(f"{self.endpoint} shows no such {thing}: {what}", hint=hint)
-
-    def _unauthorized(self, why: Exception, what: str) -> AuthFailed:
-        if self._sent() is None:
+    def _describe_unauthorized(self, error: Exception, what: str) -> AuthFailed:
+        if self._find_token() is None:
             hint = "set HF_TOKEN, or log in with: hf auth login"
             if not self.stored:
                 hint = "set HF_TOKEN; what `hf auth login` stored is for https://huggingface.co"
             return AuthFailed(f"{self.endpoint} wants a token for {what}", hint=hint)
         hint = "set HF_TOKEN to a token of this endpoint that may do this"
-        message = f"{self.endpoint} refused the token for {what}: {self.first_line(why)}"
+        message = f"{self.endpoint} refused the token for {what}: {self.first_line(error)}"
         return AuthFailed(message, hint=hint)
 
-    def _unreachable(self, why: Exception, what: str, hint: str = NO_HUB) -> HubUnreachable:
-        return HubUnreachable(
-            f"{self.endpoint} could not be asked for {what}: {self.first_line(why)}", hint=hint
-        )
+    def _describe_unreachable(self, error: Exception, what: str, hint: str) -> HubUnreachable:
+        message = f"{self.endpoint} could not be asked for {what}: {self.first_line(error)}"
+        return HubUnreachable(message, hint=hint)
 
-    def _unanswered(self, why: Exception, what: str, status: int) -> HubUnreachable:
-        if status == 429:
-            return self._limited(why, what)
-        return self._unreachable(why, what, _BUSY_HUB if status in BUSY else NO_HUB)
-
-    def _limited(self, why: Exception, what: str) -> HubUnreachable:
-        seconds = find_retry_after(why)
+    def _describe_limited(self, error: Exception, what: str) -> HubUnreachable:
+        seconds = find_retry_after(error)
         when = "in some minutes" if seconds is None else f"in {seconds:.0f} s"
-        token = "" if self._sent() else ", or set HF_TOKEN: who has a token may ask more often"
+        token = ", or set HF_TOKEN: who has a token may ask more often"
         return HubUnreachable(
             f"{self.endpoint} is asked too often, and did not answer for {what} "
             f"(429 Too Many Requests)",
-            hint=f"try again {when}{token}",
+            hint=f"try again {when}{'' if self._find_token() else token}",
         )
 
-    def first_line(self, why: BaseException) -> str:
+    def first_line(self, error: BaseException) -> str:
         """The first line of a foreign message, without the token."""
-        lines = [line.strip() for line in str(why).splitlines() if line.strip()]
-        words = lines[0] if lines else type(why).__name__
-        if token := self._sent():
+        lines = (line.strip() for line in str(error).splitlines())
+        words = next(filter(None, lines), type(error).__name__)
+        if token := self._find_token():
             for spelling in (token, repr(token)[1:-1]):
                 words = words.replace(spelling, "***")
         return escape_line(words)
 
-    def _sent(self) -> str | None:
+    def _find_token(self) -> str | None:
         """The token that our requests carry; None where they carry none."""
         from huggingface_hub import get_token
 
         return self.token or (get_token() if self.stored else None)
 
 
-def _is_full(why: BaseException) -> bool:
+def _is_full(error: BaseException) -> bool:
     """Whether an error says that the disk is full.
 
     hf_xet says it in words only; huggingface_hub warns of it, which is an error where the user
     made warnings errors.
     """
     words = ("No space left", "Not enough free disk space")
-    numbered = isinstance(why, OSError) and why.errno in DISK_FULL
-    return numbered or any(each in str(why) for each in words)
+    numbered = isinstance(error, OSError) and error.errno in DISK_FULL
+    return numbered or any(each in str(error) for each in words)
 
 
-def _is_of_network(why: BaseException) -> bool:
+def _is_of_network(error: BaseException) -> bool:
     """Whether the endpoint, or the way to it, is to blame.
 
     hf_xet's errors are plain RuntimeErrors; huggingface_hub's own OSErrors, as of a file that came
@@ -167,11 +158,11 @@ def _is_of_network(why: BaseException) -> bool:
     """
     from huggingface_hub import errors
 
-    numberless = isinstance(why, OSError) and why.errno is None
+    numberless = isinstance(error, OSError) and error.errno is None
     # Its transport's root, which is httpx in its releases 1 and httpx2 in 2.
     root = errors.HTTPError  # type: ignore[attr-defined]
     kinds = (root, ConnectionError, TimeoutError, json.JSONDecodeError)
-    return isinstance(why, kinds) or numberless or type(why) is RuntimeError
+    return isinstance(error, kinds) or numberless or type(error) is RuntimeError
 
 
 @contextmanager
@@ -200,40 +191,19 @@ def silence_hub() -> Iterator[None]:
 
     Both are switches of the whole process: around work in threads, hold this outside of them.
     """
-    with _silence_progress_bars(), _silence_warnings():
-        yield
-
-
-@contextmanager
-def _silence_warnings() -> Iterator[None]:
-    """huggingface_hub's log as it is where the user changed its level, else only its errors."""
-    from huggingface_hub.utils.logging import get_verbosity, set_verbosity
-
-    if get_verbosity() != logging.WARNING:
-        yield
-        return
-    set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        set_verbosity(logging.WARNING)
-
-
-@contextmanager
-def _silence_progress_bars() -> Iterator[None]:
-    """huggingface_hub's progress bars off, unless the user's environment says on or off."""
     from huggingface_hub import constants
+    from huggingface_hub.utils import logging as log
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
 
-    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
+    with ExitStack() as undo:
+        if constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled():
+            disable_progress_bars()
+            undo.callback(enable_progress_bars)
+        if log.get_verbosity() == logging.WARNING:  # which no user changed
+            log.set_verbosity(logging.ERROR)
+            undo.callback(log.set_verbosity, logging.WARNING)
         yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()

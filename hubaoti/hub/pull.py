@@ -8,12 +8,13 @@ with the manifest before it has a name in the mirror.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from pathlib import Path
 
-from hubaoti.artifact.manifest import File, Manifest
+from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.package import hash_file
 from hubaoti.artifact.requirements import Requirements
 from hubaoti.artifact.variant import Recipe
@@ -34,6 +35,7 @@ from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import ArtifactPath, RepoRef, looks_like_commit
 from hubaoti.hub.pull_path import describe_no_artifact, describe_no_torch, judge_named
 from hubaoti.hub.trust import Trust
+from hubaoti.hub.zerogpu import suggest_loader
 from hubaoti.mirror import Artifact, Mirror, PullOrigin
 from hubaoti.mirror.rows import Pin
 from hubaoti.mirror.store import compute_unpacked_size
@@ -99,29 +101,27 @@ def pull_artifact(  # noqa: PLR0913 - a face of keywords
         raise BadRequest("a recipe is asked for, and a path", hint="the path names its recipe")
     with Mirror.open(settings.mirror) as mirror:
         return Puller(
-            mirror=mirror,
-            client=HubClient(settings, progress),
-            trusted=Trust(settings.trust),
-            host=host,
-            recipe=recipe,
-            place=place,
-            trust=trust,
-            progress=progress,
+            mirror, settings, host, recipe=recipe, place=place, trust=trust, progress=progress
         ).pull(ref)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True)
 class Puller:
     """One pull; its steps share all this."""
 
     mirror: Mirror
-    client: HubClient
-    trusted: Trust
+    settings: Settings
     host: Host
-    recipe: Recipe | None
-    trust: bool
-    progress: Progress
+    _: KW_ONLY
+    recipe: Recipe | None = None
     place: ArtifactPath | None = None
+    trust: bool = False
+    progress: Progress = report_nothing
+
+    @cached_property
+    def client(self) -> HubClient:
+        """The endpoint that is pulled from."""
+        return HubClient(self.settings, self.progress)
 
     def pull(self, ref: RepoRef) -> Pulled:
         """Pin the commit, then take what the mirror has of it, else what the Hub has."""
@@ -139,11 +139,11 @@ class Puller:
 
     def _from_mirror(self, ref: RepoRef, commit: str) -> Pulled | None:
         """What an earlier pull of this commit chose, if it still may run here."""
-        found = self.mirror.find_pull(self._pin(ref, commit))
+        found = self.mirror.find_pull(self.pin(ref, commit))
         if found is None:
             return None
         artifact, path = found
-        verdict = self._judged(artifact.manifest.requires)
+        verdict = self._judge(artifact.manifest.requires)
         if verdict.fit is MatchResult.INCOMPATIBLE:
             return None
         place = ArtifactPath.parse(path)
@@ -155,16 +155,16 @@ class Puller:
         self.mirror.index.require_writable()
         self.progress(f"reading the manifests of {ref.repo} at {commit}")
         catalog = read_catalog(self.client, ref.repo, commit, only=self.place)
-        considered = tuple(self._consider(catalog))
-        chosen = self._chosen(ref, catalog, considered)
-        artifact = self.taken(ref, catalog, chosen, self._pin(ref, commit))
+        considered = judge_catalog(catalog, self._judge)
+        chosen = self._choose(ref, catalog, considered)
+        artifact = self.take(ref, catalog, chosen, self.pin(ref, commit))
         verdict = chosen.verdict
         assert verdict is not None
         return Pulled(
             artifact, ref, commit, chosen.place, verdict, considered, catalog.notes, False
         )
 
-    def taken(self, ref: RepoRef, catalog: Catalog, chosen: Considered, pin: Pin) -> Artifact:
+    def take(self, ref: RepoRef, catalog: Catalog, chosen: Considered, pin: Pin) -> Artifact:
         """An artifact that was chosen: of a trusted publisher, verified, in the mirror."""
         manifest = chosen.manifest
         assert manifest is not None  # only judged ones are chosen
@@ -175,37 +175,27 @@ class Puller:
         self.mirror.index.record_pull(pin, artifact.digest, str(chosen.place))
         return artifact
 
-    def _judged(self, requires: Requirements) -> Verdict:
+    def _judge(self, requires: Requirements) -> Verdict:
         """Whether an artifact fits; one that is named may wait for its torch."""
         return (judge if self.place is None else judge_named)(requires, self.host)
 
-    def _consider(self, catalog: Catalog) -> Iterator[Considered]:
-        for place, found in catalog.artifacts.items():
-            if self.place not in {None, place}:
-                continue
-            if isinstance(found, Manifest):
-                yield Considered(place, found, self._judged(found.requires))
-            else:
-                yield Considered(place, None, None, found)
-
-    def _chosen(
+    def _choose(
         self, ref: RepoRef, catalog: Catalog, considered: tuple[Considered, ...]
     ) -> Considered:
-        """The one that is named, or the best of those that fit.
-
-        Raises:
-            NoArtifact, NoMatch, BadManifest, NewerSchema, DigestMismatch: there is none.
-        """
-        if self.place is not None:
-            if not considered:
-                raise describe_no_artifact(self.place, catalog)
-            return _choose_best(catalog, considered, self.place.recipe)
-        try:
-            return _choose_best(catalog, considered, self.recipe)
-        except NoMatch as error:
-            if self.host.torch is None:
-                raise describe_no_torch(error, ref, catalog) from None
-            raise
+        """The one that is named, or the best of those that fit."""
+        if self.place is not None and not considered:
+            raise describe_no_artifact(self.place, catalog)
+        recipe = self.recipe if self.place is None else self.place.recipe
+        if ranked := rank_considered(considered, recipe):
+            return ranked[0]
+        error = describe_no_choice(catalog, considered, recipe)
+        if not considered:
+            with suppress(HubaotiError):
+                branches = self.client.branches(ref.repo) if ref.revision is None else ()
+                error.hint = suggest_loader(ref, catalog.files, branches) or error.hint
+        if isinstance(error, NoMatch) and self.place is None and self.host.torch is None:
+            raise describe_no_torch(error, ref, catalog)
+        raise error
 
     def require_trust(
         self, ref: RepoRef, commit: str, place: ArtifactPath, manifest: Manifest
@@ -225,10 +215,10 @@ class Puller:
         Raises:
             Untrusted: nobody ever said so.
         """
-        endpoint = self.client.endpoint
+        endpoint, trusted = self.client.endpoint, Trust(self.settings.trust)
         if self.trust:
-            self.trusted.add(endpoint, ref.owner)
-        elif not self.trusted.holds(endpoint, ref.owner):
+            trusted.add(endpoint, ref.owner)
+        elif not trusted.holds(endpoint, ref.owner):
             raise Untrusted(
                 f"{ref.owner} publishes {what} at {endpoint} ({which}). Opening it runs their "
                 f"native code on this machine, and {ref.owner} is not trusted here",
@@ -244,7 +234,7 @@ class Puller:
             # The zips, and what is unpacked from them, lie on the disk together for a while.
             require_disk_room(self.mirror.root, manifest.size + compute_unpacked_size(manifest))
             try:
-                with self._downloaded(catalog, place, manifest) as files:
+                with self._download(catalog, place, manifest) as files:
                     self.progress(f"unpacking {place}")
                     return self.mirror.put(manifest, files, origin, place.recipe)
             except FileNotFoundError:
@@ -258,23 +248,20 @@ class Puller:
         )
 
     @contextmanager
-    def _downloaded(
+    def _download(
         self, catalog: Catalog, place: ArtifactPath, manifest: Manifest
     ) -> Iterator[dict[str, Path]]:
         """The artifact's files, verified; they leave the cache folder once they are stored.
 
         After an error those that are whole stay, so that the next pull need not fetch them again.
-
-        Raises:
-            DigestMismatch: a file is not the listed one; it does not stay.
         """
         files: dict[str, Path] = {}
         for file in manifest.all_files():
             path = place.file(file.path)
             self.progress(f"downloading {path} ({file.size / 1e6:.1f} MB)")
-            files[file.path] = self.client.download(catalog.repo, catalog.commit, path)
-            if not _is_listed_file(files[file.path], file):
-                self.client.drop(files[file.path])
+            found = files[file.path] = self.client.download(catalog.repo, catalog.commit, path)
+            if found.stat().st_size != file.size or hash_file(found) != file.sha256:
+                self.client.drop(found)
                 raise DigestMismatch(
                     f"{path} from {self.client.endpoint} is not the file that its manifest lists",
                     hint="pull again; if it stays so, ask the publisher to push it again",
@@ -283,35 +270,34 @@ class Puller:
         for downloaded in files.values():
             self.client.drop(downloaded)
 
-    def _pin(self, ref: RepoRef, commit: str) -> Pin:
-        asked = self.place or self.recipe
-        return self.pin(ref, commit, "" if asked is None else str(asked))
-
-    def pin(self, ref: RepoRef, commit: str, asked: str) -> Pin:
+    def pin(self, ref: RepoRef, commit: str, request: str | None = None) -> Pin:
         """What is remembered of a pull: of which commit, of what was asked for, on which host."""
-        return Pin(self.client.endpoint, ref.repo, commit, asked, fingerprint(self.host))
+        if request is None:
+            request = str(self.place or self.recipe or "")
+        return Pin(self.client.endpoint, ref.repo, commit, request, fingerprint(self.host))
 
 
-def _choose_best(
-    catalog: Catalog, considered: tuple[Considered, ...], recipe: Recipe | None
-) -> Considered:
-    """The best of those that fit.
-
-    Raises:
-        NoArtifact, NoMatch, BadManifest, NewerSchema, DigestMismatch: there is none.
-    """
-    by_path = {str(each.place): each for each in considered}
-    ranked = rank(
-        [
-            Candidate(each.place.recipe, each.place.variant, each.verdict, path)
-            for path, each in by_path.items()
-            if each.verdict is not None
-        ],
-        recipe,
+def judge_catalog(
+    catalog: Catalog, judge_requirements: Callable[[Requirements], Verdict]
+) -> tuple[Considered, ...]:
+    """Each artifact of a catalog with its verdict, or why it has none."""
+    return tuple(
+        Considered(place, found, judge_requirements(found.requires))
+        if isinstance(found, Manifest)
+        else Considered(place, None, None, found)
+        for place, found in catalog.artifacts.items()
     )
-    if ranked:
-        return by_path[ranked[0].id]
-    raise describe_no_choice(catalog, considered, recipe)
+
+
+def rank_considered(considered: Iterable[Considered], recipe: Recipe | None) -> list[Considered]:
+    """Those that fit, the best first."""
+    by_path = {str(each.place): each for each in considered}
+    candidates = [
+        Candidate(each.place.recipe, each.place.variant, each.verdict, path)
+        for path, each in by_path.items()
+        if each.verdict is not None
+    ]
+    return [by_path[each.id] for each in rank(candidates, recipe)]
 
 
 def describe_no_choice(
@@ -351,11 +337,7 @@ def _format_considered(each: Considered, recipe: Recipe | None) -> list[str]:
 
 
 def _require_listed(catalog: Catalog, place: ArtifactPath, manifest: Manifest) -> None:
-    """See that the commit has the manifest's files, of their sizes, before one is fetched.
-
-    Raises:
-        DigestMismatch: one is missing, or another.
-    """
+    """See that the commit has the manifest's files, of their sizes, before one is fetched."""
     for file in manifest.all_files():
         entry = catalog.files.get(place.file(file.path))
         if entry is None or entry.size != file.size:
@@ -365,11 +347,6 @@ def _require_listed(catalog: Catalog, place: ArtifactPath, manifest: Manifest) -
                 f"{file.size} bytes",
                 hint="ask the publisher to push it again",
             )
-
-
-def _is_listed_file(path: Path, file: File) -> bool:
-    """Whether a downloaded file is the listed one."""
-    return path.stat().st_size == file.size and hash_file(path) == file.sha256
 
 
 def fingerprint(host: Host) -> str:

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from hubaoti.artifact.requirements import Requirements
 from hubaoti.artifact.variant import Recipe
-from hubaoti.errors import HubaotiError, NoArtifact
+from hubaoti.errors import NoArtifact
 from hubaoti.host.match import Candidate, Verdict, judge, rank
 from hubaoti.host.probe import Gpu, Host
 from hubaoti.hub.catalog import Allowance, Catalog, read_catalog
 from hubaoti.hub.layout import ArtifactPath, RepoRef
-from hubaoti.hub.pull import Considered, Puller, describe_no_choice
+from hubaoti.hub.pull import (
+    Considered,
+    Puller,
+    describe_no_choice,
+    judge_catalog,
+    rank_considered,
+)
 from hubaoti.hub.zerogpu import LAYOUT
 from hubaoti.mirror import Artifact
 
@@ -66,7 +73,8 @@ def pull_fleet(
             chosen.setdefault(each.place, (catalog, each))  # the default branch comes first
     if not chosen:
         catalog = next((each for each in catalogs if each.artifacts), catalogs[0])
-        raise describe_no_choice(catalog, _judge_catalog(puller, catalog), puller.recipe)
+        considered = judge_catalog(catalog, partial(judge_without_gpu, host=puller.host))
+        raise describe_no_choice(catalog, considered, puller.recipe)
     return tuple(_pull_offer(puller, ref, catalog, each) for catalog, each in chosen.values())
 
 
@@ -115,27 +123,13 @@ def read_branch_catalogs(puller: Puller, ref: RepoRef) -> Iterator[Catalog]:
             yield read_catalog(client, ref.repo, commit, allowance)
 
 
-def _judge_catalog(puller: Puller, catalog: Catalog) -> tuple[Considered, ...]:
-    """Each artifact of a catalog with its verdict, for a host that has its GPU."""
-    return tuple(
-        Considered(place, None, None, found)
-        if isinstance(found, HubaotiError)
-        else Considered(place, found, judge_without_gpu(found.requires, puller.host))
-        for place, found in catalog.artifacts.items()
-    )
-
-
 def choose_artifacts(
     puller: Puller, catalog: Catalog, kinds: frozenset[str]
 ) -> Iterator[Considered]:
     """The artifacts of a catalog that are worth having: any of a GPU, the best of a CPU."""
-    by_path = {str(each.place): each for each in _judge_catalog(puller, catalog)}
-    candidates = [
-        Candidate(each.place.recipe, each.place.variant, each.verdict, path)
-        for path, each in by_path.items()
-        if each.verdict is not None and artifact_device(each) in kinds
-    ]
-    found = [by_path[each.id] for each in rank(candidates, puller.recipe)]
+    judged = judge_catalog(catalog, partial(judge_without_gpu, host=puller.host))
+    fitting = (each for each in judged if artifact_device(each) in kinds)
+    found = rank_considered(fitting, puller.recipe)
     yield from (each for each in found if artifact_device(each) == "cuda")
     yield from [each for each in found if artifact_device(each) == "cpu"][:1]
 
@@ -148,6 +142,6 @@ def artifact_device(considered: Considered) -> str | None:
 def _pull_offer(puller: Puller, ref: RepoRef, catalog: Catalog, chosen: Considered) -> Offer:
     """An artifact in the mirror; the pull is remembered beside that of the best one."""
     pin = puller.pin(ref, catalog.commit, f"zerogpu {chosen.place}")
-    artifact = puller.taken(ref, catalog, chosen, pin)
+    artifact = puller.take(ref, catalog, chosen, pin)
     puller.mirror.verify(artifact)
     return Offer(chosen.place, artifact)

@@ -40,7 +40,7 @@ and by one that verifies every byte first, and falls back where a graph does not
 
     hubaoti.spaces.load(module, "{repo}", revision="{branch}")
 """
-ATTEMPTS = 6  # one, and five more when another push was faster
+PUSH_ATTEMPTS = 6  # one, and five more when another push was faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
-class Shipment:
+class _Shipment:
     """A bundle on its way: its place, on a branch of its own or beside others on the default one.
 
     `packages` are files of the bundle that lie at other paths, too.
@@ -124,7 +124,7 @@ def push_bundle(
     Raises:
         DigestMismatch: the bundle's files are not what its manifest says.
         BadPackage: one of its packages is damaged.
-        BadRequest: the loaders that a layout is for could not call it.
+        BadRequest: the label is malformed, or the loaders that a layout is for could not call it.
         Conflict: the path holds an artifact of another key, the tag names another commit, or the
             branch moves faster than we do.
         AuthFailed, RepoNotFound, HubUnreachable: from the Hub.
@@ -155,16 +155,12 @@ def push_bundle(
     )
 
 
-def _make_shipment(bundle: Bundle, to: Destination) -> Shipment:
-    """What goes where.
-
-    Raises:
-        BadRequest: the label is malformed, or the bundle cannot be had in this layout.
-    """
+def _make_shipment(bundle: Bundle, to: Destination) -> _Shipment:
+    """What goes where."""
     place = artifact_path(bundle.manifest, to.label)
     if to.layout is None:
-        return Shipment(bundle, place)
-    return Shipment(bundle, place, artifact_branch(place), lay_out_packages(bundle.manifest))
+        return _Shipment(bundle, place)
+    return _Shipment(bundle, place, artifact_branch(place), lay_out_packages(bundle.manifest))
 
 
 @contextmanager
@@ -181,11 +177,7 @@ def _ensure_branch(client: HubClient, repo: str, branch: str | None) -> Iterator
 
 
 def _check_bundle(bundle: Bundle) -> None:
-    """See that a bundle is what its manifest says.
-
-    Raises:
-        DigestMismatch, BadPackage: it is not.
-    """
+    """See that a bundle is what its manifest says."""
     try:
         bundle.check()
     except BadPackage as error:
@@ -194,12 +186,12 @@ def _check_bundle(bundle: Bundle) -> None:
 
 
 def _commit_on_head(
-    client: HubClient, shipment: Shipment, to: Destination, progress: Progress
+    client: HubClient, shipment: _Shipment, to: Destination, progress: Progress
 ) -> tuple[Pushed, bool]:
     """The commit that holds the bundle, and whether it was made now; retried on a moving head."""
     repo, bundle, place = to.repo.repo, shipment.bundle, shipment.place
     lost = False
-    for attempt in range(ATTEMPTS):
+    for attempt in range(PUSH_ATTEMPTS):
         catalog = read_catalog(client, repo, client.resolve(repo, shipment.branch))
         present = _is_present(catalog, shipment)
         if to.tag is not None:
@@ -217,17 +209,13 @@ def _commit_on_head(
             progress(f"{moved}: reading the repo again")
             time.sleep(random.uniform(0, 0.2 * (attempt + 1)))
     raise Conflict(
-        f"{repo} changed {ATTEMPTS} times while this bundle was pushed",
+        f"{repo} changed {PUSH_ATTEMPTS} times while this bundle was pushed",
         hint="nothing was pushed; try again when others are done",
     )
 
 
-def _is_present(catalog: Catalog, shipment: Shipment) -> bool:
-    """Whether a commit holds this very artifact, all of it, at its place.
-
-    Raises:
-        Conflict: it holds another one there, which is not ours to replace.
-    """
+def _is_present(catalog: Catalog, shipment: _Shipment) -> bool:
+    """Whether a commit holds this very artifact, all of it; another is not ours to replace."""
     place, manifest = shipment.place, shipment.bundle.manifest
     there = catalog.artifacts.get(place)
     if there is None:
@@ -246,11 +234,7 @@ def _is_present(catalog: Catalog, shipment: Shipment) -> bool:
 
 
 def _require_free(client: HubClient, repo: str, tag: str, commit: str | None) -> None:
-    """See, before anything is uploaded, that a tag is free, or on this commit already.
-
-    Raises:
-        Conflict: it names another commit.
-    """
+    """See, before anything is uploaded, that a tag is free, or on this commit already."""
     there = client.tags(repo).get(tag)
     if there is not None and there != commit:
         raise Conflict(
@@ -259,25 +243,22 @@ def _require_free(client: HubClient, repo: str, tag: str, commit: str | None) ->
         )
 
 
-def _commit_shipment(client: HubClient, catalog: Catalog, shipment: Shipment) -> Pushed:
+def _commit_shipment(client: HubClient, catalog: Catalog, shipment: _Shipment) -> Pushed:
     """One commit: the bundle's files, those of the artifact it replaces removed, the new card."""
-    add = shipment.files
-    card = _render_card if shipment.branch is None else _render_branch_card
-    add[_README] = card(client, catalog, shipment).encode()
+    add, manifest = shipment.files, shipment.bundle.manifest
+    if shipment.branch is None:
+        card = _render_card(client, catalog, shipment)
+    else:
+        text = _BRANCH_CARD.format(repo=catalog.repo, branch=shipment.branch)
+        card = render(catalog.repo, text, {shipment.place: manifest}, manifest)
+    add[_README] = card.encode()
     stale = [path for path in catalog.files if shipment.is_in_the_way(path) and path not in add]
     message = f"Add {shipment.place}"
     return client.commit(catalog.repo, add, stale, message, catalog.commit, shipment.branch)
 
 
-def _render_branch_card(client: HubClient, catalog: Catalog, shipment: Shipment) -> str:
-    """The README of a branch that holds one artifact for other loaders."""
-    manifest = shipment.bundle.manifest
-    text = _BRANCH_CARD.format(repo=catalog.repo, branch=shipment.branch)
-    return render(catalog.repo, text, {shipment.place: manifest}, manifest)
-
-
-def _render_card(client: HubClient, catalog: Catalog, shipment: Shipment) -> str:
-    """The README once the artifact is there."""
+def _render_card(client: HubClient, catalog: Catalog, shipment: _Shipment) -> str:
+    """The README of the default branch once the artifact is there."""
     place, manifest = shipment.place, shipment.bundle.manifest
     there = catalog.files.get(_README)
     if there is not None and there.size > LARGEST_README:
@@ -297,6 +278,6 @@ def decode_readme(readme: bytes) -> str:
     """
     try:
         return readme.decode("utf-8-sig")
-    except UnicodeDecodeError as why:
+    except UnicodeDecodeError as error:
         hint = "save it as UTF-8, then push again"
-        raise Conflict(f"the repo's README.md is not UTF-8: {why}", hint=hint) from why
+        raise Conflict(f"the repo's README.md is not UTF-8: {error}", hint=hint) from error

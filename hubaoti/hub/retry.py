@@ -34,10 +34,11 @@ MOST_ANSWERS = 2000  # to one request of ours, which may be of many pages
 # httpx's and httpx2's, of connections that were there: the request may have been answered already.
 _DROPPED = {"ReadError", "WriteError", "RemoteProtocolError"}
 _patience: ContextVar[Patience | None] = ContextVar("patience", default=None)
+_open: list[Patience] = []  # of all threads
 _RATE_LIMIT = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})\b")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Patience:
     """What one request is waited for, who is told of it, and what it has taken until now.
 
@@ -46,7 +47,7 @@ class Patience:
 
     progress: Progress
     of_files: bool = False
-    asked: float = 0.0
+    waits: float = 0.0  # seconds that were asked for
     answers: int = 0
 
     def is_file(self, response: Any) -> bool:
@@ -59,8 +60,8 @@ class Patience:
         """Whether an endpoint that is busy asks for more seconds than all waits may take."""
         wish = f", and asks to wait {seconds:.0f} s" if seconds else ""
         self.progress(f"the endpoint is busy ({status}){wish}")
-        self.asked += seconds
-        return self.asked > LONGEST_WAIT
+        self.waits += seconds
+        return self.waits > LONGEST_WAIT
 
 
 def retry_request(request: Callable[[bool], _T], progress: Progress) -> _T:
@@ -71,7 +72,7 @@ def retry_request(request: Callable[[bool], _T], progress: Progress) -> _T:
     from tenacity import Retrying, retry_if_exception
 
     def tell(state: RetryCallState) -> None:
-        status = find_response_status(_get_error(state))
+        status = find_response_status(_find_error(state))
         if status is None:  # of a busy one, `heed_answers` has told
             progress(f"the connection was dropped: asking again in {state.upcoming_sleep:.1f} s")
 
@@ -82,10 +83,7 @@ def retry_request(request: Callable[[bool], _T], progress: Progress) -> _T:
         before_sleep=tell,
         reraise=True,
     )
-    for attempt in retrying:
-        with attempt:
-            return request(attempt.retry_state.attempt_number > 1)
-    raise AssertionError("the last attempt returns or raises")
+    return retrying(lambda: request(retrying.statistics["attempt_number"] > 1))
 
 
 def _is_passing(error: BaseException) -> bool:
@@ -95,8 +93,10 @@ def _is_passing(error: BaseException) -> bool:
 
 def _is_enough(state: RetryCallState) -> bool:
     """Whether to give up: after so many attempts, or if the next would be too far away."""
-    too_long = state.idle_for + state.upcoming_sleep > LONGEST_WAIT
-    return bool(too_long) or state.attempt_number >= ATTEMPTS
+    patience = _patience.get()
+    waits = 0.0 if patience is None else patience.waits
+    seconds: float = max(waits, state.idle_for + state.upcoming_sleep)
+    return seconds > LONGEST_WAIT or state.attempt_number >= ATTEMPTS
 
 
 def _choose_wait(state: RetryCallState) -> float:
@@ -104,7 +104,7 @@ def _choose_wait(state: RetryCallState) -> float:
     from tenacity import wait_exponential, wait_random
 
     backoff = wait_exponential(FIRST_WAIT, _LONGEST_BACKOFF) + wait_random(0, FIRST_WAIT / 2)
-    return find_retry_after(_get_error(state)) or backoff(state)
+    return find_retry_after(_find_error(state)) or backoff(state)
 
 
 @contextmanager
@@ -113,15 +113,18 @@ def heed_answers(progress: Progress, of_files: bool = False) -> Iterator[None]:
 
     From now on huggingface_hub's waits are bounded, too.
     """
-    heed_all_sessions()
-    before = _patience.set(Patience(progress, of_files))
+    _heed_all_sessions()
+    patience = Patience(progress, of_files)
+    before = _patience.set(patience)
+    _open.append(patience)
     try:
         yield
     finally:
+        _open.remove(patience)
         _patience.reset(before)
 
 
-def heed_all_sessions() -> None:
+def _heed_all_sessions() -> None:
     """Have huggingface_hub's session heed answers, and any that it makes anew within a call.
 
     Private, checked on huggingface_hub 1.30 to 2.4: `_http._GLOBAL_CLIENT_FACTORY`, which makes
@@ -131,23 +134,23 @@ def heed_all_sessions() -> None:
     from huggingface_hub.utils import _http
 
     make: Any = getattr(_http, "_GLOBAL_CLIENT_FACTORY", None)
-    if make is not None and not isinstance(make, HeedingFactory):
-        _http._GLOBAL_CLIENT_FACTORY = HeedingFactory(make)
-    add_heed_hook(get_session())
+    if make is not None and not isinstance(make, _HeedingFactory):
+        _http._GLOBAL_CLIENT_FACTORY = _HeedingFactory(make)
+    _add_heed_hook(get_session())
 
 
 @dataclass(frozen=True, slots=True)
-class HeedingFactory:
+class _HeedingFactory:
     """Makes sessions as somebody else does, which heed answers."""
 
     make: Callable[[], Any]
 
     def __call__(self) -> Any:
-        """One of them."""
-        return add_heed_hook(self.make())
+        """A session that heeds answers."""
+        return _add_heed_hook(self.make())
 
 
-def add_heed_hook(client: Any) -> Any:
+def _add_heed_hook(client: Any) -> Any:
     """A session that heeds answers, and does not wait for ever for the next byte of one."""
     hooks = client.event_hooks["response"]
     if _heed not in hooks:
@@ -167,57 +170,47 @@ def _heed(response: Any) -> None:
     """
     from huggingface_hub import hf_raise_for_status
 
-    ours = response.request.headers.get("user-agent", "").startswith(f"{LIBRARY}/")
+    if not response.request.headers.get("user-agent", "").startswith(f"{LIBRARY}/"):
+        return
     # A thread of huggingface_hub's own has none, and brings files or takes them.
-    patience = _patience.get() or Patience(report_nothing, of_files=True)
-    if ours and not patience.is_file(response):
+    own = _patience.get()
+    patience = own or Patience(report_nothing, of_files=True)
+    if not patience.is_file(response):
         patience.answers += 1
         if patience.answers > MOST_ANSWERS:
             raise describe_too_long(response, f"more than {MOST_ANSWERS} answers")
         response.stream = bound_answer(response)
-    if not ours or response.status_code not in BUSY:
+    if response.status_code not in BUSY:
         return
-    spent = patience.is_spent(response.status_code, read_retry_after(response.headers) or 0)
+    waiting = own or next(reversed(_open), patience)  # such a thread's is that of who asked last
+    spent = waiting.is_spent(response.status_code, read_retry_after(response.headers) or 0)
     # Of this one huggingface_hub reads the body, which may be no JSON, before the status.
     if spent or response.request.url.path.endswith("/validate-yaml"):
         response.read()
         hf_raise_for_status(response)
 
 
-def _get_error(state: RetryCallState) -> BaseException:
-    error = state.outcome.exception() if state.outcome else None
-    assert error is not None
-    return error
+def _find_error(state: RetryCallState) -> BaseException | None:
+    return state.outcome.exception() if state.outcome else None
 
 
-@contextmanager
-def raise_cause() -> Iterator[None]:
-    """Around a call that looks into the cache when the endpoint fails: that failure, if any."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        yield
-    except LocalEntryNotFoundError as why:
-        raise why.__cause__ or why from why.__cause__
-
-
-def find_response_status(error: BaseException) -> int | None:
+def find_response_status(error: BaseException | None) -> int | None:
     """The status of the answer that an error tells of."""
-    response = getattr(error, "response", None)
-    return getattr(response, "status_code", None)
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def find_retry_after(error: BaseException) -> float | None:
+def find_retry_after(error: BaseException | None) -> float | None:
     """How long the answer that an error tells of asks to wait; None where it does not say."""
-    return None if find_response_status(error) is None else read_retry_after(error.response.headers)  # type: ignore[attr-defined]
+    response = getattr(error, "response", None)
+    return None if response is None else read_retry_after(response.headers)
 
 
 def read_retry_after(headers: Any) -> float | None:
     """The seconds of Retry-After, a number or a date, or until the Hub's rate limit is reset."""
-    said = str(headers.get("retry-after", "")).strip()
-    if re.fullmatch(r"\d{1,9}", said):
-        return float(said)
+    text = str(headers.get("retry-after", "")).strip()
+    if re.fullmatch(r"\d{1,9}", text):
+        return float(text)
     with suppress(ValueError, OverflowError):
-        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     spent = _RATE_LIMIT.search(str(headers.get("ratelimit", "")))
     return float(spent[1]) if spent else None

@@ -56,9 +56,9 @@ class Trust:
             return ()
         except UnsafeFolder:
             raise
-        except (OSError, ValueError, TypeError, AttributeError) as why:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             hint = "correct it or remove it; each publisher is asked about again"
-            raise HubaotiError(f"{self.path} cannot be read: {why}", hint=hint) from why
+            raise HubaotiError(f"{self.path} cannot be read: {error}", hint=hint) from error
 
     def holds(self, endpoint: str, owner: str) -> bool:
         """Whether code of this publisher may run here."""
@@ -112,11 +112,7 @@ class Trust:
 
 
 def _parse_publishers(text: str) -> tuple[Publisher, ...]:
-    """Read the file's text.
-
-    Raises:
-        ValueError, TypeError, AttributeError: it is not one of ours.
-    """
+    """Read the file's text; ValueError, TypeError or AttributeError where it is not one of ours."""
     found = tuple(Publisher(**entry) for entry in tomllib.loads(text).get("publisher", ()))
     for each in found:
         strings = isinstance(each.endpoint, str) and isinstance(each.owner, str)

@@ -14,11 +14,11 @@ module's `state_dict`. So only graphs that are whole by themselves can lie there
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from hubaoti.artifact.manifest import Direct, Graph, Manifest
 from hubaoti.errors import BadRequest
-from hubaoti.hub.layout import ArtifactPath
+from hubaoti.hub.layout import ArtifactPath, RepoRef, is_revision
 
 LAYOUT = "zerogpu"
 PACKAGE_ROOT = "package/root"
@@ -30,6 +30,18 @@ _TEXTS = {"embed", "classify", "logits"}
 def artifact_branch(place: ArtifactPath) -> str:
     """The branch that holds an artifact in this layout."""
     return f"{LAYOUT}/{place}"
+
+
+def suggest_loader(ref: RepoRef, paths: Iterable[str], branches: Iterable[str]) -> str | None:
+    """How to load what a repo holds for other loaders; None where it holds nothing of the kind."""
+    load = f'in Python, hubaoti.spaces.load(module, "{ref.repo}"'
+    for branch in sorted(branches):
+        if branch.startswith(f"{LAYOUT}/") and is_revision(branch):
+            return f"its graphs are on branches: hubaoti pull {ref.repo}@{branch}; or {load})"
+    if any(path.rpartition("/")[2] == PACKAGE for path in paths):
+        at = f', revision="{ref.revision}"' if ref.revision else ""
+        return f"it holds packages for other loaders: {load}{at})"
+    return None
 
 
 def lay_out_packages(manifest: Manifest) -> Mapping[str, str]:

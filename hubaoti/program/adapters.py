@@ -28,17 +28,10 @@ def stands_aside(adapter: Any) -> bool:
     disabled = bool(getattr(adapter, "disable_adapters", False))
     if getattr(adapter, "merged", False):
         return not disabled
-    places = getattr(adapter, "adapter_layer_names", ())
-    names = {
-        name for place in places for name in _list_adapter_names(getattr(adapter, place, None))
-    }
-    return bool(places) and (disabled or names.isdisjoint(_list_active_adapters(adapter)))
-
-
-def _list_adapter_names(place: Any) -> Iterator[str]:
-    """The names under which adapters were added to a layer, of one kind of their parts."""
-    if hasattr(place, "keys"):
-        yield from place.keys()
+    kinds = getattr(adapter, "adapter_layer_names", ())  # of the parts that were added
+    added: list[Any] = [getattr(adapter, kind, None) for kind in kinds]
+    names = set[str]().union(*(each.keys() for each in added if hasattr(each, "keys")))
+    return bool(kinds) and (disabled or names.isdisjoint(_list_active_adapters(adapter)))
 
 
 def _list_active_adapters(adapter: Any) -> tuple[str, ...]:
@@ -109,8 +102,12 @@ def separate_adapters(
 
 def list_own_parts(model: nn.Module) -> list[nn.Module]:
     """A model's parts without what peft put there: its code is no code of the model."""
-    parts = separate_adapters(model)[0].values()
-    return [part for part in parts if type(part).__module__.split(".")[0] != "peft"]
+    return [part for part in separate_adapters(model)[0].values() if not is_of_peft(part)]
+
+
+def is_of_peft(part: nn.Module) -> bool:
+    """Whether peft made a part, as what wraps a whole model or head."""
+    return type(part).__module__.partition(".")[0] == "peft"
 
 
 def unwrap_peft(module: nn.Module) -> nn.Module:

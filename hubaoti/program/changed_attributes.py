@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from hubaoti.program.adapters import separate_adapters
+from hubaoti.program.adapters import is_of_peft, separate_adapters
 from hubaoti.program.model_code import Code
 from hubaoti.program.module_fingerprint import OWN, convert_plain_value, is_ours, is_plain
 from hubaoti.program.reachable_code import find_functions, function_module
@@ -28,18 +28,20 @@ Part = tuple[str, dict[str, Any]]
 BUILT: dict[tuple[type, Code, str, str], dict[str, Part] | None] = {}
 
 
-def is_as_built(model: nn.Module, code: Code, task: str, listing: Listing) -> bool:
+def is_as_built(model: nn.Module, code: Code, task: str, listing: AttributeListing) -> bool:
     """Whether the attributes that code reads for a task are those that the model's class gave it.
 
     Its class makes another one of the same config, without memory for weights. Parts that only the
     other has are ones that the model was made without.
     """
-    key = (type(model), code, task, _format_config(model.config))
+    config: Any = model.config
+    kept = {**config} if isinstance(config, Mapping) else vars(config)  # by itself, too
+    key = (type(model), code, task, f"{kept}")
     if key not in BUILT:
         while len(BUILT) >= _MOST:
             BUILT.pop(next(iter(BUILT)), None)
         BUILT[key] = _build_same_model(model, listing)
-    other = BUILT[key]
+    other = BUILT.get(key)  # another thread may have met a patch, and cleared it
     return other is not None and all(
         _is_like(path, listing.part(part), other)
         for path, part in _list_parts_beside_peft(model).items()
@@ -50,41 +52,31 @@ def _list_parts_beside_peft(model: nn.Module) -> dict[str, nn.Module]:
     """A model's parts by their paths; adapters stand aside, or were compiled with it, and what
     peft wraps whole, as a head that is saved too, is its own affair."""
     parts = separate_adapters(model)[0]
-    wrapped = tuple(f"{path}." for path, part in parts.items() if _is_of_peft(part))
+    wrapped = tuple(f"{path}." for path, part in parts.items() if is_of_peft(part))
     return {p: part for p, part in parts.items() if not f"{p}.".startswith(wrapped)}
-
-
-def _is_of_peft(part: nn.Module) -> bool:
-    return type(part).__module__.split(".")[0] == "peft"
 
 
 def _is_like(path: str, part: Part, other: dict[str, Part]) -> bool:
     """Whether a part is as in the other model; it may say None where that one has a part."""
     kind, attributes = part
-    left = {
-        k: v for k, v in attributes.items() if v is not None or _join_path(path, k) not in other
-    }
+    prefix = f"{path}." if path else ""
+    left = {k: v for k, v in attributes.items() if v is not None or f"{prefix}{k}" not in other}
     return other.get(path) == (kind, left)
 
 
-def _join_path(path: str, name: str) -> str:
-    """The path of a part of a module."""
-    return f"{path}.{name}" if path else name
-
-
-def _build_same_model(model: nn.Module, listing: Listing) -> dict[str, Part] | None:
+def _build_same_model(model: nn.Module, listing: AttributeListing) -> dict[str, Part] | None:
     """The parts of a model of the same class and config; None where it cannot be made."""
     kind: Any = type(model)
     try:
         config = copy.deepcopy(model.config)
-        with torch.device("meta"), torch.random.fork_rng(devices=[]), Unfilled():
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), _Unfilled():
             other = kind.from_config(config) if isinstance(config, Mapping) else kind(config)
         return {path: listing.part(part) for path, part in other.named_modules()}
     except Exception:  # whatever a constructor does with tensors that have no values
         return None
 
 
-class Unfilled(TorchFunctionMode):
+class _Unfilled(TorchFunctionMode):
     """Tensors without memory are not filled, in this thread alone: it would be for nothing."""
 
     def __torch_function__(
@@ -98,12 +90,7 @@ class Unfilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _format_config(config: Any) -> str:
-    """A config with what it keeps for itself, as the attention that was chosen."""
-    return f"{dict(config) if isinstance(config, Mapping) else vars(config)}"
-
-
-class Listing:
+class AttributeListing:
     """The attributes of modules as plain values; tensors, dtypes and devices do not count.
 
     `counts` decides by an attribute's name; `special` describes a config.

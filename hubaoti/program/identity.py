@@ -25,41 +25,19 @@ from hubaoti.program.model_code import Code, collect_code, collect_code_of_types
 from hubaoti.program.module_fingerprint import Listing
 from hubaoti.program.monkey_patches import find_patches
 from hubaoti.program.names_read import unwrap_descriptor
+from hubaoti.program.output_capturing import FLAGS
 from hubaoti.program.reachable_code import find_functions
 
 # Names, labels, and what is done while training; dtype and attention stand in the build.
 _NAMES = {
-    "_name_or_path",
-    "_commit_hash",
-    "name_or_path",
-    "architectures",
-    "auto_map",
-    "transformers_version",
-    "finetuning_task",
-    "task_specific_params",
-    "tokenizer_class",
-    "prefix",
-    "problem_type",
-    "label2id",
-    "id2label",
-    "dtype",
-    "torch_dtype",
-    "gradient_checkpointing",
-    "initializer_range",
-    "initializer_factor",
-    "_attn_implementation_autoset",
-    "attn_implementation",
-    "generation_config",
-    "warnings_issued",
-}
+    "_name_or_path", "_commit_hash", "name_or_path", "architectures", "auto_map",
+    "transformers_version", "finetuning_task", "task_specific_params", "tokenizer_class", "prefix",
+    "problem_type", "label2id", "id2label", "dtype", "torch_dtype", "gradient_checkpointing",
+    "initializer_range", "initializer_factor", "_attn_implementation_autoset",
+    "attn_implementation", "generation_config", "warnings_issued",
+}  # fmt: skip
 # What comes out beside the answer. The tasks decide it themselves, so it counts only without one.
-_OUTPUTS = {
-    "use_cache",
-    "return_dict",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-}
+_OUTPUTS = {"use_cache", "return_dict", *FLAGS}
 # What counts though it is read where models are made, not where they compute.
 _ALWAYS = {"model_type", "tie_word_embeddings", "quantization_config", "per_layer_config"}
 _DROPS = re.compile(r"drop|pdrop")
@@ -141,7 +119,7 @@ def matches_program(model: nn.Module, program: Program, whole: bool) -> bool:
     )
 
 
-def list_read_attributes(code: Code, task: str) -> changed_attributes.Listing:
+def list_read_attributes(code: Code, task: str) -> changed_attributes.AttributeListing:
     """A listing of the attributes that the code of a model reads."""
     normal = Normal(code, task)
     left_out = _NAMES | _OUTPUTS | {"vocab_size"}  # which the tables tell by themselves
@@ -152,7 +130,7 @@ def list_read_attributes(code: Code, task: str) -> changed_attributes.Listing:
             return False
         return code.reads(name) and name != "_gradient_checkpointing_func"
 
-    return changed_attributes.Listing(counts, normal.config_of_part)
+    return changed_attributes.AttributeListing(counts, normal.config_of_part)
 
 
 def _format_value(config: Mapping[str, Any], name: str) -> str:
@@ -175,12 +153,12 @@ class Normal:
         for each in _walk_configs(config):
             for alias, name in each.attribute_map.items():
                 self.other_names.setdefault(name, set()).add(alias)
-        plain = self.normalized(config.to_dict())
+        plain = self.normalize(config.to_dict())
         if self.code.reads("num_labels", "id2label"):
             plain["num_labels"] = config.num_labels
         return plain
 
-    def normalized(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def normalize(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The keys that count, in this config and in those within it."""
         return {
             key: self.plain(value)
@@ -197,7 +175,7 @@ class Normal:
         """Whether a key may count, by its name and value."""
         if value is None or key in self.left_out or _LOSSES.search(key):
             return False
-        return not _is_probability(key, value) or self.code.scales_by(key)
+        return not _is_probability(key, value) or key in self.code.left_of_one
 
     def is_read(self, key: str) -> bool:
         """Whether the code that computes reads a key, by any of its names."""
@@ -206,7 +184,7 @@ class Normal:
     def plain(self, value: Any) -> Any:
         """A config value as canonical JSON can have it."""
         if _is_config(value):
-            return self.normalized(value)
+            return self.normalize(value)
         if isinstance(value, Mapping):
             items = {str(key): item for key, item in value.items()}
             return {key: self.plain(item) for key, item in items.items() if item is not None}
@@ -320,6 +298,4 @@ def _is_json(value: Any) -> bool:
     """Whether canonical JSON has this value: a text, a truth, or a number that a double holds."""
     if isinstance(value, float):
         return math.isfinite(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return abs(value) <= SAFE
-    return isinstance(value, (bool, str))
+    return isinstance(value, str) or (isinstance(value, int) and abs(value) <= SAFE)

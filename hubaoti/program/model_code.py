@@ -7,7 +7,6 @@ no file of its own, a class of a notebook or of the script that runs, is left to
 from __future__ import annotations
 
 import hashlib
-import inspect
 import re
 import sys
 import sysconfig
@@ -23,7 +22,7 @@ from hubaoti.program.names_read import collect_names_in_bytecode
 from hubaoti.program.source_scan import Statement, scan_source
 
 # Packages that are no part of a model's own code; torch's version stands in the target.
-OUTSIDE = {"torch", "builtins", "typing", "hubaoti", *sys.stdlib_module_names} - {"__main__"}
+_OUTSIDE = {"torch", "builtins", "typing", "hubaoti", *sys.stdlib_module_names} - {"__main__"}
 _REMOTE = "transformers_modules"  # where transformers puts the code that models bring
 # Of large libraries, what computes: the rest loads, saves, generates, and changes by the week.
 _COMPUTES = {
@@ -51,40 +50,31 @@ class Code:
     @cached_property
     def digest(self) -> str:
         """One sha256 over the classes' names, and over the files' names and bytes."""
-        classes = {
-            f"{strip_remote_prefix(cls.__module__)}.{cls.__qualname__}" for cls in self.classes
-        }
-        return digest_sources(
-            [
-                (strip_remote_prefix(each.__name__), file)
-                for each in self.modules
-                if (file := module_file(each))
-            ],
-            sorted(classes),
-        )
+        named = {f"{strip_remote_prefix(c.__module__)}.{c.__qualname__}" for c in self.classes}
+        found = ((strip_remote_prefix(each.__name__), module_file(each)) for each in self.modules)
+        return digest_sources([(name, file) for name, file in found if file], sorted(named))
 
     @cached_property
     def words(self) -> frozenset[str] | None:
         """What the code reads, attributes and strings; None where it cannot be told."""
-        found = {
-            word for cls in self.classes if is_loose(cls) for word in collect_names_in_bytecode(cls)
-        }
+        found = set[str]().union(*map(collect_names_in_bytecode, filter(is_loose, self.classes)))
         for module in self.modules:
             text = module_text(module)
             if text is None and module_file(module) is not None:
                 return None
-            computing, describing = self.parts(module, text or "")
+            computing, describing = self._separate_statements(module, text or "")
             if module.__name__ != _ROPE and any(each.by_computed_name for each in computing):
                 return None
             found.update(*(each.words for each in computing))
             found.update(*(each.methods for each in describing))
-            for value in list(vars(module).values()) if text is None else ():
-                found |= (
-                    collect_names_in_bytecode(value) if _is_defined_in(value, module) else set()
-                )
+            for value in [*vars(module).values()] if text is None else ():
+                if getattr(value, "__module__", None) == module.__name__:
+                    found |= collect_names_in_bytecode(value)
         return frozenset(found)
 
-    def parts(self, module: ModuleType, text: str) -> tuple[list[Statement], list[Statement]]:
+    def _separate_statements(
+        self, module: ModuleType, text: str
+    ) -> tuple[list[Statement], list[Statement]]:
         """The statements of a module that compute, and the classes of the model's config.
 
         Other models that happen to share the file are left out.
@@ -94,9 +84,10 @@ class Code:
         describing: list[Statement] = []
         for each in scan_source(text).statements:
             cls = vars(module).get(each.defines) if each.defines else None
+            is_module = isinstance(cls, type) and issubclass(cls, nn.Module)
             if each.defines in named:
                 describing.append(each)
-            elif cls in self.classes or not (_is_module_class(cls) or each.has_forward):
+            elif cls in self.classes or not (each.has_forward or is_module):
                 computing.append(each)
         return computing, describing
 
@@ -104,13 +95,12 @@ class Code:
         """Whether the code may read an attribute or key by one of these names."""
         return self.words is None or not self.words.isdisjoint({name, *aliases})
 
-    def scales_by(self, name: str) -> bool:
-        """Whether the code multiplies by what a probability leaves, as some do without training."""
-        return name in self.left_of_one
-
     @cached_property
     def left_of_one(self) -> frozenset[str]:
-        """The names that the code takes from one, as in `1 - config.dropout`."""
+        """The names that the code takes from one, as in `1 - config.dropout`.
+
+        By what a probability leaves some multiply without training, too.
+        """
         rest = re.compile(r"\b1(?:\.0)? - (?:\w+\.)*(\w+)\b")
         return frozenset(n for each in self.modules for n in rest.findall(module_text(each) or ""))
 
@@ -128,8 +118,13 @@ def collect_code_of_types(
     types: frozenset[type], configs: frozenset[type], further: frozenset[str]
 ) -> Code:
     """The code of classes alone, read once in a process: what is loaded is what computes."""
-    classes = _find_computing_classes(types)
-    described = {base for config in configs for base in config.__mro__ if _computes(base)}
+    bases = {base for cls in types for base in cls.__mro__}
+    classes = {
+        base
+        for base in bases
+        if _is_followed(base.__module__) or (is_loose(base) and issubclass(base, nn.Module))
+    }
+    described = {base for cls in configs for base in cls.__mro__ if _is_followed(base.__module__)}
     start = {cls.__module__ for cls in {*classes, *described}} | further
     if any(name.split(".")[0] in {"transformers", _REMOTE} for name in start):
         start |= {*_BY_NAME}
@@ -137,27 +132,19 @@ def collect_code_of_types(
     return Code(frozenset(classes), frozenset(described), tuple(modules))
 
 
-def _find_computing_classes(types: Iterable[type]) -> set[type]:
-    """The classes that compute a model: its modules' and their bases, torch's left out."""
-    return {
-        base
-        for cls in types
-        for base in cls.__mro__
-        if _computes(base) or (is_loose(base) and issubclass(base, nn.Module))
-    }
-
-
-def _computes(cls: type) -> bool:
-    """Neither torch nor what every model of a library inherits: loading, saving, generating."""
-    return _is_followed(cls.__module__)
+def is_outside(name: str) -> bool:
+    """Whether a module is of torch or of the standard library, or ours."""
+    return name.partition(".")[0] in _OUTSIDE
 
 
 def _is_followed(name: str) -> bool:
-    """Whether a module belongs to a model's code, by its name."""
+    """Whether a module belongs to a model's code, by its name.
+
+    Neither torch does, nor what every model of a library inherits: loading, saving, generating.
+    """
     package, _, rest = name.partition(".")
-    if package in OUTSIDE:
-        return False
-    return package not in _COMPUTES or _COMPUTES[package].fullmatch(rest) is not None
+    computing = package not in _COMPUTES or _COMPUTES[package].fullmatch(rest)
+    return bool(computing) and not is_outside(name)
 
 
 def _follow_imports(start: Iterable[str]) -> set[str]:
@@ -173,45 +160,34 @@ def _follow_imports(start: Iterable[str]) -> set[str]:
             continue
         seen.add(name)
         module = sys.modules.get(name)
-        if module is None or name == "__main__":
-            continue
-        waiting += [
-            each
-            for each in _list_import_sources(module)
-            if _is_followed(each) and is_near(each, name)
-        ]
+        if module is not None and name != "__main__":
+            sources = filter(_is_followed, _list_import_sources(module))
+            waiting += [each for each in sources if is_near(each, name)]
     return seen
 
 
 def is_near(name: str, importer: str) -> bool:
     """Whether a module is of the importer's package, or of a folder that is not installed."""
-    if name.split(".")[0] == importer.split(".")[0]:
+    if name.partition(".")[0] == importer.partition(".")[0]:
         return True
     file = module_file(sys.modules.get(name))
-    installed = {"site-packages", "dist-packages"}
-    stdlib = sysconfig.get_path("stdlib")
-    return file is not None and not {*file.parts} & installed and not f"{file}".startswith(stdlib)
+    if file is None or not {"site-packages", "dist-packages"}.isdisjoint(file.parts):
+        return False
+    return not f"{file}".startswith(sysconfig.get_path("stdlib"))
 
 
 def _list_import_sources(module: ModuleType) -> Iterator[str]:
     """The names of the modules from which a module imports, where they are defined."""
     for each in scan_source(module_text(module) or "").imports:
-        if each.level is None:
-            yield from each.names
-            continue
-        base = resolve_import(module, each.level, each.module)
-        for name in each.names:
+        bases = each.resolve(module.__package__)
+        yield from bases
+        for name in each.names if each.level is not None else ():
             value = vars(module).get(name)
             defined = getattr(value, "__module__", None)
-            yield value.__name__ if isinstance(value, ModuleType) else base
-            yield defined if isinstance(defined, str) else base
-
-
-def resolve_import(module: ModuleType, level: int, name: str) -> str:
-    """The absolute name of what `from … import` names."""
-    package = (module.__package__ or "").split(".")
-    parts = package[: len(package) + 1 - level] if level else []
-    return ".".join([*parts, *([name] if name else [])])
+            if isinstance(value, ModuleType):
+                yield value.__name__
+            if isinstance(defined, str):
+                yield defined
 
 
 def digest_sources(files: Iterable[tuple[str, Path]], names: Iterable[str] = ()) -> str:
@@ -241,7 +217,7 @@ def module_text(module: ModuleType) -> str | None:
 
 def is_loose(cls: type) -> bool:
     """Whether a class is not what its module's file says: made in a function or in a notebook."""
-    if cls.__module__.split(".")[0] in OUTSIDE:
+    if is_outside(cls.__module__):
         return is_generated(vars(cls).get("forward"))  # torch.fx writes classes
     return "<locals>" in cls.__qualname__ or module_file(sys.modules.get(cls.__module__)) is None
 
@@ -250,13 +226,3 @@ def is_generated(function: object) -> bool:
     """Whether a function was written by `exec`, so that no file has it."""
     file = getattr(getattr(function, "__code__", None), "co_filename", "")
     return file.startswith("<") and not file.startswith("<frozen")
-
-
-def _is_module_class(value: object) -> bool:
-    """Whether a value is a class of modules."""
-    return inspect.isclass(value) and issubclass(value, nn.Module)
-
-
-def _is_defined_in(value: object, module: ModuleType) -> bool:
-    """Whether a function or class was defined in a module."""
-    return getattr(value, "__module__", None) == module.__name__

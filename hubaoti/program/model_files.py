@@ -78,11 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _decode_json_file(path: Path) -> Any:
-    """What a JSON file says.
-
-    Raises:
-        ModelNotFound: it is not JSON.
-    """
+    """What a JSON file says."""
     try:
         return msgspec.json.decode(path.read_bytes())
     except msgspec.DecodeError as error:
@@ -94,6 +90,7 @@ def read_sentence_steps(folder: Path) -> tuple[str, ...]:
 
     Raises:
         UnknownTask: a module that a graph cannot hold yet, or no pooling.
+        ModelNotFound: a file says nothing of the kind.
     """
     listing = folder / "modules.json"
     if not listing.is_file():
@@ -117,11 +114,7 @@ def read_sentence_steps(folder: Path) -> tuple[str, ...]:
 
 
 def _read_sentence_modules(listing: Path) -> list[tuple[str, str]]:
-    """The kinds and folders of a sentence-transformers model's modules.
-
-    Raises:
-        ModelNotFound: the listing is not one.
-    """
+    """The kinds and folders of a sentence-transformers model's modules."""
     try:
         found = [
             (m["type"].rpartition(".")[2], m.get("path", "")) for m in _decode_json_file(listing)
@@ -139,8 +132,8 @@ def parse_pooling_modes(config: dict[str, Any]) -> list[str]:
     """The poolings that a sentence-transformers config turns on, in the order they are joined."""
     named = config.get("pooling_mode")
     if named is None:
-        spelled = {"cls": "cls_token", "max": "max_tokens", "mean": "mean_tokens"}
-        spelled |= {"weightedmean": "weightedmean_tokens"}
+        spelled = {each: f"{each}_tokens" for each in ("max", "mean", "weightedmean")}
+        spelled["cls"] = "cls_token"
         modes = [m for m in POOLING if config.get(f"pooling_mode_{spelled.get(m, m)}")]
         return modes or ["mean"]
     modes = [named] if isinstance(named, str) else list(named)

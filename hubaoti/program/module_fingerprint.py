@@ -11,6 +11,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -18,16 +19,19 @@ import torch
 from torch import nn
 
 from hubaoti.artifact.canonical import SAFE
-from hubaoti.program.model_code import OUTSIDE, is_generated, is_loose, is_near, strip_remote_prefix
-from hubaoti.program.names_read import unwrap_descriptor
+from hubaoti.program.model_code import (
+    is_generated,
+    is_loose,
+    is_near,
+    is_outside,
+    strip_remote_prefix,
+)
+from hubaoti.program.names_read import unwrap_descriptor, walk_code
 from hubaoti.program.output_capturing import is_capture
 
 OWN = {*vars(nn.Module()), "training"}  # what torch keeps in every module
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-_UNUSED: dict[type, set[str]] = {
-    nn.Embedding: {"padding_idx"},
-    **{each: {"p"} for each in _DROPOUTS},
-}
+_UNUSED: dict[type, set[str]] = {nn.Embedding: {"padding_idx"}, **dict.fromkeys(_DROPOUTS, {"p"})}
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _DEEP = 12  # levels of values within values; what lies deeper computes nothing here
 
@@ -64,15 +68,16 @@ class Listing:
     def part(self, module: nn.Module) -> dict[str, Any]:
         """One module: its class, tensors, attributes and hooks."""
         left = _UNUSED.get(type(module), set())
-        if type(module).__module__.split(".")[0] in OUTSIDE:
+        if is_outside(type(module).__module__):
             left = left | {name for name in vars(module) if name.startswith("_")}
         attributes = {k: v for k, v in vars(module).items() if k not in left and self.has(k, v)}
-        hooks = [hook for name in _HOOKS for hook in getattr(module, name).values()]
+        found = (hook for name in _HOOKS for hook in getattr(module, name).values())
+        hooks = [hook for hook in found if not is_ours(hook) and not is_capture(hook)]
         return {
             "class": self.kind(type(module)),
             "tensors": self.tensors(module),
             "attributes": {k: self.value(v) for k, v in attributes.items()},
-            "hooks": [self.value(hook) for hook in hooks if _is_of_program(hook)],
+            "hooks": [self.value(hook) for hook in hooks],
         }
 
     def has(self, name: str, value: Any) -> bool:
@@ -99,9 +104,9 @@ class Listing:
             return f"seen {self.seen[id(value)]}"
         self.seen[id(value)] = len(self.seen)
         self.kept.append(value)
-        return self.listed(value, depth + 1)
+        return self.expand(value, depth + 1)
 
-    def listed(self, value: Any, depth: int) -> Any:
+    def expand(self, value: Any, depth: int) -> Any:
         """A value that is made of others."""
         if isinstance(value, torch.Tensor):
             return _digest_tensor(value, True)
@@ -119,9 +124,9 @@ class Listing:
         """An object, by its class and attributes; by its bytes where it is an array."""
         if callable(getattr(value, "tobytes", None)):
             return [f"{type(value).__name__}", hashlib.sha256(value.tobytes()).hexdigest()]
-        fields = getattr(value, "__dict__", {})
         if isinstance(value, nn.Module):
             return self.part(value)
+        fields = getattr(value, "__dict__", {})
         return {
             "class": self.kind(type(value)),
             "fields": {k: self.value(v, depth) for k, v in fields.items() if self.has(k, v)},
@@ -151,28 +156,23 @@ class Listing:
         self.seen[id(cls)] = len(self.seen)
         own = {key: item for key, item in vars(cls).items() if _is_written(key, item)}
         bases = [self.kind(base) for base in cls.__bases__]
-        return [
-            name,
-            bases,
-            {key: self.value(unwrap_descriptor(item), 1) for key, item in own.items()},
-        ]
+        return [name, bases, {k: self.value(unwrap_descriptor(v), 1) for k, v in own.items()}]
 
     def function(self, value: FunctionType, depth: int) -> Any:
         """A function by its code and by what it closes over; torch's own by its name."""
         where = value.__module__ or ""
-        if where.split(".")[0] in OUTSIDE and not is_generated(value):
+        if is_outside(where) and not is_generated(value):
             return f"{where}.{value.__qualname__}"
         self.modules.add(where)
-        cells = [cell.cell_contents for cell in value.__closure__ or () if not is_empty(cell)]
         known = {name: value.__globals__.get(name) for name in list_names_looked_up(value.__code__)}
         return {
             "code": self.code(value.__code__, depth),
-            "closure": [self.value(cell, depth) for cell in cells],
+            "closure": [self.value(each, depth) for each in list_closure_values(value)],
             "defaults": self.value([value.__defaults__, value.__kwdefaults__], depth),
-            "globals": {k: self.found(v, where, depth) for k, v in known.items()},
+            "globals": {k: self.describe_global(v, where, depth) for k, v in known.items()},
         }
 
-    def found(self, value: Any, module: str, depth: int) -> Any:
+    def describe_global(self, value: Any, module: str, depth: int) -> Any:
         """What a function of a module finds by a name; what other modules define, by its name."""
         where = value.__name__ if isinstance(value, ModuleType) else defining_module(value)
         if is_plain(value) or where == module:
@@ -229,8 +229,7 @@ def convert_plain_value(value: Any) -> Any:
 
 def list_names_looked_up(code: CodeType) -> list[str]:
     """The names that code and the functions within it look up."""
-    inner = [item for item in code.co_consts if isinstance(item, CodeType)]
-    return [*code.co_names, *(name for item in inner for name in list_names_looked_up(item))]
+    return [name for each in walk_code(code) for name in each.co_names]
 
 
 def defining_module(value: Any) -> str:
@@ -243,11 +242,6 @@ def is_ours(value: Any) -> bool:
     return defining_module(value).split(".")[0] == "hubaoti"
 
 
-def _is_of_program(hook: Any) -> bool:
-    """Whether a hook is a matter of the program: not what only looks on, ours or transformers'."""
-    return not is_ours(hook) and not is_capture(hook)
-
-
 def _is_written(key: str, value: Any) -> bool:
     """Whether a class's body has this, or Python added it."""
     return key not in {"__dict__", "__weakref__", "__doc__", "__module__", "__qualname__"} and (
@@ -255,10 +249,10 @@ def _is_written(key: str, value: Any) -> bool:
     )
 
 
-def is_empty(cell: Any) -> bool:
-    """Whether a cell has no value yet."""
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return True
-    return False
+def list_closure_values(function: FunctionType) -> list[Any]:
+    """What a function closes over, of that which has a value yet."""
+    values: list[Any] = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):
+            values.append(cell.cell_contents)
+    return values

@@ -22,21 +22,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.program.model_code import Code, is_generated
+from hubaoti.program.model_code import Code, is_generated, is_outside
 from hubaoti.program.module_fingerprint import defining_module, is_ours
 from hubaoti.program.names_read import unwrap_descriptor
-from hubaoti.program.on_disk import UNKNOWN, Files, OnDisk, is_class_body
+from hubaoti.program.on_disk import CANNOT_TELL, Files, OnDisk, is_class_body
 from hubaoti.program.reachable_code import (
     FIXED,
     CodePlace,
     Reach,
     find_functions,
     function_module,
-    is_outside,
 )
 from hubaoti.program.source_scan import DEFAULTS, Import, is_simple
 
 _COMPILED = ("torch._dynamo", "torch._compile")  # what torch.compile puts around a function
+_LAYERS = {"kernels"}  # of which transformers' decorators make what they put in a function's place
 _LEVELS = 4  # of configs and values within a config
 _MOST = 32  # kinds of models whose code is kept in mind
 
@@ -49,11 +49,11 @@ def find_patches(model: nn.Module, code: Code) -> dict[str, Any]:
     if known is None or not known.is_same:
         while len(_LOOKED_AT) >= _MOST:
             _LOOKED_AT.pop(next(iter(_LOOKED_AT)), None)
-        known = _LOOKED_AT[key] = Look(*key)
+        known = _LOOKED_AT[key] = _Look(*key)
     return known.found
 
 
-class Look:
+class _Look:
     """All that is reached, what it was, and what of it was patched."""
 
     def __init__(self, code: Code, types: frozenset[type], texts: frozenset[str]) -> None:
@@ -62,21 +62,21 @@ class Look:
         for cls in {*types, *code.configs, torch.Tensor}:
             reach.add(cls)
         reach.follow_all()
-        judge = Judge(reach.words | texts, reach.modules, files)
+        judge = _Judge(reach.words | texts, reach.modules, files)
         self.places = [*reach.places]
         self.owners = [*{(each.module, each.cls): each.names for each in self.places}.values()]
         self.found = {f"{p}": p.value for p in self.places if not judge.is_as_filed(p)}
         self.sizes = [*map(len, self.owners)]
-        self.values = [*self.seen()]
+        self.values = [*self.walk_values()]
 
     @property
     def is_same(self) -> bool:
         """Whether everything is what it was, and nothing came to it."""
-        now = [*self.seen()]
+        now = [*self.walk_values()]
         same = len(now) == len(self.values) and all(map(is_, now, self.values))
         return same and [*map(len, self.owners)] == self.sizes
 
-    def seen(self) -> Iterator[Any]:
+    def walk_values(self) -> Iterator[Any]:
         """What is loaded now in each place, with its code and entries, always in one order."""
         for place in self.places:
             value = place.value
@@ -89,11 +89,10 @@ class Look:
                         yield from (*dict.keys(entries), *dict.values(entries))
 
 
-_LAYERS = {"kernels"}  # of which transformers' decorators make what they put in a function's place
-_LOOKED_AT: dict[tuple[Code, frozenset[type], frozenset[str]], Look] = {}
+_LOOKED_AT: dict[tuple[Code, frozenset[type], frozenset[str]], _Look] = {}
 
 
-class Judge:
+class _Judge:
     """Whether what is loaded is what a file says.
 
     `texts` are those by which registries may be asked; of `modules` the whole source is looked at.
@@ -120,7 +119,8 @@ class Judge:
         ways: list[bool] = []
         if codes := file.codes.get(place.qualname):
             ways.append(self.is_defined(file, codes, place, value))
-        if place.module in self.modules or (not any(ways) and _is_registry(value)):
+        # Of all modules those values are looked at by whose entries code finds what it calls.
+        if place.module in self.modules or (not any(ways) and isinstance(value, Mapping)):
             imports = file.imports.get(place.name, ()) if place.cls is None else ()
             ways += (self.is_imported(file, *each, value) for each in imports)
             if (text := file.assigned.get(place.qualname)) is not None:
@@ -132,15 +132,15 @@ class Judge:
         if imported.level is None:  # a module, or the package that it is in
             names = {original, original.partition(".")[0]} & sys.modules.keys()
             return any(sys.modules[name] is value for name in names) if names else value is None
-        expected = file.taken(imported, original)
-        if expected is UNKNOWN:  # something else was put there
+        expected = file.find_imported(imported, original)
+        if expected is CANNOT_TELL:  # something else was put there
             plain = not isinstance(value, (BuiltinFunctionType, type))
             return plain and self.is_nearby(file, CodePlace(file.module.__name__, original), value)
         if expected is not value:
             return False
         if isinstance(value, ModuleType):
             return True
-        (base,) = file.bases(imported)
+        (base,) = imported.resolve(file.module.__package__)
         return is_outside(base) or self.is_as_filed(CodePlace(base, original))
 
     def is_assigned(self, file: OnDisk, place: CodePlace, text: str, value: Any) -> bool:
@@ -166,19 +166,19 @@ class Judge:
         """
         if expected is value:
             return True
-        if expected is UNKNOWN:
+        if expected is CANNOT_TELL:
             return may_have(value)
         if type(expected) is not type(value):
             return False
         if isinstance(value, dict):
             keys = dict.keys(expected) | dict.keys(value)
             used = (k for k in keys if not isinstance(k, str) or k in self.texts)
-            pairs = [(dict.get(expected, key, UNKNOWN), dict.get(value, key)) for key in used]
+            pairs = [(dict.get(expected, key, CANNOT_TELL), dict.get(value, key)) for key in used]
         elif isinstance(value, (list, tuple)):
-            pairs = [*itertools.zip_longest(expected, value, fillvalue=UNKNOWN)]
+            pairs = [*itertools.zip_longest(expected, value, fillvalue=CANNOT_TELL)]
         elif isinstance(value, Mapping):
             pairs = [
-                (vars(expected).get(name, UNKNOWN), each) for name, each in vars(value).items()
+                (vars(expected).get(name, CANNOT_TELL), each) for name, each in vars(value).items()
             ]
         else:
             return not isinstance(value, (*FIXED, type, FunctionType)) or expected == value
@@ -244,11 +244,6 @@ class Judge:
         file = self.files.of(function_module(function))
         code = function.__code__
         return file is not None and code in file.codes.get(code.co_qualname, ())
-
-
-def _is_registry(value: Any) -> bool:
-    """Whether a value has entries by which code finds what it calls."""
-    return isinstance(value, Mapping)
 
 
 def _is_like_torch(name: str, value: Any) -> bool:

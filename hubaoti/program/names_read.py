@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -29,23 +29,21 @@ def collect_names_read(node: ast.AST) -> frozenset[str]:
 
 def collect_names_in_bytecode(value: object) -> set[str]:
     """What a function or class without a source reads, as its bytecode names it."""
-    if isinstance(value, CodeType):
-        inner = [
-            collect_names_in_bytecode(item)
-            for item in value.co_consts
-            if isinstance(item, CodeType)
-        ]
-        texts = {item for item in value.co_consts if isinstance(item, str)}
-        return {*value.co_names, *texts}.union(*inner)
     if isinstance(value, type):
-        return set[str]().union(
-            *(collect_names_in_bytecode(unwrap_descriptor(item)) for item in vars(value).values())
-        )
-    return (
-        collect_names_in_bytecode(getattr(value, "__code__", None))
-        if isinstance(value, FunctionType)
-        else set()
-    )
+        members = map(unwrap_descriptor, vars(value).values())
+        return set[str]().union(*map(collect_names_in_bytecode, members))
+    found: set[str] = set()
+    for code in walk_code(value.__code__) if isinstance(value, FunctionType) else ():
+        found.update(code.co_names, (item for item in code.co_consts if isinstance(item, str)))
+    return found
+
+
+def walk_code(code: CodeType) -> Iterator[CodeType]:
+    """Code, and that of the functions and classes which it makes, each before those within it."""
+    yield code
+    for item in code.co_consts:
+        if isinstance(item, CodeType):
+            yield from walk_code(item)
 
 
 def unwrap_descriptor(value: Any) -> Any:
@@ -97,10 +95,3 @@ def _is_config_expression(node: ast.expr) -> bool:
     """Whether an expression is a model's config, by its name; not one of generating."""
     text = ast.unparse(node).lower()
     return text.endswith("config") and not text.endswith("generation_config")
-
-
-def has_forward(node: ast.stmt) -> bool:
-    """Whether a statement is a class that is mixed into modules."""
-    if not isinstance(node, ast.ClassDef):
-        return False
-    return any(isinstance(each, ast.FunctionDef) and each.name == "forward" for each in node.body)

@@ -11,11 +11,12 @@ from functools import cached_property, lru_cache
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from hubaoti.program.model_code import OUTSIDE, module_file, module_text, resolve_import
+from hubaoti.program.model_code import is_outside, module_file, module_text
 from hubaoti.program.module_fingerprint import defining_module, list_names_looked_up
+from hubaoti.program.names_read import walk_code
 from hubaoti.program.source_scan import Import, Parsed, scan_source
 
-UNKNOWN: Any = object()
+CANNOT_TELL: Any = object()
 
 
 class OnDisk:
@@ -32,7 +33,7 @@ class OnDisk:
         Python's own loader reads them, from its cache where that is as new as the file.
         """
         found: dict[str, list[CodeType]] = {}
-        for code in _walk_inner_code(self.whole) if self.whole is not None else ():
+        for code in walk_code(self.whole) if self.whole is not None else ():
             found.setdefault(code.co_qualname, []).append(code)
         return found
 
@@ -58,7 +59,8 @@ class OnDisk:
     def parsed(self) -> Parsed | None:
         """What is known of the source; nothing of torch's, whose files are many and long."""
         try:
-            return None if self.text is None or self.package in OUTSIDE else scan_source(self.text)
+            outside = self.text is None or is_outside(self.package)
+            return None if outside else scan_source(self.text)
         except SyntaxError:  # it was changed since
             return None
 
@@ -82,24 +84,17 @@ class OnDisk:
     def homes(self) -> frozenset[str]:
         """The modules that it imports from, and itself."""
         imports = self.parsed.imports if self.parsed else ()
-        return frozenset(
-            {self.module.__name__, *(base for each in imports for base in self.bases(each))}
-        )
+        bases = (each.resolve(self.module.__package__) for each in imports)
+        return frozenset([self.module.__name__, *itertools.chain(*bases)])
 
-    def bases(self, imported: Import) -> tuple[str, ...]:
-        """The absolute names of the modules that an import names."""
-        if imported.level is None:
-            return imported.names
-        return (resolve_import(self.module, imported.level, imported.module),)
-
-    def taken(self, imported: Import, original: str) -> Any:
-        """What a `from` binds, as it is loaded now; UNKNOWN where that cannot be told."""
-        (base,) = self.bases(imported)
-        inside = sys.modules.get(f"{base}.{original}", UNKNOWN)
+    def find_imported(self, imported: Import, original: str) -> Any:
+        """What a `from` binds, as it is loaded now; CANNOT_TELL where that cannot be told."""
+        (base,) = imported.resolve(self.module.__package__)
+        inside = sys.modules.get(f"{base}.{original}", CANNOT_TELL)
         try:
             return getattr(sys.modules.get(base), original, inside)
         except Exception:  # of a module that imports as it is asked
-            return UNKNOWN
+            return CANNOT_TELL
 
     @cached_property
     def lines(self) -> list[str]:
@@ -135,14 +130,6 @@ class Files:
 def _read_at(module: ModuleType, written: int) -> OnDisk:
     """A module's file as it was written at a time."""
     return OnDisk(module)
-
-
-def _walk_inner_code(code: CodeType) -> Iterator[CodeType]:
-    """The functions and classes that code makes, and those within them."""
-    for item in code.co_consts:
-        if isinstance(item, CodeType):
-            yield item
-            yield from _walk_inner_code(item)
 
 
 def is_class_body(code: CodeType) -> bool:

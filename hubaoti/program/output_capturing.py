@@ -13,10 +13,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 from torch import nn
+
+from hubaoti.program.names_read import walk_code
 
 _HOOK = ("transformers.utils.output_capturing", "output_capturing_hook")
 # What a model is asked for beside its answer; it hands the words on to all that its blocks call.
@@ -71,26 +73,14 @@ def find_unread_flags(block: nn.Module) -> frozenset[str]:
     if any(hasattr(part, "_can_record_outputs") for part in block.modules()):
         return frozenset()
     classes = {type(part) for part in block.modules()}
-    read = {word for cls in classes for word in _collect_class_words(cls)}
-    return frozenset(FLAGS) - read
+    bases = {base for cls in classes for base in cls.__mro__} - {nn.Module, object}
+    return frozenset(FLAGS).difference(*map(_list_words_taken, bases))
 
 
-def _collect_class_words(cls: type) -> Iterator[str]:
-    """The names of what the functions of a class take, its bases' too, and the words in them."""
-    for base in cls.__mro__:
-        if base not in (nn.Module, object):
-            functions = (each for each in vars(base).values() if callable(each))
-            for function in functions:
-                yield from _collect_code_words(getattr(inspect.unwrap(function), "__code__", None))
-
-
-def _collect_code_words(code: CodeType | None) -> Iterator[str]:
-    """The names and words of code, that of functions within it too."""
-    if code is None:
-        return
-    yield from code.co_varnames
-    for item in code.co_consts:
-        if isinstance(item, str):
-            yield item
-        elif isinstance(item, CodeType):
-            yield from _collect_code_words(item)
+def _list_words_taken(cls: type) -> Iterator[str]:
+    """The names of what the functions of a class take, and the words in them."""
+    for function in filter(callable, vars(cls).values()):
+        if code := getattr(inspect.unwrap(function), "__code__", None):
+            for each in walk_code(code):
+                yield from each.co_varnames
+                yield from (item for item in each.co_consts if isinstance(item, str))

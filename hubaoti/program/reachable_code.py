@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from hubaoti.program.model_code import OUTSIDE, strip_remote_prefix
-from hubaoti.program.module_fingerprint import is_empty, is_ours
+from hubaoti.program.model_code import is_outside, strip_remote_prefix
+from hubaoti.program.module_fingerprint import is_ours, list_closure_values
 from hubaoti.program.names_read import UNTRAINED, collect_names_in_bytecode
 from hubaoti.program.on_disk import Files
 
@@ -137,7 +137,8 @@ class Reach:
             value = vars(module)[name]
             self.places[CodePlace(module.__name__, name)] = None
             self.ahead.append(value)
-            if depth < _DEEP and isinstance(value, ModuleType) and _is_loaded(value):
+            inside = isinstance(value, ModuleType) and sys.modules.get(value.__name__) is value
+            if depth < _DEEP and inside and not _is_standard(value.__name__):
                 self.look(value, words, depth + 1)
 
 
@@ -158,8 +159,7 @@ def _walk_wrapped(value: Any) -> Iterator[Any]:
     if isinstance(value, (list, tuple)):
         yield from value
     elif isinstance(value, FunctionType):
-        cells = (cell.cell_contents for cell in value.__closure__ or () if not is_empty(cell))
-        yield from (each for each in cells if isinstance(each, _CALLED))
+        yield from (each for each in list_closure_values(value) if isinstance(each, _CALLED))
     elif isinstance(value, _CALLED):
         yield from filter(None, (getattr(value, name, None) for name in _INSIDE))
     elif "<locals>" in type(value).__qualname__:  # an object of a class for this one function
@@ -169,19 +169,9 @@ def _walk_wrapped(value: Any) -> Iterator[Any]:
         yield from (own[name] for name in _ORIGINALS & own.keys())
 
 
-def _is_loaded(module: ModuleType) -> bool:
-    """Whether a module can be named, and is none of the standard library."""
-    return sys.modules.get(module.__name__) is module and not _is_standard(module.__name__)
-
-
 def function_module(function: FunctionType) -> str:
     """The module whose names a function reads, whatever it says itself."""
     return str(function.__globals__.get("__name__", ""))
-
-
-def is_outside(name: str) -> bool:
-    """Whether a module is of torch or of the standard library."""
-    return name.partition(".")[0] in OUTSIDE
 
 
 def _is_standard(name: str) -> bool:

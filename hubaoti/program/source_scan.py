@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from typing import Protocol
 import msgspec
 
 from hubaoti.program import names_read
-from hubaoti.program.names_read import collect_names_read, has_forward, reads_by_computed_name
+from hubaoti.program.names_read import collect_names_read, reads_by_computed_name
 
 
 class Notes(Protocol):
@@ -41,12 +42,20 @@ class Import(msgspec.Struct, frozen=True, array_like=True):
     level: int | None = None
     originals: tuple[str, ...] = ()  # the names there; of an `import`, those that it binds here
 
+    def resolve(self, package: str | None) -> tuple[str, ...]:
+        """The absolute names of the modules that it names, in a module of a package."""
+        if self.level is None:
+            return self.names
+        outer = (package or "").split(".")
+        outer = outer[: len(outer) + 1 - self.level] if self.level else []
+        return (".".join([*outer, *filter(None, [self.module])]),)
+
 
 class Statement(msgspec.Struct, frozen=True, array_like=True):
     """A statement at the top: the class that it is, if it is one, and what its code reads."""
 
     defines: str
-    has_forward: bool
+    has_forward: bool  # of a class, which is mixed into modules
     words: frozenset[str]
     by_computed_name: bool
     methods: frozenset[str]  # what the methods of a class read
@@ -117,13 +126,13 @@ def parse_source(text: str) -> Parsed:
 def _read_statement(node: ast.stmt) -> Statement:
     """What a statement at the top defines, and what its code reads."""
     body = node.body if isinstance(node, ast.ClassDef) else []
-    methods = [collect_names_read(each) for each in body if isinstance(each, ast.FunctionDef)]
+    methods = [each for each in body if isinstance(each, ast.FunctionDef)]
     return Statement(
         node.name if isinstance(node, ast.ClassDef) else "",
-        has_forward(node),
+        any(each.name == "forward" for each in methods),
         collect_names_read(node),
         reads_by_computed_name(node),
-        frozenset[str]().union(*methods),
+        frozenset[str]().union(*map(collect_names_read, methods)),
     )
 
 
@@ -135,9 +144,9 @@ def _find_imports(body: list[ast.stmt]) -> Iterator[Import]:
             bound = tuple(each.asname or each.name.partition(".")[0] for each in node.names)
             yield Import(names, originals=bound)
         elif isinstance(node, ast.ImportFrom):
-            names = tuple(alias.asname or alias.name for alias in node.names)
-            originals = tuple(alias.name for alias in node.names)
-            yield Import(names, node.module or "", node.level, originals)
+            bound = tuple(alias.asname or alias.name for alias in node.names)
+            names = tuple(alias.name for alias in node.names)
+            yield Import(bound, node.module or "", node.level, names)
 
 
 def _find_assignments(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -165,8 +174,8 @@ def _find_defaults(
     pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
     named = {arg.arg: value for arg, value in pairs if value is not None}
     keys: list[ast.expr | None] = [ast.Constant(each) for each in named]
-    whole = (ast.Tuple(node.args.defaults, ast.Load()), ast.Dict(keys, [*named.values()]))
-    for end, value in zip(DEFAULTS, whole, strict=True):
+    both = (ast.Tuple(node.args.defaults, ast.Load()), ast.Dict(keys, [*named.values()]))
+    for end, value in zip(DEFAULTS, both, strict=True):
         if is_simple(value):
             yield name + end, ast.unparse(value)
 
@@ -195,10 +204,8 @@ def _walk_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
     for node in body:
         yield node
         if isinstance(node, ast.Try):
-            yield from _walk_statements([*node.body, *node.orelse])
-            yield from _walk_statements(
-                [each for handler in node.handlers for each in handler.body]
-            )
+            bodies = (node.body, node.orelse, *(handler.body for handler in node.handlers))
+            yield from _walk_statements([*itertools.chain(*bodies)])
         elif isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.dump(node.test):
             yield from _walk_statements([*node.body, *node.orelse])
 
@@ -210,5 +217,5 @@ def digest_scan_rules() -> str:
         ours = [inspect.getsource(module) for module in (sys.modules[__name__], names_read)]
     except OSError:  # installed without sources
         return ""
-    whole = "\0".join([*ours, *map(str, sys.version_info[:2])])
-    return hashlib.sha256(whole.encode()).hexdigest()
+    rules = "\0".join([*ours, *map(str, sys.version_info[:2])])
+    return hashlib.sha256(rules.encode()).hexdigest()

@@ -14,7 +14,6 @@ from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import HubaotiError
 from hubaoti.host.extras import require
 from hubaoti.host.probe import Host, probe_host
-from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import Puller
 from hubaoti.hub.pull_all import (
@@ -26,7 +25,6 @@ from hubaoti.hub.pull_all import (
     read_branch_catalogs,
     read_revision_catalog,
 )
-from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
@@ -90,15 +88,7 @@ def load(  # noqa: PLR0913 - a face of keywords
     host = probe_host(settings)
     wanted = None if recipe is None else Recipe.parse(recipe)
     with Mirror.open(settings.mirror) as mirror:
-        puller = Puller(
-            mirror=mirror,
-            client=HubClient(settings, progress),
-            trusted=Trust(settings.trust),
-            host=host,
-            recipe=wanted,
-            trust=trust,
-            progress=progress,
-        )
+        puller = Puller(mirror, settings, host, recipe=wanted, trust=trust, progress=progress)
         found = _pull_candidates(puller, ref, module, variant)
     progress("plan")
     if isinstance(found, Fetched):
