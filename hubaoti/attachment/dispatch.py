@@ -121,10 +121,10 @@ class Dispatcher:
             CannotServe: there is none, with the reason.
         """
         known, look = self._known, inputs
-        way = known.of(look)
+        way = known.find(look)
         if way is None:
             look = self._whole(inputs, held)
-            way = known.of(look)
+            way = known.find(look)
         if way is not None and way.numbers == tuple(numbers) and _is_within(way, held):
             return way
         refuse_modes(self.device)
@@ -147,7 +147,7 @@ class Dispatcher:
                 checks.slots[shape.place], shape, inputs, filled, who
             )
         try:
-            return checks.settled(inputs, way.sizes)
+            return checks.fit_known(inputs, way.sizes)
         except BadInput as error:
             raise CannotServe(_REASONS.get(type(error), "layout"), f"{error}") from error
 
@@ -191,7 +191,7 @@ class Dispatcher:
         at = (held.before, held.seq, current_stream(self.device))
         known = self._position
         if known is None or known[0] != at:
-            known = (at, held.position())
+            known = (at, held.make_positions())
             if type(known[1]) is torch.Tensor:  # and not one of a mode that is refused yet
                 self._position = known
         return known[1]
@@ -243,7 +243,7 @@ class Dispatcher:
         for shape in shapes:
             made[shape.place] = self._shaped(checks.slots[shape.place], shape, inputs, filled, "")
         try:
-            checks.examined(made)
+            checks.examine(made)
         except (OutOfBounds, BadInput) as error:
             raise CannotServe("shape", f"{error}", sizes) from error
         self._require_numbers(numbers, sizes)

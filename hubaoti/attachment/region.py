@@ -204,7 +204,7 @@ class Region:
         if torch.is_grad_enabled() and watch.wants_gradients():
             raise CannotServe("gradients", "the region's parameters are trained")
         ways = self.ways
-        found = ways.plan.flat(args, kwargs)
+        found = ways.plan.flatten(args, kwargs)
         if torch.is_grad_enabled() and any(map(wants_gradient, found)):
             raise CannotServe("gradients", "gradients are wanted of an input")
         if self._place is None:
@@ -212,7 +212,7 @@ class Region:
                 raise explain_capture()
             return self._through(graphs, found, None, args, kwargs)
         rows, seq = ways.sizes_of(found)
-        held = self._place.held(found[ways.plan.count], rows, seq, ways.device)
+        held = self._place.get_state(found[ways.plan.count], rows, seq, ways.device)
         try:
             held.require_room()
             ways.with_cache(found, held)
@@ -238,11 +238,11 @@ class Region:
         way = ways.of(inputs, numbers, held)
         inputs = ways.follow(way, inputs, held, self.path)
         graph, answers = graphs[way.graph], ways.answers[way.graph]
-        filling = answers.find(ways.plan.named(args, kwargs)) if answers.writes else None
+        filling = answers.find(ways.plan.name_arguments(args, kwargs)) if answers.writes else None
         if self._trials.wants(graph.entry.id):
             eager = partial(self.eager, *args, **kwargs)
             slide = partial(slide_window, graph.entry.cache, held)
-            call = Beside(eager, ways.plan.named(args, kwargs), answers, filling, slide)
+            call = Beside(eager, ways.plan.name_arguments(args, kwargs), answers, filling, slide)
             return self._trials.hold(graph, inputs, way.small, call)
         outputs = self._run(way, graph, inputs, held)
         return answers.make(outputs) if filling is None else answers.fill(filling, outputs)
@@ -259,7 +259,7 @@ class Region:
                 raise  # the window has moved on already: nobody could answer now
             raise CannotServe("failed", f"{why}") from why
         if held is not None:
-            held.wrote()
+            held.count_written()
         next(self._counts[way.graph])
         return outputs
 
