@@ -81,9 +81,8 @@ def _have_same_items(first: Items, second: Items) -> bool:
 
 def _is_same_value(first: Any, second: Any) -> bool:
     """Whether two values are one object, or equal literals of one type."""
-    if first is second:
-        return True
-    return type(first) is type(second) and isinstance(first, _PLAIN_TYPES) and bool(first == second)
+    both = type(first) is type(second) and isinstance(first, _PLAIN_TYPES)
+    return first is second or (both and bool(first == second))
 
 
 @dataclass(frozen=True, slots=True)

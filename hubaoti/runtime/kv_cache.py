@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.artifact.manifest import Cache, Input
+from hubaoti.artifact.manifest import Cache
 from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.input_checks import parse_dtype
@@ -145,8 +145,12 @@ class CacheSlot:
     def _initialize(self, layer: Any, rows: int, device: torch.device) -> None:
         """Have a layer make its tensors, as it would at its first `update`."""
         cache, entry = self._caches[0]
-        items = (entry.inputs[cache.keys], entry.inputs[cache.values])
-        layer.lazy_initialization(*(_make_empty_cache_tensor(item, rows, device) for item in items))
+        empty = []
+        for item in (entry.inputs[cache.keys], entry.inputs[cache.values]):
+            _, heads, _, width = item.shape
+            shape = [size if isinstance(size, int) else 0 for size in (rows, heads, 0, width)]
+            empty.append(torch.empty(shape, dtype=parse_dtype(item.dtype), device=device))
+        layer.lazy_initialization(*empty)
 
 
 def find_layer_numbers(module: nn.Module) -> Iterator[int]:
@@ -154,13 +158,6 @@ def find_layer_numbers(module: nn.Module) -> Iterator[int]:
     for part in module.modules():
         each = (vars(part).get(name) for name in _LAYER_NUMBERS)
         yield from (number for number in each if type(number) is int)
-
-
-def _make_empty_cache_tensor(item: Input, rows: int, device: torch.device) -> torch.Tensor:
-    """A tensor without places that has the heads, the width and the dtype of a cache's."""
-    _, heads, _, width = item.shape
-    shape = [size if isinstance(size, int) else 0 for size in (rows, heads, 0, width)]
-    return torch.empty(shape, dtype=parse_dtype(item.dtype), device=device)
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import log2, prod
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hubaoti.program.source_scan import Notes
+if TYPE_CHECKING:
+    from hubaoti.program.source_scan import Notes
 
 # Multiplications that one core does in a second, roughly, and loops of a decoder block's graph.
 _RATE, _LOOPS = 1e10, 12
