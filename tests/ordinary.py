@@ -114,9 +114,9 @@ def find(
     Raises:
         CannotServe: there is none.
     """
-    found, held = ways.plan.flat(args, kwargs), None
+    found, held = ways.plan.flatten(args, kwargs), None
     if place is not None:
-        held = place.held(found[ways.plan.count], *ways.read_sizes(found), CPU)
+        held = place.get_state(found[ways.plan.count], *ways.read_sizes(found), CPU)
         held.require_room()
         ways.add_cache(found, held)
     inputs, numbers = found[: ways.plan.count], found[ways.plan.count + 1 :]

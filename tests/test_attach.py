@@ -1466,9 +1466,9 @@ def test_a_tensor_that_was_given_twice_has_to_be_given_twice() -> None:
 
     plan = CallPlan({"args": [{"tensor": 0}, {"tensor": 0}], "kwargs": {}}, 1, forward)
     one, other = torch.ones(1), torch.ones(1)
-    assert plan.flat((one, one), {})[0] is one
+    assert plan.flatten((one, one), {})[0] is one
     with pytest.raises(CannotServe, match="y was one tensor with another argument"):
-        plan.flat((one, other), {})
+        plan.flatten((one, other), {})
 
 
 class Keyword(Cell):

@@ -44,14 +44,14 @@ def test_a_graph_serves_under_either_word_whichever_it_was_compiled_with(
     compiled: str, called: str, forward: Callable[..., Any]
 ) -> None:
     plan = plan_of(compiled, forward)
-    assert plan.flat([X], {called: HELD}) == [X, HELD]
-    assert plan.flat([], {called: HELD, "x": X}) == [X, HELD]
+    assert plan.flatten([X], {called: HELD}) == [X, HELD]
+    assert plan.flatten([], {called: HELD, "x": X}) == [X, HELD]
 
 
 @pytest.mark.parametrize("forward", [before, since])
 @pytest.mark.parametrize("compiled", CACHE)
 def test_the_cache_may_be_given_without_a_word(compiled: str, forward: Callable[..., Any]) -> None:
-    assert plan_of(compiled, forward).flat([X, HELD], {}) == [X, HELD]
+    assert plan_of(compiled, forward).flatten([X, HELD], {}) == [X, HELD]
 
 
 @pytest.mark.parametrize("forward", [before, since])
@@ -59,7 +59,7 @@ def test_the_cache_may_be_given_without_a_word(compiled: str, forward: Callable[
 def test_a_cache_that_is_not_given_is_what_the_module_has_without_it(
     compiled: str, forward: Callable[..., Any]
 ) -> None:
-    assert plan_of(compiled, forward).flat([X], {}) == [X, None]
+    assert plan_of(compiled, forward).flatten([X], {}) == [X, None]
 
 
 @pytest.mark.parametrize("compiled", CACHE)
@@ -69,23 +69,23 @@ def test_of_both_words_the_modules_own_is_meant_and_the_other_is_refused(
 ) -> None:
     (other,) = {*CACHE} - {own}
     plan = plan_of(compiled, forward)
-    assert plan.flat([X], {own: HELD, other: None}) == [X, HELD]
-    assert plan.flat([X], {other: None, own: HELD}) == [X, HELD]
+    assert plan.flatten([X], {own: HELD, other: None}) == [X, HELD]
+    assert plan.flatten([X], {other: None, own: HELD}) == [X, HELD]
     with pytest.raises(CannotServe):
-        plan.flat([X], {own: None, other: HELD})
+        plan.flatten([X], {own: None, other: HELD})
 
 
 def test_a_module_that_takes_both_has_two_arguments() -> None:
     plan = plan_of("past_key_values", both)
-    assert plan.flat([X], {"past_key_values": HELD}) == [X, HELD]
+    assert plan.flatten([X], {"past_key_values": HELD}) == [X, HELD]
     with pytest.raises(CannotServe, match="cache"):
-        plan.flat([X], {"cache": HELD})
+        plan.flatten([X], {"cache": HELD})
 
 
 def test_only_a_kv_cache_has_two_words() -> None:
     plan = plan_of("cache", since, held={"tensor": 1})
     with pytest.raises(CannotServe, match="past_key_values"):
-        plan.flat([X], {"past_key_values": HELD})
+        plan.flatten([X], {"past_key_values": HELD})
 
 
 @pytest.mark.parametrize("compiled", CACHE)
@@ -95,9 +95,9 @@ def test_a_graph_without_a_cache_takes_none_under_either_word(
     compiled: str, called: str, forward: Callable[..., Any]
 ) -> None:
     plan = CallPlan({"args": [{"tensor": 0}], "kwargs": {compiled: None}}, 1, forward)
-    assert plan.flat([X], {called: None})[0] is X
+    assert plan.flatten([X], {called: None})[0] is X
     with pytest.raises(CannotServe):
-        plan.flat([X], {called: HELD})
+        plan.flatten([X], {called: HELD})
 
 
 def test_a_model_is_given_its_cache_by_its_own_word() -> None:

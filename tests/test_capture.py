@@ -343,8 +343,8 @@ def test_a_float_without_a_part_is_no_whole_number() -> None:
     args, kwargs = thaw_arguments(read, [], {})
     assert [*map(type, args)] == [float, int] and kwargs == {"rate": 1.5}
     plan = CallPlan(read, 0, lambda scale, times, rate=1.5: None)
-    assert plan.flat((2.0, 2), {}) == [None]
+    assert plan.flatten((2.0, 2), {}) == [None]
     for wrong in ((2, 2), (2.0, 2.0), (3.0, 2)):
         with pytest.raises(CannotServe):
-            plan.flat(wrong, {})
+            plan.flatten(wrong, {})
     assert type(parse_output_template({"float": "2.0"})([])) is float

@@ -15,10 +15,11 @@ from hubaoti.artifact.bundle import Bundle
 from hubaoti.attachment.attach import Attachment
 from hubaoti.compiler.tasks import pool
 from hubaoti.engines import decoder as texts
-from hubaoti.engines.decoder import Decoder, Served
+from hubaoti.engines.decoder import Decoder, ServedSizes
 from hubaoti.engines.messages import Item, Sampling
-from hubaoti.engines.tokens import batch_by_length, pad_batch
+from hubaoti.engines.tokens import answer_by_length
 from hubaoti.errors import BadInput, BadRequest, ModelNotFound, OutOfBounds
+from hubaoti.runtime.text import pad_rows
 from hubaoti.settings import Settings
 
 PROMPTS = ["A cat sits on", "hello", "the quick brown fox jumps over the lazy dog", "why", "so it"]
@@ -132,7 +133,7 @@ def test_a_prompt_longer_than_the_cache_is_refused_before_anything_is_generated(
     long = "word " * 30
     with pytest.raises(OutOfBounds, match=r"prompt 2 .* has 32 tokens and 40 .* 64 positions"):
         plain.generate(["hello", long], Sampling(max_new_tokens=40))
-    served.served = Served(4, 16, 48)
+    served.served = ServedSizes(4, 16, 48)
     with pytest.raises(OutOfBounds, match=r"cache has up to 48 places") as refused:
         served.generate(["hello", long], Sampling(max_new_tokens=20))
     assert "--dim cache=16:52" in refused.value.hint
@@ -189,8 +190,8 @@ def test_a_continuation_that_the_model_itself_would_choose_is_greedy(plain: Deco
     own = plain.generate(["hello"], GREEDY)[0]
     prompt = plain.prompt_ids("hello")
     with torch.no_grad():
-        (found,) = plain._likelihoods([(prompt, own.tokens)])
-        (other,) = plain._likelihoods([(prompt, [*own.tokens[:-1], own.tokens[-1] + 1])])
+        (found,) = plain._score_pairs([(prompt, own.tokens)])
+        (other,) = plain._score_pairs([(prompt, [*own.tokens[:-1], own.tokens[-1] + 1])])
     assert found.is_greedy
     assert not other.is_greedy
 
@@ -215,8 +216,8 @@ def test_scoring_holds_few_logits_at_a_time(
 
 def test_a_continuation_that_ends_a_token_of_its_context_is_scored_with_it(plain: Decoder) -> None:
     """ "sun" and "shine" are one token together."""
-    first, rest = plain._pair(Item("the sun", "shine"))
-    assert first + rest == plain._plain("the sunshine")
+    first, rest = plain._split_item(Item("the sun", "shine"))
+    assert first + rest == plain._encode("the sunshine")
     assert len(rest) == 1
     assert plain.score([Item("the sun", "shine")])[0].tokens == 1
 
@@ -261,10 +262,23 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, plain: Decoder)
 
 
 def test_long_prompts_are_answered_beside_long_ones() -> None:
-    assert [*batch_by_length([3, 9, 4, 8], 2)] == [[1, 3], [2, 0]]
-    ids, mask = pad_batch([[5], [6, 7]], 9, torch.device("cpu"), left=True)
+    batches: list[list[int]] = []
+
+    def answer(batch: list[int]) -> list[str]:
+        batches.append(batch)
+        return [f"to {length}" for length in batch]
+
+    found = answer_by_length([3, 9, 4, 8], 2, answer, lambda length: length)
+    assert batches == [[9, 8], [4, 3]]
+    assert found == ["to 3", "to 9", "to 4", "to 8"], "in their own order"
+    ids, mask = pad_rows([[5], [6, 7]], 9, torch.device("cpu"), left=True)
     assert (ids.tolist(), mask.tolist()) == ([[9, 5], [6, 7]], [[0, 1], [1, 1]])
 
 
 def test_a_cache_is_as_long_as_graphs_serve_it() -> None:
-    assert [Served(1, 16, 64, 16).cache(needed) for needed in (3, 16, 17, 64)] == [16, 16, 32, 64]
+    assert [ServedSizes(1, 16, 64, 16).round_up(needed) for needed in (3, 16, 17, 64)] == [
+        16,
+        16,
+        32,
+        64,
+    ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import inspect
+import re
 import shutil
 import signal
 import threading
@@ -15,13 +17,15 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from signals import struck
 
 import hubaoti
 from hubaoti import LightweightEngine
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.engines.lightweight import NoGraphs
 from hubaoti.engines.local import Resident, count_module_bytes
+from hubaoti.engines.messages import Sampling
+from hubaoti.engines.pool import ModelStatus, NoGraphs
 from hubaoti.engines.resolve import choose_task, estimate_weight_bytes
 from hubaoti.errors import (
     BadDim,
@@ -174,6 +178,38 @@ def test_graphs_of_another_model_are_refused_and_never_taken(
         assert engine.load(three[1], decoder_bundle).state == "compiled"
 
 
+def test_an_artifact_of_another_task_says_what_it_is_for(
+    tiny_decoder: Path,
+    minilm: Path,
+    decoder_bundle: Bundle,
+    minilm_bundle: Bundle,
+    built_at: Settings,
+) -> None:
+    with LightweightEngine(built_at) as engine:
+        with pytest.raises(BadRequest, match="was built for embed, .* to generate") as caught:
+            engine.load(tiny_decoder, minilm_bundle, task="generate")
+        assert "makes vectors of texts: hubaoti run --text" in caught.value.hint
+        assert caught.value.hint.endswith("--task generate")
+        with pytest.raises(BadRequest, match="was built for generate, .* to embed") as caught:
+            engine.load(minilm, decoder_bundle, task="embed")
+        assert "goes on with prompts: hubaoti run --prompt" in caught.value.hint
+        engine.load(minilm)
+        with pytest.raises(BadRequest, match="it cannot score") as caught:
+            engine.score(minilm, [("a", "b")])
+        assert "--text" in caught.value.hint
+
+
+def test_texts_for_graphs_that_go_on_with_prompts_are_told_where_to_go(
+    tiny_decoder: Path, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    with Mirror.open(built_at.mirror) as mirror:
+        artifact = mirror.artifact(decoder_bundle.manifest.digest)
+    assert artifact is not None
+    with pytest.raises(BadRequest, match="built for generate, its graphs serve 2 blocks") as caught:
+        hubaoti.load(artifact, tiny_decoder, settings=built_at)
+    assert "--prompt" in caught.value.hint
+
+
 def test_a_loaded_model_gets_the_graphs_that_are_given_later(
     tiny_decoder: Path, decoder_bundle: Bundle, alone: Settings
 ) -> None:
@@ -194,8 +230,8 @@ def test_a_loaded_model_is_asked_for_nothing_else(
         for words in ({"task": "embed"}, {"revision": "v2"}):
             with pytest.raises(BadRequest, match="loaded already, to generate"):
                 engine.load(tiny_decoder, **words)  # type: ignore[arg-type]
-        with pytest.raises(BadRequest, match="colour"):
-            engine.load(tiny_decoder, colour="red")
+        with pytest.raises(TypeError, match="colour"):
+            engine.load(tiny_decoder, colour="red")  # type: ignore[call-arg]
         assert engine.load(tiny_decoder, compile="now").state == "compiled"
 
 
@@ -408,7 +444,6 @@ def test_a_compile_that_fails_leaves_the_model_as_it_is(
     [
         ({"compile": "later"}, BadRequest, "compile='later'"),
         ({"compile": "now", "dims": {"seq": (4, 1)}}, BadDim, "seq"),
-        ({"compile": "now", "colour": "red"}, BadRequest, "colour"),
         ({"task": "sing"}, BadRequest, "sing"),
         ({"task": "classify"}, BadRequest, "classify"),
     ],
@@ -432,12 +467,100 @@ def test_a_model_that_is_nowhere_is_said_so(alone: Settings, tmp_path: Path) -> 
         assert engine.models() == []
 
 
+COMPILE_WORDS = ("dims", "buckets", "regions", "dtype", "quantize", "mode", "inductor", "level")
+OWN_WORDS = ("self", "model", "artifact", "compile", "task", "push", "revision")
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        (LightweightEngine.load, (*OWN_WORDS, *COMPILE_WORDS, "trust_remote_code")),
+        (
+            LightweightEngine.generate,
+            ("self", "model", "prompts", *Sampling.__struct_fields__),
+        ),
+        (LightweightEngine.measure, ("self", "model", "prompts", "max_new_tokens")),
+    ],
+)
+def test_a_signature_lists_every_keyword_and_says_what_it_is(
+    method: Callable[..., Any], names: tuple[str, ...]
+) -> None:
+    parameters = inspect.signature(method).parameters
+    assert tuple(parameters) == names
+    assert all(
+        each.annotation is not inspect.Parameter.empty for each in [*parameters.values()][1:]
+    )
+    if method is not LightweightEngine.measure:
+        args = (method.__doc__ or "").partition("Args:")[2].partition("Raises:")[0]
+        assert all(re.search(rf"\b{name}\b", args) for name in names[1:])
+
+
+def test_the_words_of_a_compile_are_as_compile_has_them() -> None:
+    """So a load without a word asks the child for what a compile without it builds."""
+    ours = inspect.signature(LightweightEngine.load).parameters
+    theirs = inspect.signature(hubaoti.compile).parameters
+    for name in (*COMPILE_WORDS, "trust_remote_code", "task", "revision"):
+        assert (ours[name].default, ours[name].annotation) == (
+            theirs[name].default,
+            theirs[name].annotation,
+        )
+
+
+def test_a_word_that_nothing_takes_is_refused(
+    engine: LightweightEngine, tiny_decoder: Path
+) -> None:
+    anything: Any = engine
+    with pytest.raises(TypeError, match="colour"):
+        anything.load(tiny_decoder, compile="now", colour="red")
+    assert engine.models() == []
+    engine.load(tiny_decoder)
+    with pytest.raises(TypeError, match="temprature"):
+        anything.generate(tiny_decoder, "hello", temprature=1.0)
+    with pytest.raises(TypeError, match="temprature"):
+        anything.measure(tiny_decoder, "hello", temprature=1.0)
+
+
+def test_a_temperature_of_zero_is_greedy(engine: LightweightEngine, tiny_decoder: Path) -> None:
+    engine.load(tiny_decoder)
+    greedy = engine.generate(tiny_decoder, "hello", **WORDS)
+    assert engine.generate(tiny_decoder, "hello", temperature=0, max_new_tokens=4) == greedy
+    stopped = engine.generate(tiny_decoder, "hello", stop=[greedy[0].text[1:]], **WORDS)
+    assert stopped[0].finish == "stop"
+
+
+def test_a_model_that_leaves_while_it_is_asked_for_comes_back_at_its_revision(
+    tiny_decoder: Path, settings: Settings, repo: str
+) -> None:
+    """Another thread unloads it between the look for it and the lock on it."""
+    hub = HfApi(settings.endpoint, token=settings.token)
+    hub.create_repo(repo)
+    first = hub.upload_folder(repo_id=repo, folder_path=tiny_decoder).oid
+    card = hub.upload_file(path_or_fileobj=b"# new", path_in_repo="README.md", repo_id=repo).oid
+    assert first != card
+    statuses: list[ModelStatus] = []
+    with LightweightEngine(settings) as engine:
+        engine.load(repo, revision=first)
+        with engine._room.hold(repo) as slot:
+            thread = threading.Thread(
+                target=lambda: statuses.append(engine.load(repo, revision=first))
+            )
+            thread.start()
+            wait_until(lambda: slot.users == 2)
+            engine.unload(repo)
+        thread.join()
+        assert [status.state for status in statuses] == ["eager"]
+        again = engine._room.get(repo)
+        assert again is not slot
+        assert (again.revision, Path(again.begin.folder).name) == (first, first)
+        with pytest.raises(BadRequest, match=f"loaded already, .* at {first}"):
+            engine.load(repo, revision=card)
+
+
 @pytest.mark.parametrize(
     "words",
     [
         {"max_new_tokens": 0},
         {"max_new_tokens": "x"},
-        {"temprature": 1.0},
         {"temperature": -1.0},
         {"num_beams": 0},
         {"seed": -1},

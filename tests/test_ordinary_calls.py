@@ -247,10 +247,10 @@ def test_a_flag_that_the_graph_does_not_know_may_be_off_but_for_the_one_that_mas
     template = {"args": [{"tensor": 0}], "kwargs": {"free": {"any": True}}}
     found, x = CallPlan(template, 1, forward), torch.ones(1)
     for flags in ({}, {"use_cache": False}, {"free": False}, {"free": True, "use_cache": None}):
-        assert found.flat([x], flags)[0] is x
+        assert found.flatten([x], flags)[0] is x
     for flags in ({"use_cache": True}, {"is_causal": False}):
         with pytest.raises(CannotServe, match="the graph has nothing"):
-            found.flat([x], flags)
+            found.flatten([x], flags)
 
 
 def test_a_flag_that_may_be_anything_is_the_one_of_the_call_that_was_compiled() -> None:

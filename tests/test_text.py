@@ -103,6 +103,21 @@ def test_a_text_beyond_the_bound_is_refused_with_its_tokens(folder: Path) -> Non
     assert f"--dim seq=2:{tokens}" in caught.value.hint
 
 
+def test_no_graph_is_proposed_for_more_positions_than_the_model_has(folder: Path) -> None:
+    encoder = TextEncoder(folder)
+    tokens = encoder.encode([LONG]).input_ids.shape[1]
+    for config, told in (
+        ({"max_position_embeddings": tokens - 1}, f"this one has {tokens - 1} positions"),
+        ({"text_config": {"n_positions": tokens - 1}}, f"this one has {tokens - 1} positions"),
+        ({"max_position_embeddings": tokens}, f"--dim seq=1:{tokens}"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(OutOfBounds) as caught:
+            encoder.encode([LONG], high=4)
+        assert told in caught.value.hint
+        assert ("--dim" in caught.value.hint) == ("--dim" in told)
+
+
 def test_bytes_that_are_no_text_are_refused(folder: Path) -> None:
     text = b"caf\xe9".decode(errors="surrogateescape")  # as Python reads a command line
     with pytest.raises(BadInput, match="not UTF-8") as caught:

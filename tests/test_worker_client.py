@@ -18,7 +18,7 @@ import pytest
 
 from hubaoti import LightweightEngine
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.engines.lightweight import NoGraphs
+from hubaoti.engines.pool import NoGraphs
 from hubaoti.errors import (
     BadInput,
     BadRequest,
@@ -189,7 +189,7 @@ def test_an_interrupt_leaves_no_answer_for_the_next_request(
 ) -> None:
     expected = engine.generate(tiny_decoder, "hello", **GREEDY)
     before = pid(engine)
-    engine.measure(tiny_decoder, ["hello"], **GREEDY)  # which no graph answers, and says so
+    engine.measure(tiny_decoder, ["hello"], max_new_tokens=4)  # which no graph answers, and says so
 
     def strike() -> None:
         wait_until(lambda: is_running(engine, tiny_decoder))

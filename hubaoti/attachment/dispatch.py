@@ -129,10 +129,10 @@ class Dispatcher:
             CannotServe: there is none, with the reason.
         """
         known, look = self._known, inputs
-        route = known.of(look)
+        route = known.find(look)
         if route is None:
             look = self._mark_gaps(inputs, held)
-            route = known.of(look)
+            route = known.find(look)
         if route is not None and route.numbers == tuple(numbers) and _is_within(route, held):
             return route
         refuse_modes(self.device)
@@ -155,7 +155,7 @@ class Dispatcher:
                 checks.slots[shape.place], shape, inputs, filled, who
             )
         try:
-            return checks.settled(inputs, route.sizes)
+            return checks.fit_known(inputs, route.sizes)
         except BadInput as error:
             raise CannotServe(_REASONS.get(type(error), "layout"), f"{error}") from error
 
@@ -199,7 +199,7 @@ class Dispatcher:
         key = (held.before, held.seq, current_stream(self.device))
         known = self._position
         if known is None or known[0] != key:
-            known = (key, held.position())
+            known = (key, held.make_positions())
             if type(known[1]) is torch.Tensor:  # and not one of a mode that is refused yet
                 self._position = known
         return known[1]
@@ -245,7 +245,7 @@ class Dispatcher:
                 checks.slots[shape.place], shape, inputs, filled, ""
             )
         try:
-            checks.examined(made)
+            checks.examine(made)
         except (OutOfBounds, BadInput) as error:
             raise CannotServe("shape", f"{error}", sizes) from error
         self._require_numbers(numbers, sizes)

@@ -150,7 +150,7 @@ class Beside:
         """How what the graph leaves in the call differs from what the module has left there."""
         wanted: dict[Path, Items] = {}
         if self.filling is not None:
-            contents = self.answers.contents(self.filling, outputs)
+            contents = self.answers.make_contents(self.filling, outputs)
             wanted = dict(zip(self.answers.into, contents, strict=True))
         for change in before.changes():
             if change.path not in wanted:

@@ -107,7 +107,7 @@ class Region(GraphPatch):
         if torch.is_grad_enabled() and guard.wants_gradients():
             raise CannotServe("gradients", "the region's parameters are trained")
         dispatcher = self.dispatcher
-        found = dispatcher.plan.flat(args, kwargs)
+        found = dispatcher.plan.flatten(args, kwargs)
         if torch.is_grad_enabled() and any(map(wants_gradient, found)):
             raise CannotServe("gradients", "gradients are wanted of an input")
         if self._slot is None:
@@ -115,7 +115,7 @@ class Region(GraphPatch):
                 raise explain_capture()
             return self._dispatch(graphs, found, None, args, kwargs)
         rows, seq = dispatcher.read_sizes(found)
-        held = self._slot.held(found[dispatcher.plan.count], rows, seq, dispatcher.device)
+        held = self._slot.get_state(found[dispatcher.plan.count], rows, seq, dispatcher.device)
         try:
             held.require_room()
             dispatcher.add_cache(found, held)
@@ -141,11 +141,15 @@ class Region(GraphPatch):
         route = dispatcher.find_route(inputs, numbers, held)
         inputs = dispatcher.follow(route, inputs, held, self.path)
         graph, answers = graphs[route.graph], dispatcher.answers[route.graph]
-        filling = answers.find(dispatcher.plan.named(args, kwargs)) if answers.writes else None
+        filling = (
+            answers.find(dispatcher.plan.name_arguments(args, kwargs)) if answers.writes else None
+        )
         if self._trials.wants(graph.entry.id):
             eager = partial(self.eager, *args, **kwargs)
             slide = partial(slide_window, graph.entry.cache, held)
-            call = Beside(eager, dispatcher.plan.named(args, kwargs), answers, filling, slide)
+            call = Beside(
+                eager, dispatcher.plan.name_arguments(args, kwargs), answers, filling, slide
+            )
             return self._trials.compare(graph, inputs, route.small, call)
         outputs = self._run(route, graph, inputs, held)
         return answers.make(outputs) if filling is None else answers.fill(filling, outputs)
@@ -162,7 +166,7 @@ class Region(GraphPatch):
                 raise  # the window has moved on already: nobody could answer now
             raise CannotServe("failed", f"{error}") from error
         if held is not None:
-            held.wrote()
+            held.count_written()
         next(self._counts[graph.entry.id])
         return outputs
 

@@ -283,7 +283,7 @@ def _check_unit(
     entry, files = _describe_graph(entry, place, exported, unpacked, scratch)
     graph = open_graph(unpacked, entry, device)
     spec = _derive_call_spec(source, unit, exported)
-    graph.entry = entry = record_call_spec(entry, spec, graph.call_spec(), source.model)
+    graph.entry = entry = record_call_spec(entry, spec, graph.read_call_spec(), source.model)
     if source.layout:
         require_direct(entry)
     graph.bind(verify.share_constants(place.module, entry, scratch))
@@ -324,7 +324,7 @@ def _describe_graph(
 ) -> tuple[Graph, tuple[File, ...]]:
     """Add what only the compiled library can tell: the constants that it reads."""
     device = next(place.module.parameters()).device
-    fqns = open_graph(unpacked, bare, device).constant_fqns()
+    fqns = open_graph(unpacked, bare, device).read_constant_fqns()
     listed, shipped = constants.describe_constants(fqns, place, exported.program)
     files: tuple[File, ...] = ()
     if shipped:

@@ -13,7 +13,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ import msgspec
 from hubaoti.artifact.canonical import encode_canonical
 from hubaoti.disk import explain_disk_errors
 from hubaoti.engines.lightweight import LightweightEngine
-from hubaoti.engines.messages import Generation, Prompt
+from hubaoti.engines.messages import Generation, Prompt, Sampling
 from hubaoti.errors import BadRequest, Conflict, OutputExists
 
-_TOGETHER = 16  # prompts that are asked before their answers are written
+_PROMPTS_A_BATCH = 16  # prompts that are asked before their answers are written
 _BEGIN = b'{"line":'  # of each answer
 _SHAPE = 'a line is {"prompt": "..."}, {"messages": [...]} or "...", each with an "id" if you like'
 
@@ -63,10 +63,23 @@ class BatchRequest:
         """Twelve hex digits that are the same for the same words of `generate`."""
         return hashlib.sha256(encode_canonical(self.sampling)).hexdigest()[:12]
 
-    def at(self, line: int) -> dict[str, Any]:
+    def make_words(self, line: int) -> dict[str, Any]:
         """The words for prompts from a line on: a seed is another for each batch."""
         seed = self.sampling.get("seed")
         return self.sampling if seed is None else {**self.sampling, "seed": seed + line}
+
+    def make_line(self, line: Line, answer: Generation) -> Written:
+        """An answer as its line in the file, which `count_answered` knows again."""
+        return Written(
+            line=line.line,
+            model=self.model,
+            prompt=line.prompt,
+            text=answer.text,
+            tokens=len(answer.tokens),
+            finish=answer.finish,
+            asked=self.digest,
+            id=line.id,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +120,22 @@ def answer_file(
     lines, request = read_prompt_file(prompts), BatchRequest(model, sampling)
     with open_answers(out) as file:
         before = count_answered(file, out, lines, request)
-        engine.measure(model, [line.prompt for line in lines], **sampling)
-        started, tokens = time.perf_counter(), 0
+        most = Sampling.of(**sampling).max_new_tokens
+        engine.measure(model, [line.prompt for line in lines], max_new_tokens=most)
+        started = time.perf_counter()
         progress = BatchProgress(before, len(lines), before, 0, 0.0)
         report(progress)
         for few in batch_remaining(before, lines):
-            words = request.at(few[0].line)
+            words = request.make_words(few[0].line)
             answers = engine.generate(model, [line.prompt for line in few], **words)
             pairs = zip(few, answers, strict=True)
-            _write_lines(file, out, [_make_answer_line(*pair, request) for pair in pairs])
-            tokens += sum(len(answer.tokens) for answer in answers)
-            spent = time.perf_counter() - started
-            answered = progress.answered + len(few)
-            progress = BatchProgress(answered, len(lines), before, tokens, spent)
+            _write_lines(file, out, [request.make_line(*pair) for pair in pairs])
+            progress = replace(
+                progress,
+                answered=progress.answered + len(few),
+                tokens=progress.tokens + sum(len(answer.tokens) for answer in answers),
+                seconds=time.perf_counter() - started,
+            )
             report(progress)
         return progress
 
@@ -128,7 +144,7 @@ def batch_remaining(before: int, lines: Sequence[Line]) -> Iterator[Sequence[Lin
     """The prompts that are left, in the batches that a run without a stop would ask."""
     start = before
     while start < len(lines):
-        end = (start // _TOGETHER + 1) * _TOGETHER
+        end = (start // _PROMPTS_A_BATCH + 1) * _PROMPTS_A_BATCH
         yield lines[start:end]
         start = end
 
@@ -152,11 +168,7 @@ def read_prompt_file(path: Path) -> list[Line]:
 
 
 def _parse_line(number: int, text: bytes, path: Path) -> Line:
-    """A prompt from a line of JSON.
-
-    Raises:
-        BadRequest: it is none.
-    """
+    """A prompt from a line of JSON; what is none is refused with its number."""
     try:
         value = msgspec.json.decode(text)
         if isinstance(value, str):
@@ -180,16 +192,18 @@ def open_answers(out: Path) -> Iterator[int]:
     """
     try:
         file = os.open(out, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as why:
-        raise BadRequest(f"{out} cannot be written: {why.strerror}", hint="give a file") from why
+    except OSError as error:
+        raise BadRequest(
+            f"{out} cannot be written: {error.strerror}", hint="give a file"
+        ) from error
     try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
             raise BadRequest(f"{out} is no file that keeps what is written", hint="give a file")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as why:
+        except BlockingIOError as error:
             hint = "wait for it, or name another"
-            raise Conflict(f"another run writes {out}", hint=hint) from why
+            raise Conflict(f"another run writes {out}", hint=hint) from error
         yield file
     finally:
         os.close(file)
@@ -209,8 +223,10 @@ def count_answered(file: int, out: Path, lines: Sequence[Line], request: BatchRe
     for index, text in enumerate(found):
         try:
             answer = msgspec.json.decode(text, type=Written)
-            same = index < len(lines) and _is_answer_to(answer, lines[index], request)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+            line = lines[index]
+            ours = (answer.line, answer.prompt, answer.model, answer.asked)
+            same = ours == (line.line, line.prompt, request.model, request.digest)
+        except (msgspec.MsgspecError, UnicodeDecodeError, IndexError):
             same = False
         if not same:
             raise OutputExists(
@@ -224,25 +240,6 @@ def count_answered(file: int, out: Path, lines: Sequence[Line], request: BatchRe
     os.ftruncate(file, whole)
     os.lseek(file, 0, os.SEEK_END)
     return len(found)
-
-
-def _is_answer_to(answer: Written, line: Line, request: BatchRequest) -> bool:
-    """Whether an answer is a model's to a prompt, sampled as it is asked for."""
-    found = (answer.line, answer.prompt, answer.model, answer.asked)
-    return found == (line.line, line.prompt, request.model, request.digest)
-
-
-def _make_answer_line(line: Line, answer: Generation, request: BatchRequest) -> Written:
-    return Written(
-        line=line.line,
-        model=request.model,
-        prompt=line.prompt,
-        text=answer.text,
-        tokens=len(answer.tokens),
-        finish=answer.finish,
-        asked=request.digest,
-        id=line.id,
-    )
 
 
 def _write_lines(file: int, out: Path, answers: Sequence[Written]) -> None:

@@ -9,6 +9,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +22,41 @@ from hubaoti.compiler.from_config import silence_transformers
 from hubaoti.compiler.tasks import pool
 from hubaoti.engines.messages import Generation, Item, Likelihood, Message, Prompt, Sampling
 from hubaoti.engines.tokens import (
-    batch_by_length,
+    Pair,
+    answer_by_length,
     find_common_prefix,
     find_starting_tokens,
     load_tokenizer,
-    pad_batch,
     shorten_prompt,
-    split_rows,
 )
 from hubaoti.errors import BadInput, BadRequest, OutOfBounds, first_line
 from hubaoti.runtime.call_template import choose_cache_word
-from hubaoti.runtime.text import require_unicode, shorten_text
+from hubaoti.runtime.text import pad_rows, require_unicode, shorten_text
 
-_ROWS = 8  # prompts of a batch, where no graph says how many
+_DEFAULT_ROWS = 8  # prompts of a batch, where no graph says how many
 LOGITS = 1 << 28  # bytes of float32 logits that scoring holds at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedSizes:
     """What graphs serve: batches up to `rows`, static caches of `low` to `high` places, by `step`.
 
     Without graphs the caches are the model's own, and `high` is what it has positions for.
     """
 
-    rows: int = _ROWS
+    rows: int = _DEFAULT_ROWS
     low: int | None = None
     high: int | None = None
     step: int = 1
 
     @classmethod
-    def by(cls, manifest: Manifest) -> Served:
+    def of(cls, manifest: Manifest) -> ServedSizes:
         """What the graphs of a `generate` artifact serve."""
-        rows = manifest.build.dims.get("batch", (1, _ROWS, 1))[1]
+        rows = manifest.build.dims.get("batch", (1, _DEFAULT_ROWS, 1))[1]
         low, high, step = manifest.build.dims.get("cache", (None, None, 1))
         return cls(rows, low, high, step)
 
-    def cache(self, needed: int) -> int:
+    def round_up(self, needed: int) -> int:
         """The length of a cache that has so many places."""
         assert self.low is not None
         return max(self.low, -(-needed // self.step) * self.step)
@@ -81,7 +81,7 @@ class Decoder:
         own.max_length = own.min_length = own.cache_implementation = None
         own.return_dict_in_generate, own.num_return_sequences = False, 1
         self.steps = steps
-        self.served = self.own = Served(high=_read_positions(model))
+        self.served = self.own = ServedSizes(high=_read_positions(model))
         self._tokenizer = load_tokenizer(folder, trust)
         self._begin = find_starting_tokens(self._tokenizer)
         self._takes = inspect.signature(model.forward).parameters
@@ -89,7 +89,7 @@ class Decoder:
 
     def serve(self, manifest: Manifest | None) -> None:
         """Graphs answer from now on, or the model itself."""
-        self.served = self.own if manifest is None else Served.by(manifest)
+        self.served = self.own if manifest is None else ServedSizes.of(manifest)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
@@ -100,16 +100,13 @@ class Decoder:
                 generated.
             BadInput: a prompt has no token, or is not Unicode.
         """
-        rows = self.measured(prompts, sampling)
+        rows = self.measure(prompts, sampling)
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        answers: dict[int, Generation] = {}
-        for batch in batch_by_length([len(row) for row in rows], self.served.rows):
-            found = self._continued([rows[index] for index in batch], sampling)
-            answers |= zip(batch, found, strict=True)
-        return [answers[index] for index in range(len(rows))]
+        answer = partial(self._continue_rows, sampling=sampling)
+        return answer_by_length(rows, self.served.rows, answer)
 
-    def measured(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
+    def measure(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[int]]:
         """The tokens of each prompt, for whose answers there is room.
 
         Raises:
@@ -145,23 +142,23 @@ class Decoder:
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except Exception as why:  # a template raises what it likes
+        except Exception as error:  # a template raises what it likes
             raise BadRequest(
-                f"the model's chat template refuses the messages: {first_line(why)}",
+                f"the model's chat template refuses the messages: {first_line(error)}",
                 hint='messages are {"role": "user", "content": "..."}',
-            ) from why
+            ) from error
         ids: Sequence[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def _require_room(self, subject: str, length: int, new: int) -> None:
         """Refuse what is longer than the cache, before anything is generated."""
         what = f"{subject} has {length} tokens" + (f" and {new} are to follow" if new else "")
-        if self.own.high is not None and length + new > self.own.high:
+        own, most = self.own.high, self.served.high
+        if own is not None and length + new > own:
             raise OutOfBounds(
-                f"{what}; the model has {self.own.high} positions",
+                f"{what}; the model has {own} positions",
                 hint="shorten it, or ask for fewer new tokens (max_new_tokens)",
             )
-        most = self.served.high
         if most is not None and length + new > most:
             raise OutOfBounds(
                 f"{what}; the graphs' cache has up to {most} places",
@@ -169,23 +166,21 @@ class Decoder:
                 f"--dim cache={self.served.low}:{length + new}",
             )
 
-    def _continued(self, rows: list[list[int]], sampling: Sampling) -> list[Generation]:
+    def _continue_rows(self, rows: list[list[int]], sampling: Sampling) -> list[Generation]:
         """What follows a batch of prompts, padded on the left."""
-        width = max(len(row) for row in rows)
-        ids, mask = pad_batch(rows, self._pad, self.device, left=True)
-        words: dict[str, Any] = {"generation_config": self._config(sampling)}
+        ids, mask = pad_rows(rows, self._pad, self.device, left=True)
+        width = ids.shape[1]
+        words: dict[str, Any] = {"generation_config": self._make_config(sampling)}
         if self.served.low is not None:
-            words[self._cache_word] = self._cache(width + sampling.max_new_tokens)
+            words[self._cache_word] = self._make_cache(width + sampling.max_new_tokens)
         if sampling.stop:
             words |= {"stop_strings": [*sampling.stop], "tokenizer": self._tokenizer}
         with silence_transformers():
             found = self.model.generate(ids, attention_mask=mask, **words)
-        new = found[:, width:].tolist()
-        return [
-            self._ended(row, len(prompt), sampling) for row, prompt in zip(new, rows, strict=True)
-        ]
+        pairs = zip(found[:, width:].tolist(), rows, strict=True)
+        return [self._make_answer(new, len(prompt), sampling) for new, prompt in pairs]
 
-    def _config(self, sampling: Sampling) -> Any:
+    def _make_config(self, sampling: Sampling) -> Any:
         """The model's own generation config, with what was asked."""
         own = copy.deepcopy(self.model.generation_config)
         own.max_new_tokens = sampling.max_new_tokens
@@ -196,19 +191,19 @@ class Decoder:
                 setattr(own, name, value)
         return own
 
-    def _ended(self, row: list[int], prompt_tokens: int, sampling: Sampling) -> Generation:
+    def _make_answer(self, row: list[int], prompt_tokens: int, sampling: Sampling) -> Generation:
         """A row of new tokens up to where it ended; after that a batch has padding."""
-        ends = [at for at, token in enumerate(row) if token in self._ends]
+        ends = [index for index, token in enumerate(row) if token in self._ends]
         if ends:
             row = row[: ends[0] + 1]
         stopped = bool(ends) or len(row) < sampling.max_new_tokens
         text: str = self._tokenizer.decode(row, skip_special_tokens=True)
         if any(stop in text for stop in sampling.stop):
-            row, text = self._until(row, sampling.stop)
+            row, text = self._cut_before(row, sampling.stop)
             stopped = True
         return Generation(text, row, prompt_tokens, "stop" if stopped else "length")
 
-    def _until(self, row: list[int], stops: tuple[str, ...]) -> tuple[list[int], str]:
+    def _cut_before(self, row: list[int], stops: tuple[str, ...]) -> tuple[list[int], str]:
         """The tokens up to the one that ends a text to stop at, and what comes before that text."""
         for few in range(1, len(row) + 1):
             text: str = self._tokenizer.decode(row[:few], skip_special_tokens=True)
@@ -227,17 +222,15 @@ class Decoder:
             OutOfBounds: an item is longer than the cache; nothing was scored.
             BadInput: a continuation has no token.
         """
-        pairs = [self._pair(item) for item in items]
+        pairs = [self._split_item(item) for item in items]
         for index, (first, rest) in enumerate(pairs, 1):
             subject = f"item {index} ({shorten_text(items[index - 1].context)!r})"
             self._require_room(subject, len(first) + len(rest) - 1, 0)
-        answers: dict[int, Likelihood] = {}
-        for batch in batch_by_length([len(a) + len(b) for a, b in pairs], self.served.rows):
-            found = self._likelihoods([pairs[index] for index in batch])
-            answers |= zip(batch, found, strict=True)
-        return [answers[index] for index in range(len(items))]
+        return answer_by_length(
+            pairs, self.served.rows, self._score_pairs, lambda pair: len(pair[0]) + len(pair[1])
+        )
 
-    def _pair(self, item: Item) -> tuple[list[int], list[int]]:
+    def _split_item(self, item: Item) -> Pair:
         """The tokens of a context and of its continuation."""
         require_unicode(item.context + item.continuation)
         context = item.context.rstrip()
@@ -247,7 +240,7 @@ class Decoder:
             rest = self._tokenizer(continuation, add_special_tokens=False)["input_ids"]
         else:
             # Encoded together, since a token may begin in one and end in the other.
-            first, whole = self._plain(context), self._plain(context + continuation)
+            first, whole = self._encode(context), self._encode(context + continuation)
             if len(whole) <= len(first):  # its last token goes on in the continuation
                 first = find_common_prefix(first, whole)
             first, rest = first or self._first, whole[len(first) :]
@@ -258,22 +251,24 @@ class Decoder:
             )
         return first, rest
 
-    def _plain(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         """A text's tokens, begun as the model's texts begin, and not ended."""
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return self._begin + [int(token) for token in ids]
 
-    def _likelihoods(self, pairs: list[tuple[list[int], list[int]]]) -> Iterator[Likelihood]:
+    def _score_pairs(self, pairs: list[Pair]) -> Iterator[Likelihood]:
         """Of a batch, padded on the right: what comes later is not looked at."""
-        rows = [(first + rest)[:-1] for first, rest in pairs]
-        ids, _ = pad_batch(rows, self._pad, self.device, left=False)
+        whole = [(first + rest)[:-1] for first, rest in pairs]
+        ids, _ = pad_rows(whole, self._pad, self.device, left=False)
         width = ids.shape[1]
         keeps = "logits_to_keep" in self._takes
         begin = min(len(first) for first, _ in pairs) - 1 if keeps else 0
         kept = {"logits_to_keep": width - begin} if keeps else {}
-        for few in split_rows(len(pairs), (width - begin) * self._vocabulary * 4, LOGITS):
-            logits = self.model(input_ids=ids[few], **kept, **self._words(width)).logits
-            for found, (first, rest) in zip(logits, pairs[few], strict=True):
+        few = max(1, LOGITS // max(1, (width - begin) * self._vocabulary * 4))
+        for start in range(0, len(pairs), few):
+            rows = slice(start, start + few)
+            logits = self.model(input_ids=ids[rows], **kept, **self._make_call_words(width)).logits
+            for found, (first, rest) in zip(logits, pairs[rows], strict=True):
                 place = len(first) - 1 - begin
                 yield _score_tokens(found[place : place + len(rest)], rest)
 
@@ -290,38 +285,35 @@ class Decoder:
         rows = [self.prompt_ids(text) for text in texts]
         for index, row in enumerate(rows, 1):
             self._require_room(f"text {index} ({shorten_text(texts[index - 1])!r})", len(row), 0)
-        vectors: dict[int, torch.Tensor] = {}
-        for batch in batch_by_length([len(row) for row in rows], self.served.rows):
-            ids, mask = pad_batch(
-                [rows[index] for index in batch], self._pad, self.device, left=False
-            )
-            hidden = self.model.base_model(input_ids=ids, **self._words(ids.shape[1]))[0]
-            pooled = torch.cat([pool(mode, hidden, mask) for mode in self._pooling], 1)
-            if "normalize" in self.steps:
-                pooled = nn.functional.normalize(pooled, dim=1)
-            vectors |= zip(batch, pooled.float().cpu(), strict=True)
-        return torch.stack([vectors[index] for index in range(len(texts))])
+        return torch.stack(answer_by_length(rows, self.served.rows, self._embed_rows))
 
-    def _words(self, width: int) -> dict[str, Any]:
+    def _embed_rows(self, rows: list[list[int]]) -> torch.Tensor:
+        """Of a batch, padded on the right."""
+        ids, mask = pad_rows(rows, self._pad, self.device, left=False)
+        words = self._make_call_words(ids.shape[1])
+        hidden = self.model.base_model(input_ids=ids, **words)[0]
+        modes = [step for step in self.steps if step != "normalize"]
+        pooled = torch.cat([pool(mode, hidden, mask) for mode in modes], 1)
+        if "normalize" in self.steps:
+            pooled = nn.functional.normalize(pooled, dim=1)
+        return pooled.float().cpu()
+
+    def _make_call_words(self, width: int) -> dict[str, Any]:
         """What a call gets beside its tokens."""
         if self.served.low is None:
             return {"use_cache": False}
-        return {"use_cache": True, self._cache_word: self._cache(width)}
+        return {"use_cache": True, self._cache_word: self._make_cache(width)}
 
-    def _cache(self, places: int) -> Any:
+    def _make_cache(self, places: int) -> Any:
         """A static cache, of a length that the graphs serve."""
-        config = self.model.config
-        return transformers.StaticCache(config=config, max_cache_len=self.served.cache(places))
+        length = self.served.round_up(places)
+        return transformers.StaticCache(config=self.model.config, max_cache_len=length)
 
     @property
     def device(self) -> torch.device:
         """The device of the model's first parameter, where its inputs go, too."""
         found: torch.device = next(self.model.parameters()).device
         return found
-
-    @property
-    def _pooling(self) -> list[str]:
-        return [step for step in self.steps if step != "normalize"]
 
     @property
     def _vocabulary(self) -> int:

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from hubaoti.compiler.tasks import choose_max_length
-from hubaoti.engines.tokens import batch_by_length
+from hubaoti.engines.tokens import answer_by_length
 from hubaoti.errors import BadInput, OutOfBounds
 from hubaoti.runtime.text import TextEncoder, shorten_text
 
-_LONGEST = 1 << 15
-_ROWS = 32
+_MOST_TOKENS = 1 << 15
+_BATCH_ROWS = 32
 
 
 class Encoder:
@@ -25,7 +25,7 @@ class Encoder:
         """Raises ModelNotFound when the folder has no tokenizer.json."""
         self.model = model
         self._texts = TextEncoder(folder, config.pad_token_id)
-        self._longest = choose_max_length(folder, config, positions, _LONGEST)
+        self._longest = choose_max_length(folder, config, positions, _MOST_TOKENS)
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
@@ -37,20 +37,18 @@ class Encoder:
         """
         if not texts:
             raise BadInput("no text is given", hint="give one or more")
-        device = next(self.model.parameters()).device
-        vectors: dict[int, torch.Tensor] = {}
-        for batch in batch_by_length([*map(len, texts)], _ROWS):
-            encoded = self._texts.encode([texts[index] for index in batch])
-            ids, mask = encoded.input_ids.to(device), encoded.attention_mask.to(device)
-            self._require_positions(texts[batch[0]], ids.shape[1])
-            vectors |= zip(batch, self.model(ids, mask)[0].float().cpu(), strict=True)
-        return torch.stack([vectors[index] for index in range(len(texts))])
+        return torch.stack(answer_by_length(texts, _BATCH_ROWS, self._embed_batch))
 
-    def _require_positions(self, text: str, tokens: int) -> None:
-        """Refuse what the model has no positions for."""
-        if tokens > self._longest:
+    def _embed_batch(self, texts: list[str]) -> torch.Tensor:
+        """Vectors of some texts, of which the first is the longest."""
+        device = next(self.model.parameters()).device
+        encoded = self._texts.encode(texts)
+        ids, mask = encoded.input_ids.to(device), encoded.attention_mask.to(device)
+        if ids.shape[1] > self._longest:
             raise OutOfBounds(
-                f"a text as {shorten_text(text)!r} has {tokens} tokens; the model takes up to "
-                f"{self._longest}",
+                f"a text as {shorten_text(texts[0])!r} has {ids.shape[1]} tokens; the model takes "
+                f"up to {self._longest}",
                 hint="shorten it: cutting it off silently would change its vector",
             )
+        vectors: torch.Tensor = self.model(ids, mask)[0]
+        return vectors.float().cpu()

@@ -8,41 +8,25 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import msgspec
-
+from hubaoti.compiler.request import RangeLike
+from hubaoti.engines import messages
 from hubaoti.engines.background_compile import Building
-from hubaoti.engines.load_plan import Compile, Placing, Want, choose_device
-from hubaoti.engines.messages import (
-    Begin,
-    Embed,
-    Embedded,
-    EngineRequest,
-    EngineResponse,
-    Generate,
-    Generated,
-    Generation,
-    Item,
-    Likelihood,
-    Measure,
-    Measured,
-    Prompt,
-    Sampling,
-    Score,
-    Scored,
-    State,
-    Use,
-    make_item,
-    read_list,
-    read_prompts,
-    read_texts,
+from hubaoti.engines.load_plan import Compile, LoadPlanner, Want, choose_device
+from hubaoti.engines.messages import Generation, Item, Likelihood, Prompt, Sampling, State
+from hubaoti.engines.pool import (
+    Holder,
+    ModelPool,
+    ModelSlot,
+    ModelStatus,
+    NoGraphs,
+    Unloaded,
 )
-from hubaoti.engines.pool import Holder, ModelPool, ModelSlot, ModelStatus, Unloaded
-from hubaoti.errors import BadRequest, HubaotiError, NotEnoughMemory, NotTried, WorkerEnded
+from hubaoti.errors import BadRequest, HubaotiError
 from hubaoti.host.memory import parse_size
 from hubaoti.host.probe import probe_host
 from hubaoti.progress import Progress, report_nothing
@@ -56,12 +40,7 @@ if TYPE_CHECKING:
     from hubaoti.hub.pull import Pulled
     from hubaoti.mirror import Artifact
 
-# What says nothing of graphs: they are tried again.
-_PASSING = (NotTried, NotEnoughMemory, WorkerEnded)
-
-
-class NoGraphs(UserWarning):
-    """A model answers without graphs, and why."""
+_Response = TypeVar("_Response", bound=messages.EngineResponse)
 
 
 class LightweightEngine:
@@ -90,18 +69,16 @@ class LightweightEngine:
         Raises:
             BadRequest: `memory` is no size; `ops` are no modules.
         """
-        self._settings = settings or Settings.from_env()
+        settings = settings or Settings.from_env()
         self._room = ModelPool(None if memory is None else parse_size(memory))
-        host = probe_host(self._settings)
+        host = probe_host(settings)
         where = choose_device(host, device)
         require_module_names(ops)
-        self._placing = Placing(
-            self._settings, host, where, tuple(repos), isolate, trust, progress, tuple(ops)
+        self._planner = LoadPlanner(
+            settings, host, where, tuple(repos), isolate, trust, progress, tuple(ops)
         )
-        self._isolates = isolate
-        self._progress = progress
 
-    def load(
+    def load(  # noqa: PLR0913 - a face of keywords
         self,
         model: str | Path,
         artifact: Artifact | Pulled | Bundle | Path | str | None = None,
@@ -110,16 +87,36 @@ class LightweightEngine:
         task: str | None = None,
         push: str | None = None,
         revision: str | None = None,
-        **asked: Any,
+        dims: Mapping[str, RangeLike] | Iterable[str] = (),
+        buckets: Iterable[Mapping[str, RangeLike] | str] = (),
+        regions: str | None = None,
+        dtype: str | None = None,
+        quantize: str | None = None,
+        mode: str = "default",
+        inductor: Mapping[str, Any] | Iterable[str] = (),
+        level: str | None = None,
+        trust_remote_code: bool = False,
     ) -> ModelStatus:
         """Load a model with the graphs that serve it, and say how it stands.
 
-        `artifact` is as `hubaoti.attach` takes it; without one it is looked for in the mirror, then
-        in the engine's repos. Where there is none, `compile` says whether the model is answered by
-        itself ("never"), until a child process has compiled it ("background"), or compiled first
-        ("now"); `asked` are words of `hubaoti.compile`, `push` is a repo for what was built.
-
         A model that is loaded already gets the artifact that is given.
+
+        Args:
+            model: a Hub id or a folder.
+            artifact: as `hubaoti.attach` takes it; without one it is looked for in the mirror, then
+                in the engine's repos.
+            compile: where there is no artifact: "never", the model answers by itself; "background",
+                until a child process has compiled it; "now", it is compiled first.
+            task: generate or embed; by default as the artifact or the model's files say.
+            push: a repo for what is compiled.
+            revision: of the model: a branch, tag or commit.
+            dims: bounds for a compile, as `{"batch": (1, 32)}`; with a step, `(8, 512, 8)`.
+            buckets: dims that have a graph of their own, as `[{"seq": (1, 1)}]`.
+            regions: auto (the repeated blocks), none (the whole model) or a module's path.
+            dtype: float32, bfloat16 or float16; by default the artifact's or the config's.
+            quantize: int8wo, int4wo or float8dq: of the graphs that are looked for or compiled.
+            mode, inductor, level: for a compile, as `hubaoti.compile` has them.
+            trust_remote_code: whether the code that the model brings may run.
 
         Raises:
             ModelNotFound: there is no such model; NotEnoughMemory: it is larger than what is free.
@@ -127,44 +124,98 @@ class LightweightEngine:
         """
         if compile not in ("never", "background", "now"):
             raise BadRequest(f"compile={compile!r}", hint='say "never", "background" or "now"')
-        want = Want(str(model), artifact, compile, task, push, revision, asked)
-        if (known := self._room.find(want.name)) is None:
-            place = self._placing.placed(want)
-            self._build(place, want)
-            known = self._room.add(place)
-            if known is place:
-                return self._first(place)
-            if place.building is not None:  # another thread was faster
-                place.building.stop()
-        try:
-            return self._again(known, want)
-        except Unloaded:  # meanwhile, by another thread
-            return self.load(model, artifact, compile, task=task, push=push, **asked)
+        words = {
+            "dims": dims,
+            "buckets": buckets,
+            "regions": regions,
+            "dtype": dtype,
+            "quantize": quantize,
+            "mode": mode,
+            "inductor": inductor,
+            "level": level,
+            "trust_remote_code": trust_remote_code,
+        }
+        return self._load(Want(str(model), artifact, compile, task, push, revision, words))
 
-    def generate(
-        self, model: str | Path, prompts: str | Sequence[Prompt], **sampling: Any
+    def _load(self, want: Want) -> ModelStatus:
+        if (known := self._room.find(want.name)) is None:
+            slot = self._planner.plan_slot(want)
+            self._build(slot, want)
+            known = self._room.add(slot)
+            if known is slot:
+                try:
+                    with self._using(slot.name):
+                        return slot.describe()
+                except BaseException:
+                    self._room.drop(slot)
+                    raise
+            if slot.building is not None:  # another thread was faster
+                slot.building.stop()
+        try:
+            return self._load_again(known, want)
+        except Unloaded:  # meanwhile, by another thread
+            return self._load(want)
+
+    def generate(  # noqa: PLR0913 - a face of keywords
+        self,
+        model: str | Path,
+        prompts: str | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        num_beams: int | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
     ) -> list[Generation]:
         """What follows each prompt (a text, or messages), in their order.
 
-        `sampling` are words of `Sampling`: max_new_tokens, do_sample, temperature, …
+        Args:
+            model: its name, as `load` was given it.
+            prompts: one text, or several; a conversation is a list of messages, as
+                `{"role": "user", "content": "..."}`.
+            max_new_tokens: at most that many for each prompt.
+            do_sample: whether tokens are drawn; this and what follows is by default as the model's
+                own generation config says.
+            temperature: 0 is greedy.
+            top_p, top_k, min_p, repetition_penalty, num_beams: as transformers has them.
+            seed: the same prompts are sampled alike, as long as no other model samples meanwhile.
+            stop: texts that end an answer.
 
         Raises:
             OutOfBounds: a prompt and its new tokens are longer than the cache; nothing was
                 generated. WorkerEnded: the model's own process ended meanwhile.
         """
-        reply = self._ask(model, Generate(read_prompts(prompts), Sampling.of(sampling)))
-        assert isinstance(reply, Generated)
-        return reply.answers
+        sampling = Sampling.of(
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            num_beams=num_beams,
+            seed=seed,
+            stop=stop,
+        )
+        request = messages.Generate(messages.read_prompts(prompts), sampling)
+        return self._ask(model, request, messages.Generated).answers
 
-    def measure(self, model: str | Path, prompts: Sequence[Prompt], **sampling: Any) -> list[int]:
+    def measure(
+        self, model: str | Path, prompts: Sequence[Prompt], *, max_new_tokens: int = 128
+    ) -> list[int]:
         """The tokens of each prompt; nothing is generated.
 
         Raises:
-            OutOfBounds: one, with what `sampling` has follow it, is longer than the cache.
+            OutOfBounds: one, with the new tokens that are to follow it, is longer than the cache.
         """
-        reply = self._ask(model, Measure(read_prompts(prompts), Sampling.of(sampling)), requests=0)
-        assert isinstance(reply, Measured)
-        return reply.tokens
+        sampling = Sampling.of(max_new_tokens=max_new_tokens)
+        request = messages.Measure(messages.read_prompts(prompts), sampling)
+        return self._ask(model, request, messages.Measured, requests=0).tokens
 
     def score(self, model: str | Path, items: Sequence[Item | tuple[str, str]]) -> list[Likelihood]:
         """The log-likelihood of each (context, continuation), in their order.
@@ -172,9 +223,7 @@ class LightweightEngine:
         Raises:
             OutOfBounds: an item is longer than the cache. WorkerEnded: as `generate`.
         """
-        reply = self._ask(model, Score([make_item(item) for item in read_list(items, "items")]))
-        assert isinstance(reply, Scored)
-        return reply.answers
+        return self._ask(model, messages.Score(messages.read_items(items)), messages.Scored).answers
 
     def embed(self, model: str | Path, texts: str | Sequence[str]) -> torch.Tensor:
         """One vector for each text: (texts, width), float32, on the CPU.
@@ -182,18 +231,17 @@ class LightweightEngine:
         Raises:
             OutOfBounds: a text is too long. WorkerEnded: as `generate`.
         """
-        reply = self._ask(model, Embed(read_texts(texts)))
-        assert isinstance(reply, Embedded)
+        found = self._ask(model, messages.Embed(messages.read_texts(texts)), messages.Embedded)
         import torch
 
-        return torch.frombuffer(bytearray(reply.values), dtype=torch.float32).view(-1, reply.width)
+        return torch.frombuffer(bytearray(found.values), dtype=torch.float32).view(-1, found.width)
 
     def state(self, model: str | Path) -> State:
         """How often a model's graphs answered since it was loaded, how often itself, and why."""
-        with self._room.using(str(model)) as place:
-            if place.holder is None:  # it does not come back for this
-                return State(place.begin.task, place.begin.digest, 0, 0, 0, {}, "")
-            return place.holder.state()
+        with self._room.hold(str(model)) as slot:
+            if slot.holder is None:  # it does not come back for this
+                return State(slot.begin.task, slot.begin.digest, 0, 0, 0, {}, "")
+            return slot.holder.state()
 
     def unload(self, model: str | Path) -> None:
         """Give a model's memory back, once nobody uses it, and forget it.
@@ -205,12 +253,12 @@ class LightweightEngine:
 
     def models(self) -> list[ModelStatus]:
         """How each model that the engine knows stands, loaded or not."""
-        return [place.standing() for place in self._room]
+        return [slot.describe() for slot in self._room]
 
     def close(self) -> None:
         """Unload every model, once nobody uses it, and forget it."""
-        for place in self._room:
-            self._room.drop(place)
+        for slot in self._room:
+            self._room.drop(slot)
 
     def __enter__(self) -> LightweightEngine:
         return self
@@ -218,150 +266,113 @@ class LightweightEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, model: str | Path, ask: EngineRequest, requests: int = 1) -> EngineResponse:
-        with self._using(str(model)) as (place, holder):
-            place.requests += requests
+    def _ask(
+        self,
+        model: str | Path,
+        request: messages.EngineRequest,
+        kind: type[_Response],
+        requests: int = 1,
+    ) -> _Response:
+        """What a model responds, which is of that kind."""
+        with self._using(str(model)) as (slot, holder):
+            slot.requests += requests
             try:
-                return holder.ask(ask)
+                response = holder.ask(request)
+                assert isinstance(response, kind)
+                return response
             finally:
-                self._room.settle(place)
-                if holder.problem and place.begin.digest is not None:
-                    self._lost(place, holder.problem)
+                self._room.settle(slot)
+                if holder.problem and slot.begin.digest is not None:
+                    slot.drop_graphs(holder.problem)
 
     @contextmanager
     def _using(self, name: str) -> Iterator[tuple[ModelSlot, Holder]]:
         """A model that is loaded, and stays while it is used; loaded again if it had to leave."""
-        with self._room.using(name) as place:
-            if place.building is not None and place.building.is_done():
-                self._take_built(place)
-            yield place, self._held(place)
+        with self._room.hold(name) as slot:
+            if slot.building is not None and slot.building.is_done():
+                self._take_built(slot)
+            yield slot, self._hold(slot)
 
-    def _first(self, place: ModelSlot) -> ModelStatus:
-        """A model that nobody had asked for before."""
-        try:
-            with self._using(place.name):
-                return place.standing()
-        except BaseException:
-            self._room.drop(place)
-            raise
-
-    def _build(self, place: ModelSlot, want: Want) -> None:
+    def _build(self, slot: ModelSlot, want: Want) -> None:
         """Start a compile where one is wanted; with "now", wait for it."""
-        work = self._placing.work(place, want)
-        if want.compile == "never" or place.begin.digest or not self._settings.graphs:
+        work = self._planner.make_work(slot, want)
+        if want.compile == "never" or slot.begin.digest or not self._planner.settings.graphs:
             return
-        place.building = Building(work)
+        slot.building = Building(work)
         if want.compile == "now":
-            self._progress(f"compile {place.name}")
+            self._planner.progress(f"compile {slot.name}")
             try:
-                self._take_built(place)
+                self._take_built(slot)
             except BaseException:  # an interrupt
-                if place.building is not None:
-                    place.building.stop()
+                if slot.building is not None:
+                    slot.building.stop()
                 raise
 
-    def _again(self, place: ModelSlot, want: Want) -> ModelStatus:
-        """A model that is known; other graphs answer from now on, or are built, as is wanted.
-
-        Raises:
-            BadRequest: it is loaded as something else.
-        """
-        begin = place.begin
-        if want.task not in (None, begin.task) or want.revision not in (None, place.revision):
+    def _load_again(self, slot: ModelSlot, want: Want) -> ModelStatus:
+        """A model that is known; other graphs answer from now on, or are built, as is wanted."""
+        begin = slot.begin
+        if want.task not in (None, begin.task) or want.revision not in (None, slot.revision):
             raise BadRequest(
-                f"{place.name} is loaded already, to {begin.task}"
-                + (f", at {place.revision}" if place.revision else ""),
-                hint=f"engine.unload({place.name!r}) first",
+                f"{slot.name} is loaded already, to {begin.task}"
+                + (f", at {slot.revision}" if slot.revision else ""),
+                hint=f"engine.unload({slot.name!r}) first",
             )
-        with self._using(place.name) as (_, holder):
+        with self._using(slot.name) as (_, holder):
             if want.artifact is None:
-                self._try_again(place, holder)
-                if place.building is None:
-                    self._build(place, want)
-            elif given := self._placing.given(want):
-                self._placing.require_serves(given, begin)
-                self._use(place, holder, given.digest)
-            return place.standing()
+                self._try_untried(slot, holder)
+                if slot.building is None:
+                    self._build(slot, want)
+            elif given := self._planner.fetch_given(want):
+                self._planner.require_serves(given, begin)
+                self._use(slot, holder, given.digest)
+            return slot.describe()
 
-    def _take_built(self, place: ModelSlot) -> None:
+    def _take_built(self, slot: ModelSlot) -> None:
         """Have what was compiled answer, between two requests."""
-        building = place.building
+        building = slot.building
         assert building is not None
         try:
             outcome = building.outcome()
-            place.building = None
+            slot.building = None
             assert outcome.digest is not None
             if outcome.push:
-                warnings.warn(f"{place.name}: not pushed: {outcome.push}", NoGraphs, stacklevel=4)
-            if place.holder is None:
-                place.begin = msgspec.structs.replace(place.begin, digest=outcome.digest)
-                place.why, place.untried = "", None
+                warnings.warn(f"{slot.name}: not pushed: {outcome.push}", NoGraphs, stacklevel=4)
+            if slot.holder is None:
+                slot.use(outcome.digest)
             else:
-                self._use(place, place.holder, outcome.digest)
-        except HubaotiError as why:
-            place.building = None
-            self._lost(place, f"{why}")
+                self._use(slot, slot.holder, outcome.digest)
+        except HubaotiError as error:
+            slot.building = None
+            slot.drop_graphs(f"{error}")
 
-    def _use(self, place: ModelSlot, holder: Holder, digest: str) -> None:
+    def _use(self, slot: ModelSlot, holder: Holder, digest: str) -> None:
         """Have other graphs answer; where they cannot, those that did before do."""
         try:
-            holder.ask(Use(digest))
-        except HubaotiError as why:
-            if place.begin.digest is not None and holder.state().artifact is None:
-                self._lost(place, f"{why}")
+            holder.ask(messages.Use(digest))
+        except HubaotiError as error:
+            if slot.begin.digest is not None and holder.state().artifact is None:
+                slot.drop_graphs(f"{error}")
             raise
-        place.begin = msgspec.structs.replace(place.begin, digest=digest)
-        place.why, place.untried = "", None
+        slot.use(digest)
 
-    def _try_again(self, place: ModelSlot, holder: Holder) -> None:
+    def _try_untried(self, slot: ModelSlot, holder: Holder) -> None:
         """Have graphs answer that something else kept from it when the model was loaded."""
-        digest, place.untried = place.untried, None
+        digest, slot.untried = slot.untried, None
         if digest is not None:
             try:
-                self._use(place, holder, digest)
-            except HubaotiError as why:
-                place.untried = digest if isinstance(why, _PASSING) else None
-                place.why = f"{why}"
+                self._use(slot, holder, digest)
+            except HubaotiError as error:
+                slot.note_failure(digest, error)
 
-    def _lost(self, place: ModelSlot, why: str) -> None:
-        """Let a model go on without graphs, and warn of it with the reason."""
-        place.begin = msgspec.structs.replace(place.begin, digest=None)
-        place.why = why
-        warnings.warn(f"{place.name} answers without graphs: {why}", NoGraphs, stacklevel=4)
-
-    def _held(self, place: ModelSlot) -> Holder:
+    def _hold(self, slot: ModelSlot) -> Holder:
         """The model in memory; others make room for it."""
-        if place.holder is None:
-            self._room.reserve(place)
+        if slot.holder is None:
+            self._room.reserve(slot)
             started = time.perf_counter()
             try:
-                place.holder = self._begun(place)
-                place.seconds = time.perf_counter() - started
-                place.is_asked = False
+                slot.holder = self._planner.open_slot(slot)
+                slot.seconds = time.perf_counter() - started
+                slot.is_asked = False
             finally:
-                self._room.settle(place)
-        return place.holder
-
-    def _begun(self, place: ModelSlot) -> Holder:
-        """Load a model; without graphs, where those that were found cannot be opened."""
-        if place.untried is not None:
-            place.begin = msgspec.structs.replace(place.begin, digest=place.untried)
-            place.untried, place.why = None, ""
-        try:
-            return self._begin(place.begin)
-        except HubaotiError as why:
-            if place.begin.digest is None or place.is_asked or isinstance(why, NotEnoughMemory):
-                raise
-            place.untried = place.begin.digest if isinstance(why, _PASSING) else None
-            self._lost(place, f"{why}")
-        return self._begin(place.begin)
-
-    def _begin(self, begin: Begin) -> Holder:
-        if self._isolates:
-            from hubaoti.engines.worker_client import Isolated
-
-            return Isolated(begin, self._settings)
-        self._progress("torch")  # importing it takes longer than most steps
-        from hubaoti.engines.local import Resident
-
-        return Resident(begin, self._settings, self._progress)
+                self._room.settle(slot)
+        return slot.holder

@@ -10,7 +10,7 @@ from hubaoti import api
 from hubaoti.compiler.request import CompileRequest
 from hubaoti.engines.background_compile import Work
 from hubaoti.engines.messages import Begin
-from hubaoti.engines.pool import ModelSlot
+from hubaoti.engines.pool import Holder, ModelSlot
 from hubaoti.engines.resolve import (
     ENGINE_TASKS,
     Wanted,
@@ -20,7 +20,7 @@ from hubaoti.engines.resolve import (
     find_in_repos,
     read_dtype,
 )
-from hubaoti.errors import BadRequest
+from hubaoti.errors import BadRequest, HubaotiError, NotEnoughMemory
 from hubaoti.host.probe import Host
 from hubaoti.hub.model_download import EAGER_FILES, fetch_model_files, find_local_folder
 from hubaoti.progress import Progress
@@ -45,11 +45,11 @@ class Want:
     task: str | None
     push: str | None
     revision: str | None
-    asked: dict[str, Any]
+    words: dict[str, Any]  # of `hubaoti.compile`
 
 
 @dataclass(frozen=True, slots=True)
-class Placing:
+class LoadPlanner:
     """Where an engine looks for models and artifacts, and on which device they are to be."""
 
     settings: Settings
@@ -61,7 +61,7 @@ class Placing:
     progress: Progress
     ops: tuple[str, ...] = ()
 
-    def placed(self, want: Want) -> ModelSlot:
+    def plan_slot(self, want: Want) -> ModelSlot:
         """A model with its files here, and the artifact that serves it.
 
         Raises:
@@ -72,28 +72,28 @@ class Placing:
         folder, _ = fetch_model_files(
             want.name, want.revision, EAGER_FILES, self.settings, self.progress
         )
-        given, why = self.given(want), "no graphs are wanted"
+        given, why = self.fetch_given(want), "no graphs are wanted"
         task = want.task or (given.manifest.program.task if given else choose_task(folder))
-        wanted = self._wanted(folder, task, want.asked)
+        wanted = self._make_wanted(folder, task, want.words)
         if given is not None:
             wanted.require(given.manifest)
         elif self.settings.graphs:
-            given, why = self._found(wanted)
+            given, why = self._find_artifact(wanted)
         begin = Begin(
             str(folder.resolve()),
             task,
             self.device,
             given.manifest.build.dtype if given else wanted.dtype,
             given.digest if given else None,
-            bool(want.asked.get("trust_remote_code")),
+            bool(want.words.get("trust_remote_code")),
             self.ops,
         )
         needs = estimate_weight_bytes(folder, begin.dtype) + (_PROCESS if self.isolate else 0)
-        is_asked = want.artifact is not None
         why = "" if given else why
+        is_asked = want.artifact is not None
         return ModelSlot(want.name, begin, needs, want.revision, why, is_asked=is_asked)
 
-    def given(self, want: Want) -> Artifact | None:
+    def fetch_given(self, want: Want) -> Artifact | None:
         """The artifact that a call gave, in the mirror; None where it gave none."""
         if want.artifact is None or not self.settings.graphs:
             return None
@@ -105,18 +105,18 @@ class Placing:
         Raises:
             OtherProgram, BadRequest: it does not.
         """
-        self._wanted(Path(begin.folder), begin.task, {}).require(artifact.manifest)
+        self._make_wanted(Path(begin.folder), begin.task, {}).require(artifact.manifest)
 
-    def _wanted(self, folder: Path, task: str, asked: dict[str, Any]) -> Wanted:
+    def _make_wanted(self, folder: Path, task: str, words: dict[str, Any]) -> Wanted:
         if task not in ENGINE_TASKS:
             raise BadRequest(
                 f"an engine has models to {' or '.join(ENGINE_TASKS)}, not for {task}",
                 hint="compile it with --task generate or embed; hubaoti.attach takes the others",
             )
-        dtype, quantization = asked.get("dtype"), asked.get("quantize")
+        dtype, quantization = words.get("dtype"), words.get("quantize")
         return Wanted(folder, task, self.device, self.host, dtype, quantization)
 
-    def _found(self, wanted: Wanted) -> tuple[Artifact | None, str]:
+    def _find_artifact(self, wanted: Wanted) -> tuple[Artifact | None, str]:
         """The artifact of a model, in the mirror or a repo; else why there is none.
 
         It computes in the model's own dtype, unless another is asked for.
@@ -127,30 +127,61 @@ class Placing:
         found, reasons = find_in_repos(wanted, self.repos, self.trust, self.settings, self.progress)
         return found, "" if found else "; ".join(["the mirror has no artifact for it", *reasons])
 
-    def work(self, place: ModelSlot, want: Want) -> Work:
-        """What a child process compiles."""
-        words = {"task": place.begin.task, "device": self.device, **want.asked}
+    def make_work(self, slot: ModelSlot, want: Want) -> Work:
+        """What a child process is to compile, in words that were looked at before it starts."""
+        words = {"task": slot.begin.task, "device": self.device, **want.words}
         try:
             CompileRequest.parse(words)
-        except TypeError as why:
-            raise BadRequest(f"load: {why}", hint="it takes the words of hubaoti.compile") from why
+        except TypeError as error:
+            raise BadRequest(
+                f"load: {error}", hint="it takes the words of hubaoti.compile"
+            ) from error
         if want.revision is not None:
             words["revision"] = want.revision
-        folder = find_local_folder(place.name)
-        return Work(str(folder or place.name), words, want.push, self.settings.to_env())
+        folder = find_local_folder(slot.name)
+        return Work(str(folder or slot.name), words, want.push, self.settings.to_env())
+
+    def open_slot(self, slot: ModelSlot) -> Holder:
+        """Load a model; without graphs, where those that were found cannot be opened.
+
+        Raises:
+            HubaotiError: its weights or its tokenizer cannot be had, or the graphs that were given.
+        """
+        if slot.untried is not None:
+            slot.use(slot.untried)
+        digest = slot.begin.digest
+        try:
+            return self._open(slot.begin)
+        except HubaotiError as error:
+            if digest is None or slot.is_asked or isinstance(error, NotEnoughMemory):
+                raise
+            slot.note_failure(digest, error)
+            slot.drop_graphs(f"{error}")
+        return self._open(slot.begin)
+
+    def _open(self, begin: Begin) -> Holder:
+        """A model in this process, or in one of its own."""
+        if self.isolate:
+            from hubaoti.engines.worker_client import Isolated
+
+            return Isolated(begin, self.settings)
+        self.progress("torch")  # importing it takes longer than most steps
+        from hubaoti.engines.local import Resident
+
+        return Resident(begin, self.settings, self.progress)
 
 
-def choose_device(host: Host, asked: str | None) -> str:
+def choose_device(host: Host, name: str | None) -> str:
     """Where models are: as is asked, else on a GPU where there is one that torch can use.
 
     Raises:
         BadRequest: there is no such device here.
     """
     has_cuda = bool(host.gpus) and host.torch is not None and host.torch.cuda is not None
-    if asked is None:
+    if name is None:
         return "cuda:0" if has_cuda else "cpu"
-    kind, _, number = asked.partition(":")
+    kind, _, number = name.partition(":")
     known = kind == "cpu" and not number or kind == "cuda" and (not number or number.isdigit())
     if not known or (kind == "cuda" and not (has_cuda and int(number or 0) < len(host.gpus))):
-        raise BadRequest(f"there is no device {asked!r} here", hint="cpu, or cuda:0 with a GPU")
-    return asked
+        raise BadRequest(f"there is no device {name!r} here", hint="cpu, or cuda:0 with a GPU")
+    return name

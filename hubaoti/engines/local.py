@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,11 @@ from hubaoti import api
 from hubaoti.attachment.attach import Attachment
 from hubaoti.compiler import from_config
 from hubaoti.compiler.request import CompileRequest
+from hubaoti.engines import messages
 from hubaoti.engines.decoder import Decoder
 from hubaoti.engines.encoder import Encoder
-from hubaoti.engines.messages import (
-    Begin,
-    Embed,
-    Embedded,
-    EngineRequest,
-    EngineResponse,
-    Generate,
-    Generated,
-    Measure,
-    Measured,
-    Score,
-    Scored,
-    State,
-    Tell,
-    Use,
-)
+from hubaoti.engines.messages import Begin, EngineRequest, EngineResponse, State
+from hubaoti.engines.resolve import explain_other_task
 from hubaoti.errors import BadRequest, HubaotiError, NotEnoughMemory, first_line
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.program.model_files import read_sentence_steps
@@ -43,15 +30,8 @@ from hubaoti.runtime.heap import release_pages
 from hubaoti.runtime.text import TextModel
 from hubaoti.settings import Settings
 
+_NO_STATS: dict[str, Any] = {"compiled": 0, "eager": 0, "regions": {}}
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
-
-
-@dataclass(slots=True)
-class Counted:
-    """How often a whole graph, or a module without graphs, has answered."""
-
-    compiled: int = 0
-    eager: int = 0
 
 
 class Resident:
@@ -73,11 +53,11 @@ class Resident:
         self._progress = progress
         self._attachment: Attachment | None = None
         self._artifact: Artifact | None = None
-        self._counted = Counted()
+        self._embeds = {"compiled": 0, "eager": 0}  # calls of a whole graph, or without graphs
         self._model: Decoder | Encoder | TextModel | None = None
-        artifact = self._mirrored(begin.digest) if begin.digest else None
+        artifact = self._read_artifact(begin.digest) if begin.digest else None
         if artifact is None or not _is_text_graph(artifact):
-            self._model = self._own()
+            self._model = self._load_model()
         if artifact is not None:
             self._use(artifact)
 
@@ -86,7 +66,7 @@ class Resident:
         """The model of transformers; None where one graph answers alone."""
         return None if isinstance(self._model, TextModel | None) else self._model.model
 
-    def _mirrored(self, digest: str) -> Artifact:
+    def _read_artifact(self, digest: str) -> Artifact:
         with Mirror.open(self._settings.mirror) as mirror:
             artifact = mirror.artifact(digest)
         if artifact is None:
@@ -96,16 +76,15 @@ class Resident:
             )
         return artifact
 
-    def _own(self) -> Decoder | Encoder:
+    def _load_model(self) -> Decoder | Encoder:
         """Load the model itself, with its weights, as transformers computes it."""
         begin, folder = self._begin, Path(self._begin.folder)
         device = _parse_device(begin.device)
         self._progress(f"load {folder.name}")
-        regions = "none" if begin.task == "embed" else "auto"
         request = CompileRequest(
             task=begin.task,
             dtype=begin.dtype,
-            regions=regions,
+            regions="none" if begin.task == "embed" else "auto",
             trust_remote_code=begin.trust_remote_code,
         )
         found = from_config.load_source(folder, request, device, weights=True)
@@ -119,11 +98,7 @@ class Resident:
         folder, device = self._begin.folder, self._begin.device
         if _is_text_graph(artifact):
             if self._begin.task != "embed":
-                raise BadRequest(
-                    f"the artifact answers texts ({artifact.manifest.program.task}), the model was "
-                    "loaded to generate",
-                    hint="compile it with --task generate",
-                )
+                raise explain_other_task(artifact.manifest, self._name, self._begin.task)
             self._model = api.load(
                 artifact,
                 folder,
@@ -167,83 +142,78 @@ class Resident:
         if isinstance(self._model, Decoder):
             self._model.serve(None)
 
-    def ask(self, ask: EngineRequest) -> EngineResponse:
+    def ask(self, request: EngineRequest) -> EngineResponse:
         """Answer a request.
 
         Raises:
             HubaotiError: why it cannot be.
         """
         try:
-            return self._answer(ask)
+            return self._answer(request)
         except HubaotiError:
             raise
-        except Exception as why:  # a model raises what it likes
-            told = f"{why}".lower()
-            if isinstance(why, MemoryError) or any(words in told for words in _OUT_OF_MEMORY):
+        except Exception as error:  # a model raises what it likes
+            message = f"{error}".lower()
+            if isinstance(error, MemoryError) or any(words in message for words in _OUT_OF_MEMORY):
                 raise NotEnoughMemory(
-                    f"{self._name} ran out of memory: {first_line(why)}",
+                    f"{self._name} ran out of memory: {first_line(error)}",
                     hint="ask for shorter texts or for fewer at a time, or unload another model",
-                ) from why
+                ) from error
             raise HubaotiError(
-                f"{self._name} failed: {type(why).__name__}: {first_line(why)}",
+                f"{self._name} failed: {type(error).__name__}: {first_line(error)}",
                 hint="see whether it answers without graphs, and whether its files are whole",
-            ) from why
+            ) from error
 
     @property
     def _name(self) -> str:
         return Path(self._begin.folder).name
 
-    def _answer(self, ask: EngineRequest) -> EngineResponse:
-        match ask:
-            case Generate(prompts, sampling):
-                return Generated(self._decoder("generate").generate(prompts, sampling))
-            case Measure(prompts, sampling):
-                rows = self._decoder("generate").measured(prompts, sampling)
-                return Measured([*map(len, rows)])
-            case Score(items):
-                return Scored(self._decoder("score").score(items))
-            case Embed(texts):
-                return self._embedded(texts)
-            case Use(digest):
-                self._use(self._mirrored(digest))
-                return self.state()
-            case Tell():
-                return self.state()
+    def _answer(self, request: EngineRequest) -> EngineResponse:
+        match request:
+            case messages.Generate(prompts, sampling):
+                return messages.Generated(self._decoder("generate").generate(prompts, sampling))
+            case messages.Measure(prompts, sampling):
+                rows = self._decoder("generate").measure(prompts, sampling)
+                return messages.Measured([*map(len, rows)])
+            case messages.Score(items):
+                return messages.Scored(self._decoder("score").score(items))
+            case messages.Embed(texts):
+                return self._embed(texts)
+            case messages.Use(digest):
+                self._use(self._read_artifact(digest))
+        return self.state()
 
-    def _decoder(self, what: str) -> Decoder:
+    def _decoder(self, verb: str) -> Decoder:
         if not isinstance(self._model, Decoder):
             raise BadRequest(
-                f"{self._name} embeds texts; it cannot {what}",
-                hint="load a causal language model for that",
+                f"{self._name} embeds texts; it cannot {verb}",
+                hint="ask it for vectors (embed, --text), or load a causal language model",
             )
         return self._model
 
-    def _embedded(self, texts: list[str]) -> Embedded:
-        model = self._model
-        assert model is not None
-        vectors = model(texts) if isinstance(model, TextModel) else model.embed(texts)
-        if isinstance(model, TextModel):
-            self._counted.compiled += 1
-        elif self._attachment is None:
-            self._counted.eager += 1
-        return Embedded(vectors.shape[1], vectors.float().contiguous().numpy().tobytes())
+    def _embed(self, texts: list[str]) -> messages.Embedded:
+        if isinstance(self._model, TextModel):
+            vectors = self._model(texts)
+            self._embeds["compiled"] += 1
+        else:
+            assert self._model is not None
+            vectors = self._model.embed(texts)
+            self._embeds["eager"] += self._attachment is None
+        return messages.Embedded(vectors.shape[1], vectors.float().contiguous().numpy().tobytes())
 
     def state(self) -> State:
         """Its artifact, bytes and calls so far; `reasons` are those of eager calls."""
-        stats: dict[str, Any] = {"compiled": 0, "eager": 0, "regions": {}}
-        if self._attachment is not None:
-            stats = self._attachment.stats()
-        reasons: dict[str, int] = {}
+        stats = self._attachment.stats() if self._attachment else _NO_STATS
+        reasons: Counter[str] = Counter()
         for region in stats["regions"].values():
-            for reason, calls in region["eager"].items():
-                reasons[reason] = reasons.get(reason, 0) + calls
+            reasons.update(region["eager"])
         return State(
             task=self._begin.task,
             artifact=self._artifact.digest if self._artifact else None,
             bytes=self.bytes,
-            compiled=stats["compiled"] + self._counted.compiled,
-            eager=stats["eager"] + self._counted.eager,
-            reasons=reasons,
+            compiled=stats["compiled"] + self._embeds["compiled"],
+            eager=stats["eager"] + self._embeds["eager"],
+            reasons=dict(reasons),
             host=name_host_kind(_parse_device(self._begin.device)),
         )
 
@@ -254,7 +224,7 @@ class Resident:
             return (self._model.graph,)
         return self._attachment.graphs if self._attachment else ()
 
-    def number_of(self, graph: Graph) -> int:
+    def find_number(self, graph: Graph) -> int:
         """The place of a graph in its manifest, counted from one."""
         assert self._artifact is not None
         return self._artifact.manifest.graphs.index(graph.entry) + 1
@@ -275,13 +245,8 @@ class Resident:
 
 
 def _parse_device(device: str) -> torch.device:
-    """A device by its name.
-
-    Raises:
-        BadRequest: it is none that graphs are compiled for.
-    """
-    target = device.partition(":")[0]
-    return choose_graph_device(target if target in {"cpu", "cuda"} else "cpu", device)
+    """A device by its name; one that graphs are not compiled for is refused."""
+    return choose_graph_device("cuda" if device.startswith("cuda") else "cpu", device)
 
 
 def _is_text_graph(artifact: Artifact) -> bool:

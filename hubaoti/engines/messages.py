@@ -34,19 +34,19 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stop: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, words: dict[str, Any]) -> Sampling:
+    def of(cls, **words: Any) -> Sampling:
         """From the words of a call.
 
         Raises:
             BadRequest: one is unknown, or has a value that it cannot have.
         """
         if words.get("temperature") == 0:
-            words = {**words, "temperature": None, "do_sample": False}
+            words |= {"temperature": None, "do_sample": False}
         try:
             return msgspec.convert(words, cls)
-        except msgspec.ValidationError as why:
+        except msgspec.ValidationError as error:
             known = ", ".join(cls.__struct_fields__)
-            raise BadRequest(f"generate: {why}", hint=f"it takes: {known}") from why
+            raise BadRequest(f"generate: {error}", hint=f"it takes: {known}") from error
 
 
 def read_prompts(value: Any) -> list[Prompt]:
@@ -58,7 +58,7 @@ def read_prompts(value: Any) -> list[Prompt]:
     if isinstance(value, str):
         value = [value]
     found: list[Prompt] = []
-    for prompt in read_list(value, "prompts"):
+    for prompt in _read_list(value, "prompts"):
         is_talk = isinstance(prompt, list) and all(isinstance(each, dict) for each in prompt)
         if not (isinstance(prompt, str) or (prompt and is_talk)):
             raise BadRequest(
@@ -76,7 +76,7 @@ def read_texts(value: Any) -> list[str]:
     Raises:
         BadRequest: one is none; BadInput: one is not Unicode.
     """
-    found = [value] if isinstance(value, str) else read_list(value, "texts")
+    found = [value] if isinstance(value, str) else _read_list(value, "texts")
     for text in found:
         if not isinstance(text, str):
             raise BadRequest(f"{text!r:.80} is no text", hint="give texts")
@@ -84,23 +84,15 @@ def read_texts(value: Any) -> list[str]:
     return found
 
 
-def read_list(value: Any, what: str) -> list[Any]:
-    """What is a list, or another row of things, and no mapping.
-
-    Raises:
-        BadRequest: it is none.
-    """
+def _read_list(value: Any, what: str) -> list[Any]:
+    """What is a list, or another row of things; a mapping and bytes are refused."""
     if not isinstance(value, Iterable) or isinstance(value, (Mapping, bytes)):
         raise BadRequest(f"{value!r:.80} are no {what}", hint=f"give a list of {what}")
     return [*value]
 
 
 def _require_encodable(prompt: Prompt) -> None:
-    """See that a prompt can be written down.
-
-    Raises:
-        BadInput: it has half a character; BadRequest: a message holds what is not plain.
-    """
+    """Refuse a prompt that cannot be written down: half a character, or what is not plain."""
     try:
         msgspec.json.encode(prompt)
     except UnicodeEncodeError as error:
@@ -185,12 +177,17 @@ class Item(msgspec.Struct, frozen=True):
     continuation: str
 
 
-def make_item(value: Any) -> Item:
-    """An item from a pair of texts.
+def read_items(value: Any) -> list[Item]:
+    """Items from what a call gives: some, each as a pair of texts, too.
 
     Raises:
-        BadRequest: it is none.
+        BadRequest: one is none; BadInput: one is not Unicode.
     """
+    return [_read_item(item) for item in _read_list(value, "items")]
+
+
+def _read_item(value: Any) -> Item:
+    """An item as it is, or of a pair of texts; what is neither is refused."""
     if isinstance(value, Item):
         return value
     pair = value if isinstance(value, (tuple, list)) else ()

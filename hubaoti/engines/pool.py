@@ -7,16 +7,26 @@ The one whose loading would cost the least for the memory that it holds makes ro
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from hubaoti.disk import format_mebibytes
 from hubaoti.engines.background_compile import Building
 from hubaoti.engines.messages import Begin, EngineRequest, EngineResponse, State
-from hubaoti.errors import BadRequest, NotEnoughMemory
+from hubaoti.errors import BadRequest, HubaotiError, NotEnoughMemory, NotTried, WorkerEnded
 from hubaoti.host.memory import read_available_memory
+
+# What says nothing of graphs: they are tried again.
+_WORTH_ANOTHER_TRY = (NotTried, NotEnoughMemory, WorkerEnded)
+
+
+class NoGraphs(UserWarning):
+    """A model answers without graphs, and why."""
 
 
 class Unloaded(BadRequest):
@@ -88,7 +98,7 @@ class ModelSlot:
         """What would be lost with it, for each byte."""
         return self.clock + self.seconds * max(1, self.requests) / max(1, self.bytes)
 
-    def standing(self) -> ModelStatus:
+    def describe(self) -> ModelStatus:
         """How it stands, as a record that does not change with it."""
         holder, building = self.holder, self.building
         state = "unloaded" if holder is None else "compiled" if self.begin.digest else "eager"
@@ -105,7 +115,23 @@ class ModelSlot:
             why=self.why,
         )
 
-    def let_go(self) -> None:
+    def use(self, digest: str) -> None:
+        """Have an artifact's graphs answer, now or once it is loaded."""
+        self.begin = msgspec.structs.replace(self.begin, digest=digest)
+        self.why, self.untried = "", None
+
+    def note_failure(self, digest: str, error: HubaotiError) -> None:
+        """Keep why graphs do not answer, and whether they are to be tried again."""
+        self.untried = digest if isinstance(error, _WORTH_ANOTHER_TRY) else None
+        self.why = f"{error}"
+
+    def drop_graphs(self, why: str) -> None:
+        """Let the model go on by itself, and warn of it with the reason."""
+        self.begin = msgspec.structs.replace(self.begin, digest=None)
+        self.why = why
+        warnings.warn(f"{self.name} answers without graphs: {why}", NoGraphs, stacklevel=4)
+
+    def release(self) -> None:
         """Give its memory back; the slot stays, so that it can be loaded again."""
         holder, self.holder = self.holder, None
         self.bytes = 0
@@ -119,113 +145,115 @@ class ModelPool:
     def __init__(self, most: int | None) -> None:
         """`most` are the bytes that all may hold; None is what the machine has free."""
         self._most = most
-        self._places: dict[str, ModelSlot] = {}
+        self._slots: dict[str, ModelSlot] = {}
         self._free = threading.Condition()
         self._clock = 0.0
 
     def __iter__(self) -> Iterator[ModelSlot]:
         with self._free:
-            return iter([*self._places.values()])
+            return iter([*self._slots.values()])
 
     def find(self, name: str) -> ModelSlot | None:
-        """The place of a model; None where it has none."""
+        """The slot of a model; None where it has none."""
         with self._free:
-            return self._places.get(name)
+            return self._slots.get(name)
 
     def get(self, name: str) -> ModelSlot:
-        """The place of a model.
+        """The slot of a model.
 
         Raises:
             BadRequest: it has none.
         """
-        if (place := self.find(name)) is None:
+        if (slot := self.find(name)) is None:
             raise Unloaded(name)
-        return place
+        return slot
 
-    def add(self, place: ModelSlot) -> ModelSlot:
-        """A place for a model, or the one that another thread gave it."""
+    def add(self, slot: ModelSlot) -> ModelSlot:
+        """A slot for a model, or the one that another thread gave it."""
         with self._free:
-            return self._places.setdefault(place.name, place)
+            return self._slots.setdefault(slot.name, slot)
 
-    def drop(self, place: ModelSlot) -> None:
-        """Take a model's place away, once nobody uses it."""
-        with place.lock:
-            if place.building is not None:
-                place.building.stop()
-                place.building = None
+    def drop(self, slot: ModelSlot) -> None:
+        """Take a model's slot away, once nobody uses it."""
+        with slot.lock:
+            if slot.building is not None:
+                slot.building.stop()
+                slot.building = None
             with self._free:
-                place.let_go()
-                if self._places.get(place.name) is place:
-                    del self._places[place.name]
+                slot.release()
+                if self._slots.get(slot.name) is slot:
+                    del self._slots[slot.name]
                 self._free.notify_all()
 
     @contextmanager
-    def using(self, name: str) -> Iterator[ModelSlot]:
-        """A model's place, for one request at a time; it does not leave meanwhile."""
+    def hold(self, name: str) -> Iterator[ModelSlot]:
+        """A model's slot, for one request at a time; it does not leave meanwhile."""
         with self._free:
-            place = self.get(name)
-            place.users += 1
+            slot = self.get(name)
+            slot.users += 1
         try:
-            with place.lock:
-                if self.find(name) is not place:  # another thread took it away
+            with slot.lock:
+                if self.find(name) is not slot:  # another thread took it away
                     raise Unloaded(name)
-                place.clock = self._clock
-                yield place
+                slot.clock = self._clock
+                yield slot
         finally:
             with self._free:
-                place.users -= 1
+                slot.users -= 1
                 self._free.notify_all()
 
-    def reserve(self, place: ModelSlot) -> None:
+    def reserve(self, slot: ModelSlot) -> None:
         """Count a model's memory as taken, as soon as there is enough.
 
         Raises:
             NotEnoughMemory: there never will be.
         """
         with self._free:
-            while (lacking := self._lacking(place)) > 0:
-                if self._evict(place):
+            while (lacking := self._count_lacking(slot)) > 0:
+                if self._evict(slot):
                     continue
-                if not any(each.bytes for each in self._others(place)):
-                    raise self._too_large(place, lacking)
+                if not any(each.bytes for each in self._list_others(slot)):
+                    raise self._explain_too_large(slot, lacking)
                 self._free.wait()
-            place.bytes = place.needs
+            slot.bytes = slot.needs
 
-    def settle(self, place: ModelSlot) -> None:
+    def settle(self, slot: ModelSlot) -> None:
         """Count what a model holds by now; where all hold too much, others leave."""
         with self._free:
-            place.bytes = place.holder.bytes if place.holder is not None else 0
+            slot.bytes = slot.holder.bytes if slot.holder is not None else 0
             while self._most is not None and sum(each.bytes for each in self) > self._most:
-                if not self._evict(place):
+                if not self._evict(slot):
                     break
             self._free.notify_all()
 
-    def _others(self, place: ModelSlot) -> list[ModelSlot]:
-        return [each for each in self if each is not place]
+    def _list_others(self, slot: ModelSlot) -> list[ModelSlot]:
+        return [each for each in self if each is not slot]
 
-    def _evict(self, place: ModelSlot) -> bool:
+    def _evict(self, slot: ModelSlot) -> bool:
         """Unload the least valuable beside one; whether there was any. It may be loaded again."""
-        idle = [each for each in self._others(place) if each.holder is not None and not each.users]
+        idle = [
+            each for each in self._list_others(slot) if each.holder is not None and not each.users
+        ]
         if not idle:
             return False
         least = min(idle, key=lambda each: each.value)
         self._clock = least.value
-        least.let_go()
+        least.release()
         return True
 
-    def _lacking(self, place: ModelSlot) -> int:
+    def _count_lacking(self, slot: ModelSlot) -> int:
         """The bytes that a model lacks: of the machine's, and of what all may hold."""
-        lacking = place.needs - read_available_memory()
+        lacking = slot.needs - read_available_memory()
         if self._most is not None:
-            held = sum(each.bytes for each in self._others(place))
-            lacking = max(lacking, held + place.needs - self._most)
+            held = sum(each.bytes for each in self._list_others(slot))
+            lacking = max(lacking, held + slot.needs - self._most)
         return lacking
 
-    def _too_large(self, place: ModelSlot, lacking: int) -> NotEnoughMemory:
-        have = place.needs - lacking
-        said = "may be held" if have == self._most else "are free"
+    def _explain_too_large(self, slot: ModelSlot, lacking: int) -> NotEnoughMemory:
+        have = slot.needs - lacking
+        verb = "may be held" if have == self._most else "are free"
         return NotEnoughMemory(
-            f"{place.name} takes {format_mebibytes(place.needs)} of memory; "
-            f"{format_mebibytes(have)} {said}",
+            f"{slot.name} takes {format_mebibytes(slot.needs)} of memory; "
+            f"{format_mebibytes(have)} {verb}",
             hint="give the engine more memory, or load it in bfloat16 or quantized",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,24 @@ from hubaoti.progress import Progress
 from hubaoti.settings import Settings
 
 ENGINE_TASKS = ("generate", "embed")
-_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
+# What artifacts of a task are for, and who asks them.
+_USES = {
+    "embed": 'it makes vectors of texts: hubaoti run --text, or engine.load(…, task="embed")',
+    "generate": 'it goes on with prompts: hubaoti run --prompt, or engine.load(…, task="generate")',
+    "classify": "it gives each text its scores: hubaoti run --text",
+    "logits": "it gives each text its logits: hubaoti run --text",
+    "forward": "it serves blocks of a module: hubaoti.attach",
+}
+_DTYPE_BITS = {
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+    "F32": 32,
+    "I32": 32,
+    "U32": 32,
+    "F16": 16,
+    "BF16": 16,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,40 +61,44 @@ class Wanted:
         Raises:
             OtherProgram, BadRequest: why it does not.
         """
-        if refusal := self.refusal(manifest):
-            raise refusal
-
-    def refusal(self, manifest: Manifest) -> HubaotiError | None:
-        """Why an artifact does not serve it; None where it does."""
         if manifest.program.task != self.task:
-            return BadRequest(
-                f"the artifact was built for {manifest.program.task}, an engine has "
-                f"{self.folder.name} to {self.task}",
-                hint=f"compile it with --task {self.task}",
-            )
+            raise explain_other_task(manifest, self.folder.name, self.task)
         if manifest.target.device != self.device.partition(":")[0]:
-            return BadRequest(
+            raise BadRequest(
                 f"the artifact was built for {manifest.target.device}, the model is on "
                 f"{self.device}",
                 hint=f"load the model on {manifest.target.device}",
             )
         if self.dtype not in (None, manifest.build.dtype):
-            return BadRequest(
+            raise BadRequest(
                 f"the artifact computes in {manifest.build.dtype}, not in {self.dtype}",
                 hint="ask for its dtype, or for none",
             )
+        refuse_other_program(self.folder, manifest.program)
+
+    def accepts(self, manifest: Manifest) -> bool:
+        """Whether an artifact serves it."""
         try:
-            refuse_other_program(self.folder, manifest.program)
-        except OtherProgram as why:
-            return why
-        return None
+            self.require(manifest)
+        except (OtherProgram, BadRequest):
+            return False
+        return True
+
+
+def explain_other_task(manifest: Manifest, name: str, task: str) -> BadRequest:
+    """Why an artifact of another task does not serve a model, and what that artifact is for."""
+    return BadRequest(
+        f"the artifact was built for {manifest.program.task}, an engine has {name} to {task}",
+        hint=f"{_USES.get(manifest.program.task, _USES['forward'])}; for this, compile one with "
+        f"--task {task}",
+    )
 
 
 def read_dtype(folder: Path) -> str:
     """The dtype in which a model is loaded, as its config says; float32 where it does not."""
     config = read_json(folder / "config.json")
-    said = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return str(said).removeprefix("torch.")
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return str(name).removeprefix("torch.")
 
 
 def choose_task(folder: Path) -> str:
@@ -89,20 +111,15 @@ def choose_task(folder: Path) -> str:
 
 def find_in_mirror(wanted: Wanted, settings: Settings) -> Artifact | None:
     """The best artifact of the mirror for a model; a quantized one only where that is wanted."""
+    kind, _, number = wanted.device.partition(":")
+    gpu = int(number or 0) if kind == "cuda" else None
     with Mirror.open(settings.mirror) as mirror:
-        fitting = {
-            artifact.digest: artifact for artifact in _list_candidates(wanted, mirror, settings)
-        }
-    judged = [
-        Candidate(
-            artifact.manifest.recipe,
-            artifact.manifest.variant,
-            judge(artifact.manifest.requires, wanted.host, _parse_gpu_index(wanted.device)),
-            digest,
-        )
-        for digest, artifact in fitting.items()
+        fitting = {each.digest: each for each in _list_candidates(wanted, mirror, settings)}
+    same = [
+        Candidate(each.recipe, each.variant, judge(each.requires, wanted.host, gpu), digest)
+        for digest, each in ((digest, found.manifest) for digest, found in fitting.items())
+        if each.recipe.quantization == wanted.quantization
     ]
-    same = [each for each in judged if each.recipe.quantization == wanted.quantization]
     # Quantized ones answer something else, so they are ranked only by their recipe's name.
     recipes = sorted({each.recipe for each in same}, key=str) if wanted.quantization else [None]
     best = next((each for recipe in recipes for each in rank(same, recipe)), None)
@@ -113,37 +130,25 @@ def _list_candidates(wanted: Wanted, mirror: Mirror, settings: Settings) -> Iter
     """The artifacts of a model's program that were built here, or come from a trusted publisher."""
     trusted = Trust(settings.trust)
     for row in mirror.ls():
-        origin = row.origin
-        if not (
-            mirror.index.is_built(row.digest) or trusted.holds(origin.endpoint, origin.publisher)
-        ):
-            continue
-        artifact = mirror.artifact(row.digest)
-        if artifact is not None and wanted.refusal(artifact.manifest) is None:
-            yield artifact
-
-
-def _parse_gpu_index(device: str) -> int | None:
-    """The number of a GPU; None of a CPU."""
-    kind, _, number = device.partition(":")
-    return int(number or 0) if kind == "cuda" else None
+        is_ours = mirror.index.is_built(row.digest)
+        if is_ours or trusted.holds(row.origin.endpoint, row.origin.publisher):
+            artifact = mirror.artifact(row.digest)
+            if artifact is not None and wanted.accepts(artifact.manifest):
+                yield artifact
 
 
 def find_in_repos(
     wanted: Wanted, repos: Sequence[str], trust: bool, settings: Settings, progress: Progress
 ) -> tuple[Artifact | None, list[str]]:
     """The first artifact of some repos that serves a model, and why those before it do not."""
-    reasons = []
+    reasons: list[str] = []
     for repo in repos:
         try:
             artifact = api.pull(repo, trust=trust, settings=settings, progress=progress).artifact
+            wanted.require(artifact.manifest)
+            return artifact, reasons
         except HubaotiError as error:
             reasons.append(f"{repo}: {error}")
-            continue
-        refusal = wanted.refusal(artifact.manifest)
-        if refusal is None:
-            return artifact, reasons
-        reasons.append(f"{repo}: {refusal}")
     return None, reasons
 
 
@@ -168,11 +173,9 @@ def estimate_weight_bytes(folder: Path, dtype: str | None) -> int:
             with safe_open(file, framework="numpy") as opened:
                 for name in opened.keys():  # noqa: SIM118 - it is no mapping
                     each = opened.get_slice(name)
-                    kind, count = each.get_dtype(), 1
-                    for size in each.get_shape():
-                        count *= size
-                    own = _BITS.get(kind, 8)
-                    total += count * (bits if bits and "F" in kind else own) // 8
+                    kind = each.get_dtype()
+                    own = bits if bits and "F" in kind else _DTYPE_BITS.get(kind, 8)
+                    total += math.prod(each.get_shape()) * own // 8
         except (SafetensorError, OSError):
             continue  # who loads it says so
     return total

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 import transformers
 
 from hubaoti.compiler.from_config import silence_transformers
 from hubaoti.engines.messages import Prompt
 from hubaoti.errors import ModelNotFound, first_line
 from hubaoti.runtime.text import shorten_text
+
+Pair = tuple[list[int], list[int]]  # the tokens of a context, and of what may follow it
+_Question = TypeVar("_Question")
+_Answer = TypeVar("_Answer")
 
 
 def load_tokenizer(folder: Path, trust: bool) -> Any:
@@ -25,11 +28,11 @@ def load_tokenizer(folder: Path, trust: bool) -> Any:
     try:
         with silence_transformers():
             return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    except Exception as why:  # of many kinds, as files are missing or odd
+    except Exception as error:  # of many kinds, as files are missing or odd
         raise ModelNotFound(
-            f"transformers cannot read a tokenizer in {folder}: {first_line(why)}",
+            f"transformers cannot read a tokenizer in {folder}: {first_line(error)}",
             hint="give the model's whole folder, or its Hub id",
-        ) from why
+        ) from error
 
 
 def find_starting_tokens(tokenizer: Any) -> list[int]:
@@ -46,32 +49,19 @@ def shorten_prompt(prompt: Prompt) -> str:
     return shorten_text(str(prompt[-1].get("content", ""))) if prompt else ""
 
 
-def batch_by_length(lengths: Sequence[int], rows: int) -> Iterator[list[int]]:
-    """Numbers of rows that are answered together: long ones beside long ones."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+def answer_by_length(
+    questions: Sequence[_Question],
+    rows: int,
+    answer: Callable[[list[_Question]], Iterable[_Answer]],
+    measure: Callable[[_Question], int] = len,  # type: ignore[assignment]
+) -> list[_Answer]:
+    """An answer to each, in their order; so many are asked together, long ones beside long ones."""
+    order = sorted(range(len(questions)), key=lambda index: -measure(questions[index]))
+    answers: dict[int, _Answer] = {}
     for start in range(0, len(order), rows):
-        yield order[start : start + rows]
-
-
-def split_rows(rows: int, each: int, most: int) -> Iterator[slice]:
-    """Rows that take `most` bytes together, or one that takes more; `each` is what one takes."""
-    few = max(1, most // max(1, each))
-    for start in range(0, rows, few):
-        yield slice(start, min(start + few, rows))
-
-
-def pad_batch(
-    rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and mask of (rows, the longest)."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    for at, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[at, place] = torch.tensor(row, dtype=torch.int64)
-        mask[at, place] = 1
-    return ids.to(device), mask.to(device)
+        batch = order[start : start + rows]
+        answers |= zip(batch, answer([questions[index] for index in batch]), strict=True)
+    return [answers[index] for index in range(len(questions))]
 
 
 def find_common_prefix(first: Sequence[int], second: Sequence[int]) -> list[int]:

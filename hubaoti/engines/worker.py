@@ -72,7 +72,7 @@ def _note_runs(resident: Resident, running: memoryview) -> None:
     """Have each graph write its number, counted from one, where the engine reads it afterwards."""
     for graph in resident.graphs:
         if graph.note is None:
-            graph.note = _make_note(running, resident.number_of(graph))
+            graph.note = _make_note(running, resident.find_number(graph))
 
 
 def _make_note(running: memoryview, number: int) -> Callable[[], None]:

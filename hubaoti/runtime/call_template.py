@@ -7,7 +7,8 @@ arguments are given. A call then costs a few look-ups, whatever the template has
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence, Set
+from functools import partial
 from operator import is_, itemgetter
 from typing import Any
 
@@ -19,19 +20,24 @@ from hubaoti.runtime.fallback import CannotServe
 
 _MISSING: Any = type("Missing", (), {"__repr__": lambda _: "nothing"})()
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-_NUMBERS = (int, float)
 CACHE = ("past_key_values", "cache")  # what transformers calls a KV cache: before 5.24, and since
 CAUSAL = "is_causal"  # the flag that counts where there is no mask
 _BESIDE = {"class", "order"}
 
-Make = Callable[[Sequence[torch.Tensor]], Any]
-Pick = Callable[[Sequence[Any]], Sequence[Any]]
+# What stands in a template as words, by what makes it of them.
+LITERALS: dict[str, Callable[[Any], Any]] = {
+    "float": float,
+    "dtype": partial(getattr, torch),
+    "device": torch.device,
+}
+
+_Pick = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 class CallPlan:
     """A call as its template has it: arguments by name, whoever gives them and in which order.
 
-    `count` is the number of the graph's inputs. What `flat` answers has their places first, then
+    `count` is the number of the graph's inputs. What `flatten` answers has their places first, then
     one for the KV cache, then one for each number that follows from a dim, as `extents` has them.
     What `unread` names may be given and be anything.
     """
@@ -54,10 +60,10 @@ class CallPlan:
             if each.default is not inspect.Parameter.empty
         }
         self.given = {self._own.get(name, name): item for name, item in given.items()}
-        self._layouts: dict[tuple[Any, ...], Layout] = {}
+        self._layouts: dict[tuple[Any, ...], _Layout] = {}
         self.extents = self._layout(len(call["args"]), tuple(call["kwargs"])).extents
 
-    def flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """What stands in the place of each tensor, the cache, and each number.
 
         Raises:
@@ -66,9 +72,9 @@ class CallPlan:
         layout = self._layouts.get((len(args), *kwargs))
         if layout is None:
             layout = self._layout(len(args), tuple(kwargs))
-        return layout.found_in([*args, *kwargs.values()])
+        return layout.flatten_row([*args, *kwargs.values()])
 
-    def named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def name_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name, with the defaults of those that it leaves out."""
         return {**self._defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
 
@@ -77,24 +83,20 @@ class CallPlan:
         is_tensor = isinstance(self.given.get(name), dict) and "tensor" in self.given[name]
         return self._defaults.get(name, None if is_tensor else _MISSING)
 
-    def _layout(self, count: int, names: tuple[str, ...]) -> Layout:
-        """The layout of calls with so many positional arguments, and these by name.
-
-        Raises:
-            CannotServe: there are more than the module takes.
-        """
+    def _layout(self, count: int, names: tuple[str, ...]) -> _Layout:
+        """The layout of calls with so many positional arguments, and these by name."""
         if count > len(self.names):
             raise CannotServe("arguments", f"{count} positional arguments are given")
         given = (*self.names[:count], *names)
         # Who gives both words means the module's own by it, and the other is one more argument.
         twice = {name for name, own in self._own.items() if own in given}
         own = [name if name in twice else self._own.get(name, name) for name in given]
-        layout = Layout(self, own)
+        layout = _Layout(self, own)
         self._layouts[count, *names] = layout
         return layout
 
 
-class Layout:
+class _Layout:
     """Where everything stands in calls that give arguments of the same names in the same order.
 
     What a call gives is laid out in a row: its arguments, what it leaves out, then what is inside
@@ -126,8 +128,8 @@ class Layout:
         self._pick = _make_picker([place for place, _, _ in self._constants])
         self._expected = [expected for _, expected, _ in self._constants]
 
-    def found_in(self, row: list[Any]) -> list[Any]:
-        """What `CallPlan.flat` answers, of the arguments in their order.
+    def flatten_row(self, row: list[Any]) -> list[Any]:
+        """What `CallPlan.flatten` answers, of the arguments in their order.
 
         Raises:
             CannotServe: another structure, or another constant than the template has.
@@ -151,90 +153,87 @@ class Layout:
     def _compare(self, row: Sequence[Any]) -> None:
         """Compare constants that are not the very same objects."""
         for place, expected, where in self._constants:
-            if not _is_same_literal(row[place], expected) and not _is_off(
-                row[place], expected, where
-            ):
-                reason = "cache" if _is_cache(row[place]) else "arguments"
-                message = f"{where} is {describe_value(row[place])}; the graph has {expected!r:.60}"
+            value = row[place]
+            # A flag that the graph does not know may be off, as if it were not given; only of
+            # attention that has no mask, being causal is said by leaving the flag out.
+            is_off = value is False and expected is _MISSING and where != CAUSAL
+            if not is_off and not _is_same_literal(value, expected):
+                reason = "cache" if hasattr(value, "get_seq_length") else "arguments"
+                message = f"{where} is {describe_value(value)}; the graph has {expected!r:.60}"
                 raise CannotServe(reason, message)
 
     def _read(self, template: Any, place: int, where: str) -> None:
         """Note what the template has at a place."""
         if isinstance(template, list):
-            self._sequence(template, place, where)
+            self._read_sequence(template, place, where)
         elif isinstance(template, dict):
             word, inner = split_word(template)
-            if word not in _WORDS:
+            if word in {"float", "dtype"}:
+                self._constants.append((place, LITERALS[word](inner), where))
+                return
+            if word not in _WORD_READERS:
                 raise BadManifest(
                     f"a call of the artifact has the word {word!r:.40}",
                     hint="it was compiled by a newer hubaoti: upgrade this one",
                 )
             if "order" in template:
                 inner = {name: inner[name] for name in template["order"]}
-            _WORDS[word](self, inner, place, where)
+            _WORD_READERS[word](self, inner, place, where)
         else:
             self._constants.append((place, template, where))
 
-    def _tensor(self, at: int, place: int, where: str) -> None:
+    def _read_tensor(self, index: int, place: int, where: str) -> None:
         # A tensor that was given twice is one input: calls must give it in both places.
-        if at in self._tensors:
-            self._twice.append((self._tensors[at], place, where))
-        self._tensors.setdefault(at, place)
+        if index in self._tensors:
+            self._twice.append((self._tensors[index], place, where))
+        self._tensors.setdefault(index, place)
 
-    def _cache(self, _true: bool, place: int, where: str) -> None:
+    def _read_cache(self, _true: bool, place: int, where: str) -> None:
         self._tensors[self._count] = place
 
-    def _anything(self, _face: Any, place: int, where: str) -> None:
+    def _skip(self, _face: Any, place: int, where: str) -> None:
         """Note nothing: the graph does not compute with it."""
 
-    def _number(self, extent: str, place: int, where: str) -> None:
+    def _read_size(self, extent: str, place: int, where: str) -> None:
         self.extents.append(DimExpr.parse(extent))
         self._numbers.append(place)
 
-    def _float(self, text: str, place: int, where: str) -> None:
-        self._constants.append((place, float(text), where))
-
-    def _dtype(self, name: str, place: int, where: str) -> None:
-        self._constants.append((place, getattr(torch, name), where))
-
-    def _device(self, name: str, place: int, where: str) -> None:
+    def _read_device(self, name: str, place: int, where: str) -> None:
         self._devices.append((place, torch.device(name).type, where))
 
-    def _sequence(self, items: Sequence[Any], place: int, where: str) -> None:
+    def _read_sequence(self, items: Sequence[Any], place: int, where: str) -> None:
         """A list or a tuple of as many items as there were."""
-        start = self._open(place, _make_item_getter(len(items), where), len(items))
+        start = self._append_items(place, _make_item_getter(len(items), where), len(items))
         for index, item in enumerate(items):
             self._read(item, start + index, f"{where}[{index}]")
 
-    def _mapping(self, items: Mapping[Any, Any], place: int, where: str) -> None:
+    def _read_mapping(self, items: Mapping[Any, Any], place: int, where: str) -> None:
         """A dictionary, whose values stand in the row like a tuple's items."""
-        start = self._open(place, _make_field_getter([*items], where), len(items))
+        start = self._append_items(place, _make_field_getter([*items], where), len(items))
         for index, (name, item) in enumerate(items.items()):
             self._read(item, start + index, f"{where}.{name}")
 
-    def _items(self, items: Sequence[tuple[Any, Any]], place: int, where: str) -> None:
+    def _read_items(self, items: Sequence[tuple[Any, Any]], place: int, where: str) -> None:
         """A dictionary whose keys are no words."""
-        self._mapping(dict(map(tuple, items)), place, where)
+        self._read_mapping(dict(map(tuple, items)), place, where)
 
-    def _open(self, place: int, items: Callable[[Any], Sequence[Any]], count: int) -> int:
+    def _append_items(self, place: int, items: Callable[[Any], Sequence[Any]], count: int) -> int:
         """Have the items of a container stand at the end of the row; the place of the first."""
         self._opened.append((place, items))
         self._size += count
         return self._size - count
 
 
-_WORDS: dict[str, Callable[[Layout, Any, int, str], None]] = {
-    "tensor": Layout._tensor,
-    "cache": Layout._cache,
-    "any": Layout._anything,
-    "size": Layout._number,
-    "float": Layout._float,
-    "dtype": Layout._dtype,
-    "device": Layout._device,
-    "tuple": Layout._sequence,
-    "dict": Layout._mapping,
-    "items": Layout._items,
-    "fields": Layout._mapping,
+_WORD_READERS: dict[str, Callable[[_Layout, Any, int, str], None]] = {
+    "tensor": _Layout._read_tensor,
+    "cache": _Layout._read_cache,
+    "any": _Layout._skip,
+    "size": _Layout._read_size,
+    "device": _Layout._read_device,
+    "tuple": _Layout._read_sequence,
+    "dict": _Layout._read_mapping,
+    "items": _Layout._read_items,
+    "fields": _Layout._read_mapping,
 }
 
 
@@ -255,7 +254,7 @@ def _map_cache_words(given: Mapping[str, Any], parameters: Mapping[str, Any]) ->
     return {word: own[0] for word in CACHE if word != own[0]}
 
 
-def _make_picker(places: Sequence[int]) -> Pick:
+def _make_picker(places: Sequence[int]) -> _Pick:
     """What takes the values at some places, in one step."""
     if len(places) > 1:
         return itemgetter(*places)
@@ -297,14 +296,6 @@ def _is_same_literal(value: Any, expected: Any) -> bool:
     return bool(value == expected)
 
 
-def _is_off(value: Any, expected: Any, where: str) -> bool:
-    """Whether a flag that the graph does not know is off: as if it were not given.
-
-    Only of attention that has no mask, being causal is said by leaving the flag out.
-    """
-    return value is False and expected is _MISSING and where != CAUSAL
-
-
 def _parse_device_kind(value: Any) -> str | None:
     """The kind of a device, however it is named; None of anything else."""
     try:
@@ -313,16 +304,11 @@ def _parse_device_kind(value: Any) -> str | None:
         return None
 
 
-def _is_cache(value: Any) -> bool:
-    """Whether a value is a KV cache of transformers, which is not imported for this."""
-    return hasattr(value, "get_seq_length")
-
-
 def describe_value(value: Any) -> str:
     """A value in a message: a tensor by its shape, what is no literal by its class."""
     if isinstance(value, torch.Tensor):
         return f"a tensor {list(value.shape)}"
-    plain = value is _MISSING or value is None or isinstance(value, (bool, str, *_NUMBERS))
+    plain = value is _MISSING or value is None or isinstance(value, (str, int, float))
     return f"{value!r:.60}" if plain else f"a {type(value).__name__}"
 
 
@@ -366,21 +352,20 @@ def _is_container(template: Any) -> bool:
 
 def walk_template_words(template: Any) -> Iterator[str]:
     """The words of a template, a tensor's for each of its places."""
-    if isinstance(template, dict):
-        word, inner = split_word(template)
+    for word, inner in walk_template(template):
         if word != "any" or isinstance(inner, dict):  # a flag that nobody reads is a constant
             yield word
-        items = child_templates(word, inner)
-    else:
-        items = template if isinstance(template, list) else ()
+
+
+def walk_template(template: Any) -> Iterator[tuple[str, Any]]:
+    """The words of a template, each with what it is about, those that hold others first."""
+    items = template if isinstance(template, (list, tuple)) else ()
+    if isinstance(template, Mapping):
+        word, inner = split_word(template)
+        yield word, inner
+        if word in {"dict", "fields"}:
+            items = inner.values()
+        elif word in {"tuple", "items"}:
+            items = inner if word == "tuple" else [item for _, item in inner]
     for item in items:
-        yield from walk_template_words(item)
-
-
-def child_templates(word: str, inner: Any) -> Iterable[Any]:
-    """The templates in what a word is about."""
-    if word in {"dict", "fields"}:
-        return inner.values()  # type: ignore[no-any-return]
-    if word == "items":
-        return [item for _, item in inner]
-    return inner if word == "tuple" else ()
+        yield from walk_template(item)

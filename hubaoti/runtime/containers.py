@@ -16,17 +16,17 @@ import msgspec
 import torch
 
 from hubaoti.artifact.manifest import Outputs
-from hubaoti.runtime.call_template import child_templates, split_word
+from hubaoti.runtime.call_template import walk_template
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.output_template import parse_output_template
 
 # Those that do nothing else when they are written; transformers shares keys in a UserDict.
 _WRITABLE = {list, dict, OrderedDict, defaultdict, UserDict}
-_LITERALS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_PLAIN_TYPES = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
-Key = str | int
-Path = tuple[Key, ...]
-Items = list[tuple[Key, Any]]
+_Key = str | int
+Path = tuple[_Key, ...]
+Items = list[tuple[_Key, Any]]
 
 
 def list_items(value: Any) -> Items:
@@ -59,7 +59,7 @@ class Contents:
         self._before = {path: list_items(value) for path, value in self._values}
         self.places: dict[int, Path] = {}
         for path, value in self._values:
-            if not isinstance(value, _LITERALS):
+            if not isinstance(value, _PLAIN_TYPES):
                 self.places.setdefault(id(value), path)
 
     def changes(self) -> list[ContainerChange]:
@@ -81,9 +81,8 @@ def _have_same_items(first: Items, second: Items) -> bool:
 
 def _is_same_value(first: Any, second: Any) -> bool:
     """Whether two values are one object, or equal literals of one type."""
-    if first is second:
-        return True
-    return type(first) is type(second) and isinstance(first, _LITERALS) and bool(first == second)
+    both = type(first) is type(second) and isinstance(first, _PLAIN_TYPES)
+    return first is second or (both and bool(first == second))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +100,8 @@ class Answers:
         writes = () if isinstance(outputs.writes, msgspec.UnsetType) else outputs.writes
         self.into = [write.into for write in writes]
         templates = [outputs.template, *(item for write in writes for _, item in write.items)]
-        self._given = [
-            *dict.fromkeys(path for each in templates for path in _find_given_paths(each))
-        ]
+        words = (pair for each in templates for pair in walk_template(each))
+        self._given = [*dict.fromkeys(tuple(path) for word, path in words if word == "given")]
         places = {path: len(outputs.tensors) + index for index, path in enumerate(self._given)}
         self._items = [
             [(key, parse_output_template(item, places)) for key, item in write.items]
@@ -130,7 +128,7 @@ class Answers:
                 )
         return Filling(containers, tuple(get_at_path(arguments, path) for path in self._given))
 
-    def contents(self, filling: Filling, outputs: Sequence[torch.Tensor]) -> list[Items]:
+    def make_contents(self, filling: Filling, outputs: Sequence[torch.Tensor]) -> list[Items]:
         """What each of the containers is to hold, of a graph's outputs."""
         values = [*outputs, *filling.given]
         return [[(key, make(values)) for key, make in items] for items in self._items]
@@ -138,7 +136,7 @@ class Answers:
     def fill(self, filling: Filling, outputs: Sequence[torch.Tensor]) -> Any:
         """The answer, after the containers hold what the module would have left in them."""
         for container, items in zip(
-            filling.containers, self.contents(filling, outputs), strict=True
+            filling.containers, self.make_contents(filling, outputs), strict=True
         ):
             fill_container(container, items)
         return self.make([*outputs, *filling.given])
@@ -178,16 +176,3 @@ def get_at_path(arguments: Mapping[str, Any], path: Path) -> Any:
     except (LookupError, TypeError) as error:
         raise CannotServe("arguments", f"{spell_path(path)} is not given") from error
     return value
-
-
-def _find_given_paths(template: Any) -> Iterator[Path]:
-    """The paths of a call that the template of a written value names."""
-    word, inner = split_word(template) if isinstance(template, Mapping) else ("", template)
-    if word == "given":
-        yield tuple(inner)
-        return
-    each = (
-        child_templates(word, inner) if word else inner if isinstance(inner, (list, tuple)) else ()
-    )
-    for item in each:
-        yield from _find_given_paths(item)

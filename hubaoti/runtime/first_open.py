@@ -185,5 +185,6 @@ def refuse_parts(artifact: Artifact) -> None:
         raise BadRequest(
             f"the artifact was built for {manifest.program.task}, its graphs serve {served} blocks "
             "of a model and not the whole of it",
-            hint="for texts, compile with --task embed, classify or logits and --regions none",
+            hint=("go on with prompts: --prompt; " if manifest.program.task == "generate" else "")
+            + "for texts, compile with --task embed, classify or logits and --regions none",
         )

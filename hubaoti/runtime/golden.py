@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hubaoti.artifact.dim_expr import DimExpr
-from hubaoti.artifact.manifest import Constant, Golden
+from hubaoti.artifact.manifest import Golden
 from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.errors import BadInput, MissingConstant
 from hubaoti.runtime.graph import Graph
@@ -28,7 +28,7 @@ LARGEST_GOLDEN = 1_000_000  # bytes of that file
 _HEADER = 128  # bytes that a tensor's dtype, shape and place take in it, at most
 
 _INT4 = "int4wo.qdata"  # the transform whose result lies differently on different CPUs
-_ROWS = 128  # of such a weight at a time: a multiple of every CPU's block of rows
+_INT4_ROWS = 128  # of such a weight at a time: a multiple of every CPU's block of rows
 
 # Largest difference allowed, as a part of the largest value. A decoder block on CPUs of SSE to AMX
 # differs by 1e-6 in float32, 1e-3 in float16, 6e-3 in bfloat16; a GPU may multiply float32 in TF32.
@@ -42,7 +42,7 @@ GOLDEN_TOLERANCE = {
     "float8_e5m2": 1.5e-1,
 }
 _SCRATCH = 64 << 20  # bytes that a BLAS and an allocator take, whatever the sizes
-_LIVE = 16  # intermediates of an input's or output's size that are held at once
+_INTERMEDIATES = 16  # intermediates of an input's or output's size that are held at once
 
 
 def choose_smallest_dims(entry: Entry) -> dict[str, int]:
@@ -119,38 +119,28 @@ def make_golden_constants(
     """Every constant of a graph by fqn, as the manifest says it lies: by the rule, or shipped.
 
     Raises:
-        MissingConstant: the artifact lacks one that should have come with it.
+        MissingConstant: the artifact lacks one that should have come with it, or has another shape.
     """
     shipped = dict(load_shipped_tensors(entry, folder, device))
     found = {}
     for constant in entry.constants:
+        fqn, shape = constant.fqn, constant.shape
         tensor = torch.empty_strided(
-            constant.shape, constant.stride, dtype=parse_dtype(constant.dtype), device=device
+            shape, constant.stride, dtype=parse_dtype(constant.dtype), device=device
         )
         if constant.origin.file:
-            tensor.copy_(_find_shipped_constant(constant, shipped))
+            if fqn not in shipped or shipped[fqn].shape != shape:
+                raise MissingConstant(
+                    f"{constant.origin.file} of the artifact has no {fqn} of shape {list(shape)}",
+                    hint="its publisher must compile it again",
+                )
+            tensor.copy_(shipped[fqn])
         elif constant.origin.transform == _INT4 and device.type == "cpu":
-            pack_four_bits(tensor, constant.fqn)
+            pack_four_bits(tensor, fqn)
         else:
-            fill_synthetic(tensor, constant.fqn)
-        found[constant.fqn] = tensor
+            fill_synthetic(tensor, fqn)
+        found[fqn] = tensor
     return found
-
-
-def _find_shipped_constant(constant: Constant, shipped: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A constant that came with the artifact.
-
-    Raises:
-        MissingConstant: it did not, or has another shape.
-    """
-    tensor = shipped.get(constant.fqn)
-    if tensor is None or tensor.shape != constant.shape:
-        raise MissingConstant(
-            f"{constant.origin.file} of the artifact has no {constant.fqn} of shape "
-            f"{list(constant.shape)}",
-            hint="its publisher must compile it again",
-        )
-    return tensor
 
 
 def pack_four_bits(tensor: torch.Tensor, name: str) -> None:
@@ -159,21 +149,20 @@ def pack_four_bits(tensor: torch.Tensor, name: str) -> None:
     On every CPU the same weights: some rows of the rule's, again and again, since packing is slow.
     """
     rows, half = tensor.shape
-    weight = make_synthetic(name, (min(rows, _ROWS), 2 * half), torch.float32)
+    weight = make_synthetic(name, (min(rows, _INT4_ROWS), 2 * half), torch.float32)
     packed = make_quantized(_INT4, weight)
-    for row in range(0, rows, _ROWS):
-        part = tensor[row : row + _ROWS]
-        part.copy_(
-            packed if len(part) == len(weight) else make_quantized(_INT4, weight[: len(part)])
-        )
+    for row in range(0, rows, _INT4_ROWS):
+        part = tensor[row : row + _INT4_ROWS]
+        last = len(part) < len(weight)
+        part.copy_(make_quantized(_INT4, weight[: len(part)]) if last else packed)
 
 
 def estimate_answer_memory(entry: Entry, sizes: Mapping[str, int]) -> int:
     """Bytes that `ask_golden` takes at these dims on top of a process that has torch.
 
     Counted are constants, inputs and outputs. Added is an allowance: the largest constant once
-    more, as a BLAS may pack it, LIVE times the inputs and outputs for what is computed in between,
-    and _SCRATCH.
+    more, as a BLAS may pack it, the inputs and outputs several times for what is computed in
+    between, and what a BLAS and an allocator take.
     """
     tensors = [
         *((item.shape, item.dtype) for item in entry.inputs),
@@ -183,7 +172,7 @@ def estimate_answer_memory(entry: Entry, sizes: Mapping[str, int]) -> int:
         math.prod(resolve_shape(entry, shape, sizes)) * dtype_itemsize(d) for shape, d in tensors
     )
     constants = [math.prod(c.shape) * dtype_itemsize(c.dtype) for c in entry.constants]
-    return sum(constants) + max(constants, default=0) + (1 + _LIVE) * moving + _SCRATCH
+    return sum(constants) + max(constants, default=0) + (1 + _INTERMEDIATES) * moving + _SCRATCH
 
 
 def dtype_itemsize(dtype: str) -> int:
@@ -210,9 +199,8 @@ def answer_golden_inputs(graph: Graph) -> dict[str, torch.Tensor]:
     Dims are the ones that its manifest has for this, else the smallest.
     """
     entry = graph.entry
-    inputs = [
-        tensor.to(graph.device) for tensor in make_golden_inputs(entry, _choose_golden_dims(entry))
-    ]
+    made = make_golden_inputs(entry, _choose_golden_dims(entry))
+    inputs = [tensor.to(graph.device) for tensor in made]
     outputs = graph(*inputs)
     pairs = zip(entry.inputs, inputs, strict=True)
     answers = [(item.name, tensor) for item, tensor in pairs if item.mutated]
@@ -241,11 +229,8 @@ def to_plain(tensor: torch.Tensor) -> torch.Tensor:
 def describe_golden(entry: Entry, answers: Mapping[str, torch.Tensor]) -> Golden:
     """What the manifest says of a graph's answers."""
     dims = _choose_golden_dims(entry)
-    return Golden(
-        dims=dims,
-        tolerances=choose_tolerances(entry, answers),
-        memory=estimate_answer_memory(entry, dims),
-    )
+    memory = estimate_answer_memory(entry, dims)
+    return Golden(dims=dims, tolerances=choose_tolerances(entry, answers), memory=memory)
 
 
 def choose_tolerances(entry: Entry, answers: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -267,13 +252,11 @@ def sample_answers(
     """All answers of an artifact, the largest of them sampled, so that their file has its size."""
     room = budget - sum(_HEADER + len(name.encode()) for name in ("", *answers))
     found = {}
-    for at, name in enumerate(sorted(answers, key=lambda name: answers[name].nbytes)):
-        share = room // (len(answers) - at)
-        limit = max(1, share // answers[name].itemsize)
+    for index, name in enumerate(sorted(answers, key=lambda name: answers[name].nbytes)):
+        share = room // (len(answers) - index)
+        sample = sample_tensor(answers[name], max(1, share // answers[name].itemsize))
         # Of its own: answers may share memory, as a tensor and a view of it.
-        found[name] = sample_tensor(answers[name], limit).clone(
-            memory_format=torch.contiguous_format
-        )
+        found[name] = sample.clone(memory_format=torch.contiguous_format)
         room -= found[name].nbytes
     return {name: found[name] for name in answers}
 
@@ -296,9 +279,9 @@ def load_expected(entry: Entry, folder: Path) -> dict[str, torch.Tensor]:
         with safe_open(folder / GOLDEN, framework="pt") as opened:
             names = [name for name in opened.keys() if name.startswith(f"{entry.id}/")]  # noqa: SIM118
             return {name: opened.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as why:
+    except (SafetensorError, OSError) as error:
         hint = "its publisher must compile it again"
-        raise MissingConstant(f"{GOLDEN} of the artifact: {why}", hint=hint) from why
+        raise MissingConstant(f"{GOLDEN} of the artifact: {error}", hint=hint) from error
 
 
 def compare_golden_answers(
@@ -307,13 +290,11 @@ def compare_golden_answers(
     allowed: Mapping[str, float],
 ) -> list[str]:
     """Why answers are not the golden ones, in words; nothing where they are."""
-    if not expected:
-        return ["there is no golden answer"]
-    reasons = [
+    reasons = (
         compare_golden(name, found.get(name), theirs, allowed.get(name, 0.0))
         for name, theirs in expected.items()
-    ]
-    return [reason for reason in reasons if reason]
+    )
+    return [*filter(None, reasons)] if expected else ["there is no golden answer"]
 
 
 def compare_golden(

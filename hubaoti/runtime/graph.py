@@ -25,9 +25,8 @@ from hubaoti.errors import (
     first_line,
 )
 from hubaoti.host.memory import is_limited
-from hubaoti.runtime.aliases import Bound
 from hubaoti.runtime.input_checks import Checks, address, check_constant
-from hubaoti.runtime.runners import Runner, open_native_runner
+from hubaoti.runtime.runners import Bound, Runner, open_native_runner
 from hubaoti.runtime.threads import run_in_one_thread
 
 # What to do where an op is missing: only its caller knows which module registers it.
@@ -163,11 +162,11 @@ class Graph:
         """The tensors that it reads, as they were given."""
         return (*self._given,)
 
-    def constant_fqns(self) -> set[str]:
+    def read_constant_fqns(self) -> set[str]:
         """The names of the constants that the library reads."""
         return {*self._runner.get_constant_names_to_original_fqns().values()}
 
-    def call_spec(self) -> list[str]:
+    def read_call_spec(self) -> list[str]:
         """How torch's own loader flattens a call, and what it makes of the answer."""
         return self._runner.get_call_spec()
 
@@ -205,12 +204,12 @@ class Graph:
         """Run it. An input that is only read is copied where its layout does not fit.
 
         Raises:
-            BadInput: constants are not bound, or were moved since; and as `Checks.fitting` does.
+            BadInput: constants are not bound, or were moved since; and as `Checks.fit` does.
             OutOfBounds: a dim is outside of what the graph was compiled for.
         """
         if self.is_moved:
-            raise self._unbound()
-        return self.run(*self.checks.fitting(inputs))
+            raise self._explain_unbound()
+        return self.run(*self.checks.fit(inputs))
 
     def run(self, inputs: list[torch.Tensor], small: bool) -> list[torch.Tensor]:
         """Run it on inputs that were checked, with constants that are bound; `small` in one thread.
@@ -220,7 +219,7 @@ class Graph:
         """
         bound = self._bound  # held until it has run, whoever binds or releases meanwhile
         if not self._ready:
-            raise self._unbound()
+            raise self._explain_unbound()
         if self.note is not None:
             self.note()
         try:
@@ -239,7 +238,7 @@ class Graph:
         self._ready = not self._reads
         self._bound, self._given, self._addresses = Bound({}), [], []
 
-    def _unbound(self) -> BadInput:
+    def _explain_unbound(self) -> BadInput:
         """Why it cannot be called: what it would read is not there."""
         if not self._ready:
             return BadInput(f"graph {self.entry.id} has no constants yet", hint="call bind first")

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-Range = tuple[int, int]  # addresses, the end not included
+_Range = tuple[int, int]  # addresses, the end not included
 _PAGEOUT = 21  # linux/mman.h, since 5.4; python has no name for it
 
 
-def release_pages(ranges: Iterable[Range]) -> None:
+def release_pages(ranges: Iterable[_Range]) -> None:
     """Let go of files' pages within some ranges, and of what the allocator keeps for later.
 
     A checkpoint is mapped, and stays so while one tensor of it is used: the others would count as
@@ -28,7 +28,7 @@ def release_pages(ranges: Iterable[Range]) -> None:
         native.malloc_trim(0)
 
 
-def intersect_pages(ranges: Iterable[Range], wholes: Iterable[Range]) -> Iterator[Range]:
+def intersect_pages(ranges: Iterable[_Range], wholes: Iterable[_Range]) -> Iterator[_Range]:
     """The whole pages that are in one of the ranges and in one of the others."""
     places = [*wholes]
     for low, high in ranges:
@@ -39,7 +39,7 @@ def intersect_pages(ranges: Iterable[Range], wholes: Iterable[Range]) -> Iterato
                 yield first, last
 
 
-def _list_file_ranges() -> Iterator[Range]:
+def _list_file_ranges() -> Iterator[_Range]:
     """Where files are mapped that code is not read from, as the kernel lists it."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, allowed, _, _, inode, *_ = line.split()

@@ -24,7 +24,7 @@ from hubaoti.runtime.threads import Constants
 # A CUDA graph clones an input whose address is not a multiple of this, and loses writes to it
 # (torch._inductor.utils.ALIGNMENT).
 _CUDA_ALIGNMENT = 16
-_LARGEST = 1 << 62  # a size that no dim has
+_NO_LIMIT = 1 << 62  # a size that no dim has
 
 address = torch.Tensor.data_ptr
 
@@ -81,8 +81,9 @@ class Checks:
         self.slots = [Slot.of(item, device) for item in entry.inputs]
         # Numbers are looked at on a CPU only: a GPU would have to be waited for.
         on_cpu = device.type == "cpu"
-        self._ids = [at for at, slot in enumerate(self.slots) if on_cpu and slot.below is not None]
-        self._mutated = [at for at, slot in enumerate(self.slots) if slot.entry.mutated]
+        ids = [index for index, slot in enumerate(self.slots) if slot.below is not None]
+        self._ids = ids if on_cpu else []
+        self._mutated = [index for index, slot in enumerate(self.slots) if slot.entry.mutated]
         largest = max((slot.alignment for slot in self.slots), default=1)
         self._odd = largest - 1  # the bits of an address that none may have
         self._seen: KnownCalls[tuple[tuple[int, ...], bool]] = KnownCalls()
@@ -93,10 +94,10 @@ class Checks:
 
     def is_small(self, inputs: Sequence[torch.Tensor]) -> bool:
         """Whether one thread of a CPU is the fastest for inputs that fit."""
-        new = [tensor for at, tensor in enumerate(inputs) if at not in self._stored]
+        new = [tensor for index, tensor in enumerate(inputs) if index not in self._stored]
         return self.device.type == "cpu" and self._constants.is_small(inputs, new)
 
-    def fitting(self, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], bool]:
+    def fit(self, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], bool]:
         """The inputs as the graph may have them, and whether they are a small call.
 
         What is only read is copied where it must be.
@@ -112,17 +113,17 @@ class Checks:
                 f"graph {self.entry.id} takes {len(self.slots)} inputs, got {len(inputs)}",
                 hint="give them in the manifest's order",
             )
-        seen = self._seen.of(inputs)
+        seen = self._seen.find(inputs)
         if seen is None:
-            inputs = self.examined(inputs)
+            inputs = self.examine(inputs)
             seen = tuple(tensor.nbytes for tensor in inputs), self.is_small(inputs)
             self._seen.add(inputs, seen)
-        fitting = self.settled(inputs, seen[0])
+        fitting = self.fit_known(inputs, seen[0])
         if self._places is not None:
             self._require_places(fitting, self._places)
         return fitting, seen[1]
 
-    def settled(self, inputs: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+    def fit_known(self, inputs: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         """Inputs whose look was examined, of these sizes in bytes: where they lie, and ids.
 
         Raises:
@@ -142,7 +143,7 @@ class Checks:
             self._require_id(self.slots[index], inputs[index])
         return [*inputs]
 
-    def examined(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def examine(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Look at everything but numbers, and copy what has to be copied."""
         sizes: dict[str, int] = {}
         fitting = []
@@ -154,11 +155,7 @@ class Checks:
         return fitting
 
     def _require_id(self, slot: Slot, tensor: torch.Tensor) -> None:
-        """Refuse ids that no table has.
-
-        Raises:
-            BadValue: with one of them.
-        """
+        """Refuse ids that no table has."""
         assert slot.below is not None
         odd = _find_out_of_range(tensor, slot.below)
         if odd is not None:
@@ -169,11 +166,7 @@ class Checks:
             )
 
     def _require_places(self, inputs: Sequence[torch.Tensor], cache: Cache) -> None:
-        """Refuse to write beyond a cache.
-
-        Raises:
-            BadValue: with the position.
-        """
+        """Refuse to write beyond a cache."""
         assert cache.position is not None
         places = inputs[cache.keys].shape[2]
         odd = _find_out_of_range(inputs[cache.position], places)
@@ -204,9 +197,9 @@ class Checks:
                     hint="this graph was compiled for another shape",
                 )
         for axis, dim in slot.dims:
-            self._take(dim, shape[axis], slot, sizes)
+            self._learn_dim(dim, shape[axis], slot, sizes)
 
-    def _take(self, dim: str, size: int, slot: Slot, sizes: dict[str, int]) -> None:
+    def _learn_dim(self, dim: str, size: int, slot: Slot, sizes: dict[str, int]) -> None:
         """Learn a dim's size; refuse one outside its bounds, or another than before."""
         low, high = self.entry.bounds[dim]
         if not low <= size <= high or size % self.entry.steps.get(dim, 1):
@@ -229,13 +222,13 @@ class Checks:
                 unknown = [dim for dim in extent.dims if dim not in sizes]
                 dim_size = extent.solve(size) if unknown else None
                 if dim_size is not None:
-                    self._take(unknown[0], dim_size, slot, sizes)
+                    self._learn_dim(unknown[0], dim_size, slot, sizes)
                 elif unknown or extent.at(sizes) != size:
                     raise BadInput(
                         f"{slot.entry.name} has size {size} on axis {axis}, which is not {extent}",
                         hint=f"the dims of this call are {sizes}",
                     )
-        if sizes.get("filled", 0) > sizes.get("cache", _LARGEST) and self.entry.cache:
+        if sizes.get("filled", 0) > sizes.get("cache", _NO_LIMIT) and self.entry.cache:
             raise OutOfBounds(
                 f"filled is {sizes['filled']}, the cache holds {sizes['cache']}",
                 hint="make a longer cache",
@@ -243,11 +236,11 @@ class Checks:
 
     def _require_apart(self, addresses: Sequence[int], sizes: Sequence[int]) -> None:
         """Refuse to write where another input is read."""
-        for at in self._mutated:
-            start, end = addresses[at], addresses[at] + sizes[at]
+        for index in self._mutated:
+            start, end = addresses[index], addresses[index] + sizes[index]
             for other, (low, size) in enumerate(zip(addresses, sizes, strict=True)):
-                if low < end and low + size > start and other != at:
-                    names = [self.slots[each].entry.name for each in (at, other)]
+                if low < end and low + size > start and other != index:
+                    names = [self.slots[each].entry.name for each in (index, other)]
                     raise Overlap(
                         f"{names[0]}, which the graph writes, shares memory with {names[1]}",
                         hint="give each a tensor of its own",
@@ -345,4 +338,5 @@ def name_dtype(dtype: torch.dtype) -> str:
 
 
 def _describe_kind(dtype: torch.dtype, device: torch.device, rank: int) -> str:
+    """What a tensor is, for a message: its dtype, its number of axes, where it is."""
     return f"a {name_dtype(dtype)} tensor of {rank} axes on {device}"

@@ -7,12 +7,12 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-_KEPT = 8  # looks that are remembered: prefill and steps, of a few batch sizes
+_KEPT_LOOKS = 8  # looks that are remembered: prefill and steps, of a few batch sizes
 
-Found = TypeVar("Found")
+_Found = TypeVar("_Found")
 
 
-class KnownCalls(Generic[Found]):
+class KnownCalls(Generic[_Found]):
     """What was found out about a call, for all calls that look the same to torch.
 
     The same are type, dtype, shape, strides and device of each tensor, whether gradients are wanted
@@ -21,28 +21,28 @@ class KnownCalls(Generic[Found]):
     """
 
     def __init__(self) -> None:
-        self._known: list[tuple[int, Callable[..., bool], Found]] = []
+        self._known: list[tuple[int, Callable[..., bool], _Found]] = []
 
-    def of(self, tensors: Sequence[Any]) -> Found | None:
+    def find(self, tensors: Sequence[Any]) -> _Found | None:
         """What was found out about tensors like these; None where nothing was."""
         count = len(tensors)
-        for at, (many, same, found) in enumerate(self._known):
+        for index, (many, same, found) in enumerate(self._known):
             if many == count and same(*tensors):
-                if at:
+                if index:
                     self._put(many, same, found)
                 return found
         return None
 
-    def add(self, tensors: Sequence[torch.Tensor], found: Found) -> None:
+    def add(self, tensors: Sequence[torch.Tensor], found: _Found) -> None:
         """Remember what was found out about these; what was used least lately is forgotten."""
         same = _build_look_guard(tensors)
         if same is not None:
             self._put(len(tensors), same, found)
 
-    def _put(self, count: int, same: Callable[..., bool], found: Found) -> None:
+    def _put(self, count: int, same: Callable[..., bool], found: _Found) -> None:
         """At the front; other threads see the list of before or the one of after."""
         others = [each for each in self._known if each[1] is not same]
-        self._known = [(count, same, found), *others[: _KEPT - 1]]
+        self._known = [(count, same, found), *others[: _KEPT_LOOKS - 1]]
 
 
 def _build_look_guard(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:

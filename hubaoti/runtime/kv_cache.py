@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.artifact.manifest import Cache, Input
+from hubaoti.artifact.manifest import Cache
 from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.input_checks import parse_dtype
 
 _STATIC = {"StaticLayer", "LinearAttentionAndStaticFullAttentionLayer"}
 SLIDING = {"StaticSlidingWindowLayer", "LinearAttentionAndStaticSlidingWindowAttentionLayer"}
-_LAYERS = ("layer_idx", "layer_id", "layer_number")  # what models call a layer's own number
+_LAYER_NUMBERS = ("layer_idx", "layer_id", "layer_number")  # what models call a layer's own number
 _COUNTED = "_hubaoti_filled"  # on a layer: its own count, at which version, and what that was
 _CAPTURED = "captured"  # there: that is not known any more
 
@@ -79,7 +79,7 @@ class CacheState:
             for held in (keys, values):
                 held[:, :, self.room :] = held[:, :, : self.before].clone()
 
-    def position(self) -> torch.Tensor:
+    def make_positions(self) -> torch.Tensor:
         """The places of the new entries: int64, on the device of the cache."""
         return torch.arange(self.before, self.filled, device=self.keys.device)
 
@@ -89,7 +89,7 @@ class CacheState:
             vars(self.layer).clear()
             vars(self.layer).update(self.empty)
 
-    def wrote(self) -> None:
+    def count_written(self) -> None:
         """Count the entries that a graph wrote, as the layer's own `update` would have."""
         count = self.layer.cumulative_length
         if not self.slides:
@@ -109,16 +109,16 @@ class CacheSlot:
 
     def __init__(self, block: nn.Module, entries: Sequence[Entry]) -> None:
         numbers = {*find_layer_numbers(block)}
-        self._index: int | None = numbers.pop() if len(numbers) == 1 else None
-        self._faces = [(entry.cache, entry) for entry in entries if entry.cache is not None]
+        self._index = numbers.pop() if len(numbers) == 1 else None
+        self._caches = [(entry.cache, entry) for entry in entries if entry.cache is not None]
 
-    def held(self, cache: Any, rows: int, seq: int, device: torch.device) -> CacheState:
+    def get_state(self, cache: Any, rows: int, seq: int, device: torch.device) -> CacheState:
         """The block's layer of a cache, made if nothing is in it yet.
 
         Raises:
             CannotServe: it is no static cache, or new entries do not fit as a graph writes them.
         """
-        layer = self._layer(cache)
+        layer = self._find_layer(cache)
         is_sliding = type(layer).__name__ in SLIDING
         if is_capturing(device):
             setattr(layer, _COUNTED, _CAPTURED)  # from now on the device alone knows
@@ -129,12 +129,8 @@ class CacheSlot:
         before = _count_filled(layer, is_sliding)
         return CacheState(layer, layer.keys, layer.values, before, seq, is_sliding, empty)
 
-    def _layer(self, cache: Any) -> Any:
-        """The block's own layer of a cache.
-
-        Raises:
-            CannotServe: the cache has none, or one that is not static.
-        """
+    def _find_layer(self, cache: Any) -> Any:
+        """The block's own layer of a cache; one that is not static is refused."""
         layers = getattr(cache, "layers", None)
         if cache is None or not isinstance(layers, list):
             raise CannotServe("cache", f"the cache is {type(cache).__name__}")
@@ -148,23 +144,20 @@ class CacheSlot:
 
     def _initialize(self, layer: Any, rows: int, device: torch.device) -> None:
         """Have a layer make its tensors, as it would at its first `update`."""
-        face, entry = self._faces[0]
-        items = (entry.inputs[face.keys], entry.inputs[face.values])
-        layer.lazy_initialization(*(_make_empty_cache_tensor(item, rows, device) for item in items))
+        cache, entry = self._caches[0]
+        empty = []
+        for item in (entry.inputs[cache.keys], entry.inputs[cache.values]):
+            _, heads, _, width = item.shape
+            shape = [size if isinstance(size, int) else 0 for size in (rows, heads, 0, width)]
+            empty.append(torch.empty(shape, dtype=parse_dtype(item.dtype), device=device))
+        layer.lazy_initialization(*empty)
 
 
 def find_layer_numbers(module: nn.Module) -> Iterator[int]:
     """The numbers that a module and what is in it have as layers of a model."""
     for part in module.modules():
-        each = (vars(part).get(name) for name in _LAYERS)
+        each = (vars(part).get(name) for name in _LAYER_NUMBERS)
         yield from (number for number in each if type(number) is int)
-
-
-def _make_empty_cache_tensor(item: Input, rows: int, device: torch.device) -> torch.Tensor:
-    """A tensor without places that has the heads, the width and the dtype of a cache's."""
-    _, heads, _, width = item.shape
-    shape = [size if isinstance(size, int) else 0 for size in (rows, heads, 0, width)]
-    return torch.empty(shape, dtype=parse_dtype(item.dtype), device=device)
 
 
 def is_capturing(device: torch.device) -> bool:

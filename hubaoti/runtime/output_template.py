@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from hubaoti.errors import BadManifest
-from hubaoti.runtime.call_template import split_word
+from hubaoti.runtime.call_template import LITERALS, split_word
 
-Make = Callable[[Sequence[torch.Tensor]], Any]
+_MakeAnswer = Callable[[Sequence[torch.Tensor]], Any]
 
 
 def parse_output_template(
     template: Any, given: Mapping[tuple[Any, ...], int] | None = None
-) -> Make:
+) -> _MakeAnswer:
     """What makes a module's answer of a graph's outputs, as a manifest's template says.
 
     `given` has where in them that stands which the call itself gives, by its path there.
@@ -45,8 +45,7 @@ def parse_output_template(
         fields = {name: plan(inner[name]) for name in template.get("order", inner)}
         cls = _find_output_class(template["class"]) if "class" in template else dict
         return lambda tensors: cls(**{name: make(tensors) for name, make in fields.items()})
-    kinds: dict[str, Callable[[Any], Any]] = {"dtype": partial(getattr, torch), "float": float}
-    value = kinds.get(word, torch.device)(inner)
+    value = LITERALS.get(word, torch.device)(inner)
     return lambda tensors: value
 
 
@@ -54,10 +53,7 @@ def _find_output_class(name: str) -> type[Any]:
     """The class of a library's output, by the name that a manifest gives.
 
     Nothing is imported for it: who has the module has it already. It must be a mapping with fields,
-    as transformers' and diffusers' outputs are.
-
-    Raises:
-        BadManifest: there is none of that name.
+    as transformers' and diffusers' outputs are; another is refused.
     """
     module, _, qualname = name.rpartition(".")
     cls: Any = vars(sys.modules[module]).get(qualname) if module in sys.modules else None

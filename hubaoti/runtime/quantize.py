@@ -97,9 +97,8 @@ def check_recipe(recipe: str, device: torch.device) -> LayerFit:
     fit = FITS[recipe].get(device.type)
     found = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if fit is None or found < fit.capability:
-        needs = " or ".join(
-            _describe_capability(kind, each.capability) for kind, each in FITS[recipe].items()
-        )
+        fits = FITS[recipe].items()
+        needs = " or ".join(_describe_capability(kind, each.capability) for kind, each in fits)
         raise CompileFailed(
             f"quantize: {recipe} needs {needs}; here is {_describe_capability(str(device), found)}",
             hint="try --quantize int8wo",
@@ -139,11 +138,10 @@ def quantize(module: nn.Module, recipe: str, device: torch.device) -> Quantized:
         parts = quantize_with_torchao(module, recipe, device, layers)
     made = {}
     for name, weight in weights.items():
-        source = _join_fqn(name, "weight")
-        dtype, shape = name_dtype(weight.dtype), tuple(weight.shape)
+        source, dtype = _join_fqn(name, "weight"), name_dtype(weight.dtype)
         for index, part in enumerate(parts[name]):
             new = _join_fqn(name, f"parametrizations.weight.original{index}")
-            made[new] = Made(source, f"{recipe}.{part}", dtype, shape)
+            made[new] = Made(source, f"{recipe}.{part}", dtype, tuple(weight.shape))
             _replace_by_runtime_values(module.get_parameter(new), made[new], weight)
     return Quantized(made, left)
 
@@ -157,13 +155,12 @@ def _pick_linears(module: nn.Module, fit: LayerFit) -> tuple[dict[str, nn.Linear
     layers, left = {}, {}
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear):
-            named = holders.get(id(layer.weight), [])
-            others = [each for each in named if each != _join_fqn(name, "weight")]
-            reason = _find_misfit(layer, fit, others)
-            if reason is None:
-                layers[name] = layer
-            else:
+            own = _join_fqn(name, "weight")
+            others = [each for each in holders.get(id(layer.weight), ()) if each != own]
+            if reason := _find_misfit(layer, fit, others):
                 left[name] = reason
+            else:
+                layers[name] = layer
     return layers, left
 
 
@@ -303,8 +300,8 @@ def make_lowering_constant(recipe: str, device: torch.device, fqn: str) -> Tenso
     Private, checked on torch 2.13 (`torch._inductor.quantized_lowerings`): the CPU's int4 kernel
     takes the size of a group as a tensor, and each call gets one: `constant16`, `constant17`.
     """
-    ours = recipe == "int4wo" and device.type == "cpu" and re.fullmatch(r"constant\d+", fqn)
-    return torch.tensor(GROUP) if ours else None
+    is_group = recipe == "int4wo" and device.type == "cpu" and re.fullmatch(r"constant\d+", fqn)
+    return torch.tensor(GROUP) if is_group else None
 
 
 def make_quantized(transform: str, weight: Tensor) -> Tensor:

@@ -1,14 +1,25 @@
-"""Torch's container runners: the native side of an open graph, and the public way to one."""
+"""Torch's container runners: the native side of an open graph, and the public way to one.
+
+A container never gives back what it was bound to (`update_constant_buffer` with `user_managed`,
+torch 2.11 to 2.15): each tensor stays for as long as the process, and so would the weights of every
+model that was attached. So it is given aliases, tensors without memory of their own, which whoever
+binds keeps alive; and they are used again, since they are never given back either.
+"""
 
 from __future__ import annotations
 
 import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from hubaoti.artifact.package import pack_folder
+
+# By dtype and device; nobody has them now. Appending and popping are safe in threads.
+FREE: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
 
 
 class Runner(Protocol):
@@ -84,12 +95,8 @@ class PublicRunner:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-
-    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        return self._model.loader.run(inputs)  # type: ignore[no-any-return]
-
-    def get_call_spec(self) -> list[str]:
-        return self._model.loader.get_call_spec()  # type: ignore[no-any-return]
+        self.run = model.loader.run
+        self.get_call_spec = model.loader.get_call_spec
 
     def get_constant_names_to_original_fqns(self) -> dict[str, str]:
         return {fqn: fqn for fqn in self._model.get_constant_fqns()}
@@ -98,3 +105,41 @@ class PublicRunner:
         self, tensors: dict[str, torch.Tensor], inactive: bool, validate: bool, managed: bool
     ) -> None:
         self._model.load_constants(tensors, check_full_update=validate, user_managed=managed)
+
+
+class Bound(dict[str, torch.Tensor]):
+    """What a container is bound to, by its own names; `aliases` is what it is given instead.
+
+    Whoever calls the container holds this until the call has ended. Then its aliases are free, so
+    a container is bound anew, or never called again, before this is let go.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__({name: tensor.detach() for name, tensor in tensors.items()})
+        with torch.inference_mode(False), torch.no_grad():  # in which one is made says nothing
+            self.aliases = {name: _alias_tensor(tensor) for name, tensor in self.items()}
+        weakref.finalize(self, _recycle_aliases, [*self.aliases.values()]).atexit = False
+
+
+def _recycle_aliases(lent: Sequence[torch.Tensor]) -> None:
+    """Have aliases used again; whatever they point to may be gone, and nobody looks."""
+    for alias in lent:
+        FREE.setdefault((alias.dtype, alias.device), []).append(alias)
+
+
+def _alias_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor at the place of another, which it does not keep.
+
+    Private, checked on torch 2.11 to 2.15: `torch._C._construct_storage_from_data_pointer`, which
+    CUDA graphs of inductor are made with. Without it the tensor itself is given, and kept.
+    """
+    if not hasattr(torch._C, "_construct_storage_from_data_pointer"):
+        return tensor.detach()
+    size = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+    place = tensor.data_ptr(), tensor.device, int(size)
+    storage = torch._C._construct_storage_from_data_pointer(*place)
+    try:
+        alias = FREE[tensor.dtype, tensor.device].pop()
+    except (KeyError, IndexError):  # nobody has let go of one
+        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias.set_(storage, 0, tensor.shape, tensor.stride())

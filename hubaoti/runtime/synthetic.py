@@ -25,7 +25,7 @@ _QUANTIZER = re.compile(
     r"((^|[._])(scales?|scale_inv|scale_and_zero|zeros?|zero_points?)|(^|\.)original[1-9])$"
 )
 # Many small numbers in each of 32 bits; any other constant of 32 bits is taken for an index.
-_PACKED = re.compile(r"(original0|qweight|qzeros|qdata|packed)$")
+_PACKED_WEIGHT = re.compile(r"(original0|qweight|qzeros|qdata|packed)$")
 
 
 def make_synthetic(
@@ -94,9 +94,9 @@ def _convert_to_integers(numbers: torch.Tensor, name: str, dtype: torch.dtype) -
     The first place is in every table; other indices would have to be known.
     """
     bits = 8 * dtype.itemsize
-    if _is_scale_or_zero(name):
+    if _QUANTIZER.search(name):
         numbers = 4 + (numbers >> (_BITS - 3))
-    elif bits > 32 or (bits == 32 and not _PACKED.search(name)):
+    elif bits > 32 or (bits == 32 and not _PACKED_WEIGHT.search(name)):
         numbers = torch.zeros_like(numbers)
     else:
         words = numbers << (32 - _BITS) | numbers >> (2 * _BITS - 32)
@@ -112,7 +112,7 @@ def _choose_value_range(
         return 0.0, 2.0
     if len(shape) < 2 and _FACTOR.search(name):
         return 1.0, 2.0**-3
-    if _is_scale_or_zero(name):
+    if _QUANTIZER.search(name):
         # Four bits have a scale a group, eight bits one a row: either way a weight is about 0.03.
         few = len(shape) > 2 or name.endswith("scales")
         step = 2.0**-8 if few else 2.0**-12
@@ -125,11 +125,6 @@ def _choose_value_range(
     # that far sum up to what they were multiplied with.
     fan_in = math.prod(shape[1:]) if len(shape) > 3 else max(shape[1:])
     return 0.0, 2.0 ** -((fan_in.bit_length() - 2) // 2)
-
-
-def _is_scale_or_zero(name: str) -> bool:
-    """Whether a constant is a scale or a zero point of a quantized weight, by its name."""
-    return _QUANTIZER.search(name) is not None
 
 
 def _tile_into(tensor: torch.Tensor, numbers: torch.Tensor, start: int) -> None:

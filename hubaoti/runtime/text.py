@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from hubaoti.errors import BadInput, ModelNotFound, OutOfBounds
+from hubaoti.program.model_files import flatten_config, read_json
 from hubaoti.runtime.graph import Graph
 
 
@@ -30,6 +31,7 @@ class TextEncoder:
         Raises:
             ModelNotFound: the folder has none, or one that cannot be read.
         """
+        self._folder = folder
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise ModelNotFound(
@@ -38,8 +40,9 @@ class TextEncoder:
             )
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
-        except Exception as why:  # tokenizers raises bare Exception
-            raise ModelNotFound(f"{file} cannot be read: {why}", hint="download it again") from why
+        except Exception as error:  # tokenizers raises bare Exception
+            message = f"{file} cannot be read: {error}"
+            raise ModelNotFound(message, hint="download it again") from error
         padding = self._tokenizer.padding or {}
         self._pad_id = int(padding.get("pad_id", 0)) if pad_id is None else pad_id
         self._left = padding.get("direction") == "left"
@@ -57,22 +60,25 @@ class TextEncoder:
         for text in texts:
             require_unicode(text)
         rows = [item.ids for item in self._tokenizer.encode_batch(list(texts))]
-        width = max(low, *(len(row) for row in rows))
         for text, row in zip(texts, rows, strict=True):
             if high is not None and len(row) > high:
                 raise OutOfBounds(
                     f"the text {shorten_text(text)!r} has {len(row)} tokens; it takes seq up to "
                     f"{high}",
-                    hint=f"shorten it; a model that has more positions is compiled for them with "
-                    f"--dim seq={low}:{len(row)}",
+                    hint=self._advise_on_length(low, len(row)),
                 )
-        ids = torch.full((len(rows), width), self._pad_id, dtype=torch.int64)
-        mask = torch.zeros(len(rows), width, dtype=torch.int64)
-        for at, row in enumerate(rows):
-            place = slice(width - len(row), width) if self._left else slice(0, len(row))
-            ids[at, place] = torch.tensor(row, dtype=torch.int64)
-            mask[at, place] = 1
-        return Encoded(ids, mask)
+        return Encoded(*pad_rows(rows, self._pad_id, left=self._left, low=low))
+
+    def _advise_on_length(self, low: int, length: int) -> str:
+        """What to do about a text of so many tokens: no graph gives a model more positions."""
+        config = flatten_config(read_json(self._folder / "config.json"))
+        positions = config.get("max_position_embeddings", config.get("n_positions"))
+        if isinstance(positions, int) and length > positions:
+            return f"shorten it, or take another model: this one has {positions} positions"
+        return (
+            "shorten it; a model that has more positions is compiled for them with "
+            f"--dim seq={low}:{length}"
+        )
 
 
 class TextModel:
@@ -103,7 +109,7 @@ class TextModel:
         low, high = self.graph.entry.bounds["seq"]
         encoded = self._encoder.encode(texts, low, high)
         self._refuse_foreign(encoded)
-        parts = [self._run(encoded, rows, real) for rows, real in self._batches(len(texts))]
+        parts = [self._run(encoded, rows, real) for rows, real in self._split_batches(len(texts))]
         return torch.cat(parts)
 
     def _refuse_foreign(self, encoded: Encoded) -> None:
@@ -117,7 +123,7 @@ class TextModel:
                     hint="--model takes the folder of a model that has this program",
                 )
 
-    def _batches(self, count: int) -> Iterator[tuple[list[int], int]]:
+    def _split_batches(self, count: int) -> Iterator[tuple[list[int], int]]:
         """Row numbers of each batch, and how many of them count; a short one repeats its last."""
         low, high = self.graph.entry.bounds["batch"]
         for start in range(0, count, high):
@@ -132,6 +138,25 @@ class TextModel:
         return self.graph(*inputs)[0][:real].cpu()
 
 
+def pad_rows(
+    rows: Sequence[Sequence[int]],
+    pad: int,
+    device: torch.device | str = "cpu",
+    *,
+    left: bool,
+    low: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and mask of (rows, the longest), int64; with less than `low` tokens, of `low`."""
+    width = max(low, *map(len, rows))
+    ids = torch.full((len(rows), width), pad, dtype=torch.int64)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[index, place] = torch.tensor(row, dtype=torch.int64)
+        mask[index, place] = 1
+    return ids.to(device), mask.to(device)
+
+
 def require_unicode(text: str) -> None:
     """See that a text has no half characters.
 
@@ -140,9 +165,9 @@ def require_unicode(text: str) -> None:
     """
     try:
         text.encode()
-    except UnicodeEncodeError as why:
+    except UnicodeEncodeError as error:
         message = f"the text {shorten_text(text)!r} is not UTF-8"
-        raise BadInput(message, hint="give it in the encoding UTF-8") from why
+        raise BadInput(message, hint="give it in the encoding UTF-8") from error
 
 
 def shorten_text(text: str) -> str:

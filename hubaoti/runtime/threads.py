@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import log2, prod
 from time import perf_counter
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from hubaoti.program.source_scan import Notes
 
 # Multiplications that one core does in a second, roughly, and loops of a decoder block's graph.
 _RATE, _LOOPS = 1e10, 12
@@ -33,14 +36,6 @@ class Limit:
 
     multiplications = SMALL
     is_known = False
-
-
-class Notes(Protocol):
-    """What keeps things by digest that were found out on this host, as the mirror's index."""
-
-    def read_note(self, digest: str) -> bytes | None: ...
-
-    def note(self, found: Mapping[str, bytes]) -> None: ...
 
 
 def measure_threads(notes: Notes, host: str) -> None:

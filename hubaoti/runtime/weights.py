@@ -18,13 +18,15 @@ from hubaoti.runtime.input_checks import parse_dtype, tensor_alignment
 INDEX = "model.safetensors.index.json"
 
 
-class Index(msgspec.Struct):
+class _WeightIndex(msgspec.Struct):
     """What is read of `model.safetensors.index.json`: each tensor's file."""
 
     weight_map: dict[str, str]
 
 
-_INDEX_DECODER = msgspec.json.Decoder(Index)  # here, not at its first use: threads may meet there
+_INDEX_DECODER = msgspec.json.Decoder(
+    _WeightIndex
+)  # here, not at its first use: threads may meet there
 
 
 class Checkpoint:
@@ -63,13 +65,15 @@ def find_checkpoint_files(folder: Path) -> list[Path]:
         MissingConstant: there is none, or the index is not one.
     """
     index = folder / INDEX
+    names = {"model.safetensors"}
     if index.is_file():
-        # Names from outside: only files of this very folder are taken.
-        files = [
-            folder / name for name in sorted(_read_index_files(index)) if Path(name).name == name
-        ]
-    else:
-        files = [folder / "model.safetensors"]
+        try:
+            names = {*_INDEX_DECODER.decode(index.read_bytes()).weight_map.values()}
+        except msgspec.MsgspecError as error:
+            message = f"{index} is no index: {error}"
+            raise MissingConstant(message, hint="download it again") from error
+    # Names from outside: only files of this very folder are taken.
+    files = [folder / name for name in sorted(names) if Path(name).name == name]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise MissingConstant(
@@ -77,14 +81,6 @@ def find_checkpoint_files(folder: Path) -> list[Path]:
             hint="--model takes a folder or a Hub id with the weights as safetensors",
         )
     return files
-
-
-def _read_index_files(index: Path) -> set[str]:
-    """The files that a checkpoint's index names."""
-    try:
-        return {*_INDEX_DECODER.decode(index.read_bytes()).weight_map.values()}
-    except msgspec.MsgspecError as error:
-        raise MissingConstant(f"{index} is no index: {error}", hint="download it again") from error
 
 
 def load_constants(

@@ -1,4 +1,4 @@
-"""`hubaoti.runtime.aliases`: what a container is bound to is not kept by it."""
+"""`hubaoti.runtime.runners`: what a container is bound to is not kept by it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import hubaoti
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.attachment.attach import find_regions
-from hubaoti.runtime.aliases import FREE, Bound
+from hubaoti.runtime.runners import FREE, Bound
 from hubaoti.settings import Settings
 
 IDS = torch.tensor([[5, 6, 7, 8]])
