@@ -288,9 +288,8 @@ class LightweightEngine:
         building = place.building
         assert building is not None
         try:
-            outcome = building.outcome()
+            outcome = building.wait()
             place.building = None
-            assert outcome.digest is not None
             if outcome.push:
                 warnings.warn(f"{place.name}: not pushed: {outcome.push}", NoGraphs, stacklevel=4)
             if place.holder is None:

@@ -114,7 +114,7 @@ class Worker:
 
         A worker may be killed at any moment, and most of them shall not even touch the index.
         """
-        from hubaoti.runtime.first_open_child import name_host_kind
+        from hubaoti.runtime.first_open import name_host_kind
 
         verdicts, host = self.verdicts[artifact.digest], name_host_kind(device)
         if verdicts.is_sound(artifact.digest, host) and is_whole(artifact):
@@ -186,5 +186,5 @@ def is_single(module: nn.Module) -> bool:
 
 def preload_for_workers() -> None:
     """Import what each worker needs, once for all that are forked from here."""
-    for name in ("torch._dynamo", "hubaoti.runtime.first_open_child", "hubaoti.spaces.devices"):
+    for name in ("torch._dynamo", "hubaoti.runtime.graph", "hubaoti.spaces.devices"):
         import_module(name)

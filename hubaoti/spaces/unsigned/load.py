@@ -184,7 +184,7 @@ class UnsignedWorker:
         Where another worker has asked, the files alone are looked at: a worker may be killed at any
         moment, and most of them shall not even touch the index.
         """
-        from hubaoti.runtime.first_open_child import name_host_kind
+        from hubaoti.runtime.first_open import name_host_kind
 
         graphs, host = [each.graph for each in self.served], name_host_kind(device)
         for graph in graphs:
@@ -213,7 +213,7 @@ class UnsignedWorker:
         from hubaoti.spaces.unsigned.first_open import open_package_in_child
 
         tried = OpenHistory.on(mirror, device, self.ops)
-        problem = tried.problem(graph)
+        problem = tried.find_problem(graph)
         if problem is None:
             tried.require_ops(graph)
             verdict = open_package_in_child(folder, graph, device, self.fetched.kernels, self.ops)
