@@ -7,13 +7,9 @@ SIGINT's.
 
 from __future__ import annotations
 
-import signal
 from typing import ClassVar
 
 from hubaoti.escape import LINE, bound_message, escape_line
-
-# What only the code that ran can be blamed for; any other signal came from outside.
-CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
 
 
 class HubaotiError(Exception):
@@ -242,24 +238,6 @@ def rebuild_error(kind: str, message: str, hint: str) -> HubaotiError:
     if isinstance(found, type) and issubclass(found, HubaotiError):
         return found(message, hint=hint)
     return HubaotiError(message, hint=hint)
-
-
-def describe_exit(code: int) -> str:
-    """How a process ended before it had said what it should, in words."""
-    if code == -signal.SIGKILL:
-        return "its process was ended (SIGKILL: it took too much memory, or too long)"
-    if code < 0:
-        did = "it crashed its process" if -code in CRASHES else "its process was ended"
-        return f"{did} ({signal_name(-code)})"
-    return f"its process ended with code {code}"
-
-
-def signal_name(number: int) -> str:
-    """As SIGSEGV; those of real time have no name."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def first_line(why: BaseException | str) -> str:

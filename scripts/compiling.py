@@ -25,7 +25,16 @@ from recording import Asked, apart, opened
 
 import hubaoti
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.compiler import build, from_config, graph_build, inductor, materialize, plan, request
+from hubaoti.compiler import (
+    build,
+    from_config,
+    graph_build,
+    inductor,
+    job,
+    materialize,
+    plan,
+    request,
+)
 from hubaoti.host.probe import probe_host
 from hubaoti.runtime.graph import Graph
 from hubaoti.settings import Settings
@@ -297,7 +306,7 @@ def lowered(side: str, folder: Path, asked: Asked, scratch: Path) -> dict[str, f
     module = planned.source.model.get_submodule(block.region)
     with materialize.lend_memory([module], CPU, planned.source.live):
         program = graph_build.trace_unit(planned.source, block, module, CPU).program
-    options = build.describe_build(planned, wanted, target).options
+    options = job.describe_build(planned, wanted, target).options
     package = scratch / "block.pt2"
     with costing() as cost:
         if side == "ours":

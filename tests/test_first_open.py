@@ -22,9 +22,14 @@ from hubaoti.attachment.attach import find_regions
 from hubaoti.errors import CannotOpen, HubaotiError, NotEnoughMemory, NotTried, Quarantined
 from hubaoti.host.processes import ChildOutput, build_command
 from hubaoti.mirror import Artifact, Mirror
-from hubaoti.runtime import first_open_child as testing
-from hubaoti.runtime.first_open import require_sound
-from hubaoti.runtime.first_open_child import OpenVerdict, open_in_child, read_verdicts
+from hubaoti.runtime import first_open as testing
+from hubaoti.runtime.first_open import (
+    OpenReport,
+    OpenVerdict,
+    open_in_child,
+    read_verdicts,
+    require_sound,
+)
 from hubaoti.settings import Settings
 
 CPU = torch.device("cpu")
@@ -53,7 +58,8 @@ def artifact(decoder_bundle: Bundle, mirror: Mirror) -> Artifact:
 
 
 def tried(artifact: Artifact, patience: float = 120.0) -> list[OpenVerdict]:
-    return open_in_child(artifact.path, artifact.graphs, artifact.manifest.graphs, CPU, patience)
+    graphs = artifact.manifest.graphs
+    return open_in_child(artifact.path, artifact.graphs, graphs, CPU, patience=patience)
 
 
 def library(artifact: Artifact, body: str) -> None:
@@ -95,7 +101,7 @@ LASTING = {"SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT"}
 @pytest.mark.parametrize("name", sorted(signal.Signals.__members__))
 def test_only_what_the_code_itself_can_be_blamed_for_lasts(name: str) -> None:
     number = signal.Signals[name]
-    (verdict,) = read_verdicts(ChildOutput(b'{"graph": "a"}\n', -number), ["a"])
+    (verdict,) = read_verdicts(ChildOutput([OpenReport("a")], -number), ["a"])
     assert verdict.lasting == (number.name in LASTING)
     assert number.name in verdict.problem
 
@@ -159,30 +165,34 @@ def test_an_environment_in_which_no_process_begins_is_held_against_no_graph(
     require_sound(artifact, mirror, CPU, lambda step: None)
 
 
+BEGUN, GOOD = OpenReport("a"), OpenReport("a", "")
+
+
 @pytest.mark.parametrize(
-    "out",
+    ("records", "is_garbled"),
     [
-        b"\xff\xfe\n",
-        b"{}\n",
-        b"[]\n",
-        b'{"graph": "b", "problem": ""}\n',
-        b'{"graph": "a"}\nGarbage\n{"graph": "a", "problem": ""}\n',
+        ([], True),
+        ([BEGUN], True),
+        ([OpenReport("b", "")], False),
+        ([OpenReport("b")], False),
+        ([BEGUN, OpenReport("b"), GOOD], False),
     ],
 )
-def test_what_is_no_line_of_ours_says_nothing_of_a_graph(out: bytes) -> None:
-    (verdict,) = read_verdicts(ChildOutput(out, 0), ["a"])
+def test_what_is_no_record_of_ours_says_nothing_of_a_graph(
+    records: list[OpenReport], is_garbled: bool
+) -> None:
+    (verdict,) = read_verdicts(ChildOutput(records, 0, is_garbled=is_garbled), ["a"])
     assert (verdict.graph, verdict.lasting) == ("a", False)
     assert "no answer of ours" in verdict.problem
 
 
 def test_what_comes_behind_all_answers_changes_none() -> None:
-    out = b'{"graph": "a"}\n{"graph": "a", "problem": ""}\nGarbage\n'
-    assert [*read_verdicts(ChildOutput(out, -signal.SIGSEGV), ["a"])] == [OpenVerdict("a")]
+    output = ChildOutput([BEGUN, GOOD, BEGUN], -signal.SIGSEGV, is_garbled=True)
+    assert [*read_verdicts(output, ["a"])] == [OpenVerdict("a")]
 
 
 def test_a_crash_between_two_graphs_is_held_against_neither() -> None:
-    out = b'{"graph": "a"}\n{"graph": "a", "problem": ""}\n'
-    first, second = read_verdicts(ChildOutput(out, -signal.SIGSEGV), ["a", "b"])
+    first, second = read_verdicts(ChildOutput([BEGUN, GOOD], -signal.SIGSEGV), ["a", "b"])
     assert first == OpenVerdict("a")
     assert (second.graph, second.lasting) == ("b", False)
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from bundles import check_of, describe, write_zip
@@ -24,6 +25,7 @@ from hubaoti.compiler.request import Range
 from hubaoti.compiler.signature import CallSignature
 from hubaoti.errors import BadDim, BadRequest, CompileFailed, HubaotiError
 from hubaoti.host.memory import OVERHEAD
+from hubaoti.host.wire import ErrorRecord
 
 CPU = torch.device("cpu")
 WAIT = 20.0  # seconds after which what should come will not come
@@ -171,7 +173,8 @@ def fail_in_words_of_others() -> None:
 def fail_in_half_a_word() -> None:
     """As one that is ended while it says what is wrong."""
     log = Path("/proc/self/fd/1").readlink()
-    log.with_suffix(".error").write_text('{"kind": "BadDim", "mess')
+    record = msgspec.msgpack.encode(ErrorRecord("BadDim", "export first: no"))
+    log.with_suffix(".record").write_bytes(record[: len(record) // 2])
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -207,7 +207,7 @@ def test_bytes_that_change_after_the_pull_are_never_opened(
 def test_a_first_open_ends_with_the_worker_that_asked_for_it(tmp_path: Path) -> None:
     told = tmp_path / "pid"
     child = (
-        "import os, sys, time; from hubaoti.runtime.first_open_child import die_with_parent; "
+        "import os, sys, time; from hubaoti.host.processes import die_with_parent; "
         "die_with_parent(int(sys.argv[1])); open(sys.argv[2], 'w').write(str(os.getpid())); "
         "time.sleep(60)"
     )

@@ -27,10 +27,10 @@ from hubaoti.errors import (
     OutOfBounds,
     Quarantined,
     WorkerEnded,
-    describe_exit,
     rebuild_error,
 )
 from hubaoti.host.memory import list_descendants, measure_process_memory
+from hubaoti.host.processes import describe_exit
 from hubaoti.mirror import Mirror
 from hubaoti.settings import Settings
 
@@ -265,7 +265,7 @@ def test_a_number_that_is_no_graph_s_blames_none(
     """What crashes may have written anything there."""
     holder: Any = engine._room.get(str(tiny_decoder)).holder
     assert holder._begin.digest is not None
-    assert holder._blamed(number) == ""
+    assert holder._blame(number) == ""
     assert holder._crashes == {}
 
 

@@ -34,8 +34,8 @@ from hubaoti.settings import Settings
 if TYPE_CHECKING:
     from torch import nn
 
-    from hubaoti.compiler.build import Job
     from hubaoti.compiler.capture import Call, Calls
+    from hubaoti.compiler.job import Job
 
 
 def capture(
@@ -234,7 +234,8 @@ def _prepare(
             model, request.revision, COMPILE_FILES, settings, progress
         )
     progress("torch")  # importing it takes longer than most steps
-    from hubaoti.compiler.build import Job, choose_target, resolve_device
+    from hubaoti.compiler.build import choose_target, resolve_device
+    from hubaoti.compiler.job import Job
     from hubaoti.compiler.options import merge_options
     from hubaoti.compiler.plan import make_plan
 

@@ -56,7 +56,7 @@ class Program(Record, frozen=True, kw_only=True):
 class Build(Record, frozen=True, kw_only=True):
     """The options it was built with; what is at its default is written all the same.
 
-    `version` is that of what hubaoti itself puts into graphs, as `compiler.build` has it. `layout`
+    `version` is that of what hubaoti itself puts into graphs, as `compiler.job` has it. `layout`
     names the loaders that graphs were made for, where those know no manifest.
     """
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import tempfile
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import torch
@@ -29,6 +29,7 @@ from hubaoti.compiler.dims import choose_example_sizes, choose_probes
 from hubaoti.compiler.export import Exported, export
 from hubaoti.compiler.from_config import Source, use_attention
 from hubaoti.compiler.inductor import lower
+from hubaoti.compiler.job import Job
 from hubaoti.compiler.literals import require_unread, write_out_buffers
 from hubaoti.compiler.materialize import give_memory_back, lend_memory
 from hubaoti.compiler.plan import WHOLE_MODEL, GraphPlan, choose_tracing_attention
@@ -44,19 +45,15 @@ from hubaoti.runtime.graph import open_graph
 from hubaoti.runtime.quantize import quantize
 from hubaoti.runtime.synthetic import fill_synthetic
 
-if TYPE_CHECKING:
-    from hubaoti.compiler.build import Job
 
-
-@dataclass(frozen=True, slots=True)
-class BuiltGraph:
+class BuiltGraph(msgspec.Struct, frozen=True, tag=True):
     """A graph as the manifest has it, what its library needs, and how it was checked."""
 
     graph: Graph
     needs: elf.Needs
     files: tuple[File, ...] = ()
     checks: tuple[Check, ...] = ()
-    golden: dict[str, torch.Tensor] = field(default_factory=dict)
+    golden: dict[str, torch.Tensor] = {}
 
 
 def build_unit(job: Job, unit: GraphPlan, scratch: Path, progress: Progress) -> BuiltGraph:
@@ -229,7 +226,9 @@ def require_same_programs(first: Exported, other: Exported, unit: GraphPlan) -> 
         CompileFailed: their programs differ, or constants that are in no module.
     """
     same = first.outputs.writes == other.outputs.writes
-    same = same and _render_code(first) == _render_code(other)
+    # As text, without the numbers that torch gives to symbols.
+    codes = [str(exported.program.graph_module.code) for exported in (first, other)]
+    same = same and codes[0] == codes[1]
     same = same and all(
         torch.equal(value, other.program.constants[name])
         for name, value in first.program.constants.items()
@@ -241,11 +240,6 @@ def require_same_programs(first: Exported, other: Exported, unit: GraphPlan) -> 
             "else",
             hint=f"compile each of them: --regions {unit.modules[0]}",
         )
-
-
-def _render_code(exported: Exported) -> str:
-    """A program as text, without the numbers that torch gives to symbols."""
-    return str(exported.program.graph_module.code)
 
 
 def draft_graph(unit: GraphPlan, outputs: Outputs | None = None) -> Graph:
@@ -297,22 +291,17 @@ def _check_unit(
     return BuiltGraph(entry, elf.read_needs(libraries[0]), files, checks, answers)
 
 
-def _name_outputs(outputs: Outputs, names: tuple[str, ...]) -> Outputs:
-    """Outputs by the names that their task has for them."""
-    if len(names) != len(outputs.tensors):
-        return outputs
-    tensors = zip(outputs.tensors, names, strict=True)
-    named = tuple(msgspec.structs.replace(tensor, name=name) for tensor, name in tensors)
-    return msgspec.structs.replace(outputs, tensors=named)
-
-
 def _describe_package(
     unit: GraphPlan, exported: Exported, scratch: Path, names: tuple[str, ...]
 ) -> Graph:
-    """The manifest's graph with its package, its constants not yet known."""
-    file = make_file_entry(scratch, f"graphs/{unit.id}.pt2")
+    """The manifest's graph with its package and outputs named, its constants not yet known."""
+    file, outputs = make_file_entry(scratch, f"graphs/{unit.id}.pt2"), exported.outputs
+    if len(names) == len(outputs.tensors):
+        tensors = zip(outputs.tensors, names, strict=True)
+        named = tuple(msgspec.structs.replace(tensor, name=name) for tensor, name in tensors)
+        outputs = msgspec.structs.replace(outputs, tensors=named)
     return msgspec.structs.replace(
-        draft_graph(unit, _name_outputs(exported.outputs, names)),
+        draft_graph(unit, outputs),
         sha256=file.sha256,
         size=file.size,
         members=list_members(scratch / file.path),

@@ -332,9 +332,8 @@ class LightweightEngine:
         building = slot.building
         assert building is not None
         try:
-            outcome = building.outcome()
+            outcome = building.wait()
             slot.building = None
-            assert outcome.digest is not None
             if outcome.push:
                 warnings.warn(f"{slot.name}: not pushed: {outcome.push}", NoGraphs, stacklevel=4)
             if slot.holder is None:

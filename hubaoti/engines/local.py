@@ -24,7 +24,7 @@ from hubaoti.errors import BadRequest, HubaotiError, NotEnoughMemory, first_line
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.program.model_files import read_sentence_steps
 from hubaoti.progress import Progress, report_nothing
-from hubaoti.runtime.first_open_child import name_host_kind
+from hubaoti.runtime.first_open import name_host_kind
 from hubaoti.runtime.graph import Graph, choose_graph_device
 from hubaoti.runtime.heap import release_pages
 from hubaoti.runtime.text import TextModel

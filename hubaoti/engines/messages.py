@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from hubaoti.errors import BadInput, BadRequest
+from hubaoti.host.wire import ErrorRecord
 
 Message = dict[str, Any]
 Prompt = str | list[Message]  # a text, or a conversation for the model's chat template
@@ -261,16 +262,8 @@ class State(msgspec.Struct, frozen=True, tag=True):
     host: str
 
 
-class Failed(msgspec.Struct, frozen=True, tag=True):
-    """A request that failed, as the error that it was."""
-
-    kind: str
-    message: str
-    hint: str
-
-
 EngineRequest: TypeAlias = Generate | Measure | Score | Embed | Use | Tell
-EngineResponse: TypeAlias = Generated | Measured | Scored | Embedded | State | Failed
+EngineResponse: TypeAlias = Generated | Measured | Scored | Embedded | State | ErrorRecord
 # What each is answered by, where it does not fail.
 REPLIES: dict[type[EngineRequest], type[EngineResponse]] = {
     **{Generate: Generated, Measure: Measured, Score: Scored, Embed: Embedded},

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import socket
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -18,23 +16,15 @@ from hubaoti.engines.messages import (
     Begin,
     EngineRequest,
     EngineResponse,
-    Failed,
     Hello,
     State,
     Tell,
     Use,
 )
-from hubaoti.engines.wire import Gone, decode_record, receive, send
-from hubaoti.errors import (
-    CRASHES,
-    BadRequest,
-    HubaotiError,
-    WorkerEnded,
-    describe_exit,
-    rebuild_error,
-)
+from hubaoti.errors import HubaotiError, WorkerEnded
 from hubaoti.host.memory import is_limited, measure_process_memory
-from hubaoti.host.processes import build_command, list_search_path
+from hubaoti.host.processes import CRASHES, Child, describe_exit, list_search_path
+from hubaoti.host.wire import Gone
 from hubaoti.mirror import Mirror
 from hubaoti.settings import Settings
 
@@ -54,13 +44,13 @@ class Isolated:
         self._begin = begin
         self._settings = settings
         self._crashes: Counter[str] = Counter()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         self._host = ""
         self._bytes = 0
         self.problem = ""  # why its graphs do not answer any more
         self._start()
         try:
-            self._loaded()
+            self._await_loaded()
         except BaseException:
             self.close()
             raise
@@ -89,7 +79,7 @@ class Isolated:
         if self._child is None:
             self._start()
         if not self._is_ready:
-            self._loaded()
+            self._await_loaded()
         reply = self._exchange(ask)
         if isinstance(ask, Use) and isinstance(reply, State):
             self._begin = msgspec.structs.replace(self._begin, digest=reply.artifact)
@@ -110,29 +100,22 @@ class Isolated:
     def _start(self) -> None:
         """Start its process; it loads the model by itself."""
         self._is_ready = False
-        ours, theirs = socket.socketpair()
-        with theirs, tempfile.TemporaryFile() as note:
+        with tempfile.TemporaryFile() as note:
             note.truncate(mmap.PAGESIZE)
-            words = [*build_command("hubaoti.engines.worker"), theirs.fileno(), note.fileno()]
             self._running = mmap.mmap(note.fileno(), mmap.PAGESIZE)
-            self._child = subprocess.Popen(
-                [*map(str, words)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), note.fileno()),
-                start_new_session=True,
-            )
-        self._socket = ours
-        with suppress(Gone):  # which `_loaded` meets as well
-            send(ours, Hello(self._begin, self._settings.to_env(), (*list_search_path(),)))
+            self._child = Child("hubaoti.engines.worker", descriptors=(note.fileno(),))
+        with suppress(Gone):  # which `_await_loaded` meets as well
+            hello = Hello(self._begin, self._settings.to_env(), (*list_search_path(),))
+            self._child.channel.send(hello)
 
-    def _loaded(self) -> None:
+    def _await_loaded(self) -> None:
         """Wait until the model is loaded.
 
         Raises:
             WorkerEnded: its process ended meanwhile; HubaotiError: what the worker raised.
         """
         try:
-            reply = self._reply(State)
+            state = self._receive(State)
         except Gone as error:
             code = self._end()
             raise WorkerEnded(
@@ -140,50 +123,46 @@ class Isolated:
                 hint="see that there is memory for it, and try again",
             ) from None
         except BaseException:
-            self._kill()
+            self._end(0.0)
             raise
-        assert isinstance(reply, State)
-        self._host = reply.host
+        assert isinstance(state, State)
+        self._host = state.host
         # Where memory is limited, a crash may be for want of it, and says nothing of a graph.
         assert self._child is not None
         self._is_limited = is_limited(self._child.pid)
         self._is_ready = True
 
     def _exchange(self, ask: EngineRequest) -> EngineResponse:
+        assert self._child is not None
         try:
-            send(self._socket, ask)
-            return self._reply(REPLIES[type(ask)])
-        except Gone as why:
-            raise self._ended_early(why) from None
+            self._child.channel.send(ask)
+            return self._receive(REPLIES[type(ask)])
+        except Gone as error:
+            raise self._restart(error) from None
         except HubaotiError:
             raise
         except BaseException:  # an interrupt: its answer would be taken for the next one's
-            self._kill()
+            self._end(0.0)
             raise
 
-    def _reply(self, kind: type[EngineResponse]) -> EngineResponse:
+    def _receive(self, kind: type[EngineResponse]) -> EngineResponse:
         """The worker's answer, which is of a kind.
 
         Raises:
             Gone: there is none any more, or none that is one.
             HubaotiError: what the worker raised.
         """
-        content = receive(self._socket)
-        try:
-            reply: EngineResponse = decode_record(content, EngineResponse)
-        except BadRequest as why:
-            raise Gone("it said what is no answer") from why
-        if isinstance(reply, Failed):
-            raise rebuild_error(reply.kind, reply.message, reply.hint)
-        if not isinstance(reply, kind):
+        assert self._child is not None
+        response: EngineResponse = self._child.channel.receive(EngineResponse)
+        if not isinstance(response, kind):
             raise Gone("it answered something else")
-        return reply
+        return response
 
-    def _ended_early(self, error: Gone) -> WorkerEnded:
+    def _restart(self, error: Gone) -> WorkerEnded:
         """Start it again, and say what happened."""
         number = int.from_bytes(self._running[:4], sys.byteorder)
         code = self._end()
-        blamed = self._blamed(number) if -code in CRASHES and not self._is_limited else ""
+        blamed = self._blame(number) if -code in CRASHES and not self._is_limited else ""
         self._start()
         return WorkerEnded(
             f"a request to {self._name} has no answer: {_describe_loss(error, code)} in the "
@@ -191,7 +170,7 @@ class Isolated:
             hint="ask again: the model is being loaded by another process",
         )
 
-    def _blamed(self, number: int) -> str:
+    def _blame(self, number: int) -> str:
         """Count a crash for the graph that ran last; after the second it is in quarantine."""
         if not number or self._begin.digest is None:
             return ""
@@ -211,22 +190,12 @@ class Isolated:
         self._begin = msgspec.structs.replace(self._begin, digest=None)
         return f"; {self.problem}: it is in quarantine, and the model goes on without graphs"
 
-    def _kill(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._end()
-
-    def _end(self) -> int:
+    def _end(self, patience: float = _PATIENCE) -> int:
         """Have its process end, if it has not yet; its exit code."""
         child, self._child = self._child, None
         assert child is not None
-        self._socket.close()
         self._running.close()
-        try:
-            return child.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            return child.wait()
+        return child.end(patience)
 
     @property
     def _name(self) -> str:

@@ -20,8 +20,7 @@ from hubaoti.hub.pull_all import Offer, rank_offers
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.mirror.store import is_whole
 from hubaoti.progress import report_nothing
-from hubaoti.runtime.first_open import require_sound
-from hubaoti.runtime.first_open_child import name_host_kind
+from hubaoti.runtime.first_open import name_host_kind, require_sound
 from hubaoti.settings import Settings
 from hubaoti.spaces import devices
 from hubaoti.spaces.deferred import Deferred

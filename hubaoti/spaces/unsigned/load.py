@@ -22,8 +22,7 @@ from hubaoti.errors import HubaotiError, MissingConstant, NoMatch, Quarantined
 from hubaoti.host.probe import Host
 from hubaoti.hub.errors import hide_stored_login
 from hubaoti.mirror import Mirror
-from hubaoti.runtime.first_open import RETRY, OpenHistory
-from hubaoti.runtime.first_open_child import name_host_kind
+from hubaoti.runtime.first_open import RETRY, OpenHistory, name_host_kind
 from hubaoti.settings import Settings
 from hubaoti.spaces.deferred import Deferred
 from hubaoti.spaces.devices import choose_serving_device
@@ -164,7 +163,7 @@ class _UnsignedWorker:
         ):
             raise NoMatch(f"{graph.id} {misfit}", hint="use packages that were built for this host")
         tried = OpenHistory.on(mirror, device, self.ops)
-        problem = tried.problem(graph)
+        problem = tried.find_problem(graph)
         if problem is None:
             tried.require_ops(graph)
             verdict = open_package_in_child(folder, graph, device, self.fetched.kernels, self.ops)

@@ -1,0 +1,82 @@
+"""What is to be built, for which kind of host, and the key that says whether it already is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import msgspec
+import torch
+
+from hubaoti.artifact.manifest import Build, Target, compute_key
+from hubaoti.compiler.inductor import choose_inductor_options
+from hubaoti.compiler.plan import GraphPlan, Plan
+from hubaoti.compiler.request import CompileRequest
+from hubaoti.runtime.call_template import collect_template_words, takes_containers
+
+# Of what hubaoti puts into graphs beside a model's code: attention, caches, quantized weights,
+# templates. It is raised when one of them changes, so that no key stands for two programs; of what
+# a change does not touch the version stays, so that what is built already is found.
+_VERSION = 2
+_CAREFUL = 3  # looks at the numbers that choose rows, and carries what is left in containers
+_BY_ITSELF = 4  # of a layout: takes inputs of any strides
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A plan and all that its key is made of; `key` says whether it is already built."""
+
+    plan: Plan
+    build: Build
+    target: Target
+    device: torch.device
+
+    @classmethod
+    def of(cls, plan: Plan, request: CompileRequest, target: Target, device: torch.device) -> Job:
+        """The job that a request asks for."""
+        return cls(plan, describe_build(plan, request, target), target, device)
+
+    @property
+    def key(self) -> str:
+        """The sha256 of program, build and target."""
+        return compute_key(self.plan.source.program, self.build, self.target)
+
+
+def describe_build(plan: Plan, request: CompileRequest, target: Target) -> Build:
+    """The options, as the manifest and the key have them."""
+    return Build(
+        regions=plan.source.regions,
+        dims={name: (sizes.low, sizes.high, sizes.step) for name, sizes in plan.dims.items()},
+        dtype=plan.source.dtype,
+        attention=plan.source.attention,
+        quantization=request.quantize,
+        mode=request.mode,
+        buckets=tuple(
+            {name: (sizes.low, sizes.high) for name, sizes in bucket.items()}
+            for bucket in request.buckets
+        ),
+        options={**choose_inductor_options(target), **cast("dict[str, Any]", request.inductor)},
+        version=_choose_build_version(plan),
+        layout=request.layout or msgspec.UNSET,  # type: ignore[arg-type]
+    )
+
+
+def _choose_build_version(plan: Plan) -> int:
+    """The version of what is put into the graphs of a plan."""
+    if plan.source.layout is not None:
+        return _BY_ITSELF
+    # As users call a model's own forward: positions left out, flags that say nothing given or not.
+    as_called = plan.source.program.task == "forward" and not plan.source.live
+    return _CAREFUL if as_called or any(map(_needs_care, plan.units)) else _VERSION
+
+
+def _needs_care(unit: GraphPlan) -> bool:
+    """Whether a graph takes numbers that may choose rows, floats that were told from whole numbers
+    only since, or what its module may write into."""
+    cache = unit.face.cache
+    inputs = [
+        each for index, each in enumerate(unit.face.inputs) if not cache or index != cache.position
+    ]
+    chosen = any(each.values == "position" or each.values.startswith("any<") for each in inputs)
+    template = unit.face.template
+    return chosen or "float" in collect_template_words(template) or takes_containers(template)
