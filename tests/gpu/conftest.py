@@ -45,7 +45,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     found = ["cpu", *(["cuda:0"] if torch.cuda.is_available() else [])]
     params: list[Any] = []
     for name in [named] if named else found:
-        marks = [pytest.mark.gpu] if name != "cpu" else []
+        marks = [pytest.mark.slow, *([pytest.mark.gpu] if name != "cpu" else [])]
         if "case" not in metafunc.fixturenames:
             params.append(pytest.param(torch.device(name), id=name, marks=marks))
             continue
@@ -54,6 +54,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             params.append(pytest.param(*both, id=f"{name}-{case.name}", marks=marks))
     names = ["device", "case"] if "case" in metafunc.fixturenames else ["device"]
     metafunc.parametrize(names, params, scope="module")
+
+
+def is_check(item: pytest.Item) -> bool:
+    """Whether a test is a check: it records what it found."""
+    return "found" in getattr(item, "fixturenames", ())
 
 
 def name_check(item: pytest.Item) -> str:
@@ -70,8 +75,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """With `--only`, leave the checks that it names, and no other test."""
     if only := config.getoption("--only", None):
         words = tuple(word.strip() for word in only.split(",") if word.strip())
-        checks = [each for each in items if "found" in getattr(each, "fixturenames", ())]
-        items[:] = [each for each in checks if name_check(each).startswith(words)]
+        wanted = [each for each in items if is_check(each) and name_check(each).startswith(words)]
+        config.hook.pytest_deselected(items=[each for each in items if each not in wanted])
+        items[:] = wanted
     if results := config.stash.get(_RESULTS, None):
         results.put(*(Line(name_check(item), WAITING) for item in items))
 
@@ -98,7 +104,7 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Skip what needs a fixture that failed before; write a check's line as soon as it is known."""
     report = yield
-    if report.when == "setup" and report.failed and call.excinfo and "found" in item.fixturenames:  # type: ignore[attr-defined]
+    if report.when == "setup" and report.failed and call.excinfo and is_check(item):
         error, name = call.excinfo.value, name_check(item)
         first = item.config.stash[_FIRST].setdefault(id(error), (error, name))[1]
         if first != name:  # a fixture raises again what it raised
