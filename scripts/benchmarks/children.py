@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 _SCRIPTS = Path(__file__).resolve().parent.parent
 
@@ -30,21 +32,33 @@ def call_in_fork(call: Callable[[Path], Answer]) -> Answer:
     Raises:
         Died: it raised, which stands on standard error, or was killed.
     """
-    context = get_context("fork")
     with tempfile.TemporaryDirectory(prefix="hubaoti-bench-") as folder:
-        reading, writing = context.Pipe(duplex=False)
-        child = context.Process(target=lambda: writing.send(call(Path(folder))))
-        child.start()
-        writing.close()
-        try:
-            answer: Answer = reading.recv()
-        except EOFError:
-            child.join()
-            code = child.exitcode or 0
-            ended = f"killed by signal {-code}" if code < 0 else "raised an error"
-            raise Died(ended) from None
-        child.join()
-    return answer
+        sys.stdout.flush()
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            _answer(partial(call, Path(folder)), writing)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            answer = pipe.read()
+        _, status = os.waitpid(child, 0)
+    if code := os.waitstatus_to_exitcode(status):
+        raise Died(f"killed by signal {-code}" if code < 0 else "raised an error")
+    return cast(Answer, pickle.loads(answer))
+
+
+def _answer(call: Callable[[], object], writing: int) -> NoReturn:
+    """The child: write the answer, and end without what the parent does at its end."""
+    code = 1
+    try:
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(pickle.dumps(call()))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def ask_module(name: str, *words: object, inductor: Path | None = None) -> Any:
