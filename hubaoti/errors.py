@@ -20,216 +20,152 @@ class HubaotiError(Exception):
 
     exit_code: ClassVar[int] = 1
 
+    def __init_subclass__(cls, exit_code: int | None = None) -> None:
+        if exit_code is not None:  # else that of the class above
+            cls.exit_code = exit_code
+
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(bound_message(message))
         self.hint = bound_message(hint)
 
 
-class BadRequest(HubaotiError):
+class BadRequest(HubaotiError, exit_code=2):
     """What was asked cannot be understood: a malformed repo id, variant, recipe, option."""
 
-    exit_code = 2
 
-
-class NoMatch(HubaotiError):
+class NoMatch(HubaotiError, exit_code=3):
     """No artifact of the repo fits this host; the message lists every variant with its reasons."""
 
-    exit_code = 3
 
-
-class Untrusted(HubaotiError):
+class Untrusted(HubaotiError, exit_code=4):
     """Native code from a publisher that is not trusted on this machine."""
 
-    exit_code = 4
 
-
-class ModelNotFound(HubaotiError):
+class ModelNotFound(HubaotiError, exit_code=5):
     """The model is neither a local folder nor a repo of the Hub."""
 
-    exit_code = 5
 
-
-class UnknownTask(HubaotiError):
+class UnknownTask(HubaotiError, exit_code=6):
     """The task is not one of ours, or the model cannot do it."""
 
-    exit_code = 6
 
-
-class BadDim(HubaotiError):
+class BadDim(HubaotiError, exit_code=7):
     """A dim is malformed, empty (min > max), or not one of the model's."""
 
-    exit_code = 7
 
-
-class CompileFailed(HubaotiError):
+class CompileFailed(HubaotiError, exit_code=8):
     """A step of compiling failed; the message names the step and the first line of the cause."""
 
-    exit_code = 8
 
-
-class CheckFailed(HubaotiError):
+class CheckFailed(HubaotiError, exit_code=9):
     """The compiled graph answers something else than eager."""
 
-    exit_code = 9
 
-
-class DigestMismatch(HubaotiError):
+class DigestMismatch(HubaotiError, exit_code=10):
     """Bytes are not the ones that the manifest names."""
 
-    exit_code = 10
 
-
-class BadManifest(HubaotiError):
+class BadManifest(HubaotiError, exit_code=11):
     """A manifest that is not canonical JSON of a schema, or that contradicts itself or its path."""
 
-    exit_code = 11
 
-
-class NewerSchema(BadManifest):
+class NewerSchema(BadManifest, exit_code=12):
     """A manifest written by a newer hubaoti."""
 
-    exit_code = 12
 
-
-class BadPackage(HubaotiError):
+class BadPackage(HubaotiError, exit_code=13):
     """A `.pt2` that is truncated, or whose entries are not the ones the manifest lists."""
 
-    exit_code = 13
 
-
-class NoArtifact(HubaotiError):
+class NoArtifact(HubaotiError, exit_code=14):
     """The repo exists and holds no artifact."""
 
-    exit_code = 14
 
-
-class RepoNotFound(HubaotiError):
+class RepoNotFound(HubaotiError, exit_code=15):
     """The Hub has no such repo or revision, or does not show it to this token."""
 
-    exit_code = 15
 
-
-class AuthFailed(HubaotiError):
+class AuthFailed(HubaotiError, exit_code=16):
     """The token is missing, wrong, or may not do this."""
 
-    exit_code = 16
 
-
-class HubUnreachable(HubaotiError):
+class HubUnreachable(HubaotiError, exit_code=17):
     """The endpoint is down, or dropped the connection."""
 
-    exit_code = 17
 
-
-class DiskFull(HubaotiError):
+class DiskFull(HubaotiError, exit_code=18):
     """There is no room; nothing half-written stays."""
 
-    exit_code = 18
 
-
-class OutOfBounds(HubaotiError):
+class OutOfBounds(HubaotiError, exit_code=19):
     """An input that the graph was not compiled for; the message names the dim and its bounds."""
 
-    exit_code = 19
 
-
-class BadInput(HubaotiError):
+class BadInput(HubaotiError, exit_code=20):
     """A tensor whose dtype, stride, alignment or device is not the one the graph takes."""
 
-    exit_code = 20
 
-
-class MissingConstant(HubaotiError):
+class MissingConstant(HubaotiError, exit_code=21):
     """The checkpoint has no such tensor by name, or one of another shape or dtype."""
 
-    exit_code = 21
 
-
-class UnsafeFolder(HubaotiError):
+class UnsafeFolder(HubaotiError, exit_code=22):
     """A folder of ours that others own or may write."""
 
-    exit_code = 22
 
-
-class CannotOpen(HubaotiError):
+class CannotOpen(HubaotiError, exit_code=23):
     """The system refused to load the graph's library: a noexec disk, a missing library."""
 
-    exit_code = 23
 
-
-class MissingOps(HubaotiError):
+class MissingOps(HubaotiError, exit_code=24):
     """The graph calls ops that no loaded library registers."""
 
-    exit_code = 24
 
-
-class Conflict(HubaotiError):
+class Conflict(HubaotiError, exit_code=25):
     """The path is taken by another artifact, or the branch moves faster than we do."""
 
-    exit_code = 25
 
-
-class MissingDependency(HubaotiError):
+class MissingDependency(HubaotiError, exit_code=26):
     """A package that this command needs is not installed, or not in a supported version."""
 
-    exit_code = 26
 
-
-class OutputExists(HubaotiError):
+class OutputExists(HubaotiError, exit_code=27):
     """The output folder exists and is not a bundle, so it is not ours to replace."""
 
-    exit_code = 27
 
-
-class OtherProgram(HubaotiError):
+class OtherProgram(HubaotiError, exit_code=28):
     """The model's own files say that it computes something else than the graph does."""
 
-    exit_code = 28
 
-
-class NotEnoughMemory(HubaotiError):
+class NotEnoughMemory(HubaotiError, exit_code=29):
     """Something takes more memory than is free here, or than it may take."""
 
-    exit_code = 29
 
-
-class AlreadyAttached(HubaotiError):
+class AlreadyAttached(HubaotiError, exit_code=30):
     """The module answers by graphs already: detach it before it is attached again."""
 
-    exit_code = 30
 
-
-class NotAttached(HubaotiError):
+class NotAttached(HubaotiError, exit_code=31):
     """The module has no graphs to be detached from."""
 
-    exit_code = 31
 
-
-class NotServed(HubaotiError):
+class NotServed(HubaotiError, exit_code=32):
     """No graph serves a call, and the module itself was not to answer (`strict=True`)."""
 
-    exit_code = 32
 
-
-class Quarantined(HubaotiError):
+class Quarantined(HubaotiError, exit_code=33):
     """A graph crashed a process, or answered otherwise than where it was built: it stays shut."""
 
-    exit_code = 33
 
-
-class WorkerEnded(HubaotiError):
+class WorkerEnded(HubaotiError, exit_code=34):
     """A model's own process ended in the middle of a request."""
 
-    exit_code = 34
 
-
-class NotTried(HubaotiError):
+class NotTried(HubaotiError, exit_code=35):
     """The first open of a graph came to nothing that says anything of it; it was not opened here.
 
     Its process was ended from outside, or could not even begin: the next one may.
     """
-
-    exit_code = 35
 
 
 def rebuild_error(kind: str, message: str, hint: str) -> HubaotiError:

@@ -32,25 +32,17 @@ MINUTES = 10 * 60.0  # a section that hangs is ended
 ANSWERS = ("equal to", "with the same", "that are eager's", "that are torchao's", "share of")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def scripts_are_found() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(SCRIPTS)
-        yield
-
-
 def sources() -> list[Path]:
     """Every Python file of scripts, those without an ending among them."""
-    found = [path for path in SCRIPTS.iterdir() if path.is_file() and path.suffix in {"", ".py"}]
+    found = [path for path in SCRIPTS.rglob("*") if path.is_file() and path.suffix in {"", ".py"}]
     return sorted(path for path in found if path.suffix or b"python" in path.read_bytes()[:40])
 
 
 def imports(path: Path) -> Iterator[tuple[str, str]]:
-    """What a file imports from the product, and from the files beside it, at any depth."""
-    beside = {each.stem for each in SCRIPTS.glob("*.py")}
+    """What a file imports from the product, and from the packages beside it, at any depth."""
     for node in ast.walk(ast.parse(path.read_text())):
         module = node.module if isinstance(node, ast.ImportFrom) else None
-        if module and module.partition(".")[0] in {"hubaoti", *beside}:
+        if module and module.partition(".")[0] in {"hubaoti", "benchmarks", "gpu"}:
             yield from ((module, alias.name) for alias in node.names)  # type: ignore[attr-defined]
 
 
@@ -75,15 +67,15 @@ class Place:
     decoder: Path
     bundles: Mapping[str, Path]
 
-    def asked(self, name: str) -> Any:
+    def find_case(self, name: str) -> Any:
         """What one of the bundles was compiled from; it is found in the mirror."""
-        from recording import Asked
+        from benchmarks.models import ModelCase
 
         build = Bundle.read(self.bundles[name]).manifest.build
         task = "forward" if name == "forward" else "generate"
-        words: dict[str, Any] = {"task": task, "quantize": build.quantization}
-        words["dims"] = {dim: (low, high) for dim, (low, high, _) in build.dims.items()}
-        return Asked(transformers.AutoConfig.from_pretrained(self.decoder), words)
+        options: dict[str, Any] = {"task": task, "quantize": build.quantization}
+        options["dims"] = {dim: (low, high) for dim, (low, high, _) in build.dims.items()}
+        return ModelCase(transformers.AutoConfig.from_pretrained(self.decoder), options)
 
 
 @contextmanager
@@ -100,95 +92,96 @@ def figures_of(section: Callable[[Any], list[Any]], given: Any) -> list[Any]:
     """What a section measures; of one that ends the process, as where sides differ, the reason."""
     try:
         return section(given)
-    except SystemExit as why:
-        raise AssertionError(f"it ended: {why}") from why
+    except SystemExit as error:
+        raise AssertionError(f"it ended: {error}") from error
 
 
 def breadth(place: Place) -> list[Any]:
     from architectures import Architecture
-    from breadth import Case, Outcome, of_cases
 
-    asked, outcomes = place.asked("generate"), list[Outcome]()
-    llama = Architecture("Llama", asked.config.to_diff_dict(), generates=True)
-    case = Case("decoder", "generate", llama, asked.words["dims"], place.settings)
-    return of_cases([case], outcomes)
+    from benchmarks.breadth import Case, Outcome, measure_cases
+
+    decoder, outcomes = place.find_case("generate"), list[Outcome]()
+    llama = Architecture("Llama", decoder.config.to_diff_dict(), generates=True)
+    case = Case("decoder", "generate", llama, decoder.options["dims"], place.settings)
+    return measure_cases([case], outcomes)
 
 
 def block(place: Place) -> list[Any]:
-    from compiling import bench_block
+    from benchmarks.block_lowering import bench_block
 
     with in_haste():
-        return bench_block(place.scratch, place.settings, 0, place.asked("generate"))
+        return bench_block(place.scratch, place.settings, 0, place.find_case("generate"))
 
 
 def large(place: Place) -> list[Any]:
-    from compiling import bench_large
+    from benchmarks.large_model import bench_large
 
-    return bench_large(place.scratch, place.settings, 1, place.asked("generate"))
+    return bench_large(place.scratch, place.settings, 1, place.find_case("generate"))
 
 
 def regional(place: Place) -> list[Any]:
-    from compiling import Layers, bench_regional
+    from benchmarks.regional import Layers, bench_regional
 
-    asked = place.asked("forward")
-    layers = Layers(asked, asked, asked, shapes=((2, 8),))
+    case = place.find_case("forward")
+    layers = Layers(case, case, case, shapes=((2, 8),))
     with in_haste():
         return bench_regional(place.scratch, place.settings, 1, layers)
 
 
 def cache(place: Place) -> list[Any]:
-    from decoding import bench_cache
+    from benchmarks.decode_step import bench_cache
 
-    asked = place.asked("generate")
-    return [*bench_cache(place.scratch, place.settings, 1, asked, {64: 1.0})]
+    case = place.find_case("generate")
+    return [*bench_cache(place.scratch, place.settings, 1, case, {64: 1.0})]
 
 
 def attach(place: Place) -> list[Any]:
-    from attaching import Sizes, bench_attach
+    from benchmarks.attached_model import Sizes, bench_attach
 
-    forward, decoder = place.asked("forward"), place.asked("generate")
-    sizes = Sizes(forward, forward, decoder, place.asked("quantized"), 10, 64, 1, 1)
+    forward, decoder = place.find_case("forward"), place.find_case("generate")
+    sizes = Sizes(forward, forward, decoder, place.find_case("quantized"), 10, 64, 1, 1)
     with in_haste():
         return [*bench_attach(place.scratch, place.settings, 1, sizes)]
 
 
 def campaign(place: Place) -> list[Any]:
-    from campaign import Sizes, bench_campaign
+    from benchmarks.campaign import Sizes, bench_campaign
 
-    asked = place.asked("generate")
-    sizes = Sizes([asked, asked], asked, tasks=2, questions=2, times=1)
+    case = place.find_case("generate")
+    sizes = Sizes([case, case], case, tasks=2, questions=2, times=1)
     return [*bench_campaign(place.scratch, place.settings, 1, sizes)]
 
 
 def opening(bench: Any) -> list[Any]:
-    from published import bench_open
+    from benchmarks.published import bench_open
 
     with in_haste():
         return bench_open(bench, 1)
 
 
 def start(bench: Any) -> list[Any]:
-    from published import bench_start
+    from benchmarks.published import bench_start
 
     with in_haste():
         return bench_start(bench, 1)
 
 
 def steady(bench: Any) -> list[Any]:
-    from published import bench_steady
+    from benchmarks.published import bench_steady
 
     with in_haste():
         return [*bench_steady(bench, 1, {"x86_64_v3": 256}, ((1, 8),))]
 
 
 def compiling(bench: Any) -> list[Any]:
-    from published import bench_compile
+    from benchmarks.published import bench_compile
 
     return bench_compile(bench, 1)
 
 
 def cli(bench: Any) -> list[Any]:
-    from published import bench_cli
+    from benchmarks.published import bench_cli
 
     return bench_cli(bench, 1)
 
@@ -275,10 +268,10 @@ def texts(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(
-    scripts_are_found: None, place: Place, texts: Path, tmp_path_factory: pytest.TempPathFactory
+    place: Place, texts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, AsyncResult[list[Any]]]]:
     """The figures of each section, when it has ended; two run at a time."""
-    from published import prepared
+    from benchmarks.published import publish_model
 
     found: dict[str, AsyncResult[list[Any]]] = {}
     with get_context("spawn").Pool(2) as pool:
@@ -286,7 +279,7 @@ def measured(
             own = replace(place, scratch=place.scratch / name)
             own.scratch.mkdir()
             found[name] = pool.apply_async(figures_of, (section, own))
-        with prepared(tmp_path_factory.mktemp("published"), texts) as bench:
+        with publish_model(tmp_path_factory.mktemp("published"), texts) as bench:
             for name, measure in PUBLISHED.items():
                 found[name] = pool.apply_async(figures_of, (measure, bench))
             yield found
@@ -316,6 +309,7 @@ def bench() -> ModuleType:
     spec = importlib.util.spec_from_loader("bench", loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules["bench"] = module  # dataclasses look their module up
     loader.exec_module(module)
     return module
 
@@ -328,15 +322,18 @@ def test_every_section_is_measured_here(bench: ModuleType) -> None:
 def test_figures_are_printed_and_written_as_they_come(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from benchmarks import published
+    from benchmarks.figures import Figure
+
     def fails(*_: object) -> Iterator[Any]:
-        yield bench.Figure("cli", "first", 1.0, 1.0, 1.0, "s")
+        yield Figure("cli", "first", 1.0, 1.0, 1.0, "s")
         written = json.loads((tmp_path / "figures.json").read_text())["figures"]
         assert [each["name"] for each in written] == ["first"]
-        yield bench.Figure("cli", "second", 2.0, 2.0, 2.0, "s")
+        yield Figure("cli", "second", 2.0, 2.0, 2.0, "s")
         raise OSError("later")
 
-    monkeypatch.setitem(bench.PUBLISHED, "cli", fails)
-    monkeypatch.setattr(bench.published, "prepared", nullcontext)
+    monkeypatch.setattr(published, "bench_cli", fails)
+    monkeypatch.setattr(published, "publish_model", nullcontext)
     done = CliRunner().invoke(bench.main, ["cli", "--json", str(tmp_path / "figures.json")])
     assert isinstance(done.exception, OSError)
     assert "first: 1 (1 to 1) s" in done.output and "second: 2 (2 to 2) s" in done.output

@@ -1,28 +1,28 @@
-"""`scripts/gpu_check`: all of it on a CPU, and its list with checks that fail, and that crash."""
+"""`scripts/gpu_check`: on a CPU, without a GPU, and over checks that fail, crash and hang."""
 
-import importlib.machinery
-import importlib.util
+from __future__ import annotations
+
 import json
 import os
 import subprocess
 import sys
 import zipfile
-from contextlib import ExitStack
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from packaging.requirements import Requirement
 
+from gpu import wheels as wheels_module
+from gpu.results import RUNNING, WAITING, Line, Results
+
 SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu_check"
-sys.path.insert(0, str(SCRIPT.parent))
-
-import gpu_models  # noqa: E402
-import gpu_wheels  # noqa: E402
-from gpu_road import Check, Failed, Finding, Road, Skipped, apart, median, run_one  # noqa: E402
-
 STEPS = ("compile", "push", "pull", "open", "answer", "run", "time")
+MODELS = ("encoder", "causal-lm")
 FORMS = ("block-plain", "block-cache", "block-int8wo", "block-float8dq", "block-autotune")
 ATTACHED = ("attach-model", "attach-int8wo", "attach-fork")
 
@@ -40,207 +40,220 @@ def check(folder: Path, *words: str, script: Path = SCRIPT) -> subprocess.Comple
     )
 
 
+def read_lines(file: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a file, by their names."""
+    return {line["name"]: line for line in json.loads(file.read_text())["checks"]}
+
+
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The script as a module; it has no suffix, so the loader is named."""
-    loader = importlib.machinery.SourceFileLoader("gpu_check", str(SCRIPT))
-    spec = importlib.util.spec_from_loader("gpu_check", loader)
+    loader = SourceFileLoader("gpu_check", str(SCRIPT))
+    spec = spec_from_loader("gpu_check", loader)
     assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_check"] = module  # dataclasses look their module up
-    loader.exec_module(module)
+    module = module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path])
+        loader.exec_module(module)
     return module
 
 
-@pytest.fixture
-def road(tmp_path: Path) -> Road:
-    """What the checks share, empty."""
-    return Road("cpu", tmp_path, ExitStack())
-
-
-def fails(road: Road) -> Finding:
-    raise Failed("the sky fell", {"height": 0})
-
-
-def passes(road: Road) -> Finding:
-    return Finding("all well")
-
-
-@pytest.mark.slow
-def test_the_road_of_every_model_passes_on_a_cpu(tmp_path: Path) -> None:
-    asked = ("--only", "machine,encoder,causal-lm", "--json", "found.json")
-    done = check(tmp_path, "--device", "cpu", *asked)
+def test_a_part_passes_on_a_cpu_and_stands_in_the_file(tmp_path: Path) -> None:
+    done = check(tmp_path, "--device", "cpu", "--only", "machine", "--json", "found.json")
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = json.loads((tmp_path / "found.json").read_text())["checks"]
-    names = [f"{model} {step}" for model in ("encoder", "causal-lm") for step in STEPS]
-    assert [line["name"] for line in lines] == ["machine", "serve", *names]
-    assert {line["result"] for line in lines} == {"passed"}
-    printed = [line for line in done.stdout.splitlines() if line.endswith("passed")]
-    assert [line.startswith(each["name"]) for line, each in zip(printed, lines, strict=True)]
-    facts = {line["name"]: line["facts"] for line in lines}
-    assert facts["machine"]["host"]["torch"]["version"] == torch.__version__
-    assert facts["encoder open"]["runner"] == "AOTIModelContainerRunnerCpu"
-    (times,) = facts["causal-lm time"].values()
-    assert {"eager", "torch.compile dynamic", "hubaoti"} == {*times}
+    ((name, line),) = read_lines(tmp_path / "found.json").items()
+    assert (name, line["result"]) == ("machine host", "passed")
+    assert line["facts"]["host"]["torch"]["version"] == torch.__version__
+    assert [each.split("  ")[0] for each in done.stdout.splitlines()] == [name]
+    assert done.stdout.rstrip().endswith("passed")
     assert not (tmp_path / "home").exists()  # its mirror is in a folder that is gone
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_says_so_and_nothing_failed(tmp_path: Path) -> None:
+def test_without_a_gpu_it_says_so_and_nothing_failed(tmp_path: Path, script: ModuleType) -> None:
     done = check(tmp_path)
     assert done.returncode == 0, done.stderr
     assert "sees no NVIDIA GPU" in done.stdout
-    lines = json.loads((tmp_path / "gpu_check.json").read_text())["checks"]
-    assert {line["result"] for line in lines} == {"skipped"}
-    assert all("no NVIDIA GPU" in line["why"] for line in lines)
-    assert {line["name"].split()[0] for line in lines} >= {*FORMS, *ATTACHED}
+    lines = read_lines(tmp_path / "gpu_check.json")
+    assert {line["result"] for line in lines.values()} == {"skipped"}
+    assert all("no NVIDIA GPU" in line["why"] for line in lines.values())
+    assert {name.split()[0] for name in lines} == {"machine", *MODELS, *FORMS, *ATTACHED}
+    assert {f"{model} {step}" for model in MODELS for step in STEPS} <= {*lines}
+    parts = {name: [part for part in script.PARTS if name.startswith(part)] for name in lines}
+    assert all(len(found) == 1 for found in parts.values()), parts
+    assert {part for found in parts.values() for part in found} == {*script.PARTS}
 
 
-def test_a_failure_is_the_exit_code_and_the_reason_of_what_needs_it(
-    script: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    checks = (
-        Check("one", fails),
-        Check("two", passes, ("one",)),
-        Check("three", passes, ("two",)),
-        Check("four", passes),
-    )
-    monkeypatch.setattr(script, "CHECKS", checks)
-    monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", "--json", f"{tmp_path}/j"])
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(os, "environ", {**os.environ})
-    assert script.main() == 1
-    ends = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    results = {name: end[-40:].strip() for name, end in ends}
-    assert results["one"].endswith("failed: the sky fell")
-    assert results["two"].endswith("skipped: one failed")
-    assert results["three"].endswith("skipped: one failed")
-    assert results["four"].endswith("passed")
-    lines = json.loads((tmp_path / "j").read_text())["checks"]
-    assert "the sky fell" in lines[0]["trace"]
-    assert lines[0]["facts"] == {"height": 0}  # what was measured until then is not lost
+# Checks that fail, crash and leave a GPU in an error, on a machine that only says so
 
 
-# A process that ends, and one whose GPU is in an error: on a machine that only says it has a GPU.
-CRASHING = """
-import os, sys
+CHECKS = {
+    "first": """
+def test_one(device, found):
+    found(str(os.getpid()))
+
+def test_two(device, found):
+    found(str(os.getpid()))
+""",
+    "crash": """
+def test_compile(device, found):
+    found("well")
+
+def test_call(device, found):
+    os.kill(os.getpid(), 11)
+
+def test_time(device, found):
+    found("well")
+""",
+    "broken": """
+def test_call(device, found):
+    gpu.conftest.is_lost = lambda device: True
+    raise AssertionError("an illegal memory access was encountered")
+
+def test_memory(device, found):
+    found("well")
+""",
+    "failing": """
+@pytest.fixture(scope="module")
+def made(device):
+    raise ValueError("nothing was made")
+
+@pytest.fixture(scope="module")
+def other(device):
+    return "made"
+
+def test_facts(device, found):
+    found("so far", height=0)
+    assert not device, "the sky fell"
+
+def test_made(device, made, found):
+    found("well")
+
+def test_of_made(device, made, found):
+    found("well")
+
+def test_native(device, found):
+    raise ZeroDivisionError("in native code\\nand more")
+
+def test_skips(device, found):
+    pytest.skip("needs two GPUs")
+
+def test_of_other(device, other, found):
+    found(other)
+
+def test_that_is_no_check(device):
+    raise AssertionError("it is not run")
+""",
+    "last": """
+def test_one(device, found):
+    found(str(os.getpid()))
+""",
+}
+RUNNER = """
+import sys
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
-from gpu_road import Check, Failed, Finding
+from pathlib import Path
 
 loader = SourceFileLoader("gpu_check", {script!r})
 module = module_from_spec(spec_from_loader("gpu_check", loader))
-sys.modules["gpu_check"] = module
 loader.exec_module(module)
-
-def crashes(road):
-    os.kill(os.getpid(), 11)
-
-def breaks(road):
-    raise Failed("an illegal memory access was encountered")
-
-def passes(road):
-    return Finding(str(os.getpid()))
-
-module.no_gpu = lambda device: None
-module.lost = lambda device: True
-module.CHECKS = (
-    Check("first", passes),
-    Check("crash compile", passes, ("first",)),
-    Check("crash call", crashes, ("crash compile",)),
-    Check("crash time", passes, ("crash call",)),
-    Check("broken call", breaks),
-    Check("broken memory", passes, ("broken call",)),
-    Check("last", passes),
-)
+module.TESTS = Path({tests!r})
+module.PARTS = dict.fromkeys({parts!r}, 300)
 sys.exit(module.main())
 """
 
 
-def test_a_check_that_kills_its_process_takes_no_other_with_it(tmp_path: Path) -> None:
-    program = tmp_path / "crashing.py"
-    program.write_text(
-        f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\n"
-        + CRASHING.format(script=str(SCRIPT))
-    )
-    done = check(tmp_path, "--device", "cuda:0", "--json", "found.json", script=program)
-    assert done.returncode == 1, done.stderr
-    lines = json.loads((tmp_path / "found.json").read_text())["checks"]
-    ends = {line["name"]: (line["result"], line["why"]) for line in lines}
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, dict[str, Any]], int]:
+    """What is printed of those checks, their lines, and the exit code."""
+    folder = tmp_path_factory.mktemp("checks")
+    (folder / "conftest.py").write_text("from gpu.conftest import *\n")
+    for name, source in CHECKS.items():
+        (folder / f"test_{name}.py").write_text(f"import os, pytest, gpu.conftest\n{source}")
+    program = folder / "run.py"
+    words = {"script": str(SCRIPT), "tests": str(folder), "parts": [*CHECKS]}
+    program.write_text(RUNNER.format(**words))
+    done = check(folder, "--device", "cpu", "--json", "found.json", script=program)
+    return done.stdout, read_lines(folder / "found.json"), done.returncode
+
+
+def test_a_check_that_kills_its_process_takes_no_other_with_it(
+    ended: tuple[str, dict[str, dict[str, Any]], int],
+) -> None:
+    printed, lines, code = ended
+    assert code == 1
+    ends = {name: (line["result"], line["why"]) for name, line in lines.items()}
     assert ends == {
-        "first": ("passed", ""),
+        "first one": ("passed", ""),
+        "first two": ("passed", ""),
         "crash compile": ("passed", ""),
         "crash call": ("failed", "its process ended with signal 11"),
         "crash time": ("skipped", "crash call failed"),
         "broken call": ("failed", "an illegal memory access was encountered"),
         "broken memory": ("skipped", "broken call failed"),
-        "last": ("passed", ""),
+        "failing facts": ("failed", "the sky fell"),
+        "failing made": ("failed", "ValueError: nothing was made"),
+        "failing of-made": ("skipped", "failing made failed"),
+        "failing native": ("failed", "ZeroDivisionError: in native code"),
+        "failing skips": ("skipped", "needs two GPUs"),
+        "failing of-other": ("passed", ""),
+        "last one": ("passed", ""),
     }
-    processes = [line["found"] for line in lines if line["result"] == "passed"]
-    assert processes[0] == processes[1] != processes[2]
-    assert [line.split("  ")[0] for line in done.stdout.splitlines()] == [*ends]
+    assert lines["first one"]["found"] == lines["first two"]["found"] != lines["last one"]["found"]
+    assert [line.split("  ")[0] for line in printed.splitlines()] == [*ends]
 
 
-def test_an_error_that_nobody_expected_is_a_failure_too(road: Road) -> None:
-    def breaks(road: Road) -> Finding:
-        raise ZeroDivisionError("in native code\nand more")
-
-    line = run_one(Check("one", breaks), road)
-    assert (line.result, line.why) == ("failed", "ZeroDivisionError: in native code")
-    assert line.trace is not None and "and more" in line.trace
-
-
-def test_a_skipped_check_gives_its_reason(road: Road) -> None:
-    def skips(road: Road) -> Finding:
-        raise Skipped("needs two GPUs")
-
-    line = run_one(Check("one", skips), road)
-    assert (line.result, line.why) == ("skipped", "needs two GPUs")
+def test_a_failure_keeps_what_was_measured_until_then(
+    ended: tuple[str, dict[str, dict[str, Any]], int],
+) -> None:
+    printed, lines, _ = ended
+    assert lines["failing facts"]["facts"] == {"height": 0}
+    assert "the sky fell" in lines["failing facts"]["trace"]
+    assert "and more" in lines["failing native"]["trace"]
+    (line,) = (each for each in printed.splitlines() if each.startswith("failing made"))
+    assert line.endswith("failed: ValueError: nothing was made")
 
 
-def test_only_takes_along_what_a_check_needs(script: ModuleType) -> None:
-    names = [check.name for check in script.wanted(script.CHECKS, "encoder open")]
-    assert names == ["serve", "encoder compile", "encoder push", "encoder pull", "encoder open"]
+def test_a_part_that_takes_too_long_has_failed(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = Results("cpu", tmp_path / "found.json")
+    script.run_part("machine", results, 0.1)
+    ((name, line),) = results.lines.items()
+    assert (name, line.result, line.why) == ("machine", "failed", "it took longer than 0 s")
+    assert "it took longer" in capsys.readouterr().out
 
 
-def test_only_takes_several_names(script: ModuleType) -> None:
-    names = [check.name for check in script.wanted(script.CHECKS, "machine,block-cache time,")]
-    block = ["compile", "open", "time"]
-    assert names == ["machine", *(f"block-cache {step}" for step in block)]
-    assert script.wanted(script.CHECKS, None) == [*script.CHECKS]
+def test_what_a_process_was_at_has_failed_and_the_rest_of_its_part_is_skipped(
+    tmp_path: Path,
+) -> None:
+    results = Results("cpu", tmp_path / "found.json")
+    ends = {"one": "passed", "two": RUNNING, "three": WAITING}
+    results.put(*(Line(name, result) for name, result in ends.items()))
+    results.close_part("it took longer than 9 s")
+    again = Results("cpu", tmp_path / "found.json")
+    again.read()
+    assert [(line.result, line.why) for line in again.lines.values()] == [
+        ("passed", ""),
+        ("failed", "it took longer than 9 s"),
+        ("skipped", "two failed"),
+    ]
 
 
-def test_what_shares_nothing_is_apart(script: ModuleType) -> None:
-    parts = [{each.name.split()[0] for each in part} for part in apart(script.CHECKS)]
-    assert parts[:2] == [{"machine"}, {"serve", "encoder", "causal-lm"}]
-    assert parts[2:] == [{name} for name in (*FORMS, *ATTACHED)]
-    assert sum(len(part) for part in apart(script.CHECKS)) == len(script.CHECKS)
-
-
-def test_what_joins_two_parts_makes_them_one() -> None:
-    checks = [Check("a", passes), Check("b", passes), Check("c", passes, ("b", "a"))]
-    assert [[each.name for each in part] for part in apart(checks)] == [["a", "b", "c"]]
-
-
-def test_answers_that_are_no_numbers_are_not_near() -> None:
-    nothing, one = torch.full((2,), float("nan")), torch.ones(2)
-    with pytest.raises(Failed):
-        gpu_models.require(gpu_models.distance(nothing, one), 1e-4, "float32")
-
-
-def test_padded_positions_do_not_count() -> None:
-    expected, found = torch.ones(1, 2, 3), torch.ones(1, 2, 3)
-    found[0, 1] = 7
-    assert gpu_models.distance(found, expected, torch.tensor([[1, 0]])) == 0
-    assert gpu_models.distance(found, expected, torch.tensor([[1, 1]])) == 6
-
-
-def test_the_median_lies_in_its_interval() -> None:
-    found = median([float(at) for at in range(101)])
-    assert (found["median"], found["low"], found["high"]) == (50, 40, 60)
+@pytest.mark.parametrize(
+    "part, only, narrowed",
+    [
+        ("encoder", "", "encoder"),
+        ("encoder", "encoder open", "encoder open"),
+        ("machine", "machine,block-cache time,", "machine"),
+        ("block-cache", "machine,block-cache time,", "block-cache time"),
+        ("encoder", "machine,block-cache time,", ""),
+        ("block-plain", "block,attach", "block-plain"),
+    ],
+)
+def test_only_takes_several_names(script: ModuleType, part: str, only: str, narrowed: str) -> None:
+    assert script.narrow(part, only) == narrowed
 
 
 def wheel(folder: Path, name: str, *needs: str) -> None:
@@ -255,7 +268,9 @@ def wheel(folder: Path, name: str, *needs: str) -> None:
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of wheels; the project needs `aa[more]` and torch."""
     needs = ["aa[more]", "torch"]
-    monkeypatch.setattr(gpu_wheels, "requirements", lambda: [Requirement(need) for need in needs])
+    monkeypatch.setattr(
+        wheels_module, "list_requirements", lambda: [Requirement(need) for need in needs]
+    )
     wheel(tmp_path, "aa", "bb", 'cc; extra == "more"', 'dd; extra == "less"')
     wheel(tmp_path, "bb", 'ee; python_version < "3.10"', "torch")
     wheel(tmp_path, "torch")
@@ -263,34 +278,34 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_a_folder_lacks_is_named_and_torch_is_never_taken(wheels: Path) -> None:
-    taken, lacking = gpu_wheels.unmet(lambda need: False, wheels, "3.12")
+    taken, lacking = wheels_module.find_unmet(lambda need: False, wheels, "3.12")
     assert taken == ["aa", "bb"]
     assert lacking == ["cc", "torch"]  # `dd` and `ee` are for others
 
 
 def test_what_is_here_is_not_taken(wheels: Path) -> None:
-    taken, lacking = gpu_wheels.unmet(
+    taken, lacking = wheels_module.find_unmet(
         lambda need: need.name in {"torch", "bb", "cc"}, wheels, "3.9"
     )
     assert (taken, lacking) == (["aa"], [])
 
 
 def test_a_version_that_is_too_old_is_not_here() -> None:
-    assert gpu_wheels.installed(Requirement("torch>=2.11"))
-    assert not gpu_wheels.installed(Requirement("torch>=999"))
-    assert not gpu_wheels.installed(Requirement("no-such-package-anywhere"))
+    assert wheels_module.is_installed(Requirement("torch>=2.11"))
+    assert not wheels_module.is_installed(Requirement("torch>=999"))
+    assert not wheels_module.is_installed(Requirement("no-such-package-anywhere"))
 
 
-def test_the_wheels_hold_what_quantizes_and_what_serves() -> None:
-    names = {need.name for need in gpu_wheels.requirements()}
-    assert {"torchao", "starlette", "msgspec"} <= names
+def test_the_wheels_hold_what_quantizes_what_serves_and_what_tests() -> None:
+    names = {need.name for need in wheels_module.list_requirements()}
+    assert {"torchao", "starlette", "msgspec", "pytest"} <= names
 
 
 def test_only_what_every_check_wants_must_be_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_wheels, "installed", lambda need: need.name != "torchao")
-    gpu_wheels.install(tmp_path, tmp_path / "target")
-    monkeypatch.setattr(gpu_wheels, "installed", lambda need: need.name != "msgspec")
+    monkeypatch.setattr(wheels_module, "is_installed", lambda need: need.name != "torchao")
+    wheels_module.install(tmp_path, tmp_path / "target")
+    monkeypatch.setattr(wheels_module, "is_installed", lambda need: need.name != "msgspec")
     with pytest.raises(SystemExit, match="missing: msgspec"):
-        gpu_wheels.install(tmp_path, tmp_path / "target")
+        wheels_module.install(tmp_path, tmp_path / "target")

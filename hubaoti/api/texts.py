@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from hubaoti.api.attaching import require_artifact
 from hubaoti.api.publishing import pull
+from hubaoti.errors import BadRequest
 from hubaoti.host.extras import require
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.model_download import EAGER_FILES, RUN_FILES, fetch_model_files
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.program.model_files import padding_id, refuse_other_program
 from hubaoti.progress import Progress, report_nothing
-from hubaoti.runtime.first_open import refuse_parts, require_sound
+from hubaoti.runtime.first_open import require_sound
 from hubaoti.settings import Settings
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def load(  # noqa: PLR0913 - a face of keywords
     """
     require("load", "run")
     settings = settings or Settings.from_env()
-    refuse_parts(require_artifact(artifact, "as pull(...).artifact"))
+    _refuse_parts(require_artifact(artifact, "as pull(...).artifact"))
     folder, _ = fetch_model_files(model, revision, RUN_FILES, settings, progress)
     refuse_other_program(folder, artifact.manifest.program)
     progress("torch")  # importing it takes longer than all the rest
@@ -102,6 +103,19 @@ def load(  # noqa: PLR0913 - a face of keywords
     progress("bind")
     graph.bind(load_constants(entry, artifact.path, Checkpoint(folder, where), where))
     return TextModel(graph, TextEncoder(folder, padding_id(artifact.manifest.program)))
+
+
+def _refuse_parts(artifact: Artifact) -> None:
+    """Refuse an artifact whose graphs are parts of a model: alone they answer no text."""
+    manifest = artifact.manifest
+    if not manifest.is_whole:
+        served = sum(len(graph.modules) for graph in manifest.graphs if not graph.order)
+        raise BadRequest(
+            f"the artifact was built for {manifest.program.task}, its graphs serve {served} blocks "
+            "of a model and not the whole of it",
+            hint=("go on with prompts: --prompt; " if manifest.program.task == "generate" else "")
+            + "for texts, compile with --task embed, classify or logits and --regions none",
+        )
 
 
 def _choose_visible_device(verdict: Verdict) -> str | None:

@@ -32,11 +32,7 @@ def answer_prompts(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
 
 
 def _refuse_odd(options: dict[str, Any]) -> None:
-    """Refuse what would not be read.
-
-    Raises:
-        BadRequest: it was given, or what belongs to it was not.
-    """
+    """Refuse what would not be read."""
     if (options["file"] is None) != (options["out"] is None):
         given, other = ("--out", "--file") if options["file"] is None else ("--file", "--out")
         raise BadRequest(f"{given} without {other}", hint=f"say {other} too")

@@ -176,11 +176,7 @@ def _make_dynamic_shapes(face: CallSignature, bounds: DimRanges) -> list[dict[in
 
 
 def _require_allowed(fixes: Fixes, bounds: DimRanges, stated: frozenset[str], lines: Lines) -> None:
-    """Refuse what nobody may decide but the user, and what no bounds can mend.
-
-    Raises:
-        BadDim: with the dim, the line of model code and the remedy.
-    """
+    """Refuse what nobody may decide but the user, and what no bounds can mend."""
     _refuse_fixed(fixes, lines)
     refuse_beyond(fixes, bounds, stated, lines)
     for name, factor in fixes.multiples.items():
@@ -227,11 +223,7 @@ def refuse_beyond(fixes: Fixes, bounds: DimRanges, stated: frozenset[str], lines
 
 
 def _refuse_fixed(fixes: Fixes, lines: Lines) -> None:
-    """Refuse a dim of which one size fits only, or sizes that no bounds and steps say.
-
-    Raises:
-        BadDim: with the dim, the line of model code and the remedy.
-    """
+    """Refuse a dim of which one size fits only, or sizes that no bounds and steps say."""
     for name, size in fixes.sizes.items():
         raise BadDim(
             f"export: the model's code makes {name} the constant {size}"

@@ -222,11 +222,7 @@ def observe(
 
 
 def _require_answers(model: nn.Module, found: Mapping[str, BlockCalls], error: Exception) -> None:
-    """Refuse a model that failed before each of its blocks had answered.
-
-    Raises:
-        CompileFailed: it did.
-    """
+    """Refuse a model that failed before each of its blocks had answered."""
     if all(seen.answered for seen in found.values()):
         return
     if isinstance(error, UnsupportedOperatorException):

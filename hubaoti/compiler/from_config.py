@@ -152,9 +152,6 @@ def _has_remote_code(config: dict[str, Any]) -> bool:
 def _refuse_quantized(folder: Path, config: Any) -> None:
     """Refuse a checkpoint that was quantized before: from its config alone transformers would make
     the plain model, whose weights that checkpoint does not have.
-
-    Raises:
-        CompileFailed: it was, with the method's name.
     """
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:

@@ -109,11 +109,7 @@ def _read_call_sets(calls: Any, model: nn.Module) -> list[Any]:
 
 
 def _refuse_caches(module: nn.Module, calls: Sequence[Call]) -> None:
-    """Refuse calls that hold a KV cache.
-
-    Raises:
-        BadRequest: one does; what is advised is what the model's kind can.
-    """
+    """Refuse calls that hold a KV cache."""
     if not any(call.caches for call in calls):
         return
     alone = not getattr(_get_config(module), "is_encoder_decoder", False)
@@ -140,11 +136,7 @@ def _require_calls(calls: Calls | Sequence[Call]) -> Sequence[Call]:
 
 
 def _require_bounded(bounds: Mapping[str, Range], request: CompileRequest) -> None:
-    """Of a dim that only a name tells of, no size but one was seen: its bounds must be given.
-
-    Raises:
-        BadDim: they are not.
-    """
+    """Of a dim that only a name tells of, no size but one was seen: its bounds must be given."""
     for name in (each for each in bounds if each not in request.dims):
         raise BadDim(
             f"{name} is named, and only one size of it was seen",

@@ -98,11 +98,7 @@ def _split_words(texts: Iterable[str]) -> dict[str, str]:
 
 
 def _require_settable(name: str, known: Iterable[str], device: str) -> None:
-    """Refuse an option that torch does not have, or that cannot be set.
-
-    Raises:
-        BadRequest: with those that may have been meant.
-    """
+    """Refuse an option that torch does not have, or that cannot be set."""
     if name not in known:
         near = _find_near(name, known, device)
         raise BadRequest(

@@ -105,11 +105,7 @@ def make_plan(source: Source, request: CompileRequest, device: torch.device) -> 
 
 
 def _require_no_cache(source: Source) -> None:
-    """Refuse a graph of a whole model over a KV cache: a graph takes that of one layer.
-
-    Raises:
-        BadRequest: it was to generate.
-    """
+    """Refuse a graph of a whole model over a KV cache: a graph takes that of one layer."""
     if source.program.task == "generate":
         raise BadRequest(
             f"{type(source.model).__name__} has a KV cache for each layer, and a graph takes one",
@@ -343,9 +339,6 @@ def _refuse_shared(seen: BlockCalls, face: CallSignature, kind: str) -> None:
 
     A graph sees of a cache what is filled, the module all of it: one that answers after the other
     would be given keys of another length.
-
-    Raises:
-        CompileFailed: with the block's class.
     """
     if seen.writes or takes_containers(face.template):
         does = "leaves something in" if seen.writes else "takes lists or dictionaries in"

@@ -136,11 +136,7 @@ def make_user_signature(face: CallSignature, model: nn.Module, config: Any) -> C
 
 
 def _require_cache(name: str, taken: set[str]) -> None:
-    """Refuse to generate with a model that takes no KV cache, by the arguments that it takes.
-
-    Raises:
-        UnknownTask: with what it keeps in its place.
-    """
+    """Refuse to generate with a model that takes no KV cache, by the arguments that it takes."""
     if taken & {"past_key_values", "cache"}:
         return
     kept = "recurrent states" if taken & {"cache_params", "state"} else "nothing"

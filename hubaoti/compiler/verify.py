@@ -112,11 +112,7 @@ def _call_eager(trial: Trial, sizes: Sizes) -> set[str]:
 
 
 def _refuse_state(trial: Trial, sizes: Sizes) -> None:
-    """Ask the same again: what a module then has changed of itself no graph could carry.
-
-    Raises:
-        CompileFailed: it counts its calls, or keeps what it was given.
-    """
+    """Ask the same again: what a module then has changed of itself no graph could carry."""
     before = list_block_attributes(trial.module)
     _call_eager(trial, sizes)
     for old, new in zip(before, list_block_attributes(trial.module), strict=False):

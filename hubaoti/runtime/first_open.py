@@ -19,7 +19,6 @@ import msgspec
 
 from hubaoti.artifact.manifest import FILENAME, Graph, parse_manifest
 from hubaoti.errors import (
-    BadRequest,
     CannotOpen,
     HubaotiError,
     MissingDependency,
@@ -178,34 +177,13 @@ def _make_missing_ops_key(graph: Graph) -> str:
 
 
 def _refuse_problems(problems: Mapping[str, str], artifact: Artifact) -> None:
-    """Refuse an artifact whose graphs have problems.
-
-    Raises:
-        Quarantined: with all of them.
-    """
+    """Refuse an artifact whose graphs have problems."""
     if problems:
         message = "; ".join(f"graph {graph}: {problem}" for graph, problem in problems.items())
         raise Quarantined(
             f"artifact {artifact.digest[:12]} failed its first open on this host: {message}",
             hint="it is not opened; pull another variant, compile the model here, or use --eager; "
             f"where this machine was to blame: {RETRY}",
-        )
-
-
-def refuse_parts(artifact: Artifact) -> None:
-    """Refuse an artifact whose graphs are parts of a model: alone they answer no text.
-
-    Raises:
-        BadRequest: it is one.
-    """
-    manifest = artifact.manifest
-    if not manifest.is_whole:
-        served = sum(len(graph.modules) for graph in manifest.graphs if not graph.order)
-        raise BadRequest(
-            f"the artifact was built for {manifest.program.task}, its graphs serve {served} blocks "
-            "of a model and not the whole of it",
-            hint=("go on with prompts: --prompt; " if manifest.program.task == "generate" else "")
-            + "for texts, compile with --task embed, classify or logits and --regions none",
         )
 
 
@@ -290,11 +268,7 @@ def open_in_child(
 
 
 def _require_room(entry: Graph) -> None:
-    """See that a graph's golden answers can be asked for here.
-
-    Raises:
-        NotEnoughMemory: with what they take and what is free.
-    """
+    """See that a graph's golden answers can be asked for here."""
     needed = _BASE + (entry.golden.memory if entry.golden else 0)
     if (have := read_available_memory()) < needed:
         raise NotEnoughMemory(

@@ -2,7 +2,7 @@
 """What has to work with every supported torch and transformers: a fixed list, by public words only.
 
 `scripts/matrix` runs it with the Python of each of its environments. A line of JSON for each check,
-as soon as it is known; the exit code is 1 when one failed. By hand: `scripts/smoke.py [NAME ...]`.
+as soon as it is known; the exit code is 1 when one failed. By hand: `tests/smoke.py [NAME ...]`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import nn
 
 import hubaoti
 from hubaoti.artifact.bundle import Bundle
+from hubaoti.mirror import Mirror
 from hubaoti.server import serve_in_thread
 from hubaoti.settings import Settings
 
@@ -70,8 +71,8 @@ class Smoke:
             max_position_embeddings=64,
         )
         folder = self.folder / "bert"
-        transformers.BertModel(config).save_pretrained(folder)
-        model = WordLevel({word: at for at, word in enumerate(words)}, unk_token="[UNK]")
+        make_model("BertModel", config).save_pretrained(folder)
+        model = WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
         tokenizer = Tokenizer(model)
         tokenizer.pre_tokenizer = WhitespaceSplit()
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -91,7 +92,7 @@ class Smoke:
             max_position_embeddings=64,
         )
         folder = self.folder / "decoder"
-        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        make_model("LlamaForCausalLM", config).save_pretrained(folder)
         return folder
 
     @cached_property
@@ -102,32 +103,33 @@ class Smoke:
             self.decoder, self.folder / "blocks", task="generate", dims=dims, settings=self.settings
         )
 
-    def model(self) -> Any:
+    def load_model(self) -> Any:
         """The language model, anew."""
-        return transformers.AutoModelForCausalLM.from_pretrained(self.decoder).eval()
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(self.decoder)
+        return model.eval()
 
-    def encoder(self) -> None:
+    def check_encoder(self) -> None:
         """A whole encoder answers texts as transformers does."""
         bundle = hubaoti.compile(self.bert, self.folder / "whole", settings=self.settings)
-        found = hubaoti.load(self.mirrored(bundle), self.bert, settings=self.settings)(TEXTS)
+        found = hubaoti.load(self.find_in_mirror(bundle), self.bert, settings=self.settings)(TEXTS)
         expected = hubaoti.eager(self.bert, TEXTS, settings=self.settings).values
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
-    def block(self) -> None:
+    def check_block(self) -> None:
         """Prefill and two steps over a static cache are answered by graphs."""
-        plain, model = self.model(), self.model()
+        plain, model = self.load_model(), self.load_model()
         with hubaoti.attach(model, self.blocks, strict=True, settings=self.settings) as attachment:
-            torch.testing.assert_close(steps(model), steps(plain), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(run_steps(model), run_steps(plain), atol=1e-4, rtol=1e-4)
             require_served(attachment, 6)
 
-    def generate(self) -> None:
+    def check_generate(self) -> None:
         """Plain `generate` says what it says without graphs."""
-        plain, model = self.model(), self.model()
+        plain, model = self.load_model(), self.load_model()
         with hubaoti.attach(model, self.blocks, settings=self.settings) as attachment:
-            assert torch.equal(generated(model), generated(plain)), "other tokens"
+            assert torch.equal(generate_tokens(model), generate_tokens(plain)), "other tokens"
             require_served(attachment, 20)
 
-    def attach(self) -> None:
+    def check_attach(self) -> None:
         """A module from Python, captured, attached, detached."""
         module = Gated().eval()
         with torch.no_grad(), hubaoti.capture(module) as calls:
@@ -144,7 +146,7 @@ class Smoke:
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         assert "forward" not in vars(module), "detached, it is not as it was"
 
-    def pull(self) -> None:
+    def check_pull(self) -> None:
         """What is pushed is pulled into another home, opened in a child, and attached."""
         with serve_in_thread(self.folder / "hub") as endpoint:
             here = Settings(self.folder / "home", endpoint.url, endpoint.token)
@@ -152,15 +154,13 @@ class Smoke:
             commit = hubaoti.push(self.blocks, REPO, tag="v1", settings=here)
             pulled = hubaoti.pull(f"{REPO}@v1", trust=True, settings=there)
             assert pulled.commit == commit.commit
-            plain, model = self.model(), self.model()
+            plain, model = self.load_model(), self.load_model()
             with hubaoti.attach(model, pulled, settings=there) as attachment:
-                assert torch.equal(generated(model), generated(plain)), "other tokens"
+                assert torch.equal(generate_tokens(model), generate_tokens(plain)), "other tokens"
                 require_served(attachment, 20)
 
-    def mirrored(self, bundle: Bundle) -> Any:
+    def find_in_mirror(self, bundle: Bundle) -> Any:
         """An artifact of the mirror."""
-        from hubaoti.mirror import Mirror
-
         with Mirror.open(self.settings.mirror) as mirror:
             artifact = mirror.artifact(bundle.manifest.digest)
         assert artifact is not None
@@ -168,16 +168,21 @@ class Smoke:
 
 
 CHECKS: dict[str, Callable[[Smoke], None]] = {
-    "encoder": Smoke.encoder,
-    "block": Smoke.block,
-    "generate": Smoke.generate,
-    "attach": Smoke.attach,
-    "pull": Smoke.pull,
+    "encoder": Smoke.check_encoder,
+    "block": Smoke.check_block,
+    "generate": Smoke.check_generate,
+    "attach": Smoke.check_attach,
+    "pull": Smoke.check_pull,
 }
 
 
+def make_model(kind: str, config: Any) -> Any:
+    """A model of random weights."""
+    return getattr(transformers, kind)(config)
+
+
 @torch.no_grad()
-def steps(model: Any) -> torch.Tensor:
+def run_steps(model: Any) -> torch.Tensor:
     """The logits of a prefill and two steps over one static cache."""
     cache = transformers.StaticCache(config=model.config, max_cache_len=PLACES)
     word = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
@@ -186,7 +191,7 @@ def steps(model: Any) -> torch.Tensor:
     return torch.cat([model(part, **{word: cache}).logits for part in parts], 1)
 
 
-def generated(model: Any) -> torch.Tensor:
+def generate_tokens(model: Any) -> torch.Tensor:
     """Ten greedy tokens, over a static cache."""
     ids = torch.tensor([[5, 6, 7, 8]])
     options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
@@ -202,17 +207,17 @@ def require_served(attachment: Any, calls: int) -> None:
     assert (stats["compiled"], stats["eager"]) == (calls, 0), stats
 
 
-def tried(name: str, smoke: Smoke) -> dict[str, Any]:
+def run_check(name: str, smoke: Smoke) -> dict[str, Any]:
     """One check's line: its seconds, and what was wrong."""
-    started, why = time.perf_counter(), ""
+    started, message = time.perf_counter(), ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)  # as of a keyword that goes
             CHECKS[name](smoke)
     except Exception as error:
         traceback.print_exc()
-        why = f"{type(error).__name__}: {error}"[:300]
-    return {"check": name, "seconds": round(time.perf_counter() - started, 1), "error": why}
+        message = f"{type(error).__name__}: {error}"[:300]
+    return {"check": name, "seconds": round(time.perf_counter() - started, 1), "error": message}
 
 
 def main(names: list[str]) -> int:
@@ -223,7 +228,7 @@ def main(names: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="hubaoti-smoke-") as folder:
         smoke = Smoke(Path(folder))
         for name in names or CHECKS:
-            line = tried(name, smoke)
+            line = run_check(name, smoke)
             failed += bool(line["error"])
             sys.stdout.write(json.dumps(line) + "\n")
             sys.stdout.flush()

@@ -3,7 +3,7 @@
 The parent has a model on the CPU and plans its graphs; each child moves the model to the device,
 which opens them at the first call, answers, and ends.
 
-    python gpu_forks.py DEVICE BUNDLE _HOME COUNT
+    python tests/gpu/forks.py DEVICE BUNDLE HOME COUNT
 
 says as JSON how each of them ended, and how many MB of the GPU were in use before and after. In
 between one more is killed while it answers.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import select
 import signal
 import sys
 import time
@@ -47,7 +48,8 @@ class Parent:
         folder = bundle.parent.parent / "models" / bundle.name
         config = transformers.AutoConfig.from_pretrained(folder)
         torch.manual_seed(0)
-        self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        auto: Any = transformers.AutoModelForCausalLM
+        self.model = auto.from_config(config, dtype=config.dtype)
         self.model.eval()
         settings = Settings(home=home, endpoint="http://127.0.0.1:9", zerogpu=True)
         artifact = get_artifact(read, trust=False, settings=settings, progress=report_nothing)
@@ -75,7 +77,7 @@ class Parent:
             yield {"off": off, "compiled": stats["compiled"], "eager": stats["eager"]}
 
 
-def forked(work: Callable[[int], None]) -> tuple[int, int]:
+def fork_child(work: Callable[[int], None]) -> tuple[int, int]:
     """A child that works and ends, and where it is heard."""
     ours, theirs = os.pipe()
     child = os.fork()
@@ -87,20 +89,18 @@ def forked(work: Callable[[int], None]) -> tuple[int, int]:
         os.close(ours)
         work(theirs)
         code = 0
-    except BaseException as why:
-        os.write(theirs, json.dumps({"error": f"{type(why).__name__}: {why}"[:2000]}).encode())
+    except BaseException as error:
+        os.write(theirs, json.dumps({"error": f"{type(error).__name__}: {error}"[:2000]}).encode())
     finally:
         os._exit(code)
 
 
-def heard(pipe: int) -> dict[str, Any]:
+def read_first_answer(pipe: int) -> dict[str, Any]:
     """What a child says first.
 
     Raises:
         SystemExit: nothing, or an error.
     """
-    import select
-
     ready, _, _ = select.select([pipe], [], [], SECONDS)
     said = os.read(pipe, 4096) if ready else b""
     found: dict[str, Any] = json.loads(said or b'{"error": "it said nothing"}')
@@ -109,10 +109,10 @@ def heard(pipe: int) -> dict[str, Any]:
     return found
 
 
-def ended(child: int, pipe: int, kill: bool) -> dict[str, Any]:
+def end_child(child: int, pipe: int, kill: bool) -> dict[str, Any]:
     """How a child ended that answered; one that is killed is answering then."""
     try:
-        found = heard(pipe)
+        found = read_first_answer(pipe)
     except SystemExit:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -126,7 +126,7 @@ def ended(child: int, pipe: int, kill: bool) -> dict[str, Any]:
     return {"signal": -code} if code < 0 else found
 
 
-def used(device: str) -> int | None:
+def read_used_memory(device: str) -> int | None:
     """MB of a GPU that are in use, as its driver says without touching it."""
     if device == "cpu":
         return None
@@ -143,7 +143,7 @@ def main() -> None:
     """Fork, one after the other; say what came of it."""
     device, bundle, home, count = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 
-    before, children = used(device), []
+    before, children = read_used_memory(device), []
     parent = Parent(device, bundle, home)
 
     def once(pipe: int) -> None:
@@ -156,15 +156,15 @@ def main() -> None:
             os.write(pipe, json.dumps(said).encode())
             pipe = os.open(os.devnull, os.O_WRONLY)
 
-    for at in range(int(count) + 1):
-        kill = at == int(count) // 2
-        children.append(ended(*forked(for_ever if kill else once), kill))
-    if torch.cuda.is_initialized():
+    for index in range(int(count) + 1):
+        kill = index == int(count) // 2
+        children.append(end_child(*fork_child(for_ever if kill else once), kill))
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise SystemExit("the parent touched the device")
-    after, until = used(device), time.monotonic() + LEFT
+    after, until = read_used_memory(device), time.monotonic() + LEFT
     while before is not None and (after or 0) > before + 16 and time.monotonic() < until:
         time.sleep(0.2)
-        after = used(device)
+        after = read_used_memory(device)
     said = {"children": children, "used": None if before is None else [before, after]}
     sys.stdout.write(json.dumps(said) + "\n")
 

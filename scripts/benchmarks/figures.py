@@ -7,19 +7,21 @@ reached when the whole interval is on its side.
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from hubaoti.host.probe import probe_host
 from hubaoti.settings import Settings
 
-CPUINFO = Path("/proc/cpuinfo")
+_CPUINFO = Path("/proc/cpuinfo")
 
 Goal = tuple[str, float]  # ("at least" or "at most", number), or ("includes", number)
 
@@ -50,20 +52,20 @@ class Cost:
 
 
 @contextmanager
-def costing() -> Iterator[Cost]:
+def measure_cost() -> Iterator[Cost]:
     """What the block takes, known when it has ended; of children, those that have ended."""
-    cost, start, before = Cost(), time.perf_counter(), used()
+    cost, start, before = Cost(), time.perf_counter(), _read_processor_seconds()
     yield cost
-    cost.seconds, cost.cpu = time.perf_counter() - start, used() - before
+    cost.seconds, cost.cpu = time.perf_counter() - start, _read_processor_seconds() - before
 
 
-def used() -> float:
+def _read_processor_seconds() -> float:
     """The seconds of processors that this process and its ended children have used."""
     each = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in each)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def find_interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the median, from the order of the values (no distribution assumed)."""
     ordered, count = sorted(values), len(values)
     reach = 0.98 * count**0.5
@@ -71,11 +73,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[low], ordered[count - 1 - low]
 
 
-def figure(
+def make_figure(
     section: str, name: str, values: Sequence[float], unit: str, goal: Goal | None = None
 ) -> Figure:
     """A figure of some measurements, judged by its goal."""
-    low, high = interval(values)
+    low, high = find_interval(values)
     median = statistics.median(values)
     if goal is None:
         return Figure(section, name, median, low, high, unit)
@@ -84,7 +86,7 @@ def figure(
     return Figure(section, name, median, low, high, unit, f"{word} {bound:g} {unit}", reached[word])
 
 
-def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def time_in_turn(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each side, one call of each a round."""
     spent: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
@@ -95,12 +97,24 @@ def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
     return spent
 
 
-def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+def divide_pairs(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
     """How many times as long, pair by pair."""
     return [a / b for a, b in zip(slow, fast, strict=True)]
 
 
-def line_of(figure: Figure) -> str:
+def compare_costs(
+    section: str, name: str, slow: Sequence[Cost], fast: Sequence[Cost], goal: Goal
+) -> list[Figure]:
+    """How many times as long something takes on the clock, and of processors."""
+    times = divide_pairs([each.seconds for each in slow], [each.seconds for each in fast])
+    of_processors = divide_pairs([each.cpu for each in slow], [each.cpu for each in fast])
+    return [
+        make_figure(section, name, times, "times", goal),
+        make_figure(section, f"{name}, of processors", of_processors, "times", goal),
+    ]
+
+
+def format_figure(figure: Figure) -> str:
     """A figure as a line."""
     verdict = {True: ", reached", False: ", NOT reached", None: ""}[figure.reached]
     goal = f"; goal {figure.goal}{verdict}" if figure.goal else ""
@@ -108,14 +122,27 @@ def line_of(figure: Figure) -> str:
     return f"{figure.section:9} {figure.name}: {measured.rstrip()}{goal}"
 
 
-def processor() -> str:
+def describe_host() -> str:
     """Where figures are from: the processor, its cores, and how OpenMP's threads wait."""
     host = probe_host(Settings.from_env())
     spin = os.environ.get("GOMP_SPINCOUNT", "its default")
-    return f"{host.cpu}, {model_name()}, {host.cores} cores, GOMP_SPINCOUNT {spin}"
+    return f"{host.cpu}, {_read_processor_name()}, {host.cores} cores, GOMP_SPINCOUNT {spin}"
 
 
-def model_name() -> str:
+def _read_processor_name() -> str:
     """The name that the system has for the processor."""
-    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "?")
+
+
+def write_figures(file: Path, figures: Sequence[Figure], more: Mapping[str, Any]) -> None:
+    """All figures so far, as a whole file: what fails later takes none of them with it."""
+    facts = {
+        "figures": [asdict(each) for each in figures],
+        "load": os.getloadavg(),
+        "host": describe_host(),
+        **more,
+    }
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(json.dumps(facts, indent=2))
+    new.replace(file)

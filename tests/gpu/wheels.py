@@ -13,29 +13,32 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 # What a machine for this has, or it is not one: never installed, never replaced.
 GIVEN = {"torch", "transformers", "numpy", "tokenizers", "safetensors", "huggingface-hub"}
 EXTRAS = ("compile", "run", "serve", "quantize")
 SPARED = {"torchao"}  # the checks that want it say that it is not there
 
 
-def requirements() -> list[Any]:
-    """What hubaoti needs, its endpoint and its recipes too, as pyproject.toml says."""
+def list_requirements() -> list[Any]:
+    """What hubaoti needs, its endpoint, its recipes and its tests, as pyproject.toml says."""
     from packaging.requirements import Requirement
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     words = [*project["dependencies"], *(word for name in EXTRAS for word in extras[name])]
+    words += [word for word in extras["dev"] if word.startswith("pytest>=")]
     return [Requirement(word) for word in words]
 
 
-def unmet(here: Callable[[Any], bool], wheels: Path, python: str) -> tuple[list[str], list[str]]:
+def find_unmet(
+    here: Callable[[Any], bool], wheels: Path, python: str
+) -> tuple[list[str], list[str]]:
     """The packages to take from a folder for what is not here, and what the folder lacks too."""
     from packaging.utils import canonicalize_name, parse_wheel_filename
 
     found = {parse_wheel_filename(file.name)[0]: file for file in sorted(wheels.glob("*.whl"))}
-    waiting, seen, taken, lacking = requirements(), set(), [], []
+    waiting, seen, taken, lacking = list_requirements(), set(), [], []
     while waiting:
         need = waiting.pop()
         name = canonicalize_name(need.name)
@@ -44,13 +47,13 @@ def unmet(here: Callable[[Any], bool], wheels: Path, python: str) -> tuple[list[
         seen.add((name, *sorted(need.extras)))
         if name in found and name not in GIVEN:
             taken.append(name)
-            waiting += required_by(found[name], need.extras, python)
+            waiting += read_requirements(found[name], need.extras, python)
         else:
             lacking.append(str(need))
     return sorted({*taken}), sorted({*lacking})
 
 
-def required_by(wheel: Path, extras: set[str], python: str) -> Iterator[Any]:
+def read_requirements(wheel: Path, extras: set[str], python: str) -> Iterator[Any]:
     """What a wheel says that it needs on a Python, with some of its extras."""
     from packaging.requirements import Requirement
 
@@ -65,7 +68,7 @@ def required_by(wheel: Path, extras: set[str], python: str) -> Iterator[Any]:
             yield need
 
 
-def installed(need: Any) -> bool:
+def is_installed(need: Any) -> bool:
     """Whether this Python has a package, in a version that will do."""
     try:
         version = importlib.metadata.version(need.name)
@@ -83,13 +86,13 @@ def install(wheels: Path, target: Path) -> None:
     from packaging.requirements import Requirement
 
     python = "{}.{}".format(*sys.version_info)
-    taken, lacking = unmet(installed, wheels, python)
+    taken, lacking = find_unmet(is_installed, wheels, python)
     lost = [word for word in lacking if Requirement(word).name not in SPARED]
     if lost:
         sys.exit(f"missing: {', '.join(lost)}\n{wheels} has no wheels of them: see --collect")
     if taken:
         where = ["--no-index", "--no-deps", "--find-links", str(wheels), "--target", str(target)]
-        pip("install", *where, *taken)
+        run_pip("install", *where, *taken)
         sys.path.insert(0, str(target))
         importlib.invalidate_caches()
 
@@ -102,10 +105,10 @@ def collect(wheels: Path, python: str) -> None:
     platforms = [f"--platform={kind}" for kind in ("manylinux2014_x86_64", *kinds)]
     where = [f"--dest={wheels}", f"--python-version={python}", *platforms]
     wheels.mkdir(parents=True, exist_ok=True)
-    while lacking := unmet(lambda n: canonicalize_name(n.name) in GIVEN, wheels, python)[1]:
-        pip("download", "--no-deps", "--only-binary=:all:", *where, *lacking)
+    while lacking := find_unmet(lambda n: canonicalize_name(n.name) in GIVEN, wheels, python)[1]:
+        run_pip("download", "--no-deps", "--only-binary=:all:", *where, *lacking)
 
 
-def pip(*words: str) -> None:
+def run_pip(*words: str) -> None:
     """Run this Python's pip."""
     subprocess.run([sys.executable, "-m", "pip", words[0], "--quiet", *words[1:]], check=True)

@@ -7,24 +7,27 @@ a child of its own: a graph that crashes is a line of the table.
 
 from __future__ import annotations
 
-import sys
 import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 import transformers
-from children import Died, in_child
-from figures import Figure, figure
-from recording import alone, apart, shaken
+from architectures import ARCHITECTURES, Architecture
+from ordinary import CALLS, given
 from torch import nn
 
+from benchmarks.answers import find_difference
+from benchmarks.children import Died, call_in_fork
+from benchmarks.figures import Figure, make_figure
+from benchmarks.models import make_settings, randomize_parameters
 from hubaoti import api
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.attachment.attach import Attachment
@@ -33,20 +36,16 @@ from hubaoti.cli.output import print_table
 from hubaoti.errors import HubaotiError, first_line
 from hubaoti.settings import Settings
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from architectures import ARCHITECTURES, Architecture
-from ordinary import CALLS, given
-
-GOAL = 0.95  # of the architectures pass
-TOLERANCE = 1e-4  # of the largest value of a tensor
-DIMS = {"forward": {"batch": (1, 4), "seq": (2, 40)},
+_GOAL = 0.95  # of the architectures pass
+_TOLERANCE = 1e-4  # of the largest value of a tensor
+_DIMS = {"forward": {"batch": (1, 4), "seq": (2, 40)},
         "generate": {"batch": (1, 4), "seq": (1, 40), "cache": (8, 64)}}  # fmt: skip
-SERVED = 0.99  # of the calls of its blocks, at least
+_SERVED = 0.99  # of the calls of its blocks, at least
 # Batch and seq of prompts, and the row that is padded. The compiler checks at the ends of the dims;
 # none of these is one.
-PROMPTS = ((1, 5, None), (3, 11, 1), (2, 26, 0))
+_PROMPTS = ((1, 5, None), (3, 11, 1), (2, 26, 0))
 # Tokens that are generated: they cross the windows of 8 places, and fill 16 after any prompt.
-STEPS = 12
+_STEPS = 12
 
 Words = Mapping[str, Any]
 
@@ -82,9 +81,9 @@ class Case:
     dims: Mapping[str, tuple[int, int]]
     settings: Settings | None = None  # of a home that may have its graphs; else of an empty one
 
-    def where(self, scratch: Path) -> Settings:
+    def choose_settings(self, scratch: Path) -> Settings:
         """The settings that it is compiled and attached with."""
-        return self.settings or alone(scratch)
+        return self.settings or make_settings(scratch / "home")
 
 
 class EagerFails(Exception):
@@ -97,83 +96,85 @@ def bench_breadth(
     """Compile and compare each, print a table and the counts, and leave all in `outcomes`."""
     if unknown := {*names} - {*ARCHITECTURES}:
         raise SystemExit(f"no such architecture: {', '.join(unknown)}; {', '.join(ARCHITECTURES)}")
-    asked = [(name, form) for name in names or ARCHITECTURES for form in forms]
     todo = [
-        Case(name, form, ARCHITECTURES[name], dims_of(ARCHITECTURES[name], form))
-        for name, form in asked
+        Case(name, form, ARCHITECTURES[name], _choose_dims(ARCHITECTURES[name], form))
+        for name in names or ARCHITECTURES
+        for form in forms
         if form == "forward" or ARCHITECTURES[name].generates
     ]
-    return of_cases(todo, outcomes)
+    return measure_cases(todo, outcomes)
 
 
-def of_cases(todo: Sequence[Case], outcomes: list[Outcome]) -> list[Figure]:
+def measure_cases(todo: Sequence[Case], outcomes: list[Outcome]) -> list[Figure]:
     """What becomes of each case, in `outcomes` too, as a table and in figures."""
-    for at, case in enumerate(todo):
-        outcome = outcome_apart(case)
+    for index, case in enumerate(todo):
+        outcome = _judge_apart(case)
         outcomes.append(outcome)
         click.echo(
-            f"{at + 1}/{len(todo)} {case.name} {case.form}: {outcome.verdict} {outcome.reason} "
+            f"{index + 1}/{len(todo)} {case.name} {case.form}: {outcome.verdict} {outcome.reason} "
             f"({outcome.seconds:.0f} s)",
             err=True,
         )
-    return summed_up(outcomes)
+    return _sum_up(outcomes)
 
 
-def summed_up(found: Sequence[Outcome]) -> list[Figure]:
+def _sum_up(found: Sequence[Outcome]) -> list[Figure]:
     """Print the table and the counts; the figures of both."""
     rows = [
-        (o.name, o.form, o.verdict, o.graphs, o.blocks, o.calls, f"{o.served:.1%}", o.plain,
-         f"{o.error:.1e}", o.reason)
+        (o.name, o.form, o.verdict, o.graphs, o.blocks, o.calls, f"{o.served:.1%}", o.plain)
+        + (f"{o.error:.1e}", o.reason)
         for o in found
-    ]  # fmt: skip
-    head = ["architecture", "form", "", "graphs", "blocks", "calls", "served", "plain call",
-            "largest error", "reason"]  # fmt: skip
+    ]
+    head = ["architecture", "form", "", "graphs", "blocks", "calls", "served", "plain call"]
+    head += ["largest error", "reason"]
     print_table(head, [[str(cell) for cell in row] for row in rows])
     counts = Counter(outcome.verdict for outcome in found)
     share = counts["pass"] / len(found)
     words = ", ".join(f"{counts[word]} {word}" for word in ("pass", "refuse", "wrong", "fail"))
-    click.echo(f"{words}: {share:.1%} of {len(found)} pass, at least {GOAL:.0%} wanted")
+    click.echo(f"{words}: {share:.1%} of {len(found)} pass, at least {_GOAL:.0%} wanted")
     bad = counts["wrong"] + counts["fail"]
     return [
-        figure("breadth", f"share of {len(found)} that pass", [share], "", ("at least", GOAL)),
-        figure("breadth", "architectures wrong or failed", [bad], "", ("at most", 0)),
+        make_figure(
+            "breadth", f"share of {len(found)} that pass", [share], "", ("at least", _GOAL)
+        ),
+        make_figure("breadth", "architectures wrong or failed", [bad], "", ("at most", 0)),
     ]
 
 
-def outcome_apart(case: Case) -> Outcome:
+def _judge_apart(case: Case) -> Outcome:
     """The outcome of one architecture, found in a child."""
     start = time.perf_counter()
     try:
-        facts = in_child(lambda folder: asdict(outcome_of(case, folder)))
-    except Died as why:
-        facts = asdict(Outcome(case.name, case.form, "fail", f"the process {why}"))
-    return Outcome(**facts | {"seconds": round(time.perf_counter() - start, 1)})
+        outcome = call_in_fork(partial(_judge_case, case))
+    except Died as error:
+        outcome = Outcome(case.name, case.form, "fail", f"the process {error}")
+    return replace(outcome, seconds=round(time.perf_counter() - start, 1))
 
 
-def outcome_of(case: Case, scratch: Path) -> Outcome:
+def _judge_case(case: Case, scratch: Path) -> Outcome:
     """Compile one architecture, and compare what its graphs answer with what eager does."""
     case.architecture.config.save_pretrained(scratch / case.name)
     try:
-        bundle = compiled(case, scratch)
-    except HubaotiError as why:
-        return Outcome(case.name, case.form, "refuse", str(why))
+        bundle = _compile(case, scratch)
+    except HubaotiError as error:
+        return Outcome(case.name, case.form, "refuse", str(error))
     try:
-        return compared(case, bundle, scratch)
-    except EagerFails as why:
-        return Outcome(case.name, case.form, "refuse", str(why))
-    except Exception as why:  # nobody knows what
+        return _compare(case, bundle, scratch)
+    except EagerFails as error:
+        return Outcome(case.name, case.form, "refuse", str(error))
+    except Exception as error:  # nobody knows what
         traceback.print_exc()
-        return Outcome(case.name, case.form, "fail", f"{type(why).__name__}: {why}")
+        return Outcome(case.name, case.form, "fail", f"{type(error).__name__}: {error}")
 
 
-def dims_of(architecture: Architecture, form: str) -> dict[str, tuple[int, int]]:
+def _choose_dims(architecture: Architecture, form: str) -> dict[str, tuple[int, int]]:
     """The bounds of the dims that an architecture has: images have no length."""
     config = architecture.config
     text = getattr(config.get_text_config(), "vocab_size", None) and architecture.kind != "Whisper"
-    return DIMS[form] if text else {"batch": DIMS[form]["batch"]}
+    return _DIMS[form] if text else {"batch": _DIMS[form]["batch"]}
 
 
-def compiled(case: Case, scratch: Path) -> Bundle:
+def _compile(case: Case, scratch: Path) -> Bundle:
     """The bundle of a tiny model."""
     return api.compile(
         scratch / case.name,
@@ -181,63 +182,63 @@ def compiled(case: Case, scratch: Path) -> Bundle:
         task=case.form,
         regions=case.architecture.regions,
         dims=case.dims,
-        settings=case.where(scratch),
+        settings=case.choose_settings(scratch),
     )
 
 
-def compared(case: Case, bundle: Bundle, scratch: Path) -> Outcome:
+def _compare(case: Case, bundle: Bundle, scratch: Path) -> Outcome:
     """What eager answers to ordinary calls, and then the model with its graphs attached."""
     architecture, form = case.architecture, case.form
     torch.manual_seed(0)
     auto: Any = transformers.AutoModel if form == "forward" else transformers.AutoModelForCausalLM
-    model = shaken(auto.from_config(architecture.config))
-    calls = [*ordinary(model, architecture, form)]
-    expected = [by_eager(model, form, words) for words in calls]
-    with api.attach(model, bundle, settings=case.where(scratch)) as attachment:
+    model = randomize_parameters(auto.from_config(architecture.config))
+    calls = [*_list_calls(model, architecture, form)]
+    expected = [_answer_eagerly(model, form, words) for words in calls]
+    with api.attach(model, bundle, settings=case.choose_settings(scratch)) as attachment:
         warnings.simplefilter("ignore", Fallback)
-        pairs = [(answer(model, form, c), e) for c, e in zip(calls, expected, strict=True)]
+        pairs = [(_answer(model, form, c), e) for c, e in zip(calls, expected, strict=True)]
         stats = attachment.stats()
         first = next(name for name in calls[0] if name != "attention_mask")
-        plain = became(model, {first: calls[0][first]}, attachment)
-    worst = max(apart(found, wanted) for found, wanted in pairs)
+        plain = _explain_plain_call(model, {first: calls[0][first]}, attachment)
+    worst = max(find_difference(found, wanted) for found, wanted in pairs)
     count = stats["compiled"] + stats["eager"]
     share = stats["compiled"] / max(count, 1)
     served = [path for entry in bundle.manifest.graphs for path in entry.modules]
-    all_blocks = [*lists_of(model, architecture.regions)]
+    all_blocks = [*_list_blocks(model, architecture.regions)]
     missing = [path for path in all_blocks if path not in served]
     blocks = f"{len(all_blocks) - len(missing)} of {len(all_blocks)}"
     verdict, reason = "pass", ""
-    if worst > TOLERANCE:
+    if worst > _TOLERANCE:
         verdict, reason = "wrong", f"an answer differs by {worst:.1e} of the largest value"
     elif missing:
-        verdict, reason = "refuse", why_not(case, scratch) or ", ".join(missing)
-    elif share < SERVED:
-        verdict, reason = "fail", f"served {share:.1%}, the others: {reasons(stats)}"
+        verdict, reason = "refuse", _explain_left_out(case, scratch) or ", ".join(missing)
+    elif share < _SERVED:
+        verdict, reason = "fail", f"served {share:.1%}, the others: {_count_reasons(stats)}"
     graphs = len(bundle.manifest.graphs)
     return Outcome(case.name, form, verdict, reason, graphs, blocks, count, share, plain, worst)
 
 
-def by_eager(model: nn.Module, form: str, words: Words) -> list[torch.Tensor]:
+def _answer_eagerly(model: nn.Module, form: str, words: Words) -> list[torch.Tensor]:
     """What the model itself answers.
 
     Raises:
         EagerFails: it cannot run at all, as Bloom over a static cache (transformers 5.22).
     """
     try:
-        return answer(model, form, words)
-    except Exception as why:
-        raise EagerFails(f"eager itself fails: {first_line(why)}") from why
+        return _answer(model, form, words)
+    except Exception as error:
+        raise EagerFails(f"eager itself fails: {first_line(error)}") from error
 
 
-def answer(model: Any, form: str, words: Words) -> list[torch.Tensor]:
+def _answer(model: Any, form: str, words: Words) -> list[torch.Tensor]:
     """The tensors that a call answers; of `generate` the logits of each step."""
     with torch.no_grad():
         if form == "forward":
             return [each for each in model(**words).values() if isinstance(each, torch.Tensor)]
         found = model.generate(
             **words,
-            max_new_tokens=STEPS,
-            min_new_tokens=STEPS,
+            max_new_tokens=_STEPS,
+            min_new_tokens=_STEPS,
             do_sample=False,
             cache_implementation="static",
             return_dict_in_generate=True,
@@ -246,43 +247,43 @@ def answer(model: Any, form: str, words: Words) -> list[torch.Tensor]:
     return [*found.logits]
 
 
-def ordinary(model: Any, architecture: Architecture, form: str) -> Iterator[Words]:
+def _list_calls(model: Any, architecture: Architecture, form: str) -> Iterator[Words]:
     """Calls as users make them, at several sizes, with and without padding."""
     if form == "forward":
         without = {"use_cache": False} if architecture.generates else {}
         yield from (given(model.config, *call) | without for call in CALLS)
         return
-    for batch, seq, padded in PROMPTS:
+    for batch, seq, padded in _PROMPTS:
         words = given(model.config, batch, seq, None)
         if padded is not None:
             words["attention_mask"][padded, : seq // 3] = 0
         yield words
 
 
-def became(model: Any, words: Words, attachment: Attachment) -> str:
+def _explain_plain_call(model: Any, words: Words, attachment: Attachment) -> str:
     """What a call was answered by: graphs, or else the module, with the reason."""
     before = attachment.stats()
     try:
         with torch.no_grad():
             model(**words)
-    except Exception as why:  # as of an encoder that wants its decoder's ids
-        return f"eager fails: {type(why).__name__}"
+    except Exception as error:  # as of an encoder that wants its decoder's ids
+        return f"eager fails: {type(error).__name__}"
     after = attachment.stats()
     if after["eager"] == before["eager"]:
         return "graphs"
-    return f"module: {reasons(after, before)}"
+    return f"module: {_count_reasons(after, before)}"
 
 
-def reasons(stats: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> str:
+def _count_reasons(stats: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> str:
     """Why calls were left to the module, those of `before` left out."""
     counts: Counter[str] = Counter()
     for path, region in stats["regions"].items():
         counts.update(region["eager"])
         counts.subtract(before["regions"][path]["eager"] if before else {})
-    return ", ".join(f"{why} {count}" for why, count in sorted((+counts).items()))
+    return ", ".join(f"{reason} {count}" for reason, count in sorted((+counts).items()))
 
 
-def lists_of(model: nn.Module, regions: str) -> Iterator[str]:
+def _list_blocks(model: nn.Module, regions: str) -> Iterator[str]:
     """The paths of all repeated blocks: what lies in the outermost lists, or in the one asked for.
 
     Not the compiler's own search: what that overlooks must show.
@@ -291,21 +292,26 @@ def lists_of(model: nn.Module, regions: str) -> Iterator[str]:
         parent = path.rpartition(".")[0]
         if regions not in {"auto", parent} or not path:
             continue
-        inside = [p for p in ancestors(path) if isinstance(model.get_submodule(p), nn.ModuleList)]
+        inside = [
+            p for p in _list_ancestors(path) if isinstance(model.get_submodule(p), nn.ModuleList)
+        ]
         if inside == [parent] and len([*module.parameters()]) > 2:
             yield path
 
 
-def ancestors(path: str) -> list[str]:
+def _list_ancestors(path: str) -> list[str]:
     """The paths above a module's own."""
     words = path.split(".")
-    return [".".join(words[:at]) for at in range(1, len(words))]
+    return [".".join(words[:end]) for end in range(1, len(words))]
 
 
-def why_not(case: Case, scratch: Path) -> str:
+def _explain_left_out(case: Case, scratch: Path) -> str:
     """What the compiler says of the blocks that it left out."""
-    asked = {"regions": case.architecture.regions, "dims": case.dims}
     explained = api.explain(
-        scratch / case.name, task=case.form, settings=case.where(scratch), **asked
+        scratch / case.name,
+        task=case.form,
+        regions=case.architecture.regions,
+        dims=case.dims,
+        settings=case.choose_settings(scratch),
     )
     return "; ".join(explained.left_out)

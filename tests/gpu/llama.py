@@ -1,4 +1,4 @@
-"""The decoder block that `gpu_blocks` looks at: its weights, its inputs, and how eager runs it."""
+"""A decoder block: its weights, its inputs, and how eager and a graph run it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_road import Road
+import torch
+import transformers
+from transformers.cache_utils import StaticCache
+from transformers.models.llama import modeling_llama
+
+from hubaoti.runtime.quantize import make_torchao_config, silence_torchao
 
 WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
 WIDE |= {"num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 8192}
@@ -47,57 +52,47 @@ class Llama:
         return self.block.input_layernorm.weight.device
 
 
-def dtype_of(road: Road) -> str:
+def choose_dtype(device: torch.device) -> str:
     """What is compiled; tiny shapes on a CPU are looked at closely."""
-    return "bfloat16" if road.cuda else "float32"
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def config_of(road: Road) -> Any:
+def make_config(device: torch.device) -> Any:
     """A Llama of two such blocks."""
-    import transformers
-
-    return transformers.LlamaConfig(
-        **(WIDE if road.cuda else NARROW),
+    config: Any = transformers.LlamaConfig
+    return config(
+        **(WIDE if device.type == "cuda" else NARROW),
         architectures=["LlamaForCausalLM"],
         attn_implementation="sdpa",
-        dtype=dtype_of(road),
+        dtype=choose_dtype(device),
         num_hidden_layers=2,
     )
 
 
-def write_config(road: Road, folder: Path) -> Path:
+def write_config(device: torch.device, folder: Path) -> Path:
     """A model's folder that has a config and nothing else."""
     if not (folder / "config.json").is_file():
-        config_of(road).save_pretrained(folder)
+        make_config(device).save_pretrained(folder)
     return folder
 
 
-def llama(road: Road) -> Llama:
+def make_llama(device: torch.device) -> Llama:
     """The block, its matrices such that products keep their size, its norms off one."""
-    import torch
-    from transformers.models.llama import modeling_llama as modeling
-
-    from hubaoti.runtime.graph import choose_graph_device
-
-    config = config_of(road)
-    device = choose_graph_device(torch.device(road.device).type, road.device)
+    config = make_config(device)
     torch.manual_seed(0)
     with device, torch.no_grad():
-        block = modeling.LlamaDecoderLayer(config, 0)
-        rotary = modeling.LlamaRotaryEmbedding(config)
+        block = modeling_llama.LlamaDecoderLayer(config, 0)
+        rotary = modeling_llama.LlamaRotaryEmbedding(config)
         for tensor in block.parameters():
             matrix = tensor.dim() > 1
             tensor.normal_(0.0 if matrix else 1.0, tensor.shape[-1] ** -0.5 if matrix else 0.1)
-    block = block.to(getattr(torch, dtype_of(road))).eval().requires_grad_(False)
+    block = block.to(getattr(torch, choose_dtype(device))).eval().requires_grad_(False)
     return Llama(config, rotary, block, copy.deepcopy(block).float())
 
 
-def quantized(block: Any, recipe: str) -> Any:
+def quantize_block(block: Any, recipe: str) -> Any:
     """A copy of a block as torchao itself quantizes it, for eager and `torch.compile`."""
-    import torch
     from torchao.quantization import quantize_
-
-    from hubaoti.runtime.quantize import make_torchao_config, silence_torchao
 
     found = copy.deepcopy(block)
     with silence_torchao(), torch.no_grad():
@@ -105,10 +100,8 @@ def quantized(block: Any, recipe: str) -> Any:
     return found
 
 
-def dequantized(peer: Any, exact: Any) -> Any:
+def round_weights(peer: Any, exact: Any) -> Any:
     """A float32 block whose matrices are those of a quantized one, as they were rounded."""
-    import torch
-
     found = copy.deepcopy(exact)
     with torch.no_grad():
         for name, weight in found.named_parameters():
@@ -118,13 +111,11 @@ def dequantized(peer: Any, exact: Any) -> Any:
     return found
 
 
-def inputs_at(of: Llama, size: Size) -> Known:
+def make_inputs(of: Llama, size: Size) -> Known:
     """What a call of this size brings: a causal mask whose last row is padded, tables, a cache.
 
     `whole_mask` is over all places of the cache, which is what eager looks at.
     """
-    import torch
-
     config, dtype = of.config, of.block.input_layernorm.weight.dtype
     filled, places = size.filled or size.seq, size.cache or size.seq
     with of.device:
@@ -147,15 +138,13 @@ def inputs_at(of: Llama, size: Size) -> Known:
     return known
 
 
-def in_float32(known: Known) -> Known:
+def widen(known: Known) -> Known:
     """The very same numbers, for float32 eager."""
     return {n: each.float() if each.is_floating_point() else each for n, each in known.items()}
 
 
-def held(of: Llama, known: Known) -> Any:
+def fill_cache(of: Llama, known: Known) -> Any:
     """A static cache of transformers with a call's keys and values; None where it has none."""
-    from transformers.cache_utils import StaticCache
-
     if "keys" not in known:
         return None
     cache = StaticCache(config=of.config, max_cache_len=known["keys"].shape[2])
@@ -166,7 +155,7 @@ def held(of: Llama, known: Known) -> Any:
     return cache
 
 
-def by_eager(block: Any, known: Known, cache: Any) -> Callable[[], Any]:
+def bind_eager(block: Any, known: Known, cache: Any) -> Callable[[], Any]:
     """A call of a block as transformers makes it, over a static cache where there is one."""
     tables = known["position_embeddings_0"], known["position_embeddings_1"]
     named = {"position_ids": known["position_ids"], "position_embeddings": tables}
@@ -187,7 +176,7 @@ def by_eager(block: Any, known: Known, cache: Any) -> Callable[[], Any]:
     return step
 
 
-def by_graph(graph: Any, known: Known) -> Callable[[], Any]:
+def bind_graph(graph: Any, known: Known) -> Callable[[], Any]:
     """The same call of a compiled graph, which writes into the call's own keys and values."""
     inputs = [known[item.name] for item in graph.entry.inputs]
     if "keys" not in known:
@@ -201,27 +190,23 @@ def by_graph(graph: Any, known: Known) -> Callable[[], Any]:
     return step
 
 
-def answers(of: Llama, block: Any, known: Known) -> Known:
+def answer_eagerly(of: Llama, block: Any, known: Known) -> Known:
     """What eager answers, and what it wrote into its cache."""
-    import torch
-
-    cache = held(of, known)
+    cache = fill_cache(of, known)
     with torch.no_grad():
-        found = {"output": by_eager(block, known, cache)()}
+        found = {"output": bind_eager(block, known, cache)()}
     layer = cache.layers[0] if cache else None
-    return found | (written(known, layer.keys, layer.values) if layer else {})
+    return found | (select_written(known, layer.keys, layer.values) if layer else {})
 
 
-def written(known: Mapping[str, Any], keys: Any, values: Any) -> Known:
+def select_written(known: Mapping[str, Any], keys: Any, values: Any) -> Known:
     """The new entries of a cache."""
     pairs = {"keys": keys, "values": values}
     return {name: each.index_select(2, known["position"]) for name, each in pairs.items()}
 
 
-def elsewhere(known: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+def find_other_writes(known: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Which of keys and values changed at places that a call had nothing to write to."""
-    import torch
-
     position, found = known["position"], []
     for name in ("keys", "values"):
         kept = after[name].clone()
