@@ -273,8 +273,7 @@ def _check_unit(
     """Describe a compiled graph, compare it with eager, and ask it the golden questions."""
     source, device = job.plan.source, job.device
     final = replace(unit, face=exported.face, bounds=exported.bounds)
-    entry = _describe_package(final, exported, scratch, source.outputs)
-    entry, files = _describe_graph(entry, place, exported, unpacked, scratch)
+    entry, files = _describe_graph(final, source.outputs, place, exported, unpacked, scratch)
     graph = open_graph(unpacked, entry, device)
     spec = _derive_call_spec(source, unit, exported)
     graph.entry = entry = record_call_spec(entry, spec, graph.read_call_spec(), source.model)
@@ -291,27 +290,27 @@ def _check_unit(
     return BuiltGraph(entry, elf.read_needs(libraries[0]), files, checks, answers)
 
 
-def _describe_package(
-    unit: GraphPlan, exported: Exported, scratch: Path, names: tuple[str, ...]
-) -> Graph:
-    """The manifest's graph with its package and outputs named, its constants not yet known."""
+def _describe_graph(
+    unit: GraphPlan,
+    names: tuple[str, ...],
+    place: ConstantsFile,
+    exported: Exported,
+    unpacked: Path,
+    scratch: Path,
+) -> tuple[Graph, tuple[File, ...]]:
+    """The manifest's graph with its package, its outputs' names, and its constants, of which only
+    the compiled library can tell; and the files that it needs beside it."""
     file, outputs = make_file_entry(scratch, f"graphs/{unit.id}.pt2"), exported.outputs
     if len(names) == len(outputs.tensors):
         tensors = zip(outputs.tensors, names, strict=True)
         named = tuple(msgspec.structs.replace(tensor, name=name) for tensor, name in tensors)
         outputs = msgspec.structs.replace(outputs, tensors=named)
-    return msgspec.structs.replace(
+    bare = msgspec.structs.replace(
         draft_graph(unit, outputs),
         sha256=file.sha256,
         size=file.size,
         members=list_members(scratch / file.path),
     )
-
-
-def _describe_graph(
-    bare: Graph, place: ConstantsFile, exported: Exported, unpacked: Path, scratch: Path
-) -> tuple[Graph, tuple[File, ...]]:
-    """Add what only the compiled library can tell: the constants that it reads."""
     device = next(place.module.parameters()).device
     fqns = open_graph(unpacked, bare, device).read_constant_fqns()
     listed, shipped = constants.describe_constants(fqns, place, exported.program)
