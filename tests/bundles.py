@@ -12,22 +12,21 @@ from typing import Any
 import msgspec
 
 from hubaoti.artifact.bundle import Bundle, make_file_entry
-from hubaoti.artifact.manifest import (
-    FILENAME,
+from hubaoti.artifact.manifest import FILENAME, Manifest
+from hubaoti.artifact.package import list_members
+from hubaoti.artifact.requirements import Requirements
+from hubaoti.artifact.schema import (
     Build,
     BuildRecord,
     Check,
     Graph,
     Input,
-    Manifest,
     ModelSource,
     Outputs,
     Program,
     Target,
     compute_key,
 )
-from hubaoti.artifact.package import list_members
-from hubaoti.artifact.requirements import Requirements
 from hubaoti.host.probe import Gpu, Host, Torch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.artifact.package import unpack_all
+from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.compiler.verify import share_constants
 from hubaoti.runtime.graph import Graph, open_graph
 

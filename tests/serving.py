@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.artifact.manifest import Cache, Input
+from hubaoti.artifact.schema import Cache, Input
 from hubaoti.compiler.capture import make_call, replace_forward
 from hubaoti.compiler.kv_inputs import count_layers
 

@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 
 import hubaoti
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.artifact.manifest import Constant
-from hubaoti.artifact.schema import ConstantOrigin
+from hubaoti.artifact.schema import Constant, ConstantOrigin
 from hubaoti.attachment.binding import ConstantBinding
 from hubaoti.attachment.stats import Fallback
 from hubaoti.program.adapters import separate_adapters, stands_aside

@@ -23,13 +23,10 @@ from hubaoti.artifact.manifest import (
     MOST_GRAPHS,
     MOST_MEMBERS,
     MOST_VALUES,
-    Constant,
-    ConstantOrigin,
-    File,
     Manifest,
-    Member,
     parse_manifest,
 )
+from hubaoti.artifact.schema import Constant, ConstantOrigin, File, Member
 from hubaoti.errors import BadManifest, DigestMismatch, HubaotiError, HubUnreachable
 from hubaoti.hub import client as door
 from hubaoti.hub import pull_all

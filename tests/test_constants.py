@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from hubaoti.artifact.manifest import ConstantOrigin
+from hubaoti.artifact.schema import ConstantOrigin
 from hubaoti.compiler.constants import (
     BUFFERS,
     ConstantsFile,

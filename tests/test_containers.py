@@ -16,7 +16,8 @@ from torch import nn
 
 import hubaoti
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.artifact.manifest import Input, Outputs, Write, parse_manifest
+from hubaoti.artifact.manifest import parse_manifest
+from hubaoti.artifact.schema import Input, Outputs, Write
 from hubaoti.attachment.first_call import Beside
 from hubaoti.compiler.signature import CallSignature, FlatModule
 from hubaoti.errors import CompileFailed

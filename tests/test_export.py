@@ -13,7 +13,7 @@ from conftest import VOCABULARY
 from torch import nn
 
 from hubaoti.artifact.dim_expr import DimExpr
-from hubaoti.artifact.manifest import Input
+from hubaoti.artifact.schema import Input
 from hubaoti.compiler.dims import DimRanges, choose_example_sizes
 from hubaoti.compiler.export import Exported, export, refuse_beyond, run_exporter
 from hubaoti.compiler.from_config import load_source

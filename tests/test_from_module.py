@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 import hubaoti
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.compiler.capture import Calls
 from hubaoti.compiler.from_module import make_source
 from hubaoti.compiler.graph_build import choose_trace_sizes, name_constants_file

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.artifact.manifest import Cache, Constant, ConstantOrigin, Input, Output, Outputs
-from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.schema import Cache, Constant, ConstantOrigin, Input, Output, Outputs
+from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.errors import BadInput, MissingConstant
 from hubaoti.runtime import golden
 from hubaoti.runtime.golden import (

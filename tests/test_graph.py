@@ -12,9 +12,9 @@ import torch
 
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.dim_expr import DimExpr
-from hubaoti.artifact.manifest import Cache, Input, Outputs
-from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.artifact.package import unpack_all
+from hubaoti.artifact.schema import Cache, Input, Outputs
+from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.errors import (
     BadInput,
     BadRequest,

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, StaticCache
 
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.artifact.package import unpack_all
+from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.compiler.from_config import Source, load_source
 from hubaoti.compiler.graph_build import choose_trace_sizes, require_same_programs, trace_unit
 from hubaoti.compiler.materialize import lend_memory

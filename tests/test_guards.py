@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import Dim
 
 from hubaoti.artifact.dim_expr import DimExpr
-from hubaoti.artifact.manifest import Input
+from hubaoti.artifact.schema import Input
 from hubaoti.compiler.export import find_guard_lines
 from hubaoti.compiler.guards import LOGGER, Fixes, collect_guard_lines, find_model_line, read_fixes
 from hubaoti.compiler.request import Range

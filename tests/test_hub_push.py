@@ -13,7 +13,8 @@ from huggingface_hub import HfApi, ModelCard
 from proxies import DROPPED, Proxy
 
 from hubaoti.artifact.bundle import Bundle, make_file_entry
-from hubaoti.artifact.manifest import FILENAME, ModelSource
+from hubaoti.artifact.manifest import FILENAME
+from hubaoti.artifact.schema import ModelSource
 from hubaoti.errors import (
     AuthFailed,
     BadPackage,

@@ -18,7 +18,8 @@ from proxies import Proxy
 
 from hubaoti import api
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.artifact.manifest import Cache, Direct, Input, Manifest, compute_key, parse_manifest
+from hubaoti.artifact.manifest import Manifest, parse_manifest
+from hubaoti.artifact.schema import Cache, Direct, Input, compute_key
 from hubaoti.compiler.callspec import make_call_spec
 from hubaoti.compiler.signature import CallSignature
 from hubaoti.errors import BadRequest, Conflict, HubaotiError, NoArtifact

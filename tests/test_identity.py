@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hubaoti.artifact.canonical import encode_canonical
-from hubaoti.artifact.manifest import Program
+from hubaoti.artifact.schema import Program
 from hubaoti.program.identity import Normal, identify_module_program, identify_program
 from hubaoti.program.model_code import collect_code
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hubaoti.artifact.manifest import Cache, Input
+from hubaoti.artifact.schema import Cache, Input
 from hubaoti.compiler.index_guards import MESSAGE, guard_indices
 from hubaoti.compiler.symbols import list_placeholders
 

@@ -17,22 +17,19 @@ from bundles import CPU, CUDA, make_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hubaoti.artifact.manifest import (
-    LARGEST_MANIFEST,
+from hubaoti.artifact.manifest import LARGEST_MANIFEST, Manifest, encode_canonical, parse_manifest
+from hubaoti.artifact.requirements import Requirements
+from hubaoti.artifact.schema import (
     Build,
     BuildRecord,
     Check,
     Constant,
     ConstantOrigin,
-    Manifest,
     ModelSource,
     Program,
     Target,
     compute_key,
-    encode_canonical,
-    parse_manifest,
 )
-from hubaoti.artifact.requirements import Requirements
 from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.errors import BadManifest, NewerSchema
 

@@ -12,7 +12,7 @@ from commands import inside
 
 import hubaoti
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.artifact.manifest import Program
+from hubaoti.artifact.schema import Program
 from hubaoti.errors import ModelNotFound, OtherProgram
 from hubaoti.program.model_files import flatten_config, read_sentence_steps, refuse_other_program
 from hubaoti.server import Endpoint

@@ -14,8 +14,8 @@ from bundles import MEMBERS, tree_of, write_zip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hubaoti.artifact.manifest import Member
 from hubaoti.artifact.package import hash_file, leads_outside, list_members, pack_folder, unpack
+from hubaoti.artifact.schema import Member
 from hubaoti.errors import BadPackage
 
 LIGHT = settings(

@@ -14,7 +14,7 @@ from serving import Form, serving
 from torch import nn
 from transformers import StaticCache
 
-from hubaoti.artifact.manifest import Input, Program
+from hubaoti.artifact.schema import Input, Program
 from hubaoti.compiler.capture import record_calls
 from hubaoti.compiler.from_config import Source, load_source, use_attention
 from hubaoti.compiler.from_module import make_source

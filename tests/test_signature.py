@@ -12,7 +12,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from hubaoti.artifact.dim_expr import DimExpr
-from hubaoti.artifact.manifest import Cache, Input
+from hubaoti.artifact.schema import Cache, Input
 from hubaoti.compiler.capture import Call, make_call
 from hubaoti.compiler.infer_dims import Dims, infer_signature
 from hubaoti.compiler.kv_inputs import Sliding, Static

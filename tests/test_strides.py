@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hubaoti.artifact.manifest import Input
+from hubaoti.artifact.schema import Input
 from hubaoti.compiler.strides import take_any_strides
 from hubaoti.errors import CompileFailed
 

@@ -13,8 +13,8 @@ import torch
 from bundles import describe, make_bundle
 from tokenizers import Tokenizer
 
-from hubaoti.artifact.manifest import Graph as Entry
-from hubaoti.artifact.manifest import Input
+from hubaoti.artifact.schema import Graph as Entry
+from hubaoti.artifact.schema import Input
 from hubaoti.errors import BadInput, ModelNotFound, OutOfBounds
 from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.text import TextEncoder, TextModel, shorten_text

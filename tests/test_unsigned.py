@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from hubaoti.artifact.manifest import Graph, Outputs
+from hubaoti.artifact.schema import Graph, Outputs
 from hubaoti.attachment.first_call import AGREES, DIFFERS, UNTRIED
 from hubaoti.attachment.stats import CallStats, Fallback
 from hubaoti.errors import NotServed

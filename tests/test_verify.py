@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hubaoti.artifact.manifest import Graph as Entry
-from hubaoti.artifact.manifest import Input, Output, Outputs
+from hubaoti.artifact.schema import Graph as Entry
+from hubaoti.artifact.schema import Input, Output, Outputs
 from hubaoti.compiler import verify
 from hubaoti.compiler.dims import DimRanges, Probe, choose_probes, limit_graph_dims
 from hubaoti.compiler.request import Range

@@ -11,8 +11,8 @@ import torch
 from bundles import describe, make_bundle
 from safetensors.torch import save_file
 
-from hubaoti.artifact.manifest import Constant, ConstantOrigin
-from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.schema import Constant, ConstantOrigin
+from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.errors import BadInput, MissingConstant
 from hubaoti.runtime.weights import (
     INDEX,

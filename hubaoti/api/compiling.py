@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hubaoti.api.attaching import put
 from hubaoti.api.finding import find_built, find_whole
 from hubaoti.artifact.bundle import Bundle, explain_store_errors
-from hubaoti.artifact.manifest import ModelSource
+from hubaoti.artifact.schema import ModelSource
 from hubaoti.compiler.reports import report_failure
 from hubaoti.compiler.request import (
     CompileRequest,
@@ -271,11 +271,7 @@ def _find_device(model: str | Path | nn.Module) -> str:
 
 @contextmanager
 def _in_eval_mode(model: Any) -> Iterator[None]:
-    """Around work on a module from Python: it is in eval mode, and afterwards as it was.
-
-    Raises:
-        BadRequest: it is no module.
-    """
+    """Around work on a module from Python: it is in eval mode, and afterwards as it was."""
     if isinstance(model, (str, Path)):
         yield
         return
@@ -294,11 +290,7 @@ def _in_eval_mode(model: Any) -> Iterator[None]:
 def _build(
     job: Job, origin: ModelSource, output: Path, host: Host, jobs: int | None, progress: Progress
 ) -> Bundle:
-    """Build a job; a report of what failed lies beside the output.
-
-    Raises:
-        HubaotiError: what failed and what to do; no half-written bundle is left.
-    """
+    """Build a job; a report of what failed lies beside the output."""
     from hubaoti.compiler.build import build
 
     graphs = [f"  {unit.id}: {unit.bounds}" for unit in job.plan.units]

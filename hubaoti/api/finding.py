@@ -30,11 +30,7 @@ def find_built(key: str, output: Path, mirror: Mirror, progress: Progress) -> Bu
 
 
 def _copy_from_mirror(artifact: Artifact, output: Path) -> Bundle:
-    """A bundle from the mirror, its graphs packed again.
-
-    Raises:
-        DigestMismatch: another zlib packed it, so that its bytes cannot be had again.
-    """
+    """A bundle from the mirror, its graphs packed again."""
     with write_bundle(output) as scratch:
         for file in artifact.manifest.files:
             target = scratch / file.path

@@ -16,8 +16,9 @@ from glob import escape
 from pathlib import Path
 
 from hubaoti.artifact import manifest as manifests
-from hubaoti.artifact.manifest import File, Manifest
+from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.package import hash_file, list_members
+from hubaoti.artifact.schema import File
 from hubaoti.disk import DISK_FULL, OUTPUT, TEMPORARY, are_on_one_disk, find_full_disk
 from hubaoti.errors import (
     BadManifest,

@@ -38,11 +38,7 @@ def _normalize_value(value: Any) -> Any:
 
 
 def _sort_keys(names: dict[Any, Any]) -> list[str]:
-    """Keys in the order of their UTF-16, which is that of their characters but for the rarest.
-
-    Raises:
-        ValueError: a key is no text.
-    """
+    """Keys in the order of their UTF-16, which is that of their characters but for the rarest."""
     if not all(type(name) is str for name in names):
         raise ValueError("a key is no text")
     if "".join(names).isascii():

@@ -20,51 +20,19 @@ from hubaoti.artifact.requirements import KernelPin, Requirements
 from hubaoti.artifact.schema import (
     Build,
     BuildRecord,
-    Cache,
     Check,
-    Constant,
-    ConstantOrigin,
-    Direct,
     File,
-    Golden,
     Graph,
-    Input,
-    Member,
     ModelSource,
-    Output,
-    Outputs,
     Program,
     Record,
     Sha256,
     Target,
-    Write,
     compute_key,
 )
 from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.errors import BadManifest, BadRequest, NewerSchema
 from hubaoti.escape import LONGEST, escape_line
-
-__all__ = [
-    "Build",
-    "BuildRecord",
-    "Cache",
-    "Check",
-    "Constant",
-    "Direct",
-    "File",
-    "Golden",
-    "Graph",
-    "Input",
-    "Member",
-    "ConstantOrigin",
-    "Output",
-    "Outputs",
-    "Program",
-    "ModelSource",
-    "Target",
-    "Write",
-    "compute_key",
-]
 
 _SCHEMA = 2  # the newest that is read; what is written has the oldest that can say it
 FILENAME = "hubaoti.json"

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from hubaoti.artifact.manifest import Graph, Member
+from hubaoti.artifact.schema import Graph, Member
 from hubaoti.errors import BadPackage
 
 _CHUNK = 1 << 20

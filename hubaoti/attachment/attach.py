@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.artifact.manifest import Manifest
+from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.attachment.binding import ConstantBinding
 from hubaoti.attachment.dispatch import Dispatcher
 from hubaoti.attachment.first_call import FirstCallCheck, Verdicts

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from hubaoti.artifact.manifest import Constant
+from hubaoti.artifact.schema import Constant
 from hubaoti.attachment.forward_patch import ModuleReference
 from hubaoti.attachment.module_guard import GLOBAL_HOOKS, FoundConstant, ModuleGuard
 from hubaoti.attachment.quantized import (

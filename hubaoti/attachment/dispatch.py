@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.attachment.expand import (
     ExpandedInputs,
     compute_shape,

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from hubaoti.artifact.dim_expr import DimExpr
-from hubaoti.artifact.manifest import Graph as Entry
-from hubaoti.artifact.manifest import Input
+from hubaoti.artifact.schema import Graph as Entry
+from hubaoti.artifact.schema import Input
 from hubaoti.runtime.fallback import CannotServe
 
 _KEPT = 8  # adapted tensors that are remembered

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hubaoti.artifact.manifest import Constant
+from hubaoti.artifact.schema import Constant
 from hubaoti.errors import BadRequest
 from hubaoti.runtime.heap import release_pages
 from hubaoti.runtime.quantize import GROUP, TILE, make_quantized

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.artifact.manifest import Constant, Graph, Manifest
+from hubaoti.artifact.manifest import Manifest
+from hubaoti.artifact.schema import Constant, Graph
 from hubaoti.errors import BadRequest, MissingConstant
 from hubaoti.runtime.input_checks import parse_dtype
 

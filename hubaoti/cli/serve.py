@@ -49,9 +49,6 @@ def _choose_token(token: str | None, file: Path | None) -> tuple[str | None, str
     """The token that was given in one of three ways, and how a shell has what was kept apart.
 
     None where it was given in none.
-
-    Raises:
-        BadRequest: it was given in two, or the file cannot be read.
     """
     if token is not None and file is not None:
         raise BadRequest("--token and --token-file say two tokens", hint="give one of them")
@@ -63,11 +60,7 @@ def _choose_token(token: str | None, file: Path | None) -> tuple[str | None, str
 
 
 def _read_token(file: Path) -> str:
-    """The token in a file, which may end in a newline.
-
-    Raises:
-        BadRequest: it cannot be read.
-    """
+    """The token in a file, which may end in a newline."""
     try:
         with file.open("rb") as opened:
             return opened.read(_LONGEST).decode().strip()

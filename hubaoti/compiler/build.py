@@ -15,8 +15,9 @@ import transformers
 from hubaoti import __version__
 from hubaoti.artifact import manifest as manifests
 from hubaoti.artifact.bundle import Bundle, make_file_entry, write_bundle, write_manifest
-from hubaoti.artifact.manifest import BuildRecord, File, Manifest, ModelSource, Target
+from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.requirements import Requirements
+from hubaoti.artifact.schema import BuildRecord, File, ModelSource, Target
 from hubaoti.compiler import elf
 from hubaoti.compiler.constants import save_tensors
 from hubaoti.compiler.graph_build import BuiltGraph, build_unit
@@ -98,12 +99,7 @@ def build(
 
 
 def _sum_unit_bytes(plan: Plan, unit: GraphPlan) -> int:
-    """The memory of one module of a unit, in bytes.
-
-    Raises:
-        CompileFailed: a tensor's values are not what lies in its memory: a graph reads nothing
-            else.
-    """
+    """The memory of one module of a unit, in bytes."""
     module, total = plan.source.model.get_submodule(unit.region), 0
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if not has_memory(tensor):

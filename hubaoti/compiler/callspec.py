@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from hubaoti.artifact.manifest import Direct, Graph
+from hubaoti.artifact.schema import Direct, Graph
 from hubaoti.compiler.capture import thaw_arguments
 from hubaoti.compiler.patched import patch_attribute
 from hubaoti.compiler.signature import CallSignature

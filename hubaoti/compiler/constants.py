@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.export import ExportedProgram
 
-from hubaoti.artifact.manifest import Constant, ConstantOrigin
+from hubaoti.artifact.schema import Constant, ConstantOrigin
 from hubaoti.errors import CompileFailed
 from hubaoti.runtime.input_checks import name_dtype
 from hubaoti.runtime.quantize import Made, make_lowering_constant

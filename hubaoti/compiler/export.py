@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from hubaoti.artifact.manifest import Output, Outputs
+from hubaoti.artifact.schema import Output, Outputs
 from hubaoti.compiler.dims import DimRanges
 from hubaoti.compiler.fake_run import describe_missing_fake
 from hubaoti.compiler.from_config import silence_transformers

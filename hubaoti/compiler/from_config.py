@@ -17,7 +17,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from hubaoti.artifact.manifest import Program
+from hubaoti.artifact.schema import Program
 from hubaoti.compiler import tasks
 from hubaoti.compiler.capture import Call
 from hubaoti.compiler.fake_run import init_empty_parameters
@@ -166,11 +166,7 @@ def _refuse_quantized(folder: Path, config: Any) -> None:
 
 
 def _read_config_dtype(config: Any) -> str:
-    """The dtype that a config names, float32 where it names none.
-
-    Raises:
-        BadRequest: it names one that graphs are not compiled for.
-    """
+    """The dtype that a config names, float32 where it names none."""
     dtype = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
     if dtype not in DTYPES:
         raise BadRequest(

@@ -84,11 +84,7 @@ def make_source(
 
 
 def _read_call_sets(calls: Any, model: nn.Module) -> list[Any]:
-    """The calls of a module as sets.
-
-    Raises:
-        BadRequest: there are none.
-    """
+    """The calls of a module as sets."""
     if calls is None:
         raise BadRequest(
             f"{type(model).__name__} is a module, and how it is called is not known",
@@ -151,11 +147,7 @@ def _list_named_dims(shapes: Mapping[str, Shape]) -> frozenset[str]:
 
 
 def _find_main_dtype(module: nn.Module) -> str:
-    """The dtype that most of a module's numbers have.
-
-    Raises:
-        BadRequest: graphs are not compiled for it, or the module has no floating parameter.
-    """
+    """The dtype that most of a module's numbers have."""
     counts: Counter[torch.dtype] = Counter()
     for parameter in module.parameters():
         if parameter.is_floating_point():

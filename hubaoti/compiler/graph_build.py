@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from hubaoti.artifact.bundle import make_file_entry
-from hubaoti.artifact.manifest import Check, File, Golden, Graph, Outputs
 from hubaoti.artifact.package import list_members, unpack_all
+from hubaoti.artifact.schema import Check, File, Golden, Graph, Outputs
 from hubaoti.compiler import constants, elf, verify
 from hubaoti.compiler.callspec import (
     ARCHIVE,

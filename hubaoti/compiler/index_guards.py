@@ -17,7 +17,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
-from hubaoti.artifact.manifest import Cache, Input
+from hubaoti.artifact.schema import Cache, Input
 
 _aten = torch.ops.aten
 MESSAGE = "index out of bounds"

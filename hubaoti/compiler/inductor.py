@@ -24,8 +24,8 @@ from packaging.version import Version
 from torch._inductor.exc import CppCompileError
 from torch.export import ExportedProgram
 
-from hubaoti.artifact.manifest import Target
 from hubaoti.artifact.package import pack_folder, unpack_all
+from hubaoti.artifact.schema import Target
 from hubaoti.compiler.callspec import CallSpec, write_call_spec
 from hubaoti.compiler.elf import refuse_executable_stack, refuse_paths
 from hubaoti.compiler.passes import UnfuseBias

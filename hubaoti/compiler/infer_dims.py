@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hubaoti.artifact.dim_expr import DimExpr
-from hubaoti.artifact.manifest import Input
+from hubaoti.artifact.schema import Input
 from hubaoti.compiler.capture import Call
 from hubaoti.compiler.request import Shape
 from hubaoti.compiler.signature import CallSignature, encode_extent, make_names_unique
@@ -137,11 +137,7 @@ def _describe_tensors(call: Call) -> str:
 
 
 def _merge_templates(templates: Sequence[Any], dims: Dims, where: str) -> Any:
-    """The one template of several: numbers that follow a size become that size.
-
-    Raises:
-        BadRequest: they differ in something else.
-    """
+    """The one template of several: numbers that follow a size become that size."""
     first = templates[0]
     if all(template == first and type(template) is type(first) for template in templates[1:]):
         return first
@@ -217,11 +213,7 @@ def read_stated_dims(calls: Sequence[Call], shapes: Mapping[str, Shape]) -> Dims
 
 
 def _set_stated_dim(dims: Dims, place: tuple[str, int], extent: DimExpr, sizes: Series) -> None:
-    """Take what the user says of one size.
-
-    Raises:
-        BadDim: a name stands for two sizes.
-    """
+    """Take what the user says of one size."""
     dims.given[place] = extent
     if extent.plain and dims.series.setdefault(extent.dims[0], sizes) != sizes:
         dim = extent.dims[0]
@@ -248,11 +240,7 @@ def _require_stated(dims: Dims, name: str, extent: DimExpr, sizes: list[int]) ->
 
 
 def _parse_extent(text: str) -> DimExpr:
-    """An extent as the user writes it.
-
-    Raises:
-        BadDim: it is none.
-    """
+    """An extent as the user writes it."""
     try:
         return DimExpr.parse(text)
     except ValueError as error:
@@ -260,11 +248,7 @@ def _parse_extent(text: str) -> DimExpr:
 
 
 def _find_input(name: str, call: Call) -> int:
-    """The place of an input by its name.
-
-    Raises:
-        BadDim: there is none.
-    """
+    """The place of an input by its name."""
     if name not in call.names:
         raise BadDim(
             f"the calls have no input {name!r}", hint=f"they have: {', '.join(call.names)}"

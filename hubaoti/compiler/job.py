@@ -8,7 +8,7 @@ from typing import Any, cast
 import msgspec
 import torch
 
-from hubaoti.artifact.manifest import Build, Target, compute_key
+from hubaoti.artifact.schema import Build, Target, compute_key
 from hubaoti.compiler.inductor import choose_inductor_options
 from hubaoti.compiler.plan import GraphPlan, Plan
 from hubaoti.compiler.request import CompileRequest

@@ -79,11 +79,7 @@ def merge_options(
 
 
 def _split_words(texts: Iterable[str]) -> dict[str, str]:
-    """The names and values of `key=value` words.
-
-    Raises:
-        BadRequest: a word is malformed, or gives its option twice.
-    """
+    """The names and values of `key=value` words."""
     words: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -157,11 +153,7 @@ def _is_speakable(kind: Any) -> bool:
 
 
 def _read_value(name: str, value: Any, spoken: bool) -> Any:
-    """An option's value, as JSON has it.
-
-    Raises:
-        BadRequest: it is of another type.
-    """
+    """An option's value, as JSON has it."""
     kind = _get_kind(name)
     for each in _list_readings(value) if spoken else [value]:
         with suppress(ValueError):
@@ -183,11 +175,7 @@ def _list_readings(text: str) -> list[Any]:
 
 
 def _fit(value: Any, kind: Any) -> Any:
-    """A value as a type has it.
-
-    Raises:
-        ValueError: it is of another type, or no JSON.
-    """
+    """A value as a type has it."""
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if origin in {Union, types.UnionType}:
         return _fit_first(value, inner)
@@ -203,11 +191,7 @@ def _fit(value: Any, kind: Any) -> Any:
 
 
 def _fit_first(value: Any, kinds: Iterable[Any]) -> Any:
-    """A value as the first of some types that has it; None only where a type is None.
-
-    Raises:
-        ValueError: none of them has it.
-    """
+    """A value as the first of some types that has it; None only where a type is None."""
     for kind in kinds:
         if kind is not types.NoneType:
             with suppress(ValueError):
@@ -218,11 +202,7 @@ def _fit_first(value: Any, kinds: Iterable[Any]) -> Any:
 
 
 def _fit_plain(value: Any, kind: Any) -> bool | int | float | str:
-    """A value as one of JSON's plain types has it.
-
-    Raises:
-        ValueError: it is of another type; a word is no word, a number no finite one.
-    """
+    """A value as one of JSON's plain types has it."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is bool and isinstance(value, bool):
         return value

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hubaoti.artifact.dim_expr import DimExpr
-from hubaoti.artifact.manifest import Cache, Input, Write
+from hubaoti.artifact.schema import Cache, Input, Write
 from hubaoti.compiler import kv_inputs as caches
 from hubaoti.compiler.capture import Frozen, Opaque, bind_arguments, replace_forward, thaw_arguments
 from hubaoti.errors import CompileFailed
@@ -284,11 +284,7 @@ class FlatModule:
 
 
 def _describe_write(change: ContainerChange, frozen: Frozen) -> Write:
-    """What a module left in a container of its call, as the manifest has it.
-
-    Raises:
-        Opaque: something that no template can hold.
-    """
+    """What a module left in a container of its call, as the manifest has it."""
     name = "_".join(map(str, change.path))
     if not all(type(key) in {str, int} for key, _ in change.items):
         raise Opaque(f"{name} has keys that are neither words nor whole numbers")

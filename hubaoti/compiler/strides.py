@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.export import ExportedProgram
 
-from hubaoti.artifact.manifest import Input
+from hubaoti.artifact.schema import Input
 from hubaoti.compiler.symbols import list_placeholders
 from hubaoti.errors import CompileFailed
 

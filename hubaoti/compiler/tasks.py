@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
-from hubaoti.artifact.manifest import Input
+from hubaoti.artifact.schema import Input
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.signature import CallSignature
 from hubaoti.errors import UnknownTask

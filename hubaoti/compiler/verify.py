@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hubaoti.artifact.manifest import Check, Input, Output
-from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.schema import Check, Input, Output
+from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.compiler.constants import collect_named_tensors
 from hubaoti.compiler.dims import DimRanges, Probe, Sizes, choose_probes, nest_sizes
 from hubaoti.compiler.regions import list_block_attributes

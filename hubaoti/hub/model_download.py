@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hubaoti.artifact.manifest import ModelSource
+from hubaoti.artifact.schema import ModelSource
 from hubaoti.errors import BadRequest, ModelNotFound, RepoNotFound
 from hubaoti.escape import escape_line
 from hubaoti.progress import Progress, report_nothing

@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
-from hubaoti.artifact.manifest import Direct, Graph, Manifest
+from hubaoti.artifact.manifest import Manifest
+from hubaoti.artifact.schema import Direct, Graph
 from hubaoti.errors import BadRequest
 from hubaoti.hub.layout import ArtifactPath, RepoRef, is_revision
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hubaoti.artifact import manifest as manifests
-from hubaoti.artifact.manifest import Graph, Manifest
+from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.package import copy_hashed, unpack
+from hubaoti.artifact.schema import Graph
 from hubaoti.disk import sync_folder
 from hubaoti.errors import DigestMismatch
 

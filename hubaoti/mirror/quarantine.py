@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from hubaoti.artifact.manifest import Graph
+from hubaoti.artifact.schema import Graph
 from hubaoti.mirror.folders import keep_newest
 from hubaoti.mirror.rows import Promise
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hubaoti.artifact.manifest import Graph
 from hubaoti.artifact.package import holds_members
+from hubaoti.artifact.schema import Graph
 from hubaoti.mirror.quarantine import NOTE, read_note
 from hubaoti.mirror.rows import Row
 from hubaoti.mirror.store import Mirror, holds_small, is_whole

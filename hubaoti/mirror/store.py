@@ -23,8 +23,9 @@ from functools import partial
 from pathlib import Path
 
 from hubaoti.artifact import manifest as manifests
-from hubaoti.artifact.manifest import File, Graph, Manifest
+from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.package import has_bytes, holds_members
+from hubaoti.artifact.schema import File, Graph
 from hubaoti.artifact.variant import Recipe
 from hubaoti.disk import explain_disk_errors, require_disk_room, sync_folder
 from hubaoti.errors import BadManifest, HubaotiError

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from hubaoti.artifact.canonical import SAFE, digest_canonical
-from hubaoti.artifact.manifest import Program
+from hubaoti.artifact.schema import Program
 from hubaoti.errors import BadRequest, OtherProgram, first_line
 from hubaoti.program import changed_attributes
 from hubaoti.program.adapters import list_own_parts
@@ -233,11 +233,7 @@ def _add_patches_to_digest(digest: str, model: nn.Module, code: Code) -> str:
 
 
 def _list_patch(listing: Listing, name: str, value: Any) -> list[Any]:
-    """What was put in a place, as plain values.
-
-    Raises:
-        BadRequest: it cannot be told from others of its kind.
-    """
+    """What was put in a place, as plain values."""
     entries = dict(dict.items(value)) if isinstance(value, dict) else unwrap_descriptor(value)
     try:
         codes = [listing.code(each.__code__, 1) for each in find_functions(value)]

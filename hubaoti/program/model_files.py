@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from hubaoti.artifact.manifest import Program
+from hubaoti.artifact.schema import Program
 from hubaoti.errors import ModelNotFound, OtherProgram, UnknownTask
 
 POOLING = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")

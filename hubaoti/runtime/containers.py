@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import torch
 
-from hubaoti.artifact.manifest import Outputs
+from hubaoti.artifact.schema import Outputs
 from hubaoti.runtime.call_template import walk_template
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.output_template import parse_output_template

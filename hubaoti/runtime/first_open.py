@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from hubaoti.artifact.manifest import FILENAME, Graph, parse_manifest
+from hubaoti.artifact.manifest import FILENAME, parse_manifest
+from hubaoti.artifact.schema import Graph
 from hubaoti.errors import (
     CannotOpen,
     HubaotiError,

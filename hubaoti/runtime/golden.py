@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hubaoti.artifact.dim_expr import DimExpr
-from hubaoti.artifact.manifest import Golden
-from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.schema import Golden
+from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.errors import BadInput, MissingConstant
 from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.input_checks import name_dtype, parse_dtype

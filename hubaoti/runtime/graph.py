@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from hubaoti.artifact.manifest import Graph as Entry
 from hubaoti.artifact.package import holds_members
+from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.errors import (
     BadInput,
     BadRequest,

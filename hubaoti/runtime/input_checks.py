@@ -15,8 +15,8 @@ from operator import or_
 import torch
 
 from hubaoti.artifact.dim_expr import DimExpr
-from hubaoti.artifact.manifest import Cache, Constant, Input
-from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.schema import Cache, Constant, Input
+from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.errors import BadInput, MissingConstant, OutOfBounds
 from hubaoti.runtime.known_calls import KnownCalls
 from hubaoti.runtime.threads import Constants

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.artifact.manifest import Cache
-from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.schema import Cache
+from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.input_checks import parse_dtype
 

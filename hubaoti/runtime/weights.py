@@ -10,8 +10,8 @@ import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hubaoti.artifact.manifest import Constant
-from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.schema import Constant
+from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.errors import BadInput, MissingConstant
 from hubaoti.runtime.input_checks import parse_dtype, tensor_alignment
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
-from hubaoti.artifact.manifest import Graph, Outputs
 from hubaoti.artifact.package import hash_file, list_members
+from hubaoti.artifact.schema import Graph, Outputs
 from hubaoti.errors import BadRequest, DigestMismatch, HubaotiError
 from hubaoti.escape import escape_line
 from hubaoti.hub.catalog import Catalog

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.errors import HubaotiError, MissingDependency, first_line
 from hubaoti.host.processes import join_parent
 from hubaoti.runtime.first_open import OpenRequest, OpenVerdict, collect_verdicts, report_opens

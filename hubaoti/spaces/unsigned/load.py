@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.artifact.manifest import Graph
 from hubaoti.artifact.package import holds_members
+from hubaoti.artifact.schema import Graph
 from hubaoti.attachment.attach import Attachment
 from hubaoti.attachment.first_call import Verdicts
 from hubaoti.attachment.stats import CallStats

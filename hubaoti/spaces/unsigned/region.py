@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from hubaoti.artifact.manifest import Graph as Entry
+from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.attachment.binding import require_quiet
 from hubaoti.attachment.first_call import AGREES, DIFFERS, UNTRIED, describe_difference
 from hubaoti.attachment.forward_patch import CountMiss, GraphPatch
