@@ -24,6 +24,7 @@ from hubaoti.compiler.plan import GraphPlan
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.signature import CallSignature
 from hubaoti.errors import BadDim, BadRequest, CompileFailed, HubaotiError
+from hubaoti.host import probe
 from hubaoti.host.memory import OVERHEAD
 from hubaoti.host.wire import ErrorRecord
 
@@ -315,9 +316,9 @@ def test_a_gpu_has_one_at_a_time() -> None:
 
 def test_only_cores_that_are_ours_are_counted() -> None:
     ours = os.sched_getaffinity(0)
-    assert parallel.count_cores() == len(ours)
+    assert probe.count_cores() == len(ours)
     os.sched_setaffinity(0, {min(ours)})
     try:
-        assert parallel.count_cores() == 1
+        assert probe.count_cores() == 1
     finally:
         os.sched_setaffinity(0, ours)

@@ -7,7 +7,6 @@ prints goes to one of them, so that lines of several never mix.
 
 from __future__ import annotations
 
-import os
 import shutil
 import traceback
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from hubaoti.compiler.plan import GraphPlan
 from hubaoti.disk import DISK_FULL, OUTPUT, TEMPORARY, describe_no_room, find_full_disk
 from hubaoti.errors import BadRequest, CompileFailed, HubaotiError, first_line
 from hubaoti.host.memory import OVERHEAD, read_available_memory
+from hubaoti.host.probe import count_cores
 from hubaoti.host.processes import fork_child, stop_forks, wait_for_one
 from hubaoti.host.wire import ErrorRecord, Garbled, decode_record
 from hubaoti.progress import Progress, report_nothing
@@ -48,13 +48,6 @@ def choose_job_count(request: int | None, units: int, weights: int, device: torc
     fitting = read_available_memory() // (OVERHEAD + weights)
     most = request or min(count_cores(), max(1, fitting))
     return min(most, units)
-
-
-def count_cores() -> int:
-    """The cores that a container, or `taskset`, leaves to this process."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def build_all(

@@ -115,7 +115,7 @@ def probe_host(settings: Settings, kernel_caches: Iterable[Path] | None = None) 
         python=platform.python_version(),
         level=level,
         cpu=cpu,
-        cores=_count_cores(),
+        cores=count_cores(),
         memory=_probe_memory(),
         torch=torch,
         gpus=gpus,
@@ -149,8 +149,8 @@ def _probe_cpu(notes: list[str]) -> tuple[str, str]:
     return (str(cpu.generic) if family == "x86_64" else family), str(cpu.name)
 
 
-def _count_cores() -> int:
-    """The cores that this process may use."""
+def count_cores() -> int:
+    """The cores that a container, or `taskset`, leaves to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

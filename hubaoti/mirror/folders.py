@@ -119,10 +119,10 @@ def _is_abandoned(entry: Path) -> bool:
         return True
     node, _, rest = entry.name.partition("~")
     pid = rest.partition("~")[0]
-    return node == platform.node() and pid.isdigit() and not _is_process_alive(int(pid))
+    return node == platform.node() and pid.isdigit() and not is_process_alive(int(pid))
 
 
-def _is_process_alive(pid: int) -> bool:
+def is_process_alive(pid: int) -> bool:
     """Whether a process of this machine runs."""
     try:
         os.kill(pid, 0)

@@ -11,6 +11,7 @@ import mmap
 import os
 
 from hubaoti.attachment.first_call import DIFFERS, UNTRIED
+from hubaoti.mirror.folders import is_process_alive
 
 PLACES = 1 << 17
 _PROBES = 32  # places that a look may have
@@ -80,12 +81,4 @@ class CallOutcomes:
 
 def _is_still_trying(pid: int) -> bool:
     """Whether a process is there that tries a call."""
-    if not pid:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is somebody else's
-        pass
-    return True
+    return pid > 0 and is_process_alive(pid)
