@@ -20,13 +20,7 @@ from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.package import hash_file, list_members
 from hubaoti.artifact.schema import File
 from hubaoti.disk import DISK_FULL, OUTPUT, TEMPORARY, are_on_one_disk, find_full_disk
-from hubaoti.errors import (
-    BadManifest,
-    DigestMismatch,
-    DiskFull,
-    HubaotiError,
-    OutputExists,
-)
+from hubaoti.errors import BadManifest, DigestMismatch, DiskFull, HubaotiError, OutputExists
 
 _OURS = "hubaoti-"  # what the names begin with of folders beside a bundle in which it is written
 _OLD = "old"  # the bundle that is being replaced, in a folder beside its place

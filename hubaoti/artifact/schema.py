@@ -21,8 +21,7 @@ _SafePath = Annotated[
     msgspec.Meta(pattern=r"^[A-Za-z0-9_+-][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)*\Z"),
 ]
 _MemberPath = Annotated[
-    str,
-    msgspec.Meta(pattern=r"^(?!.*(^|/)\.{1,2}(/|\Z))[A-Za-z0-9_.+-]+(/[A-Za-z0-9_.+-]+)*\Z"),
+    str, msgspec.Meta(pattern=r"^(?!.*(^|/)\.{1,2}(/|\Z))[A-Za-z0-9_.+-]+(/[A-Za-z0-9_.+-]+)*\Z")
 ]
 Dim = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
 _Dtype = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]

@@ -24,19 +24,9 @@ from hubaoti.attachment.first_call import FirstCallCheck, Verdicts
 from hubaoti.attachment.forward_patch import GraphPatch, find_patch
 from hubaoti.attachment.quantized import ConstantSketches, refuse_other_layers
 from hubaoti.attachment.region import Region
-from hubaoti.attachment.served_modules import (
-    ServedModule,
-    find_module_device,
-    find_served_modules,
-)
+from hubaoti.attachment.served_modules import ServedModule, find_module_device, find_served_modules
 from hubaoti.attachment.stats import CallStats
-from hubaoti.errors import (
-    AlreadyAttached,
-    BadRequest,
-    MissingConstant,
-    NotAttached,
-    OtherProgram,
-)
+from hubaoti.errors import AlreadyAttached, BadRequest, MissingConstant, NotAttached, OtherProgram
 from hubaoti.runtime.call_template import takes_containers
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.graph import Graph, open_graph

@@ -30,11 +30,7 @@ class Region(GraphPatch):
     """A module's `forward` that graphs answer by what their manifest says."""
 
     def __init__(
-        self,
-        path: str,
-        dispatcher: Dispatcher,
-        graphs: Sequence[Graph],
-        inside: ConstantBinding,
+        self, path: str, dispatcher: Dispatcher, graphs: Sequence[Graph], inside: ConstantBinding
     ) -> None:
         super().__init__(path, inside.module, graphs, (entry.id for entry in dispatcher.entries))
         self.dispatcher = dispatcher

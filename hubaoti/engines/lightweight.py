@@ -18,14 +18,7 @@ from hubaoti.engines import messages
 from hubaoti.engines.background_compile import Building
 from hubaoti.engines.load_plan import Compile, LoadPlanner, Want, choose_device
 from hubaoti.engines.messages import Generation, Item, Likelihood, Prompt, Sampling, State
-from hubaoti.engines.pool import (
-    Holder,
-    ModelPool,
-    ModelSlot,
-    ModelStatus,
-    NoGraphs,
-    Unloaded,
-)
+from hubaoti.engines.pool import Holder, ModelPool, ModelSlot, ModelStatus, NoGraphs, Unloaded
 from hubaoti.errors import BadRequest, HubaotiError
 from hubaoti.host.memory import parse_size
 from hubaoti.host.probe import probe_host

@@ -18,23 +18,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from hubaoti.errors import (
-    BadRequest,
-    DigestMismatch,
-    HubaotiError,
-    HubUnreachable,
-    RepoNotFound,
-)
+from hubaoti.errors import BadRequest, DigestMismatch, HubaotiError, HubUnreachable, RepoNotFound
 from hubaoti.escape import escape_line
 from hubaoti.hub.bounds import TooLong, make_limit_bar
 from hubaoti.hub.errors import NO_HUB, AnswerLost, ErrorTranslator, StaleParent, silence_hub
 from hubaoti.hub.records import CommitId, Entry, Pushed, Refs
-from hubaoti.hub.retry import (
-    LIBRARY,
-    find_response_status,
-    heed_answers,
-    retry_request,
-)
+from hubaoti.hub.retry import LIBRARY, find_response_status, heed_answers, retry_request
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import ENDPOINT, Settings
 

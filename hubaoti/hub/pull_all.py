@@ -17,13 +17,7 @@ from hubaoti.host.match import Candidate, Verdict, judge, rank
 from hubaoti.host.probe import Gpu, Host
 from hubaoti.hub.catalog import Allowance, Catalog, read_catalog
 from hubaoti.hub.layout import ArtifactPath, RepoRef
-from hubaoti.hub.pull import (
-    Considered,
-    Puller,
-    describe_no_choice,
-    judge_catalog,
-    rank_considered,
-)
+from hubaoti.hub.pull import Considered, Puller, describe_no_choice, judge_catalog, rank_considered
 from hubaoti.hub.zerogpu import LAYOUT
 from hubaoti.mirror import Artifact
 

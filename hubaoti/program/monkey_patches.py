@@ -26,13 +26,7 @@ from hubaoti.program.model_code import Code, is_generated, is_outside
 from hubaoti.program.module_fingerprint import defining_module, is_ours
 from hubaoti.program.names_read import unwrap_descriptor
 from hubaoti.program.on_disk import CANNOT_TELL, Files, OnDisk, is_class_body
-from hubaoti.program.reachable_code import (
-    FIXED,
-    CodePlace,
-    Reach,
-    find_functions,
-    function_module,
-)
+from hubaoti.program.reachable_code import FIXED, CodePlace, Reach, find_functions, function_module
 from hubaoti.program.source_scan import DEFAULTS, Import, is_simple
 
 _COMPILED = ("torch._dynamo", "torch._compile")  # what torch.compile puts around a function

@@ -15,8 +15,7 @@ except ModuleNotFoundError as _error:
     if _error.name is None or _error.name.partition(".")[0] == "hubaoti":
         raise
     raise MissingDependency(
-        f"serving needs {_error.name}, which is not installed",
-        hint="pip install 'hubaoti[serve]'",
+        f"serving needs {_error.name}, which is not installed", hint="pip install 'hubaoti[serve]'"
     ) from _error
 
 __all__ = ["Endpoint", "create_app", "serve_in_thread", "serve"]

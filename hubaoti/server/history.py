@@ -135,13 +135,7 @@ class History:
         return self._record(db, repo, branch, None, Draft(title), anew)
 
     def _record(
-        self,
-        db: Connection,
-        repo: Repo,
-        branch: str,
-        parent: str | None,
-        draft: Draft,
-        tree: Tree,
+        self, db: Connection, repo: Repo, branch: str, parent: str | None, draft: Draft, tree: Tree
     ) -> str:
         root, seconds = trees.hash_folders(tree)[""], int(time.time())
         oid = hash_commit(root, parent, self._user, seconds, draft.title, draft.message)
