@@ -187,17 +187,17 @@ def _is_ours(folder: Path) -> bool:
 @contextmanager
 def _make_locked_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside `path`, held as long as this process, or one that it forks, lives."""
-    while True:
-        folder = path.with_name(f".{path.name}.{_OURS}{secrets.token_hex(4)}")
-        folder.mkdir(mode=0o700)
-        with suppress(FileNotFoundError):  # who tidies up was faster
-            handle = _lock_folder(folder, fcntl.LOCK_EX)
-            break
-    try:
+    folder, handle = path.with_name(f".{path.name}.{_OURS}{secrets.token_hex(8)}"), None
+    try:  # around its making, too: whoever stops us may do so at any moment
+        while handle is None:
+            folder.mkdir(mode=0o700)
+            with suppress(FileNotFoundError):  # who tidies up was faster
+                handle = _lock_folder(folder, fcntl.LOCK_EX)
         yield folder
     finally:
         _clear(folder, path)
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def _lock_folder(folder: Path, how: int) -> int:

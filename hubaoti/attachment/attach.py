@@ -148,19 +148,17 @@ def attach_graphs(
         if quantize:
             region.inside.quantize()
         _bind_first(region)
+    # Compiled before anybody looked at what modules leave in containers.
+    is_old = manifest.build.version < _SEES_CONTAINERS
     for region in regions:
         # What no graph reads may still be computed with: a config tells of no bias that was added.
         all_of_them = tries or region.inside.more
-        tried = (e.id for e in region.dispatcher.entries if all_of_them or _is_older(e, manifest))
+        entries = region.dispatcher.entries
+        tried = (e.id for e in entries if all_of_them or (is_old and takes_containers(e.call)))
         region.put(tally.count_miss, FirstCallCheck(tried, region.path, verdicts))
     if hasattr(module, _AUTO_COMPILE):
         setattr(module, _AUTO_COMPILE, _Uncompiled(module))
     return Attachment(module, regions, tally)
-
-
-def _is_older(entry: Entry, manifest: Manifest) -> bool:
-    """Whether a graph was compiled before anybody looked at what modules leave in containers."""
-    return manifest.build.version < _SEES_CONTAINERS and takes_containers(entry.call)
 
 
 def attach_nothing(module: nn.Module) -> Attachment:

@@ -64,7 +64,8 @@ def retry_command(as_json: bool) -> None:
     for graph in retried.graphs:
         print_line(f"graph {graph[:12]} is back")
     for row in retried.artifacts:
-        print_line(f"artifact {row.digest[:12]} is back: {_format_origin(row)}")
+        origin = f"{row.origin.repo or 'built here'} {row.recipe}/{row.variant}"
+        print_line(f"artifact {row.digest[:12]} is back: {origin}")
 
 
 def _read_program(mirror: Mirror, row: Row) -> dict[str, str | None]:
@@ -74,8 +75,3 @@ def _read_program(mirror: Mirror, row: Row) -> dict[str, str | None]:
         return {"model": None, "task": None}
     manifest = artifact.manifest
     return {"model": manifest.source.model, "task": manifest.program.task}
-
-
-def _format_origin(row: Row) -> str:
-    """Where an artifact came from, and what it is."""
-    return f"{row.origin.repo or 'built here'} {row.recipe}/{row.variant}"

@@ -114,15 +114,12 @@ def choose_trace_sizes(source: Source, unit: GraphPlan) -> dict[str, int]:
     chosen = choose_example_sizes(unit.bounds)
     for sizes in zip(*source.recorded.values(), strict=True) if source.recorded else ():
         call = dict(zip(source.recorded, sizes, strict=True))
-        known = all(name in call for name in unit.bounds)
-        if known and all(
-            _is_traceable_size(call[name], bounds) for name, bounds in unit.bounds.items()
-        ):
+        if all(_is_traceable(call.get(name, 0), each) for name, each in unit.bounds.items()):
             return {name: call[name] for name in unit.bounds}
     return chosen
 
 
-def _is_traceable_size(size: int, bounds: Range) -> bool:
+def _is_traceable(size: int, bounds: Range) -> bool:
     """Whether a size can be traced with, and is within bounds."""
     return size == bounds.low == bounds.high or (size > 1 and bounds.low <= size <= bounds.high)
 

@@ -37,7 +37,7 @@ _FIXED = {
 }
 # What these answer are places along a dim; of those with two answers it is the second.
 _PLACES = {"argsort", "argmax", "argmin"}
-_WITH_PLACES = {*("sort", "max", "min", "median", "mode", "cummax", "cummin", "topk", "kthvalue")}
+_WITH_PLACES = {"sort", "max", "min", "median", "mode", "cummax", "cummin", "topk", "kthvalue"}
 
 
 @dataclass(frozen=True, slots=True)

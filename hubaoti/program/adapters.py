@@ -15,11 +15,6 @@ import torch
 from torch import nn
 
 
-def _is_adapter(part: Any) -> bool:
-    """Whether a part stands over another one, which it may add to."""
-    return hasattr(part, "merged") and isinstance(getattr(part, "base_layer", None), nn.Module)
-
-
 def stands_aside(adapter: Any) -> bool:
     """Whether the layer under an adapter answers for both.
 
@@ -87,7 +82,7 @@ def separate_adapters(
     adapters: list[Adapter] = []
 
     def walk(path: str, part: Any) -> Iterator[tuple[str, nn.Module]]:
-        while _is_adapter(part):
+        while hasattr(part, "merged") and isinstance(getattr(part, "base_layer", None), nn.Module):
             adapters.append(Adapter.of(path, part))
             if path in kept:
                 break

@@ -55,7 +55,8 @@ class _Look:
         reach = Reach({each.__name__ for each in code.modules}, files)
         for cls in {*types, *code.configs, torch.Tensor}:
             reach.add(cls)
-        reach.follow_all()
+        while reach.ahead:
+            reach.follow(reach.ahead.pop())
         judge = _Judge(reach.words | texts, reach.modules, files)
         self.places = [*reach.places]
         self.owners = [*{(each.module, each.cls): each.names for each in self.places}.values()]

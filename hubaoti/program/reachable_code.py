@@ -92,11 +92,6 @@ class Reach:
             self.places[CodePlace(cls.__module__, name, cls)] = None
         self.ahead.append(vars(cls)[name])
 
-    def follow_all(self) -> None:
-        """Go on until nothing new is met."""
-        while self.ahead:
-            self.follow(self.ahead.pop())
-
     def follow(self, value: Any) -> None:
         """Whatever can be called by a value."""
         if isinstance(value, type) and not is_outside(value.__module__):
