@@ -202,7 +202,7 @@ def test_what_native_code_says_of_other_graphs_is_not_believed(
 ) -> None:
     """Nor is anything held against its own: who wrote into the answers may have written all."""
     line = r'"{\"graph\":\"nobody\",\"problem\":\"\"}\n"'
-    body = f"for (int to = 3; to < 32; to++) if (write(to, {line}, 32) < 0) continue"
+    body = f"for (int to = 3; to < 1024; to++) if (write(to, {line}, 32) < 0) continue"
     library(artifact, f"{body}; raise(SIGSEGV)")
     (verdict,) = tried(artifact)
     assert (verdict.graph, verdict.lasting) == ("model.layers", False)
