@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hubaoti
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.attachment.attach import Attachment
-from hubaoti.compiler.tasks import pool
 from hubaoti.engines import decoder as texts
 from hubaoti.engines.decoder import Decoder, ServedSizes
 from hubaoti.engines.messages import Item, Sampling
 from hubaoti.engines.tokens import answer_by_length
 from hubaoti.errors import BadInput, BadRequest, ModelNotFound, OutOfBounds
+from hubaoti.program.pooling import pool
 from hubaoti.runtime.text import pad_rows
 from hubaoti.settings import Settings
 

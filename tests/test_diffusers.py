@@ -21,8 +21,8 @@ from torch import nn
 import hubaoti
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.compiler.capture import Calls, Frozen, make_call, replace_forward, thaw
-from hubaoti.compiler.from_config import silence_transformers
 from hubaoti.hub.zerogpu import lay_out_packages
+from hubaoti.program.silence import silence_transformers
 from hubaoti.runtime.graph import Graph
 from hubaoti.settings import Settings
 

@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 from hubaoti.compiler.from_config import load_source
 from hubaoti.compiler.request import CompileRequest, Range
-from hubaoti.compiler.tasks import infer_task, pool
+from hubaoti.compiler.tasks import infer_task
 from hubaoti.errors import (
     LINE,
     BadRequest,
@@ -27,6 +27,7 @@ from hubaoti.errors import (
     first_line,
 )
 from hubaoti.program.model_files import POOLING, parse_pooling_modes, read_sentence_steps
+from hubaoti.program.pooling import pool
 
 CPU = torch.device("cpu")
 BERT: dict[str, Any] = {

@@ -22,8 +22,9 @@ from hubaoti.attachment.attach import Attachment, find_regions
 from hubaoti.attachment.quantized import NEEDS, WEIGHTS, QuantizedLinear, quantize_linear
 from hubaoti.attachment.stats import Fallback
 from hubaoti.errors import BadRequest, MissingConstant
+from hubaoti.program.silence import silence_torchao
 from hubaoti.runtime import heap
-from hubaoti.runtime.quantize import make_quantized, make_torchao_config, silence_torchao
+from hubaoti.runtime.quantize import make_quantized, make_torchao_config
 from hubaoti.settings import Settings
 
 CPU = torch.device("cpu")

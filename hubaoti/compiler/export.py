@@ -17,7 +17,6 @@ from torch.export.graph_signature import InputKind
 from hubaoti.artifact.schema import Output, Outputs
 from hubaoti.compiler.dims import DimRanges
 from hubaoti.compiler.fake_run import describe_missing_fake
-from hubaoti.compiler.from_config import silence_transformers
 from hubaoti.compiler.guards import (
     Fixes,
     Lines,
@@ -32,6 +31,7 @@ from hubaoti.compiler.request import Range
 from hubaoti.compiler.signature import CallSignature, FlatModule, substitute
 from hubaoti.compiler.symbols import encode_size, get_fake_value, list_placeholders, map_symbols
 from hubaoti.errors import BadDim, CompileFailed, HubaotiError, first_line
+from hubaoti.program.silence import silence_transformers
 from hubaoti.runtime.input_checks import name_dtype
 
 _MOST_TRACES = 4  # at refining dims; torch tells of one thing at a time

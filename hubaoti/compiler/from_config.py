@@ -35,7 +35,7 @@ from hubaoti.errors import (
 )
 from hubaoti.program.identity import identify_program
 from hubaoti.program.model_files import read_json, read_sentence_steps
-from hubaoti.runtime.quantize import silence_torchao
+from hubaoti.program.silence import silence_transformers
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,19 +305,3 @@ def _skip_init_weights() -> AbstractContextManager[None]:
     except ImportError:
         return nullcontext()
     return no_init_weights()
-
-
-@contextmanager
-def silence_transformers() -> Iterator[None]:
-    """Keep bars and advice of transformers, and torchao's notes, out of our output."""
-    log: Any = transformers.utils.logging  # its functions have no types
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        with silence_torchao():
-            yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()

@@ -15,8 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hubaoti.errors import CompileFailed
+from hubaoti.program.silence import silence_torchao
 from hubaoti.runtime.kv_cache import SLIDING, find_layer_numbers
-from hubaoti.runtime.quantize import silence_torchao
 
 ATTENTION = "hubaoti_sdpa"
 _ANY_LENGTH = 1 << 40  # of a cache that nothing is put into

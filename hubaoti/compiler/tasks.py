@@ -20,10 +20,10 @@ from hubaoti.artifact.schema import Input
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.signature import CallSignature
 from hubaoti.errors import UnknownTask
-from hubaoti.program.model_files import POOLING, read_json
+from hubaoti.program.model_files import POOLING, choose_max_length
+from hubaoti.program.pooling import pool
 from hubaoti.runtime.call_template import choose_cache_word
 
-_NO_LIMIT = 1 << 20  # tokenizers write 1e30 where a model has no limit
 # Sizes at which a model is looked at. No dim's are another's plus a number or times one, nor the
 # sum of two others', so whatever changes with them says which it follows.
 LOOKS: dict[str, tuple[int, ...]] = {
@@ -231,37 +231,6 @@ def count_learned_positions(model: nn.Module) -> int | None:
         and name.rpartition(".")[2] in {"position_embeddings", "embed_positions", "wpe"}
     ]
     return min(sizes, default=None)
-
-
-def choose_max_length(folder: Path, config: Any, positions: int | None, most: int) -> int:
-    """The largest default for a length: less where the model or its tokenizer ends before."""
-    names = ("max_position_embeddings", "max_seq_len")
-    limits = [most, positions, *(getattr(config.get_text_config(), name, None) for name in names)]
-    limits.append(read_json(folder / "tokenizer_config.json").get("model_max_length"))
-    return min(int(n) for n in limits if isinstance(n, (int, float)) and 2 <= n < _NO_LIMIT)
-
-
-def pool(mode: str, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """One vector a row from (batch, seq, width) and a (batch, seq) mask.
-
-    As the Pooling of sentence-transformers 6 computes it: padding may stand on either side, and
-    half types are summed in float32.
-    """
-    first = mask.argmax(1)
-    places = torch.arange(mask.shape[1], device=mask.device)
-    if mode == "max":
-        return hidden.masked_fill(mask.unsqueeze(-1) == 0, float("-inf")).amax(1)
-    if mode in {"cls", "lasttoken"}:
-        index = first if mode == "cls" else (mask * places).argmax(1)
-        return hidden.take_along_dim(index.view(-1, 1, 1), 1).squeeze(1)
-    if mode == "weightedmean":
-        mask = mask * (places + 1 - first.unsqueeze(1))
-    precise = torch.promote_types(hidden.dtype, torch.float32)
-    weights = mask.unsqueeze(-1).to(precise)
-    count = weights.sum(1).clamp(min=1e-9)
-    if mode == "mean_sqrt_len_tokens":
-        count = count.sqrt()
-    return ((hidden * weights).sum(1) / count).to(hidden.dtype)
 
 
 def answer_task(model: nn.Module, task: str, steps: tuple[str, ...]) -> str:

@@ -18,8 +18,6 @@ import transformers
 from torch import nn
 
 from hubaoti.artifact.manifest import Manifest
-from hubaoti.compiler.from_config import silence_transformers
-from hubaoti.compiler.tasks import pool
 from hubaoti.engines.messages import Generation, Item, Likelihood, Message, Prompt, Sampling
 from hubaoti.engines.tokens import (
     Pair,
@@ -30,6 +28,8 @@ from hubaoti.engines.tokens import (
     shorten_prompt,
 )
 from hubaoti.errors import BadInput, BadRequest, OutOfBounds, first_line
+from hubaoti.program.pooling import pool
+from hubaoti.program.silence import silence_transformers
 from hubaoti.runtime.call_template import choose_cache_word
 from hubaoti.runtime.text import pad_rows, require_unicode, shorten_text
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hubaoti.compiler.tasks import choose_max_length
 from hubaoti.engines.tokens import answer_by_length
 from hubaoti.errors import BadInput, OutOfBounds
+from hubaoti.program.model_files import choose_max_length
 from hubaoti.runtime.text import TextEncoder, shorten_text
 
 _MOST_TOKENS = 1 << 15

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import transformers
 
-from hubaoti.compiler.from_config import silence_transformers
 from hubaoti.engines.messages import Prompt
 from hubaoti.errors import ModelNotFound, first_line
+from hubaoti.program.silence import silence_transformers
 from hubaoti.runtime.text import shorten_text
 
 Pair = tuple[list[int], list[int]]  # the tokens of a context, and of what may follow it

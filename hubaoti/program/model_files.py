@@ -15,6 +15,7 @@ import msgspec
 from hubaoti.artifact.schema import Program
 from hubaoti.errors import ModelNotFound, OtherProgram, UnknownTask
 
+_NO_LIMIT = 1 << 20  # tokenizers write 1e30 where a model has no limit
 POOLING = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
 
@@ -149,3 +150,11 @@ def padding_id(program: Program) -> int | None:
     """The padding id, of a program that computes with it."""
     pad = program.config.get("pad_token_id")
     return pad if isinstance(pad, int) and pad >= 0 else None
+
+
+def choose_max_length(folder: Path, config: Any, positions: int | None, most: int) -> int:
+    """The largest default for a length: less where the model or its tokenizer ends before."""
+    names = ("max_position_embeddings", "max_seq_len")
+    limits = [most, positions, *(getattr(config.get_text_config(), name, None) for name in names)]
+    limits.append(read_json(folder / "tokenizer_config.json").get("model_max_length"))
+    return min(int(n) for n in limits if isinstance(n, (int, float)) and 2 <= n < _NO_LIMIT)

@@ -15,11 +15,8 @@ A name is never given another meaning: what is changed gets a new name.
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -30,6 +27,7 @@ from torch.nn.functional import pad
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hubaoti.errors import BadRequest, CompileFailed, MissingConstant, MissingDependency, first_line
+from hubaoti.program.silence import silence_torchao
 from hubaoti.runtime.input_checks import name_dtype
 
 RECIPES = ("int8wo", "int4wo", "float8dq")
@@ -277,21 +275,6 @@ def _are_equal_tensors(ours: Tensor, theirs: Tensor) -> bool:
         return torch.equal(ours, theirs)
     known = theirs.float()  # float8 cannot be compared
     return bool(((ours.float() == known) | known.isnan()).all())
-
-
-@contextmanager
-def silence_torchao() -> Iterator[None]:
-    """Keep torchao's notes, about kernels that are not for this machine, out of our output."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def make_lowering_constant(recipe: str, device: torch.device, fqn: str) -> Tensor | None:

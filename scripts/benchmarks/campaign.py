@@ -21,9 +21,9 @@ from benchmarks.memory import measure_leaks
 from benchmarks.minilm import find_minilm
 from benchmarks.models import ModelCase
 from hubaoti import LightweightEngine
-from hubaoti.compiler.from_config import silence_transformers
 from hubaoti.engines.decoder import Decoder
 from hubaoti.engines.messages import Item, Sampling
+from hubaoti.program.silence import silence_transformers
 from hubaoti.settings import Settings
 
 _CHOICES = 4  # of a question

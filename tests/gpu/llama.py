@@ -13,7 +13,8 @@ import transformers
 from transformers.cache_utils import StaticCache
 from transformers.models.llama import modeling_llama
 
-from hubaoti.runtime.quantize import make_torchao_config, silence_torchao
+from hubaoti.program.silence import silence_torchao
+from hubaoti.runtime.quantize import make_torchao_config
 
 WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
 WIDE |= {"num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 8192}

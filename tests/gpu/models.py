@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from hubaoti.compiler import from_config
-from hubaoti.compiler.from_config import silence_transformers
 from hubaoti.compiler.request import CompileRequest
+from hubaoti.program.silence import silence_transformers
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}  # against float32, as a part of the largest value
 TEXTS = ("a cat sits on the warm windowsill", "central banks raise interest rates")
