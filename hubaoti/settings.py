@@ -18,8 +18,12 @@ ENDPOINT = "https://huggingface.co"
 _TUNING = re.compile(
     r"TORCHINDUCTOR_(?!\w*(CACHE|THREADS|WORKER|TIMEOUT|LOG|DIR|PROGRESS|COMPILE_TIME))"
 )
-# The Hub's tokens, and what stands before the @ of a URL.
-_SECRET = re.compile(r"\bhf_\w{8,}|(?<=://)[^/@\s]+(?=@)")
+# The Hub's tokens and our endpoint's, what a header says, and what stands before the @ of a URL.
+_SECRET = re.compile(
+    r"(?<![A-Za-z0-9])hf_(?!hub_|raise_)[\w.-]{8,}"
+    r"|(?i:(?<=bearer )|(?<=basic ))[^\s'\",]{8,}"
+    r"|(?<=://)[^/\s]+(?=@)"
+)
 _TRUE = {"1", "ON", "YES", "TRUE"}
 _FALSE = {"0", "OFF", "NO", "FALSE"}
 
@@ -143,9 +147,10 @@ def read_serve_token(env: Mapping[str, str] | None = None) -> str | None:
 
 def hide_secrets(text: str) -> str:
     """A text for others to read: without what the environment, or a login, says in confidence."""
-    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUBAOTI_SERVE_TOKEN")
-    for secret in filter(None, (os.environ.get(name, "").strip() for name in names)):
-        text = text.replace(secret, "(token)")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUBAOTI_SERVE_TOKEN"):
+        words = os.environ.get(name, "").split()
+        for secret in {*words, "".join(words), *(repr(word)[1:-1] for word in words)} - {""}:
+            text = text.replace(secret, "(token)")
     return _SECRET.sub("(token)", text)
 
 

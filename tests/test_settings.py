@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 import pytest
 
-from hubaoti.settings import ENDPOINT, Settings, override_environment
+from hubaoti.settings import ENDPOINT, Settings, hide_secrets, override_environment
 
 
 def test_an_empty_environment_gives_the_defaults() -> None:
@@ -127,3 +128,31 @@ def test_variables_that_change_what_inductor_builds_are_known() -> None:
     env |= {"TORCHINDUCTOR_MAX_AUTOTUNE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     found = Settings.from_env(env).tuning
     assert found == ("TORCHINDUCTOR_FREEZING", "TORCHINDUCTOR_MAX_AUTOTUNE")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("hf_abcdefgh-ij_kl", "(token)"),
+        ("hf_oauth_head.payload.sig", "(token)"),
+        ("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic (token)"),
+        ("{'authorization': 'Bearer api_org_abcdefg'}", "{'authorization': 'Bearer (token)'}"),
+        ("https://user:p@ss@hub.example/a", "https://(token)@hub.example/a"),
+        ("https://me:p%40ss@hub.example", "https://(token)@hub.example"),
+        ("/tmp/x_hf_abcdefghijkl.txt", "/tmp/x_(token)"),
+        ("in hf_hub_download: hf_raise_for_status()", "in hf_hub_download: hf_raise_for_status()"),
+        ("https://hub.example/a@b", "https://hub.example/a@b"),
+        ("a token's-own 'words' here", "a (token) (token) here"),
+    ],
+)
+def test_what_is_said_in_confidence_is_not_shown(
+    text: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "token's-own 'words'\n")
+    assert hide_secrets(text) == shown
+
+
+def test_no_token_of_our_endpoint_is_shown() -> None:
+    for _ in range(1000):
+        token = f"hf_{secrets.token_urlsafe(24)}"
+        assert hide_secrets(f"a {token} b") == "a (token) b"

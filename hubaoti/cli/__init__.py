@@ -6,8 +6,6 @@ import importlib
 import os
 import signal
 import sys
-import tempfile
-import traceback
 from collections.abc import Sequence
 
 import click
@@ -15,7 +13,6 @@ import click
 from hubaoti import __version__
 from hubaoti.cli.output import print_line, print_lines
 from hubaoti.errors import HubaotiError, first_line
-from hubaoti.settings import hide_secrets
 
 # Each command's module, loaded when the command is named, and the line that help shows for it.
 COMMANDS = {
@@ -90,8 +87,13 @@ def dispatch(arguments: Sequence[str] | None) -> int:
 
 def _report_unexpected(error: Exception) -> int:
     """Say in words that something failed which nobody foresaw; the traceback goes to a file."""
-    message = hide_secrets(f"{type(error).__name__}: {first_line(error)}")
-    print_line(f"error: unexpected {message}", err=True)
+    import tempfile  # for no command that goes well
+    import traceback
+
+    from hubaoti.settings import hide_secrets
+
+    kind, message = type(error).__name__, hide_secrets(str(error))  # before it is cut
+    print_line(f"error: unexpected {kind}: {first_line(message or 'without a word')}", err=True)
     try:
         file, name = tempfile.mkstemp(prefix="hubaoti-error-", suffix=".txt")
         with os.fdopen(file, "w", errors="backslashreplace") as report:

@@ -205,7 +205,8 @@ class Puller:
         Raises:
             Untrusted: nobody ever said so.
         """
-        if self.trust or not self.mirror.index.is_built(manifest.digest):
+        wanted = self.trust and self.mirror.index.is_writable  # and remembered
+        if wanted or not self.mirror.index.is_built(manifest.digest):
             what = f"{place} in {ref.repo}", f"commit {commit}, artifact {manifest.digest}"
             self.require_publisher(ref, *what)
 

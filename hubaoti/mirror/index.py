@@ -373,9 +373,8 @@ class Index:
             return describe_no_room(self._path.parent, 0)
         if code == sqlite3.SQLITE_BUSY:
             return HubaotiError(f"{self._path} is busy", hint="another hubaoti works; try again")
-        undecoded = not code and isinstance(
-            error, sqlite3.OperationalError
-        )  # of Python's own module
+        # Of Python's own module.
+        undecoded = not code and isinstance(error, sqlite3.OperationalError)
         if code in _DAMAGED or undecoded:
             return self._describe_damage(error)
         hint = "see that you may write it, or set HUBAOTI_HOME to another folder"

@@ -17,7 +17,7 @@ from hubaoti.settings import Settings
 _NO_GPU = "needs an NVIDIA GPU; with --device cpu it is run on tiny shapes"
 _RESULTS = pytest.StashKey[Results]()
 _STARTED = pytest.StashKey[float]()
-_FIRST = pytest.StashKey[dict[int, tuple[BaseException, str]]]()
+_FIRST = pytest.StashKey[dict[tuple[str, str], str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -106,7 +106,7 @@ def pytest_runtest_makereport(
     report = yield
     if report.when == "setup" and report.failed and call.excinfo and is_check(item):
         error, name = call.excinfo.value, name_check(item)
-        first = item.config.stash[_FIRST].setdefault(id(error), (error, name))[1]
+        first = item.config.stash[_FIRST].setdefault((str(item.path), repr(error)), name)
         if first != name:  # a fixture raises again what it raised
             report.outcome = "skipped"
             report.longrepr = (str(item.path), 0, f"Skipped: {first} failed")
