@@ -398,3 +398,39 @@ def test_a_block_that_cannot_take_the_other_flag_needs_the_one_it_had() -> None:
 
     found = observed(Calls(Refuses()), 2, fast=False)
     assert found["0"].idle == frozenset()
+
+
+class Growing(nn.Module):
+    """A model whose table grows with what it is asked for, as rotary embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(4, 8), persistent=False)
+        self.blocks = nn.ModuleList([Reading(), Reading()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table.shape[0] < x.shape[1]:
+            self.register_buffer("table", torch.ones(x.shape[1], 8), persistent=False)
+        for block in self.blocks:
+            x = block(x, self.table)
+        return x
+
+
+class Reading(nn.Linear):
+    """A block that reads as many rows of a table as there are tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+
+    def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x) + table[: x.shape[1]]
+
+
+def test_each_look_begins_with_the_model_s_own_buffers() -> None:
+    model = Growing().eval()
+    calls = [lambda n=n: ((torch.empty(2, n, 8),), {}) for n in (9, 6, 3)]
+    blocks = {f"blocks.{number}": block for number, block in enumerate(model.blocks)}
+    found = observe(model, blocks, calls, CPU)
+    rows = [call.tensors[1].shape[0] for call in found["blocks.0"].calls]
+    assert rows == [9, 6, 4]
+    assert model.table.shape[0] == 4

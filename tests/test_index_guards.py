@@ -193,3 +193,15 @@ def test_the_places_of_a_cache_are_looked_at_before_a_call_and_no_other_table() 
     cache = Cache(kind="static", keys=0, values=0, position=2)
     pairs = [*zip(list_placeholders(program), entries, strict=True)]
     assert guard_indices(program, pairs, cache) == 1
+
+
+def test_what_is_not_torch_s_own_is_not_taken_for_it() -> None:
+    """Its arguments have other names, and mean something else."""
+    with torch.library._scoped_library("hubaoti_guards", "FRAGMENT") as library:
+        library.define("take(Tensor x, Tensor where) -> Tensor")
+        library.impl("take", lambda x, where: x + where.sum(), "CompositeExplicitAutograd")
+        torch.library.register_fake("hubaoti_guards::take", lambda x, where: x + 0, lib=library)
+        take = torch.ops.hubaoti_guards.take
+        module = Using(lambda table, x, n: take(x, n))
+        program = torch.export.export(module, (torch.randn(3, WIDTH), torch.tensor([1, 2, 3])))
+        assert guard_indices(program, [], None) == 0

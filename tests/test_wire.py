@@ -5,8 +5,10 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,36 @@ def test_one_that_ends_amid_a_record_is_gone() -> None:
             Channel(theirs).receive(str)
         with pytest.raises(Gone):
             Channel(theirs).send("x")
+
+
+def test_one_that_drips_is_not_waited_for_longer_than_one_that_is_silent() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.sendall(LENGTH.pack(600))
+
+    def drip() -> None:
+        with suppress(OSError):  # until it is closed
+            for _ in range(600):
+                theirs.sendall(b"x")
+                time.sleep(0.005)
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    began = time.monotonic()
+    with ours, pytest.raises(Gone):
+        Channel(ours).receive(int, began + 0.3)
+    assert time.monotonic() - began < 1
+    dripping.join()
+    theirs.close()
+
+
+def test_one_that_was_closed_is_gone_for_whoever_waits() -> None:
+    ours, theirs = socket.socketpair()
+    channel = Channel(ours)
+    channel.close()
+    theirs.close()
+    assert channel.is_readable()
+    with pytest.raises(Gone):
+        channel.receive(int)
 
 
 def test_an_error_is_raised_as_what_it_was() -> None:

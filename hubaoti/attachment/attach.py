@@ -140,8 +140,6 @@ def attach_graphs(
     manifest = parts.manifest
     refuse_attached(module)
     tally = CallStats(manifest, strict)
-    if quantize:
-        _require_quantized(manifest)
     bound = _bind_modules(module, parts, ConstantSketches() if quantize else None)
     regions = [*_open_regions(bound, parts)]
     for region in regions:
@@ -220,6 +218,8 @@ def _bind_modules(
     shipped: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
 
     def list_misfits(served: ServedModule) -> list[str]:
+        if sketched is not None:
+            _require_quantized(parts.manifest)
         device = find_module_device(served.module, parts.manifest.target.device)
         key = (device, *(entry.id for entry in served.graphs))
         if key not in shipped:

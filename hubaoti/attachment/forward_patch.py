@@ -110,12 +110,18 @@ class ForwardPatch(ModuleReference, ABC):
     @property
     def __signature__(self) -> inspect.Signature:
         """That of the module's own `forward`: callers look up there what a model takes."""
+        self._require_living()
         return inspect.signature(self._own or partial(type(self.module).forward, self.module))
 
     @property
     def __code__(self) -> Any:
         """That of the module's own `forward`: `torch.export` looks up there what it exports."""
+        self._require_living()
         return (self._own or type(self.module).forward).__code__
+
+    def _require_living(self) -> None:
+        if self.is_gone:
+            raise AttributeError("the module is gone")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled and copied as the module's own `forward`."""

@@ -99,7 +99,10 @@ def build(
 
 
 def _sum_unit_bytes(plan: Plan, unit: GraphPlan) -> int:
-    """The memory of one module of a unit, in bytes."""
+    """The memory of one module of a unit, in bytes.
+
+    Tensors whose values do not lie in it are refused: a graph reads nothing else.
+    """
     module, total = plan.source.model.get_submodule(unit.region), 0
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if not has_memory(tensor):

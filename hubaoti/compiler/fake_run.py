@@ -213,7 +213,8 @@ def observe(
             for seen in found.values():
                 seen.called = seen.answered = False
             try:
-                torch.func.functional_call(model, tensors, args, kwargs)
+                # A model may replace its buffers: each look begins with its own.
+                torch.func.functional_call(model, dict(tensors), args, kwargs)
             except Exception as error:  # whatever a model's code raises
                 _require_answers(model, found, error)
     for seen in found.values():  # whose tensors outlive the mode that they were made in

@@ -262,7 +262,7 @@ def _construct_from_config(
     Private, checked on transformers 5.22: `_from_config`, which the auto classes call.
     """
     if hasattr(kind, "from_config"):
-        options |= {"trust_remote_code": trust_remote_code}
+        options["trust_remote_code"] = trust_remote_code
         return kind.from_config(config, **options)  # type: ignore[no-any-return]
     return kind._from_config(config, **options)  # type: ignore[no-any-return]
 

@@ -95,7 +95,8 @@ def _guard_graph(graph: Graph, given: Set[Node], is_known: Callable[[_Index], bo
             if is_known(index) or not _can_exceed_rows(index, given):
                 continue
             takes = index.numbers in node.all_input_nodes
-            user = node if takes else node.args[2]  # a number that was taken out of a tensor
+            # Else it is a number that was taken out of a tensor.
+            user = node if takes else _bind_arguments(node)["index"]
             with graph.inserting_before(user):
                 user.replace_input_with(index.numbers, _clamp_index(graph, index))
             count += 1
@@ -250,9 +251,10 @@ def _is_no_more(size: Any, rows: Any) -> bool:
 
 
 def _read_op_name(node: Any) -> str:
-    """The name of what a node calls, as `index_add`."""
-    packet = getattr(getattr(node, "target", None), "overloadpacket", None)
-    return getattr(packet, "__name__", "").removesuffix("_")
+    """The name of what a node calls, as `index_add`; nothing of what is not torch's own."""
+    target: Any = getattr(node, "target", None)
+    is_known = getattr(target, "namespace", None) == "aten"
+    return target.overloadpacket.__name__.removesuffix("_") if is_known else ""
 
 
 def _compute_row_limits(index: _Index, call: Callable[..., Node]) -> tuple[Node, Node]:

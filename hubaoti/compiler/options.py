@@ -68,9 +68,9 @@ def merge_options(
     spoken = not isinstance(given, Mapping)
     requested = given if isinstance(given, Mapping) else _split_words(given)
     defaults = _declared.get_config_copy()
-    for name, value in requested.items():
+    for name in requested:
         _require_settable(name, defaults, device)
-        options[name] = _read_value(name, value, spoken)
+    options |= {name: _read_value(name, value, spoken) for name, value in requested.items()}
     return {
         name: options[name]
         for name in sorted(options)

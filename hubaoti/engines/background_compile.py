@@ -61,8 +61,12 @@ class Building:
         self._child = Child(__name__, most=_MOST, printed=subprocess.DEVNULL)
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, self._child.pid, _KINDER)
-        with suppress(Gone):  # which `wait` meets as well
-            self._child.channel.send(msgspec.Raw(content))
+        try:
+            with suppress(Gone):  # which `wait` meets as well
+                self._child.channel.send(msgspec.Raw(content))
+        except BaseException:
+            self.stop()
+            raise
 
     def is_done(self) -> bool:
         """Whether its process has ended, well or not, or has said what came of it."""

@@ -49,6 +49,8 @@ def _serve(engine: Channel, running: memoryview) -> None:
         try:
             request: EngineRequest = engine.receive(EngineRequest)
         except Garbled as error:
+            if error.__cause__ is None:  # no record at all: nothing behind it can be read
+                raise
             raise BadRequest(
                 f"what is asked is malformed: {error.__cause__}", hint="give plain texts"
             ) from error

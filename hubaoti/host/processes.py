@@ -235,7 +235,8 @@ def fork_child(work: Callable[[], None], log: Path) -> int:
         work()
         status = 0
     finally:  # a fork that went on would do the parent's work again
-        sys.stdout.flush()  # an ended process has no other chance
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()  # an ended process has no other chance
         os._exit(status)
 
 

@@ -60,7 +60,7 @@ class Channel:
         self,
         end: socket.socket,
         most: int = LARGEST_RECORD,
-        is_over: Callable[[], bool] = lambda: False,
+        is_over: Callable[[], bool] | None = None,
     ) -> None:
         self.received = 0
         self._socket = end
@@ -110,11 +110,14 @@ class Channel:
     def _take(self, size: int, until: float) -> bytes:
         """Wait for exactly `size` bytes."""
         content = bytearray()
+        asks = self._is_over is not None or until < math.inf  # else it is waited for by the system
         while len(content) < size:
-            while not self.is_readable(_GLANCE):
-                is_over = self._is_over() and not self.is_readable()
-                if is_over or time.monotonic() > until:
+            if time.monotonic() > until:
+                raise Gone("")
+            if not self.is_readable(_GLANCE if asks else None):
+                if self._is_over is not None and self._is_over() and not self.is_readable():
                     raise Gone("")
+                continue
             part = b""
             with suppress(OSError):  # it is closed, and has not even read all
                 part = self._socket.recv(min(size - len(content), 1 << 20))
@@ -126,8 +129,10 @@ class Channel:
             self.received += len(part)
         return bytes(content)
 
-    def is_readable(self, milliseconds: int = 0) -> bool:
-        """Whether something lies here to be received, or the other end is closed."""
+    def is_readable(self, milliseconds: int | None = 0) -> bool:
+        """Whether something lies here to be received, or an end is closed; None waits for it."""
+        if self._socket.fileno() < 0:  # another thread closed it
+            return True
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(milliseconds))

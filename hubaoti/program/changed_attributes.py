@@ -37,11 +37,12 @@ def is_as_built(model: nn.Module, code: Code, task: str, listing: AttributeListi
     config: Any = model.config
     kept = {**config} if isinstance(config, Mapping) else vars(config)  # by itself, too
     key = (type(model), code, task, f"{kept}")
-    if key not in BUILT:
+    if key in BUILT:
+        other = BUILT[key]
+    else:
         while len(BUILT) >= _MOST:
             BUILT.pop(next(iter(BUILT)), None)
-        BUILT[key] = _build_same_model(model, listing)
-    other = BUILT.get(key)  # another thread may have met a patch, and cleared it
+        other = BUILT[key] = _build_same_model(model, listing)
     return other is not None and all(
         _is_like(path, listing.part(part), other)
         for path, part in _list_parts_beside_peft(model).items()

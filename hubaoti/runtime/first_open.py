@@ -27,6 +27,7 @@ from hubaoti.errors import (
     NotEnoughMemory,
     NotTried,
     Quarantined,
+    rebuild_error,
 )
 from hubaoti.host.memory import is_limited, read_available_memory
 from hubaoti.host.processes import (
@@ -147,7 +148,7 @@ class OpenHistory:
             self._remember(_make_missing_ops_key(graph), verdict.problem)
             raise self._make_missing_ops(verdict.problem)
         if error and (error.kind == NotEnoughMemory.__name__ or not verdict.opened):
-            raise error.rebuild()
+            raise rebuild_error(error.kind, verdict.problem, error.hint)
         if not verdict.lasting:
             raise NotTried(
                 f"the first open of graph {graph.id}: {verdict.problem}",

@@ -53,9 +53,8 @@ def measure_threads(notes: Notes, host: str) -> None:
     if not LEAST <= found <= MOST_WORK:
         found = compute_thread_limit(time_parallel_loop(OPENMP))
         notes.note({digest: found.to_bytes(4, "big")})
-        first = int.from_bytes(
-            notes.read_note(digest) or b"", "big"
-        )  # another may have been faster
+        # Another process may have been faster.
+        first = int.from_bytes(notes.read_note(digest) or b"", "big")
         found = first if LEAST <= first <= MOST_WORK else found
     Limit.multiplications, Limit.is_known = found, True
 

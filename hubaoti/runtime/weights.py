@@ -24,9 +24,8 @@ class _WeightIndex(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-_INDEX_DECODER = msgspec.json.Decoder(
-    _WeightIndex
-)  # here, not at its first use: threads may meet there
+# Here, not at its first use: threads may meet there.
+_INDEX_DECODER = msgspec.json.Decoder(_WeightIndex)
 
 
 class Checkpoint:

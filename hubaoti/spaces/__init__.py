@@ -147,8 +147,8 @@ def plan_modules(module: nn.Module, offers: Sequence[Offer]) -> list[WorkerPlan]
             known = matches_program(module, manifest.program, manifest.is_whole)
             served = find_served_modules(module, manifest, "load", list_misfits_anywhere)
             plans.append(WorkerPlan(offer, tuple(each.path for each in served), known))
-        except HubaotiError as why:
-            problems.append(why)
+        except HubaotiError as error:
+            problems.append(error)
     if not plans:
         raise problems[0]
     return plans

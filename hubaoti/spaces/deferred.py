@@ -97,7 +97,7 @@ class Deferred:
         self._tally = tally
         self._home = os.getpid()
         self._only_elsewhere = only_elsewhere
-        # Of a module on a GPU, workers have one thread for the rest: slow is better than a hang.
+        # A worker that moves the module to a GPU has one thread for the rest: slow, and no hang.
         self._single = bool(modules) and find_device_kind(module) != "cuda"
         self._waiting = [_WaitingPatch(path, part, self) for path, part in modules.items()]
         self._left: list[Attachment] = []  # of a process before a fork: never touched, nor freed
@@ -129,6 +129,8 @@ class Deferred:
         Raises:
             CannotServe: why it has none.
         """
+        if self._attachment is not None or self._is_detached:
+            return
         if self._only_elsewhere and os.getpid() == self._home:
             raise CannotServe("main", "this process has no GPU; its workers do")
         with self._lock:
@@ -173,12 +175,17 @@ class Deferred:
         """After a fork: this process has opened nothing yet."""
         if self._attachment is not None:
             self._left.append(self._attachment)
+        opened = [each.region for each in self._waiting if each.region is not None]
+        if opened and all(region.is_removed for region in opened):
+            self._is_detached = True  # by `hubaoti.detach`, which knows of no one who waits
         halfway = self._is_opening
         self._begin()
         self._tally = self._tally.make_empty()
+        if self._is_detached:
+            return
         for each in self._waiting:
             each.renew(halfway)
-        if self._single and not self._is_detached:
+        if self._single:
             torch.set_num_threads(1)
 
     def detach(self) -> None:

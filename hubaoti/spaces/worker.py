@@ -87,9 +87,10 @@ class _Worker:
         device = find_module_device(module, artifact.manifest.target.device)
         self._require_sound(artifact, device)
         parts = attach.Parts(artifact.manifest, artifact.path, artifact.graph_folder)
-        how = {"strict": self.strict, "tries": not plan.known}
         verdicts = self.verdicts[artifact.digest]
-        return attach.attach_graphs(module, parts, **how, verdicts=verdicts)
+        return attach.attach_graphs(
+            module, parts, strict=self.strict, tries=not plan.known, verdicts=verdicts
+        )
 
     def _require_sound(self, artifact: Artifact, device: torch.device) -> None:
         """As everywhere; where another worker has asked, the files alone are looked at.
