@@ -40,6 +40,11 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    """The names that are loaded on first use, too."""
+    return sorted({*globals(), *__all__, "spaces"})
+
+
 def __getattr__(name: str) -> Any:
     """Load a verb, a class, or `hubaoti.spaces`, when it is first asked for."""
     if name == "spaces":

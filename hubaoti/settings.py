@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from hubaoti.errors import BadRequest
 
@@ -122,8 +122,13 @@ def split_login(endpoint: str) -> tuple[str, str | None]:
     """An endpoint's URL without the `user:password@` in it, and that.
 
     Raises:
-        BadRequest: a password in it ends the host's part of the URL.
+        BadRequest: it is no URL; a password in it ends the host's part of the URL.
     """
+    try:
+        urlsplit(endpoint)
+    except ValueError as error:
+        hint = "write it as https://huggingface.co or http://127.0.0.1:8000"
+        raise BadRequest(f"HF_ENDPOINT is no URL: {error}", hint=hint) from error
     scheme, mark, rest = endpoint.partition("://") if "://" in endpoint else ("", "", endpoint)
     host = rest.partition("/")[0]
     if "@" in host:

@@ -18,6 +18,7 @@ from hubaoti.api.texts import _choose_visible_device
 from hubaoti.artifact.bundle import Bundle, write_bundle
 from hubaoti.engines import lightweight
 from hubaoti.errors import (
+    BadInput,
     BadManifest,
     BadRequest,
     HubUnreachable,
@@ -274,3 +275,20 @@ def test_a_text_beyond_the_model_s_positions_is_refused_without_a_graph_too(
 ) -> None:
     with pytest.raises(OutOfBounds, match="tokens; it takes seq up to"):
         api.eager(tiny_roberta, ["word " * 600], settings=reader)
+
+
+def test_one_text_is_one_row_and_what_is_no_text_is_refused(
+    pulled: Pulled, reader: Settings, tiny_roberta: Path
+) -> None:
+    opened = hubaoti.load(pulled, tiny_roberta, settings=reader)
+    assert torch.equal(opened("cat on mat"), opened(["cat on mat"]))
+    with pytest.raises(BadInput, match="None is no text"):
+        opened([None])  # type: ignore[list-item]
+
+
+def test_what_is_long_is_not_printed_whole(pulled: Pulled, roberta_bundle: Bundle) -> None:
+    assert max(len(repr(each)) for each in (pulled, pulled.artifact, roberta_bundle)) < 2000
+
+
+def test_the_public_names_are_listed() -> None:
+    assert {*hubaoti.__all__, "spaces"} <= {*dir(hubaoti)}

@@ -557,6 +557,22 @@ def test_what_nobody_foresaw_is_said_even_where_no_file_can_be_written(
     assert hint.startswith("hint: its traceback could not be written: ")
 
 
+@pytest.mark.parametrize("words", [["doctor"], ["--help"], ["mirror", "ls"]])
+def test_a_full_disk_below_what_is_printed_is_told(words: list[str], env: Settings) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [HUBAOTI, *words],
+            env=environment_of(env),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == errors.DiskFull.exit_code
+    assert done.stderr.splitlines()[0].startswith("error: what is printed has no room: ")
+    assert "Traceback" not in done.stderr
+
+
 def test_main_ends_the_process_with_the_code(env: Settings) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["trust", "rm", "nobody"])

@@ -489,3 +489,11 @@ def test_eager_without_weights_says_so(tmp_path: Path) -> None:
 )
 def test_of_a_foreign_error_one_short_line_is_told(text: str, line: str) -> None:
     assert first_line(ValueError(text)) == line
+
+
+def test_a_model_of_which_a_part_would_be_random_is_refused(minilm: Path) -> None:
+    """An encoder's checkpoint has no head that goes on with texts."""
+    request = CompileRequest(task="generate")
+    with pytest.raises(MissingConstant, match="they would be random") as caught:
+        load_source(minilm, request, torch.device("cpu"), weights=True)
+    assert "cls.predictions" in str(caught.value) and caught.value.hint

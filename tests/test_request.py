@@ -136,3 +136,10 @@ def test_a_quantization_that_nobody_knows_is_refused_before_torch_is_asked() -> 
     assert quantize.RECIPES == RECIPES
     with pytest.raises(BadRequest, match="unknown quantization: 'foo'"):
         CompileRequest(quantize="foo")
+
+
+@pytest.mark.parametrize("sizes", [4, (1,), (1, 2, 3, 4), None])
+def test_dims_that_are_no_ranges_are_refused(sizes: Any) -> None:
+    with pytest.raises(BadDim, match="dims are") as caught:
+        make_ranges({"batch": sizes})
+    assert "(min, max)" in caught.value.hint

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hubaoti.errors import BadRequest
 from hubaoti.settings import ENDPOINT, Settings, hide_secrets, override_environment
 
 
@@ -128,6 +129,12 @@ def test_variables_that_change_what_inductor_builds_are_known() -> None:
     env |= {"TORCHINDUCTOR_MAX_AUTOTUNE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     found = Settings.from_env(env).tuning
     assert found == ("TORCHINDUCTOR_FREEZING", "TORCHINDUCTOR_MAX_AUTOTUNE")
+
+
+def test_an_endpoint_that_is_no_url_is_refused() -> None:
+    with pytest.raises(BadRequest, match="HF_ENDPOINT is no URL") as caught:
+        Settings.from_env({"HF_ENDPOINT": "http://[::1"})
+    assert "https://" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -122,23 +122,15 @@ def get_artifact(
         artifact = pull(artifact, trust=trust, settings=settings, progress=progress)
     if not isinstance(artifact, Bundle):
         found = getattr(artifact, "artifact", artifact)
-        return require_artifact(found, "a bundle, its folder as a pathlib.Path, or a repo's name")
+        if not isinstance(found, Artifact):
+            raise BadRequest(
+                f"a {type(found).__name__} is no artifact",
+                hint="give the artifact that hubaoti.pull returned, a bundle, its folder as a "
+                "pathlib.Path, or a repo's name",
+            )
+        return found
     with Mirror.open(settings.mirror) as mirror:
         return mirror.artifact(artifact.manifest.digest) or put(artifact, mirror)
-
-
-def require_artifact(artifact: object, others: str) -> Artifact:
-    """What is given as an artifact of the mirror; `others` says what else might have been.
-
-    Raises:
-        BadRequest: it is none.
-    """
-    if not isinstance(artifact, Artifact):
-        raise BadRequest(
-            f"a {type(artifact).__name__} is no artifact",
-            hint=f"give the artifact that hubaoti.pull returned, {others}",
-        )
-    return artifact
 
 
 def put(bundle: Bundle, mirror: Mirror) -> Artifact:

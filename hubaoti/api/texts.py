@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hubaoti.api.attaching import require_artifact
+from hubaoti.api.attaching import get_artifact
 from hubaoti.api.publishing import pull
 from hubaoti.errors import BadRequest
 from hubaoti.host.extras import require
@@ -22,7 +22,9 @@ from hubaoti.settings import Settings
 if TYPE_CHECKING:
     import torch
 
+    from hubaoti.artifact.bundle import Bundle
     from hubaoti.host.match import Verdict
+    from hubaoti.hub.pull import Pulled
     from hubaoti.runtime.text import TextModel
 
 
@@ -63,7 +65,7 @@ def run(  # noqa: PLR0913 - a face of keywords
 
 
 def load(  # noqa: PLR0913 - a face of keywords
-    artifact: Artifact,
+    artifact: Artifact | Pulled | Bundle | Path | str,
     model: str | Path,
     *,
     device: str | None = None,
@@ -74,7 +76,7 @@ def load(  # noqa: PLR0913 - a face of keywords
 ) -> TextModel:
     """Open an artifact over a model's tokenizer and weights: texts in, tensors out.
 
-    `ops` are as `attach` has them.
+    `artifact` and `ops` are as `attach` has them.
 
     Raises:
         BadRequest: what is given is no artifact.
@@ -86,7 +88,8 @@ def load(  # noqa: PLR0913 - a face of keywords
     """
     require("load", "run")
     settings = settings or Settings.from_env()
-    _refuse_parts(require_artifact(artifact, "as pull(...).artifact"))
+    artifact = get_artifact(artifact, False, settings, progress)
+    _refuse_parts(artifact)
     folder, _ = fetch_model_files(model, revision, RUN_FILES, settings, progress)
     refuse_other_program(folder, artifact.manifest.program)
     progress("torch")  # importing it takes longer than all the rest

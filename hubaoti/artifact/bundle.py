@@ -11,7 +11,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class Bundle:
     """A folder with a manifest, and the manifest."""
 
     path: Path
-    manifest: Manifest
+    manifest: Manifest = field(repr=False)
 
     @classmethod
     def read(cls, path: Path) -> Bundle:

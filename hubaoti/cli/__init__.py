@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -12,7 +13,7 @@ import click
 
 from hubaoti import __version__
 from hubaoti.cli.output import print_line, print_lines
-from hubaoti.errors import HubaotiError, first_line
+from hubaoti.errors import DiskFull, HubaotiError, first_line
 
 # Each command's module, loaded when the command is named, and the line that help shows for it.
 COMMANDS = {
@@ -81,6 +82,9 @@ def dispatch(arguments: Sequence[str] | None) -> int:
             print_lines(f"hint: {error.hint}", err=True)
         return error.exit_code
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            print_line(f"error: what is printed has no room: {first_line(error)}", err=True)
+            return DiskFull.exit_code
         return _report_unexpected(error)
     return 0
 

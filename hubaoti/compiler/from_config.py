@@ -6,7 +6,7 @@ touched. Buffers are made for real, since the model's own code computes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,6 +193,8 @@ def _build_model(making: _Making, trust: bool) -> tuple[nn.Module, str]:
         try:
             with silence_transformers():
                 return _instantiate_model(making, attention, trust).eval(), attention
+        except HubaotiError:
+            raise
         except ValueError as error:
             if attention == "sdpa" and "scaled_dot_product_attention" in str(error):
                 continue
@@ -233,11 +235,27 @@ def _instantiate_model(making: _Making, attention: str, trust: bool) -> nn.Modul
     options: dict[str, Any] = {"dtype": making.dtype, "attn_implementation": attention}
     options["trust_remote_code"] = trust
     if making.weights:
-        return auto.from_pretrained(making.folder, **options)  # type: ignore[no-any-return]
+        model, info = auto.from_pretrained(making.folder, output_loading_info=True, **options)
+        _require_all_weights(making, sorted(info["missing_keys"]))
+        return model  # type: ignore[no-any-return]
     with _skip_init_weights(), init_empty_parameters() if making.bare else nullcontext():
-        model: nn.Module = _construct_from_config(auto, making.config, **options)
+        model = _construct_from_config(auto, making.config, **options)
     model.tie_weights()  # type: ignore[operator]  # which was skipped, too
     return _set_traceable_experts(model, making.dtype)
+
+
+def _require_all_weights(making: _Making, missing: Sequence[str]) -> None:
+    """Refuse a model of which a part has new, random weights: it answers, and says nothing.
+
+    Of one that embeds this may be a pooler, which no vector is made of.
+    """
+    if missing and making.task != "embed":
+        raise MissingConstant(
+            f"the checkpoint of {making.folder.name} has no {', '.join(missing[:3])}"
+            + (f", nor {len(missing) - 3} more tensors" if missing[3:] else "")
+            + f", which a model to {making.task} has: they would be random",
+            hint=f"take a checkpoint that was trained for {making.task}, or another task",
+        )
 
 
 def _find_declared_class(making: _Making) -> Any:

@@ -126,9 +126,13 @@ RangeLike = tuple[int, int] | tuple[int, int, int]
 
 def make_ranges(dims: Mapping[str, RangeLike] | Iterable[str]) -> dict[str, Range]:
     """Dims as Python or the command line gives them."""
-    if isinstance(dims, Mapping):
+    if not isinstance(dims, Mapping):
+        return parse_dims(dims)
+    try:
         return {name: Range(*sizes) for name, sizes in dims.items()}
-    return parse_dims(dims)
+    except TypeError as error:
+        hint = "give each as (min, max), or (min, max, step)"
+        raise BadDim(f"dims are {dims!r:.200}", hint=hint) from error
 
 
 def parse_dims(texts: Iterable[str]) -> dict[str, Range]:

@@ -44,7 +44,7 @@ class LightweightEngine:
         settings: Settings | None = None,
         *,
         memory: int | str | None = None,
-        repos: Sequence[str] = (),
+        repos: str | Sequence[str] = (),
         device: str | None = None,
         isolate: bool = False,
         trust: bool = False,
@@ -67,8 +67,16 @@ class LightweightEngine:
         host = probe_host(settings)
         where = choose_device(host, device)
         require_module_names(ops)
+        repos = (repos,) if isinstance(repos, str) else tuple(repos)
         self._planner = LoadPlanner(
-            settings, host, where, tuple(repos), isolate, trust, progress, tuple(ops)
+            settings,
+            host,
+            where,
+            repos,
+            isolate,
+            trust,
+            progress,
+            tuple(ops),
         )
 
     def load(  # noqa: PLR0913 - a face of keywords

@@ -27,6 +27,7 @@ _MOST = 1 << 20  # bytes that a child may say
 _LINE = 300  # characters of its last line that a person is shown
 _GLANCE = 0.02  # seconds between two looks whether it has ended
 _PATIENCE = 5.0  # seconds for one that is told to end, or has hung up
+_FORK_PATIENCE = 15.0  # seconds for a fork that is told to end, which tidies up
 _STDERR = 2
 _STOPPED = 143
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -255,6 +256,10 @@ def stop_forks(forks: Iterable[int]) -> None:
     for process in forks:
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGTERM)
+    until = time.monotonic() + _FORK_PATIENCE
     for process in forks:
         with suppress(ChildProcessError):
-            os.waitpid(process, 0)
+            while os.waitpid(process, os.WNOHANG) == (0, 0):
+                if time.monotonic() > until:  # it is in native code, which hears no signal
+                    os.kill(process, signal.SIGKILL)
+                time.sleep(_GLANCE)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class Considered:
     """An artifact that was looked at: its verdict, or why its manifest cannot be used."""
 
     place: ArtifactPath
-    manifest: Manifest | None
+    manifest: Manifest | None = field(repr=False)
     verdict: Verdict | None
     error: Unreadable | None = None
 
@@ -64,7 +64,7 @@ class Pulled:
     commit: str
     place: ArtifactPath
     verdict: Verdict
-    considered: tuple[Considered, ...]
+    considered: tuple[Considered, ...] = field(repr=False)
     notes: tuple[str, ...]
     from_mirror: bool
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hubaoti.artifact import manifest as manifests
@@ -25,7 +25,7 @@ class Artifact:
     digest: str
     path: Path
     graphs: Path
-    manifest: Manifest
+    manifest: Manifest = field(repr=False)
 
     def graph_folder(self, graph: Graph) -> Path:
         """The folder in which a graph's package lies unpacked, read-only."""

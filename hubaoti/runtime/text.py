@@ -58,6 +58,8 @@ class TextEncoder:
             BadInput: a text is not Unicode, as what a shell passed on byte by byte.
         """
         for text in texts:
+            if not isinstance(text, str):
+                raise BadInput(f"{text!r:.80} is no text", hint="give texts")
             require_unicode(text)
         rows = [item.ids for item in self._tokenizer.encode_batch(list(texts))]
         for text, row in zip(texts, rows, strict=True):
@@ -97,13 +99,15 @@ class TextModel:
         self.graph = graph
         self._encoder = encoder
 
-    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """The graph's first output for all texts, in their order, as a CPU tensor.
+    def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
+        """The graph's first output for one text or some, in their order, as a CPU tensor.
 
         Raises:
             OutOfBounds: a text is longer than the graph's `seq`.
             BadInput: no text is given.
         """
+        if isinstance(texts, str):
+            texts = [texts]
         if not texts:
             raise BadInput("no text is given", hint='give one or more: --text "…"')
         low, high = self.graph.entry.bounds["seq"]
