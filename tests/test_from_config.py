@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
@@ -497,3 +499,19 @@ def test_a_model_of_which_a_part_would_be_random_is_refused(minilm: Path) -> Non
     with pytest.raises(MissingConstant, match="they would be random") as caught:
         load_source(minilm, request, torch.device("cpu"), weights=True)
     assert "cls.predictions" in str(caught.value) and caught.value.hint
+
+
+@pytest.mark.parametrize(("lost", "is_refused"), [("pooler.", False), ("encoder.layer.0.", True)])
+def test_only_a_pooler_may_be_random_where_vectors_are_made(
+    lost: str, is_refused: bool, minilm: Path, tmp_path: Path
+) -> None:
+    for file in minilm.iterdir():
+        if file.name != "model.safetensors":
+            (tmp_path / file.name).symlink_to(file)
+    weights = load_file(minilm / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if lost not in f"{name}."}
+    assert len(kept) < len(weights)
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    refused = pytest.raises(MissingConstant, match=lost) if is_refused else nullcontext()
+    with refused:
+        load_source(tmp_path, CompileRequest(task="embed"), CPU, weights=True)

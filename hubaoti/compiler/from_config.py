@@ -6,7 +6,7 @@ touched. Buffers are made for real, since the model's own code computes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,7 +236,7 @@ def _instantiate_model(making: _Making, attention: str, trust: bool) -> nn.Modul
     options["trust_remote_code"] = trust
     if making.weights:
         model, info = auto.from_pretrained(making.folder, output_loading_info=True, **options)
-        _require_all_weights(making, sorted(info["missing_keys"]))
+        _require_all_weights(making, info["missing_keys"])
         return model  # type: ignore[no-any-return]
     with _skip_init_weights(), init_empty_parameters() if making.bare else nullcontext():
         model = _construct_from_config(auto, making.config, **options)
@@ -244,12 +244,14 @@ def _instantiate_model(making: _Making, attention: str, trust: bool) -> nn.Modul
     return _set_traceable_experts(model, making.dtype)
 
 
-def _require_all_weights(making: _Making, missing: Sequence[str]) -> None:
+def _require_all_weights(making: _Making, names: Iterable[str]) -> None:
     """Refuse a model of which a part has new, random weights: it answers, and says nothing.
 
     Of one that embeds this may be a pooler, which no vector is made of.
     """
-    if missing and making.task != "embed":
+    spared = "pooler" if making.task == "embed" else None
+    missing = sorted(name for name in names if spared not in name.split("."))
+    if missing:
         raise MissingConstant(
             f"the checkpoint of {making.folder.name} has no {', '.join(missing[:3])}"
             + (f", nor {len(missing) - 3} more tensors" if missing[3:] else "")
