@@ -101,6 +101,9 @@ def _propose(path: Path, model: str | None, as_json: bool) -> None:
     words = ["hubaoti", "compile", model or misses.build.model or "MODEL"]
     words += ["--task", misses.build.task] * bool(misses.build.task)
     print_text(f"proposed: {shlex.join([*words, *proposal.words(), '-o', 'bundle'])}")
+    if model is None and misses.build.task == "forward":
+        dims = f"dims={proposal.dims}" + f", buckets={[*proposal.buckets]}" * bool(proposal.buckets)
+        print_text(f"or, of a module: hubaoti.compile(module, 'bundle', calls=calls, {dims})")
 
 
 def _explain_model(
