@@ -8,6 +8,7 @@ import inspect
 import pickle
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial, update_wrapper
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from hubaoti.attachment.attach import find_regions, refuse_attached
-from hubaoti.attachment.forward_patch import ForwardPatch, find_patch
+from hubaoti.attachment.forward_patch import ForwardPatch, GraphPatch, find_patch
 from hubaoti.errors import AlreadyAttached
 from hubaoti.runtime.fallback import CannotServe
 
@@ -126,3 +127,26 @@ def test_it_keeps_no_module_alive() -> None:
         patch.remove()
     finally:
         gc.enable()
+
+
+class Bound(GraphPatch):
+    """Has a lock, as what graphs are bound to has."""
+
+    __slots__ = ()
+
+    def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return torch.zeros(1, 2)
+
+    def bind(self, *, anew: bool = False) -> None:
+        raise NotImplementedError
+
+
+def test_a_wrapper_takes_none_of_its_state_so_that_copies_are_the_module(module: Double) -> None:
+    """As accelerate wraps a forward: whatever a function has is the wrapper's, too."""
+    patch = Bound("", module, [], [])
+    patch.install()
+    old = vars(module)["forward"]
+    module.forward = update_wrapper(partial(old), old)  # type: ignore[method-assign]
+    module._old_forward = old  # type: ignore[assignment]
+    assert torch.equal(module(X), 0 * X)
+    assert torch.equal(copy.deepcopy(module)(X), 2 * X)

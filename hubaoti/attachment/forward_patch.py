@@ -23,6 +23,8 @@ CountMiss = Callable[[str, CannotServe], None]
 class ModuleReference:
     """What belongs to a module and does not keep it alive."""
 
+    __slots__ = ("_module",)
+
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
 
@@ -44,8 +46,10 @@ class ForwardPatch(ModuleReference, ABC):
 
     It is an attribute of the module and of nothing else: whoever copies, pickles, compiles or
     exports the module gets the module as it was. Only a shallow copy shares it, and answers as the
-    original.
+    original. It has no `__dict__`, which `functools.update_wrapper` would copy to a wrapper.
     """
+
+    __slots__ = ("path", "is_removed", "_own", "_count_miss", "_note_tracing", "__weakref__")
 
     def __init__(self, path: str, module: nn.Module) -> None:
         super().__init__(module)
@@ -132,6 +136,8 @@ class ForwardPatch(ModuleReference, ABC):
 
 class GraphPatch(ForwardPatch):
     """A `forward` that graphs answer, which are bound to the module's tensors."""
+
+    __slots__ = ("graphs", "_counts", "_lock")
 
     def __init__(
         self, path: str, module: nn.Module, graphs: Sequence[Any], ids: Iterable[str]

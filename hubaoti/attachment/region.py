@@ -29,6 +29,8 @@ from hubaoti.runtime.kv_cache import (
 class Region(GraphPatch):
     """A module's `forward` that graphs answer by what their manifest says."""
 
+    __slots__ = ("dispatcher", "inside", "_slot", "_guard", "_trials")
+
     def __init__(
         self, path: str, dispatcher: Dispatcher, graphs: Sequence[Graph], inside: ConstantBinding
     ) -> None:

@@ -34,6 +34,8 @@ REST = 60.0  # seconds until they are tried again
 class _WaitingPatch(ForwardPatch):
     """What answers in the place of a module's `forward` until its process has opened graphs."""
 
+    __slots__ = ("deferred", "region", "over")
+
     def __init__(self, path: str, module: nn.Module, deferred: Deferred) -> None:
         super().__init__(path, module)
         self.deferred = deferred

@@ -76,6 +76,11 @@ def open_package(folder: Path, library: str, name: str, device: torch.device) ->
 class UnsignedRegion(GraphPatch):
     """A module's `forward` that a package answers by its own call spec, or else the module."""
 
+    __slots__ = (
+        *("_id", "_names", "_dtypes", "_taken", "_made", "_device", "_outcomes"),
+        *("_given", "_bound", "_addresses", "_has_run"),
+    )
+
     def __init__(
         self, path: str, module: nn.Module, entry: Entry, runner: Runner, device: torch.device
     ) -> None:
