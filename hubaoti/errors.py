@@ -13,7 +13,7 @@ from hubaoti.escape import LINE, bound_message, escape_line
 
 
 class HubaotiError(Exception):
-    """The root of the tree; `hint` says what to do next, in a traceback, too.
+    """The root of the tree; `hint` says what to do next.
 
     Both may hold words from outside, so both are kept as they may be printed: escaped, and bounded.
     """
@@ -26,18 +26,7 @@ class HubaotiError(Exception):
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(bound_message(message))
-        self.hint = hint
-
-    @property
-    def hint(self) -> str:
-        """What to do next; empty where nothing is known that helps."""
-        return self._hint
-
-    @hint.setter
-    def hint(self, text: str) -> None:
-        self._hint = bound_message(text)
-        others = [note for note in getattr(self, "__notes__", ()) if not note.startswith("hint: ")]
-        self.__notes__ = [f"hint: {self._hint}"] * bool(text) + others
+        self.hint = bound_message(hint)
 
 
 class BadRequest(HubaotiError, exit_code=2):

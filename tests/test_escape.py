@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import pickle
 import re
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -341,15 +339,3 @@ def test_libraries_that_ask_by_themselves_keep_the_stored_login(
     monkeypatch.setattr(constants, "ENDPOINT", "http://hub.example")
     with hide_stored_login(Settings(settings.home)):
         assert sent() is None
-
-
-def test_a_hint_is_seen_in_a_traceback_and_is_the_newest() -> None:
-    error = HubaotiError("it broke", hint="mend it")
-    error.add_note("seen on a Monday")
-    error.hint = "mend it\x1b[31m again"
-    shown = "".join(traceback.format_exception(error))
-    assert shown.endswith("it broke\nhint: mend it\\x1b[31m again\nseen on a Monday\n")
-    error.hint = ""
-    assert error.__notes__ == ["seen on a Monday"]
-    again = pickle.loads(pickle.dumps(HubaotiError("it broke", hint="mend it")))
-    assert (str(again), again.hint) == ("it broke", "mend it")

@@ -113,6 +113,7 @@ def compile_with_report(folder: Path, output: Path, **options: Any) -> Bundle:
         return api.compile(folder, output, **options)
     except HubaotiError as error:
         report = output.with_name(f"{output.name}.report.txt")
+        error.add_note(f"hint: {error.hint}")
         error.add_note(report.read_text()[-_REPORT:] if report.is_file() else "no report")
         raise
 
