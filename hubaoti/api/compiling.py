@@ -133,7 +133,7 @@ def compile(  # noqa: PLR0913 - a face of keywords
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        with report_failure(place, _list_facts(request), (CompileFailed,)):
+        with report_failure(place, _describe_request(request), (CompileFailed,)):
             job, origin = _prepare(model, request, host, settings, progress)
         if not force and (found := find_built(job.key, place, mirror, progress)):
             return found
@@ -256,7 +256,7 @@ def _prepare(
     return Job.of(make_plan(source, request, where), request, target, where), origin
 
 
-def _list_facts(request: CompileRequest) -> list[str]:
+def _describe_request(request: CompileRequest) -> list[str]:
     """What was asked, for a report."""
     words = {each.name: getattr(request, each.name) for each in fields(request)}
     return [f"asked: { {name: value for name, value in words.items() if name != 'calls'} }"]

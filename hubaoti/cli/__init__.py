@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import signal
@@ -82,7 +81,9 @@ def dispatch(arguments: Sequence[str] | None) -> int:
             print_lines(f"hint: {error.hint}", err=True)
         return error.exit_code
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        from hubaoti.disk import DISK_FULL  # for no command that goes well
+
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             print_line(f"error: what is printed has no room: {first_line(error)}", err=True)
             return DiskFull.exit_code
         return _report_unexpected(error)
