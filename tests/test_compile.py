@@ -21,7 +21,8 @@ from hubaoti.artifact.bundle import Bundle, write_bundle
 from hubaoti.artifact.package import unpack_all
 from hubaoti.compiler.build import choose_level, choose_target, derive_requirements
 from hubaoti.compiler.from_config import load_source
-from hubaoti.compiler.inductor import choose_vector_isas, find_cause
+from hubaoti.compiler.host_code import choose_vector_isas
+from hubaoti.compiler.inductor import find_cause
 from hubaoti.compiler.job import Job
 from hubaoti.compiler.plan import make_plan
 from hubaoti.compiler.request import CompileRequest, make_ranges

@@ -9,7 +9,7 @@ import pytest
 from torch._inductor import cpp_builder
 from torch._inductor.exc import CppCompileError
 
-from hubaoti.compiler.inductor import compile_wrapper_concurrently
+from hubaoti.compiler.host_code import compile_wrapper_concurrently
 
 
 def compiling(source: Path) -> cpp_builder.CppBuilder:

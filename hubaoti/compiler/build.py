@@ -21,7 +21,7 @@ from hubaoti.artifact.schema import BuildRecord, File, ModelSource, Target
 from hubaoti.compiler import elf
 from hubaoti.compiler.constants import save_tensors
 from hubaoti.compiler.graph_build import BuiltGraph, build_unit
-from hubaoti.compiler.inductor import LEVELS
+from hubaoti.compiler.host_code import LEVELS
 from hubaoti.compiler.job import Job
 from hubaoti.compiler.parallel import build_all, choose_job_count
 from hubaoti.compiler.plan import GraphPlan, Plan
