@@ -24,8 +24,10 @@ KERNELS = "kernels.json"  # beside the sources: what inductor knows of each kern
 
 _MACHINE = 190  # EM_CUDA
 _MAGIC = re.compile(rb"\x7fELF\x02\x01.{10}..\xbe\x00", re.DOTALL)  # 64 bits, that machine
-# Attributes in `.nv.info`: the format of those that have a symbol and a number; stack bytes.
-_SIZED, _FRAME_SIZE, _MIN_STACK_SIZE = 4, 0x11, 0x12
+# In `.nv.info`: the format of attributes that have a size, and those of a function and a number.
+_SIZED, _FRAME_SIZE, _MIN_STACK_SIZE, _REGISTERS = 4, 0x11, 0x12, 0x2F
+_CONSTANTS = ".nv.constant0."  # sections, each of one kernel
+_RESERVED = 1024  # of `.nv.shared` from sm 90 on, which is not of what a block can have
 _DRIVER = "libcuda.so.1"
 _HINT = "report it with your torch and triton versions"
 
@@ -164,40 +166,46 @@ def _read_launches(keep: Path) -> dict[str, int]:
 def _read_cubin(image: bytes, address: int) -> Cubin:
     """Read one image, which may be followed by others."""
     elf = ELFFile(io.BytesIO(image))
-    code = [each for each in elf.iter_sections() if each.name.startswith(".text.")]
-    shared = [each for each in elf.iter_sections() if each.name.startswith(".nv.shared.")]
+    sizes = {each.name: each["sh_size"] for each in elf.iter_sections()}
+    # Each kernel has constants of its own, its parameters; what it calls has none.
+    kernels = tuple(name.removeprefix(_CONSTANTS) for name in sizes if name.startswith(_CONSTANTS))
     capability, only = _read_capability(elf)
+    reserved = _RESERVED if capability >= 90 else 0
+    shared = (sizes.get(f".nv.shared.{kernel}", 0) - reserved for kernel in kernels)
     return Cubin(
         address=address,
         capability=capability,
         only=only,
-        kernels=tuple(each.name.removeprefix(".text.") for each in code),
-        registers=max((each["sh_info"] >> 24 for each in code), default=0),
-        local_bytes=max(_list_stack_sizes(elf), default=0),
-        shared_memory=max((each["sh_size"] for each in shared), default=0),
+        kernels=kernels,
+        registers=max(_list_attributes(elf, _REGISTERS), default=0),
+        local_bytes=max(_list_attributes(elf, _FRAME_SIZE, _MIN_STACK_SIZE), default=0),
+        shared_memory=max(0, *shared),
     )
 
 
 def _read_capability(elf: ELFFile) -> tuple[int, bool]:
-    """The capability in a cubin's flags, and whether its code is for that one only.
+    """The capability that a cubin is for, and whether its code serves that one only.
 
-    The ABI's version 8, of CUDA 12.8 and later for new capabilities, has another layout:
-    `EF_CUDA_SM` and `EF_CUDA_ACCELERATORS` of LLVM's `BinaryFormat/ELF.h`.
+    Where it stands in the flags hangs on the ABI, of which 8 came with CUDA 12.8: `EF_CUDA_SM` and
+    `EF_CUDA_ACCELERATORS` of LLVM's `BinaryFormat/ELF.h`. That of CUDA 13 leaves the second out
+    and notes how it was called, as `-arch sm_90a`.
     """
     flags = elf["e_flags"]
-    if elf["e_ident"]["EI_ABIVERSION"] >= 8:
-        return flags >> 8 & 0xFF, bool(flags & 0x8)
-    return flags & 0xFF, bool(flags & 0x800)
+    old = elf["e_ident"]["EI_ABIVERSION"] < 8
+    note = elf.get_section_by_name(".note.nv.tkinfo")
+    said = note is not None and re.search(rb"-arch sm_\d+a\b", note.data()) is not None
+    only = said or bool(flags & (0x800 if old else 0x8))
+    return flags & 0xFF if old else flags >> 8 & 0xFF, only
 
 
-def _list_stack_sizes(elf: ELFFile) -> Iterator[int]:
-    """The bytes of stack that each function of a cubin takes, itself or with what it calls."""
+def _list_attributes(elf: ELFFile, *wanted: int) -> Iterator[int]:
+    """The numbers that a cubin notes of its functions: registers, or bytes of their stack."""
     section = elf.get_section_by_name(".nv.info")
     content, at = section.data() if section else b"", 0
     while at + 4 <= len(content):
         form, attribute, size = struct.unpack_from("<BBH", content, at)
         at += 4
         if form == _SIZED:
-            if attribute in (_FRAME_SIZE, _MIN_STACK_SIZE) and at + 8 <= len(content):
+            if attribute in wanted and at + 8 <= len(content):
                 yield struct.unpack_from("<I", content, at + 4)[0]
             at += size
