@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from elftools.elf.elffile import ELFFile
 
+from hubaoti.artifact.schema import DeviceCode
 from hubaoti.errors import CompileFailed
 
 ALIGNMENT = 64  # of an image in a library, so that no driver minds where it starts
@@ -32,24 +32,13 @@ _DRIVER = "libcuda.so.1"
 _HINT = "report it with your torch and triton versions"
 
 
-class DeviceCode(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the kernels of one graph are made for and take, the largest of each.
-
-    `capability` as 90, and whether its code serves that one `only`, as `sm_90a` does; `registers`
-    and `local_bytes` (stack) of a thread, `shared_memory` in bytes of a block.
-    """
-
-    capability: int
-    kernels: int
-    registers: int
-    local_bytes: int
-    shared_memory: int
-    only: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Cubin:
-    """One image: where it starts, what it is for, and what its largest kernel takes."""
+    """One image: where it starts, what it is for, and what the largest of its kernels takes.
+
+    One for `capability` 90 serves that `only` where it was made for `sm_90a`. `shared_memory` is
+    what it has without being asked for more.
+    """
 
     address: int
     capability: int
@@ -81,7 +70,6 @@ def read_device_code(keep: Path, folder: Path) -> DeviceCode | None:
         raise CompileFailed(f"build: nobody knows how {', '.join(lost)} is launched", hint=_HINT)
     return DeviceCode(
         capability=cubins[0].capability,
-        only=cubins[0].only,
         kernels=sum(len(each.kernels) for each in cubins),
         registers=max(each.registers for each in cubins),
         local_bytes=max(each.local_bytes for each in cubins),
