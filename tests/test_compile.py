@@ -20,7 +20,8 @@ import hubaoti
 from hubaoti.artifact.bundle import Bundle, write_bundle
 from hubaoti.artifact.package import unpack_all
 from hubaoti.compiler.from_config import load_source
-from hubaoti.compiler.inductor import choose_vector_isas, find_cause
+from hubaoti.compiler.host_code import choose_vector_isas
+from hubaoti.compiler.inductor import find_cause
 from hubaoti.compiler.job import Job
 from hubaoti.compiler.plan import make_plan
 from hubaoti.compiler.request import CompileRequest, make_ranges

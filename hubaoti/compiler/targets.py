@@ -9,7 +9,7 @@ import torch
 from hubaoti.artifact.requirements import Requirements
 from hubaoti.artifact.schema import Target
 from hubaoti.compiler import elf
-from hubaoti.compiler.inductor import LEVELS
+from hubaoti.compiler.host_code import LEVELS
 from hubaoti.compiler.request import DEFAULT_LEVEL, CompileRequest
 from hubaoti.errors import BadRequest
 from hubaoti.host.match import Refusal, judge_level
