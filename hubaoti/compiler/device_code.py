@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -28,6 +28,7 @@ from hubaoti.compiler.fake_gpu import CPU, GPU, pretend_gpu, pretend_no_gpu
 from hubaoti.compiler.fake_run import clear_model_caches
 from hubaoti.compiler.module_copy import copy_module
 from hubaoti.compiler.operations import digest_values
+from hubaoti.compiler.patched import patch_attribute
 from hubaoti.compiler.signature import CallSignature, FlatModule
 from hubaoti.errors import CompileFailed, first_line
 
@@ -39,6 +40,9 @@ _DEVICE = re.compile(r"(cpu|cuda)(:\d+)?")
 _WRITES = {"__setitem__", "__set__", "copy_"}
 # What these answer has the values that they were given: asked on one side only, nothing differs.
 _SAME_VALUES = {"contiguous", "cpu", "cuda", "to"}
+# What torch.export sets while it traces, which code asks for: private, there in torch 2.11 to 2.15.
+_TRACING = {"_is_compiling_flag", "_is_exporting_flag"}
+_SAME_NUMBERS = {"int", "long", "float", "double"}
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -151,7 +155,11 @@ def _without_values(module: nn.Module) -> Iterator[None]:
     clear_model_caches(module)
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())  # type: ignore[no-untyped-call]
     try:
-        with torch.no_grad(), mode:
+        with ExitStack() as around:
+            for flag in vars(torch.compiler).keys() & _TRACING:
+                around.enter_context(patch_attribute(torch.compiler, flag, True))
+            around.enter_context(torch.no_grad())
+            around.enter_context(mode)
             yield
     finally:
         clear_model_caches(module)
@@ -171,6 +179,7 @@ class _Requests(TorchFunctionMode):
         super().__init__()
         self._steps, self._named, self._device = steps, named, device
         self._kept: list[torch.Tensor] = []  # an id is one tensor's only while it lives
+        self._numbers: set[int] = set()  # tensors whose dtype says nothing of their values
         self._count = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -179,7 +188,7 @@ class _Requests(TorchFunctionMode):
         results = [leaf for leaf in tree_leaves(answer) if _has_device(leaf)]
         name = getattr(func, "__name__", str(func))
         elsewhere = self._device == CPU and not all(map(self.is_here, results))
-        if not elsewhere and name in _SAME_VALUES and _is_same_kind(args[0], answer):
+        if not elsewhere and self._keeps_values(name, args, answer):
             self._name(answer, self._find_name(args[0]))
         elif results or name in _WRITES:
             words = [*map(self.name_value, tree_leaves((args, kwargs))), "->"]
@@ -191,7 +200,8 @@ class _Requests(TorchFunctionMode):
     def name_value(self, leaf: Any) -> str:
         """A value as text that is equal on every device."""
         if isinstance(leaf, torch.Tensor):
-            kind = str(leaf.dtype).removeprefix("torch.")
+            numbers = id(leaf) in self._numbers
+            kind = "numbers" if numbers else str(leaf.dtype).removeprefix("torch.")
             return f"%{self._find_name(leaf)}:{kind}{list(leaf.shape)}"
         if isinstance(leaf, torch.device) or (isinstance(leaf, str) and _DEVICE.fullmatch(leaf)):
             return "device"
@@ -200,6 +210,23 @@ class _Requests(TorchFunctionMode):
     def is_here(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies where the module's own do."""
         return tensor.device.type == self._device.type
+
+    def _keeps_values(self, name: str, args: Sequence[Any], answer: Any) -> bool:
+        """Whether what is answered has the values that were given, so that they keep their name.
+
+        Whole numbers are the same as other numbers: torch.histc counts floats on the CPU only, and
+        integers with deterministic algorithms on a GPU only, so that code converts them before.
+        """
+        if not args or not isinstance(args[0], torch.Tensor) or not _has_device(answer):
+            return False
+        given = args[0]
+        if name in _SAME_NUMBERS and not given.is_floating_point() and given.shape == answer.shape:
+            self._numbers.add(id(answer))
+            return True
+        if name == "histc" and id(given) in self._numbers:
+            self._numbers.add(id(answer))
+        same = (given.dtype, given.shape) == (answer.dtype, answer.shape)
+        return name in _SAME_VALUES and same
 
     def _find_name(self, tensor: torch.Tensor) -> str:
         """What a tensor is to the module; of one from outside its values tell."""
@@ -217,12 +244,6 @@ class _Requests(TorchFunctionMode):
 def _has_device(leaf: Any) -> bool:
     """Whether a value is a tensor that lies somewhere, unlike those that torch makes fakes by."""
     return isinstance(leaf, torch.Tensor) and (isinstance(leaf, FakeTensor) or not leaf.is_meta)
-
-
-def _is_same_kind(tensor: Any, other: Any) -> bool:
-    """Whether two values are tensors of one dtype and shape."""
-    both = isinstance(tensor, torch.Tensor) and isinstance(other, torch.Tensor)
-    return both and (tensor.dtype, tensor.shape) == (other.dtype, other.shape)
 
 
 def _find_caller() -> str:
