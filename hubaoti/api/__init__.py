@@ -10,10 +10,12 @@ from hubaoti.api.attaching import attach, detach, get_artifact, put
 from hubaoti.api.compiling import Explanation, capture, compile, explain
 from hubaoti.api.publishing import pull, push
 from hubaoti.api.texts import Answer, eager, load, recall_task_and_dtype, run
+from hubaoti.api.verifying import Verified, verify
 
 __all__ = [
     "Answer",
     "Explanation",
+    "Verified",
     "attach",
     "capture",
     "compile",
@@ -27,4 +29,5 @@ __all__ = [
     "put",
     "recall_task_and_dtype",
     "run",
+    "verify",
 ]

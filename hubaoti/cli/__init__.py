@@ -22,6 +22,7 @@ COMMANDS = {
     "pull": ("hub", "Fetch the artifact that fits this host best, verified."),
     "run": ("run", "Answer texts with a pulled graph and a model's weights."),
     "serve": ("serve", "An endpoint that speaks the Hub protocol, on this machine."),
+    "verify": ("verify", "Hash again what is stored, and open it again."),
     "mirror": ("mirror", "What is stored on this machine."),
     "trust": ("trust", "The publishers whose code may run here."),
 }

@@ -29,6 +29,7 @@ from hubaoti.settings import Settings
 
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 LIBSTDCXX = "libstdc++.so.6"
+STAND_IN = "(stand-in)"  # how the name of a device ends that computes nothing
 _RTLD_DI_SERINFO, _RTLD_DI_SERINFOSIZE = 4, 5
 
 
