@@ -107,6 +107,21 @@ def test_doctor_says_what_artifacts_are_judged_by(env: Settings) -> None:
     assert tree_of(env.home.parent) == {}, "doctor changes nothing"
 
 
+def test_doctor_says_what_is_missing_to_compile_and_how_to_get_it(
+    env: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    table = inside(env, "doctor", "--build")
+    missing = json.loads(inside(env, "doctor", "--build", "--json").out)
+    assert table.code == 0
+    assert all(each["need"] and each["have"] and each["advice"] for each in missing)
+    (compiler,) = [each for each in missing if each["need"].startswith("g++")]
+    assert compiler["need"] in table.out and compiler["advice"] in table.out
+    monkeypatch.setattr("hubaoti.cli.doctor.find_missing_build_tools", lambda torch: [])
+    assert inside(env, "doctor", "--build").out.startswith("nothing is missing")
+    assert json.loads(inside(env, "doctor", "--build", "--json").out) == []
+
+
 def test_push_and_pull_say_what_they_did(env: Settings, tmp_path: Path) -> None:
     repo = f"acme/{tmp_path.name}"
     make_bundle(tmp_path / "bundle")

@@ -143,7 +143,8 @@ def _describe_missing_gpu(requires: Requirements, host: Host, index: int | None)
     if host.gpus:
         have = f"{len(host.gpus)} of them, counted from 0"
         return Refusal(f"{need} as GPU {index}", have, "choose one of them, or name none")
-    notes = "".join(f" ({note})" for note in host.notes if note.startswith("NVML"))
+    said = ("NVML", "CUDA_VISIBLE_DEVICES")
+    notes = "".join(f" ({note})" for note in host.notes if note.startswith(said))
     return Refusal(
         need, f"no NVIDIA GPU{notes}", "pull a cpu variant, or use a host that has a GPU"
     )
