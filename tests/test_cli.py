@@ -96,6 +96,16 @@ def test_bad_usage_ends_with_2(
     assert said.out == ""
 
 
+def test_a_command_that_is_nearly_one_is_told(
+    capsys: pytest.CaptureFixture[str], env: Settings
+) -> None:
+    for word, meant in (("pul", "pull"), ("verfiy", "verify"), ("docter", "doctor")):
+        assert dispatch([word]) == 2
+        assert f"No such command '{word}'. Did you mean '{meant}'?" in capsys.readouterr().err
+    assert dispatch(["fly"]) == 2
+    assert "Did you mean" not in capsys.readouterr().err
+
+
 def test_doctor_says_what_artifacts_are_judged_by(env: Settings) -> None:
     table = inside(env, "doctor").out
     facts = json.loads(inside(env, "doctor", "--json").out)
