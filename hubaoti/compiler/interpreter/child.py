@@ -197,7 +197,7 @@ def _ask_program(
 ) -> list[torch.Tensor]:
     """What the program answers, and then the inputs that it may write, as it left them."""
     own = [widen(each).clone() if in_float32 else each.clone() for each in inputs]
-    with InFloat32() if in_float32 else nullcontext():  # type: ignore[no-untyped-call, attr-defined]
+    with InFloat32() if in_float32 else nullcontext():  # type: ignore[no-untyped-call]
         answers = program(*own)
     written = zip(entry.inputs, own, strict=True)
     return [*answers, *(tensor for item, tensor in written if item.mutated)]
