@@ -101,7 +101,7 @@ def _make_manifest(
     needs = elf.merge_needs([each.needs for each in built])
     shared = max((each.shared_memory for each in codes), default=None)
     manifest = Manifest(
-        schema=manifests.find_oldest_schema(graphs),
+        schema=manifests.find_oldest_schema(job.build, graphs),
         program=job.plan.source.program,
         build=job.build,
         target=job.target,

@@ -95,7 +95,7 @@ def _require_same_on_gpu(
 ) -> None:
     """Refuse a module whose code does something else on a GPU than here."""
     tensors = golden.make_golden_inputs(draft_graph(unit), choose_trace_sizes(source, unit))
-    with use_attention(source.model, choose_tracing_attention(source)):
+    with use_attention(source.model, choose_tracing_attention(source, unit.unmasked)):
         require_same_on_gpu(module, unit.face, tensors, capability)
 
 
@@ -136,7 +136,8 @@ def trace_unit(source: Source, unit: GraphPlan, module: nn.Module, guarded: bool
     sizes = choose_trace_sizes(source, unit)
     tensors = golden.make_golden_inputs(draft_graph(unit), sizes)
     around = write_out_buffers(module) if source.layout else nullcontext(set[str]())
-    with use_attention(source.model, choose_tracing_attention(source)), around as unwritten:
+    attention = choose_tracing_attention(source, unit.unmasked)
+    with use_attention(source.model, attention), around as unwritten:
         exported = export(module, unit.face, unit.bounds, tensors, source.stated, guarded)
     require_unread(exported.program, unwritten)
     if source.layout:
@@ -209,6 +210,7 @@ def draft_graph(unit: GraphPlan, outputs: Outputs | None = None) -> Graph:
         outputs=outputs or Outputs(template=None, tensors=()),
         constants=(),
         cache=unit.face.cache,
+        unmasked=True if unit.unmasked else msgspec.UNSET,
     )
 
 
