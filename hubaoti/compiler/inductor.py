@@ -27,7 +27,7 @@ from hubaoti.compiler.cubins import KERNELS, describe_kernels, require_sound_cub
 from hubaoti.compiler.elf import refuse_executable_stack, refuse_paths
 from hubaoti.compiler.host_code import LEVELS, compile_wrapper_concurrently, target_cpu_level
 from hubaoti.compiler.passes import UnfuseBias
-from hubaoti.compiler.reproducible import build_same_bytes
+from hubaoti.compiler.reproducible import build_same_bytes, take_first_configs
 from hubaoti.disk import TEMPORARY, are_on_one_disk, find_full_disk
 from hubaoti.errors import CompileFailed, DiskFull, HubaotiError, first_line
 from hubaoti.settings import override_environment
@@ -97,6 +97,7 @@ def lower(  # noqa: PLR0913 - all that a package is made of
         target_cpu_level(level, folder),
         _use_fresh_cache(folder),
         build_same_bytes(),
+        take_first_configs(),
         compile_wrapper_concurrently(),
         write_call_spec(spec),
     ):
