@@ -119,7 +119,7 @@ def take_first_configs() -> Iterator[None]:
         yield
         return
 
-    def precompile_first(self: Any, *args: Any, **kwargs: Any) -> None:
+    def precompile_first(self: Any, *args: Any, **kwargs: Any) -> Any:
         configs = [] if self.compile_results else list(self.configs or ())
         for config in configs[:-1]:
             self.configs = [config]
