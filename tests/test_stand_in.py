@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from hubaoti.compiler import stand_in as package
-from hubaoti.compiler.stand_in import CAPABILITIES, StandIn, build_stand_in
-from hubaoti.errors import BadRequest, CompileFailed, MissingDependency, UnsafeFolder
+from hubaoti.compiler.stand_in import CAPABILITIES, StandIn, build_stand_in, require_stand_in
+from hubaoti.errors import BadRequest, CannotOpen, CompileFailed, MissingDependency, UnsafeFolder
 from hubaoti.host import build_tools, match
 from hubaoti.host.build_tools import find_missing_build_tools
 from hubaoti.host.probe import STAND_IN, Torch, find_torch
@@ -112,6 +113,15 @@ def test_the_libraries_that_a_user_needs_are_still_found(monkeypatch) -> None:
     told = StandIn(Path("/a"), Path("/b")).environment([80, 90])
     assert (told["LD_LIBRARY_PATH"], told["LIBRARY_PATH"]) == ("/a:/opt/theirs", "/a:/opt/linked")
     assert (told["CUDA_VISIBLE_DEVICES"], told["LD_PRELOAD"]) == ("0,1", "/a/libcuda.so.1")
+
+
+def test_its_source_is_shipped(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=SOURCE.parents[2], capture_output=True, check=True)
+    (wheel,) = tmp_path.iterdir()
+    shipped = {name.rpartition("/")[2] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {path.name for path in SOURCE.iterdir() if path.suffix in (".c", ".h")} <= shipped
 
 
 # What is missing
@@ -256,6 +266,17 @@ def test_a_compiler_that_fails_is_told_and_leaves_nothing(tmp_path: Path, monkey
     with pytest.raises(CompileFailed, match="stand-in: gcc: x.c:1: error: no"):
         build_stand_in(TORCH, tmp_path / "home")
     assert [*(tmp_path / "home" / "stand-in").iterdir()] == []
+
+
+@cuda
+def test_a_process_knows_whether_it_runs_under_it(stand_in: StandIn) -> None:
+    code = "from hubaoti.compiler.stand_in import require_stand_in as r; say(there=r() is None)"
+    assert ask(stand_in, code, 90) == {"there": True}
+
+
+def test_a_process_that_should_run_under_it_and_does_not_is_refused() -> None:
+    with pytest.raises(CannotOpen, match="was not loaded"):
+        require_stand_in()
 
 
 # Devices
@@ -774,8 +795,6 @@ def test_what_torch_compiles_opens_on_its_capability_alone(
 def test_a_library_that_is_linked_against_it_needs_the_driver_by_name(
     packages: dict[int, Path], tmp_path: Path
 ) -> None:
-    import zipfile
-
     from elftools.elf.elffile import ELFFile
 
     with zipfile.ZipFile(packages[90]) as archive:
