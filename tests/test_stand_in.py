@@ -786,7 +786,8 @@ def test_what_torch_compiles_opens_on_its_capability_alone(
         found, errors = read(start(stand_in, code, 90, 80, env=env))
         (first, _), (second, left), (refused, _) = found["found"]
         assert first == second == "(7, 32)"
-        assert refused.startswith("run_func_(") and f"it is for sm_{other}, and this is" in errors
+        # torch 2.11 prints the driver's words and raises others
+        assert f"it is for sm_{other}, and this is sm_{sm}" in refused + errors
         assert (left["memory"], left["graph"]) == (0, 0)
         assert left["module"] == 0 or not unloads
 
