@@ -178,6 +178,15 @@ cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t *pool, int device) {
     return check_device(device);
 }
 
+cudaError_t cudaDeviceGetLimit(size_t *value, enum cudaLimit limit) {
+    return (void)limit, *value = 1 << 20, cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetP2PAttribute(int *value, enum cudaDeviceP2PAttr attribute, int device,
+                                      int peer) {
+    return (void)attribute, (void)device, (void)peer, *value = 0, cudaSuccess;
+}
+
 cudaError_t cudaDriverGetVersion(int *version) { return *version = CUDA_VERSION, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaProfilerStart(void) { return cudaSuccess; }
@@ -205,6 +214,10 @@ CUresult cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice device) {
     if (!error) memcpy(uuid, &p.uuid, sizeof *uuid);
     return error;
 }
+
+#if CUDA_VERSION < 13000
+CUresult cuDeviceGetUuid(CUuuid *uuid, CUdevice device) { return cuDeviceGetUuid_v2(uuid, device); }
+#endif
 
 CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice device) {
     CUresult error = (CUresult)check_device(device);

@@ -10,7 +10,7 @@
 /* A capture is a number; the stream that began it, and those that wait for its events, are in it. */
 struct stream {
     unsigned flags;
-    int priority;
+    int priority, device;
     unsigned long long capture;
 };
 struct event {
@@ -105,6 +105,7 @@ static cudaError_t make_stream(cudaStream_t *stream, unsigned flags, int priorit
     if (!made) return fail(cudaErrorMemoryAllocation);
     made->flags = flags;
     made->priority = priority;
+    made->device = current_device;
     *stream = (cudaStream_t)made;
     count_live(STREAM, 1);
     return cudaSuccess;
@@ -143,7 +144,9 @@ cudaError_t cudaStreamGetFlags(cudaStream_t stream, unsigned *flags) {
 }
 
 cudaError_t cudaStreamGetDevice(cudaStream_t stream, int *device) {
-    return (void)stream, *device = current_device, cudaSuccess;
+    struct stream *found = find_stream(stream);
+    *device = found ? found->device : current_device;
+    return cudaSuccess;
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {

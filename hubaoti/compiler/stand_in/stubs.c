@@ -65,6 +65,15 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const voi
                                                                   0);
 }
 
+cudaError_t cudaOccupancyMaxActiveClusters(int *clusters, const void *kernel,
+                                           const cudaLaunchConfig_t *config) {
+    (void)kernel, (void)config;
+    if (!device_count) return fail(cudaErrorNoDevice);
+    *clusters =
+        devices[current_device].chip->sm >= 90 ? devices[current_device].chip->processors / 2 : 0;
+    return cudaSuccess;
+}
+
 cudaError_t cudaGetSymbolAddress(void **address, const void *symbol) {
     return *address = (void *)symbol, cudaSuccess;
 }
