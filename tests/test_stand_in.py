@@ -16,7 +16,14 @@ import pytest
 
 from hubaoti.compiler import stand_in as package
 from hubaoti.compiler.stand_in import CAPABILITIES, StandIn, build_stand_in, require_stand_in
-from hubaoti.errors import BadRequest, CannotOpen, CompileFailed, MissingDependency, UnsafeFolder
+from hubaoti.errors import (
+    BadRequest,
+    CannotOpen,
+    CompileFailed,
+    DiskFull,
+    MissingDependency,
+    UnsafeFolder,
+)
 from hubaoti.host import build_tools, match
 from hubaoti.host.build_tools import find_missing_build_tools
 from hubaoti.host.probe import STAND_IN, Torch, find_torch
@@ -254,16 +261,26 @@ def test_a_folder_that_others_may_write_is_refused(
         build_stand_in(TORCH, home)
 
 
+FAILURES = {
+    "x.c:1: error: no": (CompileFailed, "stand-in: gcc: x.c:1: error: no"),
+    "/tmp/x.s: No space left on device": (DiskFull, "no room on the disk of /tmp"),
+}
+
+
 @cuda
-def test_a_compiler_that_fails_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("words", [*FAILURES])
+def test_a_compiler_that_fails_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
     gcc = tmp_path / "bin" / "gcc"
     gcc.parent.mkdir()
     real = shutil.which("gcc")
-    fails = 'case "$*" in *-shared*) echo "x.c:1: error: no" >&2; exit 1;; esac'
+    fails = f'case "$*" in *-shared*) echo "{words}" >&2; exit 1;; esac'
     gcc.write_text(f'#!/bin/sh\n{fails}\nexec {real} "$@"\n')
     gcc.chmod(0o755)
     monkeypatch.setenv("PATH", f"{gcc.parent}:{os.environ['PATH']}")
-    with pytest.raises(CompileFailed, match="stand-in: gcc: x.c:1: error: no"):
+    kind, message = FAILURES[words]
+    with pytest.raises(kind, match=message):
         build_stand_in(TORCH, tmp_path / "home")
     assert [*(tmp_path / "home" / "stand-in").iterdir()] == []
 

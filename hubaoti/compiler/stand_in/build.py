@@ -105,7 +105,7 @@ def _compile(torch: Torch, includes: Sequence[Path], folder: Path) -> None:
         _run_gcc(["-D_GNU_SOURCE", version, str(_SOURCE / "nvml.c")], folder / _NVML)
     except subprocess.CalledProcessError as error:
         if "No space left on device" in str(error.stderr):
-            raise describe_no_room(find_full_disk(str(error.stderr), folder)) from error
+            raise describe_no_room(find_full_disk(str(error.stderr), folder), 0) from error
         causes = (line for line in str(error.stderr).splitlines() if "error" in line)
         raise CompileFailed(
             f"stand-in: gcc: {first_line(next(causes, str(error.stderr)))}",
