@@ -11,6 +11,7 @@ here (`sdp_utils.cpp` and both kernels' host code, of torch 2.11 to 2.15).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,7 +90,8 @@ def name_attention(program: ExportedProgram, kernels: Sequence[str]) -> Exported
 
     table = {_aten.scaled_dot_product_attention.default: decompose}
     try:
-        named: ExportedProgram = program.run_decompositions(table)
+        with warnings.catch_warnings(action="ignore"):  # of torch about torch
+            named: ExportedProgram = program.run_decompositions(table)
     except CompileFailed as error:  # to whose words torch adds what it was doing
         raise CompileFailed(first_line(error), hint=error.hint) from None
     return named
@@ -172,7 +174,7 @@ def _attend(call: _Attention, is_grouped: bool, kernels: Sequence[str]) -> torch
     axes = max(each.dim() for each in call.tensors)
     if call.mask is not None and call.mask.dim() > axes:
         raise _refuse(call, "has a mask with more axes", "give it as many as the query has")
-    call = call.map(lambda each: each[(None,) * (axes - each.dim())])
+    call = call.map(lambda each: _add_axes(each, axes))
     if axes < 4:
         place = 0 if is_grouped or axes == 2 else 1  # the heads are there, or else the batch
         lifted = call.map(lambda each: each.unsqueeze(place))
@@ -184,6 +186,11 @@ def _attend(call: _Attention, is_grouped: bool, kernels: Sequence[str]) -> torch
         return answer.reshape(*lead, *answer.shape[1:])
     query, key, value = (_spread(each, lead) for each in call.tensors)
     return _call_kernel(_share_heads(replace(call, query=query, key=key, value=value)), kernels)
+
+
+def _add_axes(tensor: torch.Tensor, axes: int) -> torch.Tensor:
+    """A view with so many axes, of which the first ones have one element; itself where it has."""
+    return tensor if tensor.dim() == axes else tensor[(None,) * (axes - tensor.dim())]
 
 
 def _share_heads(call: _Attention) -> _Attention:
