@@ -248,7 +248,7 @@ def test_every_width_is_padded_and_scaled_as_what_it_was() -> None:
     torch.manual_seed(0)
 
     def attend(query: torch.Tensor, key: torch.Tensor) -> list[torch.Tensor]:
-        pairs = [(width, width) for width in (*range(1, 40), *range(40, 301, 9), 256, 264)]
+        pairs = [(width, width) for width in (*range(1, 34), *range(40, 301, 21), 256, 264)]
         pairs += [(24, 8), (8, 24), (192, 128), (17, 3), (64, 300)]
         return [
             sdpa(query[..., 1 : width + 1], key[..., :width], key[..., -other:])
@@ -272,8 +272,8 @@ def test_a_mask_of_any_shape_that_fits_is_laid_out_as_the_kernel_reads_it(heads:
         masks = [mask[cut] for cut in cuts]
         masks += [masks[-1].expand_as(mask), mask[:, :1, :1].expand_as(mask), mask[0], mask[0, 0]]
         masks += [mask.mT.contiguous().mT, mask[..., :1].expand_as(mask)]
-        bools = [each > 0 for each in masks]
-        given = [*masks, *bools, *(each.float() for each in masks)]
+        kinds = itertools.cycle([lambda each: each > 0, torch.clone, torch.Tensor.float])
+        given = [kind(each) for kind, each in zip(kinds, masks, strict=False)]
         return [see((query, key), each, enable_gqa=True) for each in given]
 
     def make(batch: int, rows: int, keys: int) -> list[torch.Tensor]:
@@ -286,7 +286,7 @@ def test_a_mask_of_any_shape_that_fits_is_laid_out_as_the_kernel_reads_it(heads:
     program = name_attention(export(attend, make(3, 6, 7), shapes), HALF)
     require_asserts_hold(program, *describe(shapes))
     twin = make_twin(program)
-    for sizes in ((1, 1, 1), (2, 5, 16), (1, 3, 31), (2, 16, 8)):
+    for sizes in ((1, 1, 1), (2, 5, 16), (1, 3, 31)):
         tensors = make(*sizes)
         require_close(twin(*tensors), attend(*tensors), sizes)
 

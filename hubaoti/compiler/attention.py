@@ -239,7 +239,7 @@ def _call_kernel(call: _Attention, kernels: Sequence[str]) -> torch.Tensor:
     else:
         advice = "try --dtype float16 or --dtype float32, or build for sm80 and newer"
         raise _refuse(call, "is computed by no kernel of CUDA's at this capability", advice)
-    return answer[..., :of_values]
+    return answer if answer.shape[3] == of_values else answer[..., :of_values]
 
 
 def _fits_flash(call: _Attention) -> bool:
@@ -275,6 +275,8 @@ def _call_efficient(call: _Attention) -> torch.Tensor:
     more the further down they stand cannot: there each has as many keys of its own.
     """
     batch, heads, rows, _ = call.query.shape
+    if call.mask is not None:
+        call = replace(call, mask=_drop_repeats(call.mask))
     if call.group > 1 and call.causal:
         key, value = (_repeat_heads(each, heads) for each in (call.key, call.value))
         call = replace(call, key=key, value=value)
@@ -318,7 +320,7 @@ def _lay_mask(call: _Attention) -> torch.Tensor:
     """
     assert call.mask is not None
     dtype, keys = call.query.dtype, call.key.shape[2]
-    mask = _drop_repeats(call.mask)
+    mask = call.mask
     if mask.dtype is torch.bool:
         mask = torch.where(mask, 0.0, float("-inf")).to(dtype)
     else:
