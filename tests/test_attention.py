@@ -218,7 +218,7 @@ def test_a_named_kernel_answers_as_sdpa_does_at_sizes_that_no_example_had(
         mask = [torch.rand(batch, 1, rows, keys) > 0.3] if masked else []
         return [*(tensor.to(dtype) for tensor in tensors), *mask]
 
-    program = export(function, make({"batch": 3, "rows": 6, "keys": 7}), shapes)
+    program = save_and_load(export(function, make({"batch": 3, "rows": 6, "keys": 7}), shapes))
     program = name_attention(program, HALF if is_half else FULL)
     assert list_kernels(program) == [named if is_half else "efficient"]
     require_asserts_hold(program, *describe(shapes))
@@ -283,7 +283,7 @@ def test_a_mask_of_any_shape_that_fits_is_laid_out_as_the_kernel_reads_it(heads:
         tensors = [torch.randn(batch, rows, 64), torch.randn(batch, keys, 16 * heads), mask]
         return [tensor.bfloat16() for tensor in tensors]
 
-    program = name_attention(export(attend, make(3, 6, 7), shapes), HALF)
+    program = name_attention(save_and_load(export(attend, make(3, 6, 7), shapes)), HALF)
     require_asserts_hold(program, *describe(shapes))
     twin = make_twin(program)
     for sizes in ((1, 1, 1), (2, 5, 16), (1, 3, 31)):
@@ -478,6 +478,31 @@ def test_an_assert_that_fails_at_some_size_is_told_with_it(condition: Any, messa
         with pytest.raises(CompileFailed, match=message) as caught:
             require_asserts_hold(each, dims, face)
         assert "narrow the dims" in caught.value.hint
+
+
+def test_a_loaded_program_has_sizes_that_are_sums() -> None:
+    """As a block of Flux has: its text and its image look at each other."""
+    image, text = Dim("image", max=64), Dim("text", max=32)
+    shapes = ({1: image}, {1: text}, {0: Dim.DYNAMIC})
+
+    def attend(image: torch.Tensor, text: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        both = split(torch.cat([image, text], 1) + places, 2)
+        return sdpa(both, both, both)
+
+    def make(image: int, text: int) -> list[torch.Tensor]:
+        return [torch.randn(1, image, 16), torch.randn(1, text, 16), torch.randn(image + text, 16)]
+
+    program = name_attention(save_and_load(export(attend, make(7, 5), shapes)), FULL)
+    dims = {"image": Range(1, 64), "text": Range(1, 32)}
+    inputs = (
+        Input(name="x", dtype="float32", shape=shape, values="real")
+        for shape in ((1, "image", 16), (1, "text", 16), ("image+text", 16))
+    )
+    require_asserts_hold(program, dims, CallSignature({}, tuple(inputs)))
+    twin = make_twin(program)
+    for sizes in ((1, 1), (9, 8), (2, 30)):
+        tensors = make(*sizes)
+        require_close([twin(*tensors)], [attend(*tensors)], sizes)
 
 
 def test_a_guard_of_the_example_s_size_is_found_where_nothing_asserts_it() -> None:

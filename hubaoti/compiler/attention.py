@@ -89,12 +89,27 @@ def name_attention(program: ExportedProgram, kernels: Sequence[str]) -> Exported
         return _attend(call, enable_gqa, kernels)
 
     table = {_aten.scaled_dot_product_attention.default: decompose}
+    _forget_sums(program)
     try:
         with warnings.catch_warnings(action="ignore"):  # of torch about torch
             named: ExportedProgram = program.run_decompositions(table)
     except CompileFailed as error:  # to whose words torch adds what it was doing
         raise CompileFailed(first_line(error), hint=error.hint) from None
     return named
+
+
+def _forget_sums(program: ExportedProgram) -> None:
+    """Let torch decompose a loaded program of which a size is a sum, as `image+text`.
+
+    Private, checked on torch 2.11 to 2.15: what loads a program notes the range of such a size
+    among those of symbols, which what decomposes it minds (`expected sympy.Symbol`). Sizes keep
+    their ranges, which follow from the symbols'.
+    """
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    modes = (each.fake_mode for each in values if hasattr(each, "fake_mode"))
+    ranges = getattr(next((mode.shape_env for mode in modes), None), "var_to_range", {})
+    for size in [size for size in ranges if not size.is_Symbol]:
+        del ranges[size]
 
 
 def _list_targets(program: ExportedProgram) -> set[str]:
