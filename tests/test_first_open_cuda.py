@@ -114,3 +114,14 @@ def test_where_no_gpu_fits_that_is_said_and_nothing_is_opened(
     found = opened(environment, bundle, tmp_path / "home")
     assert words in found["problem"]
     assert found["graphs"] == []
+
+
+def test_too_little_of_a_gpu_s_memory_is_said_and_held_against_no_graph(
+    stand_in: StandIn, bundle: Path, tmp_path: Path
+) -> None:
+    environment = stand_in.environment([90], memory=1 << 20)
+    for _ in range(2):  # so nothing is remembered
+        found = opened(environment, bundle, tmp_path / "home")
+        (graph,) = found["graphs"]
+        assert "out of memory" in graph["problem"]
+        assert not graph["lasting"]
