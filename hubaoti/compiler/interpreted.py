@@ -10,13 +10,14 @@ computes products and attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from hubaoti.artifact.schema import Check, Graph
+from hubaoti.compiler.dims import DimRanges, Sizes, choose_probes
 from hubaoti.errors import CheckFailed
 from hubaoti.host.processes import ChildOutput, collect_records, describe_exit
 from hubaoti.host.wire import ErrorRecord
@@ -29,6 +30,7 @@ INTERPRETED_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 _MODULE = "hubaoti.compiler.interpreter.child"
 _START = 60.0  # seconds for a process to begin and to make constants
 _PATIENCE = 2.0  # times the seconds: a point takes longer than was thought
+_LARGEST = 40  # of a dim
 _ALONE = {"TRITON_INTERPRET": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
@@ -126,13 +128,10 @@ def _quote(line: str) -> str:
     return f": {line}" if line else ""
 
 
-def choose_points(points: Sequence[dict[str, int]]) -> list[dict[str, int]]:
-    """Points in the order in which they are asked: what is computed soonest first."""
-
-    def count(sizes: dict[str, int]) -> int:
-        product = 1
-        for size in sizes.values():
-            product *= size
-        return product
-
-    return sorted(points, key=count)
+def choose_points(bounds: DimRanges) -> list[Sizes]:
+    """The corners of dims that end early, for an interpreter takes long; the soonest done first."""
+    near = {}
+    for name, sizes in bounds.items():
+        most = max(sizes.low, _LARGEST // sizes.step * sizes.step)
+        near[name] = replace(sizes, high=min(sizes.high, most))
+    return sorted(choose_probes(near), key=lambda sizes: prod(sizes.values()))

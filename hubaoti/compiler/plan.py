@@ -54,6 +54,7 @@ class GraphPlan:
     face: CallSignature
     bounds: DimRanges
     order: int = 0
+    unmasked: bool = False  # its mask says nothing in the calls that it serves
 
     @property
     def region(self) -> str:
@@ -99,6 +100,8 @@ def make_plan(source: Source, request: CompileRequest, device: torch.device) -> 
     dims = limit_dims(request.dims, dims, source.positions)
     require_covered(dims, request.buckets)
     units = [unit for form in forms for unit in _split_into_buckets(form, dims, request.buckets)]
+    if request.is_for_gpus and choose_tracing_attention(source) == caches.ATTENTION:
+        units = [each for unit in units for each in _add_unmasked(unit)]
     used = {name for unit in units for name in unit.bounds} | {*source.default_dims}
     kept = {name: sizes for name, sizes in dims.items() if name in used and name != "filled"}
     return Plan(source, kept, tuple(units), tuple(left_out))
@@ -267,12 +270,15 @@ def _observe_blocks(
     raise AssertionError("the last try answers or raises")
 
 
-def choose_tracing_attention(source: Source) -> str:
+def choose_tracing_attention(source: Source, unmasked: bool = False) -> str:
     """The attention that graphs are traced with: ours where heads are grouped, or over a cache.
 
     Over a cache transformers' own repeats keys in memory; and what it repeats torch 2.11 does not
-    export for every length.
+    export for every length. An `unmasked` graph has one that does not look at its mask.
     """
+    if unmasked:
+        caches.register_attention()
+        return caches.UNMASKED
     if source.attention != "sdpa" or source.live or not _uses_attention_registry(source.model):
         return source.attention
     if source.program.task != "generate" and not _has_groups(source.config):
@@ -372,3 +378,24 @@ def _split_into_buckets(
         )
         for order, bucket in enumerate(kept or [{}])
     ]
+
+
+def _add_unmasked(unit: GraphPlan) -> list[GraphPlan]:
+    """A unit, and where it decodes over a static cache, before it one for calls without padding.
+
+    A GPU's kernels take half the time where no mask is (45 in the place of 87 us over 256 places),
+    and of one token all that is filled is looked at: only padding would be hidden.
+    """
+    cache, seq = unit.face.cache, unit.bounds.get("seq")
+    masks = [item for item in unit.face.inputs if item.values == "mask"]
+    one_mask = len(masks) == 1 and masks[0].shape[-1:] == ("filled",)
+    if cache is None or cache.kind != "static" or seq is None or seq.low > 1 or not one_mask:
+        return [unit]
+    decode = replace(
+        unit,
+        id=f"{unit.id}-decode",
+        bounds={**unit.bounds, "seq": Range(1, 1)},
+        order=2 * unit.order,
+        unmasked=True,
+    )
+    return [decode, replace(unit, order=2 * unit.order + 1)]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,7 +18,7 @@ import msgspec
 import torch
 
 from hubaoti.artifact.schema import Check, Graph
-from hubaoti.compiler.cpu_program import NARROW, ProgramOnCpu
+from hubaoti.compiler.cpu_program import ProgramOnCpu
 from hubaoti.compiler.dims import Probe, Sizes
 from hubaoti.compiler.interpreted import Answer, Compared, InterpretRequest, LeftOut, Uninterpreted
 from hubaoti.compiler.interpreter import NotInterpreted
@@ -25,6 +26,7 @@ from hubaoti.compiler.interpreter.calls import Calls
 from hubaoti.compiler.interpreter.kernels import read_kernels
 from hubaoti.compiler.interpreter.language import prepare
 from hubaoti.compiler.interpreter.memory import carry_over, see_on_host
+from hubaoti.compiler.precision import HALF, InFloat32, widen
 from hubaoti.compiler.saved_program import load_program
 from hubaoti.compiler.verify import record_comparison
 from hubaoti.errors import CheckFailed, HubaotiError, MissingConstant
@@ -95,15 +97,15 @@ def _find_broken_budget(
 
 @dataclass(frozen=True, slots=True)
 class _Comparison:
-    """An open package whose calls are computed, and its programs, bound to the same constants.
+    """An open package whose calls are computed, and its program, bound to the same constants.
 
-    The first program is the reference; the other, where there is one, computes in the package's own
-    dtype.
+    Of a half type the program's answers in float32 are the reference.
     """
 
     graph: Open
     calls: Calls
-    programs: Mapping[str, ProgramOnCpu]
+    program: ProgramOnCpu
+    is_half: bool
 
 
 def _prepare_comparison(request: InterpretRequest, scratch: Path) -> _Comparison:
@@ -122,12 +124,9 @@ def _prepare_comparison(request: InterpretRequest, scratch: Path) -> _Comparison
     for name in program.graph_signature.parameters:  # those that nobody reads
         if name not in seen:
             seen[name] = torch.zeros_like(program.state_dict[name])
-    wide = [True] if _list_dtypes(entry) & {*NARROW} else []
-    programs = {}
-    for each in (*wide, False):
-        programs["float32" if each else ""] = ProgramOnCpu(program, wide=each)
-        programs["float32" if each else ""].bind(seen)
-    return _Comparison(graph, calls, programs)
+    run = ProgramOnCpu(program)
+    run.bind(seen)
+    return _Comparison(graph, calls, run, bool(_list_dtypes(entry) & {*HALF}))
 
 
 def _list_dtypes(entry: Graph) -> set[torch.dtype]:
@@ -171,8 +170,8 @@ def _compare(comparison: _Comparison, sizes: Sizes, tolerance: float) -> Check:
     inputs = make_golden_inputs(entry, sizes)
     found = _ask_package(comparison, inputs)
     failure: CheckFailed | None = None
-    for dtype, program in comparison.programs.items():
-        expected = _ask_program(entry, program, inputs)
+    for in_float32 in (True, False) if comparison.is_half else (False,):
+        expected = _ask_program(entry, comparison.program, inputs, in_float32)
         near = [_round_to(each, like) for each, like in zip(expected, found, strict=False)]
         expected[: len(near)] = near
         try:
@@ -180,7 +179,7 @@ def _compare(comparison: _Comparison, sizes: Sizes, tolerance: float) -> Check:
         except CheckFailed as error:
             failure = failure or error
             continue
-        extra = {"dtype": dtype} if dtype else {}
+        extra = {"dtype": "float32"} if in_float32 else {}
         return msgspec.structs.replace(check, where="interpreted", **extra)
     assert failure is not None
     message = str(failure).replace("eager", "its program").replace("check:", "check, interpreted:")
@@ -189,16 +188,17 @@ def _compare(comparison: _Comparison, sizes: Sizes, tolerance: float) -> Check:
 
 def _round_to(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A float32 answer in the half type that a package gives."""
-    is_wide = value.dtype == torch.float32 and like.dtype in NARROW
+    is_wide = value.dtype == torch.float32 and like.dtype in HALF
     return value.to(like.dtype) if is_wide else value
 
 
 def _ask_program(
-    entry: Graph, program: ProgramOnCpu, inputs: list[torch.Tensor]
+    entry: Graph, program: ProgramOnCpu, inputs: list[torch.Tensor], in_float32: bool
 ) -> list[torch.Tensor]:
     """What the program answers, and then the inputs that it may write, as it left them."""
-    own = [each.clone() for each in inputs]
-    answers = program(*own)
+    own = [widen(each).clone() if in_float32 else each.clone() for each in inputs]
+    with InFloat32() if in_float32 else nullcontext():  # type: ignore[no-untyped-call]
+        answers = program(*own)
     written = zip(entry.inputs, own, strict=True)
     return [*answers, *(tensor for item, tensor in written if item.mutated)]
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from hubaoti.compiler.stand_in.aten import SHIMS, write_shims
 from hubaoti.compiler.stand_in.environment import StandIn
 from hubaoti.compiler.stand_in.fallbacks import HEADERS, write_fallbacks
 from hubaoti.disk import explain_disk_errors
@@ -67,6 +68,7 @@ def _digest(torch: Torch, includes: Sequence[Path]) -> str:
     digest = hashlib.sha256(f"{torch.version} {torch.git}".encode())
     ours = sorted(path for path in _SOURCE.iterdir() if path.suffix in (".c", ".h", ".py"))
     theirs = [folder / name for name in HEADERS for folder in includes]
+    theirs.append(torch.path / "include" / SHIMS)
     for path in [*ours, *filter(Path.is_file, theirs)]:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
@@ -93,6 +95,7 @@ def _compile(torch: Torch, includes: Sequence[Path], folder: Path) -> None:
         sources = folder / "sources"
         sources.mkdir()
         (sources / "fallbacks.c").write_text(write_fallbacks(includes))
+        (sources / "aten.c").write_text(write_shims(torch.path / "include"))
         ours = (path for path in _SOURCE.glob("*.c") if path.name not in _APART)
         flags = [f"-I{path}" for path in (_SOURCE, *includes)]
         _run_gcc([*flags, *map(str, sorted([*ours, *sources.iterdir()]))], folder / _DRIVER)
