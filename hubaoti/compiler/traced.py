@@ -23,9 +23,10 @@ from hubaoti.compiler.device_code import require_same_on_gpu
 from hubaoti.compiler.dims import choose_example_sizes, choose_probes
 from hubaoti.compiler.export import Exported, export
 from hubaoti.compiler.from_config import Source, use_attention
+from hubaoti.compiler.graph_plans import WHOLE_MODEL, GraphPlan
 from hubaoti.compiler.job import Job
 from hubaoti.compiler.literals import require_unread, write_out_buffers
-from hubaoti.compiler.plan import WHOLE_MODEL, GraphPlan, choose_tracing_attention
+from hubaoti.compiler.plan import choose_tracing_attention
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.signature import FlatModule
 from hubaoti.compiler.strides import take_any_strides
