@@ -10,6 +10,7 @@ computes products and attention.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -93,12 +94,15 @@ def interpret(request: InterpretRequest, stand_in: StandIn, capability: int) -> 
     """
     environment = stand_in.environment([capability], memory=request.memory) | _ALONE
     patience = _START + _PATIENCE * request.seconds
+    begun = time.monotonic()
     output = collect_records(_MODULE, request, Answer, patience, environment=environment)
-    return read_answers(request, output)
+    return read_answers(request, output, ended=time.monotonic() - begun > patience)
 
 
-def read_answers(request: InterpretRequest, output: ChildOutput) -> Interpretation:
-    """What the process said, or the error that it met.
+def read_answers(
+    request: InterpretRequest, output: ChildOutput, *, ended: bool = False
+) -> Interpretation:
+    """What the process said, or the error that it met; it may have been `ended` for its time.
 
     Raises:
         HubaotiError: as it was raised there; CheckFailed where the process ended before its time.
@@ -109,12 +113,20 @@ def read_answers(request: InterpretRequest, output: ChildOutput) -> Interpretati
             raise record.rebuild()
         found[type(record)].append(record)
     told = len(found[Compared]) + len(found[LeftOut])
-    if told < len(request.points) and not found[Uninterpreted]:
+    missing = [] if found[Uninterpreted] else request.points[told:]
+    if ended:
+        reason = f"time: it took too long{_quote(output.last)}"
+        found[LeftOut] += [LeftOut(sizes, reason) for sizes in missing]
+    elif missing and output.code < 0:
         raise CheckFailed(
-            f"check: graph {request.entry.id}, interpreted: {describe_exit(output.code)}"
-            f"{_quote(output.last)}",
-            hint="a kernel reads or writes where it has no memory, or asks for too much of it; "
+            f"check, interpreted: graph {request.entry.id} at {missing[0]}: "
+            f"{describe_exit(output.code)}{_quote(output.last)}",
+            hint="a kernel reads or writes where it has no memory, or there is too little of it; "
             "this model stays eager with these dims",
+        )
+    elif missing:
+        found[Uninterpreted].append(
+            Uninterpreted(f"{describe_exit(output.code)}{_quote(output.last)}")
         )
     checks = tuple(each.check for each in found[Compared])
     reasons = tuple(dict.fromkeys(each.reason for each in found[Uninterpreted]))

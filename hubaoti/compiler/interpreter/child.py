@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import msgspec
@@ -21,12 +20,13 @@ from hubaoti.compiler.cpu_program import NARROW, ProgramOnCpu
 from hubaoti.compiler.dims import Probe, Sizes
 from hubaoti.compiler.interpreted import Answer, Compared, InterpretRequest, LeftOut, Uninterpreted
 from hubaoti.compiler.interpreter import NotInterpreted
-from hubaoti.compiler.interpreter.calls import Calls
+from hubaoti.compiler.interpreter.calls import Calls, OutOfTime
 from hubaoti.compiler.interpreter.kernels import read_kernels
 from hubaoti.compiler.interpreter.language import prepare
 from hubaoti.compiler.interpreter.memory import carry_over, see_on_host
+from hubaoti.compiler.request import Range
 from hubaoti.compiler.saved_program import load_program
-from hubaoti.compiler.verify import record_comparison
+from hubaoti.compiler.verify import Trial, cap_probe, count_tokens, record_comparison
 from hubaoti.errors import CheckFailed, HubaotiError, MissingConstant
 from hubaoti.host.processes import join_parent
 from hubaoti.host.wire import ErrorRecord
@@ -38,6 +38,8 @@ from hubaoti.runtime.synthetic import fill_synthetic
 from hubaoti.runtime.weights import load_shipped_tensors
 
 _BASE = 700 << 20  # bytes of a process that has torch and Triton
+_MANY_TOKENS = 64  # a call of fewer takes as long: each launch has its cost
+_NO_TIME = "time: there is none left"
 
 
 def main() -> None:
@@ -66,31 +68,45 @@ def answer_request(request: InterpretRequest) -> Iterator[Answer]:
 
 
 def _compare_points(request: InterpretRequest, scratch: Path) -> Iterator[Answer]:
-    """Open, bind, and ask at each point that fits into what is left of time and memory."""
-    begun, spent, before = time.monotonic(), 0.0, 1
-    comparison = None
+    """Open, bind, and ask at each point, or at a smaller one that fits what is left of time."""
+    entry, deadline = request.entry, time.monotonic() + request.seconds
+    trial, comparison, seconds_per_token = _draft_trial(request), None, 0.0
+    seen: list[Sizes] = []
     for sizes in request.points:
-        work = prod(sizes.values())
-        left = request.seconds - (time.monotonic() - begun)
-        if reason := _find_broken_budget(request, sizes, spent * work / before, left):
+        left = deadline - time.monotonic()
+        probe = cap_probe(sizes, trial, seconds_per_token, left)
+        needed = _BASE + estimate_answer_memory(entry, probe.sizes)
+        if needed > request.memory or left < 0.0:
+            reason = f"memory: it would take {needed >> 20} MiB" if left >= 0.0 else _NO_TIME
             yield LeftOut(sizes, reason)
             continue
+        if probe.sizes in seen:
+            yield LeftOut(sizes, probe.capped or _NO_TIME)
+            continue
+        seen.append(probe.sizes)
         comparison = comparison or _prepare_comparison(request, scratch)
         start = time.monotonic()
-        yield Compared(_compare(comparison, sizes, request.tolerance))
-        spent, before = time.monotonic() - start, work
+        try:
+            yield Compared(_compare(comparison, probe, request.tolerance, deadline))
+        except OutOfTime as error:
+            yield LeftOut(sizes, f"{_NO_TIME}: it ended in {error}")
+        spent = time.monotonic() - start
+        seconds_per_token = spent / max(count_tokens(probe.sizes), _MANY_TOKENS)
 
 
-def _find_broken_budget(
-    request: InterpretRequest, sizes: Sizes, expected: float, left: float
-) -> str | None:
-    """Which budget a point would break, if any."""
-    memory = _BASE + estimate_answer_memory(request.entry, sizes)
-    if memory > request.memory:
-        return f"memory: it would take {memory >> 20} MiB, and has {request.memory >> 20}"
-    if expected > left:
-        return f"time: it would take {expected:.0f} s, and {max(left, 0.0):.0f} are left"
-    return None
+def _draft_trial(request: InterpretRequest) -> Trial:
+    """What caps points: the bounds of the graph, and what its inputs and outputs take."""
+    entry = request.entry
+    bounds = {
+        name: Range(low, high, entry.steps.get(name, 1))
+        for name, (low, high) in entry.bounds.items()
+    }
+
+    def refuse(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        raise NotImplementedError
+
+    device = torch.device("cpu")
+    return Trial(entry, bounds, refuse, torch.nn.Module(), device, request.tolerance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +176,7 @@ def _make_constants(entry: Graph, folder: Path, device: torch.device) -> dict[st
     return found
 
 
-def _compare(comparison: _Comparison, sizes: Sizes, tolerance: float) -> Check:
+def _compare(comparison: _Comparison, probe: Probe, tolerance: float, deadline: float) -> Check:
     """One comparison, with float32 and else with the package's own dtype: a choice that numbers
     decide, as of an expert, may be another in either.
 
@@ -168,15 +184,15 @@ def _compare(comparison: _Comparison, sizes: Sizes, tolerance: float) -> Check:
         CheckFailed: it differs from both by more than the tolerance.
     """
     entry = comparison.graph.entry
-    inputs = make_golden_inputs(entry, sizes)
-    found = _ask_package(comparison, inputs)
+    inputs = make_golden_inputs(entry, probe.sizes)
+    found = _ask_package(comparison, inputs, deadline)
     failure: CheckFailed | None = None
     for dtype, program in comparison.programs.items():
         expected = _ask_program(entry, program, inputs)
         near = [_round_to(each, like) for each, like in zip(expected, found, strict=False)]
         expected[: len(near)] = near
         try:
-            check = record_comparison(entry.id, Probe(sizes), found, expected, tolerance)
+            check = record_comparison(entry.id, probe, found, expected, tolerance)
         except CheckFailed as error:
             failure = failure or error
             continue
@@ -203,16 +219,19 @@ def _ask_program(
     return [*answers, *(tensor for item, tensor in written if item.mutated)]
 
 
-def _ask_package(comparison: _Comparison, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+def _ask_package(
+    comparison: _Comparison, inputs: list[torch.Tensor], deadline: float
+) -> list[torch.Tensor]:
     """What the package answers, and then the inputs that it may write, on the CPU.
 
     Raises:
+        OutOfTime: it would go on after the deadline.
         NotInterpreted: a kernel or an op cannot be computed.
         CheckFailed: its host code or a kernel of it refuses.
     """
     graph = comparison.graph
     own = [carry_over(each, graph.device) for each in inputs]
-    with comparison.calls.compute(graph.entry.id):
+    with comparison.calls.compute(graph.entry.id, deadline):
         answers = graph(*own)
     written = zip(graph.entry.inputs, own, strict=True)
     given = [*answers, *(tensor for item, tensor in written if item.mutated)]

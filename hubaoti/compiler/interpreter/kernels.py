@@ -84,7 +84,7 @@ def _make_kernel(name: str, text: str | None, description: _Description, scratch
     if text is None:
         raise NotInterpreted(f"{name}: its text is not in the wrapper's source")
     text = text.replace("triton_helpers.set_driver_to_gpu()", "")
-    path = scratch / f"{name}.py"
+    path = scratch / f"kernel{len([*scratch.iterdir()])}.py"  # its own name may be too long
     path.write_text(text)
     with _keep_functions() as kept:
         try:
