@@ -167,6 +167,12 @@ def _find_kernel_cache(env: Mapping[str, str], cache: Path) -> Path:
     return folder.expanduser().absolute()
 
 
+def read_library_paths() -> tuple[list[str], list[str]]:
+    """The folders in which this process's children look for libraries, when loading and linking."""
+    loaded, linked = (os.environ.get(name, "") for name in ("LD_LIBRARY_PATH", "LIBRARY_PATH"))
+    return [*filter(None, loaded.split(":"))], [*filter(None, linked.split(":"))]
+
+
 def merge_environment(values: Mapping[str, str]) -> dict[str, str]:
     """The environment of this process with other values laid over it, for a process of ours."""
     return {**os.environ, **values}

@@ -78,6 +78,7 @@ DOORS = {
 # Types and values of torch in signatures: of the verbs, and of what prints them.
 LAZY = {
     ("torch", "api/attaching.py"),
+    ("torch", "api/building.py"),
     ("torch", "api/compiling.py"),
     ("torch", "api/texts.py"),
     ("torch", "cli/run.py"),

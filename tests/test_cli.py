@@ -121,6 +121,20 @@ def test_push_and_pull_say_what_they_did(env: Settings, tmp_path: Path) -> None:
     assert "from the mirror" in inside(env, "pull", f"{repo}@v1").out
 
 
+def test_several_bundles_are_pushed_as_the_shell_lists_them(env: Settings, tmp_path: Path) -> None:
+    repo = f"acme/{tmp_path.name}"
+    levels = ("x86_64_v2", "x86_64_v3")
+    made = [make_bundle(tmp_path / each, {**CPU, "level": each}).path for each in levels]
+    first = inside(env, "push", made[0], repo)
+    both = inside(env, "push", *made, repo, "--tag", "v1")
+    assert (first.code, both.code) == (0, 0), both
+    head, *lines = both.out.splitlines()
+    assert head.endswith(": 2 artifacts")
+    assert "x86_64_v2-linux was there already" in lines[0]
+    assert "x86_64_v3-linux published" in lines[1]
+    assert inside(env, "pull", f"{repo}@v1", "--trust").code == 0
+
+
 def test_a_commit_is_printed_so_that_no_branch_poses_as_it(env: Settings, tmp_path: Path) -> None:
     repo, api = f"acme/{tmp_path.name}", HfApi(env.endpoint, token=env.token)
     make_bundle(tmp_path / "bundle")

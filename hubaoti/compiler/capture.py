@@ -133,9 +133,15 @@ _CONSTANTS: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {
     "cache": lambda _, known: known["cache"],
     "any": lambda face, known: _make_dummy_tensor(face, known) if isinstance(face, dict) else face,
     "dtype": lambda name, _: getattr(torch, name),
-    "device": lambda name, _: torch.device(name),
+    "device": lambda name, known: _find_device(torch.device(name), known.get("device")),
     "float": lambda text, _: float(text),
 }
+
+
+def _find_device(named: torch.device, tensors: Any) -> torch.device:
+    """The device that a call names; a GPU is where its tensors are, as when it is traced."""
+    there = named if tensors is None else torch.device(tensors)
+    return there if named.type == "cuda" else named
 
 
 def _make_dummy_tensor(face: Mapping[str, Any], known: Mapping[str, Any]) -> torch.Tensor:

@@ -29,6 +29,7 @@ from hubaoti.compiler.capture import (
     replace_forward,
     thaw_arguments,
 )
+from hubaoti.compiler.fake_gpu import PLANNED, pretend_gpu
 from hubaoti.compiler.operations import Operations
 from hubaoti.compiler.patched import patch_attribute
 from hubaoti.errors import CompileFailed, first_line
@@ -192,9 +193,11 @@ def observe(
     with ExitStack() as around:
         around.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.CRITICAL)
-        around.callback(_clear_model_caches, model)
+        around.callback(clear_model_caches, model)
         around.enter_context(torch.no_grad())
         around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        if device.type == "cuda":  # there or not
+            around.enter_context(pretend_gpu(PLANNED))
         if truth:
             around.enter_context(_pretend_real())
         tensors = {
@@ -257,7 +260,7 @@ def describe_missing_fake(step: str, op: Exception) -> CompileFailed:
     )
 
 
-def _clear_model_caches(model: nn.Module) -> None:
+def clear_model_caches(model: nn.Module) -> None:
     """Empty what a model's classes and their files cached of a run without storage: no values."""
     classes = {base for module in model.modules() for base in type(module).__mro__}
     kept = [value for cls in classes for value in vars(cls).values()]

@@ -29,6 +29,7 @@ from hubaoti.settings import Settings
 
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 LIBSTDCXX = "libstdc++.so.6"
+STAND_IN = "(stand-in)"  # how the name of a device ends that computes nothing
 _RTLD_DI_SERINFO, _RTLD_DI_SERINFOSIZE = 4, 5
 
 
@@ -121,7 +122,7 @@ def probe_host(settings: Settings, kernel_caches: Iterable[Path] | None = None) 
         gpus=gpus,
         driver=driver,
         driver_cuda=driver_cuda,
-        glibc=_probe_glibc(),
+        glibc=probe_glibc(),
         glibcxx=glibcxx,
         cxxabi=cxxabi,
         libraries=_list_libraries(torch),
@@ -242,7 +243,7 @@ def _probe_gpu(nvml: Any, index: int, notes: list[str]) -> Gpu:
     return Gpu(name=name, sm=10 * major + minor, memory=memory)
 
 
-def _probe_glibc() -> str | None:
+def probe_glibc() -> str | None:
     """Such as "2.36"; None on musl, macOS and Windows, which have no such name."""
     with suppress(AttributeError, OSError, ValueError):
         found = re.match(r"glibc ([0-9]+\.[0-9]+)", os.confstr("CS_GNU_LIBC_VERSION") or "")
@@ -339,7 +340,7 @@ def _list_loader_folders() -> list[str]:
     So a search path that was set before this process started counts, and its standard folders are
     this system's.
     """
-    if _probe_glibc() is None:
+    if probe_glibc() is None:
         return []
     process = ctypes.CDLL(None)
     handle, head = ctypes.c_void_p(process._handle), _SearchPaths()

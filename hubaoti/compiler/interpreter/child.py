@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import msgspec
 import torch
 
 from hubaoti.artifact.schema import Check, Graph
-from hubaoti.compiler.cpu_program import NARROW, ProgramOnCpu
+from hubaoti.compiler.cpu_program import ProgramOnCpu
 from hubaoti.compiler.dims import Probe, Sizes
 from hubaoti.compiler.interpreted import Answer, Compared, InterpretRequest, LeftOut, Uninterpreted
 from hubaoti.compiler.interpreter import NotInterpreted
@@ -24,6 +25,7 @@ from hubaoti.compiler.interpreter.calls import Calls, OutOfTime
 from hubaoti.compiler.interpreter.kernels import read_kernels
 from hubaoti.compiler.interpreter.language import prepare
 from hubaoti.compiler.interpreter.memory import carry_over, see_on_host
+from hubaoti.compiler.precision import HALF, InFloat32, widen
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.saved_program import load_program
 from hubaoti.compiler.verify import Trial, cap_probe, count_tokens, record_comparison
@@ -105,21 +107,16 @@ def _draft_trial(request: InterpretRequest) -> Trial:
     def refuse(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         raise NotImplementedError
 
-    device = torch.device("cpu")
-    return Trial(entry, bounds, refuse, torch.nn.Module(), device, request.tolerance)
+    return Trial(entry, bounds, refuse, torch.nn.Module(), request.tolerance)
 
 
 @dataclass(frozen=True, slots=True)
 class _Comparison:
-    """An open package whose calls are computed, and its programs, bound to the same constants.
-
-    The first program is the reference; the other, where there is one, computes in the package's own
-    dtype.
-    """
+    """An open package whose calls are computed, and its program, bound to the same constants."""
 
     graph: Open
     calls: Calls
-    programs: Mapping[str, ProgramOnCpu]
+    program: ProgramOnCpu
 
 
 def _prepare_comparison(request: InterpretRequest, scratch: Path) -> _Comparison:
@@ -138,12 +135,9 @@ def _prepare_comparison(request: InterpretRequest, scratch: Path) -> _Comparison
     for name in program.graph_signature.parameters:  # those that nobody reads
         if name not in seen:
             seen[name] = torch.zeros_like(program.state_dict[name])
-    wide = [True] if _list_dtypes(entry) & {*NARROW} else []
-    programs = {}
-    for each in (*wide, False):
-        programs["float32" if each else ""] = ProgramOnCpu(program, wide=each)
-        programs["float32" if each else ""].bind(seen)
-    return _Comparison(graph, calls, programs)
+    run = ProgramOnCpu(program)
+    run.bind(seen)
+    return _Comparison(graph, calls, run)
 
 
 def _list_dtypes(entry: Graph) -> set[torch.dtype]:
@@ -187,8 +181,8 @@ def _compare(comparison: _Comparison, probe: Probe, tolerance: float, deadline: 
     inputs = make_golden_inputs(entry, probe.sizes)
     found = _ask_package(comparison, inputs, deadline)
     failure: CheckFailed | None = None
-    for dtype, program in comparison.programs.items():
-        expected = _ask_program(entry, program, inputs)
+    for is_wide in (True, False) if _list_dtypes(entry) & {*HALF} else (False,):
+        expected = _ask_program(comparison, inputs, is_wide)
         near = [_round_to(each, like) for each, like in zip(expected, found, strict=False)]
         expected[: len(near)] = near
         try:
@@ -196,8 +190,8 @@ def _compare(comparison: _Comparison, probe: Probe, tolerance: float, deadline: 
         except CheckFailed as error:
             failure = failure or error
             continue
-        extra = {"dtype": dtype} if dtype else {}
-        return msgspec.structs.replace(check, where="interpreted", **extra)
+        dtype = "float32" if is_wide else msgspec.UNSET
+        return msgspec.structs.replace(check, where="interpreted", dtype=dtype)
     assert failure is not None
     message = str(failure).replace("eager", "its program").replace("check:", "check, interpreted:")
     raise CheckFailed(message, hint=failure.hint) from failure
@@ -205,17 +199,22 @@ def _compare(comparison: _Comparison, probe: Probe, tolerance: float, deadline: 
 
 def _round_to(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A float32 answer in the half type that a package gives."""
-    is_wide = value.dtype == torch.float32 and like.dtype in NARROW
+    is_wide = value.dtype == torch.float32 and like.dtype in HALF
     return value.to(like.dtype) if is_wide else value
 
 
 def _ask_program(
-    entry: Graph, program: ProgramOnCpu, inputs: list[torch.Tensor]
+    comparison: _Comparison, inputs: list[torch.Tensor], is_wide: bool
 ) -> list[torch.Tensor]:
-    """What the program answers, and then the inputs that it may write, as it left them."""
-    own = [each.clone() for each in inputs]
-    answers = program(*own)
-    written = zip(entry.inputs, own, strict=True)
+    """What the program answers, and then the inputs that it may write, as it left them.
+
+    Where `is_wide`, it computes in float32 what it would in a half type.
+    """
+    own = [widen(each.clone()) if is_wide else each.clone() for each in inputs]
+    mode = InFloat32 if is_wide else nullcontext
+    with torch.no_grad(), mode():
+        answers = comparison.program(*own)
+    written = zip(comparison.graph.entry.inputs, own, strict=True)
     return [*answers, *(tensor for item, tensor in written if item.mutated)]
 
 
