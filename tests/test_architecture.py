@@ -81,6 +81,7 @@ LAZY = {
     ("torch", "api/building.py"),
     ("torch", "api/compiling.py"),
     ("torch", "api/texts.py"),
+    ("torch", "api/verifying.py"),
     ("torch", "cli/run.py"),
     ("torch", "spaces/__init__.py"),
 }
@@ -229,6 +230,7 @@ def modules_after(code: str, tmp_path: Path) -> set[str]:
         "from hubaoti.cli import main; main(['run', '--help'])",
         "from hubaoti.cli import main; main(['doctor'])",
         "from hubaoti.cli import main; main(['mirror', 'ls'])",
+        "from hubaoti.cli import main; main(['verify'])",
         "from hubaoti.cli import main; main(['trust', 'ls'])",
     ],
 )

@@ -15,7 +15,7 @@ from hubaoti import __version__
 from hubaoti.artifact import manifest as manifests
 from hubaoti.artifact.bundle import Bundle, make_file_entry, write_bundle, write_manifest
 from hubaoti.artifact.manifest import Manifest
-from hubaoti.artifact.schema import BuildRecord, File, ModelSource
+from hubaoti.artifact.schema import BuildRecord, DeviceCode, File, ModelSource
 from hubaoti.compiler import elf
 from hubaoti.compiler.built import BuiltGraph, BuiltUnit
 from hubaoti.compiler.constants import save_tensors
@@ -97,6 +97,9 @@ def _make_manifest(
 ) -> Manifest:
     """The manifest of what was built for one kind of host."""
     graphs = tuple(each.graph for each in built)
+    codes = [each.device_code for each in graphs if isinstance(each.device_code, DeviceCode)]
+    needs = elf.merge_needs([each.needs for each in built])
+    shared = max((each.shared_memory for each in codes), default=None)
     manifest = Manifest(
         schema=manifests.find_oldest_schema(graphs),
         program=job.plan.source.program,
@@ -104,7 +107,7 @@ def _make_manifest(
         target=job.target,
         key=job.key,
         source=origin,
-        requires=derive_requirements(job.target, elf.merge_needs([each.needs for each in built])),
+        requires=derive_requirements(job.target, needs, shared),
         graphs=graphs,
         files=(*(file for each in built for file in each.files), *golden),
         checks=tuple(check for each in built for check in each.checks),

@@ -21,7 +21,14 @@ from hubaoti.compiler import elf, verify
 from hubaoti.compiler.built import BuiltGraph, BuiltUnit, fill_tied_constants, record_golden
 from hubaoti.compiler.callspec import ARCHIVE, record_call_spec, require_direct
 from hubaoti.compiler.cpu_program import ProgramOnCpu, list_constants
-from hubaoti.compiler.gpu_lowering import PACKAGE, UNPACKED, LowerRequest, lower_elsewhere
+from hubaoti.compiler.cubins import read_device_code
+from hubaoti.compiler.gpu_lowering import KEEP, PACKAGE, UNPACKED, LowerRequest, lower_elsewhere
+from hubaoti.compiler.interpreted import (
+    INTERPRETED_TOLERANCE,
+    InterpretRequest,
+    choose_points,
+    interpret,
+)
 from hubaoti.compiler.job import Job
 from hubaoti.compiler.materialize import free_memory
 from hubaoti.compiler.parallel import build_all
@@ -29,7 +36,11 @@ from hubaoti.compiler.precision import HALF
 from hubaoti.compiler.saved_program import find_op_modules, save_program
 from hubaoti.compiler.stand_in import StandIn
 from hubaoti.compiler.traced import CPU, Traced, add_package, describe_graph, make_trial
+from hubaoti.host.memory import read_available_memory
 from hubaoti.progress import Progress
+
+_INTERPRET_SECONDS = 40.0  # of all points of a graph
+_INTERPRET_MEMORY = 8 << 30  # bytes, of a graph's weights and activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +152,34 @@ def _build_one(build: _Build) -> BuiltUnit:
     entry = record_call_spec(entry, compared.traced.spec, lowered.call_spec, source.model)
     if source.layout:
         require_direct(entry)
-    entry = msgspec.structs.replace(entry, golden=compared.entry.golden)
+    entry = msgspec.structs.replace(
+        entry,
+        golden=compared.entry.golden,
+        device_code=read_device_code(folder / KEEP, folder / UNPACKED) or msgspec.UNSET,
+    )
+    question = _make_question(build, entry, folder)
+    found = interpret(question, build.stand_in, build.job.target.sm or 0)
+    left_out = (f"{verify.format_sizes(each.sizes)}: {each.reason}" for each in found.left_out)
+    untold = (*found.not_interpreted, *left_out)
+    entry = msgspec.structs.replace(entry, not_interpreted=untold or msgspec.UNSET)
     library = next((folder / UNPACKED).rglob("*.wrapper.so"))
-    return BuiltUnit((BuiltGraph(entry, elf.read_needs(library), files, compared.checks),))
+    checks = (*compared.checks, *found.checks)
+    return BuiltUnit((BuiltGraph(entry, elf.read_needs(library), files, checks),))
+
+
+def _make_question(build: _Build, entry: Graph, folder: Path) -> InterpretRequest:
+    """What the process that interprets a package is asked."""
+    return InterpretRequest(
+        entry=entry,
+        package=str(folder / UNPACKED),
+        program=str(build.compared.path),
+        keep=str(folder / KEEP),
+        shipped=str(build.scratch),
+        points=choose_points(build.compared.traced.unit.bounds),
+        tolerance=INTERPRETED_TOLERANCE[build.job.build.dtype],
+        seconds=_INTERPRET_SECONDS,
+        memory=min(_INTERPRET_MEMORY, read_available_memory()),
+    )
 
 
 def _make_request(build: _Build, folder: Path) -> LowerRequest:

@@ -127,6 +127,7 @@ def _lower(request: LowerRequest) -> Lowered:
         request.where,
         request.spec,
         request.root,
+        folder / KEEP,
     )
     unpacked = folder / UNPACKED
     unpack_all(package, unpacked)

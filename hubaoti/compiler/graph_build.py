@@ -48,7 +48,7 @@ def build_unit(
     modules = [source.model.get_submodule(path) for path in (unit.modules[0], unit.modules[-1])]
     with _name_unit(unit), lend_memory(modules, CPU, source.live) as (module, twin):
         progress(f"export {unit.id}")
-        traced = trace(jobs[0], unit, module, twin)
+        traced = trace(jobs, unit, module, twin)
         if jobs[0].target.device == "cuda":
             assert tools is not None
             return build_for_gpus(jobs, traced, scratches, progress, tools)

@@ -11,13 +11,14 @@ computes products and attention.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from hubaoti.artifact.schema import Check, Graph
+from hubaoti.compiler.dims import DimRanges, Sizes, choose_probes
 from hubaoti.errors import CheckFailed
 from hubaoti.host.processes import ChildOutput, collect_records, describe_exit
 from hubaoti.host.wire import ErrorRecord
@@ -31,6 +32,7 @@ INTERPRETED_TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-2, "float16": 1e-2}
 _MODULE = "hubaoti.compiler.interpreter.child"
 _START = 60.0  # seconds for a process to begin and to make constants
 _PATIENCE = 2.0  # times the seconds: a point takes longer than was thought
+_LARGEST = 40  # of a dim
 _ALONE = {"TRITON_INTERPRET": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
@@ -54,6 +56,12 @@ class InterpretRequest(msgspec.Struct, frozen=True, kw_only=True):
     device: int = 0
 
 
+class Begun(msgspec.Struct, frozen=True, tag=True):
+    """A point that is asked for now."""
+
+    sizes: dict[str, int]
+
+
 class Compared(msgspec.Struct, frozen=True, tag=True):
     """A point at which the package answered what its program does."""
 
@@ -73,7 +81,12 @@ class Uninterpreted(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-Answer = Compared | LeftOut | Uninterpreted | ErrorRecord
+class Finished(msgspec.Struct, frozen=True, tag=True):
+    """All was said that there is to say."""
+
+
+_KINDS = (Begun, Compared, LeftOut, Uninterpreted, Finished)
+Answer = Begun | Compared | LeftOut | Uninterpreted | Finished | ErrorRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,44 +121,33 @@ def read_answers(
     Raises:
         HubaotiError: as it was raised there; CheckFailed where the process ended before its time.
     """
-    found: dict[type, list[Any]] = {Compared: [], LeftOut: [], Uninterpreted: []}
+    found: dict[type, list[Any]] = {each: [] for each in _KINDS}
     for record in output.records:
         if isinstance(record, ErrorRecord):
             raise record.rebuild()
         found[type(record)].append(record)
-    told = len(found[Compared]) + len(found[LeftOut])
-    missing = [] if found[Uninterpreted] else request.points[told:]
+    sizes = found[Begun][-1].sizes if found[Begun] else {}
+    last = ": " * bool(output.last) + output.last
     if ended:
-        reason = f"time: it took too long{_quote(output.last)}"
-        found[LeftOut] += [LeftOut(sizes, reason) for sizes in missing]
-    elif missing and output.code < 0:
+        found[LeftOut].append(LeftOut(sizes, f"time: it took too long{last}"))
+    elif not found[Finished] and output.code < 0:
         raise CheckFailed(
-            f"check, interpreted: graph {request.entry.id} at {missing[0]}: "
-            f"{describe_exit(output.code)}{_quote(output.last)}",
+            f"check, interpreted: graph {request.entry.id} at {sizes}: "
+            f"{describe_exit(output.code)}{last}",
             hint="a kernel reads or writes where it has no memory, or there is too little of it; "
             "this model stays eager with these dims",
         )
-    elif missing:
-        found[Uninterpreted].append(
-            Uninterpreted(f"{describe_exit(output.code)}{_quote(output.last)}")
-        )
+    elif not found[Finished]:
+        found[Uninterpreted].append(Uninterpreted(f"{describe_exit(output.code)}{last}"))
     checks = tuple(each.check for each in found[Compared])
     reasons = tuple(dict.fromkeys(each.reason for each in found[Uninterpreted]))
     return Interpretation(checks, reasons, tuple(found[LeftOut]))
 
 
-def _quote(line: str) -> str:
-    """The last line that a process printed, behind a colon."""
-    return f": {line}" if line else ""
-
-
-def choose_points(points: Sequence[dict[str, int]]) -> list[dict[str, int]]:
-    """Points in the order in which they are asked: what is computed soonest first."""
-
-    def count(sizes: dict[str, int]) -> int:
-        product = 1
-        for size in sizes.values():
-            product *= size
-        return product
-
-    return sorted(points, key=count)
+def choose_points(bounds: DimRanges) -> list[Sizes]:
+    """The corners of dims that end early, for an interpreter takes long; the soonest done first."""
+    near = {}
+    for name, sizes in bounds.items():
+        most = max(sizes.low, _LARGEST // sizes.step * sizes.step)
+        near[name] = replace(sizes, high=min(sizes.high, most))
+    return sorted(choose_probes(near), key=lambda sizes: prod(sizes.values()))

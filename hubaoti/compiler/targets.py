@@ -84,10 +84,13 @@ def choose_level(host: Host) -> str:
     return min(DEFAULT_LEVEL, host.level)
 
 
-def derive_requirements(target: Target, needs: elf.Needs | None = None) -> Requirements:
-    """What `match` will judge. Native CUDA code runs on any driver of the toolkit's major version.
+def derive_requirements(
+    target: Target, needs: elf.Needs | None = None, shared_memory: int | None = None
+) -> Requirements:
+    """What `match` will judge; `shared_memory` is in bytes, of the largest block.
 
-    Source: CUDA Compatibility, "minor version compatibility".
+    Native CUDA code runs on any driver of the toolkit's major version. Source: CUDA Compatibility,
+    "minor version compatibility".
     """
     return Requirements(
         device=target.device,
@@ -97,5 +100,6 @@ def derive_requirements(target: Target, needs: elf.Needs | None = None) -> Requi
         cuda=target.cuda,
         driver=f"{target.cuda.split('.')[0]}.0" if target.cuda else None,
         sm=target.sm,
+        shared_memory=shared_memory,
         **(asdict(needs) if needs else {}),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from hubaoti.artifact.schema import File, Graph, Outputs
 from hubaoti.compiler import constants, verify
 from hubaoti.compiler.callspec import CallSpec, make_call_spec, require_direct
 from hubaoti.compiler.constants import ConstantsFile
+from hubaoti.compiler.device_code import require_same_on_gpu
 from hubaoti.compiler.dims import choose_example_sizes, choose_probes
 from hubaoti.compiler.export import Exported, export
 from hubaoti.compiler.from_config import Source, use_attention
@@ -46,19 +47,22 @@ class Traced:
     spec: CallSpec | None
 
 
-def trace(job: Job, unit: GraphPlan, module: nn.Module, twin: nn.Module) -> Traced:
+def trace(jobs: Sequence[Job], unit: GraphPlan, module: nn.Module, twin: nn.Module) -> Traced:
     """The program of a unit, of the first of its modules; `twin` is the last.
 
-    Eager is asked before and after, so that what it cannot do either costs no time, and the program
-    of the twin has to be the same.
+    Eager is asked before and after, so that what it cannot do either costs no time; the program of
+    the twin has to be the same, and so has that of each GPU that it is for.
 
     Raises:
         HubaotiError: of the step that failed.
     """
-    source = job.plan.source
+    job, source = jobs[0], jobs[0].plan.source
     place = ConstantsFile(source.model, unit.region, module, name_constants_file(unit))
     unit = _mark_written_inputs(source, unit, place)
     guarded = job.target.device == "cpu"
+    for each in jobs:
+        if each.target.sm is not None:
+            _require_same_on_gpu(source, unit, module, each.target.sm)
     exported = trace_unit(source, unit, module, guarded)
     final = replace(unit, face=exported.face, bounds=exported.bounds)
     trial = make_trial(source, final, draft_graph(final), place)
@@ -84,6 +88,15 @@ def _mark_written_inputs(source: Source, unit: GraphPlan, place: ConstantsFile) 
         for entry in unit.face.inputs
     )
     return replace(unit, face=replace(unit.face, inputs=inputs))
+
+
+def _require_same_on_gpu(
+    source: Source, unit: GraphPlan, module: nn.Module, capability: int
+) -> None:
+    """Refuse a module whose code does something else on a GPU than here."""
+    tensors = golden.make_golden_inputs(draft_graph(unit), choose_trace_sizes(source, unit))
+    with use_attention(source.model, choose_tracing_attention(source)):
+        require_same_on_gpu(module, unit.face, tensors, capability)
 
 
 def choose_trace_sizes(source: Source, unit: GraphPlan) -> dict[str, int]:

@@ -85,7 +85,7 @@ def try_eager(trial: Trial, points: Sequence[Sizes]) -> frozenset[str]:
             raise
         except Exception as error:  # whatever a model's code raises
             message = (
-                f"source: at {_format_sizes(probe.sizes)} eager itself fails: {first_line(error)}"
+                f"source: at {format_sizes(probe.sizes)} eager itself fails: {first_line(error)}"
             )
             if index == 0:
                 hint = "the model wants other inputs, or these sizes are too small"
@@ -97,7 +97,7 @@ def try_eager(trial: Trial, points: Sequence[Sizes]) -> frozenset[str]:
         seconds_per_token = spent / max(count_tokens(probe.sizes), _FEW_TOKENS)
         for changed in sorted(name for name, _ in _snapshot_versions(trial.module) ^ before):
             raise CompileFailed(
-                f"source: at {_format_sizes(probe.sizes)} the model writes to its own {changed}",
+                f"source: at {format_sizes(probe.sizes)} the model writes to its own {changed}",
                 hint="a graph's constants must stay as they are: this model stays eager",
             )
     return frozenset(written)
@@ -121,7 +121,7 @@ def _refuse_state(trial: Trial, sizes: Sizes) -> None:
     for old, new in zip(before, list_block_attributes(trial.module), strict=False):
         if old != new:
             raise CompileFailed(
-                f"source: at {_format_sizes(sizes)} the module changes its own "
+                f"source: at {format_sizes(sizes)} the module changes its own "
                 f"{old.partition(' = ')[0]}",
                 hint="a graph cannot keep what changes from call to call: this module stays eager",
             )
@@ -194,7 +194,7 @@ def record_comparison(
     Raises:
         CheckFailed: shapes differ, or a value by more than the tolerance.
     """
-    where = f"check: at {_format_sizes(probe.sizes)} graph {graph}"
+    where = f"check: at {format_sizes(probe.sizes)} graph {graph}"
     stays = "this model cannot be compiled with these dims; it stays eager"
     if len(found) != len(expected):
         raise CheckFailed(f"{where} gives {len(found)} tensors, eager {len(expected)}", hint=stays)
@@ -292,6 +292,6 @@ def share_constants(module: nn.Module, entry: Entry, folder: Path) -> Mapping[st
     return collect_named_tensors(module) | dict(shipped)
 
 
-def _format_sizes(sizes: Sizes) -> str:
+def format_sizes(sizes: Sizes) -> str:
     """Sizes as an error message has them: `batch = 1, seq = 8`."""
     return ", ".join(f"{name} = {size}" for name, size in sizes.items())

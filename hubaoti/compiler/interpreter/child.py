@@ -19,7 +19,15 @@ import torch
 from hubaoti.artifact.schema import Check, Graph
 from hubaoti.compiler.cpu_program import ProgramOnCpu
 from hubaoti.compiler.dims import Probe, Sizes
-from hubaoti.compiler.interpreted import Answer, Compared, InterpretRequest, LeftOut, Uninterpreted
+from hubaoti.compiler.interpreted import (
+    Answer,
+    Begun,
+    Compared,
+    Finished,
+    InterpretRequest,
+    LeftOut,
+    Uninterpreted,
+)
 from hubaoti.compiler.interpreter import NotInterpreted
 from hubaoti.compiler.interpreter.calls import Calls, OutOfTime
 from hubaoti.compiler.interpreter.kernels import read_kernels
@@ -51,6 +59,7 @@ def main() -> None:
     try:
         for answer in answer_request(request):
             channel.send(answer)
+        channel.send(Finished())
     except HubaotiError as error:
         channel.send(ErrorRecord.of(error))
 
@@ -82,10 +91,10 @@ def _compare_points(request: InterpretRequest, scratch: Path) -> Iterator[Answer
             reason = f"memory: it would take {needed >> 20} MiB" if left >= 0.0 else _NO_TIME
             yield LeftOut(sizes, reason)
             continue
-        if probe.sizes in seen:
-            yield LeftOut(sizes, probe.capped or _NO_TIME)
+        if probe.sizes in seen:  # capped to one that was asked
             continue
         seen.append(probe.sizes)
+        yield Begun(probe.sizes)
         comparison = comparison or _prepare_comparison(request, scratch)
         start = time.monotonic()
         try:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-HEADER = Path("torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h")
+SHIMS = Path("torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h")
 _FUNCTION = re.compile(r"AOTITorchError\s+aoti_torch_cuda_(\w+)\s*\(([^)]*)\)")
 _PARAMETER = re.compile(r"(.*[\s*])(\w+)")
 # They give another view of a tensor, or call only what torch's dispatcher sees: torch's own serve.
@@ -42,7 +42,7 @@ def read_shims(include: Path) -> tuple[Shim, ...]:
 
     Views of tensors are left to torch, which computes nothing for them.
     """
-    header = (include / HEADER).read_text()
+    header = (include / SHIMS).read_text()
     found = (Shim(name, _read_parameters(text)) for name, text in _FUNCTION.findall(header))
     return tuple(shim for shim in found if shim.name not in _VIEWS)
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from hubaoti.compiler.stand_in.aten import write_shims
+from hubaoti.compiler.stand_in.aten import SHIMS, write_shims
 from hubaoti.compiler.stand_in.environment import StandIn
 from hubaoti.compiler.stand_in.fallbacks import HEADERS, write_fallbacks
 from hubaoti.disk import explain_disk_errors
@@ -68,6 +68,7 @@ def _digest(torch: Torch, includes: Sequence[Path]) -> str:
     digest = hashlib.sha256(f"{torch.version} {torch.git}".encode())
     ours = sorted(path for path in _SOURCE.iterdir() if path.suffix in (".c", ".h", ".py"))
     theirs = [folder / name for name in HEADERS for folder in includes]
+    theirs.append(torch.path / "include" / SHIMS)
     for path in [*ours, *filter(Path.is_file, theirs)]:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
