@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,10 +12,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lowered_for_gpu
 import msgspec
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -42,7 +45,7 @@ from hubaoti.compiler.interpreted import (
     interpret,
     read_answers,
 )
-from hubaoti.compiler.interpreter import NotInterpreted
+from hubaoti.compiler.interpreter import NotInterpreted, language, libdevice, reductions
 from hubaoti.compiler.interpreter.calls import explain_failure
 from hubaoti.compiler.interpreter.launches import _split_axis
 from hubaoti.compiler.saved_program import save_program
@@ -434,6 +437,70 @@ def test_an_error_there_is_the_same_error_here() -> None:
 def test_after_what_could_not_be_computed_nothing_is_missing() -> None:
     output = ChildOutput([Uninterpreted("triton_x: inline assembler"), Finished()], 0)
     assert read_answers(make_request(), output).not_interpreted == ("triton_x: inline assembler",)
+
+
+@dataclass
+class FakeOperation:
+    """A reduction of Triton's interpreter: along an axis, with an operator of tensors."""
+
+    axis: int | None
+    keep_dims: bool
+    combine_fn: Any
+
+    def to_tensor(self, data: Any, dtype: Any) -> Any:
+        return SimpleNamespace(handle=SimpleNamespace(data=np.asarray(data)), dtype=dtype)
+
+
+def keep_later(a: Any, b: Any) -> Any:
+    """An operator that is associative and not commutative: the second, if it is not zero."""
+    chosen = np.where(b.handle.data != 0, b.handle.data, a.handle.data)
+    return SimpleNamespace(handle=SimpleNamespace(data=chosen))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("keep_dims", [True, False])
+def test_reductions_and_scans_keep_the_order_of_values(axis: int, keep_dims: bool) -> None:
+    data = np.array([[1, 0, 3, 0], [0, 2, 0, 0]])
+    operation = FakeOperation(axis, keep_dims, keep_later)
+    value = operation.to_tensor(data, "int32")
+    rows = data if axis == 1 else data.T
+    last = [[n for n in row if n][-1:] or [0] for row in rows.tolist()]
+    (reduced,) = reductions._reduce(operation, [value])
+    assert reduced.handle.data.ravel().tolist() == [each for (each,) in last]
+    assert reduced.handle.data.ndim == (2 if keep_dims else 1)
+    (scanned,) = reductions._scan(operation, [value])
+    found = scanned.handle.data if axis == 1 else scanned.handle.data.T
+    filled = [[([0] + [n for n in row[: i + 1] if n])[-1] for i in range(len(row))] for row in rows]
+    assert found.tolist() == filled
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp8e4nv", torch.float8_e4m3fn)],
+)
+def test_numbers_are_rounded_as_torch_rounds_them(name: str, dtype: torch.dtype) -> None:
+    """To the even among two that are as near, and into the next power of two."""
+    values = torch.tensor([1.99999, 1.0 + 2**-9, 1.0 + 3 * 2**-9, -0.0, 1e-8, 3.14159, -448.0])
+    words = language._convert(values.numpy(), None, name)
+    signed = torch.from_numpy(words.view(f"i{words.itemsize}"))
+    assert signed.view(dtype).float().tolist() == values.to(dtype).float().tolist()
+    again = language._convert(words, name, "fp32").view("float32")
+    assert again.tolist() == values.to(dtype).float().tolist()
+
+
+def test_what_is_too_large_for_float8_is_its_largest_number() -> None:
+    words = language._convert(np.array([1e6, -1e6], dtype="float32"), None, "fp8e4nv")
+    assert language._convert(words, "fp8e4nv", "fp32").view("float32").tolist() == [448, -448]
+
+
+def test_libdevice_s_functions_are_torch_s() -> None:
+    x = np.array([0.25, 1.5, -2.5], dtype="float32")
+    assert libdevice.compute_external("__nv_rintf", [x]).tolist() == [0, 2, -2]
+    assert libdevice.compute_external("__nv_isnanf", [np.full(2, np.nan, dtype="float32")]).all()
+    (found,) = libdevice.compute_external("__nv_atan2f", [x[:1], x[1:2]])
+    assert found == pytest.approx(math.atan2(0.25, 1.5))
+    with pytest.raises(NotInterpreted, match="__nv_brev"):
+        libdevice.compute_external("__nv_brev", [x])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 63, 64, 65, 1000])
