@@ -69,7 +69,8 @@ def read_kernels(keep: Path, scratch: Path) -> dict[str, Kernel | NotInterpreted
             found[loaded] = NotInterpreted(f"{loaded}: several kernels have this name")
             continue
         try:
-            found[loaded] = _make_kernel(name, texts.get(name), description, scratch)
+            text = texts.get(name) or texts.get(loaded)  # a model's own kernel has its own name
+            found[loaded] = _make_kernel(name, text, description, scratch)
         except NotInterpreted as error:
             found[loaded] = error
     return found
