@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from hubaoti.compiler.interpreter import NotInterpreted
@@ -67,6 +67,8 @@ def _is_device(value: Any) -> bool:
 def compute_on_host(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What an op makes of tensors of the device; what it writes is written there.
 
+    `OnHost` is not active meanwhile.
+
     Raises:
         NotInterpreted: the CPU has no such op, or it draws numbers by chance.
         RuntimeError: it refuses what it is given.
@@ -104,12 +106,11 @@ def _ask_host_code(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any
     Raises:
         RuntimeError: it refuses, as it would on a GPU.
     """
-    with _disable_current_modes():
-        try:
-            op(*args, **kwargs)
-        except RuntimeError as error:
-            if "CUDA error" not in str(error):  # else it is the stand-in that lacks something
-                raise
+    try:
+        op(*args, **kwargs)
+    except RuntimeError as error:
+        if "CUDA error" not in str(error):  # else it is the stand-in that lacks something
+            raise
 
 
 def _put_on_device(
