@@ -2,7 +2,7 @@
 
 A shim's arguments follow from its op's schema: their C types and names tell what each is (see
 torchgen/aoti of torch). Private, checked on torch 2.11 to 2.15: tensors of `torch._C._aoti` by
-pointers.
+pointers, and `_disable_current_modes`.
 """
 
 from __future__ import annotations
