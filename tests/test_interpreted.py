@@ -112,8 +112,7 @@ class Masked(nn.Module):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`x` and `mask` are (n, 48)."""
-        never = torch.full((), float("-inf"))
-        return (torch.where(mask, torch.zeros(()), never) + x * 2,)
+        return (torch.where(mask, 0.0, float("-inf")) + x * 2,)
 
 
 @dataclass(frozen=True)
@@ -145,11 +144,9 @@ class Lowered:
         """A copy with another text in one of its files, which had the first one."""
         home = Path(self.request.package).parent
         shutil.copytree(home, folder)
-        (path,) = folder.rglob(file)
-        content = path.read_bytes()
-        assert old.encode() in content
+        (path,) = (each for each in folder.rglob(file) if old.encode() in each.read_bytes())
         path.chmod(0o600)
-        path.write_bytes(content.replace(old.encode(), new.encode()))
+        path.write_bytes(path.read_bytes().replace(old.encode(), new.encode()))
         return replace(self, request=move_request(self.request, folder))
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import torch
+from torch.export import ExportedProgram
 
 from hubaoti.artifact.schema import Check, Graph
 from hubaoti.compiler.cpu_program import ProgramOnCpu
@@ -137,16 +138,25 @@ def _prepare_comparison(request: InterpretRequest, scratch: Path) -> _Comparison
     graph = open_graph(Path(request.package), entry, device)
     constants = _make_constants(entry, Path(request.shipped), device)
     graph.bind(constants)
-    seen = {name: see_on_host(tensor) for name, tensor in constants.items()}
-    for constant in entry.constants:
-        seen |= dict.fromkeys(constant.aliases, seen[constant.fqn])
     program = load_program(Path(request.program))
-    for name in program.graph_signature.parameters:  # those that nobody reads
+    return _Comparison(graph, calls, _bind_program(program, entry, constants))
+
+
+def _bind_program(
+    program: ExportedProgram, entry: Graph, constants: Mapping[str, torch.Tensor]
+) -> ProgramOnCpu:
+    """The program with a package's weights; of tables that it computed itself it keeps its own."""
+    weights, seen = program.graph_signature.parameters, dict[str, torch.Tensor]()
+    for constant in entry.constants:
+        if not constant.origin.file or constant.fqn in weights:
+            names = (constant.fqn, *constant.aliases)
+            seen |= dict.fromkeys(names, see_on_host(constants[constant.fqn]))
+    for name in weights:  # that the package does not read
         if name not in seen:
             seen[name] = torch.zeros_like(program.state_dict[name])
     run = ProgramOnCpu(program)
     run.bind(seen)
-    return _Comparison(graph, calls, run)
+    return run
 
 
 def _list_dtypes(entry: Graph) -> set[torch.dtype]:
@@ -158,7 +168,7 @@ def _list_dtypes(entry: Graph) -> set[torch.dtype]:
 def _make_constants(entry: Graph, folder: Path, device: torch.device) -> dict[str, torch.Tensor]:
     """Every constant of a graph on the device, by the golden rule or shipped, written by the host.
 
-    They exist once: programs read the same memory.
+    Weights exist once: the program reads the same memory.
 
     Raises:
         MissingConstant: one that should have come with the artifact is not in its file.
