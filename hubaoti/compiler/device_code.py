@@ -153,7 +153,7 @@ def _without_values(module: nn.Module) -> Iterator[None]:
     before = logger.level
     logger.setLevel(logging.CRITICAL)
     clear_model_caches(module)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())  # type: ignore[no-untyped-call]
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     try:
         with ExitStack() as around:
             for flag in vars(torch.compiler).keys() & _TRACING:

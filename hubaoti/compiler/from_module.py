@@ -45,7 +45,7 @@ def make_source(
         BadDim: `shapes` names what is not there; a dim of the request is in no input.
     """
     sets, shapes = _read_call_sets(request.calls, module), request.shapes
-    calls = [call for each in sets for call in _require_calls(each)]
+    calls = [call.without_device() for each in sets for call in _require_calls(each)]
     _refuse_caches(module, calls)
     steps = {name: sizes.step for name, sizes in request.dims.items()}
     looked = vary_call(calls[0], shapes, steps) if shapes and len(calls) == 1 else calls
@@ -160,6 +160,19 @@ def _find_main_dtype(module: nn.Module) -> str:
             hint=f"convert it before: {', '.join(DTYPES)}",
         )
     return dtype
+
+
+def find_main_device(module: nn.Module) -> torch.device:
+    """The device that most of a module's bytes lie on, the CPU for one without tensors.
+
+    What accelerate offloaded lies nowhere.
+    """
+    sizes: Counter[torch.device] = Counter()
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not tensor.is_meta:
+            sizes[tensor.device] += tensor.nbytes
+    found = sizes.most_common(1)
+    return found[0][0] if found else torch.device("cpu")
 
 
 def _read_attention(module: nn.Module) -> str:

@@ -184,15 +184,13 @@ class _Memory:
         made = torch.empty(0, dtype=tensor.dtype)
         start = (own[0] - low) // tensor.itemsize
         held = self.copies[memory].untyped_storage()
-        return made.set_(held, start, tensor.shape, tensor.stride())  # type: ignore[call-overload]
+        return made.set_(held, start, tensor.shape, tensor.stride())
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor is what its memory says, and no class of somebody's own."""
     return (
-        type(tensor) in {torch.Tensor, nn.Parameter, nn.Buffer}
-        and has_memory(tensor)
-        and not tensor.is_meta
+        type(tensor) in {torch.Tensor, nn.Parameter} and has_memory(tensor) and not tensor.is_meta
     )
 
 
@@ -203,10 +201,10 @@ def _find_memory(tensor: torch.Tensor) -> int:
 
 def _find_span(tensor: torch.Tensor) -> tuple[int, int]:
     """Of the bytes of its memory the first that a tensor has, and the one behind its last."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    length = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
-    first = tensor.storage_offset() * tensor.itemsize
-    return first, first + length * tensor.itemsize
+    shape, strides = tuple(tensor.shape), tensor.stride()
+    steps = [(size - 1) * stride for size, stride in zip(shape, strides, strict=True)]
+    first = int(tensor.storage_offset()) * tensor.itemsize
+    return first, first + (1 + sum(steps) if tensor.numel() else 0) * tensor.itemsize
 
 
 def _drop_placing_hook(part: nn.Module) -> None:
