@@ -167,6 +167,11 @@ def _find_kernel_cache(env: Mapping[str, str], cache: Path) -> Path:
     return folder.expanduser().absolute()
 
 
+def merge_environment(values: Mapping[str, str]) -> dict[str, str]:
+    """The environment of this process with other values laid over it, for a process of ours."""
+    return {**os.environ, **values}
+
+
 @contextmanager
 def override_environment(**values: str) -> Iterator[None]:
     """Set variables for a while, for libraries that can be told in no other way."""

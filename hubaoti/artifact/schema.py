@@ -56,7 +56,8 @@ class Build(Record, frozen=True, kw_only=True):
     """The options it was built with; what is at its default is written all the same.
 
     `version` is that of what hubaoti itself puts into graphs, as `compiler.job` has it. `layout`
-    names the loaders that graphs were made for, where those know no manifest.
+    names the loaders that graphs were made for, where those know no manifest. `kernels` are those
+    that attention may have on a GPU, the first that fits a call.
     """
 
     regions: str
@@ -69,6 +70,7 @@ class Build(Record, frozen=True, kw_only=True):
     options: dict[str, Any] = {}
     version: int = 1
     layout: Literal["zerogpu"] | msgspec.UnsetType = msgspec.UNSET  # else not in the key
+    kernels: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET  # else not in the key
 
 
 class Target(Record, frozen=True, kw_only=True):
@@ -222,6 +224,20 @@ class Direct(Record, frozen=True, kw_only=True):
     absent: tuple[str, ...] = ()
 
 
+class DeviceCode(Record, frozen=True, kw_only=True):
+    """What the GPU kernels of a graph are and take, the most of any: read from their cubins.
+
+    `capability` is 90 for 9.0; `registers` of a thread, `local_bytes` of a thread's own memory,
+    `shared_memory` bytes of a block.
+    """
+
+    capability: Size
+    kernels: Size
+    registers: Size
+    local_bytes: Size
+    shared_memory: Size
+
+
 class Graph(Record, frozen=True, kw_only=True):
     """One region, compiled: its package, whom it serves, what it takes, gives and needs bound.
 
@@ -245,10 +261,17 @@ class Graph(Record, frozen=True, kw_only=True):
     cache: Cache | None = None
     golden: Golden | None = None
     direct: Direct | msgspec.UnsetType = msgspec.UNSET  # not in what was compiled before it was
+    device_code: DeviceCode | msgspec.UnsetType = msgspec.UNSET  # of a GPU
+    not_interpreted: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET  # of a GPU, where some was
 
 
 class Check(Record, frozen=True, kw_only=True):
-    """One comparison with eager: at which dims, how far apart, and what was allowed."""
+    """One comparison with eager: at which dims, how far apart, and what was allowed.
+
+    Of a graph for a GPU `where` says what was compared: its program on a CPU (`cpu`) with eager, in
+    another `dtype` where one stands, or the package itself with that program, its kernels
+    interpreted (`interpreted`). Without it, the graph itself answered on its device.
+    """
 
     graph: str
     dims: dict[Dim, int]
@@ -257,6 +280,8 @@ class Check(Record, frozen=True, kw_only=True):
     max_relative: float
     tolerance: float
     capped: str | None = None
+    where: Literal["cpu", "interpreted"] | msgspec.UnsetType = msgspec.UNSET
+    dtype: _Dtype | msgspec.UnsetType = msgspec.UNSET
 
 
 class BuildRecord(Record, frozen=True, kw_only=True):

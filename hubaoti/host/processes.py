@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import hubaoti
 from hubaoti.host.wire import LARGEST_RECORD, Channel, Garbled, Gone
+from hubaoti.settings import merge_environment
 
 # What only the code that ran can be blamed for; any other signal came from outside.
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
@@ -63,10 +64,12 @@ class Child:
         most: int = LARGEST_RECORD,
         printed: int = _STDERR,
         descriptors: tuple[int, ...] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Start it; records have at most `most` bytes, and it gets the `descriptors` as arguments.
 
-        They stand behind those that `join_parent` reads, from `sys.argv[3]` on.
+        They stand behind those that `join_parent` reads, from `sys.argv[3]` on. The `environment`
+        is laid over that of this process.
         """
         ours, theirs = socket.socketpair()
         with theirs:
@@ -78,6 +81,7 @@ class Child:
                 stderr=printed,
                 pass_fds=passed,
                 start_new_session=True,
+                env=merge_environment(environment) if environment else None,
             )
         self.pid = self._process.pid
         self.channel = Channel(ours, most, self.has_ended)
@@ -169,7 +173,12 @@ class ChildOutput:
 
 
 def collect_records(
-    module: str, request: object, kind: Any, patience: float, most: int = _MOST
+    module: str,
+    request: object,
+    kind: Any,
+    patience: float,
+    most: int = _MOST,
+    environment: Mapping[str, str] | None = None,
 ) -> ChildOutput:
     """Ask one of our modules something in a process of its own; the records that it answers.
 
@@ -182,7 +191,7 @@ def collect_records(
     reader = threading.Thread(target=_keep_last, args=(printed, last), daemon=True)
     reader.start()
     try:
-        child = Child(module, most=most, printed=write)
+        child = Child(module, most=most, printed=write, environment=environment)
     finally:
         os.close(write)
     records, is_garbled = [], False
