@@ -114,7 +114,7 @@ def test_what_it_does_not_own_is_not_copied(holder: Holder) -> None:
 
 
 def test_tensors_of_a_copy_are_what_the_mover_makes_of_them(holder: Holder) -> None:
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         copied = copy_module(holder, lambda t: torch.empty_like(t, device="cuda:0"), "cuda:0")
     assert list_devices(copied).keys() == {"cuda:0"} and list_devices(holder).keys() == {"cpu"}
 
@@ -142,7 +142,8 @@ def test_what_accelerate_places_tensors_with_is_left_out(holder: Holder) -> None
 def test_a_module_on_several_devices_is_refused_with_what_lies_where(holder: Holder) -> None:
     require_one_device(holder)
     with FakeTensorMode():
-        holder.first = nn.Linear(4, 4, device="cuda:0")
+        holder.first.weight = nn.Parameter(torch.empty(4, 4, device="cuda:0"))
+        holder.first.bias = nn.Parameter(torch.empty(4, device="cuda:0"))
     with pytest.raises(CompileFailed) as caught:
         require_one_device(holder)
     assert "first.weight, first.bias on cuda:0" in str(caught.value)

@@ -98,7 +98,8 @@ def settle_autocast(program: ExportedProgram) -> ExportedProgram:
     targets = {node.target for graph in graphs for node in graph.nodes}
     if torch.ops.higher_order.wrap_with_autocast not in targets:
         return program
-    settled: ExportedProgram = program.run_decompositions({})
+    with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of torch's own calls
+        settled: ExportedProgram = program.run_decompositions({})
     return settled
 
 

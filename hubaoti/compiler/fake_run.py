@@ -30,7 +30,7 @@ from hubaoti.compiler.capture import (
     thaw_arguments,
 )
 from hubaoti.compiler.fake_gpu import PLANNED, pretend_gpu
-from hubaoti.compiler.module_copy import describe_devices, list_devices
+from hubaoti.compiler.module_copy import describe_devices, find_main_device, list_devices
 from hubaoti.compiler.operations import Operations
 from hubaoti.compiler.patched import patch_attribute
 from hubaoti.errors import CompileFailed, first_line
@@ -184,13 +184,13 @@ def observe(
     """Run a model once for each of `calls`, and note what each of its blocks is given first.
 
     Of the tensors of a call only shape and dtype count. `truth` is what comes of a question about
-    values that the model asks between its blocks. A GPU as the device need not be there; of a model
-    on several devices, blocks that lie on no one of its kind have that as their problem.
+    values that the model asks between its blocks. A GPU as the device need not be there. Of a model
+    on several devices, blocks that lie elsewhere than most of it have that as their problem.
 
     Raises:
         CompileFailed: the model looks at values, or cannot take what it is called with.
     """
-    found = {path: BlockCalls(problem=p) for path, p in _find_misplaced(model, blocks, device)}
+    found = {path: BlockCalls(problem=p) for path, p in _find_misplaced(model, blocks)}
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     with ExitStack() as around:
         around.callback(logger.setLevel, logger.level)
@@ -227,18 +227,20 @@ def observe(
 
 
 def _find_misplaced(
-    model: nn.Module, blocks: Mapping[str, nn.Module], device: torch.device
+    model: nn.Module, blocks: Mapping[str, nn.Module]
 ) -> Iterator[tuple[str, str | None]]:
-    """Each block's path, and why no graph for a device could read all of its tensors, if so.
+    """Each block's path, and why no graph for the model's device could read all of its tensors, if
+    so.
 
     Those of a model from a config lie on the CPU, as far as they have memory, for every device.
     """
     everywhere = list_devices(model).keys()
     placed = len(everywhere) > 1 and everywhere != {"cpu", "meta"}
+    kind = find_main_device(model).type
     for path, block in blocks.items():
         own = list_devices(block) if placed else {}
-        alone = len(own) <= 1 and all(torch.device(name).type == device.type for name in own)
-        where = f"graphs of this model are for {device.type}, and it has {describe_devices(own)}"
+        alone = len(own) <= 1 and all(torch.device(name).type == kind for name in own)
+        where = f"graphs of this model are for {kind}, and it has {describe_devices(own)}"
         yield path, None if alone else where
 
 

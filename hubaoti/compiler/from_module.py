@@ -162,19 +162,6 @@ def _find_main_dtype(module: nn.Module) -> str:
     return dtype
 
 
-def find_main_device(module: nn.Module) -> torch.device:
-    """The device that most of a module's bytes lie on, the CPU for one without tensors.
-
-    What accelerate offloaded lies nowhere.
-    """
-    sizes: Counter[torch.device] = Counter()
-    for tensor in (*module.parameters(), *module.buffers()):
-        if not tensor.is_meta:
-            sizes[tensor.device] += tensor.nbytes
-    found = sizes.most_common(1)
-    return found[0][0] if found else torch.device("cpu")
-
-
 def _read_attention(module: nn.Module) -> str:
     """The attention that a model of transformers says it has; else it is the module's own."""
     name = getattr(_get_config(module), "_attn_implementation", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import types
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +28,19 @@ def list_devices(module: nn.Module) -> dict[str, list[str]]:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         found[str(tensor.device)].append(name)
     return dict(found)
+
+
+def find_main_device(module: nn.Module) -> torch.device:
+    """The device that most of a module's bytes lie on, the CPU for one without tensors.
+
+    What accelerate offloaded lies nowhere.
+    """
+    sizes: Counter[torch.device] = Counter()
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not tensor.is_meta:
+            sizes[tensor.device] += tensor.nbytes
+    found = sizes.most_common(1)
+    return found[0][0] if found else torch.device("cpu")
 
 
 def describe_devices(devices: dict[str, list[str]]) -> str:
