@@ -75,7 +75,12 @@ def stand_in(home: Path) -> StandIn:
     return make_stand_in(home)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.newest] if name == "bert" else []) for name in MODELS
+    ],
+)
 def name(request: pytest.FixtureRequest) -> str:
     """The name of a model; all tests of one come together, so that it is compiled once."""
     found: str = request.param
