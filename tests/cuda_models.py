@@ -173,11 +173,23 @@ def iterate_sizes() -> Iterator[tuple[int, int]]:
     yield from ((1, 5), (2, 7))
 
 
-def record_call(model: Any, path: str, kind: GpuModel) -> Call:
+def capture_served(model: Any, kind: GpuModel) -> None:
+    """A CUDA graph of what is served, called as the model calls it; it is replayed, and given back.
+
+    What each part is given comes from a call of the whole model before.
+    """
+    calls = {path: _record_call(model, path, kind) for path in kind.served}
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        for path, (args, words) in calls.items():
+            model.get_submodule(path)(*args, **words)
+    graph.replay()
+
+
+def _record_call(model: Any, path: str, kind: GpuModel) -> Call:
     """What a part of a model is given while that is called; its tensors stay where they are."""
     found: list[Call] = []
-    part = model.get_submodule(path)
-    hook = part.register_forward_pre_hook(
+    hook = model.get_submodule(path).register_forward_pre_hook(
         lambda _, args, words: found.append((args, words)), with_kwargs=True
     )
     kind.call(model, 1, 5)

@@ -28,36 +28,32 @@ pytestmark = pytest.mark.cuda
 _TORCH = find_torch([])
 _UNLOADS = _TORCH is not None and _TORCH.version >= "2.13"  # before, a library stays for ever
 
-# Pull, attach, two calls, one that is captured, detach; `NAME`, `REPO` and `DEVICE` are given.
+# Pull, attach, two calls, one that is captured, detach; `NAME` and `REPO` are given.
 ROAD = """
     import os, gc, torch, hubaoti
-    from cuda_models import MODELS, iterate_sizes, record_call
+    from cuda_models import MODELS, capture_served, iterate_sizes
     from hubaoti.settings import Settings
     kind, settings, steps = MODELS[os.environ["NAME"]], Settings.from_env(), []
-    device = os.environ.get("DEVICE", "cuda:0")
+
+    def count_after_all():
+        gc.collect(); torch.cuda.synchronize(); torch.cuda.empty_cache()
+        return count_live()
 
     def take_road():
-        model = kind.make_on(device)
-        kind.call(model, 1, 5)  # so that what torch keeps for ever is there
-        torch.cuda.synchronize(); gc.collect(); torch.cuda.empty_cache()
-        before = count_live()
+        model = kind.make_on("cuda:0")
+        capture_served(model, kind)  # what torch keeps for ever is there from here on
+        before = count_after_all()
         pulled = hubaoti.pull(os.environ["REPO"], trust=True, settings=settings)
         attachment = hubaoti.attach(model, pulled, settings=settings, progress=steps.append)
         shapes = [list(kind.call(model, *sizes).shape) for sizes in iterate_sizes()]
-        calls = [record_call(model, path, kind) for path in kind.served]
         served = attachment.stats()
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.device(device), torch.cuda.graph(graph):
-            for path, (args, words) in zip(kind.served, calls):
-                model.get_submodule(path)(*args, **words)
-        graph.replay()
+        capture_served(model, kind)
         captured = attachment.stats()
         attachment.detach()
         again = hubaoti.attach(model, pulled, settings=settings, progress=steps.append)
         again.detach()
-        del graph, attachment, again, calls, args, words
-        gc.collect(); torch.cuda.synchronize(); torch.cuda.empty_cache()
-        left = {kind: count - before[kind] for kind, count in count_live().items()}
+        del attachment, again
+        left = {kind: count - before[kind] for kind, count in count_after_all().items()}
         return dict(variant=str(pulled.place), shapes=shapes, served=served, captured=captured,
                     left=left, steps=steps)
 
@@ -138,8 +134,7 @@ def test_a_graph_is_pulled_opened_called_and_given_back(
         region = found["served"]["regions"][path]
         assert sum(region["compiled"].values()) >= 2 and not region["eager"], region
         captured = found["captured"]["regions"][path]
-        assert captured["compiled"] == region["compiled"]
-        assert captured["eager"].keys() == {"capture"}
+        assert captured["eager"] == {"capture": 1}, captured
     # The device computes nothing, so that nothing is believed of it: each attach opens it first.
     assert found["steps"].count("first open") == 2
     left = found["left"]
@@ -157,7 +152,7 @@ ATTACH = """
     from hubaoti.settings import Settings
     kind, device = MODELS["bert"], os.environ["DEVICE"]
     model, found = kind.make_on(device), {}
-    hold = torch.empty(int(os.environ.get("HOLD", "0")), dtype=torch.uint8, device=device)
+    os.environ["STAND_IN_MEMORY"] = os.environ.get("LEFT", "")  # of the child that opens first
     try:
         attachment = hubaoti.attach(model, Path(os.environ["BUNDLE"]), settings=Settings.from_env())
         found["places"] = sorted({str(graph.device) for graph in attachment.graphs})
@@ -181,10 +176,9 @@ def attach(
     stand_in: StandIn, home: Path, bundle: Bundle, *capabilities: int, **env: str
 ) -> dict[str, Any]:
     """What comes of attaching a bundle where there are GPUs of these capabilities."""
-    memory = env.pop("MEMORY", None)
     around = {"BUNDLE": str(bundle.path), "DEVICE": "cuda:0", "HUBAOTI_HOME": str(home), **env}
     around |= {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    return ask(stand_in, ATTACH, *capabilities, env=around, memory=memory and int(memory))
+    return ask(stand_in, ATTACH, *capabilities, env=around)
 
 
 def test_what_is_compiled_again_is_found(encoder: dict[int, Bundle]) -> None:
@@ -214,6 +208,14 @@ def test_of_two_gpus_the_one_on_which_the_model_is_counts(
     assert found["places"] == ["cuda:1"] and found["stats"]["eager"] == 0
     found = attach(stand_in, home, encoder[80], 90, 80, DEVICE="cuda:0")
     assert found["kind"] == "NoMatch" and "sm_90" in found["message"]
+
+
+def test_a_gpu_whose_memory_others_have_is_told_of(
+    stand_in: StandIn, home: Path, encoder: dict[int, Bundle]
+) -> None:
+    found = attach(stand_in, home, encoder[90], 90, LEFT=f"{1 << 20}")
+    assert found["kind"] == "NotEnoughMemory" and found["shape"] == [4, 40, 64]
+    assert "out of memory" in found["message"] and "free some" in found["hint"]
 
 
 def test_without_a_gpu_there_is_none_that_fits(
