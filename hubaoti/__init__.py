@@ -9,7 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hubaoti.api import attach, capture, compile, detach, eager, explain, load, pull, push, run
+    from hubaoti.api import (
+        attach,
+        capture,
+        compile,
+        compile_for,
+        detach,
+        eager,
+        explain,
+        load,
+        pull,
+        push,
+        run,
+    )
     from hubaoti.artifact.bundle import Bundle
     from hubaoti.attachment.attach import Attachment
     from hubaoti.engines.lightweight import LightweightEngine
@@ -24,6 +36,7 @@ __all__ = [
     "attach",
     "capture",
     "compile",
+    "compile_for",
     "detach",
     "eager",
     "explain",

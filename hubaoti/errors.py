@@ -168,6 +168,10 @@ class NotTried(HubaotiError, exit_code=35):
     """
 
 
+class InUse(HubaotiError, exit_code=36):
+    """Another process has the address that was to be listened on, or serves the folder."""
+
+
 def rebuild_error(kind: str, message: str, hint: str) -> HubaotiError:
     """An error that another process told of, as it was there."""
     found = globals().get(kind)

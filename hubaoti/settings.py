@@ -39,6 +39,8 @@ class Settings:
     variables that change what inductor builds, which no key would know of. Without `graphs`,
     `AOTI_DISABLED=1` or `ENABLE_AOTI_COMPILATION=0`, everything is answered by eager. `zerogpu` is
     `SPACES_ZERO_GPU`: this is a Space whose workers have a GPU, and this process has none.
+    `visible_gpus` and `gpu_order` are `CUDA_VISIBLE_DEVICES`, None where it hides nothing, and
+    `CUDA_DEVICE_ORDER`.
     """
 
     home: Path
@@ -50,6 +52,8 @@ class Settings:
     graphs: bool = True
     zerogpu: bool = False
     login: str | None = None
+    visible_gpus: str | None = None
+    gpu_order: str = ""
 
     def __post_init__(self) -> None:
         endpoint, login = split_login(self.endpoint)
@@ -74,6 +78,8 @@ class Settings:
             graphs=env.get("AOTI_DISABLED", "").upper() not in _TRUE
             and env.get("ENABLE_AOTI_COMPILATION", "").upper() not in _FALSE,
             zerogpu=env.get("SPACES_ZERO_GPU", "").upper() in {*_TRUE, "T"},
+            visible_gpus=env.get("CUDA_VISIBLE_DEVICES"),
+            gpu_order=env.get("CUDA_DEVICE_ORDER", ""),
         )
 
     def to_env(self) -> dict[str, str]:
@@ -90,7 +96,10 @@ class Settings:
             "HF_HUB_OFFLINE": "1" if self.offline else "",
             "KERNELS_CACHE": str(self.kernel_cache or ""),
             "AOTI_DISABLED": "" if self.graphs else "1",
+            "CUDA_DEVICE_ORDER": self.gpu_order,
         }
+        if self.visible_gpus is not None:
+            said["CUDA_VISIBLE_DEVICES"] = self.visible_gpus
         return said | dict.fromkeys(self.tuning, "1")
 
     def __repr__(self) -> str:
@@ -165,6 +174,12 @@ def _find_kernel_cache(env: Mapping[str, str], cache: Path) -> Path:
     value = next((env[name] for name in names if env.get(name)), None)
     folder = Path(value) if value else Path(env.get("HF_HOME") or cache / "huggingface") / "hub"
     return folder.expanduser().absolute()
+
+
+def read_library_paths() -> tuple[list[str], list[str]]:
+    """The folders in which this process's children look for libraries, when loading and linking."""
+    loaded, linked = (os.environ.get(name, "") for name in ("LD_LIBRARY_PATH", "LIBRARY_PATH"))
+    return [*filter(None, loaded.split(":"))], [*filter(None, linked.split(":"))]
 
 
 def merge_environment(values: Mapping[str, str]) -> dict[str, str]:

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from hubaoti.attachment.dispatch import Dispatcher
 from hubaoti.compiler.capture import replace_forward
-from hubaoti.compiler.graph_build import draft_graph
 from hubaoti.compiler.plan import Plan
 from hubaoti.compiler.signature import CallSignature, FlatModule
+from hubaoti.compiler.traced import draft_graph
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.kv_cache import CacheSlot, slide_window
 

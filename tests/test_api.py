@@ -14,7 +14,6 @@ from huggingface_hub import HfApi
 
 import hubaoti
 from hubaoti import api
-from hubaoti.api.texts import _choose_visible_device
 from hubaoti.artifact.bundle import Bundle, write_bundle
 from hubaoti.engines import lightweight
 from hubaoti.errors import (
@@ -30,7 +29,6 @@ from hubaoti.errors import (
     OutOfBounds,
     Untrusted,
 )
-from hubaoti.host.match import Verdict
 from hubaoti.hub.model_download import COMPILE_FILES, RUN_FILES, fetch_model_files
 from hubaoti.hub.pull import Pulled
 from hubaoti.mirror import Mirror
@@ -111,23 +109,6 @@ def test_a_language_model_of_one_row_answers_each_text(
     largest = eager.values.float().abs().max()
     real = (answer.values.float() - eager.values.float()).abs()[0]
     assert real.max() < 0.04 * largest
-
-
-@pytest.mark.parametrize(
-    ("chosen", "visible", "found"),
-    [
-        (1, 2, "cuda:1"),
-        (0, 2, None),
-        (None, 0, None),
-        (1, 1, None),  # CUDA_VISIBLE_DEVICES shows one of two
-    ],
-)
-def test_a_graph_is_opened_on_the_gpu_that_it_was_judged_for(
-    monkeypatch: pytest.MonkeyPatch, chosen: int | None, visible: int, found: str | None
-) -> None:
-    """Of fake GPUs: one machine with two kinds of them is not at hand."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    assert _choose_visible_device(Verdict(device=chosen)) == found
 
 
 def test_a_text_beyond_the_graph_s_bounds_is_refused(

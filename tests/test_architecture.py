@@ -78,8 +78,10 @@ DOORS = {
 # Types and values of torch in signatures: of the verbs, and of what prints them.
 LAZY = {
     ("torch", "api/attaching.py"),
+    ("torch", "api/building.py"),
     ("torch", "api/compiling.py"),
     ("torch", "api/texts.py"),
+    ("torch", "api/verifying.py"),
     ("torch", "cli/run.py"),
     ("torch", "spaces/__init__.py"),
 }
@@ -228,6 +230,7 @@ def modules_after(code: str, tmp_path: Path) -> set[str]:
         "from hubaoti.cli import main; main(['run', '--help'])",
         "from hubaoti.cli import main; main(['doctor'])",
         "from hubaoti.cli import main; main(['mirror', 'ls'])",
+        "from hubaoti.cli import main; main(['verify'])",
         "from hubaoti.cli import main; main(['trust', 'ls'])",
     ],
 )

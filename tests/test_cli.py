@@ -96,6 +96,16 @@ def test_bad_usage_ends_with_2(
     assert said.out == ""
 
 
+def test_a_command_that_is_nearly_one_is_told(
+    capsys: pytest.CaptureFixture[str], env: Settings
+) -> None:
+    for word, meant in (("pul", "pull"), ("verfiy", "verify"), ("docter", "doctor")):
+        assert dispatch([word]) == 2
+        assert f"No such command '{word}'. Did you mean '{meant}'?" in capsys.readouterr().err
+    assert dispatch(["fly"]) == 2
+    assert "Did you mean" not in capsys.readouterr().err
+
+
 def test_doctor_says_what_artifacts_are_judged_by(env: Settings) -> None:
     table = inside(env, "doctor").out
     facts = json.loads(inside(env, "doctor", "--json").out)
@@ -105,6 +115,21 @@ def test_doctor_says_what_artifacts_are_judged_by(env: Settings) -> None:
     assert str(facts["glibc"]) in table
     assert facts["endpoint"] == env.endpoint
     assert tree_of(env.home.parent) == {}, "doctor changes nothing"
+
+
+def test_doctor_says_what_is_missing_to_compile_and_how_to_get_it(
+    env: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    table = inside(env, "doctor", "--build")
+    missing = json.loads(inside(env, "doctor", "--build", "--json").out)
+    assert table.code == 0
+    assert all(each["need"] and each["have"] and each["advice"] for each in missing)
+    (compiler,) = [each for each in missing if each["need"].startswith("g++")]
+    assert compiler["need"] in table.out and compiler["advice"] in table.out
+    monkeypatch.setattr("hubaoti.cli.doctor.find_missing_build_tools", lambda torch: [])
+    assert inside(env, "doctor", "--build").out.startswith("nothing is missing")
+    assert json.loads(inside(env, "doctor", "--build", "--json").out) == []
 
 
 def test_push_and_pull_say_what_they_did(env: Settings, tmp_path: Path) -> None:
@@ -119,6 +144,20 @@ def test_push_and_pull_say_what_they_did(env: Settings, tmp_path: Path) -> None:
     assert pulled.code == 0, pulled
     assert "from the Hub" in pulled.out
     assert "from the mirror" in inside(env, "pull", f"{repo}@v1").out
+
+
+def test_several_bundles_are_pushed_as_the_shell_lists_them(env: Settings, tmp_path: Path) -> None:
+    repo = f"acme/{tmp_path.name}"
+    levels = ("x86_64_v2", "x86_64_v3")
+    made = [make_bundle(tmp_path / each, {**CPU, "level": each}).path for each in levels]
+    first = inside(env, "push", made[0], repo)
+    both = inside(env, "push", *made, repo, "--tag", "v1")
+    assert (first.code, both.code) == (0, 0), both
+    head, *lines = both.out.splitlines()
+    assert head.endswith(": 2 artifacts")
+    assert "x86_64_v2-linux was there already" in lines[0]
+    assert "x86_64_v3-linux published" in lines[1]
+    assert inside(env, "pull", f"{repo}@v1", "--trust").code == 0
 
 
 def test_a_commit_is_printed_so_that_no_branch_poses_as_it(env: Settings, tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from safetensors import safe_open
 import hubaoti
 from hubaoti.artifact.bundle import Bundle, write_bundle
 from hubaoti.artifact.package import unpack_all
-from hubaoti.compiler.build import choose_level, choose_target, derive_requirements
 from hubaoti.compiler.from_config import load_source
-from hubaoti.compiler.inductor import choose_vector_isas, find_cause
+from hubaoti.compiler.host_code import choose_vector_isas
+from hubaoti.compiler.inductor import find_cause
 from hubaoti.compiler.job import Job
 from hubaoti.compiler.plan import make_plan
 from hubaoti.compiler.request import CompileRequest, make_ranges
+from hubaoti.compiler.targets import choose_level, choose_targets, derive_requirements
 from hubaoti.errors import (
     BadDim,
     BadRequest,
@@ -158,9 +159,9 @@ def test_the_key_is_the_one_of_an_equal_request(
 
     def key(dtype: str | None, dims: list[str]) -> str:
         request = CompileRequest(dtype=dtype, dims=make_ranges(dims))
-        target = choose_target(probe_host(built_at), CPU, None)
+        (target,) = choose_targets(probe_host(built_at), request)
         return Job.of(
-            make_plan(load_source(minilm, request, CPU), request, CPU), request, target, CPU
+            make_plan(load_source(minilm, request, CPU), request, CPU), request, target
         ).key
 
     assert key(None, []) == key("float32", ["seq=2:512"]) == minilm_bundle.manifest.key
@@ -230,7 +231,7 @@ def test_a_bad_request_is_refused_and_leaves_nothing(
 def test_a_level_above_this_host_is_refused(built_at: Settings) -> None:
     host = probe_host(built_at)
     with pytest.raises(BadRequest, match="cannot be checked here"):
-        choose_target(replace(host, level="x86_64_v2"), CPU, "x86_64_v3")
+        choose_targets(replace(host, level="x86_64_v2"), CompileRequest(level="x86_64_v3"))
 
 
 def test_the_default_level_is_the_fleet_s_or_this_host_s_where_that_is_lower(

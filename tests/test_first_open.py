@@ -23,13 +23,9 @@ from hubaoti.errors import CannotOpen, HubaotiError, NotEnoughMemory, NotTried, 
 from hubaoti.host.processes import ChildOutput, build_command
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.runtime import first_open as testing
-from hubaoti.runtime.first_open import (
-    OpenReport,
-    OpenVerdict,
-    open_in_child,
-    read_verdicts,
-    require_sound,
-)
+from hubaoti.runtime import open_child
+from hubaoti.runtime.first_open import require_sound
+from hubaoti.runtime.open_child import OpenReport, OpenVerdict, open_in_child, read_verdicts
 from hubaoti.settings import Settings
 
 CPU = torch.device("cpu")
@@ -73,14 +69,14 @@ def library(artifact: Artifact, body: str) -> None:
 
 
 def test_a_good_graph_answers_its_golden_questions(artifact: Artifact) -> None:
-    assert tried(artifact) == [OpenVerdict("model.layers")]
+    assert tried(artifact) == [OpenVerdict("model.layers", opened=True, compared=True)]
 
 
 def test_whole_models_answer_theirs_tied_weights_among_them(
     roberta_bundle: Bundle, llama_bundle: Bundle, mirror: Mirror
 ) -> None:
     for bundle in (roberta_bundle, llama_bundle):
-        assert tried(api.put(bundle, mirror)) == [OpenVerdict("root")]
+        assert tried(api.put(bundle, mirror)) == [OpenVerdict("root", opened=True, compared=True)]
 
 
 def test_a_graph_that_crashes_takes_nobody_along(artifact: Artifact) -> None:
@@ -235,7 +231,7 @@ def test_what_cannot_even_be_loaded_is_not_held_against_a_graph_and_not_loaded_h
     library(artifact, "")
     (verdict,) = tried(artifact)
     assert "cannot be opened" in verdict.problem
-    assert not verdict.opened
+    assert not verdict.opened and not verdict.is_loadable
     monkeypatch.setattr(Mirror, "verify", lambda *a: None)
     for _ in range(2):
         said: list[str] = []
@@ -258,7 +254,7 @@ def test_other_answers_than_where_it_was_built_are_told(artifact: Artifact) -> N
 def test_too_little_memory_is_said_before_anything_is_opened(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(testing, "read_available_memory", lambda: 100 << 20)
+    monkeypatch.setattr(open_child, "read_available_memory", lambda: 100 << 20)
     with pytest.raises(NotEnoughMemory, match=r"graph model\.layers takes 0\.\d GB .*0\.1 GB"):
         tried(artifact)
 

@@ -19,9 +19,9 @@ from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.compiler.capture import Calls
 from hubaoti.compiler.from_module import make_source
-from hubaoti.compiler.graph_build import choose_trace_sizes, name_constants_file
 from hubaoti.compiler.plan import Plan, make_plan
 from hubaoti.compiler.request import CompileRequest, Range
+from hubaoti.compiler.traced import choose_trace_sizes, name_constants_file
 from hubaoti.errors import BadDim, BadRequest, CompileFailed, HubaotiError, OutOfBounds
 from hubaoti.settings import Settings
 

@@ -19,10 +19,10 @@ from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.package import unpack_all
 from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.compiler.from_config import Source, load_source
-from hubaoti.compiler.graph_build import choose_trace_sizes, require_same_programs, trace_unit
 from hubaoti.compiler.materialize import lend_memory
 from hubaoti.compiler.plan import make_plan
 from hubaoti.compiler.request import CompileRequest
+from hubaoti.compiler.traced import choose_trace_sizes, require_same_programs, trace_unit
 from hubaoti.errors import BadInput, CompileFailed, OutOfBounds
 from hubaoti.runtime import golden
 from hubaoti.runtime.graph import Graph, open_graph
@@ -288,12 +288,12 @@ def test_members_that_compute_something_else_are_refused(bare: Source) -> None:
     (unit,) = make_plan(bare, GENERATE, CPU).units
     blocks = blocks_of(bare)
     with lend_memory(blocks, CPU, live=False) as (module, twin):
-        first = trace_unit(bare, unit, module, CPU)
-        require_same_programs(first, trace_unit(bare, unit, twin, CPU), unit)
+        first = trace_unit(bare, unit, module, True)
+        require_same_programs(first, trace_unit(bare, unit, twin, True), unit)
         attention: Any = twin.get_submodule("self_attn")
         before = attention.scaling
         attention.scaling = before * 2
-        other = trace_unit(bare, unit, twin, CPU)
+        other = trace_unit(bare, unit, twin, True)
         attention.scaling = before
     with pytest.raises(CompileFailed, match=r"model\.layers\.0 and model\.layers\.1") as caught:
         require_same_programs(first, other, unit)

@@ -18,7 +18,7 @@ from proxies import Proxy
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import pull_artifact
-from hubaoti.hub.push import Destination, push_bundle
+from hubaoti.hub.push import Destination, push_bundles
 from hubaoti.settings import Settings
 
 PULL = """
@@ -38,12 +38,12 @@ import sys
 from pathlib import Path
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.hub.layout import RepoRef
-from hubaoti.hub.push import Destination, push_bundle
+from hubaoti.hub.push import Destination, push_bundles
 from hubaoti.settings import Settings
 home, endpoint, token, repo, folder = sys.argv[1:6]
 settings = Settings(home=Path(home), endpoint=endpoint, token=token)
 say = lambda step: print(step, flush=True)
-push_bundle(Bundle.read(Path(folder)), Destination(RepoRef(repo)), settings, say)
+push_bundles([Bundle.read(Path(folder))], Destination(RepoRef(repo)), settings, say)
 """
 
 
@@ -80,7 +80,7 @@ def left_over(settings: Settings) -> list[str]:
 def test_a_pull_that_is_stopped_leaves_nothing_that_is_believed(
     bundle: Bundle, repo: str, settings: Settings, proxy: Proxy, number: signal.Signals
 ) -> None:
-    push_bundle(bundle, Destination(RepoRef(repo)), settings)
+    push_bundles([bundle], Destination(RepoRef(repo)), settings)
     proxy.matching, proxy.pause = ".pt2", 0.1
     with start(PULL, settings, repo) as process:
         stop_during(process, "downloading", number)
@@ -99,7 +99,7 @@ def test_a_pull_that_is_stopped_leaves_nothing_that_is_believed(
 def test_reading_manifests_of_a_slow_endpoint_ends_at_once(
     bundle: Bundle, repo: str, settings: Settings, proxy: Proxy, number: signal.Signals
 ) -> None:
-    push_bundle(bundle, Destination(RepoRef(repo)), settings)
+    push_bundles([bundle], Destination(RepoRef(repo)), settings)
     proxy.matching, proxy.pause = "hubaoti.json", 20
     command = [HUBAOTI, "pull", repo, "--trust"]
     env = environment_of(settings)
@@ -133,4 +133,4 @@ def test_a_push_that_is_stopped_makes_no_commit(
     assert tree_of(bundle.path) == before
     assert left_over(settings) == []
     proxy.reset()
-    assert push_bundle(bundle, Destination(RepoRef(repo)), settings).created
+    assert push_bundles([bundle], Destination(RepoRef(repo)), settings).created

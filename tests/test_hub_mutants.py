@@ -18,7 +18,7 @@ from hubaoti.hub.client import HubClient
 from hubaoti.hub.errors import StaleParent
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import pull_artifact
-from hubaoti.hub.push import Destination, push_bundle
+from hubaoti.hub.push import Destination, push_bundles
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
@@ -79,10 +79,8 @@ def mutants(proxy: Proxy, ask: Callable[[], object]) -> Iterator[tuple[Path_, An
 @pytest.fixture
 def held(settings: Settings, repo: str, endpoint: Endpoint, tmp_path: Path) -> str:
     """A repo with an artifact, a tag and a branch; its commit."""
-    made = push_bundle(
-        make_bundle(tmp_path / "bundle"), Destination(RepoRef(repo), tag="v1"), settings
-    )
-    return made.commit
+    bundle = make_bundle(tmp_path / "bundle")
+    return push_bundles([bundle], Destination(RepoRef(repo), tag="v1"), settings).commit
 
 
 READS: dict[str, tuple[str, Callable[[HubClient, str, str], object]]] = {

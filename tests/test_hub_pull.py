@@ -52,7 +52,7 @@ from hubaoti.host.probe import Host, Torch
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import ArtifactPath, RepoRef, artifact_path
 from hubaoti.hub.pull import Pulled, fingerprint, pull_artifact
-from hubaoti.hub.push import Commit, Destination, push_bundle
+from hubaoti.hub.push import Commit, Destination, push_bundles
 from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
 from hubaoti.server import Endpoint
@@ -65,7 +65,7 @@ def ship(
     tmp_path: Path, repo: str, settings: Settings, name: str = "bundle", **make: object
 ) -> Commit:
     bundle = make_bundle(tmp_path / name, **make)  # type: ignore[arg-type]
-    return push_bundle(bundle, Destination(RepoRef(repo)), settings)
+    return push_bundles([bundle], Destination(RepoRef(repo)), settings)
 
 
 def get(repo: str, settings: Settings, **wish: object) -> Pulled:
@@ -275,7 +275,7 @@ def test_a_named_artifact_is_judged_by_everything_but_its_torch(
     libraries = ("libtorch_cpu.so", "libc10.so", "libgomp.so.1", "libcudart.so.13", "libodd.so.2")
     bundle = make_bundle(tmp_path / "odd")
     requires = replace(bundle.manifest.requires, libraries=libraries, glibc="2.17")
-    push_bundle(changed(bundle, requires=requires), Destination(RepoRef(repo)), settings)
+    push_bundles([changed(bundle, requires=requires)], Destination(RepoRef(repo)), settings)
     with pytest.raises(NoMatch, match="the libraries libodd.so.2") as caught:
         named(repo, settings)
     assert not any(word in str(caught.value) for word in ("no torch", "libtorch", "libcudart"))
@@ -435,7 +435,7 @@ def test_what_this_machine_built_needs_no_trust(
     tmp_path: Path, repo: str, settings: Settings
 ) -> None:
     bundle = make_bundle(tmp_path / "bundle")
-    push_bundle(bundle, Destination(RepoRef(repo)), settings)
+    push_bundles([bundle], Destination(RepoRef(repo)), settings)
     with Mirror.open(settings.mirror) as mirror:
         mirror.index.record_built(bundle.manifest)
     assert pull_artifact(RepoRef(repo), settings, HOST).artifact.digest == bundle.manifest.digest
@@ -600,7 +600,7 @@ def test_a_private_repo_is_shown_to_its_token_only(
     tmp_path: Path, repo: str, settings: Settings
 ) -> None:
     bundle = make_bundle(tmp_path / "bundle")
-    made = push_bundle(bundle, Destination(RepoRef(repo), private=True), settings)
+    made = push_bundles([bundle], Destination(RepoRef(repo), private=True), settings)
     assert made.private
     assert get(repo, settings).artifact.digest == made.digest
     stranger = replace(settings, home=tmp_path / "other", token=None)

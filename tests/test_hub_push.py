@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +13,18 @@ from bundles import CPU, CUDA, changed, make_bundle, make_host, tree_of
 from huggingface_hub import HfApi, ModelCard
 from proxies import DROPPED, Proxy
 
+import hubaoti
 from hubaoti.artifact.bundle import Bundle, make_file_entry
 from hubaoti.artifact.manifest import FILENAME
 from hubaoti.artifact.schema import ModelSource
 from hubaoti.errors import (
     AuthFailed,
+    BadManifest,
     BadPackage,
     BadRequest,
     Conflict,
     DigestMismatch,
+    HubaotiError,
     HubUnreachable,
 )
 from hubaoti.hub import retry
@@ -34,7 +38,7 @@ from hubaoti.hub.push import (
     Commit,
     Destination,
     decode_readme,
-    push_bundle,
+    push_bundles,
 )
 from hubaoti.hub.records import Pushed
 from hubaoti.settings import Settings
@@ -53,7 +57,12 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 def ship(bundle: Bundle, repo: str, settings: Settings, **to: str | bool) -> Commit:
-    return push_bundle(bundle, Destination(RepoRef(repo), **to), settings)  # type: ignore[arg-type]
+    return push_bundles([bundle], Destination(RepoRef(repo), **to), settings)  # type: ignore[arg-type]
+
+
+def group(folder: Path, sms: tuple[int, ...] = (80, 90, 120)) -> list[Bundle]:
+    """A folder of bundles as one compile for several GPUs leaves it."""
+    return [make_bundle(folder / f"sm{sm}", target={**CUDA, "sm": sm}) for sm in sms]
 
 
 def titles(api: HfApi, repo: str) -> list[str]:
@@ -205,7 +214,7 @@ def test_a_private_repo_is_made_private_and_a_public_one_left_alone(
     assert api.repo_info(repo).private
     api.create_repo(f"{repo}-public", private=False)
     to = Destination(RepoRef(f"{repo}-public"), private=True)
-    assert not push_bundle(bundle, to, settings, said.append).private
+    assert not push_bundles([bundle], to, settings, said.append).private
     assert any("public already" in line for line in said)
 
 
@@ -404,3 +413,144 @@ def test_a_bundle_of_a_damaged_package_is_to_be_compiled_again(
     with pytest.raises(BadPackage, match="root.pt2") as caught:
         ship(changed(bundle, graphs=(listed,)), repo, settings)
     assert "compile the bundle again" in caught.value.hint
+
+
+# Several bundles
+
+
+def test_several_bundles_are_one_commit_one_tag_and_one_table(
+    tmp_path: Path, repo: str, settings: Settings, api: HfApi
+) -> None:
+    bundles = group(tmp_path / "bundles")
+    made = hubaoti.push([each.path for each in bundles], repo, tag="v1", settings=settings)
+    places = [f"float32-sdpa/torch2.13-cu130-sm{sm}-x86_64_v3-linux" for sm in (80, 90, 120)]
+    assert [(each.path, each.created) for each in made.artifacts] == [(p, True) for p in places]
+    assert [each.digest for each in made.artifacts] == [each.manifest.digest for each in bundles]
+    assert titles(api, repo) == [f"Add {places[0]} and 2 more", "initial commit"]
+    assert [tag.target_commit for tag in api.list_repo_refs(repo).tags] == [made.commit]
+    files = {file for file in api.list_repo_files(repo) if not file.startswith(".")}
+    expected = {
+        f"{place}/{name}"
+        for place, each in zip(places, bundles, strict=True)
+        for name in tree_of(each.path)
+    }
+    assert files == {"README.md", *expected}
+    said = card(api, repo)
+    assert said.count("| `float32-sdpa` |") == 3
+    assert {"sm-80", "sm-90", "sm-120"} <= {*ModelCard(said).data.to_dict()["tags"]}
+
+
+def test_a_folder_of_bundles_is_pushed_as_all_that_it_holds(
+    tmp_path: Path, repo: str, settings: Settings
+) -> None:
+    bundles = group(tmp_path / "bundles")
+    (tmp_path / "bundles" / ".sm75.hubaoti-0123").mkdir()  # another process writes there
+    made = hubaoti.push(tmp_path / "bundles", repo, settings=settings)
+    assert {each.digest for each in made.artifacts} == {each.manifest.digest for each in bundles}
+    again = hubaoti.push(str(tmp_path / "bundles"), repo, tag="v1", settings=settings)
+    assert (again.created, again.commit, again.tag) == (False, made.commit, "v1")
+
+
+def test_what_the_repo_has_already_is_not_sent_again(
+    tmp_path: Path, repo: str, settings: Settings, api: HfApi
+) -> None:
+    first, *others = group(tmp_path / "bundles")
+    ship(first, repo, settings)
+    made = push_bundles([*others, first], Destination(RepoRef(repo)), settings)
+    assert [each.created for each in made.artifacts] == [True, True, False]
+    assert made.created
+    assert len(titles(api, repo)) == 3
+    assert card(api, repo).count("| `float32-sdpa` |") == 3
+
+
+def test_a_tag_of_a_commit_that_lacks_one_of_them_is_not_moved(
+    tmp_path: Path, repo: str, settings: Settings, api: HfApi
+) -> None:
+    bundles = group(tmp_path / "bundles")
+    first = ship(bundles[0], repo, settings, tag="v1")
+    with pytest.raises(Conflict, match="v1"):
+        push_bundles(bundles, Destination(RepoRef(repo), tag="v1"), settings)
+    assert api.repo_info(repo).sha == first.commit
+
+
+def test_one_that_cannot_be_pushed_keeps_all_of_them(
+    tmp_path: Path, repo: str, settings: Settings, api: HfApi
+) -> None:
+    """Here its path is taken by another key, which only the repo knows."""
+    bundles = group(tmp_path / "bundles")
+    other = make_bundle(tmp_path / "other", target={**CUDA, "sm": 120}, mode="max-autotune")
+    there = ship(other, repo, settings)
+    with pytest.raises(Conflict, match="holds another artifact at .*sm120"):
+        push_bundles(bundles, Destination(RepoRef(repo)), settings)
+    assert api.repo_info(repo).sha == there.commit
+
+
+def broken(folder: Path) -> None:
+    (folder / "sm90" / "golden.safetensors").write_bytes(b"other")
+
+
+def beside(folder: Path) -> None:
+    (folder / "sm75.report.txt").write_text("a compile failed")
+
+
+def twice(folder: Path) -> None:
+    make_bundle(folder / "sm90-again", target=CUDA, members={"model/other.so": b"other"})
+
+
+def of_another_layout(folder: Path) -> None:
+    make_bundle(folder / "space", layout="zerogpu")
+
+
+SPOILED: dict[Callable[[Path], None], tuple[type[HubaotiError], str]] = {
+    broken: (DigestMismatch, r"sm90/golden\.safetensors"),
+    beside: (BadManifest, r"sm75\.report\.txt is not a bundle"),
+    twice: (BadRequest, r"only one artifact can be .*bundles/sm90, .*bundles/sm90-again"),
+    of_another_layout: (BadRequest, r"two layouts .*bundles/space; .*bundles/sm120"),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
+def test_what_is_wrong_with_one_is_said_by_name_before_any_request(
+    spoil: Callable[[Path], None], tmp_path: Path, repo: str, settings: Settings, proxy: Proxy
+) -> None:
+    group(tmp_path / "bundles")
+    spoil(tmp_path / "bundles")
+    kind, words = SPOILED[spoil]
+    with pytest.raises(kind, match=words) as caught:
+        hubaoti.push(tmp_path / "bundles", repo, settings=settings)
+    assert caught.value.hint
+    assert proxy.requests == []
+
+
+def test_a_label_is_in_the_path_of_each(tmp_path: Path, repo: str, settings: Settings) -> None:
+    made = hubaoti.push(group(tmp_path / "bundles"), repo, label="tuned", settings=settings)
+    assert all(each.path.startswith("float32-sdpa+tuned/") for each in made.artifacts)
+
+
+def test_several_are_not_on_one_branch_of_other_loaders(
+    tmp_path: Path, repo: str, settings: Settings, proxy: Proxy
+) -> None:
+    with pytest.raises(BadRequest, match="a branch for each") as caught:
+        hubaoti.push(group(tmp_path / "bundles"), repo, layout="zerogpu", settings=settings)
+    assert "one by one" in caught.value.hint
+    assert proxy.requests == []
+
+
+def test_no_bundle_at_all_is_refused(tmp_path: Path, repo: str, settings: Settings) -> None:
+    with pytest.raises(BadRequest, match="no bundle"):
+        hubaoti.push([], repo, settings=settings)
+    with pytest.raises(BadManifest, match="is not a bundle"):
+        hubaoti.push(tmp_path, repo, settings=settings)
+
+
+def test_several_whose_answer_was_lost_are_one_commit_and_done(
+    tmp_path: Path, repo: str, settings: Settings, proxy: Proxy, api: HfApi
+) -> None:
+    first, *others = group(tmp_path / "bundles")
+    ship(first, repo, settings)
+    proxy.matching, proxy.lost = "/commit/", 1
+    made = push_bundles([first, *others], Destination(RepoRef(repo)), settings)
+    proxy.reset()
+    assert [each.created for each in made.artifacts] == [False, True, True]
+    assert made.commit == api.repo_info(repo).sha
+    assert len(titles(api, repo)) == 3

@@ -24,7 +24,7 @@ from hubaoti.hub.client import HubClient
 from hubaoti.hub.errors import AnswerLost
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import pull_artifact
-from hubaoti.hub.push import Destination, push_bundle
+from hubaoti.hub.push import Destination, push_bundles
 from hubaoti.hub.retry import ATTEMPTS, LONGEST_WAIT, _heed, read_retry_after
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
@@ -310,7 +310,7 @@ def test_a_push_and_a_pull_survive_an_endpoint_that_is_busy_at_each_step(
 ) -> None:
     proxy.first, said = (429, {"Retry-After": "0"}), list[str]()
     to = Destination(RepoRef(repo), tag="v1", layout=None)
-    made = push_bundle(bundle, to, settings, said.append)
+    made = push_bundles([bundle], to, settings, said.append)
     assert made.created
     assert posts(proxy, "/commit/") == 2
     proxy.reset()
@@ -329,7 +329,7 @@ def test_a_push_whose_answer_was_lost_is_one_commit_and_done(
 ) -> None:
     said: list[str] = []
     proxy.matching, proxy.lost = "/commit/", 1
-    made = push_bundle(bundle, Destination(RepoRef(repo), tag="v1"), settings, said.append)
+    made = push_bundles([bundle], Destination(RepoRef(repo), tag="v1"), settings, said.append)
     assert made.created
     assert posts(proxy, "/commit/") == 1
     api = HfApi(proxy.url, token=settings.token)
@@ -342,7 +342,7 @@ def test_a_push_that_is_refused_for_ever_says_so_and_leaves_nothing(
 ) -> None:
     proxy.matching, proxy.answers = "/commit/", [(429, {})] * 100
     with pytest.raises(HubUnreachable, match="asked too often"):
-        push_bundle(bundle, Destination(RepoRef(repo)), settings)
+        push_bundles([bundle], Destination(RepoRef(repo)), settings)
     assert posts(proxy, "/commit/") == ATTEMPTS
     assert HubClient(settings).files(repo, HubClient(settings).resolve(repo)) is not None
 

@@ -1,15 +1,27 @@
-"""What g++ does beside what: two parts of a library at a time, and none that outlives the build."""
+"""Lowering: the same bytes everywhere, and what g++ does beside what."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 from torch._inductor import cpp_builder
 from torch._inductor.exc import CppCompileError
 
-from hubaoti.compiler.inductor import compile_wrapper_concurrently
+from hubaoti.artifact.package import unpack_all
+from hubaoti.compiler import cubins
+from hubaoti.compiler.host_code import compile_wrapper_concurrently
+from hubaoti.compiler.reproducible import build_same_bytes
+from hubaoti.host.probe import find_torch
+
+LOWERED_HERE = Path(__file__).with_name("lowered_here.py")
 
 
 def compiling(source: Path) -> cpp_builder.CppBuilder:
@@ -95,3 +107,126 @@ def test_it_ends_with_what_else_fails(sources: tuple[Path, Path]) -> None:
         assert running(caller)
         compiling(kernels).build()
     assert not running(caller)
+
+
+def lower_twice(folder: Path, device: str, environment: Mapping[str, str]) -> list[Path]:
+    """Two packages of one program, of processes that share nothing but torch and the compiler.
+
+    What they keep lies beside each, as `keep`.
+    """
+    found = []
+    for name, seed, cores in (("one", "1", "1"), ("another", "77", "5")):
+        place = folder / name
+        home, temporary, prefix = (place / part for part in ("home", "tmp", "python"))
+        home.mkdir(parents=True)
+        temporary.mkdir()
+        prefix.symlink_to(sys.prefix)
+        told = {"PYTHONHASHSEED": seed, "HOME": str(home), "TMPDIR": str(temporary)}
+        told |= {"OMP_NUM_THREADS": cores, "TORCHINDUCTOR_CACHE_DIR": str(place / "inductor")}
+        if name == "another":
+            told["ATEN_CPU_CAPABILITY"] = "default"  # as if this CPU had no vectors
+        command = [str(prefix / "bin" / "python"), str(LOWERED_HERE), device]
+        command += [str(place / "block.pt2"), str(place / "keep"), str(place)]
+        paths = filter(None, (str(LOWERED_HERE.parents[1]), os.environ.get("PYTHONPATH")))
+        told["PYTHONPATH"] = os.pathsep.join(paths)
+        done = subprocess.run(
+            command,
+            env={**os.environ, **environment, **told},
+            cwd=place,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(place / "block.pt2")
+    return found
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One program, lowered twice for the CPU."""
+    return lower_twice(tmp_path_factory.mktemp("cpu"), "cpu", {})
+
+
+def test_a_program_gives_the_same_bytes_wherever_it_is_lowered(packages: list[Path]) -> None:
+    one, another = packages
+    assert one.read_bytes() == another.read_bytes()
+
+
+def test_sources_stay_where_they_are_kept_and_out_of_the_package(
+    packages: list[Path], tmp_path: Path
+) -> None:
+    keep = packages[0].with_name("keep")
+    assert "AOTInductorModel" in (keep / "graph.wrapper.cpp").read_text()
+    assert json.loads((keep / cubins.KERNELS).read_text()) == {}
+    unpack_all(packages[0], tmp_path)
+    assert not any(path.stat().st_size for path in tmp_path.rglob("*.cpp"))
+    assert cubins.read_device_code(keep, tmp_path) is None
+
+
+@pytest.fixture(scope="module")
+def cuda_packages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One program, lowered twice for sm 90, under the stand-in."""
+    from hubaoti.compiler.stand_in import build_stand_in
+
+    found = find_torch([])
+    assert found is not None
+    stand_in = build_stand_in(found, tmp_path_factory.mktemp("home"))
+    environment = stand_in.environment([90], reads=False)
+    return lower_twice(tmp_path_factory.mktemp("cuda"), "cuda", environment)
+
+
+@pytest.mark.cuda
+def test_a_program_for_a_gpu_gives_the_same_bytes_too(cuda_packages: list[Path]) -> None:
+    one, another = cuda_packages
+    assert one.read_bytes() == another.read_bytes()
+
+
+@pytest.mark.cuda
+def test_what_kernels_take_is_read_from_the_package(
+    cuda_packages: list[Path], tmp_path: Path
+) -> None:
+    keep = cuda_packages[0].with_name("keep")
+    unpack_all(cuda_packages[0], tmp_path)
+    code = cubins.read_device_code(keep, tmp_path)
+    assert code is not None
+    assert (code.capability, code.local_bytes) == (90, 0)
+    assert code.kernels == len(json.loads((keep / cubins.KERNELS).read_text())) > 2
+    assert 8 < code.registers <= 255
+    launches = re.findall(r"loadKernel\((.*?)\);", (keep / "graph.wrapper.cpp").read_text())
+    asked = [int(number) for each in launches for number in re.findall(r", (\d+)[,)]", f"{each})")]
+    assert code.shared_memory == max(asked) > 0
+
+
+@pytest.mark.cuda
+def test_cubins_are_aligned_and_the_driver_is_needed_by_name(
+    cuda_packages: list[Path], tmp_path: Path
+) -> None:
+    unpack_all(cuda_packages[0], tmp_path)
+    (library,) = tmp_path.rglob("*.so")
+    found = cubins.read_cubins(library)
+    assert found
+    assert not any(each.address % 64 for each in found)
+    cubins.require_sound_cubins(library)
+    said = subprocess.run(["objdump", "-p", library], capture_output=True, text=True, check=True)
+    assert "libcuda.so.1" in said.stdout
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="of CUDA")
+def test_cubins_are_embedded_at_multiples_of_64_by_every_torch(tmp_path: Path) -> None:
+    """Two of odd sizes after each other, through each of the functions that torch has for it."""
+    from torch._inductor import codecache
+
+    files = [tmp_path / f"c{size}.cubin" for size in (101, 67)]
+    for size, file in zip((101, 67), files, strict=True):
+        file.write_bytes(bytes(range(size)))
+    with build_same_bytes():
+        objects = [codecache.convert_cubin_to_obj(str(f), f.stem, "ld", "objcopy") for f in files]
+        if hasattr(codecache, "batch_convert_cubins_to_obj"):
+            pairs = [(str(file), f"both_{file.stem}") for file in files]
+            objects.append(codecache.batch_convert_cubins_to_obj(pairs, str(tmp_path)))
+    library = tmp_path / "all.so"
+    subprocess.run(["g++", "-shared", *objects, "-o", library], check=True)
+    symbols = subprocess.run(["nm", library], capture_output=True, text=True, check=True).stdout
+    starts = [int(line.split()[0], 16) for line in symbols.splitlines() if line.endswith("_start")]
+    assert len(starts) >= 2
+    assert not any(start % 64 for start in starts)

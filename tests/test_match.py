@@ -277,6 +277,12 @@ def test_a_host_without_a_gpu_is_told_what_nvml_said() -> None:
     ]
 
 
+def test_gpus_that_are_hidden_are_told_of() -> None:
+    note = "CUDA_VISIBLE_DEVICES= hides 2 of 2 GPUs"
+    verdict = judge(CUDA, replace(fake_gpu_host, gpus=(), notes=(note,)))
+    assert [refusal.have for refusal in verdict.refusals] == [f"no NVIDIA GPU ({note})"]
+
+
 def test_any_gpu_that_fits_will_do_and_the_verdict_says_which() -> None:
     host = replace(fake_gpu_host, gpus=(fake_gpu(120), fake_gpu(90), fake_gpu(90)))
     assert judge(CUDA, host) == Verdict(device=1)

@@ -14,9 +14,9 @@ from ordinary import CALLS, asking, given
 from hubaoti.compiler.capture import thaw_arguments
 from hubaoti.compiler.constants import ConstantsFile
 from hubaoti.compiler.from_config import load_source
-from hubaoti.compiler.graph_build import draft_graph, make_trial
 from hubaoti.compiler.plan import make_plan
 from hubaoti.compiler.request import CompileRequest, Range
+from hubaoti.compiler.traced import draft_graph, make_trial
 from hubaoti.compiler.verify import find_broken_budget
 from hubaoti.errors import BadDim
 from hubaoti.program.identity import matches_program
@@ -178,7 +178,7 @@ def test_stages_with_heads_of_their_own_are_weighed_by_the_most(name: str, tmp_p
     for unit in found.units:
         module = found.source.model.get_submodule(unit.region)
         place = ConstantsFile(found.source.model, unit.region, module, "")
-        trial = make_trial(found.source, unit, draft_graph(unit), place, CPU)
+        trial = make_trial(found.source, unit, draft_graph(unit), place)
         assert trial.scores == 4
         assert find_broken_budget(dict.fromkeys(unit.bounds, 8), trial, 0.0, 1.0) is None
 

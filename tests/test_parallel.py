@@ -17,8 +17,8 @@ from bundles import check_of, describe, write_zip
 
 from hubaoti.artifact.bundle import make_file_entry
 from hubaoti.compiler import parallel
+from hubaoti.compiler.built import BuiltGraph, BuiltUnit
 from hubaoti.compiler.elf import Needs
-from hubaoti.compiler.graph_build import BuiltGraph
 from hubaoti.compiler.parallel import build_all, choose_job_count
 from hubaoti.compiler.plan import GraphPlan
 from hubaoti.compiler.request import Range
@@ -31,7 +31,7 @@ from hubaoti.host.wire import ErrorRecord
 CPU = torch.device("cpu")
 WAIT = 20.0  # seconds after which what should come will not come
 
-Build = Callable[[GraphPlan], BuiltGraph]
+Build = Callable[[GraphPlan], BuiltUnit]
 
 
 def unit(name: str) -> GraphPlan:
@@ -49,15 +49,18 @@ def scratch(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def made(unit: GraphPlan, scratch: Path) -> BuiltGraph:
+def made(unit: GraphPlan, scratch: Path) -> BuiltUnit:
     """Write a fake package and what belongs to it, as building a unit does."""
     write_zip(scratch / f"graphs/{unit.id}.pt2", {"name": unit.id.encode()})
     (scratch / f"{unit.id}.pid").write_text(str(os.getpid()))
-    return BuiltGraph(
+    graph = BuiltGraph(
         graph=describe(scratch, unit.id),
         needs=Needs(("libc.so.6", "libm.so.6"), "2.34", None, "1.3"),
         files=(make_file_entry(scratch, f"{unit.id}.pid"),),
         checks=(check_of(unit.id),),
+    )
+    return BuiltUnit(
+        graphs=(graph,),
         golden={f"{unit.id}/out": torch.tensor([float(len(unit.id)), float("inf")])},
     )
 
@@ -88,13 +91,13 @@ def alive(process: int) -> bool:
 def test_units_are_built_at_once_and_come_back_in_their_order(scratch: Path) -> None:
     """The first waits for the second, which a single process would never build."""
 
-    def build(unit: GraphPlan) -> BuiltGraph:
+    def build(unit: GraphPlan) -> BuiltUnit:
         if unit is UNITS[0]:
             wait_for(scratch / "second.pid")
         return made(unit, scratch)
 
     found = build_all(UNITS, build, 2, scratch)
-    assert [built.graph.id for built in found] == ["first", "second"]
+    assert [built.graphs[0].graph.id for built in found] == ["first", "second"]
     assert len({os.getpid(), *(process_of(unit, scratch) for unit in UNITS)}) == 3
     assert not any(alive(process_of(unit, scratch)) for unit in UNITS)
 
@@ -102,10 +105,11 @@ def test_units_are_built_at_once_and_come_back_in_their_order(scratch: Path) -> 
 def test_all_that_was_built_comes_back_as_it_was(scratch: Path) -> None:
     found = build_all(UNITS, lambda unit: made(unit, scratch), 2, scratch)
     for each, built in zip(UNITS, found, strict=True):
-        assert built.graph == describe(scratch, each.id)
-        assert built.needs == Needs(("libc.so.6", "libm.so.6"), "2.34", None, "1.3")
-        assert built.files == (make_file_entry(scratch, f"{each.id}.pid"),)
-        assert built.checks == (check_of(each.id),)
+        (graph,) = built.graphs
+        assert graph.graph == describe(scratch, each.id)
+        assert graph.needs == Needs(("libc.so.6", "libm.so.6"), "2.34", None, "1.3")
+        assert graph.files == (make_file_entry(scratch, f"{each.id}.pid"),)
+        assert graph.checks == (check_of(each.id),)
         (tensor,) = built.golden.values()
         assert torch.equal(tensor, torch.tensor([float(len(each.id)), float("inf")]))
 
@@ -119,7 +123,7 @@ def test_nothing_but_what_was_built_is_left_in_the_bundle(scratch: Path) -> None
 def test_no_more_are_built_at_a_time_than_were_asked_for(scratch: Path) -> None:
     units = [unit(f"unit{at}") for at in range(5)]
 
-    def build(unit: GraphPlan) -> BuiltGraph:
+    def build(unit: GraphPlan) -> BuiltUnit:
         mark = scratch / f"{unit.id}.running"
         mark.touch()
         time.sleep(0.1)
@@ -128,18 +132,18 @@ def test_no_more_are_built_at_a_time_than_were_asked_for(scratch: Path) -> None:
         return made(unit, scratch)
 
     found = build_all(units, build, 2, scratch)
-    assert [built.graph.id for built in found] == [unit.id for unit in units]
+    assert [built.graphs[0].graph.id for built in found] == [unit.id for unit in units]
     assert max(int(file.read_text()) for file in scratch.glob("*.most")) <= 2
 
 
 def test_one_at_a_time_is_this_process_without_a_fork(scratch: Path) -> None:
     found = build_all(UNITS, lambda unit: made(unit, scratch), 1, scratch)
-    assert [built.graph.id for built in found] == ["first", "second"]
+    assert [built.graphs[0].graph.id for built in found] == ["first", "second"]
     assert {process_of(unit, scratch) for unit in UNITS} == {os.getpid()}
 
 
 def test_who_waits_is_told_what_is_being_built(scratch: Path) -> None:
-    def build(unit: GraphPlan) -> BuiltGraph:
+    def build(unit: GraphPlan) -> BuiltUnit:
         built = made(unit, scratch)
         if unit is UNITS[1]:
             wait_for(scratch / "first.pid")
@@ -209,7 +213,7 @@ def test_a_process_that_fails_is_told_of_and_the_others_are_ended(case: str, scr
     """With what they started, and with what they would have taken along."""
     fail, kind, message, hint = FAILURES[case]
 
-    def build(unit: GraphPlan) -> BuiltGraph:
+    def build(unit: GraphPlan) -> BuiltUnit:
         if unit is UNITS[0]:
             wait_for(scratch / "compiler.pid")
             fail()
@@ -236,7 +240,7 @@ def test_a_process_that_fails_is_told_of_and_the_others_are_ended(case: str, scr
 
 
 def test_an_interrupt_ends_them_all(scratch: Path) -> None:
-    def build(unit: GraphPlan) -> BuiltGraph:
+    def build(unit: GraphPlan) -> BuiltUnit:
         made(unit, scratch)
         if unit is UNITS[1]:
             os.kill(os.getppid(), signal.SIGINT)
@@ -252,7 +256,7 @@ def test_an_interrupt_ends_them_all(scratch: Path) -> None:
 def test_what_a_process_prints_and_where_it_failed_is_for_the_report(
     scratch: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def build(unit: GraphPlan) -> BuiltGraph:
+    def build(unit: GraphPlan) -> BuiltUnit:
         os.write(2, b"g++: of native code\n")
         sys.stdout = os.fdopen(1, "w", closefd=False)  # as outside of a test
         sys.stdout.write("of Python\n")
@@ -297,21 +301,14 @@ def test_how_many_are_built_at_a_time(
         parallel, "read_available_memory", lambda: int(fitting * (OVERHEAD + weights))
     )
     monkeypatch.setattr(parallel, "count_cores", lambda: cores)
-    assert choose_job_count(asked, units, weights, CPU) == found
+    assert choose_job_count(asked, units, weights) == found
 
 
 @pytest.mark.parametrize("asked", [0, -1])
 def test_none_at_a_time_is_refused(asked: int) -> None:
     with pytest.raises(BadRequest, match=f"--jobs {asked}") as caught:
-        choose_job_count(asked, 2, 0, CPU)
+        choose_job_count(asked, 2, 0)
     assert caught.value.hint
-
-
-def test_a_gpu_has_one_at_a_time() -> None:
-    gpu = torch.device("cuda", 0)
-    assert (choose_job_count(None, 8, 0, gpu), choose_job_count(1, 8, 0, gpu)) == (1, 1)
-    with pytest.raises(BadRequest, match="--device cpu"):
-        choose_job_count(2, 8, 0, gpu)
 
 
 def test_only_cores_that_are_ours_are_counted() -> None:

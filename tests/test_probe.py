@@ -19,7 +19,7 @@ import archspec.cpu
 import pytest
 
 from hubaoti.host import probe as probe_of_host
-from hubaoti.host.probe import Gpu, Host, Torch, find_torch, probe_host, read_torch
+from hubaoti.host.probe import STAND_IN, Gpu, Host, Torch, find_torch, probe_host, read_torch
 from hubaoti.settings import Settings
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -279,6 +279,11 @@ class FakeNvml(types.ModuleType):
     def nvmlDeviceGetName(self, handle: int) -> str:
         return f"Fake {handle}"
 
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        if self.sms[handle] is None:
+            raise self.NVMLError("GPU is lost")
+        return f"GPU-{handle}{'ab' * 4}"
+
     def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
         return self._progress("memory", types.SimpleNamespace(total=80 << 30))
 
@@ -307,6 +312,61 @@ def test_the_gpus_of_a_fake_driver(settings: Settings, monkeypatch: pytest.Monke
     assert here.gpus == (Gpu("Fake 0", 90, 80 << 30), Gpu("Fake 1", 120, 80 << 30))
     assert (here.driver, here.driver_cuda) == ("580.65.06", "12.8")
     assert fake_nvml.shut_down
+
+
+@pytest.mark.parametrize(
+    ("visible", "places"),
+    [
+        (None, [0, 1, 2]),
+        ("", []),
+        ("-1", []),
+        ("2,0", [2, 0]),
+        (" 1 ", [1]),
+        ("1,-1,0", [1]),
+        ("7", []),
+        ("1,1", []),
+        ("GPU-2ab", [2]),
+        ("GPU-1abab,0", [1, 0]),
+        ("GPU-", []),
+        ("nonsense", []),
+    ],
+)
+def test_gpus_that_cuda_does_not_show_are_not_there(
+    visible: str | None, places: list[int], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(settings, visible_gpus=visible, gpu_order="PCI_BUS_ID")
+    here = probe_with(FakeNvml([(9, 0), (12, 0), (8, 0)]), settings, monkeypatch)
+    assert [gpu.name for gpu in here.gpus] == [f"Fake {place}" for place in places]
+    hides = f"CUDA_VISIBLE_DEVICES={visible} hides {3 - len(places)} of 3 GPUs"
+    assert (hides in here.notes) == (len(places) < 3)
+
+
+@pytest.mark.parametrize("visible", ["0", "1,2", "GPU-0ab,1", "MIG-1234"])
+def test_where_only_cuda_knows_which_are_meant_all_are_listed(
+    visible: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts the fastest first, and these are of three kinds."""
+    settings = replace(settings, visible_gpus=visible)
+    here = probe_with(FakeNvml([(9, 0), (12, 0), (8, 0)]), settings, monkeypatch)
+    assert len(here.gpus) == 3
+    assert any("only CUDA knows" in note for note in here.notes)
+
+
+def test_all_that_are_named_by_number_are_all(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(settings, visible_gpus="0,1")
+    here = probe_with(FakeNvml([(9, 0), (12, 0)]), settings, monkeypatch)
+    assert len(here.gpus) == 2
+    assert not [note for note in here.notes if "CUDA_VISIBLE" in note]
+
+
+def test_a_gpu_that_stands_in_for_one_is_noted(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeNvml, "nvmlDeviceGetName", lambda *_: f"Fake {STAND_IN}")
+    here = probe_with(FakeNvml([(9, 0)]), settings, monkeypatch)
+    assert any(note.startswith("GPU 0 computes nothing") for note in here.notes)
 
 
 @pytest.mark.parametrize("broken", ["init", "cuda"])

@@ -203,14 +203,14 @@ def wait_for(happened: Callable[[], bool]) -> None:
 
 
 def test_one_root_is_served_by_one_process(tmp_path: Path) -> None:
-    with process(tmp_path / "root"), pytest.raises(errors.HubaotiError, match="another process"):
+    with process(tmp_path / "root"), pytest.raises(errors.InUse, match="another process"):
         create_app(tmp_path / "root")
 
 
 def test_a_port_in_use_is_an_error_with_advice(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(errors.HubaotiError, match="in use") as caught:
+        with pytest.raises(errors.InUse, match="in use") as caught:
             serve(tmp_path / "root", port=port)
     assert "--port" in caught.value.hint
     assert not (tmp_path / "root").exists()

@@ -41,6 +41,7 @@ def test_every_variable_is_read() -> None:
         {},
         {"HUBAOTI_HOME": "/h", "HF_ENDPOINT": "http://a:1", "HF_TOKEN": "t", "HF_HUB_OFFLINE": "1"},
         {"KERNELS_CACHE": "/k", "AOTI_DISABLED": "1", "TORCHINDUCTOR_MAX_AUTOTUNE": "1"},
+        {"CUDA_VISIBLE_DEVICES": "", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
     ],
 )
 def test_another_process_reads_the_same_settings(env: dict[str, str]) -> None:

@@ -41,6 +41,7 @@ from hubaoti.errors import (
     OtherProgram,
     Untrusted,
 )
+from hubaoti.host.probe import Gpu
 from hubaoti.hub.pull_all import judge_without_gpu
 from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
@@ -403,9 +404,10 @@ def test_where_there_is_no_gpu_all_else_is_judged() -> None:
 
 def test_a_worker_judges_the_gpu_that_its_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU is here: what torch would say of one is made up."""
+    from hubaoti.runtime import gpus
     from hubaoti.spaces import devices
 
-    monkeypatch.setattr(devices, "query_gpu", lambda _: ("fake B200", 100, 1 << 37))
+    monkeypatch.setattr(gpus, "query_gpu", lambda _: Gpu("fake B200", 100, 1 << 37))
     monkeypatch.setattr(devices, "query_driver_cuda", lambda: "13.1")
     blind = replace(make_gpu_host(), gpus=(), driver_cuda=None)
     found = build_worker_host(blind, torch.device("cuda", 0))

@@ -76,7 +76,6 @@ def trial_of(module: nn.Module, bounds: DimRanges = DIMS, **more: Any) -> Trial:
         "bounds": bounds,
         "eager": module,
         "module": module,
-        "device": CPU,
         "tolerance": FLOAT32,
     }
     return Trial(**(given | more))

@@ -7,16 +7,20 @@ Hub's client.
 from __future__ import annotations
 
 from hubaoti.api.attaching import attach, detach, get_artifact, put
-from hubaoti.api.compiling import Explanation, capture, compile, explain
+from hubaoti.api.building import Explanation
+from hubaoti.api.compiling import capture, compile, compile_for, explain
 from hubaoti.api.publishing import pull, push
 from hubaoti.api.texts import Answer, eager, load, recall_task_and_dtype, run
+from hubaoti.api.verifying import Verified, verify
 
 __all__ = [
     "Answer",
     "Explanation",
+    "Verified",
     "attach",
     "capture",
     "compile",
+    "compile_for",
     "detach",
     "eager",
     "explain",
@@ -27,4 +31,5 @@ __all__ = [
     "put",
     "recall_task_and_dtype",
     "run",
+    "verify",
 ]

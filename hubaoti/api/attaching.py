@@ -55,6 +55,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
         AlreadyAttached: it has graphs already.
         BadRequest: `quantize` is asked of an artifact without quantized weights, or of layers that
             are no plain Linears; what is given is no module, or no artifact.
+        NoMatch: the module is on a GPU of another kind than the artifact is for.
         DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
         Quarantined: a graph crashed or differed when it was first opened, in its own process.
         MissingOps, NotTried, CannotOpen: it could not be opened there, and is not opened here.

@@ -1,33 +1,17 @@
-"""The verb compile: what is built already is found by its key, what is not is built.
-
-A bundle is looked for in the output folder, then in the mirror, where every build is stored too.
-"""
+"""The verbs capture, compile and explain, as their users call them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from hubaoti.api.attaching import put
-from hubaoti.api.finding import find_built, find_whole
-from hubaoti.artifact.bundle import Bundle, explain_store_errors
-from hubaoti.artifact.schema import ModelSource
-from hubaoti.compiler.reports import report_failure
-from hubaoti.compiler.request import (
-    CompileRequest,
-    RangeLike,
-    Shape,
-    make_bucket_ranges,
-    make_ranges,
-)
-from hubaoti.errors import BadDim, BadRequest, CheckFailed, CompileFailed
+from hubaoti.api.building import Explanation, Means, build_missing, explain_request
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.manifest import label_variant
+from hubaoti.compiler.request import CompileRequest, RangeLike, Shape, parse_capabilities
 from hubaoti.host.extras import require
-from hubaoti.host.probe import Host, probe_host
-from hubaoti.hub.model_download import COMPILE_FILES, fetch_model_files
-from hubaoti.mirror import Mirror
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
 
@@ -111,33 +95,77 @@ def compile(  # noqa: PLR0913 - a face of keywords
     Raises:
         HubaotiError: what failed and what to do; no half-written bundle is left.
     """
-    require("compile", "compile")
-    settings = settings or Settings.from_env()
-    host, place = probe_host(settings), Path(output)
-    with Mirror.open(settings.mirror) as mirror, _in_eval_mode(model):
-        mirror.index.require_writable()
-        request = CompileRequest(
-            calls=calls,
-            shapes=shapes or {},
-            task=task,
-            dims=make_ranges(dims),
-            buckets=make_bucket_ranges(buckets),
-            regions=regions,
-            dtype=dtype,
-            quantize=quantize,
-            mode=mode,
-            inductor=inductor,
-            level=level,
-            device=device or _find_device(model),
-            layout=layout,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
-        with report_failure(place, _describe_request(request), (CompileFailed,)):
-            job, origin = _prepare(model, request, host, settings, progress)
-        if not force and (found := find_built(job.key, place, mirror, progress)):
-            return found
-        return _store(_build(job, origin, place, host, jobs, progress), mirror)
+    request = CompileRequest.parse(
+        {
+            "calls": calls,
+            "shapes": shapes or {},
+            "task": task,
+            "dims": dims,
+            "buckets": buckets,
+            "regions": regions,
+            "dtype": dtype,
+            "quantize": quantize,
+            "mode": mode,
+            "inductor": inductor,
+            "level": level,
+            "device": device or _find_device(model),
+            "layout": layout,
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+        }
+    )
+    means = Means(settings or Settings.from_env(), progress, force, jobs)
+    return build_missing(model, request, Path(output), lambda _: Path(output), means)[0]
+
+
+class CompileWords(TypedDict, total=False):
+    """What `compile_for` takes beside the model and its GPUs: as `compile` has it."""
+
+    calls: Calls | Sequence[Call] | Sequence[Calls] | None
+    shapes: Mapping[str, Shape]
+    task: str | None
+    dims: Mapping[str, RangeLike] | Iterable[str]
+    buckets: Iterable[Mapping[str, RangeLike] | str]
+    regions: str | None
+    dtype: str | None
+    quantize: str | None
+    mode: str
+    inductor: Mapping[str, Any] | Iterable[str]
+    level: str | None
+    layout: str | None
+    revision: str | None
+    trust_remote_code: bool
+
+
+def compile_for(  # noqa: PLR0913 - a face of keywords
+    model: str | Path | nn.Module,
+    capabilities: str | Iterable[str | int],
+    output: str | Path = "bundles",
+    *,
+    force: bool = False,
+    jobs: int | None = None,
+    settings: Settings | None = None,
+    progress: Progress = report_nothing,
+    **words: Unpack[CompileWords],
+) -> tuple[Bundle, ...]:
+    """Compile a model for GPUs that need not be here: no GPU, no driver and no weights are needed.
+
+    Args:
+        model: as `compile` has it.
+        capabilities: of the GPUs, as `"sm80,sm90"` or `["sm80", "9.0"]`.
+        output: a folder of bundles; each is called after its variant.
+        words: as `compile` has them; `mode="max-autotune"` needs the GPU itself.
+
+    Raises:
+        HubaotiError: what failed and what to do; no half-written bundle is left.
+    """
+    request = CompileRequest.parse({**words, "capabilities": parse_capabilities(capabilities)})
+    means, folder = Means(settings or Settings.from_env(), progress, force, jobs), Path(output)
+
+    def choose_place(job: Job) -> Path:
+        return folder / str(label_variant(job.target))
+
+    return tuple(build_missing(model, request, folder, choose_place, means))
 
 
 def explain(  # noqa: PLR0913 - a face of keywords
@@ -156,6 +184,7 @@ def explain(  # noqa: PLR0913 - a face of keywords
     inductor: Mapping[str, Any] | Iterable[str] = (),
     level: str | None = None,
     device: str | None = None,
+    capability: str | None = None,
     layout: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -165,101 +194,33 @@ def explain(  # noqa: PLR0913 - a face of keywords
     """What `compile` would do with the same words: regions, dims, graphs, recipe and key.
 
     Args:
-        As `compile` takes them.
+        As `compile` takes them; `capability` is that of a GPU that need not be here, as `sm90`.
 
     Raises:
         HubaotiError: why it could not be done.
     """
-    require("compile", "compile")
-    settings = settings or Settings.from_env()
-    with Mirror.open(settings.mirror) as mirror, _in_eval_mode(model):
-        request = CompileRequest(
-            calls=calls,
-            shapes=shapes or {},
-            task=task,
-            dims=make_ranges(dims),
-            buckets=make_bucket_ranges(buckets),
-            regions=regions,
-            dtype=dtype,
-            quantize=quantize,
-            mode=mode,
-            inductor=inductor,
-            level=level,
-            device=device or _find_device(model),
-            layout=layout,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
-        job, _ = _prepare(model, request, probe_host(settings), settings, progress)
-        return _explain_job(job, Path(output) if output else None, mirror)
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """What a compile would do: its key, whether that is built already, and each graph."""
-
-    key: str
-    built: str | None
-    recipe: str
-    variant: str
-    regions: str
-    dims: dict[str, str]
-    graphs: list[dict[str, Any]]
-    left_out: tuple[str, ...]
-
-
-def _prepare(
-    model: str | Path | nn.Module,
-    request: CompileRequest,
-    host: Host,
-    settings: Settings,
-    progress: Progress,
-) -> tuple[Job, ModelSource]:
-    """Everything but the work: the source, the plan, and the key that they have.
-
-    Raises:
-        HubaotiError: what was asked cannot be; torch is not loaded for what can be seen before.
-    """
-    if request.quantize is not None:
-        require(f"--quantize {request.quantize}", "quantize")
-    for name in settings.tuning:
-        raise BadRequest(
-            f"{name} is set, which changes what inductor builds and stands in no key",
-            hint=f"unset {name}, and say it with --inductor key=value",
-        )
-    origin = ModelSource(model=type(model).__name__)
-    if isinstance(model, (str, Path)):
-        progress("files")
-        folder, origin = fetch_model_files(
-            model, request.revision, COMPILE_FILES, settings, progress
-        )
-    progress("torch")  # importing it takes longer than most steps
-    from hubaoti.compiler.build import choose_target, resolve_device
-    from hubaoti.compiler.job import Job
-    from hubaoti.compiler.options import merge_options
-    from hubaoti.compiler.plan import make_plan
-
-    where = resolve_device(request.device)
-    target = choose_target(host, where, request.level)
-    options = merge_options(request.mode, request.inductor, request.device)
-    request = replace(request, inductor=options)
-    progress("source")
-    if isinstance(model, (str, Path)):
-        from hubaoti.compiler.from_config import load_source
-
-        source = load_source(folder, request, where)
-    else:
-        from hubaoti.compiler.from_module import make_source
-
-        source, buckets = make_source(model, request)
-        request = replace(request, buckets=request.buckets or buckets)
-    return Job.of(make_plan(source, request, where), request, target, where), origin
-
-
-def _describe_request(request: CompileRequest) -> list[str]:
-    """What was asked, for a report."""
-    words = {each.name: getattr(request, each.name) for each in fields(request)}
-    return [f"asked: { {name: value for name, value in words.items() if name != 'calls'} }"]
+    request = CompileRequest.parse(
+        {
+            "calls": calls,
+            "shapes": shapes or {},
+            "task": task,
+            "dims": dims,
+            "buckets": buckets,
+            "regions": regions,
+            "dtype": dtype,
+            "quantize": quantize,
+            "mode": mode,
+            "inductor": inductor,
+            "level": level,
+            "device": device or _find_device(model),
+            "capabilities": parse_capabilities(capability) if capability else (),
+            "layout": layout,
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+        }
+    )
+    means = Means(settings or Settings.from_env(), progress)
+    return explain_request(model, request, Path(output) if output else None, means)
 
 
 def _find_device(model: str | Path | nn.Module) -> str:
@@ -267,68 +228,3 @@ def _find_device(model: str | Path | nn.Module) -> str:
     if isinstance(model, (str, Path)):
         return "cpu"
     return str(next((parameter.device for parameter in model.parameters()), "cpu"))
-
-
-@contextmanager
-def _in_eval_mode(model: Any) -> Iterator[None]:
-    """Around work on a module from Python: it is in eval mode, and afterwards as it was."""
-    if isinstance(model, (str, Path)):
-        yield
-        return
-    if not hasattr(model, "modules"):  # an `nn.Module`, said without torch
-        raise BadRequest(
-            f"a {type(model).__name__} is neither a module nor the name of a model",
-            hint="give a Hub id, a folder, or a module; of a pipeline one of its modules, as "
-            "pipe.transformer",
-        )
-    from hubaoti.compiler.from_module import evaluate_unchanged
-
-    with evaluate_unchanged(model):
-        yield
-
-
-def _build(
-    job: Job, origin: ModelSource, output: Path, host: Host, jobs: int | None, progress: Progress
-) -> Bundle:
-    """Build a job; a report of what failed lies beside the output."""
-    from hubaoti.compiler.build import build
-
-    graphs = [f"  {unit.id}: {unit.bounds}" for unit in job.plan.units]
-    facts = [str(job.target), str(job.build), "", "graphs", *graphs]
-    with report_failure(output, facts, (CompileFailed, CheckFailed, BadDim)):
-        return build(job, origin, host, output, progress, jobs)
-
-
-def _store(bundle: Bundle, mirror: Mirror) -> Bundle:
-    """Keep a bundle that was built here in the mirror, too, where its key finds it."""
-    with explain_store_errors(bundle.path):
-        put(bundle, mirror)
-        mirror.index.record_built(bundle.manifest)
-    return bundle
-
-
-def _explain_job(job: Job, output: Path | None, mirror: Mirror) -> Explanation:
-    """What compiling a job would do, without doing it."""
-    from hubaoti.artifact.manifest import label_recipe, label_variant
-
-    places = [str(output)] if output and find_whole(output, job.key) else []
-    places += ["the mirror"] if mirror.by_key(job.key) else []
-    return Explanation(
-        key=job.key,
-        built=next(iter(places), None),
-        recipe=str(label_recipe(job.build)),
-        variant=str(label_variant(job.target)),
-        regions=job.build.regions,
-        dims={name: str(sizes) for name, sizes in job.plan.dims.items()},
-        graphs=[
-            {
-                "id": unit.id,
-                "modules": list(unit.modules),
-                "dims": {name: str(sizes) for name, sizes in unit.bounds.items()},
-                "inputs": {entry.name: list(entry.shape) for entry in unit.face.inputs},
-                "cache": unit.face.cache.kind if unit.face.cache else None,
-            }
-            for unit in job.plan.units
-        ],
-        left_out=job.plan.left_out,
-    )

@@ -1,11 +1,12 @@
-"""The verbs that reach a Hub: push a bundle, pull what fits this host."""
+"""The verbs that reach a Hub: push bundles, pull what fits this host."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle, find_bundles
 from hubaoti.artifact.variant import Recipe
 from hubaoti.host.probe import probe_host
 from hubaoti.hub.layout import ArtifactPath, RepoRef
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def push(  # noqa: PLR0913 - a face of keywords
-    bundle: Bundle | str | Path,
+    bundles: Bundle | str | Path | Sequence[Bundle | str | Path],
     repo: str,
     *,
     tag: str | None = None,
@@ -28,22 +29,30 @@ def push(  # noqa: PLR0913 - a face of keywords
     settings: Settings | None = None,
     progress: Progress = report_nothing,
 ) -> Commit:
-    """Publish a bundle in one commit; the repo is made when there is none.
+    """Publish a bundle, or several, in one commit; the repo is made when there is none.
 
-    With the layout `zerogpu` it goes to the branch `zerogpu/<recipe>/<variant>`, as a `package/`
-    that `spaces.aoti_load` and `aokit` read.
+    A folder of bundles stands for all that it holds. What the repo has already is not sent again;
+    where one bundle cannot be pushed, none is. With the layout `zerogpu` a bundle goes to the
+    branch `zerogpu/<recipe>/<variant>`, as a `package/` that `spaces.aoti_load` and `aokit` read.
 
     Raises:
-        BadRequest: the graphs do not answer without hubaoti, as that layout's loaders ask them.
+        BadRequest: the graphs do not answer without hubaoti, as that layout's loaders ask them;
+            several bundles are for that layout, or for one path.
+        BadManifest: what is given is no bundle, or a folder holds something else than bundles.
         DigestMismatch: a file of the bundle is not the one its manifest names.
         Conflict: the path or the tag is taken; AuthFailed, HubUnreachable: of the Hub.
     """
-    from hubaoti.hub.push import Destination, push_bundle
+    from hubaoti.hub.push import Destination, push_bundles
 
     settings = settings or Settings.from_env()
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.read(Path(bundle))
+    given = [bundles] if isinstance(bundles, Bundle | str | Path) else bundles
+    found = [bundle for each in given for bundle in _read_bundles(each)]
     place = Destination(RepoRef.parse(repo), tag=tag, label=label, private=private, layout=layout)
-    return push_bundle(bundle, place, settings, progress)
+    return push_bundles(found, place, settings, progress)
+
+
+def _read_bundles(given: Bundle | str | Path) -> list[Bundle]:
+    return [given] if isinstance(given, Bundle) else find_bundles(Path(given))
 
 
 def pull(

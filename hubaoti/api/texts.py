@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
     from hubaoti.artifact.bundle import Bundle
-    from hubaoti.host.match import Verdict
     from hubaoti.hub.pull import Pulled
     from hubaoti.runtime.text import TextModel
 
@@ -56,9 +55,8 @@ def run(  # noqa: PLR0913 - a face of keywords
     require("run", "run")
     settings = settings or Settings.from_env()
     pulled = pull(repo, recipe=recipe, trust=trust, settings=settings, progress=progress)
-    where = device or _choose_visible_device(pulled.verdict)
     opened = load(
-        pulled.artifact, model, device=where, ops=ops, settings=settings, progress=progress
+        pulled.artifact, model, device=device, ops=ops, settings=settings, progress=progress
     )
     progress("run")
     return Answer(pulled.artifact.manifest.program.task, opened(texts))
@@ -76,10 +74,12 @@ def load(  # noqa: PLR0913 - a face of keywords
 ) -> TextModel:
     """Open an artifact over a model's tokenizer and weights: texts in, tensors out.
 
-    `artifact` and `ops` are as `attach` has them.
+    `artifact` and `ops` are as `attach` has them. Without `device`, it is the CPU, or the GPU that
+    the artifact fits best.
 
     Raises:
         BadRequest: what is given is no artifact.
+        NoMatch: the GPU is of another kind than the artifact is for, or there is none that fits.
         DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
         OtherProgram: the model's config says something else than the graph computes.
         MissingConstant: the model's checkpoint lacks a tensor that the graph reads.
@@ -93,12 +93,13 @@ def load(  # noqa: PLR0913 - a face of keywords
     folder, _ = fetch_model_files(model, revision, RUN_FILES, settings, progress)
     refuse_other_program(folder, artifact.manifest.program)
     progress("torch")  # importing it takes longer than all the rest
-    from hubaoti.runtime.graph import choose_graph_device, open_graph
+    from hubaoti.runtime.gpus import choose_device
+    from hubaoti.runtime.graph import open_graph
     from hubaoti.runtime.text import TextEncoder, TextModel
     from hubaoti.runtime.weights import Checkpoint, load_constants
 
     progress("open")
-    where = choose_graph_device(artifact.manifest.target.device, device)
+    where = choose_device(artifact.manifest, device)
     entry = artifact.manifest.graphs[0]
     with Mirror.open(settings.mirror) as mirror:
         require_sound(artifact, mirror, where, progress, ops)
@@ -119,19 +120,6 @@ def _refuse_parts(artifact: Artifact) -> None:
             hint=("go on with prompts: --prompt; " if manifest.program.task == "generate" else "")
             + "for texts, compile with --task embed, classify or logits and --regions none",
         )
-
-
-def _choose_visible_device(verdict: Verdict) -> str | None:
-    """The GPU that an artifact was judged to fit; None is the first of those that torch sees.
-
-    A verdict counts all GPUs of the host, torch those that CUDA_VISIBLE_DEVICES shows: where it
-    shows fewer, nothing is said.
-    """
-    if not verdict.device:
-        return None
-    import torch
-
-    return f"cuda:{verdict.device}" if verdict.device < torch.cuda.device_count() else None
 
 
 def eager(

@@ -78,7 +78,7 @@ class Bundle:
             raise DigestMismatch(f"{self.path / extra} is not in the manifest", hint=hint)
         for graph in self.manifest.graphs:
             if list_members(self.path / graph.file) != graph.members:
-                message = f"{graph.file} has other entries than its manifest lists"
+                message = f"{self.path / graph.file} has other entries than its manifest lists"
                 raise DigestMismatch(message, hint=_AGAIN)
 
     def _check_seal(self) -> None:
@@ -87,6 +87,22 @@ class Bundle:
         if seal.is_file() and seal.read_text() != _format_seal(self.manifest):
             message = f"{self.path / manifests.FILENAME} was edited after it was compiled"
             raise DigestMismatch(message, hint=_AGAIN)
+
+
+def find_bundles(path: Path) -> list[Bundle]:
+    """The bundle in a folder, or each of a folder of bundles, which holds nothing else.
+
+    Raises:
+        BadManifest: there is none, or something else is beside those that there are.
+        HubaotiError: it may not be read.
+    """
+    with explain_read_errors(path):
+        # Hidden is a folder in which a bundle is being written.
+        inside = sorted(each for each in path.glob("*") if not each.name.startswith("."))
+        is_group = any((each / manifests.FILENAME).is_file() for each in inside)
+    if (path / manifests.FILENAME).is_file() or not is_group:
+        return [Bundle.read(path)]
+    return [Bundle.read(each) for each in inside]
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import signal
@@ -22,6 +23,7 @@ COMMANDS = {
     "pull": ("hub", "Fetch the artifact that fits this host best, verified."),
     "run": ("run", "Answer texts with a pulled graph and a model's weights."),
     "serve": ("serve", "An endpoint that speaks the Hub protocol, on this machine."),
+    "verify": ("verify", "Hash again what is stored, and open it again."),
     "mirror": ("mirror", "What is stored on this machine."),
     "trust": ("trust", "The publishers whose code may run here."),
 }
@@ -42,6 +44,15 @@ class Commands(click.Group):
         module = importlib.import_module(f"hubaoti.cli.{COMMANDS[name][0]}")
         command: click.Command = getattr(module, f"{name}_command")
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does; of a name that is nearly one of ours, that one is told."""
+        near = difflib.get_close_matches(args[0], COMMANDS, 1)
+        if near and args[0] not in COMMANDS and not ctx.resilient_parsing:
+            ctx.fail(f"No such command '{args[0]}'. Did you mean '{near[0]}'?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list that `--help` shows, without importing any of them."""

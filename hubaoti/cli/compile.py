@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hubaoti.artifact.misses import propose_dims, read_misses
 from hubaoti.cli.output import Steps, format_size, print_json, print_line, print_text
+
+if TYPE_CHECKING:
+    from hubaoti.api import Explanation
+    from hubaoti.artifact.bundle import Bundle
 
 
 @click.command("compile")
@@ -28,6 +32,9 @@ from hubaoti.cli.output import Steps, format_size, print_json, print_line, print
 @click.option("--inductor", multiple=True, metavar="KEY=VALUE", help="an option of torch.inductor")
 @click.option("--level", help="CPU level of the host code, as x86_64_v3")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:0")
+@click.option(
+    "--for", "capabilities", metavar="sm80,sm90", help="GPUs that need not be here; -o is a folder"
+)
 @click.option("--layout", help="zerogpu: for spaces.aoti_load and aokit, which know no manifest")
 @click.option("--revision", help="of the model: a branch, tag or commit")
 @click.option("--trust-remote-code", is_flag=True, help="run the code that the model brings")
@@ -62,22 +69,45 @@ def compile_command(
         return
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
+    bundles = _compile_model(model, output, quiet, options)
+    if as_json:
+        facts = [_describe_bundle(bundle) for bundle in bundles]
+        print_json(facts if options["capabilities"] else facts[0])
+    for bundle in [] if as_json or quiet else bundles:
+        _print_bundle(bundle)
+
+
+def _compile_model(
+    model: str, output: Path, quiet: bool, options: dict[str, Any]
+) -> tuple[Bundle, ...]:
+    """What is compiled of a model: a bundle, or one for each capability."""
     from hubaoti import api
 
+    words = {name: value for name, value in options.items() if name != "capabilities"}
     with Steps(quiet) as progress:
-        bundle = api.compile(model, output, progress=progress, **options)
+        if options["capabilities"] is None:
+            return (api.compile(model, output, progress=progress, **words),)
+        del words["device"]  # the capabilities say which
+        return api.compile_for(model, options["capabilities"], output, progress=progress, **words)
+
+
+def _describe_bundle(bundle: Bundle) -> dict[str, str]:
+    """A bundle as JSON has it."""
     manifest = bundle.manifest
-    if as_json:
-        facts = {"path": str(bundle.path), "key": manifest.key, "digest": manifest.digest}
-        print_json(facts | {"recipe": str(manifest.recipe), "variant": str(manifest.variant)})
-    elif not quiet:
-        worst = max(check.max_relative for check in manifest.checks)
-        memory, seconds = format_size(manifest.built.peak_bytes), manifest.built.seconds
-        print_line(f"{bundle.path}: {manifest.recipe} for {manifest.variant}")
-        for graph in manifest.graphs:
-            print_line(f"  {graph.id} serves {_format_count(len(graph.modules), 'module')}")
-        print_line(f"  {format_size(manifest.size)}, in {seconds:.0f} s with {memory} at most")
-        print_line(f"  {len(manifest.checks)} checks against eager, largest error {worst:.1e}")
+    facts = {"path": str(bundle.path), "key": manifest.key, "digest": manifest.digest}
+    return facts | {"recipe": str(manifest.recipe), "variant": str(manifest.variant)}
+
+
+def _print_bundle(bundle: Bundle) -> None:
+    """What was compiled, in words."""
+    manifest = bundle.manifest
+    worst = max(check.max_relative for check in manifest.checks)
+    memory, seconds = format_size(manifest.built.peak_bytes), manifest.built.seconds
+    print_line(f"{bundle.path}: {manifest.recipe} for {manifest.variant}")
+    for graph in manifest.graphs:
+        print_line(f"  {graph.id} serves {_format_count(len(graph.modules), 'module')}")
+    print_line(f"  {format_size(manifest.size)}, in {seconds:.0f} s with {memory} at most")
+    print_line(f"  {len(manifest.checks)} checks against eager, largest error {worst:.1e}")
 
 
 def _propose(path: Path, model: str | None, as_json: bool) -> None:
@@ -112,13 +142,26 @@ def _explain_model(
     """Print what would be compiled, and whether it is built already; nothing is compiled."""
     from hubaoti import api
 
-    for name in ("force", "jobs"):
-        options.pop(name)
+    words = {
+        name: value
+        for name, value in options.items()
+        if name not in {"force", "jobs", "capabilities"}
+    }
+    asked = options["capabilities"].split(",") if options["capabilities"] else [None]
     with Steps(quiet) as progress:
-        found = api.explain(model, output, progress=progress, **options)
+        found = [
+            api.explain(model, output, capability=each, progress=progress, **words)
+            for each in asked
+        ]
     if as_json:
-        print_json(dataclasses.asdict(found))
-        return
+        facts = [dataclasses.asdict(each) for each in found]
+        print_json(facts if options["capabilities"] else facts[0])
+    for each in [] if as_json else found:
+        _print_explanation(each)
+
+
+def _print_explanation(found: Explanation) -> None:
+    """What would be compiled, in words."""
     print_line(f"{found.recipe} for {found.variant}, regions {found.regions}")
     print_line(f"  key {found.key[:12]}, {'in ' + found.built if found.built else 'not built yet'}")
     for graph in found.graphs:

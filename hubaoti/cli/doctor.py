@@ -1,23 +1,42 @@
-"""`hubaoti doctor`: this host as facts."""
+"""`hubaoti doctor`: this host as facts, and what it lacks to compile."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import click
 
-from hubaoti.cli.output import format_size, print_json, print_table
-from hubaoti.host.probe import Host, probe_host
+from hubaoti.cli.output import format_size, print_json, print_line, print_table
+from hubaoti.host.build_tools import find_missing_build_tools
+from hubaoti.host.probe import Host, find_torch, probe_host
 from hubaoti.settings import Settings
 
 
 @click.command("doctor")
+@click.option("--build", is_flag=True, help="print what it lacks to compile, and how to get it")
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
-def doctor_command(as_json: bool) -> None:
+def doctor_command(build: bool, as_json: bool) -> None:
     """Print this host as the facts that artifacts are judged by; nothing is changed."""
+    if build:
+        _print_missing(as_json)
+        return
     host = probe_host(Settings.from_env())
     if as_json:
         print_json(host.to_dict())
     else:
         print_table(["fact", "value"], _list_facts(host))
+
+
+def _print_missing(as_json: bool) -> None:
+    """What compiling needs, for a CPU or a GPU, and is not here; a GPU is not among it."""
+    missing = find_missing_build_tools(find_torch([]))
+    if as_json:
+        print_json([asdict(each) for each in missing])
+    elif missing:
+        columns = ["needed", "here", "advice"]
+        print_table(columns, [(each.need, each.have, each.advice) for each in missing])
+    else:
+        print_line("nothing is missing to compile, for this CPU or for a GPU")
 
 
 def _list_facts(host: Host) -> list[tuple[str, str]]:

@@ -11,13 +11,18 @@ from hubaoti.cli.output import Steps, format_size, print_json, print_line, print
 
 if TYPE_CHECKING:
     from hubaoti.hub.pull import Pulled
+    from hubaoti.hub.push import Commit
+
+_PUBLISHED = {True: "published", False: "was there already"}
 
 
 @click.command("push")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument(
+    "bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
 @click.argument("repo")
 @click.option("--tag", help="name the commit, as v1")
-@click.option("--label", help="the user's own part of the recipe's path")
+@click.option("--label", help="the user's own part of the recipe's path, of each bundle's")
 @click.option("--private", is_flag=True, help="when the repo has to be made")
 @click.option(
     "--layout",
@@ -25,18 +30,26 @@ if TYPE_CHECKING:
     help="onto a branch that spaces.aoti_load and aokit read",
 )
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
-def push_command(bundle: Path, repo: str, quiet: bool, **options: Any) -> None:
-    """Publish BUNDLE to REPO (owner/name) in one commit."""
+def push_command(bundles: tuple[Path, ...], repo: str, quiet: bool, **options: Any) -> None:
+    """Publish each BUNDLE, or all that a folder holds, to REPO (owner/name) in one commit."""
     from hubaoti import api
 
     with Steps(quiet) as progress:
-        commit = api.push(bundle, repo, progress=progress, **options)
+        commit = api.push(bundles, repo, progress=progress, **options)
     if not quiet:
-        what = "published" if commit.created else "was there already"
-        print_line(f"{commit.repo}@{commit.commit}: {commit.path} {what}")
-        if commit.branch is not None:
-            print_line(f"  branch {commit.branch}")
-        print_line(f"  {commit.url}")
+        _print_commit(commit)
+
+
+def _print_commit(commit: Commit) -> None:
+    """The commit, and what became of each bundle."""
+    said = [f"{each.path} {_PUBLISHED[each.created]}" for each in commit.artifacts]
+    first, *others = said if len(said) == 1 else [f"{len(said)} artifacts", *said]
+    print_line(f"{commit.repo}@{commit.commit}: {first}")
+    for line in others:
+        print_line(f"  {line}")
+    if commit.branch is not None:
+        print_line(f"  branch {commit.branch}")
+    print_line(f"  {commit.url}")
 
 
 @click.command("pull")

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
 import transformers
 
 from hubaoti import __version__
 from hubaoti.artifact import manifest as manifests
 from hubaoti.artifact.bundle import Bundle, make_file_entry, write_bundle, write_manifest
 from hubaoti.artifact.manifest import Manifest
-from hubaoti.artifact.requirements import Requirements
-from hubaoti.artifact.schema import BuildRecord, File, ModelSource, Target
+from hubaoti.artifact.schema import BuildRecord, DeviceCode, File, ModelSource
 from hubaoti.compiler import elf
+from hubaoti.compiler.built import BuiltGraph, BuiltUnit
 from hubaoti.compiler.constants import save_tensors
-from hubaoti.compiler.graph_build import BuiltGraph, build_unit
-from hubaoti.compiler.inductor import LEVELS
+from hubaoti.compiler.gpu_build import GpuTools
+from hubaoti.compiler.graph_build import build_unit
 from hubaoti.compiler.job import Job
 from hubaoti.compiler.parallel import build_all, choose_job_count
 from hubaoti.compiler.plan import GraphPlan, Plan
-from hubaoti.compiler.request import DEFAULT_LEVEL
+from hubaoti.compiler.stand_in import StandIn
+from hubaoti.compiler.targets import derive_requirements
 from hubaoti.disk import OUTPUT, TEMPORARY, require_disk_room
-from hubaoti.errors import BadRequest, CompileFailed
-from hubaoti.host.match import Refusal, judge_level
+from hubaoti.errors import CompileFailed
 from hubaoti.host.memory import OVERHEAD, Peak, require_memory
 from hubaoti.host.probe import Host
 from hubaoti.progress import Progress
@@ -39,63 +38,84 @@ _ROOM = 64 << 20  # bytes on disk that one graph takes while it is built, at mos
 
 
 def build(
-    job: Job,
+    jobs: Mapping[Path, Job],
     origin: ModelSource,
     host: Host,
-    output: Path,
     progress: Progress,
-    jobs: int | None = None,
-) -> Bundle:
-    """Compile a job into the bundle `output`; no weight is read.
+    at_once: int | None = None,
+    stand_in: StandIn | None = None,
+) -> list[Bundle]:
+    """Compile jobs of one plan, each into the bundle whose folder it has; no weight is read.
 
-    `progress` is called with the name of each step as it starts. `jobs` units are compiled at a
-    time, by default as many as memory and cores allow.
+    `progress` is called with the name of each step as it starts. `at_once` graphs are compiled at a
+    time, by default as many as memory and cores allow. Jobs for GPUs need the `stand_in`.
 
     Raises:
         HubaotiError: of the step that failed; nothing is left behind.
         NotEnoughMemory, DiskFull: there is too little of it, which is seen before.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
-    weights = max(_sum_unit_bytes(job.plan, unit) for unit in job.plan.units)
-    require_memory(weights + OVERHEAD, f"{job.plan.units[0].id} of {origin.model}")
-    at_once = choose_job_count(jobs, len(job.plan.units), weights, job.device)
-    with Peak.watch() as peak, write_bundle(output) as scratch:
-        require_disk_room(scratch, _ROOM * len(job.plan.units), OUTPUT)
+    plan = next(iter(jobs.values())).plan
+    weights = max(_sum_unit_bytes(plan, unit) for unit in plan.units)
+    require_memory(weights + OVERHEAD, f"{plan.units[0].id} of {origin.model}")
+    at_once = choose_job_count(at_once, len(plan.units) * len(jobs), weights)
+    units_at_once = min(at_once, len(plan.units))
+    tools = GpuTools(stand_in, max(1, at_once // units_at_once)) if stand_in else None
+    with Peak.watch() as peak, ExitStack() as bundles:
+        scratches = [bundles.enter_context(write_bundle(output)) for output in jobs]
+        for scratch in scratches:
+            require_disk_room(scratch, _ROOM * len(plan.units) * len(jobs), OUTPUT)
+            (scratch / "graphs").mkdir()
         for folder in ("/tmp", tempfile.gettempdir()):  # ours, and that of g++
             require_disk_room(Path(folder), _ROOM * at_once, TEMPORARY)
-        (scratch / "graphs").mkdir()
 
-        def one(unit: GraphPlan) -> BuiltGraph:
-            return build_unit(job, unit, scratch, progress)
+        def one(unit: GraphPlan) -> BuiltUnit:
+            return build_unit([*jobs.values()], unit, scratches, progress, tools)
 
-        built = build_all(job.plan.units, one, at_once, scratch, progress)
-        files = _write_golden(built, scratch)
-        graphs = tuple(each.graph for each in built)
-        needs = elf.merge_needs([each.needs for each in built])
-        manifest = Manifest(
-            schema=manifests.find_oldest_schema(graphs),
-            program=job.plan.source.program,
-            build=job.build,
-            target=job.target,
-            key=job.key,
-            source=origin,
-            requires=derive_requirements(job.target, needs),
-            graphs=graphs,
-            files=(*(file for each in built for file in each.files), *files),
-            checks=tuple(check for each in built for check in each.checks),
-            built=BuildRecord(
-                at=started.isoformat(timespec="seconds"),
-                seconds=round(time.perf_counter() - clock, 1),
-                peak_bytes=peak.bytes,
-                host=f"{host.cpu}, {host.cores} cores",
-                hubaoti=__version__,
-                transformers=transformers.__version__,
-            ),
+        built = build_all(plan.units, one, units_at_once, scratches[0], progress)
+        record = BuildRecord(
+            at=started.isoformat(timespec="seconds"),
+            seconds=round(time.perf_counter() - clock, 1),
+            peak_bytes=peak.bytes,
+            host=f"{host.cpu}, {host.cores} cores",
+            hubaoti=__version__,
+            transformers=transformers.__version__,
         )
-        # What we would refuse to read we do not write.
-        manifests.parse_manifest(manifest.to_json(), "the new manifest")
-        write_manifest(scratch, manifest)
-    return Bundle.read(output)
+        for index, (job, scratch) in enumerate(zip(jobs.values(), scratches, strict=True)):
+            graphs = [each.graphs[index] for each in built]
+            golden = _write_golden(built, scratch)
+            write_manifest(scratch, _make_manifest(job, origin, graphs, golden, record))
+    return [Bundle.read(output) for output in jobs]
+
+
+def _make_manifest(
+    job: Job,
+    origin: ModelSource,
+    built: Sequence[BuiltGraph],
+    golden: tuple[File, ...],
+    record: BuildRecord,
+) -> Manifest:
+    """The manifest of what was built for one kind of host."""
+    graphs = tuple(each.graph for each in built)
+    codes = [each.device_code for each in graphs if isinstance(each.device_code, DeviceCode)]
+    needs = elf.merge_needs([each.needs for each in built])
+    shared = max((each.shared_memory for each in codes), default=None)
+    manifest = Manifest(
+        schema=manifests.find_oldest_schema(graphs),
+        program=job.plan.source.program,
+        build=job.build,
+        target=job.target,
+        key=job.key,
+        source=origin,
+        requires=derive_requirements(job.target, needs, shared),
+        graphs=graphs,
+        files=(*(file for each in built for file in each.files), *golden),
+        checks=tuple(check for each in built for check in each.checks),
+        built=record,
+    )
+    # What we would refuse to read we do not write.
+    manifests.parse_manifest(manifest.to_json(), "the new manifest")
+    return manifest
 
 
 def _sum_unit_bytes(plan: Plan, unit: GraphPlan) -> int:
@@ -115,79 +135,10 @@ def _sum_unit_bytes(plan: Plan, unit: GraphPlan) -> int:
     return total
 
 
-def _write_golden(built: Sequence[BuiltGraph], scratch: Path) -> tuple[File, ...]:
+def _write_golden(built: Sequence[BuiltUnit], scratch: Path) -> tuple[File, ...]:
     """The golden answers of all graphs, as one file."""
     answers = {name: tensor for each in built for name, tensor in each.golden.items()}
     if not answers:
         return ()
     save_tensors(sample_answers(answers), scratch / GOLDEN)
     return (make_file_entry(scratch, GOLDEN),)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device with its index, where it has one.
-
-    Raises:
-        BadRequest: this torch has no such device.
-    """
-    device = torch.device(name)
-    if device.type != "cuda":
-        return device
-    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-        raise BadRequest(
-            f"this torch ({torch.__version__}) sees no {name}", hint="see: hubaoti doctor"
-        )
-    return torch.device("cuda", device.index or 0)
-
-
-def choose_target(host: Host, device: torch.device, level: str | None) -> Target:
-    """The kind of host to build for; graphs are checked here, so this host must be of it.
-
-    Raises:
-        BadRequest: the level is unknown, or above this host's.
-    """
-    level = level or choose_level(host)
-    if level not in LEVELS:
-        raise BadRequest(f"unknown level {level!r}", hint=f"one of: {', '.join(LEVELS)}")
-    cuda = device.type == "cuda"
-    major, minor = torch.cuda.get_device_capability(device) if cuda else (0, 0)
-    target = Target(
-        device="cuda" if cuda else "cpu",
-        os=host.os,
-        level=level,
-        torch=str(torch.__version__),
-        git=str(torch.version.git_version),
-        cuda=torch.version.cuda if cuda else None,
-        sm=10 * major + minor if cuda else None,
-    )
-    refusal = judge_level(derive_requirements(target), host)
-    if isinstance(refusal, Refusal):
-        raise BadRequest(
-            f"a graph for {refusal.need} cannot be checked here: {refusal.have}",
-            hint=f"compile for {choose_level(host)}, or on another machine",
-        )
-    return target
-
-
-def choose_level(host: Host) -> str:
-    """The level that most machines of a fleet have, or this host's where that is lower."""
-    if host.machine != "x86_64":
-        return "aarch64"
-    return min(DEFAULT_LEVEL, host.level)
-
-
-def derive_requirements(target: Target, needs: elf.Needs | None = None) -> Requirements:
-    """What `match` will judge. Native CUDA code runs on any driver of the toolkit's major version.
-
-    Source: CUDA Compatibility, "minor version compatibility".
-    """
-    return Requirements(
-        device=target.device,
-        os=target.os,
-        torch=target.torch,
-        level=target.level,
-        cuda=target.cuda,
-        driver=f"{target.cuda.split('.')[0]}.0" if target.cuda else None,
-        sm=target.sm,
-        **(asdict(needs) if needs else {}),
-    )

@@ -53,11 +53,13 @@ def export(
     bounds: DimRanges,
     tensors: Sequence[torch.Tensor],
     stated: frozenset[str],
+    guarded: bool = True,
 ) -> Exported:
     """Trace a module once, for every size within the bounds.
 
     Dims that nobody stated are refined as the model's code wants them; of a stated one the user is
-    told.
+    told. A `guarded` program looks at the numbers that choose rows, which a GPU's kernels do
+    themselves.
 
     Raises:
         BadDim: the model takes only some sizes of a stated dim, or relates it to another.
@@ -82,7 +84,7 @@ def export(
         _keep_names(program)
         face, bounds = _apply_relations(program, face, bounds)
         face = _limit_embedding_ids(program, face)
-        if all(tensor.device.type == "cpu" for tensor in tensors):
+        if guarded and all(tensor.device.type == "cpu" for tensor in tensors):
             guard_indices(
                 program, [*zip(list_placeholders(program), face.inputs, strict=True)], face.cache
             )

@@ -5,34 +5,31 @@ Host code is made for a named CPU level, never for the machine that happens to b
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
-import shlex
+import json
 import shutil
-import signal
-import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.version import Version
-from torch._inductor.exc import CppCompileError
 from torch.export import ExportedProgram
 
-from hubaoti.artifact.package import pack_folder, unpack_all
+from hubaoti.artifact.package import hash_file, pack_folder, unpack_all
 from hubaoti.artifact.schema import Target
+from hubaoti.compiler.build_folder import hold_build_folder
 from hubaoti.compiler.callspec import CallSpec, write_call_spec
+from hubaoti.compiler.cubins import KERNELS, describe_kernels, require_sound_cubins
 from hubaoti.compiler.elf import refuse_executable_stack, refuse_paths
+from hubaoti.compiler.host_code import LEVELS, compile_wrapper_concurrently, target_cpu_level
 from hubaoti.compiler.passes import UnfuseBias
-from hubaoti.compiler.patched import patch_attribute
+from hubaoti.compiler.reproducible import build_same_bytes
 from hubaoti.disk import TEMPORARY, are_on_one_disk, find_full_disk
-from hubaoti.errors import CompileFailed, DiskFull, HubaotiError, UnsafeFolder, first_line
-from hubaoti.host.probe import find_mapped
+from hubaoti.errors import CompileFailed, DiskFull, HubaotiError, first_line
 from hubaoti.settings import override_environment
 
 # Weights stay outside, and nothing is computed from them while compiling, as packed copies are.
@@ -45,14 +42,10 @@ WEIGHTLESS = {
 # How a build is done, which changes nothing that is built. Headers that were precompiled lie in a
 # folder that all builds share, and compile workers keep the environment that they started with.
 ALONE = {"aot_inductor.precompile_headers": False, "compile_threads": 1}
-# A level's name for g++, and the width of its vectors; 1 turns inductor's own vectors off.
-LEVELS = {
-    "x86_64_v2": ("x86-64-v2", 1),
-    "x86_64_v3": ("x86-64-v3", 256),
-    "x86_64_v4": ("x86-64-v4", 512),
-    "aarch64": ("armv8-a", 128),
-}
-_DRIVER = "driver"  # a folder of the build
+
+# Loops are laid out for so many cores, whatever the builder has. How many work is the host's
+# choice: code for a few would leave those of a server idle, one batch at a time.
+_CORES = 16
 
 _UNFUSE = UnfuseBias()
 _PASSES = {_UNFUSE.uuid(): _UNFUSE}  # by the names that manifests give them
@@ -80,22 +73,30 @@ def lower(  # noqa: PLR0913 - all that a package is made of
     where: str,
     spec: CallSpec | None,
     root: str,
+    keep: Path | None = None,
 ) -> None:
     """Compile a program into `package`, a `.pt2` without weights, sources or paths.
 
-    `spec` is how loaders without a manifest flatten calls, by default as the program does, and
-    `root` the one folder of the package. `where` names the folder of the build, whose path is a
-    part of what is built: the same name for the same program.
+    The same program gives the same bytes, wherever and by whomever it is lowered, with the same
+    torch, triton and C++ compiler. `spec` is how loaders without a manifest flatten calls, by
+    default as the program does, and `root` the one folder of the package. `where` names the folder
+    of the build: no two builds of one name go on at once. What is not published and yet tells of
+    the kernels goes into the folder `keep`: the sources, and `kernels.json` (see
+    `cubins.describe_kernels`).
+
+    For a GPU the process finds CUDA's headers by `CUDA_HOME`.
 
     Raises:
-        CompileFailed: inductor or the C++ compiler failed.
+        CompileFailed: inductor or the C++ compiler failed, or what they made cannot be published.
     """
     settings = ALONE | {name: _PASSES.get(str(value), value) for name, value in options.items()}
+    # What a GPU's graph does on the host is small, and its threads are not the host's choice.
+    settings["cpp.threads"] = _CORES if options.get("cpp.dynamic_threads") else 1
     with (
-        _hold_build_folder(where) as folder,
-        _target_cpu_level(level, folder),
-        _expose_cuda_toolkit(folder),
+        hold_build_folder(where) as folder,
+        target_cpu_level(level, folder),
         _use_fresh_cache(folder),
+        build_same_bytes(),
         compile_wrapper_concurrently(),
         write_call_spec(spec),
     ):
@@ -109,6 +110,8 @@ def lower(  # noqa: PLR0913 - all that a package is made of
             raise find_cause(error, folder) from error
         clean = folder / "clean"
         unpack_all(raw, clean)
+        if keep is not None:
+            _keep_sources(clean, keep)
         _clean_package(clean, folder)
         pack_folder(clean, package)
 
@@ -129,6 +132,15 @@ def find_cause(error: Exception, folder: Path) -> HubaotiError:
     )
 
 
+def _keep_sources(folder: Path, keep: Path) -> None:
+    """Copy a package's sources, and write what is known of their kernels, into `keep`."""
+    keep.mkdir(parents=True, exist_ok=True)
+    for source in folder.rglob("*.cpp"):
+        shutil.copy(source, keep / source.name)
+    kernels = json.dumps(describe_kernels(), indent=1, sort_keys=True, default=str)
+    (keep / KERNELS).write_text(f"{kernels}\n")
+
+
 def _clean_package(folder: Path, building: Path) -> None:
     """Drop the sources, and make sure that the libraries can be published."""
     for source in folder.rglob("*.cpp"):
@@ -137,59 +149,22 @@ def _clean_package(folder: Path, building: Path) -> None:
         if source.name.endswith(".wrapper.cpp") and Version(torch.__version__) < Version("2.13"):
             source.touch()
     secret = [building, Path(torch.__file__).parents[1], Path(sys.prefix), Path.home()]
+    for file in filter(Path.is_file, folder.rglob("*")):
+        refuse_paths(file, [path for path in secret if len(path.parts) > 2])
     for library in folder.rglob("*.so"):
         refuse_executable_stack(library)
-        refuse_paths(library, [path for path in secret if len(path.parts) > 2])
+        require_sound_cubins(library)
+    _renew_serialization_id(folder)
 
 
-@contextmanager
-def _hold_build_folder(name: str) -> Iterator[Path]:
-    """A folder of ours at a fixed, neutral path, empty, for one build of this name at a time.
-
-    The path is part of what inductor hashes, so that equal builds need equal paths; and a folder
-    that others could write to would let them plant code in what is built.
-
-    Raises:
-        UnsafeFolder: somebody else made a folder of that name.
-    """
-    root = Path(f"/tmp/hubaoti-build-{os.getuid()}")
-    root.mkdir(mode=0o700, exist_ok=True)
-    found = root.lstat()
-    if root.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise UnsafeFolder(
-            f"{root} belongs to somebody else, or others may write it",
-            hint=f"remove it, or: chmod 700 {root}",
-        )
-    _sweep(root)
-    folder = root / hashlib.sha256(name.encode()).hexdigest()[:16]
-    with _hold_lock(folder.with_suffix(".lock")):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.with_suffix(".lock").unlink(missing_ok=True)
-
-
-@contextmanager
-def _hold_lock(path: Path) -> Iterator[None]:
-    """Hold the lock of this name; who held it before may have removed its file."""
-    while True:
-        with path.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
-                yield
-                return
-
-
-def _sweep(root: Path) -> None:
-    """Remove what builds left that were killed: folders whose lock nobody holds."""
-    for path in root.glob("*.lock"):
-        with suppress(OSError), path.open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-            path.unlink()
+def _renew_serialization_id(folder: Path) -> None:
+    """Let a package's id be of what is in it now; torch's is of the sources, which hold paths."""
+    for old in folder.glob("*/.data/serialization_id"):
+        old.unlink()
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        content = "".join(f"{file.relative_to(folder)}\0{hash_file(file)}\0" for file in files)
+        number = int.from_bytes(hashlib.sha256(content.encode()).digest())
+        old.write_text(str(number)[:40])  # as many digits as torch writes
 
 
 @contextmanager
@@ -206,129 +181,3 @@ def _use_fresh_cache(folder: Path) -> Iterator[None]:
     ):
         yield
     clear_caches()
-
-
-@contextmanager
-def _target_cpu_level(level: str, folder: Path) -> Iterator[None]:
-    """Make inductor's C++ for a CPU level, with a stack that is not executable and no paths.
-
-    Private, checked on torch 2.11 to 2.15: `cpp_builder._get_optimization_cflags` (its flags have
-    no public door; `cpp.march` came with 2.13) and `cpu_vec_isa.valid_vec_isa_list` (which would
-    add what this very CPU has beyond the level, as avx512_bf16). Where they are gone, the checks of
-    `_clean_package` refuse what would not be fit to publish.
-    """
-    from torch._inductor import cpp_builder, cpu_vec_isa
-
-    with ExitStack() as patches:
-        if hasattr(cpp_builder, "_get_optimization_cflags"):
-            flags = _wrap_cflags(cpp_builder._get_optimization_cflags, LEVELS[level][0], folder)
-            patches.enter_context(patch_attribute(cpp_builder, "_get_optimization_cflags", flags))
-        if hasattr(cpu_vec_isa, "valid_vec_isa_list"):
-            isas = choose_vector_isas(cpu_vec_isa, level)
-            patches.enter_context(patch_attribute(cpu_vec_isa, "valid_vec_isa_list", lambda: isas))
-        yield
-
-
-def _wrap_cflags(
-    original: Callable[..., tuple[list[str], list[str]]], march: str, folder: Path
-) -> Callable[..., tuple[list[str], list[str]]]:
-    """The compiler's flags with another `-march`, no debug lines, and neutral file names."""
-    maps = {Path(torch.__file__).parent: "torch", folder: "build", Path(sys.prefix): "python"}
-
-    def get_cflags(*args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
-        cflags, ldflags = original(*args, **kwargs)
-        kept = [f for f in cflags if not f.startswith(("march=", "mcpu=")) and f != "g1"]
-        kept += [f"march={march}", *(f"ffile-prefix-map={a}={b}" for a, b in maps.items())]
-        return kept, [*ldflags, "Wl,-z,noexecstack", f"L{folder / _DRIVER}"]
-
-    return get_cflags
-
-
-@contextmanager
-def compile_wrapper_concurrently() -> Iterator[None]:
-    """Compile what calls the kernels beside the kernels; torch does one after the other.
-
-    Private, checked on torch 2.11 to 2.15: `cpp_builder.CppBuilder`, whose first build is that of
-    `*.wrapper.o`. Where it has another name they are compiled one after the other.
-    """
-    from torch._inductor import cpp_builder
-
-    build, started = cpp_builder.CppBuilder.build, list[_Compiler]()
-
-    def start_or_build(self: Any) -> None:
-        target = Path(self.get_target_file_path())
-        if target.name.endswith(".wrapper.o"):
-            started.append(_Compiler(self.get_command_line(), target))
-            return
-        if target.suffix == ".so":
-            for each in started:
-                each.wait()
-        build(self)
-
-    with patch_attribute(cpp_builder.CppBuilder, "build", start_or_build):
-        try:
-            yield
-        finally:
-            for each in started:
-                each.stop()
-
-
-class _Compiler:
-    """A compiler that was started, and what it says."""
-
-    def __init__(self, command: str, target: Path) -> None:
-        self.command = shlex.split(command)
-        self.log = target.with_suffix(".log")
-        with self.log.open("w") as log:
-            # A group of its own, so that what g++ starts ends with it.
-            self.process = subprocess.Popen(
-                self.command, cwd=target.parent, stdout=log, stderr=log, process_group=0
-            )
-
-    def wait(self) -> None:
-        """Wait until it has ended.
-
-        Raises:
-            CppCompileError: it failed; as torch raises it.
-        """
-        if self.process.wait():
-            raise CppCompileError(self.command, self.log.read_text(errors="replace"))
-        self.log.unlink()
-
-    def stop(self) -> None:
-        """Kill it and what it started, where something else failed; nothing if it has ended."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-
-@contextmanager
-def _expose_cuda_toolkit(folder: Path) -> Iterator[None]:
-    """Let g++ find CUDA's headers, and the driver by the name under which it is linked.
-
-    Private, checked on torch 2.11: `cpp_extension.CUDA_HOME`, the folder above the first `nvcc`,
-    which may be a script far from the toolkit. `libcuda.so` is a name that only some toolkits'
-    stubs have; the driver itself, `libcuda.so.1`, is in this process once there is a GPU.
-    """
-    if torch.version.cuda is None:
-        yield
-        return
-    from torch.utils import cpp_extension
-
-    if driver := find_mapped("libcuda.so.1"):
-        (folder / _DRIVER).mkdir()
-        (folder / _DRIVER / "libcuda.so").symlink_to(driver)
-    usual = (f"/usr/local/cuda-{torch.version.cuda}", "/usr/local/cuda")
-    homes = filter(None, (cpp_extension.CUDA_HOME, *usual))
-    home = next((h for h in homes if Path(h, "include/crt/host_defines.h").is_file()), None)
-    with patch_attribute(cpp_extension, "CUDA_HOME", home) if home else nullcontext():
-        yield
-
-
-def choose_vector_isas(cpu_vec_isa: Any, level: str) -> list[Any]:
-    """The one vector ISA of a level, without asking g++ what this CPU has besides."""
-    name = {"x86_64_v3": "VecAVX2", "x86_64_v4": "VecAVX512", "aarch64": "VecNEON"}.get(level)
-    if name is None:
-        return []
-    base = getattr(cpu_vec_isa, name)
-    return [type(name, (base,), {"__bool__": lambda self: True, "__hash__": base.__hash__})()]

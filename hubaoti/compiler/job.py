@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import msgspec
-import torch
 
 from hubaoti.artifact.schema import Build, Target, compute_key
+from hubaoti.compiler.attention import choose_kernels
 from hubaoti.compiler.inductor import choose_inductor_options
 from hubaoti.compiler.plan import GraphPlan, Plan
 from hubaoti.compiler.request import CompileRequest
@@ -29,12 +29,11 @@ class Job:
     plan: Plan
     build: Build
     target: Target
-    device: torch.device
 
     @classmethod
-    def of(cls, plan: Plan, request: CompileRequest, target: Target, device: torch.device) -> Job:
-        """The job that a request asks for."""
-        return cls(plan, describe_build(plan, request, target), target, device)
+    def of(cls, plan: Plan, request: CompileRequest, target: Target) -> Job:
+        """The job that a request asks for, of one kind of host."""
+        return cls(plan, describe_build(plan, request, target), target)
 
     @property
     def key(self) -> str:
@@ -58,6 +57,7 @@ def describe_build(plan: Plan, request: CompileRequest, target: Target) -> Build
         options={**choose_inductor_options(target), **cast("dict[str, Any]", request.inductor)},
         version=_choose_build_version(plan),
         layout=request.layout or msgspec.UNSET,  # type: ignore[arg-type]
+        kernels=choose_kernels(plan.source.dtype, target.sm) if target.sm else msgspec.UNSET,
     )
 
 

@@ -80,17 +80,23 @@ def give_memory_back(module: nn.Module) -> Iterator[None]:
 
     Addresses stay, since inductor tells constants from each other by them.
     """
-    named = dict(module.named_parameters())
-    lent = {
-        name: pages
-        for name, each in named.items()
-        if (pages := getattr(each, _MEMORY_ATTRIBUTE, None))
-    }
-    for pages in lent.values():
-        pages.madvise(mmap.MADV_DONTNEED)
+    freed = free_memory(module)
     yield
-    for name in lent:
-        fill_synthetic(named[name], name)
+    for name, parameter in freed.items():
+        fill_synthetic(parameter, name)
+
+
+def free_memory(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Give the system back what was lent to a module, whose values are needed no more.
+
+    The parameters that have none now, by their names.
+    """
+    freed = {}
+    for name, parameter in module.named_parameters():
+        if pages := getattr(parameter, _MEMORY_ATTRIBUTE, None):
+            pages.madvise(mmap.MADV_DONTNEED)
+            freed[name] = parameter
+    return freed
 
 
 def _list_parameter_slots(module: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:

@@ -1,4 +1,4 @@
-"""Units compiled side by side, each in a process of its own, when memory allows.
+"""Units compiled side by side, or one for several GPUs, each in a process of its own.
 
 A process is forked, so it has the model already, which for a module from Python is nowhere else.
 It leaves its graph where it belongs, and tells the rest in files: nothing is pickled, and what it
@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 
-from hubaoti.compiler.graph_build import BuiltGraph
-from hubaoti.compiler.plan import GraphPlan
+from hubaoti.compiler.built import BuiltUnit
 from hubaoti.disk import DISK_FULL, OUTPUT, TEMPORARY, describe_no_room, find_full_disk
 from hubaoti.errors import BadRequest, CompileFailed, HubaotiError, first_line
 from hubaoti.host.memory import OVERHEAD, read_available_memory
@@ -32,31 +32,34 @@ PARTS = ".parts"  # a folder of the bundle in the making
 _PRINTED = 20_000  # bytes of what a process printed that a report has
 
 
-def choose_job_count(request: int | None, units: int, weights: int, device: torch.device) -> int:
-    """How many units are compiled at a time: what was asked, or what memory and cores allow.
+def choose_job_count(request: int | None, builds: int, weights: int) -> int:
+    """How many graphs are compiled at a time: what was asked, or what memory and cores allow.
 
     Raises:
-        BadRequest: less than one was asked, or more than one on a GPU, which a forked process
-            cannot use.
+        BadRequest: less than one was asked.
     """
     if request is not None and request < 1:
         raise BadRequest(f"--jobs {request}", hint="one or more")
-    if device.type == "cuda":
-        if request and request > 1:
-            raise BadRequest("--jobs needs --device cpu", hint="a GPU compiles one at a time")
-        return 1
     fitting = read_available_memory() // (OVERHEAD + weights)
     most = request or min(count_cores(), max(1, fitting))
-    return min(most, units)
+    return min(most, builds)
+
+
+class _Named(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+_Work = TypeVar("_Work", bound=_Named)
 
 
 def build_all(
-    units: Sequence[GraphPlan],
-    build: Callable[[GraphPlan], BuiltGraph],
+    units: Sequence[_Work],
+    build: Callable[[_Work], BuiltUnit],
     jobs: int,
     scratch: Path,
     progress: Progress = report_nothing,
-) -> list[BuiltGraph]:
+) -> list[BuiltUnit]:
     """Build every unit, `jobs` at a time, in the order of the units.
 
     With several, `progress` is told which are being built.
@@ -68,7 +71,7 @@ def build_all(
         return [build(unit) for unit in units]
     parts = scratch / PARTS
     parts.mkdir()
-    waiting, running, built = list(units), dict[int, GraphPlan](), dict[str, BuiltGraph]()
+    waiting, running, built = list(units), dict[int, _Work](), dict[str, BuiltUnit]()
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -85,11 +88,11 @@ def build_all(
         shutil.rmtree(parts)
 
 
-def _build_and_tell(unit: GraphPlan, build: Callable[[GraphPlan], BuiltGraph], parts: Path) -> None:
+def _build_and_tell(unit: _Work, build: Callable[[_Work], BuiltUnit], parts: Path) -> None:
     """In a fork, build a unit, and leave what came of it for the parent."""
     # More threads would wait forever for those of the parent, which a fork leaves behind.
     torch.set_num_threads(1)
-    record: BuiltGraph | ErrorRecord
+    record: BuiltUnit | ErrorRecord
     try:
         record = build(unit)
         golden = {name: tensor.contiguous() for name, tensor in record.golden.items()}
@@ -100,7 +103,7 @@ def _build_and_tell(unit: GraphPlan, build: Callable[[GraphPlan], BuiltGraph], p
     (parts / f"{unit.id}.record").write_bytes(msgspec.msgpack.encode(record))
 
 
-def describe_error(error: BaseException, unit: GraphPlan, parts: Path) -> ErrorRecord:
+def describe_error(error: BaseException, unit: _Named, parts: Path) -> ErrorRecord:
     """An error as it is told: ours as it is, others in words; a note has its traceback."""
     trace = "".join(traceback.format_exception(error))
     if isinstance(error, OSError) and error.errno in DISK_FULL:
@@ -113,21 +116,21 @@ def describe_error(error: BaseException, unit: GraphPlan, parts: Path) -> ErrorR
     return ErrorRecord.of(error, trace)
 
 
-def _read_result(unit: GraphPlan, code: int, parts: Path) -> BuiltGraph:
+def _read_result(unit: _Named, code: int, parts: Path) -> BuiltUnit:
     """What a process has built, which ended with `code`.
 
     Raises:
         HubaotiError: what it raised, or how it ended; what it printed is a note on that.
     """
-    record: BuiltGraph | ErrorRecord = ErrorRecord(
+    record: BuiltUnit | ErrorRecord = ErrorRecord(
         CompileFailed.__name__,
         f"build {unit.id}: its process ended with {code}",
         "a negative number is a signal, -9 the system's when memory is short: try --jobs 1",
     )
     with suppress(OSError, Garbled):  # it left nothing, or was ended while it wrote it
         content = (parts / f"{unit.id}.record").read_bytes()
-        record = decode_record(content, BuiltGraph | ErrorRecord)
-    if isinstance(record, BuiltGraph):
+        record = decode_record(content, BuiltUnit | ErrorRecord)
+    if isinstance(record, BuiltUnit):
         golden = load_file(parts / f"{unit.id}.safetensors")
         return msgspec.structs.replace(record, golden=golden)
     error = record.rebuild()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hubaoti.compiler.stand_in import CAPABILITIES
 from hubaoti.errors import BadDim, BadRequest, UnknownTask
 
 TASKS = ("embed", "classify", "logits", "generate", "forward")
@@ -38,7 +39,8 @@ class CompileRequest:
     """All that is asked of a compile; None means: as the model says.
 
     `calls` and `shapes` are of a module from Python; `inductor` has its options as they are given,
-    and once they were looked at as JSON has them.
+    and once they were looked at as JSON has them. `capabilities` are of GPUs that need not be here,
+    90 for 9.0.
 
     Raises:
         UnknownTask, BadDim, BadRequest: a word that the compiler does not know.
@@ -49,6 +51,7 @@ class CompileRequest:
     dtype: str | None = None
     level: str | None = None
     device: str = "cpu"
+    capabilities: tuple[int, ...] = ()
     regions: str | None = None
     buckets: tuple[dict[str, Range], ...] = ()
     mode: str = "default"
@@ -88,6 +91,16 @@ class CompileRequest:
             check_dim(name, sizes)
         if self.layout is not None:
             self._check_layout()
+        if self.capabilities and self.mode == "max-autotune":
+            raise BadRequest(
+                "--mode max-autotune chooses kernels by measuring them on the GPU itself",
+                hint="compile on a machine with that GPU, with --device cuda; or leave it out",
+            )
+
+    @property
+    def is_for_gpus(self) -> bool:
+        """Whether graphs for GPUs are asked for, here or not."""
+        return bool(self.capabilities) or self.device != "cpu"
 
     def _check_layout(self) -> None:
         """Refuse what loaders without a manifest cannot do."""
@@ -119,6 +132,34 @@ def check_dim(name: str, sizes: Range) -> None:
             f"dim {name} goes from {sizes.low} to {sizes.high}",
             hint=f"give a range with 1 <= min <= max: --dim {name}=1:32",
         )
+
+
+def parse_capabilities(words: str | Iterable[str | int]) -> tuple[int, ...]:
+    """Compute capabilities as people write them: `sm80,sm90`, or a list of `sm90`, `9.0`, 90.
+
+    Raises:
+        BadRequest: one is malformed, or of no GPU that graphs can be built for.
+    """
+    given = words.split(",") if isinstance(words, str) else words
+    found = tuple(dict.fromkeys(_read_capability(str(word).strip()) for word in given))
+    if not found:
+        raise BadRequest("no GPU is named to compile for", hint=f"one of: {_list_capabilities()}")
+    return found
+
+
+def _read_capability(word: str) -> int:
+    """One capability; of `9.0`, `90`, `sm90` and `sm_90` it is 90."""
+    match = re.fullmatch(r"(?:sm_?)?(\d{2,3})|(\d{1,2})\.(\d)", word)
+    number = int((match[1] or match[2] + match[3]) if match else 0)
+    if number not in CAPABILITIES:
+        raise BadRequest(
+            f"there is no building for {word!r:.40}", hint=f"one of: {_list_capabilities()}"
+        )
+    return number
+
+
+def _list_capabilities() -> str:
+    return ", ".join(f"sm{number}" for number in CAPABILITIES)
 
 
 RangeLike = tuple[int, int] | tuple[int, int, int]

@@ -1,12 +1,28 @@
-"""A program that crosses to another process without its weights."""
+"""A program that crosses to another process without its weights, and is put on a device there."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.export.passes import move_to_device_pass
+
+# The namespaces of ops that every process has.
+_EVERYWHERE = {
+    "aten",
+    "prims",
+    "quantized",
+    "torchao",
+    "_c10d_functional",
+    "inductor",
+    "higher_order",
+}
 
 
 def save_program(program: ExportedProgram, path: Path) -> None:
@@ -21,7 +37,8 @@ def save_program(program: ExportedProgram, path: Path) -> None:
             one = torch.zeros((), dtype=weights[name].dtype).expand(weights[name].shape)
             program.state_dict[name] = nn.Parameter(one, requires_grad=False)
         program._example_inputs = None  # else torch pickles them
-        torch.export.save(program, path)
+        with warnings.catch_warnings(action="ignore"):  # that a weight has one element
+            torch.export.save(program, path)
     finally:
         program.state_dict.update(weights)
         program._example_inputs = examples
@@ -30,3 +47,55 @@ def save_program(program: ExportedProgram, path: Path) -> None:
 def load_program(path: Path) -> ExportedProgram:
     """The program of a file that `save_program` wrote, on the CPU; its weights have no values."""
     return torch.export.load(path)
+
+
+def put_on_device(program: ExportedProgram, device: torch.device) -> ExportedProgram:
+    """A program whose tensors are on a device: its weights as memory that nobody wrote.
+
+    Torch's own move would copy the one element of each weight over all of it.
+    """
+    inputs = zip(program.graph_signature.input_specs, _list_placeholders(program), strict=True)
+    for spec, node in inputs:
+        if spec.kind is InputKind.PARAMETER:
+            like = node.meta["val"]
+            made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+            program.state_dict[str(spec.target)] = nn.Parameter(made, requires_grad=False)
+    moved = move_to_device_pass(program, str(device))
+    moved._example_inputs = (tuple(_make_examples(moved, device)), {})  # AOTInductor asks for some
+    return moved
+
+
+def _list_placeholders(program: ExportedProgram) -> list[torch.fx.Node]:
+    return [node for node in program.graph.nodes if node.op == "placeholder"]
+
+
+def _make_examples(program: ExportedProgram, device: torch.device) -> Iterator[Any]:
+    """Inputs of a call at the sizes that the program was traced with."""
+    inputs = zip(program.graph_signature.input_specs, _list_placeholders(program), strict=True)
+    for spec, node in inputs:
+        if spec.kind is InputKind.USER_INPUT:
+            like = node.meta["val"]
+            shape = [size if isinstance(size, int) else size.node.hint for size in like.shape]
+            yield torch.empty(shape, dtype=like.dtype, device=device)
+
+
+def find_op_modules(program: ExportedProgram) -> tuple[str, ...]:
+    """The modules that register ops of a program which not every process has.
+
+    Private, checked on torch 2.11 to 2.15: `torch._library.custom_ops.OPDEFS`, which knows where a
+    `torch.library.custom_op` was written. Of others nothing is known; whoever loads the program
+    without them is told which op it lacks.
+    """
+    from torch._library import custom_ops
+
+    defined = getattr(custom_ops, "OPDEFS", {})
+    modules = program.graph_module.modules()
+    graphs = [each.graph for each in modules if isinstance(each, torch.fx.GraphModule)]
+    targets = {node.target for graph in graphs for node in graph.nodes}
+    ops = {
+        f"{target.namespace}::{target._opname}"
+        for target in targets
+        if isinstance(target, torch._ops.OpOverload) and target.namespace not in _EVERYWHERE
+    }
+    found = {defined[name]._init_fn.__module__ for name in ops if name in defined}
+    return tuple(sorted(found - {"__main__"}))

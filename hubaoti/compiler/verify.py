@@ -10,9 +10,12 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import msgspec
 import torch
 from torch import nn
 
@@ -20,10 +23,10 @@ from hubaoti.artifact.schema import Check, Input, Output
 from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.compiler.constants import collect_named_tensors
 from hubaoti.compiler.dims import DimRanges, Probe, Sizes, choose_probes, nest_sizes
+from hubaoti.compiler.precision import InFloat32, widen
 from hubaoti.compiler.regions import list_block_attributes
 from hubaoti.errors import BadDim, CheckFailed, CompileFailed, first_line
 from hubaoti.runtime.golden import dtype_itemsize, make_golden_inputs, resolve_shape
-from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.weights import load_shipped_tensors
 
 # Largest difference allowed, as a part of the largest value: float32 sums in another order, the
@@ -38,6 +41,7 @@ MEMORY = 256 << 20  # bytes of activations, for one probe
 _HELD_TENSORS = 8  # tensors of the size of what goes in and out that are held at once
 
 _Eager = Callable[..., tuple[torch.Tensor, ...]]
+_Answer = Callable[..., Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +52,13 @@ class Trial:
     bounds: DimRanges
     eager: _Eager
     module: nn.Module
-    device: torch.device
     tolerance: float
     scores: int = 0
     width: int = 0
 
     def make_inputs(self, sizes: Sizes) -> list[torch.Tensor]:
-        """The same inputs for the same sizes, on the device."""
-        return [tensor.to(self.device) for tensor in make_golden_inputs(self.entry, sizes)]
+        """The same inputs for the same sizes."""
+        return make_golden_inputs(self.entry, sizes)
 
 
 def try_eager(trial: Trial, points: Sequence[Sizes]) -> frozenset[str]:
@@ -82,7 +85,7 @@ def try_eager(trial: Trial, points: Sequence[Sizes]) -> frozenset[str]:
             raise
         except Exception as error:  # whatever a model's code raises
             message = (
-                f"source: at {_format_sizes(probe.sizes)} eager itself fails: {first_line(error)}"
+                f"source: at {format_sizes(probe.sizes)} eager itself fails: {first_line(error)}"
             )
             if index == 0:
                 hint = "the model wants other inputs, or these sizes are too small"
@@ -94,7 +97,7 @@ def try_eager(trial: Trial, points: Sequence[Sizes]) -> frozenset[str]:
         seconds_per_token = spent / max(_count_tokens(probe.sizes), _FEW_TOKENS)
         for changed in sorted(name for name, _ in _snapshot_versions(trial.module) ^ before):
             raise CompileFailed(
-                f"source: at {_format_sizes(probe.sizes)} the model writes to its own {changed}",
+                f"source: at {format_sizes(probe.sizes)} the model writes to its own {changed}",
                 hint="a graph's constants must stay as they are: this model stays eager",
             )
     return frozenset(written)
@@ -118,7 +121,7 @@ def _refuse_state(trial: Trial, sizes: Sizes) -> None:
     for old, new in zip(before, list_block_attributes(trial.module), strict=False):
         if old != new:
             raise CompileFailed(
-                f"source: at {_format_sizes(sizes)} the module changes its own "
+                f"source: at {format_sizes(sizes)} the module changes its own "
                 f"{old.partition(' = ')[0]}",
                 hint="a graph cannot keep what changes from call to call: this module stays eager",
             )
@@ -130,12 +133,24 @@ def _snapshot_versions(model: nn.Module) -> set[tuple[str, tuple[int, int]]]:
     return {(name, (id(tensor), tensor._version)) for name, tensor in named}
 
 
-def verify(graph: Graph, trial: Trial) -> tuple[Check, ...]:
-    """Compare at every probe point, as far as time and memory allow.
+def verify(
+    answer: _Answer,
+    trial: Trial,
+    *,
+    where: Literal["cpu"] | msgspec.UnsetType = msgspec.UNSET,
+    in_float32: bool = False,
+) -> tuple[Check, ...]:
+    """Compare what `answer` says at every probe point, as far as time and memory allow.
+
+    `where` stands in the checks. With `in_float32` both compute in float32 what they would in a
+    half type, so that nothing hides behind rounding.
 
     Raises:
-        CheckFailed: the graph answers, or writes, something else than eager.
+        CheckFailed: it answers, or writes, something else than eager.
     """
+    tolerance = CHECK_TOLERANCE["float32"] if in_float32 else trial.tolerance
+    dtype = "float32" if in_float32 else msgspec.UNSET
+    make_mode: Callable[[], AbstractContextManager[Any]] = InFloat32 if in_float32 else nullcontext
     checks: list[Check] = []
     seen: list[Sizes] = []
     seconds_per_token, left = 0.0, CHECK_SECONDS
@@ -145,19 +160,21 @@ def verify(graph: Graph, trial: Trial) -> tuple[Check, ...]:
             continue
         seen.append(probe.sizes)
         inputs = trial.make_inputs(probe.sizes)
-        with torch.no_grad():
+        with torch.no_grad(), make_mode():
+            inputs = [widen(tensor) for tensor in inputs] if in_float32 else inputs
             start = time.perf_counter()
             expected = _collect_answers(trial.entry, inputs, trial.eager)
             spent = time.perf_counter() - start
-            found = _collect_answers(trial.entry, inputs, graph)
+            found = _collect_answers(trial.entry, inputs, answer)
         left -= spent
         seconds_per_token = spent / max(_count_tokens(probe.sizes), _MANY_TOKENS)
-        checks.append(record_comparison(graph.entry.id, probe, found, expected, trial.tolerance))
+        check = record_comparison(trial.entry.id, probe, found, expected, tolerance)
+        checks.append(msgspec.structs.replace(check, where=where, dtype=dtype))
     return tuple(checks)
 
 
 def _collect_answers(
-    entry: Entry, inputs: Sequence[torch.Tensor], call: Callable[..., Sequence[torch.Tensor]]
+    entry: Entry, inputs: Sequence[torch.Tensor], call: _Answer
 ) -> list[torch.Tensor]:
     """What a call answers, and then the inputs that it may write, as it left them."""
     mutated = [item.mutated for item in entry.inputs]
@@ -177,7 +194,7 @@ def record_comparison(
     Raises:
         CheckFailed: shapes differ, or a value by more than the tolerance.
     """
-    where = f"check: at {_format_sizes(probe.sizes)} graph {graph}"
+    where = f"check: at {format_sizes(probe.sizes)} graph {graph}"
     stays = "this model cannot be compiled with these dims; it stays eager"
     if len(found) != len(expected):
         raise CheckFailed(f"{where} gives {len(found)} tensors, eager {len(expected)}", hint=stays)
@@ -271,10 +288,10 @@ def _count_tokens(sizes: Sizes) -> int:
 
 def share_constants(module: nn.Module, entry: Entry, folder: Path) -> Mapping[str, torch.Tensor]:
     """The memory that eager uses, for the graph: parameters by name, the rest from its file."""
-    device = next(module.parameters()).device
-    return collect_named_tensors(module) | dict(load_shipped_tensors(entry, folder, device))
+    shipped = load_shipped_tensors(entry, folder, torch.device("cpu"))
+    return collect_named_tensors(module) | dict(shipped)
 
 
-def _format_sizes(sizes: Sizes) -> str:
+def format_sizes(sizes: Sizes) -> str:
     """Sizes as an error message has them: `batch = 1, seq = 8`."""
     return ", ".join(f"{name} = {size}" for name, size in sizes.items())

@@ -8,7 +8,7 @@ or None; a verdict is all of them. `rank` orders the artifacts that can run.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
@@ -95,7 +95,7 @@ def judge(requires: Requirements, host: Host, device_index: int | None = None) -
     found = [row(requires, host) for row in _HOST_ROWS]
     device = None
     if requires.device == "cuda":
-        device, on_gpu = _judge_gpus(requires, host, device_index)
+        device, on_gpu = _choose_gpu(requires, host, device_index)
         found.extend(on_gpu)
     verdict = _make_verdict(found, device)
     return _make_verdict(found, None) if verdict.refusals else verdict
@@ -111,18 +111,31 @@ def _make_verdict(found: Iterable[Finding], device: int | None) -> Verdict:
     )
 
 
-def _judge_gpus(
+def judge_gpus(requires: Requirements, gpus: Sequence[Gpu]) -> Verdict:
+    """Which of some GPUs fits an artifact best, whatever their host is like.
+
+    If none fits, the verdict has the refusals of all of them: none where there is no GPU.
+    """
+    found = [
+        _make_verdict([row(requires, gpu) for row in _GPU_ROWS], i) for i, gpu in enumerate(gpus)
+    ]
+    best = min(found, key=_rank_verdict, default=Verdict())
+    if best.refusals:
+        return _make_verdict((each for verdict in found for each in verdict.refusals), None)
+    return best
+
+
+def _choose_gpu(
     requires: Requirements, host: Host, index: int | None
 ) -> tuple[int | None, list[Finding]]:
     """The GPU that fits best and what was found on it; if none fits, what was found on each."""
-    chosen = range(len(host.gpus)) if index is None else [index]
-    if not chosen or not 0 <= chosen[0] < len(host.gpus):
+    first = index or 0
+    chosen = host.gpus if index is None else host.gpus[first : first + 1]
+    if not chosen or first < 0:
         return None, [_describe_missing_gpu(requires, host, index)]
-    found = {i: [row(requires, host.gpus[i]) for row in _GPU_ROWS] for i in chosen}
-    best = min(chosen, key=lambda i: _rank_verdict(_make_verdict(found[i], i)))
-    if _make_verdict(found[best], best).fit is MatchResult.INCOMPATIBLE:
-        return None, [each for i in chosen for each in found[i] if isinstance(each, Refusal)]
-    return best, found[best]
+    verdict = judge_gpus(requires, chosen)
+    device = None if verdict.device is None else first + verdict.device
+    return device, [*verdict.refusals, *verdict.notes]
 
 
 def _describe_missing_gpu(requires: Requirements, host: Host, index: int | None) -> Refusal:
@@ -130,7 +143,8 @@ def _describe_missing_gpu(requires: Requirements, host: Host, index: int | None)
     if host.gpus:
         have = f"{len(host.gpus)} of them, counted from 0"
         return Refusal(f"{need} as GPU {index}", have, "choose one of them, or name none")
-    notes = "".join(f" ({note})" for note in host.notes if note.startswith("NVML"))
+    said = ("NVML", "CUDA_VISIBLE_DEVICES")
+    notes = "".join(f" ({note})" for note in host.notes if note.startswith(said))
     return Refusal(
         need, f"no NVIDIA GPU{notes}", "pull a cpu variant, or use a host that has a GPU"
     )

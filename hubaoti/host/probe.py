@@ -19,16 +19,19 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from packaging.version import Version
 
+from hubaoti.host.visible_gpus import hide_gpus
 from hubaoti.settings import Settings
 
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
 LIBSTDCXX = "libstdc++.so.6"
+STAND_IN = "(stand-in)"  # how the name of a device ends that computes nothing
 _RTLD_DI_SERINFO, _RTLD_DI_SERINFOSIZE = 4, 5
 
 
@@ -63,7 +66,7 @@ class Host:
     """This machine. Sizes are in bytes; a fact that could not be had is None.
 
     `level` is archspec's generic CPU level (x86_64_v3), `cpu` its own name for it (icelake).
-    `gpus` are all that NVML sees, in its order: `CUDA_VISIBLE_DEVICES` hides none of them.
+    `gpus` are those of NVML's that CUDA shows this process, as far as that can be told without it.
     `driver_cuda` is the newest CUDA that the driver serves. `glibcxx` and `cxxabi` are the highest
     versions that this process's libstdc++ defines. `libraries` are sonames that can be loaded;
     `kernels` are `repo@commit`s that need no network.
@@ -107,7 +110,7 @@ def probe_host(settings: Settings, kernel_caches: Iterable[Path] | None = None) 
     notes: list[str] = []
     level, cpu = _probe_cpu(notes)
     torch = find_torch(notes)
-    driver, driver_cuda, gpus = _probe_nvidia(notes)
+    driver, driver_cuda, gpus = _probe_nvidia(settings, notes)
     glibcxx, cxxabi = _probe_libstdcxx(notes)
     return Host(
         os=platform.system().lower(),
@@ -121,7 +124,7 @@ def probe_host(settings: Settings, kernel_caches: Iterable[Path] | None = None) 
         gpus=gpus,
         driver=driver,
         driver_cuda=driver_cuda,
-        glibc=_probe_glibc(),
+        glibc=probe_glibc(),
         glibcxx=glibcxx,
         cxxabi=cxxabi,
         libraries=_list_libraries(torch),
@@ -206,7 +209,9 @@ def _read_literals(source: str) -> dict[str, object]:
     return found
 
 
-def _probe_nvidia(notes: list[str]) -> tuple[str | None, str | None, tuple[Gpu, ...]]:
+def _probe_nvidia(
+    settings: Settings, notes: list[str]
+) -> tuple[str | None, str | None, tuple[Gpu, ...]]:
     """Driver, the CUDA it serves, and the GPUs, through NVML; no CUDA context is made."""
     import pynvml
 
@@ -216,13 +221,21 @@ def _probe_nvidia(notes: list[str]) -> tuple[str | None, str | None, tuple[Gpu, 
             driver = str(pynvml.nvmlSystemGetDriverVersion())
             # An integer, 1000 * major + 10 * minor.
             serves = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())
-            gpus = tuple(_probe_gpu(pynvml, i, notes) for i in range(pynvml.nvmlDeviceGetCount()))
+            found = [_probe_gpu(pynvml, i, notes) for i in range(pynvml.nvmlDeviceGetCount())]
+            gpus = hide_gpus(found, settings, partial(_read_uuid, pynvml), notes)
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
         notes.append(f"NVML: {error}")
         return None, None, ()
     return driver, f"{serves // 1000}.{serves % 1000 // 10}", gpus
+
+
+def _read_uuid(nvml: Any, index: int) -> str:
+    """The UUID of a GPU; empty where it does not answer, so that no name is its beginning."""
+    with suppress(nvml.NVMLError):
+        return str(nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(index)))
+    return ""
 
 
 def _probe_gpu(nvml: Any, index: int, notes: list[str]) -> Gpu:
@@ -234,6 +247,8 @@ def _probe_gpu(nvml: Any, index: int, notes: list[str]) -> Gpu:
     except nvml.NVMLError as error:
         notes.append(f"NVML: GPU {index} does not answer: {error}")
         return Gpu(name="does not answer", sm=0, memory=None)
+    if name.endswith(STAND_IN):
+        notes.append(f"GPU {index} computes nothing: it stands in for one, to build and try graphs")
     try:
         memory = int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
     except nvml.NVMLError:
@@ -242,7 +257,7 @@ def _probe_gpu(nvml: Any, index: int, notes: list[str]) -> Gpu:
     return Gpu(name=name, sm=10 * major + minor, memory=memory)
 
 
-def _probe_glibc() -> str | None:
+def probe_glibc() -> str | None:
     """Such as "2.36"; None on musl, macOS and Windows, which have no such name."""
     with suppress(AttributeError, OSError, ValueError):
         found = re.match(r"glibc ([0-9]+\.[0-9]+)", os.confstr("CS_GNU_LIBC_VERSION") or "")
@@ -339,7 +354,7 @@ def _list_loader_folders() -> list[str]:
     So a search path that was set before this process started counts, and its standard folders are
     this system's.
     """
-    if _probe_glibc() is None:
+    if probe_glibc() is None:
         return []
     process = ctypes.CDLL(None)
     handle, head = ctypes.c_void_p(process._handle), _SearchPaths()

@@ -1,16 +1,17 @@
-"""Push: a checked bundle becomes one commit of a Hub repo, its card rendered anew.
+"""Push: checked bundles become one commit of a Hub repo, its card rendered anew.
 
-It goes to the default branch, beside other artifacts; or to a branch that holds it alone, in the
-layout of other loaders.
+They go to the default branch, beside other artifacts; or one goes to a branch that holds it alone,
+in the layout of other loaders.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hubaoti.artifact.bundle import Bundle
@@ -45,7 +46,7 @@ PUSH_ATTEMPTS = 6  # one, and five more when another push was faster
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where a bundle goes: the repo, a tag for the commit, the user's own label in the path.
+    """Where bundles go: the repo, a tag for the commit, the user's own label in their paths.
 
     `private` is for a repo that is made; one that exists keeps its visibility. `layout` is None, or
     `zerogpu`, which other loaders read from a branch.
@@ -73,33 +74,47 @@ class Destination:
 
 
 @dataclass(frozen=True, slots=True)
-class Commit:
-    """Where a pushed artifact is. `created` is False when the repo held it already.
+class Published:
+    """An artifact of a commit, by its path. `created` is False when the repo held it already."""
 
-    `branch` is None for the default one.
+    path: str
+    digest: str
+    created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Where pushed artifacts are, in the order of their bundles.
+
+    `created` is False when the repo held all of them already. `branch` is None for the default one.
     """
 
     repo: str
     commit: str
     url: str
-    path: str
-    digest: str
+    artifacts: tuple[Published, ...]
     tag: str | None
     created: bool
     private: bool
     branch: str | None = None
 
+    @property
+    def path(self) -> str:
+        """The path of the artifact, the first one's of several."""
+        return self.artifacts[0].path
+
+    @property
+    def digest(self) -> str:
+        """The digest of the artifact, the first one's of several."""
+        return self.artifacts[0].digest
+
 
 @dataclass(frozen=True, slots=True)
-class _Shipment:
-    """A bundle on its way: its place, on a branch of its own or beside others on the default one.
-
-    `packages` are files of the bundle that lie at other paths, too.
-    """
+class _Parcel:
+    """A bundle on its way to its place. `packages` are files that lie at other paths, too."""
 
     bundle: Bundle
     place: ArtifactPath
-    branch: str | None = None
     packages: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -109,36 +124,65 @@ class _Shipment:
         paths = {self.place.file(name): name for name in names} | {**self.packages}
         return {path: self.bundle.path / name for path, name in paths.items()}
 
+
+@dataclass(frozen=True, slots=True)
+class _Shipment:
+    """What goes into one commit: of a branch that holds it alone, or of the default one."""
+
+    parcels: tuple[_Parcel, ...]
+    branch: str | None = None
+
+    def __str__(self) -> str:
+        first, *others = self.parcels
+        return f"{first.place} and {len(others)} more" if others else f"{first.place}"
+
+    @property
+    def size(self) -> int:
+        """The bytes of its bundles."""
+        return sum(parcel.bundle.manifest.size for parcel in self.parcels)
+
+    @property
+    def files(self) -> dict[str, Path | bytes]:
+        """What is uploaded, by its path in the repo."""
+        return {path: file for parcel in self.parcels for path, file in parcel.files.items()}
+
     def is_in_the_way(self, path: str) -> bool:
         """Whether a file that is there, and not one of ours, leaves with this commit."""
         if self.branch is not None:
             return path != _ATTRIBUTES
-        return path.startswith(f"{self.place}/")
+        return any(path.startswith(f"{parcel.place}/") for parcel in self.parcels)
 
 
-def push_bundle(
-    bundle: Bundle, to: Destination, settings: Settings, progress: Progress = report_nothing
+def push_bundles(
+    bundles: Sequence[Bundle],
+    to: Destination,
+    settings: Settings,
+    progress: Progress = report_nothing,
 ) -> Commit:
-    """Put a bundle into a repo, which is made if missing: one commit, or none if it is there.
+    """Put bundles into a repo, which is made if missing: one commit of those that it lacks.
+
+    Where it has all of them there is no commit; where one cannot be pushed, none is.
 
     Raises:
-        DigestMismatch: the bundle's files are not what its manifest says.
+        DigestMismatch: a bundle's files are not what its manifest says.
         BadPackage: one of its packages is damaged.
-        BadRequest: the label is malformed, or the loaders that a layout is for could not call it.
-        Conflict: the path holds an artifact of another key, the tag names another commit, or the
+        BadRequest: the label is malformed, two bundles have one path or not the same layout, or the
+            loaders that a layout is for could not call one.
+        Conflict: a path holds an artifact of another key, the tag names another commit, or the
             branch moves faster than we do.
         AuthFailed, RepoNotFound, HubUnreachable: from the Hub.
     """
-    shipment = _make_shipment(bundle, to)
-    progress(f"checking {bundle.path}")
-    _check_bundle(bundle)
+    shipment = _make_shipment(bundles, to)
+    for bundle in bundles:
+        progress(f"checking {bundle.path}")
+        _check_bundle(bundle)
     client, repo = HubClient(settings, progress), to.repo.repo
     progress(f"looking into {repo} at {client.endpoint}")
     private = client.create(repo, to.private)
     if to.private and not private:
         progress(f"{repo} is public already, and stays so")
     with _ensure_branch(client, repo, shipment.branch):
-        made, created = _commit_on_head(client, shipment, to, progress)
+        made, sent = _commit_on_head(client, shipment, to, progress)
     if to.tag is not None and client.tags(repo).get(to.tag) != made.commit:
         progress(f"tagging {made.commit} as {to.tag}")
         client.tag(repo, to.tag, made.commit)
@@ -146,21 +190,55 @@ def push_bundle(
         repo=repo,
         commit=made.commit,
         url=made.url,
-        path=str(shipment.place),
-        digest=bundle.manifest.digest,
+        artifacts=tuple(
+            Published(str(each.place), each.bundle.manifest.digest, each in sent)
+            for each in shipment.parcels
+        ),
         tag=to.tag,
-        created=created,
+        created=bool(sent),
         private=private,
         branch=shipment.branch,
     )
 
 
-def _make_shipment(bundle: Bundle, to: Destination) -> _Shipment:
+def _make_shipment(bundles: Sequence[Bundle], to: Destination) -> _Shipment:
     """What goes where."""
-    place = artifact_path(bundle.manifest, to.label)
+    if not bundles:
+        raise BadRequest("no bundle is to be pushed", hint="name one, or a folder of bundles")
+    places = [artifact_path(bundle.manifest, to.label) for bundle in bundles]
     if to.layout is None:
-        return _Shipment(bundle, place)
-    return _Shipment(bundle, place, artifact_branch(place), lay_out_packages(bundle.manifest))
+        _require_places(bundles, places)
+        return _Shipment(tuple(map(_Parcel, bundles, places)))
+    if len(bundles) > 1:
+        raise BadRequest(
+            f"the layout {to.layout} has a branch for each artifact, and one commit is on one "
+            f"branch: {_list_paths(bundles)} cannot be pushed together",
+            hint=f"push them one by one with --layout {to.layout}",
+        )
+    packages = lay_out_packages(bundles[0].manifest)
+    return _Shipment((_Parcel(bundles[0], places[0], packages),), artifact_branch(places[0]))
+
+
+def _require_places(bundles: Sequence[Bundle], places: Sequence[ArtifactPath]) -> None:
+    """See that bundles that are pushed together have places of their own, and one layout."""
+    for place, count in Counter(places).items():
+        if count > 1:
+            same = [each for each, at in zip(bundles, places, strict=True) if at == place]
+            raise BadRequest(
+                f"only one artifact can be {place}; for it here are {_list_paths(same)}",
+                hint="push one of them with the others, and another by itself with --label NAME",
+            )
+    ours = [bundle for bundle in bundles if bundle.manifest.build.layout != LAYOUT]
+    if theirs := [bundle for bundle in bundles if bundle not in ours] if ours else []:
+        raise BadRequest(
+            f"bundles of two layouts do not go into one commit: with --layout {LAYOUT} was "
+            f"compiled {_list_paths(theirs)}; without it {_list_paths(ours)}",
+            hint=f"push each of the first with --layout {LAYOUT}, and then the others",
+        )
+
+
+def _list_paths(bundles: Sequence[Bundle]) -> str:
+    return ", ".join(str(bundle.path) for bundle in bundles)
 
 
 @contextmanager
@@ -187,36 +265,37 @@ def _check_bundle(bundle: Bundle) -> None:
 
 def _commit_on_head(
     client: HubClient, shipment: _Shipment, to: Destination, progress: Progress
-) -> tuple[Pushed, bool]:
-    """The commit that holds the bundle, and whether it was made now; retried on a moving head."""
-    repo, bundle, place = to.repo.repo, shipment.bundle, shipment.place
-    lost = False
+) -> tuple[Pushed, Sequence[_Parcel]]:
+    """The commit that holds all of it, and what it got now; retried on a moving head."""
+    repo = to.repo.repo
+    lost: Sequence[_Parcel] = ()  # what was sent, and no answer came
     for attempt in range(PUSH_ATTEMPTS):
         catalog = read_catalog(client, repo, client.resolve(repo, shipment.branch))
-        present = _is_present(catalog, shipment)
+        missing = [each for each in shipment.parcels if not _is_present(catalog, each)]
         if to.tag is not None:
-            _require_free(client, repo, to.tag, catalog.commit if present else None)
-        if present:
-            progress(f"{repo} holds {place} {'now' if lost else 'already'}")
+            _require_free(client, repo, to.tag, None if missing else catalog.commit)
+        if not missing:
+            progress(f"{repo} holds {shipment} {'now' if lost else 'already'}")
             url = f"{client.endpoint}/{repo}/commit/{catalog.commit}"
             return Pushed(catalog.commit, url), lost
+        part = replace(shipment, parcels=tuple(missing))
         try:
-            progress(f"uploading {place} ({bundle.manifest.size / 1e6:.1f} MB)")
-            return _commit_shipment(client, catalog, shipment), True
+            progress(f"uploading {part} ({part.size / 1e6:.1f} MB)")
+            return _commit_shipment(client, catalog, part), missing
         except StaleParent as error:
-            lost = lost or isinstance(error, AnswerLost)
+            lost = missing if isinstance(error, AnswerLost) else lost
             moved = "no answer came, and the repo changed" if lost else "another push was faster"
             progress(f"{moved}: reading the repo again")
             time.sleep(random.uniform(0, 0.2 * (attempt + 1)))
     raise Conflict(
-        f"{repo} changed {PUSH_ATTEMPTS} times while this bundle was pushed",
+        f"{repo} changed {PUSH_ATTEMPTS} times while {shipment} was pushed",
         hint="nothing was pushed; try again when others are done",
     )
 
 
-def _is_present(catalog: Catalog, shipment: _Shipment) -> bool:
+def _is_present(catalog: Catalog, parcel: _Parcel) -> bool:
     """Whether a commit holds this very artifact, all of it; another is not ours to replace."""
-    place, manifest = shipment.place, shipment.bundle.manifest
+    place, manifest = parcel.place, parcel.bundle.manifest
     there = catalog.artifacts.get(place)
     if there is None:
         return False
@@ -229,7 +308,7 @@ def _is_present(catalog: Catalog, shipment: _Shipment) -> bool:
             f"this one's {manifest.key[:12]}",
             hint=hint,
         )
-    whole = shipment.files.keys() <= catalog.files.keys()
+    whole = parcel.files.keys() <= catalog.files.keys()
     return whole and there.digest == manifest.digest
 
 
@@ -244,30 +323,30 @@ def _require_free(client: HubClient, repo: str, tag: str, commit: str | None) ->
 
 
 def _commit_shipment(client: HubClient, catalog: Catalog, shipment: _Shipment) -> Pushed:
-    """One commit: the bundle's files, those of the artifact it replaces removed, the new card."""
-    add, manifest = shipment.files, shipment.bundle.manifest
-    if shipment.branch is None:
-        card = _render_card(client, catalog, shipment)
-    else:
-        text = _BRANCH_CARD.format(repo=catalog.repo, branch=shipment.branch)
-        card = render(catalog.repo, text, {shipment.place: manifest}, manifest)
-    add[_README] = card.encode()
+    """One commit: the bundles' files, those of artifacts they replace removed, the new card."""
+    add = shipment.files
+    add[_README] = _render_card(client, catalog, shipment).encode()
     stale = [path for path in catalog.files if shipment.is_in_the_way(path) and path not in add]
-    message = f"Add {shipment.place}"
-    return client.commit(catalog.repo, add, stale, message, catalog.commit, shipment.branch)
+    return client.commit(
+        catalog.repo, add, stale, f"Add {shipment}", catalog.commit, shipment.branch
+    )
 
 
 def _render_card(client: HubClient, catalog: Catalog, shipment: _Shipment) -> str:
-    """The README of the default branch once the artifact is there."""
-    place, manifest = shipment.place, shipment.bundle.manifest
+    """The README of the branch once the artifacts are there."""
+    ours = {each.place: each.bundle.manifest for each in shipment.parcels}
+    newest = shipment.parcels[-1].bundle.manifest
+    if shipment.branch is not None:
+        text = _BRANCH_CARD.format(repo=catalog.repo, branch=shipment.branch)
+        return render(catalog.repo, text, ours, newest)
     there = catalog.files.get(_README)
     if there is not None and there.size > LARGEST_README:
         hint = "make it smaller, then push again: images are better files of their own"
         raise Conflict(f"the repo's README.md has {there.size / 1e6:.1f} MB", hint=hint)
     text = decode_readme(client.read(catalog.repo, catalog.commit, there)) if there else ""
-    artifacts = {**catalog.readable, place: manifest}
+    artifacts = {**catalog.readable, **ours}
     unreadable = tuple(str(each) for each in catalog.artifacts if each not in artifacts)
-    return render(catalog.repo, text, artifacts, manifest, unreadable)
+    return render(catalog.repo, text, artifacts, newest, unreadable)
 
 
 def decode_readme(readme: bytes) -> str:

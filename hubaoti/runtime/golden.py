@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,6 @@ from hubaoti.artifact.dim_expr import DimExpr
 from hubaoti.artifact.schema import Golden
 from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.errors import BadInput, MissingConstant
-from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.input_checks import name_dtype, parse_dtype
 from hubaoti.runtime.quantize import make_quantized
 from hubaoti.runtime.synthetic import fill_synthetic, make_synthetic
@@ -43,6 +43,17 @@ GOLDEN_TOLERANCE = {
 }
 _SCRATCH = 64 << 20  # bytes that a BLAS and an allocator take, whatever the sizes
 _INTERMEDIATES = 16  # intermediates of an input's or output's size that are held at once
+
+
+class Answering(Protocol):
+    """What answers as an open graph does: one, or the program that it is made of."""
+
+    entry: Entry
+    device: torch.device
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None: ...
+
+    def __call__(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]: ...
 
 
 def choose_smallest_dims(entry: Entry) -> dict[str, int]:
@@ -180,7 +191,7 @@ def dtype_itemsize(dtype: str) -> int:
     return parse_dtype(dtype).itemsize
 
 
-def ask_golden(graph: Graph, folder: Path) -> dict[str, torch.Tensor]:
+def ask_golden(graph: Answering, folder: Path) -> dict[str, torch.Tensor]:
     """What an open graph of the artifact in `folder` says to the rule's constants and inputs.
 
     The graph stays bound to these constants.
@@ -193,7 +204,7 @@ def ask_golden(graph: Graph, folder: Path) -> dict[str, torch.Tensor]:
     return answer_golden_inputs(graph)
 
 
-def answer_golden_inputs(graph: Graph) -> dict[str, torch.Tensor]:
+def answer_golden_inputs(graph: Answering) -> dict[str, torch.Tensor]:
     """A bound graph's mutated inputs afterwards and its outputs, on the CPU, by their names.
 
     Dims are the ones that its manifest has for this, else the smallest.

@@ -31,7 +31,7 @@ def create_app(
         BadRequest: what is allowed is no host's name.
         UnsafeFolder: others own or may enter the folder, or it holds something else.
         DiskFull: there is no room.
-        HubaotiError: another process serves it.
+        InUse: another process serves it.
     """
     hosts = Hosts(allow_hosts)
     return make_app(open_hub(root, token, user), hosts)

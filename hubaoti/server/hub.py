@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from hubaoti.errors import BadRequest, DiskFull, HubaotiError, UnsafeFolder
+from hubaoti.errors import BadRequest, DiskFull, HubaotiError, InUse, UnsafeFolder
 from hubaoti.server.auth import Guard
 from hubaoti.server.database import Database
 from hubaoti.server.errors import says_full
@@ -50,7 +50,7 @@ def open_hub(root: Path, token: str | None = None, user: str = "local") -> Hub:
         BadRequest: the token or the user's name cannot be one.
         UnsafeFolder: others own or may enter the folder, or it holds something else.
         DiskFull: there is no room.
-        HubaotiError: another process serves it.
+        InUse: another process serves it.
     """
     if token is None:
         token = f"hf_{secrets.token_urlsafe(24)}"
@@ -115,5 +115,5 @@ def _lock(root: Path) -> IO[str]:
     except OSError as error:
         file.close()
         hint = "stop the other one, or choose another --root"
-        raise HubaotiError(f"{root} is served by another process", hint=hint) from error
+        raise InUse(f"{root} is served by another process", hint=hint) from error
     return file

@@ -15,7 +15,7 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hubaoti.errors import HubaotiError
+from hubaoti.errors import BadRequest, HubaotiError, InUse
 from hubaoti.server.app import make_app
 from hubaoti.server.auth import Hosts
 from hubaoti.server.connections import AT_ONCE, QUEUE, Connection, limit_log_lines
@@ -47,8 +47,8 @@ def serve(
     given. It answers to loopback names, `host`, and the other names that are allowed.
 
     Raises:
-        BadRequest: what is allowed is no host's name.
-        HubaotiError: the address is in use, or another process serves the folder.
+        BadRequest: what is allowed is no host's name, or the address is none.
+        InUse: the address is another process's, or another process serves the folder.
         UnsafeFolder: the folder is not ours alone.
         DiskFull: there is no room in it.
     """
@@ -128,15 +128,16 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (OSError, OverflowError) as error:
-        raise HubaotiError(f"{host}:{port} is no address: {error}", hint="see --host") from error
+        raise BadRequest(f"{host}:{port} is no address: {error}", hint="see --host") from error
     with socket.socket(family, kind, protocol) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
         except OSError as error:
-            is_taken = error.errno == errno.EADDRINUSE
-            reason = "is in use" if is_taken else f"cannot be used: {error.strerror}"
             hint = "choose another --port, or 0 for a free one"
+            if error.errno == errno.EADDRINUSE:
+                raise InUse(f"{host}:{port} is in use", hint=hint) from error
+            reason = f"cannot be used: {error.strerror}"
             raise HubaotiError(f"{host}:{port} {reason}", hint=hint) from error
         yield listener
 

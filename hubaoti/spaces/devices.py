@@ -19,13 +19,6 @@ def choose_serving_device(module: nn.Module) -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def query_gpu(device: torch.device) -> tuple[str, int, int]:
-    """The name, the compute capability without its dot, and the bytes of a GPU."""
-    major, minor = torch.cuda.get_device_capability(device)
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return torch.cuda.get_device_name(device), 10 * major + minor, memory
-
-
 def query_driver_cuda() -> str | None:
     """The newest CUDA that the driver serves, in its own words; of use where NVML does not answer.
 

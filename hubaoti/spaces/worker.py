@@ -15,11 +15,12 @@ from hubaoti.attachment.served_modules import find_module_device
 from hubaoti.attachment.stats import CallStats
 from hubaoti.errors import HubaotiError, NoMatch, NotEnoughMemory, NotTried
 from hubaoti.host.match import judge
-from hubaoti.host.probe import Gpu, Host
+from hubaoti.host.probe import Host
 from hubaoti.hub.pull_all import Offer, rank_offers
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.mirror.store import is_whole
 from hubaoti.progress import report_nothing
+from hubaoti.runtime import gpus
 from hubaoti.runtime.first_open import name_host_kind, require_sound
 from hubaoti.settings import Settings
 from hubaoti.spaces import devices
@@ -109,9 +110,8 @@ def build_worker_host(host: Host, device: torch.device) -> Host:
     """The host as a worker has it: with the GPU that its torch sees."""
     if device.type != "cuda":
         return host
-    name, sm, memory = devices.query_gpu(device)
     driver = host.driver_cuda or devices.query_driver_cuda()
-    return replace(host, gpus=(Gpu(name, sm, memory),), driver_cuda=driver)
+    return replace(host, gpus=(gpus.query_gpu(device),), driver_cuda=driver)
 
 
 def defer_artifacts(  # noqa: PLR0913 - all that a worker needs

@@ -13,14 +13,14 @@ from benchmarks.decode_step import GROUPED
 from benchmarks.figures import Cost, Figure, compare_costs, make_figure, measure_cost
 from benchmarks.models import ModelCase
 from hubaoti.compiler import (
-    build,
     from_config,
-    graph_build,
     inductor,
     job,
     materialize,
     plan,
     request,
+    targets,
+    traced,
 )
 from hubaoti.host.probe import probe_host
 from hubaoti.settings import Settings
@@ -57,11 +57,11 @@ def _lower(side: str, folder: Path, case: ModelCase, scratch: Path) -> Cost:
     dims = request.make_ranges(case.options["dims"])
     asked = request.CompileRequest(task=case.options["task"], dims=dims)
     planned = plan.make_plan(from_config.load_source(folder, asked, _CPU), asked, _CPU)
-    target = build.choose_target(probe_host(Settings.from_env()), _CPU, None)
+    (target,) = targets.choose_targets(probe_host(Settings.from_env()), asked)
     (block,) = planned.units
     module = planned.source.model.get_submodule(block.region)
     with materialize.lend_memory([module], _CPU, planned.source.live):
-        program = graph_build.trace_unit(planned.source, block, module, _CPU).program
+        program = traced.trace_unit(planned.source, block, module, True).program
     options = job.describe_build(planned, asked, target).options
     package = scratch / "block.pt2"
     with measure_cost() as cost:

@@ -6,7 +6,7 @@ There is no golden answer to compare: all that is seen is whether it can be load
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,13 @@ import torch
 from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.errors import HubaotiError, MissingDependency, first_line
 from hubaoti.host.processes import join_parent
-from hubaoti.runtime.first_open import OpenRequest, OpenVerdict, collect_verdicts, report_opens
+from hubaoti.runtime.open_child import (
+    Attempt,
+    OpenRequest,
+    OpenVerdict,
+    collect_verdicts,
+    report_opens,
+)
 from hubaoti.spaces.unsigned.region import find_library, open_package
 
 
@@ -52,11 +58,12 @@ def main() -> None:
     channel = join_parent(is_awaited=True)
     request: _PackageRequest = channel.receive(_PackageRequest)
 
-    def try_package(name: str, begin: Callable[[], None]) -> str:
+    def try_package(attempt: Attempt) -> str:
         register_kernels(request.kernels)
-        begin()
+        attempt.begin()
         folder, device = Path(os.fsdecode(request.folder)), torch.device(request.device)
-        runner = open_package(folder, request.library, name, device)
+        runner = open_package(folder, request.library, attempt.graph, device)
+        attempt.opened = True
         runner.get_constant_names_to_original_fqns()
         runner.get_call_spec()
         return ""

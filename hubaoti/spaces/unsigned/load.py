@@ -167,7 +167,7 @@ class _UnsignedWorker:
         if problem is None:
             tried.require_ops(graph)
             verdict = open_package_in_child(folder, graph, device, self.fetched.kernels, self.ops)
-            if not verdict.opened:  # each request would ask a new process again
+            if not verdict.is_loadable:  # each request would ask a new process again
                 self.verdicts.remember(_make_unopened_key(graph), tried.hosts[0])
             tried.settle(verdict, graph)
             problem = verdict.problem

@@ -1,0 +1,212 @@
+"""From what is asked to bundles: found by their keys, or built.
+
+A bundle is looked for in the output folder, then in the mirror, where every build is stored too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hubaoti.api.attaching import put
+from hubaoti.api.finding import find_built, find_whole
+from hubaoti.artifact.bundle import Bundle, explain_store_errors
+from hubaoti.artifact.manifest import label_recipe, label_variant
+from hubaoti.artifact.schema import ModelSource
+from hubaoti.compiler.reports import report_failure
+from hubaoti.compiler.request import CompileRequest
+from hubaoti.errors import BadDim, BadRequest, CheckFailed, CompileFailed
+from hubaoti.host.extras import require
+from hubaoti.host.probe import Host, probe_host
+from hubaoti.hub.model_download import COMPILE_FILES, fetch_model_files
+from hubaoti.mirror import Mirror
+from hubaoti.progress import Progress
+from hubaoti.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hubaoti.compiler.job import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What a compile would do: its key, whether that is built already, and each graph."""
+
+    key: str
+    built: str | None
+    recipe: str
+    variant: str
+    regions: str
+    dims: dict[str, str]
+    graphs: list[dict[str, Any]]
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """Where things are, who is told of steps, and how the work is done."""
+
+    settings: Settings
+    progress: Progress
+    force: bool = False
+    at_once: int | None = None
+
+
+def build_missing(
+    model: str | Path | nn.Module,
+    request: CompileRequest,
+    output: Path,
+    choose_place: Callable[[Job], Path],
+    means: Means,
+) -> list[Bundle]:
+    """The bundles that are asked for, each at its place; those that are found are not built."""
+    require("compile", "compile")
+    host = probe_host(means.settings)
+    with Mirror.open(means.settings.mirror) as mirror, _in_eval_mode(model):
+        mirror.index.require_writable()
+        with report_failure(output, _describe_request(request), (CompileFailed,)):
+            jobs, origin = _prepare(model, request, host, means)
+        found: dict[Path, Bundle | None] = {choose_place(job): None for job in jobs}
+        missing = dict(zip(found, jobs, strict=True))
+        for place in [] if means.force else [*missing]:
+            found[place] = find_built(missing[place].key, place, mirror, means.progress)
+            if found[place]:
+                del missing[place]
+        if missing:
+            built = _build(missing, origin, output, host, means)
+            found |= {bundle.path: _store(bundle, mirror) for bundle in built}
+        return [bundle for bundle in found.values() if bundle]
+
+
+def _prepare(
+    model: str | Path | nn.Module, request: CompileRequest, host: Host, means: Means
+) -> tuple[list[Job], ModelSource]:
+    """Everything but the work: the source, the plan, and the keys that they have.
+
+    Raises:
+        HubaotiError: what was asked cannot be; torch is not loaded for what can be seen before.
+    """
+    if request.quantize is not None:
+        require(f"--quantize {request.quantize}", "quantize")
+    for name in means.settings.tuning:
+        raise BadRequest(
+            f"{name} is set, which changes what inductor builds and stands in no key",
+            hint=f"unset {name}, and say it with --inductor key=value",
+        )
+    origin = ModelSource(model=type(model).__name__)
+    if isinstance(model, (str, Path)):
+        means.progress("files")
+        folder, origin = fetch_model_files(
+            model, request.revision, COMPILE_FILES, means.settings, means.progress
+        )
+    means.progress("torch")  # importing it takes longer than most steps
+    from hubaoti.compiler.job import Job
+    from hubaoti.compiler.options import merge_options
+    from hubaoti.compiler.plan import make_plan
+    from hubaoti.compiler.targets import choose_targets
+    from hubaoti.compiler.traced import CPU
+
+    targets = choose_targets(host, request)
+    options = merge_options(request.mode, request.inductor, targets[0].device)
+    request = replace(request, inductor=options)
+    means.progress("source")
+    if isinstance(model, (str, Path)):
+        from hubaoti.compiler.from_config import load_source
+
+        source = load_source(folder, request, CPU)
+    else:
+        from hubaoti.compiler.from_module import make_source
+
+        source, buckets = make_source(model, request)
+        request = replace(request, buckets=request.buckets or buckets)
+    plan = make_plan(source, request, CPU)
+    return [Job.of(plan, request, target) for target in targets], origin
+
+
+def _describe_request(request: CompileRequest) -> list[str]:
+    """What was asked, for a report."""
+    words = {each.name: getattr(request, each.name) for each in fields(request)}
+    return [f"asked: { {name: value for name, value in words.items() if name != 'calls'} }"]
+
+
+@contextmanager
+def _in_eval_mode(model: Any) -> Iterator[None]:
+    """Around work on a module from Python: it is in eval mode, and afterwards as it was."""
+    if isinstance(model, (str, Path)):
+        yield
+        return
+    if not hasattr(model, "modules"):  # an `nn.Module`, said without torch
+        raise BadRequest(
+            f"a {type(model).__name__} is neither a module nor the name of a model",
+            hint="give a Hub id, a folder, or a module; of a pipeline one of its modules, as "
+            "pipe.transformer",
+        )
+    from hubaoti.compiler.from_module import evaluate_unchanged
+
+    with evaluate_unchanged(model):
+        yield
+
+
+def _build(
+    jobs: Mapping[Path, Job], origin: ModelSource, output: Path, host: Host, means: Means
+) -> list[Bundle]:
+    """Build jobs; a report of what failed lies beside the output."""
+    from hubaoti.compiler.build import build
+    from hubaoti.compiler.stand_in import build_stand_in
+
+    first = next(iter(jobs.values()))
+    graphs = [f"  {unit.id}: {unit.bounds}" for unit in first.plan.units]
+    facts = [*(str(job.target) for job in jobs.values()), str(first.build), "", "graphs", *graphs]
+    with report_failure(output, facts, (CompileFailed, CheckFailed, BadDim)):
+        stand_in = None
+        if first.target.device == "cuda":
+            assert host.torch is not None  # it is loaded by now
+            stand_in = build_stand_in(host.torch, means.settings.home)
+        return build(jobs, origin, host, means.progress, means.at_once, stand_in)
+
+
+def _store(bundle: Bundle, mirror: Mirror) -> Bundle:
+    """Keep a bundle that was built here in the mirror, too, where its key finds it."""
+    with explain_store_errors(bundle.path):
+        put(bundle, mirror)
+        mirror.index.record_built(bundle.manifest)
+    return bundle
+
+
+def explain_request(
+    model: str | Path | nn.Module, request: CompileRequest, output: Path | None, means: Means
+) -> Explanation:
+    """What the first of the builds that are asked for would be."""
+    require("compile", "compile")
+    with Mirror.open(means.settings.mirror) as mirror, _in_eval_mode(model):
+        (job, *_), _ = _prepare(model, request, probe_host(means.settings), means)
+        return _explain_job(job, output, mirror)
+
+
+def _explain_job(job: Job, output: Path | None, mirror: Mirror) -> Explanation:
+    """What compiling a job would do, without doing it."""
+    places = [str(output)] if output and find_whole(output, job.key) else []
+    places += ["the mirror"] if mirror.by_key(job.key) else []
+    return Explanation(
+        key=job.key,
+        built=next(iter(places), None),
+        recipe=str(label_recipe(job.build)),
+        variant=str(label_variant(job.target)),
+        regions=job.build.regions,
+        dims={name: str(sizes) for name, sizes in job.plan.dims.items()},
+        graphs=[
+            {
+                "id": unit.id,
+                "modules": list(unit.modules),
+                "dims": {name: str(sizes) for name, sizes in unit.bounds.items()},
+                "inputs": {entry.name: list(entry.shape) for entry in unit.face.inputs},
+                "cache": unit.face.cache.kind if unit.face.cache else None,
+            }
+            for unit in job.plan.units
+        ],
+        left_out=job.plan.left_out,
+    )

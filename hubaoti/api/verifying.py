@@ -1,0 +1,233 @@
+"""The verb that looks again: is what is stored still whole, and does it open here as it should?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hubaoti.api.attaching import put
+from hubaoti.artifact.bundle import Bundle, find_bundles
+from hubaoti.artifact.schema import Graph
+from hubaoti.errors import BadRequest, DigestMismatch, HubaotiError, NoArtifact, NoMatch, Untrusted
+from hubaoti.host.extras import require
+from hubaoti.host.match import judge
+from hubaoti.host.probe import Host, probe_host
+from hubaoti.hub.layout import RepoRef
+from hubaoti.hub.trust import Trust
+from hubaoti.mirror import Artifact, Mirror, Row
+from hubaoti.progress import Progress, report_nothing
+from hubaoti.runtime.first_open import OpenHistory, find_untried, open_first, refuse_problems
+from hubaoti.runtime.open_child import OpenVerdict
+from hubaoti.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+_DIGEST = re.compile(r"[0-9a-f]{6,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class GraphVerdict:
+    """What came of a graph's open on a device; `problem` is empty where all is well.
+
+    It was `opened` where it got as far as its first call, and `compared` where its answers were
+    with the golden ones. A problem that is `lasting` is held against the graph on this host.
+    """
+
+    graph: str
+    opened: bool
+    compared: bool
+    problem: str
+    lasting: bool
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What was found of an artifact; `error` is None where all is well.
+
+    `graphs` has those that were opened, and those that were to be.
+    """
+
+    digest: str
+    recipe: str
+    variant: str
+    error: HubaotiError | None = None
+    graphs: tuple[GraphVerdict, ...] = ()
+
+
+def verify(
+    what: str | Path | None = None,
+    *,
+    opens: bool = False,
+    device: str | None = None,
+    ops: Sequence[str] = (),
+    settings: Settings | None = None,
+    progress: Progress = report_nothing,
+) -> list[Verified]:
+    """Hash artifacts again; with `opens`, open each of their graphs again.
+
+    `what` is a bundle or a folder of bundles, an artifact of the mirror by the beginning of its
+    digest, or what was pulled from a repo, at a full commit id if one is named; None is all that
+    the mirror has. Graphs are opened as for the first time: in a child, on the CPU or on the GPU
+    that fits best unless a `device` is named, and what came of it is remembered. What is held
+    against a graph already stays so. A bundle that is opened is put into the mirror.
+
+    Raises:
+        NoArtifact: the mirror has nothing of this name. BadManifest: a folder is no bundle.
+        BadRequest: what is asked for is neither a repo nor a digest.
+    """
+    settings = settings or Settings.from_env()
+    host = None
+    if opens:
+        require("verify --open", "run")
+        host = probe_host(settings)
+    with Mirror.open(settings.mirror) as mirror:
+        look = _Look(mirror, Trust(settings.trust), host, device, (*ops,), progress)
+        return [look.at(each) for each in _find(what, mirror, settings)]
+
+
+def _find(what: str | Path | None, mirror: Mirror, settings: Settings) -> Sequence[Row | Bundle]:
+    """What is called so: a folder goes before a digest, and that before a repo."""
+    if what is None:
+        return mirror.ls()
+    if isinstance(what, Path) or Path(what).is_dir():
+        return find_bundles(Path(what))
+    if _DIGEST.fullmatch(what):
+        found = [row for row in mirror.ls() if row.digest.startswith(what)]
+        hint = "see what it has with: hubaoti mirror ls"
+    else:
+        ref = RepoRef.parse(what)
+        if ref.revision != ref.commit:
+            raise BadRequest(
+                f"{what} names no commit, and the mirror knows no other revisions",
+                hint="name the full commit id, as hubaoti mirror ls has it, or none",
+            )
+        pulled = mirror.index.list_pulls(settings.endpoint, ref.repo, ref.commit)
+        found = [row for row in mirror.ls() if row.digest in pulled]
+        hint = f"fetch it with: hubaoti pull {what}"
+    if not found:
+        raise NoArtifact(f"the mirror has no artifact of {what}", hint=hint)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """How artifacts are looked at; opened only where there is a host to judge them for."""
+
+    mirror: Mirror
+    trust: Trust
+    host: Host | None
+    device: str | None
+    ops: tuple[str, ...]
+    progress: Progress
+
+    def at(self, found: Row | Bundle) -> Verified:
+        """What comes of an artifact; an error is its own affair, and hides no other."""
+        verified = _name(found)
+        self.progress(f"hashing {verified.digest[:12]}")
+        try:
+            artifact = self._hash(found)
+            if artifact is None or self.host is None:
+                return verified
+            return self._open(artifact, verified, self.host)
+        except HubaotiError as error:
+            return replace(verified, error=error)
+
+    def _hash(self, found: Row | Bundle) -> Artifact | None:
+        """Compare all bytes with the manifest; the artifact, where it is in the mirror.
+
+        Raises:
+            DigestMismatch, BadPackage: they are others. Untrusted: it may be opened no more.
+        """
+        if isinstance(found, Bundle):
+            found.check()
+            return None if self.host is None else put(found, self.mirror)
+        artifact = self.mirror.artifact(found.digest)
+        if artifact is None:
+            raise DigestMismatch(
+                f"artifact {found.digest[:12]} has not all of its files any more",
+                hint="pull it again, or compile it again",
+            )
+        self.mirror.verify(artifact)
+        if self.host is not None:
+            self._require_trust(found)
+        return artifact
+
+    def _require_trust(self, row: Row) -> None:
+        """See that its publisher's code may run here, as it may have been taken back."""
+        origin = row.origin
+        is_ours = not origin.repo or self.mirror.index.is_built(row.digest)
+        if not is_ours and not self.trust.holds(origin.endpoint, origin.publisher):
+            raise Untrusted(
+                f"artifact {row.digest[:12]} is of {origin.publisher}, who is not trusted here",
+                hint=f"if you trust {origin.publisher}, say so once with: "
+                f"hubaoti pull {origin.repo} --trust",
+            )
+
+    def _open(self, artifact: Artifact, verified: Verified, host: Host) -> Verified:
+        """Open all graphs of an artifact whose bytes are right, and note what came of it."""
+        device = _choose_device(artifact, host, self.device)
+        history = OpenHistory.on(self.mirror, device, self.ops)
+        find_untried(artifact, history)
+        graphs = {graph.id: graph for graph in artifact.manifest.graphs}
+        found = open_first(artifact, [*graphs.values()], history, device, self.progress)
+        errors = [_settle(each, graphs[each.graph], history, artifact) for each in found]
+        known = {each.graph: each for each in found}
+        return replace(
+            verified,
+            error=next(filter(None, errors), None),
+            graphs=tuple(_describe(known.get(name, _untried(name)), device) for name in graphs),
+        )
+
+
+def _name(found: Row | Bundle) -> Verified:
+    """An artifact, of which nothing is wrong so far."""
+    if isinstance(found, Row):
+        return Verified(found.digest, found.recipe, found.variant)
+    manifest = found.manifest
+    return Verified(manifest.digest, str(manifest.recipe), str(manifest.variant))
+
+
+def _choose_device(artifact: Artifact, host: Host, wanted: str | None) -> torch.device:
+    """Where an artifact is opened, which has to be a host that it was built for."""
+    from hubaoti.runtime.gpus import choose_device, query_gpu
+
+    manifest = artifact.manifest
+    device = choose_device(manifest, wanted)
+    gpus = (query_gpu(device),) if device.type == "cuda" else host.gpus
+    if refusals := judge(manifest.requires, replace(host, gpus=gpus)).refusals:
+        reasons = "; ".join(f"needs {each.need}, here is {each.have}" for each in refusals)
+        raise NoMatch(f"artifact {artifact.digest[:12]} {reasons}", hint=refusals[0].advice)
+    return device
+
+
+def _settle(
+    verdict: OpenVerdict, graph: Graph, history: OpenHistory, artifact: Artifact
+) -> HubaotiError | None:
+    """Note a verdict; the error that an attach would raise of it."""
+    try:
+        history.settle(verdict, graph)
+        refuse_problems({graph.id: verdict.problem} if verdict.problem else {}, artifact)
+    except HubaotiError as error:
+        return error
+    return None
+
+
+def _untried(graph: str) -> OpenVerdict:
+    problem = "it was not tried, since one before it came to nothing"
+    return OpenVerdict(graph, problem, lasting=False)
+
+
+def _describe(verdict: OpenVerdict, device: torch.device) -> GraphVerdict:
+    return GraphVerdict(
+        graph=verdict.graph,
+        opened=verdict.opened,
+        compared=verdict.compared,
+        problem=verdict.problem,
+        lasting=bool(verdict.problem) and verdict.lasting,
+        device=f"{device}",
+    )

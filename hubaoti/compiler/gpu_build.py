@@ -1,0 +1,198 @@
+"""From a unit's program to its graphs for GPUs, none of which need be here.
+
+The program is compared with eager on the CPU, in its own dtype and in float32, and gives the golden
+answers. Then it is lowered for each capability, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+
+from hubaoti.artifact.schema import Check, Graph
+from hubaoti.compiler import elf, verify
+from hubaoti.compiler.built import BuiltGraph, BuiltUnit, fill_tied_constants, record_golden
+from hubaoti.compiler.callspec import ARCHIVE, record_call_spec, require_direct
+from hubaoti.compiler.cpu_program import ProgramOnCpu, list_constants
+from hubaoti.compiler.cubins import read_device_code
+from hubaoti.compiler.gpu_lowering import KEEP, PACKAGE, UNPACKED, LowerRequest, lower_elsewhere
+from hubaoti.compiler.interpreted import (
+    INTERPRETED_TOLERANCE,
+    InterpretRequest,
+    choose_points,
+    interpret,
+)
+from hubaoti.compiler.job import Job
+from hubaoti.compiler.materialize import free_memory
+from hubaoti.compiler.parallel import build_all
+from hubaoti.compiler.precision import HALF
+from hubaoti.compiler.saved_program import find_op_modules, save_program
+from hubaoti.compiler.stand_in import StandIn
+from hubaoti.compiler.traced import CPU, Traced, add_package, describe_graph, make_trial
+from hubaoti.host.memory import read_available_memory
+from hubaoti.progress import Progress
+
+_INTERPRET_SECONDS = 40.0  # of all points of a graph
+_INTERPRET_MEMORY = 8 << 30  # bytes, of a graph's weights and activations
+
+
+@dataclass(frozen=True, slots=True)
+class GpuTools:
+    """What stands in for GPUs, and how many graphs are built side by side."""
+
+    stand_in: StandIn
+    at_once: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """A program that was compared with eager, saved at `path`; its entry, and what came of it."""
+
+    traced: Traced
+    path: Path
+    entry: Graph
+    checks: tuple[Check, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Build:
+    """One job's graph, by a name of its own, and the bundle in the making that it belongs to."""
+
+    id: str
+    job: Job
+    scratch: Path
+    compared: _Compared
+    stand_in: StandIn
+
+
+def build_for_gpus(
+    jobs: Sequence[Job],
+    traced: Traced,
+    scratches: Sequence[Path],
+    progress: Progress,
+    tools: GpuTools,
+) -> BuiltUnit:
+    """Build a unit for the GPU of each job, from one program.
+
+    Raises:
+        HubaotiError: of the step that failed.
+    """
+    with tempfile.TemporaryDirectory(dir=scratches[0]) as name:
+        folder = Path(name)
+        progress(f"check {traced.unit.id}")
+        compared, answers = _compare(jobs[0], traced, scratches[0], folder / "program.pt2")
+        free_memory(traced.place.module)
+        builds = [
+            _Build(f"{traced.unit.id}-sm{job.target.sm}", job, scratch, compared, tools.stand_in)
+            for job, scratch in zip(jobs, scratches, strict=True)
+        ]
+        built = build_all(builds, _build_one, tools.at_once, folder, progress)
+    return BuiltUnit(tuple(graph for each in built for graph in each.graphs), answers)
+
+
+def _compare(
+    job: Job, traced: Traced, scratch: Path, path: Path
+) -> tuple[_Compared, dict[str, torch.Tensor]]:
+    """Compare a program with eager, have it answer the golden questions, and save it.
+
+    Raises:
+        CheckFailed: it answers something else than eager.
+    """
+    source, place, program = job.plan.source, traced.place, traced.exported.program
+    entry, _ = describe_graph(traced, source, list_constants(program), scratch)
+    run = _ProgramGraph(entry, ProgramOnCpu(program))
+    run.bind(verify.share_constants(place.module, entry, scratch))
+    trial = make_trial(source, traced.unit, entry, place)
+    checks = verify.verify(run, trial, where="cpu")
+    if getattr(torch, source.dtype) in HALF:
+        checks += verify.verify(run, trial, where="cpu", in_float32=True)
+    by_rule = not source.live and not place.made
+    if by_rule:
+        fill_tied_constants(entry, place.module)
+    entry, answers = record_golden(run, scratch, by_rule)
+    save_program(program, path)
+    return _Compared(traced, path, entry, checks), answers
+
+
+class _ProgramGraph:
+    """A program with the face of an open graph."""
+
+    def __init__(self, entry: Graph, program: ProgramOnCpu) -> None:
+        self.entry, self.device, self.program = entry, CPU, program
+
+    def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Give it the constants of its entry, by their names."""
+        named = dict(tensors)
+        for constant in self.entry.constants:
+            named |= dict.fromkeys(constant.aliases, tensors[constant.fqn])
+        self.program.bind(named)
+
+    def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        """Run it."""
+        return self.program(*inputs)
+
+
+def _build_one(build: _Build) -> BuiltUnit:
+    """Lower a program for one GPU, and describe what came of it."""
+    compared, source = build.compared, build.job.plan.source
+    folder = compared.path.parent / build.id
+    folder.mkdir()
+    environment = build.stand_in.environment((build.job.target.sm or 0,), reads=False)
+    lowered = lower_elsewhere(_make_request(build, folder), environment)
+    shutil.move(folder / PACKAGE, build.scratch / compared.entry.file)
+    described, files = describe_graph(compared.traced, source, lowered.fqns, build.scratch)
+    entry = add_package(described, build.scratch)
+    entry = record_call_spec(entry, compared.traced.spec, lowered.call_spec, source.model)
+    if source.layout:
+        require_direct(entry)
+    entry = msgspec.structs.replace(
+        entry,
+        golden=compared.entry.golden,
+        device_code=read_device_code(folder / KEEP, folder / UNPACKED) or msgspec.UNSET,
+    )
+    question = _make_question(build, entry, folder)
+    found = interpret(question, build.stand_in, build.job.target.sm or 0)
+    left_out = (f"{verify.format_sizes(each.sizes)}: {each.reason}" for each in found.left_out)
+    untold = (*found.not_interpreted, *left_out)
+    entry = msgspec.structs.replace(entry, not_interpreted=untold or msgspec.UNSET)
+    library = next((folder / UNPACKED).rglob("*.wrapper.so"))
+    checks = (*compared.checks, *found.checks)
+    return BuiltUnit((BuiltGraph(entry, elf.read_needs(library), files, checks),))
+
+
+def _make_question(build: _Build, entry: Graph, folder: Path) -> InterpretRequest:
+    """What the process that interprets a package is asked."""
+    return InterpretRequest(
+        entry=entry,
+        package=str(folder / UNPACKED),
+        program=str(build.compared.path),
+        keep=str(folder / KEEP),
+        shipped=str(build.scratch),
+        points=choose_points(build.compared.traced.unit.bounds),
+        tolerance=INTERPRETED_TOLERANCE[build.job.build.dtype],
+        seconds=_INTERPRET_SECONDS,
+        memory=min(_INTERPRET_MEMORY, read_available_memory()),
+    )
+
+
+def _make_request(build: _Build, folder: Path) -> LowerRequest:
+    """What the process that lowers is asked."""
+    job, traced = build.job, build.compared.traced
+    return LowerRequest(
+        program=os.fsencode(build.compared.path),
+        folder=os.fsencode(folder),
+        kernels=job.build.kernels or (),
+        level=job.target.level,
+        options=job.build.options,
+        where=f"{job.key[:12]}-{traced.unit.id}",
+        root=ARCHIVE if job.plan.source.layout else traced.unit.id,
+        spec=traced.spec,
+        ops=find_op_modules(traced.exported.program),
+    )

@@ -1,0 +1,140 @@
+"""A program lowered for a GPU that need not be here: in a process of its own, under the stand-in.
+
+That process has a device of the target's capability that computes nothing, so nothing is read back
+from it: what a program holds comes from the CPU, where it was made, and weights have no values.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from hubaoti.errors import CompileFailed, HubaotiError, first_line
+from hubaoti.host.processes import collect_records, describe_exit, join_parent, list_search_path
+from hubaoti.host.wire import ErrorRecord
+
+if TYPE_CHECKING:
+    import torch
+
+# What a lowering leaves in its folder: the package, what lies in it, and what tells of its kernels.
+PACKAGE, UNPACKED, KEEP = "package.pt2", "unpacked", "keep"
+_SECONDS = 3600.0  # of lowering one program, at most
+_DEVICE = "cuda:0"  # the only one that the process has
+
+
+class LowerRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A saved program, and the folder for its package and what tells of its kernels.
+
+    The rest is as `inductor.lower` has it; `ops` are modules that register ops of the program.
+    """
+
+    program: bytes
+    folder: bytes
+    kernels: tuple[str, ...]
+    level: str
+    options: dict[str, Any]
+    where: str
+    root: str
+    spec: tuple[str, str] | None
+    ops: tuple[str, ...]
+    search: list[bytes] = msgspec.field(default_factory=list_search_path)
+
+
+class Lowered(msgspec.Struct, frozen=True, tag=True):
+    """The constants that a library reads, its call spec, and the most memory that making it took.
+
+    The memory is in bytes.
+    """
+
+    fqns: tuple[str, ...]
+    call_spec: tuple[str, ...]
+    peak_bytes: int
+
+
+def lower_elsewhere(request: LowerRequest, environment: Mapping[str, str]) -> Lowered:
+    """Lower a program in a process that has the environment, too.
+
+    Raises:
+        HubaotiError: of the step that failed there.
+        CompileFailed: the process ended without a word.
+    """
+    kind = Lowered | ErrorRecord
+    output = collect_records(__name__, request, kind, _SECONDS, environment=environment)
+    if output.records:
+        found: Lowered = output.records[0]
+        return found
+    raise CompileFailed(
+        f"lower: {describe_exit(output.code)}{': ' * bool(output.last)}{output.last}",
+        hint="is there memory for it? else try --dtype float32, and report it",
+    )
+
+
+def main() -> None:
+    """The process that lowers one program."""
+    channel = join_parent(is_awaited=True)
+    try:
+        channel.send(_lower(channel.receive(LowerRequest)))
+    except HubaotiError as error:
+        channel.send(ErrorRecord.of(error))
+
+
+def _raise_peak(device: torch.device) -> None:
+    """Take much memory of a device once, which is nobody's and costs nothing here.
+
+    Around a kernel that writes into its arguments inductor keeps copies of them, on the CPU where
+    the device would hold more than it ever did: that would be read back.
+    """
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    torch.empty(free // 2, dtype=torch.uint8, device=device)
+    torch.cuda.empty_cache()
+
+
+def _lower(request: LowerRequest) -> Lowered:
+    """Lower a program for the device of this process, and open what came of it."""
+    import torch
+
+    from hubaoti.artifact.package import unpack_all
+    from hubaoti.compiler.attention import name_attention
+    from hubaoti.compiler.inductor import lower
+    from hubaoti.compiler.saved_program import load_program, put_on_device
+    from hubaoti.runtime.custom_ops import register_ops
+    from hubaoti.runtime.runners import open_native_runner
+
+    register_ops(request.ops, request.search)
+    device, folder = torch.device(_DEVICE), Path(os.fsdecode(request.folder))
+    _raise_peak(device)
+    try:
+        program = put_on_device(load_program(Path(os.fsdecode(request.program))), device)
+    except Exception as error:  # torch raises of many kinds, as where an op is not registered
+        raise CompileFailed(
+            f"lower: the program cannot be loaded: {type(error).__name__}: {first_line(error)}",
+            hint="an op that only your process registers has to be in a module of its own",
+        ) from error
+    program = name_attention(program, request.kernels)
+    package = folder / PACKAGE
+    lower(
+        program,
+        request.level,
+        request.options,
+        package,
+        request.where,
+        request.spec,
+        request.root,
+        folder / KEEP,
+    )
+    unpacked = folder / UNPACKED
+    unpack_all(package, unpacked)
+    library = next(unpacked.rglob("*.wrapper.so"))
+    runner = open_native_runner(unpacked, library, device)
+    return Lowered(
+        fqns=tuple(sorted({*runner.get_constant_names_to_original_fqns().values()})),
+        call_spec=tuple(runner.get_call_spec()),
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )

@@ -1,0 +1,151 @@
+/* Errors in the words of CUDA, or of our own; the log; what is alive; functions by name. */
+#include "stand_in.h"
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static __thread cudaError_t last;
+static __thread int explained;
+static __thread char explanation[512];
+
+cudaError_t fail(cudaError_t error) {
+    if (error) last = error;
+    return error;
+}
+
+int explain(int error, const char *format, ...) {
+    va_list rest;
+    va_start(rest, format);
+    vsnprintf(explanation, sizeof explanation, format, rest);
+    va_end(rest);
+    explained = error;
+    note("refused: %s", explanation);
+    return error;
+}
+
+int refuse_unknown(const char *name, int status) {
+    explain(status, "%s would give a value, and the stand-in has none", name);
+    fprintf(stderr, "stand-in: %s\n", explanation);
+    return status;
+}
+
+cudaError_t cudaGetLastError(void) {
+    cudaError_t error = last;
+    last = cudaSuccess;
+    return error;
+}
+
+cudaError_t cudaPeekAtLastError(void) { return last; }
+
+/* The runtime's own words; it has them without a driver, and the driver's numbers are the same. */
+static const char *ask_runtime(const char *function, cudaError_t error) {
+    char soname[32];
+    snprintf(soname, sizeof soname, "libcudart.so.%d", CUDART_VERSION / 1000);
+    void *runtime = dlopen(soname, RTLD_LAZY | RTLD_NOLOAD);
+    const char *(*ask)(cudaError_t) = NULL;
+    if (runtime) {
+        ask = (const char *(*)(cudaError_t))dlsym(runtime, function);
+        dlclose(runtime);
+    }
+    return ask ? ask(error) : "an error of CUDA";
+}
+
+const char *cudaGetErrorString(cudaError_t error) {
+    return error && (int)error == explained ? explanation : ask_runtime("cudaGetErrorString", error);
+}
+
+const char *cudaGetErrorName(cudaError_t error) { return ask_runtime("cudaGetErrorName", error); }
+
+CUresult cuGetErrorString(CUresult error, const char **text) {
+    *text = cudaGetErrorString((cudaError_t)error);
+    return CUDA_SUCCESS;
+}
+
+CUresult cuGetErrorName(CUresult error, const char **name) {
+    *name = cudaGetErrorName((cudaError_t)error);
+    return CUDA_SUCCESS;
+}
+
+void note(const char *format, ...) {
+    const char *path = getenv("STAND_IN_LOG");
+    if (!path || !*path) return;
+    static int file = -1;
+    int unopened = -1;
+    if (__atomic_load_n(&file, __ATOMIC_ACQUIRE) < 0) {
+        int opened = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+        int first = __atomic_compare_exchange_n(&file, &unopened, opened, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+        if (!first && opened >= 0) close(opened);
+    }
+    char line[1024];
+    va_list rest;
+    va_start(rest, format);
+    int length = vsnprintf(line, sizeof line - 1, format, rest);
+    va_end(rest);
+    if (length > (int)sizeof line - 2) length = sizeof line - 2;
+    line[length++] = '\n';
+    if (write(file, line, length) < 0) return; /* a log that cannot be written is no log */
+}
+
+/* What is alive, for tests that see whether all is given back: "memory", "stream", … */
+static const char *KIND_NAMES[KINDS] = {"memory", "pinned", "stream", "event", "graph", "module", "handle"};
+static long live[KINDS];
+
+void count_live(enum kind kind, int change) { __atomic_add_fetch(&live[kind], change, __ATOMIC_RELAXED); }
+
+OUTSIDE long stand_in_live(const char *kind) {
+    for (int i = 0; i < KINDS; i++)
+        if (!strcmp(kind, KIND_NAMES[i])) return __atomic_load_n(&live[i], __ATOMIC_RELAXED);
+    return -1;
+}
+
+/* A handle of cuBLAS, cuDNN and their like: a thing of its own that nobody looks into. */
+static const char HANDLE_MARK[] = "stand-in handle";
+
+int make_handle(void *out, size_t size) {
+    if (size != sizeof(void *) || !out) return 0;
+    char *made = calloc(1, 512);
+    if (!made) return 0;
+    memcpy(made, HANDLE_MARK, sizeof HANDLE_MARK);
+    *(void **)out = made;
+    count_live(HANDLE, 1);
+    return 1;
+}
+
+void drop_handle(void *handle) {
+    if (!handle || memcmp(handle, HANDLE_MARK, sizeof HANDLE_MARK)) return;
+    count_live(HANDLE, -1);
+    free(handle);
+}
+
+/* The driver's functions by name; those whose interface changed are `name_v2` and on. */
+static void *find_function(const char *name) {
+    void *found = dlsym(RTLD_DEFAULT, name);
+    for (int version = 4; !found && version > 1; version--) {
+        char other[128];
+        snprintf(other, sizeof other, "%s_v%d", name, version);
+        found = dlsym(RTLD_DEFAULT, other);
+    }
+    if (!found) note("no function %s", name);
+    return found;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **found, unsigned version,
+                                             unsigned long long flags,
+                                             enum cudaDriverEntryPointQueryResult *result) {
+    (void)version, (void)flags;
+    *found = find_function(name);
+    if (result) *result = *found ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+    return cudaSuccess;
+}
+
+CUresult cuGetProcAddress_v2(const char *name, void **found, int version, cuuint64_t flags,
+                             CUdriverProcAddressQueryResult *result) {
+    (void)version, (void)flags;
+    *found = find_function(name);
+    if (result) *result = *found ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
+    return *found ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+}

@@ -1,0 +1,69 @@
+/* What the stand-in's files know of each other; nothing of it is seen outside.
+ *
+ * Preloaded as libcuda.so.1, the stand-in stands before libcudart, libcuda, cuBLAS, cuDNN and their
+ * like: torch, inductor, triton and AOTInductor's packages find GPUs of the capabilities in
+ * STAND_IN_SM, and their host code does all that it would do there. Kernels are loaded, checked and
+ * not run, so what they would have written stays as it was.
+ *
+ *   STAND_IN_SM=90,80   a device each
+ *   STAND_IN_MEMORY=N   bytes of each; by default what its data sheet says
+ *   STAND_IN_LOG=FILE   a line for each call that a test may want to see
+ *   STAND_IN_READS=no   nothing was computed, so whoever waits for a copy to the host gets an error
+ */
+#ifndef STAND_IN_H
+#define STAND_IN_H
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+#include <stddef.h>
+
+/* Names that a header gives another meaning. */
+#undef cudaGetDeviceProperties
+#undef cudaStreamGetCaptureInfo
+
+#define OUTSIDE __attribute__((visibility("default")))
+#pragma GCC visibility push(hidden)
+
+struct device {
+    const struct chip *chip;
+    size_t memory, used;
+    int installed; /* its place among all, where CUDA_VISIBLE_DEVICES hides some */
+};
+extern struct device devices[];
+extern int device_count;
+extern __thread int current_device;
+
+enum kind { MEMORY, PINNED, STREAM, EVENT, GRAPH, MODULE, HANDLE, KINDS };
+void count_live(enum kind kind, int change);
+int make_handle(void *out, size_t size); /* 0 where `out` takes no handle */
+void drop_handle(void *handle);
+
+/* An error of the runtime, kept for cudaGetLastError. */
+cudaError_t fail(cudaError_t error);
+/* An error whose words are these, until another is explained. */
+int explain(int error, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* That of a function which nobody wrote: it is named, also where only its status is seen. */
+int refuse_unknown(const char *name, int status);
+void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* Memory */
+#define PAGE 4096
+int is_device(const void *pointer);
+int is_pinned(const void *pointer);
+int is_host(const void *pointer); /* neither NULL nor a device's */
+cudaError_t take_reads(void);     /* an error where somebody waits for what was copied to the host */
+
+/* Streams */
+int is_capturing(cudaStream_t stream);
+void add_node(cudaStream_t stream);
+cudaError_t refuse_in_capture(void); /* what no thread may do while it captures a graph */
+
+#pragma GCC visibility pop
+
+/* Where this process may touch what lies at an address, and the bytes from a device's address to
+ * the end of what was allocated there: for who computes launches, and for our own copies. */
+void *stand_in_host(const void *pointer);
+size_t stand_in_left(const void *pointer);
+#endif

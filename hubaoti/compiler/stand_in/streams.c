@@ -1,0 +1,340 @@
+/* Streams, events and graphs: work is over when it is asked for, and a captured graph only counts it.
+ *
+ * What a GPU refuses while a graph is captured is refused here, so that host code which would fail
+ * there fails here. Two events are always 1 ms apart: tuning takes its first choice, everywhere.
+ */
+#include "stand_in.h"
+#include <pthread.h>
+#include <stdlib.h>
+
+/* A capture is a number; the stream that began it, and those that wait for its events, are in it. */
+struct stream { unsigned flags; int priority; unsigned long long capture; };
+struct event { int recorded; unsigned flags; unsigned long long capture; };
+struct graph { size_t nodes; };
+static struct capture {
+    unsigned long long id;
+    enum cudaStreamCaptureMode mode;
+    pthread_t thread;
+    struct stream *origin;
+    struct graph *graph;
+    int invalid;
+} captures[64];
+static unsigned long long next_capture = 1;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static __thread enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
+
+/* NULL, the legacy stream (1) and the one of each thread (2) are no objects, and are never captured. */
+static struct stream *find_stream(cudaStream_t stream) { return (size_t)stream > 2 ? (struct stream *)stream : NULL; }
+
+static struct capture *find_capture(unsigned long long id) {
+    for (size_t i = 0; id && i < sizeof captures / sizeof *captures; i++)
+        if (captures[i].id == id) return &captures[i];
+    return NULL;
+}
+
+static struct capture *find_capture_of(cudaStream_t stream) {
+    struct stream *found = find_stream(stream);
+    return found ? find_capture(found->capture) : NULL;
+}
+
+int is_capturing(cudaStream_t stream) {
+    pthread_mutex_lock(&lock);
+    int found = find_capture_of(stream) != NULL;
+    pthread_mutex_unlock(&lock);
+    return found;
+}
+
+void add_node(cudaStream_t stream) {
+    pthread_mutex_lock(&lock);
+    struct capture *found = find_capture_of(stream);
+    if (found) found->graph->nodes++;
+    pthread_mutex_unlock(&lock);
+}
+
+static cudaError_t invalidate(struct capture *capture) {
+    capture->invalid = 1;
+    return fail(cudaErrorStreamCaptureUnsupported);
+}
+
+cudaError_t refuse_in_capture(void) {
+    cudaError_t error = cudaSuccess;
+    if (thread_mode == cudaStreamCaptureModeRelaxed) return error;
+    pthread_mutex_lock(&lock);
+    for (size_t i = 0; i < sizeof captures / sizeof *captures; i++) {
+        struct capture *each = &captures[i];
+        int ours = each->id && pthread_equal(each->thread, pthread_self());
+        int other = each->mode == cudaStreamCaptureModeGlobal && thread_mode == cudaStreamCaptureModeGlobal;
+        if (each->id && each->mode != cudaStreamCaptureModeRelaxed && (ours || other)) error = invalidate(each);
+    }
+    pthread_mutex_unlock(&lock);
+    return error;
+}
+
+/* Waiting for what a capturing stream does has no end: a GPU refuses it, in every mode. */
+static cudaError_t refuse_waiting(unsigned long long id) {
+    pthread_mutex_lock(&lock);
+    struct capture *found = find_capture(id);
+    cudaError_t error = found ? invalidate(found) : cudaSuccess;
+    pthread_mutex_unlock(&lock);
+    return error;
+}
+
+static cudaError_t wait_for(unsigned long long capture) {
+    cudaError_t error = refuse_waiting(capture);
+    return error ? error : take_reads();
+}
+
+/* Streams */
+
+static cudaError_t make_stream(cudaStream_t *stream, unsigned flags, int priority) {
+    struct stream *made = calloc(1, sizeof *made);
+    if (!made) return fail(cudaErrorMemoryAllocation);
+    made->flags = flags;
+    made->priority = priority;
+    *stream = (cudaStream_t)made;
+    count_live(STREAM, 1);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreate(cudaStream_t *stream) { return make_stream(stream, 0, 0); }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) { return make_stream(stream, flags, 0); }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
+    return make_stream(stream, flags, priority);
+}
+CUresult cuStreamCreate(CUstream *stream, unsigned flags) { return (CUresult)make_stream(stream, flags, 0); }
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    struct stream *found = find_stream(stream);
+    if (!found) return fail(cudaErrorInvalidResourceHandle);
+    count_live(STREAM, -1);
+    free(found);
+    return cudaSuccess;
+}
+CUresult cuStreamDestroy_v2(CUstream stream) { return (CUresult)cudaStreamDestroy(stream); }
+
+cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
+    struct stream *found = find_stream(stream);
+    *priority = found ? found->priority : 0;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamGetFlags(cudaStream_t stream, unsigned *flags) {
+    struct stream *found = find_stream(stream);
+    *flags = found ? found->flags : 0;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamGetDevice(cudaStream_t stream, int *device) { return (void)stream, *device = current_device, cudaSuccess; }
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    struct stream *found = find_stream(stream);
+    return wait_for(found ? found->capture : 0);
+}
+CUresult cuStreamSynchronize(CUstream stream) { return (CUresult)cudaStreamSynchronize(stream); }
+cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
+
+cudaError_t cudaDeviceSynchronize(void) {
+    cudaError_t error = refuse_in_capture();
+    return error ? error : take_reads();
+}
+CUresult cuCtxSynchronize(void) { return (CUresult)cudaDeviceSynchronize(); }
+
+/* What the host does in a stream is done at once; in a graph, at its launch, which does nothing. */
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *argument) {
+    if (is_capturing(stream)) add_node(stream);
+    else function(argument);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t function, void *argument, unsigned flags) {
+    (void)flags;
+    if (is_capturing(stream)) return fail(cudaErrorStreamCaptureUnsupported);
+    function(stream, cudaSuccess, argument);
+    return cudaSuccess;
+}
+
+/* Events */
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
+    struct event *made = calloc(1, sizeof *made);
+    if (!made) return fail(cudaErrorMemoryAllocation);
+    made->flags = flags;
+    *event = (cudaEvent_t)made;
+    count_live(EVENT, 1);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
+
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    if (!event) return fail(cudaErrorInvalidResourceHandle);
+    count_live(EVENT, -1);
+    free(event);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
+    struct event *recorded = (struct event *)event;
+    struct stream *found = find_stream(stream);
+    (void)flags;
+    if (!event) return fail(cudaErrorInvalidResourceHandle);
+    recorded->recorded = 1;
+    recorded->capture = found ? found->capture : 0;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { return cudaEventRecordWithFlags(event, stream, 0); }
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
+    struct event *awaited = (struct event *)event;
+    struct stream *found = find_stream(stream);
+    (void)flags;
+    pthread_mutex_lock(&lock);
+    if (found && awaited && find_capture(awaited->capture)) found->capture = awaited->capture;
+    pthread_mutex_unlock(&lock);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+    cudaError_t error = refuse_in_capture();
+    return error || !event ? error : wait_for(((struct event *)event)->capture);
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) { return cudaEventQuery(event); }
+
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t end) {
+    struct event *first = (struct event *)start, *second = (struct event *)end;
+    if (!first || !second || !first->recorded || !second->recorded) return fail(cudaErrorInvalidResourceHandle);
+    *ms = 1;
+    return cudaSuccess;
+}
+
+/* Captures */
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
+    struct stream *found = find_stream(stream);
+    if (!found) return fail(cudaErrorStreamCaptureUnsupported);
+    struct graph *graph = calloc(1, sizeof *graph);
+    cudaError_t error = graph ? cudaErrorStreamCaptureUnsupported : cudaErrorMemoryAllocation;
+    pthread_mutex_lock(&lock);
+    for (size_t i = 0; graph && i < sizeof captures / sizeof *captures && !find_capture(found->capture); i++) {
+        if (captures[i].id) continue;
+        captures[i] = (struct capture){next_capture++, mode, pthread_self(), found, graph, 0};
+        found->capture = captures[i].id;
+        error = cudaSuccess;
+        break;
+    }
+    pthread_mutex_unlock(&lock);
+    note("capture begins");
+    if (error) free(graph);
+    else count_live(GRAPH, 1);
+    return fail(error);
+}
+
+static void drop_graph(void *graph) {
+    count_live(GRAPH, -1);
+    free(graph);
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
+    struct capture ended = {0};
+    *graph = NULL;
+    pthread_mutex_lock(&lock);
+    struct capture *found = find_capture_of(stream);
+    if (found && found->origin == find_stream(stream)) {
+        ended = *found;
+        found->id = 0;
+    }
+    pthread_mutex_unlock(&lock);
+    if (!ended.id) return fail(found ? cudaErrorStreamCaptureUnmatched : cudaErrorIllegalState);
+    note("capture of %zu nodes", ended.graph->nodes);
+    if (ended.invalid) {
+        drop_graph(ended.graph);
+        return fail(cudaErrorStreamCaptureInvalidated);
+    }
+    *graph = (cudaGraph_t)ended.graph;
+    return cudaSuccess;
+}
+
+static enum cudaStreamCaptureStatus read_status(cudaStream_t stream, unsigned long long *id, cudaGraph_t *graph) {
+    enum cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    pthread_mutex_lock(&lock);
+    struct capture *found = find_capture_of(stream);
+    if (found) status = found->invalid ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
+    if (found && id) *id = found->id;
+    if (found && graph) *graph = (cudaGraph_t)found->graph;
+    pthread_mutex_unlock(&lock);
+    return status;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
+    *status = read_status(stream, NULL, NULL);
+    return cudaSuccess;
+}
+
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+    *status = (CUstreamCaptureStatus)read_status(stream, NULL, NULL);
+    return CUDA_SUCCESS;
+}
+
+static cudaError_t describe_capture(cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id,
+                                    cudaGraph_t *graph, const cudaGraphNode_t **dependencies, size_t *count) {
+    if (dependencies) *dependencies = NULL;
+    if (count) *count = 0;
+    *status = read_status(stream, id, graph);
+    return cudaSuccess;
+}
+
+#if CUDART_VERSION >= 13000
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id,
+                                     cudaGraph_t *graph, const cudaGraphNode_t **dependencies,
+                                     const cudaGraphEdgeData **edges, size_t *count) {
+    if (edges) *edges = NULL;
+    return describe_capture(stream, status, id, graph, dependencies, count);
+}
+#else
+cudaError_t cudaStreamGetCaptureInfo_v2(cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id,
+                                        cudaGraph_t *graph, const cudaGraphNode_t **dependencies, size_t *count) {
+    return describe_capture(stream, status, id, graph, dependencies, count);
+}
+#endif
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode) {
+    enum cudaStreamCaptureMode before = thread_mode;
+    thread_mode = *mode;
+    *mode = before;
+    return cudaSuccess;
+}
+
+/* Graphs */
+
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) {
+    if (nodes) return fail(refuse_unknown("cudaGraphGetNodes", cudaErrorNotSupported));
+    *count = ((struct graph *)graph)->nodes;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *made, cudaGraph_t graph, unsigned long long flags) {
+    struct graph *copied = calloc(1, sizeof *copied);
+    (void)flags;
+    if (!copied) return fail(cudaErrorMemoryAllocation);
+    *copied = *(struct graph *)graph;
+    *made = (cudaGraphExec_t)copied;
+    count_live(GRAPH, 1);
+    return cudaSuccess;
+}
+
+#if CUDART_VERSION >= 12000
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *made, cudaGraph_t graph, unsigned long long flags) {
+    return cudaGraphInstantiateWithFlags(made, graph, flags);
+}
+#endif
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return drop_graph(graph), cudaSuccess; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { return drop_graph(graph), cudaSuccess; }
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+    if (is_capturing(stream)) add_node(stream);
+    note("replay of %zu nodes", ((struct graph *)graph)->nodes);
+    return cudaSuccess;
+}
