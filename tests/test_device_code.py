@@ -19,10 +19,10 @@ from hubaoti.artifact.schema import Input
 from hubaoti.compiler.device_code import require_same_on_gpu, settle_autocast
 from hubaoti.compiler.from_config import Source, load_source, use_attention
 from hubaoti.compiler.from_module import make_source
-from hubaoti.compiler.graph_build import choose_trace_sizes
 from hubaoti.compiler.plan import GraphPlan, Plan, choose_tracing_attention, make_plan
 from hubaoti.compiler.request import CompileRequest
 from hubaoti.compiler.signature import CallSignature
+from hubaoti.compiler.traced import choose_trace_sizes
 from hubaoti.errors import CompileFailed
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
