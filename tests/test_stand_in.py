@@ -744,6 +744,7 @@ with torch.no_grad():
     program = torch.export.export(Net().cuda(), inputs, dynamic_shapes=({0: batch},))
     options = {
         "compile_threads": 1,
+        "aot_inductor.precompile_headers": False,
         "aot_inductor.package_constants_in_so": False,  # else they are read back
         "always_keep_tensor_constants": True,
         "joint_graph_constant_folding": False,
