@@ -83,19 +83,6 @@ def main() -> None:
         channel.send(ErrorRecord.of(error))
 
 
-def _raise_peak(device: torch.device) -> None:
-    """Take much memory of a device once, which is nobody's and costs nothing here.
-
-    Around a kernel that writes into its arguments inductor keeps copies of them, on the CPU where
-    the device would hold more than it ever did: that would be read back.
-    """
-    import torch
-
-    free, _ = torch.cuda.mem_get_info(device)
-    torch.empty(free // 2, dtype=torch.uint8, device=device)
-    torch.cuda.empty_cache()
-
-
 def _lower(request: LowerRequest) -> Lowered:
     """Lower a program for the device of this process, and open what came of it."""
     import torch
@@ -104,12 +91,13 @@ def _lower(request: LowerRequest) -> Lowered:
     from hubaoti.compiler.attention import name_attention
     from hubaoti.compiler.inductor import lower
     from hubaoti.compiler.saved_program import load_program, put_on_device
+    from hubaoti.compiler.stand_in import require_stand_in
     from hubaoti.runtime.custom_ops import register_ops
     from hubaoti.runtime.runners import open_native_runner
 
+    require_stand_in()
     register_ops(request.ops, request.search)
     device, folder = torch.device(_DEVICE), Path(os.fsdecode(request.folder))
-    _raise_peak(device)
     try:
         program = put_on_device(load_program(Path(os.fsdecode(request.program))), device)
     except Exception as error:  # torch raises of many kinds, as where an op is not registered
