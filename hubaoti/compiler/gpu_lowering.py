@@ -10,16 +10,14 @@ import os
 import resource
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
+from hubaoti.artifact.schema import Input
 from hubaoti.errors import CompileFailed, HubaotiError, first_line
 from hubaoti.host.processes import collect_records, describe_exit, join_parent, list_search_path
 from hubaoti.host.wire import ErrorRecord
-
-if TYPE_CHECKING:
-    import torch
 
 # What a lowering leaves in its folder: the package, what lies in it, and what tells of its kernels.
 PACKAGE, UNPACKED, KEEP = "package.pt2", "unpacked", "keep"
@@ -30,11 +28,14 @@ _DEVICE = "cuda:0"  # the only one that the process has
 class LowerRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A saved program, and the folder for its package and what tells of its kernels.
 
-    The rest is as `inductor.lower` has it; `ops` are modules that register ops of the program.
+    `inputs` and `bounds` are those of the program, a bound being low, high and step. The rest is as
+    `inductor.lower` has it; `ops` are modules that register ops of the program.
     """
 
     program: bytes
     folder: bytes
+    inputs: tuple[Input, ...]
+    bounds: dict[str, tuple[int, int, int]]
     kernels: tuple[str, ...]
     level: str
     options: dict[str, Any]
@@ -88,9 +89,12 @@ def _lower(request: LowerRequest) -> Lowered:
     import torch
 
     from hubaoti.artifact.package import unpack_all
+    from hubaoti.compiler.asserts import require_asserts_hold
     from hubaoti.compiler.attention import name_attention
     from hubaoti.compiler.inductor import lower
+    from hubaoti.compiler.request import Range
     from hubaoti.compiler.saved_program import load_program, put_on_device
+    from hubaoti.compiler.signature import CallSignature
     from hubaoti.compiler.stand_in import require_stand_in
     from hubaoti.runtime.custom_ops import register_ops
     from hubaoti.runtime.runners import open_native_runner
@@ -106,6 +110,9 @@ def _lower(request: LowerRequest) -> Lowered:
             hint="an op that only your process registers has to be in a module of its own",
         ) from error
     program = name_attention(program, request.kernels)
+    face = CallSignature({}, request.inputs)
+    bounds = {name: Range(*each) for name, each in request.bounds.items()}
+    require_asserts_hold(program, bounds, face)
     package = folder / PACKAGE
     lower(
         program,
@@ -117,6 +124,7 @@ def _lower(request: LowerRequest) -> Lowered:
         request.root,
         folder / KEEP,
     )
+    require_asserts_hold(program, bounds, face)  # what lowering took for granted, too
     unpacked = folder / UNPACKED
     unpack_all(package, unpacked)
     library = next(unpacked.rglob("*.wrapper.so"))
