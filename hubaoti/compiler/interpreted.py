@@ -20,7 +20,7 @@ import msgspec
 from hubaoti.artifact.schema import Check, Graph
 from hubaoti.compiler.dims import DimRanges, Sizes, choose_probes
 from hubaoti.errors import CheckFailed
-from hubaoti.host.processes import ChildOutput, collect_records, describe_exit
+from hubaoti.host.processes import ChildOutput, collect_records, describe_exit, list_search_path
 from hubaoti.host.wire import ErrorRecord
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ class InterpretRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     `package` is unpacked; `program` is what `saved_program.save_program` wrote; `keep` what
     `inductor.lower` kept; `shipped` the folder in which constants that are files of the artifact
-    lie. Points are asked one after the other while `seconds` and `memory` (bytes) last.
+    lie. Points are asked one after the other while `seconds` and `memory` (bytes) last. `ops` are
+    modules that register ops of the program.
     """
 
     entry: Graph
@@ -54,6 +55,8 @@ class InterpretRequest(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     memory: int
     device: int = 0
+    ops: tuple[str, ...] = ()
+    search: list[bytes] = msgspec.field(default_factory=list_search_path)
 
 
 class Begun(msgspec.Struct, frozen=True, tag=True):

@@ -41,6 +41,7 @@ from hubaoti.compiler.verify import Trial, cap_probe, count_tokens, record_compa
 from hubaoti.errors import CheckFailed, HubaotiError, MissingConstant
 from hubaoti.host.processes import join_parent
 from hubaoti.host.wire import ErrorRecord
+from hubaoti.runtime.custom_ops import register_ops
 from hubaoti.runtime.golden import estimate_answer_memory, make_golden_inputs
 from hubaoti.runtime.graph import Graph as Open
 from hubaoti.runtime.graph import open_graph
@@ -58,6 +59,7 @@ def main() -> None:
     channel = join_parent(is_awaited=True)
     request: InterpretRequest = channel.receive(InterpretRequest)
     try:
+        register_ops(request.ops, request.search)
         for answer in answer_request(request):
             channel.send(answer)
         channel.send(Finished())
@@ -72,7 +74,8 @@ def answer_request(request: InterpretRequest) -> Iterator[Answer]:
         CheckFailed: the package answers or writes something else than its program.
         MissingConstant: a constant that ships with the artifact is not in its file.
     """
-    with tempfile.TemporaryDirectory(prefix="hubaoti-") as scratch:
+    # Where the sources are that the build removes: this process may be ended, or end itself.
+    with tempfile.TemporaryDirectory(dir=request.keep) as scratch:
         try:
             yield from _compare_points(request, Path(scratch))
         except NotInterpreted as error:
