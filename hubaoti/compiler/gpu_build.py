@@ -179,6 +179,7 @@ def _make_question(build: _Build, entry: Graph, folder: Path) -> InterpretReques
         tolerance=INTERPRETED_TOLERANCE[build.job.build.dtype],
         seconds=_INTERPRET_SECONDS,
         memory=min(_INTERPRET_MEMORY, read_available_memory()),
+        ops=find_op_modules(build.compared.traced.exported.program),
     )
 
 

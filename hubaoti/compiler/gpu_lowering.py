@@ -7,7 +7,6 @@ from it: what a program holds comes from the CPU, where it was made, and weights
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,14 +46,10 @@ class LowerRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lowered(msgspec.Struct, frozen=True, tag=True):
-    """The constants that a library reads, its call spec, and the most memory that making it took.
-
-    The memory is in bytes.
-    """
+    """The constants that a library reads, and its call spec."""
 
     fqns: tuple[str, ...]
     call_spec: tuple[str, ...]
-    peak_bytes: int
 
 
 def lower_elsewhere(request: LowerRequest, environment: Mapping[str, str]) -> Lowered:
@@ -132,5 +127,4 @@ def _lower(request: LowerRequest) -> Lowered:
     return Lowered(
         fqns=tuple(sorted({*runner.get_constant_names_to_original_fqns().values()})),
         call_spec=tuple(runner.get_call_spec()),
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
