@@ -101,7 +101,10 @@ def skip_impossible(quantize: str | None, device: torch.device) -> None:
     if importlib.util.find_spec("torchao") is None:
         pytest.skip("torchao is not installed")
     try:
-        check_recipe(quantize, device)
+        major, minor = (0, 0)
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+        check_recipe(quantize, device.type, 10 * major + minor)
     except CompileFailed as error:
         pytest.skip(str(error))
 
