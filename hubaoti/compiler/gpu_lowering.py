@@ -2,6 +2,8 @@
 
 That process has a device of the target's capability that computes nothing, so nothing is read back
 from it: what a program holds comes from the CPU, where it was made, and weights have no values.
+
+Where kernels are chosen by measuring them, it runs on a GPU of this machine instead.
 """
 
 from __future__ import annotations
@@ -24,17 +26,19 @@ if TYPE_CHECKING:
 # What a lowering leaves in its folder: the package, what lies in it, and what tells of its kernels.
 PACKAGE, UNPACKED, KEEP = "package.pt2", "unpacked", "keep"
 _SECONDS = 3600.0  # of lowering one program, at most
-_DEVICE = "cuda:0"  # the only one that the process has
 
 
 class LowerRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A saved program, and the folder for its package and what tells of its kernels.
 
+    It is lowered for the compute capability `sm`; `measures` says that the process has a real GPU.
     The rest is as `inductor.lower` has it; `ops` are modules that register ops of the program.
     """
 
     program: bytes
     folder: bytes
+    sm: int
+    measures: bool
     kernels: tuple[str, ...]
     level: str
     options: dict[str, Any]
@@ -83,6 +87,25 @@ def main() -> None:
         channel.send(ErrorRecord.of(error))
 
 
+def _find_device(sm: int) -> torch.device:
+    """The first GPU of this process that has a compute capability.
+
+    Raises:
+        CompileFailed: none has it.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    for index in range(count):
+        major, minor = torch.cuda.get_device_capability(index)
+        if 10 * major + minor == sm:
+            return torch.device("cuda", index)
+    raise CompileFailed(
+        f"lower: none of {count} GPUs here has the capability sm{sm}",
+        hint="which does CUDA_VISIBLE_DEVICES show? see: hubaoti doctor",
+    )
+
+
 def _raise_peak(device: torch.device) -> None:
     """Take much memory of a device once, which is nobody's and costs nothing here.
 
@@ -98,7 +121,6 @@ def _raise_peak(device: torch.device) -> None:
 
 def _lower(request: LowerRequest) -> Lowered:
     """Lower a program for the device of this process, and open what came of it."""
-    import torch
 
     from hubaoti.artifact.package import unpack_all
     from hubaoti.compiler.attention import name_attention
@@ -108,8 +130,9 @@ def _lower(request: LowerRequest) -> Lowered:
     from hubaoti.runtime.runners import open_native_runner
 
     register_ops(request.ops, request.search)
-    device, folder = torch.device(_DEVICE), Path(os.fsdecode(request.folder))
-    _raise_peak(device)
+    device, folder = _find_device(request.sm), Path(os.fsdecode(request.folder))
+    if not request.measures:
+        _raise_peak(device)
     try:
         program = put_on_device(load_program(Path(os.fsdecode(request.program))), device)
     except Exception as error:  # torch raises of many kinds, as where an op is not registered
