@@ -16,15 +16,12 @@ from hubaoti.compiler.precision import ScaledOnCpu
 from hubaoti.errors import BadRequest, CompileFailed, MissingConstant, MissingDependency
 from hubaoti.runtime import quantize as quantizing
 from hubaoti.runtime.quantize import (
-    FITS,
-    RECIPES,
-    LayerFit,
     Made,
-    check_recipe,
     make_lowering_constant,
     make_quantized,
     quantize,
 )
+from hubaoti.runtime.recipes import FITS, RECIPES, LayerFit, check_recipe
 
 CPU = torch.device("cpu")
 GPU = ("cuda", 90)

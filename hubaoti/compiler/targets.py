@@ -14,7 +14,7 @@ from hubaoti.compiler.request import DEFAULT_LEVEL, CompileRequest
 from hubaoti.errors import BadRequest
 from hubaoti.host.match import Refusal, judge_level
 from hubaoti.host.probe import Host
-from hubaoti.runtime.quantize import check_recipe
+from hubaoti.runtime.recipes import check_recipe
 
 
 def choose_targets(host: Host, request: CompileRequest) -> list[Target]:
