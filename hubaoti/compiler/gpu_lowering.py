@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,19 @@ def _raise_peak(device: torch.device) -> None:
     torch.cuda.empty_cache()
 
 
+def _leave_int8_products() -> AbstractContextManager[None]:
+    """Around a lowering: products with 8-bit weights stay products, of weights made wider before.
+
+    Of what mkldnn's patterns rewrite one is meant for GPUs, too: as `_weight_int8pack_mm`, whose
+    kernel of torch 2.11 (aten/src/ATen/native/cuda/int8mm.cu) has a thread for each value, in
+    float32 and without tensor cores. Private, checked on torch 2.11 to 2.15: inductor asks for the
+    flag when a process lowers for the first time.
+    """
+    import torch
+
+    return torch.backends.mkldnn.flags(enabled=False)
+
+
 def _lower(request: LowerRequest) -> Lowered:
     """Lower a program for the device of this process, and open what came of it."""
 
@@ -140,18 +154,27 @@ def _lower(request: LowerRequest) -> Lowered:
             f"lower: the program cannot be loaded: {type(error).__name__}: {first_line(error)}",
             hint="an op that only your process registers has to be in a module of its own",
         ) from error
-    program = name_attention(program, request.kernels)
+    try:
+        program = name_attention(program, request.kernels)
+    except HubaotiError:
+        raise
+    except Exception as error:  # of torch, which goes through the whole program once more
+        raise CompileFailed(
+            f"lower: attention cannot be named: {type(error).__name__}: {first_line(error)}",
+            hint="report it with the model's config",
+        ) from error
     package = folder / PACKAGE
-    lower(
-        program,
-        request.level,
-        request.options,
-        package,
-        request.where,
-        request.spec,
-        request.root,
-        folder / KEEP,
-    )
+    with _leave_int8_products():
+        lower(
+            program,
+            request.level,
+            request.options,
+            package,
+            request.where,
+            request.spec,
+            request.root,
+            folder / KEEP,
+        )
     unpacked = folder / UNPACKED
     unpack_all(package, unpacked)
     library = next(unpacked.rglob("*.wrapper.so"))

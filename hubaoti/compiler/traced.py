@@ -28,6 +28,7 @@ from hubaoti.compiler.materialize import free_memory
 from hubaoti.compiler.plan import WHOLE_MODEL, GraphPlan, choose_tracing_attention
 from hubaoti.compiler.precision import ScaledOnCpu
 from hubaoti.compiler.request import Range
+from hubaoti.compiler.scales import write_out_scales
 from hubaoti.compiler.signature import FlatModule
 from hubaoti.compiler.strides import take_any_strides
 from hubaoti.compiler.tasks import WHOLE_TASKS, read_config_maximum
@@ -73,6 +74,7 @@ def trace(jobs: Sequence[Job], unit: GraphPlan, module: nn.Module, twin: nn.Modu
     if job.build.quantization:
         place = _quantize_copy(place, job)
         exported = trace_unit(source, unit, place.module, guarded)
+        write_out_scales(exported.program)
     spec = _derive_call_spec(source, unit, exported)
     if source.layout and spec is None:
         require_direct(draft_graph(unit))
