@@ -135,7 +135,6 @@ def _leave_int8_products() -> AbstractContextManager[None]:
 
 def _lower(request: LowerRequest) -> Lowered:
     """Lower a program for the device of this process, and open what came of it."""
-
     from hubaoti.artifact.package import unpack_all
     from hubaoti.compiler.attention import name_attention
     from hubaoti.compiler.inductor import lower
