@@ -32,10 +32,23 @@ from proxies import Proxy, proxying  # noqa: E402
 import hubaoti  # noqa: E402
 from hubaoti.artifact.bundle import Bundle  # noqa: E402
 from hubaoti.artifact.package import unpack_all  # noqa: E402
+from hubaoti.host.probe import find_torch  # noqa: E402
 from hubaoti.server import Endpoint, serve_in_thread  # noqa: E402
 from hubaoti.settings import Settings  # noqa: E402
 
 VOCABULARY = 30522  # of MiniLM's tokenizer, which the tiny models borrow
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA build of torch where there is none."""
+    torch = find_torch([])
+    if torch is not None and torch.cuda is not None:
+        return
+    have = f"torch {torch.version} is a CPU build" if torch else "there is no torch"
+    skip = pytest.mark.skip(reason=f"{have}; scripts/setup --cuda makes one that is not")
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")

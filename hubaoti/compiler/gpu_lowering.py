@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from hubaoti.artifact.schema import Input
 from hubaoti.errors import CompileFailed, HubaotiError, first_line
 from hubaoti.host.processes import collect_records, describe_exit, join_parent, list_search_path
 from hubaoti.host.wire import ErrorRecord
 
 if TYPE_CHECKING:
     import torch
+    from torch.export import ExportedProgram
 
 # What a lowering leaves in its folder: the package, what lies in it, and what tells of its kernels.
 PACKAGE, UNPACKED, KEEP = "package.pt2", "unpacked", "keep"
@@ -33,13 +35,16 @@ class LowerRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A saved program, and the folder for its package and what tells of its kernels.
 
     It is lowered for the compute capability `sm`; `measures` says that the process has a real GPU.
-    The rest is as `inductor.lower` has it; `ops` are modules that register ops of the program.
+    `inputs` and `bounds` are those of the program, a bound being low, high and step. The rest is as
+    `inductor.lower` has it; `ops` are modules that register ops of the program.
     """
 
     program: bytes
     folder: bytes
     sm: int
     measures: bool
+    inputs: tuple[Input, ...]
+    bounds: dict[str, tuple[int, int, int]]
     kernels: tuple[str, ...]
     level: str
     options: dict[str, Any]
@@ -107,19 +112,6 @@ def _find_device(sm: int) -> torch.device:
     )
 
 
-def _raise_peak(device: torch.device) -> None:
-    """Take much memory of a device once, which is nobody's and costs nothing here.
-
-    Around a kernel that writes into its arguments inductor keeps copies of them, on the CPU where
-    the device would hold more than it ever did: that would be read back.
-    """
-    import torch
-
-    free, _ = torch.cuda.mem_get_info(device)
-    torch.empty(free // 2, dtype=torch.uint8, device=device)
-    torch.cuda.empty_cache()
-
-
 def _leave_int8_products() -> AbstractContextManager[None]:
     """Around a lowering: products with 8-bit weights stay products, of weights made wider before.
 
@@ -135,17 +127,41 @@ def _leave_int8_products() -> AbstractContextManager[None]:
 
 def _lower(request: LowerRequest) -> Lowered:
     """Lower a program for the device of this process, and open what came of it."""
-    from hubaoti.artifact.package import unpack_all
-    from hubaoti.compiler.attention import name_attention
+    from hubaoti.compiler.asserts import require_asserts_hold
     from hubaoti.compiler.inductor import lower
+    from hubaoti.compiler.request import Range
+    from hubaoti.compiler.signature import CallSignature
+    from hubaoti.compiler.stand_in import require_stand_in
+
+    if not request.measures:
+        require_stand_in()
+    device, folder = _find_device(request.sm), Path(os.fsdecode(request.folder))
+    program = _load(request, device)
+    face = CallSignature({}, request.inputs)
+    bounds = {name: Range(*each) for name, each in request.bounds.items()}
+    require_asserts_hold(program, bounds, face)
+    with _leave_int8_products():
+        lower(
+            program,
+            request.level,
+            request.options,
+            folder / PACKAGE,
+            request.where,
+            request.spec,
+            request.root,
+            folder / KEEP,
+        )
+    require_asserts_hold(program, bounds, face)  # what lowering took for granted, too
+    return _open(folder, device)
+
+
+def _load(request: LowerRequest, device: torch.device) -> ExportedProgram:
+    """The program on the device, its attention named."""
+    from hubaoti.compiler.attention import name_attention
     from hubaoti.compiler.saved_program import load_program, put_on_device
     from hubaoti.runtime.custom_ops import register_ops
-    from hubaoti.runtime.runners import open_native_runner
 
     register_ops(request.ops, request.search)
-    device, folder = _find_device(request.sm), Path(os.fsdecode(request.folder))
-    if not request.measures:
-        _raise_peak(device)
     try:
         program = put_on_device(load_program(Path(os.fsdecode(request.program))), device)
     except Exception as error:  # torch raises of many kinds, as where an op is not registered
@@ -154,7 +170,7 @@ def _lower(request: LowerRequest) -> Lowered:
             hint="an op that only your process registers has to be in a module of its own",
         ) from error
     try:
-        program = name_attention(program, request.kernels)
+        return name_attention(program, request.kernels)
     except HubaotiError:
         raise
     except Exception as error:  # of torch, which goes through the whole program once more
@@ -162,20 +178,15 @@ def _lower(request: LowerRequest) -> Lowered:
             f"lower: attention cannot be named: {type(error).__name__}: {first_line(error)}",
             hint="report it with the model's config",
         ) from error
-    package = folder / PACKAGE
-    with _leave_int8_products():
-        lower(
-            program,
-            request.level,
-            request.options,
-            package,
-            request.where,
-            request.spec,
-            request.root,
-            folder / KEEP,
-        )
+
+
+def _open(folder: Path, device: torch.device) -> Lowered:
+    """Open the package that was made, for what it says of itself."""
+    from hubaoti.artifact.package import unpack_all
+    from hubaoti.runtime.runners import open_native_runner
+
     unpacked = folder / UNPACKED
-    unpack_all(package, unpacked)
+    unpack_all(folder / PACKAGE, unpacked)
     library = next(unpacked.rglob("*.wrapper.so"))
     runner = open_native_runner(unpacked, library, device)
     return Lowered(

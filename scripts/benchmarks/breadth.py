@@ -36,7 +36,7 @@ from hubaoti.cli.output import print_table
 from hubaoti.errors import HubaotiError, first_line
 from hubaoti.settings import Settings
 
-_GOAL = 0.95  # of the architectures pass
+GOAL = 0.95  # of the architectures pass
 _TOLERANCE = 1e-4  # of the largest value of a tensor
 _DIMS = {"forward": {"batch": (1, 4), "seq": (2, 40)},
         "generate": {"batch": (1, 4), "seq": (1, 40), "cache": (8, 64)}}  # fmt: skip
@@ -94,15 +94,23 @@ def bench_breadth(
     names: Sequence[str], forms: Sequence[str], outcomes: list[Outcome]
 ) -> list[Figure]:
     """Compile and compare each, print a table and the counts, and leave all in `outcomes`."""
+    return measure_cases(list_cases(names, forms), outcomes)
+
+
+def list_cases(names: Sequence[str], forms: Sequence[str]) -> list[Case]:
+    """The architectures of these names, all without any, in the forms that they have.
+
+    Raises:
+        SystemExit: there is none of a name.
+    """
     if unknown := {*names} - {*ARCHITECTURES}:
         raise SystemExit(f"no such architecture: {', '.join(unknown)}; {', '.join(ARCHITECTURES)}")
-    todo = [
+    return [
         Case(name, form, ARCHITECTURES[name], _choose_dims(ARCHITECTURES[name], form))
         for name in names or ARCHITECTURES
         for form in forms
         if form == "forward" or ARCHITECTURES[name].generates
     ]
-    return measure_cases(todo, outcomes)
 
 
 def measure_cases(todo: Sequence[Case], outcomes: list[Outcome]) -> list[Figure]:
@@ -131,12 +139,10 @@ def _sum_up(found: Sequence[Outcome]) -> list[Figure]:
     counts = Counter(outcome.verdict for outcome in found)
     share = counts["pass"] / len(found)
     words = ", ".join(f"{counts[word]} {word}" for word in ("pass", "refuse", "wrong", "fail"))
-    click.echo(f"{words}: {share:.1%} of {len(found)} pass, at least {_GOAL:.0%} wanted")
+    click.echo(f"{words}: {share:.1%} of {len(found)} pass, at least {GOAL:.0%} wanted")
     bad = counts["wrong"] + counts["fail"]
     return [
-        make_figure(
-            "breadth", f"share of {len(found)} that pass", [share], "", ("at least", _GOAL)
-        ),
+        make_figure("breadth", f"share of {len(found)} that pass", [share], "", ("at least", GOAL)),
         make_figure("breadth", "architectures wrong or failed", [bad], "", ("at most", 0)),
     ]
 
@@ -204,14 +210,14 @@ def _compare(case: Case, bundle: Bundle, scratch: Path) -> Outcome:
     count = stats["compiled"] + stats["eager"]
     share = stats["compiled"] / max(count, 1)
     served = [path for entry in bundle.manifest.graphs for path in entry.modules]
-    all_blocks = [*_list_blocks(model, architecture.regions)]
+    all_blocks = [*list_blocks(model, architecture.regions)]
     missing = [path for path in all_blocks if path not in served]
     blocks = f"{len(all_blocks) - len(missing)} of {len(all_blocks)}"
     verdict, reason = "pass", ""
     if worst > _TOLERANCE:
         verdict, reason = "wrong", f"an answer differs by {worst:.1e} of the largest value"
     elif missing:
-        verdict, reason = "refuse", _explain_left_out(case, scratch) or ", ".join(missing)
+        verdict, reason = "refuse", explain_left_out(case, scratch) or ", ".join(missing)
     elif share < _SERVED:
         verdict, reason = "fail", f"served {share:.1%}, the others: {_count_reasons(stats)}"
     graphs = len(bundle.manifest.graphs)
@@ -283,7 +289,7 @@ def _count_reasons(stats: Mapping[str, Any], before: Mapping[str, Any] | None = 
     return ", ".join(f"{reason} {count}" for reason, count in sorted((+counts).items()))
 
 
-def _list_blocks(model: nn.Module, regions: str) -> Iterator[str]:
+def list_blocks(model: nn.Module, regions: str) -> Iterator[str]:
     """The paths of all repeated blocks: what lies in the outermost lists, or in the one asked for.
 
     Not the compiler's own search: what that overlooks must show.
@@ -305,7 +311,7 @@ def _list_ancestors(path: str) -> list[str]:
     return [".".join(words[:end]) for end in range(1, len(words))]
 
 
-def _explain_left_out(case: Case, scratch: Path) -> str:
+def explain_left_out(case: Case, scratch: Path) -> str:
     """What the compiler says of the blocks that it left out."""
     explained = api.explain(
         scratch / case.name,

@@ -1,0 +1,211 @@
+"""Building for GPUs that are not here: what is in a bundle, what a key depends on, what is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from commands import Done, inside
+from cuda_models import make_bert
+from signals import command
+from torch import nn
+from under_stand_in import make_stand_in
+
+import hubaoti
+from hubaoti.host.memory import list_descendants
+from hubaoti.host.probe import find_torch
+from hubaoti.runtime.weights import load_shipped_tensors
+from hubaoti.settings import Settings, merge_environment
+
+TORCH = find_torch([])
+IS_CUDA = TORCH is not None and TORCH.cuda is not None
+LOWERING = "hubaoti.compiler.gpu_lowering"
+
+
+class Tabled(nn.Module):
+    """A block that computes a table when it is made, which no state dict has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        table = torch.where(torch.arange(64) % 3 == 0, 1.0, -0.5).cumsum(0)
+        self.register_buffer("table", table[:, None] / 7, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` is (rows, places, 16)."""
+        ahead = torch.arange(x.shape[1], device=x.device)
+        masked = torch.where(ahead[:, None] < 2, 0.0, -1.0)
+        return self.linear(x + self.table[: x.shape[1]]) + masked
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """An empty home without a Hub."""
+    return Settings(home=tmp_path / "home", endpoint="http://127.0.0.1:9")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's folder, with nothing but its config."""
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    make_bert().config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.cuda
+@pytest.mark.newest
+def test_a_table_that_a_block_computes_is_in_the_bundle(settings: Settings, tmp_path: Path) -> None:
+    """Where graphs are lowered nothing computes, so that it must come from where it was made."""
+    torch.manual_seed(0)
+    block = Tabled().eval()
+    with torch.no_grad(), hubaoti.capture(block) as calls:
+        for rows, places in ((1, 4), (2, 9), (3, 30)):
+            block(torch.randn(rows, places, 16))
+    (bundle,) = hubaoti.compile_for(
+        block, "sm90", tmp_path / "bundles", calls=calls, settings=settings
+    )
+    (entry,) = bundle.manifest.graphs
+    shipped = load_shipped_tensors(entry, bundle.path, torch.device("cpu"))
+    assert torch.equal(shipped["table"], block.table)
+    where = [check.where for check in bundle.manifest.checks]
+    assert where.count("cpu") >= 3 and where.count("interpreted") >= 3
+
+
+def explain_key(model: Path, environment: dict[str, str], *before: str) -> str:
+    """The key of a model for sm 90, in a process of its own."""
+    words = ["-m", "hubaoti.cli", "compile", str(model), "--task", "forward", "--for", "sm90"]
+    done = subprocess.run(
+        [*before, sys.executable, *words, "--explain", "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (found,) = json.loads(done.stdout)
+    return str(found["key"])
+
+
+@pytest.mark.cuda
+def test_a_key_is_the_same_on_machines_that_are_set_up_otherwise(
+    model: Path, tmp_path: Path
+) -> None:
+    stand_in = make_stand_in(tmp_path / "home")
+    for name in ("tmp", "elsewhere"):
+        (tmp_path / name).mkdir()
+    other = {"TMPDIR": str(tmp_path / "tmp"), "HOME": str(tmp_path / "elsewhere")}
+    other |= {"HUBAOTI_HOME": str(tmp_path / "another"), "CUDA_VISIBLE_DEVICES": ""}
+    keys = {
+        "as it is": explain_key(model, merge_environment({"HUBAOTI_HOME": str(tmp_path / "home")})),
+        "one core": explain_key(model, merge_environment(other), "taskset", "-c", "0"),
+        "another GPU": explain_key(model, merge_environment(stand_in.environment([120, 80]))),
+    }
+    assert len(set(keys.values())) == 1, keys
+
+
+@pytest.fixture
+def started(
+    model: Path, settings: Settings, tmp_path: Path
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A command that is in the middle of lowering for two GPUs, and the processes that it made."""
+    (tmp_path / "tmp").mkdir()
+    around = {"HUBAOTI_HOME": str(settings.home), "TMPDIR": str(tmp_path / "tmp")}
+    words = ["compile", str(model), "--task", "forward", "--for", "sm80,sm90", "-q"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hubaoti.cli", *words, "-o", str(tmp_path / "bundles")],
+        env=merge_environment(around),
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    found, end = list[int](), time.monotonic() + 300
+    while not any(LOWERING in command(str(each)) for each in found) and time.monotonic() < end:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+        found = [int(each) for each in list_descendants(str(process.pid))]
+    yield process, found
+    if process.poll() is None:
+        process.kill()
+    process.communicate()
+
+
+def wait_until_gone(processes: list[int]) -> list[str]:
+    """Those that are there after a while yet, by their command lines."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        left = [command(str(each)) for each in processes]
+        if not any(left):
+            return []
+        time.sleep(0.1)
+    return [each for each in left if each]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_build_that_is_ended_in_the_middle_leaves_nothing(
+    started: tuple[subprocess.Popen[str], list[int]],
+    number: signal.Signals,
+    tmp_path: Path,
+) -> None:
+    process, made = started
+    os.kill(process.pid, number)
+    process.wait(60)
+    assert wait_until_gone(made) == []
+    bundles = tmp_path / "bundles"
+    there = [each.name for each in bundles.iterdir()] if bundles.exists() else []
+    assert not [name for name in there if not name.startswith(".")]
+    if number != signal.SIGKILL:  # whoever comes next sweeps what that one left
+        assert there == []
+        kept = {"torchinductor_" + os.environ.get("USER", "root")}
+        assert {each.name for each in (tmp_path / "tmp").iterdir()} <= kept
+
+
+REFUSED = {
+    "sm37": ("--for", "sm37"),
+    "sm9x": ("--for", "sm9x"),
+    "": ("--for", ""),
+    "nothing between": ("--for", "sm80,,sm90"),
+    "H100": ("--for", "H100"),
+    "99.9": ("--for", "99.9"),
+}
+
+
+def compile_inside(settings: Settings, model: Path, folder: Path, *words: str) -> Done:
+    """The command, in this process."""
+    return inside(settings, "compile", model, "--task", "forward", "-o", folder, *words)
+
+
+@pytest.mark.parametrize("words", REFUSED.values(), ids=REFUSED)
+def test_what_is_no_gpu_is_refused_by_name(
+    words: tuple[str, ...], settings: Settings, model: Path, tmp_path: Path
+) -> None:
+    done = compile_inside(settings, model, tmp_path / "bundles", *words)
+    assert done.code == 2, done
+    assert "sm80" in done.err and "sm120" in done.err, "it says which ones there are"
+    assert not (tmp_path / "bundles").exists()
+
+
+def test_tuning_for_a_gpu_that_is_not_here_is_refused(
+    settings: Settings, model: Path, tmp_path: Path
+) -> None:
+    words = ("--for", "sm90", "--mode", "max-autotune")
+    done = compile_inside(settings, model, tmp_path / "bundles", *words)
+    assert done.code == 2 and "max-autotune" in done.err, done
+    assert not (tmp_path / "bundles").exists()
+
+
+@pytest.mark.skipif(IS_CUDA, reason="torch is a CUDA build")
+def test_a_cpu_build_of_torch_is_told_which_one_to_install(
+    settings: Settings, model: Path, tmp_path: Path
+) -> None:
+    done = compile_inside(settings, model, tmp_path / "bundles", "--for", "sm90")
+    assert done.code == 2 and "is a CPU build" in done.err, done
+    assert "pip install --force-reinstall torch==" in done.err
+    assert not (tmp_path / "bundles").exists()
