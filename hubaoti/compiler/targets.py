@@ -14,6 +14,7 @@ from hubaoti.compiler.request import DEFAULT_LEVEL, CompileRequest, parse_capabi
 from hubaoti.errors import BadRequest
 from hubaoti.host.match import Refusal, judge_level
 from hubaoti.host.probe import Host
+from hubaoti.runtime.recipes import check_recipe
 
 
 def choose_targets(host: Host, request: CompileRequest) -> list[Target]:
@@ -24,6 +25,7 @@ def choose_targets(host: Host, request: CompileRequest) -> list[Target]:
     Raises:
         BadRequest: the level is unknown, or above this host's; this torch builds for no GPU, or
             there is no such device.
+        CompileFailed: one of them cannot run the quantization.
     """
     level = request.level or choose_level(host)
     if level not in LEVELS:
@@ -33,6 +35,8 @@ def choose_targets(host: Host, request: CompileRequest) -> list[Target]:
         capabilities = (_read_capability(request.device),)
     targets = [_make_target(host, level, sm) for sm in capabilities or (None,)]
     for target in targets:
+        if request.quantize:
+            check_recipe(request.quantize, target.device, target.sm or 0)
         refusal = judge_level(derive_requirements(target), host)
         if isinstance(refusal, Refusal):
             raise BadRequest(
