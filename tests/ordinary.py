@@ -122,7 +122,7 @@ def find(
     inputs, numbers = found[: ways.plan.count], found[ways.plan.count + 1 :]
     if held is not None and held.slides:
         inputs.pop()
-    way = ways.find_route(inputs, numbers, held)
+    way = ways.find_route(inputs, numbers, held, path)
     entry = ways.entries[way.graph]
     row = ways.follow(way, inputs, held, path)
     given = [t.clone() if i.mutated else t for i, t in zip(entry.inputs, row, strict=True)]

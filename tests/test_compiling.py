@@ -379,7 +379,7 @@ def test_a_mistake_of_the_user_s_has_no_report(
     with pytest.raises(kind) as caught:
         hubaoti.compile(tiny_decoder, tmp_path / "bundle", settings=bare, **ASKED | asked)
     assert caught.value.hint and "report" not in caught.value.hint
-    assert {path.name for path in tmp_path.iterdir()} == {"home"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"home"}
 
 
 def test_too_little_memory_is_said_before_anything_is_built(

@@ -6,11 +6,13 @@ import signal
 import sqlite3
 import subprocess
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bundles import CUDA, make_bundle
 from safetensors.torch import load_file, save_file
 from signals import struck
 from transformers import AutoModelForCausalLM
@@ -19,16 +21,24 @@ import hubaoti
 from hubaoti import api
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.attachment.attach import find_regions
-from hubaoti.errors import CannotOpen, HubaotiError, NotEnoughMemory, NotTried, Quarantined
+from hubaoti.errors import (
+    CannotOpen,
+    HubaotiError,
+    NoMatch,
+    NotEnoughMemory,
+    NotTried,
+    Quarantined,
+)
+from hubaoti.host.probe import STAND_IN, Gpu
 from hubaoti.host.processes import ChildOutput, build_command
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.runtime import first_open as testing
-from hubaoti.runtime import open_child
+from hubaoti.runtime import gpus, open_child
 from hubaoti.runtime.first_open import require_sound
 from hubaoti.runtime.open_child import OpenReport, OpenVerdict, open_in_child, read_verdicts
 from hubaoti.settings import Settings
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 NATIVE = """
 #include <signal.h>
 #include <unistd.h>
@@ -328,3 +338,82 @@ def test_an_index_of_before_learns_to_remember(artifact: Artifact, settings: Set
         mirror.index.record_tested("0" * 64, "host", "it crashed")
         mirror.index.record_tested("0" * 64, "host", "")
         assert mirror.index.find_problem("0" * 64, "host") == "it crashed"
+
+
+# GPUs, of which none is here: what torch would say of one, and what a child would, is made up
+
+
+@pytest.fixture
+def on_gpu(tmp_path: Path, mirror: Mirror) -> Artifact:
+    """An artifact for a GPU, that this machine built."""
+    found = api.put(make_bundle(tmp_path / "gpu", CUDA), mirror)
+    mirror.index.record_built(found.manifest)
+    return found
+
+
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, gpu: Gpu, *said: OpenVerdict) -> list[str]:
+    """A GPU, and children that would say this of its graphs; the list has what was tried."""
+    verdicts, tried = iter(said), list[str]()
+
+    def open_in_child(*_: Any) -> list[OpenVerdict]:
+        tried.append(gpu.name)
+        return [next(verdicts)]
+
+    monkeypatch.setattr(gpus, "query_gpu", lambda _: gpu)
+    monkeypatch.setattr(testing, "name_host_kind", lambda _: f"node {gpu.name}")
+    monkeypatch.setattr(testing, "open_in_child", open_in_child)
+    return tried
+
+
+def test_what_was_built_here_for_a_gpu_is_opened_first_all_the_same(
+    on_gpu: Artifact, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = OpenVerdict("root", opened=True, compared=True)
+    tried = fake_gpu(monkeypatch, Gpu("NVIDIA H200", 90, 1 << 37), good)
+    for _ in range(2):
+        require_sound(on_gpu, mirror, GPU, lambda step: None)
+    assert tried == ["NVIDIA H200"], "and it is remembered"
+
+
+def test_a_crash_on_a_gpu_is_remembered_for_its_kind(
+    on_gpu: Artifact, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash = OpenVerdict("root", "it crashed its process (SIGSEGV)", opened=True)
+    fake_gpu(monkeypatch, Gpu("NVIDIA H200", 90, 1 << 37), crash)
+    with pytest.raises(Quarantined, match="SIGSEGV"):
+        require_sound(on_gpu, mirror, GPU, lambda step: None)
+    assert mirror.artifact(on_gpu.digest) is None
+    assert mirror.index.problems()
+
+
+@pytest.mark.parametrize("problem", ["", "it crashed its process (SIGSEGV)"])
+def test_of_a_device_that_computes_nothing_nothing_is_remembered(
+    problem: str, on_gpu: Artifact, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdict = OpenVerdict("root", problem, opened=True)
+    name = f"NVIDIA H200 {STAND_IN}"
+    tried = fake_gpu(monkeypatch, Gpu(name, 90, 1 << 37), verdict, verdict)
+    for _ in range(2):
+        with pytest.raises(Quarantined) if problem else nullcontext():
+            require_sound(on_gpu, mirror, GPU, lambda step: None)
+    assert tried == [name] * 2
+    assert mirror.artifact(on_gpu.digest) is not None
+    assert not mirror.index.problems()
+    assert not [*(mirror.root / "quarantine").iterdir()]
+
+
+def test_a_gpu_of_another_kind_is_refused_before_anything_is_opened(
+    on_gpu: Artifact, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = fake_gpu(monkeypatch, Gpu("NVIDIA A10", 86, 1 << 34))
+    with pytest.raises(NoMatch, match=r"needs sm_90 .*, here is sm_86 \(NVIDIA A10\)") as caught:
+        require_sound(on_gpu, mirror, GPU, lambda step: None)
+    assert caught.value.hint and tried == []
+    assert not mirror.index.problems()
+
+
+def test_a_process_that_ends_by_itself_says_its_last_word() -> None:
+    output = ChildOutput([OpenReport("a", opened=True)], 1, last="CUDA error: no kernel image")
+    (verdict,) = read_verdicts(output, ["a"])
+    assert verdict.problem == "its process ended with code 1: CUDA error: no kernel image"
+    assert (verdict.opened, verdict.compared, verdict.lasting) == (True, False, False)

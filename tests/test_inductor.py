@@ -152,6 +152,15 @@ def test_a_program_gives_the_same_bytes_wherever_it_is_lowered(packages: list[Pa
     assert one.read_bytes() == another.read_bytes()
 
 
+def test_no_file_is_named_by_where_a_python_keeps_its_packages(
+    packages: list[Path], tmp_path: Path
+) -> None:
+    unpack_all(packages[0], tmp_path)
+    (library,) = tmp_path.rglob("*.so")
+    assert b"torch/include/" in library.read_bytes()  # torch's headers name themselves
+    assert not re.search(rb"lib\w*/python\d|-packages/", library.read_bytes())
+
+
 def test_sources_stay_where_they_are_kept_and_out_of_the_package(
     packages: list[Path], tmp_path: Path
 ) -> None:

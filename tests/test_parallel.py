@@ -19,8 +19,8 @@ from hubaoti.artifact.bundle import make_file_entry
 from hubaoti.compiler import parallel
 from hubaoti.compiler.built import BuiltGraph, BuiltUnit
 from hubaoti.compiler.elf import Needs
+from hubaoti.compiler.graph_plans import GraphPlan
 from hubaoti.compiler.parallel import build_all, choose_job_count
-from hubaoti.compiler.plan import GraphPlan
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.signature import CallSignature
 from hubaoti.errors import BadDim, BadRequest, CompileFailed, HubaotiError

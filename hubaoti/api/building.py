@@ -104,11 +104,11 @@ def _prepare(
             model, request.revision, COMPILE_FILES, means.settings, means.progress
         )
     means.progress("torch")  # importing it takes longer than most steps
+    from hubaoti.compiler.fake_gpu import CPU, GPU
     from hubaoti.compiler.job import Job
     from hubaoti.compiler.options import merge_options
     from hubaoti.compiler.plan import make_plan
     from hubaoti.compiler.targets import choose_targets
-    from hubaoti.compiler.traced import CPU
 
     targets = choose_targets(host, request)
     options = merge_options(request.mode, request.inductor, targets[0].device)
@@ -123,7 +123,8 @@ def _prepare(
 
         source, buckets = make_source(model, request)
         request = replace(request, buckets=request.buckets or buckets)
-    plan = make_plan(source, request, CPU)
+    # As a model calls its blocks there, whether there is one here or not.
+    plan = make_plan(source, request, GPU if targets[0].device == "cuda" else CPU)
     return [Job.of(plan, request, target) for target in targets], origin
 
 

@@ -224,7 +224,9 @@ def explain(  # noqa: PLR0913 - a face of keywords
 
 
 def _find_device(model: str | Path | nn.Module) -> str:
-    """Where a module's tensors are; the CPU for a model's name."""
-    if isinstance(model, (str, Path)):
+    """Where most of a module lies; the CPU for a model's name, and for what is no module."""
+    if isinstance(model, (str, Path)) or not hasattr(model, "parameters"):
         return "cpu"
-    return str(next((parameter.device for parameter in model.parameters()), "cpu"))
+    from hubaoti.compiler.module_copy import find_main_device
+
+    return str(find_main_device(model))

@@ -108,7 +108,7 @@ def _find(what: str | Path | None, mirror: Mirror, settings: Settings) -> Sequen
             )
         pulled = mirror.index.list_pulls(settings.endpoint, ref.repo, ref.commit)
         found = [row for row in mirror.ls() if row.digest in pulled]
-        hint = f"fetch it with: hubaoti pull {what}"
+        hint = f"fetch it with: hubaoti pull {what}; no folder has that name here, either"
     if not found:
         raise NoArtifact(f"the mirror has no artifact of {what}", hint=hint)
     return found

@@ -34,7 +34,7 @@ from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.errors import BadManifest, BadRequest, NewerSchema
 from hubaoti.escape import LONGEST, escape_line
 
-_SCHEMA = 2  # the newest that is read; what is written has the oldest that can say it
+_SCHEMA = 3  # the newest that is read; what is written has the oldest that can say it
 FILENAME = "hubaoti.json"
 # An honest manifest is far below these: the one of an 80-layer model is some hundred kB.
 LARGEST_MANIFEST = 16 << 20  # bytes
@@ -171,7 +171,7 @@ def _find_contradictions(manifest: Manifest) -> list[str]:
     found = []
     if not manifest.graphs:
         found.append("it lists no graph")
-    if manifest.schema != (schema := find_oldest_schema(manifest.graphs)):
+    if manifest.schema != (schema := find_oldest_schema(manifest.build, manifest.graphs)):
         found.append(f"its schema is {manifest.schema}, what it says is of schema {schema}")
     found += _find_excesses(manifest)
     found += _find_unspeakable_labels(manifest)
@@ -186,8 +186,11 @@ def _find_contradictions(manifest: Manifest) -> list[str]:
     return found
 
 
-def find_oldest_schema(graphs: Iterable[Graph]) -> int:
-    """The oldest schema that can say what graphs take and leave."""
+def find_oldest_schema(build: Build, graphs: Iterable[Graph]) -> int:
+    """The oldest schema that can say how graphs were built, and what they take and leave."""
+    graphs = tuple(graphs)
+    if build.kernels is not msgspec.UNSET or any(graph.unmasked is True for graph in graphs):
+        return 3
     return 2 if any(_needs_second_schema(graph) for graph in graphs) else 1
 
 

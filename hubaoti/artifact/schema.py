@@ -242,7 +242,8 @@ class Graph(Record, frozen=True, kw_only=True):
     """One region, compiled: its package, whom it serves, what it takes, gives and needs bound.
 
     `bounds` are the smallest and largest size of each dim, `steps` what its size is a multiple of.
-    Of the graphs that serve a module, the first by `order` whose bounds hold a call serves it.
+    Of the graphs that serve a module, the first by `order` whose bounds hold a call serves it. One
+    that is `unmasked` does not look at its mask, and serves calls whose mask hides nothing.
     """
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")]
@@ -261,6 +262,7 @@ class Graph(Record, frozen=True, kw_only=True):
     cache: Cache | None = None
     golden: Golden | None = None
     direct: Direct | msgspec.UnsetType = msgspec.UNSET  # not in what was compiled before it was
+    unmasked: Literal[True] | msgspec.UnsetType = msgspec.UNSET
     device_code: DeviceCode | msgspec.UnsetType = msgspec.UNSET  # of a GPU
     not_interpreted: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET  # of a GPU, where some was
 

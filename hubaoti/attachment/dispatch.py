@@ -101,7 +101,10 @@ class Dispatcher:
         self._compiled_from = attention
         is_said = any(getattr(part, CAUSAL, False) for part in block.modules())
         self._could_be_causal = bool(first.call["kwargs"].get(CAUSAL, is_said))
-        self._known: KnownCalls[Route] = KnownCalls()
+        self._known: dict[bool, KnownCalls[Route]] = {True: KnownCalls(), False: KnownCalls()}
+        places = [index for index, item in enumerate(first.inputs) if item.values == "mask"]
+        unmasked = any(entry.unmasked is True for entry in self.entries)
+        self._mask = places[0] if unmasked and len(places) == 1 else None
         self._position: tuple[tuple[int, int, int], torch.Tensor] | None = None
 
     def read_sizes(self, found: Sequence[Any]) -> tuple[int, int]:
@@ -121,14 +124,15 @@ class Dispatcher:
         put_cache(entry.cache, held, found, self._positions(held))
 
     def find_route(
-        self, inputs: Sequence[Any], numbers: Sequence[Any], held: CacheState | None
+        self, inputs: Sequence[Any], numbers: Sequence[Any], held: CacheState | None, who: str
     ) -> Route:
-        """The route of a call.
+        """The route of a call of the block at a path.
 
         Raises:
             CannotServe: there is none, with the reason.
         """
-        known, look = self._known, inputs
+        is_open = self._is_open(inputs, held, who)
+        known, look = self._known[is_open], inputs
         route = known.find(look)
         if route is None:
             look = self._mark_gaps(inputs, held)
@@ -136,9 +140,19 @@ class Dispatcher:
         if route is not None and route.numbers == tuple(numbers) and _is_within(route, held):
             return route
         refuse_modes(self.device)
-        route = self._find(inputs, numbers, held)
+        route = self._find(inputs, numbers, held, is_open)
         known.add(look, route)
         return route
+
+    def _is_open(self, inputs: Sequence[Any], held: CacheState | None, who: str) -> bool:
+        """Whether a call is one of a step whose mask hides nothing, where a graph wants to know."""
+        if self._mask is None or held is None or held.slides or held.seq != 1:
+            return False
+        refuse_modes(self.device)
+        mask = inputs[self._mask]
+        if type(mask) not in _PLAIN or not mask.dim() or not has_memory(mask):
+            return False
+        return self._expanded.is_open(mask, held.filled, who)
 
     def follow(
         self, route: Route, inputs: list[Any], held: CacheState | None, who: str
@@ -213,12 +227,18 @@ class Dispatcher:
         raise CannotServe(reason, "no graph was compiled for a window that is full")
 
     def _find(
-        self, inputs: Sequence[Any], numbers: Sequence[Any], held: CacheState | None
+        self,
+        inputs: Sequence[Any],
+        numbers: Sequence[Any],
+        held: CacheState | None,
+        is_open: bool,
     ) -> Route:
         """The route by the first graph that can; the last one's reason where none can."""
         problems: list[CannotServe] = []
         for index, entry in enumerate(self.entries):
             if entry.cache is not None and entry.cache.kind != _choose_cache_kind(held):
+                continue
+            if entry.unmasked is True and not is_open:
                 continue
             try:
                 return self._try(index, inputs[: len(entry.inputs)], numbers, held)

@@ -53,6 +53,25 @@ class ExpandedInputs:
             self._keep(key, (weakref.ref(source), source._version, made, {who}))
         return made
 
+    def is_open(self, mask: torch.Tensor, filled: int, who: str) -> bool:
+        """Whether a mask hides none of the places that are filled, which is waited for.
+
+        An inference tensor is not asked: each block would have to.
+        """
+        if mask.is_inference():
+            return False
+        key = ("open", id(mask), current_stream(mask.device), filled)
+        found = self._made.get(key)
+        same = found is not None and found[0]() is mask and found[1] == mask._version
+        if found is not None and same and who not in found[3]:
+            found[3].add(who)
+            return bool(found[2])
+        looked = mask[..., :filled]
+        seen = looked == 0 if mask.dtype.is_floating_point else looked != 0
+        answer = seen.all().cpu()
+        self._keep(key, (weakref.ref(mask), mask._version, answer, {who}))
+        return bool(answer)
+
     def make_mask(
         self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, causal: bool
     ) -> torch.Tensor:

@@ -136,7 +136,7 @@ class Region(GraphPatch):
         inputs, numbers = found[:count], found[count + 1 :]
         if held is not None and held.slides:
             inputs.pop()  # a full window has no position
-        route = dispatcher.find_route(inputs, numbers, held)
+        route = dispatcher.find_route(inputs, numbers, held, self.path)
         inputs = dispatcher.follow(route, inputs, held, self.path)
         graph, answers = graphs[route.graph], dispatcher.answers[route.graph]
         filling = (

@@ -42,12 +42,9 @@ def require_asserts_hold(program: ExportedProgram, bounds: DimRanges, face: Call
     """
     symbols = map_symbols(program, face, bounds)
     points = _draw_points(bounds)
-    for condition, least in [
-        *((each, 0) for each in _list_asserts(program)),
-        # Torch takes no size to be 1 that was none in its example, as in its exports: it asks so
-        # that it knows how a tensor lies in memory, and an axis of one element lies either way.
-        *((each, 2) for each in _list_guards(program)),
-    ]:
+    asserts = [(each, 0) for each in _list_asserts(program)]
+    guards = [(_allow_ties(each), 2) for each in _list_guards(program)]
+    for condition, least in (*asserts, *guards):
         if not condition.free_symbols <= {*symbols}:
             continue
         used = {symbol: symbols[symbol] for symbol in sorted(condition.free_symbols, key=str)}
@@ -84,6 +81,18 @@ def _list_guards(program: ExportedProgram) -> list[Any]:
     modes = (each.fake_mode for each in values if hasattr(each, "fake_mode"))
     environment = next((mode.shape_env for mode in modes), None)  # all have the same one
     return list(dict.fromkeys(guard.expr for guard in getattr(environment, "guards", ())))
+
+
+def _allow_ties(guard: Any) -> Any:
+    """A guard without what it says of sizes that happen to be alike.
+
+    Torch takes a size to be neither 1 nor another's, which the example's were not, as it does when
+    it exports: it asks how tensors lie in memory, and there both answers are right where it is.
+    """
+    if isinstance(guard, sympy.Ne):
+        return sympy.true
+    weak = {sympy.StrictLessThan: sympy.Le, sympy.StrictGreaterThan: sympy.Ge}
+    return weak[type(guard)](*guard.args) if type(guard) in weak else guard
 
 
 def _list_sizes(name: str, bounds: DimRanges) -> list[Sizes]:

@@ -11,6 +11,7 @@ here (`sdp_utils.cpp` and both kernels' host code, of torch 2.11 to 2.15).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,11 +89,27 @@ def name_attention(program: ExportedProgram, kernels: Sequence[str]) -> Exported
         return _attend(call, enable_gqa, kernels)
 
     table = {_aten.scaled_dot_product_attention.default: decompose}
+    _forget_sums(program)
     try:
-        named: ExportedProgram = program.run_decompositions(table)
+        with warnings.catch_warnings(action="ignore"):  # of torch about torch
+            named: ExportedProgram = program.run_decompositions(table)
     except CompileFailed as error:  # to whose words torch adds what it was doing
         raise CompileFailed(first_line(error), hint=error.hint) from None
     return named
+
+
+def _forget_sums(program: ExportedProgram) -> None:
+    """Let torch decompose a loaded program of which a size is a sum, as `image+text`.
+
+    Private, checked on torch 2.11 to 2.15: what loads a program notes the range of such a size
+    among those of symbols, which what decomposes it minds (`expected sympy.Symbol`). Sizes keep
+    their ranges, which follow from the symbols'.
+    """
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    modes = (each.fake_mode for each in values if hasattr(each, "fake_mode"))
+    ranges = getattr(next((mode.shape_env for mode in modes), None), "var_to_range", {})
+    for size in [size for size in ranges if not size.is_Symbol]:
+        del ranges[size]
 
 
 def _list_targets(program: ExportedProgram) -> set[str]:
@@ -172,7 +189,7 @@ def _attend(call: _Attention, is_grouped: bool, kernels: Sequence[str]) -> torch
     axes = max(each.dim() for each in call.tensors)
     if call.mask is not None and call.mask.dim() > axes:
         raise _refuse(call, "has a mask with more axes", "give it as many as the query has")
-    call = call.map(lambda each: each[(None,) * (axes - each.dim())])
+    call = call.map(lambda each: _add_axes(each, axes))
     if axes < 4:
         place = 0 if is_grouped or axes == 2 else 1  # the heads are there, or else the batch
         lifted = call.map(lambda each: each.unsqueeze(place))
@@ -184,6 +201,11 @@ def _attend(call: _Attention, is_grouped: bool, kernels: Sequence[str]) -> torch
         return answer.reshape(*lead, *answer.shape[1:])
     query, key, value = (_spread(each, lead) for each in call.tensors)
     return _call_kernel(_share_heads(replace(call, query=query, key=key, value=value)), kernels)
+
+
+def _add_axes(tensor: torch.Tensor, axes: int) -> torch.Tensor:
+    """A view with so many axes, of which the first ones have one element; itself where it has."""
+    return tensor if tensor.dim() == axes else tensor[(None,) * (axes - tensor.dim())]
 
 
 def _share_heads(call: _Attention) -> _Attention:
@@ -232,7 +254,7 @@ def _call_kernel(call: _Attention, kernels: Sequence[str]) -> torch.Tensor:
     else:
         advice = "try --dtype float16 or --dtype float32, or build for sm80 and newer"
         raise _refuse(call, "is computed by no kernel of CUDA's at this capability", advice)
-    return answer[..., :of_values]
+    return answer if answer.shape[3] == of_values else answer[..., :of_values]
 
 
 def _fits_flash(call: _Attention) -> bool:
@@ -268,6 +290,8 @@ def _call_efficient(call: _Attention) -> torch.Tensor:
     more the further down they stand cannot: there each has as many keys of its own.
     """
     batch, heads, rows, _ = call.query.shape
+    if call.mask is not None:
+        call = replace(call, mask=_drop_repeats(call.mask))
     if call.group > 1 and call.causal:
         key, value = (_repeat_heads(each, heads) for each in (call.key, call.value))
         call = replace(call, key=key, value=value)
@@ -311,7 +335,7 @@ def _lay_mask(call: _Attention) -> torch.Tensor:
     """
     assert call.mask is not None
     dtype, keys = call.query.dtype, call.key.shape[2]
-    mask = _drop_repeats(call.mask)
+    mask = call.mask
     if mask.dtype is torch.bool:
         mask = torch.where(mask, 0.0, float("-inf")).to(dtype)
     else:

@@ -21,9 +21,10 @@ from hubaoti.compiler.built import BuiltGraph, BuiltUnit
 from hubaoti.compiler.constants import save_tensors
 from hubaoti.compiler.gpu_build import GpuTools
 from hubaoti.compiler.graph_build import build_unit
+from hubaoti.compiler.graph_plans import GraphPlan
 from hubaoti.compiler.job import Job
 from hubaoti.compiler.parallel import build_all, choose_job_count
-from hubaoti.compiler.plan import GraphPlan, Plan
+from hubaoti.compiler.plan import Plan
 from hubaoti.compiler.stand_in import StandIn
 from hubaoti.compiler.targets import derive_requirements
 from hubaoti.disk import OUTPUT, TEMPORARY, require_disk_room
@@ -101,7 +102,7 @@ def _make_manifest(
     needs = elf.merge_needs([each.needs for each in built])
     shared = max((each.shared_memory for each in codes), default=None)
     manifest = Manifest(
-        schema=manifests.find_oldest_schema(graphs),
+        schema=manifests.find_oldest_schema(job.build, graphs),
         program=job.plan.source.program,
         build=job.build,
         target=job.target,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,20 @@ class Call:
     def sizes(self) -> tuple[tuple[int, ...], ...]:
         """The shape of each tensor, in the order of `tensors`."""
         return tuple(tuple(tensor.shape) for tensor in self.tensors)
+
+    def without_device(self) -> Call:
+        """The call with what is asked of its tensors: numbers and masks are brought from a GPU, of
+        others the kind is enough. Each is brought once, since a device is waited for."""
+        named = zip(self.names, self.tensors, strict=True)
+        return replace(self, tensors=tuple(_bring_to_cpu(name, tensor) for name, tensor in named))
+
+
+def _bring_to_cpu(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the CPU itself, and of another device as much of it as is asked for."""
+    if tensor.device.type in {"cpu", "meta"}:
+        return tensor
+    real = tensor.is_floating_point() or tensor.is_complex()
+    return tensor.to("meta" if real and "mask" not in name else "cpu")
 
 
 @dataclass(slots=True)

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
@@ -82,6 +84,23 @@ def require_same_on_gpu(
             f"{here.answer}",
             hint=_HINT,
         )
+
+
+def settle_autocast(program: ExportedProgram) -> ExportedProgram:
+    """A program in which autocast is what it did where it was traced: each tensor made of a dtype.
+
+    Its regions name the device that they are for, and do nothing once a program is moved. A program
+    that has none is answered itself.
+    """
+    graphs = (
+        part.graph for part in program.graph_module.modules() if isinstance(part, GraphModule)
+    )
+    targets = {node.target for graph in graphs for node in graph.nodes}
+    if torch.ops.higher_order.wrap_with_autocast not in targets:
+        return program
+    with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of torch's own calls
+        settled: ExportedProgram = program.run_decompositions({})
+    return settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +172,7 @@ def _without_values(module: nn.Module) -> Iterator[None]:
     before = logger.level
     logger.setLevel(logging.CRITICAL)
     clear_model_caches(module)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())  # type: ignore[no-untyped-call]
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     try:
         with ExitStack() as around:
             for flag in vars(torch.compiler).keys() & _TRACING:

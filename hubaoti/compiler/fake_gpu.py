@@ -31,7 +31,7 @@ def pretend_gpu(capability: int) -> Iterator[None]:
     """
     major, minor = divmod(capability, 10)
     found = SimpleNamespace(name="GPU", major=major, minor=minor)
-    answers = {
+    answers: dict[str, Callable[..., Any]] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,

@@ -10,7 +10,7 @@ import itertools
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,6 +30,7 @@ from hubaoti.compiler.capture import (
     thaw_arguments,
 )
 from hubaoti.compiler.fake_gpu import PLANNED, pretend_gpu
+from hubaoti.compiler.module_copy import describe_devices, find_main_device, list_devices
 from hubaoti.compiler.operations import Operations
 from hubaoti.compiler.patched import patch_attribute
 from hubaoti.errors import CompileFailed, first_line
@@ -83,7 +84,7 @@ class BlockCalls:
 
         def watch(*args: Any, **kwargs: Any) -> Any:
             self.times += 1
-            if self.called:
+            if self.called or self.problem:
                 return forward(*args, **kwargs)
             self.called = True
             try:
@@ -183,12 +184,13 @@ def observe(
     """Run a model once for each of `calls`, and note what each of its blocks is given first.
 
     Of the tensors of a call only shape and dtype count. `truth` is what comes of a question about
-    values that the model asks between its blocks.
+    values that the model asks between its blocks. A GPU as the device need not be there. Of a model
+    on several devices, blocks that lie elsewhere than most of it have that as their problem.
 
     Raises:
         CompileFailed: the model looks at values, or cannot take what it is called with.
     """
-    found: dict[str, BlockCalls] = {path: BlockCalls() for path in blocks}
+    found = {path: BlockCalls(problem=p) for path, p in _find_misplaced(model, blocks)}
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     with ExitStack() as around:
         around.callback(logger.setLevel, logger.level)
@@ -196,8 +198,7 @@ def observe(
         around.callback(clear_model_caches, model)
         around.enter_context(torch.no_grad())
         around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        if device.type == "cuda":  # there or not
-            around.enter_context(pretend_gpu(PLANNED))
+        around.enter_context(pretend_gpu(PLANNED) if device.type == "cuda" else nullcontext())
         if truth:
             around.enter_context(_pretend_real())
         tensors = {
@@ -223,6 +224,24 @@ def observe(
     for seen in found.values():  # whose tensors outlive the mode that they were made in
         seen.calls = [_move_call_to_meta(call) for call in seen.calls]
     return {path: seen for path, seen in found.items() if seen.calls or seen.problem}
+
+
+def _find_misplaced(
+    model: nn.Module, blocks: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, str | None]]:
+    """Each block's path, and why no graph for the model's device could read all of its tensors, if
+    so.
+
+    Those of a model from a config lie on the CPU, as far as they have memory, for every device.
+    """
+    everywhere = list_devices(model).keys()
+    placed = len(everywhere) > 1 and everywhere != {"cpu", "meta"}
+    kind = find_main_device(model).type
+    for path, block in blocks.items():
+        own = list_devices(block) if placed else {}
+        alone = len(own) <= 1 and all(torch.device(name).type == kind for name in own)
+        where = f"graphs of this model are for {kind}, and it has {describe_devices(own)}"
+        yield path, None if alone else where
 
 
 def _require_answers(model: nn.Module, found: Mapping[str, BlockCalls], error: Exception) -> None:

@@ -37,6 +37,8 @@ from hubaoti.program.identity import identify_program
 from hubaoti.program.model_files import read_json, read_sentence_steps
 from hubaoti.program.silence import silence_transformers
 
+_EXPERTS = "batched_mm"  # transformers' name for experts as products of batches
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -288,30 +290,56 @@ def _construct_from_config(
 
 
 def _set_traceable_experts(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Experts as products of batches where torch cannot compile grouped ones: all but bfloat16.
-
-    transformers' own fallback there is an op of its own, which no graph could bring along
-    (integrations/moe.py, 5.22).
-    """
+    """Experts as products of batches where torch cannot compile grouped ones."""
     settable = getattr(model, "_can_set_experts_implementation", None)
-    if dtype != torch.bfloat16 and settable is not None and settable():
-        model.set_experts_implementation("batched_mm")  # type: ignore[operator]
+    if not _can_group_experts(dtype) and settable is not None and settable():
+        model.set_experts_implementation(_EXPERTS)  # type: ignore[operator]
     return model
 
 
+def _can_group_experts(dtype: torch.dtype) -> bool:
+    """Whether torch compiles grouped products: of bfloat16, since they have an entry of their own
+    for compiled code, which those of torch 2.11 have not.
+
+    transformers' own fallback for others is an op of its own, which no graph could bring along
+    (integrations/moe.py, 5.22).
+    """
+    from torchgen.aoti.fallback_ops import inductor_fallback_ops  # type: ignore[import-untyped]
+
+    return dtype == torch.bfloat16 and "aten._grouped_mm.default" in inductor_fallback_ops
+
+
 @contextmanager
-def use_attention(model: nn.Module, name: str) -> Iterator[None]:
+def use_traceable_experts(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let a model have experts that can be traced, as products of batches, for a while.
+
+    For somebody's own module; one from a config is made so.
+    """
+    if _can_group_experts(dtype):
+        yield
+        return
+    with _set_in_configs(model, "_experts_implementation", _EXPERTS):
+        yield
+
+
+def use_attention(model: nn.Module, name: str) -> AbstractContextManager[None]:
     """Let a model use another attention for a while; its blocks ask their configs."""
+    return _set_in_configs(model, "_attn_implementation", name)
+
+
+@contextmanager
+def _set_in_configs(model: nn.Module, attribute: str, value: str) -> Iterator[None]:
+    """Have every config of a model that says something of an attribute say this, for a while."""
     configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c}
-    choices = ((each, getattr(each, "_attn_implementation", None)) for each in configs.values())
+    choices = ((each, getattr(each, attribute, None)) for each in configs.values())
     kept = [(config, before) for config, before in choices if before is not None]
     for config, _ in kept:
-        config._attn_implementation = name
+        setattr(config, attribute, value)
     try:
         yield
     finally:
         for config, before in kept:
-            config._attn_implementation = before
+            setattr(config, attribute, before)
 
 
 def _skip_init_weights() -> AbstractContextManager[None]:

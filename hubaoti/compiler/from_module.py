@@ -45,7 +45,7 @@ def make_source(
         BadDim: `shapes` names what is not there; a dim of the request is in no input.
     """
     sets, shapes = _read_call_sets(request.calls, module), request.shapes
-    calls = [call for each in sets for call in _require_calls(each)]
+    calls = [call.without_device() for each in sets for call in _require_calls(each)]
     _refuse_caches(module, calls)
     steps = {name: sizes.step for name, sizes in request.dims.items()}
     looked = vary_call(calls[0], shapes, steps) if shapes and len(calls) == 1 else calls

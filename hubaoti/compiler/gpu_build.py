@@ -185,9 +185,12 @@ def _make_question(build: _Build, entry: Graph, folder: Path) -> InterpretReques
 def _make_request(build: _Build, folder: Path) -> LowerRequest:
     """What the process that lowers is asked."""
     job, traced = build.job, build.compared.traced
+    bounds = traced.unit.bounds
     return LowerRequest(
         program=os.fsencode(build.compared.path),
         folder=os.fsencode(folder),
+        inputs=traced.unit.face.inputs,
+        bounds={name: (each.low, each.high, each.step) for name, each in bounds.items()},
         kernels=job.build.kernels or (),
         level=job.target.level,
         options=job.build.options,

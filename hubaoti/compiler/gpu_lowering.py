@@ -10,16 +10,14 @@ import os
 import resource
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
+from hubaoti.artifact.schema import Input
 from hubaoti.errors import CompileFailed, HubaotiError, first_line
 from hubaoti.host.processes import collect_records, describe_exit, join_parent, list_search_path
 from hubaoti.host.wire import ErrorRecord
-
-if TYPE_CHECKING:
-    import torch
 
 # What a lowering leaves in its folder: the package, what lies in it, and what tells of its kernels.
 PACKAGE, UNPACKED, KEEP = "package.pt2", "unpacked", "keep"
@@ -30,11 +28,14 @@ _DEVICE = "cuda:0"  # the only one that the process has
 class LowerRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A saved program, and the folder for its package and what tells of its kernels.
 
-    The rest is as `inductor.lower` has it; `ops` are modules that register ops of the program.
+    `inputs` and `bounds` are those of the program, a bound being low, high and step. The rest is as
+    `inductor.lower` has it; `ops` are modules that register ops of the program.
     """
 
     program: bytes
     folder: bytes
+    inputs: tuple[Input, ...]
+    bounds: dict[str, tuple[int, int, int]]
     kernels: tuple[str, ...]
     level: str
     options: dict[str, Any]
@@ -83,33 +84,24 @@ def main() -> None:
         channel.send(ErrorRecord.of(error))
 
 
-def _raise_peak(device: torch.device) -> None:
-    """Take much memory of a device once, which is nobody's and costs nothing here.
-
-    Around a kernel that writes into its arguments inductor keeps copies of them, on the CPU where
-    the device would hold more than it ever did: that would be read back.
-    """
-    import torch
-
-    free, _ = torch.cuda.mem_get_info(device)
-    torch.empty(free // 2, dtype=torch.uint8, device=device)
-    torch.cuda.empty_cache()
-
-
 def _lower(request: LowerRequest) -> Lowered:
     """Lower a program for the device of this process, and open what came of it."""
     import torch
 
     from hubaoti.artifact.package import unpack_all
+    from hubaoti.compiler.asserts import require_asserts_hold
     from hubaoti.compiler.attention import name_attention
     from hubaoti.compiler.inductor import lower
+    from hubaoti.compiler.request import Range
     from hubaoti.compiler.saved_program import load_program, put_on_device
+    from hubaoti.compiler.signature import CallSignature
+    from hubaoti.compiler.stand_in import require_stand_in
     from hubaoti.runtime.custom_ops import register_ops
     from hubaoti.runtime.runners import open_native_runner
 
+    require_stand_in()
     register_ops(request.ops, request.search)
     device, folder = torch.device(_DEVICE), Path(os.fsdecode(request.folder))
-    _raise_peak(device)
     try:
         program = put_on_device(load_program(Path(os.fsdecode(request.program))), device)
     except Exception as error:  # torch raises of many kinds, as where an op is not registered
@@ -118,6 +110,9 @@ def _lower(request: LowerRequest) -> Lowered:
             hint="an op that only your process registers has to be in a module of its own",
         ) from error
     program = name_attention(program, request.kernels)
+    face = CallSignature({}, request.inputs)
+    bounds = {name: Range(*each) for name, each in request.bounds.items()}
+    require_asserts_hold(program, bounds, face)
     package = folder / PACKAGE
     lower(
         program,
@@ -129,6 +124,7 @@ def _lower(request: LowerRequest) -> Lowered:
         request.root,
         folder / KEEP,
     )
+    require_asserts_hold(program, bounds, face)  # what lowering took for granted, too
     unpacked = folder / UNPACKED
     unpack_all(package, unpacked)
     library = next(unpacked.rglob("*.wrapper.so"))

@@ -12,10 +12,10 @@ from hubaoti.compiler import elf, verify
 from hubaoti.compiler.built import BuiltGraph, BuiltUnit, fill_tied_constants, record_golden
 from hubaoti.compiler.callspec import ARCHIVE, record_call_spec, require_direct
 from hubaoti.compiler.gpu_build import GpuTools, build_for_gpus
+from hubaoti.compiler.graph_plans import GraphPlan
 from hubaoti.compiler.inductor import lower
 from hubaoti.compiler.job import Job
 from hubaoti.compiler.materialize import give_memory_back, lend_memory
-from hubaoti.compiler.plan import GraphPlan
 from hubaoti.compiler.traced import (
     CPU,
     Traced,

@@ -67,7 +67,7 @@ def _wrap_cflags(
     original: Callable[..., tuple[list[str], list[str]]], march: str, folder: Path
 ) -> Callable[..., tuple[list[str], list[str]]]:
     """The compiler's flags with another `-march`, no debug lines, and neutral file names."""
-    maps = {Path(torch.__file__).parent: "torch", folder: "build", Path(sys.prefix): "python"}
+    maps = list_paths(folder)
 
     def get_cflags(*args: Any, **kwargs: Any) -> tuple[list[str], list[str]]:
         cflags, ldflags = original(*args, **kwargs)
@@ -76,6 +76,21 @@ def _wrap_cflags(
         return kept, [*ldflags, "Wl,-z,noexecstack", f"L{folder / _DRIVER}"]
 
     return get_cflags
+
+
+def list_paths(folder: Path) -> dict[Path, str]:
+    """The folders of this machine that files of a build lie in, and what libraries call them.
+
+    The last that holds a file names it: torch lies below Python, in a folder that each Python and
+    each system calls by another name.
+    """
+    from torch.utils import cpp_extension
+
+    names = {Path(sys.prefix): "python"}
+    if torch.version.cuda and cpp_extension.CUDA_HOME:
+        names[Path(cpp_extension.CUDA_HOME)] = "cuda"
+    names |= {Path(torch.__file__).parent: "torch", folder: "build"}
+    return {path: name for path, name in names.items() if len(path.parts) > 2}  # not /usr
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +24,14 @@ from hubaoti.compiler.build_folder import hold_build_folder
 from hubaoti.compiler.callspec import CallSpec, write_call_spec
 from hubaoti.compiler.cubins import KERNELS, describe_kernels, require_sound_cubins
 from hubaoti.compiler.elf import refuse_executable_stack, refuse_paths
-from hubaoti.compiler.host_code import LEVELS, compile_wrapper_concurrently, target_cpu_level
+from hubaoti.compiler.host_code import (
+    LEVELS,
+    compile_wrapper_concurrently,
+    list_paths,
+    target_cpu_level,
+)
 from hubaoti.compiler.passes import UnfuseBias
-from hubaoti.compiler.reproducible import build_same_bytes
+from hubaoti.compiler.reproducible import build_same_bytes, take_first_configs
 from hubaoti.disk import TEMPORARY, are_on_one_disk, find_full_disk
 from hubaoti.errors import CompileFailed, DiskFull, HubaotiError, first_line
 from hubaoti.settings import override_environment
@@ -97,6 +101,7 @@ def lower(  # noqa: PLR0913 - all that a package is made of
         target_cpu_level(level, folder),
         _use_fresh_cache(folder),
         build_same_bytes(),
+        take_first_configs(),
         compile_wrapper_concurrently(),
         write_call_spec(spec),
     ):
@@ -148,7 +153,7 @@ def _clean_package(folder: Path, building: Path) -> None:
         # Torch's own loader of 2.11 finds the metadata by this name; that of 2.13 does not need it.
         if source.name.endswith(".wrapper.cpp") and Version(torch.__version__) < Version("2.13"):
             source.touch()
-    secret = [building, Path(torch.__file__).parents[1], Path(sys.prefix), Path.home()]
+    secret = [*list_paths(building), Path(torch.__file__).parents[1], Path.home()]
     for file in filter(Path.is_file, folder.rglob("*")):
         refuse_paths(file, [path for path in secret if len(path.parts) > 2])
     for library in folder.rglob("*.so"):

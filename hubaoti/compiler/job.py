@@ -9,8 +9,9 @@ import msgspec
 
 from hubaoti.artifact.schema import Build, Target, compute_key
 from hubaoti.compiler.attention import choose_kernels
+from hubaoti.compiler.graph_plans import GraphPlan
 from hubaoti.compiler.inductor import choose_inductor_options
-from hubaoti.compiler.plan import GraphPlan, Plan
+from hubaoti.compiler.plan import Plan
 from hubaoti.compiler.request import CompileRequest
 from hubaoti.runtime.call_template import collect_template_words, takes_containers
 

@@ -5,7 +5,7 @@ Both kinds have transformers' face, so a decoder block takes them as it takes it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from hubaoti.program.silence import silence_torchao
 from hubaoti.runtime.kv_cache import SLIDING, find_layer_numbers
 
 ATTENTION = "hubaoti_sdpa"
+UNMASKED = "hubaoti_unmasked"
 _ANY_LENGTH = 1 << 40  # of a cache that nothing is put into
 # What sdpa takes beside its tensors, and what blocks pass along that no attention computes with:
 # the mask has the window already.
@@ -211,13 +212,7 @@ def attend_grouped(
             module, query, key, value, attention_mask, **rest
         )
         return answer
-    # A flag says what else to answer, as `output_router_logits` does.
-    given = {name for name, item in rest.items() if item is not None and type(item) is not bool}
-    if unknown := given - _KNOWN - HARMLESS:
-        raise CompileFailed(
-            f"capture: the attention takes {', '.join(sorted(unknown))}, which sdpa does not",
-            hint="this model's attention is compiled as transformers' eager one",
-        )
+    _refuse_unknown(rest)
     tensors, scale = (query, key, value, attention_mask), rest.get("scaling")
     length: Any = query.shape[2]
     if isinstance(length, int) and length == 1:  # in every call, as in a bucket of decoding steps
@@ -225,6 +220,37 @@ def attend_grouped(
     else:
         looked = nn.functional.scaled_dot_product_attention(*tensors, scale=scale, enable_gqa=True)
     return looked.transpose(1, 2).contiguous(), None
+
+
+def attend_unmasked(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one token to all that is there, whatever its mask says.
+
+    Raises:
+        CompileFailed: as `attend_grouped` does.
+    """
+    _refuse_unknown(rest)
+    looked = nn.functional.scaled_dot_product_attention(
+        query, key, value, scale=rest.get("scaling"), enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return looked.transpose(1, 2).contiguous(), None
+
+
+def _refuse_unknown(rest: Mapping[str, Any]) -> None:
+    """Refuse what sdpa does not compute with."""
+    # A flag says what else to answer, as `output_router_logits` does.
+    given = {name for name, item in rest.items() if item is not None and type(item) is not bool}
+    if unknown := given - _KNOWN - HARMLESS:
+        raise CompileFailed(
+            f"capture: the attention takes {', '.join(sorted(unknown))}, which sdpa does not",
+            hint="this model's attention is compiled as transformers' eager one",
+        )
 
 
 def _attend_one_token(
@@ -256,6 +282,7 @@ def register_attention() -> None:
     """Make our attention known to transformers, with sdpa's masks."""
     with silence_torchao():  # the first look at this part of transformers brings torchao
         from transformers import AttentionInterface, AttentionMaskInterface
-    attention: Callable[..., Any] = attend_grouped
-    AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    kinds: dict[str, Callable[..., Any]] = {ATTENTION: attend_grouped, UNMASKED: attend_unmasked}
+    for name, attention in kinds.items():
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, sdpa_mask)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from hubaoti.compiler.module_copy import copy_to_cpu, list_devices, require_one_device
 from hubaoti.runtime.synthetic import fill_synthetic
 
 _MEMORY_ATTRIBUTE = "_hubaoti_pages"  # the attribute of a parameter that holds its memory
@@ -20,10 +21,15 @@ def lend_memory(
 ) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Modules with memory where they had none; all of them share it, their values do not matter.
 
-    Afterwards they have none again. A live module keeps what it has.
+    Afterwards they have none again. A live module keeps what it has; of one that lies on a GPU and
+    is compiled on the CPU a copy that lies there is given, which nobody keeps.
+
+    Raises:
+        CompileFailed: the tensors of a live module lie on several devices.
     """
     if live:
-        yield modules[0], modules[-1]
+        copies = {id(module): _find_live(module, device) for module in (modules[0], modules[-1])}
+        yield copies[id(modules[0])], copies[id(modules[-1])]
         return
     made = {
         name: _allocate_parameter(name, old, device) for name, old in modules[0].named_parameters()
@@ -43,6 +49,13 @@ def lend_memory(
     finally:
         for owner, name, old in kept:
             owner._parameters[name] = old
+
+
+def _find_live(module: nn.Module, device: torch.device) -> nn.Module:
+    """A live module itself where it lies on a device of this kind, else a copy on the CPU."""
+    require_one_device(module)
+    kinds = {torch.device(name).type for name in list_devices(module)}
+    return module if kinds <= {device.type} else copy_to_cpu(module)
 
 
 def _allocate_parameter(name: str, old: torch.Tensor, device: torch.device) -> nn.Parameter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import types
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +28,19 @@ def list_devices(module: nn.Module) -> dict[str, list[str]]:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         found[str(tensor.device)].append(name)
     return dict(found)
+
+
+def find_main_device(module: nn.Module) -> torch.device:
+    """The device that most of a module's bytes lie on, the CPU for one without tensors.
+
+    What accelerate offloaded lies nowhere.
+    """
+    sizes: Counter[torch.device] = Counter()
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not tensor.is_meta:
+            sizes[tensor.device] += tensor.nbytes
+    found = sizes.most_common(1)
+    return found[0][0] if found else torch.device("cpu")
 
 
 def describe_devices(devices: dict[str, list[str]]) -> str:
@@ -184,15 +197,13 @@ class _Memory:
         made = torch.empty(0, dtype=tensor.dtype)
         start = (own[0] - low) // tensor.itemsize
         held = self.copies[memory].untyped_storage()
-        return made.set_(held, start, tensor.shape, tensor.stride())  # type: ignore[call-overload]
+        return made.set_(held, start, tensor.shape, tensor.stride())
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor is what its memory says, and no class of somebody's own."""
     return (
-        type(tensor) in {torch.Tensor, nn.Parameter, nn.Buffer}
-        and has_memory(tensor)
-        and not tensor.is_meta
+        type(tensor) in {torch.Tensor, nn.Parameter} and has_memory(tensor) and not tensor.is_meta
     )
 
 
@@ -203,10 +214,10 @@ def _find_memory(tensor: torch.Tensor) -> int:
 
 def _find_span(tensor: torch.Tensor) -> tuple[int, int]:
     """Of the bytes of its memory the first that a tensor has, and the one behind its last."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    length = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
-    first = tensor.storage_offset() * tensor.itemsize
-    return first, first + length * tensor.itemsize
+    shape, strides = tuple(tensor.shape), tensor.stride()
+    steps = [(size - 1) * stride for size, stride in zip(shape, strides, strict=True)]
+    first = int(tensor.storage_offset()) * tensor.itemsize
+    return first, first + (1 + sum(steps) if tensor.numel() else 0) * tensor.itemsize
 
 
 def _drop_placing_hook(part: nn.Module) -> None:

@@ -6,7 +6,7 @@ Nothing is compiled here, and nothing has memory yet: `hubaoti compile --explain
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,14 +18,19 @@ from hubaoti.compiler.dims import (
     DimRanges,
     choose_example_sizes,
     limit_dims,
-    limit_graph_dims,
-    name_bucket,
     require_covered,
     span_sizes,
 )
 from hubaoti.compiler.export import export
 from hubaoti.compiler.fake_run import BlockCalls, observe
 from hubaoti.compiler.from_config import Source, use_attention
+from hubaoti.compiler.graph_plans import (
+    WHOLE_MODEL,
+    Form,
+    GraphPlan,
+    add_unmasked,
+    split_into_buckets,
+)
 from hubaoti.compiler.images import AXES, vary_image_size
 from hubaoti.compiler.infer_dims import Dims, infer_signature
 from hubaoti.compiler.regions import (
@@ -36,29 +41,11 @@ from hubaoti.compiler.regions import (
     is_block,
     list_block_attributes,
 )
-from hubaoti.compiler.request import CompileRequest, Range
+from hubaoti.compiler.request import CompileRequest
 from hubaoti.compiler.sample_calls import count_runs, prepare_sample_call
 from hubaoti.compiler.signature import CallSignature, add_cache_inputs, specialize_full_window
 from hubaoti.errors import BadRequest, CompileFailed, HubaotiError
 from hubaoti.runtime.call_template import takes_containers
-
-WHOLE_MODEL = "root"
-
-
-@dataclass(frozen=True, slots=True)
-class GraphPlan:
-    """One graph to build: the face it has, for which sizes, and the modules it serves."""
-
-    id: str
-    modules: tuple[str, ...]
-    face: CallSignature
-    bounds: DimRanges
-    order: int = 0
-
-    @property
-    def region(self) -> str:
-        """The first of the modules, which is the one that is compiled."""
-        return self.modules[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +82,12 @@ def make_plan(source: Source, request: CompileRequest, device: torch.device) -> 
     else:
         _require_no_cache(source)
         source = replace(source, regions="none")
-        forms = [_Form(Group(WHOLE_MODEL, ("",)), "", _derive_whole_signature(source, device))]
+        forms = [Form(Group(WHOLE_MODEL, ("",)), "", _derive_whole_signature(source, device))]
     dims = limit_dims(request.dims, dims, source.positions)
     require_covered(dims, request.buckets)
-    units = [unit for form in forms for unit in _split_into_buckets(form, dims, request.buckets)]
+    units = [unit for form in forms for unit in split_into_buckets(form, dims, request.buckets)]
+    if request.is_for_gpus and choose_tracing_attention(source) == caches.ATTENTION:
+        units = [each for unit in units for each in add_unmasked(unit)]
     used = {name for unit in units for name in unit.bounds} | {*source.default_dims}
     kept = {name: sizes for name, sizes in dims.items() if name in used and name != "filled"}
     return Plan(source, kept, tuple(units), tuple(left_out))
@@ -170,33 +159,20 @@ def _find_reused_blocks(
     return {path: blocks[path] for path, seen in found.items() if seen.times > 1}
 
 
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """One way in which the modules of a group are called; `suffix` ends the name of its graph.
-
-    `window` is how many places their KV cache has at most, whatever others have.
-    """
-
-    group: Group
-    suffix: str
-    face: CallSignature
-    window: int | None = None
-
-
 def _find_forms(
     source: Source,
     blocks: Mapping[str, nn.Module],
     dims: DimRanges,
     found: Dims,
     device: torch.device,
-) -> tuple[Source, list[_Form], list[str]]:
+) -> tuple[Source, list[Form], list[str]]:
     """The forms of a model's blocks, and what stays eager, and why; `found` learns their dims."""
     before = {path: list_block_attributes(block) for path, block in blocks.items()}
     source, observed = _observe_blocks(source, blocks, device)
     if parts := _split_hybrid_blocks(blocks, observed):
         return _find_forms(source, parts, dims, found, device)
     found.series = dict(source.looks)
-    forms: list[_Form] = []
+    forms: list[Form] = []
     left_out = [f"{path}: {seen.problem}" for path, seen in observed.items() if seen.problem]
     fine = {path: seen for path, seen in observed.items() if not seen.problem}
     for group in group_blocks(blocks, fine, before):
@@ -208,7 +184,7 @@ def _find_forms(
             continue
         windows = {face.cache.window for face in faces.values() if face.cache} - {None}
         window = next(iter(windows), None)
-        forms += [_Form(group, suffix, face, window) for suffix, face in faces.items()]
+        forms += [Form(group, suffix, face, window) for suffix, face in faces.items()]
     if not forms:
         reasons = "; ".join(left_out) or "the model calls none of them"
         generates = source.program.task == "generate"
@@ -267,12 +243,15 @@ def _observe_blocks(
     raise AssertionError("the last try answers or raises")
 
 
-def choose_tracing_attention(source: Source) -> str:
+def choose_tracing_attention(source: Source, unmasked: bool = False) -> str:
     """The attention that graphs are traced with: ours where heads are grouped, or over a cache.
 
     Over a cache transformers' own repeats keys in memory; and what it repeats torch 2.11 does not
-    export for every length.
+    export for every length. An `unmasked` graph has one that does not look at its mask.
     """
+    if unmasked:
+        caches.register_attention()
+        return caches.UNMASKED
     if source.attention != "sdpa" or source.live or not _uses_attention_registry(source.model):
         return source.attention
     if source.program.task != "generate" and not _has_groups(source.config):
@@ -346,29 +325,3 @@ def _refuse_shared(seen: BlockCalls, face: CallSignature, kind: str) -> None:
             f"capture: {kind} {does} its call, beside its KV cache",
             hint="compile the model with --task forward; its generate stays eager",
         )
-
-
-def _split_into_buckets(
-    form: _Form, dims: DimRanges, buckets: Sequence[Mapping[str, Range]]
-) -> list[GraphPlan]:
-    """The units of one form: one for all sizes, or one for each bucket, in their order.
-
-    A bucket over a dim that the face does not have says nothing about it. A window that is no
-    length of the caches asked for is one of its layers' caches, which have its places.
-    """
-    face, name = form.face, f"{form.group.id}{form.suffix}"
-    if "cache" in face.dims and form.window is not None and form.window not in dims["cache"]:
-        dims = {**dims, "cache": Range(min(form.window, dims["cache"].low), dims["cache"].high)}
-        buckets = [{n: b for n, b in bucket.items() if n != "cache"} for bucket in buckets]
-    named = [{n: b for n, b in bucket.items() if n in face.dims} for bucket in buckets]
-    kept = [bucket for index, bucket in enumerate(named) if bucket and bucket not in named[:index]]
-    return [
-        GraphPlan(
-            f"{name}-{name_bucket(bucket)}" if bucket else name,
-            form.group.modules,
-            face,
-            limit_graph_dims(dims, face.dims, bucket),
-            order,
-        )
-        for order, bucket in enumerate(kept or [{}])
-    ]

@@ -12,8 +12,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hubaoti.compiler.cubins import ALIGNMENT
 from hubaoti.compiler.patched import patch_attribute
+from hubaoti.host.probe import STAND_IN
 
 _SOURCES = ("wrapper.cpp", "kernel.cpp")
 _NAME = "graph"  # of the library and its sources
@@ -97,3 +100,42 @@ def _assemble(cubins: Sequence[tuple[str, str]], target: Path) -> str:
     command = [get_cpp_compiler(), "-c", str(source), "-o", str(target)]
     subprocess.run(command, capture_output=True, text=True, check=True)
     return str(target)
+
+
+@contextmanager
+def take_first_configs() -> Iterator[None]:
+    """Compile of a kernel's configs the first that can be, where a device computes nothing.
+
+    Whatever is measured there is equal, so that the first is taken anyhow, and the others are
+    compiled for nothing: minutes and gigabytes of ptxas for a reduction whose sizes are few when
+    it is traced and many at most (measured on torch 2.15). Which is the first is not the machine's
+    choice. Private, checked on torch 2.11 to 2.15: `CachingAutotuner.precompile`; where it has
+    another name, all are compiled.
+    """
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    precompile = vars(CachingAutotuner).get("precompile")
+    if precompile is None or not _computes_nothing():
+        yield
+        return
+
+    def precompile_first(self: Any, *args: Any, **kwargs: Any) -> Any:
+        configs = [] if self.compile_results else list(self.configs or ())
+        for config in configs[:-1]:
+            self.configs = [config]
+            try:
+                return precompile(self, *args, **kwargs)
+            except RuntimeError as error:  # as it takes more shared memory than there is
+                if "No valid triton configs" not in str(error):
+                    raise
+            self.compile_results, self.launchers = [], []
+        self.configs = configs[-1:] or self.configs
+        return precompile(self, *args, **kwargs)
+
+    with patch_attribute(CachingAutotuner, "precompile", precompile_first):
+        yield
+
+
+def _computes_nothing() -> bool:
+    """Whether this process has a GPU, and it is the stand-in's."""
+    return torch.cuda.is_available() and torch.cuda.get_device_name().endswith(STAND_IN)

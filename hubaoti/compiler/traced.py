@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,21 @@ from hubaoti.artifact.schema import File, Graph, Outputs
 from hubaoti.compiler import constants, verify
 from hubaoti.compiler.callspec import CallSpec, make_call_spec, require_direct
 from hubaoti.compiler.constants import ConstantsFile
-from hubaoti.compiler.device_code import require_same_on_gpu
+from hubaoti.compiler.device_code import require_same_on_gpu, settle_autocast
 from hubaoti.compiler.dims import choose_example_sizes, choose_probes
 from hubaoti.compiler.export import Exported, export
-from hubaoti.compiler.from_config import Source, use_attention
+from hubaoti.compiler.from_config import Source, use_attention, use_traceable_experts
+from hubaoti.compiler.graph_plans import WHOLE_MODEL, GraphPlan
 from hubaoti.compiler.job import Job
 from hubaoti.compiler.literals import require_unread, write_out_buffers
-from hubaoti.compiler.plan import WHOLE_MODEL, GraphPlan, choose_tracing_attention
+from hubaoti.compiler.plan import choose_tracing_attention
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.signature import FlatModule
 from hubaoti.compiler.strides import take_any_strides
 from hubaoti.compiler.tasks import WHOLE_TASKS, read_config_maximum
 from hubaoti.errors import CompileFailed
 from hubaoti.runtime import golden
+from hubaoti.runtime.input_checks import parse_dtype
 from hubaoti.runtime.quantize import quantize
 
 CPU = torch.device("cpu")  # where programs are made, whatever they are made for
@@ -95,8 +97,19 @@ def _require_same_on_gpu(
 ) -> None:
     """Refuse a module whose code does something else on a GPU than here."""
     tensors = golden.make_golden_inputs(draft_graph(unit), choose_trace_sizes(source, unit))
-    with use_attention(source.model, choose_tracing_attention(source)):
+    with _use_traceable_parts(source, unit, guarded=False):
         require_same_on_gpu(module, unit.face, tensors, capability)
+
+
+@contextmanager
+def _use_traceable_parts(source: Source, unit: GraphPlan, guarded: bool) -> Iterator[None]:
+    """Around tracing: the model has attention that is traced for every length, and for a GPU, where
+    somebody's own module has others, experts that are."""
+    others = source.live and not guarded
+    experts = use_traceable_experts(source.model, parse_dtype(source.dtype))
+    attention = use_attention(source.model, choose_tracing_attention(source, unit.unmasked))
+    with attention, experts if others else nullcontext():
+        yield
 
 
 def choose_trace_sizes(source: Source, unit: GraphPlan) -> dict[str, int]:
@@ -136,8 +149,10 @@ def trace_unit(source: Source, unit: GraphPlan, module: nn.Module, guarded: bool
     sizes = choose_trace_sizes(source, unit)
     tensors = golden.make_golden_inputs(draft_graph(unit), sizes)
     around = write_out_buffers(module) if source.layout else nullcontext(set[str]())
-    with use_attention(source.model, choose_tracing_attention(source)), around as unwritten:
+    with _use_traceable_parts(source, unit, guarded), around as unwritten:
         exported = export(module, unit.face, unit.bounds, tensors, source.stated, guarded)
+    if not guarded:
+        exported = replace(exported, program=settle_autocast(exported.program))
     require_unread(exported.program, unwritten)
     if source.layout:
         take_any_strides(exported.program, exported.face.inputs)
@@ -209,6 +224,7 @@ def draft_graph(unit: GraphPlan, outputs: Outputs | None = None) -> Graph:
         outputs=outputs or Outputs(template=None, tensors=()),
         constants=(),
         cache=unit.face.cache,
+        unmasked=True if unit.unmasked else msgspec.UNSET,
     )
 
 

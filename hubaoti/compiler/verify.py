@@ -94,7 +94,7 @@ def try_eager(trial: Trial, points: Sequence[Sizes]) -> frozenset[str]:
             raise BadDim(message, hint=f"narrow the dims: {bounds}") from error
         spent = time.perf_counter() - start
         left -= spent
-        seconds_per_token = spent / max(_count_tokens(probe.sizes), _FEW_TOKENS)
+        seconds_per_token = spent / max(count_tokens(probe.sizes), _FEW_TOKENS)
         for changed in sorted(name for name, _ in _snapshot_versions(trial.module) ^ before):
             raise CompileFailed(
                 f"source: at {format_sizes(probe.sizes)} the model writes to its own {changed}",
@@ -167,7 +167,7 @@ def verify(
             spent = time.perf_counter() - start
             found = _collect_answers(trial.entry, inputs, answer)
         left -= spent
-        seconds_per_token = spent / max(_count_tokens(probe.sizes), _MANY_TOKENS)
+        seconds_per_token = spent / max(count_tokens(probe.sizes), _MANY_TOKENS)
         check = record_comparison(trial.entry.id, probe, found, expected, tolerance)
         checks.append(msgspec.structs.replace(check, where=where, dtype=dtype))
     return tuple(checks)
@@ -271,9 +271,9 @@ def find_broken_budget(
     )
     # Two outputs in double precision are held at once; a mask of scores a head is the other part.
     length = sizes.get("filled", sizes.get("seq", 1))
-    scores = 8 * _count_tokens(sizes) * (trial.scores * length + _HELD_TENSORS * trial.width)
+    scores = 8 * count_tokens(sizes) * (trial.scores * length + _HELD_TENSORS * trial.width)
     memory = _HELD_TENSORS * moving + scores
-    seconds = _count_tokens(sizes) * seconds_per_token
+    seconds = count_tokens(sizes) * seconds_per_token
     if memory > MEMORY:
         return f"memory: it would take {memory >> 20} MiB, a probe has {MEMORY >> 20}"
     if seconds > left:
@@ -281,7 +281,7 @@ def find_broken_budget(
     return None
 
 
-def _count_tokens(sizes: Sizes) -> int:
+def count_tokens(sizes: Sizes) -> int:
     """What a call brings: rows times what is in a row; what a cache holds already is no work."""
     return math.prod(size for name, size in sizes.items() if name not in {"filled", "cache"})
 

@@ -86,9 +86,16 @@ def make_golden_inputs(entry: Entry, sizes: Mapping[str, int]) -> list[torch.Ten
     shapes = [resolve_shape(entry, item.shape, sizes) for item in entry.inputs]
     start = _compute_first_position(entry, shapes)
     return [
-        make_synthetic(item.name, shape, parse_dtype(item.dtype), item.values, start)
+        _make_open_mask(shape, parse_dtype(item.dtype))
+        if entry.unmasked is True and item.values == "mask"
+        else make_synthetic(item.name, shape, parse_dtype(item.dtype), item.values, start)
         for item, shape in zip(entry.inputs, shapes, strict=True)
     ]
+
+
+def _make_open_mask(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A mask that hides nothing, as one that is added has zeros for it."""
+    return torch.full(tuple(shape), 0 if dtype.is_floating_point else 1, dtype=dtype)
 
 
 def resolve_shape(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,13 +27,17 @@ _SHIM = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_char_p, ctypes.POINTER(ctypes.
 _STAYS = "this model cannot be compiled with these dims; it stays eager"
 
 
+class OutOfTime(Exception):
+    """The time that a point has is over; with the call before which it was."""
+
+
 class Calls:
     """The calls of one package: each is computed as it comes, until one fails."""
 
     def __init__(self, kernels: Mapping[str, Kernel | NotInterpreted]) -> None:
         self._kernels = kernels
         self._failure: Exception | None = None
-        self._name = ""
+        self._name, self._deadline = "", 0.0
         # C holds their addresses only.
         self._launched = _LAUNCH(self._compute_launch)
         self._asked = _SHIM(self._compute_shim)
@@ -44,14 +49,17 @@ class Calls:
         stand_in.stand_in_answer(self._asked)
 
     @contextmanager
-    def compute(self, graph: str) -> Iterator[None]:
+    def compute(self, graph: str, deadline: float) -> Iterator[None]:
         """Inside, a package is called; what fails in a call of it is raised when it has returned.
 
+        After the `deadline`, by `time.monotonic`, nothing more is computed.
+
         Raises:
+            OutOfTime: this came to pass.
             NotInterpreted: a kernel or an op cannot be computed.
             CheckFailed: host code, a kernel or an op refuses what it was given.
         """
-        self._failure = None
+        self._failure, self._deadline = None, deadline
         refused: BadInput | None = None
         try:
             with OnHost(), np.errstate(all="ignore"):  # type: ignore[no-untyped-call]
@@ -59,6 +67,8 @@ class Calls:
         except (BadInput, NotInterpreted) as error:
             refused = error if isinstance(error, BadInput) else None
             self._failure = self._failure or (None if refused else error)
+        if isinstance(self._failure, OutOfTime):
+            raise self._failure
         if self._failure is not None:
             raise explain_failure(graph, self._name, self._failure) from self._failure
         if refused is not None:
@@ -88,6 +98,8 @@ class Calls:
         self._name = name
         os.write(_STDERR, f"{name}\n".encode())  # should it end this process
         try:
+            if time.monotonic() > self._deadline:
+                raise OutOfTime(name)
             compute()
         except Exception as error:  # of ours, numpy, torch and Triton
             self._failure = error

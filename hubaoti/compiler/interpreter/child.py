@@ -8,27 +8,36 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import msgspec
 import torch
+from torch.export import ExportedProgram
 
 from hubaoti.artifact.schema import Check, Graph
 from hubaoti.compiler.cpu_program import ProgramOnCpu
 from hubaoti.compiler.dims import Probe, Sizes
-from hubaoti.compiler.interpreted import Answer, Compared, InterpretRequest, LeftOut, Uninterpreted
+from hubaoti.compiler.interpreted import (
+    Answer,
+    Begun,
+    Compared,
+    Finished,
+    InterpretRequest,
+    LeftOut,
+    Uninterpreted,
+)
 from hubaoti.compiler.interpreter import NotInterpreted
-from hubaoti.compiler.interpreter.calls import Calls
+from hubaoti.compiler.interpreter.calls import Calls, OutOfTime
 from hubaoti.compiler.interpreter.kernels import read_kernels
 from hubaoti.compiler.interpreter.language import prepare
 from hubaoti.compiler.interpreter.memory import carry_over, see_on_host
 from hubaoti.compiler.precision import HALF, InFloat32, widen
+from hubaoti.compiler.request import Range
 from hubaoti.compiler.saved_program import load_program
-from hubaoti.compiler.verify import record_comparison
+from hubaoti.compiler.verify import Trial, cap_probe, count_tokens, record_comparison
 from hubaoti.errors import CheckFailed, HubaotiError, MissingConstant
 from hubaoti.host.processes import join_parent
 from hubaoti.host.wire import ErrorRecord
@@ -40,6 +49,8 @@ from hubaoti.runtime.synthetic import fill_synthetic
 from hubaoti.runtime.weights import load_shipped_tensors
 
 _BASE = 700 << 20  # bytes of a process that has torch and Triton
+_MANY_TOKENS = 64  # a call of fewer takes as long: each launch has its cost
+_NO_TIME = "time: there is none left"
 
 
 def main() -> None:
@@ -49,6 +60,7 @@ def main() -> None:
     try:
         for answer in answer_request(request):
             channel.send(answer)
+        channel.send(Finished())
     except HubaotiError as error:
         channel.send(ErrorRecord.of(error))
 
@@ -68,44 +80,53 @@ def answer_request(request: InterpretRequest) -> Iterator[Answer]:
 
 
 def _compare_points(request: InterpretRequest, scratch: Path) -> Iterator[Answer]:
-    """Open, bind, and ask at each point that fits into what is left of time and memory."""
-    begun, spent, before = time.monotonic(), 0.0, 1
-    comparison = None
+    """Open, bind, and ask at each point, or at a smaller one that fits what is left of time."""
+    entry, deadline = request.entry, time.monotonic() + request.seconds
+    trial, comparison, seconds_per_token = _draft_trial(request), None, 0.0
+    seen: list[Sizes] = []
     for sizes in request.points:
-        work = prod(sizes.values())
-        left = request.seconds - (time.monotonic() - begun)
-        if reason := _find_broken_budget(request, sizes, spent * work / before, left):
+        left = deadline - time.monotonic()
+        probe = cap_probe(sizes, trial, seconds_per_token, left)
+        needed = _BASE + estimate_answer_memory(entry, probe.sizes)
+        if needed > request.memory or left < 0.0:
+            reason = f"memory: it would take {needed >> 20} MiB" if left >= 0.0 else _NO_TIME
             yield LeftOut(sizes, reason)
             continue
+        if probe.sizes in seen:  # capped to one that was asked
+            continue
+        seen.append(probe.sizes)
+        yield Begun(probe.sizes)
         comparison = comparison or _prepare_comparison(request, scratch)
         start = time.monotonic()
-        yield Compared(_compare(comparison, sizes, request.tolerance))
-        spent, before = time.monotonic() - start, work
+        try:
+            yield Compared(_compare(comparison, probe, request.tolerance, deadline))
+        except OutOfTime as error:
+            yield LeftOut(sizes, f"{_NO_TIME}: it ended in {error}")
+        spent = time.monotonic() - start
+        seconds_per_token = spent / max(count_tokens(probe.sizes), _MANY_TOKENS)
 
 
-def _find_broken_budget(
-    request: InterpretRequest, sizes: Sizes, expected: float, left: float
-) -> str | None:
-    """Which budget a point would break, if any."""
-    memory = _BASE + estimate_answer_memory(request.entry, sizes)
-    if memory > request.memory:
-        return f"memory: it would take {memory >> 20} MiB, and has {request.memory >> 20}"
-    if expected > left:
-        return f"time: it would take {expected:.0f} s, and {max(left, 0.0):.0f} are left"
-    return None
+def _draft_trial(request: InterpretRequest) -> Trial:
+    """What caps points: the bounds of the graph, and what its inputs and outputs take."""
+    entry = request.entry
+    bounds = {
+        name: Range(low, high, entry.steps.get(name, 1))
+        for name, (low, high) in entry.bounds.items()
+    }
+
+    def refuse(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        raise NotImplementedError
+
+    return Trial(entry, bounds, refuse, torch.nn.Module(), request.tolerance)
 
 
 @dataclass(frozen=True, slots=True)
 class _Comparison:
-    """An open package whose calls are computed, and its program, bound to the same constants.
-
-    Of a half type the program's answers in float32 are the reference.
-    """
+    """An open package whose calls are computed, and its program, bound to the same constants."""
 
     graph: Open
     calls: Calls
     program: ProgramOnCpu
-    is_half: bool
 
 
 def _prepare_comparison(request: InterpretRequest, scratch: Path) -> _Comparison:
@@ -117,16 +138,25 @@ def _prepare_comparison(request: InterpretRequest, scratch: Path) -> _Comparison
     graph = open_graph(Path(request.package), entry, device)
     constants = _make_constants(entry, Path(request.shipped), device)
     graph.bind(constants)
-    seen = {name: see_on_host(tensor) for name, tensor in constants.items()}
-    for constant in entry.constants:
-        seen |= dict.fromkeys(constant.aliases, seen[constant.fqn])
     program = load_program(Path(request.program))
-    for name in program.graph_signature.parameters:  # those that nobody reads
+    return _Comparison(graph, calls, _bind_program(program, entry, constants))
+
+
+def _bind_program(
+    program: ExportedProgram, entry: Graph, constants: Mapping[str, torch.Tensor]
+) -> ProgramOnCpu:
+    """The program with a package's weights; of tables that it computed itself it keeps its own."""
+    weights, seen = program.graph_signature.parameters, dict[str, torch.Tensor]()
+    for constant in entry.constants:
+        if not constant.origin.file or constant.fqn in weights:
+            names = (constant.fqn, *constant.aliases)
+            seen |= dict.fromkeys(names, see_on_host(constants[constant.fqn]))
+    for name in weights:  # that the package does not read
         if name not in seen:
             seen[name] = torch.zeros_like(program.state_dict[name])
     run = ProgramOnCpu(program)
     run.bind(seen)
-    return _Comparison(graph, calls, run, bool(_list_dtypes(entry) & {*HALF}))
+    return run
 
 
 def _list_dtypes(entry: Graph) -> set[torch.dtype]:
@@ -138,7 +168,7 @@ def _list_dtypes(entry: Graph) -> set[torch.dtype]:
 def _make_constants(entry: Graph, folder: Path, device: torch.device) -> dict[str, torch.Tensor]:
     """Every constant of a graph on the device, by the golden rule or shipped, written by the host.
 
-    They exist once: programs read the same memory.
+    Weights exist once: the program reads the same memory.
 
     Raises:
         MissingConstant: one that should have come with the artifact is not in its file.
@@ -159,7 +189,7 @@ def _make_constants(entry: Graph, folder: Path, device: torch.device) -> dict[st
     return found
 
 
-def _compare(comparison: _Comparison, sizes: Sizes, tolerance: float) -> Check:
+def _compare(comparison: _Comparison, probe: Probe, tolerance: float, deadline: float) -> Check:
     """One comparison, with float32 and else with the package's own dtype: a choice that numbers
     decide, as of an expert, may be another in either.
 
@@ -167,20 +197,20 @@ def _compare(comparison: _Comparison, sizes: Sizes, tolerance: float) -> Check:
         CheckFailed: it differs from both by more than the tolerance.
     """
     entry = comparison.graph.entry
-    inputs = make_golden_inputs(entry, sizes)
-    found = _ask_package(comparison, inputs)
+    inputs = make_golden_inputs(entry, probe.sizes)
+    found = _ask_package(comparison, inputs, deadline)
     failure: CheckFailed | None = None
-    for in_float32 in (True, False) if comparison.is_half else (False,):
-        expected = _ask_program(entry, comparison.program, inputs, in_float32)
+    for is_wide in (True, False) if _list_dtypes(entry) & {*HALF} else (False,):
+        expected = _ask_program(comparison, inputs, is_wide)
         near = [_round_to(each, like) for each, like in zip(expected, found, strict=False)]
         expected[: len(near)] = near
         try:
-            check = record_comparison(entry.id, Probe(sizes), found, expected, tolerance)
+            check = record_comparison(entry.id, probe, found, expected, tolerance)
         except CheckFailed as error:
             failure = failure or error
             continue
-        extra = {"dtype": "float32"} if in_float32 else {}
-        return msgspec.structs.replace(check, where="interpreted", **extra)
+        dtype = "float32" if is_wide else msgspec.UNSET
+        return msgspec.structs.replace(check, where="interpreted", dtype=dtype)
     assert failure is not None
     message = str(failure).replace("eager", "its program").replace("check:", "check, interpreted:")
     raise CheckFailed(message, hint=failure.hint) from failure
@@ -193,26 +223,33 @@ def _round_to(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _ask_program(
-    entry: Graph, program: ProgramOnCpu, inputs: list[torch.Tensor], in_float32: bool
+    comparison: _Comparison, inputs: list[torch.Tensor], is_wide: bool
 ) -> list[torch.Tensor]:
-    """What the program answers, and then the inputs that it may write, as it left them."""
-    own = [widen(each).clone() if in_float32 else each.clone() for each in inputs]
-    with InFloat32() if in_float32 else nullcontext():  # type: ignore[no-untyped-call]
-        answers = program(*own)
-    written = zip(entry.inputs, own, strict=True)
+    """What the program answers, and then the inputs that it may write, as it left them.
+
+    Where `is_wide`, it computes in float32 what it would in a half type.
+    """
+    own = [widen(each.clone()) if is_wide else each.clone() for each in inputs]
+    mode = InFloat32 if is_wide else nullcontext
+    with torch.no_grad(), mode():
+        answers = comparison.program(*own)
+    written = zip(comparison.graph.entry.inputs, own, strict=True)
     return [*answers, *(tensor for item, tensor in written if item.mutated)]
 
 
-def _ask_package(comparison: _Comparison, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+def _ask_package(
+    comparison: _Comparison, inputs: list[torch.Tensor], deadline: float
+) -> list[torch.Tensor]:
     """What the package answers, and then the inputs that it may write, on the CPU.
 
     Raises:
+        OutOfTime: it would go on after the deadline.
         NotInterpreted: a kernel or an op cannot be computed.
         CheckFailed: its host code or a kernel of it refuses.
     """
     graph = comparison.graph
     own = [carry_over(each, graph.device) for each in inputs]
-    with comparison.calls.compute(graph.entry.id):
+    with comparison.calls.compute(graph.entry.id, deadline):
         answers = graph(*own)
     written = zip(graph.entry.inputs, own, strict=True)
     given = [*answers, *(tensor for item, tensor in written if item.mutated)]

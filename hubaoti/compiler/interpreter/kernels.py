@@ -69,7 +69,8 @@ def read_kernels(keep: Path, scratch: Path) -> dict[str, Kernel | NotInterpreted
             found[loaded] = NotInterpreted(f"{loaded}: several kernels have this name")
             continue
         try:
-            found[loaded] = _make_kernel(name, texts.get(name), description, scratch)
+            text = texts.get(name) or texts.get(loaded)  # a model's own kernel has its own name
+            found[loaded] = _make_kernel(name, text, description, scratch)
         except NotInterpreted as error:
             found[loaded] = error
     return found
@@ -84,7 +85,7 @@ def _make_kernel(name: str, text: str | None, description: _Description, scratch
     if text is None:
         raise NotInterpreted(f"{name}: its text is not in the wrapper's source")
     text = text.replace("triton_helpers.set_driver_to_gpu()", "")
-    path = scratch / f"{name}.py"
+    path = scratch / f"kernel{len([*scratch.iterdir()])}.py"  # its own name may be too long
     path.write_text(text)
     with _keep_functions() as kept:
         try:

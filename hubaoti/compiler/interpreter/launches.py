@@ -59,9 +59,10 @@ def run_launch(kernel: Kernel, grid: tuple[int, int, int], params: Any) -> None:
         name: _read_argument(interpreter, language, kind, params[index])
         for index, (name, kind) in enumerate(kernel.passed.items())
     }
-    wanted, typed = kernel.function.arg_names, kernel.function.fn.__annotations__
+    wanted, annotations = kernel.function.arg_names, kernel.function.fn.__annotations__
+    plain = {name for name, annotation in annotations.items() if "constexpr" in str(annotation)}
     fixed = {
-        name: value if name in typed or value is None else interpreter._implicit_cvt(value)
+        name: value if name in plain or value is None else interpreter._implicit_cvt(value)
         for name, value in kernel.fixed.items()
         if name in wanted
     }

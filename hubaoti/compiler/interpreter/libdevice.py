@@ -14,13 +14,14 @@ _PREFIX = "__nv_"
 # Where torch has another name for it, or none.
 _OTHERS: dict[str, Callable[..., torch.Tensor]] = {
     "cbrt": lambda x: x.sign() * x.abs().pow(1 / 3),
+    "cyl_bessel_i0": torch.special.i0,
+    "cyl_bessel_i1": torch.special.i1,
+    "erfcx": torch.special.erfcx,
     "exp10": lambda x: torch.pow(10.0, x),
     "fabs": torch.abs,
-    "fast_cos": torch.cos,
-    "fast_exp": torch.exp,
-    "fast_log": torch.log,
-    "fast_sin": torch.sin,
-    "fast_tanh": torch.tanh,
+    **{f"fast_{n}": getattr(torch, n) for n in ("cos", "exp", "log", "log10", "log2", "pow")},
+    **{f"fast_{n}": getattr(torch, n) for n in ("sin", "tan", "tanh")},
+    "fast_fdivide": torch.div,
     "fdim": lambda x, y: (x - y).clamp(min=0),
     "finite": lambda x: x.isfinite().int(),
     "fma": lambda x, y, z: (x.double() * y.double() + z.double()).to(x.dtype),
@@ -43,6 +44,24 @@ _OTHERS: dict[str, Callable[..., torch.Tensor]] = {
     "round": lambda x: (x.abs() + 0.5).floor() * x.sign(),
     "signbit": lambda x: x.signbit().int(),
     "signbitd": lambda x: x.signbit().int(),
+    "saturate": lambda x: x.clamp(0, 1),
+    "scalbn": torch.ldexp,
+    "float_as_int": lambda x: x.view(torch.int32),
+    "int_as_float": lambda x: x.view(torch.float32),
+    "llabs": torch.abs,
+    **{
+        f"{kind}{name}_rn": function
+        for kind in "fd"
+        for name, function in (
+            ("add", torch.add),
+            ("sub", torch.sub),
+            ("mul", torch.mul),
+            ("div", torch.div),
+            ("sqrt", torch.sqrt),
+            ("rcp", torch.reciprocal),
+            ("rsqrt", torch.rsqrt),
+        )
+    },
     "tgamma": lambda x: x.lgamma().exp(),
     "y0": torch.special.bessel_y0,
     "y1": torch.special.bessel_y1,

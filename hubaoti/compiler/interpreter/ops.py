@@ -21,6 +21,11 @@ from hubaoti.compiler.interpreter.memory import carry_over, mark_unwritten, see_
 from hubaoti.compiler.interpreter.replaced import UNCOMPUTED, find_replacement
 
 _EMPTY = ("empty", "new_empty")  # how ops begin whose tensors nobody has written yet
+# Their host code has conditions that inductor does not know.
+_REFUSING = {
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_efficient_attention.default",
+}
 _UNTOUCHED = {"set_", "resize_", "record_stream"}  # the memory is not looked at
 
 
@@ -62,13 +67,18 @@ def _is_device(value: Any) -> bool:
 def compute_on_host(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What an op makes of tensors of the device; what it writes is written there.
 
+    `OnHost` is not active meanwhile.
+
     Raises:
         NotInterpreted: the CPU has no such op, or it draws numbers by chance.
+        RuntimeError: it refuses what it is given.
     """
     name = str(op)
     replacement = find_replacement(op)
     if replacement is None and torch.Tag.nondeterministic_seeded in op.tags:
         raise NotInterpreted(f"{name}: it draws numbers, and a GPU draws others")
+    if name in _REFUSING:
+        _ask_host_code(op, args, kwargs)
     lent: dict[int, torch.Tensor] = {}
 
     def lend(value: Any) -> Any:
@@ -88,6 +98,19 @@ def compute_on_host(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, An
         raise NotInterpreted(f"{name}: the CPU has no such op") from error
     del kept
     return _put_on_device(op, args, kwargs, made, lent)
+
+
+def _ask_host_code(op: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Have torch's own host code for a GPU look at what an op is given; its kernels do nothing.
+
+    Raises:
+        RuntimeError: it refuses, as it would on a GPU.
+    """
+    try:
+        op(*args, **kwargs)
+    except RuntimeError as error:
+        if "CUDA error" not in str(error):  # else it is the stand-in that lacks something
+            raise
 
 
 def _put_on_device(

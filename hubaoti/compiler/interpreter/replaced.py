@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from torch.nn.functional import scaled_dot_product_attention
 
 from hubaoti.compiler.interpreter import NotInterpreted
+from hubaoti.compiler.precision import multiply_scaled
 
 
 class _Uncomputed:
@@ -138,10 +139,7 @@ def _multiply_scaled(  # noqa: PLR0913 - the op's own
     for scale, (single, rows) in zip((scale_a, scale_b), wanted, strict=True):
         if scale.dtype != torch.float32 or (scale.numel() != single and scale.shape != rows):
             raise NotInterpreted("_scaled_mm with a scale for each of several blocks")
-    made = (left.float() * scale_a) @ (right.float() * scale_b)
-    made = made if bias is None else made + bias.float()
-    made = made if scale_result is None else made * scale_result
-    return made.to(out_dtype or left.dtype)
+    return multiply_scaled(left, right, scale_a, scale_b, bias, scale_result, out_dtype)
 
 
 def _multiply_scaled_into(*args: Any, out: torch.Tensor, **kwargs: Any) -> torch.Tensor:

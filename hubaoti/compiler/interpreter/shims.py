@@ -2,7 +2,7 @@
 
 A shim's arguments follow from its op's schema: their C types and names tell what each is (see
 torchgen/aoti of torch). Private, checked on torch 2.11 to 2.15: tensors of `torch._C._aoti` by
-pointers.
+pointers, and `_disable_current_modes`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch._C import _aoti
+from torch.utils._python_dispatch import _disable_current_modes
 
 from hubaoti.compiler.interpreter import NotInterpreted
 from hubaoti.compiler.interpreter.ops import compute_on_host
@@ -71,7 +72,8 @@ def answer_shim(name: str, arguments: Any) -> None:
         for each in op._schema.arguments
         if each.name in values and not each.kwarg_only
     ]
-    made = compute_on_host(op, positional, values)
+    with _disable_current_modes():  # `OnHost` sees the caller
+        made = compute_on_host(op, positional, values)
     results = [place for n, (_, place) in places.items() if _RESULT.fullmatch(n)]
     kinds = [parameter.kind for n, (parameter, _) in places.items() if _RESULT.fullmatch(n)]
     answers = made if isinstance(made, list | tuple) else (made,)

@@ -5,6 +5,6 @@ of any capability, whose host code runs as on a real one and whose kernels do no
 """
 
 from hubaoti.compiler.stand_in.build import build_stand_in
-from hubaoti.compiler.stand_in.environment import CAPABILITIES, StandIn
+from hubaoti.compiler.stand_in.environment import CAPABILITIES, StandIn, require_stand_in
 
-__all__ = ["CAPABILITIES", "StandIn", "build_stand_in"]
+__all__ = ["CAPABILITIES", "StandIn", "build_stand_in", "require_stand_in"]

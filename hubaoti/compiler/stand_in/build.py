@@ -21,7 +21,7 @@ from pathlib import Path
 from hubaoti.compiler.stand_in.aten import SHIMS, write_shims
 from hubaoti.compiler.stand_in.environment import StandIn
 from hubaoti.compiler.stand_in.fallbacks import HEADERS, write_fallbacks
-from hubaoti.disk import explain_disk_errors
+from hubaoti.disk import describe_no_room, explain_disk_errors, find_full_disk
 from hubaoti.errors import CannotOpen, CompileFailed, MissingDependency, UnsafeFolder, first_line
 from hubaoti.host.build_tools import find_cuda_includes, find_missing_build_tools
 from hubaoti.host.probe import Torch
@@ -54,10 +54,10 @@ def build_stand_in(torch: Torch, home: Path) -> StandIn:
         )
     includes = find_cuda_includes(torch)
     root = home / "stand-in"
-    _make_private(root)
     folder = root / _digest(torch, includes)
-    if not folder.exists():
-        with explain_disk_errors(root):
+    with explain_disk_errors(root):
+        _make_private(root)
+        if not folder.exists():
             _build(torch, includes, folder)
     _refuse_shared(folder)
     return StandIn(folder, folder / _CUDA if (folder / _CUDA).is_dir() else includes[0].parent)
@@ -104,6 +104,8 @@ def _compile(torch: Torch, includes: Sequence[Path], folder: Path) -> None:
         version = f"-DCUDA_VERSION={1000 * major + 10 * minor}"
         _run_gcc(["-D_GNU_SOURCE", version, str(_SOURCE / "nvml.c")], folder / _NVML)
     except subprocess.CalledProcessError as error:
+        if "No space left on device" in str(error.stderr):
+            raise describe_no_room(find_full_disk(str(error.stderr), folder), 0) from error
         causes = (line for line in str(error.stderr).splitlines() if "error" in line)
         raise CompileFailed(
             f"stand-in: gcc: {first_line(next(causes, str(error.stderr)))}",

@@ -12,7 +12,10 @@
 
 #define WORTH_GIVING_BACK (64 << 10) /* bytes of zeros that are a hole and no pages */
 
-static __thread struct { const char *start; size_t size; } reads[64];
+static __thread struct {
+    const char *start;
+    size_t size;
+} reads[64];
 static __thread int read_count;
 
 static int may_read(void) {
@@ -22,7 +25,8 @@ static int may_read(void) {
 
 static cudaError_t refuse_read(size_t size) {
     return fail(explain(cudaErrorNotPermitted,
-        "%zu bytes are read back from a device that computes nothing (stand-in)", size));
+                        "%zu bytes are read back from a device that computes nothing (stand-in)",
+                        size));
 }
 
 cudaError_t take_reads(void) {
@@ -33,12 +37,14 @@ cudaError_t take_reads(void) {
 
 static void forget_reads(const char *source) {
     for (int i = read_count - 1; i >= 0; i--)
-        if (source >= reads[i].start && source < reads[i].start + reads[i].size) reads[i] = reads[--read_count];
+        if (source >= reads[i].start && source < reads[i].start + reads[i].size)
+            reads[i] = reads[--read_count];
 }
 
 static cudaError_t note_read(const void *target, size_t size, int waits) {
     if (may_read()) return cudaSuccess;
-    if (waits || !is_pinned(target) || read_count == sizeof reads / sizeof *reads) return refuse_read(size);
+    if (waits || !is_pinned(target) || read_count == sizeof reads / sizeof *reads)
+        return refuse_read(size);
     reads[read_count].start = target;
     reads[read_count++].size = size;
     return cudaSuccess;
@@ -56,7 +62,8 @@ static cudaError_t copy(void *target, const void *source, size_t size, int waits
     if (!error && size && from_device && !to_device) error = note_read(target, size, waits);
     if (error) return error;
     if (to_device && !from_device) forget_reads(source);
-    note("copy %zu %s%s", size, from_device ? "device" : "host", to_device ? " to device" : " to host");
+    note("copy %zu %s%s", size, from_device ? "device" : "host",
+         to_device ? " to device" : " to host");
     memmove(stand_in_host(target), stand_in_host(source), size);
     return cudaSuccess;
 }
@@ -77,7 +84,8 @@ cudaError_t cudaMemcpy(void *target, const void *source, size_t size, enum cudaM
     return copy_now(target, source, size);
 }
 
-cudaError_t cudaMemcpyAsync(void *target, const void *source, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
+cudaError_t cudaMemcpyAsync(void *target, const void *source, size_t size, enum cudaMemcpyKind kind,
+                            cudaStream_t stream) {
     (void)kind;
     return copy_on(stream, target, source, size);
 }
@@ -87,28 +95,33 @@ cudaError_t cudaMemcpyPeer(void *target, int to, const void *source, int from, s
     return copy_now(target, source, size);
 }
 
-cudaError_t cudaMemcpyPeerAsync(void *target, int to, const void *source, int from, size_t size, cudaStream_t stream) {
+cudaError_t cudaMemcpyPeerAsync(void *target, int to, const void *source, int from, size_t size,
+                                cudaStream_t stream) {
     (void)to, (void)from;
     return copy_on(stream, target, source, size);
 }
 
-cudaError_t cudaMemcpy2DAsync(void *target, size_t target_pitch, const void *source, size_t source_pitch, size_t width,
-                              size_t height, enum cudaMemcpyKind kind, cudaStream_t stream) {
+cudaError_t cudaMemcpy2DAsync(void *target, size_t target_pitch, const void *source,
+                              size_t source_pitch, size_t width, size_t height,
+                              enum cudaMemcpyKind kind, cudaStream_t stream) {
     (void)kind;
     cudaError_t error = cudaSuccess;
     for (size_t row = 0; row < height && !error; row++)
-        error = copy_on(stream, (char *)target + row * target_pitch, (const char *)source + row * source_pitch, width);
+        error = copy_on(stream, (char *)target + row * target_pitch,
+                        (const char *)source + row * source_pitch, width);
     return error;
 }
 
-cudaError_t cudaMemcpy2D(void *target, size_t target_pitch, const void *source, size_t source_pitch, size_t width,
-                         size_t height, enum cudaMemcpyKind kind) {
-    cudaError_t error = cudaMemcpy2DAsync(target, target_pitch, source, source_pitch, width, height, kind, 0);
+cudaError_t cudaMemcpy2D(void *target, size_t target_pitch, const void *source, size_t source_pitch,
+                         size_t width, size_t height, enum cudaMemcpyKind kind) {
+    cudaError_t error =
+        cudaMemcpy2DAsync(target, target_pitch, source, source_pitch, width, height, kind, 0);
     return error ? error : take_reads();
 }
 
 /* A variable of a kernel that is not run: what is written there, nobody reads. */
-cudaError_t cudaMemcpyToSymbol(const void *symbol, const void *source, size_t size, size_t offset, enum cudaMemcpyKind kind) {
+cudaError_t cudaMemcpyToSymbol(const void *symbol, const void *source, size_t size, size_t offset,
+                               enum cudaMemcpyKind kind) {
     (void)symbol, (void)source, (void)size, (void)offset, (void)kind;
     return cudaSuccess;
 }
@@ -128,13 +141,15 @@ CUresult cuMemcpyDtoH_v2(void *target, CUdeviceptr source, size_t size) {
 CUresult cuMemcpyDtoD_v2(CUdeviceptr target, CUdeviceptr source, size_t size) {
     return (CUresult)copy_now((void *)target, (void *)source, size);
 }
-CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr target, const void *source, size_t size, CUstream stream) {
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr target, const void *source, size_t size,
+                              CUstream stream) {
     return (CUresult)copy_on(stream, (void *)target, source, size);
 }
 CUresult cuMemcpyDtoHAsync_v2(void *target, CUdeviceptr source, size_t size, CUstream stream) {
     return (CUresult)copy_on(stream, target, (void *)source, size);
 }
-CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr target, CUdeviceptr source, size_t size, CUstream stream) {
+CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr target, CUdeviceptr source, size_t size,
+                              CUstream stream) {
     return (CUresult)copy_on(stream, (void *)target, (void *)source, size);
 }
 
@@ -144,7 +159,8 @@ static cudaError_t fill(void *pointer, unsigned value, int width, size_t count) 
     if (error) return error;
     char *start = stand_in_host(pointer), *end = start + width * count;
     if (!value && is_device(pointer) && width * count >= WORTH_GIVING_BACK) {
-        char *first = start + (-(uintptr_t)start & (PAGE - 1)), *behind = end - ((uintptr_t)end & (PAGE - 1));
+        char *first = start + (-(uintptr_t)start & (PAGE - 1)),
+             *behind = end - ((uintptr_t)end & (PAGE - 1));
         memset(start, 0, first - start);
         memset(behind, 0, end - behind);
         if (madvise(first, behind - first, MADV_REMOVE)) memset(first, 0, behind - first);
@@ -155,13 +171,16 @@ static cudaError_t fill(void *pointer, unsigned value, int width, size_t count) 
     return cudaSuccess;
 }
 
-static cudaError_t fill_on(cudaStream_t stream, void *pointer, unsigned value, int width, size_t count) {
+static cudaError_t fill_on(cudaStream_t stream, void *pointer, unsigned value, int width,
+                           size_t count) {
     if (!is_capturing(stream)) return fill(pointer, value, width, count);
     add_node(stream);
     return cudaSuccess;
 }
 
-cudaError_t cudaMemset(void *pointer, int value, size_t size) { return fill(pointer, value & 0xff, 1, size); }
+cudaError_t cudaMemset(void *pointer, int value, size_t size) {
+    return fill(pointer, value & 0xff, 1, size);
+}
 cudaError_t cudaMemsetAsync(void *pointer, int value, size_t size, cudaStream_t stream) {
     return fill_on(stream, pointer, value & 0xff, 1, size);
 }

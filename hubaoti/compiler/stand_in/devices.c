@@ -119,7 +119,9 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
     case cudaDevAttrMaxBlocksPerMultiprocessor: *value = p.maxBlocksPerMultiProcessor; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = (int)p.sharedMemPerBlock; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = (int)p.sharedMemPerBlockOptin; break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = (int)p.sharedMemPerMultiprocessor; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+        *value = (int)p.sharedMemPerMultiprocessor;
+        break;
     case cudaDevAttrReservedSharedMemoryPerBlock: *value = (int)p.reservedSharedMemPerBlock; break;
     case cudaDevAttrMaxRegistersPerBlock:
     case cudaDevAttrMaxRegistersPerMultiprocessor: *value = p.regsPerBlock; break;
@@ -142,9 +144,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
     case cudaDevAttrMemoryPoolsSupported:
     case cudaDevAttrGlobalL1CacheSupported:
     case cudaDevAttrLocalL1CacheSupported: *value = 1; break;
-    default:
-        *value = 0;
-        note("attribute %d of a device is 0", attribute);
+    default: *value = 0; note("attribute %d of a device is 0", attribute);
     }
     if ((CUdevice_attribute)attribute == CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH) *value = p.major >= 9;
     return cudaSuccess;
@@ -178,16 +178,29 @@ cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t *pool, int device) {
     return check_device(device);
 }
 
+cudaError_t cudaDeviceGetLimit(size_t *value, enum cudaLimit limit) {
+    return (void)limit, *value = 1 << 20, cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetP2PAttribute(int *value, enum cudaDeviceP2PAttr attribute, int device,
+                                      int peer) {
+    return (void)attribute, (void)device, (void)peer, *value = 0, cudaSuccess;
+}
+
 cudaError_t cudaDriverGetVersion(int *version) { return *version = CUDA_VERSION, cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *version) { return *version = CUDART_VERSION, cudaSuccess; }
 cudaError_t cudaProfilerStart(void) { return cudaSuccess; }
 cudaError_t cudaProfilerStop(void) { return cudaSuccess; }
 
 /* The driver's: a context is the primary one of a device, and its number plus one. */
-CUresult cuInit(unsigned flags) { return flags ? CUDA_ERROR_INVALID_VALUE : device_count ? CUDA_SUCCESS : CUDA_ERROR_NO_DEVICE; }
+CUresult cuInit(unsigned flags) {
+    return flags ? CUDA_ERROR_INVALID_VALUE : device_count ? CUDA_SUCCESS : CUDA_ERROR_NO_DEVICE;
+}
 CUresult cuDriverGetVersion(int *version) { return (CUresult)cudaDriverGetVersion(version); }
 CUresult cuDeviceGetCount(int *count) { return *count = device_count, CUDA_SUCCESS; }
-CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = ordinal, (CUresult)check_device(ordinal); }
+CUresult cuDeviceGet(CUdevice *device, int ordinal) {
+    return *device = ordinal, (CUresult)check_device(ordinal);
+}
 
 CUresult cuDeviceGetName(char *name, int size, CUdevice device) {
     CUresult error = (CUresult)check_device(device);
@@ -201,6 +214,10 @@ CUresult cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice device) {
     if (!error) memcpy(uuid, &p.uuid, sizeof *uuid);
     return error;
 }
+
+#if CUDA_VERSION < 13000
+CUresult cuDeviceGetUuid(CUuuid *uuid, CUdevice device) { return cuDeviceGetUuid_v2(uuid, device); }
+#endif
 
 CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice device) {
     CUresult error = (CUresult)check_device(device);
@@ -244,13 +261,20 @@ CUresult cuCtxPopCurrent_v2(CUcontext *context) {
 }
 
 CUresult cuCtxGetDevice(CUdevice *device) { return *device = current_device, CUDA_SUCCESS; }
-CUresult cuCtxGetApiVersion(CUcontext context, unsigned *version) { return (void)context, *version = CUDA_VERSION, CUDA_SUCCESS; }
-CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { return (void)limit, *value = 1 << 20, CUDA_SUCCESS; }
+CUresult cuCtxGetApiVersion(CUcontext context, unsigned *version) {
+    return (void)context, *version = CUDA_VERSION, CUDA_SUCCESS;
+}
+CUresult cuCtxGetLimit(size_t *value, CUlimit limit) {
+    return (void)limit, *value = 1 << 20, CUDA_SUCCESS;
+}
 
 /* Nothing is ever logged by a driver that is not there, and it has no tables of inner functions. */
 #if CUDA_VERSION >= 12090
-CUresult cuLogsRegisterCallback(CUlogsCallback function, void *argument, CUlogsCallbackHandle *made) {
+CUresult cuLogsRegisterCallback(CUlogsCallback function, void *argument,
+                                CUlogsCallbackHandle *made) {
     return (void)function, (void)argument, *made = NULL, CUDA_SUCCESS;
 }
 #endif
-CUresult cuGetExportTable(const void **table, const CUuuid *id) { return (void)id, *table = NULL, CUDA_ERROR_NOT_FOUND; }
+CUresult cuGetExportTable(const void **table, const CUuuid *id) {
+    return (void)id, *table = NULL, CUDA_ERROR_NOT_FOUND;
+}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hubaoti.errors import BadRequest
+from hubaoti.errors import BadRequest, CannotOpen
 from hubaoti.settings import read_library_paths
 
 # Those of chips.h, which says what each of them has; a test holds the two equal.
@@ -71,3 +72,16 @@ class StandIn:
             "PYTORCH_ALLOC_CONF": "expandable_segments:False",
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False",
         }
+
+
+def require_stand_in() -> None:
+    """See that this process runs under the stand-in: a loader that cannot preload it goes on.
+
+    Raises:
+        CannotOpen: it does not, and would see what GPU there is, or none.
+    """
+    if not hasattr(ctypes.CDLL(None), "stand_in_live"):
+        raise CannotOpen(
+            "the stand-in of a GPU was not loaded into the process that needs it",
+            hint="is the disk of HUBAOTI_HOME mounted noexec, or is Python a static or setuid one?",
+        )

@@ -55,7 +55,8 @@ static const char *ask_runtime(const char *function, cudaError_t error) {
 }
 
 const char *cudaGetErrorString(cudaError_t error) {
-    return error && (int)error == explained ? explanation : ask_runtime("cudaGetErrorString", error);
+    return error && (int)error == explained ? explanation
+                                            : ask_runtime("cudaGetErrorString", error);
 }
 
 const char *cudaGetErrorName(cudaError_t error) { return ask_runtime("cudaGetErrorName", error); }
@@ -77,7 +78,8 @@ void note(const char *format, ...) {
     int unopened = -1;
     if (__atomic_load_n(&file, __ATOMIC_ACQUIRE) < 0) {
         int opened = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
-        int first = __atomic_compare_exchange_n(&file, &unopened, opened, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+        int first = __atomic_compare_exchange_n(&file, &unopened, opened, 0, __ATOMIC_ACQ_REL,
+                                                __ATOMIC_ACQUIRE);
         if (!first && opened >= 0) close(opened);
     }
     char line[1024];
@@ -91,10 +93,13 @@ void note(const char *format, ...) {
 }
 
 /* What is alive, for tests that see whether all is given back: "memory", "stream", … */
-static const char *KIND_NAMES[KINDS] = {"memory", "pinned", "stream", "event", "graph", "module", "handle"};
+static const char *KIND_NAMES[KINDS] = {"memory", "pinned", "stream", "event",
+                                        "graph",  "module", "handle"};
 static long live[KINDS];
 
-void count_live(enum kind kind, int change) { __atomic_add_fetch(&live[kind], change, __ATOMIC_RELAXED); }
+void count_live(enum kind kind, int change) {
+    __atomic_add_fetch(&live[kind], change, __ATOMIC_RELAXED);
+}
 
 OUTSIDE long stand_in_live(const char *kind) {
     for (int i = 0; i < KINDS; i++)
@@ -142,10 +147,18 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **found, uns
     return cudaSuccess;
 }
 
+#if CUDART_VERSION < 13000
+cudaError_t cudaGetDriverEntryPoint(const char *name, void **found, unsigned long long flags,
+                                    enum cudaDriverEntryPointQueryResult *result) {
+    return cudaGetDriverEntryPointByVersion(name, found, CUDART_VERSION, flags, result);
+}
+#endif
+
 CUresult cuGetProcAddress_v2(const char *name, void **found, int version, cuuint64_t flags,
                              CUdriverProcAddressQueryResult *result) {
     (void)version, (void)flags;
     *found = find_function(name);
-    if (result) *result = *found ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
+    if (result)
+        *result = *found ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
     return *found ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }

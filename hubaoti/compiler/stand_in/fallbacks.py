@@ -44,7 +44,9 @@ _DECLARATION = re.compile(
 # Versions without a handle are the libraries' own to say.
 _OWN = re.compile(r"\w+Get(?:Cudart)?(?:Version|Property)(?:_v\d)?")
 # What moves or makes memory is never done by saying so.
-_MEMORY = re.compile(r"Memcpy|Memset|Malloc|Alloc(?!ation)|MemMap|ToSymbol|FromSymbol|ToArray")
+_MEMORY = re.compile(
+    r"Memcpy|Memset|Set(?:Vector|Matrix)|Malloc|Alloc(?!ation)|MemMap|ToSymbol|FromSymbol|ToArray"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,13 @@
 #include <string.h>
 
 /* One algorithm, which needs no workspace. */
-cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t operation,
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle,
+                                              cublasLtMatmulDesc_t operation,
                                               cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
                                               cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
                                               cublasLtMatmulPreference_t preference, int wanted,
-                                              cublasLtMatmulHeuristicResult_t results[], int *found) {
+                                              cublasLtMatmulHeuristicResult_t results[],
+                                              int *found) {
     (void)handle, (void)operation, (void)a, (void)b, (void)c, (void)d, (void)preference;
     *found = wanted > 0;
     if (wanted > 0) memset(results, 0, sizeof *results);
@@ -29,10 +31,14 @@ cublasStatus_t cublasGetMathMode(cublasHandle_t handle, cublasMath_t *mode) {
 }
 
 /* Of a plan: one engine, that needs no workspace and has nothing to be said of. */
-cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t descriptor, cudnnBackendAttributeName_t name,
-                                       cudnnBackendAttributeType_t type, int64_t wanted, int64_t *found, void *values) {
+cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t descriptor,
+                                       cudnnBackendAttributeName_t name,
+                                       cudnnBackendAttributeType_t type, int64_t wanted,
+                                       int64_t *found, void *values) {
     (void)descriptor;
-    size_t size = type == CUDNN_TYPE_INT64 ? sizeof(int64_t) : type == CUDNN_TYPE_INT32 ? sizeof(int32_t) : 0;
+    size_t size = type == CUDNN_TYPE_INT64   ? sizeof(int64_t)
+                  : type == CUDNN_TYPE_INT32 ? sizeof(int32_t)
+                                             : 0;
     if (found) *found = size || name == CUDNN_ATTR_ENGINEHEUR_RESULTS;
     if (values && wanted > 0) memset(values, 0, size);
     return CUDNN_STATUS_SUCCESS;

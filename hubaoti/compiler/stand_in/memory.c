@@ -35,7 +35,8 @@ static struct block find_block(const void *pointer) {
     struct block found = {0};
     pthread_mutex_lock(&lock);
     size_t place = find_place(pointer);
-    if (place && (char *)pointer < blocks[place - 1].address + blocks[place - 1].size) found = blocks[place - 1];
+    if (place && (char *)pointer < blocks[place - 1].address + blocks[place - 1].size)
+        found = blocks[place - 1];
     pthread_mutex_unlock(&lock);
     return found;
 }
@@ -60,7 +61,8 @@ static struct block take_block(const void *address, int device) {
     struct block found = {0};
     pthread_mutex_lock(&lock);
     size_t place = find_place(address);
-    if (place && blocks[place - 1].address == address && (blocks[place - 1].device < 0) == (device < 0)) {
+    if (place && blocks[place - 1].address == address
+        && (blocks[place - 1].device < 0) == (device < 0)) {
         found = blocks[place - 1];
         memmove(blocks + place - 1, blocks + place, (block_count-- - place) * sizeof *blocks);
         count_live(found.device < 0 ? PINNED : MEMORY, -1);
@@ -243,7 +245,8 @@ cudaError_t cudaHostGetDevicePointer(void **device, void *host, unsigned flags) 
 
 /* What a pointer is */
 
-cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const void *pointer) {
+cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes,
+                                     const void *pointer) {
     struct block found = find_block(pointer);
     memset(attributes, 0, sizeof *attributes);
     attributes->type = cudaMemoryTypeUnregistered;
@@ -264,20 +267,32 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
     case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
         *(unsigned *)value = found.device < 0 ? CU_MEMORYTYPE_HOST : CU_MEMORYTYPE_DEVICE;
         break;
-    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: *(int *)value = found.device < 0 ? current_device : found.device; break;
-    case CU_POINTER_ATTRIBUTE_CONTEXT: *(CUcontext *)value = (CUcontext)(uintptr_t)(found.device + 1); break;
+    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
+        *(int *)value = found.device < 0 ? current_device : found.device;
+        break;
+    case CU_POINTER_ATTRIBUTE_CONTEXT:
+        *(CUcontext *)value = (CUcontext)(uintptr_t)(found.device + 1);
+        break;
     case CU_POINTER_ATTRIBUTE_IS_MANAGED: *(unsigned *)value = 0; break;
-    case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR: *(CUdeviceptr *)value = (CUdeviceptr)found.address; break;
+    case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:
+        *(CUdeviceptr *)value = (CUdeviceptr)found.address;
+        break;
     case CU_POINTER_ATTRIBUTE_RANGE_SIZE: *(size_t *)value = found.size; break;
-    case CU_POINTER_ATTRIBUTE_BUFFER_ID: *(unsigned long long *)value = (uintptr_t)found.address; break;
+    case CU_POINTER_ATTRIBUTE_BUFFER_ID:
+        *(unsigned long long *)value = (uintptr_t)found.address;
+        break;
     case CU_POINTER_ATTRIBUTE_SYNC_MEMOPS: *(unsigned *)value = 0; break;
-    default: return (CUresult)explain(CUDA_ERROR_NOT_SUPPORTED, "cuPointerGetAttribute: attribute %d", attribute);
+    default:
+        return (CUresult)explain(CUDA_ERROR_NOT_SUPPORTED, "cuPointerGetAttribute: attribute %d",
+                                 attribute);
     }
     return CUDA_SUCCESS;
 }
 
-CUresult cuPointerGetAttributes(unsigned count, CUpointer_attribute *names, void **values, CUdeviceptr pointer) {
+CUresult cuPointerGetAttributes(unsigned count, CUpointer_attribute *names, void **values,
+                                CUdeviceptr pointer) {
     CUresult error = CUDA_SUCCESS;
-    for (unsigned i = 0; i < count && !error; i++) error = cuPointerGetAttribute(values[i], names[i], pointer);
+    for (unsigned i = 0; i < count && !error; i++)
+        error = cuPointerGetAttribute(values[i], names[i], pointer);
     return error;
 }

@@ -28,28 +28,43 @@ struct function {
     int dynamic;                    /* bytes of dynamic shared memory that it was allowed */
     const struct chip *chip;
 };
-struct module { struct function *functions; int count; };
+struct module {
+    struct function *functions;
+    int count;
+};
 
 static void (*compute)(const char *name, unsigned x, unsigned y, unsigned z, void **parameters);
 
 /* Who computes launches: called with a kernel's name, its grid and what its host code passes. */
-OUTSIDE void stand_in_compute(void *callback) { compute = (void (*)(const char *, unsigned, unsigned, unsigned, void **))callback; }
+OUTSIDE void stand_in_compute(void *callback) {
+    compute = (void (*)(const char *, unsigned, unsigned, unsigned, void **))callback;
+}
 
 /* Cubins */
 
-struct image { const char *start; const Elf64_Ehdr *head; const Elf64_Shdr *sections; const char *names; };
+struct image {
+    const char *start;
+    const Elf64_Ehdr *head;
+    const Elf64_Shdr *sections;
+    const char *names;
+};
 
-static const char *name_section(const struct image *image, int i) { return image->names + image->sections[i].sh_name; }
+static const char *name_section(const struct image *image, int i) {
+    return image->names + image->sections[i].sh_name;
+}
 
 static CUresult read_image(struct image *image, const void *start) {
     const Elf64_Ehdr *head = start;
     Dl_info library;
     /* One that lies in a library may be read as it lies there; bytes of the host's are copied first. */
     if ((uintptr_t)start % IMAGE_ALIGNMENT && dladdr(start, &library))
-        return (CUresult)explain(CUDA_ERROR_INVALID_IMAGE,
-            "device kernel image is invalid: in %s it begins at no multiple of %d bytes", library.dli_fname, IMAGE_ALIGNMENT);
+        return (CUresult)explain(
+            CUDA_ERROR_INVALID_IMAGE,
+            "device kernel image is invalid: in %s it begins at no multiple of %d bytes",
+            library.dli_fname, IMAGE_ALIGNMENT);
     if (memcmp(head->e_ident, ELFMAG, SELFMAG) || head->e_machine != EM_CUDA_MACHINE)
-        return (CUresult)explain(CUDA_ERROR_INVALID_IMAGE, "device kernel image is invalid: it is no cubin");
+        return (CUresult)explain(CUDA_ERROR_INVALID_IMAGE,
+                                 "device kernel image is invalid: it is no cubin");
     image->start = start;
     image->head = head;
     image->sections = (const Elf64_Shdr *)(image->start + head->e_shoff);
@@ -65,26 +80,30 @@ static CUresult check_capability(const struct image *image, const struct chip *c
     note("module sm%d%s", sm, exact ? "a" : "");
     if (exact ? sm == chip->sm : sm / 10 == chip->sm / 10 && sm <= chip->sm) return CUDA_SUCCESS;
     return (CUresult)explain(CUDA_ERROR_NO_BINARY_FOR_GPU,
-        "no kernel image is available for execution on the device: it is for sm_%d%s, and this is sm_%d",
-        sm, exact ? "a" : "", chip->sm);
+                             "no kernel image is available for execution on the device: it is for "
+                             "sm_%d%s, and this is sm_%d",
+                             sm, exact ? "a" : "", chip->sm);
 }
 
 /* The function that a symbol of the cubin names; attributes of all functions say whose they are by it. */
-static struct function *find_by_symbol(const struct image *image, struct module *module, unsigned symbol) {
+static struct function *find_by_symbol(const struct image *image, struct module *module,
+                                       unsigned symbol) {
     for (int i = 0; i < image->head->e_shnum; i++) {
         const Elf64_Shdr *table = &image->sections[i];
         if (table->sh_type != SHT_SYMTAB || symbol >= table->sh_size / sizeof(Elf64_Sym)) continue;
         const Elf64_Sym *found = (const Elf64_Sym *)(image->start + table->sh_offset) + symbol;
-        const char *name = image->start + image->sections[table->sh_link].sh_offset + found->st_name;
+        const char *name =
+            image->start + image->sections[table->sh_link].sh_offset + found->st_name;
         for (int j = 0; j < module->count; j++)
             if (!strcmp(module->functions[j].name, name)) return &module->functions[j];
     }
     return NULL;
 }
 
-static void take_attribute(const struct image *image, struct module *module, struct function *function, int attribute,
-                           const uint32_t *value) {
-    if (attribute == EIATTR_REQNTID && function) memcpy(function->required, value, sizeof function->required);
+static void take_attribute(const struct image *image, struct module *module,
+                           struct function *function, int attribute, const uint32_t *value) {
+    if (attribute == EIATTR_REQNTID && function)
+        memcpy(function->required, value, sizeof function->required);
     if (attribute != EIATTR_REGCOUNT && attribute != EIATTR_FRAME_SIZE) return;
     struct function *found = find_by_symbol(image, module, value[0]);
     if (found && attribute == EIATTR_REGCOUNT) found->registers = (int)value[1];
@@ -92,8 +111,10 @@ static void take_attribute(const struct image *image, struct module *module, str
 }
 
 /* A section of attributes: a byte of format, one of name, and two bytes that are a value or its length. */
-static void read_attributes(const struct image *image, struct module *module, struct function *function, int section) {
-    const char *at = image->start + image->sections[section].sh_offset, *end = at + image->sections[section].sh_size;
+static void read_attributes(const struct image *image, struct module *module,
+                            struct function *function, int section) {
+    const char *at = image->start + image->sections[section].sh_offset,
+               *end = at + image->sections[section].sh_size;
     while (at + 4 <= end) {
         unsigned char format = at[0], attribute = at[1];
         uint16_t length;
@@ -107,7 +128,8 @@ static void read_attributes(const struct image *image, struct module *module, st
     }
 }
 
-static void read_functions(const struct image *image, struct module *module, const struct chip *chip) {
+static void read_functions(const struct image *image, struct module *module,
+                           const struct chip *chip) {
     int sections = image->head->e_shnum;
     module->functions = calloc(sections, sizeof *module->functions);
     for (int i = 0; i < sections; i++)
@@ -121,8 +143,10 @@ static void read_functions(const struct image *image, struct module *module, con
         const char *name = name_section(image, i);
         for (int j = 0; j < module->count; j++) {
             struct function *each = &module->functions[j];
-            if (!strncmp(name, ".nv.shared.", 11) && !strcmp(name + 11, each->name)) each->shared = (int)image->sections[i].sh_size;
-            if (!strncmp(name, ".nv.info.", 9) && !strcmp(name + 9, each->name)) read_attributes(image, module, each, i);
+            if (!strncmp(name, ".nv.shared.", 11) && !strcmp(name + 11, each->name))
+                each->shared = (int)image->sections[i].sh_size;
+            if (!strncmp(name, ".nv.info.", 9) && !strcmp(name + 9, each->name))
+                read_attributes(image, module, each, i);
         }
         if (!strcmp(name, ".nv.info")) read_attributes(image, module, NULL, i);
     }
@@ -142,7 +166,8 @@ CUresult cuModuleLoadData(CUmodule *made, const void *start) {
     return CUDA_SUCCESS;
 }
 
-CUresult cuModuleLoadDataEx(CUmodule *made, const void *start, unsigned count, CUjit_option *options, void **values) {
+CUresult cuModuleLoadDataEx(CUmodule *made, const void *start, unsigned count,
+                            CUjit_option *options, void **values) {
     (void)count, (void)options, (void)values;
     return cuModuleLoadData(made, start);
 }
@@ -152,7 +177,8 @@ CUresult cuModuleLoad(CUmodule *made, const char *path) {
     int file = open(path, O_RDONLY | O_CLOEXEC);
     if (file < 0 || fstat(file, &status) || status.st_size < (off_t)sizeof(Elf64_Ehdr)) {
         if (file >= 0) close(file);
-        return (CUresult)explain(CUDA_ERROR_FILE_NOT_FOUND, "file not found, or no cubin: %s", path);
+        return (CUresult)explain(CUDA_ERROR_FILE_NOT_FOUND, "file not found, or no cubin: %s",
+                                 path);
     }
     void *start = mmap(NULL, status.st_size, PROT_READ, MAP_PRIVATE, file, 0);
     close(file);
@@ -183,7 +209,9 @@ CUresult cuModuleGetFunction(CUfunction *found, CUmodule given, const char *name
 CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction given) {
     struct function *function = (struct function *)given;
     switch (attribute) {
-    case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK: *value = function->required[0] ? (int)function->required[0] : 1024; break;
+    case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
+        *value = function->required[0] ? (int)function->required[0] : 1024;
+        break;
     case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES: *value = function->shared; break;
     case CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES: *value = function->local; break;
     case CU_FUNC_ATTRIBUTE_NUM_REGS: *value = function->registers; break;
@@ -199,25 +227,26 @@ CUresult cuFuncSetAttribute(CUfunction given, CUfunction_attribute attribute, in
     struct function *function = (struct function *)given;
     if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_SUCCESS;
     if (value < 0 || value + function->shared > function->chip->shared)
-        return (CUresult)explain(CUDA_ERROR_INVALID_VALUE,
-            "invalid argument: %s wants %d bytes of shared memory, and a block of sm_%d has %d", function->name,
-            value + function->shared, function->chip->sm, function->chip->shared);
+        return (CUresult)explain(
+            CUDA_ERROR_INVALID_VALUE,
+            "invalid argument: %s wants %d bytes of shared memory, and a block of sm_%d has %d",
+            function->name, value + function->shared, function->chip->sm, function->chip->shared);
     function->dynamic = value;
     return CUDA_SUCCESS;
 }
 
 /* Launches */
 
-struct launch { dim3 grid, block; size_t shared; };
-
-static CUresult check_sizes(const char *name, const struct launch *launch) {
+CUresult check_sizes(const char *name, const struct launch *launch) {
     dim3 grid = launch->grid, block = launch->block;
     int empty = !grid.x || !grid.y || !grid.z || !block.x || !block.y || !block.z;
-    int large = grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535 || block.x > 1024 || block.y > 1024
-        || block.z > 64 || (size_t)block.x * block.y * block.z > 1024;
+    int large = grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535 || block.x > 1024
+                || block.y > 1024 || block.z > 64 || (size_t)block.x * block.y * block.z > 1024;
     if (!empty && !large) return CUDA_SUCCESS;
-    return (CUresult)explain(CUDA_ERROR_INVALID_VALUE, "invalid argument: %s with a grid of (%u, %u, %u) and (%u, %u, %u) threads",
-        name, grid.x, grid.y, grid.z, block.x, block.y, block.z);
+    return (CUresult)explain(
+        CUDA_ERROR_INVALID_VALUE,
+        "invalid argument: %s with a grid of (%u, %u, %u) and (%u, %u, %u) threads", name, grid.x,
+        grid.y, grid.z, block.x, block.y, block.z);
 }
 
 static CUresult check_launch(const struct function *function, const struct launch *launch) {
@@ -226,151 +255,90 @@ static CUresult check_launch(const struct function *function, const struct launc
     const unsigned *required = function->required;
     size_t threads = (size_t)launch->block.x * launch->block.y * launch->block.z;
     if (required[0] && threads != (size_t)required[0] * required[1] * required[2])
-        return (CUresult)explain(CUDA_ERROR_INVALID_VALUE, "invalid argument: %s with %zu threads, and it was made for %u",
-            function->name, threads, required[0] * required[1] * required[2]);
+        return (CUresult)explain(CUDA_ERROR_INVALID_VALUE,
+                                 "invalid argument: %s with %zu threads, and it was made for %u",
+                                 function->name, threads, required[0] * required[1] * required[2]);
     if (launch->shared > (size_t)function->dynamic)
-        return (CUresult)explain(CUDA_ERROR_INVALID_VALUE, "invalid argument: %s with %zu bytes of shared memory, and it may have %d",
+        return (CUresult)explain(
+            CUDA_ERROR_INVALID_VALUE,
+            "invalid argument: %s with %zu bytes of shared memory, and it may have %d",
             function->name, launch->shared, function->dynamic);
     if (threads * function->registers > 65536)
-        return (CUresult)explain(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, "too many resources requested for launch: %s with %zu threads of %d registers",
+        return (CUresult)explain(
+            CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES,
+            "too many resources requested for launch: %s with %zu threads of %d registers",
             function->name, threads, function->registers);
     return CUDA_SUCCESS;
 }
 
-static CUresult launch_function(struct function *function, const struct launch *launch, CUstream stream, void **parameters) {
+static CUresult launch_function(struct function *function, const struct launch *launch,
+                                CUstream stream, void **parameters) {
     CUresult error = check_launch(function, launch);
     if (error) return error;
     note("launch %s %u %u %u", function->name, launch->grid.x, launch->grid.y, launch->grid.z);
     if (is_capturing(stream)) add_node(stream);
-    else if (compute) compute(function->name, launch->grid.x, launch->grid.y, launch->grid.z, parameters);
+    else if (compute)
+        compute(function->name, launch->grid.x, launch->grid.y, launch->grid.z, parameters);
     return CUDA_SUCCESS;
 }
 
-CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned block_x, unsigned block_y,
-                        unsigned block_z, unsigned shared, CUstream stream, void **parameters, void **extra) {
+CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned block_x,
+                        unsigned block_y, unsigned block_z, unsigned shared, CUstream stream,
+                        void **parameters, void **extra) {
     struct launch launch = {{x, y, z}, {block_x, block_y, block_z}, shared};
     (void)extra;
     return launch_function((struct function *)function, &launch, stream, parameters);
 }
 
-CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned block_x,
-                                   unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void **parameters) {
-    return cuLaunchKernel(function, x, y, z, block_x, block_y, block_z, shared, stream, parameters, NULL);
+CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned x, unsigned y, unsigned z,
+                                   unsigned block_x, unsigned block_y, unsigned block_z,
+                                   unsigned shared, CUstream stream, void **parameters) {
+    return cuLaunchKernel(function, x, y, z, block_x, block_y, block_z, shared, stream, parameters,
+                          NULL);
 }
 
-CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **parameters, void **extra) {
-    return cuLaunchKernel(function, c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ,
-                          c->sharedMemBytes, c->hStream, parameters, extra);
+CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **parameters,
+                          void **extra) {
+    return cuLaunchKernel(function, c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX,
+                          c->blockDimY, c->blockDimZ, c->sharedMemBytes, c->hStream, parameters,
+                          extra);
 }
 
 /* How many blocks a processor holds, by threads, registers and shared memory. */
-static int count_blocks(const struct chip *chip, int threads, int registers, size_t shared) {
+int count_blocks(const struct chip *chip, int threads, int registers, size_t shared) {
     int blocks = chip->threads / (threads > 0 ? threads : 1);
-    if (registers > 0 && 65536 / (registers * threads) < blocks) blocks = 65536 / (registers * threads);
-    if (shared && (int)(chip->processor_shared / (shared + 1024)) < blocks) blocks = (int)(chip->processor_shared / (shared + 1024));
+    if (registers > 0 && 65536 / (registers * threads) < blocks)
+        blocks = 65536 / (registers * threads);
+    if (shared && (int)(chip->processor_shared / (shared + 1024)) < blocks)
+        blocks = (int)(chip->processor_shared / (shared + 1024));
     return blocks < 32 ? blocks : 32;
 }
 
-CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction given, int threads, size_t shared) {
+CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction given, int threads,
+                                                     size_t shared) {
     struct function *function = (struct function *)given;
     *blocks = count_blocks(function->chip, threads, function->registers, shared + function->shared);
     return CUDA_SUCCESS;
 }
 
-CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction given, const CUlaunchConfig *config) {
+CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction given,
+                                      const CUlaunchConfig *config) {
     struct function *function = (struct function *)given;
     (void)config;
     *clusters = function->chip->sm >= 90 ? function->chip->processors / 2 : 0;
     return CUDA_SUCCESS;
 }
 
-/* Kernels of torch and of extensions: known by the address of their stub, not run, and not looked into. */
+/* How a kernel that is not run would find a tensor; nobody here reads it. */
 
-static cudaError_t launch_stub(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
-    struct launch launch = {grid, block, shared};
-    CUresult error = check_sizes("a kernel of the runtime", &launch);
-    if (error) return (cudaError_t)error;
-    if (!device_count) return fail(cudaErrorNoDevice);
-    if (shared > (size_t)devices[current_device].chip->shared) return fail(cudaErrorInvalidValue);
-    note("launch of the runtime");
-    add_node(stream);
-    return cudaSuccess;
-}
-
-cudaError_t cudaLaunchKernel(const void *kernel, dim3 grid, dim3 block, void **parameters, size_t shared, cudaStream_t stream) {
-    (void)kernel, (void)parameters;
-    return launch_stub(grid, block, shared, stream);
-}
-
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **parameters, size_t shared, cudaStream_t stream) {
-    (void)kernel, (void)parameters;
-    return launch_stub(grid, block, shared, stream);
-}
-
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *kernel, void **parameters) {
-    (void)kernel, (void)parameters;
-    return launch_stub(config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream);
-}
-
-cudaError_t cudaLaunchCooperativeKernel(const void *kernel, dim3 grid, dim3 block, void **parameters, size_t shared, cudaStream_t stream) {
-    (void)kernel, (void)parameters;
-    return launch_stub(grid, block, shared, stream);
-}
-
-cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const void *kernel) {
-    (void)kernel;
-    if (!device_count) return fail(cudaErrorNoDevice);
-    memset(attributes, 0, sizeof *attributes);
-    attributes->maxThreadsPerBlock = 1024;
-    attributes->numRegs = 32;
-    attributes->binaryVersion = attributes->ptxVersion = devices[current_device].chip->sm;
-    attributes->maxDynamicSharedSizeBytes = devices[current_device].chip->shared;
-    return cudaSuccess;
-}
-
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *kernel, int threads, size_t shared, unsigned flags) {
-    (void)kernel, (void)flags;
-    if (!device_count) return fail(cudaErrorNoDevice);
-    *blocks = count_blocks(devices[current_device].chip, threads, 32, shared);
-    return cudaSuccess;
-}
-
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const void *kernel, int threads, size_t shared) {
-    return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, kernel, threads, shared, 0);
-}
-
-cudaError_t cudaGetSymbolAddress(void **address, const void *symbol) { return *address = (void *)symbol, cudaSuccess; }
-
-/* What nvcc's code calls when a library is loaded (crt/host_runtime.h declares it). */
-cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *stub) { return *kernel = (cudaKernel_t)stub, cudaSuccess; }
-void **__cudaRegisterFatBinary(void *binary) {
-    static void *registered;
-    (void)binary;
-    return &registered;
-}
-void __cudaRegisterFatBinaryEnd(void **registered) { (void)registered; }
-void __cudaUnregisterFatBinary(void **registered) { (void)registered; }
-char __cudaInitModule(void **registered) { return (void)registered, 1; }
-void __cudaRegisterFunction(void) {}
-void __cudaRegisterVar(void) {}
-void __cudaRegisterManagedVar(void) {}
-
-static __thread struct { struct launch launch; cudaStream_t stream; } configured[16];
-static __thread int configured_count;
-
-unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
-    if (configured_count == 16) return 1;
-    configured[configured_count].launch = (struct launch){grid, block, shared};
-    configured[configured_count++].stream = stream;
-    return 0;
-}
-
-cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, void *stream) {
-    if (!configured_count) return fail(cudaErrorMissingConfiguration);
-    configured_count--;
-    *grid = configured[configured_count].launch.grid;
-    *block = configured[configured_count].launch.block;
-    *shared = configured[configured_count].launch.shared;
-    *(cudaStream_t *)stream = configured[configured_count].stream;
-    return cudaSuccess;
+CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank,
+                                void *address, const cuuint64_t *sizes, const cuuint64_t *strides,
+                                const cuuint32_t *box, const cuuint32_t *steps,
+                                CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+    (void)type, (void)sizes, (void)strides, (void)box, (void)steps, (void)interleave;
+    (void)swizzle, (void)promotion, (void)fill;
+    if (!rank || rank > 5 || (uintptr_t)address % 16) return CUDA_ERROR_INVALID_VALUE;
+    memset(map, 0, sizeof *map);
+    return CUDA_SUCCESS;
 }

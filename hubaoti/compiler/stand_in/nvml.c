@@ -7,9 +7,18 @@
 #endif
 
 enum { SUCCESS = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7 };
-struct memory { unsigned long long total, free, used; };
-struct memory_v2 { unsigned version; unsigned long long total, reserved, free, used; };
-struct pci { char legacy_id[16]; unsigned domain, bus, device, ids, subsystem; char id[32]; };
+struct memory {
+    unsigned long long total, free, used;
+};
+struct memory_v2 {
+    unsigned version;
+    unsigned long long total, reserved, free, used;
+};
+struct pci {
+    char legacy_id[16];
+    unsigned domain, bus, device, ids, subsystem;
+    char id[32];
+};
 
 static const struct chip *chips[MOST_DEVICES];
 static int count;
@@ -17,7 +26,9 @@ static int count;
 /* A handle is the place of its chip among the installed ones. */
 typedef const struct chip **handle;
 
-static int find_index(handle device) { return device >= chips && device < chips + count ? (int)(device - chips) : -1; }
+static int find_index(handle device) {
+    return device >= chips && device < chips + count ? (int)(device - chips) : -1;
+}
 
 static int copy_text(char *target, unsigned size, const char *text) {
     if (size <= strlen(text)) return INSUFFICIENT_SIZE;
@@ -44,8 +55,12 @@ const char *nvmlErrorString(int error) {
     }
 }
 
-int nvmlSystemGetDriverVersion(char *version, unsigned size) { return copy_text(version, size, STAND_IN_DRIVER); }
-int nvmlSystemGetNVMLVersion(char *version, unsigned size) { return copy_text(version, size, STAND_IN_DRIVER); }
+int nvmlSystemGetDriverVersion(char *version, unsigned size) {
+    return copy_text(version, size, STAND_IN_DRIVER);
+}
+int nvmlSystemGetNVMLVersion(char *version, unsigned size) {
+    return copy_text(version, size, STAND_IN_DRIVER);
+}
 int nvmlSystemGetCudaDriverVersion(int *version) { return *version = CUDA_VERSION, SUCCESS; }
 int nvmlSystemGetCudaDriverVersion_v2(int *version) { return *version = CUDA_VERSION, SUCCESS; }
 
@@ -57,7 +72,9 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, handle *device) {
     *device = chips + index;
     return SUCCESS;
 }
-int nvmlDeviceGetHandleByIndex(unsigned index, handle *device) { return nvmlDeviceGetHandleByIndex_v2(index, device); }
+int nvmlDeviceGetHandleByIndex(unsigned index, handle *device) {
+    return nvmlDeviceGetHandleByIndex_v2(index, device);
+}
 
 int nvmlDeviceGetHandleByUUID(const char *wanted, handle *device) {
     char uuid[48];
@@ -72,18 +89,23 @@ int nvmlDeviceGetHandleByPciBusId_v2(const char *wanted, handle *device) {
     char id[32];
     for (int i = 0; i < count; i++) {
         write_bus_id(id, sizeof id, i);
-        size_t longer = strlen(wanted) > strlen(id) ? strlen(wanted) - strlen(id) : 0; /* a domain of 8 digits */
+        size_t longer = strlen(wanted) > strlen(id) ? strlen(wanted) - strlen(id)
+                                                    : 0; /* a domain of 8 digits */
         if (!strcasecmp(id, wanted + longer)) return *device = chips + i, SUCCESS;
     }
     return NOT_FOUND;
 }
-int nvmlDeviceGetHandleByPciBusId(const char *wanted, handle *device) { return nvmlDeviceGetHandleByPciBusId_v2(wanted, device); }
+int nvmlDeviceGetHandleByPciBusId(const char *wanted, handle *device) {
+    return nvmlDeviceGetHandleByPciBusId_v2(wanted, device);
+}
 
 int nvmlDeviceGetIndex(handle device, unsigned *index) {
     int found = find_index(device);
     return found < 0 ? INVALID_ARGUMENT : (*index = (unsigned)found, SUCCESS);
 }
-int nvmlDeviceGetMinorNumber(handle device, unsigned *number) { return nvmlDeviceGetIndex(device, number); }
+int nvmlDeviceGetMinorNumber(handle device, unsigned *number) {
+    return nvmlDeviceGetIndex(device, number);
+}
 
 int nvmlDeviceGetName(handle device, char *name, unsigned size) {
     if (find_index(device) < 0) return INVALID_ARGUMENT;
@@ -106,7 +128,9 @@ int nvmlDeviceGetPciInfo_v3(handle device, struct pci *pci) {
     write_bus_id(pci->id, sizeof pci->id, index);
     return SUCCESS;
 }
-int nvmlDeviceGetPciInfo_v2(handle device, struct pci *pci) { return nvmlDeviceGetPciInfo_v3(device, pci); }
+int nvmlDeviceGetPciInfo_v2(handle device, struct pci *pci) {
+    return nvmlDeviceGetPciInfo_v3(device, pci);
+}
 
 int nvmlDeviceGetCudaComputeCapability(handle device, int *major, int *minor) {
     if (find_index(device) < 0) return INVALID_ARGUMENT;
@@ -141,8 +165,12 @@ int nvmlDeviceGetMemoryInfo_v2(handle device, struct memory_v2 *memory) {
 int nvmlDeviceGetComputeRunningProcesses_v3(handle device, unsigned *number, void *processes) {
     return (void)device, (void)processes, *number = 0, SUCCESS;
 }
-int nvmlDeviceGetComputeRunningProcesses_v2(handle d, unsigned *n, void *p) { return nvmlDeviceGetComputeRunningProcesses_v3(d, n, p); }
-int nvmlDeviceGetComputeRunningProcesses(handle d, unsigned *n, void *p) { return nvmlDeviceGetComputeRunningProcesses_v3(d, n, p); }
+int nvmlDeviceGetComputeRunningProcesses_v2(handle d, unsigned *n, void *p) {
+    return nvmlDeviceGetComputeRunningProcesses_v3(d, n, p);
+}
+int nvmlDeviceGetComputeRunningProcesses(handle d, unsigned *n, void *p) {
+    return nvmlDeviceGetComputeRunningProcesses_v3(d, n, p);
+}
 
 /* What torch looks up by name when it is first asked for another process's memory or links. */
 int nvmlDeviceGetNvLinkRemoteDeviceType(void) { return NOT_SUPPORTED; }

@@ -19,8 +19,10 @@
 #include <cuda_runtime_api.h>
 #include <stddef.h>
 
-/* Names that a header gives another meaning. */
+/* What torch imports by the name that it has here: CUDA 12's headers give these a number. */
+#if CUDART_VERSION >= 13000
 #undef cudaGetDeviceProperties
+#endif
 #undef cudaStreamGetCaptureInfo
 
 #define OUTSIDE __attribute__((visibility("default")))
@@ -53,12 +55,20 @@ void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
 int is_device(const void *pointer);
 int is_pinned(const void *pointer);
 int is_host(const void *pointer); /* neither NULL nor a device's */
-cudaError_t take_reads(void);     /* an error where somebody waits for what was copied to the host */
+cudaError_t take_reads(void); /* an error where somebody waits for what was copied to the host */
 
 /* Streams */
 int is_capturing(cudaStream_t stream);
 void add_node(cudaStream_t stream);
 cudaError_t refuse_in_capture(void); /* what no thread may do while it captures a graph */
+
+/* Launches */
+struct launch {
+    dim3 grid, block;
+    size_t shared;
+};
+CUresult check_sizes(const char *name, const struct launch *launch);
+int count_blocks(const struct chip *chip, int threads, int registers, size_t shared);
 
 #pragma GCC visibility pop
 

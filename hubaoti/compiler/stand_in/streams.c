@@ -8,9 +8,19 @@
 #include <stdlib.h>
 
 /* A capture is a number; the stream that began it, and those that wait for its events, are in it. */
-struct stream { unsigned flags; int priority; unsigned long long capture; };
-struct event { int recorded; unsigned flags; unsigned long long capture; };
-struct graph { size_t nodes; };
+struct stream {
+    unsigned flags;
+    int priority, device;
+    unsigned long long capture;
+};
+struct event {
+    int recorded;
+    unsigned flags;
+    unsigned long long capture;
+};
+struct graph {
+    size_t nodes;
+};
 static struct capture {
     unsigned long long id;
     enum cudaStreamCaptureMode mode;
@@ -24,7 +34,9 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static __thread enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
 /* NULL, the legacy stream (1) and the one of each thread (2) are no objects, and are never captured. */
-static struct stream *find_stream(cudaStream_t stream) { return (size_t)stream > 2 ? (struct stream *)stream : NULL; }
+static struct stream *find_stream(cudaStream_t stream) {
+    return (size_t)stream > 2 ? (struct stream *)stream : NULL;
+}
 
 static struct capture *find_capture(unsigned long long id) {
     for (size_t i = 0; id && i < sizeof captures / sizeof *captures; i++)
@@ -63,8 +75,10 @@ cudaError_t refuse_in_capture(void) {
     for (size_t i = 0; i < sizeof captures / sizeof *captures; i++) {
         struct capture *each = &captures[i];
         int ours = each->id && pthread_equal(each->thread, pthread_self());
-        int other = each->mode == cudaStreamCaptureModeGlobal && thread_mode == cudaStreamCaptureModeGlobal;
-        if (each->id && each->mode != cudaStreamCaptureModeRelaxed && (ours || other)) error = invalidate(each);
+        int other =
+            each->mode == cudaStreamCaptureModeGlobal && thread_mode == cudaStreamCaptureModeGlobal;
+        if (each->id && each->mode != cudaStreamCaptureModeRelaxed && (ours || other))
+            error = invalidate(each);
     }
     pthread_mutex_unlock(&lock);
     return error;
@@ -91,17 +105,22 @@ static cudaError_t make_stream(cudaStream_t *stream, unsigned flags, int priorit
     if (!made) return fail(cudaErrorMemoryAllocation);
     made->flags = flags;
     made->priority = priority;
+    made->device = current_device;
     *stream = (cudaStream_t)made;
     count_live(STREAM, 1);
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamCreate(cudaStream_t *stream) { return make_stream(stream, 0, 0); }
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) { return make_stream(stream, flags, 0); }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) {
+    return make_stream(stream, flags, 0);
+}
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
     return make_stream(stream, flags, priority);
 }
-CUresult cuStreamCreate(CUstream *stream, unsigned flags) { return (CUresult)make_stream(stream, flags, 0); }
+CUresult cuStreamCreate(CUstream *stream, unsigned flags) {
+    return (CUresult)make_stream(stream, flags, 0);
+}
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     struct stream *found = find_stream(stream);
@@ -124,7 +143,11 @@ cudaError_t cudaStreamGetFlags(cudaStream_t stream, unsigned *flags) {
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamGetDevice(cudaStream_t stream, int *device) { return (void)stream, *device = current_device, cudaSuccess; }
+cudaError_t cudaStreamGetDevice(cudaStream_t stream, int *device) {
+    struct stream *found = find_stream(stream);
+    *device = found ? found->device : current_device;
+    return cudaSuccess;
+}
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     struct stream *found = find_stream(stream);
@@ -146,7 +169,8 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void 
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t function, void *argument, unsigned flags) {
+cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t function,
+                                  void *argument, unsigned flags) {
     (void)flags;
     if (is_capturing(stream)) return fail(cudaErrorStreamCaptureUnsupported);
     function(stream, cudaSuccess, argument);
@@ -183,7 +207,9 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, uns
     return cudaSuccess;
 }
 
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { return cudaEventRecordWithFlags(event, stream, 0); }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    return cudaEventRecordWithFlags(event, stream, 0);
+}
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
     struct event *awaited = (struct event *)event;
@@ -204,7 +230,8 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) { return cudaEventQuery(even
 
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t end) {
     struct event *first = (struct event *)start, *second = (struct event *)end;
-    if (!first || !second || !first->recorded || !second->recorded) return fail(cudaErrorInvalidResourceHandle);
+    if (!first || !second || !first->recorded || !second->recorded)
+        return fail(cudaErrorInvalidResourceHandle);
     *ms = 1;
     return cudaSuccess;
 }
@@ -217,7 +244,8 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMo
     struct graph *graph = calloc(1, sizeof *graph);
     cudaError_t error = graph ? cudaErrorStreamCaptureUnsupported : cudaErrorMemoryAllocation;
     pthread_mutex_lock(&lock);
-    for (size_t i = 0; graph && i < sizeof captures / sizeof *captures && !find_capture(found->capture); i++) {
+    for (size_t i = 0;
+         graph && i < sizeof captures / sizeof *captures && !find_capture(found->capture); i++) {
         if (captures[i].id) continue;
         captures[i] = (struct capture){next_capture++, mode, pthread_self(), found, graph, 0};
         found->capture = captures[i].id;
@@ -256,11 +284,14 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
     return cudaSuccess;
 }
 
-static enum cudaStreamCaptureStatus read_status(cudaStream_t stream, unsigned long long *id, cudaGraph_t *graph) {
+static enum cudaStreamCaptureStatus read_status(cudaStream_t stream, unsigned long long *id,
+                                                cudaGraph_t *graph) {
     enum cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     pthread_mutex_lock(&lock);
     struct capture *found = find_capture_of(stream);
-    if (found) status = found->invalid ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
+    if (found)
+        status =
+            found->invalid ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
     if (found && id) *id = found->id;
     if (found && graph) *graph = (cudaGraph_t)found->graph;
     pthread_mutex_unlock(&lock);
@@ -277,8 +308,9 @@ CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
     return CUDA_SUCCESS;
 }
 
-static cudaError_t describe_capture(cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id,
-                                    cudaGraph_t *graph, const cudaGraphNode_t **dependencies, size_t *count) {
+static cudaError_t describe_capture(cudaStream_t stream, enum cudaStreamCaptureStatus *status,
+                                    unsigned long long *id, cudaGraph_t *graph,
+                                    const cudaGraphNode_t **dependencies, size_t *count) {
     if (dependencies) *dependencies = NULL;
     if (count) *count = 0;
     *status = read_status(stream, id, graph);
@@ -286,15 +318,17 @@ static cudaError_t describe_capture(cudaStream_t stream, enum cudaStreamCaptureS
 }
 
 #if CUDART_VERSION >= 13000
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id,
-                                     cudaGraph_t *graph, const cudaGraphNode_t **dependencies,
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status,
+                                     unsigned long long *id, cudaGraph_t *graph,
+                                     const cudaGraphNode_t **dependencies,
                                      const cudaGraphEdgeData **edges, size_t *count) {
     if (edges) *edges = NULL;
     return describe_capture(stream, status, id, graph, dependencies, count);
 }
 #else
-cudaError_t cudaStreamGetCaptureInfo_v2(cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id,
-                                        cudaGraph_t *graph, const cudaGraphNode_t **dependencies, size_t *count) {
+cudaError_t cudaStreamGetCaptureInfo_v2(cudaStream_t stream, enum cudaStreamCaptureStatus *status,
+                                        unsigned long long *id, cudaGraph_t *graph,
+                                        const cudaGraphNode_t **dependencies, size_t *count) {
     return describe_capture(stream, status, id, graph, dependencies, count);
 }
 #endif
@@ -314,7 +348,8 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t 
     return cudaSuccess;
 }
 
-cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *made, cudaGraph_t graph, unsigned long long flags) {
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *made, cudaGraph_t graph,
+                                          unsigned long long flags) {
     struct graph *copied = calloc(1, sizeof *copied);
     (void)flags;
     if (!copied) return fail(cudaErrorMemoryAllocation);
@@ -325,7 +360,8 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *made, cudaGraph_t gra
 }
 
 #if CUDART_VERSION >= 12000
-cudaError_t cudaGraphInstantiate(cudaGraphExec_t *made, cudaGraph_t graph, unsigned long long flags) {
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *made, cudaGraph_t graph,
+                                 unsigned long long flags) {
     return cudaGraphInstantiateWithFlags(made, graph, flags);
 }
 #endif
