@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 HALF = (torch.bfloat16, torch.float16)
 _aten = torch.ops.aten
-_PART = 16 << 20  # elements of a weight that are made wider at a time
+_PART = 4 << 20  # elements of a weight that are made wider at a time
 
 
 class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]

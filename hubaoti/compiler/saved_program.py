@@ -12,6 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.export.passes import move_to_device_pass
+from torch.utils._pytree import tree_unflatten
 
 # The namespaces of ops that every process has.
 _EVERYWHERE = {
@@ -61,7 +62,9 @@ def put_on_device(program: ExportedProgram, device: torch.device) -> ExportedPro
             made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
             program.state_dict[str(spec.target)] = nn.Parameter(made, requires_grad=False)
     moved = move_to_device_pass(program, str(device))
-    moved._example_inputs = (tuple(_make_examples(moved, device)), {})  # AOTInductor asks for some
+    # AOTInductor asks for a call, whose tensors may have names.
+    examples = [*_make_examples(moved, device)]
+    moved._example_inputs = tree_unflatten(examples, moved.call_spec.in_spec)
     return moved
 
 
