@@ -73,7 +73,7 @@ def test_a_table_that_a_block_computes_is_in_the_bundle(settings: Settings, tmp_
         block, "sm90", tmp_path / "bundles", calls=calls, settings=settings
     )
     (entry,) = bundle.manifest.graphs
-    shipped = load_shipped_tensors(entry, bundle.path, torch.device("cpu"))
+    shipped = dict(load_shipped_tensors(entry, bundle.path, torch.device("cpu")))
     assert torch.equal(shipped["table"], block.table)
     where = [check.where for check in bundle.manifest.checks]
     assert where.count("cpu") >= 3 and where.count("interpreted") >= 3

@@ -7,10 +7,10 @@ before anybody got it, by interpretation, and stands in its manifest.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from cuda_models import MODELS, SMS
 from under_stand_in import ask, make_stand_in
@@ -223,7 +223,7 @@ def test_more_shared_memory_than_the_gpu_has_is_refused(encoder: dict[int, Bundl
     assert manifest.requires.shared_memory == shared
     gpu = Gpu("a GPU", 80, 1 << 30)
     assert not judge_gpus(manifest.requires, [gpu]).refusals
-    greedy = msgspec.structs.replace(manifest.requires, shared_memory=164 << 10)
+    greedy = replace(manifest.requires, shared_memory=164 << 10)
     (refusal,) = judge_gpus(greedy, [gpu]).refusals
     assert "shared memory" in refusal.need and "sm_80" in refusal.have
 
