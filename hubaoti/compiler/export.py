@@ -65,11 +65,12 @@ def export(
         BadDim: the model takes only some sizes of a stated dim, or relates it to another.
         CompileFailed: it cannot be traced.
     """
+    deferred = False
     for _ in range(_MOST_TRACES):
         flat = FlatModule(module, face)
         try:
             with flat.replace_own_forward(), silence_transformers():
-                program = _trace(module, face, bounds, tensors)
+                program = _trace(module, face, bounds, tensors, deferred)
         except HubaotiError:
             raise
         except Exception as error:  # torch raises of many kinds, each with its own words
@@ -78,7 +79,9 @@ def export(
             _require_allowed(fixes, bounds, stated, lines)
             fixes = limit_by_guards(fixes, bounds)
             if not any((fixes.multiples, fixes.related, fixes.ranges)):
-                raise _describe_export_error(error, lines.each) from error
+                if guarded or deferred:
+                    raise _describe_export_error(error, lines.each) from error
+                deferred = True  # each assert is held against all sizes when it is lowered
             face, bounds = _apply_fixes(face, bounds, fixes)
             continue
         _keep_names(program)
@@ -106,9 +109,15 @@ def _keep_names(program: ExportedProgram) -> None:
 
 
 def _trace(
-    module: nn.Module, face: CallSignature, bounds: DimRanges, tensors: Sequence[torch.Tensor]
+    module: nn.Module,
+    face: CallSignature,
+    bounds: DimRanges,
+    tensors: Sequence[torch.Tensor],
+    deferred: bool = False,
 ) -> ExportedProgram:
     """Export through transformers for a whole model, whose patches make more of them traceable.
+
+    With `deferred` what torch cannot prove of sizes is an assert of the program, and no refusal.
 
     Checked on transformers 5.15 to 5.24, where it is marked experimental. The public way,
     `torch.export.export`, takes the same tensors.
@@ -119,9 +128,16 @@ def _trace(
     if exporter is None:
         with torch.no_grad():
             return torch.export.export(
-                module, tuple(tensors), dynamic_shapes=(tuple(shapes),), strict=False
+                module,
+                tuple(tensors),
+                dynamic_shapes=(tuple(shapes),),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=deferred,
             )
-    config = exporter.DynamoConfig(dynamic_shapes=dict(zip(names, shapes, strict=True)))
+    config = exporter.DynamoConfig(
+        dynamic_shapes=dict(zip(names, shapes, strict=True)),
+        prefer_deferred_runtime_asserts_over_guards=deferred,
+    )
     return run_exporter(
         exporter.DynamoExporter(), module, dict(zip(names, tensors, strict=True)), config
     )

@@ -40,8 +40,10 @@ def pretend_gpu(capability: int) -> Iterator[None]:
         "get_device_name": lambda device=None: found.name,
         "is_bf16_supported": lambda including_emulation=True: including_emulation or major >= 8,
     }
-    with _answer(answers, torch.device("cuda")), _leave_gpu_alone(), _Together():
-        yield
+    # Functions of TorchScript would be compiled for the GPU, by its driver.
+    with torch.jit.optimized_execution(False), _leave_gpu_alone(), _Together():
+        with _answer(answers, torch.device("cuda")):
+            yield
 
 
 @contextmanager

@@ -66,6 +66,8 @@ def choose_inductor_options(target: Target) -> dict[str, Any]:
     if target.device == "cuda":
         # Else the library holds the path of the build, under which each kernel is a file.
         options["aot_inductor.embed_kernel_binary"] = True
+        # A router's mask of whole numbers would become one of floats (torch 2.11: DeepSeek V3).
+        options["optimize_scatter_upon_const_tensor"] = False
     return options
 
 
