@@ -41,9 +41,9 @@ def pretend_gpu(capability: int) -> Iterator[None]:
         "is_bf16_supported": lambda including_emulation=True: including_emulation or major >= 8,
     }
     # Functions of TorchScript would be compiled for the GPU, by its driver.
-    with torch.jit.optimized_execution(False), _leave_gpu_alone(), _Together():
-        with _answer(answers, torch.device("cuda")):
-            yield
+    unfused = torch.jit.optimized_execution(False)  # type: ignore[no-untyped-call]
+    with unfused, _answer(answers, torch.device("cuda")), _leave_gpu_alone(), _Together():
+        yield
 
 
 @contextmanager
