@@ -7,6 +7,7 @@ from it: what a program holds comes from the CPU, where it was made, and weights
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from hubaoti.host.wire import ErrorRecord
 # What a lowering leaves in its folder: the package, what lies in it, and what tells of its kernels.
 PACKAGE, UNPACKED, KEEP = "package.pt2", "unpacked", "keep"
 _SECONDS = 3600.0  # of lowering one program, at most
+_TRACE = 20_000  # characters of where an error came from that a report has
 _DEVICE = "cuda:0"  # the only one that the process has
 
 
@@ -76,7 +78,8 @@ def main() -> None:
     try:
         channel.send(_lower(channel.receive(LowerRequest)))
     except HubaotiError as error:
-        channel.send(ErrorRecord.of(error))
+        trace = "".join(traceback.format_exception(error))  # as long as inductor and g++ have it
+        channel.send(ErrorRecord.of(error, trace[-_TRACE:]))
 
 
 def _lower(request: LowerRequest) -> Lowered:
