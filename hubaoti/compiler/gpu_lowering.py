@@ -10,7 +10,7 @@ import os
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -18,6 +18,10 @@ from hubaoti.artifact.schema import Input
 from hubaoti.errors import CompileFailed, HubaotiError, first_line
 from hubaoti.host.processes import collect_records, describe_exit, join_parent, list_search_path
 from hubaoti.host.wire import ErrorRecord
+
+if TYPE_CHECKING:
+    import torch
+    from torch.export import ExportedProgram
 
 # What a lowering leaves in its folder: the package, what lies in it, and what tells of its kernels.
 PACKAGE, UNPACKED, KEEP = "package.pt2", "unpacked", "keep"
@@ -91,23 +95,13 @@ def _lower(request: LowerRequest) -> Lowered:
     from hubaoti.compiler.attention import name_attention
     from hubaoti.compiler.inductor import lower
     from hubaoti.compiler.request import Range
-    from hubaoti.compiler.saved_program import load_program, put_on_device
     from hubaoti.compiler.signature import CallSignature
     from hubaoti.compiler.stand_in import require_stand_in
-    from hubaoti.runtime.custom_ops import register_ops
     from hubaoti.runtime.runners import open_native_runner
 
     require_stand_in()
-    register_ops(request.ops, request.search)
     device, folder = torch.device(_DEVICE), Path(os.fsdecode(request.folder))
-    try:
-        program = put_on_device(load_program(Path(os.fsdecode(request.program))), device)
-    except Exception as error:  # torch raises of many kinds, as where an op is not registered
-        raise CompileFailed(
-            f"lower: the program cannot be loaded: {type(error).__name__}: {first_line(error)}",
-            hint="an op that only your process registers has to be in a module of its own",
-        ) from error
-    program = name_attention(program, request.kernels)
+    program = name_attention(_load(request, device), request.kernels)
     face = CallSignature({}, request.inputs)
     bounds = {name: Range(*each) for name, each in request.bounds.items()}
     require_asserts_hold(program, bounds, face)
@@ -131,3 +125,23 @@ def _lower(request: LowerRequest) -> Lowered:
         fqns=tuple(sorted({*runner.get_constant_names_to_original_fqns().values()})),
         call_spec=tuple(runner.get_call_spec()),
     )
+
+
+def _load(request: LowerRequest, device: torch.device) -> ExportedProgram:
+    """A program on a device, as one that was exported there.
+
+    Raises:
+        MissingOps: a module that registers ops of it cannot be imported.
+        CompileFailed: torch cannot load it.
+    """
+    from hubaoti.compiler.saved_program import load_program, put_on_device
+    from hubaoti.runtime.custom_ops import register_ops
+
+    register_ops(request.ops, request.search)
+    try:
+        return put_on_device(load_program(Path(os.fsdecode(request.program))), device)
+    except Exception as error:  # torch raises of many kinds, as where an op is not registered
+        raise CompileFailed(
+            f"lower: the program cannot be loaded: {type(error).__name__}: {first_line(error)}",
+            hint="an op that only your process registers has to be in a module of its own",
+        ) from error
