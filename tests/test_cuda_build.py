@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -77,6 +78,48 @@ def test_a_table_that_a_block_computes_is_in_the_bundle(settings: Settings, tmp_
     assert torch.equal(shipped["table"], block.table)
     where = [check.where for check in bundle.manifest.checks]
     assert where.count("cpu") >= 3 and where.count("interpreted") >= 3
+
+
+OWN_OP = """
+import torch
+
+@torch.library.custom_op("acme_gpu::shifted", mutates_args=())
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    return x + 1.5
+
+@shifted.register_fake
+def _(x):
+    return torch.empty_like(x)
+"""
+
+
+class Shifting(nn.Module):
+    """A block over an op that a module registers, which nobody has installed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = torch.ops.acme_gpu.shifted(self.mix(x))
+        return torch.relu(found)
+
+
+@pytest.mark.cuda
+def test_an_op_that_only_a_module_registers_is_there_where_packages_are_interpreted(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "acme_gpu.py").write_text(OWN_OP)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("acme_gpu")
+    block = Shifting().eval()
+    with torch.no_grad(), hubaoti.capture(block) as calls:
+        for rows in (2, 3, 9):
+            block(torch.randn(rows, 16))
+    (bundle,) = hubaoti.compile_for(
+        block, "sm90", tmp_path / "bundles", calls=calls, settings=settings
+    )
+    assert [check.where for check in bundle.manifest.checks].count("interpreted") >= 3
 
 
 def explain_key(model: Path, environment: dict[str, str], *before: str) -> str:

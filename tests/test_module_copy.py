@@ -16,6 +16,7 @@ from hubaoti.compiler.module_copy import (
     copy_module,
     copy_to_cpu,
     describe_devices,
+    lies_on_gpu,
     list_devices,
     require_one_device,
 )
@@ -157,3 +158,11 @@ def test_what_is_offloaded_lies_nowhere() -> None:
 
 def test_a_refusal_names_a_few_tensors() -> None:
     assert describe_devices({"cpu": ["a", "b", "c", "d"]}) == "a, b, c and others on cpu"
+
+
+def test_a_module_lies_on_a_gpu_where_any_of_its_tensors_does() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert not lies_on_gpu(module)
+    with FakeTensorMode():
+        module[1].bias = nn.Parameter(torch.empty(2, device="cuda"))
+    assert lies_on_gpu(module)

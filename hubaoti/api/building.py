@@ -187,6 +187,8 @@ def explain_request(
     require("compile", "compile")
     with Mirror.open(means.settings.mirror) as mirror, _in_eval_mode(model):
         (job, *_), _ = _prepare(model, request, probe_host(means.settings), means)
+        if output is not None and request.capabilities:  # a folder of bundles
+            output = output / str(label_variant(job.target))
         return _explain_job(job, output, mirror)
 
 

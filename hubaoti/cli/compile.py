@@ -15,6 +15,7 @@ from hubaoti.cli.output import Steps, format_size, print_json, print_line, print
 if TYPE_CHECKING:
     from hubaoti.api import Explanation
     from hubaoti.artifact.bundle import Bundle
+    from hubaoti.artifact.manifest import Manifest
 
 
 @click.command("compile")
@@ -101,13 +102,27 @@ def _describe_bundle(bundle: Bundle) -> dict[str, str]:
 def _print_bundle(bundle: Bundle) -> None:
     """What was compiled, in words."""
     manifest = bundle.manifest
-    worst = max(check.max_relative for check in manifest.checks)
     memory, seconds = format_size(manifest.built.peak_bytes), manifest.built.seconds
     print_line(f"{bundle.path}: {manifest.recipe} for {manifest.variant}")
     for graph in manifest.graphs:
         print_line(f"  {graph.id} serves {_format_count(len(graph.modules), 'module')}")
     print_line(f"  {format_size(manifest.size)}, in {seconds:.0f} s with {memory} at most")
-    print_line(f"  {len(manifest.checks)} checks against eager, largest error {worst:.1e}")
+    _print_checks(manifest)
+
+
+def _print_checks(manifest: Manifest) -> None:
+    """How what was compiled was checked, and what of it could not be."""
+    for interpreted, what in ((False, "against eager"), (True, "of its kernels, interpreted")):
+        errors = [
+            check.max_relative
+            for check in manifest.checks
+            if (check.where == "interpreted") == interpreted
+        ]
+        if errors:
+            print_line(f"  {len(errors)} checks {what}, largest error {max(errors):.1e}")
+    for graph in manifest.graphs:
+        for reason in graph.not_interpreted or ():
+            print_line(f"  not interpreted, of {graph.id}: {reason}")
 
 
 def _propose(path: Path, model: str | None, as_json: bool) -> None:

@@ -37,6 +37,7 @@ from hubaoti.compiler.precision import HALF
 from hubaoti.compiler.saved_program import find_op_modules, save_program
 from hubaoti.compiler.stand_in import StandIn
 from hubaoti.compiler.traced import CPU, Traced, add_package, describe_graph, make_trial
+from hubaoti.errors import HubaotiError
 from hubaoti.host.memory import read_available_memory
 from hubaoti.progress import Progress
 
@@ -141,7 +142,16 @@ class _ProgramGraph:
 
 
 def _build_one(build: _Build) -> BuiltUnit:
-    """Lower a program for one GPU, and describe what came of it."""
+    """Lower a program for one GPU, and describe what came of it; errors name the GPU."""
+    try:
+        return _lower_and_check(build)
+    except HubaotiError as error:
+        message = f"{error}; built for sm{build.job.target.sm}"
+        raise type(error)(message, hint=error.hint) from error
+
+
+def _lower_and_check(build: _Build) -> BuiltUnit:
+    """Lower a program for one GPU, describe what came of it, and have it interpreted."""
     compared, source = build.compared, build.job.plan.source
     folder = compared.path.parent / build.id
     folder.mkdir()

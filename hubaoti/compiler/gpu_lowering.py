@@ -9,6 +9,7 @@ Where kernels are chosen by measuring them, it runs on a GPU of this machine ins
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -85,7 +86,8 @@ def main() -> None:
     try:
         channel.send(_lower(channel.receive(LowerRequest)))
     except HubaotiError as error:
-        channel.send(ErrorRecord.of(error))
+        trace = "".join(traceback.format_exception(error))  # as long as inductor and g++ have it
+        channel.send(ErrorRecord.of(error, trace[-_TRACE:]))
 
 
 def _find_device(sm: int) -> torch.device:

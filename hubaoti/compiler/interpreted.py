@@ -132,10 +132,13 @@ def read_answers(
         found[type(record)].append(record)
     sizes = found[Begun][-1].sizes if found[Begun] else {}
     last = ": " * bool(output.last) + output.last
+    # Of each point one of these is told, in their order.
+    untold = request.points[len(found[Compared]) + len(found[LeftOut]) :]
     if ended:
-        found[LeftOut].append(LeftOut(sizes, f"time: it took too long{last}"))
+        found[LeftOut] += [LeftOut(each, f"time: it took too long{last}") for each in untold]
     elif not found[Finished] and output.code == -signal.SIGKILL:  # the system's, for want of memory
-        found[LeftOut].append(LeftOut(sizes, f"memory: {describe_exit(output.code)}{last}"))
+        reason = f"memory: {describe_exit(output.code)}{last}"
+        found[LeftOut] += [LeftOut(each, reason) for each in untold]
     elif not found[Finished] and output.code < 0:
         raise CheckFailed(
             f"check, interpreted: graph {request.entry.id} at {sizes}: "

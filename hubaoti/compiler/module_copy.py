@@ -30,6 +30,11 @@ def list_devices(module: nn.Module) -> dict[str, list[str]]:
     return dict(found)
 
 
+def lies_on_gpu(module: nn.Module) -> bool:
+    """Whether any parameter or buffer of a module lies on a GPU."""
+    return any(torch.device(name).type == "cuda" for name in list_devices(module))
+
+
 def find_main_device(module: nn.Module) -> torch.device:
     """The device that most of a module's bytes lie on, the CPU for one without tensors.
 
