@@ -172,6 +172,8 @@ def _build_one(build: _Build) -> BuiltUnit:
 
 def _make_question(build: _Build, entry: Graph, folder: Path) -> InterpretRequest:
     """What the process that interprets a package is asked."""
+    words = build.job.build
+    coarse = verify.COARSE.get(words.quantization or "", 0.0)
     return InterpretRequest(
         entry=entry,
         package=str(folder / UNPACKED),
@@ -179,7 +181,7 @@ def _make_question(build: _Build, entry: Graph, folder: Path) -> InterpretReques
         keep=str(folder / KEEP),
         shipped=str(build.scratch),
         points=choose_points(build.compared.traced.unit.bounds),
-        tolerance=INTERPRETED_TOLERANCE[build.job.build.dtype],
+        tolerance=max(INTERPRETED_TOLERANCE[words.dtype], coarse),
         seconds=_INTERPRET_SECONDS,
         memory=min(_INTERPRET_MEMORY, read_available_memory()),
     )
