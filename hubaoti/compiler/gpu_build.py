@@ -184,6 +184,7 @@ def _make_question(build: _Build, entry: Graph, folder: Path) -> InterpretReques
         tolerance=max(INTERPRETED_TOLERANCE[words.dtype], coarse),
         seconds=_INTERPRET_SECONDS,
         memory=min(_INTERPRET_MEMORY, read_available_memory()),
+        ops=find_op_modules(build.compared.traced.exported.program),
     )
 
 

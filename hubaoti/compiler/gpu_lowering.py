@@ -9,7 +9,6 @@ Where kernels are chosen by measuring them, it runs on a GPU of this machine ins
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -56,14 +55,10 @@ class LowerRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lowered(msgspec.Struct, frozen=True, tag=True):
-    """The constants that a library reads, its call spec, and the most memory that making it took.
-
-    The memory is in bytes.
-    """
+    """The constants that a library reads, and its call spec."""
 
     fqns: tuple[str, ...]
     call_spec: tuple[str, ...]
-    peak_bytes: int
 
 
 def lower_elsewhere(request: LowerRequest, environment: Mapping[str, str]) -> Lowered:
@@ -192,5 +187,4 @@ def _open(folder: Path, device: torch.device) -> Lowered:
     return Lowered(
         fqns=tuple(sorted({*runner.get_constant_names_to_original_fqns().values()})),
         call_spec=tuple(runner.get_call_spec()),
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
