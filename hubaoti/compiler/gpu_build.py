@@ -182,6 +182,8 @@ def _lower_and_check(build: _Build) -> BuiltUnit:
 
 def _make_question(build: _Build, entry: Graph, folder: Path) -> InterpretRequest:
     """What the process that interprets a package is asked."""
+    words = build.job.build
+    coarse = verify.COARSE.get(words.quantization or "", 0.0)
     return InterpretRequest(
         entry=entry,
         package=str(folder / UNPACKED),
@@ -189,7 +191,7 @@ def _make_question(build: _Build, entry: Graph, folder: Path) -> InterpretReques
         keep=str(folder / KEEP),
         shipped=str(build.scratch),
         points=choose_points(build.compared.traced.unit.bounds),
-        tolerance=INTERPRETED_TOLERANCE[build.job.build.dtype],
+        tolerance=max(INTERPRETED_TOLERANCE[words.dtype], coarse),
         seconds=_INTERPRET_SECONDS,
         memory=min(_INTERPRET_MEMORY, read_available_memory()),
         ops=find_op_modules(build.compared.traced.exported.program),

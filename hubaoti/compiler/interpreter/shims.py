@@ -11,6 +11,7 @@ import ctypes
 import functools
 import re
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,11 @@ def answer_shim(name: str, arguments: Any) -> None:
         if n in types and n not in _UNNEEDED
     }
     _drop_defaults(op, values)
-    positional = [
-        values.pop(each.name)
-        for each in op._schema.arguments
-        if each.name in values and not each.kwarg_only
-    ]
+    # By position as far as nothing is left out before.
+    given = takewhile(
+        lambda each: each.name in values and not each.kwarg_only, op._schema.arguments
+    )
+    positional = [values.pop(each.name) for each in [*given]]
     with _disable_current_modes():  # `OnHost` sees the caller
         made = compute_on_host(op, positional, values)
     results = [place for n, (_, place) in places.items() if _RESULT.fullmatch(n)]
