@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from hubaoti.errors import BadRequest
-from hubaoti.settings import ENDPOINT, Settings, hide_secrets, override_environment
+from hubaoti.settings import (
+    ENDPOINT,
+    Settings,
+    hide_secrets,
+    list_kernel_tuning,
+    override_environment,
+)
 
 
 def test_an_empty_environment_gives_the_defaults() -> None:
@@ -130,6 +136,12 @@ def test_variables_that_change_what_inductor_builds_are_known() -> None:
     env |= {"TORCHINDUCTOR_MAX_AUTOTUNE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     found = Settings.from_env(env).tuning
     assert found == ("TORCHINDUCTOR_FREEZING", "TORCHINDUCTOR_MAX_AUTOTUNE")
+
+
+def test_what_changes_kernels_is_told_and_not_where_they_are_kept() -> None:
+    env = {"TRITON_OVERRIDE_ARCH": "sm80", "PTXAS_OPTIONS": "-O1", "TRITON_PTXAS_PATH": "/x"}
+    others = {"TRITON_CACHE_DIR": "/x", "TRITON_INTERPRET": "", "TRITON_SERVER": "1"}
+    assert list_kernel_tuning(env | others) == sorted(env)
 
 
 def test_an_endpoint_that_is_no_url_is_refused() -> None:
