@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,19 +37,16 @@ class GpuModel:
 
     def compile(self, folder: Path, settings: Settings) -> tuple[Bundle, ...]:
         """Its bundles, one for each capability, in one compilation."""
-        model = self.make()
-        options: dict[str, Any] = dict(self.options)
-        if self.live:
+        model, source, words = self.make(), folder / "model", dict[str, Any](self.options)
+        if not self.live:
+            model.config.save_pretrained(source)
+            return hubaoti.compile_for(source, SMS, folder / "bundles", settings=settings, **words)
+        with warnings.catch_warnings(action="ignore"):  # of its own, as of a norm in bfloat16
             with hubaoti.capture(model) as calls:
                 for rows, places in ((1, 4), (2, 6), (3, 9)):
                     self.call(model, rows, places)
-            return hubaoti.compile_for(
-                model, SMS, folder / "bundles", calls=calls, settings=settings, **options
-            )
-        model.config.save_pretrained(folder / "model")
-        return hubaoti.compile_for(
-            folder / "model", SMS, folder / "bundles", settings=settings, **options
-        )
+            words["calls"] = calls
+            return hubaoti.compile_for(model, SMS, folder / "bundles", settings=settings, **words)
 
     def make_on(self, device: str) -> Any:
         """The model on a device, for answers only."""
@@ -114,10 +112,10 @@ def _number(first: int, ids: torch.Tensor) -> torch.Tensor:
 
 def make_flux() -> Any:
     """A transformer of diffusers in bfloat16, compiled as a module of Python."""
-    from diffusers import FluxTransformer2DModel
-
     torch.manual_seed(3)
-    with silence_transformers():
+    with silence_transformers(), warnings.catch_warnings(action="ignore"):
+        from diffusers import FluxTransformer2DModel
+
         model: Any = FluxTransformer2DModel(
             patch_size=1,
             in_channels=4,

@@ -126,7 +126,7 @@ def test_a_quantized_weight_is_made_of_the_tensor_of_the_checkpoint() -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY))
     path = "model.layers.0"
     module = copy.deepcopy(model.get_submodule(path))
-    made = quantize(module, "int8wo", torch.device("cpu")).made
+    made = quantize(module, "int8wo", "cpu").made
     place = ConstantsFile(model, path, module, made=made, recipe="int8wo")
     listed, shipped = describe_constants(
         collect_named_tensors(module), place, traced(Small(), torch.ones(2, 3))

@@ -418,6 +418,14 @@ def test_a_process_that_took_too_long_leaves_points_out() -> None:
     assert found.left_out == (LeftOut({"n": 2}, "time: it took too long: mm_out"),)
 
 
+def test_a_process_that_the_system_ended_says_nothing_of_the_package() -> None:
+    output = ChildOutput([Begun({"n": 1}), Compared(make_check(1)), Begun({"n": 2})], -9, "mm_out")
+    found = read_answers(make_request(), output)
+    assert len(found.checks) == 1
+    (left,) = found.left_out
+    assert left.sizes == {"n": 2} and left.reason.startswith("memory: "), left
+
+
 def test_a_process_that_ends_without_a_word_is_no_comparison() -> None:
     output = ChildOutput([], 1, "ModuleNotFoundError: No module named 'triton'")
     found = read_answers(make_request(), output)

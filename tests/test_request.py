@@ -20,7 +20,7 @@ from hubaoti.compiler.request import (
     parse_dims,
 )
 from hubaoti.errors import BadDim, BadRequest, UnknownTask
-from hubaoti.runtime import quantize
+from hubaoti.runtime import recipes
 
 names = st.from_regex(r"[a-z][a-z0-9_]*", fullmatch=True)
 sizes = st.integers(0, 10**9 - 1)
@@ -133,7 +133,7 @@ def test_what_loaders_without_a_manifest_cannot_do_is_refused(
 
 
 def test_a_quantization_that_nobody_knows_is_refused_before_torch_is_asked() -> None:
-    assert quantize.RECIPES == RECIPES
+    assert recipes.RECIPES == RECIPES
     with pytest.raises(BadRequest, match="unknown quantization: 'foo'"):
         CompileRequest(quantize="foo")
 

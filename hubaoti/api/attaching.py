@@ -68,6 +68,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
     from hubaoti.program.adapters import unwrap_peft
     from hubaoti.program.identity import matches_program
     from hubaoti.program.source_scan import use_scan_cache
+    from hubaoti.runtime.gpus import computes
 
     runtime.require_module(module)
     if not settings.graphs:
@@ -82,7 +83,8 @@ def attach(  # noqa: PLR0913 - a face of keywords
         device = find_module_device(module, manifest.target.device)
         require_sound(found, mirror, device, progress, ops)
     parts = runtime.Parts(manifest, found.path, found.graph_folder)
-    return runtime.attach_graphs(module, parts, strict=strict, tries=not known, quantize=quantize)
+    tries = not known and computes(device)  # where nothing computes, nothing can be compared
+    return runtime.attach_graphs(module, parts, strict=strict, tries=tries, quantize=quantize)
 
 
 def detach(module: nn.Module) -> None:

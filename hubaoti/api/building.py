@@ -102,12 +102,14 @@ def _prepare(
     means.progress("torch")  # importing it takes longer than most steps
     from hubaoti.compiler.fake_gpu import CPU, GPU
     from hubaoti.compiler.job import Job
-    from hubaoti.compiler.options import merge_options
+    from hubaoti.compiler.options import merge_options, refuse_measuring
     from hubaoti.compiler.plan import make_plan
     from hubaoti.compiler.targets import choose_targets
 
     targets = choose_targets(host, request)
     options = merge_options(request.mode, request.inductor, targets[0].device)
+    if request.capabilities:
+        refuse_measuring(options)
     request = replace(request, inductor=options)
     means.progress("source")
     if isinstance(model, (str, Path)):

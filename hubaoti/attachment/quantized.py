@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from hubaoti.artifact.schema import Constant
 from hubaoti.errors import BadRequest
 from hubaoti.runtime.heap import release_pages
-from hubaoti.runtime.quantize import GROUP, TILE, make_quantized
+from hubaoti.runtime.quantize import TILE, make_quantized
+from hubaoti.runtime.recipes import GROUP
 
 _Parts = Mapping[str, Tensor]
 

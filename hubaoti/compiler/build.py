@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
 import transformers
 
 from hubaoti import __version__
@@ -23,6 +24,7 @@ from hubaoti.compiler.gpu_build import GpuTools
 from hubaoti.compiler.graph_build import build_unit
 from hubaoti.compiler.graph_plans import GraphPlan
 from hubaoti.compiler.job import Job
+from hubaoti.compiler.module_copy import list_devices
 from hubaoti.compiler.parallel import build_all, choose_job_count
 from hubaoti.compiler.plan import Plan
 from hubaoti.compiler.stand_in import StandIn
@@ -60,7 +62,7 @@ def build(
     weights = max(_sum_unit_bytes(plan, unit) for unit in plan.units)
     require_memory(weights + OVERHEAD, f"{plan.units[0].id} of {origin.model}")
     at_once = choose_job_count(at_once, len(plan.units) * len(jobs), weights)
-    units_at_once = min(at_once, len(plan.units))
+    units_at_once = 1 if _lies_on_gpu(plan) else min(at_once, len(plan.units))
     tools = GpuTools(stand_in, max(1, at_once // units_at_once)) if stand_in else None
     with Peak.watch() as peak, ExitStack() as bundles:
         scratches = [bundles.enter_context(write_bundle(output)) for output in jobs]
@@ -117,6 +119,12 @@ def _make_manifest(
     # What we would refuse to read we do not write.
     manifests.parse_manifest(manifest.to_json(), "the new manifest")
     return manifest
+
+
+def _lies_on_gpu(plan: Plan) -> bool:
+    """Whether units are copied from a GPU, which a forked process cannot use."""
+    devices = list_devices(plan.source.model) if plan.source.live else {}
+    return any(torch.device(name).type == "cuda" for name in devices)
 
 
 def _sum_unit_bytes(plan: Plan, unit: GraphPlan) -> int:

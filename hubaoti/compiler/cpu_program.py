@@ -9,6 +9,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from hubaoti.compiler.precision import compute_scaled
 from hubaoti.errors import MissingConstant
 
 _CONSTANTS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
@@ -38,7 +39,7 @@ class ProgramOnCpu:
         for spec in self._signature.input_specs:
             is_constant = spec.kind in _CONSTANTS
             values.append(self._tensors[str(spec.target)] if is_constant else next(given))
-        with torch.no_grad():
+        with torch.no_grad(), compute_scaled(self._graph):
             answers = self._graph(*values)
         named = dict(zip(self._signature.user_inputs, inputs, strict=True))
         outputs = []

@@ -31,6 +31,7 @@ from hubaoti.compiler.interpreted import (
 )
 from hubaoti.compiler.job import Job
 from hubaoti.compiler.materialize import free_memory
+from hubaoti.compiler.options import find_measuring
 from hubaoti.compiler.parallel import build_all
 from hubaoti.compiler.precision import HALF
 from hubaoti.compiler.saved_program import find_op_modules, save_program
@@ -144,8 +145,10 @@ def _build_one(build: _Build) -> BuiltUnit:
     compared, source = build.compared, build.job.plan.source
     folder = compared.path.parent / build.id
     folder.mkdir()
-    environment = build.stand_in.environment((build.job.target.sm or 0,), reads=False)
-    lowered = lower_elsewhere(_make_request(build, folder), environment)
+    request = _make_request(build, folder)
+    under = build.stand_in.environment((request.sm,), reads=False)
+    environment = build.stand_in.link_environment() if request.measures else under
+    lowered = lower_elsewhere(request, environment)
     shutil.move(folder / PACKAGE, build.scratch / compared.entry.file)
     described, files = describe_graph(compared.traced, source, lowered.fqns, build.scratch)
     entry = add_package(described, build.scratch)
@@ -179,6 +182,7 @@ def _make_question(build: _Build, entry: Graph, folder: Path) -> InterpretReques
         tolerance=INTERPRETED_TOLERANCE[build.job.build.dtype],
         seconds=_INTERPRET_SECONDS,
         memory=min(_INTERPRET_MEMORY, read_available_memory()),
+        ops=find_op_modules(build.compared.traced.exported.program),
     )
 
 
@@ -189,6 +193,8 @@ def _make_request(build: _Build, folder: Path) -> LowerRequest:
     return LowerRequest(
         program=os.fsencode(build.compared.path),
         folder=os.fsencode(folder),
+        sm=job.target.sm or 0,
+        measures=bool(find_measuring(job.build.options)),
         inputs=traced.unit.face.inputs,
         bounds={name: (each.low, each.high, each.step) for name, each in bounds.items()},
         kernels=job.build.kernels or (),

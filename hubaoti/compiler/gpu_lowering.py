@@ -2,15 +2,17 @@
 
 That process has a device of the target's capability that computes nothing, so nothing is read back
 from it: what a program holds comes from the CPU, where it was made, and weights have no values.
+
+Where kernels are chosen by measuring them, it runs on a GPU of this machine instead.
 """
 
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -19,21 +21,27 @@ from hubaoti.errors import CompileFailed, HubaotiError, first_line
 from hubaoti.host.processes import collect_records, describe_exit, join_parent, list_search_path
 from hubaoti.host.wire import ErrorRecord
 
+if TYPE_CHECKING:
+    import torch
+    from torch.export import ExportedProgram
+
 # What a lowering leaves in its folder: the package, what lies in it, and what tells of its kernels.
 PACKAGE, UNPACKED, KEEP = "package.pt2", "unpacked", "keep"
 _SECONDS = 3600.0  # of lowering one program, at most
-_DEVICE = "cuda:0"  # the only one that the process has
 
 
 class LowerRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A saved program, and the folder for its package and what tells of its kernels.
 
+    It is lowered for the compute capability `sm`; `measures` says that the process has a real GPU.
     `inputs` and `bounds` are those of the program, a bound being low, high and step. The rest is as
     `inductor.lower` has it; `ops` are modules that register ops of the program.
     """
 
     program: bytes
     folder: bytes
+    sm: int
+    measures: bool
     inputs: tuple[Input, ...]
     bounds: dict[str, tuple[int, int, int]]
     kernels: tuple[str, ...]
@@ -47,14 +55,10 @@ class LowerRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lowered(msgspec.Struct, frozen=True, tag=True):
-    """The constants that a library reads, its call spec, and the most memory that making it took.
-
-    The memory is in bytes.
-    """
+    """The constants that a library reads, and its call spec."""
 
     fqns: tuple[str, ...]
     call_spec: tuple[str, ...]
-    peak_bytes: int
 
 
 def lower_elsewhere(request: LowerRequest, environment: Mapping[str, str]) -> Lowered:
@@ -84,24 +88,75 @@ def main() -> None:
         channel.send(ErrorRecord.of(error))
 
 
-def _lower(request: LowerRequest) -> Lowered:
-    """Lower a program for the device of this process, and open what came of it."""
+def _find_device(sm: int) -> torch.device:
+    """The first GPU of this process that has a compute capability.
+
+    Raises:
+        CompileFailed: none has it.
+    """
     import torch
 
-    from hubaoti.artifact.package import unpack_all
+    count = torch.cuda.device_count()
+    for index in range(count):
+        major, minor = torch.cuda.get_device_capability(index)
+        if 10 * major + minor == sm:
+            return torch.device("cuda", index)
+    raise CompileFailed(
+        f"lower: none of {count} GPUs here has the capability sm{sm}",
+        hint="which does CUDA_VISIBLE_DEVICES show? see: hubaoti doctor",
+    )
+
+
+def _leave_int8_products() -> AbstractContextManager[None]:
+    """Around a lowering: products with 8-bit weights stay products, of weights made wider before.
+
+    Of what mkldnn's patterns rewrite one is meant for GPUs, too: as `_weight_int8pack_mm`, whose
+    kernel of torch 2.11 (aten/src/ATen/native/cuda/int8mm.cu) has a thread for each value, in
+    float32 and without tensor cores. Private, checked on torch 2.11 to 2.15: inductor asks for the
+    flag when a process lowers for the first time.
+    """
+    import torch
+
+    return torch.backends.mkldnn.flags(enabled=False)
+
+
+def _lower(request: LowerRequest) -> Lowered:
+    """Lower a program for the device of this process, and open what came of it."""
     from hubaoti.compiler.asserts import require_asserts_hold
-    from hubaoti.compiler.attention import name_attention
     from hubaoti.compiler.inductor import lower
     from hubaoti.compiler.request import Range
-    from hubaoti.compiler.saved_program import load_program, put_on_device
     from hubaoti.compiler.signature import CallSignature
     from hubaoti.compiler.stand_in import require_stand_in
-    from hubaoti.runtime.custom_ops import register_ops
-    from hubaoti.runtime.runners import open_native_runner
 
-    require_stand_in()
+    if not request.measures:
+        require_stand_in()
+    device, folder = _find_device(request.sm), Path(os.fsdecode(request.folder))
+    program = _load(request, device)
+    face = CallSignature({}, request.inputs)
+    bounds = {name: Range(*each) for name, each in request.bounds.items()}
+    require_asserts_hold(program, bounds, face)
+    with _leave_int8_products():
+        lower(
+            program,
+            request.level,
+            request.options,
+            folder / PACKAGE,
+            request.where,
+            request.spec,
+            request.root,
+            folder / KEEP,
+        )
+    require_asserts_hold(program, bounds, face)  # what lowering took for granted, too
+    return _open(folder, device)
+
+
+def _load(request: LowerRequest, device: torch.device) -> ExportedProgram:
+    """The program on the device, its attention named."""
+    from hubaoti.compiler.attention import name_attention
+    from hubaoti.compiler.saved_program import load_program, put_on_device
+    from hubaoti.runtime.custom_ops import register_ops
+
     register_ops(request.ops, request.search)
-    device, folder = torch.device(_DEVICE), Path(os.fsdecode(request.folder))
     try:
         program = put_on_device(load_program(Path(os.fsdecode(request.program))), device)
     except Exception as error:  # torch raises of many kinds, as where an op is not registered
@@ -109,28 +164,27 @@ def _lower(request: LowerRequest) -> Lowered:
             f"lower: the program cannot be loaded: {type(error).__name__}: {first_line(error)}",
             hint="an op that only your process registers has to be in a module of its own",
         ) from error
-    program = name_attention(program, request.kernels)
-    face = CallSignature({}, request.inputs)
-    bounds = {name: Range(*each) for name, each in request.bounds.items()}
-    require_asserts_hold(program, bounds, face)
-    package = folder / PACKAGE
-    lower(
-        program,
-        request.level,
-        request.options,
-        package,
-        request.where,
-        request.spec,
-        request.root,
-        folder / KEEP,
-    )
-    require_asserts_hold(program, bounds, face)  # what lowering took for granted, too
+    try:
+        return name_attention(program, request.kernels)
+    except HubaotiError:
+        raise
+    except Exception as error:  # of torch, which goes through the whole program once more
+        raise CompileFailed(
+            f"lower: attention cannot be named: {type(error).__name__}: {first_line(error)}",
+            hint="report it with the model's config",
+        ) from error
+
+
+def _open(folder: Path, device: torch.device) -> Lowered:
+    """Open the package that was made, for what it says of itself."""
+    from hubaoti.artifact.package import unpack_all
+    from hubaoti.runtime.runners import open_native_runner
+
     unpacked = folder / UNPACKED
-    unpack_all(package, unpacked)
+    unpack_all(folder / PACKAGE, unpacked)
     library = next(unpacked.rglob("*.wrapper.so"))
     runner = open_native_runner(unpacked, library, device)
     return Lowered(
         fqns=tuple(sorted({*runner.get_constant_names_to_original_fqns().values()})),
         call_spec=tuple(runner.get_call_spec()),
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )

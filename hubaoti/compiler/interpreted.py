@@ -4,12 +4,13 @@ In a process under the stand-in the package is opened as its users open it. Each
 host code is computed by Triton's interpreter, and each op of ATen by the CPU, over the same memory;
 and what comes of it is compared with the program that the package was made of. So sizes, strides,
 grids, masks, constants, the order of arguments and what is written in place are looked at, at any
-size in the dims. Not looked at: the GPU itself, its rounding, and the libraries with which it
-computes products and attention.
+size in the dims. Not looked at: the GPU itself, its rounding, what its blocks do to each other when
+they run at once, and the libraries with which it computes products and attention.
 """
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import dataclass, replace
 from math import prod
@@ -20,7 +21,7 @@ import msgspec
 from hubaoti.artifact.schema import Check, Graph
 from hubaoti.compiler.dims import DimRanges, Sizes, choose_probes
 from hubaoti.errors import CheckFailed
-from hubaoti.host.processes import ChildOutput, collect_records, describe_exit
+from hubaoti.host.processes import ChildOutput, collect_records, describe_exit, list_search_path
 from hubaoti.host.wire import ErrorRecord
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class InterpretRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     `package` is unpacked; `program` is what `saved_program.save_program` wrote; `keep` what
     `inductor.lower` kept; `shipped` the folder in which constants that are files of the artifact
-    lie. Points are asked one after the other while `seconds` and `memory` (bytes) last.
+    lie. Points are asked one after the other while `seconds` and `memory` (bytes) last. `ops` are
+    modules that register ops of the program.
     """
 
     entry: Graph
@@ -54,6 +56,8 @@ class InterpretRequest(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     memory: int
     device: int = 0
+    ops: tuple[str, ...] = ()
+    search: list[bytes] = msgspec.field(default_factory=list_search_path)
 
 
 class Begun(msgspec.Struct, frozen=True, tag=True):
@@ -130,12 +134,14 @@ def read_answers(
     last = ": " * bool(output.last) + output.last
     if ended:
         found[LeftOut].append(LeftOut(sizes, f"time: it took too long{last}"))
+    elif not found[Finished] and output.code == -signal.SIGKILL:  # the system's, for want of memory
+        found[LeftOut].append(LeftOut(sizes, f"memory: {describe_exit(output.code)}{last}"))
     elif not found[Finished] and output.code < 0:
         raise CheckFailed(
             f"check, interpreted: graph {request.entry.id} at {sizes}: "
             f"{describe_exit(output.code)}{last}",
-            hint="a kernel reads or writes where it has no memory, or there is too little of it; "
-            "this model stays eager with these dims",
+            hint="a kernel reads or writes where it has no memory; this model stays eager with "
+            "these dims",
         )
     elif not found[Finished]:
         found[Uninterpreted].append(Uninterpreted(f"{describe_exit(output.code)}{last}"))

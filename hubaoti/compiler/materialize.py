@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -86,14 +86,16 @@ def give_memory_back(module: nn.Module) -> Iterator[None]:
         fill_synthetic(parameter, name)
 
 
-def free_memory(module: nn.Module) -> dict[str, nn.Parameter]:
+def free_memory(module: nn.Module, names: Collection[str] | None = None) -> dict[str, nn.Parameter]:
     """Give the system back what was lent to a module, whose values are needed no more.
 
-    The parameters that have none now, by their names.
+    All of it, or what was lent to the parameters of some `names`. The parameters that have none
+    now, by their names.
     """
     freed = {}
     for name, parameter in module.named_parameters():
-        if pages := getattr(parameter, _MEMORY_ATTRIBUTE, None):
+        is_meant = names is None or name in names
+        if is_meant and (pages := getattr(parameter, _MEMORY_ATTRIBUTE, None)):
             pages.madvise(mmap.MADV_DONTNEED)
             freed[name] = parameter
     return freed

@@ -30,6 +30,7 @@ _LISTED = tomllib.loads(Path(__file__).with_name("inductor_options.toml").read_t
 ANY_DEVICE = frozenset(_LISTED["any_device"])
 GPU_KERNELS = frozenset(_LISTED["gpu_kernels"])
 _REFUSED = {"hubaoti sets it for every build": [*WEIGHTLESS, *ALONE], **_LISTED["refused"]}
+_MEASURING = frozenset(_LISTED["measuring"])
 _UNKNOWN = "hubaoti does not know what it changes"
 _WORD = re.compile(r"[\w.,:+-]*\Z")  # no paths and no commands
 _SPOKEN = {"true": True, "false": False, "none": None, "null": None}
@@ -76,6 +77,24 @@ def merge_options(
         for name in sorted(options)
         if encode_canonical(options[name]) != _encode_default(defaults.get(name))
     }
+
+
+def find_measuring(options: Mapping[str, Any]) -> list[str]:
+    """Those of a build's options that have kernels chosen by measuring them, on the GPU itself."""
+    return [name for name in options if name in _MEASURING and options[name]]
+
+
+def refuse_measuring(options: Mapping[str, Any]) -> None:
+    """Refuse what has kernels chosen by measuring them, for GPUs that need not be here.
+
+    Raises:
+        BadRequest: with the options.
+    """
+    if found := find_measuring(options):
+        raise BadRequest(
+            f"{', '.join(found)}: kernels are chosen by measuring them on the GPU itself",
+            hint="compile on a machine with that GPU, with --device cuda; or leave it out",
+        )
 
 
 def _split_words(texts: Iterable[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ One weight at a time is made wider, a part of a large one, so that this takes no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 HALF = (torch.bfloat16, torch.float16)
 _aten = torch.ops.aten
-_PART = 16 << 20  # elements of a weight that are made wider at a time
+_PART = 4 << 20  # elements of a weight that are made wider at a time
 
 
 class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -55,9 +56,9 @@ def _is_large(weight: torch.Tensor) -> bool:
 
 
 def _multiply_by_parts(*args: torch.Tensor, beta: float = 1, alpha: float = 1) -> torch.Tensor:
-    """`mm` or `addmm`, of whose last matrix only some columns are wide at any time."""
+    """`mm` or `addmm` in float32, of whose last matrix only some columns are wide at any time."""
     *bias, left, right = args
-    left, columns = left.float(), max(1, _PART // right.shape[0])
+    left, columns = left.float(), max(1, _PART // max(1, right.shape[0]))
     made = left.new_empty(left.shape[0], right.shape[1])
     for start in range(0, right.shape[1], columns):
         part = slice(start, start + columns)
@@ -76,12 +77,39 @@ def multiply_scaled(  # noqa: PLR0913 - the op's own
     out_dtype: torch.dtype | None = None,
     use_fast_accum: bool = False,
 ) -> torch.Tensor:
-    """`aten._scaled_mm` as a product in float32; no CPU of torch 2.11 has scales by rows."""
-    made = (left.float() * scale_left) @ (right.float() * scale_right)
+    """`aten._scaled_mm` as a product in float32, with one scale for all or one a row and a column.
+
+    As a GPU does, it scales the sums.
+    """
+    made = _multiply_by_parts(left, right) * scale_left * scale_right
     made = made if bias is None else made + bias.float()
     made = made if scale_result is None else made * scale_result
-    return made.to(out_dtype or left.dtype)
+    # `to` would pass for a view here, and not be widened by the mode around this one.
+    return _aten._to_copy.default(made, dtype=out_dtype or left.dtype)  # type: ignore[no-any-return]
 
 
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default}
 _INSTEAD: dict[Any, Callable[..., Any]] = {_aten._scaled_mm.default: multiply_scaled}
+
+
+class ScaledOnCpu(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While it lasts, products of scaled tensors are computed as `multiply_scaled` has it.
+
+    No CPU of torch 2.11 has scales by rows, and those of later ones add up in their own ways.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """One operation."""
+        return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
+
+
+def compute_scaled(program: torch.fx.GraphModule) -> AbstractContextManager[Any]:
+    """Around calls of a program on the CPU: what it has of scaled products is computed."""
+    found = any(node.target in _INSTEAD for node in program.graph.nodes)
+    return ScaledOnCpu() if found else nullcontext()  # type: ignore[no-untyped-call]

@@ -10,10 +10,11 @@ from hubaoti.artifact.requirements import Requirements
 from hubaoti.artifact.schema import Target
 from hubaoti.compiler import elf
 from hubaoti.compiler.host_code import LEVELS
-from hubaoti.compiler.request import DEFAULT_LEVEL, CompileRequest
+from hubaoti.compiler.request import DEFAULT_LEVEL, CompileRequest, parse_capabilities
 from hubaoti.errors import BadRequest
 from hubaoti.host.match import Refusal, judge_level
 from hubaoti.host.probe import Host
+from hubaoti.runtime.recipes import check_recipe
 
 
 def choose_targets(host: Host, request: CompileRequest) -> list[Target]:
@@ -24,6 +25,7 @@ def choose_targets(host: Host, request: CompileRequest) -> list[Target]:
     Raises:
         BadRequest: the level is unknown, or above this host's; this torch builds for no GPU, or
             there is no such device.
+        CompileFailed: one of them cannot run the quantization.
     """
     level = request.level or choose_level(host)
     if level not in LEVELS:
@@ -33,6 +35,8 @@ def choose_targets(host: Host, request: CompileRequest) -> list[Target]:
         capabilities = (_read_capability(request.device),)
     targets = [_make_target(host, level, sm) for sm in capabilities or (None,)]
     for target in targets:
+        if request.quantize:
+            check_recipe(request.quantize, target.device, target.sm or 0)
         refusal = judge_level(derive_requirements(target), host)
         if isinstance(refusal, Refusal):
             raise BadRequest(
@@ -46,7 +50,7 @@ def _read_capability(name: str) -> int:
     """The compute capability of a GPU of this machine, 90 for 9.0.
 
     Raises:
-        BadRequest: this torch has no such device.
+        BadRequest: this torch has no such device, or it is one that graphs are not built for.
     """
     device = torch.device(name)
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
@@ -55,7 +59,8 @@ def _read_capability(name: str) -> int:
             hint="compile for a GPU that is not here: --for sm90; or see: hubaoti doctor",
         )
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    (capability,) = parse_capabilities([10 * major + minor])
+    return capability
 
 
 def _make_target(host: Host, level: str, sm: int | None) -> Target:

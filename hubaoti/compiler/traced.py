@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -18,7 +17,7 @@ from hubaoti.artifact.package import list_members
 from hubaoti.artifact.schema import File, Graph, Outputs
 from hubaoti.compiler import constants, verify
 from hubaoti.compiler.callspec import CallSpec, make_call_spec, require_direct
-from hubaoti.compiler.constants import ConstantsFile
+from hubaoti.compiler.constants import ConstantsFile, collect_named_tensors
 from hubaoti.compiler.device_code import require_same_on_gpu, settle_autocast
 from hubaoti.compiler.dims import choose_example_sizes, choose_probes
 from hubaoti.compiler.export import Exported, export
@@ -26,8 +25,11 @@ from hubaoti.compiler.from_config import Source, use_attention, use_traceable_ex
 from hubaoti.compiler.graph_plans import WHOLE_MODEL, GraphPlan
 from hubaoti.compiler.job import Job
 from hubaoti.compiler.literals import require_unread, write_out_buffers
+from hubaoti.compiler.materialize import free_memory
 from hubaoti.compiler.plan import choose_tracing_attention
+from hubaoti.compiler.precision import ScaledOnCpu
 from hubaoti.compiler.request import Range
+from hubaoti.compiler.scales import write_out_scales
 from hubaoti.compiler.signature import FlatModule
 from hubaoti.compiler.strides import take_any_strides
 from hubaoti.compiler.tasks import WHOLE_TASKS, read_config_maximum
@@ -72,8 +74,9 @@ def trace(jobs: Sequence[Job], unit: GraphPlan, module: nn.Module, twin: nn.Modu
     if twin is not module:
         require_same_programs(exported, trace_unit(source, unit, twin, guarded), unit)
     if job.build.quantization:
-        place = _quantize_copy(place, job.build.quantization)
+        place = _quantize_copy(place, job)
         exported = trace_unit(source, unit, place.module, guarded)
+        write_out_scales(exported.program)
     spec = _derive_call_spec(source, unit, exported)
     if source.layout and spec is None:
         require_direct(draft_graph(unit))
@@ -135,12 +138,17 @@ def name_constants_file(unit: GraphPlan) -> str:
     return constants.BUFFERS if unit.id == WHOLE_MODEL else f"buffers/{unit.id}.safetensors"
 
 
-def _quantize_copy(place: ConstantsFile, recipe: str) -> ConstantsFile:
-    """The place with a copy of its module whose weights are quantized; configs are not copied."""
-    configs = (getattr(part, "config", None) for part in place.module.modules())
-    memo: dict[int, Any] = {id(config): config for config in configs if config is not None}
-    module = copy.deepcopy(place.module, memo)
-    made = quantize(module, recipe, CPU).made
+def _quantize_copy(place: ConstantsFile, job: Job) -> ConstantsFile:
+    """The place with a copy of its module whose weights are quantized, and all else shared.
+
+    What was lent to the weights that are needed no more is given back.
+    """
+    configs = [getattr(part, "config", None) for part in place.module.modules()]
+    shared = [*filter(None, configs), *collect_named_tensors(place.module).values()]
+    module = copy.deepcopy(place.module, {id(each): each for each in shared})
+    recipe = job.build.quantization or ""
+    made = quantize(module, recipe, job.target.device, job.target.sm or 0).made
+    free_memory(place.module, {each.source for each in made.values()})
     return replace(place, module=module, made=made, recipe=recipe)
 
 
@@ -166,8 +174,10 @@ def make_trial(source: Source, unit: GraphPlan, entry: Graph, place: ConstantsFi
     # A classifier's logits are few; those of a language model are the most that it makes.
     words = source.outputs if source.program.task == "logits" else ()
 
+    scaled = ScaledOnCpu if place.recipe == "float8dq" else nullcontext
+
     def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with use_attention(source.model, source.attention):
+        with use_attention(source.model, source.attention), scaled():
             return flat(*tensors)
 
     return verify.Trial(

@@ -38,6 +38,9 @@ _ATTEMPT_SECONDS = 3.0  # of eager alone, before a graph is compiled
 _FEW_TOKENS = 16  # a call of fewer takes as long: it waits for the weights
 _MANY_TOKENS = 64  # and of these on a busy machine; a probe too long only shortens the next
 MEMORY = 256 << 20  # bytes of activations, for one probe
+_FLOAT32_SECONDS = 4.0  # of eager in float32, which takes several times as long
+_PART = 4 << 20  # elements that are compared at a time, since in double precision they are large
+_PROGRAM_MEMORY = 64 << 20  # of a program's, whose weights are in memory beside all that lowers it
 _HELD_TENSORS = 8  # tensors of the size of what goes in and out that are held at once
 
 _Eager = Callable[..., tuple[torch.Tensor, ...]]
@@ -153,10 +156,11 @@ def verify(
     make_mode: Callable[[], AbstractContextManager[Any]] = InFloat32 if in_float32 else nullcontext
     checks: list[Check] = []
     seen: list[Sizes] = []
-    seconds_per_token, left = 0.0, CHECK_SECONDS
+    seconds_per_token, left = 0.0, _FLOAT32_SECONDS if in_float32 else CHECK_SECONDS
+    memory = MEMORY if where is msgspec.UNSET else _PROGRAM_MEMORY >> in_float32
     for sizes in choose_probes(trial.bounds):
-        probe = cap_probe(sizes, trial, seconds_per_token, left)
-        if probe.sizes in seen:
+        probe = cap_probe(sizes, trial, seconds_per_token, left, memory)
+        if probe.sizes in seen or (in_float32 and left < 0.0):
             continue
         seen.append(probe.sizes)
         inputs = trial.make_inputs(probe.sizes)
@@ -228,24 +232,30 @@ def record_comparison(
 
 def measure_difference(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
     """The largest difference and the largest value; infinite where only one of them answers nan."""
-    if not ours.numel():
-        return 0.0, 1.0
-    ours, theirs = ours.double(), theirs.double()
-    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
-    apart = torch.where(same, 0.0, ours - theirs).abs()
-    difference = apart.nan_to_num(nan=float("inf")).max().item()
-    finite = theirs[theirs.isfinite()].abs()
-    return difference, (finite.max().item() if finite.numel() else 1.0) or 1.0
+    difference, largest = 0.0, 0.0
+    ours, theirs = ours.flatten(), theirs.flatten()
+    for start in range(0, ours.numel(), _PART):
+        left, right = (each[start : start + _PART].double() for each in (ours, theirs))
+        same = (left == right) | (left.isnan() & right.isnan())
+        apart = torch.where(same, 0.0, left - right).abs().nan_to_num(nan=float("inf"))
+        finite = right[right.isfinite()].abs()
+        difference = max(difference, apart.max().item() if apart.numel() else 0.0)
+        largest = max(largest, finite.max().item() if finite.numel() else 0.0)
+    return difference, largest or 1.0
 
 
 def cap_probe(
-    sizes: Sizes, trial: Trial, seconds_per_token: float, left: float = CHECK_SECONDS
+    sizes: Sizes,
+    trial: Trial,
+    seconds_per_token: float,
+    left: float = CHECK_SECONDS,
+    most: int = MEMORY,
 ) -> Probe:
     """The probe, its largest dim halved until it fits into the budgets of time and memory."""
     bounds = trial.bounds
     small = dict(sizes)
-    broken = find_broken_budget(small, trial, seconds_per_token, left)
-    while reason := find_broken_budget(small, trial, seconds_per_token, left):
+    broken = find_broken_budget(small, trial, seconds_per_token, left, most)
+    while reason := find_broken_budget(small, trial, seconds_per_token, left, most):
         widest = max(small, key=lambda name: small[name] / bounds[name].low)
         step = bounds[widest].step
         half = small[widest] // 2 // step * step
@@ -261,7 +271,7 @@ def cap_probe(
 
 
 def find_broken_budget(
-    sizes: Sizes, trial: Trial, seconds_per_token: float, left: float
+    sizes: Sizes, trial: Trial, seconds_per_token: float, left: float, most: int = MEMORY
 ) -> str | None:
     """Which budget these sizes would break, if any."""
     tensors: list[Input | Output] = [*trial.entry.inputs, *trial.entry.outputs.tensors]
@@ -274,8 +284,8 @@ def find_broken_budget(
     scores = 8 * count_tokens(sizes) * (trial.scores * length + _HELD_TENSORS * trial.width)
     memory = _HELD_TENSORS * moving + scores
     seconds = count_tokens(sizes) * seconds_per_token
-    if memory > MEMORY:
-        return f"memory: it would take {memory >> 20} MiB, a probe has {MEMORY >> 20}"
+    if memory > most:
+        return f"memory: it would take {memory >> 20} MiB, a probe has {most >> 20}"
     if seconds > left:
         return f"time: it would take {seconds:.0f} s, and {max(left, 0.0):.0f} are left"
     return None

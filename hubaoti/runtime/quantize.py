@@ -10,15 +10,18 @@ a transform's name stands for. torchao is needed to compile, and not to run.
     float8dq  weights and activations in float8 (e4m3), a scale a row and a token, so that no answer
               depends on what else is in the batch; compute capability 8.9
 
+Weights are quantized on the CPU, whatever they are for. Only int4wo's layout on a GPU is made by a
+kernel of that GPU: it is attached where it was built before, and built no more.
+
 A name is never given another meaning: what is changed gets a new name.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -26,12 +29,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from hubaoti.errors import BadRequest, CompileFailed, MissingConstant, MissingDependency, first_line
+from hubaoti.errors import CompileFailed, MissingConstant, MissingDependency, first_line
 from hubaoti.program.silence import silence_torchao
 from hubaoti.runtime.input_checks import name_dtype
+from hubaoti.runtime.recipes import GROUP, LayerFit, check_recipe
 
-RECIPES = ("int8wo", "int4wo", "float8dq")
-GROUP = 128  # weights of a row that share a scale, in int4wo
 TILE = (8, 1024)  # what the GPU's int4 kernel pads a weight to
 _FLOAT8 = torch.float8_e4m3fn
 _TINY = 1e-12  # least activation; below it a token of zeros, as of padding, would become NaN
@@ -59,59 +61,10 @@ class Quantized:
     left: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class LayerFit:
-    """What a recipe takes on one kind of device; sizes are multiples of (out, in)."""
+def quantize(module: nn.Module, recipe: str, device: str, sm: int = 0) -> Quantized:
+    """Quantize a module's Linears in place, for a device; its tensors are plain ones afterwards.
 
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    sizes: tuple[int, int] = (1, 1)
-    capability: tuple[int, int] = (0, 0)
-
-
-_BFLOAT16 = (torch.bfloat16,)
-FITS: dict[str, dict[str, LayerFit]] = {
-    "int8wo": {"cpu": LayerFit(), "cuda": LayerFit()},
-    "int4wo": {
-        "cpu": LayerFit(sizes=(16, GROUP)),
-        "cuda": LayerFit(_BFLOAT16, sizes=(1, GROUP), capability=(8, 0)),
-    },
-    "float8dq": {"cuda": LayerFit(_BFLOAT16, sizes=(16, 16), capability=(8, 9))},
-}
-
-
-def check_recipe(recipe: str, device: torch.device) -> LayerFit:
-    """What the recipe takes on this device; asked before a model is built.
-
-    Raises:
-        BadRequest: there is no such recipe.
-        CompileFailed: the device cannot run it.
-    """
-    if recipe not in FITS:
-        near = get_close_matches(recipe, RECIPES, 1)
-        raise BadRequest(
-            f"unknown quantization: {recipe!r:.60}",
-            hint=f"did you mean {near[0]}?" if near else f"there are {', '.join(RECIPES)}",
-        )
-    fit = FITS[recipe].get(device.type)
-    found = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    if fit is None or found < fit.capability:
-        fits = FITS[recipe].items()
-        needs = " or ".join(_describe_capability(kind, each.capability) for kind, each in fits)
-        raise CompileFailed(
-            f"quantize: {recipe} needs {needs}; here is {_describe_capability(str(device), found)}",
-            hint="try --quantize int8wo",
-        )
-    return fit
-
-
-def _describe_capability(device: str, capability: tuple[int, int]) -> str:
-    """A device, and its compute capability where that counts: `cuda 8.9`."""
-    major, minor = capability
-    return f"{device} {major}.{minor}" if major else device
-
-
-def quantize(module: nn.Module, recipe: str, device: torch.device) -> Quantized:
-    """Quantize a module's Linears in place; all its tensors are plain ones afterwards.
+    It is done where the module is, which is the CPU also for a GPU (see `check_recipe`).
 
     What computes with a weight without being a Linear (an embedding, a convolution, the fused
     experts of a mixture) stays as it is. A Linear that the recipe does not fit stays too, and is
@@ -123,7 +76,7 @@ def quantize(module: nn.Module, recipe: str, device: torch.device) -> Quantized:
             else by it than `make_quantized` does.
         MissingDependency: torchao is not installed.
     """
-    fit = check_recipe(recipe, device)
+    fit = check_recipe(recipe, device, sm)
     layers, left = _pick_linears(module, fit)
     if not layers:
         reasons = "; ".join(dict.fromkeys(left.values())) or "it has no Linear"
@@ -133,7 +86,7 @@ def quantize(module: nn.Module, recipe: str, device: torch.device) -> Quantized:
         )
     weights = {name: layer.weight.detach() for name, layer in layers.items()}
     with silence_torchao():
-        parts = quantize_with_torchao(module, recipe, device, layers)
+        parts = quantize_with_torchao(module, recipe, torch.device(device), layers)
     made = {}
     for name, weight in weights.items():
         source, dtype = _join_fqn(name, "weight"), name_dtype(weight.dtype)
@@ -203,7 +156,7 @@ def quantize_with_torchao(
             hint='pip install "hubaoti[quantize]"',
         ) from error
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _allow_any_machine():
             quantize_(module, config, filter_fn=lambda _, name: name in layers)
             weights: dict[str, Any] = {name: layer.weight for name, layer in layers.items()}
             parts = {name: weight.__tensor_flatten__()[0] for name, weight in weights.items()}
@@ -215,6 +168,27 @@ def quantize_with_torchao(
             hint="try another recipe, or torchao 0.18",
         ) from error
     return parts
+
+
+@contextmanager
+def _allow_any_machine() -> Iterator[None]:
+    """Around torchao's work: it would ask the GPU of this machine, whatever GPU the work is for.
+
+    Private, checked on torchao 0.18: `quant_api._check_hardware_support`. Where it has another
+    name, torchao refuses what this machine cannot run.
+    """
+    from torchao.quantization import quant_api
+
+    name = "_check_hardware_support"
+    kept = getattr(quant_api, name, None)
+    if kept is None:
+        yield
+        return
+    setattr(quant_api, name, lambda granularity: None)
+    try:
+        yield
+    finally:
+        setattr(quant_api, name, kept)
 
 
 def make_torchao_config(recipe: str, device: torch.device) -> Any:

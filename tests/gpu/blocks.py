@@ -23,7 +23,8 @@ from gpu.measure import Peak, measure_error
 from hubaoti import api
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.errors import CompileFailed, HubaotiError
-from hubaoti.runtime.quantize import check_recipe, make_quantized
+from hubaoti.runtime.quantize import make_quantized
+from hubaoti.runtime.recipes import check_recipe
 from hubaoti.runtime.weights import load_shipped_tensors
 
 TIMES = 1.5  # what a graph may be off, as a multiple of what eager of the same dtype is
@@ -101,7 +102,10 @@ def skip_impossible(quantize: str | None, device: torch.device) -> None:
     if importlib.util.find_spec("torchao") is None:
         pytest.skip("torchao is not installed")
     try:
-        check_recipe(quantize, device)
+        major, minor = (0, 0)
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+        check_recipe(quantize, device.type, 10 * major + minor)
     except CompileFailed as error:
         pytest.skip(str(error))
 

@@ -208,7 +208,7 @@ def of() -> llama.Llama:
 
 
 def test_a_recipe_that_this_device_cannot_have_is_skipped_with_the_reason() -> None:
-    with pytest.raises(pytest.skip.Exception, match="needs cuda 8.9; here is cpu"):
+    with pytest.raises(pytest.skip.Exception, match="is for cuda sm89, not for cpu"):
         blocks.skip_impossible("float8dq", CPU)
 
 

@@ -37,10 +37,17 @@ from hubaoti.compiler.interpreter.memory import carry_over, see_on_host
 from hubaoti.compiler.precision import HALF, InFloat32, widen
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.saved_program import load_program
-from hubaoti.compiler.verify import Trial, cap_probe, count_tokens, record_comparison
+from hubaoti.compiler.verify import (
+    Trial,
+    cap_probe,
+    count_tokens,
+    measure_difference,
+    record_comparison,
+)
 from hubaoti.errors import CheckFailed, HubaotiError, MissingConstant
 from hubaoti.host.processes import join_parent
 from hubaoti.host.wire import ErrorRecord
+from hubaoti.runtime.custom_ops import register_ops
 from hubaoti.runtime.golden import estimate_answer_memory, make_golden_inputs
 from hubaoti.runtime.graph import Graph as Open
 from hubaoti.runtime.graph import open_graph
@@ -58,6 +65,7 @@ def main() -> None:
     channel = join_parent(is_awaited=True)
     request: InterpretRequest = channel.receive(InterpretRequest)
     try:
+        register_ops(request.ops, request.search)
         for answer in answer_request(request):
             channel.send(answer)
         channel.send(Finished())
@@ -72,7 +80,8 @@ def answer_request(request: InterpretRequest) -> Iterator[Answer]:
         CheckFailed: the package answers or writes something else than its program.
         MissingConstant: a constant that ships with the artifact is not in its file.
     """
-    with tempfile.TemporaryDirectory(prefix="hubaoti-") as scratch:
+    # Where the sources are that the build removes: this process may be ended, or end itself.
+    with tempfile.TemporaryDirectory(dir=request.keep) as scratch:
         try:
             yield from _compare_points(request, Path(scratch))
         except NotInterpreted as error:
@@ -93,6 +102,7 @@ def _compare_points(request: InterpretRequest, scratch: Path) -> Iterator[Answer
             yield LeftOut(sizes, reason)
             continue
         if probe.sizes in seen:  # capped to one that was asked
+            yield LeftOut(sizes, probe.capped or _NO_TIME)
             continue
         seen.append(probe.sizes)
         yield Begun(probe.sizes)
@@ -245,12 +255,19 @@ def _ask_package(
     Raises:
         OutOfTime: it would go on after the deadline.
         NotInterpreted: a kernel or an op cannot be computed.
-        CheckFailed: its host code or a kernel of it refuses.
+        CheckFailed: its host code or a kernel of it refuses, or it writes what is only read.
     """
     graph = comparison.graph
     own = [carry_over(each, graph.device) for each in inputs]
     with comparison.calls.compute(graph.entry.id, deadline):
         answers = graph(*own)
+    for item, mine, given in zip(graph.entry.inputs, own, inputs, strict=True):
+        if not item.mutated and measure_difference(see_on_host(mine), given)[0]:
+            raise CheckFailed(
+                f"check, interpreted: graph {graph.entry.id} writes {item.name}, which its program "
+                "only reads",
+                hint="this model cannot be compiled with these dims; it stays eager",
+            )
     written = zip(graph.entry.inputs, own, strict=True)
-    given = [*answers, *(tensor for item, tensor in written if item.mutated)]
-    return [see_on_host(each).clone() for each in given]
+    told = [*answers, *(tensor for item, tensor in written if item.mutated)]
+    return [see_on_host(each).clone() for each in told]

@@ -74,6 +74,18 @@ class StandIn:
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False",
         }
 
+    def link_environment(self) -> dict[str, str]:
+        """The variables of a process that runs on a real GPU, and links packages against this.
+
+        A machine that has the driver need not have a library to link against, nor the headers.
+        """
+        _, linked = read_library_paths()
+        return {
+            "LIBRARY_PATH": ":".join([str(self.folder), *linked]),
+            "CUDA_HOME": str(self.cuda_home),
+            "CUDA_PATH": str(self.cuda_home),
+        }
+
 
 def require_stand_in() -> None:
     """See that this process runs under the stand-in: a loader that cannot preload it goes on.
