@@ -17,6 +17,7 @@ ENDPOINT = "https://huggingface.co"
 # Of inductor's variables, all but those that say how it works and not what it builds.
 _TUNING = re.compile(
     r"TORCHINDUCTOR_(?!\w*(CACHE|THREADS|WORKER|TIMEOUT|LOG|DIR|PROGRESS|COMPILE_TIME))"
+    r"|AOT_INDUCTOR_|ENABLE_(PERSISTENT_TMA|TEMPLATE)_|CUTLASS_EPILOGUE_FUSION\Z"
 )
 # Of triton's, and of its compilers', those that change what it builds (checked on 3.6 to 3.9).
 _KERNELS = re.compile(

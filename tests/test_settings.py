@@ -134,8 +134,13 @@ def test_a_variable_is_set_for_a_while_and_then_as_before(monkeypatch: pytest.Mo
 def test_variables_that_change_what_inductor_builds_are_known() -> None:
     env = {"TORCHINDUCTOR_FREEZING": "1", "TORCHINDUCTOR_CACHE_DIR": "/x", "TORCHINDUCTORX": "1"}
     env |= {"TORCHINDUCTOR_MAX_AUTOTUNE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    env |= {"AOT_INDUCTOR_DEBUG_COMPILE": "1", "AOTINDUCTOR_REPRO_LEVEL": "2"}
     found = Settings.from_env(env).tuning
-    assert found == ("TORCHINDUCTOR_FREEZING", "TORCHINDUCTOR_MAX_AUTOTUNE")
+    assert found == (
+        "AOT_INDUCTOR_DEBUG_COMPILE",
+        "TORCHINDUCTOR_FREEZING",
+        "TORCHINDUCTOR_MAX_AUTOTUNE",
+    )
 
 
 def test_what_changes_kernels_is_told_and_not_where_they_are_kept() -> None:

@@ -92,7 +92,7 @@ def _prepare(
     """
     if request.quantize is not None:
         require(f"--quantize {request.quantize}", "quantize")
-    _refuse_tuning(request, means.settings)
+    refuse_tuning(request, means.settings)
     origin = ModelSource(model=type(model).__name__)
     if isinstance(model, (str, Path)):
         means.progress("files")
@@ -126,7 +126,7 @@ def _prepare(
     return [Job.of(plan, request, target) for target in targets], origin
 
 
-def _refuse_tuning(request: CompileRequest, settings: Settings) -> None:
+def refuse_tuning(request: CompileRequest, settings: Settings) -> None:
     """See that no variable changes what is built: a key says all that a build depends on.
 
     Raises:
