@@ -17,6 +17,14 @@ ENDPOINT = "https://huggingface.co"
 # Of inductor's variables, all but those that say how it works and not what it builds.
 _TUNING = re.compile(
     r"TORCHINDUCTOR_(?!\w*(CACHE|THREADS|WORKER|TIMEOUT|LOG|DIR|PROGRESS|COMPILE_TIME))"
+    r"|AOT_INDUCTOR_|ENABLE_(PERSISTENT_TMA|TEMPLATE)_|CUTLASS_EPILOGUE_FUSION\Z"
+)
+# Of triton's, and of its compilers', those that change what it builds (checked on 3.6 to 3.9).
+_KERNELS = re.compile(
+    r"TRITON_(INTERPRET|DEBUG|DEFAULT_FP_FUSION|FORCE_DISABLE_FP_FUSION|F32_DEFAULT|ENABLE_ASAN"
+    r"|INSTRUMENTATION_MODE|KERNEL_OVERRIDE|OVERRIDE_ARCH|LIBDEVICE_PATH|MOCK_PTX_VERSION"
+    r"|STORE_BINARY_ONLY|PTXAS_(BLACKWELL_)?PATH|SWAP_MIR\w*)"
+    r"|PTXAS_OPTIONS|DISABLE_PTXAS_OPT|DISABLE_LLVM_OPT|LLVM_EXTRACT_DI_LOCAL_VARIABLES|USE_IR_LOC"
 )
 # The Hub's tokens and our endpoint's, what a header says, and what stands before the @ of a URL.
 _SECRET = re.compile(
@@ -180,6 +188,12 @@ def read_library_paths() -> tuple[list[str], list[str]]:
     """The folders in which this process's children look for libraries, when loading and linking."""
     loaded, linked = (os.environ.get(name, "") for name in ("LD_LIBRARY_PATH", "LIBRARY_PATH"))
     return [*filter(None, loaded.split(":"))], [*filter(None, linked.split(":"))]
+
+
+def list_kernel_tuning(env: Mapping[str, str] | None = None) -> list[str]:
+    """The variables that change the kernels of a graph for a GPU, which no key would know of."""
+    env = os.environ if env is None else env
+    return sorted(name for name, value in env.items() if value and _KERNELS.fullmatch(name))
 
 
 def merge_environment(values: Mapping[str, str]) -> dict[str, str]:

@@ -17,8 +17,10 @@ from torch import nn
 
 import hubaoti
 from hubaoti import __version__
+from hubaoti.api.building import refuse_tuning
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.compiler.graph_build import build_unit
+from hubaoti.compiler.request import CompileRequest
 from hubaoti.errors import (
     BadDim,
     BadRequest,
@@ -177,6 +179,13 @@ def test_a_damaged_copy_in_the_mirror_is_never_returned(
         with pytest.raises(Building):
             hubaoti.compile(tiny_decoder, tmp_path / "bundle", settings=stocked, **ASKED)
         assert not (tmp_path / "bundle").exists()
+
+
+def test_what_changes_kernels_is_refused_for_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_OVERRIDE_ARCH", "sm80")
+    refuse_tuning(CompileRequest(), Settings(Path("/h")))
+    with pytest.raises(BadRequest, match="TRITON_OVERRIDE_ARCH is set"):
+        refuse_tuning(CompileRequest(capabilities=(90,)), Settings(Path("/h")))
 
 
 @pytest.mark.parametrize("machine", ["bare", "stocked"])

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from hubaoti.errors import BadRequest
-from hubaoti.settings import ENDPOINT, Settings, hide_secrets, override_environment
+from hubaoti.settings import (
+    ENDPOINT,
+    Settings,
+    hide_secrets,
+    list_kernel_tuning,
+    override_environment,
+)
 
 
 def test_an_empty_environment_gives_the_defaults() -> None:
@@ -128,8 +134,19 @@ def test_a_variable_is_set_for_a_while_and_then_as_before(monkeypatch: pytest.Mo
 def test_variables_that_change_what_inductor_builds_are_known() -> None:
     env = {"TORCHINDUCTOR_FREEZING": "1", "TORCHINDUCTOR_CACHE_DIR": "/x", "TORCHINDUCTORX": "1"}
     env |= {"TORCHINDUCTOR_MAX_AUTOTUNE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    env |= {"AOT_INDUCTOR_DEBUG_COMPILE": "1", "AOTINDUCTOR_REPRO_LEVEL": "2"}
     found = Settings.from_env(env).tuning
-    assert found == ("TORCHINDUCTOR_FREEZING", "TORCHINDUCTOR_MAX_AUTOTUNE")
+    assert found == (
+        "AOT_INDUCTOR_DEBUG_COMPILE",
+        "TORCHINDUCTOR_FREEZING",
+        "TORCHINDUCTOR_MAX_AUTOTUNE",
+    )
+
+
+def test_what_changes_kernels_is_told_and_not_where_they_are_kept() -> None:
+    env = {"TRITON_OVERRIDE_ARCH": "sm80", "PTXAS_OPTIONS": "-O1", "TRITON_PTXAS_PATH": "/x"}
+    others = {"TRITON_CACHE_DIR": "/x", "TRITON_INTERPRET": "", "TRITON_SERVER": "1"}
+    assert list_kernel_tuning(env | others) == sorted(env)
 
 
 def test_an_endpoint_that_is_no_url_is_refused() -> None:

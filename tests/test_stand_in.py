@@ -244,6 +244,59 @@ def test_a_build_that_was_killed_is_never_used_and_swept_away(tmp_path: Path) ->
 
 
 @cuda
+def test_a_stand_in_that_lost_a_library_is_built_again(stand_in: StandIn, tmp_path: Path) -> None:
+    shutil.copytree(stand_in.folder.parent, tmp_path / "stand-in", symlinks=True)
+    built = tmp_path / "stand-in" / stand_in.folder.name
+    (built / "libnvidia-ml.so.1").unlink()
+    assert build_stand_in(TORCH, tmp_path).folder == built
+    assert (built / "libnvidia-ml.so.1").is_file()
+
+
+@cuda
+@pytest.mark.parametrize("name", [b"two words", b"caf\xe9", "\u5bb6".encode()])
+def test_a_home_may_have_any_name_that_a_loader_reads(tmp_path: Path, name: bytes) -> None:
+    home = tmp_path / os.fsdecode(name)
+    code = """
+        from hubaoti.compiler.stand_in import require_stand_in
+        from hubaoti.host.probe import find_mapped
+        require_stand_in()
+        say(found=os.fsencode(find_mapped("libcuda.so.1")).hex())
+    """
+    found = ask(build_stand_in(TORCH, home), code, 90)["found"]
+    assert bytes.fromhex(found).startswith(os.fsencode(home))
+
+
+@cuda
+def test_a_home_whose_name_a_loader_takes_for_two_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="colon or a semicolon"):
+        build_stand_in(TORCH, tmp_path / "a:b")
+    assert not (tmp_path / "a:b").exists()
+
+
+@cuda
+def test_a_home_may_be_a_link_and_what_is_made_of_it_is_ours_alone(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("disk")
+    before = os.umask(0o002)
+    try:
+        build_stand_in(TORCH, tmp_path / "link" / "home")
+        build_stand_in(TORCH, tmp_path / "link")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "disk" / "home").stat().st_mode & 0o777 == 0o700
+
+
+def test_headers_that_lie_elsewhere_make_another_stand_in(tmp_path: Path) -> None:
+    """That of CUDA 12 has links to them, which end with the environment that they lie in."""
+    torch = fake_torch(tmp_path)
+    header = tmp_path / "torch" / "include" / package.build.SHIMS
+    header.parent.mkdir(parents=True)
+    header.touch()
+    names = {package.build._digest(torch, [tmp_path / name]) for name in ("one", "two", "one")}
+    assert len(names) == 2
+
+
+@cuda
 @pytest.mark.parametrize("what", ["stand-in", "its folder", "home", "a link"])
 def test_a_folder_that_others_may_write_is_refused(
     stand_in: StandIn, tmp_path: Path, what: str

@@ -24,7 +24,7 @@ from hubaoti.host.probe import Host, probe_host
 from hubaoti.hub.model_download import COMPILE_FILES, fetch_model_files
 from hubaoti.mirror import Mirror
 from hubaoti.progress import Progress
-from hubaoti.settings import Settings
+from hubaoti.settings import Settings, list_kernel_tuning
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,11 +92,7 @@ def _prepare(
     """
     if request.quantize is not None:
         require(f"--quantize {request.quantize}", "quantize")
-    for name in means.settings.tuning:
-        raise BadRequest(
-            f"{name} is set, which changes what inductor builds and stands in no key",
-            hint=f"unset {name}, and say it with --inductor key=value",
-        )
+    refuse_tuning(request, means.settings)
     origin = ModelSource(model=type(model).__name__)
     if isinstance(model, (str, Path)):
         means.progress("files")
@@ -128,6 +124,24 @@ def _prepare(
     # As a model calls its blocks there, whether there is one here or not.
     plan = make_plan(source, request, GPU if targets[0].device == "cuda" else CPU)
     return [Job.of(plan, request, target) for target in targets], origin
+
+
+def refuse_tuning(request: CompileRequest, settings: Settings) -> None:
+    """See that no variable changes what is built: a key says all that a build depends on.
+
+    Raises:
+        BadRequest: one does.
+    """
+    for name in settings.tuning:
+        raise BadRequest(
+            f"{name} is set, which changes what inductor builds and stands in no key",
+            hint=f"unset {name}, and say it with --inductor key=value",
+        )
+    for name in list_kernel_tuning() if request.is_for_gpus else ():
+        raise BadRequest(
+            f"{name} is set, which changes the kernels that triton builds and stands in no key",
+            hint=f"unset {name}: kernels are the same on every machine that builds them",
+        )
 
 
 def _describe_request(request: CompileRequest) -> list[str]:

@@ -135,7 +135,7 @@ def find_cause(error: Exception, folder: Path) -> HubaotiError:
     causes = (line for line in text.splitlines() if "error: " in line or "cannot find -l" in line)
     return CompileFailed(
         f"lower: {type(error).__name__}: {first_line(next(causes, error))}",
-        hint="are g++ and, for a GPU, the CUDA toolkit installed? else try --dtype float32",
+        hint="hubaoti doctor --build says whether something is missing; else try --dtype float32",
     )
 
 

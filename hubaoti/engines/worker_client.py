@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from hubaoti.artifact.schema import Graph
 from hubaoti.engines.messages import (
     REPLIES,
     Begin,
@@ -23,6 +24,7 @@ from hubaoti.engines.messages import (
 )
 from hubaoti.errors import HubaotiError, WorkerEnded
 from hubaoti.host.memory import is_limited, measure_process_memory
+from hubaoti.host.probe import STAND_IN
 from hubaoti.host.processes import CRASHES, Child, describe_exit, list_search_path
 from hubaoti.host.wire import Gone
 from hubaoti.mirror import Mirror
@@ -184,11 +186,18 @@ class Isolated:
             if self._crashes[graph.sha256] < _TWICE:
                 return f", after graph {graph.id} had been called"
             self.problem = f"graph {graph.id} crashed its process twice"
-            if mirror.index.is_writable:
-                mirror.index.record_tested(graph.sha256, self._host, self.problem)
-            mirror.quarantine(graph)
+            place = self._condemn(graph, mirror)
         self._begin = msgspec.structs.replace(self._begin, digest=None)
-        return f"; {self.problem}: it is in quarantine, and the model goes on without graphs"
+        return f"; {self.problem}: {place}the model goes on without graphs"
+
+    def _condemn(self, graph: Graph, mirror: Mirror) -> str:
+        """Keep a graph apart; on a device that computes nothing, nothing is held against one."""
+        if STAND_IN in self._host:
+            return ""
+        if mirror.index.is_writable:
+            mirror.index.record_tested(graph.sha256, self._host, self.problem)
+        mirror.quarantine(graph)
+        return "it is in quarantine, and "
 
     def _end(self, patience: float = _PATIENCE) -> int:
         """Have its process end, if it has not yet; its exit code."""

@@ -280,7 +280,8 @@ def _probe_libstdcxx(notes: list[str]) -> tuple[str | None, str | None]:
 
 def find_mapped(soname: str) -> Path | None:
     """The file of a library that is loaded in this process."""
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
+    for line in maps.splitlines():
         path = Path(line.split(maxsplit=5)[-1])
         if path.name.startswith(soname):
             return path

@@ -22,12 +22,20 @@ from hubaoti.compiler.stand_in.aten import SHIMS, write_shims
 from hubaoti.compiler.stand_in.environment import StandIn
 from hubaoti.compiler.stand_in.fallbacks import HEADERS, write_fallbacks
 from hubaoti.disk import describe_no_room, explain_disk_errors, find_full_disk
-from hubaoti.errors import CannotOpen, CompileFailed, MissingDependency, UnsafeFolder, first_line
+from hubaoti.errors import (
+    BadRequest,
+    CannotOpen,
+    CompileFailed,
+    MissingDependency,
+    UnsafeFolder,
+    first_line,
+)
 from hubaoti.host.build_tools import find_cuda_includes, find_missing_build_tools
 from hubaoti.host.probe import Torch
+from hubaoti.settings import merge_environment
 
 _SOURCE = Path(__file__).parent
-_DRIVER, _NVML = "libcuda.so.1", "libnvidia-ml.so.1"
+_DRIVER, _NVML, _LINKED = "libcuda.so.1", "libnvidia-ml.so.1", "libcuda.so"
 _CUDA = "cuda"  # a folder of the stand-in, where CUDA's headers lie in several
 _FLAGS = ("-shared", "-fPIC", "-O0", "-w", "-Wl,-z,noexecstack")
 _APART = ("nvml.c", "aten.c")  # another library, and a part of what aten.py writes
@@ -45,6 +53,7 @@ def build_stand_in(torch: Torch, home: Path) -> StandIn:
         UnsafeFolder: others own or may write the folder.
         CompileFailed: gcc does not take the source or the headers.
         CannotOpen: the system does not load what was built, as from a disk that is noexec.
+        BadRequest: the home's path is one that the system's loader would take for several.
     """
     missing = find_missing_build_tools(torch)
     if missing:
@@ -53,10 +62,17 @@ def build_stand_in(torch: Torch, home: Path) -> StandIn:
             hint="; ".join(dict.fromkeys(m.advice for m in missing)),
         )
     includes = find_cuda_includes(torch)
+    if ":" in str(home) or ";" in str(home):
+        raise BadRequest(
+            f"{home} has a colon or a semicolon in its path, where the loader ends a folder's name",
+            hint="set HUBAOTI_HOME to a folder without one",
+        )
     root = home / "stand-in"
     folder = root / _digest(torch, includes)
     with explain_disk_errors(root):
         _make_private(root)
+        if folder.is_dir() and not _is_whole(folder):  # as where caches of old files are tidied
+            shutil.rmtree(folder)
         if not folder.exists():
             _build(torch, includes, folder)
     _refuse_shared(folder)
@@ -64,14 +80,20 @@ def build_stand_in(torch: Torch, home: Path) -> StandIn:
 
 
 def _digest(torch: Torch, includes: Sequence[Path]) -> str:
-    """What a stand-in is made of, as 16 hex digits."""
+    """What it is made of, as 16 hex digits; where headers lie, too, since it may link to them."""
     digest = hashlib.sha256(f"{torch.version} {torch.git}".encode())
+    for folder in includes:
+        digest.update(hashlib.sha256(os.fsencode(folder)).digest())
     ours = sorted(path for path in _SOURCE.iterdir() if path.suffix in (".c", ".h", ".py"))
     theirs = [folder / name for name in HEADERS for folder in includes]
     theirs.append(torch.path / "include" / SHIMS)
     for path in [*ours, *filter(Path.is_file, theirs)]:
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (_DRIVER, _NVML, _LINKED))
 
 
 def _build(torch: Torch, includes: Sequence[Path], folder: Path) -> None:
@@ -113,7 +135,7 @@ def _compile(torch: Torch, includes: Sequence[Path], folder: Path) -> None:
             " hubaoti doctor --build says what is missing",
         ) from error
     shutil.rmtree(sources)
-    (folder / "libcuda.so").symlink_to(_DRIVER)
+    (folder / _LINKED).symlink_to(_DRIVER)
     if not (includes[0] / "crt").is_dir():
         _merge_headers(includes, folder / _CUDA / "include")
 
@@ -128,7 +150,15 @@ def _merge_headers(includes: Sequence[Path], merged: Path) -> None:
 
 def _run_gcc(arguments: list[str], library: Path) -> None:
     command = ["gcc", *_FLAGS, f"-Wl,-soname,{library.name}", *arguments, "-o", str(library)]
-    subprocess.run(command, capture_output=True, text=True, check=True)
+    # What it says is looked into, whatever language this user speaks.
+    subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=True,
+        env=merge_environment({"LC_ALL": "C"}),
+    )
 
 
 def _try_loading(library: Path) -> None:
@@ -139,7 +169,7 @@ def _try_loading(library: Path) -> None:
     """
     code = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
     command = [sys.executable, "-I", "-S", "-c", code, str(library)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         said = done.stderr.strip().splitlines()
         raise CannotOpen(
@@ -150,8 +180,10 @@ def _try_loading(library: Path) -> None:
 
 def _make_private(root: Path) -> None:
     """The folder of all stand-ins, for this user alone: what lies in it is loaded and linked."""
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _refuse_shared(root.parent, stat.S_IWGRP | stat.S_IWOTH)
+    root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    root.mkdir(mode=0o700, exist_ok=True)
+    # A home may be a link of this user's, as to a larger disk.
+    _refuse_shared(root.parent.resolve(), stat.S_IWGRP | stat.S_IWOTH)
     _refuse_shared(root)
 
 
@@ -166,7 +198,8 @@ def _refuse_shared(folder: Path, rights: int = stat.S_IRWXG | stat.S_IRWXO) -> N
     if not ours or found.st_mode & rights:
         raise UnsafeFolder(
             f"{folder} belongs to somebody else, or others may write it",
-            hint=f"remove it, or: chmod {'go-w' if rights != 0o077 else '700'} {folder}",
+            hint=f"remove it, or: chmod {'go-w' if rights != 0o077 else '700'} {folder}; where "
+            "that changes nothing, set HUBAOTI_HOME to a folder that is yours alone",
         )
 
 

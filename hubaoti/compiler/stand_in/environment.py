@@ -60,7 +60,8 @@ class StandIn:
             "STAND_IN_MEMORY": "" if memory is None else str(memory),
             "STAND_IN_LOG": "" if log is None else str(log),
             "STAND_IN_READS": "" if reads else "no",
-            "LD_PRELOAD": str(self.library),
+            # A space ends a name there; by its own it is found in the first folder below.
+            "LD_PRELOAD": self.library.name if " " in folder else str(self.library),
             "LD_LIBRARY_PATH": ":".join([folder, *loaded]),
             "LIBRARY_PATH": ":".join([folder, *linked]),
             "CUDA_HOME": str(self.cuda_home),

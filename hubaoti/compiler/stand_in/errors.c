@@ -87,6 +87,7 @@ void note(const char *format, ...) {
     va_start(rest, format);
     int length = vsnprintf(line, sizeof line - 1, format, rest);
     va_end(rest);
+    if (length < 0) return;
     if (length > (int)sizeof line - 2) length = sizeof line - 2;
     line[length++] = '\n';
     if (write(file, line, length) < 0) return; /* a log that cannot be written is no log */

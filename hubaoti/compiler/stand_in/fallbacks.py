@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hubaoti.settings import merge_environment
+
 HEADERS = (
     "cuda.h",
     "cuda_runtime_api.h",
@@ -68,7 +70,13 @@ def write_fallbacks(includes: Sequence[Path]) -> str:
     listing = "".join(f'#include "{name}"\n' for name in HEADERS if _is_there(name, includes))
     flags = [f"-I{folder}" for folder in includes]
     done = subprocess.run(
-        ["gcc", "-E", "-P", *flags, "-"], input=listing, capture_output=True, text=True, check=True
+        ["gcc", "-E", "-P", *flags, "-"],
+        input=listing,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=True,
+        env=merge_environment({"LC_ALL": "C"}),
     )
     found = {match[2]: match for match in _DECLARATION.finditer(_NOISE.sub("", done.stdout))}
     bodies = [

@@ -56,13 +56,18 @@ static int add_block(struct block block) {
     return 1;
 }
 
+/* A device's blocks are of one kind, whichever's they are; memory of the host's is of two. */
+static int is_same_kind(int device, int other) {
+    return device < 0 ? device == other : other >= 0;
+}
+
 /* Take the block that begins at an address; one without a size if none does. */
 static struct block take_block(const void *address, int device) {
     struct block found = {0};
     pthread_mutex_lock(&lock);
     size_t place = find_place(address);
     if (place && blocks[place - 1].address == address
-        && (blocks[place - 1].device < 0) == (device < 0)) {
+        && is_same_kind(device, blocks[place - 1].device)) {
         found = blocks[place - 1];
         memmove(blocks + place - 1, blocks + place, (block_count-- - place) * sizeof *blocks);
         count_live(found.device < 0 ? PINNED : MEMORY, -1);
@@ -215,7 +220,12 @@ cudaError_t cudaHostAlloc(void **pointer, size_t size, unsigned flags) {
     *pointer = NULL;
     if (!size) return cudaSuccess;
     if (posix_memalign(pointer, PAGE, size)) return fail(cudaErrorMemoryAllocation);
-    return pin(*pointer, size, -1);
+    cudaError_t error = pin(*pointer, size, -1);
+    if (error) {
+        free(*pointer);
+        *pointer = NULL;
+    }
+    return error;
 }
 
 cudaError_t cudaMallocHost(void **pointer, size_t size) { return cudaHostAlloc(pointer, size, 0); }
@@ -271,7 +281,7 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
         *(int *)value = found.device < 0 ? current_device : found.device;
         break;
     case CU_POINTER_ATTRIBUTE_CONTEXT:
-        *(CUcontext *)value = (CUcontext)(uintptr_t)(found.device + 1);
+        *(CUcontext *)value = (CUcontext)(uintptr_t)(found.device < 0 ? 0 : found.device + 1);
         break;
     case CU_POINTER_ATTRIBUTE_IS_MANAGED: *(unsigned *)value = 0; break;
     case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:

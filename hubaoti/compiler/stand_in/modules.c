@@ -121,6 +121,7 @@ static void read_attributes(const struct image *image, struct module *module,
         memcpy(&length, at + 2, sizeof length);
         at += 4;
         if (format != EIFMT_SVAL) continue;
+        if (length > end - at) return;
         uint32_t value[3] = {0};
         memcpy(value, at, length < sizeof value ? length : sizeof value);
         take_attribute(image, module, function, attribute, value);
@@ -132,6 +133,7 @@ static void read_functions(const struct image *image, struct module *module,
                            const struct chip *chip) {
     int sections = image->head->e_shnum;
     module->functions = calloc(sections, sizeof *module->functions);
+    if (!module->functions) return;
     for (int i = 0; i < sections; i++)
         if (!strncmp(name_section(image, i), ".text.", 6)) {
             struct function *made = &module->functions[module->count++];
@@ -160,6 +162,7 @@ CUresult cuModuleLoadData(CUmodule *made, const void *start) {
     if (!error) error = check_capability(&image, chip);
     if (error) return error;
     struct module *module = calloc(1, sizeof *module);
+    if (!module) return CUDA_ERROR_OUT_OF_MEMORY;
     read_functions(&image, module, chip);
     *made = (CUmodule)module;
     count_live(MODULE, 1);
@@ -306,7 +309,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **p
 
 /* How many blocks a processor holds, by threads, registers and shared memory. */
 int count_blocks(const struct chip *chip, int threads, int registers, size_t shared) {
-    int blocks = chip->threads / (threads > 0 ? threads : 1);
+    if (threads < 1) threads = 1;
+    int blocks = chip->threads / threads;
     if (registers > 0 && 65536 / (registers * threads) < blocks)
         blocks = 65536 / (registers * threads);
     if (shared && (int)(chip->processor_shared / (shared + 1024)) < blocks)
