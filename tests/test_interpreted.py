@@ -142,7 +142,7 @@ class Lowered:
 
     def damage(self, folder: Path, file: str, old: str, new: str) -> Lowered:
         """A copy with another text in one of its files, which had the first one."""
-        home = Path(self.request.package).parent
+        home = Path(os.fsdecode(self.request.package)).parent
         shutil.copytree(home, folder)
         (path,) = (each for each in folder.rglob(file) if old.encode() in each.read_bytes())
         path.chmod(0o600)
@@ -152,8 +152,8 @@ class Lowered:
 
 def move_request(request: InterpretRequest, folder: Path) -> InterpretRequest:
     """A request for a package and what was kept in another folder."""
-    package, keep = str(folder / "unpacked"), str(folder / "keep")
-    return msgspec.structs.replace(request, package=package, keep=keep, shipped=str(folder))
+    package, keep = os.fsencode(folder / "unpacked"), os.fsencode(folder / "keep")
+    return msgspec.structs.replace(request, package=package, keep=keep, shipped=os.fsencode(folder))
 
 
 @pytest.fixture(scope="module")
@@ -188,10 +188,10 @@ def lower_case(case: Case, folder: Path, stand_in: StandIn, damage: str = "") ->
     middle = {name: (low + high) // 2 | 1 for name, (low, high) in case.bounds.items()}
     request = InterpretRequest(
         entry=msgspec.structs.replace(entry, members=members),
-        package="",
-        program=str(folder / "program.pt2"),
-        keep="",
-        shipped="",
+        package=b"",
+        program=os.fsencode(folder / "program.pt2"),
+        keep=b"",
+        shipped=b"",
         points=[lows, middle, highs],
         tolerance=EXACT,
         seconds=120.0,
@@ -307,7 +307,7 @@ def test_a_wrong_constant_is_found(block: Lowered, tmp_path: Path) -> None:
 
 @pytest.mark.cuda
 def test_a_table_of_other_numbers_is_found(block: Lowered, tmp_path: Path) -> None:
-    shutil.copytree(Path(block.request.package).parent, tmp_path / "made")
+    shutil.copytree(Path(os.fsdecode(block.request.package)).parent, tmp_path / "made")
     save_tensors({"table": torch.linspace(-1, 1.1, 512)}, tmp_path / "made" / BUFFERS)
     moved = replace(block, request=move_request(block.request, tmp_path / "made"))
     with pytest.raises(CheckFailed, match="differs from its program"):
@@ -326,7 +326,7 @@ def test_two_exchanged_constants_are_found(block: Lowered, tmp_path: Path) -> No
 
 @pytest.mark.cuda
 def test_a_stride_of_the_example_s_length_is_found(block: Lowered, tmp_path: Path) -> None:
-    code = next(Path(block.request.keep).glob("*.wrapper.cpp")).read_text()
+    code = next(Path(os.fsdecode(block.request.keep)).glob("*.wrapper.cpp")).read_text()
     strides = [word for word in ("64*ks0", "ks0*") if word in code]
     wrong = block.damage(
         tmp_path / "made", "*.wrapper.cpp", strides[0], strides[0].replace("ks0", "12")
@@ -382,10 +382,10 @@ def make_request(points: int = 2) -> InterpretRequest:
     )
     return InterpretRequest(
         entry=entry,
-        package="",
-        program="",
-        keep="",
-        shipped="",
+        package=b"",
+        program=b"",
+        keep=b"",
+        shipped=b"",
         points=[{"n": n} for n in range(1, 1 + points)],
         tolerance=EXACT,
         seconds=1.0,

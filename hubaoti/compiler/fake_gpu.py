@@ -41,7 +41,7 @@ def pretend_gpu(capability: int) -> Iterator[None]:
         "is_bf16_supported": lambda including_emulation=True: including_emulation or major >= 8,
     }
     # Functions of TorchScript would be compiled for the GPU, by its driver.
-    unfused = torch.jit.optimized_execution(False)  # type: ignore[no-untyped-call]
+    unfused = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
     with unfused, _answer(answers, torch.device("cuda")), _leave_gpu_alone(), _Together():
         yield
 

@@ -186,10 +186,10 @@ def _make_question(build: _Build, entry: Graph, folder: Path) -> InterpretReques
     coarse = verify.COARSE.get(words.quantization or "", 0.0)
     return InterpretRequest(
         entry=entry,
-        package=str(folder / UNPACKED),
-        program=str(build.compared.path),
-        keep=str(folder / KEEP),
-        shipped=str(build.scratch),
+        package=os.fsencode(folder / UNPACKED),
+        program=os.fsencode(build.compared.path),
+        keep=os.fsencode(folder / KEEP),
+        shipped=os.fsencode(build.scratch),
         points=choose_points(build.compared.traced.unit.bounds),
         tolerance=max(INTERPRETED_TOLERANCE[words.dtype], coarse),
         seconds=_INTERPRET_SECONDS,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # What a lowering leaves in its folder: the package, what lies in it, and what tells of its kernels.
 PACKAGE, UNPACKED, KEEP = "package.pt2", "unpacked", "keep"
+_TRACE = 20_000  # characters of a traceback that a report has
 _SECONDS = 3600.0  # of lowering one program, at most
 
 

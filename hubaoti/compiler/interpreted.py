@@ -47,10 +47,10 @@ class InterpretRequest(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     entry: Graph
-    package: str
-    program: str
-    keep: str
-    shipped: str
+    package: bytes
+    program: bytes
+    keep: bytes
+    shipped: bytes
     points: list[dict[str, int]]
     tolerance: float
     seconds: float

@@ -6,6 +6,7 @@ tensor has memory of its own: what reads or writes beyond it ends the process.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,7 @@ from hubaoti.compiler.interpreter.memory import carry_over, see_on_host
 from hubaoti.compiler.precision import HALF, InFloat32, widen
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.saved_program import load_program
+from hubaoti.compiler.stand_in import require_stand_in
 from hubaoti.compiler.verify import (
     Trial,
     cap_probe,
@@ -65,6 +67,7 @@ def main() -> None:
     channel = join_parent(is_awaited=True)
     request: InterpretRequest = channel.receive(InterpretRequest)
     try:
+        require_stand_in()
         register_ops(request.ops, request.search)
         for answer in answer_request(request):
             channel.send(answer)
@@ -81,7 +84,7 @@ def answer_request(request: InterpretRequest) -> Iterator[Answer]:
         MissingConstant: a constant that ships with the artifact is not in its file.
     """
     # Where the sources are that the build removes: this process may be ended, or end itself.
-    with tempfile.TemporaryDirectory(dir=request.keep) as scratch:
+    with tempfile.TemporaryDirectory(dir=os.fsdecode(request.keep)) as scratch:
         try:
             yield from _compare_points(request, Path(scratch))
         except NotInterpreted as error:
@@ -143,12 +146,12 @@ def _prepare_comparison(request: InterpretRequest, scratch: Path) -> _Comparison
     """Open the package as users do, and bind it and the programs to the same constants."""
     entry, device = request.entry, torch.device("cuda", request.device)
     prepare()
-    calls = Calls(read_kernels(Path(request.keep), scratch))
+    calls = Calls(read_kernels(Path(os.fsdecode(request.keep)), scratch))
     calls.listen()
-    graph = open_graph(Path(request.package), entry, device)
-    constants = _make_constants(entry, Path(request.shipped), device)
+    graph = open_graph(Path(os.fsdecode(request.package)), entry, device)
+    constants = _make_constants(entry, Path(os.fsdecode(request.shipped)), device)
     graph.bind(constants)
-    program = load_program(Path(request.program))
+    program = load_program(Path(os.fsdecode(request.program)))
     return _Comparison(graph, calls, _bind_program(program, entry, constants))
 
 
