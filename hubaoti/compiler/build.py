@@ -30,7 +30,7 @@ from hubaoti.compiler.stand_in import StandIn
 from hubaoti.compiler.targets import derive_requirements
 from hubaoti.disk import OUTPUT, TEMPORARY, require_disk_room
 from hubaoti.errors import CompileFailed
-from hubaoti.host.memory import OVERHEAD, Peak, require_memory
+from hubaoti.host.memory import OVERHEAD, Peak, read_available_memory, require_memory
 from hubaoti.host.probe import Host
 from hubaoti.progress import Progress
 from hubaoti.runtime.golden import GOLDEN, sample_answers
@@ -64,7 +64,10 @@ def build(
     # Of a module on a GPU each unit is copied from there, which a forked process cannot do.
     is_copied = plan.source.live and lies_on_gpu(plan.source.model)
     units_at_once = 1 if is_copied else min(at_once, len(plan.units))
-    tools = GpuTools(stand_in, max(1, at_once // units_at_once)) if stand_in else None
+    tools = None
+    if stand_in is not None:
+        memory = read_available_memory() // at_once
+        tools = GpuTools(stand_in, max(1, at_once // units_at_once), memory)
     with Peak.watch() as peak, ExitStack() as bundles:
         scratches = [bundles.enter_context(write_bundle(output)) for output in jobs]
         for scratch in scratches:

@@ -38,7 +38,6 @@ from hubaoti.compiler.saved_program import find_op_modules, save_program
 from hubaoti.compiler.stand_in import StandIn
 from hubaoti.compiler.traced import CPU, Traced, add_package, describe_graph, make_trial
 from hubaoti.errors import HubaotiError
-from hubaoti.host.memory import read_available_memory
 from hubaoti.progress import Progress
 
 _INTERPRET_SECONDS = 40.0  # of all points of a graph
@@ -47,10 +46,14 @@ _INTERPRET_MEMORY = 8 << 30  # bytes, of a graph's weights and activations
 
 @dataclass(frozen=True, slots=True)
 class GpuTools:
-    """What stands in for GPUs, and how many graphs are built side by side."""
+    """What stands in for GPUs, how many graphs are built side by side, and the memory of each.
+
+    The memory is in bytes: a process that interprets takes no more.
+    """
 
     stand_in: StandIn
     at_once: int
+    memory: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class _Build:
     job: Job
     scratch: Path
     compared: _Compared
-    stand_in: StandIn
+    tools: GpuTools
 
 
 def build_for_gpus(
@@ -92,7 +95,7 @@ def build_for_gpus(
         compared, answers = _compare(jobs[0], traced, scratches[0], folder / "program.pt2")
         free_memory(traced.place.module)
         builds = [
-            _Build(f"{traced.unit.id}-sm{job.target.sm}", job, scratch, compared, tools.stand_in)
+            _Build(f"{traced.unit.id}-sm{job.target.sm}", job, scratch, compared, tools)
             for job, scratch in zip(jobs, scratches, strict=True)
         ]
         built = build_all(builds, _build_one, tools.at_once, folder, progress)
@@ -156,8 +159,8 @@ def _lower_and_check(build: _Build) -> BuiltUnit:
     folder = compared.path.parent / build.id
     folder.mkdir()
     request = _make_request(build, folder)
-    under = build.stand_in.environment((request.sm,), reads=False)
-    environment = build.stand_in.link_environment() if request.measures else under
+    under = build.tools.stand_in.environment((request.sm,), reads=False)
+    environment = build.tools.stand_in.link_environment() if request.measures else under
     lowered = lower_elsewhere(request, environment)
     shutil.move(folder / PACKAGE, build.scratch / compared.entry.file)
     described, files = describe_graph(compared.traced, source, lowered.fqns, build.scratch)
@@ -171,7 +174,7 @@ def _lower_and_check(build: _Build) -> BuiltUnit:
         device_code=read_device_code(folder / KEEP, folder / UNPACKED) or msgspec.UNSET,
     )
     question = _make_question(build, entry, folder)
-    found = interpret(question, build.stand_in, build.job.target.sm or 0)
+    found = interpret(question, build.tools.stand_in, build.job.target.sm or 0)
     left_out = (f"{verify.format_sizes(each.sizes)}: {each.reason}" for each in found.left_out)
     untold = (*found.not_interpreted, *left_out)
     entry = msgspec.structs.replace(entry, not_interpreted=untold or msgspec.UNSET)
@@ -193,7 +196,7 @@ def _make_question(build: _Build, entry: Graph, folder: Path) -> InterpretReques
         points=choose_points(build.compared.traced.unit.bounds),
         tolerance=max(INTERPRETED_TOLERANCE[words.dtype], coarse),
         seconds=_INTERPRET_SECONDS,
-        memory=min(_INTERPRET_MEMORY, read_available_memory()),
+        memory=min(_INTERPRET_MEMORY, build.tools.memory),
         ops=find_op_modules(build.compared.traced.exported.program),
     )
 

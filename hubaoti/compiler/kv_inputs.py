@@ -235,9 +235,11 @@ def attend_unmasked(
     Raises:
         CompileFailed: as `attend_grouped` does.
     """
-    _refuse_unknown(rest)
+    is_grouped = query.shape[1] != key.shape[1]
+    if is_grouped:
+        _refuse_unknown(rest)
     looked = nn.functional.scaled_dot_product_attention(
-        query, key, value, scale=rest.get("scaling"), enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, scale=rest.get("scaling"), enable_gqa=is_grouped
     )
     return looked.transpose(1, 2).contiguous(), None
 
