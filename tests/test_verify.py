@@ -23,11 +23,11 @@ from hubaoti.compiler.verify import (
     CHECK_TOLERANCE,
     Trial,
     cap_probe,
-    measure_difference,
     record_comparison,
     try_eager,
 )
 from hubaoti.errors import BadDim, CheckFailed, CompileFailed
+from hubaoti.runtime.golden import measure_difference
 from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.synthetic import fill_synthetic
 

@@ -19,7 +19,7 @@ import torch
 from hubaoti.artifact.schema import Check, Graph
 from hubaoti.compiler import elf, verify
 from hubaoti.compiler.built import BuiltGraph, BuiltUnit, fill_tied_constants, record_golden
-from hubaoti.compiler.callspec import ARCHIVE, record_call_spec, require_direct
+from hubaoti.compiler.callspec import ARCHIVE
 from hubaoti.compiler.cpu_program import ProgramOnCpu, list_constants
 from hubaoti.compiler.cubins import read_device_code
 from hubaoti.compiler.gpu_lowering import KEEP, PACKAGE, UNPACKED, LowerRequest, lower_elsewhere
@@ -36,7 +36,7 @@ from hubaoti.compiler.parallel import build_all
 from hubaoti.compiler.precision import HALF
 from hubaoti.compiler.saved_program import find_op_modules, save_program
 from hubaoti.compiler.stand_in import StandIn
-from hubaoti.compiler.traced import CPU, Traced, add_package, describe_graph, make_trial
+from hubaoti.compiler.traced import CPU, Traced, describe_graph, describe_package, make_trial
 from hubaoti.errors import HubaotiError
 from hubaoti.progress import Progress
 
@@ -58,12 +58,16 @@ class GpuTools:
 
 @dataclass(frozen=True, slots=True)
 class _Compared:
-    """A program that was compared with eager, saved at `path`; its entry, and what came of it."""
+    """A program that was compared with eager, saved at `path`; its entry, and what came of it.
+
+    `ops` are the modules that register ops of it which not every process has.
+    """
 
     traced: Traced
     path: Path
     entry: Graph
     checks: tuple[Check, ...]
+    ops: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,7 @@ def _compare(
         fill_tied_constants(entry, place.module)
     entry, answers = record_golden(run, scratch, by_rule)
     save_program(program, path)
-    return _Compared(traced, path, entry, checks), answers
+    return _Compared(traced, path, entry, checks, find_op_modules(program)), answers
 
 
 class _ProgramGraph:
@@ -163,11 +167,8 @@ def _lower_and_check(build: _Build) -> BuiltUnit:
     environment = build.tools.stand_in.link_environment() if request.measures else under
     lowered = lower_elsewhere(request, environment)
     shutil.move(folder / PACKAGE, build.scratch / compared.entry.file)
-    described, files = describe_graph(compared.traced, source, lowered.fqns, build.scratch)
-    entry = add_package(described, build.scratch)
-    entry = record_call_spec(entry, compared.traced.spec, lowered.call_spec, source.model)
-    if source.layout:
-        require_direct(entry)
+    read = lowered.fqns, lowered.call_spec
+    entry, files = describe_package(compared.traced, source, read, build.scratch)
     entry = msgspec.structs.replace(
         entry,
         golden=compared.entry.golden,
@@ -197,7 +198,7 @@ def _make_question(build: _Build, entry: Graph, folder: Path) -> InterpretReques
         tolerance=max(INTERPRETED_TOLERANCE[words.dtype], coarse),
         seconds=_INTERPRET_SECONDS,
         memory=min(_INTERPRET_MEMORY, build.tools.memory),
-        ops=find_op_modules(build.compared.traced.exported.program),
+        ops=build.compared.ops,
     )
 
 
@@ -218,5 +219,5 @@ def _make_request(build: _Build, folder: Path) -> LowerRequest:
         where=f"{job.key[:12]}-{traced.unit.id}",
         root=ARCHIVE if job.plan.source.layout else traced.unit.id,
         spec=traced.spec,
-        ops=find_op_modules(traced.exported.program),
+        ops=build.compared.ops,
     )

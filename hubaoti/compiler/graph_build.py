@@ -10,7 +10,7 @@ from pathlib import Path
 from hubaoti.artifact.package import unpack_all
 from hubaoti.compiler import elf, verify
 from hubaoti.compiler.built import BuiltGraph, BuiltUnit, fill_tied_constants, record_golden
-from hubaoti.compiler.callspec import ARCHIVE, record_call_spec, require_direct
+from hubaoti.compiler.callspec import ARCHIVE
 from hubaoti.compiler.gpu_build import GpuTools, build_for_gpus
 from hubaoti.compiler.graph_plans import GraphPlan
 from hubaoti.compiler.inductor import lower
@@ -20,7 +20,7 @@ from hubaoti.compiler.traced import (
     CPU,
     Traced,
     add_package,
-    describe_graph,
+    describe_package,
     draft_graph,
     make_trial,
     trace,
@@ -94,14 +94,10 @@ def _check_graph(job: Job, traced: Traced, unpacked: Path, scratch: Path) -> Bui
     """Describe a compiled graph, compare it with eager, and ask it the golden questions."""
     source, place = job.plan.source, traced.place
     bare = add_package(draft_graph(traced.unit), scratch)
-    fqns = open_graph(unpacked, bare, CPU).read_constant_fqns()
-    described, files = describe_graph(traced, source, fqns, scratch)
-    entry = add_package(described, scratch)
+    opened = open_graph(unpacked, bare, CPU)
+    read = opened.read_constant_fqns(), opened.read_call_spec()
+    entry, files = describe_package(traced, source, read, scratch)
     graph = open_graph(unpacked, entry, CPU)
-    entry = record_call_spec(entry, traced.spec, graph.read_call_spec(), source.model)
-    graph.entry = entry
-    if source.layout:
-        require_direct(entry)
     graph.bind(verify.share_constants(place.module, entry, scratch))
     checks = verify.verify(graph, make_trial(source, traced.unit, entry, place))
     by_rule = not source.live and not place.made

@@ -14,6 +14,8 @@ from torch.export.graph_signature import InputKind
 from torch.export.passes import move_to_device_pass
 from torch.utils._pytree import tree_unflatten
 
+from hubaoti.compiler.symbols import list_placeholders
+
 # The namespaces of ops that every process has.
 _EVERYWHERE = {
     "aten",
@@ -56,12 +58,11 @@ def put_on_device(program: ExportedProgram, device: torch.device) -> ExportedPro
 
     Torch's own move would copy the one element of each weight over all of it.
     """
-    inputs = zip(program.graph_signature.input_specs, _list_placeholders(program), strict=True)
-    for spec, node in inputs:
-        if spec.kind is InputKind.PARAMETER:
-            like = node.meta["val"]
-            made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
-            program.state_dict[str(spec.target)] = nn.Parameter(made, requires_grad=False)
+    weights = list_placeholders(program, InputKind.PARAMETER)
+    for name, node in zip(program.graph_signature.parameters, weights, strict=True):
+        like = node.meta["val"]
+        made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+        program.state_dict[name] = nn.Parameter(made, requires_grad=False)
     moved = move_to_device_pass(program, str(device))
     # AOTInductor asks for a call, whose tensors may have names.
     examples = [*_make_examples(moved, device)]
@@ -69,18 +70,12 @@ def put_on_device(program: ExportedProgram, device: torch.device) -> ExportedPro
     return moved
 
 
-def _list_placeholders(program: ExportedProgram) -> list[torch.fx.Node]:
-    return [node for node in program.graph.nodes if node.op == "placeholder"]
-
-
 def _make_examples(program: ExportedProgram, device: torch.device) -> Iterator[Any]:
     """Inputs of a call at the sizes that the program was traced with."""
-    inputs = zip(program.graph_signature.input_specs, _list_placeholders(program), strict=True)
-    for spec, node in inputs:
-        if spec.kind is InputKind.USER_INPUT:
-            like = node.meta["val"]
-            shape = [size if isinstance(size, int) else size.node.hint for size in like.shape]
-            yield torch.empty(shape, dtype=like.dtype, device=device)
+    for node in list_placeholders(program):
+        like = node.meta["val"]
+        shape = [size if isinstance(size, int) else size.node.hint for size in like.shape]
+        yield torch.empty(shape, dtype=like.dtype, device=device)
 
 
 def find_op_modules(program: ExportedProgram) -> tuple[str, ...]:

@@ -53,12 +53,10 @@ def get_fake_value(program: ExportedProgram, index: int) -> Any:
     return list_placeholders(program)[index].meta["val"]
 
 
-def list_placeholders(program: ExportedProgram) -> list[torch.fx.Node]:
-    """The nodes of a program's user inputs, in order, without its parameters and constants."""
-    names = [
-        spec.arg.name
-        for spec in program.graph_signature.input_specs
-        if spec.kind is InputKind.USER_INPUT
-    ]
+def list_placeholders(
+    program: ExportedProgram, kind: InputKind = InputKind.USER_INPUT
+) -> list[torch.fx.Node]:
+    """The nodes of a program's inputs of a kind, in order; by default what a call gives."""
+    names = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is kind]
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     return [nodes[name] for name in names]

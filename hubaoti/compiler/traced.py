@@ -16,7 +16,7 @@ from hubaoti.artifact.bundle import make_file_entry
 from hubaoti.artifact.package import list_members
 from hubaoti.artifact.schema import File, Graph, Outputs
 from hubaoti.compiler import constants, verify
-from hubaoti.compiler.callspec import CallSpec, make_call_spec, require_direct
+from hubaoti.compiler.callspec import CallSpec, make_call_spec, record_call_spec, require_direct
 from hubaoti.compiler.constants import ConstantsFile, collect_named_tensors
 from hubaoti.compiler.device_code import require_same_on_gpu, settle_autocast
 from hubaoti.compiler.dims import choose_example_sizes, choose_probes
@@ -266,6 +266,24 @@ def describe_graph(
         constants.save_tensors(shipped, scratch / place.file)
         files = (make_file_entry(scratch, place.file),)
     return msgspec.structs.replace(draft_graph(traced.unit, outputs), constants=listed), files
+
+
+def describe_package(
+    traced: Traced, source: Source, read: tuple[Iterable[str], Sequence[str]], scratch: Path
+) -> tuple[Graph, tuple[File, ...]]:
+    """The manifest's graph of a package that lies in its bundle, of which the constants that it
+    reads and its call spec were `read`; and the files that it needs beside it.
+
+    Raises:
+        CompileFailed: it has a layout, and its loaders could not call it.
+    """
+    fqns, call_spec = read
+    described, files = describe_graph(traced, source, fqns, scratch)
+    entry = add_package(described, scratch)
+    entry = record_call_spec(entry, traced.spec, call_spec, source.model)
+    if source.layout:
+        require_direct(entry)
+    return entry, files
 
 
 def add_package(entry: Graph, scratch: Path) -> Graph:

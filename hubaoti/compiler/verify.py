@@ -26,7 +26,12 @@ from hubaoti.compiler.dims import DimRanges, Probe, Sizes, choose_probes, nest_s
 from hubaoti.compiler.precision import InFloat32, widen
 from hubaoti.compiler.regions import list_block_attributes
 from hubaoti.errors import BadDim, CheckFailed, CompileFailed, first_line
-from hubaoti.runtime.golden import dtype_itemsize, make_golden_inputs, resolve_shape
+from hubaoti.runtime.golden import (
+    dtype_itemsize,
+    make_golden_inputs,
+    measure_difference,
+    resolve_shape,
+)
 from hubaoti.runtime.weights import load_shipped_tensors
 
 # Largest difference allowed, as a part of the largest value: float32 sums in another order, the
@@ -39,7 +44,6 @@ _FEW_TOKENS = 16  # a call of fewer takes as long: it waits for the weights
 _MANY_TOKENS = 64  # and of these on a busy machine; a probe too long only shortens the next
 MEMORY = 256 << 20  # bytes of activations, for one probe
 _FLOAT32_SECONDS = 4.0  # of eager in float32, which takes several times as long
-_PART = 4 << 20  # elements that are compared at a time, since in double precision they are large
 _PROGRAM_MEMORY = 64 << 20  # of a program's, whose weights are in memory beside all that lowers it
 _HELD_TENSORS = 8  # tensors of the size of what goes in and out that are held at once
 
@@ -228,20 +232,6 @@ def record_comparison(
         tolerance=tolerance,
         capped=probe.capped,
     )
-
-
-def measure_difference(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
-    """The largest difference and the largest value; infinite where only one of them answers nan."""
-    difference, largest = 0.0, 0.0
-    ours, theirs = ours.flatten(), theirs.flatten()
-    for start in range(0, ours.numel(), _PART):
-        left, right = (each[start : start + _PART].double() for each in (ours, theirs))
-        same = (left == right) | (left.isnan() & right.isnan())
-        apart = torch.where(same, 0.0, left - right).abs().nan_to_num(nan=float("inf"))
-        finite = right[right.isfinite()].abs()
-        difference = max(difference, apart.max().item() if apart.numel() else 0.0)
-        largest = max(largest, finite.max().item() if finite.numel() else 0.0)
-    return difference, largest or 1.0
 
 
 def cap_probe(

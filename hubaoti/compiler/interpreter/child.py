@@ -43,14 +43,17 @@ from hubaoti.compiler.verify import (
     Trial,
     cap_probe,
     count_tokens,
-    measure_difference,
     record_comparison,
 )
 from hubaoti.errors import CheckFailed, HubaotiError, MissingConstant
 from hubaoti.host.processes import join_parent
 from hubaoti.host.wire import ErrorRecord
 from hubaoti.runtime.custom_ops import register_ops
-from hubaoti.runtime.golden import estimate_answer_memory, make_golden_inputs
+from hubaoti.runtime.golden import (
+    estimate_answer_memory,
+    make_golden_inputs,
+    measure_difference,
+)
 from hubaoti.runtime.graph import Graph as Open
 from hubaoti.runtime.graph import open_graph
 from hubaoti.runtime.input_checks import parse_dtype
