@@ -372,6 +372,28 @@ def test_no_head_of_a_cache_is_repeated() -> None:
     assert query.meta["val"].shape[1] == 2
 
 
+@pytest.mark.parametrize("is_contiguous", [True, False])
+def test_folded_rows_are_laid_out_by_the_program_itself(is_contiguous: bool) -> None:
+    """Inductor may lay out in another way what was contiguous when attention was named (Phi-3)."""
+
+    def attend(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        query = (2 * query).transpose(1, 2)
+        query = torch.cat([query, query], -1) if is_contiguous else query
+        return sdpa(query, key, key, attn_mask=mask, enable_gqa=True)
+
+    width = 16 if is_contiguous else 32
+    tensors = [torch.randn(3, 6, 8, width), torch.randn(3, 2, 7, 32)]
+    mask = torch.ones(3, 1, 6, 7, dtype=torch.bool)
+    shapes = ({0: BATCH, 1: ROWS}, {0: BATCH, 2: KEYS}, {0: BATCH, 2: ROWS, 3: KEYS})
+    program = name_attention(export(attend, [*tensors, mask], shapes), FULL)
+    kernel = next(node for node in program.graph.nodes if node.target is EFFICIENT)
+    source = kernel.args[0]
+    while source.target in {aten.view.default, aten.reshape.default}:
+        source = source.args[0]
+    assert source.target is aten.clone.default
+    assert source.args[0].meta["val"].is_contiguous() == is_contiguous
+
+
 def test_a_mask_that_was_expanded_is_laid_out_once() -> None:
     shapes = ({0: BATCH, 2: ROWS}, {0: BATCH, 2: KEYS}, {0: BATCH, 3: KEYS})
 

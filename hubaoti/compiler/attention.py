@@ -302,23 +302,30 @@ def _call_efficient(call: _Attention) -> torch.Tensor:
     tensors = map(_align, call.tensors)
     answer: torch.Tensor = name(*tensors, mask, False, 0.0, call.causal, scale=call.scale)[0]
     if call.query.shape[1] != heads:
-        answer = answer.contiguous().view(batch, heads, rows, answer.shape[3])
+        answer = _lay_out(answer).view(batch, heads, rows, answer.shape[3])
     return answer
 
 
 def _fold_groups(call: _Attention) -> _Attention:
-    """The same with a head of the query for each of the keys, and the rows of a whole group.
-
-    Made contiguous first: what view a reshape can be is a guard of the example's sizes.
-    """
+    """The same with a head of the query for each of the keys, and the rows of a whole group."""
     group = (int(call.key.shape[1]), call.group)
-    query = _split_heads(call.query.contiguous(), group).flatten(2, 3)
+    query = _split_heads(_lay_out(call.query), group).flatten(2, 3)
     mask = call.mask
     if mask is not None and not (_is(mask.shape[1], 1) and _is(mask.shape[2], 1)):
         split = (1, 1) if _is(mask.shape[1], 1) else group
         mask = _split_heads(mask, split).expand(-1, -1, group[1], call.query.shape[2], -1)
-        mask = mask.contiguous().flatten(2, 3)
+        mask = _lay_out(mask).flatten(2, 3)
     return replace(call, query=query, mask=mask)
+
+
+def _lay_out(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy, of which a reshape is a view; inductor drops one that changes nothing.
+
+    `contiguous()` would be nothing where the tensor is laid out so, and inductor may lay it out in
+    another way (torch 2.11: a `cat` of transposed parts). What view a reshape of any layout can be
+    is a guard of the example's sizes.
+    """
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _split_heads(tensor: torch.Tensor, group: tuple[int, int]) -> torch.Tensor:
