@@ -12,12 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cuda_models import MODELS, SMS
+from torch import nn
 from under_stand_in import ask, make_stand_in
 
 import hubaoti
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.compiler.interpreted import INTERPRETED_TOLERANCE
+from hubaoti.compiler import gpu_build
+from hubaoti.compiler.interpreted import (
+    INTERPRETED_TOLERANCE,
+    Interpretation,
+    InterpretRequest,
+    interpret,
+)
 from hubaoti.compiler.stand_in import StandIn
 from hubaoti.host.match import judge_gpus
 from hubaoti.host.probe import Gpu, find_torch
@@ -110,6 +118,30 @@ def test_one_command_makes_a_bundle_for_each_capability(bundles: tuple[Bundle, .
     assert len({bundle.manifest.key for bundle in bundles}) == len(SMS)
     compared = [[c for c in b.manifest.checks if c.where == "cpu"] for b in bundles]
     assert compared[0] and compared[0] == compared[1] == compared[2], "one program, compared once"
+
+
+def test_packages_that_differ_in_machine_code_alone_are_interpreted_once(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def interpret_less(request: InterpretRequest, stand_in: StandIn, sm: int) -> Interpretation:
+        asked.append(sm)
+        return interpret(request, stand_in, sm)
+
+    monkeypatch.setattr(gpu_build, "interpret", interpret_less)
+    small = nn.Sequential(nn.Linear(8, 8), nn.GELU()).eval()
+    with torch.no_grad(), hubaoti.capture(small) as calls:
+        for rows in (3, 5):
+            small(torch.randn(rows, 8))
+    settings = Settings(home=home, endpoint="http://127.0.0.1:9")
+    folder = home.parent / "alike"
+    found = hubaoti.compile_for(small, SMS, folder, calls=calls, jobs=1, settings=settings)
+    checks = [[c for c in each.manifest.checks if c.where == "interpreted"] for each in found]
+    assert len(asked) == 1
+    assert checks[0]
+    assert checks[0] == checks[1] == checks[2]
+    assert len({each.manifest.graphs[0].device_code.capability for each in found}) == len(SMS)
 
 
 def test_answers_were_looked_at_at_three_sizes_and_more(bundles: tuple[Bundle, ...]) -> None:

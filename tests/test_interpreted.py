@@ -42,6 +42,7 @@ from hubaoti.compiler.interpreted import (
     InterpretRequest,
     LeftOut,
     Uninterpreted,
+    digest_sources,
     interpret,
     read_answers,
 )
@@ -348,6 +349,26 @@ def test_a_value_that_was_read_back_is_found(tmp_path: Path, stand_in: StandIn) 
     folded = lower_case(make_masked(), tmp_path, stand_in, lowered_for_gpu.FOLDED)
     with pytest.raises(CheckFailed, match="differs from its program"):
         folded.interpret()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("file", "old", "new", "alike"),
+    [
+        ("*.wrapper.cpp", f"cc={SM}", "cc=120", True),
+        ("*.wrapper.cpp", "1e-05", "1e-02", False),
+        ("*.wrapper.cpp", "launchKernel(", "launchKernel (", False),
+        ("kernels.json", "BLOCK", "BLOCKS", False),
+    ],
+)
+def test_packages_are_alike_whose_host_code_and_kernels_are(
+    block: Lowered, tmp_path: Path, file: str, old: str, new: str, alike: bool
+) -> None:
+    changed = block.damage(tmp_path / "made", file, old, new)
+    first, second = (
+        digest_sources(Path(os.fsdecode(each.request.keep))) for each in (block, changed)
+    )
+    assert (first == second) == alike
 
 
 @pytest.mark.cuda

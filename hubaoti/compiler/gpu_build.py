@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from hubaoti.compiler.interpreted import (
     INTERPRETED_TOLERANCE,
     InterpretRequest,
     choose_points,
+    digest_sources,
     interpret,
 )
 from hubaoti.compiler.job import Job
@@ -80,6 +82,16 @@ class _Build:
     compared: _Compared
     tools: GpuTools
 
+    @property
+    def sm(self) -> int:
+        """The capability that it is built for, 90 for 9.0."""
+        return self.job.target.sm or 0
+
+    @property
+    def folder(self) -> Path:
+        """Where what is not published lies."""
+        return self.compared.path.parent / self.id
+
 
 def build_for_gpus(
     jobs: Sequence[Job],
@@ -102,8 +114,10 @@ def build_for_gpus(
             _Build(f"{traced.unit.id}-sm{job.target.sm}", job, scratch, compared, tools)
             for job, scratch in zip(jobs, scratches, strict=True)
         ]
-        built = build_all(builds, _build_one, tools.at_once, folder, progress)
-    return BuiltUnit(tuple(graph for each in built for graph in each.graphs), answers)
+        lowered = build_all(builds, _lower_one, tools.at_once, folder, progress)
+        graphs = [graph for each in lowered for graph in each.graphs]
+        graphs = _interpret_all(builds, graphs, tools.at_once, folder)
+    return BuiltUnit(tuple(graphs), answers)
 
 
 def _compare(
@@ -148,40 +162,76 @@ class _ProgramGraph:
         return self.program(*inputs)
 
 
-def _build_one(build: _Build) -> BuiltUnit:
-    """Lower a program for one GPU, and describe what came of it; errors name the GPU."""
+@contextmanager
+def _name_gpu(build: _Build) -> Iterator[None]:
+    """Inside, errors of ours name the GPU that is built for."""
     try:
-        return _lower_and_check(build)
+        yield
     except HubaotiError as error:
-        message = f"{error}; built for sm{build.job.target.sm}"
+        message = f"{error}; built for sm{build.sm}"
         raise type(error)(message, hint=error.hint) from error
 
 
-def _lower_and_check(build: _Build) -> BuiltUnit:
-    """Lower a program for one GPU, describe what came of it, and have it interpreted."""
-    compared, source = build.compared, build.job.plan.source
-    folder = compared.path.parent / build.id
+def _lower_one(build: _Build) -> BuiltUnit:
+    """Lower a program for one GPU, and describe what came of it."""
+    compared, folder = build.compared, build.folder
     folder.mkdir()
-    request = _make_request(build, folder)
-    under = build.tools.stand_in.environment((request.sm,), reads=False)
-    environment = build.tools.stand_in.link_environment() if request.measures else under
-    lowered = lower_elsewhere(request, environment)
-    shutil.move(folder / PACKAGE, build.scratch / compared.entry.file)
-    read = lowered.fqns, lowered.call_spec
-    entry, files = describe_package(compared.traced, source, read, build.scratch)
-    entry = msgspec.structs.replace(
-        entry,
-        golden=compared.entry.golden,
-        device_code=read_device_code(folder / KEEP, folder / UNPACKED) or msgspec.UNSET,
-    )
-    question = _make_question(build, entry, folder)
-    found = interpret(question, build.tools.stand_in, build.job.target.sm or 0)
+    with _name_gpu(build):
+        request = _make_request(build, folder)
+        under = build.tools.stand_in.environment((request.sm,), reads=False)
+        environment = build.tools.stand_in.link_environment() if request.measures else under
+        lowered = lower_elsewhere(request, environment)
+        shutil.move(folder / PACKAGE, build.scratch / compared.entry.file)
+        read = lowered.fqns, lowered.call_spec
+        source = build.job.plan.source
+        entry, files = describe_package(compared.traced, source, read, build.scratch)
+        entry = msgspec.structs.replace(
+            entry,
+            golden=compared.entry.golden,
+            device_code=read_device_code(folder / KEEP, folder / UNPACKED) or msgspec.UNSET,
+        )
+        library = next((folder / UNPACKED).rglob("*.wrapper.so"))
+        return BuiltUnit((BuiltGraph(entry, elf.read_needs(library), files, compared.checks),))
+
+
+def _interpret_all(
+    builds: Sequence[_Build], graphs: Sequence[BuiltGraph], at_once: int, scratch: Path
+) -> list[BuiltGraph]:
+    """The graphs with what is said of them once they were interpreted.
+
+    Graphs for several GPUs are interpreted as one where all that an interpreter looks at is the
+    same text: what else they have is machine code, which it does not.
+    """
+    digests = [digest_sources(build.folder / KEEP) for build in builds]
+    own = {build.id: graph for build, graph in zip(builds, graphs, strict=True)}
+    alike = dict(zip(reversed(digests), reversed(builds), strict=True))  # the first of each
+
+    def interpret_one(build: _Build) -> BuiltUnit:
+        with _name_gpu(build):
+            return BuiltUnit((_interpret(build, own[build.id]),))
+
+    told = build_all([*alike.values()], interpret_one, at_once, scratch)
+    found = {digest: each.graphs[0] for digest, each in zip(alike, told, strict=True)}
+    return [
+        _describe_as(graph, found[digest]) for graph, digest in zip(graphs, digests, strict=True)
+    ]
+
+
+def _describe_as(graph: BuiltGraph, interpreted: BuiltGraph) -> BuiltGraph:
+    """A graph with what was said of one whose sources are the same."""
+    untold = interpreted.graph.not_interpreted
+    entry = msgspec.structs.replace(graph.graph, not_interpreted=untold)
+    return msgspec.structs.replace(graph, graph=entry, checks=interpreted.checks)
+
+
+def _interpret(build: _Build, graph: BuiltGraph) -> BuiltGraph:
+    """Have a graph interpreted, and say what was found, and what could not be asked."""
+    question = _make_question(build, graph.graph, build.folder)
+    found = interpret(question, build.tools.stand_in, build.sm)
     left_out = (f"{verify.format_sizes(each.sizes)}: {each.reason}" for each in found.left_out)
     untold = (*found.not_interpreted, *left_out)
-    entry = msgspec.structs.replace(entry, not_interpreted=untold or msgspec.UNSET)
-    library = next((folder / UNPACKED).rglob("*.wrapper.so"))
-    checks = (*compared.checks, *found.checks)
-    return BuiltUnit((BuiltGraph(entry, elf.read_needs(library), files, checks),))
+    entry = msgspec.structs.replace(graph.graph, not_interpreted=untold or msgspec.UNSET)
+    return msgspec.structs.replace(graph, graph=entry, checks=(*graph.checks, *found.checks))
 
 
 def _make_question(build: _Build, entry: Graph, folder: Path) -> InterpretRequest:

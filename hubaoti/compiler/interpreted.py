@@ -10,15 +10,19 @@ they run at once, and the libraries with which it computes products and attentio
 
 from __future__ import annotations
 
+import hashlib
+import re
 import signal
 import time
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from hubaoti.artifact.schema import Check, Graph
+from hubaoti.compiler.cubins import KERNELS
 from hubaoti.compiler.dims import DimRanges, Sizes, choose_probes
 from hubaoti.errors import CheckFailed
 from hubaoti.host.processes import ChildOutput, collect_records, describe_exit, list_search_path
@@ -30,6 +34,10 @@ if TYPE_CHECKING:
 # Largest difference that is allowed, as a part of the largest value; of a half type from float32,
 # else from the program's own dtype. Measured are 1e-6 and 1e-2, in rows of 2048 words 2e-2.
 INTERPRETED_TOLERANCE = {"float32": 1e-5, "bfloat16": 4e-2, "float16": 1e-2}
+_COMMENT = re.compile(r"^ *//.*$", re.MULTILINE)
+_ABOVE = re.compile(
+    r"^ *@triton_heuristics\.\w+\(.*?^ *\)\n(?= *@triton\.jit$)", re.MULTILINE | re.DOTALL
+)
 _MODULE = "hubaoti.compiler.interpreter.child"
 _START = 60.0  # seconds for a process to begin and to make constants
 _PATIENCE = 2.0  # times the seconds: a point takes longer than was thought
@@ -100,6 +108,20 @@ class Interpretation:
     checks: tuple[Check, ...]
     not_interpreted: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
+
+
+def digest_sources(keep: Path) -> str:
+    """The sha256 of all that is interpreted of a package, by what `inductor.lower` kept of it.
+
+    That is its host code, and of each kernel the function, its arguments and its block sizes. Not
+    of it are comments, which say where and how it was compiled, and what stands above a kernel,
+    which names the GPU.
+    """
+    digest = hashlib.sha256((keep / KERNELS).read_bytes())
+    for path in sorted(keep.rglob("*.cpp")):
+        text = _ABOVE.sub("", _COMMENT.sub("", path.read_text()))
+        digest.update(f"\0{path.name}\0{text}".encode())
+    return digest.hexdigest()
 
 
 def interpret(request: InterpretRequest, stand_in: StandIn, capability: int) -> Interpretation:

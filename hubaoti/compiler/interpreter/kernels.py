@@ -1,4 +1,7 @@
-"""The Triton kernels of a package: text, block sizes and signatures, as lowering left them."""
+"""The Triton kernels of a package: text, block sizes and signatures, as lowering left them.
+
+Their text is a part of the comments in the host code's source.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from typing import Any
 
 import msgspec
 
+from hubaoti.compiler.cubins import KERNELS
 from hubaoti.compiler.interpreter import NotInterpreted
 from hubaoti.compiler.patched import patch_attribute
 
-DESCRIPTIONS = "kernels.json"  # beside the wrapper's source, of which it is a part of the comments
 _TEXT = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str", re.DOTALL)
 
 
@@ -56,9 +59,9 @@ def read_kernels(keep: Path, scratch: Path) -> dict[str, Kernel | NotInterpreted
         NotInterpreted: lowering left nothing of kernels.
     """
     try:
-        content = (keep / DESCRIPTIONS).read_bytes()
+        content = (keep / KERNELS).read_bytes()
     except FileNotFoundError as error:
-        raise NotInterpreted(f"kernels: lowering left no {DESCRIPTIONS}") from error
+        raise NotInterpreted(f"kernels: lowering left no {KERNELS}") from error
     described = msgspec.json.decode(content, type=dict[str, _Description])
     code = "".join(path.read_text() for path in sorted(keep.rglob("*.cpp")))
     texts = {name: textwrap.dedent(text) for name, text in _TEXT.findall(code)}
