@@ -35,7 +35,9 @@ from hubaoti.artifact.schema import (
     Outputs,
 )
 from hubaoti.compiler.constants import save_tensors
+from hubaoti.compiler.dims import Probe
 from hubaoti.compiler.interpreted import (
+    INTERPRETED_TOLERANCE,
     Begun,
     Compared,
     Finished,
@@ -46,7 +48,7 @@ from hubaoti.compiler.interpreted import (
     interpret,
     read_answers,
 )
-from hubaoti.compiler.interpreter import NotInterpreted, language, libdevice, reductions
+from hubaoti.compiler.interpreter import NotInterpreted, child, language, libdevice, reductions
 from hubaoti.compiler.interpreter.calls import explain_failure
 from hubaoti.compiler.interpreter.launches import _split_axis
 from hubaoti.compiler.saved_program import save_program
@@ -498,6 +500,37 @@ def test_reductions_and_scans_keep_the_order_of_values(axis: int, keep_dims: boo
     found = scanned.handle.data if axis == 1 else scanned.handle.data.T
     filled = [[([0] + [n for n in row[: i + 1] if n])[-1] for i in range(len(row))] for row in rows]
     assert found.tolist() == filled
+
+
+@pytest.mark.parametrize(
+    ("found", "own", "passes"),
+    [
+        (1.01, 1.5, "float32"),  # near float32
+        (1.5, 1.5, None),  # as the program in its own dtype: another expert was chosen
+        (1.03, 0.985, "float32"),  # twice as far from float32 as the program itself
+        (1.03, 0.999, ""),  # farther than that
+        (1.05, 0.96, ""),  # and no farther than twice the tolerance
+        (float("nan"), 0.96, ""),
+    ],
+)
+def test_a_half_type_is_as_near_to_float32_as_its_program_is(
+    monkeypatch: pytest.MonkeyPatch, found: float, own: float, passes: str | None
+) -> None:
+    answers = {True: torch.tensor([1.0]), False: torch.tensor([own], dtype=torch.bfloat16)}
+    package = [torch.tensor([found], dtype=torch.bfloat16)]
+    monkeypatch.setattr(child, "_ask_package", lambda *_: package)
+    monkeypatch.setattr(child, "_ask_program", lambda _, __, is_wide: [answers[is_wide]])
+    monkeypatch.setattr(child, "make_golden_inputs", lambda *_: [])
+    monkeypatch.setattr(child, "_list_dtypes", lambda _: {torch.bfloat16})
+    comparison: Any = SimpleNamespace(graph=SimpleNamespace(entry=SimpleNamespace(id="block")))
+    probe, tolerance = Probe({"batch": 1}), INTERPRETED_TOLERANCE["bfloat16"]
+    if passes == "":
+        with pytest.raises(CheckFailed, match="differs from its program"):
+            child._compare(comparison, probe, tolerance, deadline=0.0)
+    else:
+        check = child._compare(comparison, probe, tolerance, deadline=0.0)
+        assert (check.dtype or None) == passes
+        assert check.max_relative <= check.tolerance <= 2 * tolerance
 
 
 @pytest.mark.parametrize(

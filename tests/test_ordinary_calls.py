@@ -179,7 +179,7 @@ def test_stages_with_heads_of_their_own_are_weighed_by_the_most(name: str, tmp_p
         module = found.source.model.get_submodule(unit.region)
         place = ConstantsFile(found.source.model, unit.region, module, "")
         trial = make_trial(found.source, unit, draft_graph(unit), place)
-        assert trial.scores == 4
+        assert trial.heads == 4
         assert find_broken_budget(dict.fromkeys(unit.bounds, 8), trial, 0.0, 1.0) is None
 
 

@@ -185,6 +185,14 @@ def test_each_answer_is_compared_with_its_own_largest_value() -> None:
         record_comparison("root", probe, [large, small * 2], [large, small], FLOAT32)
 
 
+def test_what_is_nothing_but_nan_is_no_answer_to_compare_with() -> None:
+    nan, one = torch.full((2, 3), float("nan")), torch.ones(1)
+    probe = Probe({"batch": 1})
+    with pytest.raises(CheckFailed, match="eager itself answers nothing but nan"):
+        record_comparison("root", probe, [one, nan], [one, nan], FLOAT32)
+    record_comparison("root", probe, [nan[:0]], [nan[:0]], FLOAT32)  # no values at all
+
+
 def test_where_eager_answers_nan_a_graph_may_too() -> None:
     nan = torch.tensor([float("nan"), float("inf"), 2.0])
     assert measure_difference(nan, nan.clone()) == (0.0, 2.0)
@@ -370,7 +378,7 @@ def cache_trial(bounds: DimRanges) -> Trial:
     held = Input(name="keys", dtype="float32", shape=("batch", 2, "cache", 4), values="real")
     mask = Input(name="mask", dtype="bool", shape=("batch", 1, "seq", "filled"), values="mask")
     module = Model()
-    return trial_of(module, bounds, entry=entry_of(bounds, mask, held), scores=4, width=64)
+    return trial_of(module, bounds, entry=entry_of(bounds, mask, held), heads=4, width=64)
 
 
 ranges = st.tuples(st.integers(1, 500), st.integers(0, 4000)).map(

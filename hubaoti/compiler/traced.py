@@ -188,7 +188,7 @@ def make_trial(source: Source, unit: GraphPlan, entry: Graph, place: ConstantsFi
         tolerance=max(
             verify.CHECK_TOLERANCE[source.dtype], verify.COARSE.get(place.recipe or "", 0.0)
         ),
-        scores=read_config_maximum(text, "num_attention_heads", 1),
+        heads=read_config_maximum(text, "num_attention_heads", 1),
         width=read_config_maximum(text, "hidden_size", 0)
         + (source.vocabulary if "logits" in words else 0),
     )

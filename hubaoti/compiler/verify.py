@@ -51,17 +51,23 @@ _Eager = Callable[..., tuple[torch.Tensor, ...]]
 _Answer = Callable[..., Sequence[torch.Tensor]]
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """What a graph is compared with, and the budget's facts: `scores` is attention heads."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What budgets look at: a graph, its dims, and its model's attention heads and width."""
 
     entry: Entry
     bounds: DimRanges
+    heads: int = 0
+    width: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial(Workload):
+    """What a graph is compared with."""
+
     eager: _Eager
     module: nn.Module
     tolerance: float
-    scores: int = 0
-    width: int = 0
 
     def make_inputs(self, sizes: Sizes) -> list[torch.Tensor]:
         """The same inputs for the same sizes."""
@@ -200,7 +206,8 @@ def record_comparison(
     """One comparison, as the manifest keeps it.
 
     Raises:
-        CheckFailed: shapes differ, or a value by more than the tolerance.
+        CheckFailed: shapes differ, or a value by more than the tolerance; or eager answers nan
+            alone, which anything would be equal to.
     """
     where = f"check: at {format_sizes(probe.sizes)} graph {graph}"
     stays = "this model cannot be compiled with these dims; it stays eager"
@@ -213,6 +220,11 @@ def record_comparison(
                 f"{where} gives {ours.dtype} {list(ours.shape)}, "
                 f"eager {theirs.dtype} {list(theirs.shape)}",
                 hint=stays,
+            )
+        if theirs.is_floating_point() and theirs.numel() and theirs.isnan().all():
+            raise CheckFailed(
+                f"{where} cannot be compared: eager itself answers nothing but nan",
+                hint="try --dtype bfloat16 or float32, where numbers do not grow too large",
             )
         difference, largest = measure_difference(ours, theirs)
         absolute = max(absolute, difference)
@@ -236,16 +248,16 @@ def record_comparison(
 
 def cap_probe(
     sizes: Sizes,
-    trial: Trial,
+    work: Workload,
     seconds_per_token: float,
     left: float = CHECK_SECONDS,
     most: int = MEMORY,
 ) -> Probe:
     """The probe, its largest dim halved until it fits into the budgets of time and memory."""
-    bounds = trial.bounds
+    bounds = work.bounds
     small = dict(sizes)
-    broken = find_broken_budget(small, trial, seconds_per_token, left, most)
-    while reason := find_broken_budget(small, trial, seconds_per_token, left, most):
+    broken = find_broken_budget(small, work, seconds_per_token, left, most)
+    while reason := find_broken_budget(small, work, seconds_per_token, left, most):
         widest = max(small, key=lambda name: small[name] / bounds[name].low)
         step = bounds[widest].step
         half = small[widest] // 2 // step * step
@@ -261,17 +273,17 @@ def cap_probe(
 
 
 def find_broken_budget(
-    sizes: Sizes, trial: Trial, seconds_per_token: float, left: float, most: int = MEMORY
+    sizes: Sizes, work: Workload, seconds_per_token: float, left: float, most: int = MEMORY
 ) -> str | None:
     """Which budget these sizes would break, if any."""
-    tensors: list[Input | Output] = [*trial.entry.inputs, *trial.entry.outputs.tensors]
+    tensors: list[Input | Output] = [*work.entry.inputs, *work.entry.outputs.tensors]
     moving = sum(
-        math.prod(resolve_shape(trial.entry, each.shape, sizes)) * dtype_itemsize(each.dtype)
+        math.prod(resolve_shape(work.entry, each.shape, sizes)) * dtype_itemsize(each.dtype)
         for each in tensors
     )
     # Two outputs in double precision are held at once; a mask of scores a head is the other part.
     length = sizes.get("filled", sizes.get("seq", 1))
-    scores = 8 * count_tokens(sizes) * (trial.scores * length + _HELD_TENSORS * trial.width)
+    scores = 8 * count_tokens(sizes) * (work.heads * length + _HELD_TENSORS * work.width)
     memory = _HELD_TENSORS * moving + scores
     seconds = count_tokens(sizes) * seconds_per_token
     if memory > most:

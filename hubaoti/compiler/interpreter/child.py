@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import msgspec
 import torch
@@ -40,7 +41,7 @@ from hubaoti.compiler.request import Range
 from hubaoti.compiler.saved_program import load_program
 from hubaoti.compiler.stand_in import require_stand_in
 from hubaoti.compiler.verify import (
-    Trial,
+    Workload,
     cap_probe,
     count_tokens,
     record_comparison,
@@ -97,11 +98,11 @@ def answer_request(request: InterpretRequest) -> Iterator[Answer]:
 def _compare_points(request: InterpretRequest, scratch: Path) -> Iterator[Answer]:
     """Open, bind, and ask at each point, or at a smaller one that fits what is left of time."""
     entry, deadline = request.entry, time.monotonic() + request.seconds
-    trial, comparison, seconds_per_token = _draft_trial(request), None, 0.0
+    work, comparison, seconds_per_token = _find_workload(entry), None, 0.0
     seen: list[Sizes] = []
     for sizes in request.points:
         left = deadline - time.monotonic()
-        probe = cap_probe(sizes, trial, seconds_per_token, left)
+        probe = cap_probe(sizes, work, seconds_per_token, left)
         needed = _BASE + estimate_answer_memory(entry, probe.sizes)
         if needed > request.memory or left < 0.0:
             reason = f"memory: it would take {needed >> 20} MiB" if left >= 0.0 else _NO_TIME
@@ -122,18 +123,13 @@ def _compare_points(request: InterpretRequest, scratch: Path) -> Iterator[Answer
         seconds_per_token = spent / max(count_tokens(probe.sizes), _MANY_TOKENS)
 
 
-def _draft_trial(request: InterpretRequest) -> Trial:
-    """What caps points: the bounds of the graph, and what its inputs and outputs take."""
-    entry = request.entry
+def _find_workload(entry: Graph) -> Workload:
+    """What caps points: the bounds of a graph, and what its inputs and outputs take."""
     bounds = {
         name: Range(low, high, entry.steps.get(name, 1))
         for name, (low, high) in entry.bounds.items()
     }
-
-    def refuse(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        raise NotImplementedError
-
-    return Trial(entry, bounds, refuse, torch.nn.Module(), request.tolerance)
+    return Workload(entry=entry, bounds=bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,36 +202,65 @@ def _make_constants(entry: Graph, folder: Path, device: torch.device) -> dict[st
 
 
 def _compare(comparison: _Comparison, probe: Probe, tolerance: float, deadline: float) -> Check:
-    """One comparison, with float32 and else with the package's own dtype: a choice that numbers
-    decide, as of an expert, may be another in either.
+    """One comparison with the program, in which one of what may be expected is met.
 
     Raises:
-        CheckFailed: it differs from both by more than the tolerance.
+        CheckFailed: none is.
     """
     entry = comparison.graph.entry
     inputs = make_golden_inputs(entry, probe.sizes)
     found = _ask_package(comparison, inputs, deadline)
     failure: CheckFailed | None = None
-    for is_wide in (True, False) if _list_dtypes(entry) & {*HALF} else (False,):
-        expected = _ask_program(comparison, inputs, is_wide)
-        near = [_round_to(each, like) for each, like in zip(expected, found, strict=False)]
-        expected[: len(near)] = near
+    for expected in _list_expectations(comparison, inputs, tolerance):
+        answers = _round_all(expected.answers, found)
         try:
-            check = record_comparison(entry.id, probe, found, expected, tolerance)
+            check = record_comparison(entry.id, probe, found, answers, expected.tolerance)
         except CheckFailed as error:
-            failure = failure or error
+            failure = error
             continue
-        dtype = "float32" if is_wide else msgspec.UNSET
-        return msgspec.structs.replace(check, where="interpreted", dtype=dtype)
+        return msgspec.structs.replace(check, where="interpreted", dtype=expected.dtype)
     assert failure is not None
     message = str(failure).replace("eager", "its program").replace("check:", "check, interpreted:")
     raise CheckFailed(message, hint=failure.hint) from failure
 
 
-def _round_to(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A float32 answer in the half type that a package gives."""
-    is_wide = value.dtype == torch.float32 and like.dtype in HALF
-    return value.to(like.dtype) if is_wide else value
+class _Expected(NamedTuple):
+    """Answers of the program, computed in `dtype` where that is another than its own."""
+
+    answers: Sequence[torch.Tensor]
+    tolerance: float
+    dtype: Literal["float32"] | msgspec.UnsetType
+
+
+def _list_expectations(
+    comparison: _Comparison, inputs: list[torch.Tensor], tolerance: float
+) -> Iterator[_Expected]:
+    """What a package may answer: in float32 and the like, what its program does.
+
+    In a half type, what it does in float32. Else what it does in that type: a choice that numbers
+    decide, as of an expert, may be another one in float32. Else what it does in float32 within
+    twice its own distance from that, where roundings of many numbers add up; that is at most twice
+    the tolerance.
+    """
+    if not _list_dtypes(comparison.graph.entry) & {*HALF}:
+        yield _Expected(_ask_program(comparison, inputs, False), tolerance, msgspec.UNSET)
+        return
+    wide = _ask_program(comparison, inputs, True)
+    yield _Expected(wide, tolerance, "float32")
+    own = _ask_program(comparison, inputs, False)
+    yield _Expected(own, tolerance, msgspec.UNSET)
+    pairs = (measure_difference(*pair) for pair in zip(own, wide, strict=True))
+    apart = max((difference / largest for difference, largest in pairs), default=0.0)
+    yield _Expected(wide, min(2 * tolerance, max(tolerance, 2 * apart)), "float32")
+
+
+def _round_all(answers: Sequence[torch.Tensor], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Answers, those in float32 rounded to the half type in which a package gives them."""
+    dtypes = [each.dtype for each in like] + [torch.float32] * (len(answers) - len(like))
+    return [
+        each.to(dtype) if each.dtype == torch.float32 and dtype in HALF else each
+        for each, dtype in zip(answers, dtypes, strict=False)
+    ]
 
 
 def _ask_program(
