@@ -20,7 +20,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from hubaoti.artifact.schema import Input
-from hubaoti.compiler.asserts import require_asserts_hold
+from hubaoti.compiler.asserts import drop_ties, require_asserts_hold
 from hubaoti.compiler.attention import choose_kernels, name_attention
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.signature import CallSignature
@@ -506,6 +506,25 @@ def test_an_assert_that_fails_at_some_size_is_told_with_it(condition: Any, messa
         with pytest.raises(CompileFailed, match=message) as caught:
             require_asserts_hold(each, dims, face)
         assert "narrow the dims" in caught.value.hint
+
+
+def test_an_assert_that_sizes_differ_as_the_example_s_did_is_dropped() -> None:
+    program, dims, face = assert_sizes(lambda short, long: short != long)
+    with pytest.raises(CompileFailed, match=r"short != .*not so at long=\d+, short=\d+$"):
+        require_asserts_hold(program, dims, face)
+    drop_ties(program)
+    require_asserts_hold(program, dims, face)
+    given = torch.ones(8)
+    assert torch.equal(program.module(check_guards=False)(given, given), torch.ones(16))
+
+
+def test_a_size_that_has_to_be_below_a_number_is_no_tie() -> None:
+    """Of a step that asks torch of one size alone, both answers are not right."""
+    program, dims, face = assert_sizes()
+    node = next(n for n in program.graph.nodes if n.op == "placeholder" and n.name.endswith("_1"))
+    assert bool(node.meta["val"].shape[0] < 64)
+    with pytest.raises(CompileFailed, match=r" < 64, which is not so at long=64$"):
+        require_asserts_hold(program, dims, face)
 
 
 def test_a_loaded_program_has_sizes_that_are_sums() -> None:

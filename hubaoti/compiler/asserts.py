@@ -11,13 +11,13 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils._sympy.printers import PythonPrinter  # private, checked on torch 2.11 to 2.15
 
 from hubaoti.compiler.dims import DimRanges, Sizes, nest_sizes
@@ -61,18 +61,35 @@ def require_asserts_hold(program: ExportedProgram, bounds: DimRanges, face: Call
             )
 
 
+def drop_ties(program: ExportedProgram) -> None:
+    """Remove a program's asserts that sizes are no others, as the example's were not.
+
+    Torch makes them of its questions where it defers; where it does not, it exports without a word.
+    """
+    for node, condition in _iterate_asserts(program):
+        if isinstance(condition, sympy.Ne) and len(condition.free_symbols) > 1:
+            node.graph.erase_node(node)
+    for part in _list_parts(program):
+        part.recompile()
+
+
+def _list_parts(program: ExportedProgram) -> list[GraphModule]:
+    """A program's graph, and those within it."""
+    return [part for part in program.graph_module.modules() if isinstance(part, GraphModule)]
+
+
+def _iterate_asserts(program: ExportedProgram) -> Iterator[tuple[Node, Any]]:
+    """Each assert of a program of sizes, with what it says as sympy's expression."""
+    for node in (node for part in _list_parts(program) for node in list(part.graph.nodes)):
+        if node.target is torch.ops.aten._assert_scalar.default and isinstance(node.args[0], Node):
+            value = node.args[0].meta["val"]
+            if isinstance(value, torch.SymBool):
+                yield node, value.node.expr
+
+
 def _list_asserts(program: ExportedProgram) -> list[Any]:
     """What a program asserts of sizes, as sympy's expressions."""
-    parts = [part for part in program.graph_module.modules() if isinstance(part, GraphModule)]
-    asserts = [
-        node.args[0].meta["val"]
-        for part in parts
-        for node in part.graph.nodes
-        if node.target is torch.ops.aten._assert_scalar.default
-        and isinstance(node.args[0], torch.fx.Node)
-    ]
-    expressions = (each.node.expr for each in asserts if isinstance(each, torch.SymBool))
-    return list(dict.fromkeys(expressions))
+    return list(dict.fromkeys(condition for _, condition in _iterate_asserts(program)))
 
 
 def _list_guards(program: ExportedProgram) -> list[Any]:
@@ -84,11 +101,14 @@ def _list_guards(program: ExportedProgram) -> list[Any]:
 
 
 def _allow_ties(guard: Any) -> Any:
-    """A guard without what it says of sizes that happen to be alike.
+    """A guard of several sizes without what it says of those that happen to be alike.
 
-    Torch takes a size to be neither 1 nor another's, which the example's were not, as it does when
-    it exports: it asks how tensors lie in memory, and there both answers are right where it is.
+    Torch takes a size to be no other's, as the example's was not, as it does when it exports: it
+    asks how tensors lie in memory, and there both answers are right where it is. (That it takes no
+    size to be 1 is allowed for where the sizes are put in.)
     """
+    if len(guard.free_symbols) < 2:
+        return guard
     if isinstance(guard, sympy.Ne):
         return sympy.true
     weak = {sympy.StrictLessThan: sympy.Le, sympy.StrictGreaterThan: sympy.Ge}

@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from hubaoti.artifact.schema import Output, Outputs
+from hubaoti.compiler.asserts import drop_ties
 from hubaoti.compiler.dims import DimRanges
 from hubaoti.compiler.fake_run import describe_missing_fake
 from hubaoti.compiler.guards import (
@@ -85,6 +86,8 @@ def export(
             face, bounds = _apply_fixes(face, bounds, fixes)
             continue
         _keep_names(program)
+        if deferred:
+            drop_ties(program)
         face, bounds = _apply_relations(program, face, bounds)
         face = _limit_embedding_ids(program, face)
         if guarded and all(tensor.device.type == "cpu" for tensor in tensors):
