@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import sys
@@ -18,6 +19,7 @@ from torch import nn
 import hubaoti
 from hubaoti import __version__
 from hubaoti.api.building import refuse_tuning
+from hubaoti.api.compiling import CompileWords
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.compiler.graph_build import build_unit
 from hubaoti.compiler.request import CompileRequest
@@ -295,6 +297,18 @@ def test_another_spelling_of_an_option_is_the_same_key(
     assert found.key == decoder_bundle.manifest.key
 
 
+@pytest.mark.parametrize("verb", [hubaoti.compile_for, hubaoti.explain_for, hubaoti.explain])
+def test_every_verb_takes_the_words_of_compile(verb: Callable[..., Any], bare: Settings) -> None:
+    """Beside what each says itself; another one is none."""
+    written = inspect.signature(hubaoti.compile).parameters
+    parameters = inspect.signature(verb).parameters
+    how = {"model", "output", "device", "force", "jobs", "settings", "progress"}
+    assert {*written} - how == CompileWords.__optional_keys__
+    assert all(each in written for each in {*parameters} - {"capabilities", "capability", "words"})
+    with pytest.raises(TypeError, match="colour"):
+        verb("acme/tiny", **dict.fromkeys({"capabilities"} & {*parameters}, "sm90"), colour="red")
+
+
 # Refused and reported
 
 
@@ -368,6 +382,32 @@ def test_a_report_that_cannot_be_written_hides_no_reason(
     with pytest.raises(CompileFailed, match=".count") as caught:
         hubaoti.compile(module, tmp_path / "counts", calls=calls, settings=bare)
     assert "report" not in caught.value.hint
+
+
+UNREAD: dict[str, tuple[dict[str, Any], str]] = {
+    "calls of a folder": ({"calls": [[]]}, "calls"),
+    "shapes of a folder": ({"shapes": {"x": ("batch",)}}, "shapes"),
+    "a revision of a folder": ({"revision": "v1"}, "revision v1"),
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_words_that_nothing_reads_are_refused(
+    case: str, bare: Settings, tiny_decoder: Path, tmp_path: Path
+) -> None:
+    asked, word = UNREAD[case]
+    with pytest.raises(BadRequest, match=f"(a folder|by its name) .*{word}") as caught:
+        hubaoti.compile(tiny_decoder, tmp_path / "bundle", settings=bare, **ASKED | asked)
+    assert "leave it out" in caught.value.hint
+
+
+@pytest.mark.parametrize("asked", [{"task": "generate"}, {"revision": "v1"}], ids=str)
+def test_of_a_module_a_task_and_a_revision_are_refused(
+    asked: dict[str, Any], bare: Settings
+) -> None:
+    with pytest.raises(BadRequest, match=r"a module \(Counts\).*(generate|v1)") as caught:
+        hubaoti.explain(Counts(), calls=[], settings=bare, **asked)
+    assert "leave it out" in caught.value.hint
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], type[HubaotiError]]] = {

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 from under_stand_in import make_stand_in
 
 import hubaoti
+from hubaoti.errors import BadRequest
 from hubaoti.host.memory import list_descendants
 from hubaoti.host.probe import find_torch
 from hubaoti.runtime.weights import load_shipped_tensors
@@ -242,6 +244,49 @@ def test_tuning_for_a_gpu_that_is_not_here_is_refused(
     done = compile_inside(settings, model, tmp_path / "bundles", *words)
     assert done.code == 2 and "max-autotune" in done.err, done
     assert not (tmp_path / "bundles").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda", "cpu"])
+@pytest.mark.parametrize("more", [(), ("--explain",)], ids=["compiled", "explained"])
+def test_a_device_beside_gpus_that_need_not_be_here_is_refused(
+    more: tuple[str, ...], device: str, settings: Settings, model: Path, tmp_path: Path
+) -> None:
+    words = ("--for", "sm90", "--device", device, *more)
+    done = compile_inside(settings, model, tmp_path / "bundles", *words)
+    assert done.code == 2 and f"--device {device}" in done.err and "hint: leave one out" in done.err
+    assert not (tmp_path / "bundles").exists()
+
+
+def test_a_device_is_no_word_for_gpus_that_need_not_be_here(
+    settings: Settings, model: Path
+) -> None:
+    one: Any = {"device": "cuda:0", "settings": settings}
+    for verb in (hubaoti.compile_for, hubaoti.explain_for):
+        with pytest.raises(BadRequest, match="--device cuda:0"):
+            verb(model, "sm90", **one)
+    with pytest.raises(BadRequest, match="--device cuda:0"):
+        hubaoti.explain(model, capability="sm90", **one)
+
+
+def test_one_explanation_is_of_one_gpu(settings: Settings, model: Path) -> None:
+    with pytest.raises(BadRequest, match="several GPUs: sm80,sm90") as caught:
+        hubaoti.explain(model, capability="sm80,sm90", settings=settings)
+    assert "explain_for" in caught.value.hint
+
+
+@pytest.mark.cuda
+def test_what_would_be_built_for_several_gpus_is_planned_once(
+    settings: Settings, model: Path, tmp_path: Path
+) -> None:
+    words = ("--for", "sm80,9.0", "--explain", "--json")
+    done = compile_inside(settings, model, tmp_path / "bundles", *words)
+    assert done.err.count("source") == 1, done.err
+    found = json.loads(done.out)
+    assert ["sm80" in each["variant"] for each in found] == [True, False]
+    for each, sm in zip(found, ("sm80", "90"), strict=True):
+        alone = hubaoti.explain(model, capability=sm, task="forward", settings=settings)
+        assert (each["key"], each["variant"]) == (alone.key, alone.variant)
+    assert len({each["key"] for each in found}) == 2
 
 
 @pytest.mark.skipif(IS_CUDA, reason="torch is a CUDA build")

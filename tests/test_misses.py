@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import hubaoti
+from commands import hubaoti, inside
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -135,3 +135,5 @@ def test_the_command_prints_what_would_have_served(tmp_path: Path) -> None:
     assert json.loads(done.out)["dims"] == {"batch": [1, 6, 1], "seq": [1, 50, 1]}
     assert hubaoti(settings, "compile", "--from-misses", tmp_path / "none").code == 2
     assert "MODEL" in hubaoti(settings, "compile").err
+    done = inside(settings, "compile", "--from-misses", file, "-o", "out", "--force", "-q")
+    assert done.code == 2 and "reads nothing of --output, --force" in done.err and not done.out

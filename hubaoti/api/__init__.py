@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from hubaoti.api.attaching import attach, detach, get_artifact, put
 from hubaoti.api.building import Explanation
-from hubaoti.api.compiling import capture, compile, compile_for, explain
+from hubaoti.api.compiling import capture, compile, compile_for, explain, explain_for
 from hubaoti.api.publishing import pull, push
 from hubaoti.api.texts import Answer, eager, load, recall_task_and_dtype, run
 from hubaoti.api.verifying import Verified, verify
@@ -24,6 +24,7 @@ __all__ = [
     "detach",
     "eager",
     "explain",
+    "explain_for",
     "get_artifact",
     "load",
     "pull",

@@ -5,7 +5,7 @@ A bundle is looked for in the output folder, then in the mirror, where every bui
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from hubaoti.compiler.request import CompileRequest
 from hubaoti.errors import BadDim, BadRequest, CheckFailed, CompileFailed
 from hubaoti.host.extras import require
 from hubaoti.host.probe import Host, probe_host
-from hubaoti.hub.model_download import COMPILE_FILES, fetch_model_files
+from hubaoti.hub.model_download import COMPILE_FILES, fetch_model_files, find_local_folder
 from hubaoti.mirror import Mirror
 from hubaoti.progress import Progress
 from hubaoti.settings import Settings, list_kernel_tuning
@@ -60,7 +60,6 @@ def build_missing(
     model: str | Path | nn.Module,
     request: CompileRequest,
     output: Path,
-    choose_place: Callable[[Job], Path],
     means: Means,
 ) -> list[Bundle]:
     """The bundles that are asked for, each at its place; those that are found are not built."""
@@ -70,7 +69,9 @@ def build_missing(
         mirror.index.require_writable()
         with report_failure(output, _describe_request(request), (CompileFailed,)):
             jobs, origin = _prepare(model, request, host, means)
-        found: dict[Path, Bundle | None] = {choose_place(job): None for job in jobs}
+        found: dict[Path, Bundle | None] = {
+            choose_place(output, request, job): None for job in jobs
+        }
         missing = dict(zip(found, jobs, strict=True))
         for place in [] if means.force else [*missing]:
             found[place] = find_built(missing[place].key, place, mirror, means.progress)
@@ -93,6 +94,7 @@ def _prepare(
     if request.quantize is not None:
         require(f"--quantize {request.quantize}", "quantize")
     refuse_tuning(request, means.settings)
+    _refuse_unread(model, request)
     origin = ModelSource(model=type(model).__name__)
     if isinstance(model, (str, Path)):
         means.progress("files")
@@ -124,6 +126,27 @@ def _prepare(
     # As a model calls its blocks there, whether there is one here or not.
     plan = make_plan(source, request, GPU if targets[0].device == "cuda" else CPU)
     return [Job.of(plan, request, target) for target in targets], origin
+
+
+def _refuse_unread(model: str | Path | nn.Module, request: CompileRequest) -> None:
+    """Refuse words that nothing would read: of a model's name, of a folder, or of a module.
+
+    Raises:
+        BadRequest: they are of one, and this is another.
+    """
+    revision = f"the revision {request.revision}" if request.revision is not None else ""
+    if not isinstance(model, (str, Path)):
+        task = f"the task {request.task}" if request.task not in {None, "forward"} else ""
+        unread, hint = task or revision, "leave it out: the calls of a module say what it does"
+        what = f"a module ({type(model).__name__})"
+    elif request.calls is not None or request.shapes:
+        unread = "calls" if request.calls is not None else "shapes"
+        what, hint = f"a model by its name ({model})", "leave it out, or compile the module itself"
+    else:
+        unread = revision if find_local_folder(model) else ""
+        what, hint = f"a folder ({model})", "leave it out, or give the model's Hub id"
+    if unread:
+        raise BadRequest(f"{what} is compiled, which has no use for {unread}", hint=hint)
 
 
 def refuse_tuning(request: CompileRequest, settings: Settings) -> None:
@@ -194,16 +217,20 @@ def _store(bundle: Bundle, mirror: Mirror) -> Bundle:
     return bundle
 
 
-def explain_request(
+def choose_place(output: Path, request: CompileRequest, job: Job) -> Path:
+    """Where the bundle of a job goes: the output, or where they are several a folder in it."""
+    return output / str(label_variant(job.target)) if request.capabilities else output
+
+
+def explain_jobs(
     model: str | Path | nn.Module, request: CompileRequest, output: Path | None, means: Means
-) -> Explanation:
-    """What the first of the builds that are asked for would be."""
+) -> list[Explanation]:
+    """What each of the builds that are asked for would be."""
     require("compile", "compile")
     with Mirror.open(means.settings.mirror) as mirror, _in_eval_mode(model):
-        (job, *_), _ = _prepare(model, request, probe_host(means.settings), means)
-        if output is not None and request.capabilities:  # a folder of bundles
-            output = output / str(label_variant(job.target))
-        return _explain_job(job, output, mirror)
+        jobs, _ = _prepare(model, request, probe_host(means.settings), means)
+        places = [output and choose_place(output, request, job) for job in jobs]
+        return [_explain_job(*each, mirror) for each in zip(jobs, places, strict=True)]
 
 
 def _explain_job(job: Job, output: Path | None, mirror: Mirror) -> Explanation:

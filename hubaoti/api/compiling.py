@@ -1,4 +1,4 @@
-"""The verbs capture, compile and explain, as their users call them."""
+"""The verbs capture, compile and explain, as their users call them, for this host or for GPUs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from hubaoti.api.building import Explanation, Means, build_missing, explain_request
+from hubaoti.api.building import Explanation, Means, build_missing, explain_jobs
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.artifact.manifest import label_variant
 from hubaoti.compiler.request import CompileRequest, RangeLike, Shape, parse_capabilities
+from hubaoti.errors import BadRequest
 from hubaoti.host.extras import require
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hubaoti.compiler.capture import Call, Calls
-    from hubaoti.compiler.job import Job
 
 
 def capture(
@@ -37,6 +36,25 @@ def capture(
     from hubaoti.compiler import capture
 
     return capture.record_calls(module, n, run=run)
+
+
+class CompileWords(TypedDict, total=False):
+    """What `compile` takes of what is built, whatever it is built for; its docstring says more."""
+
+    calls: Calls | Sequence[Call] | Sequence[Calls] | None
+    shapes: Mapping[str, Shape] | None
+    task: str | None
+    dims: Mapping[str, RangeLike] | Iterable[str]
+    buckets: Iterable[Mapping[str, RangeLike] | str]
+    regions: str | None
+    dtype: str | None
+    quantize: str | None
+    mode: str
+    inductor: Mapping[str, Any] | Iterable[str]
+    level: str | None
+    layout: str | None
+    revision: str | None
+    trust_remote_code: bool
 
 
 def compile(  # noqa: PLR0913 - a face of keywords
@@ -95,46 +113,25 @@ def compile(  # noqa: PLR0913 - a face of keywords
     Raises:
         HubaotiError: what failed and what to do; no half-written bundle is left.
     """
-    request = CompileRequest.parse(
-        {
-            "calls": calls,
-            "shapes": shapes or {},
-            "task": task,
-            "dims": dims,
-            "buckets": buckets,
-            "regions": regions,
-            "dtype": dtype,
-            "quantize": quantize,
-            "mode": mode,
-            "inductor": inductor,
-            "level": level,
-            "device": device or _find_device(model),
-            "layout": layout,
-            "revision": revision,
-            "trust_remote_code": trust_remote_code,
-        }
-    )
+    words: CompileWords = {
+        "calls": calls,
+        "shapes": shapes,
+        "task": task,
+        "dims": dims,
+        "buckets": buckets,
+        "regions": regions,
+        "dtype": dtype,
+        "quantize": quantize,
+        "mode": mode,
+        "inductor": inductor,
+        "level": level,
+        "layout": layout,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    request = _read_words(model, device, words)
     means = Means(settings or Settings.from_env(), progress, force, jobs)
-    return build_missing(model, request, Path(output), lambda _: Path(output), means)[0]
-
-
-class CompileWords(TypedDict, total=False):
-    """What `compile_for` takes beside the model and its GPUs: as `compile` has it."""
-
-    calls: Calls | Sequence[Call] | Sequence[Calls] | None
-    shapes: Mapping[str, Shape]
-    task: str | None
-    dims: Mapping[str, RangeLike] | Iterable[str]
-    buckets: Iterable[Mapping[str, RangeLike] | str]
-    regions: str | None
-    dtype: str | None
-    quantize: str | None
-    mode: str
-    inductor: Mapping[str, Any] | Iterable[str]
-    level: str | None
-    layout: str | None
-    revision: str | None
-    trust_remote_code: bool
+    return build_missing(model, request, Path(output), means)[0]
 
 
 def compile_for(  # noqa: PLR0913 - a face of keywords
@@ -154,73 +151,82 @@ def compile_for(  # noqa: PLR0913 - a face of keywords
         model: as `compile` has it.
         capabilities: of the GPUs, as `"sm80,sm90"` or `["sm80", "9.0"]`.
         output: a folder of bundles; each is called after its variant.
-        words: as `compile` has them; `mode="max-autotune"` needs the GPU itself.
+        words: as `compile` has them, without a device; `mode="max-autotune"` needs the GPU itself.
 
     Raises:
         HubaotiError: what failed and what to do; no half-written bundle is left.
     """
-    request = CompileRequest.parse({**words, "capabilities": parse_capabilities(capabilities)})
-    means, folder = Means(settings or Settings.from_env(), progress, force, jobs), Path(output)
-
-    def choose_place(job: Job) -> Path:
-        return folder / str(label_variant(job.target))
-
-    return tuple(build_missing(model, request, folder, choose_place, means))
+    request = _read_capabilities(capabilities, words)
+    means = Means(settings or Settings.from_env(), progress, force, jobs)
+    return tuple(build_missing(model, request, Path(output), means))
 
 
-def explain(  # noqa: PLR0913 - a face of keywords
+def explain(
     model: str | Path | nn.Module,
     output: str | Path | None = None,
     *,
-    calls: Calls | Sequence[Call] | Sequence[Calls] | None = None,
-    shapes: Mapping[str, Shape] | None = None,
-    task: str | None = None,
-    dims: Mapping[str, RangeLike] | Iterable[str] = (),
-    buckets: Iterable[Mapping[str, RangeLike] | str] = (),
-    regions: str | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    mode: str = "default",
-    inductor: Mapping[str, Any] | Iterable[str] = (),
-    level: str | None = None,
     device: str | None = None,
     capability: str | None = None,
-    layout: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     settings: Settings | None = None,
     progress: Progress = report_nothing,
+    **words: Unpack[CompileWords],
 ) -> Explanation:
     """What `compile` would do with the same words: regions, dims, graphs, recipe and key.
 
     Args:
-        As `compile` takes them; `capability` is that of a GPU that need not be here, as `sm90`.
+        model, output, device, words: as `compile` has them.
+        capability: of a GPU that need not be here, as `sm90`, instead of a device; of several
+            `explain_for` tells, with less work.
 
     Raises:
         HubaotiError: why it could not be done.
     """
-    request = CompileRequest.parse(
-        {
-            "calls": calls,
-            "shapes": shapes or {},
-            "task": task,
-            "dims": dims,
-            "buckets": buckets,
-            "regions": regions,
-            "dtype": dtype,
-            "quantize": quantize,
-            "mode": mode,
-            "inductor": inductor,
-            "level": level,
-            "device": device or _find_device(model),
-            "capabilities": parse_capabilities(capability) if capability else (),
-            "layout": layout,
-            "revision": revision,
-            "trust_remote_code": trust_remote_code,
-        }
-    )
+    place = Path(output) if output is not None else None
     means = Means(settings or Settings.from_env(), progress)
-    return explain_request(model, request, Path(output) if output else None, means)
+    if capability is None:
+        request = _read_words(model, device, words)
+    else:
+        request = _read_capabilities(capability, {**words, "device": device})
+    if len(request.capabilities) > 1:
+        raise BadRequest(
+            f"explain is asked of several GPUs: {capability}",
+            hint="one at a time, or of all: hubaoti.explain_for(model, 'sm80,sm90')",
+        )
+    return explain_jobs(model, request, place, means)[0]
+
+
+def explain_for(
+    model: str | Path | nn.Module,
+    capabilities: str | Iterable[str | int],
+    output: str | Path | None = None,
+    *,
+    settings: Settings | None = None,
+    progress: Progress = report_nothing,
+    **words: Unpack[CompileWords],
+) -> tuple[Explanation, ...]:
+    """What `compile_for` would do with the same words, for each of the GPUs; planned once.
+
+    Raises:
+        HubaotiError: why it could not be done.
+    """
+    place = Path(output) if output is not None else None
+    means = Means(settings or Settings.from_env(), progress)
+    request = _read_capabilities(capabilities, words)
+    return tuple(explain_jobs(model, request, place, means))
+
+
+def _read_words(
+    model: str | Path | nn.Module, device: str | None, words: CompileWords
+) -> CompileRequest:
+    """What is asked for a device of this machine, by default the one on which a module lies."""
+    return CompileRequest.parse({**words, "device": device or _find_device(model)})
+
+
+def _read_capabilities(
+    capabilities: str | Iterable[str | int], words: Mapping[str, Any]
+) -> CompileRequest:
+    """What is asked for GPUs that need not be here."""
+    return CompileRequest.parse({**words, "capabilities": parse_capabilities(capabilities)})
 
 
 def _find_device(model: str | Path | nn.Module) -> str:

@@ -11,6 +11,7 @@ import click
 
 from hubaoti.artifact.misses import propose_dims, read_misses
 from hubaoti.cli.output import Steps, format_size, print_json, print_line, print_text
+from hubaoti.errors import BadRequest
 
 if TYPE_CHECKING:
     from hubaoti.api import Explanation
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--mode", default="default", help="default, max-autotune or reduce-overhead")
 @click.option("--inductor", multiple=True, metavar="KEY=VALUE", help="an option of torch.inductor")
 @click.option("--level", help="CPU level of the host code, as x86_64_v3")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:0")
+@click.option("--device", help="cpu, cuda or cuda:0; by default the CPU")
 @click.option(
     "--for", "capabilities", metavar="sm80,sm90", help="GPUs that need not be here; -o is a folder"
 )
@@ -61,6 +62,7 @@ def compile_command(
 ) -> None:
     """Compile MODEL (a Hub id or a folder) from its config; its weights are never read."""
     if from_misses is not None:
+        _refuse_unread(output, explain, options)
         _propose(from_misses, model, as_json)
         return
     if model is None:
@@ -73,9 +75,29 @@ def compile_command(
     bundles = _compile_model(model, output, quiet, options)
     if as_json:
         facts = [_describe_bundle(bundle) for bundle in bundles]
-        print_json(facts if options["capabilities"] else facts[0])
+        print_json(facts[0] if options["capabilities"] is None else facts)
     for bundle in [] if as_json or quiet else bundles:
         _print_bundle(bundle)
+
+
+def _refuse_unread(output: Path | None, explain: bool, options: dict[str, Any]) -> None:
+    """See that `--from-misses` comes with nothing that it would not read.
+
+    Raises:
+        BadRequest: it does, with the options.
+    """
+    given = {"output": output, "explain": explain} | options
+    given["mode"] = None if given["mode"] == "default" else given["mode"]
+    found = [
+        max(param.opts, key=len)
+        for param in click.get_current_context().command.params
+        if given.get(param.name or "")
+    ]
+    if found:
+        raise BadRequest(
+            f"--from-misses only proposes dims, and reads nothing of {', '.join(found)}",
+            hint="leave it out, and give it to the command that is proposed",
+        )
 
 
 def _compile_model(
@@ -84,12 +106,12 @@ def _compile_model(
     """What is compiled of a model: a bundle, or one for each capability."""
     from hubaoti import api
 
-    words = {name: value for name, value in options.items() if name != "capabilities"}
+    words, capabilities = dict(options), options["capabilities"]
+    del words["capabilities"]
     with Steps(quiet) as progress:
-        if options["capabilities"] is None:
+        if capabilities is None:
             return (api.compile(model, output, progress=progress, **words),)
-        del words["device"]  # the capabilities say which
-        return api.compile_for(model, options["capabilities"], output, progress=progress, **words)
+        return api.compile_for(model, capabilities, output, progress=progress, **words)
 
 
 def _describe_bundle(bundle: Bundle) -> dict[str, str]:
@@ -157,20 +179,16 @@ def _explain_model(
     """Print what would be compiled, and whether it is built already; nothing is compiled."""
     from hubaoti import api
 
-    words = {
-        name: value
-        for name, value in options.items()
-        if name not in {"force", "jobs", "capabilities"}
-    }
-    asked = options["capabilities"].split(",") if options["capabilities"] else [None]
+    capabilities, how = options["capabilities"], {"force", "jobs", "capabilities"}
+    words = {name: value for name, value in options.items() if name not in how}
     with Steps(quiet) as progress:
-        found = [
-            api.explain(model, output, capability=each, progress=progress, **words)
-            for each in asked
-        ]
+        if capabilities is None:
+            found = [api.explain(model, output, progress=progress, **words)]
+        else:
+            found = [*api.explain_for(model, capabilities, output, progress=progress, **words)]
     if as_json:
         facts = [dataclasses.asdict(each) for each in found]
-        print_json(facts if options["capabilities"] else facts[0])
+        print_json(facts[0] if capabilities is None else facts)
     for each in [] if as_json else found:
         _print_explanation(each)
 

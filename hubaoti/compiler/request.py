@@ -40,7 +40,7 @@ class CompileRequest:
 
     `calls` and `shapes` are of a module from Python; `inductor` has its options as they are given,
     and once they were looked at as JSON has them. `capabilities` are of GPUs that need not be here,
-    90 for 9.0.
+    90 for 9.0; without them, and without a `device`, it is the CPU.
 
     Raises:
         UnknownTask, BadDim, BadRequest: a word that the compiler does not know.
@@ -50,7 +50,7 @@ class CompileRequest:
     dims: dict[str, Range] = field(default_factory=dict)
     dtype: str | None = None
     level: str | None = None
-    device: str = "cpu"
+    device: str | None = None
     capabilities: tuple[int, ...] = ()
     regions: str | None = None
     buckets: tuple[dict[str, Range], ...] = ()
@@ -70,9 +70,13 @@ class CompileRequest:
         Raises:
             TypeError: it takes no such keyword. UnknownTask, BadDim, BadRequest: as above.
         """
-        dims = make_ranges(words.get("dims", ()))
         return cls(
-            **{**words, "dims": dims, "buckets": make_bucket_ranges(words.get("buckets", ()))}
+            **{
+                **words,
+                "dims": make_ranges(words.get("dims", ())),
+                "buckets": make_bucket_ranges(words.get("buckets", ())),
+                "shapes": words.get("shapes") or {},
+            }
         )
 
     def __post_init__(self) -> None:
@@ -85,22 +89,31 @@ class CompileRequest:
                 f"unknown quantization: {self.quantize!r:.120}",
                 hint=f"there are {', '.join(RECIPES)}",
             )
-        if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", self.device):
-            raise BadRequest(f"unknown device {self.device!r}", hint="cpu, cuda or cuda:0")
+        self._check_device()
         for name, sizes in self.dims.items():
             check_dim(name, sizes)
         if self.layout is not None:
             self._check_layout()
+
+    @property
+    def is_for_gpus(self) -> bool:
+        """Whether graphs for GPUs are asked for, here or not."""
+        return bool(self.capabilities) or self.device not in {None, "cpu"}
+
+    def _check_device(self) -> None:
+        """Refuse a device that there cannot be, and what contradicts GPUs that are not here."""
+        if self.device is not None and not re.fullmatch(r"cpu|cuda(:[0-9]+)?", self.device):
+            raise BadRequest(f"unknown device {self.device!r}", hint="cpu, cuda or cuda:0")
+        if self.capabilities and self.device is not None:
+            raise BadRequest(
+                f"what to compile for is named twice, by --for and by --device {self.device}",
+                hint="leave one out: GPUs of --for need not be here, that of --device is here",
+            )
         if self.capabilities and self.mode == "max-autotune":
             raise BadRequest(
                 "--mode max-autotune chooses kernels by measuring them on the GPU itself",
                 hint="compile on a machine with that GPU, with --device cuda; or leave it out",
             )
-
-    @property
-    def is_for_gpus(self) -> bool:
-        """Whether graphs for GPUs are asked for, here or not."""
-        return bool(self.capabilities) or self.device != "cpu"
 
     def _check_layout(self) -> None:
         """Refuse what loaders without a manifest cannot do."""

@@ -31,7 +31,7 @@ def choose_targets(host: Host, request: CompileRequest) -> list[Target]:
     if level not in LEVELS:
         raise BadRequest(f"unknown level {level!r}", hint=f"one of: {', '.join(LEVELS)}")
     capabilities = request.capabilities
-    if request.device != "cpu" and not capabilities:
+    if request.device and request.device != "cpu":
         capabilities = (_read_capability(request.device),)
     targets = [_make_target(host, level, sm) for sm in capabilities or (None,)]
     for target in targets:
