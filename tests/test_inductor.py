@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,50 @@ def test_what_is_wrong_with_it_is_said_when_it_is_needed(sources: tuple[Path, Pa
         compiling(kernels).build()
         with pytest.raises(CppCompileError, match="error: .*twice.* not declared"):
             linking(caller, kernels).build()
+
+
+BUILDER = """
+import sys
+sys.path[:0] = sys.argv[3:]
+from pathlib import Path
+from test_inductor import compiling
+from hubaoti.compiler.host_code import compile_wrapper_concurrently
+with compile_wrapper_concurrently():
+    for source in sys.argv[1:3]:
+        compiling(Path(source)).build()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_compiler_outlives_a_builder_that_is_killed(
+    number: signal.Signals, sources: tuple[Path, Path]
+) -> None:
+    """Neither g++ nor what it started: each waits for a source that nobody writes."""
+    for source in sources:
+        source.unlink()
+        os.mkfifo(source)
+    words = [sys.executable, "-c", BUILDER, *map(str, sources), str(Path(__file__).parent)]
+    builder = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: all(len(compilers(source)) > 1 for source in sources))
+    finally:
+        builder.send_signal(number)
+        builder.wait(20)
+    wait_until(lambda: not any(map(running, sources)))
+
+
+def compilers(source: Path) -> list[str]:
+    """What compiles a source: g++, and cc1plus."""
+    names = [Path(f"/proc/{process}/comm").read_text().strip() for process in running(source)]
+    return [name for name in names if name in {"g++", "cc1plus"}]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait until something holds, for as long as importing torch may take on a busy machine."""
+    end = time.monotonic() + 90
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_it_ends_with_what_else_fails(sources: tuple[Path, Path]) -> None:

@@ -1,16 +1,24 @@
-"""The folder in which a package is made: ours alone, and empty at each start."""
+"""The folder in which a package is made: ours alone, and empty at each start.
+
+Whoever builds in one holds its lock; the system lets go of that when they are killed. Who builds
+next, whatever it is, removes what nobody holds.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
-from hubaoti.errors import UnsafeFolder
+from hubaoti.errors import HubaotiError, UnsafeFolder
+
+_OURS = re.compile(r"[0-9a-f]{16}(\.lock)?\Z")
 
 
 @contextmanager
@@ -21,6 +29,7 @@ def hold_build_folder(name: str) -> Iterator[Path]:
 
     Raises:
         UnsafeFolder: somebody else made a folder of that name.
+        HubaotiError: what lies in it cannot be removed.
     """
     root = Path(f"/tmp/hubaoti-build-{os.getuid()}")
     root.mkdir(mode=0o700, exist_ok=True)
@@ -32,31 +41,54 @@ def hold_build_folder(name: str) -> Iterator[Path]:
         )
     _sweep(root)
     folder = root / hashlib.sha256(name.encode()).hexdigest()[:16]
-    with _hold_lock(folder.with_suffix(".lock")):
-        shutil.rmtree(folder, ignore_errors=True)
+    with _hold_lock(folder):
+        if not _is_removed(folder):
+            raise HubaotiError(f"{folder} cannot be emptied", hint=f"remove it: rm -r {folder}")
         folder.mkdir(mode=0o700)
         try:
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.with_suffix(".lock").unlink(missing_ok=True)
+            _release(folder)
 
 
 @contextmanager
-def _hold_lock(path: Path) -> Iterator[None]:
-    """Hold the lock of this name; who held it before may have removed its file."""
+def _hold_lock(folder: Path, how: int = 0) -> Iterator[None]:
+    """Hold the lock of a folder.
+
+    Raises:
+        BlockingIOError: somebody else holds it, where `how` is not to wait.
+    """
+    path = folder.with_suffix(".lock")
     while True:
         with path.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if path.exists() and path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+            fcntl.flock(lock, fcntl.LOCK_EX | how)
+            if _is_file_of(path, lock):
                 yield
                 return
 
 
+def _is_file_of(path: Path, lock: IO[str]) -> bool:
+    """Whether a lock that was got is still the one that others find; its holder may remove it."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_ino == os.fstat(lock.fileno()).st_ino
+    return False
+
+
+def _release(folder: Path) -> None:
+    """Remove a folder whose lock is held; while something of it stays, so does the lock's file."""
+    if _is_removed(folder):
+        folder.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def _is_removed(folder: Path) -> bool:
+    """Remove a folder with all that is in it, and see whether it is gone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return not folder.exists()
+
+
 def _sweep(root: Path) -> None:
     """Remove what builds left that were killed: folders whose lock nobody holds."""
-    for path in root.glob("*.lock"):
-        with suppress(OSError), path.open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
-            path.unlink()
+    names = {each.stem for each in root.iterdir() if _OURS.match(each.name)}
+    for folder in (root / name for name in names):
+        with suppress(OSError), _hold_lock(folder, fcntl.LOCK_NB):
+            _release(folder)

@@ -97,8 +97,11 @@ def list_paths(folder: Path) -> dict[Path, str]:
 def compile_wrapper_concurrently() -> Iterator[None]:
     """Compile what calls the kernels beside the kernels; torch does one after the other.
 
+    No compiler outlives this process, however it ends.
+
     Private, checked on torch 2.11 to 2.15: `cpp_builder.CppBuilder`, whose first build is that of
-    `*.wrapper.o`. Where it has another name they are compiled one after the other.
+    `*.wrapper.o`. Where it has another name they are compiled one after the other. It runs other
+    compilers by `cpp_builder.run_compile_cmd`; where that is gone, as torch does.
     """
     from torch._inductor import cpp_builder
 
@@ -107,14 +110,18 @@ def compile_wrapper_concurrently() -> Iterator[None]:
     def start_or_build(self: Any) -> None:
         target = Path(self.get_target_file_path())
         if target.name.endswith(".wrapper.o"):
-            started.append(_Compiler(self.get_command_line(), target))
+            log = target.with_suffix(".log")
+            started.append(_Compiler(self.get_command_line(), target.parent, log))
             return
         if target.suffix == ".so":
             for each in started:
                 each.wait()
         build(self)
 
-    with patch_attribute(cpp_builder.CppBuilder, "build", start_or_build):
+    with ExitStack() as patches:
+        patches.enter_context(patch_attribute(cpp_builder.CppBuilder, "build", start_or_build))
+        if hasattr(cpp_builder, "run_compile_cmd"):
+            patches.enter_context(patch_attribute(cpp_builder, "run_compile_cmd", _run_compiler))
         try:
             yield
         finally:
@@ -122,16 +129,34 @@ def compile_wrapper_concurrently() -> Iterator[None]:
                 each.stop()
 
 
-class _Compiler:
-    """A compiler that was started, and what it says."""
+def _run_compiler(command: str, cwd: str) -> None:
+    """Run a compiler to its end, as torch does, but in a group that ends with this process."""
+    compiler = _Compiler(command, Path(cwd), Path(cwd) / "compiler.log")
+    try:
+        compiler.wait()
+    finally:
+        compiler.stop()
 
-    def __init__(self, command: str, target: Path) -> None:
-        self.command = shlex.split(command)
-        self.log = target.with_suffix(".log")
-        with self.log.open("w") as log:
+
+# The shell becomes the compiler. Beside it, in the group of both, waits what ends that group as
+# soon as nobody holds the other end of its input: whoever started it has ended, or closed it.
+_WATCHED = 'exec 3<&0 </dev/null; (read _ <&3; kill -KILL 0) & exec "$@" 3<&-'
+
+
+class _Compiler:
+    """A compiler that was started, and what it says; it ends with this process."""
+
+    def __init__(self, command: str, folder: Path, log: Path) -> None:
+        self.command, self.log = shlex.split(command), log
+        with log.open("w") as file:
             # A group of its own, so that what g++ starts ends with it.
             self.process = subprocess.Popen(
-                self.command, cwd=target.parent, stdout=log, stderr=log, process_group=0
+                ["/bin/sh", "-c", _WATCHED, "sh", *self.command],
+                cwd=folder,
+                stdin=subprocess.PIPE,
+                stdout=file,
+                stderr=file,
+                process_group=0,
             )
 
     def wait(self) -> None:
@@ -140,7 +165,9 @@ class _Compiler:
         Raises:
             CppCompileError: it failed; as torch raises it.
         """
-        if self.process.wait():
+        code = self.process.wait()
+        self._end_group()
+        if code:
             raise CppCompileError(self.command, self.log.read_text(errors="replace"))
         self.log.unlink()
 
@@ -149,6 +176,12 @@ class _Compiler:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+        self._end_group()
+
+    def _end_group(self) -> None:
+        """Let go of what waits for our end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
 
 
 def choose_vector_isas(cpu_vec_isa: Any, level: str) -> list[Any]:
