@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import msgspec
 import pytest
 import torch
 import transformers
@@ -21,11 +22,16 @@ from hubaoti import __version__
 from hubaoti.api.building import refuse_tuning
 from hubaoti.api.compiling import CompileWords
 from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.schema import Target
+from hubaoti.compiler.built import BuiltGraph, BuiltUnit
+from hubaoti.compiler.elf import Needs
 from hubaoti.compiler.graph_build import build_unit
+from hubaoti.compiler.job import Job
 from hubaoti.compiler.request import CompileRequest
 from hubaoti.errors import (
     BadDim,
     BadRequest,
+    CheckFailed,
     CompileFailed,
     DiskFull,
     HubaotiError,
@@ -33,6 +39,7 @@ from hubaoti.errors import (
     OutputExists,
     UnknownTask,
 )
+from hubaoti.host.wire import ErrorRecord
 from hubaoti.mirror import Mirror
 from hubaoti.settings import Settings
 
@@ -382,6 +389,78 @@ def test_a_report_that_cannot_be_written_hides_no_reason(
     with pytest.raises(CompileFailed, match=".count") as caught:
         hubaoti.compile(module, tmp_path / "counts", calls=calls, settings=bare)
     assert "report" not in caught.value.hint
+
+
+LEVELS = ("x86_64_v2", "x86_64_v3")
+
+
+@pytest.fixture
+def several(monkeypatch: pytest.MonkeyPatch, decoder_bundle: Bundle) -> list[str]:
+    """Two kinds of host are asked for, whose graphs are fake ones; of what is built, the levels.
+
+    They stand for two GPUs, of which the second one's graphs fail.
+    """
+    fails, built = {"x86_64_v3"}, list[str]()
+    (entry,) = decoder_bundle.manifest.graphs
+    entry = msgspec.structs.replace(entry, golden=None)
+
+    def build_one(job: Job, scratch: Path) -> BuiltGraph | ErrorRecord:
+        built.append(job.target.level)
+        if job.target.level in fails:
+            fails.remove(job.target.level)
+            return ErrorRecord("CompileFailed", f"lower: no; built for {job.target.level}", "try")
+        shutil.copy(decoder_bundle.path / entry.file, scratch / entry.file)
+        return BuiltGraph(entry, Needs(("libc.so.6",), "2.34", None, "1.3"))
+
+    def build_several(jobs: list[Job], _: object, scratches: list[Path], *__: object) -> BuiltUnit:
+        each = zip(jobs, scratches, strict=True)
+        return BuiltUnit(tuple(build_one(job, scratch) for job, scratch in each))
+
+    def choose(*_: object) -> list[Target]:
+        return [msgspec.structs.replace(decoder_bundle.manifest.target, level=x) for x in LEVELS]
+
+    monkeypatch.setattr("hubaoti.compiler.build.build_unit", build_several)
+    monkeypatch.setattr("hubaoti.compiler.targets.choose_targets", choose)
+    return built
+
+
+def test_one_that_fails_of_several_takes_no_other_along(
+    several: list[str], bare: Settings, tiny_decoder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out" / "bundles"
+
+    def compile_several() -> tuple[Bundle, ...]:
+        return hubaoti.compile_for(tiny_decoder, "sm80,sm90", output, task="forward", settings=bare)
+
+    with pytest.raises(CompileFailed, match="^lower: no; built for x86_64_v3$") as caught:
+        compile_several()
+    (whole,) = output.iterdir()
+    assert "x86_64_v2" in whole.name
+    assert f"; {whole} is whole: the same command builds only the rest" in caught.value.hint
+    bundle = Bundle.read(whole)
+    bundle.check()
+    with Mirror.open(bare.mirror) as mirror:
+        assert [each.manifest.digest for each in mirror.by_key(bundle.manifest.key)]
+    report = (tmp_path / "out" / "bundles.report.txt").read_text()
+    assert "'cpp.simdlen': 1," in report and "'cpp.simdlen': 256," in report
+    assert several == [*LEVELS]
+    assert [each.manifest.target.level for each in compile_several()] == [*LEVELS]
+    assert several == [*LEVELS, LEVELS[1]], "only what failed is built again"
+
+
+def test_where_all_of_several_fail_each_is_named(
+    several: list[str],
+    bare: Settings,
+    tiny_decoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    errors = tuple(ErrorRecord("CheckFailed", f"check: no; built for {x}", "try") for x in LEVELS)
+    monkeypatch.setattr("hubaoti.compiler.build.build_unit", lambda *_: BuiltUnit(errors))
+    output = tmp_path / "bundles"
+    with pytest.raises(CheckFailed, match="built for x86_64_v2; check: no; built for x86_64_v3"):
+        hubaoti.compile_for(tiny_decoder, "sm80,sm90", output, task="forward", settings=bare)
+    assert [*output.iterdir()] == []
 
 
 UNREAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from torch import nn
 from under_stand_in import make_stand_in
 
 import hubaoti
-from hubaoti.errors import BadRequest
+from hubaoti.compiler import gpu_build
+from hubaoti.compiler.gpu_lowering import Lowered, LowerRequest
+from hubaoti.errors import BadRequest, CompileFailed
 from hubaoti.host.memory import list_descendants
 from hubaoti.host.probe import find_torch
 from hubaoti.runtime.weights import load_shipped_tensors
@@ -80,6 +82,38 @@ def test_a_table_that_a_block_computes_is_in_the_bundle(settings: Settings, tmp_
     assert torch.equal(shipped["table"], block.table)
     where = [check.where for check in bundle.manifest.checks]
     assert where.count("cpu") >= 3 and where.count("interpreted") >= 3
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_gpu_for_which_lowering_fails_takes_no_other_along(
+    jobs: int, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered, lower = tmp_path / "lowered", gpu_build.lower_elsewhere
+
+    def lower_or_fail(request: LowerRequest, environment: Mapping[str, str]) -> Lowered:
+        with lowered.open("a") as file:  # it may be another process
+            file.write(f"sm{request.sm}\n")
+        if request.sm == 90 and lowered.read_text().count("sm90") == 1:
+            raise CompileFailed("lower: it cannot be", hint="try another")
+        return lower(request, environment)
+
+    monkeypatch.setattr(gpu_build, "lower_elsewhere", lower_or_fail)
+    block = nn.Sequential(nn.Linear(16, 16), nn.Tanh()).eval()
+    with torch.no_grad(), hubaoti.capture(block) as calls:
+        for rows in (2, 3, 9):
+            block(torch.randn(rows, 16))
+    words: Any = {"calls": calls, "settings": settings, "jobs": jobs}
+    output = tmp_path / "bundles"
+    with pytest.raises(CompileFailed, match="^lower root: it cannot be; built for sm90$") as caught:
+        hubaoti.compile_for(block, "sm90,sm80", output, **words)
+    (whole,) = output.iterdir()
+    assert "sm80" in whole.name and f"{whole} is whole" in caught.value.hint
+    report = (tmp_path / "bundles.report.txt").read_text()
+    assert "lower_or_fail" in report and "sm=80" in report and "sm=90" in report
+    bundles = hubaoti.compile_for(block, "sm90,sm80", output, **words)
+    assert [bundle.manifest.target.sm for bundle in bundles] == [90, 80]
+    assert sorted(lowered.read_text().split()) == ["sm80", "sm90", "sm90"]
 
 
 OWN_OP = """

@@ -20,7 +20,7 @@ from hubaoti.compiler import parallel
 from hubaoti.compiler.built import BuiltGraph, BuiltUnit
 from hubaoti.compiler.elf import Needs
 from hubaoti.compiler.graph_plans import GraphPlan
-from hubaoti.compiler.parallel import build_all, choose_job_count
+from hubaoti.compiler.parallel import build_all, choose_job_count, try_all
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.signature import CallSignature
 from hubaoti.errors import BadDim, BadRequest, CompileFailed, HubaotiError
@@ -65,6 +65,17 @@ def made(unit: GraphPlan, scratch: Path) -> BuiltUnit:
     )
 
 
+def graphs_of(built: BuiltUnit) -> list[BuiltGraph]:
+    """What was built, none of which failed."""
+    graphs = [each for each in built.graphs if isinstance(each, BuiltGraph)]
+    assert len(graphs) == len(built.graphs)
+    return graphs
+
+
+def ids_of(built: BuiltUnit) -> list[str]:
+    return [each.graph.id for each in graphs_of(built)]
+
+
 def wait_for(file: Path) -> None:
     """Wait until a file is there."""
     wait_until(file.exists, f"{file.name} never came")
@@ -97,7 +108,7 @@ def test_units_are_built_at_once_and_come_back_in_their_order(scratch: Path) -> 
         return made(unit, scratch)
 
     found = build_all(UNITS, build, 2, scratch)
-    assert [built.graphs[0].graph.id for built in found] == ["first", "second"]
+    assert [ids_of(built) for built in found] == [["first"], ["second"]]
     assert len({os.getpid(), *(process_of(unit, scratch) for unit in UNITS)}) == 3
     assert not any(alive(process_of(unit, scratch)) for unit in UNITS)
 
@@ -105,7 +116,7 @@ def test_units_are_built_at_once_and_come_back_in_their_order(scratch: Path) -> 
 def test_all_that_was_built_comes_back_as_it_was(scratch: Path) -> None:
     found = build_all(UNITS, lambda unit: made(unit, scratch), 2, scratch)
     for each, built in zip(UNITS, found, strict=True):
-        (graph,) = built.graphs
+        (graph,) = graphs_of(built)
         assert graph.graph == describe(scratch, each.id)
         assert graph.needs == Needs(("libc.so.6", "libm.so.6"), "2.34", None, "1.3")
         assert graph.files == (make_file_entry(scratch, f"{each.id}.pid"),)
@@ -132,13 +143,13 @@ def test_no_more_are_built_at_a_time_than_were_asked_for(scratch: Path) -> None:
         return made(unit, scratch)
 
     found = build_all(units, build, 2, scratch)
-    assert [built.graphs[0].graph.id for built in found] == [unit.id for unit in units]
+    assert [ids_of(built) for built in found] == [[unit.id] for unit in units]
     assert max(int(file.read_text()) for file in scratch.glob("*.most")) <= 2
 
 
 def test_one_at_a_time_is_this_process_without_a_fork(scratch: Path) -> None:
     found = build_all(UNITS, lambda unit: made(unit, scratch), 1, scratch)
-    assert [built.graphs[0].graph.id for built in found] == ["first", "second"]
+    assert [ids_of(built) for built in found] == [["first"], ["second"]]
     assert {process_of(unit, scratch) for unit in UNITS} == {os.getpid()}
 
 
@@ -237,6 +248,36 @@ def test_a_process_that_fails_is_told_of_and_the_others_are_ended(case: str, scr
     assert not alive(int((scratch / "compiler.pid").read_text()))
     assert not (scratch / "workplace").exists()
     assert not (scratch / parallel.PARTS).exists()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_of_those_that_are_tried_one_that_fails_ends_no_other(jobs: int, scratch: Path) -> None:
+    units = (*UNITS, unit("third"))
+
+    def build(unit: GraphPlan) -> BuiltUnit:
+        if unit is UNITS[0]:
+            fail_in_our_words()
+        if unit is UNITS[1]:
+            fail_in_other_words()
+        return made(unit, scratch)
+
+    ours, others, built = try_all(units, build, jobs, scratch)
+    assert isinstance(ours, BadDim) and "multiple of 8" in str(ours) and "--dim" in ours.hint
+    assert isinstance(others, CompileFailed) and "build second: ZeroDivisionError" in str(others)
+    assert all("Traceback" in each.__notes__[0] for each in (ours, others))
+    assert isinstance(built, BuiltUnit) and ids_of(built) == ["third"]
+    assert not (scratch / parallel.PARTS).exists()
+
+
+def test_of_those_that_are_tried_one_that_is_killed_ends_no_other(scratch: Path) -> None:
+    def build(unit: GraphPlan) -> BuiltUnit:
+        if unit is UNITS[0]:
+            fail_without_memory()
+        return made(unit, scratch)
+
+    killed, built = try_all(UNITS, build, 2, scratch)
+    assert isinstance(killed, CompileFailed) and "ended with -9" in str(killed)
+    assert isinstance(built, BuiltUnit)
 
 
 def test_an_interrupt_ends_them_all(scratch: Path) -> None:

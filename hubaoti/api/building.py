@@ -16,9 +16,9 @@ from hubaoti.api.finding import find_built, find_whole
 from hubaoti.artifact.bundle import Bundle, explain_store_errors
 from hubaoti.artifact.manifest import label_recipe, label_variant
 from hubaoti.artifact.schema import ModelSource
-from hubaoti.compiler.reports import report_failure
+from hubaoti.compiler.reports import describe_jobs, join_errors, report_failure
 from hubaoti.compiler.request import CompileRequest
-from hubaoti.errors import BadDim, BadRequest, CheckFailed, CompileFailed
+from hubaoti.errors import BadDim, BadRequest, CheckFailed, CompileFailed, HubaotiError
 from hubaoti.host.extras import require
 from hubaoti.host.probe import Host, probe_host
 from hubaoti.hub.model_download import COMPILE_FILES, fetch_model_files, find_local_folder
@@ -78,8 +78,13 @@ def build_missing(
             if found[place]:
                 del missing[place]
         if missing:
-            built = _build(missing, origin, output, host, means)
-            found |= {bundle.path: _store(bundle, mirror) for bundle in built}
+            facts = describe_jobs([*missing.values()])
+            with report_failure(output, facts, (CompileFailed, CheckFailed, BadDim)):
+                built = _build(missing, origin, host, means)
+                bundles = [_store(each, mirror) for each in built if isinstance(each, Bundle)]
+                found |= {bundle.path: bundle for bundle in bundles}
+                if errors := [each for each in built if isinstance(each, HubaotiError)]:
+                    raise join_errors(errors, [path for path, bundle in found.items() if bundle])
         return [bundle for bundle in found.values() if bundle]
 
 
@@ -192,21 +197,17 @@ def _in_eval_mode(model: Any) -> Iterator[None]:
 
 
 def _build(
-    jobs: Mapping[Path, Job], origin: ModelSource, output: Path, host: Host, means: Means
-) -> list[Bundle]:
-    """Build jobs; a report of what failed lies beside the output."""
+    jobs: Mapping[Path, Job], origin: ModelSource, host: Host, means: Means
+) -> list[Bundle | HubaotiError]:
+    """Build jobs; where none comes to anything, that is raised."""
     from hubaoti.compiler.build import build
     from hubaoti.compiler.stand_in import build_stand_in
 
-    first = next(iter(jobs.values()))
-    graphs = [f"  {unit.id}: {unit.bounds}" for unit in first.plan.units]
-    facts = [*(str(job.target) for job in jobs.values()), str(first.build), "", "graphs", *graphs]
-    with report_failure(output, facts, (CompileFailed, CheckFailed, BadDim)):
-        stand_in = None
-        if first.target.device == "cuda":
-            assert host.torch is not None  # it is loaded by now
-            stand_in = build_stand_in(host.torch, means.settings.home)
-        return build(jobs, origin, host, means.progress, means.at_once, stand_in)
+    stand_in = None
+    if next(iter(jobs.values())).target.device == "cuda":
+        assert host.torch is not None  # it is loaded by now
+        stand_in = build_stand_in(host.torch, means.settings.home)
+    return build(jobs, origin, host, means.progress, means.at_once, stand_in)
 
 
 def _store(bundle: Bundle, mirror: Mirror) -> Bundle:

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,12 +27,14 @@ from hubaoti.compiler.job import Job
 from hubaoti.compiler.module_copy import lies_on_gpu
 from hubaoti.compiler.parallel import build_all, choose_job_count
 from hubaoti.compiler.plan import Plan
+from hubaoti.compiler.reports import join_errors
 from hubaoti.compiler.stand_in import StandIn
 from hubaoti.compiler.targets import derive_requirements
 from hubaoti.disk import OUTPUT, TEMPORARY, require_disk_room
-from hubaoti.errors import CompileFailed
+from hubaoti.errors import CompileFailed, HubaotiError
 from hubaoti.host.memory import OVERHEAD, Peak, read_available_memory, require_memory
 from hubaoti.host.probe import Host
+from hubaoti.host.wire import ErrorRecord
 from hubaoti.progress import Progress
 from hubaoti.runtime.golden import GOLDEN, sample_answers
 from hubaoti.runtime.input_checks import describe_layout, has_memory
@@ -46,14 +49,17 @@ def build(
     progress: Progress,
     at_once: int | None = None,
     stand_in: StandIn | None = None,
-) -> list[Bundle]:
+) -> list[Bundle | HubaotiError]:
     """Compile jobs of one plan, each into the bundle whose folder it has; no weight is read.
+
+    One that fails stops no other: in the order of the jobs there is each bundle, whole, or what
+    happened to it.
 
     `progress` is called with the name of each step as it starts. `at_once` graphs are compiled at a
     time, by default as many as memory and cores allow. Jobs for GPUs need the `stand_in`.
 
     Raises:
-        HubaotiError: of the step that failed; nothing is left behind.
+        HubaotiError: of a step that failed for all of them; nothing is left behind.
         NotEnoughMemory, DiskFull: there is too little of it, which is seen before.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
@@ -68,16 +74,17 @@ def build(
     if stand_in is not None:
         memory = read_available_memory() // at_once
         tools = GpuTools(stand_in, max(1, at_once // units_at_once), memory)
-    with Peak.watch() as peak, ExitStack() as bundles:
-        scratches = [bundles.enter_context(write_bundle(output)) for output in jobs]
-        for scratch in scratches:
-            require_disk_room(scratch, _ROOM * len(plan.units) * len(jobs), OUTPUT)
-            (scratch / "graphs").mkdir()
-        for folder in ("/tmp", tempfile.gettempdir()):  # ours, and that of g++
-            require_disk_room(Path(folder), _ROOM * at_once, TEMPORARY)
+    with Peak.watch() as peak, ExitStack() as ends:
+        places = [_Place.open(output, job, ends) for output, job in jobs.items()]
+        scratches = [place.scratch for place in places]
+        _require_room(scratches, len(plan.units), at_once)
 
         def one(unit: GraphPlan) -> BuiltUnit:
-            return build_unit([*jobs.values()], unit, scratches, progress, tools)
+            found = build_unit([*jobs.values()], unit, scratches, progress, tools)
+            errors = [each.rebuild() for each in found.graphs if isinstance(each, ErrorRecord)]
+            if len(errors) == len(jobs):
+                raise join_errors(errors)
+            return found
 
         built = build_all(plan.units, one, units_at_once, scratches[0], progress)
         record = BuildRecord(
@@ -88,11 +95,61 @@ def build(
             hubaoti=__version__,
             transformers=transformers.__version__,
         )
-        for index, (job, scratch) in enumerate(zip(jobs.values(), scratches, strict=True)):
-            graphs = [each.graphs[index] for each in built]
-            golden = _write_golden(built, scratch)
-            write_manifest(scratch, _make_manifest(job, origin, graphs, golden, record))
-    return [Bundle.read(output) for output in jobs]
+        return [
+            _finish(place, origin, [each.graphs[index] for each in built], built, record)
+            for index, place in enumerate(places)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A bundle in the making: its folder until then; what `end` does puts it where it belongs."""
+
+    output: Path
+    job: Job
+    scratch: Path
+    end: ExitStack
+
+    @classmethod
+    def open(cls, output: Path, job: Job, ends: ExitStack) -> _Place:
+        """Begin one, which is removed with the others unless it was ended before."""
+        end = ends.enter_context(ExitStack())
+        return cls(output, job, end.enter_context(write_bundle(output)), end)
+
+
+def _require_room(scratches: Sequence[Path], units: int, at_once: int) -> None:
+    """See that there is room on the disks; and make the folders for graphs."""
+    for scratch in scratches:
+        require_disk_room(scratch, _ROOM * units * len(scratches), OUTPUT)
+        (scratch / "graphs").mkdir()
+    for folder in ("/tmp", tempfile.gettempdir()):  # ours, and that of g++
+        require_disk_room(Path(folder), _ROOM * at_once, TEMPORARY)
+
+
+def _finish(
+    place: _Place,
+    origin: ModelSource,
+    graphs: Sequence[BuiltGraph | ErrorRecord],
+    built: Sequence[BuiltUnit],
+    record: BuildRecord,
+) -> Bundle | HubaotiError:
+    """Put one bundle in its place; or what happened to it, of which nothing is left then."""
+    try:
+        with place.end:
+            whole = [_require_built(each) for each in graphs]
+            golden = _write_golden(built, place.scratch)
+            manifest = _make_manifest(place.job, origin, whole, golden, record)
+            write_manifest(place.scratch, manifest)
+        return Bundle.read(place.output)
+    except HubaotiError as error:
+        return error
+
+
+def _require_built(graph: BuiltGraph | ErrorRecord) -> BuiltGraph:
+    """A graph that was built; else the error that it met is raised."""
+    if isinstance(graph, ErrorRecord):
+        raise graph.rebuild()
+    return graph
 
 
 def _make_manifest(

@@ -11,11 +11,12 @@ from torch import nn
 from hubaoti.artifact.schema import Check, File, Golden, Graph
 from hubaoti.compiler import elf
 from hubaoti.compiler.constants import collect_named_tensors
+from hubaoti.host.wire import ErrorRecord
 from hubaoti.runtime import golden
 from hubaoti.runtime.synthetic import fill_synthetic
 
 
-class BuiltGraph(msgspec.Struct, frozen=True):
+class BuiltGraph(msgspec.Struct, frozen=True, tag=True):
     """A graph as the manifest has it, what its library needs, and how it was checked."""
 
     graph: Graph
@@ -25,9 +26,12 @@ class BuiltGraph(msgspec.Struct, frozen=True):
 
 
 class BuiltUnit(msgspec.Struct, frozen=True, tag=True):
-    """The graphs of a unit, one for each kind of host, and the golden answers of all of them."""
+    """The graphs of a unit, one for each kind of host, and the golden answers of all of them.
 
-    graphs: tuple[BuiltGraph, ...]
+    For a GPU there may be the error instead that its graph met.
+    """
+
+    graphs: tuple[BuiltGraph | ErrorRecord, ...]
     golden: dict[str, torch.Tensor] = {}
 
 

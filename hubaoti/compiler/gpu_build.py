@@ -34,12 +34,13 @@ from hubaoti.compiler.interpreted import (
 from hubaoti.compiler.job import Job
 from hubaoti.compiler.materialize import free_memory
 from hubaoti.compiler.options import find_measuring
-from hubaoti.compiler.parallel import build_all
+from hubaoti.compiler.parallel import try_all
 from hubaoti.compiler.precision import HALF
 from hubaoti.compiler.saved_program import find_op_modules, save_program
 from hubaoti.compiler.stand_in import StandIn
 from hubaoti.compiler.traced import CPU, Traced, describe_graph, describe_package, make_trial
 from hubaoti.errors import HubaotiError
+from hubaoti.host.wire import ErrorRecord
 from hubaoti.progress import Progress
 
 _INTERPRET_SECONDS = 40.0  # of all points of a graph
@@ -100,10 +101,10 @@ def build_for_gpus(
     progress: Progress,
     tools: GpuTools,
 ) -> BuiltUnit:
-    """Build a unit for the GPU of each job, from one program.
+    """Build a unit for the GPU of each job, from one program; where one fails, the others go on.
 
     Raises:
-        HubaotiError: of the step that failed.
+        HubaotiError: of a step that failed for all of them.
     """
     with tempfile.TemporaryDirectory(dir=scratches[0]) as name:
         folder = Path(name)
@@ -114,9 +115,8 @@ def build_for_gpus(
             _Build(f"{traced.unit.id}-sm{job.target.sm}", job, scratch, compared, tools)
             for job, scratch in zip(jobs, scratches, strict=True)
         ]
-        lowered = build_all(builds, _lower_one, tools.at_once, folder, progress)
-        graphs = [graph for each in lowered for graph in each.graphs]
-        graphs = _interpret_all(builds, graphs, tools.at_once, folder)
+        lowered = map(_take_graph, try_all(builds, _lower_one, tools.at_once, folder, progress))
+        graphs = _interpret_all(builds, [*lowered], tools.at_once, folder)
     return BuiltUnit(tuple(graphs), answers)
 
 
@@ -194,31 +194,48 @@ def _lower_one(build: _Build) -> BuiltUnit:
         return BuiltUnit((BuiltGraph(entry, elf.read_needs(library), files, compared.checks),))
 
 
+def _take_graph(tried: BuiltUnit | HubaotiError) -> BuiltGraph | ErrorRecord:
+    """The one graph of what was tried, or the error that it met."""
+    return tried.graphs[0] if isinstance(tried, BuiltUnit) else ErrorRecord.keep(tried)
+
+
 def _interpret_all(
-    builds: Sequence[_Build], graphs: Sequence[BuiltGraph], at_once: int, scratch: Path
-) -> list[BuiltGraph]:
-    """The graphs with what is said of them once they were interpreted.
+    builds: Sequence[_Build],
+    graphs: Sequence[BuiltGraph | ErrorRecord],
+    at_once: int,
+    scratch: Path,
+) -> list[BuiltGraph | ErrorRecord]:
+    """The graphs with what is said of them once they were interpreted, or their errors.
 
     Graphs for several GPUs are interpreted as one where all that an interpreter looks at is the
     same text: what else they have is machine code, which it does not.
     """
-    digests = [digest_sources(build.folder / KEEP) for build in builds]
-    own = {build.id: graph for build, graph in zip(builds, graphs, strict=True)}
-    alike = dict(zip(reversed(digests), reversed(builds), strict=True))  # the first of each
+    digests, alike, own = list[str](), dict[str, _Build](), dict[str, BuiltGraph]()
+    for build, graph in zip(builds, graphs, strict=True):
+        digests.append("")
+        if isinstance(graph, BuiltGraph):
+            own[build.id] = graph
+            digests[-1] = digest_sources(build.folder / KEEP)
+            alike.setdefault(digests[-1], build)  # the first of each
 
     def interpret_one(build: _Build) -> BuiltUnit:
-        with _name_gpu(build):
-            return BuiltUnit((_interpret(build, own[build.id]),))
+        return BuiltUnit((_interpret(build, own[build.id]),))
 
-    told = build_all([*alike.values()], interpret_one, at_once, scratch)
-    found = {digest: each.graphs[0] for digest, each in zip(alike, told, strict=True)}
+    told = map(_take_graph, try_all([*alike.values()], interpret_one, at_once, scratch))
+    found = dict(zip(alike, told, strict=True))
     return [
-        _describe_as(graph, found[digest]) for graph, digest in zip(graphs, digests, strict=True)
+        _describe_as(build, graph, found[digest]) if isinstance(graph, BuiltGraph) else graph
+        for build, graph, digest in zip(builds, graphs, digests, strict=True)
     ]
 
 
-def _describe_as(graph: BuiltGraph, interpreted: BuiltGraph) -> BuiltGraph:
-    """A graph with what was said of one whose sources are the same."""
+def _describe_as(
+    build: _Build, graph: BuiltGraph, interpreted: BuiltGraph | ErrorRecord
+) -> BuiltGraph | ErrorRecord:
+    """A graph with what was said of one whose sources are the same; that one's error is its own."""
+    if isinstance(interpreted, ErrorRecord):
+        message = f"{interpreted.message}; built for sm{build.sm}"
+        return msgspec.structs.replace(interpreted, message=message)
     untold = interpreted.graph.not_interpreted
     entry = msgspec.structs.replace(graph.graph, not_interpreted=untold)
     return msgspec.structs.replace(graph, graph=entry, checks=interpreted.checks)

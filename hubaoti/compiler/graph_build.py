@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from hubaoti.artifact.package import unpack_all
 from hubaoti.compiler import elf, verify
 from hubaoti.compiler.built import BuiltGraph, BuiltUnit, fill_tied_constants, record_golden
@@ -26,6 +28,7 @@ from hubaoti.compiler.traced import (
     trace,
 )
 from hubaoti.errors import HubaotiError
+from hubaoti.host.wire import ErrorRecord
 from hubaoti.progress import Progress
 from hubaoti.runtime.graph import open_graph
 
@@ -51,7 +54,8 @@ def build_unit(
         traced = trace(jobs, unit, module, twin)
         if jobs[0].target.device == "cuda":
             assert tools is not None
-            return build_for_gpus(jobs, traced, scratches, progress, tools)
+            built = build_for_gpus(jobs, traced, scratches, progress, tools)
+            return _name_failures(built, unit)
         return _lower_and_check(jobs[0], traced, scratches[0], progress)
 
 
@@ -61,9 +65,25 @@ def _name_unit(unit: GraphPlan) -> Iterator[None]:
     try:
         yield
     except HubaotiError as error:
-        step, colon, reason = str(error).partition(": ")
-        message = f"{step} {unit.id}: {reason}" if colon else f"{unit.id}: {step}"
-        raise type(error)(message, hint=f"{error.hint}{_advise_smaller_cache(unit)}") from error
+        raise _add_name(error, unit) from error
+
+
+def _add_name(error: HubaotiError, unit: GraphPlan) -> HubaotiError:
+    """An error with its unit's name behind its step."""
+    step, colon, reason = str(error).partition(": ")
+    message = f"{step} {unit.id}: {reason}" if colon else f"{unit.id}: {step}"
+    return type(error)(message, hint=f"{error.hint}{_advise_smaller_cache(unit)}")
+
+
+def _name_failures(built: BuiltUnit, unit: GraphPlan) -> BuiltUnit:
+    """What was built, in which errors name the unit."""
+    graphs = [
+        ErrorRecord.of(_add_name(each.rebuild(), unit), *each.notes)
+        if isinstance(each, ErrorRecord)
+        else each
+        for each in built.graphs
+    ]
+    return msgspec.structs.replace(built, graphs=tuple(graphs))
 
 
 def _advise_smaller_cache(unit: GraphPlan) -> str:

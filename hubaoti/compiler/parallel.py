@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import shutil
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -69,9 +69,54 @@ def build_all(
     """
     if jobs <= 1:
         return [build(unit) for unit in units]
+    built = dict[str, BuiltUnit]()
+    with closing(_build_in_forks(units, build, jobs, scratch, progress)) as ended:
+        for unit, found in ended:
+            if isinstance(found, HubaotiError):
+                raise found
+            built[unit.id] = found
+    return [built[unit.id] for unit in units]
+
+
+def try_all(
+    units: Sequence[_Work],
+    build: Callable[[_Work], BuiltUnit],
+    jobs: int,
+    scratch: Path,
+    progress: Progress = report_nothing,
+) -> list[BuiltUnit | HubaotiError]:
+    """As `build_all`, but one that fails ends no other: what was built, or why it was not."""
+    if jobs <= 1:
+        return [_try_one(unit, build, scratch) for unit in units]
+    with closing(_build_in_forks(units, build, jobs, scratch, progress)) as ended:
+        built = {unit.id: found for unit, found in ended}
+    return [built[unit.id] for unit in units]
+
+
+def _try_one(
+    unit: _Work, build: Callable[[_Work], BuiltUnit], scratch: Path
+) -> BuiltUnit | HubaotiError:
+    """Build a unit in this process; an error is told as a fork would tell it."""
+    try:
+        return build(unit)
+    except Exception as error:
+        return describe_error(error, unit, scratch).rebuild()
+
+
+def _build_in_forks(
+    units: Sequence[_Work],
+    build: Callable[[_Work], BuiltUnit],
+    jobs: int,
+    scratch: Path,
+    progress: Progress,
+) -> Generator[tuple[_Work, BuiltUnit | HubaotiError]]:
+    """Each unit as soon as its process has ended; once nobody asks any more, the others are ended.
+
+    What a process printed is a note on its error.
+    """
     parts = scratch / PARTS
     parts.mkdir()
-    waiting, running, built = list(units), dict[int, _Work](), dict[str, BuiltUnit]()
+    waiting, running = list(units), dict[int, _Work]()
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -81,8 +126,7 @@ def build_all(
             progress(f"compile {', '.join(unit.id for unit in running.values())}")
             process, code = wait_for_one(running)
             unit = running.pop(process)
-            built[unit.id] = _read_result(unit, code, parts)
-        return [built[unit.id] for unit in units]
+            yield unit, _read_result(unit, code, parts)
     finally:
         stop_forks(running)
         shutil.rmtree(parts)
@@ -116,12 +160,8 @@ def describe_error(error: BaseException, unit: _Named, parts: Path) -> ErrorReco
     return ErrorRecord.of(error, trace)
 
 
-def _read_result(unit: _Named, code: int, parts: Path) -> BuiltUnit:
-    """What a process has built, which ended with `code`.
-
-    Raises:
-        HubaotiError: what it raised, or how it ended; what it printed is a note on that.
-    """
+def _read_result(unit: _Named, code: int, parts: Path) -> BuiltUnit | HubaotiError:
+    """What a process has built, which ended with `code`; else what it raised, or how it ended."""
     record: BuiltUnit | ErrorRecord = ErrorRecord(
         CompileFailed.__name__,
         f"build {unit.id}: its process ended with {code}",
@@ -139,4 +179,4 @@ def _read_result(unit: _Named, code: int, parts: Path) -> BuiltUnit:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _PRINTED))
             error.add_note(file.read().decode(errors="replace"))
-    raise error
+    return error

@@ -7,9 +7,13 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hubaoti import __version__
 from hubaoti.errors import HubaotiError
+
+if TYPE_CHECKING:
+    from hubaoti.compiler.job import Job
 
 
 @contextmanager
@@ -32,6 +36,30 @@ def report_failure(
             raise error from error.__cause__
         hint = f"{error.hint}; the whole report: {path}"
         raise type(error)(str(error), hint=hint) from error.__cause__
+
+
+def describe_jobs(jobs: Sequence[Job]) -> list[str]:
+    """What was to be built: targets before the build that they have in common, and the graphs."""
+    targets = dict[str, list[str]]()
+    for job in jobs:
+        targets.setdefault(str(job.build), []).append(str(job.target))
+    lines = [line for build, those in targets.items() for line in (*those, build, "")]
+    return [*lines, "graphs", *(f"  {unit.id}: {unit.bounds}" for unit in jobs[0].plan.units)]
+
+
+def join_errors(errors: Sequence[HubaotiError], kept: Sequence[Path] = ()) -> HubaotiError:
+    """One error for those of several bundles, of the first one's kind; notes have all traces.
+
+    Its hint has the bundles that are whole: those that were `kept`.
+    """
+    first, hint = errors[0], errors[0].hint
+    if kept:
+        are = "is" if len(kept) == 1 else "are"
+        hint += f"; {', '.join(map(str, kept))} {are} whole: the same command builds only the rest"
+    joined = type(first)("; ".join(dict.fromkeys(map(str, errors))), hint=hint)
+    for error in errors:
+        joined.add_note("\n".join([str(error), *getattr(error, "__notes__", ())]))
+    return joined
 
 
 def _render_report(error: Exception, facts: Sequence[str]) -> str:

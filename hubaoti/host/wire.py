@@ -41,6 +41,11 @@ class ErrorRecord(msgspec.Struct, frozen=True, tag=True):
         """The record of an error of ours."""
         return cls(type(error).__name__, str(error), error.hint, notes)
 
+    @classmethod
+    def keep(cls, error: HubaotiError) -> ErrorRecord:
+        """The record of an error of ours with the notes that it has."""
+        return cls.of(error, *getattr(error, "__notes__", ()))
+
     def rebuild(self) -> HubaotiError:
         """The error, as it was there."""
         error = rebuild_error(self.kind, self.message, self.hint)
