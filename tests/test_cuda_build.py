@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from torch import nn
 from under_stand_in import make_stand_in
 
 import hubaoti
+from hubaoti.artifact.bundle import tidy
 from hubaoti.compiler import gpu_build
 from hubaoti.compiler.gpu_lowering import Lowered, LowerRequest
 from hubaoti.errors import BadRequest, CompileFailed
-from hubaoti.host.memory import list_descendants
 from hubaoti.host.probe import find_torch
 from hubaoti.runtime.weights import load_shipped_tensors
 from hubaoti.settings import Settings, merge_environment
@@ -192,8 +193,8 @@ def test_a_key_is_the_same_on_machines_that_are_set_up_otherwise(
 @pytest.fixture
 def started(
     model: Path, settings: Settings, tmp_path: Path
-) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A command that is in the middle of lowering for two GPUs, and the processes that it made."""
+) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """A command that builds for two GPUs, as soon as a process of it is of some name."""
     (tmp_path / "tmp").mkdir()
     around = {"HUBAOTI_HOME": str(settings.home), "TMPDIR": str(tmp_path / "tmp")}
     words = ["compile", str(model), "--task", "forward", "--for", "sm80,sm90", "-q"]
@@ -204,46 +205,66 @@ def started(
         text=True,
         process_group=0,
     )
-    found, end = list[int](), time.monotonic() + 300
-    while not any(LOWERING in command(str(each)) for each in found) and time.monotonic() < end:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
-        found = [int(each) for each in list_descendants(str(process.pid))]
-    yield process, found
+
+    def wait_for(name: str) -> subprocess.Popen[str]:
+        end = time.monotonic() + 300
+        while not any(name in each for each in list_commands(settings)):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        return process
+
+    yield wait_for
     if process.poll() is None:
         process.kill()
     process.communicate()
 
 
-def wait_until_gone(processes: list[int]) -> list[str]:
-    """Those that are there after a while yet, by their command lines."""
-    end = time.monotonic() + 30
-    while time.monotonic() < end:
-        left = [command(str(each)) for each in processes]
-        if not any(left):
-            return []
-        time.sleep(0.1)
-    return [each for each in left if each]
+def list_commands(settings: Settings) -> list[str]:
+    """The command lines of all processes that have a home, whoever started them."""
+    mark, found = os.fsencode(f"HUBAOTI_HOME={settings.home}\0"), list[str]()
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if mark in environment.read_bytes():
+                found.append(command(environment.parent.name))
+    return [each for each in found if each]
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [
+        (signal.SIGINT, LOWERING),
+        (signal.SIGTERM, LOWERING),
+        (signal.SIGKILL, LOWERING),
+        (signal.SIGKILL, "cc1plus"),
+        (signal.SIGTERM, "cc1plus"),
+    ],
+)
 def test_a_build_that_is_ended_in_the_middle_leaves_nothing(
-    started: tuple[subprocess.Popen[str], list[int]],
+    started: Callable[[str], subprocess.Popen[str]],
     number: signal.Signals,
+    name: str,
+    settings: Settings,
     tmp_path: Path,
 ) -> None:
-    process, made = started
+    process = started(name)
     os.kill(process.pid, number)
     process.wait(60)
-    assert wait_until_gone(made) == []
+    end = time.monotonic() + 30
+    while left := list_commands(settings):
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
     bundles = tmp_path / "bundles"
     there = [each.name for each in bundles.iterdir()] if bundles.exists() else []
-    assert not [name for name in there if not name.startswith(".")]
-    if number != signal.SIGKILL:  # whoever comes next sweeps what that one left
-        assert there == []
-        kept = {"torchinductor_" + os.environ.get("USER", "root")}
-        assert {each.name for each in (tmp_path / "tmp").iterdir()} <= kept
+    assert not [each for each in there if not each.startswith(".")]
+    kept = {"torchinductor_" + os.environ.get("USER", "root")}
+    if number == signal.SIGKILL:  # whoever comes next sweeps what that one left
+        for each in there:
+            tidy(bundles / each.removeprefix(".").partition(".hubaoti-")[0])
+        there = [each.name for each in bundles.iterdir()] if bundles.exists() else []
+    assert there == []
+    assert {each.name for each in (tmp_path / "tmp").iterdir()} <= kept
 
 
 REFUSED = {

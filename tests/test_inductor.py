@@ -126,6 +126,23 @@ def test_no_compiler_outlives_a_builder_that_is_killed(
     wait_until(lambda: not any(map(running, sources)))
 
 
+def test_what_a_compiler_does_meanwhile_is_in_its_folder_and_nobody_is_left(
+    sources: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each that is killed leaves a file where temporary ones are."""
+    elsewhere = sources[0].parent / "tmp"
+    elsewhere.mkdir()
+    monkeypatch.setenv("TMPDIR", str(elsewhere))
+    elsewhere.chmod(0o500)
+    before = elsewhere.stat().st_mtime_ns
+    with compile_wrapper_concurrently():
+        for source in sources:
+            compiling(source).build()
+        linking(*sources).build()
+    assert elsewhere.stat().st_mtime_ns == before
+    assert not any(map(running, sources))
+
+
 def compilers(source: Path) -> list[str]:
     """What compiles a source: g++, and cc1plus."""
     names = [Path(f"/proc/{process}/comm").read_text().strip() for process in running(source)]
@@ -152,7 +169,7 @@ def test_it_ends_with_what_else_fails(sources: tuple[Path, Path]) -> None:
         compiling(caller).build()
         assert running(caller)
         compiling(kernels).build()
-    assert not running(caller)
+    wait_until(lambda: not running(caller))
 
 
 def lower_twice(folder: Path, device: str, environment: Mapping[str, str]) -> list[Path]:

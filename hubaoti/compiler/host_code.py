@@ -20,6 +20,7 @@ from torch._inductor.exc import CppCompileError
 
 from hubaoti.compiler.patched import patch_attribute
 from hubaoti.host.probe import find_mapped
+from hubaoti.settings import merge_environment
 
 # A level's name for g++, and the width of its vectors; 1 turns inductor's own vectors off.
 LEVELS = {
@@ -138,9 +139,12 @@ def _run_compiler(command: str, cwd: str) -> None:
         compiler.stop()
 
 
-# The shell becomes the compiler. Beside it, in the group of both, waits what ends that group as
-# soon as nobody holds the other end of its input: whoever started it has ended, or closed it.
-_WATCHED = 'exec 3<&0 </dev/null; (read _ <&3; kill -KILL 0) & exec "$@" 3<&-'
+# Beside a compiler, in one group with it, something waits for the end of whoever started both, who
+# alone holds the other end of their input; then it ends the group. A shell waits for both of them.
+_WATCHED = """exec 3<&0 </dev/null
+(read _ <&3; kill -KILL 0) &
+"$@" 3<&-; code=$?
+kill $!; wait $! 2>/dev/null; exit $code"""
 
 
 class _Compiler:
@@ -157,6 +161,8 @@ class _Compiler:
                 stdout=file,
                 stderr=file,
                 process_group=0,
+                # What it leaves when it is killed is removed with the folder.
+                env=merge_environment({"TMPDIR": str(folder)}),
             )
 
     def wait(self) -> None:
@@ -166,7 +172,7 @@ class _Compiler:
             CppCompileError: it failed; as torch raises it.
         """
         code = self.process.wait()
-        self._end_group()
+        self._close()
         if code:
             raise CppCompileError(self.command, self.log.read_text(errors="replace"))
         self.log.unlink()
@@ -176,10 +182,9 @@ class _Compiler:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        self._end_group()
+        self._close()
 
-    def _end_group(self) -> None:
-        """Let go of what waits for our end."""
+    def _close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
 
