@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -135,6 +136,26 @@ def status(process: int) -> str:
         return Path(f"/proc/{process}/status").read_text()
     except OSError:
         return "\nState:\tZ"
+
+
+FORKS = """
+import os, signal, sys, time
+from pathlib import Path
+from hubaoti.host.processes import exit_on_terminate, fork_child
+exit_on_terminate()
+os.register_at_fork(before=lambda: os.kill(os.getpid(), int(sys.argv[2])))
+fork_child(lambda: time.sleep(60), Path(sys.argv[1]))
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -2)])
+def test_an_interrupt_amid_a_fork_is_not_lost(number: int, code: int, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", FORKS, str(tmp_path / "log"), str(int(number))]
+    begun = time.monotonic()
+    done = subprocess.run(words, timeout=50, stderr=subprocess.DEVNULL)
+    assert done.returncode == code
+    assert time.monotonic() - begun < 30.0
 
 
 def test_one_that_takes_too_long_is_ended() -> None:

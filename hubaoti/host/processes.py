@@ -232,10 +232,12 @@ def fork_child(work: Callable[[], None], log: Path) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
-    if process := os.fork():
+    if process := _fork():
         return process
     status = 1
     try:
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         exit_on_terminate()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         die_with_parent(parent, signal.SIGTERM)
@@ -248,6 +250,34 @@ def fork_child(work: Callable[[], None], log: Path) -> int:
         with suppress(OSError, ValueError):
             sys.stdout.flush()  # an ended process has no other chance
         os._exit(status)
+
+
+def _fork() -> int:
+    """Fork, as `os.fork` does, and lose no interrupt that comes meanwhile.
+
+    Python drops what a handler raises amid a fork. In the fork both signals stay without effect
+    until it says what they do.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return os.fork()  # handlers run elsewhere
+    came, handlers = list[int](), dict[int, Any]()
+    for interrupt in (signal.SIGINT, signal.SIGTERM):
+        if callable(handler := signal.getsignal(interrupt)):
+            handlers[interrupt] = handler
+            signal.signal(interrupt, lambda number, _: came.append(number))
+    process = 1
+    try:
+        process = os.fork()
+    finally:
+        for number, handler in handlers.items() if process else ():
+            signal.signal(number, handler)
+    try:
+        for number in came if process else ():
+            signal.raise_signal(number)
+    except BaseException:
+        stop_forks([process])
+        raise
+    return process
 
 
 def wait_for_one(forks: Iterable[int]) -> tuple[int, int]:
