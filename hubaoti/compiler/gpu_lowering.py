@@ -64,13 +64,15 @@ class Lowered(msgspec.Struct, frozen=True, tag=True):
 
 
 def lower_elsewhere(request: LowerRequest, environment: Mapping[str, str]) -> Lowered:
-    """Lower a program in a process that has the environment, too.
+    """Lower a program in a process that has the environment, and its temporary files in the folder.
 
     Raises:
         HubaotiError: of the step that failed there.
         CompileFailed: the process ended without a word.
     """
     kind = Lowered | ErrorRecord
+    # Of triton, ptxas and gcc, which clear nothing away when they are ended.
+    environment = {**environment, "TMPDIR": os.fsdecode(request.folder)}
     output = collect_records(__name__, request, kind, _SECONDS, environment=environment)
     if output.records:
         found: Lowered = output.records[0]
