@@ -211,6 +211,16 @@ def test_a_folder_that_is_no_bundle_is_refused_before_anything_is_built(
     assert {path.name for path in tmp_path.iterdir()} == {"home", "mine"}
 
 
+def test_bundles_are_not_written_into_a_bundle(
+    bare: Settings, output: Path, tiny_decoder: Path
+) -> None:
+    before = tree_of(output)
+    with pytest.raises(OutputExists, match="is a bundle, and --for makes a folder") as caught:
+        hubaoti.compile_for(tiny_decoder, "sm90", output, settings=bare)
+    assert "-o" in caught.value.hint
+    assert tree_of(output) == before
+
+
 # Explained
 
 

@@ -14,11 +14,18 @@ from typing import TYPE_CHECKING, Any
 from hubaoti.api.attaching import put
 from hubaoti.api.finding import find_built, find_whole
 from hubaoti.artifact.bundle import Bundle, explain_store_errors
-from hubaoti.artifact.manifest import label_recipe, label_variant
+from hubaoti.artifact.manifest import FILENAME, label_recipe, label_variant
 from hubaoti.artifact.schema import ModelSource
 from hubaoti.compiler.reports import describe_jobs, join_errors, report_failure
 from hubaoti.compiler.request import CompileRequest
-from hubaoti.errors import BadDim, BadRequest, CheckFailed, CompileFailed, HubaotiError
+from hubaoti.errors import (
+    BadDim,
+    BadRequest,
+    CheckFailed,
+    CompileFailed,
+    HubaotiError,
+    OutputExists,
+)
 from hubaoti.host.extras import require
 from hubaoti.host.probe import Host, probe_host
 from hubaoti.hub.model_download import COMPILE_FILES, fetch_model_files, find_local_folder
@@ -64,6 +71,8 @@ def build_missing(
 ) -> list[Bundle]:
     """The bundles that are asked for, each at its place; those that are found are not built."""
     require("compile", "compile")
+    if request.capabilities:
+        _refuse_bundle(output)
     host = probe_host(means.settings)
     with Mirror.open(means.settings.mirror) as mirror, _in_eval_mode(model):
         mirror.index.require_writable()
@@ -86,6 +95,19 @@ def build_missing(
                 if errors := [each for each in built if isinstance(each, HubaotiError)]:
                     raise join_errors(errors, [path for path, bundle in found.items() if bundle])
         return [bundle for bundle in found.values() if bundle]
+
+
+def _refuse_bundle(output: Path) -> None:
+    """See that bundles are not written into one, which would be no good one any more.
+
+    Raises:
+        OutputExists: they would be.
+    """
+    if (output / FILENAME).is_file():
+        raise OutputExists(
+            f"{output} is a bundle, and --for makes a folder of bundles",
+            hint="choose another folder with -o",
+        )
 
 
 def _prepare(
