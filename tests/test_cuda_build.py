@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from bundles import make_bundle
 from commands import Done, inside
 from cuda_models import make_bert
 from signals import command
@@ -25,9 +27,12 @@ from under_stand_in import make_stand_in
 import hubaoti
 from hubaoti.artifact.bundle import tidy
 from hubaoti.compiler import gpu_build
+from hubaoti.compiler.built import BuiltGraph
+from hubaoti.compiler.elf import Needs
 from hubaoti.compiler.gpu_lowering import Lowered, LowerRequest
-from hubaoti.errors import BadRequest, CompileFailed
+from hubaoti.errors import BadRequest, CheckFailed, CompileFailed
 from hubaoti.host.probe import find_torch
+from hubaoti.host.wire import ErrorRecord
 from hubaoti.runtime.weights import load_shipped_tensors
 from hubaoti.settings import Settings, merge_environment
 
@@ -115,6 +120,31 @@ def test_a_gpu_for_which_lowering_fails_takes_no_other_along(
     bundles = hubaoti.compile_for(block, "sm90,sm80", output, **words)
     assert [bundle.manifest.target.sm for bundle in bundles] == [90, 80]
     assert sorted(lowered.read_text().split()) == ["sm80", "sm90", "sm90"]
+
+
+def test_what_an_interpretation_finds_is_of_all_whose_sources_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of no other; what could not be lowered is not interpreted."""
+    sources = {80: "same", 90: "same", 120: "other", 75: ""}
+    builds: Any = [SimpleNamespace(id=f"root-sm{sm}", sm=sm, folder=tmp_path) for sm in sources]
+    (entry,) = make_bundle(tmp_path / "bundle").manifest.graphs
+    built = BuiltGraph(entry, Needs((), "2.34", None, None))
+    unlowered = ErrorRecord("CompileFailed", "lower: no")
+    digests, asked = [*sources.values()], list[int]()
+
+    def interpret(build: Any, graph: BuiltGraph) -> BuiltGraph:
+        asked.append(build.sm)
+        if build.sm == 80:
+            raise CheckFailed("check: it answers otherwise", hint="try")
+        return graph
+
+    monkeypatch.setattr(gpu_build, "digest_sources", lambda _: digests.pop(0))
+    monkeypatch.setattr(gpu_build, "_interpret", interpret)
+    found = gpu_build._interpret_all(builds, [built, built, built, unlowered], 1, tmp_path)
+    errors = [each.message for each in found[:2] if isinstance(each, ErrorRecord)]
+    assert errors == [f"check: it answers otherwise; built for sm{sm}" for sm in (80, 90)]
+    assert found[2:] == [built, unlowered] and asked == [80, 120]
 
 
 OWN_OP = """
