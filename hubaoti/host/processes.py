@@ -275,7 +275,8 @@ def _fork() -> int:
         for number in came if process else ():
             signal.raise_signal(number)
     except BaseException:
-        stop_forks([process])
+        os.kill(process, signal.SIGKILL)  # it has not begun
+        os.waitpid(process, 0)
         raise
     return process
 
