@@ -24,7 +24,7 @@ static int may_read(void) {
 }
 
 static cudaError_t refuse_read(size_t size) {
-    return fail(explain(cudaErrorNotPermitted,
+    return keep(explain(cudaErrorNotPermitted,
                         "%zu bytes are read back from a device that computes nothing (stand-in)",
                         size));
 }
@@ -127,30 +127,30 @@ cudaError_t cudaMemcpyToSymbol(const void *symbol, const void *source, size_t si
 }
 
 CUresult cuMemcpy(CUdeviceptr target, CUdeviceptr source, size_t size) {
-    return (CUresult)copy_now((void *)target, (void *)source, size);
+    return AS_DRIVER(copy_now((void *)target, (void *)source, size));
 }
 CUresult cuMemcpyAsync(CUdeviceptr target, CUdeviceptr source, size_t size, CUstream stream) {
-    return (CUresult)copy_on(stream, (void *)target, (void *)source, size);
+    return AS_DRIVER(copy_on(stream, (void *)target, (void *)source, size));
 }
 CUresult cuMemcpyHtoD_v2(CUdeviceptr target, const void *source, size_t size) {
-    return (CUresult)copy_now((void *)target, source, size);
+    return AS_DRIVER(copy_now((void *)target, source, size));
 }
 CUresult cuMemcpyDtoH_v2(void *target, CUdeviceptr source, size_t size) {
-    return (CUresult)copy_now(target, (void *)source, size);
+    return AS_DRIVER(copy_now(target, (void *)source, size));
 }
 CUresult cuMemcpyDtoD_v2(CUdeviceptr target, CUdeviceptr source, size_t size) {
-    return (CUresult)copy_now((void *)target, (void *)source, size);
+    return AS_DRIVER(copy_now((void *)target, (void *)source, size));
 }
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr target, const void *source, size_t size,
                               CUstream stream) {
-    return (CUresult)copy_on(stream, (void *)target, source, size);
+    return AS_DRIVER(copy_on(stream, (void *)target, source, size));
 }
 CUresult cuMemcpyDtoHAsync_v2(void *target, CUdeviceptr source, size_t size, CUstream stream) {
-    return (CUresult)copy_on(stream, target, (void *)source, size);
+    return AS_DRIVER(copy_on(stream, target, (void *)source, size));
 }
 CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr target, CUdeviceptr source, size_t size,
                               CUstream stream) {
-    return (CUresult)copy_on(stream, (void *)target, (void *)source, size);
+    return AS_DRIVER(copy_on(stream, (void *)target, (void *)source, size));
 }
 
 /* Values of 1, 2 or 4 bytes, `count` times; pages of zeros are given back. */
@@ -185,14 +185,14 @@ cudaError_t cudaMemsetAsync(void *pointer, int value, size_t size, cudaStream_t 
     return fill_on(stream, pointer, value & 0xff, 1, size);
 }
 CUresult cuMemsetD8_v2(CUdeviceptr pointer, unsigned char value, size_t count) {
-    return (CUresult)fill((void *)pointer, value, 1, count);
+    return AS_DRIVER(fill((void *)pointer, value, 1, count));
 }
 CUresult cuMemsetD32_v2(CUdeviceptr pointer, unsigned value, size_t count) {
-    return (CUresult)fill((void *)pointer, value, 4, count);
+    return AS_DRIVER(fill((void *)pointer, value, 4, count));
 }
 CUresult cuMemsetD8Async(CUdeviceptr pointer, unsigned char value, size_t count, CUstream stream) {
-    return (CUresult)fill_on(stream, (void *)pointer, value, 1, count);
+    return AS_DRIVER(fill_on(stream, (void *)pointer, value, 1, count));
 }
 CUresult cuMemsetD32Async(CUdeviceptr pointer, unsigned value, size_t count, CUstream stream) {
-    return (CUresult)fill_on(stream, (void *)pointer, value, 4, count);
+    return AS_DRIVER(fill_on(stream, (void *)pointer, value, 4, count));
 }

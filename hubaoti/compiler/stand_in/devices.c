@@ -151,7 +151,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
 }
 
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
-    return (CUresult)cudaDeviceGetAttribute(value, (enum cudaDeviceAttr)attribute, device);
+    return AS_DRIVER(cudaDeviceGetAttribute(value, (enum cudaDeviceAttr)attribute, device));
 }
 
 cudaError_t cudaDeviceGetPCIBusId(char *id, int size, int device) {
@@ -194,23 +194,25 @@ cudaError_t cudaProfilerStop(void) { return cudaSuccess; }
 
 /* The driver's: a context is the primary one of a device, and its number plus one. */
 CUresult cuInit(unsigned flags) {
-    return flags ? CUDA_ERROR_INVALID_VALUE : device_count ? CUDA_SUCCESS : CUDA_ERROR_NO_DEVICE;
+    return refuse(flags          ? CUDA_ERROR_INVALID_VALUE
+                  : device_count ? CUDA_SUCCESS
+                                 : CUDA_ERROR_NO_DEVICE);
 }
-CUresult cuDriverGetVersion(int *version) { return (CUresult)cudaDriverGetVersion(version); }
+CUresult cuDriverGetVersion(int *version) { return AS_DRIVER(cudaDriverGetVersion(version)); }
 CUresult cuDeviceGetCount(int *count) { return *count = device_count, CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) {
-    return *device = ordinal, (CUresult)check_device(ordinal);
+    return *device = ordinal, AS_DRIVER(check_device(ordinal));
 }
 
 CUresult cuDeviceGetName(char *name, int size, CUdevice device) {
-    CUresult error = (CUresult)check_device(device);
+    CUresult error = AS_DRIVER(check_device(device));
     if (!error) write_name(name, size, devices[device].chip);
     return error;
 }
 
 CUresult cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice device) {
     struct cudaDeviceProp p;
-    CUresult error = (CUresult)cudaGetDeviceProperties(&p, device);
+    CUresult error = AS_DRIVER(cudaGetDeviceProperties(&p, device));
     if (!error) memcpy(uuid, &p.uuid, sizeof *uuid);
     return error;
 }
@@ -220,20 +222,20 @@ CUresult cuDeviceGetUuid(CUuuid *uuid, CUdevice device) { return cuDeviceGetUuid
 #endif
 
 CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice device) {
-    CUresult error = (CUresult)check_device(device);
+    CUresult error = AS_DRIVER(check_device(device));
     if (!error) *bytes = devices[device].memory;
     return error;
 }
 
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
     *context = (CUcontext)(uintptr_t)(device + 1);
-    return (CUresult)check_device(device);
+    return AS_DRIVER(check_device(device));
 }
 
 CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
     *flags = 0;
     *active = 1;
-    return (CUresult)check_device(device);
+    return AS_DRIVER(check_device(device));
 }
 
 CUresult cuCtxGetCurrent(CUcontext *context) {
@@ -242,19 +244,19 @@ CUresult cuCtxGetCurrent(CUcontext *context) {
 }
 
 CUresult cuCtxSetCurrent(CUcontext context) {
-    return context ? (CUresult)cudaSetDevice((int)(uintptr_t)context - 1) : CUDA_SUCCESS;
+    return context ? AS_DRIVER(cudaSetDevice((int)(uintptr_t)context - 1)) : CUDA_SUCCESS;
 }
 
 static __thread int pushed[64], pushed_count;
 
 CUresult cuCtxPushCurrent_v2(CUcontext context) {
-    if (pushed_count == sizeof pushed / sizeof *pushed) return CUDA_ERROR_OUT_OF_MEMORY;
+    if (pushed_count == sizeof pushed / sizeof *pushed) return refuse(CUDA_ERROR_OUT_OF_MEMORY);
     pushed[pushed_count++] = current_device;
     return cuCtxSetCurrent(context);
 }
 
 CUresult cuCtxPopCurrent_v2(CUcontext *context) {
-    if (!pushed_count) return CUDA_ERROR_INVALID_CONTEXT;
+    if (!pushed_count) return refuse(CUDA_ERROR_INVALID_CONTEXT);
     if (context) cuCtxGetCurrent(context);
     current_device = pushed[--pushed_count];
     return CUDA_SUCCESS;
@@ -276,5 +278,5 @@ CUresult cuLogsRegisterCallback(CUlogsCallback function, void *argument,
 }
 #endif
 CUresult cuGetExportTable(const void **table, const CUuuid *id) {
-    return (void)id, *table = NULL, CUDA_ERROR_NOT_FOUND;
+    return (void)id, *table = NULL, refuse(CUDA_ERROR_NOT_FOUND);
 }

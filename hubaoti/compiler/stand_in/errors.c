@@ -8,12 +8,19 @@
 #include <string.h>
 #include <unistd.h>
 
-static __thread cudaError_t last;
+__thread cudaError_t last_error;
 static __thread int explained;
 static __thread char explanation[512];
 
-cudaError_t fail(cudaError_t error) {
-    if (error) last = error;
+cudaError_t keep(int error) {
+    if (error) last_error = (cudaError_t)error;
+    return (cudaError_t)error;
+}
+
+cudaError_t fail(cudaError_t error) { return keep(refuse((CUresult)error)); }
+
+CUresult refuse(CUresult error) {
+    if (error) explained = 0;
     return error;
 }
 
@@ -28,18 +35,22 @@ int explain(int error, const char *format, ...) {
 }
 
 int refuse_unknown(const char *name, int status) {
-    explain(status, "%s would give a value, and the stand-in has none", name);
-    fprintf(stderr, "stand-in: %s\n", explanation);
+    char words[sizeof explanation];
+    snprintf(words, sizeof words, "%s would give a value, and the stand-in has none", name);
+    fprintf(stderr, "stand-in: %s\n", words);
+    /* The numbers of other libraries are no errors of CUDA's. */
+    if (status == cudaErrorNotSupported) explain(status, "%s", words);
+    else note("refused: %s", words);
     return status;
 }
 
 cudaError_t cudaGetLastError(void) {
-    cudaError_t error = last;
-    last = cudaSuccess;
+    cudaError_t error = last_error;
+    last_error = cudaSuccess;
     return error;
 }
 
-cudaError_t cudaPeekAtLastError(void) { return last; }
+cudaError_t cudaPeekAtLastError(void) { return last_error; }
 
 /* The runtime's own words; it has them without a driver, and the driver's numbers are the same. */
 static const char *ask_runtime(const char *function, cudaError_t error) {
@@ -161,5 +172,5 @@ CUresult cuGetProcAddress_v2(const char *name, void **found, int version, cuuint
     *found = find_function(name);
     if (result)
         *result = *found ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
-    return *found ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+    return refuse(*found ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND);
 }

@@ -184,10 +184,10 @@ cudaError_t cudaFreeAsync(void *pointer, cudaStream_t stream) {
 }
 
 CUresult cuMemAlloc_v2(CUdeviceptr *pointer, size_t size) {
-    return size ? (CUresult)cudaMalloc((void **)pointer, size) : CUDA_ERROR_INVALID_VALUE;
+    return size ? AS_DRIVER(cudaMalloc((void **)pointer, size)) : refuse(CUDA_ERROR_INVALID_VALUE);
 }
 
-CUresult cuMemFree_v2(CUdeviceptr pointer) { return (CUresult)cudaFree((void *)pointer); }
+CUresult cuMemFree_v2(CUdeviceptr pointer) { return AS_DRIVER(cudaFree((void *)pointer)); }
 
 cudaError_t cudaMemGetInfo(size_t *left, size_t *all) {
     if (!device_count) return fail(cudaErrorNoDevice);
@@ -196,11 +196,11 @@ cudaError_t cudaMemGetInfo(size_t *left, size_t *all) {
     return cudaSuccess;
 }
 
-CUresult cuMemGetInfo_v2(size_t *left, size_t *all) { return (CUresult)cudaMemGetInfo(left, all); }
+CUresult cuMemGetInfo_v2(size_t *left, size_t *all) { return AS_DRIVER(cudaMemGetInfo(left, all)); }
 
 CUresult cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *size, CUdeviceptr pointer) {
     struct block found = find_block((void *)pointer);
-    if (!found.size || found.device < 0) return CUDA_ERROR_NOT_FOUND;
+    if (!found.size || found.device < 0) return refuse(CUDA_ERROR_NOT_FOUND);
     if (base) *base = (CUdeviceptr)found.address;
     if (size) *size = found.size;
     return CUDA_SUCCESS;
@@ -271,7 +271,7 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes,
 
 CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr pointer) {
     struct block found = find_block((void *)pointer);
-    if (!found.size) return CUDA_ERROR_INVALID_VALUE;
+    if (!found.size) return refuse(CUDA_ERROR_INVALID_VALUE);
     switch (attribute) {
     case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: *(CUdeviceptr *)value = pointer; break;
     case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:

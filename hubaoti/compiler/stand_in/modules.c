@@ -156,13 +156,13 @@ static void read_functions(const struct image *image, struct module *module,
 
 CUresult cuModuleLoadData(CUmodule *made, const void *start) {
     struct image image;
-    if (!device_count) return CUDA_ERROR_NO_DEVICE;
+    if (!device_count) return refuse(CUDA_ERROR_NO_DEVICE);
     const struct chip *chip = devices[current_device].chip;
     CUresult error = read_image(&image, start);
     if (!error) error = check_capability(&image, chip);
     if (error) return error;
     struct module *module = calloc(1, sizeof *module);
-    if (!module) return CUDA_ERROR_OUT_OF_MEMORY;
+    if (!module) return refuse(CUDA_ERROR_OUT_OF_MEMORY);
     read_functions(&image, module, chip);
     *made = (CUmodule)module;
     count_live(MODULE, 1);
@@ -185,7 +185,7 @@ CUresult cuModuleLoad(CUmodule *made, const char *path) {
     }
     void *start = mmap(NULL, status.st_size, PROT_READ, MAP_PRIVATE, file, 0);
     close(file);
-    CUresult error = start == MAP_FAILED ? CUDA_ERROR_OUT_OF_MEMORY : cuModuleLoadData(made, start);
+    CUresult error = start == MAP_FAILED ? refuse(CUDA_ERROR_OUT_OF_MEMORY) : cuModuleLoadData(made, start);
     if (start != MAP_FAILED) munmap(start, status.st_size);
     return error;
 }
@@ -342,7 +342,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
     (void)type, (void)sizes, (void)strides, (void)box, (void)steps, (void)interleave;
     (void)swizzle, (void)promotion, (void)fill;
-    if (!rank || rank > 5 || (uintptr_t)address % 16) return CUDA_ERROR_INVALID_VALUE;
+    if (!rank || rank > 5 || (uintptr_t)address % 16) return refuse(CUDA_ERROR_INVALID_VALUE);
     memset(map, 0, sizeof *map);
     return CUDA_SUCCESS;
 }

@@ -42,10 +42,21 @@ void count_live(enum kind kind, int change);
 int make_handle(void *out, size_t size); /* 0 where `out` takes no handle */
 void drop_handle(void *handle);
 
-/* An error of the runtime, kept for cudaGetLastError. */
-cudaError_t fail(cudaError_t error);
-/* An error whose words are these, until another is explained. */
+/* An error has CUDA's own words, or those that it is explained by: until this thread has another
+ * error, so that each has to come from one of these four. */
 int explain(int error, const char *format, ...) __attribute__((format(printf, 2, 3)));
+cudaError_t keep(int error);         /* the runtime's, explained or none: for cudaGetLastError */
+cudaError_t fail(cudaError_t error); /* the runtime's, that is not explained */
+CUresult refuse(CUresult error);     /* the driver's, that is not explained; the driver keeps none */
+extern __thread cudaError_t last_error;
+/* What a function of the runtime's says, as the driver's. */
+#define AS_DRIVER(call)                                                                            \
+    ({                                                                                             \
+        cudaError_t before = last_error;                                                           \
+        CUresult said = (CUresult)(call);                                                          \
+        last_error = before;                                                                       \
+        said;                                                                                      \
+    })
 /* That of a function which nobody wrote: it is named, also where only its status is seen. */
 int refuse_unknown(const char *name, int status);
 void note(const char *format, ...) __attribute__((format(printf, 1, 2)));

@@ -119,7 +119,7 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, i
     return make_stream(stream, flags, priority);
 }
 CUresult cuStreamCreate(CUstream *stream, unsigned flags) {
-    return (CUresult)make_stream(stream, flags, 0);
+    return AS_DRIVER(make_stream(stream, flags, 0));
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
@@ -129,7 +129,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     free(found);
     return cudaSuccess;
 }
-CUresult cuStreamDestroy_v2(CUstream stream) { return (CUresult)cudaStreamDestroy(stream); }
+CUresult cuStreamDestroy_v2(CUstream stream) { return AS_DRIVER(cudaStreamDestroy(stream)); }
 
 cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
     struct stream *found = find_stream(stream);
@@ -153,14 +153,14 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     struct stream *found = find_stream(stream);
     return wait_for(found ? found->capture : 0);
 }
-CUresult cuStreamSynchronize(CUstream stream) { return (CUresult)cudaStreamSynchronize(stream); }
+CUresult cuStreamSynchronize(CUstream stream) { return AS_DRIVER(cudaStreamSynchronize(stream)); }
 cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
 
 cudaError_t cudaDeviceSynchronize(void) {
     cudaError_t error = refuse_in_capture();
     return error ? error : take_reads();
 }
-CUresult cuCtxSynchronize(void) { return (CUresult)cudaDeviceSynchronize(); }
+CUresult cuCtxSynchronize(void) { return AS_DRIVER(cudaDeviceSynchronize()); }
 
 /* What the host does in a stream is done at once; in a graph, at its launch, which does nothing. */
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *argument) {
@@ -343,7 +343,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode
 /* Graphs */
 
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) {
-    if (nodes) return fail(refuse_unknown("cudaGraphGetNodes", cudaErrorNotSupported));
+    if (nodes) return keep(refuse_unknown("cudaGraphGetNodes", cudaErrorNotSupported));
     *count = ((struct graph *)graph)->nodes;
     return cudaSuccess;
 }
