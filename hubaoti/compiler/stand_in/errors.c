@@ -82,17 +82,15 @@ CUresult cuGetErrorName(CUresult error, const char **name) {
     return CUDA_SUCCESS;
 }
 
-void note(const char *format, ...) {
+static int log_file = -1;
+
+__attribute__((constructor)) static void open_log(void) {
     const char *path = getenv("STAND_IN_LOG");
-    if (!path || !*path) return;
-    static int file = -1;
-    int unopened = -1;
-    if (__atomic_load_n(&file, __ATOMIC_ACQUIRE) < 0) {
-        int opened = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
-        int first = __atomic_compare_exchange_n(&file, &unopened, opened, 0, __ATOMIC_ACQ_REL,
-                                                __ATOMIC_ACQUIRE);
-        if (!first && opened >= 0) close(opened);
-    }
+    if (path && *path) log_file = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+}
+
+void note(const char *format, ...) {
+    if (log_file < 0) return;
     char line[1024];
     va_list rest;
     va_start(rest, format);
@@ -101,7 +99,7 @@ void note(const char *format, ...) {
     if (length < 0) return;
     if (length > (int)sizeof line - 2) length = sizeof line - 2;
     line[length++] = '\n';
-    if (write(file, line, length) < 0) return; /* a log that cannot be written is no log */
+    if (write(log_file, line, length) < 0) return; /* a log that cannot be written is no log */
 }
 
 /* What is alive, for tests that see whether all is given back: "memory", "stream", … */

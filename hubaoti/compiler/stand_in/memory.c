@@ -82,9 +82,11 @@ int is_device(const void *pointer) {
     return found.size && found.device >= 0;
 }
 
-int is_pinned(const void *pointer) {
+/* Whether all of these bytes are of one piece of pinned memory. */
+int is_pinned(const void *pointer, size_t size) {
     struct block found = find_block(pointer);
-    return found.size && found.device < 0;
+    size_t left = found.size ? found.address + found.size - (char *)pointer : 0;
+    return found.size && found.device < 0 && size <= left;
 }
 
 int is_host(const void *pointer) { return pointer && !is_device(pointer); }
@@ -232,7 +234,9 @@ cudaError_t cudaMallocHost(void **pointer, size_t size) { return cudaHostAlloc(p
 
 cudaError_t cudaFreeHost(void *pointer) {
     if (!pointer) return cudaSuccess;
-    if (!take_block(pointer, -1).size) return fail(cudaErrorInvalidValue);
+    struct block block = take_block(pointer, -1);
+    if (!block.size) return fail(cudaErrorInvalidValue);
+    forget_reads(pointer, block.size);
     free(pointer);
     return cudaSuccess;
 }
@@ -244,7 +248,11 @@ cudaError_t cudaHostRegister(void *pointer, size_t size, unsigned flags) {
 }
 
 cudaError_t cudaHostUnregister(void *pointer) {
-    return take_block(pointer, -2).size ? cudaSuccess : fail(cudaErrorHostMemoryNotRegistered);
+    struct block block = take_block(pointer, -2);
+    if (!block.size) return fail(cudaErrorHostMemoryNotRegistered);
+    /* It stays, as memory that may be read without a call. */
+    size_t unread = forget_reads(pointer, block.size);
+    return unread ? refuse_read(unread) : cudaSuccess;
 }
 
 cudaError_t cudaHostGetDevicePointer(void **device, void *host, unsigned flags) {

@@ -64,9 +64,13 @@ void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
 /* Memory */
 #define PAGE 4096
 int is_device(const void *pointer);
-int is_pinned(const void *pointer);
+int is_pinned(const void *pointer, size_t size);
 int is_host(const void *pointer); /* neither NULL nor a device's */
-cudaError_t take_reads(void); /* an error where somebody waits for what was copied to the host */
+/* Where nothing may be read back: an error where somebody waits for what was copied to the host;
+ * bytes that nobody can wait for any more, how many of them nobody had waited for; that error. */
+cudaError_t take_reads(void);
+size_t forget_reads(const void *pointer, size_t size);
+cudaError_t refuse_read(size_t size);
 
 /* Streams */
 int is_capturing(cudaStream_t stream);

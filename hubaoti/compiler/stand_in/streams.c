@@ -162,19 +162,22 @@ cudaError_t cudaDeviceSynchronize(void) {
 }
 CUresult cuCtxSynchronize(void) { return AS_DRIVER(cudaDeviceSynchronize()); }
 
-/* What the host does in a stream is done at once; in a graph, at its launch, which does nothing. */
+/* What the host does in a stream is done at once, as by one who waited for what is before it; in a
+ * graph, at its launch, which does nothing. */
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *argument) {
-    if (is_capturing(stream)) add_node(stream);
-    else function(argument);
-    return cudaSuccess;
+    if (is_capturing(stream)) return add_node(stream), cudaSuccess;
+    cudaError_t error = take_reads();
+    if (!error) function(argument);
+    return error;
 }
 
 cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t function,
                                   void *argument, unsigned flags) {
     (void)flags;
     if (is_capturing(stream)) return fail(cudaErrorStreamCaptureUnsupported);
-    function(stream, cudaSuccess, argument);
-    return cudaSuccess;
+    cudaError_t error = take_reads();
+    if (!error) function(stream, cudaSuccess, argument);
+    return error;
 }
 
 /* Events */
