@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import textwrap
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,3 +208,112 @@ def test_a_program_cannot_let_itself_read(stand_in: StandIn) -> None:
         say(error=lib.cudaMemcpy(host, block, size(8), 2))
     """
     assert ask(stand_in, code, reads=False) == {"error": 800}
+
+
+# Images of kernels
+
+_KERNEL = """.version 8.3
+.target sm_90
+.address_size 64
+.visible .entry fill(.param .u64 p) .reqntid 16, 8, 1
+{ .shared .align 4 .b8 kept[1024]; ret; }
+"""
+_LOAD = """
+import mmap, random, struct
+from pathlib import Path
+image = Path(os.environ["CUBIN"]).read_bytes()
+# What is tried lies before a page that nobody may read.
+space = mmap.mmap(-1, 1 << 20)
+start = ctypes.addressof(c_int.from_buffer(space))
+lib.mprotect(c_void_p(start + len(space) - 4096), size(4096), 0)
+def load(content):
+    place = start + len(space) - 4096 - len(content)
+    ctypes.memmove(place, content, len(content))
+    made, found = c_void_p(), c_void_p()
+    error = lib.cuModuleLoadData(byref(made), c_void_p(place))
+    if not error:
+        lib.cuModuleGetFunction(byref(found), made, b"fill")
+        lib.cuModuleUnload(made)
+    return error
+def change(place, content): return image[:place] + content + image[place + len(content):]
+shoff, = struct.unpack_from("<Q", image, 40)
+count, = struct.unpack_from("<H", image, 60)
+"""
+
+
+@pytest.fixture(scope="module")
+def cubin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A kernel that does nothing, by the assembler that triton has."""
+    source = tmp_path_factory.mktemp("cubin") / "fill.ptx"
+    source.write_text(_KERNEL)
+    spec = find_spec("triton")
+    assert spec is not None and spec.origin is not None
+    ptxas = Path(spec.origin).parent / "backends/nvidia/bin/ptxas"
+    target = source.with_suffix(".cubin")
+    subprocess.run([ptxas, "-arch=sm_90", source, "-o", target], check=True)
+    return target
+
+
+def ask_loads(stand_in: StandIn, cubin: Path, code: str) -> dict[str, Any]:
+    return ask(stand_in, _LOAD + textwrap.dedent(code), env={"CUBIN": str(cubin)})
+
+
+def test_an_image_that_ends_early_is_refused(stand_in: StandIn, cubin: Path) -> None:
+    code = """
+        path, files = Path(os.environ["CUBIN"]).with_suffix(".cut"), set()
+        end = shoff + 64 * count
+        for length in (0, 1, 63, 64, end - 1):
+            path.write_bytes(image[:length])
+            files.add(lib.cuModuleLoad(byref(c_void_p()), str(path).encode()))
+        say(whole=load(image), files=sorted(files), live=count_live()["module"],
+            cut=sorted({load(image[:length]) for length in range(64, end)}))
+    """
+    assert ask_loads(stand_in, cubin, code) == {
+        "whole": 0,
+        "cut": [200],
+        "files": [200, 301],
+        "live": 0,
+    }
+
+
+def test_an_image_with_any_other_number_in_it_is_no_crash(stand_in: StandIn, cubin: Path) -> None:
+    code = """
+        errors = set()
+        extremes = [0, 1, 2, 7, 0x7f, 0xff, 0x7fff, 0xffff, (1 << 31) - 1, (1 << 32) - 1,
+                    (1 << 63) - 1, (1 << 63), (1 << 64) - 1, (1 << 64) - 64, len(image) - 1]
+        places = [*range(64), *range(shoff, shoff + 64 * count)]
+        for place in range(0, len(places), 2):
+            for value in extremes:
+                for kind in "HIQ":
+                    number = struct.pack("<" + kind, value % (1 << 8 * struct.calcsize(kind)))
+                    errors.add(load(change(places[place], number)))
+        chance = random.Random(0)
+        for _ in range(3000):
+            changed = bytearray(image)
+            for _ in range(chance.choice((1, 4, 64))):
+                changed[chance.randrange(len(image))] = chance.choice((0, 1, 127, 128, 255))
+            errors.add(load(bytes(changed)))
+        say(errors=sorted(errors), live=count_live()["module"])
+    """
+    found = ask_loads(stand_in, cubin, code)
+    assert found == {"errors": [0, 200, 209], "live": 0}
+
+
+def test_an_image_is_refused_by_what_is_wrong_with_it(stand_in: StandIn, cubin: Path) -> None:
+    code = """
+        def say_why(place, kind, value):
+            return words(load(change(place, struct.pack("<" + kind, value))))
+        names = shoff + 64 * struct.unpack_from("<H", image, 62)[0]
+        say(class_=say_why(4, "B", 1), many=say_why(60, "H", 65535), far=say_why(40, "Q", 1 << 62),
+            kind=say_why(names + 4, "I", 1), beyond=say_why(shoff + 64 * 3 + 24, "Q", 1 << 40),
+            none=lib.cuModuleLoadData(byref(c_void_p()), None))
+    """
+    found = ask_loads(stand_in, cubin, code)
+    assert found.pop("none") == 1
+    assert {name: text.rpartition(": ")[2] for name, text in found.items()} == {
+        "class_": "it is no cubin",
+        "many": "it ends before its sections do",
+        "far": "it has no table of sections",
+        "kind": "a section has no name",
+        "beyond": "it ends before its sections do",
+    }

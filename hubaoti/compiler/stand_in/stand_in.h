@@ -77,6 +77,22 @@ int is_capturing(cudaStream_t stream);
 void add_node(cudaStream_t stream);
 cudaError_t refuse_in_capture(void); /* what no thread may do while it captures a graph */
 
+/* Modules */
+struct function {
+    char *name;
+    int registers, local, shared;   /* as the cubin says; bytes of static shared memory */
+    unsigned required[3];           /* the block's size, where the cubin fixes it */
+    int dynamic;                    /* bytes of dynamic shared memory that it was allowed */
+    const struct chip *chip;
+};
+struct module {
+    struct function *functions;
+    int count;
+};
+/* Read a cubin for a chip; a size of 0 is not known. An error is explained, what is made is freed. */
+CUresult read_cubin(struct module *module, const void *start, size_t size, const struct chip *chip);
+void free_module(struct module *module);
+
 /* Launches */
 struct launch {
     dim3 grid, block;
