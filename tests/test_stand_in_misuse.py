@@ -317,3 +317,161 @@ def test_an_image_is_refused_by_what_is_wrong_with_it(stand_in: StandIn, cubin: 
         "kind": "a section has no name",
         "beyond": "it ends before its sections do",
     }
+
+
+# Handles, sizes, and processes that are forked
+
+
+def test_a_handle_that_is_given_back_twice_or_was_never_made_is_an_error(
+    stand_in: StandIn, cubin: Path
+) -> None:
+    code = """
+        path, none = os.environ["CUBIN"].encode(), c_void_p(4096)
+        U, ms, value = [ctypes.c_uint(1)] * 7, ctypes.c_float(), size(0)
+        stream, event = make("cudaStreamCreate"), make("cudaEventCreate")
+        handle, graph = make("cublasCreate_v2"), c_void_p()
+        module = make("cuModuleLoad", path)
+        function = make("cuModuleGetFunction", module, b"fill")
+        lib.cudaStreamBeginCapture(stream, 2)
+        lib.cudaStreamEndCapture(stream, byref(graph))
+        run = make("cudaGraphInstantiateWithFlags", graph, ctypes.c_ulonglong())
+        gone = {
+            "stream": [lib.cudaStreamDestroy(stream) for _ in range(2)][1],
+            "event": [lib.cudaEventDestroy(event) for _ in range(2)][1],
+            "graph": [lib.cudaGraphDestroy(graph) for _ in range(2)][1],
+            "run": [lib.cudaGraphExecDestroy(run) for _ in range(2)][1],
+            "module": [lib.cuModuleUnload(module) for _ in range(2)][1],
+            "handle": [lib.cublasDestroy_v2(handle) for _ in range(2)][1],
+        }
+        for each in (none, None):
+            gone |= {
+                f"sync {each}": each and lib.cudaStreamSynchronize(each),
+                f"begin {each}": lib.cudaStreamBeginCapture(each, 0),
+                f"end {each}": lib.cudaStreamEndCapture(each, byref(c_void_p())),
+                f"record {each}": lib.cudaEventRecord(each, None),
+                f"wait {each}": lib.cudaStreamWaitEvent(None, each, 0),
+                f"query {each}": lib.cudaEventQuery(each),
+                f"ms {each}": lib.cudaEventElapsedTime(byref(ms), each, each),
+                f"nodes {each}": lib.cudaGraphGetNodes(each, None, byref(value)),
+                f"made {each}": lib.cudaGraphInstantiateWithFlags(byref(c_void_p()), each, size(0)),
+                f"replay {each}": lib.cudaGraphLaunch(each, None),
+                f"name {each}": lib.cuModuleGetFunction(byref(c_void_p()), each, b"fill"),
+            }
+        for each in (function, none, None):
+            gone |= {
+                f"launch {each}": lib.cuLaunchKernel(each, *U, None, None, None),
+                f"get {each}": lib.cuFuncGetAttribute(byref(c_int()), 0, each),
+                f"set {each}": lib.cuFuncSetAttribute(each, 8, 1),
+                f"blocks {each}": lib.cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                    byref(c_int()), each, 1, size(0)),
+            }
+        say(gone=gone, live=count_live(), others=lib.stand_in_live(b"function"),
+            handles=lib.stand_in_live(b"handle"))
+    """
+    found = ask(stand_in, code, env={"CUBIN": str(cubin)})
+    assert found["gone"].pop("handle") == 0  # as of a library's: nobody looks for it
+    assert found["gone"].pop("sync None") is None  # the legacy stream
+    assert all(error in (1, 400, 401, 900) for error in found["gone"].values()), found["gone"]
+    assert {*found["live"].values(), found["others"], found["handles"]} == {0}
+
+
+def test_a_capture_ends_with_its_stream_and_its_graph_stays_while_it_goes_on(
+    stand_in: StandIn,
+) -> None:
+    code = """
+        stream, other, graph = make("cudaStreamCreate"), make("cudaStreamCreate"), c_void_p()
+        status = c_int()
+        lib.cudaStreamBeginCapture(stream, 0)
+        name = "cudaStreamGetCaptureInfo"
+        ask = getattr(lib, name) if hasattr(lib, name) else getattr(lib, name + "_v2")
+        ask(stream, byref(status), None, byref(graph), None, None, None)
+        kept = lib.cudaGraphDestroy(graph)
+        lib.cudaMemcpyAsync(None, None, size(0), 4, stream)
+        refused = lib.cudaMalloc(byref(c_void_p()), size(8))
+        lib.cudaStreamDestroy(stream)
+        say(kept=kept, refused=refused, after=lib.cudaMalloc(byref(c_void_p()), size(8)),
+            graphs=count_live()["graph"], again=lib.cudaStreamBeginCapture(other, 0))
+    """
+    found = ask(stand_in, code)
+    assert found == {"kept": 1, "refused": 900, "after": 0, "graphs": 0, "again": 0}
+
+
+def test_sizes_that_no_number_holds_are_refused(stand_in: StandIn, cubin: Path) -> None:
+    code = """
+        most, blocks = size((1 << 64) - 1), c_int(7)
+        block, host = make("cudaMalloc", size(4096)), ctypes.create_string_buffer(64)
+        module = make("cuModuleLoad", os.environ["CUBIN"].encode())
+        function = make("cuModuleGetFunction", module, b"fill")
+        def count(threads, shared):
+            lib.cudaOccupancyMaxActiveBlocksPerMultiprocessor(byref(blocks), None, threads, shared)
+            return blocks.value
+        threads = c_int()
+        lib.cuFuncGetAttribute(byref(threads), 0, function)
+        errors = {
+            "fill": lib.cuMemsetD32_v2(block, 1, size(1 << 62)),
+            "malloc": lib.cudaMalloc(byref(c_void_p()), most),
+            "copy": lib.cudaMemcpy(block, host, most, 1),
+            "nothing": lib.cudaMemcpy(block, None, size(8), 1),
+            "rows": lib.cudaMemcpy2D(block, size(4), host, size(4), size(8), size(2), 1),
+            "pin": lib.cudaHostRegister(host, most, 0),
+            "pin none": lib.cudaHostRegister(host, size(0), 0),
+            "shared": lib.cuFuncSetAttribute(function, 8, 0x7fffffff),
+            "name": lib.cuDeviceGetName(host, -1, 0),
+            "bus": lib.cudaDeviceGetPCIBusId(host, -1, 0),
+            "nowhere": lib.cudaMalloc(None, size(8)),
+        }
+        pinned = lib.cudaHostRegister(at(c_void_p(ctypes.addressof(host)), 32), size(8), 0)
+        over = lib.cudaHostRegister(host, size(64), 0)
+        say(errors=errors, threads=threads.value, pinned=pinned, over=over, counts=[
+            count(0x7fffffff, size(0)), count(1 << 27, size(0)), count(0, size(0)),
+            count(1, most), count(1, size((1 << 64) - 1024)), count(128, size(1024))])
+    """
+    found = ask(stand_in, code, memory=(1 << 64) - 1, env={"CUBIN": str(cubin)})
+    errors = found["errors"]
+    assert (errors.pop("malloc"), errors.pop("rows")) == (2, 12)
+    assert {*errors.values()} == {1}
+    assert (found["pinned"], found["over"], found["threads"]) == (0, 712, 128)
+    assert found["counts"] == [0, 0, 32, 0, 0, 16]
+
+
+def test_a_process_that_is_forked_has_no_device_and_does_not_hang(stand_in: StandIn) -> None:
+    code = """
+        import signal
+        def fork(child):
+            read, write = os.pipe()
+            if not (pid := os.fork()):
+                signal.alarm(20)
+                os.write(write, json.dumps(child()).encode())
+                os._exit(0)
+            status = os.waitpid(pid, 0)[1]
+            return json.loads(os.read(read, 4096)) if not status else status
+        def use():
+            host = ctypes.create_string_buffer(8)
+            return [lib.cudaMalloc(byref(c_void_p()), size(8)), lib.cudaStreamSynchronize(None)]
+        fresh = fork(use)
+        block, host = make("cudaMalloc", size(8)), ctypes.create_string_buffer(b"theirs!", 8)
+        lib.cudaMemcpy(block, host, size(8), 1)
+        def misuse():
+            ours = ctypes.create_string_buffer(b"child's", 8)
+            return [lib.cudaMalloc(byref(c_void_p()), size(8)), lib.cudaFree(block),
+                    lib.cudaMemcpy(block, ours, size(8), 1), lib.cudaMemset(block, 0, size(8))]
+        stop = threading.Event()
+        def spin():
+            while not stop.is_set():
+                made = make("cudaMalloc", size(4096))
+                lib.cudaEventDestroy(make("cudaEventCreate"))
+                lib.cudaStreamDestroy(make("cudaStreamCreate"))
+                lib.cudaFree(made)
+        threads = [threading.Thread(target=spin) for _ in range(3)]
+        for thread in threads: thread.start()
+        forks = [fork(misuse) for _ in range(50)]
+        stop.set()
+        for thread in threads: thread.join()
+        back = ctypes.create_string_buffer(8)
+        lib.cudaMemcpy(back, block, size(8), 2)
+        say(fresh=fresh, forks=forks, back=back.value.decode())
+    """
+    found = ask(stand_in, code)
+    assert found["fresh"] == [0, 0]
+    assert found["forks"] == [[3, 3, 3, 3]] * 50
+    assert found["back"] == "theirs!"

@@ -6,7 +6,6 @@
  * the same, by the host's own instructions, is not seen here.
  */
 #include "stand_in.h"
-#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,6 +20,7 @@ static struct range {
 } *unread;
 static size_t unread_count, unread_room;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+SURVIVES_FORK(lock)
 static int is_forbidden;
 
 /* Once: what a program does to its environment later changes nothing. */
@@ -99,6 +99,8 @@ static cudaError_t note_read(const char *target, size_t size, int waits) {
 }
 
 static cudaError_t check_range(const void *pointer, size_t size) {
+    if (is_lost) return fail(cudaErrorInitializationError);
+    if (!pointer && size) return fail(cudaErrorInvalidValue);
     size_t left = stand_in_left(pointer);
     return !left || size <= left ? cudaSuccess : fail(cudaErrorInvalidValue);
 }
@@ -157,6 +159,7 @@ cudaError_t cudaMemcpy2DAsync(void *target, size_t target_pitch, const void *sou
                               size_t source_pitch, size_t width, size_t height,
                               enum cudaMemcpyKind kind, cudaStream_t stream) {
     (void)kind;
+    if (width > target_pitch || width > source_pitch) return fail(cudaErrorInvalidPitchValue);
     cudaError_t error = cudaSuccess;
     for (size_t row = 0; row < height && !error; row++)
         error = copy_on(stream, (char *)target + row * target_pitch,
@@ -166,8 +169,9 @@ cudaError_t cudaMemcpy2DAsync(void *target, size_t target_pitch, const void *sou
 
 cudaError_t cudaMemcpy2D(void *target, size_t target_pitch, const void *source, size_t source_pitch,
                          size_t width, size_t height, enum cudaMemcpyKind kind) {
-    cudaError_t error =
-        cudaMemcpy2DAsync(target, target_pitch, source, source_pitch, width, height, kind, 0);
+    cudaError_t error = refuse_in_capture();
+    if (!error)
+        error = cudaMemcpy2DAsync(target, target_pitch, source, source_pitch, width, height, kind, 0);
     return error ? error : take_reads();
 }
 
@@ -207,6 +211,7 @@ CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr target, CUdeviceptr source, size_t siz
 
 /* Values of 1, 2 or 4 bytes, `count` times; pages of zeros are given back. */
 static cudaError_t fill(void *pointer, unsigned value, int width, size_t count) {
+    if (count > SIZE_MAX / width) return fail(cudaErrorInvalidValue);
     cudaError_t error = check_range(pointer, width * count);
     if (error) return error;
     char *start = stand_in_host(pointer), *end = start + width * count;

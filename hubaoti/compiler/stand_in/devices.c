@@ -155,7 +155,7 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
 }
 
 cudaError_t cudaDeviceGetPCIBusId(char *id, int size, int device) {
-    cudaError_t error = check_device(device);
+    cudaError_t error = id && size > 0 ? check_device(device) : fail(cudaErrorInvalidValue);
     if (!error) write_bus_id(id, size, devices[device].installed);
     return error;
 }
@@ -174,8 +174,9 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
 }
 
 cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t *pool, int device) {
-    *pool = (cudaMemPool_t)&devices[device];
-    return check_device(device);
+    cudaError_t error = check_device(device);
+    if (!error) *pool = (cudaMemPool_t)&devices[device];
+    return error;
 }
 
 cudaError_t cudaDeviceGetLimit(size_t *value, enum cudaLimit limit) {
@@ -205,6 +206,7 @@ CUresult cuDeviceGet(CUdevice *device, int ordinal) {
 }
 
 CUresult cuDeviceGetName(char *name, int size, CUdevice device) {
+    if (!name || size < 1) return refuse(CUDA_ERROR_INVALID_VALUE);
     CUresult error = AS_DRIVER(check_device(device));
     if (!error) write_name(name, size, devices[device].chip);
     return error;

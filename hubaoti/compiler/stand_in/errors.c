@@ -103,8 +103,8 @@ void note(const char *format, ...) {
 }
 
 /* What is alive, for tests that see whether all is given back: "memory", "stream", … */
-static const char *KIND_NAMES[KINDS] = {"memory", "pinned", "stream", "event",
-                                        "graph",  "module", "handle"};
+static const char *KIND_NAMES[KINDS] = {"memory", "pinned", "stream",   "event",
+                                        "graph",  "module", "function", "handle"};
 static long live[KINDS];
 
 void count_live(enum kind kind, int change) {
@@ -115,25 +115,6 @@ OUTSIDE long stand_in_live(const char *kind) {
     for (int i = 0; i < KINDS; i++)
         if (!strcmp(kind, KIND_NAMES[i])) return __atomic_load_n(&live[i], __ATOMIC_RELAXED);
     return -1;
-}
-
-/* A handle of cuBLAS, cuDNN and their like: a thing of its own that nobody looks into. */
-static const char HANDLE_MARK[] = "stand-in handle";
-
-int make_handle(void *out, size_t size) {
-    if (size != sizeof(void *) || !out) return 0;
-    char *made = calloc(1, 512);
-    if (!made) return 0;
-    memcpy(made, HANDLE_MARK, sizeof HANDLE_MARK);
-    *(void **)out = made;
-    count_live(HANDLE, 1);
-    return 1;
-}
-
-void drop_handle(void *handle) {
-    if (!handle || memcmp(handle, HANDLE_MARK, sizeof HANDLE_MARK)) return;
-    count_live(HANDLE, -1);
-    free(handle);
 }
 
 /* The driver's functions by name; those whose interface changed are `name_v2` and on. */

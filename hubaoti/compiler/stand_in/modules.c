@@ -18,17 +18,24 @@ OUTSIDE void stand_in_compute(void *callback) {
     compute = (void (*)(const char *, unsigned, unsigned, unsigned, void **))callback;
 }
 
-/* Cubins; the length of one that is no file is 0, as nobody says it. */
+static void drop_module(struct module *module) {
+    let_go(MODULE, module);
+    for (int i = 0; i < module->count; i++) let_go(FUNCTION, &module->functions[i]);
+    free_module(module);
+}
+
+/* Load a cubin; the length of one that is no file is 0, as nobody says it. */
 
 static CUresult load(CUmodule *made, const void *start, size_t size) {
     if (!device_count) return refuse(CUDA_ERROR_NO_DEVICE);
     if (!made || !start) return refuse(CUDA_ERROR_INVALID_VALUE);
-    struct module *module = calloc(1, sizeof *module);
+    struct module *module = make(MODULE, sizeof *module);
     if (!module) return refuse(CUDA_ERROR_OUT_OF_MEMORY);
     CUresult error = read_cubin(module, start, size, devices[current_device].chip);
-    if (error) return free_module(module), error;
+    for (int i = 0; i < module->count && !error; i++)
+        if (!hold(FUNCTION, &module->functions[i])) error = refuse(CUDA_ERROR_OUT_OF_MEMORY);
+    if (error) return drop_module(module), error;
     *made = (CUmodule)module;
-    count_live(MODULE, 1);
     return CUDA_SUCCESS;
 }
 
@@ -56,15 +63,16 @@ CUresult cuModuleLoad(CUmodule *made, const char *path) {
     return error;
 }
 
-CUresult cuModuleUnload(CUmodule given) {
-    struct module *module = (struct module *)given;
-    free_module(module);
-    count_live(MODULE, -1);
+CUresult cuModuleUnload(CUmodule module) {
+    if (!is_held(MODULE, module)) return refuse(CUDA_ERROR_INVALID_HANDLE);
+    drop_module((struct module *)module);
     return CUDA_SUCCESS;
 }
 
 CUresult cuModuleGetFunction(CUfunction *found, CUmodule given, const char *name) {
     struct module *module = (struct module *)given;
+    if (!is_held(MODULE, module)) return refuse(CUDA_ERROR_INVALID_HANDLE);
+    if (!found || !name) return refuse(CUDA_ERROR_INVALID_VALUE);
     for (int i = 0; i < module->count; i++)
         if (!strcmp(module->functions[i].name, name)) {
             *found = (CUfunction)&module->functions[i];
@@ -73,11 +81,19 @@ CUresult cuModuleGetFunction(CUfunction *found, CUmodule given, const char *name
     return (CUresult)explain(CUDA_ERROR_NOT_FOUND, "named symbol not found: %s", name);
 }
 
+/* Threads of a block, where the cubin fixes them. */
+static size_t count_required(const struct function *function) {
+    const unsigned *required = function->required;
+    return (size_t)required[0] * required[1] * required[2];
+}
+
 CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction given) {
     struct function *function = (struct function *)given;
+    if (!is_held(FUNCTION, function)) return refuse(CUDA_ERROR_INVALID_HANDLE);
+    if (!value) return refuse(CUDA_ERROR_INVALID_VALUE);
     switch (attribute) {
     case CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
-        *value = function->required[0] ? (int)function->required[0] : 1024;
+        *value = function->required[0] ? (int)count_required(function) : 1024;
         break;
     case CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES: *value = function->shared; break;
     case CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES: *value = function->local; break;
@@ -92,12 +108,14 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
 
 CUresult cuFuncSetAttribute(CUfunction given, CUfunction_attribute attribute, int value) {
     struct function *function = (struct function *)given;
+    if (!is_held(FUNCTION, function)) return refuse(CUDA_ERROR_INVALID_HANDLE);
     if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_SUCCESS;
-    if (value < 0 || value + function->shared > function->chip->shared)
+    long long all = (long long)value + function->shared;
+    if (value < 0 || all > function->chip->shared)
         return (CUresult)explain(
             CUDA_ERROR_INVALID_VALUE,
-            "invalid argument: %s wants %d bytes of shared memory, and a block of sm_%d has %d",
-            function->name, value + function->shared, function->chip->sm, function->chip->shared);
+            "invalid argument: %s wants %lld bytes of shared memory, and a block of sm_%d has %d",
+            function->name, all, function->chip->sm, function->chip->shared);
     function->dynamic = value;
     return CUDA_SUCCESS;
 }
@@ -119,12 +137,11 @@ CUresult check_sizes(const char *name, const struct launch *launch) {
 static CUresult check_launch(const struct function *function, const struct launch *launch) {
     CUresult error = check_sizes(function->name, launch);
     if (error) return error;
-    const unsigned *required = function->required;
     size_t threads = (size_t)launch->block.x * launch->block.y * launch->block.z;
-    if (required[0] && threads != (size_t)required[0] * required[1] * required[2])
+    if (function->required[0] && threads != count_required(function))
         return (CUresult)explain(CUDA_ERROR_INVALID_VALUE,
-                                 "invalid argument: %s with %zu threads, and it was made for %u",
-                                 function->name, threads, required[0] * required[1] * required[2]);
+                                 "invalid argument: %s with %zu threads, and it was made for %zu",
+                                 function->name, threads, count_required(function));
     if (launch->shared > (size_t)function->dynamic)
         return (CUresult)explain(
             CUDA_ERROR_INVALID_VALUE,
@@ -140,6 +157,7 @@ static CUresult check_launch(const struct function *function, const struct launc
 
 static CUresult launch_function(struct function *function, const struct launch *launch,
                                 CUstream stream, void **parameters) {
+    if (!is_held(FUNCTION, function)) return refuse(CUDA_ERROR_INVALID_HANDLE);
     CUresult error = check_launch(function, launch);
     if (error) return error;
     note("launch %s %u %u %u", function->name, launch->grid.x, launch->grid.y, launch->grid.z);
@@ -166,6 +184,7 @@ CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned x, unsigned y, 
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **parameters,
                           void **extra) {
+    if (!c) return refuse(CUDA_ERROR_INVALID_VALUE);
     return cuLaunchKernel(function, c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX,
                           c->blockDimY, c->blockDimZ, c->sharedMemBytes, c->hStream, parameters,
                           extra);
@@ -173,18 +192,19 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **p
 
 /* How many blocks a processor holds, by threads, registers and shared memory. */
 int count_blocks(const struct chip *chip, int threads, int registers, size_t shared) {
-    if (threads < 1) threads = 1;
-    int blocks = chip->threads / threads;
-    if (registers > 0 && 65536 / (registers * threads) < blocks)
-        blocks = 65536 / (registers * threads);
-    if (shared && (int)(chip->processor_shared / (shared + 1024)) < blocks)
-        blocks = (int)(chip->processor_shared / (shared + 1024));
-    return blocks < 32 ? blocks : 32;
+    size_t each = threads < 1 ? 1 : threads, blocks = chip->threads / each;
+    if (registers > 0 && 65536 / (registers * each) < blocks) blocks = 65536 / (registers * each);
+    if (shared > (size_t)chip->processor_shared) return 0;
+    if (shared && chip->processor_shared / (shared + 1024) < blocks)
+        blocks = chip->processor_shared / (shared + 1024);
+    return blocks < 32 ? (int)blocks : 32;
 }
 
 CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction given, int threads,
                                                      size_t shared) {
     struct function *function = (struct function *)given;
+    if (!is_held(FUNCTION, function)) return refuse(CUDA_ERROR_INVALID_HANDLE);
+    if (!blocks || shared > INT32_MAX) return refuse(CUDA_ERROR_INVALID_VALUE);
     *blocks = count_blocks(function->chip, threads, function->registers, shared + function->shared);
     return CUDA_SUCCESS;
 }
@@ -193,6 +213,8 @@ CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction given,
                                       const CUlaunchConfig *config) {
     struct function *function = (struct function *)given;
     (void)config;
+    if (!is_held(FUNCTION, function)) return refuse(CUDA_ERROR_INVALID_HANDLE);
+    if (!clusters) return refuse(CUDA_ERROR_INVALID_VALUE);
     *clusters = function->chip->sm >= 90 ? function->chip->processors / 2 : 0;
     return CUDA_SUCCESS;
 }
@@ -206,7 +228,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
     (void)type, (void)sizes, (void)strides, (void)box, (void)steps, (void)interleave;
     (void)swizzle, (void)promotion, (void)fill;
-    if (!rank || rank > 5 || (uintptr_t)address % 16) return refuse(CUDA_ERROR_INVALID_VALUE);
+    if (!map || !rank || rank > 5 || (uintptr_t)address % 16) return refuse(CUDA_ERROR_INVALID_VALUE);
     memset(map, 0, sizeof *map);
     return CUDA_SUCCESS;
 }

@@ -17,6 +17,7 @@
 #endif
 #include <cuda.h>
 #include <cuda_runtime_api.h>
+#include <pthread.h>
 #include <stddef.h>
 
 /* What torch imports by the name that it has here: CUDA 12's headers give these a number. */
@@ -37,8 +38,20 @@ extern struct device devices[];
 extern int device_count;
 extern __thread int current_device;
 
-enum kind { MEMORY, PINNED, STREAM, EVENT, GRAPH, MODULE, HANDLE, KINDS };
+/* A lock that a process has which was forked while another thread held it. */
+#define SURVIVES_FORK(lock)                                                                        \
+    static void take_lock(void) { pthread_mutex_lock(&lock); }                                     \
+    static void leave_lock(void) { pthread_mutex_unlock(&lock); }                                  \
+    __attribute__((constructor)) static void keep_lock(void) {                                     \
+        pthread_atfork(take_lock, leave_lock, leave_lock);                                         \
+    }
+
+enum kind { MEMORY, PINNED, STREAM, EVENT, GRAPH, MODULE, FUNCTION, HANDLE, KINDS };
 void count_live(enum kind kind, int change);
+void *make(enum kind kind, size_t size); /* of zeros; NULL without memory */
+int hold(enum kind kind, const void *made);
+int is_held(enum kind kind, const void *handle);
+int let_go(enum kind kind, const void *handle); /* 0 where nothing of the kind is there */
 int make_handle(void *out, size_t size); /* 0 where `out` takes no handle */
 void drop_handle(void *handle);
 
@@ -63,6 +76,7 @@ void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /* Memory */
 #define PAGE 4096
+extern int is_lost; /* in a process that was forked from one which had memory of a device */
 int is_device(const void *pointer);
 int is_pinned(const void *pointer, size_t size);
 int is_host(const void *pointer); /* neither NULL nor a device's */
@@ -73,6 +87,11 @@ size_t forget_reads(const void *pointer, size_t size);
 cudaError_t refuse_read(size_t size);
 
 /* Streams */
+cudaError_t check_stream(cudaStream_t stream);
+/* The capture that a stream is in, by its number, or 0; one that is over is joined by nobody. */
+unsigned long long read_capture(cudaStream_t stream);
+void join_capture(cudaStream_t stream, unsigned long long id);
+cudaError_t wait_for(unsigned long long capture); /* and for what was copied to the host */
 int is_capturing(cudaStream_t stream);
 void add_node(cudaStream_t stream);
 cudaError_t refuse_in_capture(void); /* what no thread may do while it captures a graph */
@@ -89,7 +108,7 @@ struct module {
     struct function *functions;
     int count;
 };
-/* Read a cubin for a chip; a size of 0 is not known. An error is explained, what is made is freed. */
+/* Read a cubin for a chip; a size of 0 is not known. */
 CUresult read_cubin(struct module *module, const void *start, size_t size, const struct chip *chip);
 void free_module(struct module *module);
 

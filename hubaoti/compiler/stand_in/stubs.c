@@ -30,6 +30,7 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *kernel,
                                 void **parameters) {
     (void)kernel, (void)parameters;
+    if (!config) return fail(cudaErrorInvalidValue);
     return launch_stub(config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream);
 }
 
