@@ -7,32 +7,63 @@ struct device devices[MOST_DEVICES];
 int device_count;
 __thread int current_device;
 
-static int read_ordinal(const char *text, size_t length, int installed) {
-    char uuid[48], *end;
-    if (length > 4 && !strncmp(text, "GPU-", 4))
-        for (int i = 0; i < installed; i++) {
-            write_uuid(uuid, sizeof uuid, i);
-            if (!strncmp(text, uuid, length)) return i;
-        }
-    long ordinal = strtol(text, &end, 10);
-    return end == text || ordinal < 0 || ordinal >= installed ? -1 : (int)ordinal;
+/* A name in CUDA_VISIBLE_DEVICES: a number, or the beginning of a UUID. */
+struct name {
+    const char *text;
+    size_t length;
+    long number;
+};
+
+/* The installed device that is meant; -1 where none is, or where two may be. */
+static int find_named(const struct name *name, int by_uuid, int installed) {
+    int found = -1;
+    if (!by_uuid) return name->number < installed ? (int)name->number : -1;
+    for (int i = 0; i < installed; i++) {
+        char uuid[48];
+        write_uuid(uuid, sizeof uuid, i);
+        if (strncmp(name->text, uuid, name->length)) continue;
+        if (found >= 0) return -1;
+        found = i;
+    }
+    return found;
 }
 
-/* As the runtime reads CUDA_VISIBLE_DEVICES: up to the first that is none; one named twice hides all. */
+/* Names up to the first that is none of its kind; 0 names where one of them is there twice. */
+static int read_names(struct name names[], int room, const char *text, int by_uuid) {
+    int count = 0;
+    for (; count < room; text += names[count++].length + 1) {
+        struct name *each = &names[count];
+        char *end;
+        *each = (struct name){text, strcspn(text, ","), strtol(text, &end, 10)};
+        if (by_uuid ? strncmp(text, "GPU-", 4) : end == text || each->number < 0) break;
+        for (int i = 0; i < count; i++)
+            if (by_uuid ? names[i].length == each->length
+                              && !strncmp(names[i].text, text, each->length)
+                        : names[i].number == each->number)
+                return 0;
+        if (!text[each->length]) return count + 1;
+    }
+    return count;
+}
+
+/* Those that torch counts, all by number or all by UUID: which of CUDA_VISIBLE_DEVICES are shown is
+ * said in hubaoti/host/visible_gpus.py. */
 __attribute__((constructor)) static void find_devices(void) {
     const struct chip *chips[MOST_DEVICES];
     int installed = read_installed(chips), taken[MOST_DEVICES] = {0};
     const char *visible = getenv("CUDA_VISIBLE_DEVICES");
-    for (int i = 0; visible ? *visible : i < installed; i++) {
-        int ordinal = visible ? read_ordinal(visible, strcspn(visible, ","), installed) : i;
-        if (ordinal < 0) break;
-        if (taken[ordinal]++) {
+    int by_uuid = visible && !strncmp(visible, "GPU-", 4);
+    struct name names[4 * MOST_DEVICES];
+    int count = visible ? read_names(names, 4 * MOST_DEVICES, visible, by_uuid) : installed;
+    for (int i = 0; i < count; i++) {
+        int place = visible ? find_named(&names[i], by_uuid, installed) : i;
+        if (place < 0) break;
+        if (taken[place]++) {
             device_count = 0;
             break;
         }
-        size_t memory = read_memory(chips[ordinal]);
-        devices[device_count++] = (struct device){chips[ordinal], memory, 0, ordinal};
-        if (visible) visible += strcspn(visible, ","), visible += *visible == ',';
+        size_t memory = read_memory(chips[place]);
+        devices[device_count++] = (struct device){chips[place], memory, 0, place};
     }
 }
 
