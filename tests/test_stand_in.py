@@ -189,6 +189,22 @@ def test_each_missing_tool_is_named_with_its_package(tmp_path: Path, monkeypatch
     assert "apt install binutils" in found[2].advice
 
 
+def test_a_compiler_that_a_user_names_has_to_be_there(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CXX", "clang++-of-nobody")
+    monkeypatch.setenv("CC", "ccache gcc")
+    needed = {each.need: each.have for each in find_missing_build_tools(fake_torch(tmp_path))}
+    assert needed == {
+        "the compiler that CC names": "no program 'ccache gcc'",
+        "the compiler that CXX names": "no program 'clang++-of-nobody'",
+    }
+    monkeypatch.setenv("CC", sys.executable)
+    monkeypatch.setenv("CXX", sys.executable)
+    assert find_missing_build_tools(fake_torch(tmp_path / "other")) == []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = find_missing_build_tools(fake_torch(tmp_path / "third"))
+    assert [each.need.partition(",")[0] for each in found] == ["gcc", "ld", "objcopy"]
+
+
 def test_a_build_without_what_it_takes_is_refused_with_all_that_is_missing(
     tmp_path: Path, monkeypatch
 ) -> None:
