@@ -42,7 +42,6 @@ def test_marks_that_are_asked_for_are_asked_besides_those_of_scripts_test(
     command += ["--strict-markers", "-o", "markers=cuda\nslow", str(tmp_path)]
     paths = os.pathsep.join((str(Path(__file__).parent), *sys.path))
     environment = {**os.environ, "TESTS_MARKED": "not cuda", "PYTHONPATH": paths}
-    environment.pop("COV_CORE_SOURCE", None)
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )

@@ -17,6 +17,7 @@ from hubaoti.artifact.bundle import Bundle, make_file_entry, write_bundle, write
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.schema import BuildRecord, DeviceCode, File, ModelSource
 from hubaoti.compiler import elf
+from hubaoti.compiler.build_folder import find_build_disk
 from hubaoti.compiler.built import BuiltGraph, BuiltUnit
 from hubaoti.compiler.constants import save_tensors
 from hubaoti.compiler.gpu_build import GpuTools
@@ -28,7 +29,7 @@ from hubaoti.compiler.parallel import build_all, choose_job_count
 from hubaoti.compiler.plan import Plan
 from hubaoti.compiler.stand_in import StandIn
 from hubaoti.compiler.targets import derive_requirements
-from hubaoti.disk import OUTPUT, TEMPORARY, require_disk_room
+from hubaoti.disk import OUTPUT, TEMPORARY, require_code, require_disk_room
 from hubaoti.errors import CompileFailed
 from hubaoti.host.memory import OVERHEAD, Peak, read_available_memory, require_memory
 from hubaoti.host.probe import Host
@@ -72,7 +73,10 @@ def build(
         scratches = [bundles.enter_context(write_bundle(output)) for output in jobs]
         for scratch in scratches:
             require_disk_room(scratch, _ROOM * len(plan.units) * len(jobs), OUTPUT)
+            require_code(scratch, "choose with -o, or with TMPDIR where there is none,")
             (scratch / "graphs").mkdir()
+        if tools is not None:
+            require_code(find_build_disk(), "set TMPDIR to")
         for folder in ("/tmp", tempfile.gettempdir()):  # ours, and that of g++
             require_disk_room(Path(folder), _ROOM * at_once, TEMPORARY)
 
