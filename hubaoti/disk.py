@@ -1,4 +1,4 @@
-"""Disks that are full, closed or broken: their errors in words, and the room that they have."""
+"""Disks that are full, closed, broken or without code: their errors in words, and their room."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hubaoti.errors import DiskFull, HubaotiError
+from hubaoti.errors import CannotOpen, DiskFull, HubaotiError
 
 # What else can be done, by what lies on the disk.
 _HOME = "set HUBAOTI_HOME to a folder on a larger disk"
@@ -69,6 +69,27 @@ def describe_no_room(folder: Path, needed: int, remedy: str = _HOME) -> DiskFull
         f"no room on the disk of {folder}: {need}{format_mebibytes(free_bytes(folder))} free",
         hint=f"free some space there, or {remedy}",
     )
+
+
+def allows_code(folder: Path) -> bool:
+    """Whether the disk of a folder, existing or not, allows code to be loaded from it."""
+    try:
+        return not os.statvfs(_find_existing_folder(folder)).f_flag & os.ST_NOEXEC
+    except OSError:
+        return False
+
+
+def require_code(folder: Path, remedy: str) -> None:
+    """See that what is built below `folder` can be loaded; `remedy` is how to say another one.
+
+    Raises:
+        CannotOpen: it cannot.
+    """
+    if not allows_code(folder):
+        raise CannotOpen(
+            f"{folder} is on a disk that is mounted noexec, and what is built there is loaded",
+            hint=f"{remedy} a folder on a disk that allows code",
+        )
 
 
 def find_full_disk(error: BaseException | str, *folders: Path) -> Path:

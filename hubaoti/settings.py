@@ -190,6 +190,11 @@ def read_library_paths() -> tuple[list[str], list[str]]:
     return [*filter(None, loaded.split(":"))], [*filter(None, linked.split(":"))]
 
 
+def read_compilers() -> dict[str, str]:
+    """The compilers that `CC` and `CXX` name, by these: triton's and torch's."""
+    return {name: os.environ[name] for name in ("CC", "CXX") if name in os.environ}
+
+
 def list_kernel_tuning(env: Mapping[str, str] | None = None) -> list[str]:
     """The variables that change the kernels of a graph for a GPU, which no key would know of."""
     env = os.environ if env is None else env
@@ -202,15 +207,19 @@ def merge_environment(values: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextmanager
-def override_environment(**values: str) -> Iterator[None]:
-    """Set variables for a while, for libraries that can be told in no other way."""
+def override_environment(**values: str | None) -> Iterator[None]:
+    """Set variables for a while, for libraries that can be told in no other way; None unsets."""
     before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
+    _set_environment(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set_environment(before)
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

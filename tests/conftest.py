@@ -39,6 +39,13 @@ from hubaoti.settings import Settings  # noqa: E402
 VOCABULARY = 30522  # of MiniLM's tokenizer, which the tiny models borrow
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The marks that scripts/test asks for, besides those that its caller does, however spelled."""
+    ours, theirs = os.environ.get("TESTS_MARKED"), config.option.markexpr
+    if ours:
+        config.option.markexpr = f"({ours}) and ({theirs})" if theirs else ours
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a CUDA build of torch where there is none."""
     torch = find_torch([])

@@ -122,14 +122,18 @@ def test_doctor_says_what_is_missing_to_compile_and_how_to_get_it(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     table = inside(env, "doctor", "--build")
-    missing = json.loads(inside(env, "doctor", "--build", "--json").out)
-    assert table.code == 0
+    listed = inside(env, "doctor", "--build", "--json")
+    missing = json.loads(listed.out)
+    assert table.code == listed.code == errors.MissingDependency.exit_code
+    assert f"error: {len(missing)} missing" in table.err and len(missing) >= 4
     assert all(each["need"] and each["have"] and each["advice"] for each in missing)
     (compiler,) = [each for each in missing if each["need"].startswith("g++")]
     assert compiler["need"] in table.out and compiler["advice"] in table.out
     monkeypatch.setattr("hubaoti.cli.doctor.find_missing_build_tools", lambda torch: [])
-    assert inside(env, "doctor", "--build").out.startswith("nothing is missing")
-    assert json.loads(inside(env, "doctor", "--build", "--json").out) == []
+    nothing = inside(env, "doctor", "--build")
+    assert (nothing.code, nothing.err) == (0, "") and nothing.out.startswith("nothing is missing")
+    nothing = inside(env, "doctor", "--build", "--json")
+    assert (nothing.code, json.loads(nothing.out)) == (0, [])
 
 
 def test_push_and_pull_say_what_they_did(env: Settings, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +189,10 @@ def lower_twice(folder: Path, device: str, environment: Mapping[str, str]) -> li
         told |= {"OMP_NUM_THREADS": cores, "TORCHINDUCTOR_CACHE_DIR": str(place / "inductor")}
         if name == "another":
             told["ATEN_CPU_CAPABILITY"] = "default"  # as if this CPU had no vectors
+            # What a user's shell has for builds of another kind.
+            flags = ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS")
+            told |= dict.fromkeys(flags, "-O0 -DNDEBUG -Wl,-rpath,/nowhere")
+            told |= {"LD_RUN_PATH": "/nowhere", "CXX": str(shutil.which("g++")), "LC_ALL": "C"}
         command = [str(prefix / "bin" / "python"), str(LOWERED_HERE), device]
         command += [str(place / "block.pt2"), str(place / "keep"), str(place)]
         paths = filter(None, (str(LOWERED_HERE.parents[1]), os.environ.get("PYTHONPATH")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -343,6 +344,17 @@ def test_a_grid_that_is_one_short_is_found(tmp_path: Path, stand_in: StandIn) ->
     short = lower_case(make_masked(), tmp_path, stand_in, lowered_for_gpu.SHORT)
     with pytest.raises(CheckFailed, match="differs from its program"):
         short.interpret()
+
+
+@pytest.mark.cuda
+def test_a_kernel_that_writes_into_a_weight_ends(block: Lowered, tmp_path: Path) -> None:
+    """What the program computed from the same weight afterwards would be as wrong."""
+    code = next(Path(os.fsdecode(block.request.keep)).glob("*.wrapper.cpp")).read_text()
+    load = re.search(r"tl.load\((in_ptr\d) \+ \(r0_1\), None", code)
+    assert load, "a weight of a norm, read by all rows"
+    spoilt = f"tl.store({load[1]} + (r0_1), 0.0, None); {load[0]}"
+    with pytest.raises(CheckFailed, match=r"it crashed .*triton_"):
+        block.damage(tmp_path / "made", "*.wrapper.cpp", load[0], spoilt).interpret()
 
 
 @pytest.mark.cuda

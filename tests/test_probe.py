@@ -12,6 +12,7 @@ import sys
 import types
 import warnings
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +327,7 @@ def test_the_gpus_of_a_fake_driver(settings: Settings, monkeypatch: pytest.Monke
         ("7", []),
         ("1,1", []),
         ("GPU-2ab", [2]),
-        ("GPU-1abab,0", [1, 0]),
+        ("GPU-1abab,GPU-0", [1, 0]),
         ("GPU-", []),
         ("nonsense", []),
     ],
@@ -341,7 +342,35 @@ def test_gpus_that_cuda_does_not_show_are_not_there(
     assert (hides in here.notes) == (len(places) < 3)
 
 
-@pytest.mark.parametrize("visible", ["0", "1,2", "GPU-0ab,1", "MIG-1234"])
+@pytest.mark.parametrize(
+    "visible",
+    [
+        *("", " ", ",", "-1", "0", "1", "2", "3", "99", "0,0", "99,99", "0,99,99", "1,99,0"),
+        *("1abc", "abc", " 0", "0 ,1", "0, 1 ,2", "0,-1,1", "0,,1", "+1", "1.5", "0x1", "0,00"),
+        *("1gpu2,2ampere", "1-2", "1 0", "0,GPU-1", "0,MIG-1", "2;1", "-0", "1" * 30),
+        *("GPU-", "GPU-0", "GPU-1a,GPU-2", "GPU-1a,GPU-1", "GPU-1,GPU-1", "GPU-9,GPU-9"),
+        *("GPU-9,GPU-1", "GPU-1, GPU-2", " GPU-1", "GPU-1,0", "GPU-1,,GPU-2", "gpu-1"),
+        "GPU-1,GPU-,GPU-2",
+    ],
+)
+def test_gpus_are_those_that_torch_counts(
+    visible: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    driver = FakeNvml([(9, 0), (12, 0), (8, 0)])
+    uuids = [driver.nvmlDeviceGetUUID(place) for place in range(3)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    named = torch.cuda._parse_visible_devices()
+    if named and isinstance(named[0], str):
+        named = torch.cuda._transform_uuid_to_ordinals(named, uuids)
+    wanted = [*takewhile(lambda place: place < 3, named)]
+    settings = replace(settings, visible_gpus=visible, gpu_order="PCI_BUS_ID")
+    here = probe_with(driver, settings, monkeypatch)
+    assert [gpu.name for gpu in here.gpus] == [f"Fake {place}" for place in wanted]
+
+
+@pytest.mark.parametrize("visible", ["0", "1,2", "1gpu", "MIG-1234"])
 def test_where_only_cuda_knows_which_are_meant_all_are_listed(
     visible: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,6 +126,9 @@ def test_a_variable_is_set_for_a_while_and_then_as_before(monkeypatch: pytest.Mo
     monkeypatch.delenv("HUBAOTI_B", raising=False)
     with pytest.raises(ZeroDivisionError), override_environment(HUBAOTI_A="now", HUBAOTI_B="now"):
         assert (os.environ["HUBAOTI_A"], os.environ["HUBAOTI_B"]) == ("now", "now")
+        with override_environment(HUBAOTI_A=None):
+            assert "HUBAOTI_A" not in os.environ
+        assert os.environ["HUBAOTI_A"] == "now"
         _ = 1 / 0
     assert os.environ["HUBAOTI_A"] == "before"
     assert "HUBAOTI_B" not in os.environ

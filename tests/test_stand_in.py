@@ -189,6 +189,22 @@ def test_each_missing_tool_is_named_with_its_package(tmp_path: Path, monkeypatch
     assert "apt install binutils" in found[2].advice
 
 
+def test_a_compiler_that_a_user_names_has_to_be_there(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CXX", "clang++-of-nobody")
+    monkeypatch.setenv("CC", "ccache gcc")
+    needed = {each.need: each.have for each in find_missing_build_tools(fake_torch(tmp_path))}
+    assert needed == {
+        "the compiler that CC names": "no program 'ccache gcc'",
+        "the compiler that CXX names": "no program 'clang++-of-nobody'",
+    }
+    monkeypatch.setenv("CC", sys.executable)
+    monkeypatch.setenv("CXX", sys.executable)
+    assert find_missing_build_tools(fake_torch(tmp_path / "other")) == []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = find_missing_build_tools(fake_torch(tmp_path / "third"))
+    assert [each.need.partition(",")[0] for each in found] == ["gcc", "ld", "objcopy"]
+
+
 def test_a_build_without_what_it_takes_is_refused_with_all_that_is_missing(
     tmp_path: Path, monkeypatch
 ) -> None:
@@ -375,6 +391,7 @@ def test_torch_finds_devices_of_every_capability(stand_in: StandIn) -> None:
     assert (found["current"], found["warp"], found["l2"]) == (0, 32, 4 << 20)
 
 
+GPU = "GPU-57a4d110-0000-4000-8000-00000000000"
 VISIBLE = {
     "0,1": [90, 80],
     "1": [80],
@@ -384,28 +401,44 @@ VISIBLE = {
     "0,-1,1": [90],
     "0,7,1": [90],
     "0,0": [],
-    "GPU-57a4d110-0000-4000-8000-000000000001": [80],
+    "0,7,7": [],
+    " 1 ,0x": [80, 90],
+    "1abc": [80],
+    f"{GPU}1": [80],
+    f"{GPU}1,{GPU}0": [80, 90],
+    f"{GPU}1,{GPU}1": [],
+    f"{GPU}1,GPU-9,GPU-9": [],
+    f"{GPU}1,0": [80],
+    f"0,{GPU}1": [90],
+    f" {GPU}1": [],
+    "GPU-57a4d110": [],  # which begins both
     "nonsense": [],
 }
 
 
 @cuda
-@pytest.mark.parametrize("visible", [*VISIBLE])
-def test_the_devices_that_a_user_hides_are_hidden(stand_in: StandIn, visible: str) -> None:
+def test_the_devices_that_a_user_hides_are_hidden_as_torch_counts_them(stand_in: StandIn) -> None:
     code = """
-        count, sms = ctypes.c_int(), []
-        error = lib.cudaGetDeviceCount(ctypes.byref(count))
-        for device in range(count.value):
-            major, minor = ctypes.c_int(), ctypes.c_int()
-            lib.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
-            lib.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
-            sms.append(10 * major.value + minor.value)
+        import subprocess, torch
+        shows = "import ctypes; lib = ctypes.CDLL(None); n = ctypes.c_int(); " \\
+            "lib.cudaGetDeviceCount(ctypes.byref(n)); sm = ctypes.c_int(); " \\
+            "print([lib.cudaDeviceGetAttribute(ctypes.byref(sm), 75, i) or sm.value * 10 " \\
+            "for i in range(n.value)])"
+        found = {}
+        for visible in json.loads(os.environ["VISIBLE"]):
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+            shown = subprocess.run([sys.executable, "-c", shows], capture_output=True, check=True)
+            found[visible] = json.loads(shown.stdout), torch.cuda._device_count_nvml()
+        count = ctypes.c_int()
         import pynvml
         pynvml.nvmlInit()
-        say(sms=sms, error=error, nvml=pynvml.nvmlDeviceGetCount())
+        say(found=found, nvml=pynvml.nvmlDeviceGetCount(),
+            error=lib.cudaGetDeviceCount(ctypes.byref(count)))
     """
-    found = ask(stand_in, code, 90, 80, env={"CUDA_VISIBLE_DEVICES": visible})
-    assert found == {"sms": VISIBLE[visible], "error": 0 if VISIBLE[visible] else 100, "nvml": 2}
+    env = {"CUDA_VISIBLE_DEVICES": "", "VISIBLE": json.dumps([*VISIBLE])}
+    answer = ask(stand_in, code, 90, 80, env=env)
+    assert answer["found"] == {name: [sms, len(sms)] for name, sms in VISIBLE.items()}
+    assert (answer["nvml"], answer["error"]) == (2, 100)
 
 
 @cuda

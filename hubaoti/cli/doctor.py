@@ -7,6 +7,7 @@ from dataclasses import asdict
 import click
 
 from hubaoti.cli.output import format_size, print_json, print_line, print_table
+from hubaoti.errors import MissingDependency
 from hubaoti.host.build_tools import find_missing_build_tools
 from hubaoti.host.probe import Host, find_torch, probe_host
 from hubaoti.settings import Settings
@@ -16,7 +17,10 @@ from hubaoti.settings import Settings
 @click.option("--build", is_flag=True, help="print what it lacks to compile, and how to get it")
 @click.option("--json", "as_json", is_flag=True, help="print the facts as JSON")
 def doctor_command(build: bool, as_json: bool) -> None:
-    """Print this host as the facts that artifacts are judged by; nothing is changed."""
+    """Print this host as the facts that artifacts are judged by; nothing is changed.
+
+    With --build the exit code is 0 only where a build for GPUs, as of compile --for, lacks nothing.
+    """
     if build:
         _print_missing(as_json)
         return
@@ -28,7 +32,11 @@ def doctor_command(build: bool, as_json: bool) -> None:
 
 
 def _print_missing(as_json: bool) -> None:
-    """What compiling needs, for a CPU or a GPU, and is not here; a GPU is not among it."""
+    """What compiling needs, for a CPU or a GPU, and is not here; a GPU is not among it.
+
+    Raises:
+        MissingDependency: after all is printed, where anything is, as `compile --for` would.
+    """
     missing = find_missing_build_tools(find_torch([]))
     if as_json:
         print_json([asdict(each) for each in missing])
@@ -37,6 +45,11 @@ def _print_missing(as_json: bool) -> None:
         print_table(columns, [(each.need, each.have, each.advice) for each in missing])
     else:
         print_line("nothing is missing to compile, for this CPU or for a GPU")
+    if missing:
+        raise MissingDependency(
+            f"{len(missing)} missing of what a build for a GPU needs",
+            hint="each is listed with the command that brings it",
+        )
 
 
 def _list_facts(host: Host) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ from hubaoti.artifact.bundle import Bundle, make_file_entry, write_bundle, write
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.schema import BuildRecord, DeviceCode, File, ModelSource
 from hubaoti.compiler import elf
+from hubaoti.compiler.build_folder import find_build_disk
 from hubaoti.compiler.built import BuiltGraph, BuiltUnit
 from hubaoti.compiler.constants import save_tensors
 from hubaoti.compiler.gpu_build import GpuTools
@@ -30,7 +31,7 @@ from hubaoti.compiler.plan import Plan
 from hubaoti.compiler.reports import join_errors
 from hubaoti.compiler.stand_in import StandIn
 from hubaoti.compiler.targets import derive_requirements
-from hubaoti.disk import OUTPUT, TEMPORARY, require_disk_room
+from hubaoti.disk import OUTPUT, TEMPORARY, require_code, require_disk_room
 from hubaoti.errors import CompileFailed, HubaotiError
 from hubaoti.host.memory import OVERHEAD, Peak, read_available_memory, require_memory
 from hubaoti.host.probe import Host
@@ -78,6 +79,8 @@ def build(
         places = [_Place.open(output, job, ends) for output, job in jobs.items()]
         scratches = [place.scratch for place in places]
         _require_room(scratches, len(plan.units), at_once)
+        if tools is not None:
+            require_code(find_build_disk(), "set TMPDIR to")
 
         def one(unit: GraphPlan) -> BuiltUnit:
             found = build_unit([*jobs.values()], unit, scratches, progress, tools)
@@ -121,6 +124,7 @@ def _require_room(scratches: Sequence[Path], units: int, at_once: int) -> None:
     """See that there is room on the disks; and make the folders for graphs."""
     for scratch in scratches:
         require_disk_room(scratch, _ROOM * units * len(scratches), OUTPUT)
+        require_code(scratch, "choose with -o, or with TMPDIR where there is none,")
         (scratch / "graphs").mkdir()
     for folder in ("/tmp", tempfile.gettempdir()):  # ours, and that of g++
         require_disk_room(Path(folder), _ROOM * at_once, TEMPORARY)

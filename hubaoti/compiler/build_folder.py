@@ -11,11 +11,13 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from hubaoti.disk import allows_code
 from hubaoti.errors import HubaotiError, UnsafeFolder
 
 _OURS = re.compile(r"[0-9a-f]{16}(\.lock)?\Z")
@@ -23,7 +25,7 @@ _OURS = re.compile(r"[0-9a-f]{16}(\.lock)?\Z")
 
 @contextmanager
 def hold_build_folder(name: str) -> Iterator[Path]:
-    """A folder of ours at a neutral path, empty, for one build of this name at a time.
+    """A folder of ours, empty, for one build of this name at a time.
 
     A folder that others could write to would let them plant code in what is built.
 
@@ -31,7 +33,7 @@ def hold_build_folder(name: str) -> Iterator[Path]:
         UnsafeFolder: somebody else made a folder of that name.
         HubaotiError: what lies in it cannot be removed.
     """
-    root = Path(f"/tmp/hubaoti-build-{os.getuid()}")
+    root = find_build_disk() / f"hubaoti-build-{os.getuid()}"
     root.mkdir(mode=0o700, exist_ok=True)
     found = root.lstat()
     if root.is_symlink() or found.st_uid != os.getuid() or found.st_mode & 0o077:
@@ -49,6 +51,15 @@ def hold_build_folder(name: str) -> Iterator[Path]:
             yield folder
         finally:
             _release(folder)
+
+
+def find_build_disk() -> Path:
+    """The folder that has those of builds: /tmp, unless only that of temporary files allows code.
+
+    For a GPU triton loads what it builds there.
+    """
+    places = (Path("/tmp"), Path(tempfile.gettempdir()))
+    return next(filter(allows_code, places), places[0])
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch._inductor.exc import CppCompileError
 
 from hubaoti.compiler.patched import patch_attribute
 from hubaoti.host.probe import find_mapped
-from hubaoti.settings import merge_environment
+from hubaoti.settings import merge_environment, override_environment
 
 # A level's name for g++, and the width of its vectors; 1 turns inductor's own vectors off.
 LEVELS = {
@@ -45,6 +45,8 @@ def target_cpu_level(level: str, folder: Path) -> Iterator[None]:
 
     _link_driver(folder)
     with ExitStack() as patches:
+        # The linker would write its folders into the library, which would load from them anywhere.
+        patches.enter_context(override_environment(LD_RUN_PATH=None))
         if hasattr(cpp_builder, "_get_optimization_cflags"):
             flags = _wrap_cflags(cpp_builder._get_optimization_cflags, LEVELS[level][0], folder)
             patches.enter_context(patch_attribute(cpp_builder, "_get_optimization_cflags", flags))

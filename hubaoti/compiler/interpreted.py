@@ -165,8 +165,8 @@ def read_answers(
         raise CheckFailed(
             f"check, interpreted: graph {request.entry.id} at {sizes}: "
             f"{describe_exit(output.code)}{last}",
-            hint="a kernel reads or writes where it has no memory; this model stays eager with "
-            "these dims",
+            hint="a kernel reads or writes where it has no memory, or writes into a weight; this "
+            "model stays eager with these dims",
         )
     elif not found[Finished]:
         found[Uninterpreted].append(Uninterpreted(f"{describe_exit(output.code)}{last}"))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hubaoti.host.match import Refusal
 from hubaoti.host.probe import Torch, probe_glibc
+from hubaoti.settings import read_compilers
 
 # In each of the header's packages, one header that only it has.
 _CRT, _CCCL = "crt/host_defines.h", "nv/target"
@@ -50,8 +51,17 @@ def find_cuda_includes(torch: Torch) -> list[Path]:
 
 
 def _find_missing_tools() -> Iterator[Refusal]:
+    named = read_compilers()
+    for variable, compiler in named.items():
+        # Torch and triton start it as one program: nothing takes "ccache gcc" apart.
+        if shutil.which(compiler) is None:
+            yield Refusal(
+                f"the compiler that {variable} names",
+                f"no program {compiler!r}",
+                f"unset {variable}, or set it to the path of a compiler, without arguments",
+            )
     for tool, use in _TOOLS.items():
-        if shutil.which(tool) is None:
+        if shutil.which(tool) is None and not (tool == "g++" and "CXX" in named):
             package = "binutils" if tool in ("ld", "objcopy") else "g++"
             yield Refusal(
                 f"{tool}, which {use}",

@@ -6,7 +6,6 @@ reads what is not there any more. So every call is asked first, here and in `che
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 
 from hubaoti.artifact.package import holds_members
 from hubaoti.artifact.schema import Graph as Entry
+from hubaoti.disk import allows_code
 from hubaoti.errors import (
     BadInput,
     BadRequest,
@@ -98,14 +98,6 @@ def find_loaded_folder(entry: Entry, folder: Path) -> Path:
     return before if all(holds_members(place, entry) for place in (before, folder)) else folder
 
 
-def allows_code(folder: Path) -> bool:
-    """Whether a folder's disk allows code; glibc has one message for that and for no memory."""
-    try:
-        return not os.statvfs(folder).f_flag & os.ST_NOEXEC
-    except OSError:
-        return False
-
-
 def explain_refusal(
     graph: str, folder: Path, message: str
 ) -> CannotOpen | MissingOps | NotEnoughMemory:
@@ -116,6 +108,7 @@ def explain_refusal(
         return MissingOps(
             f"graph {graph} calls {name}, an op that is not registered", hint=NAME_OPS
         )
+    # glibc has one message for a disk without code and for no memory.
     unmapped = "failed to map segment" in message
     if any(words in message for words in _NO_MEMORY) or (
         unmapped and is_limited() and allows_code(folder)

@@ -35,7 +35,7 @@ from hubaoti.compiler.interpreter import NotInterpreted
 from hubaoti.compiler.interpreter.calls import Calls, OutOfTime
 from hubaoti.compiler.interpreter.kernels import read_kernels
 from hubaoti.compiler.interpreter.language import prepare
-from hubaoti.compiler.interpreter.memory import carry_over, see_on_host
+from hubaoti.compiler.interpreter.memory import carry_over, forbid_writes, see_on_host
 from hubaoti.compiler.precision import HALF, InFloat32, widen
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.saved_program import load_program
@@ -180,7 +180,7 @@ def _list_dtypes(entry: Graph) -> set[torch.dtype]:
 def _make_constants(entry: Graph, folder: Path, device: torch.device) -> dict[str, torch.Tensor]:
     """Every constant of a graph on the device, by the golden rule or shipped, written by the host.
 
-    Weights exist once: the program reads the same memory.
+    Weights exist once: the program reads the same memory, so nobody may write into it.
 
     Raises:
         MissingConstant: one that should have come with the artifact is not in its file.
@@ -197,6 +197,7 @@ def _make_constants(entry: Graph, folder: Path, device: torch.device) -> dict[st
             host.copy_(shipped[constant.fqn])
         else:
             raise MissingConstant(f"{constant.origin.file} has no {constant.fqn}")
+        forbid_writes(tensor)
         found[constant.fqn] = tensor
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 from typing import Any
 
 import torch
@@ -54,6 +55,16 @@ def mark_unwritten(tensor: torch.Tensor) -> torch.Tensor:
     if (count := _count_spanned(tensor)) and tensor.data_ptr():
         ctypes.memset(find_on_host(tensor.data_ptr()), _UNWRITTEN, count * tensor.itemsize)
     return tensor
+
+
+def forbid_writes(tensor: torch.Tensor) -> None:
+    """Let no one write into a tensor that has pages of its own: who does ends the process."""
+    if (count := _count_spanned(tensor)) and tensor.data_ptr():
+        address, size = find_on_host(tensor.data_ptr()), count * tensor.itemsize
+        protect = ctypes.CDLL(None, use_errno=True).mprotect
+        protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        if protect(address, size, mmap.PROT_READ):
+            raise OSError(ctypes.get_errno(), "mprotect")
 
 
 def carry_over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

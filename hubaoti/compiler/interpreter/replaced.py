@@ -6,6 +6,7 @@ Attention and products are computed in float32, as a GPU sums up.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +31,17 @@ def find_replacement(op: OpOverload) -> Callable[..., Any] | None:
     Raises:
         NotInterpreted: nothing does, and the CPU's own would be another.
     """
-    name = op._schema.name.partition("::")[2]
+    name = _name(op)
     if name in _UNLIKE:
         raise NotInterpreted(f"{op}: {_UNLIKE[name]}")
+    if name in _ATTENTION:
+        return partial(_call_attention, op)
     return _REPLACED.get(f"{name}.{op._overloadname}") or _REPLACED.get(name)
+
+
+def _name(op: OpOverload) -> str:
+    """An op's name without its namespace."""
+    return op._schema.name.partition("::")[2]
 
 
 def _attend(
@@ -64,64 +72,20 @@ def _mask_future(rows: int, keys: int, *, last: bool) -> torch.Tensor:
     return torch.zeros(rows, keys).masked_fill(~seen, float("-inf"))
 
 
-def _flash(  # noqa: PLR0913 - the op's own
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    return_debug_mask: bool = False,
-    *,
-    scale: float | None = None,
-) -> tuple[Any, ...]:
-    """`_scaled_dot_product_flash_attention`: causal means that the last row sees all keys."""
-    _require_no_dropout(dropout_p)
-    rows, keys = query.shape[-2], key.shape[-2]
-    causal = _mask_future(rows, keys, last=True) if is_causal else None
-    made = _attend(query, key, value, None, causal, scale)
-    return (made, *[UNCOMPUTED] * 3, rows, keys, *[UNCOMPUTED] * 3)
-
-
-def _efficient(  # noqa: PLR0913 - the op's own
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_bias: torch.Tensor | None = None,
-    compute_log_sumexp: bool = False,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-) -> tuple[Any, ...]:
-    """`_scaled_dot_product_efficient_attention`: causal means that the first row sees one key."""
-    _require_no_dropout(dropout_p)
-    rows, keys = query.shape[-2], key.shape[-2]
-    causal = _mask_future(rows, keys, last=False) if is_causal else None
-    return (_attend(query, key, value, attn_bias, causal, scale), *[UNCOMPUTED] * 3)
-
-
-def _cudnn(  # noqa: PLR0913 - the op's own
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_bias: torch.Tensor | None = None,
-    compute_log_sumexp: bool = False,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    return_debug_mask: bool = False,
-    *,
-    scale: float | None = None,
-) -> tuple[Any, ...]:
-    """`_scaled_dot_product_cudnn_attention`: causal as the memory-efficient one."""
-    made, *_ = _efficient(query, key, value, attn_bias, False, dropout_p, is_causal, scale=scale)
-    rows, keys = query.shape[-2], key.shape[-2]
-    return (made, *[UNCOMPUTED] * 3, rows, keys, *[UNCOMPUTED] * 3)
-
-
-def _require_no_dropout(probability: float) -> None:
-    """Refuse what is drawn by chance."""
-    if probability:
+def _call_attention(op: OpOverload, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """A kernel of attention by its schema: each has other arguments and answers."""
+    given = dict(zip((each.name for each in op._schema.arguments), args, strict=False)) | kwargs
+    if given.get("dropout_p"):
         raise NotInterpreted("attention with dropout: a GPU draws other numbers")
+    query, key = given["query"], given["key"]
+    rows, keys = query.shape[-2], key.shape[-2]
+    causal = None
+    if given.get("is_causal"):
+        causal = _mask_future(rows, keys, last=_ATTENTION[_name(op)])
+    bias, scale = given.get("attn_bias"), given.get("scale")
+    known = {"max_q": rows, "max_k": keys}
+    rest = [known.get(each.name, UNCOMPUTED) for each in op._schema.returns[1:]]
+    return (_attend(query, key, given["value"], bias, causal, scale), *rest)
 
 
 def _multiply_scaled(  # noqa: PLR0913 - the op's own
@@ -182,10 +146,13 @@ def _multiply_groups(
     return made
 
 
+# Of causal attention whether its last row sees all keys, or its first one key.
+_ATTENTION = {
+    "_scaled_dot_product_flash_attention": True,
+    "_scaled_dot_product_efficient_attention": False,
+    "_scaled_dot_product_cudnn_attention": False,
+}
 _REPLACED: dict[str, Callable[..., Any]] = {
-    "_scaled_dot_product_flash_attention": _flash,
-    "_scaled_dot_product_efficient_attention": _efficient,
-    "_scaled_dot_product_cudnn_attention": _cudnn,
     "_scaled_mm.": _multiply_scaled,
     "_scaled_mm.out": _multiply_scaled_into,
     "_weight_int8pack_mm": _multiply_int8,

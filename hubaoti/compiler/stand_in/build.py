@@ -21,7 +21,7 @@ from pathlib import Path
 from hubaoti.compiler.stand_in.aten import SHIMS, write_shims
 from hubaoti.compiler.stand_in.environment import StandIn
 from hubaoti.compiler.stand_in.fallbacks import HEADERS, write_fallbacks
-from hubaoti.disk import describe_no_room, explain_disk_errors, find_full_disk
+from hubaoti.disk import describe_no_room, explain_disk_errors, find_full_disk, require_code
 from hubaoti.errors import (
     BadRequest,
     CannotOpen,
@@ -52,7 +52,7 @@ def build_stand_in(torch: Torch, home: Path) -> StandIn:
             all that is missing is named.
         UnsafeFolder: others own or may write the folder.
         CompileFailed: gcc does not take the source or the headers.
-        CannotOpen: the system does not load what was built, as from a disk that is noexec.
+        CannotOpen: the home's disk is noexec, or the system does not load what was built.
         BadRequest: the home's path is one that the system's loader would take for several.
     """
     missing = find_missing_build_tools(torch)
@@ -67,6 +67,7 @@ def build_stand_in(torch: Torch, home: Path) -> StandIn:
             f"{home} has a colon or a semicolon in its path, where the loader ends a folder's name",
             hint="set HUBAOTI_HOME to a folder without one",
         )
+    require_code(home, "set HUBAOTI_HOME to")
     root = home / "stand-in"
     folder = root / _digest(torch, includes)
     with explain_disk_errors(root):
@@ -174,7 +175,8 @@ def _try_loading(library: Path) -> None:
         said = done.stderr.strip().splitlines()
         raise CannotOpen(
             f"the system does not load {library}: {first_line(said[-1] if said else 'it crashed')}",
-            hint="set HUBAOTI_HOME to a folder on a disk that is not mounted noexec",
+            hint="is this Python's C library another one than gcc's? set HUBAOTI_HOME to a folder "
+            "on another disk",
         )
 
 

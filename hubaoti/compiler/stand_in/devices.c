@@ -7,32 +7,63 @@ struct device devices[MOST_DEVICES];
 int device_count;
 __thread int current_device;
 
-static int read_ordinal(const char *text, size_t length, int installed) {
-    char uuid[48], *end;
-    if (length > 4 && !strncmp(text, "GPU-", 4))
-        for (int i = 0; i < installed; i++) {
-            write_uuid(uuid, sizeof uuid, i);
-            if (!strncmp(text, uuid, length)) return i;
-        }
-    long ordinal = strtol(text, &end, 10);
-    return end == text || ordinal < 0 || ordinal >= installed ? -1 : (int)ordinal;
+/* A name in CUDA_VISIBLE_DEVICES: a number, or the beginning of a UUID. */
+struct name {
+    const char *text;
+    size_t length;
+    long number;
+};
+
+/* The installed device that is meant; -1 where none is, or where two may be. */
+static int find_named(const struct name *name, int by_uuid, int installed) {
+    int found = -1;
+    if (!by_uuid) return name->number < installed ? (int)name->number : -1;
+    for (int i = 0; i < installed; i++) {
+        char uuid[48];
+        write_uuid(uuid, sizeof uuid, i);
+        if (strncmp(name->text, uuid, name->length)) continue;
+        if (found >= 0) return -1;
+        found = i;
+    }
+    return found;
 }
 
-/* As the runtime reads CUDA_VISIBLE_DEVICES: up to the first that is none; one named twice hides all. */
+/* Names up to the first that is none of its kind; 0 names where one of them is there twice. */
+static int read_names(struct name names[], int room, const char *text, int by_uuid) {
+    int count = 0;
+    for (; count < room; text += names[count++].length + 1) {
+        struct name *each = &names[count];
+        char *end;
+        *each = (struct name){text, strcspn(text, ","), strtol(text, &end, 10)};
+        if (by_uuid ? strncmp(text, "GPU-", 4) : end == text || each->number < 0) break;
+        for (int i = 0; i < count; i++)
+            if (by_uuid ? names[i].length == each->length
+                              && !strncmp(names[i].text, text, each->length)
+                        : names[i].number == each->number)
+                return 0;
+        if (!text[each->length]) return count + 1;
+    }
+    return count;
+}
+
+/* Those that torch counts, all by number or all by UUID: which of CUDA_VISIBLE_DEVICES are shown is
+ * said in hubaoti/host/visible_gpus.py. */
 __attribute__((constructor)) static void find_devices(void) {
     const struct chip *chips[MOST_DEVICES];
     int installed = read_installed(chips), taken[MOST_DEVICES] = {0};
     const char *visible = getenv("CUDA_VISIBLE_DEVICES");
-    for (int i = 0; visible ? *visible : i < installed; i++) {
-        int ordinal = visible ? read_ordinal(visible, strcspn(visible, ","), installed) : i;
-        if (ordinal < 0) break;
-        if (taken[ordinal]++) {
+    int by_uuid = visible && !strncmp(visible, "GPU-", 4);
+    struct name names[4 * MOST_DEVICES];
+    int count = visible ? read_names(names, 4 * MOST_DEVICES, visible, by_uuid) : installed;
+    for (int i = 0; i < count; i++) {
+        int place = visible ? find_named(&names[i], by_uuid, installed) : i;
+        if (place < 0) break;
+        if (taken[place]++) {
             device_count = 0;
             break;
         }
-        size_t memory = read_memory(chips[ordinal]);
-        devices[device_count++] = (struct device){chips[ordinal], memory, 0, ordinal};
-        if (visible) visible += strcspn(visible, ","), visible += *visible == ',';
+        size_t memory = read_memory(chips[place]);
+        devices[device_count++] = (struct device){chips[place], memory, 0, place};
     }
 }
 
@@ -151,11 +182,11 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
 }
 
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
-    return (CUresult)cudaDeviceGetAttribute(value, (enum cudaDeviceAttr)attribute, device);
+    return AS_DRIVER(cudaDeviceGetAttribute(value, (enum cudaDeviceAttr)attribute, device));
 }
 
 cudaError_t cudaDeviceGetPCIBusId(char *id, int size, int device) {
-    cudaError_t error = check_device(device);
+    cudaError_t error = id && size > 0 ? check_device(device) : fail(cudaErrorInvalidValue);
     if (!error) write_bus_id(id, size, devices[device].installed);
     return error;
 }
@@ -174,8 +205,9 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
 }
 
 cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t *pool, int device) {
-    *pool = (cudaMemPool_t)&devices[device];
-    return check_device(device);
+    cudaError_t error = check_device(device);
+    if (!error) *pool = (cudaMemPool_t)&devices[device];
+    return error;
 }
 
 cudaError_t cudaDeviceGetLimit(size_t *value, enum cudaLimit limit) {
@@ -194,23 +226,26 @@ cudaError_t cudaProfilerStop(void) { return cudaSuccess; }
 
 /* The driver's: a context is the primary one of a device, and its number plus one. */
 CUresult cuInit(unsigned flags) {
-    return flags ? CUDA_ERROR_INVALID_VALUE : device_count ? CUDA_SUCCESS : CUDA_ERROR_NO_DEVICE;
+    return refuse(flags          ? CUDA_ERROR_INVALID_VALUE
+                  : device_count ? CUDA_SUCCESS
+                                 : CUDA_ERROR_NO_DEVICE);
 }
-CUresult cuDriverGetVersion(int *version) { return (CUresult)cudaDriverGetVersion(version); }
+CUresult cuDriverGetVersion(int *version) { return AS_DRIVER(cudaDriverGetVersion(version)); }
 CUresult cuDeviceGetCount(int *count) { return *count = device_count, CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) {
-    return *device = ordinal, (CUresult)check_device(ordinal);
+    return *device = ordinal, AS_DRIVER(check_device(ordinal));
 }
 
 CUresult cuDeviceGetName(char *name, int size, CUdevice device) {
-    CUresult error = (CUresult)check_device(device);
+    if (!name || size < 1) return refuse(CUDA_ERROR_INVALID_VALUE);
+    CUresult error = AS_DRIVER(check_device(device));
     if (!error) write_name(name, size, devices[device].chip);
     return error;
 }
 
 CUresult cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice device) {
     struct cudaDeviceProp p;
-    CUresult error = (CUresult)cudaGetDeviceProperties(&p, device);
+    CUresult error = AS_DRIVER(cudaGetDeviceProperties(&p, device));
     if (!error) memcpy(uuid, &p.uuid, sizeof *uuid);
     return error;
 }
@@ -220,20 +255,20 @@ CUresult cuDeviceGetUuid(CUuuid *uuid, CUdevice device) { return cuDeviceGetUuid
 #endif
 
 CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice device) {
-    CUresult error = (CUresult)check_device(device);
+    CUresult error = AS_DRIVER(check_device(device));
     if (!error) *bytes = devices[device].memory;
     return error;
 }
 
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
     *context = (CUcontext)(uintptr_t)(device + 1);
-    return (CUresult)check_device(device);
+    return AS_DRIVER(check_device(device));
 }
 
 CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
     *flags = 0;
     *active = 1;
-    return (CUresult)check_device(device);
+    return AS_DRIVER(check_device(device));
 }
 
 CUresult cuCtxGetCurrent(CUcontext *context) {
@@ -242,19 +277,19 @@ CUresult cuCtxGetCurrent(CUcontext *context) {
 }
 
 CUresult cuCtxSetCurrent(CUcontext context) {
-    return context ? (CUresult)cudaSetDevice((int)(uintptr_t)context - 1) : CUDA_SUCCESS;
+    return context ? AS_DRIVER(cudaSetDevice((int)(uintptr_t)context - 1)) : CUDA_SUCCESS;
 }
 
 static __thread int pushed[64], pushed_count;
 
 CUresult cuCtxPushCurrent_v2(CUcontext context) {
-    if (pushed_count == sizeof pushed / sizeof *pushed) return CUDA_ERROR_OUT_OF_MEMORY;
+    if (pushed_count == sizeof pushed / sizeof *pushed) return refuse(CUDA_ERROR_OUT_OF_MEMORY);
     pushed[pushed_count++] = current_device;
     return cuCtxSetCurrent(context);
 }
 
 CUresult cuCtxPopCurrent_v2(CUcontext *context) {
-    if (!pushed_count) return CUDA_ERROR_INVALID_CONTEXT;
+    if (!pushed_count) return refuse(CUDA_ERROR_INVALID_CONTEXT);
     if (context) cuCtxGetCurrent(context);
     current_device = pushed[--pushed_count];
     return CUDA_SUCCESS;
@@ -276,5 +311,5 @@ CUresult cuLogsRegisterCallback(CUlogsCallback function, void *argument,
 }
 #endif
 CUresult cuGetExportTable(const void **table, const CUuuid *id) {
-    return (void)id, *table = NULL, CUDA_ERROR_NOT_FOUND;
+    return (void)id, *table = NULL, refuse(CUDA_ERROR_NOT_FOUND);
 }

@@ -8,12 +8,19 @@
 #include <string.h>
 #include <unistd.h>
 
-static __thread cudaError_t last;
+__thread cudaError_t last_error;
 static __thread int explained;
 static __thread char explanation[512];
 
-cudaError_t fail(cudaError_t error) {
-    if (error) last = error;
+cudaError_t keep(int error) {
+    if (error) last_error = (cudaError_t)error;
+    return (cudaError_t)error;
+}
+
+cudaError_t fail(cudaError_t error) { return keep(refuse((CUresult)error)); }
+
+CUresult refuse(CUresult error) {
+    if (error) explained = 0;
     return error;
 }
 
@@ -28,18 +35,22 @@ int explain(int error, const char *format, ...) {
 }
 
 int refuse_unknown(const char *name, int status) {
-    explain(status, "%s would give a value, and the stand-in has none", name);
-    fprintf(stderr, "stand-in: %s\n", explanation);
+    char words[sizeof explanation];
+    snprintf(words, sizeof words, "%s would give a value, and the stand-in has none", name);
+    fprintf(stderr, "stand-in: %s\n", words);
+    /* The numbers of other libraries are no errors of CUDA's. */
+    if (status == cudaErrorNotSupported) explain(status, "%s", words);
+    else note("refused: %s", words);
     return status;
 }
 
 cudaError_t cudaGetLastError(void) {
-    cudaError_t error = last;
-    last = cudaSuccess;
+    cudaError_t error = last_error;
+    last_error = cudaSuccess;
     return error;
 }
 
-cudaError_t cudaPeekAtLastError(void) { return last; }
+cudaError_t cudaPeekAtLastError(void) { return last_error; }
 
 /* The runtime's own words; it has them without a driver, and the driver's numbers are the same. */
 static const char *ask_runtime(const char *function, cudaError_t error) {
@@ -71,17 +82,15 @@ CUresult cuGetErrorName(CUresult error, const char **name) {
     return CUDA_SUCCESS;
 }
 
-void note(const char *format, ...) {
+static int log_file = -1;
+
+__attribute__((constructor)) static void open_log(void) {
     const char *path = getenv("STAND_IN_LOG");
-    if (!path || !*path) return;
-    static int file = -1;
-    int unopened = -1;
-    if (__atomic_load_n(&file, __ATOMIC_ACQUIRE) < 0) {
-        int opened = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
-        int first = __atomic_compare_exchange_n(&file, &unopened, opened, 0, __ATOMIC_ACQ_REL,
-                                                __ATOMIC_ACQUIRE);
-        if (!first && opened >= 0) close(opened);
-    }
+    if (path && *path) log_file = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+}
+
+void note(const char *format, ...) {
+    if (log_file < 0) return;
     char line[1024];
     va_list rest;
     va_start(rest, format);
@@ -90,12 +99,12 @@ void note(const char *format, ...) {
     if (length < 0) return;
     if (length > (int)sizeof line - 2) length = sizeof line - 2;
     line[length++] = '\n';
-    if (write(file, line, length) < 0) return; /* a log that cannot be written is no log */
+    if (write(log_file, line, length) < 0) return; /* a log that cannot be written is no log */
 }
 
 /* What is alive, for tests that see whether all is given back: "memory", "stream", … */
-static const char *KIND_NAMES[KINDS] = {"memory", "pinned", "stream", "event",
-                                        "graph",  "module", "handle"};
+static const char *KIND_NAMES[KINDS] = {"memory", "pinned", "stream",   "event",
+                                        "graph",  "module", "function", "handle"};
 static long live[KINDS];
 
 void count_live(enum kind kind, int change) {
@@ -106,25 +115,6 @@ OUTSIDE long stand_in_live(const char *kind) {
     for (int i = 0; i < KINDS; i++)
         if (!strcmp(kind, KIND_NAMES[i])) return __atomic_load_n(&live[i], __ATOMIC_RELAXED);
     return -1;
-}
-
-/* A handle of cuBLAS, cuDNN and their like: a thing of its own that nobody looks into. */
-static const char HANDLE_MARK[] = "stand-in handle";
-
-int make_handle(void *out, size_t size) {
-    if (size != sizeof(void *) || !out) return 0;
-    char *made = calloc(1, 512);
-    if (!made) return 0;
-    memcpy(made, HANDLE_MARK, sizeof HANDLE_MARK);
-    *(void **)out = made;
-    count_live(HANDLE, 1);
-    return 1;
-}
-
-void drop_handle(void *handle) {
-    if (!handle || memcmp(handle, HANDLE_MARK, sizeof HANDLE_MARK)) return;
-    count_live(HANDLE, -1);
-    free(handle);
 }
 
 /* The driver's functions by name; those whose interface changed are `name_v2` and on. */
@@ -161,5 +151,5 @@ CUresult cuGetProcAddress_v2(const char *name, void **found, int version, cuuint
     *found = find_function(name);
     if (result)
         *result = *found ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
-    return *found ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+    return refuse(*found ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND);
 }

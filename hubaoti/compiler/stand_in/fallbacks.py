@@ -120,7 +120,7 @@ def _define(status: str, name: str, parameters: list[_Parameter]) -> str:
     head = f"__attribute__((weak)) {status} {name}({', '.join(p.text for p in parameters)})"
     refusal = f'({status})refuse_unknown("{name}", {_NOT_SUPPORTED[status]})'
     if status == "cudaError_t":
-        refusal = f"fail({refusal})"
+        refusal = f"keep({refusal})"
     if _MEMORY.search(name):
         return f"{head} {{ return {refusal}; }}"
     if "Destroy" in name and len(parameters) == 1 and not first.written:

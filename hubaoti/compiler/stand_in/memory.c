@@ -5,7 +5,6 @@
  */
 #include "stand_in.h"
 #include "chips.h"
-#include <pthread.h>
 #include <stdint.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -19,6 +18,18 @@ struct block {
 static struct block *blocks;
 static size_t block_count, block_room;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+SURVIVES_FORK(lock)
+
+/* CUDA cannot be used where a process was forked that used it; the memory would be its parent's. */
+int is_lost;
+static void lose_devices(void) {
+    if (!block_count) return;
+    is_lost = 1;
+    device_count = 0;
+}
+__attribute__((constructor)) static void watch_forks(void) {
+    pthread_atfork(NULL, NULL, lose_devices);
+}
 
 /* The place of the first block that begins behind an address. */
 static size_t find_place(const char *address) {
@@ -61,18 +72,22 @@ static int is_same_kind(int device, int other) {
     return device < 0 ? device == other : other >= 0;
 }
 
+static struct block remove_block(size_t place) {
+    struct block found = blocks[place];
+    memmove(blocks + place, blocks + place + 1, (--block_count - place) * sizeof *blocks);
+    count_live(found.device < 0 ? PINNED : MEMORY, -1);
+    if (found.device >= 0) devices[found.device].used -= found.size;
+    return found;
+}
+
 /* Take the block that begins at an address; one without a size if none does. */
 static struct block take_block(const void *address, int device) {
     struct block found = {0};
     pthread_mutex_lock(&lock);
     size_t place = find_place(address);
     if (place && blocks[place - 1].address == address
-        && is_same_kind(device, blocks[place - 1].device)) {
-        found = blocks[place - 1];
-        memmove(blocks + place - 1, blocks + place, (block_count-- - place) * sizeof *blocks);
-        count_live(found.device < 0 ? PINNED : MEMORY, -1);
-        if (found.device >= 0) devices[found.device].used -= found.size;
-    }
+        && is_same_kind(device, blocks[place - 1].device))
+        found = remove_block(place - 1);
     pthread_mutex_unlock(&lock);
     return found;
 }
@@ -82,9 +97,11 @@ int is_device(const void *pointer) {
     return found.size && found.device >= 0;
 }
 
-int is_pinned(const void *pointer) {
+/* Whether all of these bytes are of one piece of pinned memory. */
+int is_pinned(const void *pointer, size_t size) {
     struct block found = find_block(pointer);
-    return found.size && found.device < 0;
+    size_t left = found.size ? found.address + found.size - (char *)pointer : 0;
+    return found.size && found.device < 0 && size <= left;
 }
 
 int is_host(const void *pointer) { return pointer && !is_device(pointer); }
@@ -136,13 +153,16 @@ static void unmap_block(struct block block) {
 }
 
 static cudaError_t allocate(void **pointer, size_t size) {
+    if (!pointer) return fail(cudaErrorInvalidValue);
     *pointer = NULL;
+    if (is_lost) return fail(cudaErrorInitializationError);
     if (!device_count) return fail(cudaErrorNoDevice);
     if (!size) return cudaSuccess;
     struct device *device = &devices[current_device];
     struct block block = {0};
     pthread_mutex_lock(&lock);
-    if (size <= device->memory - device->used) block = map_block(size, current_device);
+    if (size <= device->memory - device->used && size < PTRDIFF_MAX - PAGE)
+        block = map_block(size, current_device);
     if (block.size && !add_block(block)) {
         unmap_block(block);
         block.size = 0;
@@ -156,6 +176,7 @@ static cudaError_t allocate(void **pointer, size_t size) {
 
 static cudaError_t give_back(void *pointer) {
     if (!pointer) return cudaSuccess;
+    if (is_lost) return fail(cudaErrorInitializationError);
     struct block block = take_block(pointer, 0);
     if (!block.size) return fail(cudaErrorInvalidValue);
     unmap_block(block);
@@ -184,23 +205,26 @@ cudaError_t cudaFreeAsync(void *pointer, cudaStream_t stream) {
 }
 
 CUresult cuMemAlloc_v2(CUdeviceptr *pointer, size_t size) {
-    return size ? (CUresult)cudaMalloc((void **)pointer, size) : CUDA_ERROR_INVALID_VALUE;
+    return size ? AS_DRIVER(cudaMalloc((void **)pointer, size)) : refuse(CUDA_ERROR_INVALID_VALUE);
 }
 
-CUresult cuMemFree_v2(CUdeviceptr pointer) { return (CUresult)cudaFree((void *)pointer); }
+CUresult cuMemFree_v2(CUdeviceptr pointer) { return AS_DRIVER(cudaFree((void *)pointer)); }
 
 cudaError_t cudaMemGetInfo(size_t *left, size_t *all) {
     if (!device_count) return fail(cudaErrorNoDevice);
-    *all = devices[current_device].memory;
-    *left = *all - devices[current_device].used;
+    const struct device *device = &devices[current_device];
+    pthread_mutex_lock(&lock);
+    if (all) *all = device->memory;
+    if (left) *left = device->memory - device->used;
+    pthread_mutex_unlock(&lock);
     return cudaSuccess;
 }
 
-CUresult cuMemGetInfo_v2(size_t *left, size_t *all) { return (CUresult)cudaMemGetInfo(left, all); }
+CUresult cuMemGetInfo_v2(size_t *left, size_t *all) { return AS_DRIVER(cudaMemGetInfo(left, all)); }
 
 CUresult cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *size, CUdeviceptr pointer) {
     struct block found = find_block((void *)pointer);
-    if (!found.size || found.device < 0) return CUDA_ERROR_NOT_FOUND;
+    if (!found.size || found.device < 0) return refuse(CUDA_ERROR_NOT_FOUND);
     if (base) *base = (CUdeviceptr)found.address;
     if (size) *size = found.size;
     return CUDA_SUCCESS;
@@ -208,15 +232,27 @@ CUresult cuMemGetAddressRange_v2(CUdeviceptr *base, size_t *size, CUdeviceptr po
 
 /* Pinned memory */
 
+/* Behind the last block that has some of these bytes; 0 where none has. */
+static size_t find_overlap(const char *start, size_t size) {
+    size_t place = find_place(start + size - 1);
+    return place && blocks[place - 1].address + blocks[place - 1].size > start ? place : 0;
+}
+
 static cudaError_t pin(void *pointer, size_t size, int device) {
+    char *start = pointer;
     pthread_mutex_lock(&lock);
-    int added = add_block((struct block){pointer, pointer, size, device});
+    size_t taken;
+    /* Memory is new only where a caller's was freed before it was let go. */
+    while ((taken = find_overlap(start, size)) && device == -1) remove_block(taken - 1);
+    int is_added = !taken && add_block((struct block){start, start, size, device});
     pthread_mutex_unlock(&lock);
-    return added ? cudaSuccess : fail(cudaErrorMemoryAllocation);
+    if (is_added) return cudaSuccess;
+    return fail(taken ? cudaErrorHostMemoryAlreadyRegistered : cudaErrorMemoryAllocation);
 }
 
 cudaError_t cudaHostAlloc(void **pointer, size_t size, unsigned flags) {
     (void)flags;
+    if (!pointer) return fail(cudaErrorInvalidValue);
     *pointer = NULL;
     if (!size) return cudaSuccess;
     if (posix_memalign(pointer, PAGE, size)) return fail(cudaErrorMemoryAllocation);
@@ -232,23 +268,31 @@ cudaError_t cudaMallocHost(void **pointer, size_t size) { return cudaHostAlloc(p
 
 cudaError_t cudaFreeHost(void *pointer) {
     if (!pointer) return cudaSuccess;
-    if (!take_block(pointer, -1).size) return fail(cudaErrorInvalidValue);
+    struct block block = take_block(pointer, -1);
+    if (!block.size) return fail(cudaErrorInvalidValue);
+    forget_reads(pointer, block.size);
     free(pointer);
     return cudaSuccess;
 }
 
 cudaError_t cudaHostRegister(void *pointer, size_t size, unsigned flags) {
     (void)flags;
-    if (find_block(pointer).size) return fail(cudaErrorHostMemoryAlreadyRegistered);
+    if (!pointer || !size || size > UINTPTR_MAX - (uintptr_t)pointer)
+        return fail(cudaErrorInvalidValue);
     return pin(pointer, size, -2);
 }
 
 cudaError_t cudaHostUnregister(void *pointer) {
-    return take_block(pointer, -2).size ? cudaSuccess : fail(cudaErrorHostMemoryNotRegistered);
+    struct block block = take_block(pointer, -2);
+    if (!block.size) return fail(cudaErrorHostMemoryNotRegistered);
+    /* It stays, as memory that may be read without a call. */
+    size_t unread = forget_reads(pointer, block.size);
+    return unread ? refuse_read(unread) : cudaSuccess;
 }
 
 cudaError_t cudaHostGetDevicePointer(void **device, void *host, unsigned flags) {
     (void)flags;
+    if (!device) return fail(cudaErrorInvalidValue);
     *device = host;
     return cudaSuccess;
 }
@@ -258,6 +302,7 @@ cudaError_t cudaHostGetDevicePointer(void **device, void *host, unsigned flags) 
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes,
                                      const void *pointer) {
     struct block found = find_block(pointer);
+    if (!attributes) return fail(cudaErrorInvalidValue);
     memset(attributes, 0, sizeof *attributes);
     attributes->type = cudaMemoryTypeUnregistered;
     attributes->device = current_device;
@@ -271,7 +316,7 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes,
 
 CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr pointer) {
     struct block found = find_block((void *)pointer);
-    if (!found.size) return CUDA_ERROR_INVALID_VALUE;
+    if (!found.size || !value) return refuse(CUDA_ERROR_INVALID_VALUE);
     switch (attribute) {
     case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: *(CUdeviceptr *)value = pointer; break;
     case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:

@@ -1,21 +1,15 @@
-/* Streams, events and graphs: work is over when it is asked for, and a captured graph only counts it.
+/* Streams and graphs: work is over when it is asked for, and a captured graph only counts it.
  *
  * What a GPU refuses while a graph is captured is refused here, so that host code which would fail
- * there fails here. Two events are always 1 ms apart: tuning takes its first choice, everywhere.
+ * there fails here.
  */
 #include "stand_in.h"
-#include <pthread.h>
 #include <stdlib.h>
 
 /* A capture is a number; the stream that began it, and those that wait for its events, are in it. */
 struct stream {
     unsigned flags;
     int priority, device;
-    unsigned long long capture;
-};
-struct event {
-    int recorded;
-    unsigned flags;
     unsigned long long capture;
 };
 struct graph {
@@ -31,11 +25,17 @@ static struct capture {
 } captures[64];
 static unsigned long long next_capture = 1;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+SURVIVES_FORK(lock)
 static __thread enum cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
 
 /* NULL, the legacy stream (1) and the one of each thread (2) are no objects, and are never captured. */
 static struct stream *find_stream(cudaStream_t stream) {
-    return (size_t)stream > 2 ? (struct stream *)stream : NULL;
+    return is_held(STREAM, stream) ? (struct stream *)stream : NULL;
+}
+
+cudaError_t check_stream(cudaStream_t stream) {
+    int is_there = (size_t)stream <= 2 || is_held(STREAM, stream);
+    return is_there ? cudaSuccess : fail(cudaErrorInvalidResourceHandle);
 }
 
 static struct capture *find_capture(unsigned long long id) {
@@ -44,21 +44,17 @@ static struct capture *find_capture(unsigned long long id) {
     return NULL;
 }
 
-static struct capture *find_capture_of(cudaStream_t stream) {
-    struct stream *found = find_stream(stream);
-    return found ? find_capture(found->capture) : NULL;
+/* Under the lock; the stream is found before it is taken, so that no two locks are. */
+static struct capture *find_capture_of(const struct stream *stream) {
+    return stream ? find_capture(stream->capture) : NULL;
 }
 
-int is_capturing(cudaStream_t stream) {
-    pthread_mutex_lock(&lock);
-    int found = find_capture_of(stream) != NULL;
-    pthread_mutex_unlock(&lock);
-    return found;
-}
+int is_capturing(cudaStream_t stream) { return read_capture(stream) != 0; }
 
 void add_node(cudaStream_t stream) {
+    struct stream *asked = find_stream(stream);
     pthread_mutex_lock(&lock);
-    struct capture *found = find_capture_of(stream);
+    struct capture *found = find_capture_of(asked);
     if (found) found->graph->nodes++;
     pthread_mutex_unlock(&lock);
 }
@@ -84,6 +80,22 @@ cudaError_t refuse_in_capture(void) {
     return error;
 }
 
+unsigned long long read_capture(cudaStream_t stream) {
+    struct stream *asked = find_stream(stream);
+    pthread_mutex_lock(&lock);
+    struct capture *found = find_capture_of(asked);
+    unsigned long long id = found ? found->id : 0;
+    pthread_mutex_unlock(&lock);
+    return id;
+}
+
+void join_capture(cudaStream_t stream, unsigned long long id) {
+    struct stream *asked = find_stream(stream);
+    pthread_mutex_lock(&lock);
+    if (asked && find_capture(id)) asked->capture = id;
+    pthread_mutex_unlock(&lock);
+}
+
 /* Waiting for what a capturing stream does has no end: a GPU refuses it, in every mode. */
 static cudaError_t refuse_waiting(unsigned long long id) {
     pthread_mutex_lock(&lock);
@@ -93,7 +105,7 @@ static cudaError_t refuse_waiting(unsigned long long id) {
     return error;
 }
 
-static cudaError_t wait_for(unsigned long long capture) {
+cudaError_t wait_for(unsigned long long capture) {
     cudaError_t error = refuse_waiting(capture);
     return error ? error : take_reads();
 }
@@ -101,13 +113,13 @@ static cudaError_t wait_for(unsigned long long capture) {
 /* Streams */
 
 static cudaError_t make_stream(cudaStream_t *stream, unsigned flags, int priority) {
-    struct stream *made = calloc(1, sizeof *made);
+    if (!stream) return fail(cudaErrorInvalidValue);
+    struct stream *made = make(STREAM, sizeof *made);
     if (!made) return fail(cudaErrorMemoryAllocation);
     made->flags = flags;
     made->priority = priority;
     made->device = current_device;
     *stream = (cudaStream_t)made;
-    count_live(STREAM, 1);
     return cudaSuccess;
 }
 
@@ -119,17 +131,29 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, i
     return make_stream(stream, flags, priority);
 }
 CUresult cuStreamCreate(CUstream *stream, unsigned flags) {
-    return (CUresult)make_stream(stream, flags, 0);
+    return AS_DRIVER(make_stream(stream, flags, 0));
 }
 
+static void drop_graph(struct graph *graph) {
+    if (let_go(GRAPH, graph)) free(graph);
+}
+
+/* A capture ends with the stream that began it. */
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-    struct stream *found = find_stream(stream);
-    if (!found) return fail(cudaErrorInvalidResourceHandle);
-    count_live(STREAM, -1);
-    free(found);
+    struct graph *graph = NULL;
+    if (!let_go(STREAM, stream)) return fail(cudaErrorInvalidResourceHandle);
+    pthread_mutex_lock(&lock);
+    struct capture *found = find_capture_of((struct stream *)stream);
+    if (found && found->origin == (struct stream *)stream) {
+        graph = found->graph;
+        found->id = 0;
+    }
+    pthread_mutex_unlock(&lock);
+    if (graph) drop_graph(graph);
+    free(stream);
     return cudaSuccess;
 }
-CUresult cuStreamDestroy_v2(CUstream stream) { return (CUresult)cudaStreamDestroy(stream); }
+CUresult cuStreamDestroy_v2(CUstream stream) { return AS_DRIVER(cudaStreamDestroy(stream)); }
 
 cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
     struct stream *found = find_stream(stream);
@@ -150,90 +174,34 @@ cudaError_t cudaStreamGetDevice(cudaStream_t stream, int *device) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-    struct stream *found = find_stream(stream);
-    return wait_for(found ? found->capture : 0);
+    cudaError_t error = check_stream(stream);
+    return error ? error : wait_for(read_capture(stream));
 }
-CUresult cuStreamSynchronize(CUstream stream) { return (CUresult)cudaStreamSynchronize(stream); }
+CUresult cuStreamSynchronize(CUstream stream) { return AS_DRIVER(cudaStreamSynchronize(stream)); }
 cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(stream); }
 
 cudaError_t cudaDeviceSynchronize(void) {
     cudaError_t error = refuse_in_capture();
     return error ? error : take_reads();
 }
-CUresult cuCtxSynchronize(void) { return (CUresult)cudaDeviceSynchronize(); }
+CUresult cuCtxSynchronize(void) { return AS_DRIVER(cudaDeviceSynchronize()); }
 
-/* What the host does in a stream is done at once; in a graph, at its launch, which does nothing. */
+/* What the host does in a stream is done at once, as by one who waited for what is before it; in a
+ * graph, at its launch, which does nothing. */
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *argument) {
-    if (is_capturing(stream)) add_node(stream);
-    else function(argument);
-    return cudaSuccess;
+    if (is_capturing(stream)) return add_node(stream), cudaSuccess;
+    cudaError_t error = take_reads();
+    if (!error) function(argument);
+    return error;
 }
 
 cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t function,
                                   void *argument, unsigned flags) {
     (void)flags;
     if (is_capturing(stream)) return fail(cudaErrorStreamCaptureUnsupported);
-    function(stream, cudaSuccess, argument);
-    return cudaSuccess;
-}
-
-/* Events */
-
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
-    struct event *made = calloc(1, sizeof *made);
-    if (!made) return fail(cudaErrorMemoryAllocation);
-    made->flags = flags;
-    *event = (cudaEvent_t)made;
-    count_live(EVENT, 1);
-    return cudaSuccess;
-}
-
-cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
-
-cudaError_t cudaEventDestroy(cudaEvent_t event) {
-    if (!event) return fail(cudaErrorInvalidResourceHandle);
-    count_live(EVENT, -1);
-    free(event);
-    return cudaSuccess;
-}
-
-cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
-    struct event *recorded = (struct event *)event;
-    struct stream *found = find_stream(stream);
-    (void)flags;
-    if (!event) return fail(cudaErrorInvalidResourceHandle);
-    recorded->recorded = 1;
-    recorded->capture = found ? found->capture : 0;
-    return cudaSuccess;
-}
-
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-    return cudaEventRecordWithFlags(event, stream, 0);
-}
-
-cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
-    struct event *awaited = (struct event *)event;
-    struct stream *found = find_stream(stream);
-    (void)flags;
-    pthread_mutex_lock(&lock);
-    if (found && awaited && find_capture(awaited->capture)) found->capture = awaited->capture;
-    pthread_mutex_unlock(&lock);
-    return cudaSuccess;
-}
-
-cudaError_t cudaEventQuery(cudaEvent_t event) {
-    cudaError_t error = refuse_in_capture();
-    return error || !event ? error : wait_for(((struct event *)event)->capture);
-}
-
-cudaError_t cudaEventSynchronize(cudaEvent_t event) { return cudaEventQuery(event); }
-
-cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t end) {
-    struct event *first = (struct event *)start, *second = (struct event *)end;
-    if (!first || !second || !first->recorded || !second->recorded)
-        return fail(cudaErrorInvalidResourceHandle);
-    *ms = 1;
-    return cudaSuccess;
+    cudaError_t error = take_reads();
+    if (!error) function(stream, cudaSuccess, argument);
+    return error;
 }
 
 /* Captures */
@@ -241,7 +209,7 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t end) 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
     struct stream *found = find_stream(stream);
     if (!found) return fail(cudaErrorStreamCaptureUnsupported);
-    struct graph *graph = calloc(1, sizeof *graph);
+    struct graph *graph = make(GRAPH, sizeof *graph);
     cudaError_t error = graph ? cudaErrorStreamCaptureUnsupported : cudaErrorMemoryAllocation;
     pthread_mutex_lock(&lock);
     for (size_t i = 0;
@@ -254,22 +222,18 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMo
     }
     pthread_mutex_unlock(&lock);
     note("capture begins");
-    if (error) free(graph);
-    else count_live(GRAPH, 1);
+    if (error) drop_graph(graph);
     return fail(error);
-}
-
-static void drop_graph(void *graph) {
-    count_live(GRAPH, -1);
-    free(graph);
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
     struct capture ended = {0};
+    struct stream *asked = find_stream(stream);
+    if (!graph) return fail(cudaErrorInvalidValue);
     *graph = NULL;
     pthread_mutex_lock(&lock);
-    struct capture *found = find_capture_of(stream);
-    if (found && found->origin == find_stream(stream)) {
+    struct capture *found = find_capture_of(asked);
+    if (found && found->origin == asked) {
         ended = *found;
         found->id = 0;
     }
@@ -287,8 +251,9 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
 static enum cudaStreamCaptureStatus read_status(cudaStream_t stream, unsigned long long *id,
                                                 cudaGraph_t *graph) {
     enum cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    struct stream *asked = find_stream(stream);
     pthread_mutex_lock(&lock);
-    struct capture *found = find_capture_of(stream);
+    struct capture *found = find_capture_of(asked);
     if (found)
         status =
             found->invalid ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
@@ -343,19 +308,20 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode
 /* Graphs */
 
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) {
-    if (nodes) return fail(refuse_unknown("cudaGraphGetNodes", cudaErrorNotSupported));
+    if (!is_held(GRAPH, graph) || !count) return fail(cudaErrorInvalidValue);
+    if (nodes) return keep(refuse_unknown("cudaGraphGetNodes", cudaErrorNotSupported));
     *count = ((struct graph *)graph)->nodes;
     return cudaSuccess;
 }
 
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *made, cudaGraph_t graph,
                                           unsigned long long flags) {
-    struct graph *copied = calloc(1, sizeof *copied);
     (void)flags;
+    if (!is_held(GRAPH, graph) || !made) return fail(cudaErrorInvalidValue);
+    struct graph *copied = make(GRAPH, sizeof *copied);
     if (!copied) return fail(cudaErrorMemoryAllocation);
     *copied = *(struct graph *)graph;
     *made = (cudaGraphExec_t)copied;
-    count_live(GRAPH, 1);
     return cudaSuccess;
 }
 
@@ -366,10 +332,23 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *made, cudaGraph_t graph,
 }
 #endif
 
-cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return drop_graph(graph), cudaSuccess; }
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { return drop_graph(graph), cudaSuccess; }
+/* One that a stream still captures into is not given back. */
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    int is_used = !is_held(GRAPH, graph);
+    pthread_mutex_lock(&lock);
+    for (size_t i = 0; i < sizeof captures / sizeof *captures; i++)
+        is_used |= captures[i].id && captures[i].graph == (struct graph *)graph;
+    pthread_mutex_unlock(&lock);
+    if (is_used) return fail(cudaErrorInvalidValue);
+    return drop_graph((struct graph *)graph), cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+    return cudaGraphDestroy((cudaGraph_t)graph);
+}
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+    if (!is_held(GRAPH, graph)) return fail(cudaErrorInvalidValue);
     if (is_capturing(stream)) add_node(stream);
     note("replay of %zu nodes", ((struct graph *)graph)->nodes);
     return cudaSuccess;

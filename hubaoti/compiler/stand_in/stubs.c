@@ -7,7 +7,7 @@
 static cudaError_t launch_stub(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
     struct launch launch = {grid, block, shared};
     CUresult error = check_sizes("a kernel of the runtime", &launch);
-    if (error) return fail((cudaError_t)error);
+    if (error) return keep(error);
     if (!device_count) return fail(cudaErrorNoDevice);
     if (shared > (size_t)devices[current_device].chip->shared) return fail(cudaErrorInvalidValue);
     note("launch of the runtime");
@@ -30,6 +30,7 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *kernel,
                                 void **parameters) {
     (void)kernel, (void)parameters;
+    if (!config) return fail(cudaErrorInvalidValue);
     return launch_stub(config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream);
 }
 
