@@ -146,7 +146,7 @@ def _run_compiler(command: str, cwd: str) -> None:
 _WATCHED = """exec 3<&0 </dev/null
 (read _ <&3; kill -KILL 0) &
 "$@" 3<&-; code=$?
-kill $!; wait $! 2>/dev/null; exit $code"""
+kill -KILL $!; wait $! 2>/dev/null; exit $code"""
 
 
 class _Compiler:
