@@ -260,25 +260,36 @@ def _fork() -> int:
     """
     if threading.current_thread() is not threading.main_thread():
         return os.fork()  # handlers run elsewhere
-    came, handlers = list[int](), dict[int, Any]()
+    came, handlers, process = list[int](), dict[int, Any](), -1
+    try:
+        _set_aside(handlers, came)
+        process = os.fork()
+        if process:
+            _set_handlers(handlers)
+            for number in came:
+                signal.raise_signal(number)
+    except BaseException:
+        if process > 0:
+            os.kill(process, signal.SIGKILL)  # it has hardly begun
+        _set_handlers(handlers)  # of which one may have raised before all were there again
+        if process > 0:
+            os.waitpid(process, 0)
+        raise
+    return process
+
+
+def _set_aside(handlers: dict[int, Any], came: list[int]) -> None:
+    """Have interrupts only noted among those that `came`; what they did goes into `handlers`."""
     for interrupt in (signal.SIGINT, signal.SIGTERM):
         if callable(handler := signal.getsignal(interrupt)):
             handlers[interrupt] = handler
             signal.signal(interrupt, lambda number, _: came.append(number))
-    process = 1
-    try:
-        process = os.fork()
-    finally:
-        for number, handler in handlers.items() if process else ():
-            signal.signal(number, handler)
-    try:
-        for number in came if process else ():
-            signal.raise_signal(number)
-    except BaseException:
-        os.kill(process, signal.SIGKILL)  # it has not begun
-        os.waitpid(process, 0)
-        raise
-    return process
+
+
+def _set_handlers(handlers: Mapping[int, Any]) -> None:
+    """Have signals do again what they did."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def wait_for_one(forks: Iterable[int]) -> tuple[int, int]:
