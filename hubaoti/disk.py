@@ -72,11 +72,14 @@ def describe_no_room(folder: Path, needed: int, remedy: str = _HOME) -> DiskFull
 
 
 def allows_code(folder: Path) -> bool:
-    """Whether the disk of a folder, existing or not, allows code to be loaded from it."""
+    """Whether the disk of a folder, existing or not, allows code to be loaded from it.
+
+    Of one that may not be looked at, too: who writes there is told what is wrong.
+    """
     try:
         return not os.statvfs(_find_existing_folder(folder)).f_flag & os.ST_NOEXEC
     except OSError:
-        return False
+        return True
 
 
 def require_code(folder: Path, remedy: str) -> None:
