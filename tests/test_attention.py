@@ -518,6 +518,31 @@ def test_an_assert_that_sizes_differ_as_the_example_s_did_is_dropped() -> None:
     assert torch.equal(program.module(check_guards=False)(given, given), torch.ones(16))
 
 
+def test_a_remainder_that_has_to_differ_is_no_tie() -> None:
+    """A model that pads what does not divide does something else with what does."""
+    program, dims, face = assert_sizes(lambda short, long: long % short != 0)
+    drop_ties(program)
+    with pytest.raises(CompileFailed, match=r"which is not so at"):
+        require_asserts_hold(program, dims, face)
+
+
+def test_a_value_that_has_to_differ_from_a_size_is_no_tie() -> None:
+    def scale(tensor: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+        torch._check(number.item() != tensor.shape[0])
+        return tensor * number
+
+    program = torch.export.export(
+        Module(scale),
+        (torch.ones(3), torch.tensor(5)),
+        dynamic_shapes=(({0: Dim("short", max=48)}, None),),
+        prefer_deferred_runtime_asserts_over_guards=True,
+        strict=False,
+    )
+    drop_ties(program)
+    with pytest.raises(RuntimeError):
+        program.module(check_guards=False)(torch.ones(4), torch.tensor(4))
+
+
 def test_a_size_that_has_to_be_below_a_number_is_no_tie() -> None:
     """Of a step that asks torch of one size alone, both answers are not right."""
     program, dims, face = assert_sizes()

@@ -18,6 +18,8 @@ import sympy
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._sympy.functions import Mod, PythonMod  # private, checked on torch 2.11 to 2.15
 from torch.utils._sympy.printers import PythonPrinter  # private, checked on torch 2.11 to 2.15
 
 from hubaoti.compiler.dims import DimRanges, Sizes, nest_sizes
@@ -65,12 +67,20 @@ def drop_ties(program: ExportedProgram) -> None:
     """Remove a program's asserts that sizes are no others, as the example's were not.
 
     Torch makes them of its questions where it defers; where it does not, it exports without a word.
+    What is asked of a remainder, or of a value of a call, stays: there the answer may be another.
     """
     for node, condition in _iterate_asserts(program):
-        if isinstance(condition, sympy.Ne) and len(condition.free_symbols) > 1:
+        if _is_tie(condition):
             node.graph.erase_node(node)
     for part in _list_parts(program):
         part.recompile()
+
+
+def _is_tie(condition: Any) -> bool:
+    """Whether it says that sizes differ, of several dims."""
+    if not isinstance(condition, sympy.Ne) or len(condition.free_symbols) < 2:
+        return False
+    return not condition.has(Mod, PythonMod) and not free_unbacked_symbols(condition)
 
 
 def _list_parts(program: ExportedProgram) -> list[GraphModule]:
