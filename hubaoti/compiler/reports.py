@@ -50,9 +50,9 @@ def describe_jobs(jobs: Sequence[Job]) -> list[str]:
 def join_errors(errors: Sequence[HubaotiError], kept: Sequence[Path] = ()) -> HubaotiError:
     """One error for those of several bundles, of the first one's kind; notes have all traces.
 
-    Its hint has the bundles that are whole: those that were `kept`.
+    Its hint has the remedy of each, and the bundles that are whole: those that were `kept`.
     """
-    first, hint = errors[0], errors[0].hint
+    first, hint = errors[0], "; ".join(dict.fromkeys(each.hint for each in errors if each.hint))
     if kept:
         are = "is" if len(kept) == 1 else "are"
         hint += f"; {', '.join(map(str, kept))} {are} whole: the same command builds only the rest"
