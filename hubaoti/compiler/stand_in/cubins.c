@@ -23,7 +23,6 @@
 #define EIATTR_FRAME_SIZE 0x11
 #define EIATTR_REGCOUNT 0x2f
 
-
 struct image {
     char *start;
     size_t size;

@@ -25,7 +25,6 @@ static void drop_module(struct module *module) {
 }
 
 /* Load a cubin; the length of one that is no file is 0, as nobody says it. */
-
 static CUresult load(CUmodule *made, const void *start, size_t size) {
     if (!device_count) return refuse(CUDA_ERROR_NO_DEVICE);
     if (!made || !start) return refuse(CUDA_ERROR_INVALID_VALUE);
