@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from hubaoti.artifact.schema import Check, Graph
+from hubaoti.artifact.schema import Check, DeviceCode, Graph
 from hubaoti.compiler import elf, verify
 from hubaoti.compiler.built import BuiltGraph, BuiltUnit, fill_tied_constants, record_golden
 from hubaoti.compiler.callspec import ARCHIVE
@@ -39,7 +39,7 @@ from hubaoti.compiler.precision import HALF
 from hubaoti.compiler.saved_program import find_op_modules, save_program
 from hubaoti.compiler.stand_in import StandIn
 from hubaoti.compiler.traced import CPU, Traced, describe_graph, describe_package, make_trial
-from hubaoti.errors import HubaotiError
+from hubaoti.errors import CompileFailed, HubaotiError
 from hubaoti.host.wire import ErrorRecord
 from hubaoti.progress import Progress
 
@@ -188,10 +188,27 @@ def _lower_one(build: _Build) -> BuiltUnit:
         entry = msgspec.structs.replace(
             entry,
             golden=compared.entry.golden,
-            device_code=read_device_code(folder / KEEP, folder / UNPACKED) or msgspec.UNSET,
+            device_code=_read_code(folder, build.sm) or msgspec.UNSET,
         )
         library = next((folder / UNPACKED).rglob("*.wrapper.so"))
         return BuiltUnit((BuiltGraph(entry, elf.read_needs(library), files, compared.checks),))
+
+
+def _read_code(folder: Path, sm: int) -> DeviceCode | None:
+    """What the kernels of a package take, which has to be for the capability that was asked.
+
+    Where another package is interpreted in its place, nothing loads them before its users do.
+
+    Raises:
+        CompileFailed: they are for another one.
+    """
+    code = read_device_code(folder / KEEP, folder / UNPACKED)
+    if code is not None and code.capability != sm:
+        raise CompileFailed(
+            f"build: kernels for sm{code.capability}, and sm{sm} was asked for",
+            hint="report it with your torch and triton versions",
+        )
+    return code
 
 
 def _take_graph(tried: BuiltUnit | HubaotiError) -> BuiltGraph | ErrorRecord:
