@@ -83,6 +83,18 @@ def test_at_every_probe_a_call_fits_into_its_cache(dims: DimRanges) -> None:
         assert any(point[name] == sizes.high for point in points)
 
 
+def test_two_dims_are_alike_somewhere() -> None:
+    """A model may decide by that, and a program is traced where they are not."""
+    dims = {"batch": Range(1, 16), "seq": Range(8, 512, 8), "image": Range(600, 700)}
+    points = choose_probes(dims)
+    assert {"batch": 8, "seq": 8, "image": 600} in points
+    assert not any(point["image"] == point["seq"] for point in points), "they never are"
+    nested = {"seq": Range(1, 40), "filled": Range(1, 64), "cache": Range(8, 64)}
+    points = choose_probes(nested)
+    assert all(point["seq"] <= point["filled"] <= point["cache"] for point in points)
+    assert any(point["filled"] == point["cache"] for point in points)
+
+
 @given(ranges(2000))
 def test_the_middle_is_odd_where_there_is_an_odd_size_above_the_lowest(sizes: Range) -> None:
     middle = choose_odd_middle(sizes)

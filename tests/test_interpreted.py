@@ -198,6 +198,7 @@ def lower_case(case: Case, folder: Path, stand_in: StandIn, damage: str = "") ->
         shipped=b"",
         points=[lows, middle, highs],
         tolerance=EXACT,
+        most=EXACT,
         seconds=120.0,
         memory=4 << 30,
     )
@@ -423,6 +424,7 @@ def make_request(points: int = 2) -> InterpretRequest:
         shipped=b"",
         points=[{"n": n} for n in range(1, 1 + points)],
         tolerance=EXACT,
+        most=EXACT,
         seconds=1.0,
         memory=1,
     )
@@ -536,11 +538,12 @@ def test_a_half_type_is_as_near_to_float32_as_its_program_is(
     monkeypatch.setattr(child, "_list_dtypes", lambda _: {torch.bfloat16})
     comparison: Any = SimpleNamespace(graph=SimpleNamespace(entry=SimpleNamespace(id="block")))
     probe, tolerance = Probe({"batch": 1}), INTERPRETED_TOLERANCE["bfloat16"]
+    allowed = tolerance, 2 * tolerance
     if passes == "":
         with pytest.raises(CheckFailed, match="differs from its program"):
-            child._compare(comparison, probe, tolerance, deadline=0.0)
+            child._compare(comparison, probe, allowed, deadline=0.0)
     else:
-        check = child._compare(comparison, probe, tolerance, deadline=0.0)
+        check = child._compare(comparison, probe, allowed, deadline=0.0)
         assert (check.dtype or None) == passes
         assert check.max_relative <= check.tolerance <= 2 * tolerance
 

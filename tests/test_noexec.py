@@ -84,7 +84,7 @@ def test_a_compile_into_such_a_folder_is_refused_before_anything_is_built(
     assert lines[-2:] == [str(errors.CannotOpen.exit_code), "[]"]
     (message, hint) = lines[-4:-2]
     assert message.startswith(f"error: {tmp_path}/disk/") and "noexec" in message
-    assert hint.startswith("hint: choose with -o")
+    assert hint.startswith("hint: set -o, or TMPDIR")
     assert not [line for line in lines if "lower" in line]
 
 

@@ -48,7 +48,7 @@ def _print_missing(as_json: bool) -> None:
     if missing:
         raise MissingDependency(
             f"{len(missing)} missing of what a build for a GPU needs",
-            hint="each is listed with the command that brings it",
+            hint="each is listed with what to do",
         )
 
 

@@ -19,7 +19,6 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils._sympy.functions import Mod, PythonMod  # private, checked on torch 2.11 to 2.15
 from torch.utils._sympy.printers import PythonPrinter  # private, checked on torch 2.11 to 2.15
 
 from hubaoti.compiler.dims import DimRanges, Sizes, nest_sizes
@@ -67,7 +66,8 @@ def drop_ties(program: ExportedProgram) -> None:
     """Remove a program's asserts that sizes are no others, as the example's were not.
 
     Torch makes them of its questions where it defers; where it does not, it exports without a word.
-    What is asked of a remainder, or of a value of a call, stays: there the answer may be another.
+    Only of two dims, which are compared where they are alike (see `dims.choose_probes`): what is
+    asked of a remainder, a sum or a value of a call stays.
     """
     for node, condition in _iterate_asserts(program):
         if _is_tie(condition):
@@ -77,10 +77,9 @@ def drop_ties(program: ExportedProgram) -> None:
 
 
 def _is_tie(condition: Any) -> bool:
-    """Whether it says that sizes differ, of several dims."""
-    if not isinstance(condition, sympy.Ne) or len(condition.free_symbols) < 2:
-        return False
-    return not condition.has(Mod, PythonMod) and not free_unbacked_symbols(condition)
+    """Whether it says that two dims differ."""
+    is_plain = isinstance(condition, sympy.Ne) and all(each.is_Symbol for each in condition.args)
+    return is_plain and not free_unbacked_symbols(condition)
 
 
 def _list_parts(program: ExportedProgram) -> list[GraphModule]:

@@ -76,8 +76,8 @@ def build(
         memory = read_available_memory() // at_once
         tools = GpuTools(stand_in, max(1, at_once // units_at_once), memory)
     with Peak.watch() as peak, ExitStack() as ends:
-        places = [_Place.open(output, job, ends) for output, job in jobs.items()]
-        scratches = [place.scratch for place in places]
+        pending = [_PendingBundle.open(output, job, ends) for output, job in jobs.items()]
+        scratches = [each.scratch for each in pending]
         _require_room(scratches, len(plan.units), at_once)
         if tools is not None:
             require_code(find_build_disk(), "set TMPDIR to")
@@ -99,13 +99,13 @@ def build(
             transformers=transformers.__version__,
         )
         return [
-            _finish(place, origin, [each.graphs[index] for each in built], built, record)
-            for index, place in enumerate(places)
+            _finish(bundle, origin, [each.graphs[index] for each in built], built, record)
+            for index, bundle in enumerate(pending)
         ]
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _PendingBundle:
     """A bundle in the making: its folder until then; what `end` does puts it where it belongs."""
 
     output: Path
@@ -114,7 +114,7 @@ class _Place:
     end: ExitStack
 
     @classmethod
-    def open(cls, output: Path, job: Job, ends: ExitStack) -> _Place:
+    def open(cls, output: Path, job: Job, ends: ExitStack) -> _PendingBundle:
         """Begin one, which is removed with the others unless it was ended before."""
         end = ends.enter_context(ExitStack())
         return cls(output, job, end.enter_context(write_bundle(output)), end)
@@ -124,14 +124,14 @@ def _require_room(scratches: Sequence[Path], units: int, at_once: int) -> None:
     """See that there is room on the disks; and make the folders for graphs."""
     for scratch in scratches:
         require_disk_room(scratch, _ROOM * units * len(scratches), OUTPUT)
-        require_code(scratch, "choose with -o, or with TMPDIR where there is none,")
+        require_code(scratch, "set -o, or TMPDIR where there is no -o, to")
         (scratch / "graphs").mkdir()
     for folder in ("/tmp", tempfile.gettempdir()):  # ours, and that of g++
         require_disk_room(Path(folder), _ROOM * at_once, TEMPORARY)
 
 
 def _finish(
-    place: _Place,
+    pending: _PendingBundle,
     origin: ModelSource,
     graphs: Sequence[BuiltGraph | ErrorRecord],
     built: Sequence[BuiltUnit],
@@ -139,12 +139,12 @@ def _finish(
 ) -> Bundle | HubaotiError:
     """Put one bundle in its place; or what happened to it, of which nothing is left then."""
     try:
-        with place.end:
+        with pending.end:
             whole = [_require_built(each) for each in graphs]
-            golden = _write_golden(built, place.scratch)
-            manifest = _make_manifest(place.job, origin, whole, golden, record)
-            write_manifest(place.scratch, manifest)
-        return Bundle.read(place.output)
+            golden = _write_golden(built, pending.scratch)
+            manifest = _make_manifest(pending.job, origin, whole, golden, record)
+            write_manifest(pending.scratch, manifest)
+        return Bundle.read(pending.output)
     except HubaotiError as error:
         return error
 

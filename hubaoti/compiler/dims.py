@@ -166,12 +166,30 @@ def name_bucket(bucket: Mapping[str, Range]) -> str:
 
 
 def choose_probes(dims: DimRanges) -> list[Sizes]:
-    """All dims smallest, an odd middle, and each dim at its largest with the others smallest."""
+    """All dims smallest, an odd middle, each dim at its largest with the others smallest, and a
+    point at which they are alike for each two that are nowhere yet.
+
+    A program is traced where no two dims are alike, and what a model does where they are is seen
+    only there.
+    """
     smallest = {name: sizes.low for name, sizes in dims.items()}
     middle = {name: choose_odd_middle(sizes) for name, sizes in dims.items()}
     corners = [smallest | {name: sizes.high} for name, sizes in dims.items()]
     points = [nest_sizes(point, dims) for point in (smallest, middle, *corners)]
+    for one, other in itertools.combinations(dims, 2):
+        if not any(point[one] == point[other] for point in points):
+            points += filter(None, [_choose_tie(one, other, smallest, dims)])
     return [point for index, point in enumerate(points) if point not in points[:index]]
+
+
+def _choose_tie(one: str, other: str, smallest: Sizes, dims: DimRanges) -> Sizes | None:
+    """The smallest point at which two dims are alike, if there is one."""
+    sizes, others = (range(d.low, d.high + 1, d.step) for d in (dims[one], dims[other]))
+    common = next((size for size in sizes if size in others), None)
+    if common is None:
+        return None
+    point = nest_sizes(smallest | {one: common, other: common}, dims)
+    return point if point[one] == point[other] else None
 
 
 def nest_sizes(sizes: Sizes, dims: DimRanges) -> Sizes:

@@ -116,6 +116,7 @@ def build_for_gpus(
             for job, scratch in zip(jobs, scratches, strict=True)
         ]
         lowered = map(_take_graph, try_all(builds, _lower_one, tools.at_once, folder, progress))
+        progress(f"interpret {traced.unit.id}")
         graphs = _interpret_all(builds, [*lowered], tools.at_once, folder)
     return BuiltUnit(tuple(graphs), answers)
 
@@ -224,26 +225,41 @@ def _interpret_all(
 ) -> list[BuiltGraph | ErrorRecord]:
     """The graphs with what is said of them once they were interpreted, or their errors.
 
-    Graphs for several GPUs are interpreted as one where all that an interpreter looks at is the
-    same text: what else they have is machine code, which it does not.
+    Graphs for several GPUs are interpreted as one where all that is interpreted of them is the same
+    text: what else they have is machine code.
     """
-    digests, alike, own = list[str](), dict[str, _Build](), dict[str, BuiltGraph]()
+    groups, own = dict[str, list[_Build]](), dict[str, BuiltGraph]()
     for build, graph in zip(builds, graphs, strict=True):
-        digests.append("")
         if isinstance(graph, BuiltGraph):
             own[build.id] = graph
-            digests[-1] = digest_sources(build.folder / KEEP)
-            alike.setdefault(digests[-1], build)  # the first of each
+            groups.setdefault(digest_sources(build.folder / KEEP), []).append(build)
+    questions = [_Question(tuple(group)) for group in groups.values()]
 
-    def interpret_one(build: _Build) -> BuiltUnit:
-        return BuiltUnit((_interpret(build, own[build.id]),))
+    def ask(question: _Question) -> BuiltUnit:
+        first = question.builds[0]
+        return BuiltUnit((_interpret(first, own[first.id]),))
 
-    told = map(_take_graph, try_all([*alike.values()], interpret_one, at_once, scratch))
-    found = dict(zip(alike, told, strict=True))
+    found = dict[str, BuiltGraph | ErrorRecord]()
+    answers = try_all(questions, ask, at_once, scratch)
+    for question, answer in zip(questions, answers, strict=True):
+        found |= {build.id: _take_graph(answer) for build in question.builds}
     return [
-        _describe_as(build, graph, found[digest]) if isinstance(graph, BuiltGraph) else graph
-        for build, graph, digest in zip(builds, graphs, digests, strict=True)
+        _describe_as(build, graph, found[build.id]) if isinstance(graph, BuiltGraph) else graph
+        for build, graph in zip(builds, graphs, strict=True)
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """Builds that are interpreted as one, the first of them."""
+
+    builds: tuple[_Build, ...]
+
+    @property
+    def id(self) -> str:
+        """The name of the graph, and the GPUs that it speaks for."""
+        unit = self.builds[0].compared.traced.unit.id
+        return "-".join((unit, *(f"sm{build.sm}" for build in self.builds)))
 
 
 def _describe_as(
@@ -272,6 +288,7 @@ def _make_question(build: _Build, entry: Graph, folder: Path) -> InterpretReques
     """What the process that interprets a package is asked."""
     words = build.job.build
     coarse = verify.COARSE.get(words.quantization or "", 0.0)
+    tolerance = INTERPRETED_TOLERANCE[words.dtype]
     return InterpretRequest(
         entry=entry,
         package=os.fsencode(folder / UNPACKED),
@@ -279,7 +296,8 @@ def _make_question(build: _Build, entry: Graph, folder: Path) -> InterpretReques
         keep=os.fsencode(folder / KEEP),
         shipped=os.fsencode(build.scratch),
         points=choose_points(build.compared.traced.unit.bounds),
-        tolerance=max(INTERPRETED_TOLERANCE[words.dtype], coarse),
+        tolerance=max(tolerance, coarse),
+        most=max(2 * tolerance, coarse),
         seconds=_INTERPRET_SECONDS,
         memory=min(_INTERPRET_MEMORY, build.tools.memory),
         ops=build.compared.ops,

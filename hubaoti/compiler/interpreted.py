@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # Largest difference that is allowed, as a part of the largest value: of a half type from float32,
 # else from the program's own dtype. Measured are 1e-6 and 1e-2.
 INTERPRETED_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 1e-2}
-_COMMENT = re.compile(r"^ *//.*$", re.MULTILINE)
+_COMMENT = re.compile(r"^//.*$", re.MULTILINE)
 _ABOVE = re.compile(
     r"^ *@triton_heuristics\.\w+\(.*?^ *\)\n(?= *@triton\.jit$)", re.MULTILINE | re.DOTALL
 )
@@ -50,8 +50,9 @@ class InterpretRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     `package` is unpacked; `program` is what `saved_program.save_program` wrote; `keep` what
     `inductor.lower` kept; `shipped` the folder in which constants that are files of the artifact
-    lie. Points are asked one after the other while `seconds` and `memory` (bytes) last. `ops` are
-    modules that register ops of the program.
+    lie. `most` is what a half type is allowed where its program is as far from float32 itself, else
+    `tolerance`. Points are asked one after the other while `seconds` and `memory` (bytes) last.
+    `ops` are modules that register ops of the program.
     """
 
     entry: Graph
@@ -61,6 +62,7 @@ class InterpretRequest(msgspec.Struct, frozen=True, kw_only=True):
     shipped: bytes
     points: list[dict[str, int]]
     tolerance: float
+    most: float
     seconds: float
     memory: int
     device: int = 0

@@ -224,7 +224,8 @@ def record_comparison(
         if theirs.is_floating_point() and theirs.numel() and theirs.isnan().all():
             raise CheckFailed(
                 f"{where} cannot be compared: eager itself answers nothing but nan",
-                hint="try --dtype bfloat16 or float32, where numbers do not grow too large",
+                hint="its weights or inputs make it so; where numbers grow too large for float16, "
+                "try --dtype bfloat16",
             )
         difference, largest = measure_difference(ours, theirs)
         absolute = max(absolute, difference)

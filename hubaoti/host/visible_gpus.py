@@ -19,7 +19,7 @@ from hubaoti.settings import Settings
 
 _Gpu = TypeVar("_Gpu")
 _Name = TypeVar("_Name")
-_NUMBER = re.compile("[+-]?[0-9]{1,4000}")  # a longer one is none to Python, and to torch
+_NUMBER = re.compile("[+-]?[0-9]{1,4000}")  # as many digits as Python reads at once
 _UUID, _PART = "GPU-", "MIG-"
 
 

@@ -6,12 +6,14 @@ tensor has memory of its own: what reads or writes beyond it ends the process.
 
 from __future__ import annotations
 
+import operator
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -116,7 +118,8 @@ def _compare_points(request: InterpretRequest, scratch: Path) -> Iterator[Answer
         comparison = comparison or _prepare_comparison(request, scratch)
         start = time.monotonic()
         try:
-            yield Compared(_compare(comparison, probe, request.tolerance, deadline))
+            allowed = request.tolerance, request.most
+            yield Compared(_compare(comparison, probe, allowed, deadline))
         except OutOfTime as error:
             yield LeftOut(sizes, f"{_NO_TIME}: it ended in {error}")
         spent = time.monotonic() - start
@@ -202,7 +205,9 @@ def _make_constants(entry: Graph, folder: Path, device: torch.device) -> dict[st
     return found
 
 
-def _compare(comparison: _Comparison, probe: Probe, tolerance: float, deadline: float) -> Check:
+def _compare(
+    comparison: _Comparison, probe: Probe, allowed: tuple[float, float], deadline: float
+) -> Check:
     """One comparison with the program, in which one of what may be expected is met.
 
     Raises:
@@ -212,12 +217,12 @@ def _compare(comparison: _Comparison, probe: Probe, tolerance: float, deadline: 
     inputs = make_golden_inputs(entry, probe.sizes)
     found = _ask_package(comparison, inputs, deadline)
     failure: CheckFailed | None = None
-    for expected in _list_expectations(comparison, inputs, tolerance):
+    for expected in _list_expectations(comparison, inputs, found, allowed):
         answers = _round_all(expected.answers, found)
         try:
             check = record_comparison(entry.id, probe, found, answers, expected.tolerance)
         except CheckFailed as error:
-            failure = error
+            failure = failure or error
             continue
         return msgspec.structs.replace(check, where="interpreted", dtype=expected.dtype)
     assert failure is not None
@@ -234,15 +239,19 @@ class _Expected(NamedTuple):
 
 
 def _list_expectations(
-    comparison: _Comparison, inputs: list[torch.Tensor], tolerance: float
+    comparison: _Comparison,
+    inputs: list[torch.Tensor],
+    found: Sequence[torch.Tensor],
+    allowed: tuple[float, float],
 ) -> Iterator[_Expected]:
     """What a package may answer: in float32 and the like, what its program does.
 
     In a half type, what it does in float32. Else what it does in that type: a choice that numbers
-    decide, as of an expert, may be another one in float32. Else what it does in float32 within
-    twice its own distance from that, where roundings of many numbers add up; that is at most twice
-    the tolerance.
+    decide, as of an expert, may be another one in float32. Else what it does in float32, where each
+    answer is twice as far from that as the program's own at most: roundings of many numbers add up.
+    `allowed` is what differences are held to, and at the very last.
     """
+    tolerance, most = allowed
     if not _list_dtypes(comparison.graph.entry) & {*HALF}:
         yield _Expected(_ask_program(comparison, inputs, False), tolerance, msgspec.UNSET)
         return
@@ -250,9 +259,20 @@ def _list_expectations(
     yield _Expected(wide, tolerance, "float32")
     own = _ask_program(comparison, inputs, False)
     yield _Expected(own, tolerance, msgspec.UNSET)
-    pairs = (measure_difference(*pair) for pair in zip(own, wide, strict=True))
-    apart = max((difference / largest for difference, largest in pairs), default=0.0)
-    yield _Expected(wide, min(2 * tolerance, max(tolerance, 2 * apart)), "float32")
+    limits = [max(tolerance, 2 * each) for each in _measure_each(own, wide)]
+    if all(map(operator.le, _measure_each(found, wide), limits)):
+        yield _Expected(wide, most, "float32")
+
+
+def _measure_each(
+    answers: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
+) -> Iterator[float]:
+    """How far each answer is from another, as a part of the largest value."""
+    for ours, theirs in zip(answers, expected, strict=False):
+        difference, largest = inf, 1.0
+        if ours.shape == theirs.shape:
+            difference, largest = measure_difference(ours, theirs)
+        yield difference / largest
 
 
 def _round_all(answers: Sequence[torch.Tensor], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -35,13 +35,10 @@ cudaError_t refuse_read(size_t size) {
                         size));
 }
 
-cudaError_t take_reads(void) {
+cudaError_t refuse_unread(void) {
     size_t size = 0;
     pthread_mutex_lock(&lock);
-    while (unread_count) {
-        struct range *each = &unread[--unread_count];
-        size += each->end - each->start;
-    }
+    for (size_t i = 0; i < unread_count; i++) size += unread[i].end - unread[i].start;
     pthread_mutex_unlock(&lock);
     return size ? refuse_read(size) : cudaSuccess;
 }
@@ -110,8 +107,10 @@ static cudaError_t copy(void *target, const void *source, size_t size, int waits
     if (!error) error = check_range(source, size);
     int to_device = is_device(target), from_device = is_device(source);
     if (error || !size) return error;
-    if (is_forbidden && !to_device && (from_device || is_unread(source, size)))
-        error = note_read(target, size, waits);
+    if (is_forbidden && !to_device) {
+        if (from_device || is_unread(source, size)) error = note_read(target, size, waits);
+        else forget_reads(target, size); /* other bytes lie there now */
+    }
     if (error) return error;
     if (to_device && !from_device) forget_reads(source, size);
     note("copy %zu %s%s", size, from_device ? "device" : "host",
@@ -130,7 +129,7 @@ static cudaError_t copy_on(cudaStream_t stream, void *target, const void *source
 static cudaError_t copy_now(void *target, const void *source, size_t size) {
     cudaError_t error = refuse_in_capture();
     if (!error) error = copy(target, source, size, 1);
-    return error ? error : take_reads();
+    return error ? error : refuse_unread();
 }
 
 cudaError_t cudaMemcpy(void *target, const void *source, size_t size, enum cudaMemcpyKind kind) {
@@ -172,7 +171,7 @@ cudaError_t cudaMemcpy2D(void *target, size_t target_pitch, const void *source, 
     cudaError_t error = refuse_in_capture();
     if (!error)
         error = cudaMemcpy2DAsync(target, target_pitch, source, source_pitch, width, height, kind, 0);
-    return error ? error : take_reads();
+    return error ? error : refuse_unread();
 }
 
 /* A variable of a kernel that is not run: what is written there, nobody reads. */

@@ -156,7 +156,8 @@ static CUresult check_launch(const struct function *function, const struct launc
 
 static CUresult launch_function(struct function *function, const struct launch *launch,
                                 CUstream stream, void **parameters) {
-    if (!is_held(FUNCTION, function)) return refuse(CUDA_ERROR_INVALID_HANDLE);
+    if (!is_held(FUNCTION, function) || !is_stream(stream))
+        return refuse(CUDA_ERROR_INVALID_HANDLE);
     CUresult error = check_launch(function, launch);
     if (error) return error;
     note("launch %s %u %u %u", function->name, launch->grid.x, launch->grid.y, launch->grid.z);

@@ -82,11 +82,12 @@ int is_pinned(const void *pointer, size_t size);
 int is_host(const void *pointer); /* neither NULL nor a device's */
 /* Where nothing may be read back: an error where somebody waits for what was copied to the host;
  * bytes that nobody can wait for any more, how many of them nobody had waited for; that error. */
-cudaError_t take_reads(void);
+cudaError_t refuse_unread(void);
 size_t forget_reads(const void *pointer, size_t size);
 cudaError_t refuse_read(size_t size);
 
 /* Streams */
+int is_stream(cudaStream_t stream);
 cudaError_t check_stream(cudaStream_t stream);
 /* The capture that a stream is in, by its number, or 0; one that is over is joined by nobody. */
 unsigned long long read_capture(cudaStream_t stream);

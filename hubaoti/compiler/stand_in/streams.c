@@ -33,9 +33,10 @@ static struct stream *find_stream(cudaStream_t stream) {
     return is_held(STREAM, stream) ? (struct stream *)stream : NULL;
 }
 
+int is_stream(cudaStream_t stream) { return (size_t)stream <= 2 || is_held(STREAM, stream); }
+
 cudaError_t check_stream(cudaStream_t stream) {
-    int is_there = (size_t)stream <= 2 || is_held(STREAM, stream);
-    return is_there ? cudaSuccess : fail(cudaErrorInvalidResourceHandle);
+    return is_stream(stream) ? cudaSuccess : fail(cudaErrorInvalidResourceHandle);
 }
 
 static struct capture *find_capture(unsigned long long id) {
@@ -107,7 +108,7 @@ static cudaError_t refuse_waiting(unsigned long long id) {
 
 cudaError_t wait_for(unsigned long long capture) {
     cudaError_t error = refuse_waiting(capture);
-    return error ? error : take_reads();
+    return error ? error : refuse_unread();
 }
 
 /* Streams */
@@ -182,7 +183,7 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(
 
 cudaError_t cudaDeviceSynchronize(void) {
     cudaError_t error = refuse_in_capture();
-    return error ? error : take_reads();
+    return error ? error : refuse_unread();
 }
 CUresult cuCtxSynchronize(void) { return AS_DRIVER(cudaDeviceSynchronize()); }
 
@@ -190,7 +191,7 @@ CUresult cuCtxSynchronize(void) { return AS_DRIVER(cudaDeviceSynchronize()); }
  * graph, at its launch, which does nothing. */
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *argument) {
     if (is_capturing(stream)) return add_node(stream), cudaSuccess;
-    cudaError_t error = take_reads();
+    cudaError_t error = refuse_unread();
     if (!error) function(argument);
     return error;
 }
@@ -199,7 +200,7 @@ cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t func
                                   void *argument, unsigned flags) {
     (void)flags;
     if (is_capturing(stream)) return fail(cudaErrorStreamCaptureUnsupported);
-    cudaError_t error = take_reads();
+    cudaError_t error = refuse_unread();
     if (!error) function(stream, cudaSuccess, argument);
     return error;
 }
