@@ -168,6 +168,15 @@ def test_whatever_waits_for_a_copy_is_refused(stand_in: StandIn) -> None:
     assert {*found.values()} == {_READ.format(4096)}
 
 
+def test_bytes_that_lie_under_others_now_are_not_unread(stand_in: StandIn) -> None:
+    before = "host = ctypes.create_string_buffer(4096)"
+    said = """
+        whole=tried(read, lambda: copy(pinned, host, 4096), wait),
+        part=tried(read, lambda: copy(at(pinned, 96), host, 1000), wait),
+    """
+    assert ask_reads(stand_in, said, before) == {"whole": "nothing", "part": _READ.format(3096)}
+
+
 def test_a_copy_of_an_unread_copy_is_unread(stand_in: StandIn) -> None:
     before = "host = ctypes.create_string_buffer(4096)"
     said = """

@@ -2,8 +2,9 @@
  *
  * Where nothing may be read back, a copy to pageable memory is an error at once, and one to pinned
  * memory when somebody waits for it: until then it may go back to the device unread, which is what
- * inductor's tuning does with arguments that a kernel changes. What went back and is then read all
- * the same, by the host's own instructions, is not seen here.
+ * inductor's tuning does with arguments that a kernel changes. Whoever waits first is told, once: a
+ * build ends by that. What went back and is then read all the same, by the host's own instructions,
+ * is not seen here.
  */
 #include "stand_in.h"
 #include <stdint.h>
@@ -35,10 +36,13 @@ cudaError_t refuse_read(size_t size) {
                         size));
 }
 
-cudaError_t refuse_unread(void) {
+cudaError_t take_reads(void) {
     size_t size = 0;
     pthread_mutex_lock(&lock);
-    for (size_t i = 0; i < unread_count; i++) size += unread[i].end - unread[i].start;
+    while (unread_count) {
+        struct range *each = &unread[--unread_count];
+        size += each->end - each->start;
+    }
     pthread_mutex_unlock(&lock);
     return size ? refuse_read(size) : cudaSuccess;
 }
@@ -129,7 +133,7 @@ static cudaError_t copy_on(cudaStream_t stream, void *target, const void *source
 static cudaError_t copy_now(void *target, const void *source, size_t size) {
     cudaError_t error = refuse_in_capture();
     if (!error) error = copy(target, source, size, 1);
-    return error ? error : refuse_unread();
+    return error ? error : take_reads();
 }
 
 cudaError_t cudaMemcpy(void *target, const void *source, size_t size, enum cudaMemcpyKind kind) {
@@ -171,7 +175,7 @@ cudaError_t cudaMemcpy2D(void *target, size_t target_pitch, const void *source, 
     cudaError_t error = refuse_in_capture();
     if (!error)
         error = cudaMemcpy2DAsync(target, target_pitch, source, source_pitch, width, height, kind, 0);
-    return error ? error : refuse_unread();
+    return error ? error : take_reads();
 }
 
 /* A variable of a kernel that is not run: what is written there, nobody reads. */

@@ -82,7 +82,7 @@ int is_pinned(const void *pointer, size_t size);
 int is_host(const void *pointer); /* neither NULL nor a device's */
 /* Where nothing may be read back: an error where somebody waits for what was copied to the host;
  * bytes that nobody can wait for any more, how many of them nobody had waited for; that error. */
-cudaError_t refuse_unread(void);
+cudaError_t take_reads(void);
 size_t forget_reads(const void *pointer, size_t size);
 cudaError_t refuse_read(size_t size);
 

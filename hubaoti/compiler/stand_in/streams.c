@@ -108,7 +108,7 @@ static cudaError_t refuse_waiting(unsigned long long id) {
 
 cudaError_t wait_for(unsigned long long capture) {
     cudaError_t error = refuse_waiting(capture);
-    return error ? error : refuse_unread();
+    return error ? error : take_reads();
 }
 
 /* Streams */
@@ -183,7 +183,7 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaStreamSynchronize(
 
 cudaError_t cudaDeviceSynchronize(void) {
     cudaError_t error = refuse_in_capture();
-    return error ? error : refuse_unread();
+    return error ? error : take_reads();
 }
 CUresult cuCtxSynchronize(void) { return AS_DRIVER(cudaDeviceSynchronize()); }
 
@@ -191,7 +191,7 @@ CUresult cuCtxSynchronize(void) { return AS_DRIVER(cudaDeviceSynchronize()); }
  * graph, at its launch, which does nothing. */
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *argument) {
     if (is_capturing(stream)) return add_node(stream), cudaSuccess;
-    cudaError_t error = refuse_unread();
+    cudaError_t error = take_reads();
     if (!error) function(argument);
     return error;
 }
@@ -200,7 +200,7 @@ cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t func
                                   void *argument, unsigned flags) {
     (void)flags;
     if (is_capturing(stream)) return fail(cudaErrorStreamCaptureUnsupported);
-    cudaError_t error = refuse_unread();
+    cudaError_t error = take_reads();
     if (!error) function(stream, cudaSuccess, argument);
     return error;
 }
