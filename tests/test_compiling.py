@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,7 +41,8 @@ from hubaoti.errors import (
     UnknownTask,
 )
 from hubaoti.host.wire import ErrorRecord
-from hubaoti.mirror import Mirror
+from hubaoti.hub.trust import Trust
+from hubaoti.mirror import BUILT_HERE, Mirror, PullOrigin
 from hubaoti.settings import Settings
 
 # What the session's decoder was compiled with.
@@ -76,6 +78,7 @@ def stocked(bare: Settings, decoder_bundle: Bundle) -> Settings:
     files = {f.path: decoder_bundle.path / f.path for f in decoder_bundle.manifest.all_files()}
     with Mirror.open(bare.mirror) as mirror:
         mirror.put(decoder_bundle.manifest, files)
+        mirror.index.record_built(decoder_bundle.manifest)
     return bare
 
 
@@ -113,6 +116,33 @@ def test_what_lies_in_the_mirror_is_written_to_the_output_byte_for_byte(
     assert tree_of(there) == tree_of(decoder_bundle.path)
     assert said[-1] == f"found {found.manifest.key[:12]} in the mirror"
     assert [path.name for path in there.parent.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "trusted"),
+    [
+        (BUILT_HERE, False),  # opened from a folder once
+        (PullOrigin("http://hub", "mallory/repo"), False),
+        (PullOrigin("http://hub", "mallory/repo"), True),
+    ],
+)
+def test_a_key_that_somebody_claims_is_no_build_of_ours(
+    bare: Settings,
+    decoder_bundle: Bundle,
+    tiny_decoder: Path,
+    tmp_path: Path,
+    origin: PullOrigin,
+    trusted: bool,
+) -> None:
+    files = {f.path: decoder_bundle.path / f.path for f in decoder_bundle.manifest.all_files()}
+    with Mirror.open(bare.mirror) as mirror:
+        mirror.put(decoder_bundle.manifest, files, origin)
+    if trusted:
+        Trust(bare.trust).add("http://hub", "mallory")
+    found = hubaoti.explain(tiny_decoder, settings=bare, **ASKED).built
+    assert found == ("the mirror" if trusted else None)
+    with nullcontext() if trusted else pytest.raises(Building):
+        hubaoti.compile(tiny_decoder, tmp_path / "bundle", settings=bare, **ASKED)
 
 
 def test_what_lies_nowhere_is_built(bare: Settings, tiny_decoder: Path, tmp_path: Path) -> None:

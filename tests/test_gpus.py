@@ -68,6 +68,15 @@ def test_where_torch_sees_none_that_is_said(
     assert "CUDA_VISIBLE_DEVICES" in caught.value.hint
 
 
+@pytest.mark.parametrize(("sms", "wanted"), [((), "cuda"), ((90,), "cuda:1")])
+def test_one_that_is_named_has_to_be_there(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, sms: tuple[int, ...], wanted: str
+) -> None:
+    fake_gpus(monkeypatch, *sms)
+    with pytest.raises(NoMatch, match=r"sees no cuda:[01]$"):
+        choose_device(bundle.manifest, wanted)
+
+
 def test_one_that_is_named_is_taken_and_still_has_to_fit(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubaoti.api.attaching import put
-from hubaoti.api.finding import find_built, find_whole
+from hubaoti.api.finding import find_built, find_whole, list_trusted
 from hubaoti.artifact.bundle import Bundle, explain_store_errors
 from hubaoti.artifact.manifest import FILENAME, label_recipe, label_variant
 from hubaoti.artifact.schema import ModelSource
@@ -29,6 +29,7 @@ from hubaoti.errors import (
 from hubaoti.host.extras import require
 from hubaoti.host.probe import Host, probe_host
 from hubaoti.hub.model_download import COMPILE_FILES, fetch_model_files, find_local_folder
+from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
 from hubaoti.progress import Progress
 from hubaoti.settings import Settings, list_kernel_tuning
@@ -82,8 +83,9 @@ def build_missing(
             choose_place(output, request, job): None for job in jobs
         }
         missing = dict(zip(found, jobs, strict=True))
+        trust = Trust(means.settings.trust)
         for place in [] if means.force else [*missing]:
-            found[place] = find_built(missing[place].key, place, mirror, means.progress)
+            found[place] = find_built(missing[place].key, place, mirror, trust, means.progress)
             if found[place]:
                 del missing[place]
         if missing:
@@ -253,13 +255,15 @@ def explain_jobs(
     with Mirror.open(means.settings.mirror) as mirror, _in_eval_mode(model):
         jobs, _ = _prepare(model, request, probe_host(means.settings), means)
         places = [output and choose_place(output, request, job) for job in jobs]
-        return [_explain_job(*each, mirror) for each in zip(jobs, places, strict=True)]
+        trust = Trust(means.settings.trust)
+        return [_explain_job(*each, mirror, trust) for each in zip(jobs, places, strict=True)]
 
 
-def _explain_job(job: Job, output: Path | None, mirror: Mirror) -> Explanation:
+def _explain_job(job: Job, output: Path | None, mirror: Mirror, trust: Trust) -> Explanation:
     """What compiling a job would do, without doing it."""
     places = [str(output)] if output and find_whole(output, job.key) else []
-    places += ["the mirror"] if mirror.by_key(job.key) else []
+    rows = mirror.index.rows(job.key)
+    places += ["the mirror"] if any(list_trusted(mirror, rows, trust)) else []
     return Explanation(
         key=job.key,
         built=next(iter(places), None),

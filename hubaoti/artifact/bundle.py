@@ -100,7 +100,8 @@ def find_bundles(path: Path) -> list[Bundle]:
         # Hidden is a folder in which a bundle is being written.
         inside = sorted(each for each in path.glob("*") if not each.name.startswith("."))
         is_group = any((each / manifests.FILENAME).is_file() for each in inside)
-    if (path / manifests.FILENAME).is_file() or not is_group:
+        is_one = (path / manifests.FILENAME).is_file()
+    if is_one or not is_group:
         return [Bundle.read(path)]
     return [Bundle.read(each) for each in inside]
 

@@ -23,6 +23,7 @@ def ls_command(as_json: bool) -> None:
     """List the artifacts, the newest first, and the graphs that are not opened here."""
     with Mirror.open(Settings.from_env().mirror) as mirror:
         rows, problems = mirror.ls(), mirror.index.problems()
+        origins = [_name_origin(mirror, row) for row in rows]
         programs = [_read_program(mirror, row) for row in rows]
     if as_json:
         print_json([asdict(row) | found for row, found in zip(rows, programs, strict=True)])
@@ -31,7 +32,7 @@ def ls_command(as_json: bool) -> None:
         (
             found["model"] or "unknown",
             found["task"] or "unknown",
-            row.origin.repo or "built here",
+            origin,
             row.origin.commit or "",
             row.recipe,
             row.variant,
@@ -39,7 +40,7 @@ def ls_command(as_json: bool) -> None:
             datetime.fromtimestamp(row.added, UTC).strftime("%Y-%m-%d %H:%M"),
             row.digest[:12],
         )
-        for row, found in zip(rows, programs, strict=True)
+        for row, found, origin in zip(rows, programs, origins, strict=True)
     ]
     columns = ["model", "task", "repo", "commit", "recipe", "variant", "size", "added", "digest"]
     print_table(columns, cells)
@@ -57,15 +58,22 @@ def retry_command(as_json: bool) -> None:
 
     with Mirror.open(Settings.from_env().mirror) as mirror:
         retried = retry(mirror)
+        origins = [_name_origin(mirror, row) for row in retried.artifacts]
     if as_json:
         print_json(asdict(retried))
         return
     print_line(f"{retried.verdicts} verdicts are forgotten")
     for graph in retried.graphs:
         print_line(f"graph {graph[:12]} is back")
-    for row in retried.artifacts:
-        origin = f"{row.origin.repo or 'built here'} {row.recipe}/{row.variant}"
-        print_line(f"artifact {row.digest[:12]} is back: {origin}")
+    for row, origin in zip(retried.artifacts, origins, strict=True):
+        print_line(f"artifact {row.digest[:12]} is back: {origin} {row.recipe}/{row.variant}")
+
+
+def _name_origin(mirror: Mirror, row: Row) -> str:
+    """Where an artifact came from, in words."""
+    if row.origin.repo:
+        return row.origin.repo
+    return "built here" if mirror.index.is_built(row.digest) else "from a folder"
 
 
 def _read_program(mirror: Mirror, row: Row) -> dict[str, str | None]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from hubaoti import api
+from hubaoti.api.finding import list_trusted
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.errors import BadRequest, HubaotiError, OtherProgram
 from hubaoti.host.match import Candidate, judge, rank
@@ -128,13 +129,9 @@ def find_in_mirror(wanted: Wanted, settings: Settings) -> Artifact | None:
 
 def _list_candidates(wanted: Wanted, mirror: Mirror, settings: Settings) -> Iterator[Artifact]:
     """The artifacts of a model's program that were built here, or come from a trusted publisher."""
-    trusted = Trust(settings.trust)
-    for row in mirror.ls():
-        is_ours = mirror.index.is_built(row.digest)
-        if is_ours or trusted.holds(row.origin.endpoint, row.origin.publisher):
-            artifact = mirror.artifact(row.digest)
-            if artifact is not None and wanted.accepts(artifact.manifest):
-                yield artifact
+    for artifact in list_trusted(mirror, mirror.ls(), Trust(settings.trust)):
+        if wanted.accepts(artifact.manifest):
+            yield artifact
 
 
 def find_in_repos(

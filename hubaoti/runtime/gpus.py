@@ -37,7 +37,10 @@ def choose_device(manifest: Manifest, wanted: str | None = None) -> torch.device
     """
     if wanted is None and manifest.target.device == "cuda":
         return _choose_gpu(manifest.requires)
-    return choose_graph_device(manifest.target.device, wanted)
+    device = choose_graph_device(manifest.target.device, wanted)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise _describe_no_gpu(manifest.requires, f"no {device}")
+    return device
 
 
 def _choose_gpu(requires: Requirements) -> torch.device:
@@ -49,14 +52,19 @@ def _choose_gpu(requires: Requirements) -> torch.device:
     count = torch.cuda.device_count()
     verdict = judge_gpus(requires, [query_gpu(torch.device("cuda", i)) for i in range(count)])
     if not count:
-        raise NoMatch(
-            f"the artifact needs an NVIDIA GPU of sm_{requires.sm}; torch {torch.__version__} sees "
-            "none",
-            hint="see what is here with hubaoti doctor: a torch without CUDA sees none, and none "
-            "that CUDA_VISIBLE_DEVICES hides",
-        )
+        raise _describe_no_gpu(requires, "none")
     _refuse(verdict.refusals)
     return torch.device("cuda", verdict.device or 0)
+
+
+def _describe_no_gpu(requires: Requirements, what: str) -> NoMatch:
+    """The error of a GPU that torch does not see."""
+    return NoMatch(
+        f"the artifact needs an NVIDIA GPU of sm_{requires.sm}; torch {torch.__version__} sees "
+        f"{what}",
+        hint="see what is here with hubaoti doctor: a torch without CUDA sees none, and none that "
+        "CUDA_VISIBLE_DEVICES hides",
+    )
 
 
 def require_gpu(requires: Requirements, device: torch.device) -> None:
