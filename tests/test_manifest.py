@@ -186,6 +186,7 @@ def twice(value: dict[str, Any], list_of: str) -> None:
 
 
 CACHE = {"kind": "static", "keys": 0, "values": 0, "position": None, "window": None}
+CODE = dict.fromkeys(("kernels", "registers", "local_bytes", "shared_memory"), 0)
 CLASHES: dict[str, tuple[Edit, str]] = {
     "a graph twice": (lambda value: twice(value, "graphs"), "graph root is listed twice"),
     "a file twice": (lambda value: twice(value, "files"), "golden.safetensors is listed twice"),
@@ -213,6 +214,14 @@ CLASHES: dict[str, tuple[Edit, str]] = {
     "bounds of nothing": (put("graphs", 0, "bounds", "batch", to=[0, 0]), "bounded by"),
     "empty bounds": (put("graphs", 0, "bounds", "batch", to=[3, 2]), "bounded by"),
     "two tales of the host": (put("requires", "sm", to=80), "target.sm is 90"),
+    "code for another GPU": (
+        put("graphs", 0, "device_code", to=CODE | {"capability": 80}),
+        "target.sm is 90, root has code for 80",
+    ),
+    "more shared memory than is said": (
+        put("graphs", 0, "device_code", to=CODE | {"capability": 90, "shared_memory": 1024}),
+        "root takes 1024",
+    ),
 }
 
 

@@ -256,13 +256,25 @@ def _find_clashing_files(manifest: Manifest) -> list[str]:
 
 
 def _find_requirement_clashes(manifest: Manifest) -> list[str]:
-    """`requires` and `target` describe one host; where both speak they must agree."""
+    """`requires`, `target` and the graphs describe one host; where they speak they must agree."""
     target, needs = manifest.target, manifest.requires
-    return [
+    found = [
         f"target.{name} is {getattr(target, name)}, requires.{name} is {getattr(needs, name)}"
         for name in ("device", "os", "level", "torch", "cuda", "sm")
         if getattr(target, name) != getattr(needs, name)
     ]
+    for graph in manifest.graphs:
+        code = graph.device_code
+        if isinstance(code, msgspec.UnsetType):
+            continue
+        if code.capability != target.sm:
+            found.append(f"target.sm is {target.sm}, {graph.id} has code for {code.capability}")
+        if code.shared_memory > (needs.shared_memory or 0):
+            found.append(
+                f"requires.shared_memory is {needs.shared_memory}, {graph.id} takes "
+                f"{code.shared_memory}"
+            )
+    return found
 
 
 def _find_unknown_dims(graph: Graph) -> list[str]:

@@ -200,8 +200,8 @@ def _refuse_shared(folder: Path, rights: int = stat.S_IRWXG | stat.S_IRWXO) -> N
     if not ours or found.st_mode & rights:
         raise UnsafeFolder(
             f"{folder} belongs to somebody else, or others may write it",
-            hint=f"remove it, or: chmod {'go-w' if rights != 0o077 else '700'} {folder}; where "
-            "that changes nothing, set HUBAOTI_HOME to a folder that is yours alone",
+            hint=f"chmod {'go-w' if rights != 0o077 else '700'} {folder}; where that changes "
+            "nothing, set HUBAOTI_HOME to a folder that is yours alone",
         )
 
 
