@@ -48,7 +48,7 @@ from hubaoti.errors import (
     Untrusted,
 )
 from hubaoti.host.match import MatchResult
-from hubaoti.host.probe import Host, Torch
+from hubaoti.host.probe import Gpu, Host, Torch
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import ArtifactPath, RepoRef, artifact_path
 from hubaoti.hub.pull import Pulled, fingerprint, pull_artifact
@@ -294,6 +294,21 @@ def test_a_named_artifact_for_another_torch_is_refused_where_there_is_one(
     with pytest.raises(NoMatch, match="here is torch 2.12.0"):
         named(repo, settings, host=other)
     assert named(repo, settings, host=HOST).verdict.fit is MatchResult.EXACT
+
+
+@pytest.mark.parametrize("torch", [None, Torch("2.13.0+cu130", "13.0", None, Path("/torch"))])
+def test_a_named_artifact_for_a_gpu_is_fetched_where_none_is(
+    tmp_path: Path, repo: str, settings: Settings, torch: Torch | None
+) -> None:
+    """As for an image, which is made on a machine without one."""
+    (made,) = ship(tmp_path, repo, settings, "cuda", target=CUDA).artifacts
+    pulled = named(repo, settings, made.path, make_host(torch=torch))
+    needs = [note.need for note in pulled.verdict.notes]
+    assert needs[-1] == f"an NVIDIA GPU of sm_{CUDA['sm']}"
+    assert pulled.verdict.fit is MatchResult.COMPATIBLE
+    other = make_host(torch=torch, gpus=(Gpu("a GPU", 75, 1 << 40),))
+    with pytest.raises(NoMatch, match=r"sm_75"):
+        named(repo, settings, made.path, other)
 
 
 def test_a_named_artifact_is_the_only_one_that_is_looked_at(

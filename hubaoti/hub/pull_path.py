@@ -11,31 +11,50 @@ from packaging.version import Version
 from hubaoti.artifact.requirements import Requirements
 from hubaoti.errors import NoArtifact, NoMatch
 from hubaoti.host.match import Compromise, Verdict, judge
-from hubaoti.host.probe import Host, Torch
+from hubaoti.host.probe import Gpu, Host, Torch
 from hubaoti.hub.catalog import Catalog
 from hubaoti.hub.layout import ArtifactPath, RepoRef
 
+_DRIVER_LIBRARY = "libcuda.so.1"
 # What torch's wheels, and the nvidia wheels that it needs, bring along; libcuda is the driver's.
 _OF_TORCH = re.compile(r"lib(torch|c10|gomp|gfortran|shm|caffe2|nv|nccl|cu(?!da\.))")
 
 
 def judge_named(requires: Requirements, host: Host) -> Verdict:
-    """Whether an artifact runs here, or would with its torch: where there is none, a note says so.
+    """Whether an artifact runs here, or would with its torch and its GPU: notes say what lacks.
 
-    So a machine that only fetches, as for an image, needs no torch.
+    So a machine that only fetches, as for an image, needs neither.
     """
-    if host.torch is not None:
-        return judge(requires, host)
+    missing = []
+    if host.torch is None:
+        host = _add_torch(host, requires)
+        release = Version(requires.torch).public
+        advice = f'install it before the artifact is opened: pip install "torch=={release}"'
+        missing.append(Compromise(f"torch {requires.torch}", "no torch", advice))
+    if requires.sm is not None and not host.gpus:
+        host = _add_gpu(host, requires)
+        advice = "it opens only where there is one, with its driver"
+        missing.append(Compromise(f"an NVIDIA GPU of sm_{requires.sm}", "none", advice))
+    verdict = judge(requires, host)
+    return replace(verdict, notes=(*missing, *verdict.notes))
+
+
+def _add_torch(host: Host, requires: Requirements) -> Host:
+    """The host as it would be with the torch of an artifact."""
     brought = frozenset(filter(_OF_TORCH.match, requires.libraries))
     torch = Torch(requires.torch, requires.cuda, None, Path())
-    verdict = judge(requires, replace(host, torch=torch, libraries=host.libraries | brought))
-    release = Version(requires.torch).public
-    missing = Compromise(
-        need=f"torch {requires.torch}",
-        have="no torch",
-        advice=f'install it before the artifact is opened: pip install "torch=={release}"',
+    return replace(host, torch=torch, libraries=host.libraries | brought)
+
+
+def _add_gpu(host: Host, requires: Requirements) -> Host:
+    """The host as it would be with a GPU that an artifact is for, and a driver that serves it."""
+    return replace(
+        host,
+        gpus=(Gpu("a GPU", requires.sm or 0, None),),
+        driver=host.driver or "any",
+        driver_cuda=host.driver_cuda or requires.driver,
+        libraries=host.libraries | {_DRIVER_LIBRARY},
     )
-    return replace(verdict, notes=(missing, *verdict.notes))
 
 
 def describe_no_artifact(place: ArtifactPath, catalog: Catalog) -> NoArtifact:
