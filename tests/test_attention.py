@@ -512,7 +512,7 @@ def test_an_assert_that_sizes_differ_as_the_example_s_did_is_dropped() -> None:
     program, dims, face = assert_sizes(lambda short, long: short != long)
     with pytest.raises(CompileFailed, match=r"short != .*not so at long=\d+, short=\d+$"):
         require_asserts_hold(program, dims, face)
-    drop_ties(program)
+    drop_ties(program, dims)
     require_asserts_hold(program, dims, face)
     given = torch.ones(8)
     assert torch.equal(program.module(check_guards=False)(given, given), torch.ones(16))
@@ -521,7 +521,7 @@ def test_an_assert_that_sizes_differ_as_the_example_s_did_is_dropped() -> None:
 def test_a_remainder_that_has_to_differ_is_no_tie() -> None:
     """A model that pads what does not divide does something else with what does."""
     program, dims, face = assert_sizes(lambda short, long: long % short != 0)
-    drop_ties(program)
+    drop_ties(program, dims)
     with pytest.raises(CompileFailed, match=r"which is not so at"):
         require_asserts_hold(program, dims, face)
 
@@ -538,7 +538,7 @@ def test_a_value_that_has_to_differ_from_a_size_is_no_tie() -> None:
         prefer_deferred_runtime_asserts_over_guards=True,
         strict=False,
     )
-    drop_ties(program)
+    drop_ties(program, {"n": Range(1, 64)})
     with pytest.raises(RuntimeError):
         program.module(check_guards=False)(torch.ones(4), torch.tensor(4))
 

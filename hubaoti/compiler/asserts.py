@@ -11,7 +11,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -62,24 +62,27 @@ def require_asserts_hold(program: ExportedProgram, bounds: DimRanges, face: Call
             )
 
 
-def drop_ties(program: ExportedProgram) -> None:
+def drop_ties(program: ExportedProgram, bounds: DimRanges) -> None:
     """Remove a program's asserts that sizes are no others, as the example's were not.
 
     Torch makes them of its questions where it defers; where it does not, it exports without a word.
     Only of two dims, which are compared where they are alike (see `dims.choose_probes`): what is
     asked of a remainder, a sum or a value of a call stays.
     """
+    steps = {1, *(sizes.step for sizes in bounds.values())}
     for node, condition in _iterate_asserts(program):
-        if _is_tie(condition):
+        if _is_tie(condition, steps):
             node.graph.erase_node(node)
     for part in _list_parts(program):
         part.recompile()
 
 
-def _is_tie(condition: Any) -> bool:
-    """Whether it says that two dims differ."""
-    is_plain = isinstance(condition, sympy.Ne) and all(each.is_Symbol for each in condition.args)
-    return is_plain and not free_unbacked_symbols(condition)
+def _is_tie(condition: Any, steps: Collection[int]) -> bool:
+    """Whether it says that two dims differ; one with a step is so many times its symbol."""
+    if not isinstance(condition, sympy.Ne) or free_unbacked_symbols(condition):
+        return False
+    sides = [each.as_coeff_Mul() for each in condition.args]
+    return all(size.is_Symbol and count in steps for count, size in sides)
 
 
 def _list_parts(program: ExportedProgram) -> list[GraphModule]:

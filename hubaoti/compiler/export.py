@@ -87,7 +87,7 @@ def export(
             continue
         _keep_names(program)
         if deferred:
-            drop_ties(program)
+            drop_ties(program, bounds)
         face, bounds = _apply_relations(program, face, bounds)
         face = _limit_embedding_ids(program, face)
         if guarded and all(tensor.device.type == "cpu" for tensor in tensors):
