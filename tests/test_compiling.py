@@ -480,7 +480,8 @@ def test_one_that_fails_of_several_takes_no_other_along(
     bundle = Bundle.read(whole)
     bundle.check()
     with Mirror.open(bare.mirror) as mirror:
-        assert [each.manifest.digest for each in mirror.by_key(bundle.manifest.key)]
+        rows = mirror.index.rows(bundle.manifest.key)
+        assert [row.digest for row in rows if mirror.artifact(row.digest)]
     report = (tmp_path / "out" / "bundles.report.txt").read_text()
     assert "'cpp.simdlen': 1," in report and "'cpp.simdlen': 256," in report
     assert several == [*LEVELS]

@@ -17,13 +17,13 @@ from typing import Any
 import sympy
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._sympy.printers import PythonPrinter  # private, checked on torch 2.11 to 2.15
 
 from hubaoti.compiler.dims import DimRanges, Sizes, nest_sizes
 from hubaoti.compiler.signature import CallSignature
-from hubaoti.compiler.symbols import map_symbols
+from hubaoti.compiler.symbols import list_parts, map_symbols
 from hubaoti.errors import CompileFailed
 
 _DRAWN = 10_000
@@ -73,7 +73,7 @@ def drop_ties(program: ExportedProgram, bounds: DimRanges) -> None:
     for node, condition in _iterate_asserts(program):
         if _is_tie(condition, steps):
             node.graph.erase_node(node)
-    for part in _list_parts(program):
+    for part in list_parts(program):
         part.recompile()
 
 
@@ -85,14 +85,9 @@ def _is_tie(condition: Any, steps: Collection[int]) -> bool:
     return all(size.is_Symbol and count in steps for count, size in sides)
 
 
-def _list_parts(program: ExportedProgram) -> list[GraphModule]:
-    """A program's graph, and those within it."""
-    return [part for part in program.graph_module.modules() if isinstance(part, GraphModule)]
-
-
 def _iterate_asserts(program: ExportedProgram) -> Iterator[tuple[Node, Any]]:
     """Each assert of a program of sizes, with what it says as sympy's expression."""
-    for node in (node for part in _list_parts(program) for node in list(part.graph.nodes)):
+    for node in (node for part in list_parts(program) for node in list(part.graph.nodes)):
         if node.target is torch.ops.aten._assert_scalar.default and isinstance(node.args[0], Node):
             value = node.args[0].meta["val"]
             if isinstance(value, torch.SymBool):
@@ -129,8 +124,7 @@ def _allow_ties(guard: Any) -> Any:
 
 def _list_sizes(name: str, bounds: DimRanges) -> list[Sizes]:
     """Each size of a dim."""
-    sizes = bounds[name]
-    return [{name: size} for size in range(sizes.low, sizes.high + 1, sizes.step)]
+    return [{name: size} for size in bounds[name].sizes]
 
 
 def _draw_points(bounds: DimRanges) -> list[Sizes]:

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.functional import pad
 
+from hubaoti.compiler.symbols import list_parts
 from hubaoti.errors import CompileFailed, first_line
 
 _aten = torch.ops.aten
@@ -114,8 +114,12 @@ def _forget_sums(program: ExportedProgram) -> None:
 
 def _list_targets(program: ExportedProgram) -> set[str]:
     """What a program calls, without namespaces and overloads; in the graphs within it, too."""
-    parts = [part for part in program.graph_module.modules() if isinstance(part, GraphModule)]
-    calls = (node.target for part in parts for node in part.graph.nodes if callable(node.target))
+    calls = (
+        node.target
+        for part in list_parts(program)
+        for node in part.graph.nodes
+        if callable(node.target)
+    )
     return {str(call).removeprefix("aten.").partition(".")[0] for call in calls}
 
 

@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
@@ -32,6 +31,7 @@ from hubaoti.compiler.module_copy import copy_module
 from hubaoti.compiler.operations import digest_values
 from hubaoti.compiler.patched import patch_attribute
 from hubaoti.compiler.signature import CallSignature, FlatModule
+from hubaoti.compiler.symbols import list_parts
 from hubaoti.errors import CompileFailed, first_line
 
 _HINT = (
@@ -92,10 +92,7 @@ def settle_autocast(program: ExportedProgram) -> ExportedProgram:
     Its regions name the device that they are for, and do nothing once a program is moved. A program
     that has none is answered itself.
     """
-    graphs = (
-        part.graph for part in program.graph_module.modules() if isinstance(part, GraphModule)
-    )
-    targets = {node.target for graph in graphs for node in graph.nodes}
+    targets = {node.target for part in list_parts(program) for node in part.graph.nodes}
     if torch.ops.higher_order.wrap_with_autocast not in targets:
         return program
     with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of torch's own calls

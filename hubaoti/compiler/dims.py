@@ -177,15 +177,16 @@ def choose_probes(dims: DimRanges) -> list[Sizes]:
     corners = [smallest | {name: sizes.high} for name, sizes in dims.items()]
     points = [nest_sizes(point, dims) for point in (smallest, middle, *corners)]
     for one, other in itertools.combinations(dims, 2):
-        if not any(point[one] == point[other] for point in points):
-            points += filter(None, [_choose_tie(one, other, smallest, dims)])
+        is_seen = any(point[one] == point[other] for point in points)
+        if not is_seen and (tie := _choose_tie(one, other, smallest, dims)):
+            points.append(tie)
     return [point for index, point in enumerate(points) if point not in points[:index]]
 
 
 def _choose_tie(one: str, other: str, smallest: Sizes, dims: DimRanges) -> Sizes | None:
     """The smallest point at which two dims are alike, if there is one."""
-    sizes, others = (range(d.low, d.high + 1, d.step) for d in (dims[one], dims[other]))
-    common = next((size for size in sizes if size in others), None)
+    others = dims[other].sizes
+    common = next((size for size in dims[one].sizes if size in others), None)
     if common is None:
         return None
     point = nest_sizes(smallest | {one: common, other: common}, dims)

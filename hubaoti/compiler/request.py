@@ -27,6 +27,11 @@ class Range:
     high: int
     step: int = 1
 
+    @property
+    def sizes(self) -> range:
+        """Each of them, the smallest first."""
+        return range(self.low, self.high + 1, self.step)
+
     def __contains__(self, size: int) -> bool:
         return self.low <= size <= self.high and size % self.step == 0
 

@@ -53,6 +53,13 @@ def get_fake_value(program: ExportedProgram, index: int) -> Any:
     return list_placeholders(program)[index].meta["val"]
 
 
+def list_parts(program: ExportedProgram) -> list[torch.fx.GraphModule]:
+    """A program's graph, and those within it."""
+    return [
+        part for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)
+    ]
+
+
 def list_placeholders(
     program: ExportedProgram, kind: InputKind = InputKind.USER_INPUT
 ) -> list[torch.fx.Node]:

@@ -9,7 +9,8 @@ from hubaoti.settings import split_login
 
 @dataclass(frozen=True, slots=True)
 class PullOrigin:
-    """Where an artifact came from: a path in a repo at a commit; all empty if built here."""
+    """Where an artifact came from: a path in a repo at a commit; all empty if built here, or opened
+    from a folder."""
 
     endpoint: str = ""
     repo: str = ""

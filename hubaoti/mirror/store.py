@@ -149,11 +149,6 @@ class Mirror:
             return None
         return artifact
 
-    def by_key(self, key: str) -> list[Artifact]:
-        """The artifacts that answer "is this already built?", the newest first."""
-        found = (self.artifact(row.digest) for row in self.index.rows(key))
-        return [artifact for artifact in found if artifact is not None]
-
     def ls(self) -> list[Row]:
         """What is here, the newest first; of a damaged index nothing."""
         self.index.require_whole()
