@@ -34,6 +34,7 @@ from hubaoti.runtime.graph import (
     open_graph,
 )
 from hubaoti.runtime.input_checks import fit_to_slot
+from hubaoti.runtime.container import Container
 from hubaoti.runtime.runners import OnDevice, open_native_runner, open_public_runner
 from hubaoti.runtime.weights import Checkpoint, load_constants
 
@@ -133,9 +134,24 @@ def test_the_public_loader_gives_the_same_numbers(
     assert torch.equal(public(*inputs())[0], graph(*inputs())[0])
 
 
-def test_the_container_runner_is_what_this_torch_has(roberta_unpacked: Path, entry: Entry) -> None:
-    (library,) = roberta_unpacked.rglob("*.wrapper.so")
-    assert type(open_native_runner(roberta_unpacked, library, CPU)).__name__.startswith("AOTIModel")
+def test_short_calls_are_torch_s_runner_s_and_long_ones_the_library_s_own(
+    roberta_unpacked: Path,
+    entry: Entry,
+    values: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    native = Container.run
+    monkeypatch.setattr(Container, "run", lambda self, given: asked.append("") or native(self, given))
+    graph = open_graph(roberta_unpacked, entry, CPU)
+    graph.bind(values)
+    given = [*inputs()]
+    short, long = graph.run(given, small=True), graph.run(given, small=False)
+    assert torch.equal(short[0], long[0]) and len(asked) == 1
+    twice = {name: value * 2 for name, value in values.items()}
+    graph.bind(twice)  # both read the new ones
+    short, long = graph.run(given, small=True), graph.run(given, small=False)
+    assert torch.equal(short[0], long[0]) and len(asked) == 2
 
 
 def test_a_torch_without_the_private_module_takes_the_public_way(
@@ -189,14 +205,18 @@ def test_a_gpu_s_runner_is_called_with_its_gpu_as_the_current_one(
     assert not hasattr(runner, "get_constant_names_to_dtypes")
 
 
-def test_a_gpu_s_container_is_such_a_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_s_library_with_ops_of_torch_s_executor_is_such_a_runner(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from torch._C import _aoti
 
+    (tmp_path / "x.wrapper.json").touch()
     made = lambda *given: given  # noqa: E731
     monkeypatch.setattr(_aoti, "AOTIModelContainerRunnerCuda", made, raising=False)
-    runner: Any = open_native_runner(Path("folder"), Path("folder/x.so"), torch.device("cuda", 1))
+    library = tmp_path / "x.wrapper.so"
+    runner: Any = open_native_runner(tmp_path, library, torch.device("cuda", 1))
     assert isinstance(runner, OnDevice)
-    assert runner._runner == ("folder/x.so", 1, "cuda:1", "folder")
+    assert runner._runner == (f"{library}", 1, "cuda:1", f"{tmp_path}")
 
 
 def test_a_graph_without_constants_is_not_called(roberta_unpacked: Path, entry: Entry) -> None:

@@ -143,6 +143,7 @@ class Graph:
         self.device = device
         self.checks = checks or Checks(entry, device)
         self._runner = runner
+        self._run_short = getattr(runner, "run_short", runner.run)
         self._given: list[torch.Tensor] = []
         self._addresses: list[int] = []
         self._bound = Bound({})
@@ -216,8 +217,7 @@ class Graph:
         if self.note is not None:
             self.note()
         try:
-            run = self._runner.run
-            return run_in_one_thread(run, inputs) if small else run(inputs)
+            return run_in_one_thread(self._run_short, inputs) if small else self._runner.run(inputs)
         except RuntimeError as error:
             raise BadInput(
                 f"graph {self.entry.id} failed: {first_line(error)}",
