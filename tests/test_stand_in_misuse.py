@@ -405,6 +405,31 @@ def test_a_capture_ends_with_its_stream_and_its_graph_stays_while_it_goes_on(
     assert found == {"kept": 1, "refused": 900, "after": 0, "graphs": 0, "again": 0}
 
 
+def test_in_a_capture_no_module_is_loaded_and_only_who_began_it_ends_it(
+    stand_in: StandIn, cubin: Path
+) -> None:
+    code = """
+        import threading
+        stream, found = make("cudaStreamCreate"), {}
+        load = lambda: lib.cuModuleLoad(byref(c_void_p()), os.environ["CUBIN"].encode())
+        end = lambda: lib.cudaStreamEndCapture(stream, byref(c_void_p()))
+        def elsewhere(name, call):
+            thread = threading.Thread(target=lambda: found.update({name: call()}))
+            thread.start(); thread.join()
+        lib.cudaStreamBeginCapture(stream, 1)  # thread-local: another thread may load
+        elsewhere("others", load)
+        elsewhere("foreign", end)
+        found["whole"] = end()
+        lib.cudaStreamBeginCapture(stream, 1)
+        found |= dict(ours=load(), invalid=end(), after=load())
+        say(**found)
+    """
+    found = ask(stand_in, code, env={"CUBIN": str(cubin)})
+    assert found == {
+        "others": 0, "foreign": 908, "whole": 0, "ours": 900, "invalid": 901, "after": 0,
+    }  # fmt: skip
+
+
 def test_sizes_that_no_number_holds_are_refused(stand_in: StandIn, cubin: Path) -> None:
     code = """
         most, blocks = size((1 << 64) - 1), c_int(7)

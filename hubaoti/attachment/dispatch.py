@@ -124,9 +124,13 @@ class Dispatcher:
         put_cache(entry.cache, held, found, self._positions(held))
 
     def find_route(
-        self, inputs: Sequence[Any], numbers: Sequence[Any], held: CacheState | None, who: str
+        self,
+        inputs: Sequence[Any],
+        numbers: Sequence[Any],
+        held: CacheState | None,
+        who: str | None,
     ) -> Route:
-        """The route of a call of the block at a path.
+        """The route of a call of the block at a path, or of one that is captured without.
 
         Raises:
             CannotServe: there is none, with the reason.
@@ -140,13 +144,13 @@ class Dispatcher:
         if route is not None and route.numbers == tuple(numbers) and _is_within(route, held):
             return route
         refuse_modes(self.device)
-        route = self._find(inputs, numbers, held, is_open)
+        route = self._find(inputs, numbers, held, is_open, who)
         known.add(look, route)
         return route
 
-    def _is_open(self, inputs: Sequence[Any], held: CacheState | None, who: str) -> bool:
+    def _is_open(self, inputs: Sequence[Any], held: CacheState | None, who: str | None) -> bool:
         """Whether a call is one of a step whose mask hides nothing, where a graph wants to know."""
-        if self._mask is None or held is None or held.slides or held.seq != 1:
+        if self._mask is None or held is None or held.slides or held.seq != 1 or who is None:
             return False
         refuse_modes(self.device)
         mask = inputs[self._mask]
@@ -155,7 +159,7 @@ class Dispatcher:
         return self._expanded.is_open(mask, held.filled, who)
 
     def follow(
-        self, route: Route, inputs: list[Any], held: CacheState | None, who: str
+        self, route: Route, inputs: list[Any], held: CacheState | None, who: str | None
     ) -> list[torch.Tensor]:
         """The inputs as the route's graph takes them, for the block at a path.
 
@@ -210,6 +214,8 @@ class Dispatcher:
 
     def _positions(self, held: CacheState) -> torch.Tensor:
         """Where new entries go, the same for all layers of a step."""
+        if held.is_captured:
+            return held.make_positions()
         key = (held.before, held.seq, current_stream(self.device))
         known = self._position
         if known is None or known[0] != key:
@@ -232,6 +238,7 @@ class Dispatcher:
         numbers: Sequence[Any],
         held: CacheState | None,
         is_open: bool,
+        who: str | None,
     ) -> Route:
         """The route by the first graph that can; the last one's reason where none can."""
         problems: list[CannotServe] = []
@@ -241,13 +248,18 @@ class Dispatcher:
             if entry.unmasked is True and not is_open:
                 continue
             try:
-                return self._try(index, inputs[: len(entry.inputs)], numbers, held)
+                return self._try(index, inputs[: len(entry.inputs)], numbers, held, who)
             except CannotServe as error:
                 problems.append(error)
         raise problems[-1]
 
     def _try(
-        self, index: int, inputs: Sequence[Any], numbers: Sequence[Any], held: CacheState | None
+        self,
+        index: int,
+        inputs: Sequence[Any],
+        numbers: Sequence[Any],
+        held: CacheState | None,
+        who: str | None,
     ) -> Route:
         """The route by one graph, which is refused where that cannot answer."""
         entry, checks = self.entries[index], self.checks[index]
@@ -262,7 +274,7 @@ class Dispatcher:
         made = [*inputs]
         for shape in shapes:
             made[shape.place] = self._make_input(
-                checks.slots[shape.place], shape, inputs, filled, ""
+                checks.slots[shape.place], shape, inputs, filled, None if who is None else ""
             )
         try:
             checks.examine(made)
@@ -323,7 +335,12 @@ class Dispatcher:
                 yield InputShape(place, wanted[:-1] if cut else wanted, cut)
 
     def _make_input(
-        self, slot: Slot, shape: InputShape, inputs: Sequence[Any], filled: int | None, who: str
+        self,
+        slot: Slot,
+        shape: InputShape,
+        inputs: Sequence[Any],
+        filled: int | None,
+        who: str | None,
     ) -> torch.Tensor:
         """An input made into a shape; one that was left out is made."""
         sizes = (*shape.sizes, filled) if shape.cut and filled is not None else shape.sizes
@@ -331,7 +348,8 @@ class Dispatcher:
         if source is None:
             # Over another sequence, as over an encoder's answer, everything is looked at.
             own = slot.entry.shape[-1] in {slot.entry.shape[-2], "filled"}
-            return self._expanded.make_mask(sizes, slot.dtype, self.device, own and self._is_causal)
+            causal = own and self._is_causal
+            return self._expanded.make_mask(sizes, slot.dtype, self.device, causal, who)
         cut = filled if shape.cut else None
         return self._expanded.expand(source, sizes, cut, who)
 

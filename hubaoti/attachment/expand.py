@@ -34,13 +34,14 @@ class ExpandedInputs:
         self._made: dict[_Key, tuple[Any, int, torch.Tensor, set[str]]] = {}
 
     def expand(
-        self, source: torch.Tensor, shape: Sequence[int], filled: int | None, who: str
+        self, source: torch.Tensor, shape: Sequence[int], filled: int | None, who: str | None
     ) -> torch.Tensor:
         """A tensor cut to the places that are filled, and with all of its rows, for a block.
 
-        What an inference tensor was written since cannot be told: it is adapted each time.
+        What an inference tensor was written since cannot be told: it is adapted each time. So is
+        one for nobody, in a capture: at a replay only what was made in it is made again.
         """
-        if source.is_inference():
+        if who is None or source.is_inference():
             return expand_to_shape(source, shape, filled)
         key = (id(source), current_stream(source.device), *shape)
         found = self._made.get(key)
@@ -73,9 +74,16 @@ class ExpandedInputs:
         return bool(answer)
 
     def make_mask(
-        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, causal: bool
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        causal: bool,
+        who: str | None,
     ) -> torch.Tensor:
         """The mask that was left out: all that is there is looked at, or all that was before."""
+        if who is None:
+            return _make_attention_mask(shape, dtype, device, causal)
         key = (None, current_stream(device), causal, dtype, device, *shape)
         found = self._made.get(key)
         if found is not None:

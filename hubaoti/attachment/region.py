@@ -17,13 +17,7 @@ from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers, wants_
 from hubaoti.errors import BadInput, MissingConstant
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.graph import Graph
-from hubaoti.runtime.kv_cache import (
-    CacheSlot,
-    CacheState,
-    explain_capture,
-    is_capturing,
-    slide_window,
-)
+from hubaoti.runtime.kv_cache import CacheSlot, CacheState, is_capturing, slide_window
 
 
 class Region(GraphPatch):
@@ -95,6 +89,8 @@ class Region(GraphPatch):
         """What a graph answers to a call that it was compiled for; all others are refused."""
         refuse_watchers()
         guard, graphs = self._guard, self.graphs
+        # What a call that is captured uses of others would not be made again at a replay.
+        who = None if is_capturing(self.dispatcher.device) else self.path
         if guard is None or not guard.is_same() or graphs[0].is_moved:
             refuse_modes(self.dispatcher.device)
             self.bind()
@@ -109,15 +105,13 @@ class Region(GraphPatch):
         if torch.is_grad_enabled() and any(map(wants_gradient, found)):
             raise CannotServe("gradients", "gradients are wanted of an input")
         if self._slot is None:
-            if is_capturing(dispatcher.device):
-                raise explain_capture()
-            return self._dispatch(graphs, found, None, args, kwargs)
+            return self._dispatch(graphs, found, None, (args, kwargs), who)
         rows, seq = dispatcher.read_sizes(found)
         held = self._slot.get_state(found[dispatcher.plan.count], rows, seq, dispatcher.device)
         try:
             held.require_room()
             dispatcher.add_cache(found, held)
-            return self._dispatch(graphs, found, held, args, kwargs)
+            return self._dispatch(graphs, found, held, (args, kwargs), who)
         except CannotServe:
             held.undo()
             raise
@@ -127,28 +121,35 @@ class Region(GraphPatch):
         graphs: Sequence[Graph],
         found: list[Any],
         held: CacheState | None,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
+        call: tuple[Sequence[Any], Mapping[str, Any]],
+        who: str | None,
     ) -> Any:
-        """The answer of the graph to which a call's tensors find their route."""
-        dispatcher = self.dispatcher
+        """The answer of the graph to which a call's tensors find their route.
+
+        `who` asks is None in a call that is captured.
+        """
+        dispatcher, (args, kwargs) = self.dispatcher, call
         count = dispatcher.plan.count
         inputs, numbers = found[:count], found[count + 1 :]
         if held is not None and held.slides:
             inputs.pop()  # a full window has no position
-        route = dispatcher.find_route(inputs, numbers, held, self.path)
-        inputs = dispatcher.follow(route, inputs, held, self.path)
+        route = dispatcher.find_route(inputs, numbers, held, who)
+        inputs = dispatcher.follow(route, inputs, held, who)
         graph, answers = graphs[route.graph], dispatcher.answers[route.graph]
         filling = (
             answers.find(dispatcher.plan.name_arguments(args, kwargs)) if answers.writes else None
         )
-        if self._trials.wants(graph.entry.id):
+        is_new = self._trials.wants(graph.entry.id)
+        if who is None:
+            _require_called(graph, is_new)
+            graph.keep_kernels()
+        if is_new:
             eager = partial(self.eager, *args, **kwargs)
             slide = partial(slide_window, graph.entry.cache, held)
-            call = Beside(
+            beside = Beside(
                 eager, dispatcher.plan.name_arguments(args, kwargs), answers, filling, slide
             )
-            return self._trials.compare(graph, inputs, route.small, call)
+            return self._trials.compare(graph, inputs, route.small, beside)
         outputs = self._run(route, graph, inputs, held)
         return answers.make(outputs) if filling is None else answers.fill(filling, outputs)
 
@@ -167,6 +168,18 @@ class Region(GraphPatch):
             held.count_written()
         next(self._counts[graph.entry.id])
         return outputs
+
+
+def _require_called(graph: Graph, is_new: bool) -> None:
+    """Refuse to have a graph captured that was not called before.
+
+    Raises:
+        CannotServe: it has not loaded its kernels yet, or calls what no capture allows.
+    """
+    if not graph.is_capturable:
+        raise CannotServe("capture", f"graph {graph.entry.id} calls ops through torch's executor")
+    if is_new or not graph.is_called:
+        raise CannotServe("capture", f"graph {graph.entry.id} has not been called before")
 
 
 def _is_patched(own: Any) -> bool:

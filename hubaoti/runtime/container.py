@@ -25,6 +25,7 @@ _FUNCTIONS = {
     "CreateWithDevice": (_POINTER, _SIZE, ctypes.c_char_p, ctypes.c_char_p),
     "Delete": (_POINTER,),
     "GetCallSpec": (_POINTER, _POINTER, _POINTER),
+    "GetConstantDtype": (_POINTER, _SIZE, _POINTER),
     "GetConstantName": (_POINTER, _SIZE, _POINTER),
     "GetConstantOriginalFQN": (_POINTER, _SIZE, _POINTER),
     "GetNumConstants": (_POINTER, _POINTER),
@@ -115,11 +116,17 @@ class Container:
 
     def get_constant_names_to_original_fqns(self) -> dict[str, str]:
         """The constants by their inner names."""
-        places = range(self._count("GetNumConstants"))
-        name = self._read_name
-        return {
-            name("GetConstantName", n): name("GetConstantOriginalFQN", n) for n in places
-        }
+        read, places = self._read_name, range(self._count("GetNumConstants"))
+        return {read("GetConstantName", n): read("GetConstantOriginalFQN", n) for n in places}
+
+    def get_constant_names_to_dtypes(self) -> dict[str, int]:
+        """Their dtypes, in torch's numbers."""
+        dtypes: dict[str, int] = {}
+        for place in range(self._count("GetNumConstants")):
+            number = ctypes.c_int32()
+            self._call("GetConstantDtype", self._handle, place, ctypes.byref(number))
+            dtypes[self._read_name("GetConstantName", place)] = number.value
+        return dtypes
 
     def update_constant_buffer(
         self, tensors: Mapping[str, torch.Tensor], inactive: bool, validate: bool, managed: bool

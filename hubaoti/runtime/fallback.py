@@ -23,8 +23,8 @@ ADVICE = {
     "cache": 'generate with cache_implementation="static"; use_cache=False where nothing is '
     "generated",
     "layer": "call it without a cache: use_cache=False",
-    "capture": "a CUDA graph is replayed with the module's own work in it; call the model as it is "
-    "to have its graphs answer",
+    "capture": "the CUDA graph is replayed with the module's own work in it; call the model once, "
+    "over a static cache, before the same call is captured",
     "window": "no graph is for a window that is full: compile with a cache dim that reaches it",
     "device": "move the inputs to the module's device",
     "dtype": "give inputs of the dtype that the recipe names, and masks of sdpa attention",

@@ -25,6 +25,7 @@ from hubaoti.errors import (
     first_line,
 )
 from hubaoti.host.memory import is_limited
+from hubaoti.runtime.container import Container
 from hubaoti.runtime.input_checks import Checks, address, check_constant
 from hubaoti.runtime.runners import Bound, Runner, open_native_runner
 from hubaoti.runtime.threads import run_in_one_thread
@@ -81,6 +82,9 @@ def open_graph(
     LOADED[entry.sha256] = folder
     return Graph(entry, runner, device, checks or Checks(entry, device))
 
+
+# What was captured in a CUDA graph, which calls its kernels at each replay and keeps nothing.
+CAPTURED: list[Runner] = []
 
 # Where packages lay when their libraries were loaded, by their sha256. A library is never unloaded
 # (its symbols are unique to the process, STB_GNU_UNIQUE), and from elsewhere it is mapped again.
@@ -149,6 +153,8 @@ class Graph:
         self._bound = Bound({})
         self._reads = bool(runner.get_constant_names_to_original_fqns())
         self._ready = not self._reads
+        self.is_capturable = isinstance(runner, Container)  # in a CUDA graph
+        self.is_called = False  # since it was bound, so that its kernels are loaded
         self.note: Callable[[], None] | None = None  # told before native code is entered
 
     @property
@@ -187,7 +193,7 @@ class Graph:
         self._bound = bound
         self._given = [tensors[fqn] for fqn in names.values()]
         self._addresses = [*map(address, self._given)]
-        self._ready = True
+        self._ready, self.is_called = True, False
 
     @property
     def is_moved(self) -> bool:
@@ -217,7 +223,10 @@ class Graph:
         if self.note is not None:
             self.note()
         try:
-            return run_in_one_thread(self._run_short, inputs) if small else self._runner.run(inputs)
+            run = self._runner.run
+            outputs = run_in_one_thread(self._run_short, inputs) if small else run(inputs)
+            self.is_called = True
+            return outputs
         except RuntimeError as error:
             raise BadInput(
                 f"graph {self.entry.id} failed: {first_line(error)}",
@@ -225,6 +234,11 @@ class Graph:
             ) from error
         finally:
             del bound
+
+    def keep_kernels(self) -> None:
+        """Never unload its kernels: a CUDA graph in which it was captured may be replayed."""
+        if self._runner not in CAPTURED:
+            CAPTURED.append(self._runner)
 
     def release(self) -> None:
         """Let go of the constants: it is not called again before it is bound again."""

@@ -31,7 +31,7 @@ _CAPTURED = "captured"  # there: that is not known any more
 class CacheState:
     """A layer of a cache in one call: what it holds, and how much of it was filled before.
 
-    `room` are the places that are not filled yet: none where a window has seen more than it holds.
+    In a call that is captured all of its places are looked at. `room` are the places that are not filled yet: none where a window has seen more than it holds.
     It `slides` where its oldest entries leave, since it was full before the call or becomes so.
     """
 
@@ -42,6 +42,7 @@ class CacheState:
     seq: int
     is_sliding: bool
     empty: dict[str, Any] | None  # the layer as it was before it had tensors
+    is_captured: bool = False  # how much is filled the device alone knows, at each replay
     room: int = field(init=False)
     slides: bool = field(init=False)
 
@@ -81,6 +82,8 @@ class CacheState:
 
     def make_positions(self) -> torch.Tensor:
         """The places of the new entries: int64, on the device of the cache."""
+        if self.is_captured:
+            return torch.arange(self.seq, device=self.keys.device) + self.layer.cumulative_length
         return torch.arange(self.before, self.filled, device=self.keys.device)
 
     def undo(self) -> None:
@@ -121,13 +124,26 @@ class CacheSlot:
         layer = self._find_layer(cache)
         is_sliding = type(layer).__name__ in SLIDING
         if is_capturing(device):
-            setattr(layer, _COUNTED, _CAPTURED)  # from now on the device alone knows
-            raise explain_capture()
+            return self._get_captured(layer, seq, is_sliding)
         empty = None if layer.is_initialized else {**vars(layer)}
         if empty is not None:
             self._initialize(layer, rows, device)
         before = _count_filled(layer, is_sliding)
         return CacheState(layer, layer.keys, layer.values, before, seq, is_sliding, empty)
+
+    def _get_captured(self, layer: Any, seq: int, is_sliding: bool) -> CacheState:
+        """The layer in a call that is replayed: how much is filled is read by the device.
+
+        Raises:
+            CannotServe: the layer itself counts in Python, or has no tensors on the device.
+        """
+        setattr(layer, _COUNTED, _CAPTURED)  # from now on the device alone knows
+        if is_sliding:
+            raise CannotServe("capture", "the layer of a window counts in Python, once")
+        if not layer.is_initialized or layer.cumulative_length.device != layer.keys.device:
+            raise CannotServe("capture", "the cache has no tensors on the device yet")
+        before = int(layer.keys.shape[2]) - seq
+        return CacheState(layer, layer.keys, layer.values, before, seq, False, None, True)
 
     def _find_layer(self, cache: Any) -> Any:
         """The block's own layer of a cache; one that is not static is refused."""
@@ -163,15 +179,6 @@ def find_layer_numbers(module: nn.Module) -> Iterator[int]:
 def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is captured, which is replayed without any Python."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def explain_capture() -> CannotServe:
-    """Why a call that is captured is the module's own.
-
-    torch's containers ask an event of their last run before the next one, which no capture allows,
-    and captured events cannot be asked afterwards (aoti_runtime/model_container.h, torch 2.13).
-    """
-    return CannotServe("capture", "a CUDA graph is captured")
 
 
 def _count_filled(layer: Any, is_sliding: bool) -> int:

@@ -20,6 +20,7 @@ from benchmarks.answers import require_same
 from benchmarks.call_overhead import measure_call_overhead
 from benchmarks.figures import Figure, divide_pairs, make_figure, time_in_turn
 from benchmarks.held_memory import MEDIUM, ask_side, measure_quantized
+from benchmarks.long_calls import measure_long_calls
 from benchmarks.memory import measure_leaks, trim_heap
 from benchmarks.models import ModelCase
 from hubaoti import api
@@ -80,6 +81,7 @@ def bench_attach(
     folder = scratch / "decoder"
     decoder = sizes.decoder.compile(folder, settings)
     yield from measure_call_overhead(settings, scratch, rounds)
+    yield from measure_long_calls(settings, scratch, rounds)
     yield from _measure_calls(sizes.narrow.make_model(), narrow, settings, rounds)
     yield from _measure_calls(sizes.forward.make_model(), forward, settings, rounds)
     sides = ("plain", "attached") * sizes.processes

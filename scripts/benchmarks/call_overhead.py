@@ -75,7 +75,7 @@ def measure_call_overhead(settings: Settings, scratch: Path, rounds: int) -> Ite
         graph = region.graphs[0]
         # We choose one thread for such a call; without it the others mostly wait for a second.
         sides: dict[str, Callable[[], Any]] = {
-            "bare": partial(run_in_one_thread, _repeat(lambda: graph._runner.run(each)), _CALLS),
+            "bare": partial(run_in_one_thread, _repeat(lambda: graph._run_short(each)), _CALLS),
             "graph": partial(_repeat(lambda: graph(*each)), _CALLS),
             "attached": partial(_repeat(partial(region, each[0], each[1], **options)), _CALLS),
             "torch": partial(

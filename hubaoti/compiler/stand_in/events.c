@@ -31,6 +31,7 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, uns
     (void)flags;
     if (!is_held(EVENT, event)) error = fail(cudaErrorInvalidResourceHandle);
     if (error) return error;
+    note("event recorded");
     recorded->recorded = 1;
     recorded->capture = read_capture(stream);
     return cudaSuccess;
@@ -51,6 +52,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 
 cudaError_t cudaEventQuery(cudaEvent_t event) {
     if (!is_held(EVENT, event)) return fail(cudaErrorInvalidResourceHandle);
+    note("event asked");
     cudaError_t error = refuse_in_capture();
     return error ? error : wait_for(((struct event *)event)->capture);
 }

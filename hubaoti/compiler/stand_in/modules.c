@@ -28,6 +28,8 @@ static void drop_module(struct module *module) {
 static CUresult load(CUmodule *made, const void *start, size_t size) {
     if (!device_count) return refuse(CUDA_ERROR_NO_DEVICE);
     if (!made || !start) return refuse(CUDA_ERROR_INVALID_VALUE);
+    CUresult refused = AS_DRIVER(refuse_in_capture());
+    if (refused) return refused;
     struct module *module = make(MODULE, sizeof *module);
     if (!module) return refuse(CUDA_ERROR_OUT_OF_MEMORY);
     CUresult error = read_cubin(module, start, size, devices[current_device].chip);

@@ -234,11 +234,14 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
     *graph = NULL;
     pthread_mutex_lock(&lock);
     struct capture *found = find_capture_of(asked);
-    if (found && found->origin == asked) {
+    int foreign = found && found->mode != cudaStreamCaptureModeRelaxed &&
+                  !pthread_equal(found->thread, pthread_self());
+    if (found && found->origin == asked && !foreign) {
         ended = *found;
         found->id = 0;
     }
     pthread_mutex_unlock(&lock);
+    if (foreign) return fail(cudaErrorStreamCaptureWrongThread);
     if (!ended.id) return fail(found ? cudaErrorStreamCaptureUnmatched : cudaErrorIllegalState);
     note("capture of %zu nodes", ended.graph->nodes);
     if (ended.invalid) {

@@ -29,6 +29,7 @@ from hubaoti.program.output_capturing import find_captures_inside
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.graph import explain_refusal
 from hubaoti.runtime.input_checks import address, tensor_alignment
+from hubaoti.runtime.kv_cache import is_capturing
 from hubaoti.runtime.runners import Bound, Runner, open_native_runner
 from hubaoti.settings import override_environment
 from hubaoti.spaces.unsigned.outcomes import IS_BUSY, IS_FULL, CallOutcomes
@@ -155,6 +156,8 @@ class UnsignedRegion(GraphPatch):
     def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What the package answers, once its answer to a call of this look was compared."""
         refuse_watchers()
+        if is_capturing(self._device):  # answers are compared at calls that nobody knows of
+            raise CannotServe("capture", "a package without a manifest is in no CUDA graph")
         refuse_modes(self._device)
         self._require_quiet()
         self.bind()
