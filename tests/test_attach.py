@@ -220,7 +220,8 @@ def test_what_a_cuda_graph_captures_is_the_modules_own(
     cache, other = (StaticCache(config=model.config, max_cache_len=32) for _ in range(2))
     model(ids, past_key_values=cache)
     with monkeypatch.context() as fake:
-        fake.setattr("hubaoti.runtime.kv_cache.is_capturing", lambda device: True)
+        for room in ("runtime.kv_cache", "attachment.region"):
+            fake.setattr(f"hubaoti.{room}.is_capturing", lambda device: True)
         with pytest.warns(Fallback, match=r"\(capture\)"):
             found = model(ids[:, :1], past_key_values=cache).logits
     plain(ids, past_key_values=other)
@@ -235,6 +236,14 @@ def test_what_a_cuda_graph_captures_is_the_modules_own(
         "compiled": {"model.layers": 2},
         "eager": {"capture": 1},
     }
+
+
+def test_where_there_is_no_gpu_cuda_graphs_are_refused(
+    model: Any, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    with pytest.raises(BadRequest, match="no CUDA graphs"):
+        hubaoti.attach(model, decoder_bundle, cuda_graphs=True, settings=built_at)
+    assert "forward" not in vars(model)
 
 
 def test_over_a_dynamic_cache_it_falls_back_and_says_what_to_do(

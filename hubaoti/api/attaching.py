@@ -28,6 +28,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
     *,
     strict: bool = False,
     quantize: bool = False,
+    cuda_graphs: bool = False,
     trust: bool = False,
     ops: Sequence[str] = (),
     settings: Settings | None = None,
@@ -46,6 +47,11 @@ def attach(  # noqa: PLR0913 - a face of keywords
     module's, which then has both. With `quantize`, the module gives its own up and is smaller: what
     it answers itself is of the quantized weights too, and stays so after `detach`.
 
+    With `cuda_graphs`, decoding steps over a static cache are captured in CUDA graphs and replayed:
+    the first step over a cache runs, the second is captured, and up to eight of them are kept, each
+    with memory of its own for what it computes, which `stats` tells. A step that cannot be captured
+    runs as without, and says why.
+
     `ops` are modules of the caller's that register the ops which graphs call, as "my.ops". They are
     imported here, and wherever a graph is tried before it is opened here.
 
@@ -53,7 +59,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
         OtherProgram: the module's config says that it computes something else.
         MissingConstant: it lacks tensors that the graphs need; all are named, nothing was touched.
         AlreadyAttached: it has graphs already.
-        BadRequest: `quantize` is asked of an artifact without quantized weights, or of layers that
+        BadRequest: `cuda_graphs` are asked where there is no GPU, or of no decoder; `quantize` is asked of an artifact without quantized weights, or of layers that
             are no plain Linears; what is given is no module, or no artifact.
         NoMatch: the module is on a GPU of another kind than the artifact is for.
         DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
@@ -84,7 +90,9 @@ def attach(  # noqa: PLR0913 - a face of keywords
         require_sound(found, mirror, device, progress, ops)
     parts = runtime.Parts(manifest, found.path, found.graph_folder)
     tries = not known and computes(device)  # where nothing computes, nothing can be compared
-    return runtime.attach_graphs(module, parts, strict=strict, tries=tries, quantize=quantize)
+    return runtime.attach_graphs(
+        module, parts, strict=strict, tries=tries, quantize=quantize, cuda_graphs=cuda_graphs
+    )
 
 
 def detach(module: nn.Module) -> None:

@@ -24,6 +24,7 @@ from hubaoti.attachment.first_call import FirstCallCheck, Verdicts
 from hubaoti.attachment.forward_patch import GraphPatch, find_patch
 from hubaoti.attachment.quantized import ConstantSketches, refuse_other_layers
 from hubaoti.attachment.region import Region
+from hubaoti.attachment.replays import StepReplays
 from hubaoti.attachment.served_modules import ServedModule, find_module_device, find_served_modules
 from hubaoti.attachment.stats import CallStats
 from hubaoti.errors import AlreadyAttached, BadRequest, MissingConstant, NotAttached, OtherProgram
@@ -49,10 +50,17 @@ class Parts:
 class Attachment:
     """What was attached to a module: counts, other weights, and the way back."""
 
-    def __init__(self, module: nn.Module, regions: Iterable[GraphPatch], tally: CallStats) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        regions: Iterable[GraphPatch],
+        tally: CallStats,
+        replays: StepReplays | None = None,
+    ) -> None:
         self._module = weakref.ref(module)
         self._regions = tuple(regions)
         self._tally = tally
+        self._replays = replays
 
     @property
     def regions(self) -> tuple[str, ...]:
@@ -88,6 +96,8 @@ class Attachment:
 
     def detach(self) -> None:
         """Give the module everything back; a second time does nothing."""
+        if self._replays is not None:
+            self._replays.remove()
         for region in self._regions:
             region.remove()
         module = self._module()
@@ -98,9 +108,11 @@ class Attachment:
     def stats(self) -> dict[str, Any]:
         """Calls by region: how many each graph answered, how many the module, and why.
 
-        `missed` has the sizes of the calls that no graph could serve. It is plain JSON.
+        `missed` has the sizes of the calls that no graph could serve. Steps that were replayed are
+        counted under `cuda_graphs` alone, where they were asked for. It is plain JSON.
         """
-        return self._tally.stats({region.path: region.counts() for region in self._regions})
+        found = self._tally.stats({region.path: region.counts() for region in self._regions})
+        return found if self._replays is None else {**found, "cuda_graphs": self._replays.stats()}
 
     def save_misses(self, path: str | Path) -> None:
         """Write `stats` to a file, for `hubaoti compile --from-misses`."""
@@ -120,13 +132,14 @@ def attach_graphs(
     strict: bool,
     tries: bool,
     quantize: bool = False,
+    cuda_graphs: bool = False,
     verdicts: Verdicts | None = None,
 ) -> Attachment:
     """Have the graphs of an artifact answer for the regions of a module.
 
     With `tries`, the first call of each graph is answered by the module, and compared; `verdicts`
     are of other processes that have done so. With `strict`, a call that no graph serves
-    raises. With `quantize`, the weights that the graphs have quantized are replaced in the module,
+    raises. With `cuda_graphs`, decoding steps are captured and replayed. With `quantize`, the weights that the graphs have quantized are replaced in the module,
     too.
 
     Raises:
@@ -139,6 +152,8 @@ def attach_graphs(
     """
     manifest = parts.manifest
     refuse_attached(module)
+    if cuda_graphs:
+        _require_steps(module, manifest)
     tally = CallStats(manifest, strict)
     bound = _bind_modules(module, parts, ConstantSketches() if quantize else None)
     regions = [*_open_regions(bound, parts)]
@@ -156,7 +171,29 @@ def attach_graphs(
         region.put(tally.count_miss, FirstCallCheck(tried, region.path, verdicts))
     if hasattr(module, _AUTO_COMPILE):
         setattr(module, _AUTO_COMPILE, _Uncompiled(module))
-    return Attachment(module, regions, tally)
+    replays = StepReplays(module, regions[0].dispatcher.device) if cuda_graphs else None
+    if replays is not None:
+        replays.put(tally.count_miss)
+    return Attachment(module, regions, tally, replays)
+
+
+def _require_steps(module: nn.Module, manifest: Manifest) -> None:
+    """Refuse to capture the decoding steps of what has none.
+
+    Raises:
+        BadRequest: with what it is.
+    """
+    if manifest.target.device != "cuda":
+        raise BadRequest(
+            "the artifact's graphs are for a CPU, where there are no CUDA graphs",
+            hint="leave cuda_graphs=True out, or attach one that was compiled for this GPU",
+        )
+    if manifest.program.task != "generate" or any("" in each.modules for each in manifest.graphs):
+        raise BadRequest(
+            f"{type(module).__name__} is not attached by the blocks of a decoder, so it has no "
+            "steps to capture",
+            hint="leave cuda_graphs=True out; torch.cuda.graph captures a call of it",
+        )
 
 
 def attach_nothing(module: nn.Module) -> Attachment:
@@ -171,14 +208,18 @@ def detach_graphs(module: nn.Module) -> None:
         NotAttached: nothing was attached to it.
     """
     regions = [*find_regions(module)]
+    replays = find_patch(module)
     if not regions:
         raise NotAttached(f"{type(module).__name__} has no graphs attached", hint="nothing to do")
+    if isinstance(replays, StepReplays):
+        replays.remove()
     Attachment(module, regions, CallStats(None, False)).detach()
 
 
 def find_regions(module: nn.Module) -> Iterator[Region]:
     """The regions that are attached to a module and all within it."""
-    return filter(None, map(find_patch, module.modules()))
+    found = map(find_patch, module.modules())
+    return (each for each in found if each is not None and not isinstance(each, StepReplays))
 
 
 def require_module(module: object) -> None:

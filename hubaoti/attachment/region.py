@@ -15,9 +15,10 @@ from hubaoti.attachment.forward_patch import CountMiss, GraphPatch
 from hubaoti.attachment.module_guard import ModuleGuard
 from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers, wants_gradient
 from hubaoti.errors import BadInput, MissingConstant
+from hubaoti.runtime.capturing import is_capturing, is_rehearsing
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.graph import Graph
-from hubaoti.runtime.kv_cache import CacheSlot, CacheState, is_capturing, slide_window
+from hubaoti.runtime.kv_cache import CacheSlot, CacheState, slide_window
 
 
 class Region(GraphPatch):
@@ -140,7 +141,7 @@ class Region(GraphPatch):
             answers.find(dispatcher.plan.name_arguments(args, kwargs)) if answers.writes else None
         )
         is_new = self._trials.wants(graph.entry.id)
-        if who is None:
+        if who is None and not is_rehearsing():
             _require_called(graph, is_new)
             graph.keep_kernels()
         if is_new:

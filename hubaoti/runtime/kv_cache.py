@@ -17,6 +17,7 @@ from torch import nn
 
 from hubaoti.artifact.schema import Cache
 from hubaoti.artifact.schema import Graph as Entry
+from hubaoti.runtime.capturing import is_capturing
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.input_checks import parse_dtype
 
@@ -169,16 +170,22 @@ class CacheSlot:
         layer.lazy_initialization(*empty)
 
 
+def list_static_tensors(cache: Any, device: torch.device) -> list[torch.Tensor] | None:
+    """All tensors of a cache of static layers that lie on a device; None of any other cache."""
+    found: list[torch.Tensor] = []
+    for layer in getattr(cache, "layers", ()):
+        if type(layer).__name__ != "StaticLayer" or not layer.is_initialized:
+            return None
+        found += [layer.keys, layer.values, layer.cumulative_length]
+    is_whole = found and all(each.device == device for each in found)
+    return found if is_whole else None
+
+
 def find_layer_numbers(module: nn.Module) -> Iterator[int]:
     """The numbers that a module and what is in it have as layers of a model."""
     for part in module.modules():
         each = (vars(part).get(name) for name in _LAYER_NUMBERS)
         yield from (number for number in each if type(number) is int)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is captured, which is replayed without any Python."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _count_filled(layer: Any, is_sliding: bool) -> int:

@@ -26,10 +26,10 @@ from hubaoti.attachment.module_guard import refuse_collecting
 from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers, wants_gradient
 from hubaoti.errors import CannotOpen, MissingConstant
 from hubaoti.program.output_capturing import find_captures_inside
+from hubaoti.runtime.capturing import is_capturing
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.graph import explain_refusal
 from hubaoti.runtime.input_checks import address, tensor_alignment
-from hubaoti.runtime.kv_cache import is_capturing
 from hubaoti.runtime.runners import Bound, Runner, open_native_runner
 from hubaoti.settings import override_environment
 from hubaoti.spaces.unsigned.outcomes import IS_BUSY, IS_FULL, CallOutcomes

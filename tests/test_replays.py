@@ -1,0 +1,214 @@
+"""`hubaoti.attachment.replays`: decoding steps that are captured once, and replayed.
+
+Under the stand-in host code runs and nothing is computed: seen is what is launched, captured and
+replayed, and what is refused as a driver refuses it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cuda_models import MODELS
+from under_stand_in import ask, make_stand_in
+
+import hubaoti
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.compiler.stand_in import StandIn
+from hubaoti.settings import Settings
+
+pytestmark = pytest.mark.cuda
+
+# A model with its graphs, and steps over a cache; `BUNDLE` is given.
+STEPS = """
+    import os, gc, warnings, torch, transformers, hubaoti
+    from pathlib import Path
+    from cuda_models import MODELS
+    from hubaoti.settings import Settings
+    model = MODELS["qwen2"].make_on("cuda:0")
+    attachment = hubaoti.attach(
+        model, Path(os.environ["BUNDLE"]), cuda_graphs=True, settings=Settings.from_env()
+    )
+
+    def make_cache(places=32):
+        return transformers.StaticCache(config=model.config, max_cache_len=places)
+
+    def fill(cache, rows=1):
+        ids = torch.ones(rows, 5, dtype=torch.long).cuda()
+        place = torch.arange(5)[None].cuda()
+        with torch.no_grad(): model(ids, past_key_values=cache, position_ids=place)
+
+    def step(cache, rows=1, **words):
+        mask = torch.ones(rows, 1, 1, cache.layers[0].keys.shape[2], dtype=torch.bool).cuda()
+        ids, place = torch.ones(rows, 1, dtype=torch.long).cuda(), torch.full((rows, 1), 5).cuda()
+        given = dict(attention_mask={"full_attention": mask}, position_ids=place)
+        with torch.no_grad(): return model(input_ids=ids, past_key_values=cache, **given, **words)
+
+    def count(): return {k: v for k, v in attachment.stats()["cuda_graphs"].items() if k != "bytes"}
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("replays") / "home"
+
+
+@pytest.fixture(scope="module")
+def stand_in(home: Path) -> StandIn:
+    return make_stand_in(home)
+
+
+@pytest.fixture(scope="module")
+def bundle(home: Path) -> Bundle:
+    """A decoder by its blocks, for one capability."""
+    settings = Settings(home=home, endpoint="http://127.0.0.1:9")
+    source = home.parent / "model"
+    kind = MODELS["qwen2"]
+    kind.make().config.save_pretrained(source)
+    made = hubaoti.compile_for(
+        source, (90,), home.parent / "bundles", settings=settings, **kind.options
+    )
+    return made[0]
+
+
+def run(code: str, stand_in: StandIn, bundle: Bundle, home: Path, **env: str) -> dict[str, Any]:
+    around = {"BUNDLE": str(bundle.path), "HUBAOTI_HOME": str(home), **env}
+    around |= {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    return ask(stand_in, STEPS + code, 90, env=around)
+
+
+def test_the_second_step_is_captured_and_all_others_are_replayed(
+    stand_in: StandIn, bundle: Bundle, home: Path, tmp_path: Path
+) -> None:
+    code = """
+    cache, found = make_cache(), []
+    fill(cache)
+    shapes = []
+    for _ in range(5):
+        out = step(cache)
+        shapes.append([*out.logits.shape, out.past_key_values is cache])
+        found.append(count())
+    stats = attachment.stats()
+    say(found=found, shapes=shapes, regions=stats["regions"], bytes=stats["cuda_graphs"]["bytes"])
+    """
+    log = tmp_path / "log"
+    found = run(code, stand_in, bundle, home, STAND_IN_LOG=str(log))
+    steps = [(each["captured"], each["replayed"]) for each in found["found"]]
+    assert steps == [(0, 0), (1, 1), (1, 2), (1, 3), (1, 4)]
+    assert found["shapes"] == [[1, 1, 128, True]] * 5
+    assert found["bytes"] > 0
+    for region in found["regions"].values():
+        assert not region["eager"] and sum(region["compiled"].values()) == 3, region
+    lines = log.read_text().splitlines()
+    ends = [place for place, line in enumerate(lines) if line.startswith("capture of")]
+    captured = lines[lines.index("capture begins") : ends[0]]
+    assert sum(line.startswith("launch triton_") for line in captured) > 2
+    assert not [line for line in captured if line.startswith("event")]
+    assert sum(line.startswith("replay of") for line in lines) == 4
+
+
+def test_another_cache_and_more_rows_are_steps_of_their_own_and_few_are_kept(
+    stand_in: StandIn, bundle: Bundle, home: Path
+) -> None:
+    code = """
+    from hubaoti.attachment.replays import MOST
+    caches = [make_cache() for _ in range(MOST + 2)]
+    for cache in caches:
+        fill(cache)
+        for _ in range(2): step(cache)
+    many = count()
+    del caches, cache; gc.collect()
+    gone = count()
+    longer, wider = make_cache(24), make_cache()
+    fill(longer); fill(wider, 2)
+    for _ in range(3): step(longer), step(wider, 2)
+    say(many=many, gone=gone, other=count(), most=MOST)
+    """
+    found = run(code, stand_in, bundle, home)
+    most = found["most"]
+    assert found["many"] == {"captured": most, "replayed": most + 2}
+    assert found["gone"]["captured"] == 0
+    assert found["other"] == {"captured": 2, "replayed": most + 2 + 4}
+
+
+def test_what_is_no_step_or_is_another_model_by_now_is_not_replayed(
+    stand_in: StandIn, bundle: Bundle, home: Path
+) -> None:
+    code = """
+    cache = make_cache()
+    fill(cache)
+    for _ in range(3): step(cache)
+    before = count()
+    fill(make_cache())                                     # a prompt
+    with torch.no_grad(): model(torch.ones(1, 1, dtype=torch.long).cuda())  # no cache
+    same = count()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
+    step(cache)
+    replaced = count()
+    step(cache); step(cache)
+    hooked = []
+    model.model.norm.register_forward_hook(lambda *_: hooked.append(1))
+    step(cache)
+    after_hook = count()
+    attachment.detach()
+    say(before=before, same=same, replaced=replaced, hooked=hooked, after_hook=after_hook,
+        bare="forward" in vars(model), left=count()["captured"])
+    """
+    found = run(code, stand_in, bundle, home)
+    assert found["before"] == found["same"] == {"captured": 1, "replayed": 2}
+    assert found["replaced"] == {"captured": 0, "replayed": 2}
+    assert found["hooked"] == [1] and found["after_hook"] == {"captured": 0, "replayed": 4}
+    assert not found["bare"] and found["left"] == 0
+
+
+def test_memory_that_runs_out_in_a_capture_is_told_and_the_step_answered(
+    stand_in: StandIn, bundle: Bundle, home: Path
+) -> None:
+    code = """
+    cache = make_cache()
+    fill(cache)
+    step(cache)
+    free = torch.cuda.mem_get_info()[0]
+    taken = ctypes.c_void_p()
+    assert not _driver.cudaMalloc(ctypes.byref(taken), ctypes.c_size_t(free))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        shapes = [[*step(cache).logits.shape] for _ in range(3)]
+    _driver.cudaFree(taken)
+    say(shapes=shapes, warned=[str(each.message) for each in warned], count=count(),
+        eager=attachment.stats()["eager"])
+    """
+    found = run(code, stand_in, bundle, home)
+    assert found["shapes"] == [[1, 1, 128]] * 3 and found["count"]["captured"] == 0
+    (said,) = [each for each in found["warned"] if "(capture)" in each]
+    assert "out of memory" in said
+    assert found["eager"] == 1
+
+
+def test_another_thread_may_call_and_allocate_while_a_step_is_captured(
+    stand_in: StandIn, bundle: Bundle, home: Path
+) -> None:
+    code = """
+    import threading
+    done, other = threading.Event(), []
+    def work():
+        cache = make_cache()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            fill(cache)
+            while not done.is_set():
+                torch.empty(1 << 22, device="cuda"); torch.cuda.empty_cache()
+                with torch.no_grad(): model(torch.ones(1, 2, dtype=torch.long).cuda(), use_cache=False)
+                other.append(1)
+    thread = threading.Thread(target=work); thread.start()
+    for _ in range(6):
+        cache = make_cache(); fill(cache)
+        for _ in range(3): step(cache)
+    done.set(); thread.join()
+    say(count=count(), others=len(other), eager={k: v["eager"] for k, v in attachment.stats()["regions"].items()})
+    """
+    found = run(code, stand_in, bundle, home)
+    # A cache that lies where one lay before is captured at its first step.
+    assert 12 <= found["count"]["replayed"] <= 18 and found["others"] > 0
+    assert not any("capture" in each for each in found["eager"].values())
+
