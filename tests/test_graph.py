@@ -25,6 +25,7 @@ from hubaoti.errors import (
     NotEnoughMemory,
     OutOfBounds,
 )
+from hubaoti.runtime.container import Container
 from hubaoti.runtime.graph import (
     LOADED,
     Graph,
@@ -34,7 +35,6 @@ from hubaoti.runtime.graph import (
     open_graph,
 )
 from hubaoti.runtime.input_checks import fit_to_slot
-from hubaoti.runtime.container import Container
 from hubaoti.runtime.runners import OnDevice, open_native_runner, open_public_runner
 from hubaoti.runtime.weights import Checkpoint, load_constants
 
@@ -142,7 +142,9 @@ def test_short_calls_are_torch_s_runner_s_and_long_ones_the_library_s_own(
 ) -> None:
     asked: list[str] = []
     native = Container.run
-    monkeypatch.setattr(Container, "run", lambda self, given: asked.append("") or native(self, given))
+    monkeypatch.setattr(
+        Container, "run", lambda self, given: asked.append("") or native(self, given)
+    )
     graph = open_graph(roberta_unpacked, entry, CPU)
     graph.bind(values)
     given = [*inputs()]

@@ -59,8 +59,9 @@ def attach(  # noqa: PLR0913 - a face of keywords
         OtherProgram: the module's config says that it computes something else.
         MissingConstant: it lacks tensors that the graphs need; all are named, nothing was touched.
         AlreadyAttached: it has graphs already.
-        BadRequest: `cuda_graphs` are asked where there is no GPU, or of no decoder; `quantize` is asked of an artifact without quantized weights, or of layers that
-            are no plain Linears; what is given is no module, or no artifact.
+        BadRequest: `quantize` is asked of an artifact without quantized weights, or of layers that
+            are no plain Linears; `cuda_graphs` of graphs that are no decoder's blocks on a GPU;
+            what is given is no module, or no artifact.
         NoMatch: the module is on a GPU of another kind than the artifact is for.
         DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
         Quarantined: a graph crashed or differed when it was first opened, in its own process.
@@ -82,6 +83,8 @@ def attach(  # noqa: PLR0913 - a face of keywords
     module = unwrap_peft(module)
     found = get_artifact(artifact, trust, settings, progress)
     manifest = found.manifest
+    if cuda_graphs:
+        runtime.require_steps(module, manifest)
     with Mirror.open(settings.mirror) as mirror:
         with use_scan_cache(mirror.index):
             known = matches_program(module, manifest.program, manifest.is_whole)
@@ -90,9 +93,10 @@ def attach(  # noqa: PLR0913 - a face of keywords
         require_sound(found, mirror, device, progress, ops)
     parts = runtime.Parts(manifest, found.path, found.graph_folder)
     tries = not known and computes(device)  # where nothing computes, nothing can be compared
-    return runtime.attach_graphs(
-        module, parts, strict=strict, tries=tries, quantize=quantize, cuda_graphs=cuda_graphs
-    )
+    attached = runtime.attach_graphs(module, parts, strict=strict, tries=tries, quantize=quantize)
+    if cuda_graphs:
+        attached.replay_steps(device)
+    return attached
 
 
 def detach(module: nn.Module) -> None:

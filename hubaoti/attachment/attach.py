@@ -55,12 +55,11 @@ class Attachment:
         module: nn.Module,
         regions: Iterable[GraphPatch],
         tally: CallStats,
-        replays: StepReplays | None = None,
     ) -> None:
         self._module = weakref.ref(module)
         self._regions = tuple(regions)
         self._tally = tally
-        self._replays = replays
+        self._replays: StepReplays | None = None
 
     @property
     def regions(self) -> tuple[str, ...]:
@@ -72,6 +71,13 @@ class Attachment:
         """The open graphs of all regions; packages without a manifest are none."""
         each = (graph for region in self._regions for graph in region.graphs)
         return tuple(graph for graph in each if isinstance(graph, Graph))
+
+    def replay_steps(self, device: torch.device) -> None:
+        """Capture a decoder's steps in CUDA graphs from here on, and replay them."""
+        module = self._module()
+        assert module is not None
+        self._replays = StepReplays(module, device)
+        self._replays.put(self._tally.count_miss)
 
     def rebind(self) -> None:
         """Bind the module's tensors as they are now, as after other weights were loaded.
@@ -132,14 +138,13 @@ def attach_graphs(
     strict: bool,
     tries: bool,
     quantize: bool = False,
-    cuda_graphs: bool = False,
     verdicts: Verdicts | None = None,
 ) -> Attachment:
     """Have the graphs of an artifact answer for the regions of a module.
 
     With `tries`, the first call of each graph is answered by the module, and compared; `verdicts`
     are of other processes that have done so. With `strict`, a call that no graph serves
-    raises. With `cuda_graphs`, decoding steps are captured and replayed. With `quantize`, the weights that the graphs have quantized are replaced in the module,
+    raises. With `quantize`, the weights that the graphs have quantized are replaced in the module,
     too.
 
     Raises:
@@ -152,8 +157,6 @@ def attach_graphs(
     """
     manifest = parts.manifest
     refuse_attached(module)
-    if cuda_graphs:
-        _require_steps(module, manifest)
     tally = CallStats(manifest, strict)
     bound = _bind_modules(module, parts, ConstantSketches() if quantize else None)
     regions = [*_open_regions(bound, parts)]
@@ -171,13 +174,17 @@ def attach_graphs(
         region.put(tally.count_miss, FirstCallCheck(tried, region.path, verdicts))
     if hasattr(module, _AUTO_COMPILE):
         setattr(module, _AUTO_COMPILE, _Uncompiled(module))
-    replays = StepReplays(module, regions[0].dispatcher.device) if cuda_graphs else None
-    if replays is not None:
-        replays.put(tally.count_miss)
-    return Attachment(module, regions, tally, replays)
+    return Attachment(module, regions, tally)
 
 
-def _require_steps(module: nn.Module, manifest: Manifest) -> None:
+def has_steps(manifest: Manifest) -> bool:
+    """Whether an artifact's graphs are a decoder's blocks on a GPU, so that steps are captured."""
+    is_whole = any("" in graph.modules for graph in manifest.graphs)
+    is_decoder = manifest.program.task == "generate" and not is_whole
+    return is_decoder and manifest.target.device == "cuda"
+
+
+def require_steps(module: nn.Module, manifest: Manifest) -> None:
     """Refuse to capture the decoding steps of what has none.
 
     Raises:
@@ -188,7 +195,7 @@ def _require_steps(module: nn.Module, manifest: Manifest) -> None:
             "the artifact's graphs are for a CPU, where there are no CUDA graphs",
             hint="leave cuda_graphs=True out, or attach one that was compiled for this GPU",
         )
-    if manifest.program.task != "generate" or any("" in each.modules for each in manifest.graphs):
+    if not has_steps(manifest):
         raise BadRequest(
             f"{type(module).__name__} is not attached by the blocks of a decoder, so it has no "
             "steps to capture",

@@ -7,7 +7,6 @@ block of a model holds for the others.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +22,7 @@ from hubaoti.attachment.expand import (
     is_expandable,
     read_dims,
 )
+from hubaoti.attachment.route import InputShape, Route, find_filled_range, is_within
 from hubaoti.attachment.torch_modes import refuse_modes
 from hubaoti.errors import BadInput, BadManifest, OutOfBounds
 from hubaoti.program.output_capturing import find_unread_flags
@@ -44,31 +44,6 @@ _MASKED = ("sdpa", "eager")  # of which transformers leave a mask out that would
 _PLAIN = (torch.Tensor, nn.Parameter)
 _NOTHING = torch.empty(0, dtype=torch.bool, device="cpu")  # stands where an input is left out
 _REASONS: dict[type, str] = {Overlap: "overlap", BadValue: "values"}
-
-
-@dataclass(frozen=True, slots=True)
-class InputShape:
-    """What an input is made into; the last axis is cut to what is filled where `cut` says so."""
-
-    place: int
-    sizes: tuple[int, ...]
-    cut: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """How calls of one look are answered: by graph number `graph`, with some inputs made anew.
-
-    `numbers` are those that the call had to give, `filled` what is served of a cache, `sizes` the
-    bytes of each input that stays as it is; `small` says that one thread is enough.
-    """
-
-    graph: int
-    small: bool
-    shapes: tuple[InputShape, ...]
-    sizes: tuple[int, ...]
-    numbers: tuple[int, ...]
-    filled: tuple[int, int, int] | None
 
 
 class Dispatcher:
@@ -141,7 +116,7 @@ class Dispatcher:
         if route is None:
             look = self._mark_gaps(inputs, held)
             route = known.find(look)
-        if route is not None and route.numbers == tuple(numbers) and _is_within(route, held):
+        if route is not None and route.numbers == tuple(numbers) and is_within(route, held):
             return route
         refuse_modes(self.device)
         route = self._find(inputs, numbers, held, is_open, who)
@@ -290,7 +265,7 @@ class Dispatcher:
             shapes=tuple(shapes),
             sizes=tuple(0 if n in replaced else t.nbytes for n, t in enumerate(made)),
             numbers=tuple(numbers),
-            filled=_find_filled_range(entry, sizes, grown),
+            filled=find_filled_range(entry, sizes, grown),
         )
 
     def _require_kind(self, slot: Slot, item: Any) -> None:
@@ -395,20 +370,3 @@ def _is_grown(tensor: Any, wanted: Sequence[int], grown: int | None) -> bool:
 def _choose_cache_kind(held: CacheState | None) -> str:
     """The kind of cache that a call's graph has."""
     return "sliding" if held is not None and held.slides else "static"
-
-
-def _find_filled_range(
-    entry: Entry, sizes: Mapping[str, int], grown: int | None
-) -> tuple[int, int, int] | None:
-    """What may be filled for a route to be taken again: from, to, and in which steps."""
-    if grown is not None:
-        return grown, grown, 1
-    return (*entry.bounds["filled"], entry.steps.get("filled", 1)) if "filled" in sizes else None
-
-
-def _is_within(route: Route, held: CacheState | None) -> bool:
-    """Whether what is filled is what a route's graph was compiled for."""
-    if route.filled is None or held is None:
-        return held is None or not held.is_filling
-    low, high, step = route.filled
-    return low <= held.filled <= high and held.filled % step == 0

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from hubaoti.attachment.binding import ConstantBinding
-from hubaoti.attachment.dispatch import Dispatcher, Route
+from hubaoti.attachment.dispatch import Dispatcher
 from hubaoti.attachment.first_call import Beside, FirstCallCheck
 from hubaoti.attachment.forward_patch import CountMiss, GraphPatch
 from hubaoti.attachment.module_guard import ModuleGuard
+from hubaoti.attachment.route import Route
 from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers, wants_gradient
 from hubaoti.errors import BadInput, MissingConstant
 from hubaoti.runtime.capturing import is_capturing, is_rehearsing

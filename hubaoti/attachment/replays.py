@@ -101,7 +101,11 @@ class StepReplays(ForwardPatch):
         generator = torch.cuda.default_generators[device.index or 0]
         self._registered.register_generator_state(generator)
         self._replayed = itertools.count()
-        self._forget()
+        self._guard: ModuleGuard | None = None
+        self._addresses: list[tuple[torch.Tensor, int]] = []
+        self._steps: dict[tuple[Any, ...], _Step] = {}
+        self._met: dict[tuple[Any, ...], None] = {}
+        self._refused: dict[tuple[Any, ...], None] = {}
 
     def put(self, count_miss: CountMiss) -> None:
         """Answer from here on."""
@@ -146,7 +150,8 @@ class StepReplays(ForwardPatch):
         if torch.is_grad_enabled() or self.module.training or is_capturing(self._device):
             return None
         tensors: dict[_Place, torch.Tensor] = {}
-        caches, look = [], [torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cuda")]
+        look: list[Any] = [torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cuda")]
+        caches: list[Any] = []
         for place, value in _walk_arguments(args, kwargs):
             if type(value) in _PLAIN:
                 tensors[place] = value
@@ -177,7 +182,7 @@ class StepReplays(ForwardPatch):
         given = {place: tensor.clone() for place, tensor in call.tensors.items()}
         args, kwargs = call.replace(given)
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
-        side = torch.cuda.Stream(self._device)
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         while len(self._steps) >= MOST:
             self._steps.pop(next(iter(self._steps)))
         try:
@@ -206,18 +211,15 @@ class StepReplays(ForwardPatch):
         return ModuleGuard(module, (), adapters), [(each, address(each)) for each in tensors]
 
     def _forget(self) -> None:
-        self._guard: ModuleGuard | None = None
-        self._addresses: list[tuple[torch.Tensor, int]] = []
-        self._steps: dict[tuple[Any, ...], _Step] = {}
-        self._met: dict[tuple[Any, ...], None] = {}
-        self._refused: dict[tuple[Any, ...], None] = {}
+        """Nothing is captured any more: what was, is of another model."""
+        self._guard, self._addresses = None, []
+        self._steps, self._met, self._refused = {}, {}, {}
 
 
-def _walk_arguments(
-    args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Iterator[tuple[_Place, Any]]:
+def _walk_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[_Place, Any]]:
     """What a call is given, by its places: arguments, and what is in dictionaries of them."""
-    for name, value in itertools.chain(enumerate(args), kwargs.items()):
+    given: list[tuple[str | int, Any]] = [*enumerate(args), *kwargs.items()]
+    for name, value in given:
         if type(value) is dict:
             yield from (((name, key), each) for key, each in value.items())
         else:
@@ -254,5 +256,5 @@ def _remember(known: dict[tuple[Any, ...], None], look: tuple[Any, ...]) -> None
 
 def _count_pool_bytes(pool: Any) -> int:
     """The bytes that a captured step holds of the device."""
-    segments = torch.cuda.memory_snapshot(pool)
+    segments: Any = torch.cuda.memory_snapshot(pool)  # type: ignore[no-untyped-call]
     return sum(int(segment["total_size"]) for segment in segments)

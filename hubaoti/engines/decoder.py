@@ -82,14 +82,20 @@ class Decoder:
         own.return_dict_in_generate, own.num_return_sequences = False, 1
         self.steps = steps
         self.served = self.own = ServedSizes(high=_read_positions(model))
+        self._replays = False
+        self._kept: tuple[tuple[int, int], Any] | None = None
         self._tokenizer = load_tokenizer(folder, trust)
         self._begin = find_starting_tokens(self._tokenizer)
         self._takes = inspect.signature(model.forward).parameters
         self._cache_word = choose_cache_word(self._takes)
 
-    def serve(self, manifest: Manifest | None) -> None:
-        """Graphs answer from now on, or the model itself."""
+    def serve(self, manifest: Manifest | None, replays: bool = False) -> None:
+        """Graphs answer from now on, or the model itself.
+
+        Where steps are replayed the last cache is kept: they are captured over it.
+        """
         self.served = self.own if manifest is None else ServedSizes.of(manifest)
+        self._replays, self._kept = replays, None
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
@@ -172,7 +178,8 @@ class Decoder:
         width = ids.shape[1]
         words: dict[str, Any] = {"generation_config": self._make_config(sampling)}
         if self.served.low is not None:
-            words[self._cache_word] = self._make_cache(width + sampling.max_new_tokens)
+            places = width + sampling.max_new_tokens
+            words[self._cache_word] = self._find_cache(len(rows), places)
         if sampling.stop:
             words |= {"stop_strings": [*sampling.stop], "tokenizer": self._tokenizer}
         with silence_transformers():
@@ -303,6 +310,18 @@ class Decoder:
         if self.served.low is None:
             return {"use_cache": False}
         return {"use_cache": True, self._cache_word: self._make_cache(width)}
+
+    def _find_cache(self, rows: int, places: int) -> Any:
+        """The last cache, emptied, if it is of so many rows and places; else a new one."""
+        size = rows, self.served.round_up(places)
+        if self._kept is not None and self._kept[0] == size:
+            self._kept[1].reset()
+            return self._kept[1]
+        self._kept = None  # before another takes memory
+        cache = self._make_cache(places)
+        if self._replays:
+            self._kept = size, cache
+        return cache
 
     def _make_cache(self, places: int) -> Any:
         """A static cache, of a length that the graphs serve."""

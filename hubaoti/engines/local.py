@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hubaoti import api
-from hubaoti.attachment.attach import Attachment
+from hubaoti.attachment.attach import Attachment, has_steps
 from hubaoti.compiler import from_config
 from hubaoti.compiler.request import CompileRequest
 from hubaoti.engines import messages
@@ -121,11 +121,12 @@ class Resident:
 
     def _attach(self, artifact: Artifact) -> None:
         """Have an artifact's graphs answer for the model's blocks."""
-        module = self.module
+        module, replays = self.module, has_steps(artifact.manifest)
         assert module is not None
         self._attachment = api.attach(
             module,
             artifact,
+            cuda_graphs=replays,
             quantize=artifact.manifest.build.quantization is not None,
             ops=self._begin.ops,
             settings=self._settings,
@@ -133,7 +134,7 @@ class Resident:
         )
         self._artifact = artifact
         if isinstance(self._model, Decoder) and self._settings.graphs:
-            self._model.serve(artifact.manifest)
+            self._model.serve(artifact.manifest, replays)
 
     def _detach(self) -> None:
         if self._attachment is not None:

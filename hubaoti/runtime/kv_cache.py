@@ -32,7 +32,9 @@ _CAPTURED = "captured"  # there: that is not known any more
 class CacheState:
     """A layer of a cache in one call: what it holds, and how much of it was filled before.
 
-    In a call that is captured all of its places are looked at. `room` are the places that are not filled yet: none where a window has seen more than it holds.
+    In a call that is captured all of its places are looked at.
+
+    `room` are the places that are not filled yet: none where a window has seen more than it holds.
     It `slides` where its oldest entries leave, since it was full before the call or becomes so.
     """
 
@@ -84,7 +86,8 @@ class CacheState:
     def make_positions(self) -> torch.Tensor:
         """The places of the new entries: int64, on the device of the cache."""
         if self.is_captured:
-            return torch.arange(self.seq, device=self.keys.device) + self.layer.cumulative_length
+            counted: torch.Tensor = self.layer.cumulative_length
+            return torch.arange(self.seq, device=self.keys.device) + counted
         return torch.arange(self.before, self.filled, device=self.keys.device)
 
     def undo(self) -> None:

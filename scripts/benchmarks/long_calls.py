@@ -71,7 +71,9 @@ def _compare_graphs(graphs: list[Graph], x: torch.Tensor, rounds: int) -> Iterat
     torch.set_num_threads(threads)
     name = f"a call of {spent['runner'][0] / _CALLS * 1e3:.0f} ms"
     over = divide_pairs(spent["library"], spent["runner"])
-    yield make_figure("attach", f"{name}, the library to the runner", over, "times", ("includes", 1))
+    yield make_figure(
+        "attach", f"{name}, the library to the runner", over, "times", ("includes", 1)
+    )
     gain = divide_pairs(spent["in turn"], spent["beside"])
     name = f"{_THREADS} graphs, in one thread to in {_THREADS}"
     yield make_figure("attach", name, gain, "times", ("at least", 1.8))
