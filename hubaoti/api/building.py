@@ -78,7 +78,7 @@ def build_missing(
     with Mirror.open(means.settings.mirror) as mirror, _in_eval_mode(model):
         mirror.index.require_writable()
         with report_failure(output, _describe_request(request), (CompileFailed,)):
-            jobs, origin = _prepare(model, request, host, means)
+            jobs, origin, refused = _prepare(model, request, host, means)
         found: dict[Path, Bundle | None] = {
             choose_place(output, request, job): None for job in jobs
         }
@@ -94,9 +94,17 @@ def build_missing(
                 built = _build(missing, origin, host, means)
                 bundles = [_store(each, mirror) for each in built if isinstance(each, Bundle)]
                 found |= {bundle.path: bundle for bundle in bundles}
-                if errors := [each for each in built if isinstance(each, HubaotiError)]:
-                    raise join_errors(errors, [path for path, bundle in found.items() if bundle])
+                errors = [each for each in built if isinstance(each, HubaotiError)]
+                if errors:
+                    raise join_errors([*errors, *refused], _list_whole(found))
+        if refused:
+            raise join_errors(refused, _list_whole(found))
         return [bundle for bundle in found.values() if bundle]
+
+
+def _list_whole(found: Mapping[Path, Bundle | None]) -> list[Path]:
+    """Where bundles are whole."""
+    return [path for path, bundle in found.items() if bundle]
 
 
 def _refuse_bundle(output: Path) -> None:
@@ -114,8 +122,9 @@ def _refuse_bundle(output: Path) -> None:
 
 def _prepare(
     model: str | Path | nn.Module, request: CompileRequest, host: Host, means: Means
-) -> tuple[list[Job], ModelSource]:
-    """Everything but the work: the source, the plan, and the keys that they have.
+) -> tuple[list[Job], ModelSource, list[BadRequest]]:
+    """Everything but the work: the source, the plan, and the keys that they have; and why others
+    that were asked for beside these cannot be.
 
     Raises:
         HubaotiError: what was asked cannot be; torch is not loaded for what can be seen before.
@@ -132,7 +141,7 @@ def _prepare(
         )
     means.progress("torch")  # importing it takes longer than most steps
     from hubaoti.compiler.fake_gpu import CPU, GPU
-    from hubaoti.compiler.job import Job
+    from hubaoti.compiler.job import make_jobs
     from hubaoti.compiler.options import merge_options, refuse_measuring
     from hubaoti.compiler.plan import make_plan
     from hubaoti.compiler.targets import choose_targets
@@ -154,7 +163,8 @@ def _prepare(
         request = replace(request, buckets=request.buckets or buckets)
     # As a model calls its blocks there, whether there is one here or not.
     plan = make_plan(source, request, GPU if targets[0].device == "cuda" else CPU)
-    return [Job.of(plan, request, target) for target in targets], origin
+    jobs, refused = make_jobs(plan, request, targets)
+    return jobs, origin, refused
 
 
 def _refuse_unread(model: str | Path | nn.Module, request: CompileRequest) -> None:
@@ -244,7 +254,10 @@ def _store(bundle: Bundle, mirror: Mirror) -> Bundle:
 
 def choose_place(output: Path, request: CompileRequest, job: Job) -> Path:
     """Where the bundle of a job goes: the output, or where they are several a folder in it."""
-    return output / str(label_variant(job.target)) if request.capabilities else output
+    if not request.capabilities:
+        return output
+    attention = f"-{job.build.attention}" * (job.build.attention not in {"sdpa", "eager"})
+    return output / f"{label_variant(job.target)}{attention}"
 
 
 def explain_jobs(
@@ -253,7 +266,9 @@ def explain_jobs(
     """What each of the builds that are asked for would be."""
     require("compile", "compile")
     with Mirror.open(means.settings.mirror) as mirror, _in_eval_mode(model):
-        jobs, _ = _prepare(model, request, probe_host(means.settings), means)
+        jobs, _, refused = _prepare(model, request, probe_host(means.settings), means)
+        if refused:
+            raise join_errors(refused)
         places = [output and choose_place(output, request, job) for job in jobs]
         trust = Trust(means.settings.trust)
         return [_explain_job(*each, mirror, trust) for each in zip(jobs, places, strict=True)]

@@ -34,7 +34,7 @@ from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.errors import BadManifest, BadRequest, NewerSchema
 from hubaoti.escape import LONGEST, escape_line
 
-_SCHEMA = 3  # the newest that is read; what is written has the oldest that can say it
+_SCHEMA = 4  # the newest that is read; what is written has the oldest that can say it
 FILENAME = "hubaoti.json"
 # An honest manifest is far below these: the one of an 80-layer model is some hundred kB.
 LARGEST_MANIFEST = 16 << 20  # bytes
@@ -189,6 +189,9 @@ def _find_contradictions(manifest: Manifest) -> list[str]:
 def find_oldest_schema(build: Build, graphs: Iterable[Graph]) -> int:
     """The oldest schema that can say how graphs were built, and what they take and leave."""
     graphs = tuple(graphs)
+    unset = msgspec.UNSET
+    if any(graph.ops is not unset or graph.not_fa3 is not unset for graph in graphs):
+        return 4
     if build.kernels is not msgspec.UNSET or any(graph.unmasked is True for graph in graphs):
         return 3
     return 2 if any(_needs_second_schema(graph) for graph in graphs) else 1

@@ -26,6 +26,7 @@ _MemberPath = Annotated[
 Dim = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
 _Dtype = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
 _Expression = Annotated[str, msgspec.Meta(pattern=PATTERN, max_length=1000)]
+_Op = Annotated[str, msgspec.Meta(pattern=r"^hubaoti::[a-z][a-z0-9_]{0,63}\Z")]
 _DimExprs = tuple[_Expression | Size, ...]
 
 
@@ -243,7 +244,9 @@ class Graph(Record, frozen=True, kw_only=True):
 
     `bounds` are the smallest and largest size of each dim, `steps` what its size is a multiple of.
     Of the graphs that serve a module, the first by `order` whose bounds hold a call serves it. One
-    that is `unmasked` does not look at its mask, and serves calls whose mask hides nothing.
+    that is `unmasked` does not look at its mask, and serves calls whose mask hides nothing. `ops`
+    are those of hubaoti's own that it calls, which a kernel has to answer; where they were asked
+    for, `not_fa3` is the attention that another kernel computes.
     """
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")]
@@ -265,6 +268,8 @@ class Graph(Record, frozen=True, kw_only=True):
     unmasked: Literal[True] | msgspec.UnsetType = msgspec.UNSET
     device_code: DeviceCode | msgspec.UnsetType = msgspec.UNSET  # of a GPU
     not_interpreted: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET  # of a GPU, where some was
+    ops: tuple[_Op, ...] | msgspec.UnsetType = msgspec.UNSET
+    not_fa3: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Check(Record, frozen=True, kw_only=True):

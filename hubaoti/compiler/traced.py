@@ -64,9 +64,9 @@ def trace(jobs: Sequence[Job], unit: GraphPlan, module: nn.Module, twin: nn.Modu
     place = ConstantsFile(source.model, unit.region, module, name_constants_file(unit))
     unit = _mark_written_inputs(source, unit, place)
     guarded = job.target.device == "cpu"
-    for each in jobs:
-        if each.target.sm is not None:
-            _require_same_on_gpu(source, unit, module, each.target.sm)
+    for sm in dict.fromkeys(each.target.sm for each in jobs):
+        if sm is not None:
+            _require_same_on_gpu(source, unit, module, sm)
     exported = trace_unit(source, unit, module, guarded)
     final = replace(unit, face=exported.face, bounds=exported.bounds)
     trial = make_trial(source, final, draft_graph(final), place)

@@ -16,13 +16,17 @@ answers zeros. An answer is contiguous, of the query's dtype.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 
+_CALLED = re.compile(r"\bhubaoti(?:::|\.)(\w+)")  # as torch writes an op down
+FA3 = "fa3"  # as recipes, and lists of kernels, have it
 NAMESPACE = "hubaoti"
 FORWARD, VARLEN, DECODE = "fa3_fwd", "fa3_varlen", "fa3_decode"
 
@@ -48,6 +52,23 @@ def _make_answer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> 
 for _name, _schema in SCHEMAS.items():
     _LIBRARY.define(f"{_name}{_schema}")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _make_answer, lib=_LIBRARY)
+
+
+def call_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool
+) -> torch.Tensor:
+    """`fa3_fwd` without windows and cap; by default scores are divided by the root of the width."""
+    chosen = q.shape[-1] ** -0.5 if scale is None else scale
+    answer: torch.Tensor = torch.ops.hubaoti.fa3_fwd(q, k, v, chosen, causal, -1, -1, 0.0)
+    return answer
+
+
+def list_own_ops(package: Path) -> tuple[str, ...]:
+    """The ops of ours that an unpacked package calls, as `hubaoti::fa3_fwd`."""
+    texts = (path.read_text() for path in package.rglob("*.wrapper.json"))
+    return tuple(
+        sorted({f"{NAMESPACE}::{name}" for text in texts for name in _CALLED.findall(text)})
+    )
 
 
 @dataclass(frozen=True, slots=True)
