@@ -233,7 +233,7 @@ def _in_eval_mode(model: Any) -> Iterator[None]:
 def _build(
     jobs: Mapping[Path, Job], origin: ModelSource, host: Host, means: Means
 ) -> list[Bundle | HubaotiError]:
-    """Build jobs; where none comes to anything, that is raised."""
+    """Build jobs, those of one plan together; where none comes to anything, that is raised."""
     from hubaoti.compiler.build import build
     from hubaoti.compiler.stand_in import build_stand_in
 
@@ -241,7 +241,18 @@ def _build(
     if next(iter(jobs.values())).target.device == "cuda":
         assert host.torch is not None  # it is loaded by now
         stand_in = build_stand_in(host.torch, means.settings.home)
-    return build(jobs, origin, host, means.progress, means.at_once, stand_in)
+    groups: dict[int, dict[Path, Job]] = {}
+    for place, job in jobs.items():
+        groups.setdefault(id(job.plan), {})[place] = job
+    results = list[Bundle | HubaotiError]()
+    for group in groups.values():
+        try:
+            results += build(group, origin, host, means.progress, means.at_once, stand_in)
+        except HubaotiError as error:
+            if len(groups) == 1:
+                raise
+            results.append(error)
+    return results
 
 
 def _store(bundle: Bundle, mirror: Mirror) -> Bundle:

@@ -244,9 +244,11 @@ class Graph(Record, frozen=True, kw_only=True):
 
     `bounds` are the smallest and largest size of each dim, `steps` what its size is a multiple of.
     Of the graphs that serve a module, the first by `order` whose bounds hold a call serves it. One
-    that is `unmasked` does not look at its mask, and serves calls whose mask hides nothing. `ops`
-    are those of hubaoti's own that it calls, which a kernel has to answer; where they were asked
-    for, `not_fa3` is the attention that another kernel computes.
+    that is `unmasked` does not look at its mask, and serves calls whose mask hides nothing. One
+    with `masks` serves those whose mask says no more than it: `causal`, the last row sees all
+    places and each row above it one less; or `padded`, the same but for places before a text.
+    `ops` are those of hubaoti's own that it calls, which a kernel has to answer; where they were
+    asked for, `not_fa3` is the attention that another kernel computes.
     """
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")]
@@ -268,6 +270,7 @@ class Graph(Record, frozen=True, kw_only=True):
     unmasked: Literal[True] | msgspec.UnsetType = msgspec.UNSET
     device_code: DeviceCode | msgspec.UnsetType = msgspec.UNSET  # of a GPU
     not_interpreted: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET  # of a GPU, where some was
+    masks: Literal["causal", "padded"] | msgspec.UnsetType = msgspec.UNSET
     ops: tuple[_Op, ...] | msgspec.UnsetType = msgspec.UNSET
     not_fa3: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
 

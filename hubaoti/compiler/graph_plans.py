@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from hubaoti.compiler.dims import DimRanges, limit_graph_dims, name_bucket
 from hubaoti.compiler.regions import Group
@@ -23,6 +24,7 @@ class GraphPlan:
     bounds: DimRanges
     order: int = 0
     unmasked: bool = False  # its mask says nothing in the calls that it serves
+    masks: Literal["causal", "padded"] | None = None  # what it says there, where it is that alone
 
     @property
     def region(self) -> str:
@@ -88,3 +90,22 @@ def add_unmasked(unit: GraphPlan) -> list[GraphPlan]:
         unmasked=True,
     )
     return [decode, replace(unit, order=2 * unit.order + 1)]
+
+
+def add_lengths(unit: GraphPlan) -> list[GraphPlan]:
+    """A unit, and before it one that is told lengths, and no mask, by what its mask is then.
+
+    FlashAttention-3 takes no masks. Over a static cache it takes where a text begins and ends.
+    """
+    masks = [item for item in unit.face.inputs if item.values == "mask"]
+    cache, shape = unit.face.cache, masks[0].shape if len(masks) == 1 else ()
+    whole = replace(unit, order=2 * unit.order + 1)
+    if unit.unmasked or len(shape) != 4:
+        return [whole]
+    if cache is None and shape[2] == shape[3]:
+        told = replace(unit, id=f"{unit.id}-causal", masks="causal")
+    elif masks[0].dtype == "bool" and shape[3] == "filled" and cache and cache.kind == "static":
+        told = replace(unit, id=f"{unit.id}-padded", masks="padded")
+    else:
+        return [whole]
+    return [replace(told, order=2 * unit.order), whole]

@@ -14,7 +14,7 @@ from hubaoti.compiler.attention import choose_kernels
 from hubaoti.compiler.fa3 import refuse_fa3
 from hubaoti.compiler.graph_plans import GraphPlan
 from hubaoti.compiler.inductor import choose_inductor_options
-from hubaoti.compiler.plan import Plan
+from hubaoti.compiler.plan import Plan, add_fa3_graphs
 from hubaoti.compiler.reports import join_errors
 from hubaoti.compiler.request import CompileRequest
 from hubaoti.errors import BadRequest
@@ -67,12 +67,13 @@ def make_jobs(
         BadRequest: none can.
     """
     jobs, refused = list[Job](), list[BadRequest]()
+    plans = {"sdpa": plan, FA3: add_fa3_graphs(plan) if FA3 in request.attentions else plan}
     for target, attention in product(targets, request.attentions or ("sdpa",)):
         refusal = refuse_fa3(target, plan.source.dtype) if attention == FA3 else None
         if refusal is not None:
             refused.append(refusal)
         else:
-            jobs.append(Job.of(plan, request, target, attention))
+            jobs.append(Job.of(plans[attention], request, target, attention))
     if not jobs:
         raise join_errors(refused)
     return jobs, refused

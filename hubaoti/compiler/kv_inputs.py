@@ -20,6 +20,7 @@ from hubaoti.runtime.kv_cache import SLIDING, find_layer_numbers
 
 ATTENTION = "hubaoti_sdpa"
 UNMASKED = "hubaoti_unmasked"
+TOLD = {"causal": "hubaoti_causal", "padded": "hubaoti_padded"}  # by what masks may say
 _ANY_LENGTH = 1 << 40  # of a cache that nothing is put into
 # What sdpa takes beside its tensors, and what blocks pass along that no attention computes with:
 # the mask has the window already.
@@ -244,6 +245,27 @@ def attend_unmasked(
     return looked.transpose(1, 2).contiguous(), None
 
 
+def attend_causal(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of as many tokens as there are keys to those before them, whatever the mask says.
+
+    Raises:
+        CompileFailed: as `attend_grouped` does.
+    """
+    _refuse_unknown(rest)
+    is_grouped = query.shape[1] != key.shape[1]
+    looked = nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=rest.get("scaling"), enable_gqa=is_grouped
+    )
+    return looked.transpose(1, 2).contiguous(), None
+
+
 def _refuse_unknown(rest: Mapping[str, Any]) -> None:
     """Refuse what sdpa does not compute with."""
     # A flag says what else to answer, as `output_router_logits` does.
@@ -284,7 +306,11 @@ def register_attention() -> None:
     """Make our attention known to transformers, with sdpa's masks."""
     with silence_torchao():  # the first look at this part of transformers brings torchao
         from transformers import AttentionInterface, AttentionMaskInterface
-    kinds: dict[str, Callable[..., Any]] = {ATTENTION: attend_grouped, UNMASKED: attend_unmasked}
+    kinds: dict[str, Callable[..., Any]] = {
+        ATTENTION: attend_grouped,
+        UNMASKED: attend_unmasked,
+        TOLD["causal"]: attend_causal,
+    }
     for name, attention in kinds.items():
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, sdpa_mask)

@@ -110,7 +110,7 @@ def _use_traceable_parts(source: Source, unit: GraphPlan, guarded: bool) -> Iter
     somebody's own module has others, experts that are."""
     others = source.live and not guarded
     experts = use_traceable_experts(source.model, parse_dtype(source.dtype))
-    attention = use_attention(source.model, choose_tracing_attention(source, unit.unmasked))
+    attention = use_attention(source.model, choose_tracing_attention(source, unit))
     with attention, experts if others else nullcontext():
         yield
 
@@ -235,6 +235,7 @@ def draft_graph(unit: GraphPlan, outputs: Outputs | None = None) -> Graph:
         constants=(),
         cache=unit.face.cache,
         unmasked=True if unit.unmasked else msgspec.UNSET,
+        masks=unit.masks or msgspec.UNSET,
     )
 
 
