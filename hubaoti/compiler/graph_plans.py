@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from hubaoti.artifact.schema import Input
 from hubaoti.compiler.dims import DimRanges, limit_graph_dims, name_bucket
 from hubaoti.compiler.regions import Group
 from hubaoti.compiler.request import Range
@@ -104,8 +105,17 @@ def add_lengths(unit: GraphPlan) -> list[GraphPlan]:
         return [whole]
     if cache is None and shape[2] == shape[3]:
         told = replace(unit, id=f"{unit.id}-causal", masks="causal")
-    elif masks[0].dtype == "bool" and shape[3] == "filled" and cache and cache.kind == "static":
+    elif shape[3] == "filled" and _takes_lengths(unit, masks[0]):
         told = replace(unit, id=f"{unit.id}-padded", masks="padded")
     else:
         return [whole]
     return [replace(told, order=2 * unit.order), whole]
+
+
+def _takes_lengths(unit: GraphPlan, mask: Input) -> bool:
+    """Whether the kernel attends over a unit's static cache, and its mask hides or does not."""
+    cache = unit.face.cache
+    if cache is None or cache.kind != "static" or mask.dtype != "bool":
+        return False
+    (*_, width), (*_, of_values) = (unit.face.inputs[n].shape for n in (cache.keys, cache.values))
+    return width == of_values and width in range(8, 257, 8)

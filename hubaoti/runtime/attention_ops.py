@@ -17,7 +17,7 @@ answers zeros. An answer is contiguous, of the query's dtype.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -60,6 +60,23 @@ def call_forward(
     """`fa3_fwd` without windows and cap; by default scores are divided by the root of the width."""
     chosen = q.shape[-1] ** -0.5 if scale is None else scale
     answer: torch.Tensor = torch.ops.hubaoti.fa3_fwd(q, k, v, chosen, causal, -1, -1, 0.0)
+    return answer
+
+
+def call_decode(
+    tensors: Sequence[torch.Tensor],
+    used: torch.Tensor,
+    leftpad: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """`fa3_decode`, causal, without windows and cap, of its first five tensors.
+
+    The scale is as `call_forward` has it.
+    """
+    chosen = tensors[0].shape[-1] ** -0.5 if scale is None else scale
+    answer: torch.Tensor = torch.ops.hubaoti.fa3_decode(
+        *tensors, used, leftpad, chosen, True, -1, -1, 0.0
+    )
     return answer
 
 
