@@ -189,7 +189,7 @@ def _find_contradictions(manifest: Manifest) -> list[str]:
 def find_oldest_schema(build: Build, graphs: Iterable[Graph]) -> int:
     """The oldest schema that can say how graphs were built, and what they take and leave."""
     graphs = tuple(graphs)
-    newest = (each for graph in graphs for each in (graph.masks, graph.ops, graph.not_fa3))
+    newest = (each for graph in graphs for each in (graph.masks, graph.not_fa3))
     if any(each is not msgspec.UNSET for each in newest):
         return 4
     if build.kernels is not msgspec.UNSET or any(graph.unmasked is True for graph in graphs):

@@ -26,7 +26,6 @@ _MemberPath = Annotated[
 Dim = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
 _Dtype = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
 _Expression = Annotated[str, msgspec.Meta(pattern=PATTERN, max_length=1000)]
-_Op = Annotated[str, msgspec.Meta(pattern=r"^hubaoti::[a-z][a-z0-9_]{0,63}\Z")]
 _DimExprs = tuple[_Expression | Size, ...]
 
 
@@ -247,8 +246,7 @@ class Graph(Record, frozen=True, kw_only=True):
     that is `unmasked` does not look at its mask, and serves calls whose mask hides nothing. One
     with `masks` serves those whose mask says no more than it: `causal`, the last row sees all
     places and each row above it one less; or `padded`, the same but for places before a text.
-    `ops` are those of hubaoti's own that it calls, which a kernel has to answer; where they were
-    asked for, `not_fa3` is the attention that another kernel computes.
+    Where FlashAttention-3 was asked for, `not_fa3` is the attention that another kernel computes.
     """
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")]
@@ -271,7 +269,6 @@ class Graph(Record, frozen=True, kw_only=True):
     device_code: DeviceCode | msgspec.UnsetType = msgspec.UNSET  # of a GPU
     not_interpreted: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET  # of a GPU, where some was
     masks: Literal["causal", "padded"] | msgspec.UnsetType = msgspec.UNSET
-    ops: tuple[_Op, ...] | msgspec.UnsetType = msgspec.UNSET
     not_fa3: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
 
 

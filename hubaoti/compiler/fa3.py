@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from hubaoti.artifact.schema import Target
+from hubaoti.artifact.schema import Graph, Target
 from hubaoti.compiler.symbols import list_parts
-from hubaoti.errors import BadRequest
+from hubaoti.errors import BadRequest, CompileFailed
 
 _SM = 90  # its code is Hopper's
 _BUILD_FLAGS = "build_flags"
@@ -88,6 +88,16 @@ def _describe(node: torch.fx.Node) -> str:
     heads, _, width = key.meta["val"].shape[1:]
     masked = " under a mask" * (kernel == _MASKED and given[_MASK] is not None)
     return f"{heads} heads of {width}{masked}: {kernel}"
+
+
+def refuse_unused(graphs: Sequence[Graph]) -> CompileFailed:
+    """Why graphs that were asked for with the kernel, and call it nowhere, are not kept."""
+    others = dict.fromkeys(each for graph in graphs for each in graph.not_fa3 or ())
+    found = f"its attention is {'; '.join(others)}" if others else "nothing in it attends"
+    return CompileFailed(
+        f"lower: no graph calls FlashAttention-3, which takes no masks: {found}",
+        hint="compile it with --attention sdpa",
+    )
 
 
 def refuse_fa3(

@@ -194,12 +194,12 @@ def _lower_one(build: _Build) -> BuiltUnit:
         entry = msgspec.structs.replace(
             entry,
             golden=compared.entry.golden,
-            ops=lowered.ops or msgspec.UNSET,
             not_fa3=lowered.not_fa3 or msgspec.UNSET,
             device_code=_read_code(folder, build.sm) or msgspec.UNSET,
         )
         library = next((folder / UNPACKED).rglob("*.wrapper.so"))
-        return BuiltUnit((BuiltGraph(entry, elf.read_needs(library), files, compared.checks),))
+        needs = elf.read_needs(library)
+        return BuiltUnit((BuiltGraph(entry, needs, files, compared.checks, lowered.ops),))
 
 
 def _read_code(folder: Path, sm: int) -> DeviceCode | None:

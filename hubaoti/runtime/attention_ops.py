@@ -17,7 +17,8 @@ answers zeros. An answer is contiguous, of the query's dtype.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -176,3 +177,16 @@ REFERENCES: Mapping[str, Callable[..., torch.Tensor]] = {
     VARLEN: _compute_varlen,
     DECODE: _compute_decode,
 }
+
+
+@contextmanager
+def answer_by_reference(device: str) -> Iterator[None]:
+    """While it lasts, plain torch answers the ops in this process, on a kind of device.
+
+    It is for looking at graphs where no kernel is. Private, checked on torch 2.11 to 2.15:
+    `_scoped_library`, which takes back what a library has registered.
+    """
+    with torch.library._scoped_library(NAMESPACE, "IMPL") as library:
+        for name, compute in REFERENCES.items():
+            library.impl(name, compute, device.upper())
+        yield

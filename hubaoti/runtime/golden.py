@@ -103,9 +103,9 @@ def _make_open_mask(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _hide_padding(mask: torch.Tensor) -> None:
-    """Have a mask (batch, heads, rows, places) hide the first one, two or none of each text."""
+    """Have a mask (batch, heads, rows, places) hide no place, the first, or the first two."""
     for index, text in enumerate(mask):
-        text[..., : min((index + 1) % 3, text.shape[-1] - 1)] = False
+        text[..., : min(index % 3, text.shape[-1] - 1)] = False
 
 
 def resolve_shape(
