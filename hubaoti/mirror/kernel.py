@@ -1,6 +1,6 @@
 """A build of a kernel as it lies in the mirror: its files, and no other, in a repo's own layout.
 
-    <digest>/build/<variant>/metadata.json, …
+<digest>/build/<variant>/metadata.json, …
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def require_kernel(pin: KernelPin, folder: Path) -> KernelBuild:
     if not (folder / build.digest).is_dir():
         raise KernelMissing(f"the kernel {pin} ({build.variant}) is not here", hint=_FETCH)
     for problem in _find_problems(build, folder / build.digest):
-        raise KernelDigestMismatch(f"the kernel {pin} is not as it was pinned: {problem}", hint=_FETCH)
+        raise KernelDigestMismatch(
+            f"the kernel {pin} is not as it was pinned: {problem}", hint=_FETCH
+        )
     return build
 
 
