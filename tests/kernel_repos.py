@@ -1,4 +1,4 @@
-"""Kernels repos with a small attention on the CPU, in each schema of FlashAttention-3 that there is.
+"""Kernels repos with a small attention on the CPU, in each schema of FlashAttention-3.
 
 One library is compiled for all of them: its namespace and its schema are filled in.
 """
@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch

@@ -11,6 +11,8 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from msgspec import UNSET
+
 from hubaoti.artifact.kernel_metadata import LARGEST_METADATA, METADATA, parse_metadata
 from hubaoti.artifact.kernel_pin import MOST_BYTES, KernelBuild, KernelOp, KernelPin
 from hubaoti.artifact.kernel_variant import KernelHost, choose_variant
@@ -77,7 +79,7 @@ def pin_kernel(client: HubClient, name: str, host: KernelHost) -> KernelPin:
     where = f"{start}{METADATA} of {ref.repo}"
     metadata = parse_metadata(files[METADATA].read_bytes()[:LARGEST_METADATA], where)
     archs = metadata.backend.archs
-    pin = KernelPin(
+    return KernelPin(
         repo=ref.repo,
         commit=commit,
         variant=variant,
@@ -87,10 +89,9 @@ def pin_kernel(client: HubClient, name: str, host: KernelHost) -> KernelPin:
             for path, file in sorted(files.items())
         ),
         ops=(_read_op(ref.repo, files),),
-        **({} if metadata.version is None else {"version": metadata.version}),
-        **({"archs": tuple(archs)} if archs else {}),
+        version=UNSET if metadata.version is None else metadata.version,
+        archs=tuple(archs) if archs else UNSET,
     )
-    return pin
 
 
 def fetch_kernels(

@@ -34,7 +34,7 @@ from hubaoti.runtime.attention_ops import NAMESPACE
 from hubaoti.runtime.kernel_adapters import adapt_kernel
 
 _NO_KERNEL = "pull an sdpa recipe, which needs no kernel"
-_LIBRARY = torch.library.Library(NAMESPACE, "IMPL")
+_LIBRARY = torch.library.Library(NAMESPACE, "IMPL")  # type: ignore[no-untyped-call]
 _LOCK = threading.Lock()
 # What this process has, by digests: of builds by their namespaces, and of those that answer our
 # ops by kind of device. Neither is ever undone: a library is not unloaded.
@@ -102,7 +102,7 @@ def _open_build(name: str, build: KernelBuild, folder: Path, device: torch.devic
         _load(name, build, folder, device)
         _LOADED[build.namespace] = build.digest
     for op, function in adapt_kernel(build).items():
-        _LIBRARY.impl(op, function, device.type.upper())
+        _LIBRARY.impl(op, function, device.type.upper())  # type: ignore[no-untyped-call]
     _ANSWERING[device.type] = build.digest
 
 
