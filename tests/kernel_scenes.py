@@ -166,8 +166,15 @@ def attaches(repos: list[str], **how: Any) -> dict[str, Any]:
     return found
 
 
+def attaches_bundle(folder: str, trust: bool) -> dict[str, Any]:
+    """A module that the graphs of a bundle in a folder answer for."""
+    module, given = Attending().eval(), make_tensors(3, 8)
+    with torch.no_grad(), hubaoti.attach(module, Path(folder), trust=trust):
+        return {"off": find_difference(module(*given), attend(*given))}
+
+
 SCENES: dict[str, Callable[..., Any]] = {
-    scene.__name__: scene for scene in (answers, opens, loads_and_opens, attaches)
+    scene.__name__: scene for scene in (answers, opens, loads_and_opens, attaches, attaches_bundle)
 }
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from bundles import changed
+from bundles import make_gpu_host
 from commands import environment_of
 from huggingface_hub import HfApi
 from kernel_repos import SCHEMAS, compile_library, variant_here, write_build
@@ -23,23 +23,33 @@ from proxies import Proxy
 
 import hubaoti
 from hubaoti import api
-from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle, write_manifest
 from hubaoti.artifact.kernel_pin import KernelPin
 from hubaoti.artifact.kernel_variant import KernelHost
+from hubaoti.artifact.requirements import Requirements
 from hubaoti.errors import (
     HubUnreachable,
     KernelArchUnsupported,
     KernelDigestMismatch,
     KernelMissing,
     KernelSchemaMismatch,
+    MissingOps,
     RepoNotFound,
+    Untrusted,
 )
+from hubaoti.host.match import MatchResult, judge
+from hubaoti.host.probe import Gpu, probe_host
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.kernels import fetch_kernels, pin_kernel
+from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
+CUDA = Requirements(
+    **{"device": "cuda", "os": "linux", "torch": "2.13.0+cu130", "level": "x86_64_v3"},
+    **{"cuda": "13.0", "sm": 90},
+)
 HERE = KernelHost(torch.__version__, None, "x86_64_v3", "linux")
 SCENES = Path(__file__).with_name("kernel_scenes.py")
 
@@ -91,7 +101,7 @@ def play(settings: Settings, scene: str, **words: Any) -> Any:
     pins = {"pins": msgspec.to_builtins(words.pop("pins"))} if "pins" in words else {}
     done = subprocess.run(
         [sys.executable, str(SCENES), scene, json.dumps({**words, **pins})],
-        env=environment_of(settings),
+        env=environment_of(settings) | {"HF_HUB_OFFLINE": str(int(settings.offline))},
         capture_output=True,
         text=True,
         timeout=200,
@@ -353,8 +363,10 @@ def bundle_with(bundle: Bundle, folder: Path, *pins: KernelPin) -> Bundle:
     """The same graphs, which are to be answered by pinned kernels."""
     shutil.copytree(bundle.path, folder)
     requires = replace(bundle.manifest.requires, kernels=pins)
-    schema = max(bundle.manifest.schema, 3 if pins else 0)
-    return changed(Bundle(folder, bundle.manifest), requires=requires, schema=schema)
+    schema = 3 if pins else bundle.manifest.schema
+    manifest = msgspec.structs.replace(bundle.manifest, requires=requires, schema=schema)
+    write_manifest(folder, manifest)
+    return Bundle(folder, manifest)
 
 
 @pytest.fixture
@@ -393,3 +405,148 @@ def test_the_second_build_in_a_process_is_refused_and_the_first_goes_on(
     assert told["error"] == "KernelConflict"
     again = play(settings, "attaches", repos=[f"{repo}-two", f"{repo}-two"], trust=True)
     assert again[f"{repo}-two"]["off"] < 1e-5
+
+
+@pytest.fixture
+def pushed(
+    publish: Publish, push: Callable[..., Bundle], settings: Settings, repo: str
+) -> tuple[Bundle, KernelPin]:
+    """An artifact in `repo`, and the kernel that it pins, in `repo`-kernel."""
+    publish(f"{repo}-kernel", "_attention_cpu_2a")
+    pinned = pin(settings, f"{repo}-kernel")
+    return push(repo, pinned), pinned
+
+
+def test_a_pull_brings_the_kernel_and_what_was_pulled_opens_without_a_network(
+    pushed: tuple[Bundle, KernelPin], settings: Settings, repo: str
+) -> None:
+    commit = api.pull(repo, trust=True, settings=settings).commit
+    with Mirror.open(settings.mirror) as mirror:
+        mirror.verify_kernel(pushed[1])
+    offline = replace(settings, offline=True)
+    name = f"{repo}@{commit}"
+    assert play(offline, "attaches", repos=[name])[name]["off"] < 1e-5
+
+
+def test_a_kernel_that_is_missing_offline_is_named(
+    pushed: tuple[Bundle, KernelPin], settings: Settings, repo: str
+) -> None:
+    pulled = api.pull(repo, trust=True, settings=settings)
+    shutil.rmtree(settings.mirror / "kernels")
+    offline = replace(settings, offline=True)
+    with pytest.raises(KernelMissing, match=str(pushed[1])):
+        api.pull(f"{repo}@{pulled.commit}", settings=offline)
+    told = play(offline, "attaches", repos=[f"{repo}@{pulled.commit}"])
+    assert told["error"] == "KernelMissing"
+    assert api.pull(f"{repo}@{pulled.commit}", settings=settings).from_mirror  # and brings it back
+    assert [*settings.mirror.glob("kernels/*")]
+
+
+def test_a_kernel_whose_publisher_is_not_trusted_is_not_fetched(
+    publish: Publish, push: Callable[..., Bundle], settings: Settings, repo: str
+) -> None:
+    kernel = f"stranger/{repo.partition('/')[2]}"
+    publish(kernel, "_attention_cpu_3a")
+    push(repo, pin(settings, kernel))
+    Trust(settings.trust).add(settings.endpoint, "acme")
+    with pytest.raises(Untrusted, match=f"stranger publishes the kernel {kernel}"):
+        api.pull(repo, settings=settings)
+    assert not [*settings.mirror.glob("kernels/*")]
+    commit = api.pull(repo, trust=True, settings=settings).commit
+    Trust(settings.trust).remove(settings.endpoint, "stranger")
+    with pytest.raises(Untrusted, match="stranger publishes the kernel"):
+        api.pull(f"{repo}@{commit}", settings=settings)
+
+
+def test_a_bundle_brings_its_kernel_where_it_is_attached(
+    pushed: tuple[Bundle, KernelPin], settings: Settings
+) -> None:
+    bundle, pinned = pushed
+    told = play(settings, "attaches_bundle", folder=str(bundle.path), trust=False)
+    assert told["error"] == "Untrusted"
+    told = play(settings, "attaches_bundle", folder=str(bundle.path), trust=True)
+    assert told["off"] < 1e-5
+    with Mirror.open(settings.mirror) as mirror:
+        mirror.verify_kernel(pinned)
+
+
+def test_an_artifact_whose_kernel_is_not_there_is_not_pushed(
+    pushed: tuple[Bundle, KernelPin],
+    attending: Bundle,
+    settings: Settings,
+    repo: str,
+    tmp_path: Path,
+) -> None:
+    elsewhere = replace(pushed[1], commit="d" * 40)
+    bundle = bundle_with(attending, tmp_path / "elsewhere", elsewhere)
+    with pytest.raises(KernelMissing, match=str(elsewhere)):
+        api.push(bundle, repo, settings=settings)
+    assert pushed[1].build is not None
+    files = tuple(
+        msgspec.structs.replace(file, size=file.size + 1) for file in pushed[1].build.files
+    )
+    bundle = bundle_with(attending, tmp_path / "other", replace(pushed[1], files=files))
+    with pytest.raises(KernelMissing, match="is not there as it was pinned"):
+        api.push(bundle, repo, settings=settings)
+
+
+def test_a_graph_without_a_kernel_for_its_op_is_refused_before_it_is_called(
+    attending: Bundle, settings: Settings, tmp_path: Path
+) -> None:
+    bundle = bundle_with(attending, tmp_path / "bare")
+    with pytest.raises(MissingOps, match="calls hubaoti::fa3_fwd, an op that is not registered"):
+        hubaoti.attach(Attending().eval(), bundle, settings=settings)
+
+
+def test_a_kernel_that_was_changed_is_not_opened_with_its_artifact(
+    pushed: tuple[Bundle, KernelPin], settings: Settings, repo: str
+) -> None:
+    pulled = api.pull(repo, trust=True, settings=settings)
+    spoil(next(settings.mirror.glob("kernels/*/build/*")), "flipped")
+    told = play(settings, "attaches", repos=[f"{repo}@{pulled.commit}"])
+    assert told["error"] == "KernelDigestMismatch"
+    told = play(settings, "attaches", repos=[f"{repo}@{pulled.commit}"])  # which fetches it again
+    assert told[f"{repo}@{pulled.commit}"]["off"] < 1e-5
+
+
+def test_a_kernel_that_ends_its_process_is_never_loaded_here(
+    publish: Publish, push: Callable[..., Bundle], settings: Settings, repo: str
+) -> None:
+    """Torch ends a process for a schema that it cannot read."""
+    publish(f"{repo}-kernel", "_attention_cpu_4a", schema="fwd(Tensor q, Nothing k) -> Tensor")
+    push(repo, pin(settings, f"{repo}-kernel"))
+    told = play(settings, "attaches", repos=[repo], trust=True)
+    assert told["error"] == "NotTried"
+    assert "before it was opened" in told["message"]
+
+
+# Judged
+
+
+@pytest.mark.parametrize("sm", [80, 120])
+def test_a_host_of_another_capability_is_told_to_take_sdpa(
+    publish: Publish, settings: Settings, repo: str, sm: int
+) -> None:
+    variant = "torch213-cxx11-cu130-x86_64-linux"
+    publish(repo, "_attention_cuda_5a", variant=variant, archs=("9.0a",))
+    there = KernelHost("2.13.0+cu130", "13.0", "x86_64_v3", "linux")
+    pinned = pin(settings, repo, there)
+    host = make_gpu_host(gpus=(Gpu("fake", sm, 1 << 34),))
+    verdict = judge(replace(CUDA, sm=sm, kernels=(pinned,)), host)
+    assert [refusal.need for refusal in verdict.refusals] == [f"9.0a for the kernel {repo}"]
+    assert "sdpa" in verdict.refusals[0].advice
+    fits = judge(replace(CUDA, kernels=(pinned,)), make_gpu_host())
+    assert fits.fit is MatchResult.EXACT
+    offline = judge(replace(CUDA, kernels=(pinned,)), make_gpu_host(offline=True))
+    assert [refusal.need for refusal in offline.refusals] == [f"the kernels {pinned}"]
+    kept = make_gpu_host(offline=True, kernels=frozenset({pinned.id}))
+    assert judge(replace(CUDA, kernels=(pinned,)), kept).fit is MatchResult.EXACT
+
+
+def test_the_mirror_tells_the_host_which_kernels_need_no_network(
+    publish: Publish, settings: Settings, repo: str
+) -> None:
+    publish(repo, "_attention_cpu_6a")
+    pinned = pin(settings, repo)
+    fetch(settings, pinned)
+    assert pinned.id in probe_host(settings, kernel_caches=()).kernels

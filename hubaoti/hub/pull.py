@@ -146,13 +146,13 @@ class Puller:
             return None
         artifact, path = found
         if self.client.is_offline:
-            self._bring_kernels(artifact.manifest)  # or it says which are missing
+            self.bring_kernels(artifact.manifest)  # or it says which are missing
         verdict = self._judge(artifact.manifest.requires)
         if verdict.fit is MatchResult.INCOMPATIBLE:
             return None
         place = ArtifactPath.parse(path)
         self.require_trust(ref, commit, place, artifact.manifest)
-        self._bring_kernels(artifact.manifest)
+        self.bring_kernels(artifact.manifest)
         considered = (Considered(place, artifact.manifest, verdict),)
         return Pulled(artifact, ref, commit, place, verdict, considered, (), True)
 
@@ -174,15 +174,15 @@ class Puller:
         manifest = chosen.manifest
         assert manifest is not None  # only judged ones are chosen
         self.require_trust(ref, catalog.commit, chosen.place, manifest)
-        self._bring_kernels(manifest)
+        self.bring_kernels(manifest)
         # Another commit, or another repo, may have brought the same artifact before.
         mirrored = self.mirror.artifact(manifest.digest)
         artifact = mirrored or self._fetch(catalog, chosen.place, manifest)
         self.mirror.index.record_pull(pin, artifact.digest, str(chosen.place))
         return artifact
 
-    def _bring_kernels(self, manifest: Manifest) -> None:
-        """The kernels that an artifact calls: of trusted publishers, verified, in the mirror."""
+    def bring_kernels(self, manifest: Manifest) -> None:
+        """See that the kernels that an artifact calls are in the mirror, by `fetch_kernels`."""
         pins = manifest.requires.kernels
         fetch_kernels(self.client, self.mirror, pins, self.require_publisher, self.progress)
 
