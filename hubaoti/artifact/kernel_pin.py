@@ -19,8 +19,8 @@ from hubaoti.artifact.kernel_variant import KernelHost, KernelVariant
 from hubaoti.artifact.schema import File
 from hubaoti.errors import BadManifest, BadRequest
 
-_HINT = "the manifest was not written by hubaoti, or was changed; pull another artifact"
-_MOST_FILES = 1000
+_HINT = "pull another artifact, or compile with another kernel, or with sdpa, which needs none"
+MOST_FILES = 1000
 MOST_BYTES = 16 << 30  # of a kernel; the largest of today have 1 GB
 _MOST_OPS = 32
 _MOST_ARCHS = 100
@@ -184,12 +184,12 @@ def _is_op(op: object) -> bool:
 
 def _are_files(files: object) -> bool:
     """Whether these are files of distinct paths that stay below their folder, and not too large."""
-    if not isinstance(files, tuple) or not 0 < len(files) <= _MOST_FILES:
+    if not isinstance(files, tuple) or not 0 < len(files) <= MOST_FILES:
         return False
     try:
-        good = all(msgspec.convert(msgspec.to_builtins(each), File) == each for each in files)
+        read = [msgspec.convert(msgspec.to_builtins(each), File) for each in files]
     except (msgspec.MsgspecError, TypeError):
         return False
     # As a disk that folds case would have them.
-    distinct = len({file.path.casefold() for file in files}) == len(files)
-    return good and distinct and sum(file.size for file in files) <= MOST_BYTES
+    distinct = len({file.path.casefold() for file in read}) == len(read)
+    return read == [*files] and distinct and sum(file.size for file in read) <= MOST_BYTES

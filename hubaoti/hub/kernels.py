@@ -14,14 +14,14 @@ from pathlib import Path
 from msgspec import UNSET
 
 from hubaoti.artifact.kernel_metadata import LARGEST_METADATA, METADATA, parse_metadata
-from hubaoti.artifact.kernel_pin import MOST_BYTES, KernelBuild, KernelOp, KernelPin
+from hubaoti.artifact.kernel_pin import MOST_BYTES, MOST_FILES, KernelBuild, KernelOp, KernelPin
 from hubaoti.artifact.kernel_variant import KernelHost, choose_variant
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.package import hash_file
 from hubaoti.artifact.schema import File
 from hubaoti.disk import require_disk_room
 from hubaoti.errors import (
-    BadRequest,
+    BadManifest,
     DigestMismatch,
     HubUnreachable,
     KernelArchUnsupported,
@@ -40,6 +40,7 @@ from hubaoti.progress import Progress
 _KIND = "kernel"
 _STATUS = "kernel-status.toml"  # of a repo whose kernel lies in another one
 _LARGEST_STATUS = 64 << 10  # bytes
+_MOST_PLAIN = 64 << 20  # bytes of files that git itself keeps, which have no sha256
 # A library keeps the schema of each op that it defines as one string.
 _SCHEMA = re.compile(
     rb"(?<![\x20-\x7e])fwd\([\x20-\x7e]{0,8000}?\) -> [\x20-\x7e]{1,400}(?![\x20-\x7e])"
@@ -59,7 +60,8 @@ def pin_kernel(client: HubClient, name: str, host: KernelHost) -> KernelPin:
         KernelMissing: it lies in another repo by now.
         KernelArchUnsupported: it has no build for this kind of host.
         KernelSchemaMismatch: no library of its build, or several, have the op that is called.
-        BadManifest: its metadata say nothing, or that it loads other kernels.
+        BadManifest: its metadata say nothing, or that it loads other kernels; its files are too
+            many, too large, or called as no file may be.
         KernelDigestMismatch: the endpoint gives other bytes than the commit lists.
     """
     ref = RepoRef.parse(name)
@@ -68,16 +70,10 @@ def pin_kernel(client: HubClient, name: str, host: KernelHost) -> KernelPin:
     entries = {entry.path: entry for entry in client.files(ref.repo, commit, _KIND)}
     _refuse_moved(client, ref.repo, commit, entries)
     variant = _choose_build(f"{ref.repo}@{commit}", entries, host)
-    start = f"build/{variant}/"
-    chosen = {path.removeprefix(start): entries[path] for path in entries if path.startswith(start)}
-    if sum(entry.size for entry in chosen.values()) > MOST_BYTES or METADATA not in chosen:
-        raise BadRequest(
-            f"{start} of {ref.repo} at {commit} is too large, or has no {METADATA}",
-            hint=_NO_KERNEL,
-        )
+    where = f"build/{variant} of {ref.repo} at {commit}"
+    chosen = _choose_files(where, entries, f"build/{variant}/")
     files = {path: _download(client, ref.repo, commit, each) for path, each in chosen.items()}
-    where = f"{start}{METADATA} of {ref.repo}"
-    metadata = parse_metadata(files[METADATA].read_bytes()[:LARGEST_METADATA], where)
+    metadata = parse_metadata(files[METADATA].read_bytes(), f"{METADATA} in {where}")
     archs = metadata.backend.archs
     return KernelPin(
         repo=ref.repo,
@@ -162,6 +158,28 @@ def _refuse_moved(client: HubClient, repo: str, commit: str, entries: Mapping[st
             f"the kernel {repo} is called {escape_line(now, 120)} by now",
             hint="name that one, if you trust who publishes it",
         )
+
+
+def _choose_files(where: str, entries: Mapping[str, Entry], start: str) -> dict[str, Entry]:
+    """The files of a build by their paths in it; bytecode, which nobody needs, is none of them.
+
+    Raises:
+        BadManifest: they are too many or too large to be looked at, or have no metadata.
+    """
+    found = {
+        path.removeprefix(start): entry
+        for path, entry in entries.items()
+        if path.startswith(start) and not path.endswith(".pyc")
+    }
+    plain = sum(entry.size for entry in found.values() if entry.sha256 is None)
+    total = sum(entry.size for entry in found.values())
+    if METADATA not in found or found[METADATA].size > LARGEST_METADATA:
+        problem = f"it has no {METADATA} of at most {LARGEST_METADATA} bytes"
+    elif len(found) > MOST_FILES or plain > _MOST_PLAIN or total > MOST_BYTES:
+        problem = f"it has {len(found)} files of {total} bytes"
+    else:
+        return found
+    raise BadManifest(f"{where} cannot be pinned: {problem}", hint=_NO_KERNEL)
 
 
 def _choose_build(where: str, entries: Mapping[str, Entry], host: KernelHost) -> str:
