@@ -21,7 +21,7 @@ from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.schema import ModelSource, Target
 from hubaoti.attachment.attach import Attachment
 from hubaoti.compiler.build import build
-from hubaoti.compiler.fa3 import KernelAbilities, read_abilities, refuse_fa3
+from hubaoti.compiler.fa3 import KernelAbilities, read_abilities, refuse_fa3, require_dtype
 from hubaoti.compiler.from_config import load_source
 from hubaoti.compiler.job import Job, make_jobs
 from hubaoti.compiler.plan import Plan, add_fa3_graphs, make_plan
@@ -74,7 +74,6 @@ def test_attentions_are_asked_for_in_words_or_a_list_and_unknown_ones_refused() 
         (120, "bfloat16", "asked for sm120"),
         (None, "bfloat16", "asked for a CPU"),
         (90, "float32", "asked in float32"),
-        (90, "float16", "asked in float16"),
     ],
 )
 def test_what_the_kernel_does_not_run_on_or_in_is_refused_by_name(
@@ -85,8 +84,12 @@ def test_what_the_kernel_does_not_run_on_or_in_is_refused_by_name(
 
 
 def test_a_build_of_the_kernel_that_has_float16_is_asked_in_it() -> None:
-    assert refuse_fa3(make_target(90), "bfloat16") is None
-    assert refuse_fa3(make_target(90), "float16", KernelAbilities(fp16=True)) is None
+    for dtype in ("bfloat16", "float16"):
+        assert refuse_fa3(make_target(90), dtype) is None
+        require_dtype(dtype, KernelAbilities(fp16=True), "acme/flash")
+    require_dtype("bfloat16", KernelAbilities(), "acme/flash")
+    with pytest.raises(BadRequest, match="in float16, in which acme/flash does not compute"):
+        require_dtype("float16", KernelAbilities(), "acme/flash")
 
 
 @pytest.mark.parametrize(
@@ -106,9 +109,10 @@ def test_a_build_of_the_kernel_that_has_float16_is_asked_in_it() -> None:
 def test_what_a_build_has_is_read_from_its_flags_and_not_run(
     text: str, found: KernelAbilities, tmp_path: Path
 ) -> None:
-    assert read_abilities(tmp_path) == KernelAbilities()
-    (tmp_path / "flash_attn_config.py").write_text(text)
-    assert read_abilities(tmp_path) == found
+    file = tmp_path / "digest"
+    file.write_text(text)
+    assert read_abilities({"metadata.json": file}) == KernelAbilities()
+    assert read_abilities({"flash_attn_config.py": file}) == found
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from hubaoti.api.attaching import put
 from hubaoti.api.finding import find_built, find_whole, list_trusted
 from hubaoti.artifact.bundle import Bundle, explain_store_errors
+from hubaoti.artifact.kernel_variant import KernelHost
 from hubaoti.artifact.manifest import FILENAME, label_recipe, label_variant
 from hubaoti.artifact.schema import ModelSource
 from hubaoti.compiler.reports import describe_jobs, join_errors, report_failure
-from hubaoti.compiler.request import CompileRequest
+from hubaoti.compiler.request import KERNEL, CompileRequest
 from hubaoti.errors import (
     BadDim,
     BadRequest,
@@ -28,6 +29,8 @@ from hubaoti.errors import (
 )
 from hubaoti.host.extras import require
 from hubaoti.host.probe import Host, probe_host
+from hubaoti.hub.client import HubClient
+from hubaoti.hub.kernels import download_build, pin_kernel
 from hubaoti.hub.model_download import COMPILE_FILES, fetch_model_files, find_local_folder
 from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
@@ -91,7 +94,7 @@ def build_missing(
         if missing:
             facts = describe_jobs([*missing.values()])
             with report_failure(output, facts, (CompileFailed, CheckFailed, BadDim)):
-                built = _build(missing, origin, host, means)
+                built = _build(missing, origin, host, means, request.kernel or KERNEL)
                 bundles = [_store(each, mirror) for each in built if isinstance(each, Bundle)]
                 found |= {bundle.path: bundle for bundle in bundles}
                 errors = [each for each in built if isinstance(each, HubaotiError)]
@@ -231,7 +234,7 @@ def _in_eval_mode(model: Any) -> Iterator[None]:
 
 
 def _build(
-    jobs: Mapping[Path, Job], origin: ModelSource, host: Host, means: Means
+    jobs: Mapping[Path, Job], origin: ModelSource, host: Host, means: Means, kernel: str
 ) -> list[Bundle | HubaotiError]:
     """Build jobs, those of one plan together; where none comes to anything, that is raised."""
     from hubaoti.compiler.build import build
@@ -241,18 +244,41 @@ def _build(
     if next(iter(jobs.values())).target.device == "cuda":
         assert host.torch is not None  # it is loaded by now
         stand_in = build_stand_in(host.torch, means.settings.home)
+    results = list[Bundle | HubaotiError]()
     groups: dict[int, dict[Path, Job]] = {}
     for place, job in jobs.items():
-        groups.setdefault(id(job.plan), {})[place] = job
-    results = list[Bundle | HubaotiError]()
+        try:
+            groups.setdefault(id(job.plan), {})[place] = _pin(job, kernel, means.settings)
+        except HubaotiError as error:
+            if len(jobs) == 1:
+                raise
+            results.append(error)
     for group in groups.values():
         try:
             results += build(group, origin, host, means.progress, means.at_once, stand_in)
         except HubaotiError as error:
-            if len(groups) == 1:
+            if len(group) == len(jobs):
                 raise
             results.append(error)
     return results
+
+
+def _pin(job: Job, kernel: str, settings: Settings) -> Job:
+    """A job with the kernel that its graphs may call, as its repo has it now.
+
+    Raises:
+        HubaotiError: of `pin_kernel`. BadRequest: it does not compute in the dtype.
+    """
+    from hubaoti.compiler.fa3 import read_abilities, require_dtype
+    from hubaoti.runtime.attention_ops import FA3
+
+    if job.build.attention != FA3:
+        return job
+    client, target = HubClient(settings), job.target
+    host = KernelHost(target.torch, target.cuda, target.level, target.os)
+    pin = pin_kernel(client, kernel, host)
+    require_dtype(job.build.dtype, read_abilities(download_build(client, pin)), str(pin))
+    return replace(job, pins=(pin,))
 
 
 def _store(bundle: Bundle, mirror: Mirror) -> Bundle:

@@ -50,6 +50,7 @@ class CompileWords(TypedDict, total=False):
     dtype: str | None
     quantize: str | None
     attention: str | Iterable[str] | None
+    kernel: str | None
     mode: str
     inductor: Mapping[str, Any] | Iterable[str]
     level: str | None
@@ -71,6 +72,7 @@ def compile(  # noqa: PLR0913 - a face of keywords
     dtype: str | None = None,
     quantize: str | None = None,
     attention: str | Iterable[str] | None = None,
+    kernel: str | None = None,
     mode: str = "default",
     inductor: Mapping[str, Any] | Iterable[str] = (),
     level: str | None = None,
@@ -100,6 +102,8 @@ def compile(  # noqa: PLR0913 - a face of keywords
         dtype: float32, bfloat16 or float16; by default the config's.
         quantize: int8wo, int4wo or float8dq, through torchao.
         attention: sdpa or fa3 (FlashAttention-3: sm90, bfloat16); by default the model's own.
+        kernel: the repo of fa3's kernel, `owner/name[@version]`, as it is now; what is found built
+            already keeps its own. By default it is kernels-community/flash-attn3.
         mode: default, max-autotune or reduce-overhead, as `torch.compile` has them.
         inductor: options of torch.inductor, as `{"max_autotune": True}` or `["max_autotune=true"]`.
         level: the CPU level of the host code as archspec names it; x86_64_v3 by default.
@@ -126,6 +130,7 @@ def compile(  # noqa: PLR0913 - a face of keywords
         "dtype": dtype,
         "quantize": quantize,
         "attention": attention,
+        "kernel": kernel,
         "mode": mode,
         "inductor": inductor,
         "level": level,

@@ -173,13 +173,13 @@ def _make_manifest(
     needs = elf.merge_needs([each.needs for each in built])
     shared = max((each.shared_memory for each in codes), default=None)
     manifest = Manifest(
-        schema=manifests.find_oldest_schema(job.build, graphs),
+        schema=manifests.find_oldest_schema(job.build, graphs, job.pins),
         program=job.plan.source.program,
         build=job.build,
         target=job.target,
         key=job.key,
         source=origin,
-        requires=derive_requirements(job.target, needs, shared),
+        requires=derive_requirements(job.target, needs, shared, job.pins),
         graphs=graphs,
         files=(*(file for each in built for file in each.files), *golden),
         checks=tuple(check for each in built for check in each.checks),

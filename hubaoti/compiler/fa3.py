@@ -15,6 +15,7 @@ from hubaoti.artifact.schema import Graph, Target
 from hubaoti.compiler.symbols import list_parts
 from hubaoti.errors import BadRequest, CompileFailed
 
+_HALF = ("bfloat16", "float16")
 _SM = 90  # its code is Hopper's
 _BUILD_FLAGS = "build_flags"
 _LARGEST_CONFIG = 64 << 10  # bytes
@@ -34,13 +35,13 @@ _FLAGS = {"fp16": "FP16", "windows": "LOCAL", "softcap": "SOFTCAP", "paging": "P
 assert {*_FLAGS} == {each.name for each in fields(KernelAbilities)}
 
 
-def read_abilities(folder: Path) -> KernelAbilities:
-    """What the build of a kernel in a folder has, by the flags that its own setup wrote down.
+def read_abilities(files: Mapping[str, Path]) -> KernelAbilities:
+    """What a build of the kernel has, of whose files these are, by the flags that its setup wrote.
 
     They are read and not run. Without them, or where they cannot be read, it is nothing.
     """
-    for path in sorted(folder.rglob("*_config.py")):
-        if flags := _read_flags(path):
+    for path in sorted(path for path in files if path.endswith("_config.py")):
+        if flags := _read_flags(files[path]):
             found = {
                 name: flags.get(f"FLASHATTENTION_DISABLE_{flag}") is False
                 for name, flag in _FLAGS.items()
@@ -100,19 +101,29 @@ def refuse_unused(graphs: Sequence[Graph]) -> CompileFailed:
     )
 
 
-def refuse_fa3(
-    target: Target, dtype: str, abilities: KernelAbilities | None = None
-) -> BadRequest | None:
-    """Why no graph for a target can call the kernel in a dtype; None where one can."""
+def refuse_fa3(target: Target, dtype: str) -> BadRequest | None:
+    """Why no build of the kernel serves a target and a dtype; None where one may."""
     if target.sm != _SM:
         here = f"sm{target.sm}" if target.sm else "a CPU"
         return BadRequest(
             f"--attention fa3 is asked for {here}, and FlashAttention-3 runs on sm90 alone",
             hint="compile for it with --attention sdpa, and with fa3 for sm90",
         )
-    if dtype == "bfloat16" or (dtype == "float16" and (abilities or KernelAbilities()).fp16):
-        return None
+    return None if dtype in _HALF else _refuse_dtype(dtype, "the kernel")
+
+
+def require_dtype(dtype: str, abilities: KernelAbilities, kernel: str) -> None:
+    """See that a build of the kernel computes in a half type.
+
+    Raises:
+        BadRequest: it does not.
+    """
+    if dtype != "bfloat16" and not abilities.fp16:
+        raise _refuse_dtype(dtype, kernel)
+
+
+def _refuse_dtype(dtype: str, kernel: str) -> BadRequest:
     return BadRequest(
-        f"--attention fa3 is asked in {dtype}, which the kernel does not compute in",
+        f"--attention fa3 is asked in {dtype}, in which {kernel} does not compute",
         hint="add --dtype bfloat16, or leave it with --attention sdpa",
     )

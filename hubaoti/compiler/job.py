@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import msgspec
 
+from hubaoti.artifact.kernel_pin import KernelPin
 from hubaoti.artifact.schema import Build, Target, compute_key
 from hubaoti.compiler.attention import choose_kernels
 from hubaoti.compiler.fa3 import refuse_fa3
@@ -31,11 +32,16 @@ _BY_ITSELF = 4  # of a layout: takes inputs of any strides
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A plan and all that its key is made of; `key` says whether it is already built."""
+    """A plan and all that its key is made of; `key` says whether it is already built.
+
+    `pins` are the kernels that its graphs may call, which are not in the key: a kernel that was
+    built anew answers the same graphs.
+    """
 
     plan: Plan
     build: Build
     target: Target
+    pins: tuple[KernelPin, ...] = ()
 
     @classmethod
     def of(

@@ -13,6 +13,7 @@ from hubaoti.errors import BadDim, BadRequest, UnknownTask
 TASKS = ("embed", "classify", "logits", "generate", "forward")
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "fa3")
+KERNEL = "kernels-community/flash-attn3"  # what answers fa3, unless another is named
 LAYOUTS = ("zerogpu",)
 RECIPES = ("int8wo", "int4wo", "float8dq")  # of torchao, as `runtime/quantize.py` has them
 DEFAULT_LEVEL = "x86_64_v3"
@@ -47,7 +48,7 @@ class CompileRequest:
     `calls` and `shapes` are of a module from Python; `inductor` has its options as they are given,
     and once they were looked at as JSON has them. `capabilities` are of GPUs that need not be here,
     90 for 9.0; without them, and without a `device`, it is the CPU. Of each of `attentions` there
-    is a bundle; without one it is the model's own.
+    is a bundle; without one it is the model's own. `kernel` is the repo that fa3 comes from.
 
     Raises:
         UnknownTask, BadDim, BadRequest: a word that the compiler does not know.
@@ -65,6 +66,7 @@ class CompileRequest:
     inductor: Mapping[str, Any] | Iterable[str] = field(default_factory=dict)
     quantize: str | None = None
     attentions: tuple[str, ...] = ()
+    kernel: str | None = None
     trust_remote_code: bool = False
     layout: str | None = None
     revision: str | None = None
@@ -133,6 +135,11 @@ class CompileRequest:
                 raise BadRequest(
                     f"unknown attention {name!r:.40}", hint=f"there are {', '.join(ATTENTIONS)}"
                 )
+        if self.kernel is not None and "fa3" not in self.attentions:
+            raise BadRequest(
+                f"the kernel {self.kernel!r:.120} is named, and nothing is asked for that calls it",
+                hint="add --attention fa3, or leave it out",
+            )
         if len(self.attentions) > 1 and not self.capabilities:
             raise BadRequest(
                 f"a bundle has one attention, and {' and '.join(self.attentions)} are asked for",
