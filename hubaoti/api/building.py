@@ -269,7 +269,7 @@ def _pin(job: Job, kernel: str, settings: Settings) -> Job:
     Raises:
         HubaotiError: of `pin_kernel`. BadRequest: it does not compute in the dtype.
     """
-    from hubaoti.compiler.fa3 import read_abilities, require_dtype
+    from hubaoti.compiler.flash_attention import read_abilities, require_dtype
     from hubaoti.runtime.attention_ops import FA3
 
     if job.build.attention != FA3:
