@@ -172,6 +172,26 @@ class InUse(HubaotiError, exit_code=36):
     """Another process has the address that was to be listened on, or serves the folder."""
 
 
+class KernelMissing(HubaotiError, exit_code=37):
+    """A kernel that graphs call is not here, and its repo does not have it at the pinned commit."""
+
+
+class KernelDigestMismatch(HubaotiError, exit_code=38):
+    """A kernel's files are not the ones that were pinned: other bytes, or one too many."""
+
+
+class KernelArchUnsupported(HubaotiError, exit_code=39):
+    """A kernel was built for other GPUs, another torch, or another system."""
+
+
+class KernelSchemaMismatch(HubaotiError, exit_code=40):
+    """A kernel's op is called otherwise than was pinned, or in no way that we know."""
+
+
+class KernelConflict(HubaotiError, exit_code=41):
+    """This process has another build of a kernel, or another library of its namespace."""
+
+
 def rebuild_error(kind: str, message: str, hint: str) -> HubaotiError:
     """An error that another process told of, as it was there."""
     found = globals().get(kind)

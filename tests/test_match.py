@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hubaoti.artifact.requirements import KernelPin, Requirements
+from hubaoti.artifact.kernel_pin import KernelPin
+from hubaoti.artifact.requirements import Requirements
 from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.host.match import (
     Candidate,

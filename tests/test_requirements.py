@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hubaoti.artifact.requirements import KernelPin, Requirements
+from hubaoti.artifact.kernel_pin import KernelPin
+from hubaoti.artifact.requirements import Requirements
 from hubaoti.artifact.variant import Variant
 from hubaoti.errors import BadManifest
 

@@ -145,7 +145,20 @@ def get_artifact(
             )
         return found
     with Mirror.open(settings.mirror) as mirror:
+        _bring_kernels(artifact, mirror, trust, settings, progress)
         return mirror.artifact(artifact.manifest.digest) or put(artifact, mirror)
+
+
+def _bring_kernels(
+    bundle: Bundle, mirror: Mirror, trust: bool, settings: Settings, progress: Progress
+) -> None:
+    """The kernels that a bundle's graphs call, in the mirror, as a pull would bring them."""
+    if bundle.manifest.requires.kernels:
+        from hubaoti.host.probe import probe_host
+        from hubaoti.hub.pull import Puller
+
+        puller = Puller(mirror, settings, probe_host(settings), trust=trust, progress=progress)
+        puller.bring_kernels(bundle.manifest)
 
 
 def put(bundle: Bundle, mirror: Mirror) -> Artifact:

@@ -171,7 +171,8 @@ class _Look:
     def _open(self, artifact: Artifact, verified: Verified, host: Host) -> Verified:
         """Open all graphs of an artifact whose bytes are right, and note what came of it."""
         device = _choose_device(artifact, host, self.device)
-        history = OpenHistory.on(self.mirror, device, self.ops)
+        kernels = artifact.manifest.requires.kernels
+        history = OpenHistory.on(self.mirror, device, self.ops, kernels)
         find_untried(artifact, history)
         graphs = {graph.id: graph for graph in artifact.manifest.graphs}
         found = open_first(artifact, [*graphs.values()], history, device, self.progress)

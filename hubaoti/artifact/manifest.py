@@ -16,7 +16,9 @@ import msgspec
 
 from hubaoti.artifact.canonical import encode_canonical
 from hubaoti.artifact.dim_expr import DimExpr
-from hubaoti.artifact.requirements import KernelPin, Requirements
+from hubaoti.artifact.kernel_pin import KernelPin
+from hubaoti.artifact.kernel_variant import KernelHost
+from hubaoti.artifact.requirements import Requirements
 from hubaoti.artifact.schema import (
     Build,
     BuildRecord,
@@ -34,7 +36,7 @@ from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.errors import BadManifest, BadRequest, NewerSchema
 from hubaoti.escape import LONGEST, escape_line
 
-_SCHEMA = 3  # the newest that is read; what is written has the oldest that can say it
+_SCHEMA = 4  # the newest that is read; what is written has the oldest that can say it
 FILENAME = "hubaoti.json"
 # An honest manifest is far below these: the one of an 80-layer model is some hundred kB.
 LARGEST_MANIFEST = 16 << 20  # bytes
@@ -171,24 +173,32 @@ def _find_contradictions(manifest: Manifest) -> list[str]:
     found = []
     if not manifest.graphs:
         found.append("it lists no graph")
-    if manifest.schema != (schema := find_oldest_schema(manifest.build, manifest.graphs)):
+    kernels = manifest.requires.kernels
+    if manifest.schema != (schema := find_oldest_schema(manifest.build, manifest.graphs, kernels)):
         found.append(f"its schema is {manifest.schema}, what it says is of schema {schema}")
     found += _find_excesses(manifest)
     found += _find_unspeakable_labels(manifest)
     found += _find_clashing_files(manifest)
     found += _find_requirement_clashes(manifest)
+    found += _find_kernel_clashes(manifest)
     for graph in manifest.graphs:
         if not graph.modules:
             found.append(f"{graph.id}: it serves no module")
         found += _find_unknown_dims(graph)
         found += _find_misplaced_cache(graph)
+        found += _find_missing_mask(graph)
         found += _find_bad_outputs(graph)
     return found
 
 
-def find_oldest_schema(build: Build, graphs: Iterable[Graph]) -> int:
-    """The oldest schema that can say how graphs were built, and what they take and leave."""
+def find_oldest_schema(
+    build: Build, graphs: Iterable[Graph], kernels: Iterable[KernelPin] = ()
+) -> int:
+    """The oldest schema that can say how graphs were built, what they take and leave, and call."""
     graphs = tuple(graphs)
+    newest = (each for graph in graphs for each in (graph.masks, graph.not_fa3))
+    if any(each is not msgspec.UNSET for each in newest) or any(pin.build for pin in kernels):
+        return 4
     if build.kernels is not msgspec.UNSET or any(graph.unmasked is True for graph in graphs):
         return 3
     return 2 if any(_needs_second_schema(graph) for graph in graphs) else 1
@@ -277,6 +287,22 @@ def _find_requirement_clashes(manifest: Manifest) -> list[str]:
     return found
 
 
+def _find_kernel_clashes(manifest: Manifest) -> list[str]:
+    """Kernels that are pinned twice, for another host than the graphs, or elsewhere than needed."""
+    target, pins = manifest.target, manifest.requires.kernels
+    found = [f"kernel {name} is pinned twice" for name in _find_repeated_names([*map(str, pins)])]
+    if manifest.kernels and manifest.kernels != pins:
+        found.append("kernels are not requires.kernels")
+    host = KernelHost(target.torch, target.cuda, target.level, target.os)
+    for pin in pins:
+        found += [
+            f"kernel {pin} is for {each}, the graphs are not" for each in pin.list_misfits(host)
+        ]
+        if pin.build and target.sm is not None and not pin.supports(target.sm):
+            found.append(f"target.sm is {target.sm}, kernel {pin} is for {pin.describe_archs()}")
+    return found
+
+
 def _find_unknown_dims(graph: Graph) -> list[str]:
     """Dims that a shape names and the bounds do not, and bounds that are empty."""
     extents = {size for entry in graph.inputs for size in entry.shape if isinstance(size, str)}
@@ -338,6 +364,14 @@ def _find_misplaced_cache(graph: Graph) -> list[str]:
     if position is not None and not position < len(graph.inputs):
         return [f"{graph.id}: its cache has no position"]
     return []
+
+
+def _find_missing_mask(graph: Graph) -> list[str]:
+    """What masks may say, of a graph that does not take one with rows and places."""
+    masks = [item for item in graph.inputs if item.values == "mask"]
+    if graph.masks is msgspec.UNSET or [len(mask.shape) for mask in masks] == [4]:
+        return []
+    return [f"{graph.id}: it serves masks that are {graph.masks}, and takes none of four axes"]
 
 
 def _find_repeated_names(names: list[str]) -> list[str]:

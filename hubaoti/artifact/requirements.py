@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from packaging.version import Version
 
+from hubaoti.artifact.kernel_pin import KernelPin
 from hubaoti.artifact.variant import Variant
 from hubaoti.errors import BadManifest, BadRequest
 
@@ -18,31 +19,6 @@ _MOST = 500  # libraries, and kernels: each that is missing is told of
 _CUDA = re.compile(r"[1-9][0-9]?\.[0-9]{1,2}")
 _RELEASE = re.compile(r"[0-9]{1,4}(?:\.[0-9]{1,4}){1,3}")
 _SONAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")
-# Both halves start with no dot: the name becomes a folder.
-_REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-@dataclass(frozen=True, slots=True)
-class KernelPin:
-    """A kernel at one commit, and the `sms` that it was built for; none means any device.
-
-    Raises:
-        BadManifest: a field is malformed.
-    """
-
-    repo: str
-    commit: str
-    sms: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        _require_valid(_matches_pattern(_REPO, self.repo), "kernel's repo", self.repo)
-        _require_valid(_matches_pattern(_COMMIT, self.commit), "kernel's commit", self.commit)
-        whole = isinstance(self.sms, tuple) and all(_is_between(10, sm, 999) for sm in self.sms)
-        _require_valid(whole, "kernel's sms", self.sms)
-
-    def __str__(self) -> str:
-        return f"{self.repo}@{self.commit}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,24 +16,14 @@ from typing import Any
 
 from packaging.version import Version
 
+from hubaoti.artifact.kernel_variant import KernelHost
 from hubaoti.artifact.requirements import Requirements, read_version, series
 from hubaoti.artifact.variant import Recipe, Variant
+from hubaoti.host.gpu_limits import count_shared_memory
 from hubaoti.host.probe import Gpu, Host
 
-# Bytes of shared memory that one block can have, by sm: "Maximum amount of shared memory per
-# thread block" in the CUDA C++ Programming Guide, Technical Specifications per Compute Capability.
-_SHARED_MEMORY = {
-    **dict.fromkeys((50, 52, 53, 60, 61, 62), 48 << 10),
-    75: 64 << 10,
-    **dict.fromkeys((70, 72), 96 << 10),
-    **dict.fromkeys((86, 89, 120, 121), 99 << 10),
-    **dict.fromkeys((80, 87), 163 << 10),
-    **dict.fromkeys((90, 100, 101, 103, 110), 227 << 10),
-}
-# What every GPU has; all that may be assumed of one that is not in the table.
-_LEAST_SHARED_MEMORY = 48 << 10
-
 _ATTENTIONS = ("fa3", "sdpa")
+_NO_KERNEL = "pull an sdpa recipe, which needs no kernel"
 
 
 class MatchResult(StrEnum):
@@ -257,7 +247,7 @@ def _judge_libraries(requires: Requirements, host: Host) -> Finding:
 
 def _judge_kernels(requires: Requirements, host: Host) -> Finding:
     """Every pinned kernel is here, or may be fetched."""
-    missing = ", ".join(str(pin) for pin in requires.kernels if str(pin) not in host.kernels)
+    missing = ", ".join(str(pin) for pin in requires.kernels if pin.id not in host.kernels)
     if not missing or not host.offline:
         return None
     return Refusal(
@@ -265,6 +255,20 @@ def _judge_kernels(requires: Requirements, host: Host) -> Finding:
         have="no copy of them, and no network: HF_HUB_OFFLINE is set",
         advice="unset HF_HUB_OFFLINE to fetch them, or pull an sdpa recipe",
     )
+
+
+def _judge_kernel_builds(requires: Requirements, host: Host) -> Finding:
+    """Every pinned kernel was built for this torch, its CUDA, and this system."""
+    if (torch := host.torch) is None:  # another row says so
+        return None
+    cuda = torch.cuda if requires.device == "cuda" else None
+    here = KernelHost(torch.version, cuda, host.machine, host.os)
+    misfits = {pin.repo: pin.list_misfits(here) for pin in requires.kernels}
+    built = [
+        f"{' and '.join(each)} for the kernel {repo}" for repo, each in misfits.items() if each
+    ]
+    have = f"{_describe_torch(host)} on {host.machine} {host.os}"
+    return Refusal(", ".join(built), have, _NO_KERNEL) if built else None
 
 
 # The rows that ask one GPU
@@ -284,7 +288,7 @@ def _judge_sm(requires: Requirements, gpu: Gpu) -> Finding:
 
 def _judge_shared_memory(requires: Requirements, gpu: Gpu) -> Finding:
     """A block may have the shared memory that the largest one takes."""
-    most = _SHARED_MEMORY.get(gpu.sm, _LEAST_SHARED_MEMORY)
+    most = count_shared_memory(gpu.sm)
     if requires.shared_memory is None or requires.shared_memory <= most:
         return None
     return Refusal(
@@ -296,15 +300,10 @@ def _judge_shared_memory(requires: Requirements, gpu: Gpu) -> Finding:
 
 def _judge_kernel_archs(requires: Requirements, gpu: Gpu) -> Finding:
     """Every pinned kernel was built for this capability."""
-    lacking = [pin for pin in requires.kernels if pin.sms and gpu.sm not in pin.sms]
-    if not lacking:
-        return None
-    built = {pin.repo: " or ".join(map(_format_arch, pin.sms)) for pin in lacking}
-    return Refusal(
-        need=", ".join(f"{archs} for the kernel {repo}" for repo, archs in built.items()),
-        have=f"{_format_arch(gpu.sm)} ({gpu.name})",
-        advice="pull an sdpa recipe, which needs no kernel",
-    )
+    built = {pin.repo: pin.describe_archs() for pin in requires.kernels if not pin.supports(gpu.sm)}
+    need = ", ".join(f"{archs} for the kernel {repo}" for repo, archs in built.items())
+    have = f"{_format_arch(gpu.sm)} ({gpu.name})"
+    return Refusal(need, have, _NO_KERNEL) if built else None
 
 
 _HOST_ROWS: tuple[Callable[[Requirements, Host], Finding], ...] = (
@@ -316,6 +315,7 @@ _HOST_ROWS: tuple[Callable[[Requirements, Host], Finding], ...] = (
     *(partial(_judge_minimum, what) for what in ("glibc", "GLIBCXX", "CXXABI")),
     _judge_libraries,
     _judge_kernels,
+    _judge_kernel_builds,
 )
 _GPU_ROWS: tuple[Callable[[Requirements, Gpu], Finding], ...] = (
     _judge_sm,

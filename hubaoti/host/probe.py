@@ -69,7 +69,7 @@ class Host:
     `gpus` are those of NVML's that CUDA shows this process, as far as that can be told without it.
     `driver_cuda` is the newest CUDA that the driver serves. `glibcxx` and `cxxabi` are the highest
     versions that this process's libstdc++ defines. `libraries` are sonames that can be loaded;
-    `kernels` are `repo@commit`s that need no network.
+    `kernels` need no network: `repo@commit`s of the kernels library, and digests of the mirror's.
     """
 
     os: str
@@ -128,7 +128,7 @@ def probe_host(settings: Settings, kernel_caches: Iterable[Path] | None = None) 
         glibcxx=glibcxx,
         cxxabi=cxxabi,
         libraries=_list_libraries(torch),
-        kernels=frozenset(_list_kernels(kernel_caches)),
+        kernels=frozenset((*_list_kernels(kernel_caches), *_list_mirrored(settings.mirror))),
         offline=settings.offline,
         disk_free=_measure_free_disk(settings.mirror),
         endpoint=settings.endpoint,
@@ -380,6 +380,13 @@ def _list_kernels(caches: Iterable[Path]) -> Iterator[str]:
                 kind, owner, name = snapshot.parent.parent.name.split("--", maxsplit=2)
                 if kind in {"kernels", "models"} and any(snapshot.iterdir()):
                     yield f"{owner}/{name}@{snapshot.name}"
+
+
+def _list_mirrored(mirror: Path) -> list[str]:
+    """The digests of the kernels that lie in the mirror; what cannot be read has none."""
+    with suppress(OSError):
+        return [folder.name for folder in (mirror / "kernels").iterdir()]
+    return []
 
 
 def _measure_free_disk(folder: Path) -> int | None:

@@ -22,7 +22,7 @@ from hubaoti.errors import BadRequest, DigestMismatch, HubaotiError, HubUnreacha
 from hubaoti.escape import escape_line
 from hubaoti.hub.bounds import TooLong, make_limit_bar
 from hubaoti.hub.errors import NO_HUB, AnswerLost, ErrorTranslator, StaleParent, silence_hub
-from hubaoti.hub.records import CommitId, Entry, Pushed, Refs
+from hubaoti.hub.records import CommitId, Entry, Pushed, Refs, Text
 from hubaoti.hub.retry import LIBRARY, find_response_status, heed_answers, retry_request
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import ENDPOINT, Settings
@@ -104,7 +104,14 @@ class HubClient:
         commit: str = self._convert(found, CommitId, f"names no commit of {repo}")
         return commit
 
-    def files(self, repo: str, commit: str) -> tuple[Entry, ...]:
+    def find_name(self, repo: str, kind: str = "model") -> str:
+        """What a repo is called now, which may be otherwise than it is asked for."""
+        how = f"does not say what {repo} is called"
+        found = self._ask(repo, lambda _: self._api.repo_info(repo, repo_type=kind).id)
+        name: str = self._convert(found, Text, how)
+        return name
+
+    def files(self, repo: str, commit: str, kind: str = "model") -> tuple[Entry, ...]:
         """Every file of a commit.
 
         Raises:
@@ -113,7 +120,8 @@ class HubClient:
         from huggingface_hub.hf_api import RepoFile
 
         with self._door(f"{repo}@{commit}"):
-            tree = self._api.list_repo_tree(repo, recursive=True, revision=commit)
+            how: dict[str, Any] = {"revision": commit, "repo_type": kind}
+            tree = self._api.list_repo_tree(repo, recursive=True, **how)
             listed = [*islice(tree, MOST_FILES + 1)]
         if len(listed) > MOST_FILES:
             raise HubaotiError(
@@ -125,11 +133,13 @@ class HubClient:
             for f in listed
             if isinstance(f, RepoFile)
         ]
-        how = f"lists the files of {repo} in no way of the Hub's"
-        entries: tuple[Entry, ...] = self._convert(found, tuple[Entry, ...], how)
+        wrong = f"lists the files of {repo} in no way of the Hub's"
+        entries: tuple[Entry, ...] = self._convert(found, tuple[Entry, ...], wrong)
         return entries
 
-    def download(self, repo: str, commit: str, path: str, limit: int | None = None) -> Path:
+    def download(
+        self, repo: str, commit: str, path: str, limit: int | None = None, kind: str = "model"
+    ) -> Path:
         """A file of a commit, in this endpoint's cache folder; asked for once.
 
         Raises:
@@ -139,7 +149,8 @@ class HubClient:
         def download(_: bool) -> Path:
             bar = None if limit is None else make_limit_bar(limit)
             options: dict[str, Any] = {"cache_dir": self.cache, "tqdm_class": bar}
-            fetch = partial(self._api.hf_hub_download, repo, path, revision=commit, **options)
+            options |= {"revision": commit, "repo_type": kind}
+            fetch = partial(self._api.hf_hub_download, repo, path, **options)
             try:
                 return Path(fetch())
             except FileNotFoundError as error:
@@ -156,7 +167,7 @@ class HubClient:
                 if time.time() - path.stat().st_mtime > _LONGEST_SILENCE:
                     path.unlink()
 
-    def read(self, repo: str, commit: str, entry: Entry) -> bytes:
+    def read(self, repo: str, commit: str, entry: Entry, kind: str = "model") -> bytes:
         """The bytes of a small file, compared with what the commit lists; no more are taken.
 
         Raises:
@@ -164,7 +175,7 @@ class HubClient:
         """
         for _ in range(2):
             with suppress(TooLong):
-                path = self.download(repo, commit, entry.path, entry.size)
+                path = self.download(repo, commit, entry.path, entry.size, kind)
                 if path.stat().st_size == entry.size and entry.is_of(content := path.read_bytes()):
                     return content
                 self.drop(path)  # it may have been changed here, since it was downloaded

@@ -32,6 +32,7 @@ from hubaoti.host.match import Candidate, MatchResult, Verdict, judge, rank
 from hubaoti.host.probe import Host
 from hubaoti.hub.catalog import Catalog, Unreadable, read_catalog
 from hubaoti.hub.client import HubClient
+from hubaoti.hub.kernels import fetch_kernels
 from hubaoti.hub.layout import ArtifactPath, RepoRef, looks_like_commit
 from hubaoti.hub.pull_path import describe_no_artifact, describe_no_torch, judge_named
 from hubaoti.hub.trust import Trust
@@ -93,6 +94,7 @@ def pull_artifact(  # noqa: PLR0913 - a face of keywords
         Untrusted: the publisher is not trusted, and this machine did not build the artifact.
         BadManifest, NewerSchema: no manifest of the repo can be read.
         DigestMismatch, BadPackage: a file is not the one that the manifest lists.
+        KernelMissing, KernelDigestMismatch: of a kernel that it calls, as `fetch_kernels`.
         DiskFull: there is no room; nothing half-written stays.
         RepoNotFound, AuthFailed, HubUnreachable: from the Hub.
         BadRequest: a recipe is asked for beside a place.
@@ -143,11 +145,14 @@ class Puller:
         if found is None:
             return None
         artifact, path = found
+        if self.client.is_offline:
+            self.bring_kernels(artifact.manifest)  # or it says which are missing
         verdict = self._judge(artifact.manifest.requires)
         if verdict.fit is MatchResult.INCOMPATIBLE:
             return None
         place = ArtifactPath.parse(path)
         self.require_trust(ref, commit, place, artifact.manifest)
+        self.bring_kernels(artifact.manifest)
         considered = (Considered(place, artifact.manifest, verdict),)
         return Pulled(artifact, ref, commit, place, verdict, considered, (), True)
 
@@ -169,11 +174,17 @@ class Puller:
         manifest = chosen.manifest
         assert manifest is not None  # only judged ones are chosen
         self.require_trust(ref, catalog.commit, chosen.place, manifest)
+        self.bring_kernels(manifest)
         # Another commit, or another repo, may have brought the same artifact before.
         mirrored = self.mirror.artifact(manifest.digest)
         artifact = mirrored or self._fetch(catalog, chosen.place, manifest)
         self.mirror.index.record_pull(pin, artifact.digest, str(chosen.place))
         return artifact
+
+    def bring_kernels(self, manifest: Manifest) -> None:
+        """See that the kernels that an artifact calls are in the mirror, by `fetch_kernels`."""
+        pins = manifest.requires.kernels
+        fetch_kernels(self.client, self.mirror, pins, self.require_publisher, self.progress)
 
     def _judge(self, requires: Requirements) -> Verdict:
         """Whether an artifact fits; one that is named may wait for its torch."""

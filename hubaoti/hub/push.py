@@ -21,6 +21,7 @@ from hubaoti.hub.card import render
 from hubaoti.hub.catalog import Catalog, read_catalog
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.errors import AnswerLost, StaleParent
+from hubaoti.hub.kernels import require_published
 from hubaoti.hub.layout import ArtifactPath, RepoRef, artifact_path, is_revision
 from hubaoti.hub.records import Pushed
 from hubaoti.hub.zerogpu import LAYOUT, artifact_branch, lay_out_packages
@@ -166,6 +167,7 @@ def push_bundles(
     Raises:
         DigestMismatch: a bundle's files are not what its manifest says.
         BadPackage: one of its packages is damaged.
+        KernelMissing: a kernel that one calls is not where it says.
         BadRequest: the label is malformed, two bundles have one path or not the same layout, or the
             loaders that a layout is for could not call one.
         Conflict: a path holds an artifact of another key, the tag names another commit, or the
@@ -177,6 +179,8 @@ def push_bundles(
         progress(f"checking {bundle.path}")
         _check_bundle(bundle)
     client, repo = HubClient(settings, progress), to.repo.repo
+    for bundle in bundles:
+        require_published(client, bundle.manifest)
     progress(f"looking into {repo} at {client.endpoint}")
     private = client.create(repo, to.private)
     if to.private and not private:

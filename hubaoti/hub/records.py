@@ -39,5 +39,5 @@ class Pushed:
 
 
 # msgspec learns a type when it is first used, and two threads that meet there end the process.
-for _kind in (CommitId, Refs, tuple[Entry, ...], Pushed, bool | None):
+for _kind in (Text, CommitId, Refs, tuple[Entry, ...], Pushed, bool | None):
     msgspec.json.Decoder(_kind)

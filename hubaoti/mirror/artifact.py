@@ -16,6 +16,7 @@ from hubaoti.artifact.package import copy_hashed, unpack
 from hubaoti.artifact.schema import Graph
 from hubaoti.disk import sync_folder
 from hubaoti.errors import DigestMismatch
+from hubaoti.mirror.kernel import KERNELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,11 @@ class Artifact:
     def graph_folder(self, graph: Graph) -> Path:
         """The folder in which a graph's package lies unpacked, read-only."""
         return self.graphs / graph.sha256
+
+    @property
+    def kernels(self) -> Path:
+        """The folder in which kernels lie, by the digests of their builds."""
+        return self.graphs.with_name(KERNELS)
 
     def file(self, path: str) -> Path:
         """Where one of the small tensors' files lies."""

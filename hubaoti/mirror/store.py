@@ -5,6 +5,7 @@
                         leave them once they are unpacked, so nothing lies here twice
     artifacts/<digest>/ the manifest and the small tensors
     graphs/<sha256>/    one unpacked package, read-only
+    kernels/<digest>/   one build of a kernel, read-only, promised by nobody: it is there or not
     quarantine/         the newest broken copies, to be looked at
     tmp/
 
@@ -23,12 +24,13 @@ from functools import partial
 from pathlib import Path
 
 from hubaoti.artifact import manifest as manifests
+from hubaoti.artifact.kernel_pin import KernelBuild, KernelPin
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.package import has_bytes, holds_members
 from hubaoti.artifact.schema import File, Graph
 from hubaoti.artifact.variant import Recipe
 from hubaoti.disk import explain_disk_errors, require_disk_room, sync_folder
-from hubaoti.errors import BadManifest, HubaotiError
+from hubaoti.errors import BadManifest, HubaotiError, KernelDigestMismatch
 from hubaoti.mirror.artifact import Artifact, describe_changed, unpack_synced, write_small
 from hubaoti.mirror.folders import (
     make_private,
@@ -38,10 +40,11 @@ from hubaoti.mirror.folders import (
     sweep_folder,
 )
 from hubaoti.mirror.index import Index
+from hubaoti.mirror.kernel import KERNELS, holds_kernel, require_kernel, write_kernel
 from hubaoti.mirror.quarantine import Note, set_apart
 from hubaoti.mirror.rows import BUILT_HERE, Pin, PullOrigin, Row
 
-_FOLDERS = ("hub", "artifacts", "graphs", "quarantine", "tmp")
+_FOLDERS = ("hub", "artifacts", "graphs", KERNELS, "quarantine", "tmp")
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
 _ATTEMPTS = 3
 
@@ -136,6 +139,39 @@ class Mirror:
                 self._settle(work / graph.sha256, target, partial(holds_members, target, graph))
         return target
 
+    def put_kernel(self, build: KernelBuild, files: Mapping[str, Path]) -> None:
+        """Store a build of a kernel, given its files by their paths in it.
+
+        Raises:
+            KernelDigestMismatch: a file has other bytes than were pinned.
+            DiskFull: there is no room; nothing half-written stays.
+        """
+        self.index.require_writable()
+        target, tmp = self.root / KERNELS / build.digest, self.root / "tmp"
+        with explain_disk_errors(tmp, build.size), make_workspace(tmp) as work:
+            require_disk_room(tmp, build.size)
+            write_kernel(build, files, work / build.digest)
+            self._settle(work / build.digest, target, partial(holds_kernel, build, target))
+
+    def has_kernel(self, pin: KernelPin) -> bool:
+        """Whether a pinned kernel needs not be fetched."""
+        return (self.root / KERNELS / pin.id).is_dir()
+
+    def verify_kernel(self, pin: KernelPin) -> None:
+        """Hash a pinned kernel again.
+
+        Raises:
+            KernelMissing: it is not here.
+            KernelDigestMismatch: it has other bytes, or a file too many; it is in quarantine, so
+                that it is fetched again.
+        """
+        try:
+            require_kernel(pin, self.root / KERNELS)
+        except KernelDigestMismatch:
+            if self.index.is_writable:
+                self._quarantine(self.root / KERNELS / pin.id)
+            raise
+
     def artifact(self, digest: str) -> Artifact | None:
         """The artifact of this digest; None when it is not here, or not whole.
 
@@ -163,15 +199,18 @@ class Mirror:
         return None if artifact is None else (artifact, found[1])
 
     def verify(self, artifact: Artifact) -> None:
-        """Hash every file of an artifact again.
+        """Hash every file of an artifact again, and of the kernels that it calls.
 
         Raises:
             DigestMismatch: one has other bytes; it is in quarantine, the artifact no longer here.
+            KernelMissing, KernelDigestMismatch: as `verify_kernel`.
         """
         for graph in artifact.manifest.graphs:
             self.verify_graph(graph)
         for file in artifact.manifest.files:
             self.verify_file(artifact, file)
+        for pin in artifact.manifest.requires.kernels:
+            self.verify_kernel(pin)
 
     def verify_graph(self, graph: Graph) -> None:
         """Hash an unpacked graph again, member by member.
@@ -300,8 +339,14 @@ def holds_small(artifact: Artifact) -> bool:
 
 
 def is_whole(artifact: Artifact) -> bool:
-    """Whether all of an artifact is there, byte for byte."""
+    """Whether all of an artifact is there, byte for byte, the kernels that it calls left out."""
     graphs = artifact.manifest.graphs
     return holds_small(artifact) and all(
         holds_members(artifact.graph_folder(graph), graph) for graph in graphs
     )
+
+
+def has_kernels(artifact: Artifact) -> bool:
+    """Whether all kernels that an artifact calls are there, byte for byte."""
+    builds = [pin.build for pin in artifact.manifest.requires.kernels]
+    return all(each and holds_kernel(each, artifact.kernels / each.digest) for each in builds)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hubaoti.artifact.kernel_pin import KernelPin
 from hubaoti.artifact.schema import Graph
 from hubaoti.errors import MissingOps, NotEnoughMemory, NotTried, Quarantined, rebuild_error
 from hubaoti.mirror import Artifact, Mirror
@@ -37,26 +38,40 @@ def require_sound(
 
     What was built on this machine for its CPU was compared with eager when it was built; it may
     have crashed since. What is for a GPU was built where none computes. The modules `ops` are
-    imported, here and where graphs are tried.
+    imported, here and where graphs are tried, and the kernels that it pins are loaded.
 
     Raises:
         DigestMismatch: a file was changed; it is in quarantine.
+        KernelMissing, KernelDigestMismatch: of a kernel; else as `runtime.kernels.open_kernels`.
         NoMatch: the device is of another kind than the graphs are for.
         Quarantined: a graph crashes, or answers otherwise than where it was built.
         CannotOpen: the system does not load one. MissingOps: one calls ops that nobody registers.
         NotTried: what tried one was ended. NotEnoughMemory: there is too little to try it.
     """
+    from hubaoti.runtime.kernels import judge_kernels, open_kernels
+
+    kernels = artifact.manifest.requires.kernels
+    judge_kernels(kernels, device)
     mirror.verify(artifact)
-    history = OpenHistory.on(mirror, device, ops)
+    history = OpenHistory.on(mirror, device, ops, kernels)
     waiting = find_untried(artifact, history)
-    if device.type == "cpu" and mirror.index.is_built(artifact.digest):
-        return
-    if not waiting:
-        return
-    verdicts = open_first(artifact, waiting, history, device, progress)
-    graphs = {graph.id: graph for graph in waiting}
+    if waiting and not (device.type == "cpu" and mirror.index.is_built(artifact.digest)):
+        _try_graphs(artifact, waiting, history, device, progress)
+    open_kernels(kernels, artifact.kernels, device)
+
+
+def _try_graphs(
+    artifact: Artifact,
+    graphs: Sequence[Graph],
+    history: OpenHistory,
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    """Have graphs opened by a child, and note what came of it."""
+    verdicts = open_first(artifact, graphs, history, device, progress)
+    by_id = {graph.id: graph for graph in graphs}
     for verdict in verdicts:
-        history.settle(verdict, graphs[verdict.graph])
+        history.settle(verdict, by_id[verdict.graph])
     refuse_problems({each.graph: each.problem for each in verdicts if each.problem}, artifact)
 
 
@@ -112,6 +127,7 @@ def _require_gpu(artifact: Artifact, device: torch.device) -> None:
 class OpenHistory:
     """What first opens came to on a kind of host, with the modules whose ops a caller has.
 
+    Where graphs call kernels, it is of these builds of them.
     What went well without such modules, or crashed, does so with them; what did with them, with
     these alone. Of a device that computes nothing, nothing is kept.
     """
@@ -122,7 +138,13 @@ class OpenHistory:
     is_kept: bool = True
 
     @classmethod
-    def on(cls, mirror: Mirror, device: torch.device, ops: Sequence[str]) -> OpenHistory:
+    def on(
+        cls,
+        mirror: Mirror,
+        device: torch.device,
+        ops: Sequence[str],
+        kernels: Sequence[KernelPin] = (),
+    ) -> OpenHistory:
         """What is known on the host of a device; the caller's modules are imported.
 
         Raises:
@@ -134,6 +156,8 @@ class OpenHistory:
         state, host = register_ops(ops), name_host_kind(device)
         if device.type == "cpu":
             measure_threads(mirror.index, host)
+        if kernels:
+            host = f"{host} kernels {' '.join(pin.id for pin in kernels)}"
         hosts = (host, f"{host} ops {state}") if ops else (host,)
         return cls(mirror, hosts, (*ops,), is_kept=computes(device))
 
@@ -180,7 +204,7 @@ class OpenHistory:
 
     def _make_missing_ops(self, problem: str) -> MissingOps:
         """The ops of a graph that nobody registers, and what to do about it."""
-        from hubaoti.runtime.graph import NAME_OPS
+        from hubaoti.runtime.graph_ops import NAME_OPS
 
         named = f", which {' and '.join(self.ops)} did not register" if self.ops else ""
         return MissingOps(

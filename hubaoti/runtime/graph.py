@@ -26,12 +26,11 @@ from hubaoti.errors import (
 )
 from hubaoti.host.memory import is_limited
 from hubaoti.runtime.container import Container
+from hubaoti.runtime.graph_ops import NAME_OPS, require_ops
 from hubaoti.runtime.input_checks import Checks, address, check_constant
 from hubaoti.runtime.runners import Bound, Runner, open_native_runner
 from hubaoti.runtime.threads import run_in_one_thread
 
-# What to do where an op is missing: only its caller knows which module registers it.
-NAME_OPS = 'name the module that registers it: ops=["my.ops"], or hubaoti run --ops my.ops'
 # As glibc, libstdc++ and torch say that there is no memory left.
 _NO_MEMORY = ("annot allocate memory", "an't allocate memory", "not enough memory", "bad_alloc")
 
@@ -74,6 +73,8 @@ def open_graph(
             f"graph {entry.id} has {len(libraries)} libraries, not one",
             hint="its publisher must compile it again",
         )
+    if entry.sha256 not in LOADED:
+        require_ops(folder, entry, device)
     folder = find_loaded_folder(entry, folder)
     try:
         runner = open_native_runner(folder, folder / libraries[0], device)

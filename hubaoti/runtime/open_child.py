@@ -15,6 +15,10 @@ from hubaoti.artifact.schema import Graph
 from hubaoti.errors import (
     CannotOpen,
     HubaotiError,
+    KernelArchUnsupported,
+    KernelConflict,
+    KernelMissing,
+    KernelSchemaMismatch,
     MissingDependency,
     MissingOps,
     NotEnoughMemory,
@@ -31,6 +35,7 @@ from hubaoti.host.processes import (
     list_search_path,
 )
 from hubaoti.host.wire import Channel, ErrorRecord
+from hubaoti.mirror import Artifact
 from hubaoti.runtime.custom_ops import register_ops
 
 if TYPE_CHECKING:
@@ -39,8 +44,14 @@ if TYPE_CHECKING:
 OPEN_SECONDS = 300.0  # for one graph, the start of a process included
 _BASE = 600 << 20  # bytes of a process that has torch
 _LONGEST = 2000  # characters of what is wrong with a graph
-# Of the system, or of what a process has registered or installed.
-_UNOPENED = (CannotOpen.__name__, MissingOps.__name__, MissingDependency.__name__)
+# Of the system, or of what a process has registered, loaded or installed.
+_UNOPENED = {
+    each.__name__
+    for each in (
+        *(CannotOpen, MissingOps, MissingDependency),
+        *(KernelMissing, KernelArchUnsupported, KernelSchemaMismatch, KernelConflict),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +114,9 @@ def open_in_child(
 ) -> list[OpenVerdict]:
     """Open each graph of the artifact at `path` in a child, and compare its golden answers.
 
-    `graphs` has the unpacked packages by their sha256; the caller has verified both. A child that
-    takes more than `patience` seconds for each graph is ended. After a verdict that does not last,
-    the graphs behind it have none.
+    `graphs` has the unpacked packages by their sha256, and lies beside the kernels that they call;
+    the caller has verified all of it. A child that takes more than `patience` seconds for each
+    graph is ended. After a verdict that does not last, the graphs behind it have none.
 
     Raises:
         NotEnoughMemory: a graph's answers take more than is free here.
@@ -234,19 +245,22 @@ def main() -> None:
     from hubaoti.runtime import golden
     from hubaoti.runtime.gpus import computes
     from hubaoti.runtime.graph import open_graph
+    from hubaoti.runtime.kernels import open_kernels
 
     channel = join_parent(is_awaited=True)
     request: _ArtifactRequest = channel.receive(_ArtifactRequest)
     path, graphs = (Path(os.fsdecode(each)) for each in (request.path, request.graphs))
     manifest = parse_manifest((path / FILENAME).read_bytes(), str(path))
+    artifact = Artifact(manifest.digest, path, graphs, manifest)
     entries = {entry.id: entry for entry in manifest.graphs}
     device = torch.device(request.device)
 
     def try_graph(attempt: Attempt) -> str:
         entry = entries[attempt.graph]
-        attempt.begin()
+        open_kernels(manifest.requires.kernels, artifact.kernels, device)
+        attempt.begin()  # what a kernel did is not held against it
         try:
-            graph = open_graph(graphs / entry.sha256, entry, device)
+            graph = open_graph(artifact.graph_folder(entry), entry, device)
             if entry.golden is None:
                 attempt.opened = True
                 return ""

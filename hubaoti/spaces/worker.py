@@ -18,10 +18,11 @@ from hubaoti.host.match import judge
 from hubaoti.host.probe import Host
 from hubaoti.hub.pull_all import Offer, rank_offers
 from hubaoti.mirror import Artifact, Mirror
-from hubaoti.mirror.store import is_whole
+from hubaoti.mirror.store import has_kernels, is_whole
 from hubaoti.progress import report_nothing
 from hubaoti.runtime import gpus
 from hubaoti.runtime.first_open import name_host_kind, require_sound
+from hubaoti.runtime.kernels import open_kernels
 from hubaoti.settings import Settings
 from hubaoti.spaces import devices
 from hubaoti.spaces.deferred import Deferred
@@ -99,7 +100,9 @@ class _Worker:
         A worker may be killed at any moment, and most of them shall not even touch the index.
         """
         verdicts, host = self.verdicts[artifact.digest], name_host_kind(device)
-        if verdicts.is_sound(artifact.digest, host) and is_whole(artifact):
+        is_known = verdicts.is_sound(artifact.digest, host)
+        if is_known and is_whole(artifact) and has_kernels(artifact):
+            open_kernels(artifact.manifest.requires.kernels, artifact.kernels, device)
             return
         with Mirror.open(self.settings.mirror) as mirror:
             require_sound(artifact, mirror, device, report_nothing, self.ops)

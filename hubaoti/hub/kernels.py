@@ -1,0 +1,271 @@
+"""Kernels of the Hub: pinned at a commit, by the bytes of one build, and fetched so.
+
+build/<variant>/metadata.json, …    in a repo of the type `kernel`, whose versions are branches
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from msgspec import UNSET
+
+from hubaoti.artifact.kernel_metadata import LARGEST_METADATA, METADATA, parse_metadata
+from hubaoti.artifact.kernel_pin import MOST_BYTES, MOST_FILES, KernelBuild, KernelOp, KernelPin
+from hubaoti.artifact.kernel_variant import KernelHost, choose_variant
+from hubaoti.artifact.manifest import Manifest
+from hubaoti.artifact.package import hash_file
+from hubaoti.artifact.schema import File
+from hubaoti.disk import require_disk_room
+from hubaoti.errors import (
+    BadManifest,
+    DigestMismatch,
+    HubUnreachable,
+    KernelArchUnsupported,
+    KernelDigestMismatch,
+    KernelMissing,
+    KernelSchemaMismatch,
+    RepoNotFound,
+)
+from hubaoti.escape import escape_line
+from hubaoti.hub.client import HubClient
+from hubaoti.hub.layout import RepoRef
+from hubaoti.hub.records import Entry
+from hubaoti.mirror import Mirror
+from hubaoti.progress import Progress
+
+_KIND = "kernel"
+_STATUS = "kernel-status.toml"  # of a repo whose kernel lies in another one
+_LARGEST_STATUS = 64 << 10  # bytes
+_MOST_PLAIN = 64 << 20  # bytes of files that git itself keeps, which have no sha256
+# A library keeps the schema of each op that it defines as one string.
+_SCHEMA = re.compile(
+    rb"(?<![\x20-\x7e])fwd\([\x20-\x7e]{0,8000}?\) -> [\x20-\x7e]{1,400}(?![\x20-\x7e])"
+)
+_NO_KERNEL = "name another kernel or version, or compile with sdpa, which needs no kernel"
+
+
+def pin_kernel(client: HubClient, name: str, host: KernelHost) -> KernelPin:
+    """Pin the kernel `owner/name[@version]` as its repo has it now, in the build that `host` loads.
+
+    The host need not be this one. A version is a number, any other revision a branch, a tag or a
+    commit. Nothing of the kernel is run: what its op is called with is read from its library.
+
+    Raises:
+        BadRequest: this names no kernel.
+        RepoNotFound, AuthFailed, HubUnreachable: its commit cannot be asked.
+        KernelMissing: it lies in another repo by now.
+        KernelArchUnsupported: it has no build for this kind of host.
+        KernelSchemaMismatch: no library of its build, or several, have the op that is called.
+        BadManifest: its metadata say nothing, or that it loads other kernels; its files are too
+            many, too large, or called as no file may be.
+        KernelDigestMismatch: the endpoint gives other bytes than the commit lists.
+    """
+    ref = RepoRef.parse(name)
+    version = int(ref.revision) if ref.revision and ref.revision.isdecimal() else None
+    commit = client.resolve(ref.repo, ref.revision if version is None else f"v{version}", _KIND)
+    entries = {entry.path: entry for entry in client.files(ref.repo, commit, _KIND)}
+    _refuse_moved(client, ref.repo, commit, entries)
+    variant = _choose_build(f"{ref.repo}@{commit}", entries, host)
+    where = f"build/{variant} of {ref.repo} at {commit}"
+    chosen = _choose_files(where, entries, f"build/{variant}/")
+    files = {path: _download(client, ref.repo, commit, each) for path, each in chosen.items()}
+    metadata = parse_metadata(files[METADATA].read_bytes(), f"{METADATA} in {where}")
+    archs = metadata.backend.archs
+    return KernelPin(
+        repo=ref.repo,
+        commit=commit,
+        variant=variant,
+        namespace=metadata.id,
+        files=tuple(
+            File(path=path, sha256=hash_file(file), size=file.stat().st_size)
+            for path, file in sorted(files.items())
+        ),
+        ops=(_read_op(ref.repo, files),),
+        version=UNSET if metadata.version is None else metadata.version,
+        archs=tuple(archs) if archs else UNSET,
+    )
+
+
+def fetch_kernels(
+    client: HubClient,
+    mirror: Mirror,
+    pins: Sequence[KernelPin],
+    require_publisher: Callable[[RepoRef, str, str], None],
+    progress: Progress,
+) -> None:
+    """See that pinned kernels lie in the mirror: what is missing is fetched and verified.
+
+    `require_publisher` is asked of each, whether it lies there or not: it is told the repo, what it
+    publishes, and which commit of it.
+
+    Raises:
+        Untrusted: from `require_publisher`.
+        KernelMissing: the repo does not have it, or cannot be asked.
+        KernelDigestMismatch: what it has are other bytes than were pinned.
+        DiskFull: there is no room; nothing half-written stays.
+    """
+    for pin in pins:
+        require_publisher(RepoRef(pin.repo), f"the kernel {pin.repo}", f"commit {pin.commit}")
+        if mirror.has_kernel(pin):
+            continue
+        build = _require_build(pin)
+        progress(f"downloading the kernel {pin.repo} ({build.size / 1e6:.1f} MB)")
+        # As they were downloaded, and as they are kept, they lie on the disk together for a while.
+        require_disk_room(mirror.root, 2 * build.size)
+        files = download_build(client, pin)
+        mirror.put_kernel(build, files)
+        for file in files.values():
+            client.drop(file)
+
+
+def require_published(client: HubClient, manifest: Manifest) -> None:
+    """See, before an artifact is pushed, that its kernels are where it says.
+
+    Raises:
+        KernelMissing: one is not, so nobody who pulls the artifact could open it.
+    """
+    for pin in manifest.requires.kernels:
+        entries = _list_build(client, pin)
+        build = pin.build
+        for file in () if build is None else build.files:
+            there = entries.get(file.path)
+            if there is None or there.size != file.size or there.sha256 not in {None, file.sha256}:
+                raise KernelMissing(
+                    f"{file.path} of the kernel {pin} is not there as it was pinned",
+                    hint="compile again, with the kernel as it is now",
+                )
+
+
+def _refuse_moved(client: HubClient, repo: str, commit: str, entries: Mapping[str, Entry]) -> None:
+    """Refuse a repo that was renamed, or that says that its kernel is another's."""
+    now = client.find_name(repo, _KIND)
+    if now == repo and (status := entries.get(_STATUS)) and status.size <= _LARGEST_STATUS:
+        try:
+            found = tomllib.loads(client.read(repo, commit, status, _KIND).decode())
+        except ValueError:  # it says nothing
+            found = {}
+        now = str(found.get("destination", repo)) if found.get("kind") == "redirect" else repo
+    if now != repo:
+        raise KernelMissing(
+            f"the kernel {repo} is called {escape_line(now, 120)} by now",
+            hint="name that one, if you trust who publishes it",
+        )
+
+
+def _choose_files(where: str, entries: Mapping[str, Entry], start: str) -> dict[str, Entry]:
+    """The files of a build by their paths in it; bytecode, which nobody needs, is none of them.
+
+    Raises:
+        BadManifest: they are too many or too large to be looked at, or have no metadata.
+    """
+    found = {
+        path.removeprefix(start): entry
+        for path, entry in entries.items()
+        if path.startswith(start) and not path.endswith(".pyc")
+    }
+    plain = sum(entry.size for entry in found.values() if entry.sha256 is None)
+    total = sum(entry.size for entry in found.values())
+    if METADATA not in found or found[METADATA].size > LARGEST_METADATA:
+        problem = f"it has no {METADATA} of at most {LARGEST_METADATA} bytes"
+    elif len(found) > MOST_FILES or plain > _MOST_PLAIN or total > MOST_BYTES:
+        problem = f"it has {len(found)} files of {total} bytes"
+    else:
+        return found
+    raise BadManifest(f"{where} cannot be pinned: {problem}", hint=_NO_KERNEL)
+
+
+def _choose_build(where: str, entries: Mapping[str, Entry], host: KernelHost) -> str:
+    """The build of a repo for a host, by its folder's name."""
+    parts = [path.split("/") for path in entries]
+    names = sorted({part[1] for part in parts if len(part) > 2 and part[0] == "build"})
+    if variant := choose_variant(names, host):
+        return variant
+    device = "a CPU" if host.cuda is None else f"CUDA {host.cuda}"
+    raise KernelArchUnsupported(
+        f"{where} has no build for torch {host.torch}, {device}, {host.machine} {host.os}; it has "
+        f"{escape_line(', '.join(names), 1000) or 'none'}",
+        hint=_NO_KERNEL,
+    )
+
+
+def _read_op(repo: str, files: Mapping[str, Path]) -> KernelOp:
+    """The op that computes everything, as the libraries of a build define it."""
+    libraries = [file for path, file in files.items() if path.endswith(".so")]
+    found = sorted({schema for library in libraries for schema in _find_schemas(library)})
+    if len(found) != 1:
+        said = "; ".join(each.decode() for each in found) or "none"
+        raise KernelSchemaMismatch(
+            f"the libraries of {repo} define {len(found)} ops fwd, not one: {said}",
+            hint=_NO_KERNEL,
+        )
+    schema = found[0].decode()
+    return KernelOp(schema.partition("(")[0], schema)
+
+
+def _find_schemas(library: Path) -> set[bytes]:
+    if not library.stat().st_size:
+        return set()
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        return {bytes(found[0]) for found in _SCHEMA.finditer(text)}
+
+
+def _list_build(client: HubClient, pin: KernelPin) -> dict[str, Entry]:
+    """The files of a pinned build, as its commit lists them."""
+    start = f"build/{pin.build.variant}/" if pin.build else ""
+    try:
+        found = client.files(pin.repo, pin.commit, _KIND)
+    except (RepoNotFound, HubUnreachable) as error:
+        raise _describe_gone(pin, error) from error
+    return {each.path.removeprefix(start): each for each in found if each.path.startswith(start)}
+
+
+def _require_build(pin: KernelPin) -> KernelBuild:
+    """The build that a pin says; one that says none cannot be verified."""
+    if pin.build is None:
+        raise KernelMissing(
+            f"the kernel {pin} is pinned without its files, so none can be verified",
+            hint="ask the publisher of the artifact to compile it again",
+        )
+    return pin.build
+
+
+def download_build(client: HubClient, pin: KernelPin) -> dict[str, Path]:
+    """A pinned build's files by their paths in it; their bytes are for who uses them to compare.
+
+    Raises:
+        KernelMissing: the repo does not have it, or cannot be asked.
+    """
+    build = _require_build(pin)
+    start = f"build/{build.variant}/"
+    try:
+        return {
+            file.path: client.download(pin.repo, pin.commit, start + file.path, kind=_KIND)
+            for file in build.files
+        }
+    except (RepoNotFound, HubUnreachable) as error:
+        raise _describe_gone(pin, error) from error
+
+
+def _describe_gone(pin: KernelPin, error: RepoNotFound | HubUnreachable) -> KernelMissing:
+    return KernelMissing(f"the kernel {pin} cannot be had: {error}", hint=error.hint)
+
+
+def _download(client: HubClient, repo: str, commit: str, entry: Entry) -> Path:
+    """A downloaded file, with the bytes that its commit lists."""
+    try:
+        if entry.sha256 is None:
+            client.read(repo, commit, entry, _KIND)
+        path = client.download(repo, commit, entry.path, entry.size, _KIND)
+    except DigestMismatch as error:
+        raise KernelDigestMismatch(f"{error}", hint=error.hint) from error
+    if entry.sha256 not in {None, hash_file(path)}:
+        client.drop(path)
+        raise KernelDigestMismatch(
+            f"{client.endpoint} gives other bytes of {entry.path} than {repo} lists",
+            hint="try again; if it stays so, the endpoint or something on the way is broken",
+        )
+    return path

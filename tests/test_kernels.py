@@ -1,0 +1,552 @@
+"""Kernels: pinned by their bytes, fetched, opened by the kernels library, refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from bundles import make_gpu_host
+from commands import environment_of
+from huggingface_hub import HfApi
+from kernel_repos import SCHEMAS, compile_library, variant_here, write_build
+from kernel_scenes import Attending, answering, make_tensors
+from proxies import Proxy
+
+import hubaoti
+from hubaoti import api
+from hubaoti.artifact.bundle import Bundle, write_manifest
+from hubaoti.artifact.kernel_pin import KernelPin
+from hubaoti.artifact.kernel_variant import KernelHost
+from hubaoti.artifact.requirements import Requirements
+from hubaoti.errors import (
+    HubUnreachable,
+    KernelArchUnsupported,
+    KernelDigestMismatch,
+    KernelMissing,
+    KernelSchemaMismatch,
+    MissingOps,
+    RepoNotFound,
+    Untrusted,
+)
+from hubaoti.host.match import MatchResult, judge
+from hubaoti.host.probe import Gpu, probe_host
+from hubaoti.hub.client import HubClient
+from hubaoti.hub.kernels import fetch_kernels, pin_kernel
+from hubaoti.hub.trust import Trust
+from hubaoti.mirror import Mirror
+from hubaoti.server import Endpoint
+from hubaoti.settings import Settings
+
+CUDA = Requirements(
+    **{"device": "cuda", "os": "linux", "torch": "2.13.0+cu130", "level": "x86_64_v3"},
+    **{"cuda": "13.0", "sm": 90},
+)
+HERE = KernelHost(torch.__version__, None, "x86_64_v3", "linux")
+SCENES = Path(__file__).with_name("kernel_scenes.py")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of all builds, its texts left open."""
+    return compile_library(tmp_path_factory.mktemp("library"))
+
+
+Publish = Callable[..., Path]
+
+
+@pytest.fixture
+def publish(library: Path, endpoint: Endpoint, tmp_path: Path) -> Publish:
+    """Push builds of a kernel to a repo of the endpoint; the repo's folder, as it was pushed."""
+
+    def push(repo: str, *namespaces: str, schema: str = "flash-attn3", **how: Any) -> Path:
+        folder = tmp_path / repo.replace("/", "~")
+        shutil.rmtree(folder, ignore_errors=True)
+        for namespace in namespaces:
+            write_build(library, folder, namespace, SCHEMAS.get(schema, schema), **how)
+        upload(endpoint, repo, folder)
+        return folder
+
+    return push
+
+
+def upload(endpoint: Endpoint, repo: str, folder: Path) -> None:
+    """A folder becomes the head of a kernel's repo."""
+    hub = HfApi(endpoint.url, token=endpoint.token)
+    hub.create_repo(repo, repo_type="kernel", exist_ok=True)
+    hub.upload_folder(repo_id=repo, folder_path=folder, repo_type="kernel", delete_patterns="*")
+
+
+def pin(settings: Settings, name: str, host: KernelHost = HERE) -> KernelPin:
+    return pin_kernel(HubClient(settings), name, host)
+
+
+def fetch(settings: Settings, *pins: KernelPin) -> Path:
+    """Pins in the mirror, whoever published them; the mirror."""
+    with Mirror.open(settings.mirror) as mirror:
+        fetch_kernels(HubClient(settings), mirror, pins, lambda *_: None, lambda _: None)
+    return settings.mirror
+
+
+def play(settings: Settings, scene: str, **words: Any) -> Any:
+    """What a process told that played a scene."""
+    pins = {"pins": msgspec.to_builtins(words.pop("pins"))} if "pins" in words else {}
+    done = subprocess.run(
+        [sys.executable, str(SCENES), scene, json.dumps({**words, **pins})],
+        env=environment_of(settings) | {"HF_HUB_OFFLINE": str(int(settings.offline))},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+# Pinned, fetched, opened
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_each_schema_is_pinned_fetched_and_answers_our_ops(
+    publish: Publish, settings: Settings, repo: str, schema: str
+) -> None:
+    publish(repo, "_attention_cpu_1f", schema=schema)
+    pinned = pin(settings, repo)
+    assert pinned.build is not None
+    assert (pinned.build.namespace, pinned.version) == ("_attention_cpu_1f", 1)
+    assert [op.schema for op in pinned.build.ops] == [SCHEMAS[schema]]
+    mirror = fetch(settings, pinned)
+    found = play(settings, "answers", mirror=str(mirror), pins=[pinned])
+    assert max(found.values()) < 2e-6, found
+    files = {each.name for each in mirror.glob("kernels/*/build/*/**/*") if each.is_file()}
+    assert files == {"metadata.json", "__init__.py", "_ops.py", "_C.abi3.so"}  # no bytecode
+
+
+def test_a_pin_survives_json_and_is_known_by_its_bytes_wherever_it_lies(
+    publish: Publish, settings: Settings, repo: str, endpoint: Endpoint
+) -> None:
+    folder = publish(repo, "_attention_cpu_2f")
+    first = pin(settings, repo)
+    assert msgspec.json.decode(msgspec.json.encode(first), type=KernelPin) == first
+    (folder / "README.md").write_text("words")
+    upload(endpoint, repo, folder)
+    second = pin(settings, repo)
+    assert second.commit != first.commit
+    assert second.id == first.id
+
+
+def test_a_version_is_a_branch_and_a_host_need_not_be_this_one(
+    publish: Publish, settings: Settings, repo: str, endpoint: Endpoint
+) -> None:
+    variants = ["torch211-cxx11-cu130-x86_64-linux", "torch-stable-abi29-cu128-x86_64-linux"]
+    publish(repo, "_attention_cuda_3f", variant=variants[0], archs=("8.0", "9.0a"))
+    HfApi(endpoint.url, token=endpoint.token).create_branch(repo, branch="v1", repo_type="kernel")
+    there = KernelHost("2.11.0+cu130", "13.0", "x86_64_v3", "linux")
+    found = pin(settings, f"{repo}@1", there)
+    assert found.build is not None
+    assert (found.build.variant, found.archs) == (variants[0], ("8.0", "9.0a"))
+    for other in (HERE, replace(there, cuda="12.9"), replace(there, machine="aarch64")):
+        with pytest.raises(KernelArchUnsupported, match=variants[0]):
+            pin(settings, repo, other)
+    with pytest.raises(RepoNotFound):
+        pin(settings, f"{repo}@2", there)
+
+
+# Refused
+
+
+def test_a_kernel_whose_commit_cannot_be_asked_is_not_pinned(
+    publish: Publish, settings: Settings, repo: str
+) -> None:
+    publish(repo, "_attention_cpu_4f")
+    with pytest.raises(HubUnreachable):
+        pin(replace(settings, offline=True), repo)
+    with pytest.raises(RepoNotFound):
+        pin(settings, f"{repo}-which-is-not-there")
+
+
+def test_a_kernel_that_lies_elsewhere_by_now_is_not_followed(
+    publish: Publish, settings: Settings, repo: str, endpoint: Endpoint, proxy: Proxy
+) -> None:
+    folder = publish(repo, "_attention_cpu_5f")
+    proxy.mutate = lambda told: told | {"id": "evil/kernel"} if "sha" in told else told
+    with pytest.raises(KernelMissing, match="called evil/kernel by now"):
+        pin(settings, repo)
+    proxy.mutate = None
+    (folder / "kernel-status.toml").write_text(
+        'kind = "redirect"\ndestination = "evil/kernel"\nrevision = "main"\n'
+    )
+    upload(endpoint, repo, folder)
+    with pytest.raises(KernelMissing, match="called evil/kernel by now"):
+        pin(settings, repo)
+
+
+@pytest.mark.parametrize("schema", ["gone(Tensor q) -> Tensor", ""])
+def test_a_library_without_the_op_that_is_called_is_not_pinned(
+    publish: Publish, settings: Settings, repo: str, schema: str
+) -> None:
+    publish(repo, "_attention_cpu_6f", schema=schema)
+    with pytest.raises(KernelSchemaMismatch, match="define 0 ops fwd"):
+        pin(settings, repo)
+
+
+def test_bytes_that_are_others_than_were_pinned_are_never_in_the_mirror(
+    publish: Publish, settings: Settings, repo: str, proxy: Proxy
+) -> None:
+    publish(repo, "_attention_cpu_7f")
+    pinned = pin(settings, repo)
+    shutil.rmtree(settings.home)
+    proxy.matching, proxy.flip = "_ops.py", True
+    with pytest.raises(KernelDigestMismatch, match="is not the file that was pinned"):
+        fetch(settings, pinned)
+    assert [*settings.mirror.glob("kernels/*")] == []
+    proxy.reset()
+    shutil.rmtree(settings.home)  # huggingface_hub keeps what it was given
+    fetch(settings, pinned)
+
+
+def test_a_commit_that_is_gone_is_said_and_what_is_here_is_still_used(
+    publish: Publish, settings: Settings, repo: str, endpoint: Endpoint
+) -> None:
+    publish(repo, "_attention_cpu_8f")
+    pinned = pin(settings, repo)
+    mirror = fetch(settings, pinned)
+    HfApi(endpoint.url, token=endpoint.token).delete_repo(repo, repo_type="kernel")
+    fetch(settings, pinned)
+    fetch(replace(settings, offline=True), pinned)
+    assert "ops" in play(settings, "opens", mirror=str(mirror), pins=[pinned])
+    shutil.rmtree(settings.home)
+    with pytest.raises(KernelMissing, match=f"{repo}@{pinned.commit} cannot be had"):
+        fetch(settings, pinned)
+    with pytest.raises(KernelMissing, match="HF_HUB_OFFLINE is set"):
+        fetch(replace(settings, offline=True), pinned)
+
+
+@pytest.mark.parametrize("how", ["flipped", "added", "bytecode", "link", "gone"])
+def test_a_kernel_that_was_changed_in_the_mirror_is_set_apart(
+    publish: Publish, settings: Settings, repo: str, how: str
+) -> None:
+    publish(repo, "_attention_cpu_9f")
+    pinned = pin(settings, repo)
+    fetch(settings, pinned)
+    folder = next(settings.mirror.glob("kernels/*/build/*"))
+    spoil(folder, how)
+    with Mirror.open(settings.mirror) as mirror:
+        with pytest.raises(KernelDigestMismatch):
+            mirror.verify_kernel(pinned)
+        assert not mirror.has_kernel(pinned)
+    fetch(settings, pinned)
+    with Mirror.open(settings.mirror) as mirror:
+        mirror.verify_kernel(pinned)
+
+
+def spoil(folder: Path, how: str) -> None:
+    """Change a build's folder."""
+    if how == "flipped":
+        library = folder / "_C.abi3.so"
+        content = bytearray(library.read_bytes())
+        content[len(content) // 2] ^= 1
+        library.chmod(0o600)
+        library.write_bytes(content)
+    elif how == "added":
+        (folder / "sitecustomize.py").write_text("")
+    elif how == "bytecode":
+        (folder / "__pycache__").mkdir()
+        (folder / "__pycache__/__init__.cpython-311.pyc").write_bytes(b"")
+    elif how == "link":
+        (folder / "_ops.py").rename(folder.parent.parent.parent / "elsewhere.py")
+        (folder / "_ops.py").symlink_to(folder.parent.parent.parent / "elsewhere.py")
+    else:
+        (folder / "__init__.py").unlink()
+
+
+# Opened in one process
+
+
+def test_one_process_has_one_build_of_a_kernel(
+    publish: Publish, settings: Settings, repo: str
+) -> None:
+    publish(repo, "_attention_cpu_af")
+    publish(f"{repo}-again", "_attention_cpu_bf")
+    publish(f"{repo}-other", "_attention_cpu_af", schema="sgl-flash-attn3")
+    first, again, other = (pin(settings, f"{repo}{name}") for name in ("", "-again", "-other"))
+    mirror = str(fetch(settings, first, again, other))
+    assert "ops" in play(settings, "opens", mirror=mirror, pins=[first, first])
+    for second in (again, other):
+        told = play(settings, "opens", mirror=mirror, pins=[first, second])
+        assert told["error"] == "KernelConflict"
+        assert "a process of its own" in told["hint"]
+
+
+def test_a_namespace_that_others_have_loaded_is_theirs_unless_it_is_the_same(
+    publish: Publish, settings: Settings, repo: str
+) -> None:
+    same = publish(repo, "_attention_cpu_cf")
+    pinned = pin(settings, repo)
+    other = publish(f"{repo}-other", "_attention_cpu_cf", schema="vllm-flash-attn3")
+    mirror = str(fetch(settings, pinned))
+    words = {"mirror": mirror, "pins": [pinned]}
+    assert "ops" in play(settings, "loads_and_opens", theirs=str(same), **words)
+    told = play(settings, "loads_and_opens", theirs=str(other), **words)
+    assert told["error"] == "KernelConflict"
+    assert "_attention_cpu_cf" in told["message"]
+
+
+def test_a_kernel_for_another_torch_is_refused_by_name(
+    publish: Publish, settings: Settings, repo: str
+) -> None:
+    publish(repo, "_attention_cpu_df", variant=variant_here("2.9"))
+    with pytest.raises(KernelArchUnsupported, match="torch29-cpu"):
+        pin(settings, repo)
+    pinned = pin(settings, repo, replace(HERE, torch="2.9.1"))
+    told = play(settings, "opens", mirror=str(fetch(settings, pinned)), pins=[pinned])
+    assert told["error"] == "KernelArchUnsupported"
+    assert f"the kernel {pinned} is built for torch 2.9" in told["message"]
+
+
+def test_an_op_that_is_called_otherwise_than_was_pinned_is_refused(
+    publish: Publish, settings: Settings, repo: str
+) -> None:
+    publish(repo, "_attention_cpu_ef")
+    pinned = pin(settings, repo)
+    assert pinned.build is not None
+    op = pinned.build.ops[0]
+    changed_op = replace(op, schema=op.schema.replace("is_causal = False", "is_causal = True"))
+    lying = replace(pinned, ops=(changed_op,))
+    told = play(settings, "opens", mirror=str(fetch(settings, pinned)), pins=[lying])
+    assert told["error"] == "KernelSchemaMismatch"
+    assert "is_causal=True" not in told["message"] and "is_causal=False" in told["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (("int sm_margin = 0", "int sm_margin = 0, bool dropped = False"), "has dropped"),
+        (("Tensor? leftpad_k = None,", ""), "lacks leftpad_k"),
+    ],
+)
+def test_an_op_that_nobody_knows_how_to_call_is_refused(
+    publish: Publish, settings: Settings, repo: str, change: tuple[str, str], problem: str
+) -> None:
+    schema = SCHEMAS["flash-attn3"].replace(*change)
+    assert schema != SCHEMAS["flash-attn3"]
+    publish(repo, "_attention_cpu_0e", schema=schema)
+    pinned = pin(settings, repo)
+    told = play(settings, "opens", mirror=str(fetch(settings, pinned)), pins=[pinned])
+    assert told["error"] == "KernelSchemaMismatch"
+    assert problem in told["message"]
+
+
+# Of artifacts
+
+
+@pytest.fixture(scope="module")
+def attending(built_at: Settings, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A module over `hubaoti::fa3_fwd`, compiled where plain torch answers it."""
+    module = Attending().eval()
+    with answering(), torch.no_grad():
+        with hubaoti.capture(module) as calls:
+            module(*make_tensors(2, 6))
+            module(*make_tensors(5, 9))
+        folder = tmp_path_factory.mktemp("attending") / "bundle"
+        return api.compile(module, folder, calls=calls, settings=built_at)
+
+
+def bundle_with(bundle: Bundle, folder: Path, *pins: KernelPin) -> Bundle:
+    """The same graphs, which are to be answered by pinned kernels."""
+    shutil.copytree(bundle.path, folder)
+    requires = replace(bundle.manifest.requires, kernels=pins)
+    schema = 3 if pins else bundle.manifest.schema
+    manifest = msgspec.structs.replace(bundle.manifest, requires=requires, schema=schema)
+    write_manifest(folder, manifest)
+    return Bundle(folder, manifest)
+
+
+@pytest.fixture
+def push(
+    attending: Bundle, settings: Settings, tmp_path: Path
+) -> Callable[[str, KernelPin], Bundle]:
+    """Publish the module's graphs with a pin."""
+
+    def send(repo: str, pinned: KernelPin) -> Bundle:
+        bundle = bundle_with(attending, tmp_path / f"bundle-{pinned.id[:6]}", pinned)
+        api.push(bundle, repo, settings=settings)
+        return bundle
+
+    return send
+
+
+def test_one_graph_is_answered_by_three_builds_of_other_namespaces(
+    publish: Publish, push: Callable[..., Bundle], settings: Settings, repo: str
+) -> None:
+    for schema in ("flash-attn3", "vllm-flash-attn3", "sgl-flash-attn3"):
+        kernel, built = f"{repo}-{schema}-kernel", f"{repo}-{schema}"
+        publish(kernel, f"_{schema.replace('-', '_')}_cpu_1a", schema=schema)
+        push(built, pin(settings, kernel))
+        told = play(settings, "attaches", repos=[built], trust=True)
+        assert told[built]["off"] < 1e-5
+        assert told[built]["compiled"] == 1
+
+
+def test_the_second_build_in_a_process_is_refused_and_the_first_goes_on(
+    publish: Publish, push: Callable[..., Bundle], settings: Settings, repo: str
+) -> None:
+    for name in ("one", "two"):
+        publish(f"{repo}-{name}-kernel", f"_attention_cpu_{name}")
+        push(f"{repo}-{name}", pin(settings, f"{repo}-{name}-kernel"))
+    told = play(settings, "attaches", repos=[f"{repo}-one", f"{repo}-two"], trust=True)
+    assert told["error"] == "KernelConflict"
+    again = play(settings, "attaches", repos=[f"{repo}-two", f"{repo}-two"], trust=True)
+    assert again[f"{repo}-two"]["off"] < 1e-5
+
+
+@pytest.fixture
+def pushed(
+    publish: Publish, push: Callable[..., Bundle], settings: Settings, repo: str
+) -> tuple[Bundle, KernelPin]:
+    """An artifact in `repo`, and the kernel that it pins, in `repo`-kernel."""
+    publish(f"{repo}-kernel", "_attention_cpu_2a")
+    pinned = pin(settings, f"{repo}-kernel")
+    return push(repo, pinned), pinned
+
+
+def test_a_pull_brings_the_kernel_and_what_was_pulled_opens_without_a_network(
+    pushed: tuple[Bundle, KernelPin], settings: Settings, repo: str
+) -> None:
+    commit = api.pull(repo, trust=True, settings=settings).commit
+    with Mirror.open(settings.mirror) as mirror:
+        mirror.verify_kernel(pushed[1])
+    offline = replace(settings, offline=True)
+    name = f"{repo}@{commit}"
+    assert play(offline, "attaches", repos=[name])[name]["off"] < 1e-5
+
+
+def test_a_kernel_that_is_missing_offline_is_named(
+    pushed: tuple[Bundle, KernelPin], settings: Settings, repo: str
+) -> None:
+    pulled = api.pull(repo, trust=True, settings=settings)
+    shutil.rmtree(settings.mirror / "kernels")
+    offline = replace(settings, offline=True)
+    with pytest.raises(KernelMissing, match=str(pushed[1])):
+        api.pull(f"{repo}@{pulled.commit}", settings=offline)
+    told = play(offline, "attaches", repos=[f"{repo}@{pulled.commit}"])
+    assert told["error"] == "KernelMissing"
+    assert api.pull(f"{repo}@{pulled.commit}", settings=settings).from_mirror  # and brings it back
+    assert [*settings.mirror.glob("kernels/*")]
+
+
+def test_a_kernel_whose_publisher_is_not_trusted_is_not_fetched(
+    publish: Publish, push: Callable[..., Bundle], settings: Settings, repo: str
+) -> None:
+    kernel = f"stranger/{repo.partition('/')[2]}"
+    publish(kernel, "_attention_cpu_3a")
+    push(repo, pin(settings, kernel))
+    Trust(settings.trust).add(settings.endpoint, "acme")
+    with pytest.raises(Untrusted, match=f"stranger publishes the kernel {kernel}"):
+        api.pull(repo, settings=settings)
+    assert not [*settings.mirror.glob("kernels/*")]
+    commit = api.pull(repo, trust=True, settings=settings).commit
+    Trust(settings.trust).remove(settings.endpoint, "stranger")
+    with pytest.raises(Untrusted, match="stranger publishes the kernel"):
+        api.pull(f"{repo}@{commit}", settings=settings)
+
+
+def test_a_bundle_brings_its_kernel_where_it_is_attached(
+    pushed: tuple[Bundle, KernelPin], settings: Settings
+) -> None:
+    bundle, pinned = pushed
+    told = play(settings, "attaches_bundle", folder=str(bundle.path), trust=False)
+    assert told["error"] == "Untrusted"
+    told = play(settings, "attaches_bundle", folder=str(bundle.path), trust=True)
+    assert told["off"] < 1e-5
+    with Mirror.open(settings.mirror) as mirror:
+        mirror.verify_kernel(pinned)
+
+
+def test_an_artifact_whose_kernel_is_not_there_is_not_pushed(
+    pushed: tuple[Bundle, KernelPin],
+    attending: Bundle,
+    settings: Settings,
+    repo: str,
+    tmp_path: Path,
+) -> None:
+    elsewhere = replace(pushed[1], commit="d" * 40)
+    bundle = bundle_with(attending, tmp_path / "elsewhere", elsewhere)
+    with pytest.raises(KernelMissing, match=str(elsewhere)):
+        api.push(bundle, repo, settings=settings)
+    assert pushed[1].build is not None
+    files = tuple(
+        msgspec.structs.replace(file, size=file.size + 1) for file in pushed[1].build.files
+    )
+    bundle = bundle_with(attending, tmp_path / "other", replace(pushed[1], files=files))
+    with pytest.raises(KernelMissing, match="is not there as it was pinned"):
+        api.push(bundle, repo, settings=settings)
+
+
+def test_a_graph_without_a_kernel_for_its_op_is_refused_before_it_is_called(
+    attending: Bundle, settings: Settings, tmp_path: Path
+) -> None:
+    bundle = bundle_with(attending, tmp_path / "bare")
+    with pytest.raises(MissingOps, match="calls hubaoti::fa3_fwd, an op that is not registered"):
+        hubaoti.attach(Attending().eval(), bundle, settings=settings)
+
+
+def test_a_kernel_that_was_changed_is_not_opened_with_its_artifact(
+    pushed: tuple[Bundle, KernelPin], settings: Settings, repo: str
+) -> None:
+    pulled = api.pull(repo, trust=True, settings=settings)
+    spoil(next(settings.mirror.glob("kernels/*/build/*")), "flipped")
+    told = play(settings, "attaches", repos=[f"{repo}@{pulled.commit}"])
+    assert told["error"] == "KernelDigestMismatch"
+    told = play(settings, "attaches", repos=[f"{repo}@{pulled.commit}"])  # which fetches it again
+    assert told[f"{repo}@{pulled.commit}"]["off"] < 1e-5
+
+
+def test_a_kernel_that_ends_its_process_is_never_loaded_here(
+    publish: Publish, push: Callable[..., Bundle], settings: Settings, repo: str
+) -> None:
+    """Torch ends a process for a schema that it cannot read."""
+    publish(f"{repo}-kernel", "_attention_cpu_4a", schema="fwd(Tensor q, Nothing k) -> Tensor")
+    push(repo, pin(settings, f"{repo}-kernel"))
+    told = play(settings, "attaches", repos=[repo], trust=True)
+    assert told["error"] == "NotTried"
+    assert "before it was opened" in told["message"]
+
+
+# Judged
+
+
+@pytest.mark.parametrize("sm", [80, 120])
+def test_a_host_of_another_capability_is_told_to_take_sdpa(
+    publish: Publish, settings: Settings, repo: str, sm: int
+) -> None:
+    variant = "torch213-cxx11-cu130-x86_64-linux"
+    publish(repo, "_attention_cuda_5a", variant=variant, archs=("9.0a",))
+    there = KernelHost("2.13.0+cu130", "13.0", "x86_64_v3", "linux")
+    pinned = pin(settings, repo, there)
+    host = make_gpu_host(gpus=(Gpu("fake", sm, 1 << 34),))
+    verdict = judge(replace(CUDA, sm=sm, kernels=(pinned,)), host)
+    assert [refusal.need for refusal in verdict.refusals] == [f"9.0a for the kernel {repo}"]
+    assert "sdpa" in verdict.refusals[0].advice
+    fits = judge(replace(CUDA, kernels=(pinned,)), make_gpu_host())
+    assert fits.fit is MatchResult.EXACT
+    offline = judge(replace(CUDA, kernels=(pinned,)), make_gpu_host(offline=True))
+    assert [refusal.need for refusal in offline.refusals] == [f"the kernels {pinned}"]
+    kept = make_gpu_host(offline=True, kernels=frozenset({pinned.id}))
+    assert judge(replace(CUDA, kernels=(pinned,)), kept).fit is MatchResult.EXACT
+
+
+def test_the_mirror_tells_the_host_which_kernels_need_no_network(
+    publish: Publish, settings: Settings, repo: str
+) -> None:
+    publish(repo, "_attention_cpu_6a")
+    pinned = pin(settings, repo)
+    fetch(settings, pinned)
+    assert pinned.id in probe_host(settings, kernel_caches=()).kernels
