@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import torch
+from space import worker
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -173,8 +174,25 @@ def attaches_bundle(folder: str, trust: bool) -> dict[str, Any]:
         return {"off": find_difference(module(*given), attend(*given))}
 
 
+def serves_workers(repo: str) -> list[dict[str, Any]]:
+    """Three forked workers of a Space, which each open their graphs, and so their kernels."""
+    import hubaoti.spaces
+
+    module, given = Attending().eval(), make_tensors(3, 8)
+    loaded = hubaoti.spaces.load(module, repo, trust=True)
+
+    def work() -> dict[str, Any]:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            off = find_difference(module(*given), attend(*given))
+        return {"off": off, "compiled": loaded.stats()["compiled"]}
+
+    return [worker(work) for _ in range(3)]
+
+
 SCENES: dict[str, Callable[..., Any]] = {
-    scene.__name__: scene for scene in (answers, opens, loads_and_opens, attaches, attaches_bundle)
+    scene.__name__: scene
+    for scene in (answers, opens, loads_and_opens, attaches, attaches_bundle, serves_workers)
 }
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from proxies import Proxy
 
 import hubaoti
 from hubaoti import api
-from hubaoti.artifact.bundle import Bundle, write_manifest
-from hubaoti.artifact.kernel_pin import KernelPin
+from hubaoti.artifact.bundle import Bundle, make_file_entry, write_manifest
+from hubaoti.artifact.kernel_pin import KernelOp, KernelPin
 from hubaoti.artifact.kernel_variant import KernelHost
 from hubaoti.artifact.requirements import Requirements
 from hubaoti.errors import (
@@ -337,11 +337,33 @@ def test_an_op_that_nobody_knows_how_to_call_is_refused(
 ) -> None:
     schema = SCHEMAS["flash-attn3"].replace(*change)
     assert schema != SCHEMAS["flash-attn3"]
-    publish(repo, "_attention_cpu_0e", schema=schema)
-    pinned = pin(settings, repo)
-    told = play(settings, "opens", mirror=str(fetch(settings, pinned)), pins=[pinned])
+    folder = publish(repo, "_attention_cpu_0e", schema=schema)
+    with pytest.raises(KernelSchemaMismatch, match=problem):
+        pin(settings, repo)
+    pinned = pin_by_hand(folder, schema)  # as others may have
+    assert pinned.build is not None
+    with Mirror.open(settings.mirror) as mirror:
+        files = next((folder / "build").iterdir())
+        mirror.put_kernel(
+            pinned.build, {each.path: files / each.path for each in pinned.build.files}
+        )
+    told = play(settings, "opens", mirror=str(settings.mirror), pins=[pinned])
     assert told["error"] == "KernelSchemaMismatch"
     assert problem in told["message"]
+
+
+def pin_by_hand(folder: Path, schema: str) -> KernelPin:
+    """The one build in a repo's folder, pinned by nobody who looked at it."""
+    build = next((folder / "build").iterdir())
+    metadata = json.loads((build / "metadata.json").read_text())
+    return KernelPin(
+        repo="acme/kernel",
+        commit="a" * 40,
+        variant=build.name,
+        namespace=metadata["id"],
+        files=tuple(make_file_entry(build, each.name) for each in sorted(build.iterdir())),
+        ops=(KernelOp("fwd", schema),),
+    )
 
 
 # Of artifacts
@@ -513,11 +535,20 @@ def test_a_kernel_that_ends_its_process_is_never_loaded_here(
     publish: Publish, push: Callable[..., Bundle], settings: Settings, repo: str
 ) -> None:
     """Torch ends a process for a schema that it cannot read."""
-    publish(f"{repo}-kernel", "_attention_cpu_4a", schema="fwd(Tensor q, Nothing k) -> Tensor")
+    schema = SCHEMAS["flash-attn3"].replace("bool is_causal", "Nothing is_causal")
+    publish(f"{repo}-kernel", "_attention_cpu_4a", schema=schema)
     push(repo, pin(settings, f"{repo}-kernel"))
     told = play(settings, "attaches", repos=[repo], trust=True)
     assert told["error"] == "NotTried"
     assert "before it was opened" in told["message"]
+
+
+def test_each_worker_of_a_space_opens_the_kernel_that_was_pulled(
+    pushed: tuple[Bundle, KernelPin], settings: Settings, repo: str
+) -> None:
+    told = play(settings, "serves_workers", repo=repo)
+    assert [each["off"] < 1e-5 for each in told] == [True] * 3, told
+    assert [each["compiled"] for each in told[1:]] == [1, 1]
 
 
 # Judged

@@ -15,6 +15,7 @@ from msgspec import UNSET
 
 from hubaoti.artifact.kernel_metadata import LARGEST_METADATA, METADATA, parse_metadata
 from hubaoti.artifact.kernel_pin import MOST_BYTES, MOST_FILES, KernelBuild, KernelOp, KernelPin
+from hubaoti.artifact.kernel_schema import CALLED, list_unknown, read_arguments
 from hubaoti.artifact.kernel_variant import KernelHost, choose_variant
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.package import hash_file
@@ -59,7 +60,8 @@ def pin_kernel(client: HubClient, name: str, host: KernelHost) -> KernelPin:
         RepoNotFound, AuthFailed, HubUnreachable: its commit cannot be asked.
         KernelMissing: it lies in another repo by now.
         KernelArchUnsupported: it has no build for this kind of host.
-        KernelSchemaMismatch: no library of its build, or several, have the op that is called.
+        KernelSchemaMismatch: no library of its build, or several, have the op that is called, or
+            nobody knows how.
         BadManifest: its metadata say nothing, or that it loads other kernels; its files are too
             many, too large, or called as no file may be.
         KernelDigestMismatch: the endpoint gives other bytes than the commit lists.
@@ -203,11 +205,16 @@ def _read_op(repo: str, files: Mapping[str, Path]) -> KernelOp:
     if len(found) != 1:
         said = "; ".join(each.decode() for each in found) or "none"
         raise KernelSchemaMismatch(
-            f"the libraries of {repo} define {len(found)} ops fwd, not one: {said}",
+            f"the libraries of {repo} define {len(found)} ops {CALLED}, not one: {said}",
             hint=_NO_KERNEL,
         )
     schema = found[0].decode()
-    return KernelOp(schema.partition("(")[0], schema)
+    if problems := list_unknown(read_arguments(schema)):
+        raise KernelSchemaMismatch(
+            f"nobody knows how to call the op {CALLED} of {repo}: it {', '.join(problems)}",
+            hint=_NO_KERNEL,
+        )
+    return KernelOp(CALLED, schema)
 
 
 def _find_schemas(library: Path) -> set[bytes]:

@@ -1,10 +1,4 @@
-"""Our ops by the one op of a build of FlashAttention-3, in the schemas that there are.
-
-All of them have an op `fwd` for everything, and differ in which arguments it has, in what order:
-`flash-attn3` of kernels-community, and PyPI's fa3-fwd; `vllm-flash-attn3`, which has attention
-sinks and no chunks; `sgl-flash-attn3`, which has both. So arguments are given by their names, and
-one that nobody here knows is refused, for nobody can say what it would do.
-"""
+"""Our ops by the one op of a build, whose arguments are given by their names."""
 
 from __future__ import annotations
 
@@ -14,28 +8,10 @@ from typing import Any
 import torch
 
 from hubaoti.artifact.kernel_pin import KernelBuild, KernelOp
+from hubaoti.artifact.kernel_schema import CALLED, UNASKED, list_unknown
 from hubaoti.errors import KernelSchemaMismatch
 from hubaoti.runtime.attention_ops import DECODE, FORWARD, VARLEN
 
-CALLED = "fwd"  # the op that computes everything
-# What no call of ours asks for, and what says so.
-_UNASKED: Mapping[str, Any] = {
-    **dict.fromkeys(("q_v", "out", "cu_seqlens_k_new", "seqused_q", "page_table", "kv_batch_idx")),
-    **dict.fromkeys(("rotary_cos", "rotary_sin", "seqlens_rotary", "scheduler_metadata")),
-    **dict.fromkeys(("q_descale", "k_descale", "v_descale", "pack_gqa")),
-    **dict.fromkeys(("s_aux", "s_aux_", "sinks", "cp_tot_seqused_k")),
-    "attention_chunk": 0,
-    "is_rotary_interleaved": False,
-    "num_splits": 0,  # as many as the kernel finds best
-    "sm_margin": 0,
-    "cp_world_size": 1,
-    "cp_rank": 0,
-}
-_ASKED = (
-    *("q", "k", "v", "k_new", "v_new", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k"),
-    *("max_seqlen_q", "max_seqlen_k", "softmax_scale", "is_causal"),
-    *("window_size_left", "window_size_right", "softcap"),
-)
 _HINT = "use a kernel of one of the schemas that hubaoti knows, or an sdpa recipe"
 
 
@@ -79,16 +55,13 @@ class _Adapter:
 
     def __init__(self, op: Any) -> None:
         names = [argument.name for argument in op._schema.arguments]
-        unknown = [name for name in names if name not in _UNASKED and name not in _ASKED]
-        missing = [name for name in _ASKED if name not in names]
-        if unknown or missing:
-            problem = [*(f"has {name}" for name in unknown), *(f"lacks {name}" for name in missing)]
+        if problems := list_unknown(names):
             raise KernelSchemaMismatch(
-                f"nobody knows how to call {op._schema.name}: it {', '.join(problem)}", hint=_HINT
+                f"nobody knows how to call {op._schema.name}: it {', '.join(problems)}", hint=_HINT
             )
         self._op = op
         self._places = {name: index for index, name in enumerate(names)}
-        self._arguments = [_UNASKED.get(name) for name in names]
+        self._arguments = [UNASKED.get(name) for name in names]
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rule: Any) -> Any:
         """`hubaoti::fa3_fwd`."""
