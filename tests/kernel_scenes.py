@@ -190,10 +190,8 @@ def serves_workers(repo: str) -> list[dict[str, Any]]:
     return [worker(work) for _ in range(3)]
 
 
-SCENES: dict[str, Callable[..., Any]] = {
-    scene.__name__: scene
-    for scene in (answers, opens, loads_and_opens, attaches, attaches_bundle, serves_workers)
-}
+_SCENES = (answers, opens, loads_and_opens, attaches, attaches_bundle, serves_workers)
+SCENES: dict[str, Callable[..., Any]] = {scene.__name__: scene for scene in _SCENES}
 
 if __name__ == "__main__":
     scene, words = sys.argv[1:]

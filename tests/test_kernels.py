@@ -562,7 +562,7 @@ def test_a_host_of_another_capability_is_told_to_take_sdpa(
     publish(repo, "_attention_cuda_5a", variant=variant, archs=("9.0a",))
     there = KernelHost("2.13.0+cu130", "13.0", "x86_64_v3", "linux")
     pinned = pin(settings, repo, there)
-    host = make_gpu_host(gpus=(Gpu("fake", sm, 1 << 34),))
+    host = replace(make_gpu_host(), gpus=(Gpu("fake", sm, 1 << 34),))
     verdict = judge(replace(CUDA, sm=sm, kernels=(pinned,)), host)
     assert [refusal.need for refusal in verdict.refusals] == [f"9.0a for the kernel {repo}"]
     assert "sdpa" in verdict.refusals[0].advice
