@@ -127,7 +127,9 @@ def test_what_an_interpretation_finds_is_of_all_whose_sources_are_the_same(
 ) -> None:
     """And of no other; what could not be lowered is not interpreted."""
     sources = {80: "same", 90: "same", 120: "other", 75: ""}
-    builds: Any = [SimpleNamespace(id=f"root-sm{sm}", sm=sm, folder=tmp_path) for sm in sources]
+    builds: Any = [
+        SimpleNamespace(id=f"root-sm{sm}", sm=sm, gpu=f"sm{sm}", folder=tmp_path) for sm in sources
+    ]
     (entry,) = make_bundle(tmp_path / "bundle").manifest.graphs
     built = BuiltGraph(entry, Needs((), "2.34", None, None))
     unlowered = ErrorRecord("CompileFailed", "lower: no")

@@ -72,8 +72,8 @@ def test_the_key_is_of_program_build_and_target_alone(manifest: Manifest, tmp_pa
 
 
 def test_a_newer_schema_says_upgrade(manifest: Manifest) -> None:
-    text = edited(manifest, lambda value: value.update(schema=4, future={"x": 1}))
-    with pytest.raises(NewerSchema, match="schema 4") as caught:
+    text = edited(manifest, lambda value: value.update(schema=5, future={"x": 1}))
+    with pytest.raises(NewerSchema, match="schema 5") as caught:
         parse_manifest(text, "repo/hubaoti.json")
     assert "upgrade" in caught.value.hint
     assert caught.value.exit_code == 12

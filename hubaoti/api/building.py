@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from hubaoti.api.attaching import put
 from hubaoti.api.finding import find_built, find_whole, list_trusted
 from hubaoti.artifact.bundle import Bundle, explain_store_errors
+from hubaoti.artifact.kernel_variant import KernelHost
 from hubaoti.artifact.manifest import FILENAME, label_recipe, label_variant
 from hubaoti.artifact.schema import ModelSource
 from hubaoti.compiler.reports import describe_jobs, join_errors, report_failure
-from hubaoti.compiler.request import CompileRequest
+from hubaoti.compiler.request import KERNEL, CompileRequest
 from hubaoti.errors import (
     BadDim,
     BadRequest,
@@ -28,6 +29,8 @@ from hubaoti.errors import (
 )
 from hubaoti.host.extras import require
 from hubaoti.host.probe import Host, probe_host
+from hubaoti.hub.client import HubClient
+from hubaoti.hub.kernels import download_build, pin_kernel
 from hubaoti.hub.model_download import COMPILE_FILES, fetch_model_files, find_local_folder
 from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
@@ -78,7 +81,7 @@ def build_missing(
     with Mirror.open(means.settings.mirror) as mirror, _in_eval_mode(model):
         mirror.index.require_writable()
         with report_failure(output, _describe_request(request), (CompileFailed,)):
-            jobs, origin = _prepare(model, request, host, means)
+            jobs, origin, refused = _prepare(model, request, host, means)
         found: dict[Path, Bundle | None] = {
             choose_place(output, request, job): None for job in jobs
         }
@@ -91,12 +94,20 @@ def build_missing(
         if missing:
             facts = describe_jobs([*missing.values()])
             with report_failure(output, facts, (CompileFailed, CheckFailed, BadDim)):
-                built = _build(missing, origin, host, means)
+                built = _build(missing, origin, host, means, request.kernel or KERNEL)
                 bundles = [_store(each, mirror) for each in built if isinstance(each, Bundle)]
                 found |= {bundle.path: bundle for bundle in bundles}
-                if errors := [each for each in built if isinstance(each, HubaotiError)]:
-                    raise join_errors(errors, [path for path, bundle in found.items() if bundle])
+                errors = [each for each in built if isinstance(each, HubaotiError)]
+                if errors:
+                    raise join_errors([*errors, *refused], _list_whole(found))
+        if refused:
+            raise join_errors(refused, _list_whole(found))
         return [bundle for bundle in found.values() if bundle]
+
+
+def _list_whole(found: Mapping[Path, Bundle | None]) -> list[Path]:
+    """Where bundles are whole."""
+    return [path for path, bundle in found.items() if bundle]
 
 
 def _refuse_bundle(output: Path) -> None:
@@ -114,8 +125,9 @@ def _refuse_bundle(output: Path) -> None:
 
 def _prepare(
     model: str | Path | nn.Module, request: CompileRequest, host: Host, means: Means
-) -> tuple[list[Job], ModelSource]:
-    """Everything but the work: the source, the plan, and the keys that they have.
+) -> tuple[list[Job], ModelSource, list[BadRequest]]:
+    """Everything but the work: the source, the plan, and the keys that they have; and why others
+    that were asked for beside these cannot be.
 
     Raises:
         HubaotiError: what was asked cannot be; torch is not loaded for what can be seen before.
@@ -132,7 +144,7 @@ def _prepare(
         )
     means.progress("torch")  # importing it takes longer than most steps
     from hubaoti.compiler.fake_gpu import CPU, GPU
-    from hubaoti.compiler.job import Job
+    from hubaoti.compiler.job import make_jobs
     from hubaoti.compiler.options import merge_options, refuse_measuring
     from hubaoti.compiler.plan import make_plan
     from hubaoti.compiler.targets import choose_targets
@@ -154,7 +166,8 @@ def _prepare(
         request = replace(request, buckets=request.buckets or buckets)
     # As a model calls its blocks there, whether there is one here or not.
     plan = make_plan(source, request, GPU if targets[0].device == "cuda" else CPU)
-    return [Job.of(plan, request, target) for target in targets], origin
+    jobs, refused = make_jobs(plan, request, targets)
+    return jobs, origin, refused
 
 
 def _refuse_unread(model: str | Path | nn.Module, request: CompileRequest) -> None:
@@ -221,9 +234,9 @@ def _in_eval_mode(model: Any) -> Iterator[None]:
 
 
 def _build(
-    jobs: Mapping[Path, Job], origin: ModelSource, host: Host, means: Means
+    jobs: Mapping[Path, Job], origin: ModelSource, host: Host, means: Means, kernel: str
 ) -> list[Bundle | HubaotiError]:
-    """Build jobs; where none comes to anything, that is raised."""
+    """Build jobs, those of one plan together; where none comes to anything, that is raised."""
     from hubaoti.compiler.build import build
     from hubaoti.compiler.stand_in import build_stand_in
 
@@ -231,7 +244,41 @@ def _build(
     if next(iter(jobs.values())).target.device == "cuda":
         assert host.torch is not None  # it is loaded by now
         stand_in = build_stand_in(host.torch, means.settings.home)
-    return build(jobs, origin, host, means.progress, means.at_once, stand_in)
+    results = list[Bundle | HubaotiError]()
+    groups: dict[int, dict[Path, Job]] = {}
+    for place, job in jobs.items():
+        try:
+            groups.setdefault(id(job.plan), {})[place] = _pin(job, kernel, means.settings)
+        except HubaotiError as error:
+            if len(jobs) == 1:
+                raise
+            results.append(error)
+    for group in groups.values():
+        try:
+            results += build(group, origin, host, means.progress, means.at_once, stand_in)
+        except HubaotiError as error:
+            if len(group) == len(jobs):
+                raise
+            results.append(error)
+    return results
+
+
+def _pin(job: Job, kernel: str, settings: Settings) -> Job:
+    """A job with the kernel that its graphs may call, as its repo has it now.
+
+    Raises:
+        HubaotiError: of `pin_kernel`. BadRequest: it does not compute in the dtype.
+    """
+    from hubaoti.compiler.fa3 import read_abilities, require_dtype
+    from hubaoti.runtime.attention_ops import FA3
+
+    if job.build.attention != FA3:
+        return job
+    client, target = HubClient(settings), job.target
+    host = KernelHost(target.torch, target.cuda, target.level, target.os)
+    pin = pin_kernel(client, kernel, host)
+    require_dtype(job.build.dtype, read_abilities(download_build(client, pin)), str(pin))
+    return replace(job, pins=(pin,))
 
 
 def _store(bundle: Bundle, mirror: Mirror) -> Bundle:
@@ -244,7 +291,10 @@ def _store(bundle: Bundle, mirror: Mirror) -> Bundle:
 
 def choose_place(output: Path, request: CompileRequest, job: Job) -> Path:
     """Where the bundle of a job goes: the output, or where they are several a folder in it."""
-    return output / str(label_variant(job.target)) if request.capabilities else output
+    if not request.capabilities:
+        return output
+    attention = f"-{job.build.attention}" * (job.build.attention not in {"sdpa", "eager"})
+    return output / f"{label_variant(job.target)}{attention}"
 
 
 def explain_jobs(
@@ -253,7 +303,9 @@ def explain_jobs(
     """What each of the builds that are asked for would be."""
     require("compile", "compile")
     with Mirror.open(means.settings.mirror) as mirror, _in_eval_mode(model):
-        jobs, _ = _prepare(model, request, probe_host(means.settings), means)
+        jobs, _, refused = _prepare(model, request, probe_host(means.settings), means)
+        if refused:
+            raise join_errors(refused)
         places = [output and choose_place(output, request, job) for job in jobs]
         trust = Trust(means.settings.trust)
         return [_explain_job(*each, mirror, trust) for each in zip(jobs, places, strict=True)]

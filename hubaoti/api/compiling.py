@@ -49,6 +49,8 @@ class CompileWords(TypedDict, total=False):
     regions: str | None
     dtype: str | None
     quantize: str | None
+    attention: str | Iterable[str] | None
+    kernel: str | None
     mode: str
     inductor: Mapping[str, Any] | Iterable[str]
     level: str | None
@@ -69,6 +71,8 @@ def compile(  # noqa: PLR0913 - a face of keywords
     regions: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    attention: str | Iterable[str] | None = None,
+    kernel: str | None = None,
     mode: str = "default",
     inductor: Mapping[str, Any] | Iterable[str] = (),
     level: str | None = None,
@@ -97,6 +101,9 @@ def compile(  # noqa: PLR0913 - a face of keywords
             none where the graph alone answers texts (embed, classify, logits), else auto.
         dtype: float32, bfloat16 or float16; by default the config's.
         quantize: int8wo, int4wo or float8dq, through torchao.
+        attention: sdpa or fa3 (FlashAttention-3: sm90, bfloat16); by default the model's own.
+        kernel: the repo of fa3's kernel, `owner/name[@version]`, as it is now; what is found built
+            already keeps its own. By default it is kernels-community/flash-attn3.
         mode: default, max-autotune or reduce-overhead, as `torch.compile` has them.
         inductor: options of torch.inductor, as `{"max_autotune": True}` or `["max_autotune=true"]`.
         level: the CPU level of the host code as archspec names it; x86_64_v3 by default.
@@ -122,6 +129,8 @@ def compile(  # noqa: PLR0913 - a face of keywords
         "regions": regions,
         "dtype": dtype,
         "quantize": quantize,
+        "attention": attention,
+        "kernel": kernel,
         "mode": mode,
         "inductor": inductor,
         "level": level,
@@ -150,8 +159,9 @@ def compile_for(  # noqa: PLR0913 - a face of keywords
     Args:
         model: as `compile` has it.
         capabilities: of the GPUs, as `"sm80,sm90"` or `["sm80", "9.0"]`.
-        output: a folder of bundles; each is called after its variant.
+        output: a folder of bundles; each is called after its variant, with `-fa3` behind that.
         words: as `compile` has them, without a device; `mode="max-autotune"` needs the GPU itself.
+            Of several attentions, as `"fa3,sdpa"`, there is a bundle each.
 
     Raises:
         HubaotiError: what failed and what to do; no half-written bundle is left.
@@ -187,9 +197,9 @@ def explain(
         request = _read_words(model, device, words)
     else:
         request = _read_capabilities(capability, {**words, "device": device})
-    if len(request.capabilities) > 1:
+    if len(request.capabilities) * max(1, len(request.attentions)) > 1:
         raise BadRequest(
-            f"explain is asked of several GPUs: {capability}",
+            f"explain is asked of several: {capability}",
             hint="one at a time, or of all: hubaoti.explain_for(model, 'sm80,sm90')",
         )
     return explain_jobs(model, request, place, means)[0]

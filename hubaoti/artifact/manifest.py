@@ -36,7 +36,7 @@ from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.errors import BadManifest, BadRequest, NewerSchema
 from hubaoti.escape import LONGEST, escape_line
 
-_SCHEMA = 3  # the newest that is read; what is written has the oldest that can say it
+_SCHEMA = 4  # the newest that is read; what is written has the oldest that can say it
 FILENAME = "hubaoti.json"
 # An honest manifest is far below these: the one of an 80-layer model is some hundred kB.
 LARGEST_MANIFEST = 16 << 20  # bytes
@@ -195,8 +195,10 @@ def find_oldest_schema(
 ) -> int:
     """The oldest schema that can say how graphs were built, what they take and leave, and call."""
     graphs = tuple(graphs)
-    is_newest = build.kernels is not msgspec.UNSET or any(pin.build for pin in kernels)
-    if is_newest or any(graph.unmasked is True for graph in graphs):
+    newest = (each for graph in graphs for each in (graph.masks, graph.not_fa3))
+    if any(each is not msgspec.UNSET for each in newest) or any(pin.build for pin in kernels):
+        return 4
+    if build.kernels is not msgspec.UNSET or any(graph.unmasked is True for graph in graphs):
         return 3
     return 2 if any(_needs_second_schema(graph) for graph in graphs) else 1
 

@@ -243,7 +243,10 @@ class Graph(Record, frozen=True, kw_only=True):
 
     `bounds` are the smallest and largest size of each dim, `steps` what its size is a multiple of.
     Of the graphs that serve a module, the first by `order` whose bounds hold a call serves it. One
-    that is `unmasked` does not look at its mask, and serves calls whose mask hides nothing.
+    that is `unmasked` does not look at its mask, and serves calls whose mask hides nothing. One
+    with `masks` serves those whose mask says no more than it: `causal`, the last row sees all
+    places and each row above it one less; or `padded`, the same but for places before a text.
+    Where FlashAttention-3 was asked for, `not_fa3` is the attention that another kernel computes.
     """
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")]
@@ -265,6 +268,8 @@ class Graph(Record, frozen=True, kw_only=True):
     unmasked: Literal[True] | msgspec.UnsetType = msgspec.UNSET
     device_code: DeviceCode | msgspec.UnsetType = msgspec.UNSET  # of a GPU
     not_interpreted: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET  # of a GPU, where some was
+    masks: Literal["causal", "padded"] | msgspec.UnsetType = msgspec.UNSET
+    not_fa3: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Check(Record, frozen=True, kw_only=True):

@@ -21,8 +21,10 @@ from hubaoti.attachment.expand import (
     current_stream,
     find_axis,
     is_expandable,
+    is_grown,
     read_dims,
 )
+from hubaoti.attachment.masks import Says, has_all_rows, wants
 from hubaoti.attachment.torch_modes import refuse_modes
 from hubaoti.errors import BadInput, BadManifest, OutOfBounds
 from hubaoti.program.output_capturing import find_unread_flags
@@ -101,10 +103,11 @@ class Dispatcher:
         self._compiled_from = attention
         is_said = any(getattr(part, CAUSAL, False) for part in block.modules())
         self._could_be_causal = bool(first.call["kwargs"].get(CAUSAL, is_said))
-        self._known: dict[bool, KnownCalls[Route]] = {True: KnownCalls(), False: KnownCalls()}
+        self._known: dict[Says, KnownCalls[Route]] = {each: KnownCalls() for each in Says}
         places = [index for index, item in enumerate(first.inputs) if item.values == "mask"]
-        unmasked = any(entry.unmasked is True for entry in self.entries)
-        self._mask = places[0] if unmasked and len(places) == 1 else None
+        asking = any(map(wants, self.entries))
+        self._mask = places[0] if asking and len(places) == 1 else None
+        self._only_steps = not any(entry.masks for entry in self.entries)
         self._position: tuple[tuple[int, int, int], torch.Tensor] | None = None
 
     def read_sizes(self, found: Sequence[Any]) -> tuple[int, int]:
@@ -131,8 +134,8 @@ class Dispatcher:
         Raises:
             CannotServe: there is none, with the reason.
         """
-        is_open = self._is_open(inputs, held, who)
-        known, look = self._known[is_open], inputs
+        said = self._read_mask(inputs, held, who)
+        known, look = self._known[said], inputs
         route = known.find(look)
         if route is None:
             look = self._mark_gaps(inputs, held)
@@ -140,19 +143,24 @@ class Dispatcher:
         if route is not None and route.numbers == tuple(numbers) and _is_within(route, held):
             return route
         refuse_modes(self.device)
-        route = self._find(inputs, numbers, held, is_open)
+        route = self._find(inputs, numbers, held, said)
         known.add(look, route)
         return route
 
-    def _is_open(self, inputs: Sequence[Any], held: CacheState | None, who: str) -> bool:
-        """Whether a call is one of a step whose mask hides nothing, where a graph wants to know."""
-        if self._mask is None or held is None or held.slides or held.seq != 1:
-            return False
+    def _read_mask(self, inputs: Sequence[Any], held: CacheState | None, who: str) -> Says:
+        """What the mask of a call says, where a graph wants to know."""
+        is_step = held is not None and held.seq == 1
+        if self._mask is None or (self._only_steps and not is_step):
+            return Says.ANYTHING
+        if held is not None and held.slides:
+            return Says.ANYTHING
         refuse_modes(self.device)
         mask = inputs[self._mask]
+        if mask is None:
+            return Says.CAUSAL if self._is_causal and not is_step else Says.ANYTHING
         if type(mask) not in _PLAIN or not mask.dim() or not has_memory(mask):
-            return False
-        return self._expanded.is_open(mask, held.filled, who)
+            return Says.ANYTHING
+        return self._expanded.read_mask(mask, held.filled if held else None, who)
 
     def follow(
         self, route: Route, inputs: list[Any], held: CacheState | None, who: str
@@ -231,14 +239,14 @@ class Dispatcher:
         inputs: Sequence[Any],
         numbers: Sequence[Any],
         held: CacheState | None,
-        is_open: bool,
+        said: Says,
     ) -> Route:
         """The route by the first graph that can; the last one's reason where none can."""
         problems: list[CannotServe] = []
         for index, entry in enumerate(self.entries):
             if entry.cache is not None and entry.cache.kind != _choose_cache_kind(held):
                 continue
-            if entry.unmasked is True and not is_open:
+            if said < wants(entry):
                 continue
             try:
                 return self._try(index, inputs[: len(entry.inputs)], numbers, held)
@@ -317,7 +325,9 @@ class Dispatcher:
                 continue
             # The input that says how many rows there are stands for itself.
             expands = self._expands and (self._rows is None or place != self._rows[0])
-            grows = item.values == "mask" and _is_grown(tensor, wanted, grown)
+            if place == self._mask and entry.masks and not has_all_rows(tensor, wanted):
+                raise CannotServe("arguments", f"{item.name} has one row for all")
+            grows = item.values == "mask" and is_grown(tensor, wanted, grown)
             less = expands and tensor is not None and is_expandable(tensor.shape, wanted, cut)
             if same or tensor is None or less or grows:
                 yield InputShape(place, wanted[:-1] if cut else wanted, cut)
@@ -365,13 +375,6 @@ def _refuse_other_calls(first: Entry, entries: Sequence[Entry]) -> None:
                 f"graphs {first.id} and {entry.id} serve one module and are called differently",
                 hint="its publisher must compile it again",
             )
-
-
-def _is_grown(tensor: Any, wanted: Sequence[int], grown: int | None) -> bool:
-    """Whether a mask becomes another by places that are put before its own, all `grown` of them."""
-    if tensor is None or grown is None or tensor.shape[-1] != grown or grown > wanted[-1]:
-        return False
-    return is_expandable(tensor.shape[:-1], wanted[:-1], False)
 
 
 def _choose_cache_kind(held: CacheState | None) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 from hubaoti.artifact.dim_expr import DimExpr
 from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.artifact.schema import Input
+from hubaoti.attachment.masks import Says, read_mask
 from hubaoti.runtime.fallback import CannotServe
 
 _KEPT = 8  # adapted tensors that are remembered
@@ -53,24 +54,22 @@ class ExpandedInputs:
             self._keep(key, (weakref.ref(source), source._version, made, {who}))
         return made
 
-    def is_open(self, mask: torch.Tensor, filled: int, who: str) -> bool:
-        """Whether a mask hides none of the places that are filled, which is waited for.
+    def read_mask(self, mask: torch.Tensor, filled: int | None, who: str) -> Says:
+        """What a mask says of the places that are filled, or of all, which is waited for.
 
         An inference tensor is not asked: each block would have to.
         """
         if mask.is_inference():
-            return False
-        key = ("open", id(mask), current_stream(mask.device), filled)
+            return Says.ANYTHING
+        key = ("says", id(mask), current_stream(mask.device), filled)
         found = self._made.get(key)
         same = found is not None and found[0]() is mask and found[1] == mask._version
         if found is not None and same and who not in found[3]:
             found[3].add(who)
-            return bool(found[2])
-        looked = mask[..., :filled]
-        seen = looked == 0 if mask.dtype.is_floating_point else looked != 0
-        answer = seen.all().cpu()
+            return Says(int(found[2]))
+        answer = read_mask(mask[..., :filled])
         self._keep(key, (weakref.ref(mask), mask._version, answer, {who}))
-        return bool(answer)
+        return Says(int(answer))
 
     def make_mask(
         self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, causal: bool
@@ -166,3 +165,10 @@ def is_expandable(shape: Sequence[int], wanted: Sequence[int], cut: bool) -> boo
     whole = pairs[:-1] if cut else pairs
     fits = not cut or pairs[-1][0] >= pairs[-1][1]
     return fits and all(have in (1, want) for have, want in whole)
+
+
+def is_grown(tensor: Any, wanted: Sequence[int], grown: int | None) -> bool:
+    """Whether a mask becomes another by places that are put before its own, all `grown` of them."""
+    if tensor is None or grown is None or tensor.shape[-1] != grown or grown > wanted[-1]:
+        return False
+    return is_expandable(tensor.shape[:-1], wanted[:-1], False)

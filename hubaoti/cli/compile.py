@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 @click.option("--regions", help="auto (repeated blocks), none (the whole model) or a module's path")
 @click.option("--dtype", help="float32, bfloat16 or float16; by default the config's")
 @click.option("--quantize", help="int8wo, int4wo or float8dq, through torchao")
+@click.option("--attention", help="sdpa, or fa3 (sm90, bfloat16); with --for fa3,sdpa for both")
+@click.option(
+    "--kernel", metavar="OWNER/NAME[@VERSION]", help="of fa3; kernels-community's if none"
+)
 @click.option("--mode", default="default", help="default, max-autotune or reduce-overhead")
 @click.option("--inductor", multiple=True, metavar="KEY=VALUE", help="an option of torch.inductor")
 @click.option("--level", help="CPU level of the host code, as x86_64_v3")

@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from hubaoti.compiler.symbols import list_parts
 from hubaoti.errors import CompileFailed, first_line
+from hubaoti.runtime.attention_ops import FA3, call_forward
 
 _aten = torch.ops.aten
 FLASH, EFFICIENT = "flash", "efficient"
@@ -44,14 +45,16 @@ _NOT_OURS = {  # attention that was chosen for another device, or has no kernel 
 }
 
 
-def choose_kernels(dtype: str, sm: int) -> tuple[str, ...]:
+def choose_kernels(dtype: str, sm: int, attention: str = "sdpa") -> tuple[str, ...]:
     """The kernels that may be named in a build of a dtype for a capability, the best first.
 
-    None in bfloat16 below 80: a program that attends is refused there, by `name_attention`.
+    None in bfloat16 below 80: a program that attends is refused there, by `name_attention`. Whether
+    there can be FlashAttention-3 is `fa3.refuse_fa3`'s to say.
     """
     if sm < 80:
         return () if dtype == "bfloat16" else (EFFICIENT,)
-    return (FLASH, EFFICIENT) if dtype in {"bfloat16", "float16"} else (EFFICIENT,)
+    best = (FA3,) if attention == FA3 else ()
+    return (*best, FLASH, EFFICIENT) if dtype in {"bfloat16", "float16"} else (EFFICIENT,)
 
 
 def name_attention(program: ExportedProgram, kernels: Sequence[str]) -> ExportedProgram:
@@ -251,7 +254,9 @@ def _call_kernel(call: _Attention, kernels: Sequence[str]) -> torch.Tensor:
         raise _refuse(call, "is computed by no kernel of CUDA's", "try --dtype float32")
     scale = width**-0.5 if call.scale is None else call.scale  # of the width without padding
     call = replace(call, scale=scale)
-    if FLASH in kernels and _fits_flash(call):
+    if FA3 in kernels and _fits_flash(call):
+        answer = _call_fa3(call)
+    elif FLASH in kernels and _fits_flash(call):
         answer = _call_flash(call)
     elif EFFICIENT in kernels:
         answer = _call_efficient(call)
@@ -262,7 +267,7 @@ def _call_kernel(call: _Attention, kernels: Sequence[str]) -> torch.Tensor:
 
 
 def _fits_flash(call: _Attention) -> bool:
-    """Whether flash answers this as eager does, at every size.
+    """Whether flash, of either kind, answers this as eager does, at every size.
 
     Causal, flash lets the last row see the last key and eager the first row the first, which is one
     where there are as many. Its launch has no room for no rows.
@@ -285,6 +290,12 @@ def _call_flash(call: _Attention) -> torch.Tensor:
     tensors = map(_align, call.tensors)
     answer: torch.Tensor = name(*tensors, 0.0, call.causal, False, scale=call.scale)[0]
     return answer
+
+
+def _call_fa3(call: _Attention) -> torch.Tensor:
+    """FlashAttention-3, which answers what flash does, and has rows before heads."""
+    query, key, value = (_align(each).transpose(1, 2) for each in call.tensors)
+    return call_forward(query, key, value, call.scale, call.causal).transpose(1, 2)
 
 
 def _call_efficient(call: _Attention) -> torch.Tensor:

@@ -21,6 +21,7 @@ from hubaoti.compiler import elf
 from hubaoti.compiler.build_folder import find_build_disk
 from hubaoti.compiler.built import BuiltGraph, BuiltUnit
 from hubaoti.compiler.constants import save_tensors
+from hubaoti.compiler.fa3 import refuse_unused
 from hubaoti.compiler.gpu_build import GpuTools
 from hubaoti.compiler.graph_build import build_unit
 from hubaoti.compiler.graph_plans import GraphPlan
@@ -37,6 +38,7 @@ from hubaoti.host.memory import OVERHEAD, Peak, read_available_memory, require_m
 from hubaoti.host.probe import Host
 from hubaoti.host.wire import ErrorRecord
 from hubaoti.progress import Progress
+from hubaoti.runtime.attention_ops import FA3
 from hubaoti.runtime.golden import GOLDEN, sample_answers
 from hubaoti.runtime.input_checks import describe_layout, has_memory
 
@@ -165,17 +167,19 @@ def _make_manifest(
 ) -> Manifest:
     """The manifest of what was built for one kind of host."""
     graphs = tuple(each.graph for each in built)
+    if job.build.attention == FA3 and not any(each.ops for each in built):
+        raise refuse_unused(graphs)
     codes = [each.device_code for each in graphs if isinstance(each.device_code, DeviceCode)]
     needs = elf.merge_needs([each.needs for each in built])
     shared = max((each.shared_memory for each in codes), default=None)
     manifest = Manifest(
-        schema=manifests.find_oldest_schema(job.build, graphs),
+        schema=manifests.find_oldest_schema(job.build, graphs, job.pins),
         program=job.plan.source.program,
         build=job.build,
         target=job.target,
         key=job.key,
         source=origin,
-        requires=derive_requirements(job.target, needs, shared),
+        requires=derive_requirements(job.target, needs, shared, job.pins),
         graphs=graphs,
         files=(*(file for each in built for file in each.files), *golden),
         checks=tuple(check for each in built for check in each.checks),

@@ -17,12 +17,16 @@ from hubaoti.runtime.synthetic import fill_synthetic
 
 
 class BuiltGraph(msgspec.Struct, frozen=True, tag=True):
-    """A graph as the manifest has it, what its library needs, and how it was checked."""
+    """A graph as the manifest has it, what its library needs, and how it was checked.
+
+    `ops` are those of ours that it calls, which a kernel has to answer.
+    """
 
     graph: Graph
     needs: elf.Needs
     files: tuple[File, ...] = ()
     checks: tuple[Check, ...] = ()
+    ops: tuple[str, ...] = ()
 
 
 class BuiltUnit(msgspec.Struct, frozen=True, tag=True):

@@ -89,6 +89,11 @@ class _Build:
         return self.job.target.sm or 0
 
     @property
+    def gpu(self) -> str:
+        """What it is built for, as `sm90`, or `sm90-fa3`."""
+        return self.job.gpu
+
+    @property
     def folder(self) -> Path:
         """Where what is not published lies."""
         return self.compared.path.parent / self.id
@@ -112,7 +117,7 @@ def build_for_gpus(
         compared, answers = _compare(jobs[0], traced, scratches[0], folder / "program.pt2")
         free_memory(traced.place.module)
         builds = [
-            _Build(f"{traced.unit.id}-sm{job.target.sm}", job, scratch, compared, tools)
+            _Build(f"{traced.unit.id}-{job.gpu}", job, scratch, compared, tools)
             for job, scratch in zip(jobs, scratches, strict=True)
         ]
         lowered = map(_take_graph, try_all(builds, _lower_one, tools.at_once, folder, progress))
@@ -169,7 +174,7 @@ def _name_gpu(build: _Build) -> Iterator[None]:
     try:
         yield
     except HubaotiError as error:
-        message = f"{error}; built for sm{build.sm}"
+        message = f"{error}; built for {build.gpu}"
         raise type(error)(message, hint=error.hint) from error
 
 
@@ -189,10 +194,12 @@ def _lower_one(build: _Build) -> BuiltUnit:
         entry = msgspec.structs.replace(
             entry,
             golden=compared.entry.golden,
+            not_fa3=lowered.not_fa3 or msgspec.UNSET,
             device_code=_read_code(folder, build.sm) or msgspec.UNSET,
         )
         library = next((folder / UNPACKED).rglob("*.wrapper.so"))
-        return BuiltUnit((BuiltGraph(entry, elf.read_needs(library), files, compared.checks),))
+        needs = elf.read_needs(library)
+        return BuiltUnit((BuiltGraph(entry, needs, files, compared.checks, lowered.ops),))
 
 
 def _read_code(folder: Path, sm: int) -> DeviceCode | None:
@@ -259,7 +266,7 @@ class _Question:
     def id(self) -> str:
         """The name of the graph, and the GPUs that it speaks for."""
         unit = self.builds[0].compared.traced.unit.id
-        return "-".join((unit, *(f"sm{build.sm}" for build in self.builds)))
+        return "-".join((unit, *(build.gpu for build in self.builds)))
 
 
 def _describe_as(
@@ -267,7 +274,7 @@ def _describe_as(
 ) -> BuiltGraph | ErrorRecord:
     """A graph with what was said of one whose sources are the same; that one's error is its own."""
     if isinstance(interpreted, ErrorRecord):
-        message = f"{interpreted.message}; built for sm{build.sm}"
+        message = f"{interpreted.message}; built for {build.gpu}"
         return msgspec.structs.replace(interpreted, message=message)
     untold = interpreted.graph.not_interpreted
     entry = msgspec.structs.replace(graph.graph, not_interpreted=untold)

@@ -57,10 +57,15 @@ class LowerRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lowered(msgspec.Struct, frozen=True, tag=True):
-    """The constants that a library reads, and its call spec."""
+    """The constants that a library reads, its call spec, and the ops of ours that it calls.
+
+    Where FlashAttention-3 was asked for, `not_fa3` is the attention that others compute.
+    """
 
     fqns: tuple[str, ...]
     call_spec: tuple[str, ...]
+    ops: tuple[str, ...] = ()
+    not_fa3: tuple[str, ...] = ()
 
 
 def lower_elsewhere(request: LowerRequest, environment: Mapping[str, str]) -> Lowered:
@@ -128,10 +133,12 @@ def _leave_int8_products() -> AbstractContextManager[None]:
 def _lower(request: LowerRequest) -> Lowered:
     """Lower a program for the device of this process, and open what came of it."""
     from hubaoti.compiler.asserts import require_asserts_hold
+    from hubaoti.compiler.fa3 import list_other_attention
     from hubaoti.compiler.inductor import lower
     from hubaoti.compiler.request import Range
     from hubaoti.compiler.signature import CallSignature
     from hubaoti.compiler.stand_in import require_stand_in
+    from hubaoti.runtime.attention_ops import FA3
 
     if not request.measures:
         require_stand_in()
@@ -152,7 +159,13 @@ def _lower(request: LowerRequest) -> Lowered:
             folder / KEEP,
         )
     require_asserts_hold(program, bounds, face)  # what lowering took for granted, too
-    return _open(folder, device)
+    lowered = _open(folder, device)
+    asked = FA3 in request.kernels
+    return (
+        msgspec.structs.replace(lowered, not_fa3=list_other_attention(program))
+        if asked
+        else lowered
+    )
 
 
 def _load(request: LowerRequest, device: torch.device) -> ExportedProgram:
@@ -183,6 +196,7 @@ def _load(request: LowerRequest, device: torch.device) -> ExportedProgram:
 def _open(folder: Path, device: torch.device) -> Lowered:
     """Open the package that was made, for what it says of itself."""
     from hubaoti.artifact.package import unpack_all
+    from hubaoti.runtime.attention_ops import list_own_ops
     from hubaoti.runtime.runners import open_native_runner
 
     unpacked = folder / UNPACKED
@@ -192,4 +206,5 @@ def _open(folder: Path, device: torch.device) -> Lowered:
     return Lowered(
         fqns=tuple(sorted({*runner.get_constant_names_to_original_fqns().values()})),
         call_spec=tuple(runner.get_call_spec()),
+        ops=list_own_ops(unpacked),
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
+from hubaoti.artifact.schema import Input
 from hubaoti.compiler.dims import DimRanges, limit_graph_dims, name_bucket
 from hubaoti.compiler.regions import Group
 from hubaoti.compiler.request import Range
@@ -23,6 +25,7 @@ class GraphPlan:
     bounds: DimRanges
     order: int = 0
     unmasked: bool = False  # its mask says nothing in the calls that it serves
+    masks: Literal["causal", "padded"] | None = None  # what it says there, where it is that alone
 
     @property
     def region(self) -> str:
@@ -88,3 +91,31 @@ def add_unmasked(unit: GraphPlan) -> list[GraphPlan]:
         unmasked=True,
     )
     return [decode, replace(unit, order=2 * unit.order + 1)]
+
+
+def add_lengths(unit: GraphPlan) -> list[GraphPlan]:
+    """A unit, and before it one that is told lengths, and no mask, by what its mask is then.
+
+    FlashAttention-3 takes no masks. Over a static cache it takes where a text begins and ends.
+    """
+    masks = [item for item in unit.face.inputs if item.values == "mask"]
+    cache, shape = unit.face.cache, masks[0].shape if len(masks) == 1 else ()
+    whole = replace(unit, order=2 * unit.order + 1)
+    if unit.unmasked or len(shape) != 4:
+        return [whole]
+    if cache is None and shape[2] == shape[3]:
+        told = replace(unit, id=f"{unit.id}-causal", masks="causal")
+    elif shape[3] == "filled" and _takes_lengths(unit, masks[0]):
+        told = replace(unit, id=f"{unit.id}-padded", masks="padded")
+    else:
+        return [whole]
+    return [replace(told, order=2 * unit.order), whole]
+
+
+def _takes_lengths(unit: GraphPlan, mask: Input) -> bool:
+    """Whether the kernel attends over a unit's static cache, and its mask hides or does not."""
+    cache = unit.face.cache
+    if cache is None or cache.kind != "static" or mask.dtype != "bool":
+        return False
+    (*_, width), (*_, of_values) = (unit.face.inputs[n].shape for n in (cache.keys, cache.values))
+    return width == of_values and width in range(8, 257, 8)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, cast
 
 import msgspec
 
+from hubaoti.artifact.kernel_pin import KernelPin
 from hubaoti.artifact.schema import Build, Target, compute_key
 from hubaoti.compiler.attention import choose_kernels
+from hubaoti.compiler.fa3 import refuse_fa3
 from hubaoti.compiler.graph_plans import GraphPlan
 from hubaoti.compiler.inductor import choose_inductor_options
-from hubaoti.compiler.plan import Plan
+from hubaoti.compiler.plan import Plan, add_fa3_graphs
+from hubaoti.compiler.reports import join_errors
 from hubaoti.compiler.request import CompileRequest
+from hubaoti.errors import BadRequest
+from hubaoti.runtime.attention_ops import FA3
 from hubaoti.runtime.call_template import collect_template_words, takes_containers
 
 # Of what hubaoti puts into graphs beside a model's code: attention, caches, quantized weights,
@@ -25,16 +32,31 @@ _BY_ITSELF = 4  # of a layout: takes inputs of any strides
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A plan and all that its key is made of; `key` says whether it is already built."""
+    """A plan and all that its key is made of; `key` says whether it is already built.
+
+    `pins` are the kernels that its graphs may call, which are not in the key: a kernel that was
+    built anew answers the same graphs.
+    """
 
     plan: Plan
     build: Build
     target: Target
+    pins: tuple[KernelPin, ...] = ()
 
     @classmethod
-    def of(cls, plan: Plan, request: CompileRequest, target: Target) -> Job:
-        """The job that a request asks for, of one kind of host."""
-        return cls(plan, describe_build(plan, request, target), target)
+    def of(
+        cls, plan: Plan, request: CompileRequest, target: Target, attention: str = "sdpa"
+    ) -> Job:
+        """The job that a request asks for, of one kind of host and one attention.
+
+        Where that is sdpa it is whatever the model has.
+        """
+        return cls(plan, describe_build(plan, request, target, attention), target)
+
+    @property
+    def gpu(self) -> str:
+        """The GPU that it is for, and how attention is computed there if not as everywhere."""
+        return f"sm{self.target.sm}" + f"-{FA3}" * (self.build.attention == FA3)
 
     @property
     def key(self) -> str:
@@ -42,13 +64,36 @@ class Job:
         return compute_key(self.plan.source.program, self.build, self.target)
 
 
-def describe_build(plan: Plan, request: CompileRequest, target: Target) -> Build:
+def make_jobs(
+    plan: Plan, request: CompileRequest, targets: Sequence[Target]
+) -> tuple[list[Job], list[BadRequest]]:
+    """The jobs of a request, one for each target and attention, and why others cannot be.
+
+    Raises:
+        BadRequest: none can.
+    """
+    jobs, refused = list[Job](), list[BadRequest]()
+    plans = {"sdpa": plan, FA3: add_fa3_graphs(plan) if FA3 in request.attentions else plan}
+    for target, attention in product(targets, request.attentions or ("sdpa",)):
+        refusal = refuse_fa3(target, plan.source.dtype) if attention == FA3 else None
+        if refusal is not None:
+            refused.append(refusal)
+        else:
+            jobs.append(Job.of(plans[attention], request, target, attention))
+    if not jobs:
+        raise join_errors(refused)
+    return jobs, refused
+
+
+def describe_build(
+    plan: Plan, request: CompileRequest, target: Target, attention: str = "sdpa"
+) -> Build:
     """The options, as the manifest and the key have them."""
     return Build(
         regions=plan.source.regions,
         dims={name: (sizes.low, sizes.high, sizes.step) for name, sizes in plan.dims.items()},
         dtype=plan.source.dtype,
-        attention=plan.source.attention,
+        attention=plan.source.attention if attention == "sdpa" else attention,
         quantization=request.quantize,
         mode=request.mode,
         buckets=tuple(
@@ -58,7 +103,9 @@ def describe_build(plan: Plan, request: CompileRequest, target: Target) -> Build
         options={**choose_inductor_options(target), **cast("dict[str, Any]", request.inductor)},
         version=_choose_build_version(plan),
         layout=request.layout or msgspec.UNSET,  # type: ignore[arg-type]
-        kernels=choose_kernels(plan.source.dtype, target.sm) if target.sm else msgspec.UNSET,
+        kernels=choose_kernels(plan.source.dtype, target.sm, attention)
+        if target.sm
+        else msgspec.UNSET,
     )
 
 

@@ -16,10 +16,13 @@ from transformers.masking_utils import sdpa_mask
 
 from hubaoti.errors import CompileFailed
 from hubaoti.program.silence import silence_torchao
+from hubaoti.runtime.attention_ops import call_decode
 from hubaoti.runtime.kv_cache import SLIDING, find_layer_numbers
 
 ATTENTION = "hubaoti_sdpa"
 UNMASKED = "hubaoti_unmasked"
+TOLD = {"causal": "hubaoti_causal", "padded": "hubaoti_padded"}  # by what masks may say
+_LAYER = "hubaoti_layer"  # what keys have that are not in their cache yet
 _ANY_LENGTH = 1 << 40  # of a cache that nothing is put into
 # What sdpa takes beside its tensors, and what blocks pass along that no attention computes with:
 # the mask has the window already.
@@ -136,6 +139,18 @@ class Static(_Written):  # type: ignore[no-untyped-call]
         return held.narrow(2, 0, self.filled)
 
 
+class Told(Static):  # type: ignore[no-untyped-call]
+    """A static layer whose new entries attention itself puts into it, told where by lengths."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The new keys and values as they are; the keys say whose they are."""
+        torch._check(self.filled <= self.held[0].shape[2])  # type: ignore[no-untyped-call]
+        setattr(key_states, _LAYER, self)
+        return key_states, value_states
+
+
 class Sliding(_Written):  # type: ignore[no-untyped-call]
     """A full window: the oldest entries leave, `cache+seq-1` places are looked at.
 
@@ -244,6 +259,61 @@ def attend_unmasked(
     return looked.transpose(1, 2).contiguous(), None
 
 
+def attend_causal(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of as many tokens as there are keys to those before them, whatever the mask says.
+
+    Raises:
+        CompileFailed: as `attend_grouped` does.
+    """
+    _refuse_unknown(rest)
+    is_grouped = query.shape[1] != key.shape[1]
+    looked = nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=rest.get("scaling"), enable_gqa=is_grouped
+    )
+    return looked.transpose(1, 2).contiguous(), None
+
+
+def attend_padded(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over a cache of which a text has all places from its first, one row one more.
+
+    What of the mask is looked at is its last row: how many places it leaves out.
+
+    Raises:
+        CompileFailed: as `attend_grouped` does; or the keys are not those that go into the cache.
+    """
+    _refuse_unknown(rest)
+    layer: Told | None = getattr(key, _LAYER, None)
+    if layer is None or attention_mask is None:
+        raise CompileFailed(
+            "capture: the attention looks at other keys than it puts into its cache",
+            hint="compile it with --attention sdpa",
+        )
+    used = layer.position[:1].int().repeat(query.shape[0])
+    leftpad = (attention_mask.shape[3] - attention_mask[:, 0, -1].sum(-1)).int()
+    given = [each.transpose(1, 2) for each in (query, *layer.held, key, value)]
+    return call_decode(given, used, leftpad, rest.get("scaling")), None
+
+
+def attends_by_lengths(module: nn.Module) -> bool:
+    """Whether a module has that attention now; its parts ask their configs."""
+    configs = (getattr(part, "config", None) for part in module.modules())
+    return any(getattr(each, "_attn_implementation", "") == TOLD["padded"] for each in configs)
+
+
 def _refuse_unknown(rest: Mapping[str, Any]) -> None:
     """Refuse what sdpa does not compute with."""
     # A flag says what else to answer, as `output_router_logits` does.
@@ -284,7 +354,12 @@ def register_attention() -> None:
     """Make our attention known to transformers, with sdpa's masks."""
     with silence_torchao():  # the first look at this part of transformers brings torchao
         from transformers import AttentionInterface, AttentionMaskInterface
-    kinds: dict[str, Callable[..., Any]] = {ATTENTION: attend_grouped, UNMASKED: attend_unmasked}
+    kinds: dict[str, Callable[..., Any]] = {
+        ATTENTION: attend_grouped,
+        UNMASKED: attend_unmasked,
+        TOLD["causal"]: attend_causal,
+        TOLD["padded"]: attend_padded,
+    }
     for name, attention in kinds.items():
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, sdpa_mask)

@@ -28,6 +28,7 @@ from hubaoti.compiler.graph_plans import (
     WHOLE_MODEL,
     Form,
     GraphPlan,
+    add_lengths,
     add_unmasked,
     split_into_buckets,
 )
@@ -45,7 +46,7 @@ from hubaoti.compiler.request import CompileRequest
 from hubaoti.compiler.sample_calls import count_runs, prepare_sample_call
 from hubaoti.compiler.signature import CallSignature, add_cache_inputs, specialize_full_window
 from hubaoti.errors import BadRequest, CompileFailed, HubaotiError
-from hubaoti.runtime.call_template import takes_containers
+from hubaoti.runtime.call_template import CAUSAL, takes_containers
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,21 @@ def make_plan(source: Source, request: CompileRequest, device: torch.device) -> 
     used = {name for unit in units for name in unit.bounds} | {*source.default_dims}
     kept = {name: sizes for name, sizes in dims.items() if name in used and name != "filled"}
     return Plan(source, kept, tuple(units), tuple(left_out))
+
+
+def add_fa3_graphs(plan: Plan) -> Plan:
+    """The plan with graphs for FlashAttention-3 before those of decoders' blocks that take masks.
+
+    The same plan where there are none.
+    """
+    source = plan.source
+    if source.attention != "sdpa" or source.live or not _uses_attention_registry(source.model):
+        return plan
+    parts = (source.model.get_submodule(unit.region) for unit in plan.units)
+    told = [any(getattr(p, CAUSAL, False) for p in part.modules()) for part in parts]
+    pairs = zip(plan.units, told, strict=True)
+    units = [each for unit, is_told in pairs for each in (add_lengths(unit) if is_told else [unit])]
+    return replace(plan, units=tuple(units)) if len(units) > len(plan.units) else plan
 
 
 def _require_no_cache(source: Source) -> None:
@@ -243,15 +259,15 @@ def _observe_blocks(
     raise AssertionError("the last try answers or raises")
 
 
-def choose_tracing_attention(source: Source, unmasked: bool = False) -> str:
+def choose_tracing_attention(source: Source, unit: GraphPlan | None = None) -> str:
     """The attention that graphs are traced with: ours where heads are grouped, or over a cache.
 
     Over a cache transformers' own repeats keys in memory; and what it repeats torch 2.11 does not
-    export for every length. An `unmasked` graph has one that does not look at its mask.
+    export for every length. A `unit` that takes only some masks has one that does not look at them.
     """
-    if unmasked:
+    if unit is not None and (unit.unmasked or unit.masks):
         caches.register_attention()
-        return caches.UNMASKED
+        return caches.UNMASKED if unit.unmasked else caches.TOLD[unit.masks or ""]
     if source.attention != "sdpa" or source.live or not _uses_attention_registry(source.model):
         return source.attention
     if source.program.task != "generate" and not _has_groups(source.config):

@@ -13,6 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from hubaoti.runtime.attention_ops import REFERENCES
+
 HALF = (torch.bfloat16, torch.float16)
 _aten = torch.ops.aten
 _PART = 4 << 20  # elements of a weight that are made wider at a time
@@ -89,7 +91,10 @@ def multiply_scaled(  # noqa: PLR0913 - the op's own
 
 
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default}
-_INSTEAD: dict[Any, Callable[..., Any]] = {_aten._scaled_mm.default: multiply_scaled}
+_INSTEAD: dict[Any, Callable[..., Any]] = {
+    _aten._scaled_mm.default: multiply_scaled,
+    **{getattr(torch.ops.hubaoti, name).default: each for name, each in REFERENCES.items()},
+}
 
 
 class ScaledOnCpu(TorchDispatchMode):  # type: ignore[no-untyped-call]

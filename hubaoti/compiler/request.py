@@ -12,6 +12,8 @@ from hubaoti.errors import BadDim, BadRequest, UnknownTask
 
 TASKS = ("embed", "classify", "logits", "generate", "forward")
 DTYPES = ("float32", "bfloat16", "float16")
+ATTENTIONS = ("sdpa", "fa3")
+KERNEL = "kernels-community/flash-attn3"  # what answers fa3, unless another is named
 LAYOUTS = ("zerogpu",)
 RECIPES = ("int8wo", "int4wo", "float8dq")  # of torchao, as `runtime/quantize.py` has them
 DEFAULT_LEVEL = "x86_64_v3"
@@ -45,7 +47,8 @@ class CompileRequest:
 
     `calls` and `shapes` are of a module from Python; `inductor` has its options as they are given,
     and once they were looked at as JSON has them. `capabilities` are of GPUs that need not be here,
-    90 for 9.0; without them, and without a `device`, it is the CPU.
+    90 for 9.0; without them, and without a `device`, it is the CPU. Of each of `attentions` there
+    is a bundle; without one it is the model's own. `kernel` is the repo that fa3 comes from.
 
     Raises:
         UnknownTask, BadDim, BadRequest: a word that the compiler does not know.
@@ -62,6 +65,8 @@ class CompileRequest:
     mode: str = "default"
     inductor: Mapping[str, Any] | Iterable[str] = field(default_factory=dict)
     quantize: str | None = None
+    attentions: tuple[str, ...] = ()
+    kernel: str | None = None
     trust_remote_code: bool = False
     layout: str | None = None
     revision: str | None = None
@@ -75,9 +80,11 @@ class CompileRequest:
         Raises:
             TypeError: it takes no such keyword. UnknownTask, BadDim, BadRequest: as above.
         """
+        own = dict(words)
+        own["attentions"] = parse_attentions(own.pop("attention", None))
         return cls(
             **{
-                **words,
+                **own,
                 "dims": make_ranges(words.get("dims", ())),
                 "buckets": make_bucket_ranges(words.get("buckets", ())),
                 "shapes": words.get("shapes") or {},
@@ -95,6 +102,7 @@ class CompileRequest:
                 hint=f"there are {', '.join(RECIPES)}",
             )
         self._check_device()
+        self._check_attentions()
         for name, sizes in self.dims.items():
             check_dim(name, sizes)
         if self.layout is not None:
@@ -120,6 +128,24 @@ class CompileRequest:
                 hint="compile on a machine with that GPU, with --device cuda; or leave it out",
             )
 
+    def _check_attentions(self) -> None:
+        """Refuse an attention that there is not, and several for one bundle."""
+        for name in self.attentions:
+            if name not in ATTENTIONS:
+                raise BadRequest(
+                    f"unknown attention {name!r:.40}", hint=f"there are {', '.join(ATTENTIONS)}"
+                )
+        if self.kernel is not None and "fa3" not in self.attentions:
+            raise BadRequest(
+                f"the kernel {self.kernel!r:.120} is named, and nothing is asked for that calls it",
+                hint="add --attention fa3, or leave it out",
+            )
+        if len(self.attentions) > 1 and not self.capabilities:
+            raise BadRequest(
+                f"a bundle has one attention, and {' and '.join(self.attentions)} are asked for",
+                hint="name one; or make a folder of bundles: --for sm90",
+            )
+
     def _check_layout(self) -> None:
         """Refuse what loaders without a manifest cannot do."""
         if self.layout not in LAYOUTS:
@@ -130,6 +156,7 @@ class CompileRequest:
             f"the task {self.task}": self.task not in {None, "forward"},
             "several graphs for one module (buckets)": bool(self.buckets),
             f"weights that are no module's ({self.quantize})": self.quantize is not None,
+            "kernels (fa3)": "fa3" in self.attentions,
         }
         if found := [what for what, is_asked in other.items() if is_asked]:
             raise BadRequest(
@@ -150,6 +177,12 @@ def check_dim(name: str, sizes: Range) -> None:
             f"dim {name} goes from {sizes.low} to {sizes.high}",
             hint=f"give a range with 1 <= min <= max: --dim {name}=1:32",
         )
+
+
+def parse_attentions(words: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Attentions as people write them: `fa3,sdpa`, a list of them, or none."""
+    given = words.split(",") if isinstance(words, str) else words or ()
+    return tuple(dict.fromkeys(str(word).strip() for word in given))
 
 
 def parse_capabilities(words: str | Iterable[str | int]) -> tuple[int, ...]:

@@ -265,7 +265,8 @@ class FlatModule:
             looked = self._find_mask_length(tensors, cache.window)
             layer = caches.Sliding(keys, values, sizes["seq"], looked)
         else:
-            layer = caches.Static(keys, values, tensors[cache.position], sizes["filled"])
+            kind = caches.Told if caches.attends_by_lengths(self.module) else caches.Static
+            layer = kind(keys, values, tensors[cache.position], sizes["filled"])
         return caches.make_cache(layer, self._layers)
 
     def _find_mask_length(self, tensors: Sequence[torch.Tensor], window: int) -> Any:

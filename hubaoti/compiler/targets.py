@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import torch
 
+from hubaoti.artifact.kernel_pin import KernelPin
 from hubaoti.artifact.requirements import Requirements
 from hubaoti.artifact.schema import Target
 from hubaoti.compiler import elf
@@ -90,7 +91,10 @@ def choose_level(host: Host) -> str:
 
 
 def derive_requirements(
-    target: Target, needs: elf.Needs | None = None, shared_memory: int | None = None
+    target: Target,
+    needs: elf.Needs | None = None,
+    shared_memory: int | None = None,
+    kernels: tuple[KernelPin, ...] = (),
 ) -> Requirements:
     """What `match` will judge; `shared_memory` is in bytes, of the largest block.
 
@@ -106,5 +110,6 @@ def derive_requirements(
         driver=f"{target.cuda.split('.')[0]}.0" if target.cuda else None,
         sm=target.sm,
         shared_memory=shared_memory,
+        kernels=kernels,
         **(asdict(needs) if needs else {}),
     )

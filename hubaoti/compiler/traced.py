@@ -64,9 +64,9 @@ def trace(jobs: Sequence[Job], unit: GraphPlan, module: nn.Module, twin: nn.Modu
     place = ConstantsFile(source.model, unit.region, module, name_constants_file(unit))
     unit = _mark_written_inputs(source, unit, place)
     guarded = job.target.device == "cpu"
-    for each in jobs:
-        if each.target.sm is not None:
-            _require_same_on_gpu(source, unit, module, each.target.sm)
+    for sm in dict.fromkeys(each.target.sm for each in jobs):
+        if sm is not None:
+            _require_same_on_gpu(source, unit, module, sm)
     exported = trace_unit(source, unit, module, guarded)
     final = replace(unit, face=exported.face, bounds=exported.bounds)
     trial = make_trial(source, final, draft_graph(final), place)
@@ -110,7 +110,7 @@ def _use_traceable_parts(source: Source, unit: GraphPlan, guarded: bool) -> Iter
     somebody's own module has others, experts that are."""
     others = source.live and not guarded
     experts = use_traceable_experts(source.model, parse_dtype(source.dtype))
-    attention = use_attention(source.model, choose_tracing_attention(source, unit.unmasked))
+    attention = use_attention(source.model, choose_tracing_attention(source, unit))
     with attention, experts if others else nullcontext():
         yield
 
@@ -235,6 +235,7 @@ def draft_graph(unit: GraphPlan, outputs: Outputs | None = None) -> Graph:
         constants=(),
         cache=unit.face.cache,
         unmasked=True if unit.unmasked else msgspec.UNSET,
+        masks=unit.masks or msgspec.UNSET,
     )
 
 

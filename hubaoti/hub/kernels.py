@@ -114,15 +114,11 @@ def fetch_kernels(
         require_publisher(RepoRef(pin.repo), f"the kernel {pin.repo}", f"commit {pin.commit}")
         if mirror.has_kernel(pin):
             continue
-        if (build := pin.build) is None:
-            raise KernelMissing(
-                f"the kernel {pin} is pinned without its files, so none can be verified",
-                hint="ask the publisher of the artifact to compile it again",
-            )
+        build = _require_build(pin)
         progress(f"downloading the kernel {pin.repo} ({build.size / 1e6:.1f} MB)")
         # As they were downloaded, and as they are kept, they lie on the disk together for a while.
         require_disk_room(mirror.root, 2 * build.size)
-        files = _download_build(client, pin, build)
+        files = download_build(client, pin)
         mirror.put_kernel(build, files)
         for file in files.values():
             client.drop(file)
@@ -234,8 +230,23 @@ def _list_build(client: HubClient, pin: KernelPin) -> dict[str, Entry]:
     return {each.path.removeprefix(start): each for each in found if each.path.startswith(start)}
 
 
-def _download_build(client: HubClient, pin: KernelPin, build: KernelBuild) -> dict[str, Path]:
-    """A pinned build's files; their bytes are for who stores them to compare."""
+def _require_build(pin: KernelPin) -> KernelBuild:
+    """The build that a pin says; one that says none cannot be verified."""
+    if pin.build is None:
+        raise KernelMissing(
+            f"the kernel {pin} is pinned without its files, so none can be verified",
+            hint="ask the publisher of the artifact to compile it again",
+        )
+    return pin.build
+
+
+def download_build(client: HubClient, pin: KernelPin) -> dict[str, Path]:
+    """A pinned build's files by their paths in it; their bytes are for who uses them to compare.
+
+    Raises:
+        KernelMissing: the repo does not have it, or cannot be asked.
+    """
+    build = _require_build(pin)
     start = f"build/{build.variant}/"
     try:
         return {

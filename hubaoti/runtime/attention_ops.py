@@ -16,13 +16,18 @@ answers zeros. An answer is contiguous, of the query's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 
+_CALLED = re.compile(r"\bhubaoti(?:::|\.)(\w+)")  # as torch writes an op down
+FA3 = "fa3"  # as recipes, and lists of kernels, have it
 NAMESPACE = "hubaoti"
 FORWARD, VARLEN, DECODE = "fa3_fwd", "fa3_varlen", "fa3_decode"
 
@@ -48,6 +53,40 @@ def _make_answer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> 
 for _name, _schema in SCHEMAS.items():
     _LIBRARY.define(f"{_name}{_schema}")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _make_answer, lib=_LIBRARY)
+
+
+def call_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, causal: bool
+) -> torch.Tensor:
+    """`fa3_fwd` without windows and cap; by default scores are divided by the root of the width."""
+    chosen = q.shape[-1] ** -0.5 if scale is None else scale
+    answer: torch.Tensor = torch.ops.hubaoti.fa3_fwd(q, k, v, chosen, causal, -1, -1, 0.0)
+    return answer
+
+
+def call_decode(
+    tensors: Sequence[torch.Tensor],
+    used: torch.Tensor,
+    leftpad: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """`fa3_decode`, causal, without windows and cap, of its first five tensors.
+
+    The scale is as `call_forward` has it.
+    """
+    chosen = tensors[0].shape[-1] ** -0.5 if scale is None else scale
+    answer: torch.Tensor = torch.ops.hubaoti.fa3_decode(
+        *tensors, used, leftpad, chosen, True, -1, -1, 0.0
+    )
+    return answer
+
+
+def list_own_ops(package: Path) -> tuple[str, ...]:
+    """The ops of ours that an unpacked package calls, as `hubaoti::fa3_fwd`."""
+    texts = (path.read_text() for path in package.rglob("*.wrapper.json"))
+    return tuple(
+        sorted({f"{NAMESPACE}::{name}" for text in texts for name in _CALLED.findall(text)})
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,3 +177,16 @@ REFERENCES: Mapping[str, Callable[..., torch.Tensor]] = {
     VARLEN: _compute_varlen,
     DECODE: _compute_decode,
 }
+
+
+@contextmanager
+def answer_by_reference(device: str) -> Iterator[None]:
+    """While it lasts, plain torch answers the ops in this process, on a kind of device.
+
+    It is for looking at graphs where no kernel is. Private, checked on torch 2.11 to 2.15:
+    `_scoped_library`, which takes back what a library has registered.
+    """
+    with torch.library._scoped_library(NAMESPACE, "IMPL") as library:
+        for name, compute in REFERENCES.items():
+            library.impl(name, compute, device.upper())
+        yield

@@ -86,17 +86,26 @@ def make_golden_inputs(entry: Entry, sizes: Mapping[str, int]) -> list[torch.Ten
     """
     shapes = [resolve_shape(entry, item.shape, sizes) for item in entry.inputs]
     start = _compute_first_position(entry, shapes)
-    return [
-        _make_open_mask(shape, parse_dtype(item.dtype))
-        if entry.unmasked is True and item.values == "mask"
-        else make_synthetic(item.name, shape, parse_dtype(item.dtype), item.values, start)
-        for item, shape in zip(entry.inputs, shapes, strict=True)
-    ]
+    made = []
+    for item, shape in zip(entry.inputs, shapes, strict=True):
+        tensor = make_synthetic(item.name, shape, parse_dtype(item.dtype), item.values, start)
+        if item.values == "mask" and entry.unmasked is True:
+            tensor = _make_open_mask(shape, tensor.dtype)
+        elif item.values == "mask" and entry.masks == "padded":
+            _hide_padding(tensor)
+        made.append(tensor)
+    return made
 
 
 def _make_open_mask(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A mask that hides nothing, as one that is added has zeros for it."""
     return torch.full(tuple(shape), 0 if dtype.is_floating_point else 1, dtype=dtype)
+
+
+def _hide_padding(mask: torch.Tensor) -> None:
+    """Have a mask (batch, heads, rows, places) hide no place, the first, or the first two."""
+    for index, text in enumerate(mask):
+        text[..., : min(index % 3, text.shape[-1] - 1)] = False
 
 
 def resolve_shape(

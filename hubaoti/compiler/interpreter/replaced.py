@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hubaoti.compiler.interpreter import NotInterpreted
 from hubaoti.compiler.precision import multiply_scaled
+from hubaoti.runtime.attention_ops import REFERENCES
 
 
 class _Uncomputed:
@@ -159,6 +160,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "mm.dtype": _multiply_wide,
     "mm.dtype_out": _multiply_wide_into,
     "_grouped_mm": _multiply_groups,
+    **REFERENCES,
 }
 # What the CPU has under the same name is another, or reads another layout.
 _UNLIKE = {

@@ -1,0 +1,55 @@
+"""What a mask says: whether a graph that is told lengths, or nothing, answers as one with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+
+from hubaoti.artifact.schema import Graph as Entry
+
+
+class Says(IntEnum):
+    """What a mask says, in the order in which it is simpler; each may be taken for those before.
+
+    `CAUSAL`: the last row sees all places, each row above it one less. `PADDED`: the same, but for
+    places before the first of a text, which no row of it sees.
+    """
+
+    ANYTHING = 0
+    PADDED = 1
+    CAUSAL = 2
+
+
+def wants(entry: Entry) -> Says:
+    """What the mask of a call has to say for a graph to serve it; of one row, causal is nothing."""
+    if entry.unmasked is True or entry.masks == "causal":
+        return Says.CAUSAL
+    return Says.PADDED if entry.masks == "padded" else Says.ANYTHING
+
+
+def has_all_rows(mask: torch.Tensor | None, wanted: Sequence[int]) -> bool:
+    """Whether a mask that is made into a shape has all of its rows and places, or is left out."""
+    return mask is None or (mask.shape[-2] == wanted[-2] and mask.shape[-1] >= wanted[-1])
+
+
+def read_mask(mask: torch.Tensor) -> torch.Tensor:
+    """What a mask (batch, heads, rows, places) says, as a number on the CPU, which is waited for.
+
+    One of fewer axes has a single row. A number that is neither 0 nor as low as can be says
+    something, and a row of such numbers alone sees all: what is added is not told from padding.
+    """
+    floating = mask.dtype.is_floating_point
+    seen = mask == 0 if floating else mask != 0
+    rows, places = mask.shape[-2:] if mask.dim() > 2 else (1, mask.shape[-1])
+    row = torch.arange(rows, device=mask.device)[:, None]
+    place = torch.arange(places, device=mask.device)
+    causal = place <= row + (places - rows)
+    is_causal = (seen == causal).all()
+    if floating:
+        least = torch.finfo(mask.dtype).min
+        return Says.CAUSAL * (is_causal & (seen | (mask <= least)).all()).int().cpu()
+    first = places - seen[..., -1:, :].sum(-1, keepdim=True) if mask.dim() > 2 else places
+    is_padded = (seen == (causal & (place >= first))).all()
+    return torch.maximum(Says.CAUSAL * is_causal.int(), Says.PADDED * is_padded.int()).cpu()

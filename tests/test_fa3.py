@@ -1,0 +1,332 @@
+"""FlashAttention-3 in graphs: asked for, named where it says all, told lengths, or refused.
+
+On the CPU plain torch answers its ops, and graphs that are planned for a GPU are built for this
+CPU, whose answers can be looked at.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, StaticCache
+
+import hubaoti
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.schema import ModelSource, Target
+from hubaoti.attachment.attach import Attachment
+from hubaoti.compiler.build import build
+from hubaoti.compiler.fa3 import KernelAbilities, read_abilities, refuse_fa3, require_dtype
+from hubaoti.compiler.from_config import load_source
+from hubaoti.compiler.job import Job, make_jobs
+from hubaoti.compiler.plan import Plan, add_fa3_graphs, make_plan
+from hubaoti.compiler.request import CompileRequest, make_ranges
+from hubaoti.compiler.targets import choose_targets
+from hubaoti.errors import BadRequest
+from hubaoti.host.probe import probe_host
+from hubaoti.progress import report_nothing
+from hubaoti.settings import Settings
+
+CPU = torch.device("cpu")
+NEW = 16  # tokens
+DIMS: dict[str, tuple[int, int]] = {"batch": (1, 4), "seq": (1, 40)}
+STATIC: dict[str, Any] = {
+    "max_new_tokens": NEW,
+    "do_sample": False,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "cache_implementation": "static",
+}
+
+
+def make_target(sm: int | None) -> Target:
+    device, cuda = ("cuda", "13.0") if sm else ("cpu", None)
+    words = {"os": "linux", "level": "x86_64_v3", "torch": "2.11.0", "git": "1"}
+    return Target(device=device, cuda=cuda, sm=sm, **words)
+
+
+# Asked for
+
+
+def test_attentions_are_asked_for_in_words_or_a_list_and_unknown_ones_refused() -> None:
+    for words in ("fa3,sdpa", "fa3, sdpa,fa3", ["fa3", "sdpa"]):
+        asked = CompileRequest.parse({"attention": words, "capabilities": (90,)})
+        assert asked.attentions == ("fa3", "sdpa")
+    assert CompileRequest.parse({}).attentions == ()
+    with pytest.raises(BadRequest, match="unknown attention 'fa4'") as caught:
+        CompileRequest.parse({"attention": "fa4"})
+    assert "sdpa, fa3" in caught.value.hint
+    with pytest.raises(BadRequest, match="a bundle has one attention, and fa3 and sdpa"):
+        CompileRequest.parse({"attention": "fa3,sdpa", "device": "cuda"})
+    with pytest.raises(BadRequest, match=r"know nothing of kernels \(fa3\)"):
+        CompileRequest.parse({"attention": "fa3", "layout": "zerogpu"})
+
+
+@pytest.mark.parametrize(
+    ("sm", "dtype", "message"),
+    [
+        (80, "bfloat16", "asked for sm80"),
+        (120, "bfloat16", "asked for sm120"),
+        (None, "bfloat16", "asked for a CPU"),
+        (90, "float32", "asked in float32"),
+    ],
+)
+def test_what_the_kernel_does_not_run_on_or_in_is_refused_by_name(
+    sm: int | None, dtype: str, message: str
+) -> None:
+    refusal = refuse_fa3(make_target(sm), dtype)
+    assert refusal is not None and message in str(refusal) and "--attention sdpa" in refusal.hint
+
+
+def test_a_build_of_the_kernel_that_has_float16_is_asked_in_it() -> None:
+    for dtype in ("bfloat16", "float16"):
+        assert refuse_fa3(make_target(90), dtype) is None
+        require_dtype(dtype, KernelAbilities(fp16=True), "acme/flash")
+    require_dtype("bfloat16", KernelAbilities(), "acme/flash")
+    with pytest.raises(BadRequest, match="in float16, in which acme/flash does not compute"):
+        require_dtype("float16", KernelAbilities(), "acme/flash")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (
+            "CONFIG = {'build_flags': {'FLASHATTENTION_DISABLE_LOCAL': True, "
+            "'FLASHATTENTION_DISABLE_SOFTCAP': False, 'FLASHATTENTION_DISABLE_FP16': False}}",
+            KernelAbilities(fp16=True, softcap=True),
+        ),
+        ("CONFIG = {'build_flags': __import__('os').environ}", KernelAbilities()),
+        ("CONFIG = {'build_flags': 1}", KernelAbilities()),
+        ("CONFIG = {", KernelAbilities()),
+        ("", KernelAbilities()),
+    ],
+)
+def test_what_a_build_has_is_read_from_its_flags_and_not_run(
+    text: str, found: KernelAbilities, tmp_path: Path
+) -> None:
+    file = tmp_path / "digest"
+    file.write_text(text)
+    assert read_abilities({"metadata.json": file}) == KernelAbilities()
+    assert read_abilities({"flash_attn_config.py": file}) == found
+
+
+@pytest.fixture(scope="module")
+def planned(tiny_decoder: Path) -> Callable[..., Plan]:
+    """The plan of the tiny decoder for a GPU, without the kernel."""
+
+    def find(task: str, **more: Any) -> Plan:
+        dims = make_ranges(DIMS | ({"cache": (16, 64)} if task == "generate" else {}))
+        request = CompileRequest(task=task, dims=dims, capabilities=(90,), **more)
+        return make_plan(load_source(tiny_decoder, request, CPU), request, CPU)
+
+    return find
+
+
+def test_each_gpu_and_attention_is_a_job_with_a_key_and_the_others_are_told(
+    planned: Callable[..., Plan],
+) -> None:
+    plan = planned("forward", dtype="bfloat16")
+    request = CompileRequest(attentions=("fa3", "sdpa"), capabilities=(80, 90))
+    jobs, refused = make_jobs(plan, request, [make_target(80), make_target(90)])
+    assert [(job.gpu, job.build.attention) for job in jobs] == [
+        ("sm80", "sdpa"),
+        ("sm90-fa3", "fa3"),
+        ("sm90", "sdpa"),
+    ]
+    assert [job.build.kernels for job in jobs[1:]] == [
+        ("fa3", "flash", "efficient"),
+        ("flash", "efficient"),
+    ]
+    assert len({job.key for job in jobs}) == 3
+    assert [str(each) for each in refused] == [str(refuse_fa3(make_target(80), "bfloat16"))]
+    only = CompileRequest(attentions=("fa3",), capabilities=(80,))
+    with pytest.raises(BadRequest, match="asked for sm80"):
+        make_jobs(plan, only, [make_target(80)])
+
+
+def test_asking_for_sdpa_is_asking_for_nothing(planned: Callable[..., Plan]) -> None:
+    plan = planned("forward", dtype="bfloat16")
+    keys = {
+        make_jobs(plan, CompileRequest(attentions=each), [make_target(90)])[0][0].key
+        for each in ((), ("sdpa",))
+    }
+    assert len(keys) == 1
+
+
+# Which graphs there are
+
+
+def test_graphs_that_are_told_lengths_stand_before_those_with_masks(
+    planned: Callable[..., Plan],
+) -> None:
+    units = add_fa3_graphs(planned("generate")).units
+    assert [(unit.id, unit.unmasked, unit.masks) for unit in units] == [
+        ("model.layers-decode", True, None),
+        ("model.layers-padded", False, "padded"),
+        ("model.layers", False, None),
+    ]
+    assert [unit.order for unit in units] == sorted({unit.order for unit in units})
+    assert all(unit.face == units[0].face for unit in units)
+    whole = add_fa3_graphs(planned("forward")).units
+    assert [(unit.id, unit.masks) for unit in whole] == [
+        ("model.layers-causal", "causal"),
+        ("model.layers", None),
+    ]
+
+
+def test_an_encoder_has_no_such_graphs(tiny_roberta: Path) -> None:
+    request = CompileRequest(task="forward", capabilities=(90,), regions="auto")
+    plan = make_plan(load_source(tiny_roberta, request, CPU), request, CPU)
+    assert add_fa3_graphs(plan) is plan
+
+
+# What they answer
+
+
+@pytest.fixture(scope="module")
+def ops() -> Iterator[list[str]]:
+    """Plain torch answers the ops, here and where graphs are tried."""
+    module = importlib.import_module("attention_on_cpu")
+    yield [module.__name__]
+    module.close()
+    del sys.modules[module.__name__]
+
+
+def build_here(plan: Plan, settings: Settings, output: Path) -> Bundle:
+    """The graphs of a plan for a GPU, for this CPU."""
+    host = probe_host(settings)
+    here = CompileRequest(task=plan.source.program.task)
+    (target,) = choose_targets(host, here)
+    jobs = {output: Job.of(plan, here, target)}
+    (bundle,) = build(jobs, ModelSource(model="tiny"), host, report_nothing)
+    assert isinstance(bundle, Bundle), bundle
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def bundles(
+    planned: Callable[..., Plan],
+    ops: list[str],
+    built_at: Settings,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Mapping[str, Bundle]:
+    """The tiny decoder's blocks, over a cache and without one."""
+    folder = tmp_path_factory.mktemp("fa3")
+    return {
+        task: build_here(add_fa3_graphs(planned(task)), built_at, folder / task)
+        for task in ("generate", "forward")
+    }
+
+
+@pytest.fixture
+def model(tiny_decoder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_decoder).eval()
+
+
+@pytest.fixture
+def plain(tiny_decoder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_decoder).eval()
+
+
+@pytest.fixture
+def over_cache(
+    model: Any, bundles: Mapping[str, Bundle], ops: list[str], settings: Settings
+) -> Iterator[Attachment]:
+    with hubaoti.attach(model, bundles["generate"], ops=ops, settings=settings) as attachment:
+        yield attachment
+
+
+@pytest.fixture
+def without_cache(
+    model: Any, bundles: Mapping[str, Bundle], ops: list[str], settings: Settings
+) -> Iterator[Attachment]:
+    with hubaoti.attach(model, bundles["forward"], ops=ops, settings=settings) as attachment:
+        yield attachment
+
+
+def count_calls(attached: Attachment) -> dict[str, int]:
+    """How many calls of the first block each graph answered, by the end of its name."""
+    counts: dict[str, int] = attached.stats()["regions"]["model.layers.0"]["compiled"]
+    assert attached.stats()["eager"] == 0
+    return {name.removeprefix("model.layers").strip("-"): n for name, n in counts.items() if n}
+
+
+def test_what_such_graphs_take_stands_in_their_manifest(bundles: Mapping[str, Bundle]) -> None:
+    manifest = bundles["generate"].manifest
+    assert [graph.masks or None for graph in manifest.graphs] == [None, "padded", None]
+    assert manifest.schema == 4
+    assert {check.graph for check in manifest.checks} == {graph.id for graph in manifest.graphs}
+
+
+def test_a_prompt_is_answered_by_lengths_and_a_step_without(
+    model: Any, plain: Any, over_cache: Attachment
+) -> None:
+    ids = torch.arange(5, 17).reshape(3, 4)
+    found = model.generate(input_ids=ids, **STATIC)
+    assert count_calls(over_cache) == {"padded": 1, "decode": NEW - 1}
+    assert torch.equal(found, plain.generate(input_ids=ids, **STATIC))
+
+
+def test_padded_texts_are_answered_by_where_they_begin(
+    model: Any, plain: Any, over_cache: Attachment
+) -> None:
+    ids = torch.tensor([[0, 0, 0, 101, 7], [101, 8, 9, 10, 11], [0, 3, 4, 5, 6]])
+    asked = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    found = model.generate(**asked, **STATIC)
+    assert count_calls(over_cache) == {"padded": NEW}
+    assert torch.equal(found, plain.generate(**asked, **STATIC))
+
+
+def hide(*places: int, rows: int = 4, first: int = 0) -> torch.Tensor:
+    """A mask over 16 places: causal from a first place on, without some."""
+    row, place = torch.arange(rows)[:, None], torch.arange(16)
+    seen = (place <= first + row)[None, None]
+    seen[..., list(places)] = False
+    return seen
+
+
+ODD: dict[str, tuple[torch.Tensor, str]] = {
+    "causal": (hide(), "padded"),
+    "its first place": (hide(0), "padded"),
+    "a hole": (hide(1), ""),
+    "its last place": (hide(3), ""),
+    "a window": (hide() & (torch.arange(16) > torch.arange(4)[:, None] - 2), ""),
+    "what no row sees yet": (hide() | (torch.arange(16) < 4), ""),
+    "one row for all": (hide(first=3)[:, :, :1], ""),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_a_mask_that_says_more_than_lengths_is_looked_at(
+    case: str, model: Any, plain: Any, over_cache: Attachment
+) -> None:
+    mask, graph = ODD[case]
+    answers = []
+    for each in (model, plain):
+        cache = StaticCache(config=each.config, max_cache_len=16)
+        with torch.no_grad():
+            given = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
+            answers.append(each(torch.tensor([[5, 6, 7, 8]]), **given).logits)
+    seen = mask[0, 0, :, :4].any(1).expand(4)
+    torch.testing.assert_close(answers[0][:, seen], answers[1][:, seen], atol=1e-5, rtol=1e-5)
+    assert count_calls(over_cache) == {graph: 1}
+
+
+def test_without_a_cache_a_causal_mask_is_not_looked_at_and_any_other_is(
+    model: Any, plain: Any, without_cache: Attachment
+) -> None:
+    ids = torch.arange(5, 17).reshape(2, 6)
+    padding = torch.ones_like(ids)
+    padding[0, 4:] = 0
+    for mask in (None, torch.ones_like(ids), padding):
+        with torch.no_grad():
+            ours, theirs = (
+                each(ids, attention_mask=mask, use_cache=False).logits for each in (model, plain)
+            )
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert count_calls(without_cache) == {"causal": 2, "": 1}
