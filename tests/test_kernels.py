@@ -18,7 +18,7 @@ from bundles import make_gpu_host
 from commands import environment_of
 from huggingface_hub import HfApi
 from kernel_repos import SCHEMAS, compile_library, variant_here, write_build
-from kernel_scenes import Attending, answering, make_tensors
+from kernel_scenes import Attending, make_tensors
 from proxies import Proxy
 
 import hubaoti
@@ -26,6 +26,7 @@ from hubaoti import api
 from hubaoti.artifact.bundle import Bundle, make_file_entry, write_manifest
 from hubaoti.artifact.kernel_pin import KernelOp, KernelPin
 from hubaoti.artifact.kernel_variant import KernelHost
+from hubaoti.artifact.manifest import find_oldest_schema
 from hubaoti.artifact.requirements import Requirements
 from hubaoti.errors import (
     HubUnreachable,
@@ -43,6 +44,7 @@ from hubaoti.hub.client import HubClient
 from hubaoti.hub.kernels import fetch_kernels, pin_kernel
 from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
+from hubaoti.runtime.attention_ops import answer_by_reference
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
@@ -373,7 +375,7 @@ def pin_by_hand(folder: Path, schema: str) -> KernelPin:
 def attending(built_at: Settings, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A module over `hubaoti::fa3_fwd`, compiled where plain torch answers it."""
     module = Attending().eval()
-    with answering(), torch.no_grad():
+    with answer_by_reference("cpu"), torch.no_grad():
         with hubaoti.capture(module) as calls:
             module(*make_tensors(2, 6))
             module(*make_tensors(5, 9))
@@ -385,7 +387,7 @@ def bundle_with(bundle: Bundle, folder: Path, *pins: KernelPin) -> Bundle:
     """The same graphs, which are to be answered by pinned kernels."""
     shutil.copytree(bundle.path, folder)
     requires = replace(bundle.manifest.requires, kernels=pins)
-    schema = 3 if pins else bundle.manifest.schema
+    schema = find_oldest_schema(bundle.manifest.build, bundle.manifest.graphs, pins)
     manifest = msgspec.structs.replace(bundle.manifest, requires=requires, schema=schema)
     write_manifest(folder, manifest)
     return Bundle(folder, manifest)

@@ -195,7 +195,7 @@ KERNEL: dict[str, Any] = {
 }
 
 
-def pinning(*pins: Any, schema: int = 3) -> Edit:
+def pinning(*pins: Any, schema: int = 4) -> Edit:
     """A manifest that calls these kernels."""
 
     def edit(value: dict[str, Any]) -> None:
@@ -253,7 +253,7 @@ CLASHES: dict[str, tuple[Edit, str]] = {
         pinning(KERNEL | {"archs": ["8.0", "10.0f"]}),
         "target.sm is 90, kernel acme/attention@a+ is for 8.0 or 10.0f",
     ),
-    "a kernel that no schema 1 has": (pinning(KERNEL, schema=1), "what it says is of schema 3"),
+    "a kernel that no schema 1 has": (pinning(KERNEL, schema=1), "what it says is of schema 4"),
     "a kernel that is needed elsewhere": (put("kernels", to=[KERNEL]), "kernels are not"),
 }
 
