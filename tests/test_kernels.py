@@ -313,18 +313,19 @@ def test_a_kernel_for_another_torch_is_refused_by_name(
     assert f"the kernel {pinned} is built for torch 2.9" in told["message"]
 
 
+@pytest.mark.parametrize("change", [("is_causal = False", "is_causal = True"), ("bool", "Nothing")])
 def test_an_op_that_is_called_otherwise_than_was_pinned_is_refused(
-    publish: Publish, settings: Settings, repo: str
+    publish: Publish, settings: Settings, repo: str, change: tuple[str, str]
 ) -> None:
     publish(repo, "_attention_cpu_ef")
     pinned = pin(settings, repo)
     assert pinned.build is not None
-    op = pinned.build.ops[0]
-    changed_op = replace(op, schema=op.schema.replace("is_causal = False", "is_causal = True"))
-    lying = replace(pinned, ops=(changed_op,))
+    schema = pinned.build.ops[0].schema.replace(*change)
+    assert schema != pinned.build.ops[0].schema
+    lying = replace(pinned, ops=(KernelOp("fwd", schema),))
     told = play(settings, "opens", mirror=str(fetch(settings, pinned)), pins=[lying])
     assert told["error"] == "KernelSchemaMismatch"
-    assert "is_causal=True" not in told["message"] and "is_causal=False" in told["message"]
+    assert f"was pinned as {schema}"[:100] in told["message"]
 
 
 @pytest.mark.parametrize(
