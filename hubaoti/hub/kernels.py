@@ -24,6 +24,8 @@ from hubaoti.disk import require_disk_room
 from hubaoti.errors import (
     BadManifest,
     DigestMismatch,
+    DiskFull,
+    HubaotiError,
     HubUnreachable,
     KernelArchUnsupported,
     KernelDigestMismatch,
@@ -32,6 +34,7 @@ from hubaoti.errors import (
     RepoNotFound,
 )
 from hubaoti.escape import escape_line
+from hubaoti.hub.bounds import TooLong
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.records import Entry
@@ -119,9 +122,19 @@ def fetch_kernels(
         # As they were downloaded, and as they are kept, they lie on the disk together for a while.
         require_disk_room(mirror.root, 2 * build.size)
         files = download_build(client, pin)
-        mirror.put_kernel(build, files)
-        for file in files.values():
-            client.drop(file)
+        try:
+            mirror.put_kernel(build, files)
+        except DiskFull:  # what is whole need not be fetched again
+            raise
+        except HubaotiError:
+            _drop(client, files)
+            raise
+        _drop(client, files)
+
+
+def _drop(client: HubClient, files: Mapping[str, Path]) -> None:
+    for file in files.values():
+        client.drop(file)
 
 
 def require_published(client: HubClient, manifest: Manifest) -> None:
@@ -245,12 +258,13 @@ def download_build(client: HubClient, pin: KernelPin) -> dict[str, Path]:
 
     Raises:
         KernelMissing: the repo does not have it, or cannot be asked.
+        KernelDigestMismatch: a file is larger than it was pinned.
     """
     build = _require_build(pin)
     start = f"build/{build.variant}/"
     try:
         return {
-            file.path: client.download(pin.repo, pin.commit, start + file.path, kind=_KIND)
+            file.path: _take(client, pin.repo, pin.commit, start + file.path, file.size)
             for file in build.files
         }
     except (RepoNotFound, HubUnreachable) as error:
@@ -266,13 +280,25 @@ def _download(client: HubClient, repo: str, commit: str, entry: Entry) -> Path:
     try:
         if entry.sha256 is None:
             client.read(repo, commit, entry, _KIND)
-        path = client.download(repo, commit, entry.path, entry.size, _KIND)
     except DigestMismatch as error:
         raise KernelDigestMismatch(f"{error}", hint=error.hint) from error
+    path = _take(client, repo, commit, entry.path, entry.size)
     if entry.sha256 not in {None, hash_file(path)}:
         client.drop(path)
-        raise KernelDigestMismatch(
-            f"{client.endpoint} gives other bytes of {entry.path} than {repo} lists",
-            hint="try again; if it stays so, the endpoint or something on the way is broken",
-        )
+        raise _describe_others(client, repo, entry.path)
     return path
+
+
+def _take(client: HubClient, repo: str, commit: str, path: str, size: int) -> Path:
+    """A downloaded file; no more of it is taken than it may have."""
+    try:
+        return client.download(repo, commit, path, size, _KIND)
+    except TooLong as error:
+        raise _describe_others(client, repo, path) from error
+
+
+def _describe_others(client: HubClient, repo: str, path: str) -> KernelDigestMismatch:
+    return KernelDigestMismatch(
+        f"{client.endpoint} gives other bytes of {path} of {repo} than it lists",
+        hint="try again; if it stays so, the endpoint or something on the way is broken",
+    )
