@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,17 @@ def test_bytes_that_are_others_than_were_pinned_are_never_in_the_mirror(
     assert [*settings.mirror.glob("kernels/*")] == []
     proxy.reset()
     fetch(settings, pinned)  # and not again what was kept of it
+
+
+def test_pulls_of_one_kernel_at_once_all_have_it(
+    publish: Publish, settings: Settings, repo: str
+) -> None:
+    publish(repo, "_attention_cpu_fe")
+    pinned = pin(settings, repo)
+    with ThreadPoolExecutor(4) as pool:
+        assert len({*pool.map(lambda _: fetch(settings, pinned), range(8))}) == 1
+    with Mirror.open(settings.mirror) as mirror:
+        mirror.verify_kernel(pinned)
 
 
 def test_a_commit_that_is_gone_is_said_and_what_is_here_is_still_used(

@@ -42,6 +42,7 @@ from hubaoti.mirror import Mirror
 from hubaoti.progress import Progress
 
 _KIND = "kernel"
+_ATTEMPTS = 3
 _STATUS = "kernel-status.toml"  # of a repo whose kernel lies in another one
 _LARGEST_STATUS = 64 << 10  # bytes
 _MOST_PLAIN = 64 << 20  # bytes of files that git itself keeps, which have no sha256
@@ -121,15 +122,30 @@ def fetch_kernels(
         progress(f"downloading the kernel {pin.repo} ({build.size / 1e6:.1f} MB)")
         # As they were downloaded, and as they are kept, they lie on the disk together for a while.
         require_disk_room(mirror.root, 2 * build.size)
+        _store(client, mirror, pin)
+
+
+def _store(client: HubClient, mirror: Mirror, pin: KernelPin) -> None:
+    """Download a kernel into the mirror; what was downloaded is not kept twice."""
+    for _ in range(_ATTEMPTS):
         files = download_build(client, pin)
         try:
-            mirror.put_kernel(build, files)
+            mirror.put_kernel(_require_build(pin), files)
+        except FileNotFoundError:  # another pull of it removed what we shared
+            if mirror.has_kernel(pin):
+                return
         except DiskFull:  # what is whole need not be fetched again
             raise
         except HubaotiError:
             _drop(client, files)
             raise
-        _drop(client, files)
+        else:
+            _drop(client, files)
+            return
+    raise KernelMissing(
+        f"the downloads of the kernel {pin} were removed {_ATTEMPTS} times",
+        hint=f"see who else works in {mirror.root}, then pull again",
+    )
 
 
 def _drop(client: HubClient, files: Mapping[str, Path]) -> None:
