@@ -29,6 +29,7 @@ from hubaoti.artifact.kernel_pin import KernelOp, KernelPin
 from hubaoti.artifact.kernel_variant import KernelHost
 from hubaoti.artifact.manifest import find_oldest_schema
 from hubaoti.artifact.requirements import Requirements
+from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import (
     HubUnreachable,
     KernelArchUnsupported,
@@ -39,7 +40,7 @@ from hubaoti.errors import (
     RepoNotFound,
     Untrusted,
 )
-from hubaoti.host.match import MatchResult, judge
+from hubaoti.host.match import Candidate, MatchResult, judge, rank
 from hubaoti.host.probe import Gpu, probe_host
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.kernels import fetch_kernels, pin_kernel
@@ -597,3 +598,21 @@ def test_the_mirror_tells_the_host_which_kernels_need_no_network(
     pinned = pin(settings, repo)
     fetch(settings, pinned)
     assert pinned.id in probe_host(settings, kernel_caches=()).kernels
+
+
+@pytest.mark.parametrize(("is_here", "best"), [(True, "fa3"), (False, "sdpa")])
+def test_fa3_goes_before_sdpa_where_its_kernel_is_at_hand(
+    publish: Publish, settings: Settings, repo: str, is_here: bool, best: str
+) -> None:
+    variant = "torch213-cxx11-cu130-x86_64-linux"
+    publish(repo, "_attention_cuda_7a", variant=variant, archs=("9.0a",))
+    pinned = pin(settings, repo, KernelHost("2.13.0+cu130", "13.0", "x86_64_v3", "linux"))
+    host = make_gpu_host(offline=True, kernels=frozenset({pinned.id} if is_here else ()))
+    requires = {"sdpa": CUDA, "fa3": replace(CUDA, kernels=(pinned,))}
+    candidates = [
+        Candidate(Recipe("bfloat16", name), each.variant, judge(each, host), name)
+        for name, each in requires.items()
+    ]
+    assert rank(candidates)[0].id == best
+    reasons = [found.need for each in candidates for found in each.verdict.refusals]
+    assert reasons == ([] if is_here else [f"the kernels {pinned}"])
