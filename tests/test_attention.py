@@ -22,14 +22,18 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from hubaoti.artifact.schema import Input
 from hubaoti.compiler.asserts import drop_ties, require_asserts_hold
 from hubaoti.compiler.attention import choose_kernels, name_attention
+from hubaoti.compiler.flash_attention import list_other_attention
 from hubaoti.compiler.request import Range
 from hubaoti.compiler.signature import CallSignature
 from hubaoti.errors import CompileFailed
+from hubaoti.runtime.attention_ops import REFERENCES
 
 aten = torch.ops.aten
 FLASH = aten._scaled_dot_product_flash_attention.default
 EFFICIENT = aten._scaled_dot_product_efficient_attention.default
+FLASH_3 = torch.ops.hubaoti.fa3_fwd.default
 HALF, FULL = ("flash", "efficient"), ("efficient",)
+HOPPER = ("fa3", *HALF)
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 BATCH, ROWS, KEYS = Dim("batch", min=1, max=8), Dim("rows", min=1, max=64), Dim("keys", max=64)
 # Beside the smallest, sizes around multiples of 8 and 16; the examples have 3, 6 and 7.
@@ -131,6 +135,16 @@ def twin_efficient(  # noqa: PLR0913 - as torch has it
     return (softmax_product(query, key, value, mask, scale),)
 
 
+def twin_flash_3(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rule: Any
+) -> torch.Tensor:
+    """FlashAttention-3, which has rows before heads."""
+    assert query.dtype in {torch.bfloat16, torch.float16}
+    for each in (query, key, value):
+        require_readable(each)
+    return REFERENCES["fa3_fwd"](query, key, value, *rule)
+
+
 def require_readable(tensor: torch.Tensor, width: int | None = None) -> None:
     """What both kernels want of memory, that they read by vectors of 16 bytes."""
     places = (*tensor.stride()[:-1], tensor.storage_offset(), width or tensor.shape[3])
@@ -141,13 +155,17 @@ def require_readable(tensor: torch.Tensor, width: int | None = None) -> None:
 
 def list_kernels(program: ExportedProgram) -> list[str]:
     """The kernels that a program names, in order."""
-    names = {FLASH: "flash", EFFICIENT: "efficient"}
+    names = {FLASH: "flash", EFFICIENT: "efficient", FLASH_3: "fa3"}
     return [names[node.target] for node in program.graph.nodes if node.target in names]
 
 
 def make_twin(program: ExportedProgram) -> Callable[..., Any]:
     """The program with a kernel's twin wherever it names one."""
-    twins: Mapping[Any, Any] = {FLASH: twin_flash, EFFICIENT: twin_efficient}
+    twins: Mapping[Any, Any] = {
+        FLASH: twin_flash,
+        EFFICIENT: twin_efficient,
+        FLASH_3: twin_flash_3,
+    }
     for node in program.graph.nodes:
         node.target = twins.get(node.target, node.target)
     program.graph_module.recompile()
@@ -209,13 +227,14 @@ CASES: dict[str, tuple[Attend, int, tuple[Any, ...], str]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernels", [FULL, HALF, HOPPER], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_a_named_kernel_answers_as_sdpa_does_at_sizes_that_no_example_had(
-    case: str, dtype: torch.dtype
+    case: str, kernels: tuple[str, ...]
 ) -> None:
     function, heads, shapes, named = CASES[case]
-    is_half, masked = dtype is torch.bfloat16, len(shapes) == 3
+    dtype = torch.float32 if kernels == FULL else torch.bfloat16
+    masked, best = len(shapes) == 3, kernels[0]
 
     def make(sizes: Mapping[str, int]) -> list[torch.Tensor]:
         batch, rows = sizes["batch"], sizes["rows"]
@@ -225,8 +244,8 @@ def test_a_named_kernel_answers_as_sdpa_does_at_sizes_that_no_example_had(
         return [*(tensor.to(dtype) for tensor in tensors), *mask]
 
     program = save_and_load(export(function, make({"batch": 3, "rows": 6, "keys": 7}), shapes))
-    program = name_attention(program, HALF if is_half else FULL)
-    assert list_kernels(program) == [named if is_half else "efficient"]
+    program = name_attention(program, kernels)
+    assert list_kernels(program) == [best if named == "flash" else named]
     require_asserts_hold(program, *describe(shapes))
     twin = make_twin(program)
     for sizes in SIZES:
@@ -261,7 +280,8 @@ def test_every_width_is_padded_and_scaled_as_what_it_was() -> None:
             for width, other in pairs
         ]
 
-    for dtype, kernels in ((torch.float32, FULL), (torch.bfloat16, HALF)):
+    pairs = ((torch.float32, FULL), (torch.bfloat16, HALF), (torch.bfloat16, HOPPER))
+    for dtype, kernels in pairs:
         tensors = [torch.randn(2, 2, size, 301).to(dtype) for size in (5, 7)]
         program = name_attention(export(attend, tensors), kernels)
         widest = list_kernels(program)[-7:-5]
@@ -339,7 +359,8 @@ def test_tensors_with_other_axes_than_four_are_taken_as_sdpa_takes_them() -> Non
         ]
 
     tensors = [torch.randn(5, 8), torch.randn(6, 5, 8), torch.randn(2, 3, 4, 5, 8)]
-    for dtype, kernels in ((torch.float32, FULL), (torch.bfloat16, HALF)):
+    pairs = ((torch.float32, FULL), (torch.bfloat16, HALF), (torch.bfloat16, HOPPER))
+    for dtype, kernels in pairs:
         given = [tensor.to(dtype) for tensor in tensors]
         program = name_attention(export(attend, given), kernels)
         require_close(make_twin(program)(*given), attend(*given), dtype)
@@ -417,6 +438,25 @@ def test_a_kernel_is_chosen_by_dtype_and_capability_alone() -> None:
     assert choose_kernels("bfloat16", 90) == choose_kernels("float16", 80) == HALF
     assert choose_kernels("float32", 120) == choose_kernels("float16", 75) == FULL
     assert choose_kernels("bfloat16", 75) == ()
+    assert choose_kernels("bfloat16", 90, "fa3") == HOPPER
+
+
+def test_what_another_kernel_computes_is_told_once() -> None:
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+
+    def attend(query: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+        wide = torch.cat([query] * 5, -1)
+        calls = [sdpa(query, query, query), sdpa(wide, wide, wide)]
+        return [*calls, *(sdpa(query, query, query, mask) for _ in range(2))]
+
+    program = export(attend, [torch.randn(1, 2, 5, 64).bfloat16(), mask])
+    assert list_other_attention(program) == ()
+    named = name_attention(program, HOPPER)
+    assert list_kernels(named) == ["fa3", "efficient", "efficient", "efficient"]
+    assert list_other_attention(named) == (
+        "2 heads of 320: memory-efficient",
+        "2 heads of 64 under a mask: memory-efficient",
+    )
 
 
 REFUSED: dict[str, tuple[Attend, torch.dtype, tuple[str, ...], str, str]] = {

@@ -21,7 +21,12 @@ from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.schema import ModelSource, Target
 from hubaoti.attachment.attach import Attachment
 from hubaoti.compiler.build import build
-from hubaoti.compiler.fa3 import KernelAbilities, read_abilities, refuse_fa3, require_dtype
+from hubaoti.compiler.flash_attention import (
+    KernelAbilities,
+    read_abilities,
+    refuse_fa3,
+    require_dtype,
+)
 from hubaoti.compiler.from_config import load_source
 from hubaoti.compiler.job import Job, make_jobs
 from hubaoti.compiler.plan import Plan, add_fa3_graphs, make_plan

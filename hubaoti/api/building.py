@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
     from hubaoti.compiler.job import Job
 
+_FA3 = "fa3"  # as recipes have it
+
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
@@ -269,10 +271,9 @@ def _pin(job: Job, kernel: str, settings: Settings) -> Job:
     Raises:
         HubaotiError: of `pin_kernel`. BadRequest: it does not compute in the dtype.
     """
-    from hubaoti.compiler.fa3 import read_abilities, require_dtype
-    from hubaoti.runtime.attention_ops import FA3
+    from hubaoti.compiler.flash_attention import read_abilities, require_dtype
 
-    if job.build.attention != FA3:
+    if job.build.attention != _FA3:
         return job
     client, target = HubClient(settings), job.target
     host = KernelHost(target.torch, target.cuda, target.level, target.os)
@@ -293,8 +294,8 @@ def choose_place(output: Path, request: CompileRequest, job: Job) -> Path:
     """Where the bundle of a job goes: the output, or where they are several a folder in it."""
     if not request.capabilities:
         return output
-    attention = f"-{job.build.attention}" * (job.build.attention not in {"sdpa", "eager"})
-    return output / f"{label_variant(job.target)}{attention}"
+    kernel = f"-{_FA3}" * (job.build.attention == _FA3)
+    return output / f"{label_variant(job.target)}{kernel}"
 
 
 def explain_jobs(

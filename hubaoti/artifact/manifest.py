@@ -186,6 +186,7 @@ def _find_contradictions(manifest: Manifest) -> list[str]:
             found.append(f"{graph.id}: it serves no module")
         found += _find_unknown_dims(graph)
         found += _find_misplaced_cache(graph)
+        found += _find_missing_mask(graph)
         found += _find_bad_outputs(graph)
     return found
 
@@ -363,6 +364,14 @@ def _find_misplaced_cache(graph: Graph) -> list[str]:
     if position is not None and not position < len(graph.inputs):
         return [f"{graph.id}: its cache has no position"]
     return []
+
+
+def _find_missing_mask(graph: Graph) -> list[str]:
+    """What masks may say, of a graph that does not take one with rows and places."""
+    masks = [item for item in graph.inputs if item.values == "mask"]
+    if graph.masks is msgspec.UNSET or [len(mask.shape) for mask in masks] == [4]:
+        return []
+    return [f"{graph.id}: it serves masks that are {graph.masks}, and takes none of four axes"]
 
 
 def _find_repeated_names(names: list[str]) -> list[str]:

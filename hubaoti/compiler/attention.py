@@ -49,7 +49,7 @@ def choose_kernels(dtype: str, sm: int, attention: str = "sdpa") -> tuple[str, .
     """The kernels that may be named in a build of a dtype for a capability, the best first.
 
     None in bfloat16 below 80: a program that attends is refused there, by `name_attention`. Whether
-    there can be FlashAttention-3 is `fa3.refuse_fa3`'s to say.
+    there can be FlashAttention-3 is `flash_attention.refuse_fa3`'s to say.
     """
     if sm < 80:
         return () if dtype == "bfloat16" else (EFFICIENT,)

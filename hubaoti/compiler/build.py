@@ -21,7 +21,7 @@ from hubaoti.compiler import elf
 from hubaoti.compiler.build_folder import find_build_disk
 from hubaoti.compiler.built import BuiltGraph, BuiltUnit
 from hubaoti.compiler.constants import save_tensors
-from hubaoti.compiler.fa3 import refuse_unused
+from hubaoti.compiler.flash_attention import refuse_unused
 from hubaoti.compiler.gpu_build import GpuTools
 from hubaoti.compiler.graph_build import build_unit
 from hubaoti.compiler.graph_plans import GraphPlan

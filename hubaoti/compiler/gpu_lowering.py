@@ -133,7 +133,7 @@ def _leave_int8_products() -> AbstractContextManager[None]:
 def _lower(request: LowerRequest) -> Lowered:
     """Lower a program for the device of this process, and open what came of it."""
     from hubaoti.compiler.asserts import require_asserts_hold
-    from hubaoti.compiler.fa3 import list_other_attention
+    from hubaoti.compiler.flash_attention import list_other_attention
     from hubaoti.compiler.inductor import lower
     from hubaoti.compiler.request import Range
     from hubaoti.compiler.signature import CallSignature

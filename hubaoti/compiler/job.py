@@ -12,7 +12,7 @@ import msgspec
 from hubaoti.artifact.kernel_pin import KernelPin
 from hubaoti.artifact.schema import Build, Target, compute_key
 from hubaoti.compiler.attention import choose_kernels
-from hubaoti.compiler.fa3 import refuse_fa3
+from hubaoti.compiler.flash_attention import refuse_fa3
 from hubaoti.compiler.graph_plans import GraphPlan
 from hubaoti.compiler.inductor import choose_inductor_options
 from hubaoti.compiler.plan import Plan, add_fa3_graphs
