@@ -378,7 +378,7 @@ def test_who_names_a_tag_that_is_not_there_is_told_of_those_that_are(
     assert "v02 and 2 more; check the name" in caught.value.hint
 
 
-NEWER = encode_canonical({"schema": 4, "something": "else"})
+NEWER = encode_canonical({"schema": 5, "something": "else"})
 PLACE = "float32-sdpa/torch2.13-cpu-x86_64_v4-linux"
 
 

@@ -172,8 +172,8 @@ def test_an_unreadable_artifact_is_not_overwritten(
 ) -> None:
     api.create_repo(repo)
     path = f"{PLACE}/{FILENAME}"
-    api.upload_file(path_or_fileobj=b'{"schema":4}', path_in_repo=path, repo_id=repo)
-    with pytest.raises(Conflict, match="schema 4"):
+    api.upload_file(path_or_fileobj=b'{"schema":5}', path_in_repo=path, repo_id=repo)
+    with pytest.raises(Conflict, match="schema 5"):
         ship(bundle, repo, settings)
     made = ship(bundle, repo, settings, label="mine")
     assert made.created

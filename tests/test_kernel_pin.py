@@ -7,13 +7,16 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_repos import SCHEMAS
 from kernels.archs import _supports_cuda_capability
 from kernels.variants import parse_variant
 
 from hubaoti.artifact.kernel_metadata import parse_metadata
 from hubaoti.artifact.kernel_pin import KernelOp, KernelPin
+from hubaoti.artifact.kernel_schema import list_unknown, read_arguments
 from hubaoti.artifact.kernel_variant import KernelHost, KernelVariant, choose_variant
 from hubaoti.artifact.schema import File
 from hubaoti.errors import BadManifest, BadRequest
@@ -204,3 +207,12 @@ def test_metadata_that_say_nothing_or_load_other_kernels_are_refused(text: bytes
     with pytest.raises(BadManifest) as refused:
         parse_metadata(text, "metadata.json of a/b")
     assert refused.value.hint
+
+
+@pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
+def test_every_schema_that_there_is_is_known_by_its_arguments(schema: str) -> None:
+    names = [argument.name for argument in torch._C.parse_schema(f"a::{schema}").arguments]
+    assert read_arguments(schema) == names
+    assert list_unknown(names) == []
+    assert list_unknown([*names[:-1], "dropped"])[0] == "has dropped"
+    assert list_unknown(names[1:]) == ["lacks q"]

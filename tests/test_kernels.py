@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,17 @@ from bundles import make_gpu_host
 from commands import environment_of
 from huggingface_hub import HfApi
 from kernel_repos import SCHEMAS, compile_library, variant_here, write_build
-from kernel_scenes import Attending, answering, make_tensors
+from kernel_scenes import Attending, make_tensors
 from proxies import Proxy
 
 import hubaoti
 from hubaoti import api
-from hubaoti.artifact.bundle import Bundle, write_manifest
-from hubaoti.artifact.kernel_pin import KernelPin
+from hubaoti.artifact.bundle import Bundle, make_file_entry, write_manifest
+from hubaoti.artifact.kernel_pin import KernelOp, KernelPin
 from hubaoti.artifact.kernel_variant import KernelHost
+from hubaoti.artifact.manifest import find_oldest_schema
 from hubaoti.artifact.requirements import Requirements
+from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import (
     HubUnreachable,
     KernelArchUnsupported,
@@ -37,12 +40,13 @@ from hubaoti.errors import (
     RepoNotFound,
     Untrusted,
 )
-from hubaoti.host.match import MatchResult, judge
+from hubaoti.host.match import Candidate, MatchResult, judge, rank
 from hubaoti.host.probe import Gpu, probe_host
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.kernels import fetch_kernels, pin_kernel
 from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
+from hubaoti.runtime.attention_ops import answer_by_reference
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
@@ -197,19 +201,31 @@ def test_a_library_without_the_op_that_is_called_is_not_pinned(
         pin(settings, repo)
 
 
+@pytest.mark.parametrize("how", ["flip", "endless"])
 def test_bytes_that_are_others_than_were_pinned_are_never_in_the_mirror(
-    publish: Publish, settings: Settings, repo: str, proxy: Proxy
+    publish: Publish, settings: Settings, repo: str, proxy: Proxy, how: str
 ) -> None:
     publish(repo, "_attention_cpu_7f")
     pinned = pin(settings, repo)
-    shutil.rmtree(settings.home)
-    proxy.matching, proxy.flip = "_ops.py", True
-    with pytest.raises(KernelDigestMismatch, match="is not the file that was pinned"):
+    shutil.rmtree(settings.home)  # where they are as they were
+    proxy.matching = "_ops.py"
+    setattr(proxy, how, True)
+    with pytest.raises(KernelDigestMismatch):
         fetch(settings, pinned)
     assert [*settings.mirror.glob("kernels/*")] == []
     proxy.reset()
-    shutil.rmtree(settings.home)  # huggingface_hub keeps what it was given
-    fetch(settings, pinned)
+    fetch(settings, pinned)  # and not again what was kept of it
+
+
+def test_pulls_of_one_kernel_at_once_all_have_it(
+    publish: Publish, settings: Settings, repo: str
+) -> None:
+    publish(repo, "_attention_cpu_fe")
+    pinned = pin(settings, repo)
+    with ThreadPoolExecutor(4) as pool:
+        assert len({*pool.map(lambda _: fetch(settings, pinned), range(8))}) == 1
+    with Mirror.open(settings.mirror) as mirror:
+        mirror.verify_kernel(pinned)
 
 
 def test_a_commit_that_is_gone_is_said_and_what_is_here_is_still_used(
@@ -311,18 +327,19 @@ def test_a_kernel_for_another_torch_is_refused_by_name(
     assert f"the kernel {pinned} is built for torch 2.9" in told["message"]
 
 
+@pytest.mark.parametrize("change", [("is_causal = False", "is_causal = True"), ("bool", "Nothing")])
 def test_an_op_that_is_called_otherwise_than_was_pinned_is_refused(
-    publish: Publish, settings: Settings, repo: str
+    publish: Publish, settings: Settings, repo: str, change: tuple[str, str]
 ) -> None:
     publish(repo, "_attention_cpu_ef")
     pinned = pin(settings, repo)
     assert pinned.build is not None
-    op = pinned.build.ops[0]
-    changed_op = replace(op, schema=op.schema.replace("is_causal = False", "is_causal = True"))
-    lying = replace(pinned, ops=(changed_op,))
+    schema = pinned.build.ops[0].schema.replace(*change)
+    assert schema != pinned.build.ops[0].schema
+    lying = replace(pinned, ops=(KernelOp("fwd", schema),))
     told = play(settings, "opens", mirror=str(fetch(settings, pinned)), pins=[lying])
     assert told["error"] == "KernelSchemaMismatch"
-    assert "is_causal=True" not in told["message"] and "is_causal=False" in told["message"]
+    assert f"was pinned as {schema}"[:100] in told["message"]
 
 
 @pytest.mark.parametrize(
@@ -337,11 +354,33 @@ def test_an_op_that_nobody_knows_how_to_call_is_refused(
 ) -> None:
     schema = SCHEMAS["flash-attn3"].replace(*change)
     assert schema != SCHEMAS["flash-attn3"]
-    publish(repo, "_attention_cpu_0e", schema=schema)
-    pinned = pin(settings, repo)
-    told = play(settings, "opens", mirror=str(fetch(settings, pinned)), pins=[pinned])
+    folder = publish(repo, "_attention_cpu_0e", schema=schema)
+    with pytest.raises(KernelSchemaMismatch, match=problem):
+        pin(settings, repo)
+    pinned = pin_by_hand(folder, schema)  # as others may have
+    assert pinned.build is not None
+    with Mirror.open(settings.mirror) as mirror:
+        files = next((folder / "build").iterdir())
+        mirror.put_kernel(
+            pinned.build, {each.path: files / each.path for each in pinned.build.files}
+        )
+    told = play(settings, "opens", mirror=str(settings.mirror), pins=[pinned])
     assert told["error"] == "KernelSchemaMismatch"
     assert problem in told["message"]
+
+
+def pin_by_hand(folder: Path, schema: str) -> KernelPin:
+    """The one build in a repo's folder, pinned by nobody who looked at it."""
+    build = next((folder / "build").iterdir())
+    metadata = json.loads((build / "metadata.json").read_text())
+    return KernelPin(
+        repo="acme/kernel",
+        commit="a" * 40,
+        variant=build.name,
+        namespace=metadata["id"],
+        files=tuple(make_file_entry(build, each.name) for each in sorted(build.iterdir())),
+        ops=(KernelOp("fwd", schema),),
+    )
 
 
 # Of artifacts
@@ -351,7 +390,7 @@ def test_an_op_that_nobody_knows_how_to_call_is_refused(
 def attending(built_at: Settings, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A module over `hubaoti::fa3_fwd`, compiled where plain torch answers it."""
     module = Attending().eval()
-    with answering(), torch.no_grad():
+    with answer_by_reference("cpu"), torch.no_grad():
         with hubaoti.capture(module) as calls:
             module(*make_tensors(2, 6))
             module(*make_tensors(5, 9))
@@ -363,7 +402,7 @@ def bundle_with(bundle: Bundle, folder: Path, *pins: KernelPin) -> Bundle:
     """The same graphs, which are to be answered by pinned kernels."""
     shutil.copytree(bundle.path, folder)
     requires = replace(bundle.manifest.requires, kernels=pins)
-    schema = 3 if pins else bundle.manifest.schema
+    schema = find_oldest_schema(bundle.manifest.build, bundle.manifest.graphs, pins)
     manifest = msgspec.structs.replace(bundle.manifest, requires=requires, schema=schema)
     write_manifest(folder, manifest)
     return Bundle(folder, manifest)
@@ -513,11 +552,20 @@ def test_a_kernel_that_ends_its_process_is_never_loaded_here(
     publish: Publish, push: Callable[..., Bundle], settings: Settings, repo: str
 ) -> None:
     """Torch ends a process for a schema that it cannot read."""
-    publish(f"{repo}-kernel", "_attention_cpu_4a", schema="fwd(Tensor q, Nothing k) -> Tensor")
+    schema = SCHEMAS["flash-attn3"].replace("bool is_causal", "Nothing is_causal")
+    publish(f"{repo}-kernel", "_attention_cpu_4a", schema=schema)
     push(repo, pin(settings, f"{repo}-kernel"))
     told = play(settings, "attaches", repos=[repo], trust=True)
     assert told["error"] == "NotTried"
     assert "before it was opened" in told["message"]
+
+
+def test_each_worker_of_a_space_opens_the_kernel_that_was_pulled(
+    pushed: tuple[Bundle, KernelPin], settings: Settings, repo: str
+) -> None:
+    told = play(settings, "serves_workers", repo=repo)
+    assert [each["off"] < 1e-5 for each in told] == [True] * 3, told
+    assert [each["compiled"] for each in told[1:]] == [1, 1]
 
 
 # Judged
@@ -531,7 +579,7 @@ def test_a_host_of_another_capability_is_told_to_take_sdpa(
     publish(repo, "_attention_cuda_5a", variant=variant, archs=("9.0a",))
     there = KernelHost("2.13.0+cu130", "13.0", "x86_64_v3", "linux")
     pinned = pin(settings, repo, there)
-    host = make_gpu_host(gpus=(Gpu("fake", sm, 1 << 34),))
+    host = replace(make_gpu_host(), gpus=(Gpu("fake", sm, 1 << 34),))
     verdict = judge(replace(CUDA, sm=sm, kernels=(pinned,)), host)
     assert [refusal.need for refusal in verdict.refusals] == [f"9.0a for the kernel {repo}"]
     assert "sdpa" in verdict.refusals[0].advice
@@ -550,3 +598,21 @@ def test_the_mirror_tells_the_host_which_kernels_need_no_network(
     pinned = pin(settings, repo)
     fetch(settings, pinned)
     assert pinned.id in probe_host(settings, kernel_caches=()).kernels
+
+
+@pytest.mark.parametrize(("is_here", "best"), [(True, "fa3"), (False, "sdpa")])
+def test_fa3_goes_before_sdpa_where_its_kernel_is_at_hand(
+    publish: Publish, settings: Settings, repo: str, is_here: bool, best: str
+) -> None:
+    variant = "torch213-cxx11-cu130-x86_64-linux"
+    publish(repo, "_attention_cuda_7a", variant=variant, archs=("9.0a",))
+    pinned = pin(settings, repo, KernelHost("2.13.0+cu130", "13.0", "x86_64_v3", "linux"))
+    host = make_gpu_host(offline=True, kernels=frozenset({pinned.id} if is_here else ()))
+    requires = {"sdpa": CUDA, "fa3": replace(CUDA, kernels=(pinned,))}
+    candidates = [
+        Candidate(Recipe("bfloat16", name), each.variant, judge(each, host), name)
+        for name, each in requires.items()
+    ]
+    assert rank(candidates)[0].id == best
+    reasons = [found.need for each in candidates for found in each.verdict.refusals]
+    assert reasons == ([] if is_here else [f"the kernels {pinned}"])

@@ -187,6 +187,24 @@ def twice(value: dict[str, Any], list_of: str) -> None:
 
 CACHE = {"kind": "static", "keys": 0, "values": 0, "position": None, "window": None}
 CODE = dict.fromkeys(("kernels", "registers", "local_bytes", "shared_memory"), 0)
+KERNEL: dict[str, Any] = {
+    **{"repo": "acme/attention", "commit": "a" * 40, "sms": []},
+    **{"variant": "torch213-cxx11-cu130-x86_64-linux", "namespace": "_attention"},
+    **{"archs": ["9.0a"], "files": [{"path": "metadata.json", "sha256": "b" * 64, "size": 2}]},
+    **{"ops": [{"name": "fwd", "schema": "fwd(Tensor q) -> Tensor"}]},
+}
+
+
+def pinning(*pins: Any, schema: int = 4) -> Edit:
+    """A manifest that calls these kernels."""
+
+    def edit(value: dict[str, Any]) -> None:
+        value["requires"]["kernels"] = [*pins]
+        value["schema"] = schema
+
+    return edit
+
+
 CLASHES: dict[str, tuple[Edit, str]] = {
     "a graph twice": (lambda value: twice(value, "graphs"), "graph root is listed twice"),
     "a file twice": (lambda value: twice(value, "files"), "golden.safetensors is listed twice"),
@@ -222,6 +240,21 @@ CLASHES: dict[str, tuple[Edit, str]] = {
         put("graphs", 0, "device_code", to=CODE | {"capability": 90, "shared_memory": 1024}),
         "root takes 1024",
     ),
+    "a kernel twice": (pinning(KERNEL, KERNEL), "is pinned twice"),
+    "a kernel for another torch": (
+        pinning(KERNEL | {"variant": "torch212-cu130-x86_64-linux"}),
+        "is for torch 2.12, the graphs are not",
+    ),
+    "a kernel for another CUDA": (
+        pinning(KERNEL | {"variant": "torch213-cu132-x86_64-linux"}),
+        "is for CUDA 13.2",
+    ),
+    "a kernel for another GPU": (
+        pinning(KERNEL | {"archs": ["8.0", "10.0f"]}),
+        "target.sm is 90, kernel acme/attention@a+ is for 8.0 or 10.0f",
+    ),
+    "a kernel that no schema 1 has": (pinning(KERNEL, schema=1), "what it says is of schema 4"),
+    "a kernel that is needed elsewhere": (put("kernels", to=[KERNEL]), "kernels are not"),
 }
 
 
@@ -230,6 +263,19 @@ def test_a_contradiction_is_refused_with_its_reason(manifest: Manifest, what: st
     edit, reason = CLASHES[what]
     with pytest.raises(BadManifest, match=reason):
         parse_manifest(edited(manifest, edit), "x")
+
+
+def test_a_manifest_with_kernels_is_read_as_it_was_written(manifest: Manifest) -> None:
+    text = edited(manifest, pinning(KERNEL))
+    read = parse_manifest(text, "x")
+    assert read.to_json() == text
+    assert [str(pin) for pin in read.requires.kernels] == [f"acme/attention@{'a' * 40}"]
+
+
+@pytest.mark.parametrize("extra", [{"signature": "x"}, {"version": None}])
+def test_a_field_that_no_kernel_has_is_refused(manifest: Manifest, extra: Any) -> None:
+    with pytest.raises(BadManifest):
+        parse_manifest(edited(manifest, pinning(KERNEL | extra)), "x")
 
 
 def test_a_key_of_something_else_is_refused(manifest: Manifest) -> None:

@@ -15,6 +15,7 @@ from msgspec import UNSET
 
 from hubaoti.artifact.kernel_metadata import LARGEST_METADATA, METADATA, parse_metadata
 from hubaoti.artifact.kernel_pin import MOST_BYTES, MOST_FILES, KernelBuild, KernelOp, KernelPin
+from hubaoti.artifact.kernel_schema import CALLED, list_unknown, read_arguments
 from hubaoti.artifact.kernel_variant import KernelHost, choose_variant
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.package import hash_file
@@ -23,6 +24,8 @@ from hubaoti.disk import require_disk_room
 from hubaoti.errors import (
     BadManifest,
     DigestMismatch,
+    DiskFull,
+    HubaotiError,
     HubUnreachable,
     KernelArchUnsupported,
     KernelDigestMismatch,
@@ -31,6 +34,7 @@ from hubaoti.errors import (
     RepoNotFound,
 )
 from hubaoti.escape import escape_line
+from hubaoti.hub.bounds import TooLong
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.records import Entry
@@ -38,6 +42,7 @@ from hubaoti.mirror import Mirror
 from hubaoti.progress import Progress
 
 _KIND = "kernel"
+_ATTEMPTS = 3
 _STATUS = "kernel-status.toml"  # of a repo whose kernel lies in another one
 _LARGEST_STATUS = 64 << 10  # bytes
 _MOST_PLAIN = 64 << 20  # bytes of files that git itself keeps, which have no sha256
@@ -59,7 +64,8 @@ def pin_kernel(client: HubClient, name: str, host: KernelHost) -> KernelPin:
         RepoNotFound, AuthFailed, HubUnreachable: its commit cannot be asked.
         KernelMissing: it lies in another repo by now.
         KernelArchUnsupported: it has no build for this kind of host.
-        KernelSchemaMismatch: no library of its build, or several, have the op that is called.
+        KernelSchemaMismatch: no library of its build, or several, have the op that is called, or
+            nobody knows how.
         BadManifest: its metadata say nothing, or that it loads other kernels; its files are too
             many, too large, or called as no file may be.
         KernelDigestMismatch: the endpoint gives other bytes than the commit lists.
@@ -116,10 +122,35 @@ def fetch_kernels(
         progress(f"downloading the kernel {pin.repo} ({build.size / 1e6:.1f} MB)")
         # As they were downloaded, and as they are kept, they lie on the disk together for a while.
         require_disk_room(mirror.root, 2 * build.size)
+        _store(client, mirror, pin)
+
+
+def _store(client: HubClient, mirror: Mirror, pin: KernelPin) -> None:
+    """Download a kernel into the mirror; what was downloaded is not kept twice."""
+    for _ in range(_ATTEMPTS):
         files = download_build(client, pin)
-        mirror.put_kernel(build, files)
-        for file in files.values():
-            client.drop(file)
+        try:
+            mirror.put_kernel(_require_build(pin), files)
+        except FileNotFoundError:  # another pull of it removed what we shared
+            if mirror.has_kernel(pin):
+                return
+        except DiskFull:  # what is whole need not be fetched again
+            raise
+        except HubaotiError:
+            _drop(client, files)
+            raise
+        else:
+            _drop(client, files)
+            return
+    raise KernelMissing(
+        f"the downloads of the kernel {pin} were removed {_ATTEMPTS} times",
+        hint=f"see who else works in {mirror.root}, then pull again",
+    )
+
+
+def _drop(client: HubClient, files: Mapping[str, Path]) -> None:
+    for file in files.values():
+        client.drop(file)
 
 
 def require_published(client: HubClient, manifest: Manifest) -> None:
@@ -199,11 +230,16 @@ def _read_op(repo: str, files: Mapping[str, Path]) -> KernelOp:
     if len(found) != 1:
         said = "; ".join(each.decode() for each in found) or "none"
         raise KernelSchemaMismatch(
-            f"the libraries of {repo} define {len(found)} ops fwd, not one: {said}",
+            f"the libraries of {repo} define {len(found)} ops {CALLED}, not one: {said}",
             hint=_NO_KERNEL,
         )
     schema = found[0].decode()
-    return KernelOp(schema.partition("(")[0], schema)
+    if problems := list_unknown(read_arguments(schema)):
+        raise KernelSchemaMismatch(
+            f"nobody knows how to call the op {CALLED} of {repo}: it {', '.join(problems)}",
+            hint=_NO_KERNEL,
+        )
+    return KernelOp(CALLED, schema)
 
 
 def _find_schemas(library: Path) -> set[bytes]:
@@ -238,12 +274,13 @@ def download_build(client: HubClient, pin: KernelPin) -> dict[str, Path]:
 
     Raises:
         KernelMissing: the repo does not have it, or cannot be asked.
+        KernelDigestMismatch: a file is larger than it was pinned.
     """
     build = _require_build(pin)
     start = f"build/{build.variant}/"
     try:
         return {
-            file.path: client.download(pin.repo, pin.commit, start + file.path, kind=_KIND)
+            file.path: _take(client, pin.repo, pin.commit, start + file.path, file.size)
             for file in build.files
         }
     except (RepoNotFound, HubUnreachable) as error:
@@ -259,13 +296,25 @@ def _download(client: HubClient, repo: str, commit: str, entry: Entry) -> Path:
     try:
         if entry.sha256 is None:
             client.read(repo, commit, entry, _KIND)
-        path = client.download(repo, commit, entry.path, entry.size, _KIND)
     except DigestMismatch as error:
         raise KernelDigestMismatch(f"{error}", hint=error.hint) from error
+    path = _take(client, repo, commit, entry.path, entry.size)
     if entry.sha256 not in {None, hash_file(path)}:
         client.drop(path)
-        raise KernelDigestMismatch(
-            f"{client.endpoint} gives other bytes of {entry.path} than {repo} lists",
-            hint="try again; if it stays so, the endpoint or something on the way is broken",
-        )
+        raise _describe_others(client, repo, entry.path)
     return path
+
+
+def _take(client: HubClient, repo: str, commit: str, path: str, size: int) -> Path:
+    """A downloaded file; no more of it is taken than it may have."""
+    try:
+        return client.download(repo, commit, path, size, _KIND)
+    except TooLong as error:
+        raise _describe_others(client, repo, path) from error
+
+
+def _describe_others(client: HubClient, repo: str, path: str) -> KernelDigestMismatch:
+    return KernelDigestMismatch(
+        f"{client.endpoint} gives other bytes of {path} of {repo} than it lists",
+        hint="try again; if it stays so, the endpoint or something on the way is broken",
+    )

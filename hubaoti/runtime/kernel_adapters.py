@@ -1,10 +1,4 @@
-"""Our ops by the one op of a build of FlashAttention-3, in the schemas that there are.
-
-All of them have an op `fwd` for everything, and differ in which arguments it has, in what order:
-`flash-attn3` of kernels-community, and PyPI's fa3-fwd; `vllm-flash-attn3`, which has attention
-sinks and no chunks; `sgl-flash-attn3`, which has both. So arguments are given by their names, and
-one that nobody here knows is refused, for nobody can say what it would do.
-"""
+"""Our ops by the one op of a build, whose arguments are given by their names."""
 
 from __future__ import annotations
 
@@ -14,28 +8,10 @@ from typing import Any
 import torch
 
 from hubaoti.artifact.kernel_pin import KernelBuild, KernelOp
+from hubaoti.artifact.kernel_schema import CALLED, UNASKED, list_unknown
 from hubaoti.errors import KernelSchemaMismatch
 from hubaoti.runtime.attention_ops import DECODE, FORWARD, VARLEN
 
-CALLED = "fwd"  # the op that computes everything
-# What no call of ours asks for, and what says so.
-_UNASKED: Mapping[str, Any] = {
-    **dict.fromkeys(("q_v", "out", "cu_seqlens_k_new", "seqused_q", "page_table", "kv_batch_idx")),
-    **dict.fromkeys(("rotary_cos", "rotary_sin", "seqlens_rotary", "scheduler_metadata")),
-    **dict.fromkeys(("q_descale", "k_descale", "v_descale", "pack_gqa")),
-    **dict.fromkeys(("s_aux", "s_aux_", "sinks", "cp_tot_seqused_k")),
-    "attention_chunk": 0,
-    "is_rotary_interleaved": False,
-    "num_splits": 0,  # as many as the kernel finds best
-    "sm_margin": 0,
-    "cp_world_size": 1,
-    "cp_rank": 0,
-}
-_ASKED = (
-    *("q", "k", "v", "k_new", "v_new", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "leftpad_k"),
-    *("max_seqlen_q", "max_seqlen_k", "softmax_scale", "is_causal"),
-    *("window_size_left", "window_size_right", "softcap"),
-)
 _HINT = "use a kernel of one of the schemas that hubaoti knows, or an sdpa recipe"
 
 
@@ -56,18 +32,24 @@ def adapt_kernel(build: KernelBuild) -> Mapping[str, Callable[..., torch.Tensor]
 def _require_schema(build: KernelBuild, op: KernelOp) -> None:
     """See that a loaded library's op is the one that was pinned."""
     packet = getattr(getattr(torch.ops, build.namespace), op.name, None)
-    if packet is None or packet.overloads() != ["default"]:
-        found = "is not one op there"
-    else:
-        found = f"is {packet.default._schema} there"
-        # Private, checked on torch 2.11 to 2.15; it is what reads a library's own `def`.
-        pinned = torch._C.parse_schema(f"{build.namespace}::{op.schema}")
-        if str(packet.default._schema) == str(pinned):
-            return
-    raise KernelSchemaMismatch(
-        f"the op {op.name} of {build.namespace} was pinned as {op.schema}, and {found}",
-        hint="compile the artifact again, with the kernel as it is now",
-    )
+    is_one = packet is not None and packet.overloads() == ["default"]
+    found = str(packet.default._schema) if packet is not None and is_one else "no op, or several"
+    if found != _spell(f"{build.namespace}::{op.schema}"):
+        raise KernelSchemaMismatch(
+            f"the op {op.name} of {build.namespace} was pinned as {op.schema}, and is {found}",
+            hint="compile the artifact again, with the kernel as it is now",
+        )
+
+
+def _spell(schema: str) -> str | None:
+    """A schema as torch writes it; None where it is none.
+
+    Private, checked on torch 2.11 to 2.15: what reads a library's own `def`.
+    """
+    try:
+        return str(torch._C.parse_schema(schema))
+    except RuntimeError:
+        return None
 
 
 class _Adapter:
@@ -79,20 +61,17 @@ class _Adapter:
 
     def __init__(self, op: Any) -> None:
         names = [argument.name for argument in op._schema.arguments]
-        unknown = [name for name in names if name not in _UNASKED and name not in _ASKED]
-        missing = [name for name in _ASKED if name not in names]
-        if unknown or missing:
-            problem = [*(f"has {name}" for name in unknown), *(f"lacks {name}" for name in missing)]
+        if problems := list_unknown(names):
             raise KernelSchemaMismatch(
-                f"nobody knows how to call {op._schema.name}: it {', '.join(problem)}", hint=_HINT
+                f"nobody knows how to call {op._schema.name}: it {', '.join(problems)}", hint=_HINT
             )
         self._op = op
         self._places = {name: index for index, name in enumerate(names)}
-        self._arguments = [_UNASKED.get(name) for name in names]
+        self._arguments = [UNASKED.get(name) for name in names]
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rule: Any) -> Any:
         """`hubaoti::fa3_fwd`."""
-        return self._call(rule, q=q, k=k, v=v)
+        return self._call(rule, **_make_dense(q=q, k=k, v=v))
 
     def varlen(  # noqa: PLR0913 - the op's own
         self,
@@ -106,8 +85,8 @@ class _Adapter:
         *rule: Any,
     ) -> Any:
         """`hubaoti::fa3_varlen`."""
-        lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
-        return self._call(rule, q=q, k=k, v=v, max_seqlen_q=max_q, max_seqlen_k=max_k, **lengths)
+        given = _make_dense(q=q, k=k, v=v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+        return self._call(rule, max_seqlen_q=max_q, max_seqlen_k=max_k, **given)
 
     def decode(  # noqa: PLR0913 - the op's own
         self,
@@ -121,15 +100,15 @@ class _Adapter:
         *rule: Any,
     ) -> Any:
         """`hubaoti::fa3_decode`; the caches are written where they lie, and never copied."""
-        k_new, v_new = map(_have_dense_rows, (k_new, v_new))
-        places = {"seqused_k": used, "leftpad_k": leftpad}
-        return self._call(rule, q=q, k=k_cache, v=v_cache, k_new=k_new, v_new=v_new, **places)
+        given = _make_dense(q=q, k_new=k_new, v_new=v_new, seqused_k=used)
+        if leftpad is not None:
+            given |= _make_dense(leftpad_k=leftpad)
+        return self._call(rule, k=k_cache, v=v_cache, **given)
 
-    def _call(self, rule: tuple[Any, ...], q: torch.Tensor, **asked: Any) -> torch.Tensor:
+    def _call(self, rule: tuple[Any, ...], **asked: Any) -> torch.Tensor:
         scale, causal, left, right, softcap = rule
         arguments = [*self._arguments]
         asked |= {
-            "q": _have_dense_rows(q),
             "softmax_scale": scale,
             "is_causal": causal,
             "window_size_left": left,
@@ -142,6 +121,9 @@ class _Adapter:
         return answer
 
 
-def _have_dense_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy whose last stride is 1, which is all that a kernel takes."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _make_dense(**tensors: torch.Tensor) -> dict[str, Any]:
+    """Tensors, or copies of those whose last stride is not 1, which no kernel takes."""
+    return {
+        name: tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+        for name, tensor in tensors.items()
+    }
