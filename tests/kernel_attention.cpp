@@ -72,12 +72,16 @@ at::Tensor run(const Asked& asked) {
   }
   for (int64_t i = 0; i < q.size(0); i++) {
     auto keys = k[i], values = v[i];
-    if (!asked("k_new").isNone()) {
-      auto added = asked("k_new").toTensor()[i];
-      auto used = asked("seqused_k").toTensor()[i].item<int>(), end = used + int(added.size(0));
-      keys.slice(0, used, end).copy_(added);
-      values.slice(0, used, end).copy_(asked("v_new").toTensor()[i]);
+    if (!asked("seqused_k").isNone()) {
       auto first = asked("leftpad_k").isNone() ? 0 : asked("leftpad_k").toTensor()[i].item<int>();
+      auto used = asked("seqused_k").toTensor()[i].item<int>(), end = used;
+      TORCH_CHECK(used >= first, "there are fewer keys than none");
+      if (!asked("k_new").isNone()) {
+        auto added = asked("k_new").toTensor()[i];
+        end = used + int(added.size(0));
+        keys.slice(0, used, end).copy_(added);
+        values.slice(0, used, end).copy_(asked("v_new").toTensor()[i]);
+      }
       keys = keys.slice(0, first, end), values = values.slice(0, first, end);
     }
     answer[i].copy_(attend(q[i], keys, values, asked));

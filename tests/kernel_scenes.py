@@ -88,11 +88,11 @@ def compare_varlen() -> float:
     return max(find_difference(op(*given, *rule), expected(*given, *rule)) for rule in RULES)
 
 
-def compare_decode(is_padded: bool) -> float:
+def compare_decode(is_padded: bool, rows: int = 1, filled: tuple[int, int] = (3, 6)) -> float:
     """`fa3_decode` over views of caches (batch, heads, places, width), written in place."""
-    used = torch.tensor([[3, 0], [6, 0]], dtype=torch.int32)[:, 0]
+    used = torch.tensor([[filled[0], 0], [filled[1], 0]], dtype=torch.int32)[:, 0]
     leftpad = torch.tensor([1, 2], dtype=torch.int32) if is_padded else None
-    q, k, v = make_tensors(2, 2)
+    q, k, v = make_tensors(2, rows)
     numbers = torch.Generator().manual_seed(7)
     before = torch.randn(2, 2, 2, 11, 16, generator=numbers)
     ops = torch.ops.hubaoti.fa3_decode, REFERENCES["fa3_decode"]
@@ -116,6 +116,8 @@ def answers(mirror: str, pins: list[Any]) -> dict[str, float]:
         "varlen": compare_varlen(),
         "decode": compare_decode(False),
         "padded": compare_decode(True),
+        "several": compare_decode(True, 3),
+        "prompt": compare_decode(True, 5, (0, 0)),
     }
     q, k, v = make_tensors(3, 8)
     with torch.no_grad():

@@ -196,7 +196,7 @@ def _load(request: LowerRequest, device: torch.device) -> ExportedProgram:
 def _open(folder: Path, device: torch.device) -> Lowered:
     """Open the package that was made, for what it says of itself."""
     from hubaoti.artifact.package import unpack_all
-    from hubaoti.runtime.attention_ops import list_own_ops
+    from hubaoti.runtime.graph_ops import list_own_ops
     from hubaoti.runtime.runners import open_native_runner
 
     unpacked = folder / UNPACKED

@@ -16,17 +16,14 @@ answers zeros. An answer is contiguous, of the query's dtype.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 
-_CALLED = re.compile(r"\bhubaoti(?:::|\.)(\w+)")  # as torch writes an op down
 FA3 = "fa3"  # as recipes, and lists of kernels, have it
 NAMESPACE = "hubaoti"
 FORWARD, VARLEN, DECODE = "fa3_fwd", "fa3_varlen", "fa3_decode"
@@ -79,14 +76,6 @@ def call_decode(
         *tensors, used, leftpad, chosen, True, -1, -1, 0.0
     )
     return answer
-
-
-def list_own_ops(package: Path) -> tuple[str, ...]:
-    """The ops of ours that an unpacked package calls, as `hubaoti::fa3_fwd`."""
-    texts = (path.read_text() for path in package.rglob("*.wrapper.json"))
-    return tuple(
-        sorted({f"{NAMESPACE}::{name}" for text in texts for name in _CALLED.findall(text)})
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,21 +57,28 @@ def list_ops(folder: Path, entry: Graph) -> set[str]:
     Raises:
         CannotOpen: its list of calls cannot be read.
     """
-    found = set()
-    for member in entry.members:
-        if member.path.endswith(_CALLS):
-            try:
-                if member.size > _LARGEST:
-                    raise ValueError(f"it has {member.size} bytes")
-                calls = _DECODER.decode((folder / member.path).read_bytes())
-            except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-                raise CannotOpen(
-                    f"the calls of graph {entry.id} cannot be read: {error}",
-                    hint="its publisher must compile it again",
-                ) from error
-            # What is no op, as a call of a torchbind object's method, has no namespace.
-            found |= {node.node.target for node in calls.nodes if "::" in node.node.target}
-    return found
+    files = [folder / each.path for each in entry.members if each.path.endswith(_CALLS)]
+    try:
+        return set[str]().union(*map(_read_calls, files))
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        raise CannotOpen(
+            f"the calls of graph {entry.id} cannot be read: {error}",
+            hint="its publisher must compile it again",
+        ) from error
+
+
+def list_own_ops(folder: Path) -> tuple[str, ...]:
+    """Those of ours that a package calls which was just made, unpacked in `folder`."""
+    called = set[str]().union(*map(_read_calls, folder.rglob(f"*{_CALLS}")))
+    return tuple(sorted(op for op in called if op.startswith(f"{NAMESPACE}::")))
+
+
+def _read_calls(file: Path) -> set[str]:
+    """What is called; a call of a torchbind object's method is no op, and has no namespace."""
+    if (size := file.stat().st_size) > _LARGEST:
+        raise ValueError(f"it has {size} bytes")
+    targets = (each.node.target for each in _DECODER.decode(file.read_bytes()).nodes)
+    return {target for target in targets if "::" in target}
 
 
 def _is_registered(op: str, device: torch.device) -> bool:

@@ -99,8 +99,16 @@ class _Adapter:
         leftpad: torch.Tensor | None,
         *rule: Any,
     ) -> Any:
-        """`hubaoti::fa3_decode`; the caches are written where they lie, and never copied."""
-        given = _make_dense(q=q, k_new=k_new, v_new=v_new, seqused_k=used)
+        """`hubaoti::fa3_decode`; the caches are written where they lie, and never copied.
+
+        Kernels take the places before a text from those that were filled before the call, and
+        those of a prompt are filled in it: there would be fewer than none. So rows are put into
+        the caches here, but for a single one, which comes after a prompt.
+        """
+        if q.shape[1] > 1:
+            given = _make_dense(q=q, seqused_k=_append(k_cache, v_cache, k_new, v_new, used))
+        else:
+            given = _make_dense(q=q, k_new=k_new, v_new=v_new, seqused_k=used)
         if leftpad is not None:
             given |= _make_dense(leftpad_k=leftpad)
         return self._call(rule, k=k_cache, v=v_cache, **given)
@@ -119,6 +127,21 @@ class _Adapter:
             arguments[self._places[name]] = value
         answer: torch.Tensor = self._op(*arguments)[0]
         return answer
+
+
+def _append(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_new: torch.Tensor,
+    v_new: torch.Tensor,
+    used: torch.Tensor,
+) -> torch.Tensor:
+    """Put new rows behind those that are used; how many there are then, int32."""
+    batch, rows = k_new.shape[:2]
+    each = torch.arange(batch, device=used.device)[:, None]
+    places = used.long()[:, None] + torch.arange(rows, device=used.device)
+    k_cache[each, places], v_cache[each, places] = k_new, v_new
+    return used + rows
 
 
 def _make_dense(**tensors: torch.Tensor) -> dict[str, Any]:
