@@ -21,6 +21,11 @@ class Says(IntEnum):
     PADDED = 1
     CAUSAL = 2
 
+    @classmethod
+    def _missing_(cls, value: object) -> Says:
+        """What a device says that computes nothing: any number."""
+        return cls.ANYTHING
+
 
 def wants(entry: Entry) -> Says:
     """What the mask of a call has to say for a graph to serve it; of one row, causal is nothing."""

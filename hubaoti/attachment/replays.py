@@ -8,6 +8,7 @@ nothing of a replay.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import weakref
@@ -185,12 +186,17 @@ class StepReplays(ForwardPatch):
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         while len(self._steps) >= MOST:
             self._steps.pop(next(iter(self._steps)))
+        problem = ""
         try:
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 answer = self.eager(*args, **kwargs)
         except Exception as error:  # of the module, of the driver, or no memory
+            problem = first_line(error)
+        if problem:  # with the error goes what its frames hold, which the module needs now
+            del graph, given, args, kwargs
+            gc.collect()
             _remember(self._refused, call.look)
-            raise CannotServe("capture", f"a step: {first_line(error)}") from error
+            raise CannotServe("capture", f"a step: {problem}")
         # Whoever has the cache has the step, and not the other way round.
         answer = _map_answer(_return_same, {call.cache: _CACHE}, answer)
         step = _Step(graph, current, given, answer)
