@@ -26,6 +26,7 @@ _MemberPath = Annotated[
 Dim = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
 _Dtype = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
 _Expression = Annotated[str, msgspec.Meta(pattern=PATTERN, max_length=1000)]
+_Op = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*::[a-z][a-z0-9_]*\Z")]
 _DimExprs = tuple[_Expression | Size, ...]
 
 
@@ -247,6 +248,7 @@ class Graph(Record, frozen=True, kw_only=True):
     with `masks` serves those whose mask says no more than it: `causal`, the last row sees all
     places and each row above it one less; or `padded`, the same but for places before a text.
     Where FlashAttention-3 was asked for, `not_fa3` is the attention that another kernel computes.
+    `ops` are those that it asks torch's dispatcher for, by their names.
     """
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")]
@@ -270,6 +272,7 @@ class Graph(Record, frozen=True, kw_only=True):
     not_interpreted: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET  # of a GPU, where some was
     masks: Literal["causal", "padded"] | msgspec.UnsetType = msgspec.UNSET
     not_fa3: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+    ops: tuple[_Op, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Check(Record, frozen=True, kw_only=True):

@@ -195,6 +195,7 @@ def _lower_one(build: _Build) -> BuiltUnit:
             entry,
             golden=compared.entry.golden,
             not_fa3=lowered.not_fa3 or msgspec.UNSET,
+            ops=lowered.ops or msgspec.UNSET,
             device_code=_read_code(folder, build.sm) or msgspec.UNSET,
         )
         library = next((folder / UNPACKED).rglob("*.wrapper.so"))

@@ -206,5 +206,5 @@ def _open(folder: Path, device: torch.device) -> Lowered:
     return Lowered(
         fqns=tuple(sorted({*runner.get_constant_names_to_original_fqns().values()})),
         call_spec=tuple(runner.get_call_spec()),
-        ops=list_own_ops(unpacked),
+        ops=list_own_ops(library),
     )

@@ -30,6 +30,7 @@ from hubaoti.compiler.host_code import (
     list_paths,
     target_cpu_level,
 )
+from hubaoti.compiler.op_shims import write_shims
 from hubaoti.compiler.passes import UnfuseBias
 from hubaoti.compiler.reproducible import build_same_bytes, take_first_configs
 from hubaoti.disk import TEMPORARY, are_on_one_disk, find_full_disk
@@ -98,6 +99,8 @@ def lower(  # noqa: PLR0913 - all that a package is made of
     settings = ALONE | {name: _PASSES.get(str(value), value) for name, value in options.items()}
     # What a GPU's graph does on the host is small, and its threads are not the host's choice.
     settings["cpp.threads"] = _CORES if options.get("cpp.dynamic_threads") else 1
+    if shims := write_shims(program):
+        settings["aot_inductor.custom_ops_to_c_shims"] = shims
     with (
         hold_build_folder(where) as folder,
         target_cpu_level(level, folder),

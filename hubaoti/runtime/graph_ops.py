@@ -5,6 +5,7 @@ An op that is missing is met in native code, by the first call, where nothing ca
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -18,6 +19,7 @@ from hubaoti.runtime.attention_ops import NAMESPACE
 NAME_OPS = 'name the module that registers it: ops=["my.ops"], or hubaoti run --ops my.ops'
 _CALLS = ".wrapper.json"  # of such calls, beside the library
 _LARGEST = 64 << 20  # bytes
+_OWN = re.compile(rb"\b%s::[a-z0-9_]+(?=\0)" % NAMESPACE.encode())
 
 
 class _Target(msgspec.Struct):
@@ -39,10 +41,12 @@ _DECODER = msgspec.json.Decoder(_Calls)
 def require_ops(folder: Path, entry: Graph, device: torch.device) -> None:
     """See that each op that the unpacked package in `folder` calls is registered for a device.
 
+    It says them itself where torch's executor calls them, and its manifest where its own code does.
+
     Raises:
         MissingOps: one is not. CannotOpen: its list of calls cannot be read.
     """
-    for op in sorted(list_ops(folder, entry)):
+    for op in sorted(list_ops(folder, entry) | {*(entry.ops or ())}):
         if not _is_registered(op, device):
             ours = op.startswith(f"{NAMESPACE}::")
             raise MissingOps(
@@ -67,10 +71,9 @@ def list_ops(folder: Path, entry: Graph) -> set[str]:
         ) from error
 
 
-def list_own_ops(folder: Path) -> tuple[str, ...]:
-    """Those of ours that a package calls which was just made, unpacked in `folder`."""
-    called = set[str]().union(*map(_read_calls, folder.rglob(f"*{_CALLS}")))
-    return tuple(sorted(op for op in called if op.startswith(f"{NAMESPACE}::")))
+def list_own_ops(library: Path) -> tuple[str, ...]:
+    """Those of ours that a library calls which was just made: their names are strings in it."""
+    return tuple(sorted({name.decode() for name in _OWN.findall(library.read_bytes())}))
 
 
 def _read_calls(file: Path) -> set[str]:
