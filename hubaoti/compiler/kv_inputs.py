@@ -250,13 +250,7 @@ def attend_unmasked(
     Raises:
         CompileFailed: as `attend_grouped` does.
     """
-    is_grouped = query.shape[1] != key.shape[1]
-    if is_grouped:
-        _refuse_unknown(rest)
-    looked = nn.functional.scaled_dot_product_attention(
-        query, key, value, scale=rest.get("scaling"), enable_gqa=is_grouped
-    )
-    return looked.transpose(1, 2).contiguous(), None
+    return _attend_all(query, key, value, rest, is_causal=False)
 
 
 def attend_causal(
@@ -272,10 +266,22 @@ def attend_causal(
     Raises:
         CompileFailed: as `attend_grouped` does.
     """
+    return _attend_all(query, key, value, rest, is_causal=True)
+
+
+def _attend_all(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rest: Mapping[str, Any],
+    *,
+    is_causal: bool,
+) -> tuple[torch.Tensor, None]:
+    """Attention without a mask."""
     _refuse_unknown(rest)
     is_grouped = query.shape[1] != key.shape[1]
     looked = nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=rest.get("scaling"), enable_gqa=is_grouped
+        query, key, value, is_causal=is_causal, scale=rest.get("scaling"), enable_gqa=is_grouped
     )
     return looked.transpose(1, 2).contiguous(), None
 
