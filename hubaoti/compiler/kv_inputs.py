@@ -250,7 +250,9 @@ def attend_unmasked(
     Raises:
         CompileFailed: as `attend_grouped` does.
     """
-    return _attend_all(query, key, value, rest, is_causal=False)
+    if query.shape[1] != key.shape[1]:
+        _refuse_unknown(rest)
+    return _attend_all(query, key, value, rest.get("scaling"), is_causal=False)
 
 
 def attend_causal(
@@ -266,22 +268,22 @@ def attend_causal(
     Raises:
         CompileFailed: as `attend_grouped` does.
     """
-    return _attend_all(query, key, value, rest, is_causal=True)
+    _refuse_unknown(rest)
+    return _attend_all(query, key, value, rest.get("scaling"), is_causal=True)
 
 
 def _attend_all(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    rest: Mapping[str, Any],
+    scale: float | None,
     *,
     is_causal: bool,
 ) -> tuple[torch.Tensor, None]:
     """Attention without a mask."""
-    _refuse_unknown(rest)
     is_grouped = query.shape[1] != key.shape[1]
     looked = nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=is_causal, scale=rest.get("scaling"), enable_gqa=is_grouped
+        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=is_grouped
     )
     return looked.transpose(1, 2).contiguous(), None
 
