@@ -10,6 +10,7 @@ from hubaoti.api.publishing import pull
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.errors import BadRequest
 from hubaoti.host.extras import require
+from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.runtime.first_open import require_sound
@@ -66,6 +67,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
         DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
         Quarantined: a graph crashed or differed when it was first opened, in its own process.
         MissingOps, NotTried, CannotOpen: it could not be opened there, and is not opened here.
+        NotEnoughMemory: there is too little to try it, or for a CUDA graph.
     """
     settings = settings or Settings.from_env()
     if settings.graphs:
@@ -90,6 +92,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
             known = matches_program(module, manifest.program, manifest.is_whole)
         progress("open")
         device = find_module_device(module, manifest.target.device)
+        require_kernels(found, mirror, settings, progress)
         require_sound(found, mirror, device, progress, ops)
     parts = runtime.Parts(manifest, found.path, found.graph_folder)
     tries = not known and computes(device)  # where nothing computes, nothing can be compared
@@ -145,20 +148,23 @@ def get_artifact(
             )
         return found
     with Mirror.open(settings.mirror) as mirror:
-        _bring_kernels(artifact, mirror, trust, settings, progress)
         return mirror.artifact(artifact.manifest.digest) or put(artifact, mirror)
 
 
-def _bring_kernels(
-    bundle: Bundle, mirror: Mirror, trust: bool, settings: Settings, progress: Progress
+def require_kernels(
+    artifact: Artifact, mirror: Mirror, settings: Settings, progress: Progress
 ) -> None:
-    """The kernels that a bundle's graphs call, in the mirror, as a pull would bring them."""
-    if bundle.manifest.requires.kernels:
-        from hubaoti.host.probe import probe_host
-        from hubaoti.hub.pull import Puller
+    """See that the kernels that an artifact calls are here, and may run: what is missing is pulled.
 
-        puller = Puller(mirror, settings, probe_host(settings), trust=trust, progress=progress)
-        puller.bring_kernels(bundle.manifest)
+    Raises:
+        Untrusted, KernelMissing, KernelDigestMismatch, DiskFull: as `hub.kernels.bring_kernels`.
+    """
+    if artifact.manifest.requires.kernels:
+        from hubaoti.hub.client import HubClient
+        from hubaoti.hub.kernels import bring_kernels
+
+        client, trust = HubClient(settings), Trust(settings.trust)
+        bring_kernels(artifact.manifest, mirror, client, trust, progress)
 
 
 def put(bundle: Bundle, mirror: Mirror) -> Artifact:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hubaoti.api.attaching import get_artifact
+from hubaoti.api.attaching import get_artifact, require_kernels
 from hubaoti.api.publishing import pull
 from hubaoti.errors import BadRequest
 from hubaoti.host.extras import require
@@ -102,6 +102,7 @@ def load(  # noqa: PLR0913 - a face of keywords
     where = choose_device(artifact.manifest, device)
     entry = artifact.manifest.graphs[0]
     with Mirror.open(settings.mirror) as mirror:
+        require_kernels(artifact, mirror, settings, progress)
         require_sound(artifact, mirror, where, progress, ops)
     graph = open_graph(artifact.graph_folder(entry), entry, where)
     progress("bind")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hubaoti.api.attaching import put
+from hubaoti.api.attaching import put, require_kernels
 from hubaoti.artifact.bundle import Bundle, find_bundles
 from hubaoti.artifact.schema import Graph
 from hubaoti.errors import BadRequest, DigestMismatch, HubaotiError, NoArtifact, NoMatch, Untrusted
@@ -86,7 +86,7 @@ def verify(
         require("verify --open", "run")
         host = probe_host(settings)
     with Mirror.open(settings.mirror) as mirror:
-        look = _Look(mirror, Trust(settings.trust), host, device, (*ops,), progress)
+        look = _Look(mirror, settings, host, device, (*ops,), progress)
         return [look.at(each) for each in _find(what, mirror, settings)]
 
 
@@ -119,7 +119,7 @@ class _Look:
     """How artifacts are looked at; opened only where there is a host to judge them for."""
 
     mirror: Mirror
-    trust: Trust
+    settings: Settings
     host: Host | None
     device: str | None
     ops: tuple[str, ...]
@@ -152,7 +152,10 @@ class _Look:
                 f"artifact {found.digest[:12]} has not all of its files any more",
                 hint="pull it again, or compile it again",
             )
-        self.mirror.verify(artifact)
+        self.mirror.verify_own(artifact)
+        for pin in artifact.manifest.requires.kernels:
+            if self.mirror.has_kernel(pin):  # what was built here needs none before it is opened
+                self.mirror.verify_kernel(pin)
         if self.host is not None:
             self._require_trust(found)
         return artifact
@@ -161,7 +164,8 @@ class _Look:
         """See that its publisher's code may run here, as it may have been taken back."""
         origin = row.origin
         is_ours = not origin.repo or self.mirror.index.is_built(row.digest)
-        if not is_ours and not self.trust.holds(origin.endpoint, origin.publisher):
+        trust = Trust(self.settings.trust)
+        if not is_ours and not trust.holds(origin.endpoint, origin.publisher):
             raise Untrusted(
                 f"artifact {row.digest[:12]} is of {origin.publisher}, who is not trusted here",
                 hint=f"if you trust {origin.publisher}, say so once with: "
@@ -171,6 +175,8 @@ class _Look:
     def _open(self, artifact: Artifact, verified: Verified, host: Host) -> Verified:
         """Open all graphs of an artifact whose bytes are right, and note what came of it."""
         device = _choose_device(artifact, host, self.device)
+        require_kernels(artifact, self.mirror, self.settings, self.progress)
+        self.mirror.verify(artifact)
         kernels = artifact.manifest.requires.kernels
         history = OpenHistory.on(self.mirror, device, self.ops, kernels)
         find_untried(artifact, history)

@@ -293,6 +293,8 @@ def _find_kernel_clashes(manifest: Manifest) -> list[str]:
     found = [f"kernel {name} is pinned twice" for name in _find_repeated_names([*map(str, pins)])]
     if manifest.kernels and manifest.kernels != pins:
         found.append("kernels are not requires.kernels")
+    if sum(pin.build is not None for pin in pins) > 1:
+        found.append("several kernels are pinned, of which a process has one")
     host = KernelHost(target.torch, target.cuda, target.level, target.os)
     for pin in pins:
         found += [

@@ -27,7 +27,15 @@ from hubaoti.attachment.region import Region
 from hubaoti.attachment.replays import StepReplays
 from hubaoti.attachment.served_modules import ServedModule, find_module_device, find_served_modules
 from hubaoti.attachment.stats import CallStats
-from hubaoti.errors import AlreadyAttached, BadRequest, MissingConstant, NotAttached, OtherProgram
+from hubaoti.errors import (
+    AlreadyAttached,
+    BadRequest,
+    MissingConstant,
+    NotAttached,
+    NotEnoughMemory,
+    OtherProgram,
+    first_line,
+)
 from hubaoti.runtime.call_template import takes_containers
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.graph import Graph, open_graph
@@ -73,10 +81,22 @@ class Attachment:
         return tuple(graph for graph in each if isinstance(graph, Graph))
 
     def replay_steps(self, device: torch.device) -> None:
-        """Capture a decoder's steps in CUDA graphs from here on, and replay them."""
+        """Capture a decoder's steps in CUDA graphs from here on, and replay them.
+
+        Raises:
+            NotEnoughMemory: there is too little to begin; the module has everything back.
+        """
         module = self._module()
         assert module is not None
-        self._replays = StepReplays(module, device)
+        regions = [region for region in self._regions if isinstance(region, Region)]
+        try:
+            self._replays = StepReplays(module, regions, device)
+        except RuntimeError as error:  # of the driver
+            self.detach()
+            raise NotEnoughMemory(
+                f"no CUDA graph can be made: {first_line(error)}",
+                hint="free some of the GPU's memory, or leave cuda_graphs=True out",
+            ) from error
         self._replays.put(self._tally.count_miss)
 
     def rebind(self) -> None:
@@ -89,6 +109,8 @@ class Attachment:
             MissingConstant: some do not; their regions are answered by the module until they do.
         """
         problems = []
+        if self._replays is not None:
+            self._replays.forget()
         for region in self._regions:
             try:
                 region.bind(anew=True)

@@ -55,6 +55,8 @@ def read_mask(mask: torch.Tensor) -> torch.Tensor:
     if floating:
         least = torch.finfo(mask.dtype).min
         return Says.CAUSAL * (is_causal & (seen | (mask <= least)).all()).int().cpu()
-    first = places - seen[..., -1:, :].sum(-1, keepdim=True) if mask.dim() > 2 else places
-    is_padded = (seen == (causal & (place >= first))).all()
+    if mask.dim() != 4 or mask.shape[1] != 1:  # lengths are a text's, whatever the head
+        return Says.CAUSAL * is_causal.int().cpu()
+    first = places - seen[..., -1:, :].sum(-1, keepdim=True)
+    is_padded = ((seen == (causal & (place >= first))) & (first < places)).all()
     return torch.maximum(Says.CAUSAL * is_causal.int(), Says.PADDED * is_padded.int()).cpu()

@@ -16,7 +16,7 @@ from hubaoti.attachment.module_guard import ModuleGuard
 from hubaoti.attachment.route import Route
 from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers, wants_gradient
 from hubaoti.errors import BadInput, MissingConstant
-from hubaoti.runtime.capturing import is_capturing, is_rehearsing
+from hubaoti.runtime.capturing import is_capturing, is_recording, is_rehearsing
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.kv_cache import CacheSlot, CacheState, slide_window
@@ -25,12 +25,13 @@ from hubaoti.runtime.kv_cache import CacheSlot, CacheState, slide_window
 class Region(GraphPatch):
     """A module's `forward` that graphs answer by what their manifest says."""
 
-    __slots__ = ("dispatcher", "inside", "_slot", "_guard", "_trials")
+    __slots__ = ("bindings", "dispatcher", "inside", "_slot", "_guard", "_trials")
 
     def __init__(
         self, path: str, dispatcher: Dispatcher, graphs: Sequence[Graph], inside: ConstantBinding
     ) -> None:
         super().__init__(path, inside.module, graphs, (entry.id for entry in dispatcher.entries))
+        self.bindings = 0  # how often its graphs were bound
         self.dispatcher = dispatcher
         self.inside = inside
         self._slot = CacheSlot(inside.module, dispatcher.entries) if dispatcher.has_cache else None
@@ -55,7 +56,7 @@ class Region(GraphPatch):
     def bind(self, *, anew: bool = False) -> None:
         """As every patch of graphs does; where it cannot, nothing stays bound."""
         with self._lock:
-            if not anew and self._is_bound():  # another thread was faster
+            if not anew and self.is_bound():  # another thread was faster
                 return
             self._guard = None
             if anew:
@@ -72,6 +73,7 @@ class Region(GraphPatch):
             if self.inside.more:  # what no graph reads may be another by now
                 self._trials.restart()
             self._guard = guard
+            self.bindings += 1
 
     def _give(self) -> ModuleGuard:
         """Bind the graphs to the tensors that the module has now."""
@@ -82,7 +84,7 @@ class Region(GraphPatch):
             graph.bind(tensors)
         return guard
 
-    def _is_bound(self) -> bool:
+    def is_bound(self) -> bool:
         """Whether the graphs have the module's tensors as they are now."""
         guard, graphs = self._guard, self.graphs
         return guard is not None and guard.is_same() and not (graphs and graphs[0].is_moved)
@@ -94,6 +96,8 @@ class Region(GraphPatch):
         # What a call that is captured uses of others would not be made again at a replay.
         who = None if is_capturing(self.dispatcher.device) else self.path
         if guard is None or not guard.is_same() or graphs[0].is_moved:
+            if who is None and not is_rehearsing():  # what is made of weights would not be made now
+                raise CannotServe("capture", "its tensors were changed since it was called")
             refuse_modes(self.dispatcher.device)
             self.bind()
             guard, graphs = self._guard, self.graphs
@@ -144,7 +148,8 @@ class Region(GraphPatch):
         is_new = self._trials.wants(graph.entry.id)
         if who is None and not is_rehearsing():
             _require_called(graph, is_new)
-            graph.keep_kernels()
+            if not is_recording():
+                graph.hold_for_ever()
         if is_new:
             eager = partial(self.eager, *args, **kwargs)
             slide = partial(slide_window, graph.entry.cache, held)

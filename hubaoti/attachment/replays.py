@@ -13,6 +13,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +23,11 @@ from torch.utils import _pytree as pytree
 
 from hubaoti.attachment.forward_patch import CountMiss, ForwardPatch
 from hubaoti.attachment.module_guard import ModuleGuard
-from hubaoti.attachment.torch_modes import refuse_watchers
+from hubaoti.attachment.region import Region
+from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers
 from hubaoti.errors import first_line
 from hubaoti.program.adapters import separate_adapters
-from hubaoti.runtime.capturing import is_capturing, rehearse
+from hubaoti.runtime.capturing import is_capturing, record, rehearse
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.input_checks import address
 from hubaoti.runtime.kv_cache import list_static_tensors
@@ -35,9 +37,14 @@ MOST = 8  # steps that are kept; a step has memory of its own for what it comput
 _LITERALS = (bool, int, float, str, type(None))
 _PLAIN = (torch.Tensor, nn.Parameter)
 
+_FLAGS = ("output_attentions", "output_hidden_states", "return_dict")  # of a config
+# Tables of positions that are made anew where a text is long, which is asked of each step.
+_READ_POSITIONS = {"dynamic", "longrope"}
+_ALONE = threading.Lock()  # one capture at a time: what a process synchronizes meanwhile ends it
 _CACHE = object()  # stands in a kept answer for the caller's own
 
 _Place = tuple[str | int, ...]
+_Look = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,7 @@ class _Call:
     kwargs: Mapping[str, Any]
     tensors: dict[_Place, torch.Tensor]
     cache: Any
-    look: tuple[Any, ...]
+    look: _Look
 
     def replace(self, tensors: Mapping[_Place, torch.Tensor]) -> tuple[list[Any], dict[str, Any]]:
         """The arguments with other tensors in their places."""
@@ -63,6 +70,21 @@ class _Call:
 
 
 @dataclass(slots=True)
+class _Arguments:
+    """What a call is given, sorted: tensors by their places, caches, and what must be equal."""
+
+    tensors: dict[_Place, torch.Tensor] = field(default_factory=dict)
+    caches: list[Any] = field(default_factory=list)
+    look: list[Any] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """How many there are of each row; none where they do not stand where they should."""
+        ids = self.tensors.get(("input_ids",), self.tensors.get((0,)))
+        return ids.shape[1] if ids is not None and ids.dim() == 2 else 0
+
+
+@dataclass(slots=True)
 class _Step:
     """A captured step: what is written before a replay, and what is read after it."""
 
@@ -70,15 +92,18 @@ class _Step:
     stream: Any
     given: dict[_Place, torch.Tensor]
     answer: Any
+    held: list[Any]  # the kernels and constants that are used, which a CUDA graph does not keep
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def replay(self, call: _Call) -> Any:
         """The answer to the tensors of a call, in memory of its own."""
         with self.lock:
-            stream = torch.cuda.current_stream()
+            stream = torch.cuda.current_stream(self.stream.device)
             if stream != self.stream:  # what is under way there reads what is written here
                 stream.wait_stream(self.stream)
                 self.stream = stream
+                for tensor in self.given.values():
+                    tensor.record_stream(stream)
             for place, tensor in self.given.items():
                 tensor.copy_(call.tensors[place], non_blocking=True)
             self.graph.replay()
@@ -89,13 +114,13 @@ class StepReplays(ForwardPatch):
     """A model's `forward` of which decoding steps are replayed; all other calls are its own."""
 
     __slots__ = (
-        *("_device", "_guard", "_addresses", "_steps", "_met", "_refused", "_replayed"),
-        "_registered",
+        *("_device", "_regions", "_registered", "_replayed"),
+        *("_guard", "_addresses", "_bindings", "_caches", "_steps", "_met", "_refused"),
     )
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, regions: Sequence[Region], device: torch.device) -> None:
         super().__init__("", module)
-        self._device = device
+        self._device, self._regions = device, [*regions]
         # The first graph of a generator takes memory for it, and one for which there is none ends
         # the process (`~CUDAGraph`, torch 2.11 to 2.15): so it is taken here, and not in a capture.
         self._registered = torch.cuda.CUDAGraph()
@@ -104,9 +129,11 @@ class StepReplays(ForwardPatch):
         self._replayed = itertools.count()
         self._guard: ModuleGuard | None = None
         self._addresses: list[tuple[torch.Tensor, int]] = []
-        self._steps: dict[tuple[Any, ...], _Step] = {}
-        self._met: dict[tuple[Any, ...], None] = {}
-        self._refused: dict[tuple[Any, ...], None] = {}
+        self._bindings: list[int] = []
+        self._caches: weakref.WeakKeyDictionary[Any, _Look] = weakref.WeakKeyDictionary()
+        self._steps: dict[_Look, _Step] = {}
+        self._met: dict[_Look, None] = {}
+        self._refused: dict[_Look, None] = {}
 
     def put(self, count_miss: CountMiss) -> None:
         """Answer from here on."""
@@ -116,7 +143,7 @@ class StepReplays(ForwardPatch):
     def remove(self) -> None:
         """Give the module its own `forward` back, and all memory of its steps."""
         super().remove()
-        self._forget()
+        self.forget()
 
     def stats(self) -> dict[str, int]:
         """How many steps are captured, the bytes that all of them hold, and replays so far."""
@@ -134,15 +161,14 @@ class StepReplays(ForwardPatch):
         if call is None or call.look in self._refused:
             return self.eager(*args, **kwargs)
         if not self._is_same():
-            self._forget()
-            self._guard, self._addresses = self._look_at_module()
+            self.forget()
+            self._look_at_module()
         step = self._steps.get(call.look)
         if step is None and call.look not in self._met:
-            _remember(self._met, call.look)
-            with rehearse():
-                return self.eager(*args, **kwargs)
+            return self._rehearse(call)
         if step is None:
-            step = self._capture(call)
+            with _ALONE:
+                step = self._capture(call)
         next(self._replayed)
         return step.replay(call)
 
@@ -150,29 +176,38 @@ class StepReplays(ForwardPatch):
         """A call as a step, if it is one."""
         if torch.is_grad_enabled() or self.module.training or is_capturing(self._device):
             return None
-        tensors: dict[_Place, torch.Tensor] = {}
-        look: list[Any] = [torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cuda")]
-        caches: list[Any] = []
-        for place, value in _walk_arguments(args, kwargs):
-            if type(value) in _PLAIN:
-                tensors[place] = value
-                look.append((place, value.dtype, value.device, *value.shape))
-            elif isinstance(value, _LITERALS):
-                look.append((place, value))
-            elif hasattr(value, "layers"):
-                caches.append(value)
-                look.append(place)
-            else:
-                return None
-        ids = tensors.get(("input_ids",), tensors.get((0,)))
-        if ids is None or ids.dim() != 2 or ids.shape[1] != 1 or len(caches) != 1:
+        found = _sort_arguments(args, kwargs)
+        if found is None or found.tokens != 1 or len(found.caches) != 1:
             return None
-        held = list_static_tensors(caches[0], self._device)
-        if held is None or any(each.device != self._device for each in tensors.values()):
+        (cache,) = found.caches
+        held = list_static_tensors(cache, self._device)
+        if held is None or any(each.device != self._device for each in found.tensors.values()):
             return None
-        refuse_watchers()
-        look += [(address(each), each.shape) for each in held]
-        return _Call(args, kwargs, tensors, caches[0], tuple(look))
+        try:  # autocast drops the weights that it casts; a watcher sees nothing of a replay
+            refuse_watchers()
+            refuse_modes(self._device)
+        except CannotServe:
+            return None
+        where = tuple((address(each), each.shape) for each in held)
+        if self._caches.setdefault(cache, where) != where:  # as beams do at each step
+            self._caches[cache] = where
+            return None
+        config = getattr(self.module, "config", None)
+        flags = [torch.is_inference_mode_enabled(), *(getattr(config, flag, 0) for flag in _FLAGS)]
+        return _Call(args, kwargs, found.tensors, cache, (*flags, *found.look, where))
+
+    def _rehearse(self, call: _Call) -> Any:
+        """What the model answers to the first step of its look, as if it were captured."""
+        with rehearse():
+            answer = self.eager(*call.args, **call.kwargs)
+        self._bindings = [region.bindings for region in self._regions]
+        if all(region.is_bound() for region in self._regions):
+            _remember(self._met, call.look)
+        else:
+            _remember(self._refused, call.look)
+            problem = CannotServe("capture", "a step: some of its blocks have no graph now")
+            self._count_miss(self.path, problem)
+        return answer
 
     def _capture(self, call: _Call) -> _Step:
         """Capture a step.
@@ -183,43 +218,101 @@ class StepReplays(ForwardPatch):
         given = {place: tensor.clone() for place, tensor in call.tensors.items()}
         args, kwargs = call.replace(given)
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         while len(self._steps) >= MOST:
-            self._steps.pop(next(iter(self._steps)))
-        problem = ""
+            _drop_oldest(self._steps)
+        held = [graph.hold() for region in self._regions for graph in region.graphs]
+        answer, problem = None, self._find_obstacle()
         try:
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                answer = self.eager(*args, **kwargs)
+            if not problem:
+                with record(), _capture_into(graph, self._device):
+                    answer = self.eager(*args, **kwargs)
+                # Whoever has the cache has the step, and not the other way round.
+                answer = _map_answer(_return_same, {call.cache: _CACHE}, answer)
         except Exception as error:  # of the module, of the driver, or no memory
             problem = first_line(error)
         if problem:  # with the error goes what its frames hold, which the module needs now
-            del graph, given, args, kwargs
+            del graph, given, args, kwargs, answer, held
             gc.collect()
             _remember(self._refused, call.look)
+            _settle(self._device)
             raise CannotServe("capture", f"a step: {problem}")
-        # Whoever has the cache has the step, and not the other way round.
-        answer = _map_answer(_return_same, {call.cache: _CACHE}, answer)
-        step = _Step(graph, current, given, answer)
+        step = _Step(graph, current, given, answer, held)
         self._steps[call.look] = step
         weakref.finalize(call.cache, self._steps.pop, call.look, None).atexit = False
         return step
+
+    def _find_obstacle(self) -> str:
+        """What of the model is known to look at numbers of a step in Python; else nothing."""
+        for part in self.module.modules():
+            if (kind := getattr(part, "rope_type", None)) in _READ_POSITIONS:
+                return f"{type(part).__name__} ({kind}) reads positions in Python"
+        return ""
 
     def _is_same(self) -> bool:
         """Whether the model has the parts and tensors that were captured."""
         if self._guard is None or not self._guard.is_same():
             return False
+        if self._bindings and self._bindings != [region.bindings for region in self._regions]:
+            return False
+        if not all(region.is_bound() for region in self._regions):
+            return False
         return all(address(tensor) == place for tensor, place in self._addresses)
 
-    def _look_at_module(self) -> tuple[ModuleGuard, list[tuple[torch.Tensor, int]]]:
+    def _look_at_module(self) -> None:
+        """Note what the model is now.
+
+        Raises:
+            CannotServe: it has what a replay would leave out.
+        """
         module = self.module
         adapters = [(each, each.state()) for each in separate_adapters(module)[1]]
+        guard = ModuleGuard(module, (), adapters)
+        if not guard.is_same():
+            raise CannotServe("hooks", "a part of the model has a hook, or is trained")
         tensors = [*module.parameters(), *module.buffers()]
-        return ModuleGuard(module, (), adapters), [(each, address(each)) for each in tensors]
+        self._guard, self._addresses = guard, [(each, address(each)) for each in tensors]
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Nothing is captured any more: what was, is of another model."""
-        self._guard, self._addresses = None, []
-        self._steps, self._met, self._refused = {}, {}, {}
+        self._guard, self._addresses, self._bindings = None, [], []
+        for known in (self._steps, self._met, self._refused):
+            known.clear()
+
+
+@contextmanager
+def _capture_into(graph: Any, device: torch.device) -> Iterator[None]:
+    """Capture what is launched, in a stream of its own, which is left whatever happens.
+
+    Where a capture fails, torch 2.11 leaves it the current one.
+    """
+    side: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    captured = torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
+    with torch.cuda.stream(side), captured:
+        yield
+
+
+def _settle(device: torch.device) -> None:
+    """Have torch's generator know that nothing is captured: one that failed never told it."""
+    place = torch.empty(1, device=device)
+    with suppress(RuntimeError), _capture_into(torch.cuda.CUDAGraph(), device):
+        place.zero_()
+
+
+def _sort_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Arguments | None:
+    """What a call is given; None where there is something that nobody knows how to compare."""
+    found = _Arguments()
+    for place, value in _walk_arguments(args, kwargs):
+        if type(value) in _PLAIN:
+            found.tensors[place] = value
+            found.look.append((place, value.dtype, value.device, *value.shape))
+        elif isinstance(value, _LITERALS):
+            found.look.append((place, value))
+        elif hasattr(value, "layers"):
+            found.caches.append(value)
+            found.look.append(place)
+        else:
+            return None
+    return found
 
 
 def _walk_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[_Place, Any]]:
@@ -240,7 +333,11 @@ def _map_answer(
     def replace(leaf: Any) -> Any:
         if isinstance(leaf, torch.Tensor):
             return change(leaf)
-        return others[leaf] if leaf is _CACHE or hasattr(leaf, "layers") else leaf
+        if leaf is _CACHE or hasattr(leaf, "layers"):
+            return others[leaf]
+        if not isinstance(leaf, _LITERALS):  # which the next replay would change
+            raise TypeError(f"it answers a {type(leaf).__name__}")
+        return leaf
 
     return pytree.tree_map(replace, answer, is_leaf=lambda leaf: hasattr(leaf, "layers"))
 
@@ -253,11 +350,17 @@ def _return_same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _remember(known: dict[tuple[Any, ...], None], look: tuple[Any, ...]) -> None:
+def _remember(known: dict[_Look, None], look: _Look) -> None:
     """Note a look of steps; the oldest are forgotten."""
     while len(known) >= 8 * MOST:
-        known.pop(next(iter(known)))
+        _drop_oldest(known)
     known[look] = None
+
+
+def _drop_oldest(known: dict[_Look, Any]) -> None:
+    """Forget the first that was noted, unless another thread was faster."""
+    with suppress(KeyError, RuntimeError, StopIteration):
+        del known[next(iter(known))]
 
 
 def _count_pool_bytes(pool: Any) -> int:

@@ -8,6 +8,7 @@ import click
 
 from hubaoti.cli.output import print_json, print_line, print_table
 from hubaoti.errors import BadRequest
+from hubaoti.hub.layout import is_name
 from hubaoti.hub.trust import Trust
 from hubaoti.settings import Settings
 
@@ -27,6 +28,18 @@ def ls_command(as_json: bool) -> None:
     else:
         rows = [(each.owner, each.endpoint, each.since) for each in publishers]
         print_table(["publisher", "endpoint", "since"], rows)
+
+
+@trust_command.command("add")
+@click.argument("owner")
+def add_command(owner: str) -> None:
+    """Trust OWNER at this endpoint: what it publishes may run on this machine."""
+    settings = Settings.from_env()
+    if not is_name(owner):
+        raise BadRequest(
+            f"{owner!r:.120} is no owner of repos", hint="name the first part of a repo's name"
+        )
+    Trust(settings.trust).add(settings.endpoint, owner)
 
 
 @trust_command.command("rm")

@@ -61,7 +61,7 @@ def _read_flags(path: Path) -> dict[str, object]:
             for each in body
             if isinstance(each, ast.Assign) and ast.unparse(each.targets[0]) == "CONFIG"
         ]
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
         return {}
     config = values[0] if values and isinstance(values[0], dict) else {}
     flags = config.get(_BUILD_FLAGS)

@@ -176,10 +176,11 @@ class Decoder:
         """What follows a batch of prompts, padded on the left."""
         ids, mask = pad_rows(rows, self._pad, self.device, left=True)
         width = ids.shape[1]
-        words: dict[str, Any] = {"generation_config": self._make_config(sampling)}
+        config = self._make_config(sampling)
+        words: dict[str, Any] = {"generation_config": config}
         if self.served.low is not None:
             places = width + sampling.max_new_tokens
-            words[self._cache_word] = self._find_cache(len(rows), places)
+            words[self._cache_word] = self._find_cache(len(rows), places, config.num_beams or 1)
         if sampling.stop:
             words |= {"stop_strings": [*sampling.stop], "tokenizer": self._tokenizer}
         with silence_transformers():
@@ -311,15 +312,18 @@ class Decoder:
             return {"use_cache": False}
         return {"use_cache": True, self._cache_word: self._make_cache(width)}
 
-    def _find_cache(self, rows: int, places: int) -> Any:
-        """The last cache, emptied, if it is of so many rows and places; else a new one."""
+    def _find_cache(self, rows: int, places: int, beams: int) -> Any:
+        """The last cache, emptied, if it is of so many rows and places; else a new one.
+
+        One for beams is not kept: they change its tensors at each step.
+        """
         size = rows, self.served.round_up(places)
-        if self._kept is not None and self._kept[0] == size:
+        if self._kept is not None and self._kept[0] == size and beams == 1:
             self._kept[1].reset()
             return self._kept[1]
         self._kept = None  # before another takes memory
         cache = self._make_cache(places)
-        if self._replays:
+        if self._replays and beams == 1:
             self._kept = size, cache
         return cache
 

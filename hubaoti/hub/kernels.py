@@ -8,7 +8,7 @@ from __future__ import annotations
 import mmap
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from msgspec import UNSET
@@ -38,6 +38,7 @@ from hubaoti.hub.bounds import TooLong
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.records import Entry
+from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
 from hubaoti.progress import Progress
 
@@ -96,26 +97,45 @@ def pin_kernel(client: HubClient, name: str, host: KernelHost) -> KernelPin:
     )
 
 
-def fetch_kernels(
-    client: HubClient,
-    mirror: Mirror,
-    pins: Sequence[KernelPin],
-    require_publisher: Callable[[RepoRef, str, str], None],
-    progress: Progress,
+def bring_kernels(
+    manifest: Manifest, mirror: Mirror, client: HubClient, trust: Trust, progress: Progress
 ) -> None:
-    """See that pinned kernels lie in the mirror: what is missing is fetched and verified.
+    """See that the kernels that an artifact calls lie in the mirror, and that each may run here.
 
-    `require_publisher` is asked of each, whether it lies there or not: it is told the repo, what it
-    publishes, and which commit of it.
+    Who names an artifact's publisher names no kernel's: that one has to be trusted by himself. What
+    is missing is fetched and verified.
 
     Raises:
-        Untrusted: from `require_publisher`.
+        Untrusted: the publisher of a kernel is not trusted, whether it lies there or not.
         KernelMissing: the repo does not have it, or cannot be asked.
         KernelDigestMismatch: what it has are other bytes than were pinned.
         DiskFull: there is no room; nothing half-written stays.
     """
+    for pin in manifest.requires.kernels:
+        require_kernel_publisher(trust, client.endpoint, pin.repo, f"commit {pin.commit}")
+    fetch_kernels(client, mirror, manifest.requires.kernels, progress)
+
+
+def require_kernel_publisher(trust: Trust, endpoint: str, repo: str, which: str) -> None:
+    """See that who publishes a kernel is trusted by himself: an artifact may name anybody's.
+
+    Raises:
+        Untrusted: he is not.
+    """
+    owner = RepoRef(repo).owner
+    advice = f"say so once with: hubaoti trust add {owner}"
+    trust.require(endpoint, owner, f"the kernel {repo} at {endpoint} ({which})", advice)
+
+
+def fetch_kernels(
+    client: HubClient, mirror: Mirror, pins: Sequence[KernelPin], progress: Progress
+) -> None:
+    """See that pinned kernels lie in the mirror: what is missing is fetched and verified.
+
+    Raises:
+        KernelMissing, KernelDigestMismatch, DiskFull: as `bring_kernels`.
+    """
     for pin in pins:
-        require_publisher(RepoRef(pin.repo), f"the kernel {pin.repo}", f"commit {pin.commit}")
         if mirror.has_kernel(pin):
             continue
         build = _require_build(pin)
@@ -177,7 +197,7 @@ def _refuse_moved(client: HubClient, repo: str, commit: str, entries: Mapping[st
     if now == repo and (status := entries.get(_STATUS)) and status.size <= _LARGEST_STATUS:
         try:
             found = tomllib.loads(client.read(repo, commit, status, _KIND).decode())
-        except ValueError:  # it says nothing
+        except (ValueError, RecursionError):  # it says nothing
             found = {}
         now = str(found.get("destination", repo)) if found.get("kind") == "redirect" else repo
     if now != repo:

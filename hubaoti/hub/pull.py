@@ -26,13 +26,12 @@ from hubaoti.errors import (
     HubaotiError,
     NoArtifact,
     NoMatch,
-    Untrusted,
 )
 from hubaoti.host.match import Candidate, MatchResult, Verdict, judge, rank
 from hubaoti.host.probe import Host
 from hubaoti.hub.catalog import Catalog, Unreadable, read_catalog
 from hubaoti.hub.client import HubClient
-from hubaoti.hub.kernels import fetch_kernels
+from hubaoti.hub.kernels import bring_kernels
 from hubaoti.hub.layout import ArtifactPath, RepoRef, looks_like_commit
 from hubaoti.hub.pull_path import describe_no_artifact, describe_no_torch, judge_named
 from hubaoti.hub.trust import Trust
@@ -94,7 +93,7 @@ def pull_artifact(  # noqa: PLR0913 - a face of keywords
         Untrusted: the publisher is not trusted, and this machine did not build the artifact.
         BadManifest, NewerSchema: no manifest of the repo can be read.
         DigestMismatch, BadPackage: a file is not the one that the manifest lists.
-        KernelMissing, KernelDigestMismatch: of a kernel that it calls, as `fetch_kernels`.
+        KernelMissing, KernelDigestMismatch: of a kernel that it calls, as `bring_kernels`.
         DiskFull: there is no room; nothing half-written stays.
         RepoNotFound, AuthFailed, HubUnreachable: from the Hub.
         BadRequest: a recipe is asked for beside a place.
@@ -182,9 +181,9 @@ class Puller:
         return artifact
 
     def bring_kernels(self, manifest: Manifest) -> None:
-        """See that the kernels that an artifact calls are in the mirror, by `fetch_kernels`."""
-        pins = manifest.requires.kernels
-        fetch_kernels(self.client, self.mirror, pins, self.require_publisher, self.progress)
+        """See that the kernels that an artifact calls are in the mirror, by `bring_kernels`."""
+        trust = Trust(self.settings.trust)
+        bring_kernels(manifest, self.mirror, self.client, trust, self.progress)
 
     def _judge(self, requires: Requirements) -> Verdict:
         """Whether an artifact fits; one that is named may wait for its torch."""
@@ -230,12 +229,8 @@ class Puller:
         endpoint, trusted = self.client.endpoint, Trust(self.settings.trust)
         if self.trust:
             trusted.add(endpoint, ref.owner)
-        elif not trusted.holds(endpoint, ref.owner):
-            raise Untrusted(
-                f"{ref.owner} publishes {what} at {endpoint} ({which}). Opening it runs their "
-                f"native code on this machine, and {ref.owner} is not trusted here",
-                hint=f"if you trust {ref.owner}, say so once with --trust",
-            )
+        advice = "say so once with --trust"
+        trusted.require(endpoint, ref.owner, f"{what} at {endpoint} ({which})", advice)
 
     def _fetch(self, catalog: Catalog, place: ArtifactPath, manifest: Manifest) -> Artifact:
         """Download, verify, unpack; what was downloaded is not kept twice."""

@@ -92,6 +92,7 @@ def find_pulled(puller: Puller, ref: RepoRef) -> tuple[Offer, ...]:
         if artifact is not None and row is not None:
             place = ArtifactPath(Recipe.parse(row.recipe), artifact.manifest.variant)
             puller.require_trust(ref, row.origin.commit, place, artifact.manifest)
+            puller.bring_kernels(artifact.manifest)
             offers.setdefault(place, Offer(place, artifact))  # the newest of each place
     if not offers:
         raise NoArtifact(

@@ -21,7 +21,7 @@ from pathlib import Path
 import tomli_w
 
 from hubaoti.disk import explain_disk_errors
-from hubaoti.errors import HubaotiError, UnsafeFolder
+from hubaoti.errors import HubaotiError, UnsafeFolder, Untrusted
 from hubaoti.mirror.folders import make_private, refuse_shared
 from hubaoti.settings import split_login
 
@@ -63,6 +63,19 @@ class Trust:
     def holds(self, endpoint: str, owner: str) -> bool:
         """Whether code of this publisher may run here."""
         return any((each.endpoint, each.owner) == (endpoint, owner) for each in self.publishers())
+
+    def require(self, endpoint: str, owner: str, what: str, advice: str) -> None:
+        """See that code of this publisher, `what` is named, may run here.
+
+        Raises:
+            Untrusted: nobody ever said so.
+        """
+        if not self.holds(endpoint, owner):
+            raise Untrusted(
+                f"{owner} publishes {what}. Opening it runs their native code on this machine, and "
+                f"{owner} is not trusted here",
+                hint=f"if you trust {owner}, {advice}",
+            )
 
     def add(self, endpoint: str, owner: str) -> None:
         """Trust a publisher from now on; one that is trusted keeps the date."""

@@ -202,15 +202,23 @@ class Mirror:
         """Hash every file of an artifact again, and of the kernels that it calls.
 
         Raises:
-            DigestMismatch: one has other bytes; it is in quarantine, the artifact no longer here.
+            DigestMismatch: as `verify_own`.
             KernelMissing, KernelDigestMismatch: as `verify_kernel`.
+        """
+        self.verify_own(artifact)
+        for pin in artifact.manifest.requires.kernels:
+            self.verify_kernel(pin)
+
+    def verify_own(self, artifact: Artifact) -> None:
+        """Hash every file of an artifact again.
+
+        Raises:
+            DigestMismatch: one has other bytes; it is in quarantine, the artifact no longer here.
         """
         for graph in artifact.manifest.graphs:
             self.verify_graph(graph)
         for file in artifact.manifest.files:
             self.verify_file(artifact, file)
-        for pin in artifact.manifest.requires.kernels:
-            self.verify_kernel(pin)
 
     def verify_graph(self, graph: Graph) -> None:
         """Hash an unpacked graph again, member by member.

@@ -13,30 +13,46 @@ from contextlib import contextmanager
 import torch
 
 
-class _Rehearsal(threading.local):
-    is_on = False
+class _State(threading.local):
+    is_rehearsing = False
+    is_recording = False
 
 
-_rehearsal = _Rehearsal()
+_state = _State()
 
 
 def is_capturing(device: torch.device) -> bool:
     """Whether a call is captured, or rehearsed as if it were."""
     if device.type != "cuda":
         return False
-    return _rehearsal.is_on or torch.cuda.is_current_stream_capturing()
+    return _state.is_rehearsing or torch.cuda.is_current_stream_capturing()
 
 
 def is_rehearsing() -> bool:
     """Whether what looks like a capture is computed at once."""
-    return _rehearsal.is_on
+    return _state.is_rehearsing
+
+
+def is_recording() -> bool:
+    """Whether a capture is our own, of which is known when it is given up."""
+    return _state.is_recording
 
 
 @contextmanager
 def rehearse() -> Iterator[None]:
     """Have this thread's calls answered as captured ones are; kernels are loaded by it."""
-    _rehearsal.is_on = True
+    _state.is_rehearsing = True
     try:
         yield
     finally:
-        _rehearsal.is_on = False
+        _state.is_rehearsing = False
+
+
+@contextmanager
+def record() -> Iterator[None]:
+    """While this thread captures for us."""
+    _state.is_recording = True
+    try:
+        yield
+    finally:
+        _state.is_recording = False

@@ -50,6 +50,18 @@ class _Pair(ctypes.Structure):
     _fields_ = [("name", ctypes.c_char_p), ("handle", _POINTER)]
 
 
+_OPEN: weakref.WeakSet[Container] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a child that was forked: who held a lock while it was is not there."""
+    for container in [*_OPEN]:
+        container.renew_lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
+
+
 class Container:
     """An open library with constants of its own, called by one thread at a time.
 
@@ -73,7 +85,8 @@ class Container:
         handle, folder = _POINTER(), os.fsencode(library.parent)
         self._handle: Any = handle
         self._call("CreateWithDevice", ctypes.byref(handle), 1, str(device).encode(), folder)
-        self._lock = Lock()
+        self.renew_lock()
+        _OPEN.add(self)
         self._kept: list[Any] = []  # handles of the constants, which it does not own
         delete = getattr(self._library, _PREFIX + "Delete")
         weakref.finalize(self, _close, delete, handle, self._steal, self._kept).atexit = False
@@ -82,6 +95,10 @@ class Container:
         self._run = getattr(self._library, _PREFIX + "RunSingleThreaded")
         given, found = ctypes.addressof(self._given), ctypes.addressof(self._found)
         self._arguments = handle, given, inputs, found, outputs
+
+    def renew_lock(self) -> None:
+        """Have nobody call it."""
+        self._lock = Lock()
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Have the library compute, on a GPU in the stream that is current there.

@@ -84,8 +84,9 @@ def open_graph(
     return Graph(entry, runner, device, checks or Checks(entry, device))
 
 
-# What was captured in a CUDA graph, which calls its kernels at each replay and keeps nothing.
-CAPTURED: list[Runner] = []
+# What somebody's CUDA graph was captured with: a replay calls its kernels and reads its constants,
+# and the CUDA graph keeps neither.
+CAPTURED: dict[int, object] = {}
 
 # Where packages lay when their libraries were loaded, by their sha256. A library is never unloaded
 # (its symbols are unique to the process, STB_GNU_UNIQUE), and from elsewhere it is mapped again.
@@ -236,10 +237,13 @@ class Graph:
         finally:
             del bound
 
-    def keep_kernels(self) -> None:
-        """Never unload its kernels: a CUDA graph in which it was captured may be replayed."""
-        if self._runner not in CAPTURED:
-            CAPTURED.append(self._runner)
+    def hold(self) -> tuple[Runner, Bound]:
+        """What is used of it by a CUDA graph in which it was captured, for as long as that is."""
+        return self._runner, self._bound
+
+    def hold_for_ever(self) -> None:
+        """The same for a CUDA graph of somebody's, of which nobody says when it is gone."""
+        CAPTURED[id(self._bound)] = self.hold()
 
     def release(self) -> None:
         """Let go of the constants: it is not called again before it is bound again."""

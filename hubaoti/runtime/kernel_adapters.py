@@ -65,6 +65,11 @@ class _Adapter:
             raise KernelSchemaMismatch(
                 f"nobody knows how to call {op._schema.name}: it {', '.join(problems)}", hint=_HINT
             )
+        returns = op._schema.returns
+        if len(returns) == 1 and returns[0].type.kind() != "ListType":
+            raise KernelSchemaMismatch(
+                f"nobody knows what {op._schema.name} answers: {op._schema}", hint=_HINT
+            )
         self._op = op
         self._places = {name: index for index, name in enumerate(names)}
         self._arguments = [UNASKED.get(name) for name in names]

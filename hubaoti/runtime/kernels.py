@@ -85,6 +85,10 @@ def open_kernels(pins: Sequence[KernelPin], folder: Path, device: torch.device) 
                     f"the kernel {pin} is pinned without its files, so none can be verified",
                     hint=f"compile the artifact again, or {_NO_KERNEL}",
                 )
+            if not (folder / pin.build.digest).is_dir():
+                raise KernelMissing(
+                    f"the kernel {pin} is not here", hint=f"pull it, or {_NO_KERNEL}"
+                )
             _open_build(str(pin), pin.build, folder / pin.build.digest, device)
 
 

@@ -22,9 +22,11 @@ from hubaoti.errors import BadRequest, DigestMismatch, HubaotiError
 from hubaoti.escape import escape_line
 from hubaoti.hub.catalog import Catalog
 from hubaoti.hub.client import HubClient
+from hubaoti.hub.kernels import require_kernel_publisher
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import Puller
 from hubaoti.hub.records import Entry
+from hubaoti.hub.trust import Trust
 from hubaoti.hub.zerogpu import PACKAGE, PACKAGE_ROOT, SUBMODULES
 
 _LARGEST = 1 << 20  # bytes of a config
@@ -112,9 +114,9 @@ def fetch_packages(
     puller.require_publisher(ref, f"packages in {ref.repo}", f"commit {commit}, no manifest")
     named = _read_kernels(client, catalog, variant)
     for each in named:  # a config may name anybody's
-        kernel = RepoRef(each["repo_id"], None)
-        what = f"the kernel {kernel.repo}, which packages in {ref.repo} call,"
-        puller.require_publisher(kernel, what, _read_kernel_revision(each) or "no revision")
+        which = f"{_read_kernel_revision(each) or 'no revision'}, which {ref.repo} calls"
+        trust = Trust(puller.settings.trust)
+        require_kernel_publisher(trust, client.endpoint, each["repo_id"], which)
     kernels = tuple(_pin_kernel(client, each) for each in named)
     found = []
     for package in packages:
