@@ -158,7 +158,7 @@ def test_what_is_no_step_or_is_another_model_by_now_is_not_replayed(
     found = run(code, stand_in, bundle, home)
     assert found["before"] == found["same"] == {"captured": 1, "replayed": 2}
     assert found["replaced"] == {"captured": 0, "replayed": 2}
-    assert found["hooked"] == [1] and found["after_hook"] == {"captured": 0, "replayed": 3}
+    assert found["hooked"] == [1] and found["after_hook"] == {"captured": 0, "replayed": 4}
     assert not found["bare"] and found["left"] == 0
 
 

@@ -158,14 +158,17 @@ class StepReplays(ForwardPatch):
     def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What a replay answers to a step; the module itself answers what is none."""
         call = self._read_step(args, kwargs)
-        if call is None or call.look in self._refused:
+        if call is None:
             return self.eager(*args, **kwargs)
         if not self._is_same():
             self.forget()
             self._look_at_module()
         step = self._steps.get(call.look)
-        if step is None and call.look not in self._met:
+        if step is None and call.look not in self._met | self._refused:
             return self._rehearse(call)
+        # A block whose tensors were changed is bound anew by the model's own step.
+        if call.look in self._refused or not self._are_bound():
+            return self.eager(*args, **kwargs)
         if step is None:
             with _ALONE:
                 step = self._capture(call)
@@ -201,7 +204,7 @@ class StepReplays(ForwardPatch):
         with rehearse():
             answer = self.eager(*call.args, **call.kwargs)
         self._bindings = [region.bindings for region in self._regions]
-        if all(region.is_bound() for region in self._regions):
+        if self._are_bound():
             _remember(self._met, call.look)
         else:
             _remember(self._refused, call.look)
@@ -254,9 +257,11 @@ class StepReplays(ForwardPatch):
             return False
         if self._bindings and self._bindings != [region.bindings for region in self._regions]:
             return False
-        if not all(region.is_bound() for region in self._regions):
-            return False
         return all(address(tensor) == place for tensor, place in self._addresses)
+
+    def _are_bound(self) -> bool:
+        """Whether all blocks have graphs that read their tensors as they are now."""
+        return all(region.is_bound() for region in self._regions)
 
     def _look_at_module(self) -> None:
         """Note what the model is now.
