@@ -254,6 +254,9 @@ def test_trust_is_listed_and_taken_back(env: Settings, repo: str) -> None:
     assert "no longer trusted" in inside(env, "trust", "rm", "acme").out
     refused(inside(env, "pull", repo), errors.Untrusted, "acme")
     refused(inside(env, "trust", "rm", "acme"), errors.BadRequest, "trust ls")
+    assert "is trusted" in inside(env, "trust", "add", "acme").out
+    assert "acme" in inside(env, "trust", "ls").out
+    refused(inside(env, "trust", "add", "../acme"), errors.BadRequest, "first part")
 
 
 def test_an_untrusted_publisher_is_named_and_nothing_is_kept(env: Settings, repo: str) -> None:

@@ -40,6 +40,7 @@ def add_command(owner: str) -> None:
             f"{owner!r:.120} is no owner of repos", hint="name the first part of a repo's name"
         )
     Trust(settings.trust).add(settings.endpoint, owner)
+    print_line(f"{owner} at {settings.endpoint} is trusted")
 
 
 @trust_command.command("rm")
