@@ -407,7 +407,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = 120.0) -> None:
 def test_what_a_child_compiled_answers_between_two_requests_and_is_pushed(
     tiny_decoder: Path, decoder_bundle: Bundle, built_at: Settings, settings: Settings, repo: str
 ) -> None:
-    """What nobody says was built here is neither loaded nor taken for a build: a child builds it."""
+    """What nobody says was built here is not loaded, and no build: a child makes one."""
     shutil.copytree(built_at.home, settings.home)
     with Mirror.open(settings.mirror) as mirror:
         mirror.index._db.execute("delete from built")
