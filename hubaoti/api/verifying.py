@@ -153,11 +153,12 @@ class _Look:
                 hint="pull it again, or compile it again",
             )
         self.mirror.verify_own(artifact)
+        if self.host is not None:
+            self._require_trust(found)
+            return artifact
         for pin in artifact.manifest.requires.kernels:
             if self.mirror.has_kernel(pin):  # what was built here needs none before it is opened
                 self.mirror.verify_kernel(pin)
-        if self.host is not None:
-            self._require_trust(found)
         return artifact
 
     def _require_trust(self, row: Row) -> None:
@@ -176,8 +177,9 @@ class _Look:
         """Open all graphs of an artifact whose bytes are right, and note what came of it."""
         device = _choose_device(artifact, host, self.device)
         require_kernels(artifact, self.mirror, self.settings, self.progress)
-        self.mirror.verify(artifact)
         kernels = artifact.manifest.requires.kernels
+        for pin in kernels:
+            self.mirror.verify_kernel(pin)
         history = OpenHistory.on(self.mirror, device, self.ops, kernels)
         find_untried(artifact, history)
         graphs = {graph.id: graph for graph in artifact.manifest.graphs}

@@ -164,10 +164,11 @@ class StepReplays(ForwardPatch):
             self.forget()
             self._look_at_module()
         step = self._steps.get(call.look)
-        if step is None and call.look not in self._met | self._refused:
+        is_refused = step is None and call.look in self._refused
+        if step is None and not is_refused and call.look not in self._met:
             return self._rehearse(call)
         # A block whose tensors were changed is bound anew by the model's own step.
-        if call.look in self._refused or not self._are_bound():
+        if is_refused or not self._are_bound():
             return self.eager(*args, **kwargs)
         if step is None:
             with _ALONE:
