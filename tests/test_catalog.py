@@ -96,7 +96,7 @@ def test_four_megabytes_of_a_manifest_are_read_in_a_second(
     start = time.process_time()
     parse_manifest(text, "x")
     # Half a second; line coverage doubles it, a busy machine again. It took 17 to 32 before.
-    assert time.process_time() - start < 3.0 * len(text) / 4e6
+    assert time.process_time() - start < 8.0 * len(text) / 4e6
 
 
 def excessive(manifest: Manifest) -> dict[str, tuple[str, Manifest]]:
@@ -126,7 +126,7 @@ def test_what_would_cost_too_much_is_refused_in_words(manifest: Manifest, what: 
     start = time.process_time()
     with pytest.raises(BadManifest, match=said):
         parse_manifest(text, "x")
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 10  # 100 ms; it would be many seconds
 
 
 def test_no_list_of_missing_libraries_is_endless(manifest: Manifest) -> None:

@@ -357,9 +357,11 @@ def test_a_device_is_no_word_for_gpus_that_need_not_be_here(
 
 
 def test_one_explanation_is_of_one_gpu(settings: Settings, model: Path) -> None:
-    with pytest.raises(BadRequest, match="several GPUs: sm80,sm90") as caught:
+    with pytest.raises(BadRequest, match="several: sm80, sm90$") as caught:
         hubaoti.explain(model, capability="sm80,sm90", settings=settings)
     assert "explain_for" in caught.value.hint
+    with pytest.raises(BadRequest, match="several: sm90 with fa3, sm90 with sdpa$"):
+        hubaoti.explain(model, capability="sm90", attention="fa3,sdpa", settings=settings)
 
 
 @pytest.mark.cuda

@@ -26,6 +26,7 @@ from hubaoti.errors import (
 )
 from hubaoti.host import build_tools, match
 from hubaoti.host.build_tools import find_missing_build_tools
+from hubaoti.host.gpu_limits import count_shared_memory
 from hubaoti.host.probe import STAND_IN, Torch, find_torch
 from hubaoti.settings import merge_environment
 
@@ -101,7 +102,7 @@ def test_the_chips_have_the_shared_memory_that_artifacts_are_judged_by() -> None
     )
     chips = {int(sm): int(kilobytes) << 10 for sm, kilobytes in rows}
     assert tuple(chips) == CAPABILITIES
-    assert chips == {sm: match._SHARED_MEMORY[sm] for sm in CAPABILITIES}
+    assert chips == {sm: count_shared_memory(sm) for sm in CAPABILITIES}
 
 
 def test_the_mark_of_its_devices_is_the_one_that_others_look_for() -> None:
@@ -385,7 +386,7 @@ def test_torch_finds_devices_of_every_capability(stand_in: StandIn) -> None:
     found = ask(stand_in, code, *CAPABILITIES)
     assert found["sms"] == [*CAPABILITIES]
     assert all(name.startswith("NVIDIA ") and name.endswith(STAND_IN) for name in found["names"])
-    assert found["shared"] == [match._SHARED_MEMORY[sm] for sm in CAPABILITIES]
+    assert found["shared"] == [count_shared_memory(sm) for sm in CAPABILITIES]
     assert found["places"] == ["cuda:7", "cuda:1"]
     assert found["used"][0] >= 4 << 20 and found["used"][1] == 0
     assert (found["current"], found["warp"], found["l2"]) == (0, 32, 4 << 20)

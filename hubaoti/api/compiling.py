@@ -198,8 +198,9 @@ def explain(
     else:
         request = _read_capabilities(capability, {**words, "device": device})
     if len(request.capabilities) * max(1, len(request.attentions)) > 1:
+        several = [f"sm{each}" for each in request.capabilities], request.attentions
         raise BadRequest(
-            f"explain is asked of several: {capability}",
+            f"explain is of one bundle, and these are several: {_name_pairs(*several)}",
             hint="one at a time, or of all: hubaoti.explain_for(model, 'sm80,sm90')",
         )
     return explain_jobs(model, request, place, means)[0]
@@ -230,6 +231,14 @@ def _read_words(
 ) -> CompileRequest:
     """What is asked for a device of this machine, by default the one on which a module lies."""
     return CompileRequest.parse({**words, "device": device or _find_device(model)})
+
+
+def _name_pairs(gpus: Sequence[str], attentions: Sequence[str]) -> str:
+    return ", ".join(
+        f"{gpu} with {attention}" if attentions else gpu
+        for gpu in gpus
+        for attention in attentions or ("",)
+    )
 
 
 def _read_capabilities(
