@@ -185,11 +185,14 @@ def capture_served(model: Any, kind: GpuModel) -> None:
 
 
 def _record_call(model: Any, path: str, kind: GpuModel) -> Call:
-    """What a part of a model is given while that is called; its tensors stay where they are."""
+    """What a part is last given while its model is called: of a decoder's, one token.
+
+    Its prompt comes without a mask, over a cache of which no replay knows whether it is empty.
+    """
     found: list[Call] = []
     hook = model.get_submodule(path).register_forward_pre_hook(
         lambda _, args, words: found.append((args, words)), with_kwargs=True
     )
     kind.call(model, 1, 5)
     hook.remove()
-    return found[0]
+    return found[-1]
