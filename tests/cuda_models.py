@@ -26,7 +26,8 @@ class GpuModel:
     """How a model is made and called, and the options that it is compiled with.
 
     `served` are the regions that graphs answer for; where it is `live` the module itself is
-    compiled, of calls that it received.
+    compiled, of calls that it received. That several GPUs are built for at once is one model's to
+    show.
     """
 
     make: Callable[[], Any]
@@ -34,19 +35,22 @@ class GpuModel:
     served: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     live: bool = False
+    sms: tuple[int, ...] = (90,)
 
     def compile(self, folder: Path, settings: Settings) -> tuple[Bundle, ...]:
         """Its bundles, one for each capability, in one compilation."""
         model, source, words = self.make(), folder / "model", dict[str, Any](self.options)
         if not self.live:
             model.config.save_pretrained(source)
-            return hubaoti.compile_for(source, SMS, folder / "bundles", settings=settings, **words)
+            place = folder / "bundles"
+            return hubaoti.compile_for(source, self.sms, place, settings=settings, **words)
         with warnings.catch_warnings(action="ignore"):  # of its own, as of a norm in bfloat16
             with hubaoti.capture(model) as calls:
                 for rows, places in ((1, 4), (2, 6), (3, 9)):
                     self.call(model, rows, places)
             words["calls"] = calls
-            return hubaoti.compile_for(model, SMS, folder / "bundles", settings=settings, **words)
+            place = folder / "bundles"
+            return hubaoti.compile_for(model, self.sms, place, settings=settings, **words)
 
     def make_on(self, device: str) -> Any:
         """The model on a device, for answers only."""
@@ -154,6 +158,7 @@ MODELS = {
         call_bert,
         ("encoder.layer.0", "encoder.layer.1"),
         {"task": "forward", "dims": {"batch": (1, 4), "seq": (2, 40)}, "regions": "encoder.layer"},
+        sms=SMS,
     ),
     "qwen2": GpuModel(make_qwen2, call_qwen2, ("model.layers.0", "model.layers.1"), _GENERATE),
     "flux": GpuModel(

@@ -107,21 +107,23 @@ def repo(name: str, bundles: tuple[Bundle, ...], endpoint: Endpoint, home: Path)
     """All of its bundles, published in one commit."""
     settings = Settings(home=home, endpoint=endpoint.url, token=endpoint.token)
     commit = hubaoti.push(bundles, f"acme/{name}-cuda", tag="v1", settings=settings)
-    assert len(commit.artifacts) == len(SMS)
+    assert len(commit.artifacts) == len(MODELS[name].sms)
     return f"{commit.repo}@v1"
 
 
-def test_one_command_makes_a_bundle_for_each_capability(bundles: tuple[Bundle, ...]) -> None:
-    assert [bundle.manifest.target.sm for bundle in bundles] == [*SMS]
+def test_one_command_makes_a_bundle_for_each_capability(
+    name: str, bundles: tuple[Bundle, ...]
+) -> None:
+    assert [bundle.manifest.target.sm for bundle in bundles] == [*MODELS[name].sms]
     assert [bundle.path.name for bundle in bundles] == [str(b.manifest.variant) for b in bundles]
     for bundle in bundles:
         bundle.check()
         for graph in bundle.manifest.graphs:
             assert graph.device_code.capability == bundle.manifest.target.sm
             assert graph.device_code.kernels > 0
-    assert len({bundle.manifest.key for bundle in bundles}) == len(SMS)
+    assert len({bundle.manifest.key for bundle in bundles}) == len(bundles)
     compared = [[c for c in b.manifest.checks if c.where == "cpu"] for b in bundles]
-    assert compared[0] and compared[0] == compared[1] == compared[2], "one program, compared once"
+    assert compared[0] and all(each == compared[0] for each in compared), "compared once"
 
 
 def test_packages_that_differ_in_machine_code_alone_are_interpreted_once(
@@ -158,10 +160,17 @@ def test_answers_were_looked_at_at_three_sizes_and_more(bundles: tuple[Bundle, .
         assert not any(graph.not_interpreted for graph in manifest.graphs)
 
 
-@pytest.mark.parametrize("sm", SMS)
 def test_a_graph_is_pulled_opened_called_and_given_back(
+    name: str, repo: str, stand_in: StandIn, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    for sm in MODELS[name].sms:
+        take_road(sm, name, repo, stand_in, endpoint, tmp_path / f"{sm}")
+
+
+def take_road(
     sm: int, name: str, repo: str, stand_in: StandIn, endpoint: Endpoint, tmp_path: Path
 ) -> None:
+    """Pull, attach, call, capture and detach, on a GPU of a capability."""
     env = {"NAME": name, "REPO": repo, "HUBAOTI_HOME": str(tmp_path / "home")}
     env |= {"HF_ENDPOINT": endpoint.url, "HF_TOKEN": endpoint.token}
     found = ask(stand_in, ROAD, sm, env=env)
