@@ -93,6 +93,11 @@ class KernelPin:
         return f"{self.repo}@{self.commit}"
 
     @property
+    def full_name(self) -> str:
+        """Where it was found, and in which of its builds, for a person."""
+        return str(self) if self.variant is UNSET else f"{self} ({self.variant})"
+
+    @property
     def build(self) -> KernelBuild | None:
         """What is loaded; None where the pin says nothing of it."""
         parts = self.variant, self.namespace, self.files, self.ops
