@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,8 @@ def test_each_gpu_and_attention_is_a_job_with_a_key_and_the_others_are_told(
 ) -> None:
     plan = planned("forward", dtype="bfloat16")
     request = CompileRequest(attentions=("fa3", "sdpa"), capabilities=(80, 90))
-    jobs, refused = make_jobs(plan, request, [make_target(80), make_target(90)])
+    found = make_jobs(plan, request, [make_target(80), make_target(90)])
+    jobs = found.jobs
     assert [(job.gpu, job.build.attention) for job in jobs] == [
         ("sm80", "sdpa"),
         ("sm90-fa3", "fa3"),
@@ -148,7 +150,10 @@ def test_each_gpu_and_attention_is_a_job_with_a_key_and_the_others_are_told(
         ("flash", "efficient"),
     ]
     assert len({job.key for job in jobs}) == 3
-    assert [str(each) for each in refused] == [str(refuse_fa3(make_target(80), "bfloat16"))]
+    reason = str(refuse_fa3(make_target(80), "bfloat16"))
+    assert ([*map(str, found.left_out)], found.refused) == ([reason], ())
+    alone = make_jobs(plan, replace(request, attentions=("fa3",)), [*map(make_target, (80, 90))])
+    assert ([*map(str, alone.refused)], alone.left_out) == ([reason], ())
     only = CompileRequest(attentions=("fa3",), capabilities=(80,))
     with pytest.raises(BadRequest, match="asked for sm80"):
         make_jobs(plan, only, [make_target(80)])
@@ -157,7 +162,7 @@ def test_each_gpu_and_attention_is_a_job_with_a_key_and_the_others_are_told(
 def test_asking_for_sdpa_is_asking_for_nothing(planned: Callable[..., Plan]) -> None:
     plan = planned("forward", dtype="bfloat16")
     keys = {
-        make_jobs(plan, CompileRequest(attentions=each), [make_target(90)])[0][0].key
+        make_jobs(plan, CompileRequest(attentions=each), [make_target(90)]).jobs[0].key
         for each in ((), ("sdpa",))
     }
     assert len(keys) == 1
