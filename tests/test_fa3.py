@@ -21,16 +21,18 @@ import hubaoti
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.schema import ModelSource, Target
 from hubaoti.attachment.attach import Attachment
+from hubaoti.compiler.attention import name_attention
 from hubaoti.compiler.build import build
 from hubaoti.compiler.flash_attention import (
     KernelAbilities,
+    list_other_attention,
     read_abilities,
     refuse_fa3,
     require_dtype,
 )
 from hubaoti.compiler.from_config import load_source
 from hubaoti.compiler.job import Job, make_jobs
-from hubaoti.compiler.plan import Plan, add_fa3_graphs, make_plan
+from hubaoti.compiler.plan import Plan, add_fa3_graphs, drop_told_graphs, make_plan
 from hubaoti.compiler.request import CompileRequest, make_ranges
 from hubaoti.compiler.targets import choose_targets
 from hubaoti.errors import BadRequest
@@ -105,6 +107,11 @@ def test_a_build_of_the_kernel_that_has_float16_is_asked_in_it() -> None:
             "CONFIG = {'build_flags': {'FLASHATTENTION_DISABLE_LOCAL': True, "
             "'FLASHATTENTION_DISABLE_SOFTCAP': False, 'FLASHATTENTION_DISABLE_FP16': False}}",
             KernelAbilities(fp16=True, softcap=True),
+        ),
+        (
+            "CONFIG = {'build_flags': {'FLASHATTENTION_DISABLE_HDIM192': True, "
+            "'FLASHATTENTION_DISABLE_HDIM256': True, 'FLASHATTENTION_DISABLE_APPENDKV': True}}",
+            KernelAbilities(widest=128, appends=False),
         ),
         ("CONFIG = {'build_flags': __import__('os').environ}", KernelAbilities()),
         ("CONFIG = {'build_flags': 1}", KernelAbilities()),
@@ -187,6 +194,28 @@ def test_graphs_that_are_told_lengths_stand_before_those_with_masks(
         ("model.layers-causal", "causal"),
         ("model.layers", None),
     ]
+
+
+def test_a_build_of_the_kernel_is_not_asked_for_wider_heads_than_it_takes(
+    planned: Callable[..., Plan],
+) -> None:
+    plan = add_fa3_graphs(planned("generate"))
+    width = plan.units[0].face.inputs[plan.units[0].face.cache.keys].shape[-1]  # type: ignore[union-attr]
+    assert drop_told_graphs(plan, width) is plan
+    left = drop_told_graphs(plan, width - 1)  # type: ignore[operator]
+    assert [unit.masks for unit in left.units] == [None, None]
+    q = torch.randn(1, 2, 4, 128, dtype=torch.bfloat16)
+    program = torch.export.export(_Attends(), (q,))
+    for widest, called in ((128, True), (96, False)):
+        named = name_attention(program, ("fa3", "flash", "efficient"), widest)
+        targets = [str(node.target) for node in named.graph.nodes]
+        assert any("fa3_fwd" in each for each in targets) == called
+        assert bool(list_other_attention(named)) != called
+
+
+class _Attends(torch.nn.Module):
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q)
 
 
 def test_an_encoder_has_no_such_graphs(tiny_roberta: Path) -> None:

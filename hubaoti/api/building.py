@@ -282,14 +282,17 @@ def _pin(job: Job, kernel: str, settings: Settings) -> Job:
         HubaotiError: of `pin_kernel`. BadRequest: it does not compute in the dtype.
     """
     from hubaoti.compiler.flash_attention import read_abilities, require_dtype
+    from hubaoti.compiler.plan import drop_told_graphs
 
     if job.build.attention != _FA3:
         return job
     client, target = HubClient(settings), job.target
     host = KernelHost(target.torch, target.cuda, target.level, target.os)
     pin = pin_kernel(client, kernel, host)
-    require_dtype(job.build.dtype, read_abilities(download_build(client, pin)), str(pin))
-    return replace(job, pins=(pin,))
+    has = read_abilities(download_build(client, pin))
+    require_dtype(job.build.dtype, has, str(pin))
+    plan = drop_told_graphs(job.plan, has.widest if has.lengths and has.appends else 0)
+    return replace(job, plan=plan, pins=(pin,), widest=has.widest)
 
 
 def _store(bundle: Bundle, mirror: Mirror) -> Bundle:

@@ -12,7 +12,7 @@ import msgspec
 from hubaoti.artifact.kernel_pin import KernelPin
 from hubaoti.artifact.schema import Build, Target, compute_key
 from hubaoti.compiler.attention import choose_kernels
-from hubaoti.compiler.flash_attention import refuse_fa3
+from hubaoti.compiler.flash_attention import WIDEST, refuse_fa3
 from hubaoti.compiler.graph_plans import GraphPlan
 from hubaoti.compiler.inductor import choose_inductor_options
 from hubaoti.compiler.plan import Plan, add_fa3_graphs
@@ -34,14 +34,15 @@ _BY_ITSELF = 4  # of a layout: takes inputs of any strides
 class Job:
     """A plan and all that its key is made of; `key` says whether it is already built.
 
-    `pins` are the kernels that its graphs may call, which are not in the key: a kernel that was
-    built anew answers the same graphs.
+    `pins` are the kernels that its graphs may call, and `widest` the widest heads that these take;
+    neither is in the key: a kernel that was built anew answers the same graphs.
     """
 
     plan: Plan
     build: Build
     target: Target
     pins: tuple[KernelPin, ...] = ()
+    widest: int = WIDEST
 
     @classmethod
     def of(
