@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, StaticCache, WhisperConfig
 
 import hubaoti
 from hubaoti.artifact.bundle import Bundle
@@ -216,6 +216,29 @@ def test_a_build_of_the_kernel_is_not_asked_for_wider_heads_than_it_takes(
 class _Attends(torch.nn.Module):
     def forward(self, q: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+
+def test_a_decoder_that_looks_at_an_encoder_too_is_told_of_its_own_mask_alone(
+    ops: list[str], built_at: Settings, tmp_path: Path
+) -> None:
+    """What the encoder saw, longer than the text, is looked at by all rows."""
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "d_model": 32, "num_mel_bins": 8}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    more = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_source_positions": 30}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = WhisperConfig(
+        **sizes, **heads, **more, **tokens, vocab_size=99, max_target_positions=64,
+        suppress_tokens=None, begin_suppress_tokens=None,
+        architectures=["WhisperForConditionalGeneration"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "whisper")
+    request = CompileRequest(task="forward", capabilities=(90,))
+    plan = make_plan(load_source(tmp_path / "whisper", request, CPU), request, CPU)
+    added = add_fa3_graphs(plan)
+    told = [unit for unit in added.units if unit.masks]
+    assert [unit.id for unit in told] == ["model.decoder.layers-causal"]
+    bundle = build_here(replace(added, units=(*told,)), built_at, tmp_path / "bundle")
+    assert [graph.masks for graph in bundle.manifest.graphs] == ["causal"]
 
 
 def test_an_encoder_has_no_such_graphs(tiny_roberta: Path) -> None:
