@@ -192,6 +192,10 @@ class KernelConflict(HubaotiError, exit_code=41):
     """This process has another build of a kernel, or another library of its namespace."""
 
 
+class KernelFailed(HubaotiError, exit_code=42):
+    """A kernel refused the call of a graph, or failed in it."""
+
+
 def rebuild_error(kind: str, message: str, hint: str) -> HubaotiError:
     """An error that another process told of, as it was there."""
     found = globals().get(kind)

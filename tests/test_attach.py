@@ -46,6 +46,7 @@ from hubaoti.attachment.first_call import FirstCallCheck
 from hubaoti.attachment.stats import Fallback
 from hubaoti.errors import (
     AlreadyAttached,
+    BadInput,
     BadRequest,
     DigestMismatch,
     MissingConstant,
@@ -1605,3 +1606,44 @@ def test_where_one_of_several_masks_is_left_out_the_block_answers_itself(
     assert stats["compiled"] + stats["eager"] == 4
     assert stats["regions"]["decoder.layers.0"]["eager"] == {"arguments": 1}
     assert any("a mask is left out" in str(each.message) for each in told)
+
+
+class Adding(nn.Module):
+    """Writes into an input, if there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((4,), 2.0))
+
+    def forward(self, x: torch.Tensor, total: torch.Tensor | None = None) -> torch.Tensor:
+        if total is not None:
+            total.add_(x)
+        return x * self.weight
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_graph_that_failed_is_answered_for_where_it_can_have_written_nothing(
+    writes: bool, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Adding().eval()
+    make = lambda rows: [torch.ones(rows, 4) for _ in range(1 + writes)]  # noqa: E731
+    with torch.no_grad(), hubaoti.capture(module) as calls:
+        for rows in (2, 3):
+            module(*make(rows))
+    bundle = api.compile(module, tmp_path / "adding", calls=calls, settings=settings)
+    with torch.no_grad(), hubaoti.attach(module, bundle, settings=settings) as attachment:
+        for _ in range(2):  # the first is compared
+            module(*make(2))
+        (region,) = find_regions(module)
+
+        def fail(inputs: list[torch.Tensor]) -> None:
+            raise RuntimeError("halfway")
+
+        monkeypatch.setattr(region.graphs[0], "_run_short", fail)
+        if writes:
+            with pytest.raises(BadInput, match="halfway"):
+                module(*make(2))
+        else:
+            with pytest.warns(Fallback, match="halfway"):
+                assert torch.equal(module(*make(2)), torch.full((2, 4), 2.0))
+        assert attachment.stats()["eager"] == (not writes)

@@ -379,6 +379,23 @@ def test_what_would_be_built_for_several_gpus_is_planned_once(
     assert len({each["key"] for each in found}) == 2
 
 
+@pytest.mark.cuda
+def test_fa3_is_left_out_in_words_for_a_gpu_that_has_sdpa_and_refused_where_it_is_all(
+    settings: Settings, model: Path, tmp_path: Path
+) -> None:
+    words = ("--for", "sm80,sm90", "--dtype", "bfloat16", "--explain", "--json", "--attention")
+    done = compile_inside(settings, model, tmp_path / "bundles", *words, "fa3,sdpa")
+    assert done.code == 0 and "left out: --attention fa3 is asked for sm80" in done.err, done
+    recipes = [(each["recipe"], "sm80" in each["variant"]) for each in json.loads(done.out)]
+    assert recipes == [
+        ("bfloat16-sdpa", True),
+        ("bfloat16-fa3", False),
+        ("bfloat16-sdpa", False),
+    ]
+    done = compile_inside(settings, model, tmp_path / "bundles", *words, "fa3")
+    assert done.code == 2 and "fa3 is asked for sm80" in done.err, done
+
+
 @pytest.mark.skipif(IS_CUDA, reason="torch is a CUDA build")
 def test_a_cpu_build_of_torch_is_told_which_one_to_install(
     settings: Settings, model: Path, tmp_path: Path

@@ -9,27 +9,30 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, StaticCache, WhisperConfig
 
 import hubaoti
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.schema import ModelSource, Target
 from hubaoti.attachment.attach import Attachment
+from hubaoti.compiler.attention import name_attention
 from hubaoti.compiler.build import build
 from hubaoti.compiler.flash_attention import (
     KernelAbilities,
+    list_other_attention,
     read_abilities,
     refuse_fa3,
     require_dtype,
 )
 from hubaoti.compiler.from_config import load_source
 from hubaoti.compiler.job import Job, make_jobs
-from hubaoti.compiler.plan import Plan, add_fa3_graphs, make_plan
+from hubaoti.compiler.plan import Plan, add_fa3_graphs, drop_told_graphs, make_plan
 from hubaoti.compiler.request import CompileRequest, make_ranges
 from hubaoti.compiler.targets import choose_targets
 from hubaoti.errors import BadRequest
@@ -105,6 +108,11 @@ def test_a_build_of_the_kernel_that_has_float16_is_asked_in_it() -> None:
             "'FLASHATTENTION_DISABLE_SOFTCAP': False, 'FLASHATTENTION_DISABLE_FP16': False}}",
             KernelAbilities(fp16=True, softcap=True),
         ),
+        (
+            "CONFIG = {'build_flags': {'FLASHATTENTION_DISABLE_HDIM192': True, "
+            "'FLASHATTENTION_DISABLE_HDIM256': True, 'FLASHATTENTION_DISABLE_APPENDKV': True}}",
+            KernelAbilities(widest=128, appends=False),
+        ),
         ("CONFIG = {'build_flags': __import__('os').environ}", KernelAbilities()),
         ("CONFIG = {'build_flags': 1}", KernelAbilities()),
         ("CONFIG = {", KernelAbilities()),
@@ -137,7 +145,8 @@ def test_each_gpu_and_attention_is_a_job_with_a_key_and_the_others_are_told(
 ) -> None:
     plan = planned("forward", dtype="bfloat16")
     request = CompileRequest(attentions=("fa3", "sdpa"), capabilities=(80, 90))
-    jobs, refused = make_jobs(plan, request, [make_target(80), make_target(90)])
+    found = make_jobs(plan, request, [make_target(80), make_target(90)])
+    jobs = found.jobs
     assert [(job.gpu, job.build.attention) for job in jobs] == [
         ("sm80", "sdpa"),
         ("sm90-fa3", "fa3"),
@@ -148,7 +157,10 @@ def test_each_gpu_and_attention_is_a_job_with_a_key_and_the_others_are_told(
         ("flash", "efficient"),
     ]
     assert len({job.key for job in jobs}) == 3
-    assert [str(each) for each in refused] == [str(refuse_fa3(make_target(80), "bfloat16"))]
+    reason = str(refuse_fa3(make_target(80), "bfloat16"))
+    assert ([*map(str, found.left_out)], found.refused) == ([reason], ())
+    alone = make_jobs(plan, replace(request, attentions=("fa3",)), [*map(make_target, (80, 90))])
+    assert ([*map(str, alone.refused)], alone.left_out) == ([reason], ())
     only = CompileRequest(attentions=("fa3",), capabilities=(80,))
     with pytest.raises(BadRequest, match="asked for sm80"):
         make_jobs(plan, only, [make_target(80)])
@@ -157,7 +169,7 @@ def test_each_gpu_and_attention_is_a_job_with_a_key_and_the_others_are_told(
 def test_asking_for_sdpa_is_asking_for_nothing(planned: Callable[..., Plan]) -> None:
     plan = planned("forward", dtype="bfloat16")
     keys = {
-        make_jobs(plan, CompileRequest(attentions=each), [make_target(90)])[0][0].key
+        make_jobs(plan, CompileRequest(attentions=each), [make_target(90)]).jobs[0].key
         for each in ((), ("sdpa",))
     }
     assert len(keys) == 1
@@ -182,6 +194,51 @@ def test_graphs_that_are_told_lengths_stand_before_those_with_masks(
         ("model.layers-causal", "causal"),
         ("model.layers", None),
     ]
+
+
+def test_a_build_of_the_kernel_is_not_asked_for_wider_heads_than_it_takes(
+    planned: Callable[..., Plan],
+) -> None:
+    plan = add_fa3_graphs(planned("generate"))
+    width = plan.units[0].face.inputs[plan.units[0].face.cache.keys].shape[-1]  # type: ignore[union-attr]
+    assert drop_told_graphs(plan, width) is plan
+    left = drop_told_graphs(plan, width - 1)  # type: ignore[operator]
+    assert [unit.masks for unit in left.units] == [None, None]
+    q = torch.randn(1, 2, 4, 128, dtype=torch.bfloat16)
+    program = torch.export.export(_Attends(), (q,))
+    for widest, called in ((128, True), (96, False)):
+        named = name_attention(program, ("fa3", "flash", "efficient"), widest)
+        targets = [str(node.target) for node in named.graph.nodes]
+        assert any("fa3_fwd" in each for each in targets) == called
+        assert bool(list_other_attention(named)) != called
+
+
+class _Attends(torch.nn.Module):
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+
+def test_a_decoder_that_looks_at_an_encoder_too_is_told_of_its_own_mask_alone(
+    ops: list[str], built_at: Settings, tmp_path: Path
+) -> None:
+    """What the encoder saw, longer than the text, is looked at by all rows."""
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "d_model": 32, "num_mel_bins": 8}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    more = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_source_positions": 30}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = WhisperConfig(
+        **sizes, **heads, **more, **tokens, vocab_size=99, max_target_positions=64,
+        suppress_tokens=None, begin_suppress_tokens=None,
+        architectures=["WhisperForConditionalGeneration"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "whisper")
+    request = CompileRequest(task="forward", capabilities=(90,))
+    plan = make_plan(load_source(tmp_path / "whisper", request, CPU), request, CPU)
+    added = add_fa3_graphs(plan)
+    told = [unit for unit in added.units if unit.masks]
+    assert [unit.id for unit in told] == ["model.decoder.layers-causal"]
+    bundle = build_here(replace(added, units=(*told,)), built_at, tmp_path / "bundle")
+    assert [graph.masks for graph in bundle.manifest.graphs] == ["causal"]
 
 
 def test_an_encoder_has_no_such_graphs(tiny_roberta: Path) -> None:

@@ -200,6 +200,12 @@ def test_a_gpu_s_runner_is_called_with_its_gpu_as_the_current_one(
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "device", Device)
+    container: Any = object.__new__(Container)
+    container._device, container._given = torch.device("cuda", 1), [None]
+    monkeypatch.setattr(container, "_run_in_current_stream", Native().run)
+    assert container.run([3]) == [3]
+    assert (now, moves) == ([current], switched), "a library's own interface goes the same way"
+    moves.clear()
     runner: Any = OnDevice(Native(), torch.device("cuda", 1))  # type: ignore[arg-type]
     assert runner.run([3]) == [3]
     assert (now, moves) == ([current], switched)

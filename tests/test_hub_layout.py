@@ -9,13 +9,13 @@ from bundles import CUDA, make_bundle
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hubaoti.artifact.repo_name import is_name
 from hubaoti.errors import BadManifest, BadRequest
 from hubaoti.hub.catalog import find_artifact_paths
 from hubaoti.hub.layout import (
     ArtifactPath,
     RepoRef,
     artifact_path,
-    is_name,
     is_revision,
     require_agreement,
 )

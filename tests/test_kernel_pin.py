@@ -20,6 +20,7 @@ from hubaoti.artifact.kernel_schema import list_unknown, read_arguments
 from hubaoti.artifact.kernel_variant import KernelHost, KernelVariant, choose_variant
 from hubaoti.artifact.schema import File
 from hubaoti.errors import BadManifest, BadRequest
+from hubaoti.hub.layout import RepoRef
 
 FILE = File(path="metadata.json", sha256="a" * 64, size=3)
 PIN = KernelPin(
@@ -40,6 +41,20 @@ def test_a_pin_without_a_build_is_written_as_it_always_was() -> None:
     assert msgspec.to_builtins(short) == {"repo": "a/b", "commit": "c" * 40, "sms": (90,)}
     assert short.build is None
     assert short.id == str(short)
+
+
+REPOS = st.from_regex(r"[A-Za-z0-9_.-]{0,4}/[A-Za-z0-9_.-]{0,6}(\.git)?", fullmatch=True)
+
+
+@given(st.one_of(REPOS, st.integers(40, 60).map(lambda n: f"{'a' * n}/{'b' * 48}")))
+def test_a_pin_names_a_repo_that_can_be_asked_for_and_no_other(repo: str) -> None:
+    try:
+        RepoRef(repo)
+    except BadRequest:
+        with pytest.raises(BadManifest, match="malformed kernel's repo"):
+            replace(PIN, repo=repo)
+    else:
+        assert replace(PIN, repo=repo).repo == repo
 
 
 def test_pins_survive_json() -> None:

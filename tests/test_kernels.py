@@ -47,6 +47,7 @@ from hubaoti.hub.kernels import fetch_kernels, pin_kernel
 from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
 from hubaoti.runtime.attention_ops import answer_by_reference
+from hubaoti.runtime.first_open import OpenHistory
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
@@ -559,10 +560,60 @@ def test_a_kernel_that_ends_its_process_is_never_loaded_here(
     """Torch ends a process for a schema that it cannot read."""
     schema = SCHEMAS["flash-attn3"].replace("bool is_causal", "Nothing is_causal")
     publish(f"{repo}-kernel", "_attention_cpu_4a", schema=schema)
-    push(repo, pin(settings, f"{repo}-kernel"))
+    pinned = pin(settings, f"{repo}-kernel")
+    bundle = push(repo, pinned)
+    for _ in range(2):  # the second time it is known
+        told = play(settings, "attaches", repos=[repo], trust=True)
+        assert told["error"] == "Quarantined"
+        assert "as its kernels were loaded, it crashed its process (SIGABRT)" in told["message"]
+        assert pinned.full_name in told["message"] and variant_here() in pinned.full_name
+        assert "--recipe bfloat16-sdpa" in told["hint"]
+        assert find_held_against(settings, bundle) and not [*settings.mirror.glob("quarantine/*")]
+
+
+def find_held_against(settings: Settings, bundle: Bundle) -> str | None:
+    """What is known of the first open of a bundle's graph, with its kernel."""
+    with Mirror.open(settings.mirror) as mirror:
+        kernels = bundle.manifest.requires.kernels
+        history = OpenHistory.on(mirror, torch.device("cpu"), (), kernels)
+        return history.find_problem(bundle.manifest.graphs[0])
+
+
+@pytest.mark.parametrize(
+    ("does", "problem"),
+    [
+        ("refuses", "failed: this build is not for you"),
+        ("crashes", "it crashed its process (SIGABRT); it calls the kernel"),
+    ],
+)
+def test_a_kernel_that_fails_when_it_is_first_called_is_named_and_remembered(
+    publish: Publish,
+    push: Callable[..., Bundle],
+    settings: Settings,
+    repo: str,
+    does: str,
+    problem: str,
+) -> None:
+    publish(f"{repo}-kernel", f"_{does}_cpu_4b")
+    pinned = pin(settings, f"{repo}-kernel")
+    bundle = push(repo, pinned)
     told = play(settings, "attaches", repos=[repo], trust=True)
-    assert told["error"] == "NotTried"
-    assert "before it was opened" in told["message"]
+    assert told["error"] == "Quarantined"
+    assert problem in told["message"] and pinned.full_name in told["message"]
+    assert "--attention sdpa" in told["hint"] and "try again" not in told["hint"]
+    assert find_held_against(settings, bundle)
+    apart = [*settings.mirror.glob("quarantine/*")]
+    assert len(apart) == (does == "crashes"), "of a refusal the graph is not to blame"
+
+
+def test_a_module_answers_itself_what_a_kernel_refuses_and_says_which(
+    pushed: tuple[Bundle, KernelPin], settings: Settings, repo: str
+) -> None:
+    for told in play(settings, "answers_itself", repo=repo):
+        assert told["off"] < 1e-5 and told["eager"]["kernel"] == 1, told
+        (said,) = told["told"]
+        assert f"the kernel {pushed[1].full_name} failed: this build takes no 7 rows" in said
+        assert 'hubaoti.pull(repo, recipe="bfloat16-sdpa")' in said
 
 
 def test_each_worker_of_a_space_opens_the_kernel_that_was_pulled(

@@ -5,7 +5,7 @@ A bundle is looked for in the output folder, then in the mirror, where every bui
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from hubaoti.api.finding import find_built, find_whole, list_trusted
 from hubaoti.artifact.bundle import Bundle, explain_store_errors
 from hubaoti.artifact.kernel_variant import KernelHost
 from hubaoti.artifact.manifest import FILENAME, label_recipe, label_variant
-from hubaoti.artifact.schema import ModelSource
+from hubaoti.artifact.schema import ModelSource, Target
 from hubaoti.compiler.reports import describe_jobs, join_errors, report_failure
 from hubaoti.compiler.request import KERNEL, CompileRequest
 from hubaoti.errors import (
@@ -40,7 +40,8 @@ from hubaoti.settings import Settings, list_kernel_tuning
 if TYPE_CHECKING:
     from torch import nn
 
-    from hubaoti.compiler.job import Job
+    from hubaoti.compiler.job import Job, Jobs
+    from hubaoti.compiler.plan import Plan
 
 _FA3 = "fa3"  # as recipes have it
 
@@ -83,11 +84,11 @@ def build_missing(
     with Mirror.open(means.settings.mirror) as mirror, _in_eval_mode(model):
         mirror.index.require_writable()
         with report_failure(output, _describe_request(request), (CompileFailed,)):
-            jobs, origin, refused = _prepare(model, request, host, means)
+            jobs, origin = _prepare(model, request, host, means)
         found: dict[Path, Bundle | None] = {
-            choose_place(output, request, job): None for job in jobs
+            choose_place(output, request, job): None for job in jobs.jobs
         }
-        missing = dict(zip(found, jobs, strict=True))
+        missing = dict(zip(found, jobs.jobs, strict=True))
         trust = Trust(means.settings.trust)
         for place in [] if means.force else [*missing]:
             found[place] = find_built(missing[place].key, place, mirror, trust, means.progress)
@@ -101,9 +102,9 @@ def build_missing(
                 found |= {bundle.path: bundle for bundle in bundles}
                 errors = [each for each in built if isinstance(each, HubaotiError)]
                 if errors:
-                    raise join_errors([*errors, *refused], _list_whole(found))
-        if refused:
-            raise join_errors(refused, _list_whole(found))
+                    raise join_errors([*errors, *jobs.refused], _list_whole(found))
+        if jobs.refused:
+            raise join_errors(jobs.refused, _list_whole(found))
         return [bundle for bundle in found.values() if bundle]
 
 
@@ -127,9 +128,8 @@ def _refuse_bundle(output: Path) -> None:
 
 def _prepare(
     model: str | Path | nn.Module, request: CompileRequest, host: Host, means: Means
-) -> tuple[list[Job], ModelSource, list[BadRequest]]:
-    """Everything but the work: the source, the plan, and the keys that they have; and why others
-    that were asked for beside these cannot be.
+) -> tuple[Jobs, ModelSource]:
+    """Everything but the work: the source, the plan, and the keys that they have.
 
     Raises:
         HubaotiError: what was asked cannot be; torch is not loaded for what can be seen before.
@@ -146,7 +146,6 @@ def _prepare(
         )
     means.progress("torch")  # importing it takes longer than most steps
     from hubaoti.compiler.fake_gpu import CPU, GPU
-    from hubaoti.compiler.job import make_jobs
     from hubaoti.compiler.options import merge_options, refuse_measuring
     from hubaoti.compiler.plan import make_plan
     from hubaoti.compiler.targets import choose_targets
@@ -168,8 +167,19 @@ def _prepare(
         request = replace(request, buckets=request.buckets or buckets)
     # As a model calls its blocks there, whether there is one here or not.
     plan = make_plan(source, request, GPU if targets[0].device == "cuda" else CPU)
-    jobs, refused = make_jobs(plan, request, targets)
-    return jobs, origin, refused
+    return _plan_jobs(plan, request, targets, means.progress), origin
+
+
+def _plan_jobs(
+    plan: Plan, request: CompileRequest, targets: Sequence[Target], progress: Progress
+) -> Jobs:
+    """The jobs of a request; what is left out beside them is told."""
+    from hubaoti.compiler.job import make_jobs
+
+    jobs = make_jobs(plan, request, targets)
+    for error in jobs.left_out:
+        progress(f"left out: {error}")
+    return jobs
 
 
 def _refuse_unread(model: str | Path | nn.Module, request: CompileRequest) -> None:
@@ -272,14 +282,17 @@ def _pin(job: Job, kernel: str, settings: Settings) -> Job:
         HubaotiError: of `pin_kernel`. BadRequest: it does not compute in the dtype.
     """
     from hubaoti.compiler.flash_attention import read_abilities, require_dtype
+    from hubaoti.compiler.plan import drop_told_graphs
 
     if job.build.attention != _FA3:
         return job
     client, target = HubClient(settings), job.target
     host = KernelHost(target.torch, target.cuda, target.level, target.os)
     pin = pin_kernel(client, kernel, host)
-    require_dtype(job.build.dtype, read_abilities(download_build(client, pin)), str(pin))
-    return replace(job, pins=(pin,))
+    has = read_abilities(download_build(client, pin))
+    require_dtype(job.build.dtype, has, str(pin))
+    plan = drop_told_graphs(job.plan, has.widest if has.lengths and has.appends else 0)
+    return replace(job, plan=plan, pins=(pin,), widest=has.widest)
 
 
 def _store(bundle: Bundle, mirror: Mirror) -> Bundle:
@@ -304,11 +317,11 @@ def explain_jobs(
     """What each of the builds that are asked for would be."""
     require("compile", "compile")
     with Mirror.open(means.settings.mirror) as mirror, _in_eval_mode(model):
-        jobs, _, refused = _prepare(model, request, probe_host(means.settings), means)
-        if refused:
-            raise join_errors(refused)
+        found, _ = _prepare(model, request, probe_host(means.settings), means)
+        if found.refused:
+            raise join_errors(found.refused)
+        jobs, trust = found.jobs, Trust(means.settings.trust)
         places = [output and choose_place(output, request, job) for job in jobs]
-        trust = Trust(means.settings.trust)
         return [_explain_job(*each, mirror, trust) for each in zip(jobs, places, strict=True)]
 
 

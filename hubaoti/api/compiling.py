@@ -161,7 +161,8 @@ def compile_for(  # noqa: PLR0913 - a face of keywords
         capabilities: of the GPUs, as `"sm80,sm90"` or `["sm80", "9.0"]`.
         output: a folder of bundles; each is called after its variant, with `-fa3` behind that.
         words: as `compile` has them, without a device; `mode="max-autotune"` needs the GPU itself.
-            Of several attentions, as `"fa3,sdpa"`, there is a bundle each.
+            Of several attentions, as `"fa3,sdpa"`, there is a bundle each, where it can be;
+            what is left out, as fa3 for `sm80`, `progress` is told.
 
     Raises:
         HubaotiError: what failed and what to do; no half-written bundle is left.

@@ -16,6 +16,7 @@ from msgspec import UNSET, UnsetType
 
 from hubaoti.artifact.canonical import digest_canonical
 from hubaoti.artifact.kernel_variant import KernelHost, KernelVariant
+from hubaoti.artifact.repo_name import is_repo
 from hubaoti.artifact.schema import File
 from hubaoti.errors import BadManifest, BadRequest
 
@@ -25,8 +26,6 @@ MOST_BYTES = 16 << 30  # of a kernel; the largest of today have 1 GB
 _MOST_OPS = 32
 _MOST_ARCHS = 100
 
-# Both halves start with no dot: the name becomes a folder.
-_REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAMESPACE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
 _ARCH = re.compile(r"(?P<major>[1-9][0-9]?)\.(?P<minor>[0-9])(?P<suffix>[af]?)(?P<ptx>\+PTX)?")
@@ -66,7 +65,7 @@ class KernelPin:
 
     def __post_init__(self) -> None:
         valid = {
-            "repo": _matches(_REPO, self.repo),
+            "repo": is_repo(self.repo),
             "commit": _matches(_COMMIT, self.commit),
             "sms": _is_list_of(lambda sm: type(sm) is int and 10 <= sm <= 999, self.sms, 500),
             "version": self.version is UNSET
@@ -91,6 +90,11 @@ class KernelPin:
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.commit}"
+
+    @property
+    def full_name(self) -> str:
+        """Where it was found, and in which of its builds, for a person."""
+        return str(self) if self.variant is UNSET else f"{self} ({self.variant})"
 
     @property
     def build(self) -> KernelBuild | None:

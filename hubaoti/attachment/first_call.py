@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hubaoti.errors import BadInput
+from hubaoti.errors import BadInput, KernelFailed
 from hubaoti.runtime import golden
 from hubaoti.runtime.containers import (
     Answers,
@@ -22,7 +22,7 @@ from hubaoti.runtime.containers import (
     spell_path,
     walk_containers,
 )
-from hubaoti.runtime.fallback import CannotServe
+from hubaoti.runtime.fallback import CannotServe, explain_failure
 from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.input_checks import name_dtype
 
@@ -112,8 +112,8 @@ class FirstCallCheck:
         call.prepare(given)
         try:
             ours = graph.run(given, small)
-        except BadInput as error:
-            raise CannotServe("failed", f"{error}") from error
+        except (BadInput, KernelFailed) as error:
+            raise explain_failure(error) from error
         contents = Contents(call.arguments)
         answer = call.eager()
         problem = (

@@ -15,9 +15,9 @@ from hubaoti.attachment.forward_patch import CountMiss, GraphPatch
 from hubaoti.attachment.module_guard import ModuleGuard
 from hubaoti.attachment.route import Route
 from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers, wants_gradient
-from hubaoti.errors import BadInput, MissingConstant
+from hubaoti.errors import BadInput, KernelFailed, MissingConstant
 from hubaoti.runtime.capturing import is_capturing, is_recording, is_rehearsing
-from hubaoti.runtime.fallback import CannotServe
+from hubaoti.runtime.fallback import CannotServe, explain_failure
 from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.kv_cache import CacheSlot, CacheState, slide_window
 
@@ -167,10 +167,10 @@ class Region(GraphPatch):
         slide_window(graph.entry.cache, held, inputs)
         try:
             outputs = graph.run(inputs, route.small)
-        except BadInput as error:
-            if held is not None and held.slides:
-                raise  # the window has moved on already: nobody could answer now
-            raise CannotServe("failed", f"{error}") from error
+        except (BadInput, KernelFailed) as error:
+            if _may_have_written(graph, held):
+                raise  # nobody could answer now
+            raise explain_failure(error) from error
         if held is not None:
             held.count_written()
         next(self._counts[graph.entry.id])
@@ -187,6 +187,18 @@ def _require_called(graph: Graph, is_new: bool) -> None:
         raise CannotServe("capture", f"graph {graph.entry.id} calls ops through torch's executor")
     if is_new or not graph.is_called:
         raise CannotServe("capture", f"graph {graph.entry.id} has not been called before")
+
+
+def _may_have_written(graph: Graph, held: CacheState | None) -> bool:
+    """Whether a graph that failed may have left its inputs otherwise than a module would mind.
+
+    A window has moved on already. What goes into the places of any other cache goes there again.
+    """
+    if held is not None and held.slides:
+        return True
+    cache = graph.entry.cache
+    again = set() if cache is None else {cache.keys, cache.values}
+    return any(item.mutated and n not in again for n, item in enumerate(graph.entry.inputs))
 
 
 def _is_patched(own: Any) -> bool:

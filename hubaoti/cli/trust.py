@@ -6,9 +6,9 @@ from dataclasses import asdict
 
 import click
 
+from hubaoti.artifact.repo_name import is_name
 from hubaoti.cli.output import print_json, print_line, print_table
 from hubaoti.errors import BadRequest
-from hubaoti.hub.layout import is_name
 from hubaoti.hub.trust import Trust
 from hubaoti.settings import Settings
 

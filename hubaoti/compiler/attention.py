@@ -57,8 +57,12 @@ def choose_kernels(dtype: str, sm: int, attention: str = "sdpa") -> tuple[str, .
     return (*best, FLASH, EFFICIENT) if dtype in {"bfloat16", "float16"} else (EFFICIENT,)
 
 
-def name_attention(program: ExportedProgram, kernels: Sequence[str]) -> ExportedProgram:
+def name_attention(
+    program: ExportedProgram, kernels: Sequence[str], widest: int = _WIDEST
+) -> ExportedProgram:
     """The program with a kernel's name in the place of each attention; the same without any.
+
+    FlashAttention-3 takes heads up to `widest`.
 
     Raises:
         CompileFailed: none of the kernels computes what a node does, or attention was chosen for
@@ -84,7 +88,7 @@ def name_attention(program: ExportedProgram, kernels: Sequence[str]) -> Exported
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        call = _Attention(query, key, value, attn_mask, is_causal, scale)
+        call = _Attention(query, key, value, attn_mask, is_causal, scale, widest)
         if dropout_p:
             raise _refuse(
                 call, f"drops {dropout_p:g} of what it sees", "call .eval() on the module"
@@ -130,7 +134,8 @@ def _list_targets(program: ExportedProgram) -> set[str]:
 class _Attention:
     """What one node is given; (batch, heads, rows, width) once it has four axes.
 
-    Each axis of a mask has the size of (batch, heads, rows, keys), or 1.
+    Each axis of a mask has the size of (batch, heads, rows, keys), or 1. Heads up to `widest` may
+    be given to FlashAttention-3.
     """
 
     query: torch.Tensor
@@ -139,6 +144,7 @@ class _Attention:
     mask: torch.Tensor | None
     causal: bool
     scale: float | None
+    widest: int = _WIDEST
 
     def __str__(self) -> str:
         query, key, value = (list(each.shape) for each in self.tensors)
@@ -254,7 +260,7 @@ def _call_kernel(call: _Attention, kernels: Sequence[str]) -> torch.Tensor:
         raise _refuse(call, "is computed by no kernel of CUDA's", "try --dtype float32")
     scale = width**-0.5 if call.scale is None else call.scale  # of the width without padding
     call = replace(call, scale=scale)
-    if FA3 in kernels and _fits_flash(call):
+    if FA3 in kernels and width <= call.widest and _fits_flash(call):
         answer = _call_fa3(call)
     elif FLASH in kernels and _fits_flash(call):
         answer = _call_flash(call)

@@ -17,36 +17,51 @@ from hubaoti.errors import BadRequest, CompileFailed
 
 _HALF = ("bfloat16", "float16")
 _SM = 90  # its code is Hopper's
+WIDEST = 256  # heads, of a build that has all of its code
 _BUILD_FLAGS = "build_flags"
 _LARGEST_CONFIG = 64 << 10  # bytes
 
 
 @dataclass(frozen=True, slots=True)
 class KernelAbilities:
-    """What a build of the kernel has beside bfloat16; by default what every one has, nothing."""
+    """What a build of the kernel has beside bfloat16; by default what one has that says nothing.
+
+    Nothing of ours asks for windows, softcap and paging. `lengths` and `appends` are what a graph
+    asks for that is told where a text begins, and `widest` is the widest head.
+    """
 
     fp16: bool = False
     windows: bool = False
     softcap: bool = False
     paging: bool = False
+    lengths: bool = True
+    appends: bool = True
+    widest: int = WIDEST
 
 
-_FLAGS = {"fp16": "FP16", "windows": "LOCAL", "softcap": "SOFTCAP", "paging": "PAGEDKV"}
-assert {*_FLAGS} == {each.name for each in fields(KernelAbilities)}
+_OPTIONAL = {"fp16": "FP16", "windows": "LOCAL", "softcap": "SOFTCAP", "paging": "PAGEDKV"}
+_USUAL = {"lengths": "VARLEN", "appends": "APPENDKV"}
+_WIDTHS = (64, 96, 128, 192, 256)  # a head has the next one's code
+assert {*_OPTIONAL, *_USUAL, "widest"} == {each.name for each in fields(KernelAbilities)}
+
+
+_NAMES = (*_OPTIONAL.values(), *_USUAL.values(), *(f"HDIM{width}" for width in _WIDTHS))
 
 
 def read_abilities(files: Mapping[str, Path]) -> KernelAbilities:
     """What a build of the kernel has, of whose files these are, by the flags that its setup wrote.
 
-    They are read and not run. Without them, or where they cannot be read, it is nothing.
+    They are read and not run. Without them, or where they cannot be read, it is the default.
     """
     for path in sorted(path for path in files if path.endswith("_config.py")):
         if flags := _read_flags(files[path]):
-            found = {
-                name: flags.get(f"FLASHATTENTION_DISABLE_{flag}") is False
-                for name, flag in _FLAGS.items()
-            }
-            return KernelAbilities(**found)
+            lacks = {name: flags.get(f"FLASHATTENTION_DISABLE_{name}") for name in _NAMES}
+            widths = [width for width in _WIDTHS if not lacks[f"HDIM{width}"]]
+            return KernelAbilities(
+                **{name: lacks[flag] is False for name, flag in _OPTIONAL.items()},
+                **{name: not lacks[flag] for name, flag in _USUAL.items()},
+                widest=max(widths, default=0),
+            )
     return KernelAbilities()
 
 

@@ -324,6 +324,7 @@ def _make_request(build: _Build, folder: Path) -> LowerRequest:
         inputs=traced.unit.face.inputs,
         bounds={name: (each.low, each.high, each.step) for name, each in bounds.items()},
         kernels=job.build.kernels or (),
+        widest=job.widest,
         level=job.target.level,
         options=job.build.options,
         where=f"{job.key[:12]}-{traced.unit.id}",

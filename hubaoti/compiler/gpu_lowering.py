@@ -36,7 +36,8 @@ class LowerRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A saved program, and the folder for its package and what tells of its kernels.
 
     It is lowered for the compute capability `sm`; `measures` says that the process has a real GPU.
-    `inputs` and `bounds` are those of the program, a bound being low, high and step. The rest is as
+    `inputs` and `bounds` are those of the program, a bound being low, high and step. Heads up to
+    `widest` are FlashAttention-3's, where it is among the `kernels`. The rest is as
     `inductor.lower` has it; `ops` are modules that register ops of the program.
     """
 
@@ -47,6 +48,7 @@ class LowerRequest(msgspec.Struct, frozen=True, kw_only=True):
     inputs: tuple[Input, ...]
     bounds: dict[str, tuple[int, int, int]]
     kernels: tuple[str, ...]
+    widest: int
     level: str
     options: dict[str, Any]
     where: str
@@ -183,7 +185,7 @@ def _load(request: LowerRequest, device: torch.device) -> ExportedProgram:
             hint="an op that only your process registers has to be in a module of its own",
         ) from error
     try:
-        return name_attention(program, request.kernels)
+        return name_attention(program, request.kernels, request.widest)
     except HubaotiError:
         raise
     except Exception as error:  # of torch, which goes through the whole program once more

@@ -112,6 +112,16 @@ def add_lengths(unit: GraphPlan) -> list[GraphPlan]:
     return [replace(told, order=2 * unit.order), whole]
 
 
+def read_told_width(unit: GraphPlan) -> int | None:
+    """How wide the heads are in a graph that is told where texts begin; None of any other."""
+    cache = unit.face.cache
+    if unit.masks != "padded" or cache is None:
+        return None
+    width = unit.face.inputs[cache.keys].shape[-1]
+    assert isinstance(width, int)  # else there were no such graph
+    return width
+
+
 def _takes_lengths(unit: GraphPlan, mask: Input) -> bool:
     """Whether the kernel attends over a unit's static cache, and its mask hides or does not."""
     cache = unit.face.cache

@@ -12,7 +12,7 @@ import msgspec
 from hubaoti.artifact.kernel_pin import KernelPin
 from hubaoti.artifact.schema import Build, Target, compute_key
 from hubaoti.compiler.attention import choose_kernels
-from hubaoti.compiler.flash_attention import refuse_fa3
+from hubaoti.compiler.flash_attention import WIDEST, refuse_fa3
 from hubaoti.compiler.graph_plans import GraphPlan
 from hubaoti.compiler.inductor import choose_inductor_options
 from hubaoti.compiler.plan import Plan, add_fa3_graphs
@@ -34,14 +34,15 @@ _BY_ITSELF = 4  # of a layout: takes inputs of any strides
 class Job:
     """A plan and all that its key is made of; `key` says whether it is already built.
 
-    `pins` are the kernels that its graphs may call, which are not in the key: a kernel that was
-    built anew answers the same graphs.
+    `pins` are the kernels that its graphs may call, and `widest` the widest heads that these take;
+    neither is in the key: a kernel that was built anew answers the same graphs.
     """
 
     plan: Plan
     build: Build
     target: Target
     pins: tuple[KernelPin, ...] = ()
+    widest: int = WIDEST
 
     @classmethod
     def of(
@@ -64,25 +65,41 @@ class Job:
         return compute_key(self.plan.source.program, self.build, self.target)
 
 
-def make_jobs(
-    plan: Plan, request: CompileRequest, targets: Sequence[Target]
-) -> tuple[list[Job], list[BadRequest]]:
-    """The jobs of a request, one for each target and attention, and why others cannot be.
+@dataclass(frozen=True, slots=True)
+class Jobs:
+    """The jobs of a request, and why others cannot be.
+
+    `left_out` are of targets that have another job, so that a bundle serves them; `refused` are of
+    those that have none.
+    """
+
+    jobs: tuple[Job, ...]
+    left_out: tuple[BadRequest, ...]
+    refused: tuple[BadRequest, ...]
+
+
+def make_jobs(plan: Plan, request: CompileRequest, targets: Sequence[Target]) -> Jobs:
+    """The jobs of a request, one for each target and attention.
 
     Raises:
-        BadRequest: none can.
+        BadRequest: none can be.
     """
-    jobs, refused = list[Job](), list[BadRequest]()
+    jobs, refused = list[Job](), list[tuple[Target, BadRequest]]()
     plans = {"sdpa": plan, FA3: add_fa3_graphs(plan) if FA3 in request.attentions else plan}
     for target, attention in product(targets, request.attentions or ("sdpa",)):
         refusal = refuse_fa3(target, plan.source.dtype) if attention == FA3 else None
         if refusal is not None:
-            refused.append(refusal)
+            refused.append((target, refusal))
         else:
             jobs.append(Job.of(plans[attention], request, target, attention))
     if not jobs:
-        raise join_errors(refused)
-    return jobs, refused
+        raise join_errors([error for _, error in refused])
+    served = [job.target for job in jobs]
+    return Jobs(
+        jobs=(*jobs,),
+        left_out=tuple(error for target, error in refused if target in served),
+        refused=tuple(error for target, error in refused if target not in served),
+    )
 
 
 def describe_build(

@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from hubaoti.errors import CompileFailed
 from hubaoti.program.silence import silence_torchao
 from hubaoti.runtime.attention_ops import call_decode
+from hubaoti.runtime.call_template import CAUSAL
 from hubaoti.runtime.kv_cache import SLIDING, find_layer_numbers
 
 ATTENTION = "hubaoti_sdpa"
@@ -265,9 +266,14 @@ def attend_causal(
 ) -> tuple[torch.Tensor, None]:
     """Attention of as many tokens as there are keys to those before them, whatever the mask says.
 
+    What of a block looks at something else, as at what an encoder saw, is as `attend_grouped` has
+    it.
+
     Raises:
         CompileFailed: as `attend_grouped` does.
     """
+    if not _is_causal(module):
+        return attend_grouped(module, query, key, value, attention_mask, **rest)
     _refuse_unknown(rest)
     return _attend_all(query, key, value, rest.get("scaling"), is_causal=True)
 
@@ -298,11 +304,14 @@ def attend_padded(
 ) -> tuple[torch.Tensor, None]:
     """Attention over a cache of which a text has all places from its first, one row one more.
 
-    What of the mask is looked at is its last row: how many places it leaves out.
+    What of the mask is looked at is its last row: how many places it leaves out. What of a block
+    looks at something else is as `attend_grouped` has it.
 
     Raises:
         CompileFailed: as `attend_grouped` does; or the keys are not those that go into the cache.
     """
+    if not _is_causal(module):
+        return attend_grouped(module, query, key, value, attention_mask, **rest)
     _refuse_unknown(rest)
     layer: Told | None = getattr(key, _LAYER, None)
     if layer is None or attention_mask is None:
@@ -314,6 +323,11 @@ def attend_padded(
     leftpad = (attention_mask.shape[3] - attention_mask[:, 0, -1].sum(-1)).int()
     given = [each.transpose(1, 2) for each in (query, *layer.held, key, value)]
     return call_decode(given, used, leftpad, rest.get("scaling")), None
+
+
+def _is_causal(module: nn.Module) -> bool:
+    """Whether an attention looks at nothing that comes later, as transformers' sdpa asks for it."""
+    return bool(getattr(module, CAUSAL, True))
 
 
 def attends_by_lengths(module: nn.Module) -> bool:

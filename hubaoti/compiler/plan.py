@@ -30,6 +30,7 @@ from hubaoti.compiler.graph_plans import (
     GraphPlan,
     add_lengths,
     add_unmasked,
+    read_told_width,
     split_into_buckets,
 )
 from hubaoti.compiler.images import AXES, vary_image_size
@@ -107,6 +108,15 @@ def add_fa3_graphs(plan: Plan) -> Plan:
     pairs = zip(plan.units, told, strict=True)
     units = [each for unit, is_told in pairs for each in (add_lengths(unit) if is_told else [unit])]
     return replace(plan, units=tuple(units)) if len(units) > len(plan.units) else plan
+
+
+def drop_told_graphs(plan: Plan, widest: int) -> Plan:
+    """The plan without graphs that are told lengths of heads that are wider than a kernel takes.
+
+    The same plan where there are none.
+    """
+    units = tuple(unit for unit in plan.units if (read_told_width(unit) or 0) <= widest)
+    return plan if len(units) == len(plan.units) else replace(plan, units=units)
 
 
 def _require_no_cache(source: Source) -> None:

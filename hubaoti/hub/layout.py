@@ -10,13 +10,13 @@ import re
 from dataclasses import dataclass, replace
 
 from hubaoti.artifact.manifest import FILENAME, Manifest
+from hubaoti.artifact.repo_name import is_repo
 from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.errors import BadManifest, BadRequest
 
 _REPO_HINT = "write it as owner/name or owner/name@revision"
 _PATH_HINT = "write it as <recipe>/<variant>: float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
 
-_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # What git forbids in a branch's or tag's name, and what a URL or a shell would trip over.
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]{0,199}")
@@ -35,10 +35,7 @@ class RepoRef:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        is_text = isinstance(self.repo, str)
-        owner, slash, name = self.repo.partition("/") if is_text else ("", "", "")
-        good = slash and all(map(is_name, (owner, name))) and len(self.repo) <= 96
-        if not good:
+        if not is_repo(self.repo):
             raise BadRequest(f"malformed repo: {self.repo!r:.120}", hint=_REPO_HINT)
         if self.revision is not None and not is_revision(self.revision):
             raise BadRequest(f"malformed revision: {self.revision!r:.120}", hint=_REPO_HINT)
@@ -66,12 +63,6 @@ class RepoRef:
         """The revision, if it is a full commit id, which nothing can move."""
         full = self.revision is not None and _COMMIT.fullmatch(self.revision)
         return self.revision if full else None
-
-
-def is_name(text: str) -> bool:
-    """Whether an owner or a repo may be called so."""
-    odd = "--" in text or ".." in text or text.endswith(".git")
-    return _NAME.fullmatch(text) is not None and not odd
 
 
 def is_revision(text: str) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import repeat
 from pathlib import Path
 from threading import Lock
@@ -62,6 +62,20 @@ def _renew_locks() -> None:
 os.register_at_fork(after_in_child=_renew_locks)
 
 
+_Tensors = list[torch.Tensor]
+
+
+def call_on_device(
+    device: torch.device, run: Callable[[_Tensors], _Tensors], inputs: _Tensors
+) -> _Tensors:
+    """Call with a GPU as the current one, of whose pool and stream is what is allocated."""
+    index = device.index or 0
+    if torch.cuda.current_device() == index:
+        return run(inputs)
+    with torch.cuda.device(index):
+        return run(inputs)
+
+
 class Container:
     """An open library with constants of its own, called by one thread at a time.
 
@@ -110,9 +124,10 @@ class Container:
             raise RuntimeError(f"it takes {len(self._given)} inputs, not {len(inputs)}")
         if self._device is None:
             return self._run_in(None, inputs)
-        # What it allocates is of the current device's pool, and of the current stream.
-        with torch.cuda.device(self._device):
-            return self._run_in(torch.cuda.current_stream().cuda_stream, inputs)
+        return call_on_device(self._device, self._run_in_current_stream, inputs)
+
+    def _run_in_current_stream(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return self._run_in(torch.cuda.current_stream().cuda_stream, inputs)
 
     def _run_in(self, stream: int | None, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         handles = [*map(_read_pointer, self._make_handles(inputs), repeat(None))]

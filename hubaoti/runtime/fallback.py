@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hubaoti.errors import BadInput, KernelFailed
+
 # By their names, which stand in `Attachment.stats` and in files of misses: do not rename.
 ADVICE = {
     "tracing": "torch.compile, export and jit trace the module itself; leave them out where graphs "
@@ -37,6 +39,9 @@ ADVICE = {
     "main": "call it in a function that has @spaces.GPU",
     "unopened": "this process answers without graphs; what to do is said above",
     "failed": "the graph failed while it ran; see that its inputs are what its manifest says",
+    "kernel": "attach graphs that call no kernel, of the same repo if it has them: "
+    'hubaoti.attach(model, hubaoti.pull(repo, recipe="bfloat16-sdpa")); or compile them with '
+    "--attention sdpa",
 }
 
 
@@ -53,3 +58,8 @@ class CannotServe(Exception):
     def advice(self) -> str:
         """What to do to have such calls answered by a graph, for a message's hint."""
         return ADVICE[self.reason]
+
+
+def explain_failure(error: BadInput | KernelFailed) -> CannotServe:
+    """Why a graph cannot answer a call in which it failed, or a kernel that it calls."""
+    return CannotServe("kernel" if isinstance(error, KernelFailed) else "failed", f"{error}")

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     import torch
 
 RETRY = "hubaoti mirror retry"  # forgets verdicts, and brings back what has the right bytes
+_WITHOUT_KERNEL = (
+    "pull a recipe that calls no kernel, as hubaoti pull REPO --recipe bfloat16-sdpa, compile the "
+    "model with --attention sdpa"
+)
 
 
 def require_sound(
@@ -195,7 +199,7 @@ class OpenHistory:
                 "nothing is held against it",
             )
         self._remember(graph.sha256, verdict.problem)
-        if verdict.problem and self.is_kept:
+        if verdict.problem and self.is_kept and not verdict.of_kernel:
             self.mirror.quarantine(graph)
 
     def _remember(self, graph: str, problem: str) -> None:
@@ -225,9 +229,13 @@ def refuse_problems(problems: Mapping[str, str], artifact: Artifact) -> None:
     """
     if problems:
         message = "; ".join(f"graph {graph}: {problem}" for graph, problem in problems.items())
+        kernels = [pin.full_name for pin in artifact.manifest.requires.kernels]
+        if unnamed := [name for name in kernels if name not in message]:
+            message += f"; it calls the kernel {' and '.join(unnamed)}"
+        other = _WITHOUT_KERNEL if kernels else "pull another variant, compile the model here"
         raise Quarantined(
             f"artifact {artifact.digest[:12]} failed its first open on this host: {message}",
-            hint="it is not opened; pull another variant, compile the model here, or use --eager; "
+            hint=f"it is not opened; {other}, or use --eager; "
             f"where this machine was to blame: {RETRY}",
         )
 

@@ -19,6 +19,8 @@ from hubaoti.errors import (
     BadInput,
     BadRequest,
     CannotOpen,
+    HubaotiError,
+    KernelFailed,
     MissingConstant,
     MissingOps,
     NotEnoughMemory,
@@ -26,8 +28,10 @@ from hubaoti.errors import (
 )
 from hubaoti.host.memory import is_limited
 from hubaoti.runtime.container import Container
+from hubaoti.runtime.fallback import ADVICE
 from hubaoti.runtime.graph_ops import NAME_OPS, require_ops
 from hubaoti.runtime.input_checks import Checks, address, check_constant
+from hubaoti.runtime.kernel_adapters import FAILURE
 from hubaoti.runtime.runners import Bound, Runner, open_native_runner
 from hubaoti.runtime.threads import run_in_one_thread
 
@@ -218,22 +222,24 @@ class Graph:
 
         Raises:
             BadInput: the native code itself refuses, as of an embedding's ids.
+            KernelFailed: a kernel that it calls does.
         """
         bound = self._bound  # held until it has run, whoever binds or releases meanwhile
         if not self._ready:
             raise self._explain_unbound()
         if self.note is not None:
             self.note()
+        FAILURE.last = None  # of somebody else's call
         try:
             run = self._runner.run
             outputs = run_in_one_thread(self._run_short, inputs) if small else run(inputs)
             self.is_called = True
             return outputs
-        except RuntimeError as error:
-            raise BadInput(
-                f"graph {self.entry.id} failed: {first_line(error)}",
-                hint="see that its inputs are what the manifest says of their values",
-            ) from error
+        except Exception as error:
+            problem = self._explain_failure(error)
+            if problem is None:
+                raise
+            raise problem from error
         finally:
             del bound
 
@@ -249,6 +255,18 @@ class Graph:
         """Let go of the constants: it is not called again before it is bound again."""
         self._ready = not self._reads
         self._bound, self._given, self._addresses = Bound({}), [], []
+
+    def _explain_failure(self, error: Exception) -> HubaotiError | None:
+        """What an error of native code says to who called; None where it is none of its own."""
+        if FAILURE.last is not None:
+            message, hint = f"graph {self.entry.id}: {FAILURE.last}", ADVICE["kernel"]
+            return KernelFailed(message, hint=hint)
+        if not isinstance(error, RuntimeError):
+            return None
+        return BadInput(
+            f"graph {self.entry.id} failed: {first_line(error)}",
+            hint="see that its inputs are what the manifest says of their values",
+        )
 
     def _explain_unbound(self) -> BadInput:
         """Why it cannot be called: what it would read is not there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,14 +10,27 @@ import torch
 
 from hubaoti.artifact.kernel_pin import KernelBuild, KernelOp
 from hubaoti.artifact.kernel_schema import CALLED, UNASKED, list_unknown
-from hubaoti.errors import KernelSchemaMismatch
+from hubaoti.errors import KernelSchemaMismatch, first_line
 from hubaoti.runtime.attention_ops import DECODE, FORWARD, VARLEN
 
 _HINT = "use a kernel of one of the schemas that hubaoti knows, or an sdpa recipe"
 
 
-def adapt_kernel(build: KernelBuild) -> Mapping[str, Callable[..., torch.Tensor]]:
-    """What answers each of our ops by a build that is loaded.
+class _Failure(threading.local):
+    """What a kernel said that failed in this thread.
+
+    The native code of a graph between it and who called the graph tells that something failed, and
+    no more.
+    """
+
+    last: str | None = None
+
+
+FAILURE = _Failure()
+
+
+def adapt_kernel(build: KernelBuild, name: str) -> Mapping[str, Callable[..., torch.Tensor]]:
+    """What answers each of our ops by a build that is loaded; in words it is called `name`.
 
     Raises:
         KernelSchemaMismatch: an op is not what was pinned, or not called in a way that we know.
@@ -25,7 +39,7 @@ def adapt_kernel(build: KernelBuild) -> Mapping[str, Callable[..., torch.Tensor]
         _require_schema(build, op)
     if CALLED not in {op.name for op in build.ops}:
         raise KernelSchemaMismatch(f"no op {CALLED} is pinned of {build.namespace}", hint=_HINT)
-    adapter = _Adapter(getattr(getattr(torch.ops, build.namespace), CALLED).default)
+    adapter = _Adapter(getattr(getattr(torch.ops, build.namespace), CALLED).default, name)
     return {FORWARD: adapter.forward, VARLEN: adapter.varlen, DECODE: adapter.decode}
 
 
@@ -59,7 +73,7 @@ class _Adapter:
         KernelSchemaMismatch: it has an argument that we do not know, or lacks one.
     """
 
-    def __init__(self, op: Any) -> None:
+    def __init__(self, op: Any, name: str) -> None:
         names = [argument.name for argument in op._schema.arguments]
         if problems := list_unknown(names):
             raise KernelSchemaMismatch(
@@ -70,7 +84,7 @@ class _Adapter:
             raise KernelSchemaMismatch(
                 f"nobody knows what {op._schema.name} answers: {op._schema}", hint=_HINT
             )
-        self._op = op
+        self._op, self._name = op, name
         self._places = {name: index for index, name in enumerate(names)}
         self._arguments = [UNASKED.get(name) for name in names]
 
@@ -130,7 +144,13 @@ class _Adapter:
         }
         for name, value in asked.items():
             arguments[self._places[name]] = value
-        answer: torch.Tensor = self._op(*arguments)[0]
+        try:
+            answer: torch.Tensor = self._op(*arguments)[0]
+        except torch.OutOfMemoryError:  # which says nothing of the kernel
+            raise
+        except Exception as error:
+            FAILURE.last = f"the kernel {self._name} failed: {first_line(error)}"
+            raise
         return answer
 
 

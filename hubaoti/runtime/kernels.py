@@ -33,7 +33,7 @@ from hubaoti.mirror.kernel import variant_folder
 from hubaoti.runtime.attention_ops import NAMESPACE
 from hubaoti.runtime.kernel_adapters import adapt_kernel
 
-_NO_KERNEL = "pull an sdpa recipe, which needs no kernel"
+NO_KERNEL = "pull a recipe that needs no kernel, as hubaoti pull REPO --recipe bfloat16-sdpa"
 _LIBRARY = torch.library.Library(NAMESPACE, "IMPL")  # type: ignore[no-untyped-call]
 _LOCK = threading.Lock()
 # What this process has, by digests: of builds by their namespaces, and of those that answer our
@@ -60,7 +60,7 @@ def judge_kernels(pins: Sequence[KernelPin], device: torch.device) -> None:
         if built:
             raise KernelArchUnsupported(
                 f"the kernel {pin} is built for {' and '.join(built)}; here is {here}",
-                hint=_NO_KERNEL,
+                hint=NO_KERNEL,
             )
 
 
@@ -83,13 +83,13 @@ def open_kernels(pins: Sequence[KernelPin], folder: Path, device: torch.device) 
             if pin.build is None:
                 raise KernelMissing(
                     f"the kernel {pin} is pinned without its files, so none can be verified",
-                    hint=f"compile the artifact again, or {_NO_KERNEL}",
+                    hint=f"compile the artifact again, or {NO_KERNEL}",
                 )
             if not (folder / pin.build.digest).is_dir():
                 raise KernelMissing(
-                    f"the kernel {pin} is not here", hint=f"pull it, or {_NO_KERNEL}"
+                    f"the kernel {pin} is not here", hint=f"pull it, or {NO_KERNEL}"
                 )
-            _open_build(str(pin), pin.build, folder / pin.build.digest, device)
+            _open_build(pin.full_name, pin.build, folder / pin.build.digest, device)
 
 
 def _open_build(name: str, build: KernelBuild, folder: Path, device: torch.device) -> None:
@@ -105,7 +105,7 @@ def _open_build(name: str, build: KernelBuild, folder: Path, device: torch.devic
     if not _is_loaded(name, build):
         _load(name, build, folder, device)
         _LOADED[build.namespace] = build.digest
-    for op, function in adapt_kernel(build).items():
+    for op, function in adapt_kernel(build, name).items():
         _LIBRARY.impl(op, function, device.type.upper())  # type: ignore[no-untyped-call]
     _ANSWERING[device.type] = build.digest
 
@@ -168,7 +168,7 @@ def _load(name: str, build: KernelBuild, folder: Path, device: torch.device) -> 
     except Exception as error:  # of its own code, of what it imports, of the system that loads it
         raise CannotOpen(
             f"the kernel {name} cannot be loaded: {first_line(error)}",
-            hint=f"install what it needs, or {_NO_KERNEL}",
+            hint=f"install what it needs, or {NO_KERNEL}",
         ) from error
 
 

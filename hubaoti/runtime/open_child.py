@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from hubaoti.errors import (
     HubaotiError,
     KernelArchUnsupported,
     KernelConflict,
+    KernelFailed,
     KernelMissing,
     KernelSchemaMismatch,
     MissingDependency,
@@ -58,10 +60,10 @@ _UNOPENED = {
 class OpenVerdict:
     """What came of a graph's first open; `problem` is empty where it answers as it should.
 
-    Only a crash and a wrong answer are `lasting`: all else may have been this moment's, as a
-    process that was ended from outside, or too little memory. `error` stands where there was no
-    answer but one. It was `opened` where it got as far as its first call, and `compared` where its
-    golden answers were.
+    Only a crash, a wrong answer and what a kernel refuses are `lasting`: all else may have been
+    this moment's, as a process that was ended from outside, or too little memory. `error` stands
+    where there was no answer but one. It was `opened` where it got as far as its first call, and
+    `compared` where its golden answers were. Of a kernel's problem the graph is not to blame.
     """
 
     graph: str
@@ -70,6 +72,7 @@ class OpenVerdict:
     error: ErrorRecord | None = None
     opened: bool = False
     compared: bool = False
+    of_kernel: bool = False
 
     @property
     def is_loadable(self) -> bool:
@@ -94,7 +97,8 @@ class _ArtifactRequest(OpenRequest, frozen=True, kw_only=True):
 
 
 class OpenReport(msgspec.Struct, frozen=True):
-    """What a child says of a graph: that it begins with it, has opened it, or what came of it."""
+    """What a child says of a graph: that it begins with its kernels, or with itself, has opened it,
+    or what came of it."""
 
     graph: str
     problem: str | None = None
@@ -102,6 +106,7 @@ class OpenReport(msgspec.Struct, frozen=True):
     is_limited: bool = False
     opened: bool = False
     compared: bool = False
+    of_kernel: bool = False
 
 
 def open_in_child(
@@ -169,13 +174,15 @@ def read_verdicts(output: ChildOutput, waiting: Sequence[str]) -> Iterator[OpenV
         if report.problem is not None:
             left.remove(report.graph)
             begun = None
+            failed = report.error is not None and report.error.kind == KernelFailed.__name__
             yield OpenVerdict(
                 graph=report.graph,
                 problem=report.problem[:_LONGEST],
-                lasting=report.error is None,
+                lasting=report.error is None or failed,
                 error=report.error,
                 opened=report.opened,
                 compared=report.compared,
+                of_kernel=failed,
             )
     if not left:
         return
@@ -189,7 +196,14 @@ def read_verdicts(output: ChildOutput, waiting: Sequence[str]) -> Iterator[OpenV
         yield OpenVerdict(left[0], f"before it was opened, {problem}", lasting=False)
     else:  # nothing, unless it crashed there, and not for memory
         lasting = -output.code in CRASHES and not begun.is_limited
-        yield OpenVerdict(begun.graph, problem, lasting, opened=begun.opened)
+        when = "as its kernels were loaded, " * begun.of_kernel
+        yield OpenVerdict(
+            begun.graph,
+            f"{when}{problem}",
+            lasting,
+            opened=begun.opened,
+            of_kernel=begun.of_kernel,
+        )
 
 
 @dataclass(slots=True)
@@ -201,9 +215,12 @@ class Attempt:
     opened: bool = False
     compared: bool = False
 
-    def begin(self) -> None:
-        """From now on the graph is blamed for what happens."""
-        self.channel.send(OpenReport(self.graph, is_limited=is_limited(), opened=self.opened))
+    def begin(self, *, of_kernel: bool = False) -> None:
+        """From now on the graph is blamed for what happens, or first a kernel that it calls."""
+        report = OpenReport(
+            self.graph, is_limited=is_limited(), opened=self.opened, of_kernel=of_kernel
+        )
+        self.channel.send(report)
 
     def note_opened(self) -> None:
         """It is open, and is called next."""
@@ -242,37 +259,40 @@ def main() -> None:
     """The child that opens graphs of an artifact."""
     import torch
 
-    from hubaoti.runtime import golden
-    from hubaoti.runtime.gpus import computes
-    from hubaoti.runtime.graph import open_graph
-    from hubaoti.runtime.kernels import open_kernels
-
     channel = join_parent(is_awaited=True)
     request: _ArtifactRequest = channel.receive(_ArtifactRequest)
     path, graphs = (Path(os.fsdecode(each)) for each in (request.path, request.graphs))
     manifest = parse_manifest((path / FILENAME).read_bytes(), str(path))
     artifact = Artifact(manifest.digest, path, graphs, manifest)
-    entries = {entry.id: entry for entry in manifest.graphs}
-    device = torch.device(request.device)
+    report_opens(channel, request, partial(_try_graph, artifact, torch.device(request.device)))
 
-    def try_graph(attempt: Attempt) -> str:
-        entry = entries[attempt.graph]
-        open_kernels(manifest.requires.kernels, artifact.kernels, device)
-        attempt.begin()  # what a kernel did is not held against it
-        try:
-            graph = open_graph(artifact.graph_folder(entry), entry, device)
-            if entry.golden is None:
-                attempt.opened = True
-                return ""
-            expected = golden.load_expected(entry, path)
-            attempt.note_opened()
-            found = golden.ask_golden(graph, path)
-        except torch.OutOfMemoryError as error:  # of a GPU: others have the rest of it
-            hint = "free some of the GPU's memory: a graph is not opened before it was tried"
-            raise NotEnoughMemory(f"graph {entry.id}: {first_line(error)}", hint=hint) from error
-        if not computes(device):
+
+def _try_graph(artifact: Artifact, device: torch.device, attempt: Attempt) -> str:
+    """Open a graph of an artifact and compare its golden answers: what is wrong, else nothing."""
+    import torch
+
+    from hubaoti.runtime import golden
+    from hubaoti.runtime.gpus import computes
+    from hubaoti.runtime.graph import open_graph
+    from hubaoti.runtime.kernels import open_kernels
+
+    entry = next(each for each in artifact.manifest.graphs if each.id == attempt.graph)
+    if kernels := artifact.manifest.requires.kernels:
+        attempt.begin(of_kernel=True)
+        open_kernels(kernels, artifact.kernels, device)
+    attempt.begin()
+    try:
+        graph = open_graph(artifact.graph_folder(entry), entry, device)
+        if entry.golden is None:
+            attempt.opened = True
             return ""
-        attempt.compared = True
-        return "; ".join(golden.compare_golden_answers(found, expected, entry.golden.tolerances))
-
-    report_opens(channel, request, try_graph)
+        expected = golden.load_expected(entry, artifact.path)
+        attempt.note_opened()
+        found = golden.ask_golden(graph, artifact.path)
+    except torch.OutOfMemoryError as error:  # of a GPU: others have the rest of it
+        hint = "free some of the GPU's memory: a graph is not opened before it was tried"
+        raise NotEnoughMemory(f"graph {entry.id}: {first_line(error)}", hint=hint) from error
+    if not computes(device):
+        return ""
+    attempt.compared = True
+    return "; ".join(golden.compare_golden_answers(found, expected, entry.golden.tolerances))

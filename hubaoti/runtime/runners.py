@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from hubaoti.artifact.package import pack_folder
-from hubaoti.runtime.container import Container, has_interface
+from hubaoti.runtime.container import Container, call_on_device, has_interface
 
 # By dtype and device; nobody has them now. Appending and popping are safe in threads.
 FREE: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
@@ -121,14 +121,10 @@ class OnDevice:
     """
 
     def __init__(self, runner: Runner, device: torch.device) -> None:
-        self._runner = runner
-        self._index = device.index or 0
+        self._runner, self._device = runner, device
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        if torch.cuda.current_device() == self._index:
-            return self._runner.run(inputs)
-        with torch.cuda.device(self._index):
-            return self._runner.run(inputs)
+        return call_on_device(self._device, self._runner.run, inputs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
