@@ -23,7 +23,7 @@ _state = _State()
 
 def is_capturing(device: torch.device) -> bool:
     """Whether a call is captured, or rehearsed as if it were."""
-    if device.type != "cuda" or not torch.cuda.is_initialized():
+    if device.type != "cuda" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return False
     return _state.is_rehearsing or torch.cuda.is_current_stream_capturing()
 
