@@ -164,12 +164,22 @@ def found(request: pytest.FixtureRequest) -> Found:
     return record
 
 
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What all checks share: what one of them compiled, others take."""
+    return tmp_path_factory.mktemp("gpu")
+
+
+@pytest.fixture
+def place_on_cpu(tmp_path: Path) -> Place:
+    """A place where nothing was made."""
+    return Place(torch.device("cpu"), tmp_path, Settings(tmp_path / "home", "http://127.0.0.1:9"))
+
+
 @pytest.fixture(scope="module")
-def place(
-    device: torch.device, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
-) -> Iterator[Place]:
+def place(device: torch.device, folder: Path, pytestconfig: pytest.Config) -> Iterator[Place]:
     """A home of its own; what was made beforehand, and the kernels that were brought with it."""
-    made, folder = pytestconfig.getoption("--bundles", None), tmp_path_factory.mktemp("gpu")
+    made, folder = pytestconfig.getoption("--bundles", None), folder / device.type
     hub = made / "hub" if made else None
     if hub is None or not hub.is_dir():
         yield Place(device, folder, Settings(folder / "home", "http://127.0.0.1:9"), made)

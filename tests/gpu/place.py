@@ -41,8 +41,8 @@ class Place:
         return self.device.type == "cuda"
 
     def get_bundle(self, name: str, make: Callable[[Place], Bundle]) -> Bundle:
-        """The bundle of a name, as it was made beforehand, or else made now."""
-        folder = find_bundle(self.made, name) if self.made else None
+        """The bundle of a name, as it was made beforehand, or else made now, once."""
+        folder = find_bundle(self.made or self.folder, name)
         return Bundle.read(folder) if folder else make(self)
 
     def write_config(self, name: str, config: Any) -> Path:

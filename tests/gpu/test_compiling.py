@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from gpu.conftest import Found
 from gpu.measure import stopwatch
 from gpu.place import Place, describe
 from gpu.test_blocks import FORMS
 
 
+@pytest.mark.gpu("what is compiled there is compared with what was made elsewhere")
 def test_compile(place: Place, found: Found) -> None:
     with stopwatch() as spent:
         bundle = FORMS[0].compile(place)
