@@ -54,18 +54,20 @@ def time_process(place: Place, *words: object) -> dict[str, float]:
 
 def test_attach(bundle: Bundle, config: Path, place: Place, found: Found) -> None:
     """The second process; a first one tried the graphs, once for this machine."""
-    for _ in range(2):
+    for _ in range(2 if place.is_gpu else 1):
         facts = time_process(place, config, "attach", bundle.path)
     _KEPT["attach"] = facts["tokens"] - facts["model"]
     found(f"{_KEPT['attach']:.2f} s from the model to the token", **facts)
 
 
+@pytest.mark.gpu("on a CPU nothing is generated for torch.compile here")
 def test_compile(config: Path, place: Place, found: Found) -> None:
     """`torch.compile` of each block, its cache empty."""
     facts = time_process(place, config, "compile")
     found(f"{facts['tokens'] - facts['model']:.2f} s, its cache empty", **facts)
 
 
+@pytest.mark.gpu("on a CPU nothing is generated for torch.compile here")
 def test_warm(config: Path, place: Place, found: Found) -> None:
     """The same again: all is in its cache."""
     facts = time_process(place, config, "compile")

@@ -64,7 +64,7 @@ def test_open(package: Path, case: Opening, place: Place, found: Found) -> None:
     facts["mapped"] = [line[7:] for line in done.stdout.splitlines() if line.startswith("mapped ")]
     ended = done.returncode == 0 and steps and steps[-1].endswith("done")
     if not ended:
-        facts["said"] = done.stderr[-_TRACE:]
+        facts["printed"] = done.stderr[-_TRACE:]
         facts["debugger"] = debug(place, package) if done.returncode < 0 else None
     last = steps[-1] if steps else "nothing"
     found(f"{last}, {len(steps)} steps", **facts)
@@ -139,4 +139,4 @@ def test_a_crash_is_told_with_its_step_and_a_native_frame(
             place_on_cpu,
             lambda said, **facts: found.append(facts),
         )
-    assert "frame #" in found[0]["said"]
+    assert "frame #" in found[0]["printed"]

@@ -38,7 +38,7 @@ def main() -> None:
         hubaoti.attach(model, Path(sys.argv[4]), strict=True, trust=True)
     else:
         for block in model.model.layers:
-            block.compile(backend="inductor" if device.type == "cuda" else "eager", dynamic=True)
+            block.compile(dynamic=True)
     found["prepared"] = time.perf_counter() - _START
     words: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
     words |= {"cache_implementation": "static", "disable_compile": True}
