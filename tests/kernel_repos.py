@@ -5,13 +5,19 @@ One library is compiled for all of them: its namespace and its schema are filled
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
 
+import pytest
 import torch
+from huggingface_hub import HfApi, constants
+
+from hubaoti.server import Endpoint
 
 SOURCE = Path(__file__).with_name("kernel_attention.cpp")
 _TENSORS = (
@@ -120,3 +126,30 @@ def write_build(
     }
     (build / "metadata.json").write_text(json.dumps(facts))
     return build
+
+
+def lay_out_fa3(folder: Path) -> Path:
+    """PyPI's fa3-fwd, which has to be installed, as the folder of a kernels repo."""
+    spec = importlib.util.find_spec("fa3_fwd")
+    assert spec is not None and spec.submodule_search_locations
+    package = Path(spec.submodule_search_locations[0])
+    build = folder / "build" / "torch-stable-abi29-cu130-x86_64-linux"
+    build.mkdir(parents=True)
+    shutil.copy(package / "_C.abi3.so", build)
+    shutil.copy(package.parent / "fa3_fwd_config.py", build)
+    (build / "__init__.py").write_text(
+        "import torch\n\nfrom . import _C\n\nops = torch.ops.fa3_fwd\n"
+    )
+    facts = {"id": "fa3_fwd", "name": "fa3-fwd", "version": 1, "license": "BSD-3-Clause"}
+    facts |= {"python-depends": [], "backend": {"type": "cuda", "archs": ["9.0a"]}}
+    (build / "metadata.json").write_text(json.dumps(facts))
+    return folder
+
+
+def push_kernel(endpoint: Endpoint, name: str, folder: Path) -> None:
+    """Publish a folder as a kernels repo."""
+    hub = HfApi(endpoint.url, token=endpoint.token)
+    hub.create_repo(name, repo_type="kernel", exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:  # huggingface_hub 1.33 reads them, and 2 writes
+        patch.setattr(constants, "REPO_TYPES", constants.REPO_TYPES_WITH_KERNEL)
+        hub.upload_folder(repo_id=name, folder_path=folder, repo_type="kernel")

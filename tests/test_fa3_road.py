@@ -6,9 +6,6 @@ it is given what it would be given on a GPU, and refuses what it refuses there.
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +14,7 @@ import pytest
 import torch
 import transformers
 from cuda_models import MODELS
-from huggingface_hub import HfApi, constants
+from kernel_repos import lay_out_fa3, push_kernel
 from under_stand_in import ask, make_stand_in
 
 import hubaoti
@@ -108,25 +105,7 @@ def settings(home: Path, endpoint: Endpoint) -> Settings:
 @pytest.fixture(scope="module")
 def kernel(endpoint: Endpoint, tmp_path_factory: pytest.TempPathFactory) -> str:
     """PyPI's build, published as a kernel."""
-    spec = importlib.util.find_spec("fa3_fwd")
-    assert spec is not None and spec.submodule_search_locations
-    package = Path(spec.submodule_search_locations[0])
-    folder = tmp_path_factory.mktemp("kernel")
-    build = folder / "build" / "torch-stable-abi29-cu130-x86_64-linux"
-    build.mkdir(parents=True)
-    shutil.copy(package / "_C.abi3.so", build)
-    shutil.copy(package.parent / "fa3_fwd_config.py", build)
-    (build / "__init__.py").write_text(
-        "import torch\n\nfrom . import _C\n\nops = torch.ops.fa3_fwd\n"
-    )
-    facts = {"id": "fa3_fwd", "name": "fa3-fwd", "version": 1, "license": "BSD-3-Clause"}
-    facts |= {"python-depends": [], "backend": {"type": "cuda", "archs": ["9.0a"]}}
-    (build / "metadata.json").write_text(json.dumps(facts))
-    hub = HfApi(endpoint.url, token=endpoint.token)
-    hub.create_repo(KERNEL, repo_type="kernel")
-    with pytest.MonkeyPatch.context() as patch:  # huggingface_hub 1.33 reads them, and 2 writes
-        patch.setattr(constants, "REPO_TYPES", constants.REPO_TYPES_WITH_KERNEL)
-        hub.upload_folder(repo_id=KERNEL, folder_path=folder, repo_type="kernel")
+    push_kernel(endpoint, KERNEL, lay_out_fa3(tmp_path_factory.mktemp("kernel")))
     return KERNEL
 
 

@@ -21,10 +21,9 @@ from gpu import wheels as wheels_module
 from gpu.results import RUNNING, WAITING, Line, Results
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu_check"
-STEPS = ("compile", "push", "pull", "open", "answer", "run", "time")
+BUILD = SCRIPT.with_name("gpu_build")
+STEPS = ("built", "push", "pull", "open", "answer", "run")
 MODELS = ("encoder", "causal-lm")
-FORMS = ("block-plain", "block-cache", "block-int8wo", "block-float8dq", "block-autotune")
-ATTACHED = ("attach-model", "attach-int8wo", "attach-fork")
 
 
 def check(folder: Path, *words: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
@@ -77,7 +76,6 @@ def test_without_a_gpu_it_says_so_and_nothing_failed(tmp_path: Path, script: Mod
     lines = read_lines(tmp_path / "gpu_check.json")
     assert {line["result"] for line in lines.values()} == {"skipped"}
     assert all("no NVIDIA GPU" in line["why"] for line in lines.values())
-    assert {name.split()[0] for name in lines} == {"machine", *MODELS, *FORMS, *ATTACHED}
     assert {f"{model} {step}" for model in MODELS for step in STEPS} <= {*lines}
     parts = {name: [part for part in script.PARTS if name.startswith(part)] for name in lines}
     assert all(len(found) == 1 for found in parts.values()), parts
@@ -159,7 +157,7 @@ loader = SourceFileLoader("gpu_check", {script!r})
 module = module_from_spec(spec_from_loader("gpu_check", loader))
 loader.exec_module(module)
 module.TESTS = Path({tests!r})
-module.PARTS = dict.fromkeys({parts!r}, 300)
+module.PARTS = {parts!r}
 sys.exit(module.main())
 """
 
@@ -172,7 +170,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, dict
     for name, source in CHECKS.items():
         (folder / f"test_{name}.py").write_text(f"import os, pytest, gpu.conftest\n{source}")
     program = folder / "run.py"
-    words = {"script": str(SCRIPT), "tests": str(folder), "parts": [*CHECKS]}
+    words = {"script": str(SCRIPT), "tests": str(folder), "parts": (*CHECKS,)}
     program.write_text(RUNNER.format(**words))
     done = check(folder, "--device", "cpu", "--json", "found.json", script=program)
     return done.stdout, read_lines(folder / "found.json"), done.returncode
@@ -241,6 +239,38 @@ def test_what_a_process_was_at_has_failed_and_the_rest_of_its_part_is_skipped(
     ]
 
 
+def test_when_the_seconds_are_over_the_parts_that_are_left_are_skipped(tmp_path: Path) -> None:
+    words = ("--device", "cpu", "--only", "machine,encoder", "--seconds", "0")
+    done = check(tmp_path, *words, "--json", "found.json")
+    assert done.returncode == 0, done.stderr
+    lines = read_lines(tmp_path / "found.json")
+    assert {name: line["why"] for name, line in lines.items()} == {
+        "machine": "0 s were over",
+        "encoder": "0 s were over",
+    }
+
+
+def test_what_was_made_beforehand_is_opened_and_answers(tmp_path: Path) -> None:
+    done = check(tmp_path, "made", "--for", "cpu", "--only", "encoder", script=BUILD)
+    assert done.returncode == 0, done.stdout + done.stderr
+    words = ("--device", "cpu", "--only", "opening-encoder,encoder", "--json", "found.json")
+    done = check(tmp_path, "--bundles", "made.tar.xz", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = read_lines(tmp_path / "found.json")
+    assert {*lines} == {"opening-encoder open", *(f"encoder {step}" for step in STEPS)}
+    assert {line["result"] for line in lines.values()} == {"passed"}
+    steps = [each.split(" ms ")[1] for each in lines["opening-encoder open"]["facts"]["steps"]]
+    assert steps == ["the device is there", "root opened", "root bound", "root called", "done"]
+    # It was not compiled again: that it was made elsewhere is all that this part has of it.
+    assert lines["encoder built"]["seconds"] < lines["encoder built"]["facts"]["seconds"]
+
+
+def test_what_is_no_bundles_is_refused(tmp_path: Path) -> None:
+    done = check(tmp_path, "--device", "cpu", "--only", "machine", "--bundles", str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("is not what scripts/gpu_build makes: it has no made.json")
+
+
 @pytest.mark.parametrize(
     "part, only, narrowed",
     [
@@ -298,7 +328,7 @@ def test_a_version_that_is_too_old_is_not_here() -> None:
 
 def test_the_wheels_hold_what_quantizes_what_serves_and_what_tests() -> None:
     names = {need.name for need in wheels_module.list_requirements()}
-    assert {"torchao", "starlette", "msgspec", "pytest"} <= names
+    assert {"torchao", "starlette", "msgspec", "pytest", "diffusers"} <= names
 
 
 def test_only_what_every_check_wants_must_be_there(

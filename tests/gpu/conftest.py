@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 import torch
 
+from gpu.place import Place
 from gpu.results import RUNNING, WAITING, Line, Results
+from hubaoti.server import serve_in_thread
 from hubaoti.settings import Settings
 
 _NO_GPU = "needs an NVIDIA GPU; with --device cpu it is run on tiny shapes"
@@ -24,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     options = parser.getgroup("gpu")
     options.addoption("--device", help="cuda:0, with its index, or cpu; with every case")
     options.addoption("--only", help="the checks whose names begin so, as encoder,block-cache time")
+    options.addoption("--bundles", type=Path, help="what scripts/gpu_build made")
     options.addoption("--results", type=Path, help="a file of the checks' lines, and their table")
 
 
@@ -161,13 +164,26 @@ def found(request: pytest.FixtureRequest) -> Found:
     return record
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the tests of a module share."""
+    """What all checks share: what one of them compiled, others take."""
     return tmp_path_factory.mktemp("gpu")
 
 
+@pytest.fixture
+def place_on_cpu(tmp_path: Path) -> Place:
+    """A place where nothing was made."""
+    return Place(torch.device("cpu"), tmp_path, Settings(tmp_path / "home", "http://127.0.0.1:9"))
+
+
 @pytest.fixture(scope="module")
-def offline(folder: Path) -> Settings:
-    """A home of its own; nothing is fetched."""
-    return Settings(home=folder / "home", endpoint="http://127.0.0.1:9")
+def place(device: torch.device, folder: Path, pytestconfig: pytest.Config) -> Iterator[Place]:
+    """A home of its own; what was made beforehand, and the kernels that were brought with it."""
+    made, folder = pytestconfig.getoption("--bundles", None), folder / device.type
+    hub = made / "hub" if made else None
+    if hub is None or not hub.is_dir():
+        yield Place(device, folder, Settings(folder / "home", "http://127.0.0.1:9"), made)
+        return
+    with serve_in_thread(hub) as endpoint:
+        settings = Settings(folder / "home", endpoint.url, endpoint.token)
+        yield Place(device, folder, settings, made)

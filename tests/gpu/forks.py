@@ -3,7 +3,7 @@
 The parent has a model on the CPU and plans its graphs; each child moves the model to the device,
 which opens them at the first call, answers, and ends.
 
-    python tests/gpu/forks.py DEVICE BUNDLE HOME COUNT
+    python tests/gpu/forks.py DEVICE BUNDLE CONFIG HOME COUNT
 
 says as JSON how each of them ended, and how many MB of the GPU were in use before and after. In
 between one more is killed while it answers.
@@ -42,17 +42,16 @@ LEFT = 10  # seconds that a driver has to take memory back
 class Parent:
     """A process with a model on the CPU and nothing open: a ZeroGPU Space's main process."""
 
-    def __init__(self, device: str, bundle: Path, home: Path) -> None:
+    def __init__(self, device: str, bundle: Path, folder: Path, home: Path) -> None:
         self.device = device
         read = Bundle.read(bundle)
-        folder = bundle.parent.parent / "models" / bundle.name
         config = transformers.AutoConfig.from_pretrained(folder)
         torch.manual_seed(0)
         auto: Any = transformers.AutoModelForCausalLM
         self.model = auto.from_config(config, dtype=config.dtype)
         self.model.eval()
         settings = Settings(home=home, endpoint="http://127.0.0.1:9", zerogpu=True)
-        artifact = get_artifact(read, trust=False, settings=settings, progress=report_nothing)
+        artifact = get_artifact(read, trust=True, settings=settings, progress=report_nothing)
         offer = Offer(artifact_path(read.manifest), artifact)
         plans = plan_modules(self.model, [offer])
         how: dict[str, Any] = {"strict": True, "recipe": None}
@@ -141,10 +140,9 @@ def read_used_memory(device: str) -> int | None:
 
 def main() -> None:
     """Fork, one after the other; say what came of it."""
-    device, bundle, home, count = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
-
+    device, (bundle, folder, home), count = sys.argv[1], map(Path, sys.argv[2:5]), sys.argv[5]
     before, children = read_used_memory(device), []
-    parent = Parent(device, bundle, home)
+    parent = Parent(device, bundle, folder, home)
 
     def once(pipe: int) -> None:
         start = time.perf_counter()

@@ -1,217 +1,145 @@
-"""A decoder block: its weights, its inputs, and how eager and a graph run it."""
+"""Llamas with random weights: as wide as one of 8B on a GPU, narrow on a CPU; how they are asked.
+
+They are called as their users call them: a prompt, padded on the left or not, and token by token.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 from transformers.cache_utils import StaticCache
-from transformers.models.llama import modeling_llama
 
-from hubaoti.program.silence import silence_torchao
-from hubaoti.runtime.quantize import make_torchao_config
+from gpu.place import Place
+from hubaoti.artifact.bundle import Bundle
 
+BLOCKS, FEW = 32, 4  # of a model on a GPU, on a CPU
+PROMPT, NEW, PLACES = 100, 24, 256  # tokens given, tokens one by one, places of the cache
+MOST = 4096  # places of the longest cache that blocks are compiled for
 WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
 WIDE |= {"num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 8192}
 NARROW = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 NARROW |= {"num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 512}
 
-Known = dict[str, Any]  # tensors by the names that a graph's inputs have
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """A call: rows and new tokens; of a cache its places, and how many are filled afterwards."""
-
-    batch: int
-    seq: int
-    filled: int = 0
-    cache: int = 0
-
-    def __str__(self) -> str:
-        held = f" at {self.filled} of {self.cache}" if self.cache else ""
-        return f"{self.batch}x{self.seq}{held}"
-
-
-@dataclass(frozen=True, slots=True)
-class Llama:
-    """One block with random weights: in the dtype that is compiled, and the same in float32."""
-
-    config: Any
-    rotary: Any
-    block: Any
-    exact: Any
-
-    @property
-    def device(self) -> Any:
-        """Where its weights are."""
-        return self.block.input_layernorm.weight.device
-
 
 def choose_dtype(device: torch.device) -> str:
-    """What is compiled; tiny shapes on a CPU are looked at closely."""
+    """What is compiled; narrow models on a CPU are looked at closely."""
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
-def make_config(device: torch.device) -> Any:
-    """A Llama of two such blocks."""
+def make_config(device: torch.device, blocks: int | None = None, narrow: bool = False) -> Any:
+    """A Llama of some blocks, as many as a model of 8B has where it is not said."""
     config: Any = transformers.LlamaConfig
+    wide = device.type == "cuda" and not narrow
     return config(
-        **(WIDE if device.type == "cuda" else NARROW),
+        **(WIDE if wide else NARROW),
         architectures=["LlamaForCausalLM"],
         attn_implementation="sdpa",
         dtype=choose_dtype(device),
-        num_hidden_layers=2,
+        num_hidden_layers=blocks or (BLOCKS if wide else FEW),
     )
 
 
-def write_config(device: torch.device, folder: Path) -> Path:
-    """A model's folder that has a config and nothing else."""
-    if not (folder / "config.json").is_file():
-        make_config(device).save_pretrained(folder)
-    return folder
+def compile_blocks(place: Place, name: str, config: Any, **words: Any) -> Bundle:
+    """The blocks of a Llama over its cache, from the config alone; for single tokens too."""
+    rows, most = (4, MOST) if place.is_gpu else (3, PLACES)
+    words = {
+        "task": "generate",
+        "dims": {"batch": (1, rows), "seq": (1, most // 2), "cache": (16, most)},
+        "buckets": [{"seq": (1, 1)}, {"seq": (2, most // 2)}],
+        **words,
+    }
+    dtype = choose_dtype(place.device)
+    return place.compile(name, place.write_config(name, config), dtype=dtype, **words)
 
 
-def make_llama(device: torch.device) -> Llama:
-    """The block, its matrices such that products keep their size, its norms off one."""
-    config = make_config(device)
+def make_model(device: torch.device, config: Any) -> Any:
+    """The model on a device, its matrices such that products keep their size, its norms off one."""
+    dtype, auto = getattr(torch, choose_dtype(device)), transformers.AutoModelForCausalLM
     torch.manual_seed(0)
     with device, torch.no_grad():
-        block = modeling_llama.LlamaDecoderLayer(config, 0)
-        rotary = modeling_llama.LlamaRotaryEmbedding(config)
-        for tensor in block.parameters():
+        model: Any = auto.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        for tensor in model.parameters():
             matrix = tensor.dim() > 1
             tensor.normal_(0.0 if matrix else 1.0, tensor.shape[-1] ** -0.5 if matrix else 0.1)
-    block = block.to(getattr(torch, choose_dtype(device))).eval().requires_grad_(False)
-    return Llama(config, rotary, block, copy.deepcopy(block).float())
+    return model.eval().requires_grad_(False)
 
 
-def quantize_block(block: Any, recipe: str) -> Any:
-    """A copy of a block as torchao itself quantizes it, for eager and `torch.compile`."""
-    from torchao.quantization import quantize_
-
-    found = copy.deepcopy(block)
-    with silence_torchao(), torch.no_grad():
-        quantize_(found, make_torchao_config(recipe, block.input_layernorm.weight.device))
-    return found
+def make_prompt(model: Any, rows: int = 1, tokens: int = PROMPT) -> torch.Tensor:
+    """Token ids of a prompt, on the model's device."""
+    draw = torch.Generator().manual_seed(1000 * rows + tokens)
+    ids = torch.randint(1, model.config.vocab_size, (rows, tokens), generator=draw)
+    return ids.to(model.device)
 
 
-def round_weights(peer: Any, exact: Any) -> Any:
-    """A float32 block whose matrices are those of a quantized one, as they were rounded."""
-    found = copy.deepcopy(exact)
-    with torch.no_grad():
-        for name, weight in found.named_parameters():
-            if weight.dim() > 1:
-                parts = peer.get_parameter(name)  # its own `dequantize` rounds to the dtype
-                weight.copy_(parts.qdata.float() * parts.scale.float())
-    return found
-
-
-def make_inputs(of: Llama, size: Size) -> Known:
-    """What a call of this size brings: a causal mask whose last row is padded, tables, a cache.
-
-    `whole_mask` is over all places of the cache, which is what eager looks at.
-    """
-    config, dtype = of.config, of.block.input_layernorm.weight.dtype
-    filled, places = size.filled or size.seq, size.cache or size.seq
-    with of.device:
-        torch.manual_seed(size.batch * 1000 + size.seq)
-        hidden = torch.randn(size.batch, size.seq, config.hidden_size).to(dtype)
-        position = torch.arange(filled - size.seq, filled)
-        place = torch.arange(places)
-        seen = (place <= position[:, None]).repeat(size.batch, 1, 1, 1)
-        if size.batch > 1:
-            seen[-1] &= (place >= filled // 4) | (place == position[:, None])
-        ids = position.repeat(size.batch, 1)
-        cos, sin = of.rotary(hidden, ids)
-        known = {"hidden_states": hidden, "position_ids": ids, "position": position}
-        known |= {"position_embeddings_0": cos, "position_embeddings_1": sin, "whole_mask": seen}
-        known["attention_mask"] = seen[..., :filled].contiguous()
-        if size.cache:
-            width = config.hidden_size // config.num_attention_heads
-            shape = (size.batch, config.num_key_value_heads, size.cache, width)
-            known |= {name: torch.randn(shape).to(dtype) for name in ("keys", "values")}
-    return known
-
-
-def widen(known: Known) -> Known:
-    """The very same numbers, for float32 eager."""
-    return {n: each.float() if each.is_floating_point() else each for n, each in known.items()}
-
-
-def fill_cache(of: Llama, known: Known) -> Any:
-    """A static cache of transformers with a call's keys and values; None where it has none."""
-    if "keys" not in known:
+def make_mask(ids: torch.Tensor, padded: bool) -> torch.Tensor | None:
+    """Which tokens are text: all, or but a part of the last row, padded on the left."""
+    if not padded:
         return None
-    cache = StaticCache(config=of.config, max_cache_len=known["keys"].shape[2])
-    layer: Any = cache.layers[0]
-    layer.lazy_initialization(known["keys"][:, :, :1], known["values"][:, :, :1])
-    layer.keys.copy_(known["keys"])
-    layer.values.copy_(known["values"])
-    return cache
+    mask = torch.ones_like(ids)
+    mask[-1, : ids.shape[1] // 4] = 0
+    return mask
 
 
-def bind_eager(block: Any, known: Known, cache: Any) -> Callable[[], Any]:
-    """A call of a block as transformers makes it, over a static cache where there is one."""
-    tables = known["position_embeddings_0"], known["position_embeddings_1"]
-    named = {"position_ids": known["position_ids"], "position_embeddings": tables}
-    if cache is None:
-        return lambda: block(known["hidden_states"], attention_mask=known["whole_mask"], **named)
-    before, length = int(known["position"][0]), cache.layers[0]
-
-    def step() -> Any:
-        length.cumulative_length.fill_(before)  # else the cache would be full after a few calls
-        return block(
-            known["hidden_states"],
-            attention_mask=known["whole_mask"],
-            past_key_values=cache,
-            use_cache=True,
-            **named,
-        )
-
-    return step
+def make_cache(model: Any, places: int = PLACES) -> Any:
+    """A static cache with nothing in it."""
+    return StaticCache(config=model.config, max_cache_len=places)
 
 
-def bind_graph(graph: Any, known: Known) -> Callable[[], Any]:
-    """The same call of a compiled graph, which writes into the call's own keys and values."""
-    inputs = [known[item.name] for item in graph.entry.inputs]
-    if "keys" not in known:
-        return lambda: graph(*inputs)[0]
-    places, position = known["position"].clone(), known["position"]
-
-    def step() -> Any:
-        position.copy_(places)  # one launch a step, as the other side has one for its length
-        return graph(*inputs)[0]
-
-    return step
-
-
-def answer_eagerly(of: Llama, block: Any, known: Known) -> Known:
-    """What eager answers, and what it wrote into its cache."""
-    cache = fill_cache(of, known)
+def answer_prompt(
+    model: Any,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    new: int = NEW,
+    places: int = PLACES,
+) -> torch.Tensor:
+    """The last hidden states of a prompt all but its last tokens, and of those one by one."""
+    cache, found = make_cache(model, places), []
+    numbers = _number(ids, mask)
     with torch.no_grad():
-        found = {"output": bind_eager(block, known, cache)()}
-    layer = cache.layers[0] if cache else None
-    return found | (select_written(known, layer.keys, layer.values) if layer else {})
+        for start, end in _cut(ids.shape[1], new):
+            words: dict[str, Any] = {"past_key_values": cache}
+            words["position_ids"] = numbers[:, start:end]
+            if mask is not None:
+                words["attention_mask"] = mask[:, :end]
+            found.append(model.model(ids[:, start:end], **words).last_hidden_state)
+    return torch.cat(found, 1)
 
 
-def select_written(known: Mapping[str, Any], keys: Any, values: Any) -> Known:
-    """The new entries of a cache."""
-    pairs = {"keys": keys, "values": values}
-    return {name: each.index_select(2, known["position"]) for name, each in pairs.items()}
+def answer_at_once(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The last hidden states of whole texts, without a cache."""
+    numbers = _number(ids, mask)
+    with torch.no_grad():
+        found = model.model(ids, attention_mask=mask, position_ids=numbers, use_cache=False)
+    answer: torch.Tensor = found.last_hidden_state
+    return answer
 
 
-def find_other_writes(known: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Which of keys and values changed at places that a call had nothing to write to."""
-    position, found = known["position"], []
-    for name in ("keys", "values"):
-        kept = after[name].clone()
-        kept.index_copy_(2, position, known[name].index_select(2, position))
-        if not torch.equal(kept, known[name]):
-            found.append(name)
-    return found
+def _cut(tokens: int, new: int) -> list[tuple[int, int]]:
+    """Where calls begin and end: a prompt, and one call for each of the last tokens."""
+    first = tokens - new
+    return [(0, first), *((place, place + 1) for place in range(first, tokens))]
+
+
+def _number(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The places of tokens in their texts, as generate numbers them."""
+    if mask is None:
+        return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def bind_step(model: Any) -> Callable[[], Any]:
+    """The last token of a prompt, again and again: the cache is set back to what was before it."""
+    ids, cache = make_prompt(model), make_cache(model)
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache)
+
+    def step() -> Any:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(PROMPT - 1)
+        with torch.no_grad():
+            return model(ids[:, -1:], past_key_values=cache).logits
+
+    return step

@@ -11,6 +11,8 @@ import tokenizers
 import torch
 import transformers
 
+from gpu.place import Place
+from hubaoti.artifact.bundle import Bundle
 from hubaoti.compiler import from_config
 from hubaoti.compiler.request import CompileRequest
 from hubaoti.program.silence import silence_transformers
@@ -65,21 +67,37 @@ CAUSAL_LM = Model(
 )
 
 
-def write_model(device: torch.device, model: Model, folder: Path) -> Path:
-    """A model's folder, as it would come from the Hub: config, weights, tokenizer."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(
-        model.kind, **model.choose_config(device), max_position_embeddings=512
+def make_config(device: torch.device, model: Model) -> Any:
+    """A model's config."""
+    return transformers.AutoConfig.for_model(
+        model.kind,
+        **model.choose_config(device),
+        max_position_embeddings=512,
+        architectures=["BertModel" if model.kind == "bert" else "LlamaForCausalLM"],
     )
-    sentences = model.kind == "bert"
-    auto: Any = transformers.AutoModel if sentences else transformers.AutoModelForCausalLM
+
+
+def write_model(device: torch.device, model: Model, folder: Path) -> Path:
+    """A model's folder, as it would come from the Hub: weights, and all else."""
+    torch.manual_seed(0)
+    auto: Any = transformers.AutoModelForCausalLM
+    if model.kind == "bert":
+        auto = transformers.AutoModel
     with silence_transformers():
-        auto.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        auto.from_config(make_config(device, model), dtype=torch.float32).save_pretrained(folder)
+    return write_files(device, model, folder)
+
+
+def write_files(device: torch.device, model: Model, folder: Path) -> Path:
+    """What stands beside the weights: config, tokenizer, and how texts become vectors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.json").is_file():
+        make_config(device, model).save_pretrained(folder)
     words = {word: index for index, word in enumerate(("[PAD]", "[UNK]", *" ".join(TEXTS).split()))}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
-    if sentences:
+    if model.kind == "bert":
         kinds = ("Transformer", "Pooling", "Normalize")
         steps = [
             {
@@ -90,9 +108,25 @@ def write_model(device: torch.device, model: Model, folder: Path) -> Path:
             for index, kind in enumerate(kinds)
         ]
         (folder / "modules.json").write_text(json.dumps(steps))
-        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling").mkdir(exist_ok=True)
         (folder / "1_Pooling/config.json").write_text('{"pooling_mode_mean_tokens": true}')
     return folder
+
+
+def compile_model(place: Place, model: Model) -> Bundle:
+    """Compiled from the config alone; hubaoti compares with eager of the same dtype itself."""
+    batch, seq = model.list_sizes(place.device)[-1]
+    return place.compile(
+        model.name,
+        write_files(place.device, model, place.folder / "models" / model.name),
+        dims={"batch": (1, batch), "seq": (2, seq)},
+        dtype=choose_dtype(model, place.device),
+    )
+
+
+def choose_dtype(model: Model, device: torch.device) -> str:
+    """What a model is compiled in."""
+    return model.dtype if device.type == "cuda" else "float32"
 
 
 def load_eager(device: torch.device, folder: Path, dtype: str = "float32") -> Any:

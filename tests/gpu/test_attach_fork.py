@@ -9,24 +9,28 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from gpu import forks
-from gpu.attached import compile_blocks, describe, make_config
 from gpu.conftest import Found
+from gpu.llama import compile_blocks, make_config
+from gpu.place import Place, describe
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.settings import Settings
 
 _FORKS, _FEW = 10, 2  # on a GPU, on a CPU
 
 
+def compile_narrow(place: Place) -> Bundle:
+    """The blocks of a narrow model, since it is processes that are looked at."""
+    return compile_blocks(place, "fork", make_config(place.device, narrow=True))
+
+
 @pytest.fixture(scope="module")
-def bundle(device: torch.device, folder: Path, offline: Settings) -> Bundle:
-    """The blocks of a tiny model, compiled once."""
-    return compile_blocks(device, make_config(device, tiny=True), folder / device.type, offline)
+def bundle(place: Place) -> Bundle:
+    """They are compiled once."""
+    return place.get_bundle("fork", compile_narrow)
 
 
-def test_compile(bundle: Bundle, found: Found) -> None:
+def test_built(bundle: Bundle, found: Found) -> None:
     said, facts = describe(bundle)
     found(said, **facts)
 
@@ -42,9 +46,10 @@ def run_forks(*words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_children(bundle: Bundle, device: torch.device, offline: Settings, found: Found) -> None:
-    count = _FORKS if device.type == "cuda" else _FEW
-    done = run_forks(device, bundle.path, offline.home, count)
+def test_children(bundle: Bundle, place: Place, found: Found) -> None:
+    count = _FORKS if place.is_gpu else _FEW
+    config = place.write_config("fork", make_config(place.device, narrow=True))
+    done = run_forks(place.device, bundle.path, config, place.settings.home, count)
     assert done.returncode == 0, done.stderr.splitlines()[-1] + f"\n{done.stderr}"
     facts = json.loads(done.stdout.splitlines()[-1])
     answered = [each for each in facts["children"] if "off" in each]
@@ -56,11 +61,11 @@ def test_children(bundle: Bundle, device: torch.device, offline: Settings, found
     found(said, **facts)
     assert len(answered) == count and all(each["compiled"] > 0 for each in answered), said
     assert [index for index, each in enumerate(signals) if each == 9] == [count // 2], said
-    assert worst <= (0.1 if device.type == "cuda" else 1e-4) and more <= 64, said
+    assert worst <= (0.1 if place.is_gpu else 1e-4) and more <= 64, said
 
 
 def test_forks_of_no_bundle_say_why(tmp_path: Path) -> None:
-    done = run_forks("cpu", tmp_path / "no", tmp_path, 1)
+    done = run_forks("cpu", tmp_path / "no", tmp_path, tmp_path, 1)
     assert done.returncode == 1
     assert "is not a bundle" in done.stderr
     assert json.dumps("off") not in done.stdout

@@ -1,285 +1,148 @@
-"""Forms of a block: compiled, asked again, opened, compared, timed; what the checks would see."""
+"""Two blocks of a Llama at their real width, attached and called as a user calls their model.
+
+Answers are compared with float32 eager of the same weights, beside those of eager in the model's
+own dtype; on a CPU, where everything is float32, with float64.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from gpu import blocks, llama
-from gpu.blocks import SPARE, Form, Opened
+import hubaoti
+from gpu import llama
 from gpu.conftest import Found
-from gpu.llama import Size
-from gpu.measure import QUEUED, Peak, stopwatch, time_calls
-from hubaoti import api
+from gpu.errors import list_problems, word_worst
+from gpu.measure import Peak, measure_error, stopwatch
+from gpu.place import Place, describe
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.artifact.package import unpack_all
-from hubaoti.runtime import golden
-from hubaoti.runtime.graph import open_graph
-from hubaoti.settings import Settings
 
-BOTH = Form("block-both", task="generate", quantize="int8wo")  # all that a form can be, at once
-ANSWERS = ("output", "keys", "values")
-CPU = torch.device("cpu")
-FROM = ("float32 eager", "float32 of int8wo")
+MORE = 1.02  # of eager's peak, what attached blocks may take
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One way to compile the blocks."""
+
+    name: str
+    cached: bool = True
+    attention: str = "sdpa"
+
+    def compile(self, place: Place) -> Bundle:
+        """From a config alone."""
+        words: dict[str, Any] = place.require_kernel() if self.attention == "fa3" else {}
+        if not self.cached:
+            most = llama.MOST // 2 if place.is_gpu else llama.PLACES
+            dims = {"batch": (1, 4), "seq": (1, most)}
+            words |= {"task": "forward", "regions": "auto", "dims": dims, "buckets": ()}
+        config = llama.make_config(place.device, 2)
+        return llama.compile_blocks(place, self.name, config, **words)
+
+    def list_prompts(self, place: Place) -> Iterator[tuple[int, int, bool]]:
+        """Rows, tokens, and whether the last row is padded."""
+        lengths = (32, 128, llama.MOST // 2) if place.is_gpu else (12, 40)
+        for tokens in lengths:
+            yield from ((1, tokens, False), (3, tokens, False), (3, tokens, True))
+
+    def answer(self, model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The last hidden states: at once, or over a cache, the last few one by one."""
+        if not self.cached:
+            return llama.answer_at_once(model, ids, mask)
+        places = llama.MOST if model.device.type == "cuda" else llama.PLACES
+        return llama.answer_prompt(model, ids, mask, 4, places)
+
+
+FORMS = (
+    Form("block-plain", cached=False),
+    Form("block-cache"),
+    Form("block-fa3", attention="fa3"),
+)
 
 
 def list_cases(every: bool) -> tuple[Form, ...]:
-    """The forms that are checked: on a GPU all, else one that is several of them at once."""
-    return blocks.FORMS if every else (BOTH,)
+    """The forms that are checked: on a CPU that over a cache stands for all."""
+    return FORMS if every else FORMS[1:2]
 
 
 @pytest.fixture(scope="module")
-def bundle(device: torch.device, case: Form, folder: Path, offline: Settings) -> Bundle:
-    """Compiled from the config alone; hubaoti compares with eager of the same dtype itself."""
-    blocks.skip_impossible(case.quantize, device)
-    return blocks.compile_with_report(
-        llama.write_config(device, folder / f"llama-{device.type}"),
-        folder / "bundles" / f"{case.name}-{device.type}",
-        task=case.task,
-        regions="auto",
-        dims=case.make_dims(device),
-        dtype=llama.choose_dtype(device),
-        quantize=case.quantize,
-        mode=case.mode,
-        device=str(device),
-        settings=offline,
-    )
+def bundle(place: Place, case: Form) -> Bundle:
+    """Made beforehand, or compiled from the config alone."""
+    if case.attention == "fa3":
+        place.require_kernel()
+    return place.get_bundle(case.name, case.compile)
 
 
 @pytest.fixture(scope="module")
-def graph(bundle: Bundle, device: torch.device, folder: Path) -> Any:
-    """Its graph, opened and not bound."""
-    (entry,) = bundle.manifest.graphs
-    unpacked = folder / "unpacked" / bundle.path.name
-    unpack_all(bundle.path / entry.file, unpacked)
-    return lambda: open_graph(unpacked, entry, device)
+def model(device: torch.device) -> Any:
+    """Two blocks in a model."""
+    return llama.make_model(device, llama.make_config(device, 2))
 
 
-@pytest.fixture(scope="module")
-def opened(bundle: Bundle, graph: Any, device: torch.device, case: Form) -> Opened:
-    """Its graph, bound to a block by reference where nothing has to be made."""
-    of = llama.make_llama(device)
-    found = graph()
-    found.bind(blocks.collect_constants(found, of.block, bundle.path))
-    peer, exact = of.block, {"float32 eager": of.exact}
-    if case.quantize:
-        peer = llama.quantize_block(of.block, case.quantize)
-        exact[f"float32 of {case.quantize}"] = llama.round_weights(peer, of.exact)
-    return Opened(found, of, peer, exact)
-
-
-def test_compile(bundle: Bundle, case: Form, found: Found) -> None:
-    said, facts = blocks.describe_manifest(bundle.manifest)
+def test_built(bundle: Bundle, found: Found) -> None:
+    said, facts = describe(bundle)
     found(said, **facts)
-    if case is BOTH:
-        assert facts["recipe"].endswith("-sdpa-int8wo")
-    assert facts["graphs"] == {"model.layers": ("model.layers.0", "model.layers.1")}
 
 
-def test_golden(bundle: Bundle, graph: Any, device: torch.device, found: Found) -> None:
-    """Asked again, the golden questions have the answers that the bundle ships."""
-    opened = graph()
-    asked = opened.entry.golden
-    peak = Peak.of(device) if device.type == "cuda" else None
-    wrong = compare_golden(opened, bundle)
-    facts = {"dims": asked.dims, "tolerances": asked.tolerances, "memory": asked.memory}
-    found(f"as shipped at {asked.dims}", **facts, device_peak_bytes=peak.bytes if peak else None)
-    assert not wrong, "; ".join(wrong)
+def test_attach(bundle: Bundle, model: Any, place: Place, found: Found) -> None:
+    """It is tried in a child, opened and bound; then all of that is known."""
+    times = []
+    for _ in range(2):
+        with stopwatch() as spent:
+            hubaoti.attach(model, bundle, strict=True, trust=True, settings=place.settings).detach()
+        times.append(spent[0])
+    found(f"{times[0]:.0f} ms with a first open, again {times[1]:.1f} ms", ms=times)
 
 
-def compare_golden(opened: Any, bundle: Bundle) -> list[str]:
-    """What is wrong with a graph's answers to the golden questions."""
-    answers = golden.ask_golden(opened, bundle.path)
-    expected = golden.load_expected(opened.entry, bundle.path)
-    return golden.compare_golden_answers(answers, expected, opened.entry.golden.tolerances)
-
-
-def test_golden_answers_of_another_graph_fail(bundle: Bundle, graph: Any) -> None:
-    file = bundle.path / "golden.safetensors"
-    kept = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    save_file({name: tensor * 1.1 for name, tensor in kept.items()}, file)
-    try:
-        wrong = compare_golden(graph(), bundle)
-    finally:
-        save_file(kept, file)
-    assert "is off by" in "; ".join(wrong)
-
-
-def test_open(opened: Opened, graph: Any, bundle: Bundle, case: Form, found: Found) -> None:
-    with stopwatch() as opening:
-        again = graph()
-    with stopwatch() as binding:
-        again.bind(blocks.collect_constants(again, opened.of.block, bundle.path))
-    constants = again.entry.constants
-    made = sorted({each.origin.transform for each in constants if each.origin.transform})
-    said = f"{opening[0]:.2f} ms, bound in {binding[0]:.1f} ms"
-    said += f", of {len(constants)} constants some made: {', '.join(made)}" if made else ""
-    found(said, open_ms=opening[0], bind_ms=binding[0], made=made)
-    wanted = ["int8wo.qdata", "int8wo.scale"] if case.quantize == "int8wo" else made
-    assert made == wanted and bool(made) is bool(case.quantize)
-
-
-def test_answer(opened: Opened, case: Form, device: torch.device, found: Found) -> None:
-    """Every size against float32 eager, beside eager of the same dtype; writes to a cache too."""
-    facts = blocks.compare_sizes(opened, case, device)
-    found(blocks.word_worst(facts), **facts)
-    assert not facts["problems"], "; ".join(facts["problems"])
-    assert [*facts] == [*map(str, case.list_sizes(device)), "problems"]
-    if case is not BOTH:
-        return
-    for size in case.list_sizes(device):
-        ours, theirs = facts[str(size)]["hubaoti"], facts[str(size)]["eager"]
-        assert {*ours} == {*theirs} == {f"{a} from {b}" for a in ANSWERS for b in FROM}
-        # Eight bits are seen from float32; beside that the graph is as near as eager is.
-        assert 1e-4 < ours[f"output from {FROM[0]}"] < 0.1
-        assert ours[f"output from {FROM[1]}"] < 1e-5
-
-
-def test_a_graph_bound_to_other_weights_fails(
-    opened: Opened, bundle: Bundle, case: Form, device: torch.device
-) -> None:
-    if device.type == "cuda":
-        pytest.skip("a thousandth is less than bfloat16 tells apart")
-    constants = blocks.collect_constants(opened.graph, opened.of.block, bundle.path)
-    norm = "input_layernorm.weight"
-    opened.graph.bind(constants | {norm: constants[norm] * 1.001})
-    try:
-        facts = blocks.compare_sizes(opened, case, device)
-    finally:
-        opened.graph.bind(constants)
-    first = str(case.list_sizes(device)[0])
-    words = f"{first}: output from float32" + (f" of {case.quantize}" if case.quantize else "")
-    assert any(words in problem for problem in facts["problems"])
-    assert [*facts][:-1] == [str(size) for size in case.list_sizes(device)]
+def test_answer(bundle: Bundle, model: Any, case: Form, place: Place, found: Found) -> None:
+    """Prompts of several lengths, padded and not: answers, and who gave them."""
+    exact = copy.deepcopy(model)
+    exact = exact.float() if place.is_gpu else exact.double()
+    facts: dict[str, Any] = {}
+    for rows, tokens, padded in case.list_prompts(place):
+        ids = llama.make_prompt(model, rows, tokens)
+        mask = llama.make_mask(ids, padded)
+        text = mask.bool() if mask is not None else torch.ones_like(ids).bool()
+        expected = case.answer(exact, ids, mask)[text]
+        theirs = case.answer(model, ids, mask)[text]
+        with hubaoti.attach(
+            model, bundle, strict=True, trust=True, settings=place.settings
+        ) as attached:
+            ours = case.answer(model, ids, mask)[text]
+            served = attached.stats()["regions"]["model.layers.0"]["compiled"]
+        facts[f"{rows}x{tokens}{' padded' if padded else ''}"] = {
+            "off": measure_error(ours, expected),
+            "eager": measure_error(theirs, expected),
+            "served": served,
+        }
+    found(word_worst(facts), **facts)
+    problems = list_problems(facts, llama.choose_dtype(place.device))
+    assert not problems, "; ".join(problems)
+    graphs = {graph for each in facts.values() for graph, count in each["served"].items() if count}
+    assert graphs == {graph.id for graph in bundle.manifest.graphs}, f"only {graphs} answered"
 
 
 @pytest.mark.gpu("memory is counted on a GPU only")
-def test_memory(opened: Opened, case: Form, device: torch.device, found: Found) -> None:
-    if case.task != "generate":
-        pytest.skip("it writes into no cache")
-    facts = {str(size): blocks.weigh(opened, size) for size in case.list_sizes(device)}
-    words = {
-        size: f"{size}: {each['hubaoti'] / 1e6:.1f} MB, eager {each['eager'] / 1e6:.1f}"
-        for size, each in facts.items()
-    }
-    found("; ".join(words.values()), **facts)
-    over = [size for size, each in facts.items() if each["hubaoti"] > each["eager"] + SPARE]
-    assert not over, "; ".join(words[size] for size in over)
+def test_memory(bundle: Bundle, model: Any, case: Form, place: Place, found: Found) -> None:
+    """What a long prompt and a few tokens take at most, beside eager."""
+    ids = llama.make_prompt(model, 3, llama.MOST // 2)
+    taken = {"eager": measure_peak(case, model, ids)}
+    with hubaoti.attach(model, bundle, strict=True, trust=True, settings=place.settings):
+        taken["attached"] = measure_peak(case, model, ids)
+    said = f"{taken['attached'] / 1e6:.1f} MB, eager {taken['eager'] / 1e6:.1f}"
+    found(said, **taken)
+    assert taken["attached"] <= MORE * taken["eager"], said
 
 
-def test_time(opened: Opened, case: Form, device: torch.device, found: Found) -> None:
-    """A call through eager, `torch.compile` and hubaoti, in turn, several behind each other."""
-    modules, caches = blocks.make_sides(device, case, opened.peer), dict[int, Any]()
-    facts, said = dict[str, Any](), []
-    with torch._dynamo.config.patch(recompile_limit=blocks.RECOMPILES), torch.no_grad():
-        for size in case.list_timed(device):
-            known = llama.make_inputs(opened.of, size)
-            # Another cache of the same shape would be compiled for again.
-            if size.batch not in caches:
-                caches[size.batch] = llama.fill_cache(opened.of, known)
-            cache = caches[size.batch]
-            calls = {name: llama.bind_eager(each, known, cache) for name, each in modules.items()}
-            calls["hubaoti"] = llama.bind_graph(opened.graph, known)
-            started, lost = blocks.start_calls(calls)
-            times = time_calls(device, started, pace=QUEUED)
-            facts[str(size)] = {"times": times, "lost": lost}
-            said.append(blocks.word_times(size, times, lost))
-    torch._dynamo.reset()
-    found("; ".join(said), **facts)
-    assert not any("hubaoti" in each["lost"] for each in facts.values()), "; ".join(said)
-    if case is BOTH and device.type == "cpu":
-        assert [*facts] == ["3x8 at 32 of 64"] and facts["3x8 at 32 of 64"]["lost"] == {}
-        sides = {"eager", "torch.compile dynamic", "torch.compile", "hubaoti"}
-        assert {*facts["3x8 at 32 of 64"]["times"]} == sides
-
-
-# What the checks would see, with nothing compiled
-
-
-@pytest.fixture(scope="module")
-def of() -> llama.Llama:
-    """The block, narrow."""
-    return llama.make_llama(CPU)
-
-
-def test_a_recipe_that_this_device_cannot_have_is_skipped_with_the_reason() -> None:
-    with pytest.raises(pytest.skip.Exception, match="is for cuda sm89, not for cpu"):
-        blocks.skip_impossible("float8dq", CPU)
-
-
-@pytest.mark.parametrize("task", ["forward", "generate"])
-def test_calls_are_what_the_graph_of_a_form_takes(
-    of: llama.Llama, task: str, tmp_path: Path, offline: Settings
-) -> None:
-    form = Form("form", task=task)
-    explained = api.explain(
-        llama.write_config(CPU, tmp_path / "llama"),
-        task=task,
-        regions="auto",
-        dims=form.make_dims(CPU),
-        settings=offline,
-    )
-    (graph,) = explained.graphs
-    for size in form.list_sizes(CPU):
-        known = llama.make_inputs(of, size)
-        dims = {"batch": size.batch, "seq": size.seq, "filled": size.filled, "cache": size.cache}
-        for name, shape in graph["inputs"].items():
-            assert [*known[name].shape] == [dims.get(each, each) for each in shape]
-            assert known[name].is_contiguous()
-
-
-def test_every_token_sees_itself_and_nothing_after_it(of: llama.Llama) -> None:
-    known = llama.make_inputs(of, Size(3, 8, 32, 64))
-    seen, whole = known["attention_mask"], known["whole_mask"]
-    assert torch.equal(whole[..., :32], seen) and not whole[..., 32:].any()
-    rows = torch.arange(8)
-    assert seen[:, 0, rows, 24 + rows].all()
-    assert not any(seen[:, 0, row, 25 + row :].any() for row in range(7))
-    assert seen[0].sum() > seen[-1].sum()  # a row that is padded on the left
-
-
-def test_eager_over_a_cache_answers_as_eager_without_one(of: llama.Llama) -> None:
-    held = llama.make_inputs(of, Size(3, 8, 8, 64))
-    plain = {name: held[name] for name in held if name not in {"keys", "values"}}
-    plain["whole_mask"] = held["attention_mask"]
-    over = llama.answer_eagerly(of, of.block, held)
-    assert {*over} == {"output", "keys", "values"}
-    torch.testing.assert_close(over["output"], llama.answer_eagerly(of, of.block, plain)["output"])
-
-
-def test_a_write_beside_the_new_places_is_seen(of: llama.Llama) -> None:
-    known = llama.make_inputs(of, Size(1, 1, 16, 64))
-    after = {name: known[name].clone() for name in ("keys", "values")}
-    after["keys"][:, :, 15] = 7
-    assert llama.find_other_writes(known, after) == []
-    after["values"][0, 0, 16, 0] += 1
-    assert llama.find_other_writes(known, after) == ["values"]
-
-
-@pytest.mark.parametrize("ours, wrong", [(1.4e-2, False), (2e-2, True), (float("nan"), True)])
-def test_a_graph_may_be_off_as_eager_of_its_dtype_is(ours: float, wrong: bool) -> None:
-    found = {"hubaoti": {"keys": ours}, "eager": {"keys": 9e-3}, "elsewhere": []}
-    problems = [*blocks.list_problems("4x1", found, "bfloat16")]
-    assert bool(problems) is wrong
-    assert all("4x1: keys" in each and "bfloat16 eager 9.0e-03" in each for each in problems)
-
-
-def test_a_side_that_cannot_start_hides_no_other() -> None:
-    def breaks() -> Any:
-        raise RuntimeError("no such kernel\nand more")
-
-    started, lost = blocks.start_calls({"torch.compile": breaks, "hubaoti": lambda: None})
-    assert [*started] == ["hubaoti"]
-    words = blocks.word_times(Size(1, 1), {"hubaoti": {"median": 2.0}}, lost)
-    assert words == "1x1: 2.000 ms, torch.compile failed (RuntimeError: no such kernel)"
-
-
-def test_two_equal_blocks_that_became_two_graphs_fail() -> None:
-    graphs = [SimpleNamespace(id=name, modules=(name,)) for name in ("a", "b")]
-    with pytest.raises(AssertionError, match="two equal blocks"):
-        blocks.describe_manifest(SimpleNamespace(graphs=graphs))
+def measure_peak(case: Form, model: Any, ids: torch.Tensor) -> int:
+    """Bytes that a call takes at most, its libraries' own workspaces left out."""
+    case.answer(model, ids, None)
+    peak = Peak.of(model.device)
+    answer = case.answer(model, ids, None)
+    taken = peak.bytes
+    del answer
+    return taken

@@ -7,13 +7,13 @@ import torch
 import transformers
 
 from gpu.conftest import Found
+from gpu.place import Place
 from hubaoti.host.probe import probe_host
-from hubaoti.settings import Settings
 
 
-def test_host(device: torch.device, offline: Settings, found: Found) -> None:
+def test_host(device: torch.device, place: Place, found: Found) -> None:
     """It is described as `hubaoti doctor` does, with the libraries that are used here."""
-    host = probe_host(offline)
+    host = probe_host(place.settings)
     versions = {module.__name__: module.__version__ for module in (transformers, huggingface_hub)}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else host.cpu
     said = f"{name}, torch {torch.__version__}, Python {host.python}"

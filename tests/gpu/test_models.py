@@ -12,19 +12,22 @@ import torch
 from torch._inductor import aoti_load_package
 
 from gpu.conftest import Found
-from gpu.measure import stopwatch, summarize, time_calls
+from gpu.measure import stopwatch, summarize
 from gpu.models import (
     CAUSAL_LM,
     ENCODER,
     TEXTS,
     TOLERANCE,
     Model,
+    choose_dtype,
+    compile_model,
     load_eager,
     make_inputs,
     measure_largest,
     require_near,
     write_model,
 )
+from gpu.place import Place, describe
 from hubaoti import api
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.hub.push import Commit
@@ -36,46 +39,33 @@ from hubaoti.settings import Settings
 
 
 def list_cases(every: bool) -> tuple[Model, ...]:
-    """A model that embeds, and one that generates."""
-    return ENCODER, CAUSAL_LM
-
-
-def choose_dtype(case: Model, device: torch.device) -> str:
-    """What a model is compiled in."""
-    return case.dtype if device.type == "cuda" else "float32"
+    """A model that embeds, and one that generates; on a CPU the first stands for both."""
+    return (ENCODER, CAUSAL_LM) if every else (ENCODER,)
 
 
 @pytest.fixture(scope="module")
-def settings(folder: Path) -> Iterator[Settings]:
+def settings(place: Place) -> Iterator[Settings]:
     """An endpoint of our own on loopback."""
-    with serve_in_thread(folder / "hub") as endpoint:
-        yield Settings(home=folder / "home", endpoint=endpoint.url, token=endpoint.token)
+    with serve_in_thread(place.folder / "hub") as endpoint:
+        yield Settings(place.folder / "home", endpoint.url, endpoint.token)
 
 
 @pytest.fixture(scope="module")
-def weights(device: torch.device, case: Model, folder: Path) -> Path:
+def weights(case: Model, place: Place) -> Path:
     """The model's folder, as it would come from the Hub."""
-    return write_model(device, case, folder / "models" / f"{case.name}-{device.type}")
+    return write_model(place.device, case, place.folder / "weights" / case.name)
 
 
 @pytest.fixture(scope="module")
-def repo(device: torch.device, case: Model) -> str:
+def repo(case: Model) -> str:
     """Where it is pushed."""
-    return f"local/{case.name}-{device.type}"
+    return f"local/{case.name}"
 
 
 @pytest.fixture(scope="module")
-def bundle(device: torch.device, case: Model, weights: Path, settings: Settings) -> Bundle:
-    """Compiled from the config alone; hubaoti compares with eager of the same dtype itself."""
-    batch, seq = case.list_sizes(device)[-1]
-    return api.compile(
-        weights,
-        weights.parent.parent / "bundles" / weights.name,
-        dims={"batch": (1, batch), "seq": (2, seq)},
-        dtype=choose_dtype(case, device),
-        device=str(device),
-        settings=settings,
-    )
+def bundle(place: Place, case: Model) -> Bundle:
+    """Compiled from the config alone."""
+    return place.get_bundle(case.name, lambda at: compile_model(at, case))
 
 
 @pytest.fixture(scope="module")
@@ -110,20 +100,9 @@ def bound(opened: tuple[Any, float], pulled: Any, weights: Path) -> tuple[Any, f
     return graph, spent[0]
 
 
-def test_compile(bundle: Bundle, found: Found) -> None:
-    manifest = bundle.manifest
-    built, worst = manifest.built, max(check.max_relative for check in manifest.checks)
-    facts = {"recipe": str(manifest.recipe), "variant": str(manifest.variant)}
-    found(
-        f"{built.seconds:.1f} s, {manifest.size / 1e6:.1f} MB, largest error {worst:.1e}",
-        **facts,
-        bytes=manifest.size,
-        seconds=built.seconds,
-        peak_bytes=built.peak_bytes,
-        needs=asdict(manifest.requires),
-        members=[member.path for member in manifest.graphs[0].members],
-        largest_error=worst,
-    )
+def test_built(bundle: Bundle, found: Found) -> None:
+    said, facts = describe(bundle)
+    found(said, **facts, needs=asdict(bundle.manifest.requires))
 
 
 def test_push(commit: Commit, found: Found) -> None:
@@ -189,27 +168,6 @@ def test_run(answer: Any, device: torch.device, case: Model, weights: Path, foun
     error = measure_largest(answer.values, expected, encoded.attention_mask)
     found(f"{answer.task}: {list(answer.values.shape)}, error {error:.1e}")
     require_near(error, TOLERANCE[choose_dtype(case, device)], "the answer")
-
-
-def test_time(
-    bound: tuple[Any, float], device: torch.device, case: Model, weights: Path, found: Found
-) -> None:
-    """A call through eager, `torch.compile` and hubaoti, all in the recipe's dtype."""
-    eager = load_eager(device, weights, choose_dtype(case, device))
-    torch._dynamo.reset()
-    calls = {"eager": eager, "torch.compile dynamic": torch.compile(eager, dynamic=True)}
-    if device.type == "cuda":  # on a CPU one more takes long, and is the same line
-        calls["torch.compile"] = torch.compile(eager, dynamic=False)
-    calls["hubaoti"] = bound[0]
-    facts, said = dict[str, Any](), []
-    sizes = case.list_sizes(device)
-    for batch, seq in sizes if device.type == "cuda" else sizes[-1:]:
-        times = time_calls(device, calls, make_inputs(device, case, batch, seq))
-        facts[f"{batch}x{seq}"] = times
-        shown = ", ".join(f"{name} {each['median']:.2f}" for name, each in times.items())
-        said.append(f"{batch}x{seq}: {shown} ms")
-    found("; ".join(said), **facts)
-    assert all(each.keys() == calls.keys() for each in facts.values())
 
 
 # What the checks would see

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # What a machine for this has, or it is not one: never installed, never replaced.
 GIVEN = {"torch", "transformers", "numpy", "tokenizers", "safetensors", "huggingface-hub"}
 EXTRAS = ("compile", "run", "serve", "quantize")
-SPARED = {"torchao"}  # the checks that want it say that it is not there
+SPARED = {"torchao", "diffusers"}  # the checks that want them say that they are not there
 
 
 def list_requirements() -> list[Any]:
@@ -27,7 +27,7 @@ def list_requirements() -> list[Any]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     words = [*project["dependencies"], *(word for name in EXTRAS for word in extras[name])]
-    words += [word for word in extras["dev"] if word.startswith("pytest>=")]
+    words += [word for word in extras["dev"] if word.startswith(("pytest>=", "diffusers>="))]
     return [Requirement(word) for word in words]
 
 
