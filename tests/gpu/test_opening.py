@@ -68,7 +68,7 @@ def test_open(package: Path, case: Opening, place: Place, found: Found) -> None:
         facts["debugger"] = debug(place, package) if done.returncode < 0 else None
     last = steps[-1] if steps else "nothing"
     found(f"{last}, {len(steps)} steps", **facts)
-    assert ended, f"it ended with {done.returncode} after: {last}; {find_frame(facts['said'])}"
+    assert ended, f"it ended with {done.returncode} after: {last}; {find_frame(facts['printed'])}"
 
 
 def find_frame(trace: str) -> str:
