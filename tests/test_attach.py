@@ -148,8 +148,11 @@ def test_a_bundle_may_be_named_by_its_folder(
 
 
 def test_a_folder_s_name_as_a_text_is_a_repo_s_and_says_so(
-    model: Any, decoder_bundle: Bundle, built_at: Settings
+    model: Any, decoder_bundle: Bundle, built_at: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(decoder_bundle.path.parent.parent)  # where its name looks like a repo's
+    with pytest.raises(BadRequest, match="names a repo of the Hub"):
+        hubaoti.attach(model, "/".join(decoder_bundle.path.parts[-2:]), settings=built_at)
     with pytest.raises(BadRequest, match="names a repo of the Hub") as caught:
         hubaoti.attach(model, str(decoder_bundle.path), settings=built_at)
     assert "pathlib.Path(" in caught.value.hint

@@ -337,5 +337,5 @@ def test_only_what_every_check_wants_must_be_there(
     monkeypatch.setattr(wheels_module, "is_installed", lambda need: need.name != "torchao")
     wheels_module.install(tmp_path, tmp_path / "target")
     monkeypatch.setattr(wheels_module, "is_installed", lambda need: need.name != "msgspec")
-    with pytest.raises(SystemExit, match="missing: msgspec"):
+    with pytest.raises(SystemExit, match="lacks msgspec"):
         wheels_module.install(tmp_path, tmp_path / "target")

@@ -80,6 +80,7 @@ def test_pins_survive_json() -> None:
         ("files", msgspec.UNSET),
         ("files", (FILE, FILE)),
         ("files", (FILE, msgspec.structs.replace(FILE, path="METADATA.json"))),
+        ("files", (FILE, msgspec.structs.replace(FILE, path=f"{FILE.path}/ops.py"))),
         ("files", (msgspec.structs.replace(FILE, path="../evil.py"),)),
         ("files", (msgspec.structs.replace(FILE, path="/etc/evil"),)),
         ("files", (msgspec.structs.replace(FILE, path="a/./b"),)),

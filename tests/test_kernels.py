@@ -29,6 +29,7 @@ from hubaoti.artifact.kernel_pin import KernelOp, KernelPin
 from hubaoti.artifact.kernel_variant import KernelHost
 from hubaoti.artifact.manifest import find_oldest_schema
 from hubaoti.artifact.requirements import Requirements
+from hubaoti.artifact.schema import File
 from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import (
     HubUnreachable,
@@ -246,7 +247,7 @@ def test_a_commit_that_is_gone_is_said_and_what_is_here_is_still_used(
         fetch(replace(settings, offline=True), pinned)
 
 
-@pytest.mark.parametrize("how", ["flipped", "added", "bytecode", "link", "gone"])
+@pytest.mark.parametrize("how", ["flipped", "added", "bytecode", "link", "linked", "gone"])
 def test_a_kernel_that_was_changed_in_the_mirror_is_set_apart(
     publish: Publish, settings: Settings, repo: str, how: str
 ) -> None:
@@ -277,6 +278,10 @@ def spoil(folder: Path, how: str) -> None:
     elif how == "bytecode":
         (folder / "__pycache__").mkdir()
         (folder / "__pycache__/__init__.cpython-311.pyc").write_bytes(b"")
+    elif how == "linked":
+        kernel = folder.parent.parent
+        kernel.rename(kernel.parent.parent / "elsewhere")
+        kernel.symlink_to(kernel.parent.parent / "elsewhere")
     elif how == "link":
         (folder / "_ops.py").rename(folder.parent.parent.parent / "elsewhere.py")
         (folder / "_ops.py").symlink_to(folder.parent.parent.parent / "elsewhere.py")
@@ -326,6 +331,26 @@ def test_a_kernel_for_another_torch_is_refused_by_name(
     told = play(settings, "opens", mirror=str(fetch(settings, pinned)), pins=[pinned])
     assert told["error"] == "KernelArchUnsupported"
     assert f"the kernel {pinned} is built for torch 2.9" in told["message"]
+
+
+@pytest.mark.parametrize("size", [None, 2 << 20])
+def test_a_kernel_that_says_nothing_of_itself_or_too_much_is_not_loaded(
+    publish: Publish, settings: Settings, repo: str, size: int | None
+) -> None:
+    publish(repo, "_attention_cpu_0e")
+    pinned = pin(settings, repo)
+    fetch(settings, pinned)
+    assert isinstance(pinned.files, tuple)
+    files = [each for each in pinned.files if each.path != "metadata.json"]
+    files += [] if size is None else [File(path="metadata.json", sha256="0" * 64, size=size)]
+    other = replace(pinned, files=tuple(files))
+    build = other.build
+    assert build is not None
+    # As if such a build lay there, which a manifest can say.
+    (settings.mirror / "kernels" / build.digest).mkdir()
+    told = play(settings, "opens", mirror=str(settings.mirror), pins=[other])
+    assert told["error"] == "KernelDigestMismatch"
+    assert "has no metadata.json of at most 1048576 bytes" in told["message"]
 
 
 @pytest.mark.parametrize("change", [("is_causal = False", "is_causal = True"), ("bool", "Nothing")])

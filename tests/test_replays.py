@@ -162,6 +162,80 @@ def test_what_is_no_step_or_is_another_model_by_now_is_not_replayed(
     assert not found["bare"] and found["left"] == 0
 
 
+def test_what_a_step_read_of_the_model_s_attributes_is_seen_when_it_is_another(
+    stand_in: StandIn, bundle: Bundle, home: Path
+) -> None:
+    code = """
+    cache, block, seen, found = make_cache(), model.model.layers[0], [], {}
+    fill(cache)
+    for _ in range(3): step(cache)
+    found["before"] = count()
+    inner = block.forward
+    def wrapper(*args, **words):                           # over what is put over it already
+        seen.append(1)
+        return inner(*args, **words)
+    block.forward = wrapper
+    step(cache)
+    found["wrapped"] = [*count().values(), len(seen)]
+    block.forward = inner
+    for _ in range(3): step(cache)
+    found["again"] = count()["captured"]
+    model.model.rope_deltas = torch.zeros(1).cuda()        # as models of images keep theirs
+    step(cache)
+    found["kept"] = count()["captured"]
+    for _ in range(2): step(cache)
+    found["third"] = count()["captured"]
+    model.model.rotary_emb.attention_scaling = 2.0
+    step(cache)
+    found["scaled"] = count()["captured"]
+    for _ in range(2): step(cache)
+    model.config._attn_implementation = "eager"
+    step(cache)
+    found["other attention"] = [*count().values()]
+    model.config._attn_implementation = "sdpa"
+    step(cache)
+    found["sdpa again"] = [*count().values()]
+    say(**found)
+    """
+    found = run(code, stand_in, bundle, home)
+    assert found["before"] == {"captured": 1, "replayed": 2}
+    assert found["wrapped"] == [0, 2, 1]
+    assert found["again"] == 1 and found["kept"] == 0
+    assert found["third"] == 1 and found["scaled"] == 0
+    captured, replayed = found["other attention"]
+    assert captured == 1 and found["sdpa again"] == [1, replayed + 1]
+
+
+def test_a_step_that_is_captured_while_weights_change_is_not_kept(
+    stand_in: StandIn, bundle: Bundle, home: Path
+) -> None:
+    code = """
+    from hubaoti.attachment import replays
+    cache, other = make_cache(), make_cache(24)
+    fill(cache); fill(other)
+    step(cache)
+    patch, own = replays.StepReplays, replays.StepReplays._find_obstacle
+    def change(self):                                      # as another thread does meanwhile
+        weight = model.lm_head.weight
+        model.lm_head.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+        step(other)
+        return own(self)
+    patch._find_obstacle = change
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        shape = [*step(cache).logits.shape]
+    patch._find_obstacle = own
+    meanwhile = count()
+    for _ in range(3): step(cache)
+    say(shape=shape, meanwhile=meanwhile, after=count(), warned=[str(w.message) for w in warned])
+    """
+    found = run(code, stand_in, bundle, home)
+    assert found["shape"] == [1, 1, 128]
+    assert found["meanwhile"] == {"captured": 0, "replayed": 0}
+    assert "the model was changed while a step was captured" in found["warned"][0]
+    assert found["after"] == {"captured": 1, "replayed": 2}
+
+
 def test_memory_that_runs_out_in_a_capture_is_told_and_the_step_answered(
     stand_in: StandIn, bundle: Bundle, home: Path
 ) -> None:

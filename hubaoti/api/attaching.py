@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hubaoti.api.publishing import pull
 from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.manifest import FILENAME
 from hubaoti.errors import BadRequest
 from hubaoti.host.extras import require
 from hubaoti.hub.trust import Trust
@@ -132,7 +133,8 @@ def get_artifact(
     if isinstance(artifact, Path):
         artifact = Bundle.read(artifact)
     if isinstance(artifact, str):
-        if artifact.count("/") != 1 and Path(artifact).is_dir():
+        here = Path(artifact)
+        if (here / FILENAME).is_file() or (artifact.count("/") != 1 and here.is_dir()):
             raise BadRequest(
                 f"{artifact!r:.120} names a repo of the Hub, and here is a folder of that name",
                 hint=f"for the bundle in it give pathlib.Path({artifact!r:.120})",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import msgspec
@@ -187,7 +188,10 @@ def _is_op(op: object) -> bool:
 
 
 def _are_files(files: object) -> bool:
-    """Whether these are files of distinct paths that stay below their folder, and not too large."""
+    """Whether these are files of distinct paths that stay below their folder, and not too large.
+
+    None lies below another, as if that were a folder.
+    """
     if not isinstance(files, tuple) or not 0 < len(files) <= MOST_FILES:
         return False
     try:
@@ -195,5 +199,7 @@ def _are_files(files: object) -> bool:
     except (msgspec.MsgspecError, TypeError):
         return False
     # As a disk that folds case would have them.
-    distinct = len({file.path.casefold() for file in read}) == len(read)
+    paths = {file.path.casefold() for file in read}
+    above = {str(each) for path in paths for each in PurePosixPath(path).parents}
+    distinct = len(paths) == len(read) and not paths & above
     return read == [*files] and distinct and sum(file.size for file in read) <= MOST_BYTES

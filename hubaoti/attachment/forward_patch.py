@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from hubaoti.runtime.fallback import CannotServe
+from hubaoti.runtime.locks import ForkSafeLock
 
 CountMiss = Callable[[str, CannotServe], None]
 
@@ -145,7 +145,7 @@ class GraphPatch(ForwardPatch):
         super().__init__(path, module)
         self.graphs: list[Any] = [*graphs]
         self._counts = {name: itertools.count() for name in ids}
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def counts(self) -> dict[str, int]:
         """How many calls each graph answered, by the ids of the graphs."""

@@ -65,6 +65,9 @@ class ModuleGuard:
         ]
         held = [(store, name, each) for store in stores for name, each in store.items()]
         held += [(vars(part), "training", False) for part in parts[1:]]
+        # What is put over a `forward` that is already one of the part's own adds nothing to it.
+        own = [vars(part) for part in parts[1:] if "forward" in vars(part)]
+        held += [(store, "forward", store["forward"]) for store in own]
         self._stores = [store for store, _, _ in held]
         self._names = [name for _, name, _ in held]
         self._things = [each for _, _, each in held]

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from hubaoti.attachment.forward_patch import CountMiss, ForwardPatch
 from hubaoti.attachment.module_guard import ModuleGuard
 from hubaoti.attachment.region import Region
+from hubaoti.attachment.step_call import LITERALS, Call, Look, Place, sort_arguments
 from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers
 from hubaoti.errors import first_line
 from hubaoti.program.adapters import separate_adapters
@@ -31,57 +32,17 @@ from hubaoti.runtime.capturing import is_capturing, record, rehearse
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.input_checks import address
 from hubaoti.runtime.kv_cache import list_static_tensors
+from hubaoti.runtime.locks import ForkSafeLock
 
 MOST = 8  # steps that are kept; a step has memory of its own for what it computes
 
-_LITERALS = (bool, int, float, str, type(None))
-_PLAIN = (torch.Tensor, nn.Parameter)
-
-_FLAGS = ("output_attentions", "output_hidden_states", "return_dict")  # of a config
+# Of a config.
+_FLAGS = ("output_attentions", "output_hidden_states", "return_dict", "_attn_implementation")
+_UNASKED = {"forward", "_cache"}  # of the model's own attributes: ours, and what is given anyway
 # Tables of positions that are made anew where a text is long, which is asked of each step.
 _READ_POSITIONS = {"dynamic", "longrope"}
-_ALONE = threading.Lock()  # one capture at a time: what a process synchronizes meanwhile ends it
+_ALONE = ForkSafeLock()  # one capture at a time: what a process synchronizes meanwhile ends it
 _CACHE = object()  # stands in a kept answer for the caller's own
-
-_Place = tuple[str | int, ...]
-_Look = tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """A step as it is called: its tensors by their places, its cache, and what must be equal."""
-
-    args: Sequence[Any]
-    kwargs: Mapping[str, Any]
-    tensors: dict[_Place, torch.Tensor]
-    cache: Any
-    look: _Look
-
-    def replace(self, tensors: Mapping[_Place, torch.Tensor]) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments with other tensors in their places."""
-        args, kwargs = [*self.args], {**self.kwargs}
-        for (name, *within), tensor in tensors.items():
-            arguments: Any = args if isinstance(name, int) else kwargs
-            if within:
-                arguments[name] = {**arguments[name], within[0]: tensor}
-            else:
-                arguments[name] = tensor
-        return args, kwargs
-
-
-@dataclass(slots=True)
-class _Arguments:
-    """What a call is given, sorted: tensors by their places, caches, and what must be equal."""
-
-    tensors: dict[_Place, torch.Tensor] = field(default_factory=dict)
-    caches: list[Any] = field(default_factory=list)
-    look: list[Any] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> int:
-        """How many there are of each row; none where they do not stand where they should."""
-        ids = self.tensors.get(("input_ids",), self.tensors.get((0,)))
-        return ids.shape[1] if ids is not None and ids.dim() == 2 else 0
 
 
 @dataclass(slots=True)
@@ -90,12 +51,12 @@ class _Step:
 
     graph: Any
     stream: Any
-    given: dict[_Place, torch.Tensor]
+    given: dict[Place, torch.Tensor]
     answer: Any
     held: list[Any]  # the kernels and constants that are used, which a CUDA graph does not keep
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def replay(self, call: _Call) -> Any:
+    def replay(self, call: Call) -> Any:
         """The answer to the tensors of a call, in memory of its own."""
         with self.lock:
             stream = torch.cuda.current_stream(self.stream.device)
@@ -115,7 +76,8 @@ class StepReplays(ForwardPatch):
 
     __slots__ = (
         *("_device", "_regions", "_registered", "_replayed"),
-        *("_guard", "_addresses", "_bindings", "_caches", "_steps", "_met", "_refused"),
+        *("_guard", "_addresses", "_inner", "_attributes", "_forgotten", "_bindings", "_looks"),
+        *("_caches", "_steps", "_met", "_refused"),
     )
 
     def __init__(self, module: nn.Module, regions: Sequence[Region], device: torch.device) -> None:
@@ -129,11 +91,15 @@ class StepReplays(ForwardPatch):
         self._replayed = itertools.count()
         self._guard: ModuleGuard | None = None
         self._addresses: list[tuple[torch.Tensor, int]] = []
+        self._inner: list[dict[str, Any]] = []
+        self._attributes: list[dict[str, Any]] = []
+        self._forgotten = 0  # how often
         self._bindings: list[int] = []
-        self._caches: weakref.WeakKeyDictionary[Any, _Look] = weakref.WeakKeyDictionary()
-        self._steps: dict[_Look, _Step] = {}
-        self._met: dict[_Look, None] = {}
-        self._refused: dict[_Look, None] = {}
+        self._looks: weakref.WeakKeyDictionary[Any, set[Look]] = weakref.WeakKeyDictionary()
+        self._caches: weakref.WeakKeyDictionary[Any, Look] = weakref.WeakKeyDictionary()
+        self._steps: dict[Look, _Step] = {}
+        self._met: dict[Look, None] = {}
+        self._refused: dict[Look, None] = {}
 
     def put(self, count_miss: CountMiss) -> None:
         """Answer from here on."""
@@ -176,11 +142,11 @@ class StepReplays(ForwardPatch):
         next(self._replayed)
         return step.replay(call)
 
-    def _read_step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call | None:
+    def _read_step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
         """A call as a step, if it is one."""
         if torch.is_grad_enabled() or self.module.training or is_capturing(self._device):
             return None
-        found = _sort_arguments(args, kwargs)
+        found = sort_arguments(args, kwargs)
         if found is None or found.tokens != 1 or len(found.caches) != 1:
             return None
         (cache,) = found.caches
@@ -198,9 +164,9 @@ class StepReplays(ForwardPatch):
             return None
         config = getattr(self.module, "config", None)
         flags = [torch.is_inference_mode_enabled(), *(getattr(config, flag, 0) for flag in _FLAGS)]
-        return _Call(args, kwargs, found.tensors, cache, (*flags, *found.look, where))
+        return Call(args, kwargs, found.tensors, cache, (*flags, *found.look, where))
 
-    def _rehearse(self, call: _Call) -> Any:
+    def _rehearse(self, call: Call) -> Any:
         """What the model answers to the first step of its look, as if it were captured."""
         with rehearse():
             answer = self.eager(*call.args, **call.kwargs)
@@ -213,7 +179,7 @@ class StepReplays(ForwardPatch):
             self._count_miss(self.path, problem)
         return answer
 
-    def _capture(self, call: _Call) -> _Step:
+    def _capture(self, call: Call) -> _Step:
         """Capture a step.
 
         Raises:
@@ -225,7 +191,7 @@ class StepReplays(ForwardPatch):
         while len(self._steps) >= MOST:
             _drop_oldest(self._steps)
         held = [graph.hold() for region in self._regions for graph in region.graphs]
-        answer, problem = None, self._find_obstacle()
+        answer, problem, before = None, self._find_obstacle(), self._forgotten
         try:
             if not problem:
                 with record(), _capture_into(graph, self._device):
@@ -240,10 +206,20 @@ class StepReplays(ForwardPatch):
             _remember(self._refused, call.look)
             _settle(self._device)
             raise CannotServe("capture", f"a step: {problem}")
+        if self._forgotten != before:  # by another thread: of which weights it is nobody knows
+            raise CannotServe("capture", "the model was changed while a step was captured")
         step = _Step(graph, current, given, answer, held)
-        self._steps[call.look] = step
-        weakref.finalize(call.cache, self._steps.pop, call.look, None).atexit = False
+        self._keep(step, call)
         return step
+
+    def _keep(self, step: _Step, call: Call) -> None:
+        """Keep a step for as long as its cache is there."""
+        looks = self._looks.get(call.cache)
+        if looks is None:
+            looks = self._looks[call.cache] = set()
+            weakref.finalize(call.cache, _drop, self._steps, looks).atexit = False
+        looks.add(call.look)
+        self._steps[call.look] = step
 
     def _find_obstacle(self) -> str:
         """What of the model is known to look at numbers of a step in Python; else nothing."""
@@ -258,7 +234,21 @@ class StepReplays(ForwardPatch):
             return False
         if self._bindings and self._bindings != [region.bindings for region in self._regions]:
             return False
-        return all(address(tensor) == place for tensor, place in self._addresses)
+        if not all(address(tensor) == place for tensor, place in self._addresses):
+            return False
+        try:
+            return self._read_attributes() == self._attributes
+        except Exception:  # of two values that cannot be compared, as of other tensors
+            return False
+
+    def _read_attributes(self) -> list[dict[str, Any]]:
+        """What all parts have as plain attributes: a replay has what a step made of them.
+
+        The same things are equal at once; it is they that a replay reads, so whoever has the list
+        keeps them.
+        """
+        own = {name: each for name, each in vars(self.module).items() if name not in _UNASKED}
+        return [own, *self._inner]
 
     def _are_bound(self) -> bool:
         """Whether all blocks have graphs that read their tensors as they are now."""
@@ -277,12 +267,22 @@ class StepReplays(ForwardPatch):
             raise CannotServe("hooks", "a part of the model has a hook, or is trained")
         tensors = [*module.parameters(), *module.buffers()]
         self._guard, self._addresses = guard, [(each, address(each)) for each in tensors]
+        self._inner = [vars(part) for part in [*module.modules()][1:]]
+        self._attributes = [dict(each) for each in self._read_attributes()]
 
     def forget(self) -> None:
         """Nothing is captured any more: what was, is of another model."""
+        self._forgotten += 1
         self._guard, self._addresses, self._bindings = None, [], []
+        self._inner, self._attributes = [], []
         for known in (self._steps, self._met, self._refused):
             known.clear()
+
+
+def _drop(steps: dict[Look, _Step], looks: set[Look]) -> None:
+    """Let go of the steps of a cache that is gone."""
+    for look in looks:
+        steps.pop(look, None)
 
 
 @contextmanager
@@ -304,33 +304,6 @@ def _settle(device: torch.device) -> None:
         place.zero_()
 
 
-def _sort_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Arguments | None:
-    """What a call is given; None where there is something that nobody knows how to compare."""
-    found = _Arguments()
-    for place, value in _walk_arguments(args, kwargs):
-        if type(value) in _PLAIN:
-            found.tensors[place] = value
-            found.look.append((place, value.dtype, value.device, *value.shape))
-        elif isinstance(value, _LITERALS):
-            found.look.append((place, value))
-        elif hasattr(value, "layers"):
-            found.caches.append(value)
-            found.look.append(place)
-        else:
-            return None
-    return found
-
-
-def _walk_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[_Place, Any]]:
-    """What a call is given, by its places: arguments, and what is in dictionaries of them."""
-    given: list[tuple[str | int, Any]] = [*enumerate(args), *kwargs.items()]
-    for name, value in given:
-        if type(value) is dict:
-            yield from (((name, key), each) for key, each in value.items())
-        else:
-            yield (name,), value
-
-
 def _map_answer(
     change: Callable[[torch.Tensor], torch.Tensor], others: Mapping[Any, Any], answer: Any
 ) -> Any:
@@ -341,7 +314,7 @@ def _map_answer(
             return change(leaf)
         if leaf is _CACHE or hasattr(leaf, "layers"):
             return others[leaf]
-        if not isinstance(leaf, _LITERALS):  # which the next replay would change
+        if not isinstance(leaf, LITERALS):  # which the next replay would change
             raise TypeError(f"it answers a {type(leaf).__name__}")
         return leaf
 
@@ -356,14 +329,14 @@ def _return_same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _remember(known: dict[_Look, None], look: _Look) -> None:
+def _remember(known: dict[Look, None], look: Look) -> None:
     """Note a look of steps; the oldest are forgotten."""
     while len(known) >= 8 * MOST:
         _drop_oldest(known)
     known[look] = None
 
 
-def _drop_oldest(known: dict[_Look, Any]) -> None:
+def _drop_oldest(known: dict[Look, Any]) -> None:
     """Forget the first that was noted, unless another thread was faster."""
     with suppress(KeyError, RuntimeError, StopIteration):
         del known[next(iter(known))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from hubaoti.artifact.canonical import encode_canonical
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.errors import NotServed
 from hubaoti.runtime.fallback import CannotServe
+from hubaoti.runtime.locks import ForkSafeLock
 
 _SIZES = 512  # different sizes of calls that are kept, for a program that runs for months
 
@@ -32,7 +32,7 @@ class CallStats:
         self._calls: Counter[tuple[str, str]] = Counter()
         self._sizes: Counter[tuple[str, str, tuple[tuple[str, int], ...]]] = Counter()
         self._warned: set[str] = set()
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def make_empty(self) -> CallStats:
         """The same without a count, for another process."""

@@ -73,8 +73,20 @@ def pin_kernel(client: HubClient, name: str, host: KernelHost) -> KernelPin:
     """
     ref = RepoRef.parse(name)
     version = int(ref.revision) if ref.revision and ref.revision.isdecimal() else None
-    commit = client.resolve(ref.repo, ref.revision if version is None else f"v{version}", _KIND)
-    entries = {entry.path: entry for entry in client.files(ref.repo, commit, _KIND)}
+    revision = ref.revision if version is None else f"v{version}"
+    try:
+        commit = client.resolve(ref.repo, revision, _KIND)
+        entries = {entry.path: entry for entry in client.files(ref.repo, commit, _KIND)}
+    except RepoNotFound as error:
+        raise RepoNotFound(
+            f"there is no kernel {name}: {error}",
+            hint=f"a kernel is a repo of type kernel; {error.hint}",
+        ) from error
+    except HubUnreachable as error:
+        raise HubUnreachable(
+            f"the kernel {name} is pinned by what its repo has, which cannot be asked: {error}",
+            hint=f"compile where it can be asked, or without it: --attention sdpa; {error.hint}",
+        ) from error
     _refuse_moved(client, ref.repo, commit, entries)
     variant = _choose_build(f"{ref.repo}@{commit}", entries, host)
     where = f"build/{variant} of {ref.repo} at {commit}"

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from hubaoti.artifact.kernel_metadata import LARGEST_METADATA, METADATA
 from hubaoti.artifact.kernel_pin import KernelBuild, KernelPin
 from hubaoti.artifact.package import copy_hashed, has_bytes
 from hubaoti.disk import sync_folder
@@ -49,6 +50,21 @@ def write_kernel(build: KernelBuild, files: Mapping[str, Path], folder: Path) ->
         sync_folder(each)
 
 
+def read_metadata(folder: Path, build: KernelBuild) -> bytes:
+    """What a build says of itself, as far as it may say anything.
+
+    Raises:
+        KernelDigestMismatch: the file is not among the build's, or too large.
+    """
+    sizes = {file.path: file.size for file in build.files}
+    if sizes.get(METADATA, LARGEST_METADATA + 1) > LARGEST_METADATA:
+        raise KernelDigestMismatch(
+            f"the kernel {build.namespace} has no {METADATA} of at most {LARGEST_METADATA} bytes",
+            hint="compile the artifact again, with a kernel that says what it is",
+        )
+    return (variant_folder(folder, build) / METADATA).read_bytes()
+
+
 def holds_kernel(build: KernelBuild, folder: Path) -> bool:
     """Whether a folder has the files of a build, byte for byte, and nothing else."""
     return next(_find_problems(build, folder), None) is None
@@ -78,6 +94,9 @@ def require_kernel(pin: KernelPin, folder: Path) -> KernelBuild:
 
 def _find_problems(build: KernelBuild, folder: Path) -> Iterator[str]:
     """What is wrong with a folder: any file or folder that is not the build's, other bytes."""
+    if folder.is_symlink():
+        yield "its folder is a link"
+        return
     inner = variant_folder(folder, build)
     files = {inner / file.path: file for file in build.files}
     folders = {parent for path in files for parent in path.parents}

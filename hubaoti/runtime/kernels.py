@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import platform
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,13 +28,14 @@ from hubaoti.errors import (
     MissingDependency,
     first_line,
 )
-from hubaoti.mirror.kernel import variant_folder
+from hubaoti.mirror.kernel import read_metadata
 from hubaoti.runtime.attention_ops import NAMESPACE
 from hubaoti.runtime.kernel_adapters import adapt_kernel
+from hubaoti.runtime.locks import ForkSafeLock
 
 NO_KERNEL = "pull a recipe that needs no kernel, as hubaoti pull REPO --recipe bfloat16-sdpa"
 _LIBRARY = torch.library.Library(NAMESPACE, "IMPL")  # type: ignore[no-untyped-call]
-_LOCK = threading.Lock()
+_LOCK = ForkSafeLock()
 # What this process has, by digests: of builds by their namespaces, and of those that answer our
 # ops by kind of device. Neither is ever undone: a library is not unloaded.
 _LOADED: dict[str, str] = {}
@@ -122,8 +122,9 @@ def _is_loaded(name: str, build: KernelBuild) -> bool:
         module = sys.modules.get(build.namespace)
         if module is None and not _has_ops(build.namespace):
             return False
-        file = Path(getattr(module, "__file__", None) or ".")
-        same = any(_has_files(build, place) for place in (file.parent, file.parent.parent))
+        file = getattr(module, "__file__", None)  # who has ops and no file is not of any folder
+        places = [*Path(file).parents][:2] if file else []
+        same = any(_has_files(build, place) for place in places)
     if not same:
         raise KernelConflict(
             f"this process has another library that is called {build.namespace}, as the ops of "
@@ -148,8 +149,7 @@ def _has_files(build: KernelBuild, folder: Path) -> bool:
 
 def _load(name: str, build: KernelBuild, folder: Path, device: torch.device) -> None:
     """Have the kernels library import a build, which registers its ops."""
-    file = variant_folder(folder, build) / METADATA
-    found = parse_metadata(file.read_bytes(), f"{METADATA} of {name}")
+    found = parse_metadata(read_metadata(folder, build), f"{METADATA} of {name}")
     if found.id != build.namespace:
         raise KernelSchemaMismatch(
             f"the ops of {name} are called {found.id} and were pinned as {build.namespace}",
@@ -158,9 +158,11 @@ def _load(name: str, build: KernelBuild, folder: Path, device: torch.device) -> 
     try:
         from kernels import get_local_kernel
     except ImportError as error:
+        other = getattr(sys.modules.get("kernels"), "__file__", None)
+        lacks = f"{other} is another one" if other else "it is not there"
         raise MissingDependency(
-            f"the artifact calls the kernel {name}, and there is no kernels library",
-            hint="install it: pip install kernels",
+            f"the artifact calls the kernel {name}, which the kernels library loads: {lacks}",
+            hint="call the other one otherwise" if other else "install it: pip install kernels",
         ) from error
     try:
         with _no_bytecode():

@@ -12,13 +12,13 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Any, Protocol
 
 import torch
 
 from hubaoti.artifact.package import pack_folder
 from hubaoti.runtime.container import Container, call_on_device, has_interface
+from hubaoti.runtime.locks import ForkSafeLock
 
 # By dtype and device; nobody has them now. Appending and popping are safe in threads.
 FREE: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
@@ -85,7 +85,7 @@ class OnCpu:
         self._runner, self._library = runner, library
         self._container: Container | None = None
         self._bound: Mapping[str, torch.Tensor] = {}
-        self._lock = Lock()
+        self._lock = ForkSafeLock()
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """A long call; the first one opens the library once more, over the same constants."""

@@ -89,7 +89,8 @@ def install(wheels: Path, target: Path) -> None:
     taken, lacking = find_unmet(is_installed, wheels, python)
     lost = [word for word in lacking if Requirement(word).name not in SPARED]
     if lost:
-        sys.exit(f"missing: {', '.join(lost)}\n{wheels} has no wheels of them: see --collect")
+        lacks = f"{sys.executable} lacks {', '.join(lost)}"
+        sys.exit(f"{lacks}: take another Python, or wheels of them (--collect, --wheels)")
     if taken:
         where = ["--no-index", "--no-deps", "--find-links", str(wheels), "--target", str(target)]
         run_pip("install", *where, *taken)
