@@ -191,7 +191,8 @@ class StepReplays(ForwardPatch):
         while len(self._steps) >= MOST:
             _drop_oldest(self._steps)
         held = [graph.hold() for region in self._regions for graph in region.graphs]
-        answer, problem, before = None, self._find_obstacle(), self._forgotten
+        before = self._forgotten
+        answer, problem = None, self._find_obstacle()
         try:
             if not problem:
                 with record(), _capture_into(graph, self._device):
