@@ -386,6 +386,8 @@ def test_fa3_is_left_out_in_words_for_a_gpu_that_has_sdpa_and_refused_where_it_i
     words = ("--for", "sm80,sm90", "--dtype", "bfloat16", "--explain", "--json", "--attention")
     done = compile_inside(settings, model, tmp_path / "bundles", *words, "fa3,sdpa")
     assert done.code == 0 and "left out: --attention fa3 is asked for sm80" in done.err, done
+    kernels = [each["kernel"] for each in json.loads(done.out)]
+    assert kernels == [None, "kernels-community/flash-attn3", None]
     recipes = [(each["recipe"], "sm80" in each["variant"]) for each in json.loads(done.out)]
     assert recipes == [
         ("bfloat16-sdpa", True),

@@ -265,6 +265,12 @@ def test_what_was_made_beforehand_is_opened_and_answers(tmp_path: Path) -> None:
     assert lines["encoder built"]["seconds"] < lines["encoder built"]["facts"]["seconds"]
 
 
+def test_a_name_of_no_check_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    done = check(tmp_path, "--device", "cpu", "--only", "machine,nosuch")
+    assert done.returncode == 2
+    assert "names no check; they are: machine, opening-plain, " in done.stdout
+
+
 def test_what_is_no_bundles_is_refused(tmp_path: Path) -> None:
     done = check(tmp_path, "--device", "cpu", "--only", "machine", "--bundles", str(tmp_path))
     assert done.returncode == 1

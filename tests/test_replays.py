@@ -206,6 +206,36 @@ def test_what_a_step_read_of_the_model_s_attributes_is_seen_when_it_is_another(
     assert captured == 1 and found["sdpa again"] == [1, replayed + 1]
 
 
+def test_steps_that_are_never_alike_are_told_of_and_run_as_without(
+    stand_in: StandIn, bundle: Bundle, home: Path
+) -> None:
+    code = """
+    from hubaoti.attachment.replays import MOST
+    cache = make_cache()
+    fill(cache)
+    def grow(places):                                      # a mask of what is filled, as loops have
+        mask, ids = torch.ones(1, places, dtype=torch.long).cuda(), torch.ones(1, 1).long().cuda()
+        place = torch.full((1, 1), places - 1).cuda()
+        words = dict(attention_mask=mask, position_ids=place, past_key_values=cache)
+        with torch.no_grad(): return [*model(input_ids=ids, **words).logits.shape]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        shapes = [grow(6 + at) for at in range(MOST + 3)]
+    grown = count()
+    for _ in range(3): step(cache)                         # still none of those before
+    other = make_cache()
+    fill(other)
+    for _ in range(3): step(other)
+    say(shapes=shapes, grown=grown, after=count(), warned=[str(each.message) for each in warned])
+    """
+    found = run(code, stand_in, bundle, home)
+    assert all(shape == [1, 1, 128] for shape in found["shapes"])
+    assert found["grown"] == {"captured": 0, "replayed": 0}
+    (said,) = [each for each in found["warned"] if "(capture)" in each]
+    assert "none like one before" in said
+    assert found["after"] == {"captured": 1, "replayed": 2}
+
+
 def test_a_step_that_is_captured_while_weights_change_is_not_kept(
     stand_in: StandIn, bundle: Bundle, home: Path
 ) -> None:

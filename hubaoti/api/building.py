@@ -31,6 +31,7 @@ from hubaoti.host.extras import require
 from hubaoti.host.probe import Host, probe_host
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.kernels import download_build, pin_kernel
+from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.model_download import COMPILE_FILES, fetch_model_files, find_local_folder
 from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
@@ -48,7 +49,10 @@ _FA3 = "fa3"  # as recipes have it
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What a compile would do: its key, whether that is built already, and each graph."""
+    """What a compile would do: its key, whether that is built already, and each graph.
+
+    Of a `kernel` that graphs will call the repo is named; it is asked when they are compiled.
+    """
 
     key: str
     built: str | None
@@ -58,6 +62,7 @@ class Explanation:
     dims: dict[str, str]
     graphs: list[dict[str, Any]]
     left_out: tuple[str, ...]
+    kernel: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,11 +326,16 @@ def explain_jobs(
         if found.refused:
             raise join_errors(found.refused)
         jobs, trust = found.jobs, Trust(means.settings.trust)
-        places = [output and choose_place(output, request, job) for job in jobs]
-        return [_explain_job(*each, mirror, trust) for each in zip(jobs, places, strict=True)]
+        kernel = str(RepoRef.parse(request.kernel or KERNEL))
+        return [
+            _explain_job(job, output and choose_place(output, request, job), kernel, mirror, trust)
+            for job in jobs
+        ]
 
 
-def _explain_job(job: Job, output: Path | None, mirror: Mirror, trust: Trust) -> Explanation:
+def _explain_job(
+    job: Job, output: Path | None, kernel: str, mirror: Mirror, trust: Trust
+) -> Explanation:
     """What compiling a job would do, without doing it."""
     places = [str(output)] if output and find_whole(output, job.key) else []
     rows = mirror.index.rows(job.key)
@@ -348,4 +358,5 @@ def _explain_job(job: Job, output: Path | None, mirror: Mirror, trust: Trust) ->
             for unit in job.plan.units
         ],
         left_out=job.plan.left_out,
+        kernel=kernel if job.build.attention == _FA3 else None,
     )

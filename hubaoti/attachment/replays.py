@@ -77,6 +77,7 @@ class StepReplays(ForwardPatch):
     __slots__ = (
         *("_device", "_regions", "_registered", "_replayed"),
         *("_guard", "_addresses", "_inner", "_attributes", "_forgotten", "_bindings", "_looks"),
+        "_rehearsed",
         *("_caches", "_steps", "_met", "_refused"),
     )
 
@@ -95,6 +96,7 @@ class StepReplays(ForwardPatch):
         self._attributes: list[dict[str, Any]] = []
         self._forgotten = 0  # how often
         self._bindings: list[int] = []
+        self._rehearsed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._looks: weakref.WeakKeyDictionary[Any, set[Look]] = weakref.WeakKeyDictionary()
         self._caches: weakref.WeakKeyDictionary[Any, Look] = weakref.WeakKeyDictionary()
         self._steps: dict[Look, _Step] = {}
@@ -132,7 +134,13 @@ class StepReplays(ForwardPatch):
         step = self._steps.get(call.look)
         is_refused = step is None and call.look in self._refused
         if step is None and not is_refused and call.look not in self._met:
-            return self._rehearse(call)
+            if self._rehearsed.get(call.cache, 0) < MOST:
+                return self._rehearse(call)
+            raise CannotServe(
+                "capture",
+                f"{MOST} steps over a cache and none like one before: a mask of all its places, as "
+                "generate gives it, has one shape",
+            )
         # A block whose tensors were changed is bound anew by the model's own step.
         if is_refused or not self._are_bound():
             return self.eager(*args, **kwargs)
@@ -168,6 +176,7 @@ class StepReplays(ForwardPatch):
 
     def _rehearse(self, call: Call) -> Any:
         """What the model answers to the first step of its look, as if it were captured."""
+        self._rehearsed[call.cache] = self._rehearsed.get(call.cache, 0) + 1
         with rehearse():
             answer = self.eager(*call.args, **call.kwargs)
         self._bindings = [region.bindings for region in self._regions]
@@ -220,6 +229,7 @@ class StepReplays(ForwardPatch):
             looks = self._looks[call.cache] = set()
             weakref.finalize(call.cache, _drop, self._steps, looks).atexit = False
         looks.add(call.look)
+        self._rehearsed.pop(call.cache, None)
         self._steps[call.look] = step
 
     def _find_obstacle(self) -> str:

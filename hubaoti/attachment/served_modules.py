@@ -133,7 +133,9 @@ def find_module_device(module: nn.Module, target: str) -> torch.device:
     if device.type != target:
         raise BadRequest(
             f"the artifact was built for {target}, the module is on {device}",
-            hint=f"move the model first: model.to({target!r})",
+            hint=f"move the model first: model.to({target!r})"
+            if target == "cpu" or torch.cuda.is_available()
+            else "there is no GPU here that torch sees: attach an artifact for this CPU",
         )
     return device
 

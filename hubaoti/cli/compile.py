@@ -210,6 +210,8 @@ def _print_explanation(found: Explanation) -> None:
         )
         for name, shape in graph["inputs"].items():
             print_line(f"    {name} ({', '.join(map(str, shape))})")
+    if found.kernel:
+        print_line(f"  calls a kernel of {found.kernel}, which is asked for its build then")
     for reason in found.left_out:
         print_line(f"  stays eager: {reason}")
 
