@@ -15,6 +15,8 @@ from gpu.conftest import Found
 from gpu.place import Place
 from hubaoti.artifact.bundle import Bundle
 
+pytestmark = pytest.mark.gpu  # with --device cpu on a CPU, too: it takes a minute
+
 _SECONDS = 70
 _KEPT: dict[str, float] = {}
 

@@ -20,6 +20,8 @@ from hubaoti.artifact.bundle import Bundle
 from hubaoti.errors import CompileFailed
 from hubaoti.runtime.recipes import check_recipe
 
+pytestmark = pytest.mark.gpu  # with --device cpu on a CPU, too: it takes a minute
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:

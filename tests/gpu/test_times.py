@@ -24,6 +24,8 @@ from gpu.place import Place
 from gpu.test_blocks import FORMS
 from hubaoti.artifact.bundle import Bundle
 
+pytestmark = pytest.mark.gpu  # with --device cpu on a CPU, too: it takes a minute
+
 _PACE = Pace(3, 15)
 _PREFILL = 4096  # tokens of one row
 
