@@ -147,9 +147,9 @@ def lay_out_fa3(folder: Path) -> Path:
 
 
 def push_kernel(endpoint: Endpoint, name: str, folder: Path) -> None:
-    """Publish a folder as a kernels repo."""
+    """A folder becomes the head of a kernels repo."""
     hub = HfApi(endpoint.url, token=endpoint.token)
     hub.create_repo(name, repo_type="kernel", exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:  # huggingface_hub 1.33 reads them, and 2 writes
         patch.setattr(constants, "REPO_TYPES", constants.REPO_TYPES_WITH_KERNEL)
-        hub.upload_folder(repo_id=name, folder_path=folder, repo_type="kernel")
+        hub.upload_folder(repo_id=name, folder_path=folder, repo_type="kernel", delete_patterns="*")

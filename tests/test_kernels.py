@@ -18,7 +18,7 @@ import torch
 from bundles import make_gpu_host
 from commands import environment_of
 from huggingface_hub import HfApi
-from kernel_repos import SCHEMAS, compile_library, variant_here, write_build
+from kernel_repos import SCHEMAS, compile_library, push_kernel, variant_here, write_build
 from kernel_scenes import Attending, make_tensors
 from proxies import Proxy
 
@@ -78,17 +78,10 @@ def publish(library: Path, endpoint: Endpoint, tmp_path: Path) -> Publish:
         shutil.rmtree(folder, ignore_errors=True)
         for namespace in namespaces:
             write_build(library, folder, namespace, SCHEMAS.get(schema, schema), **how)
-        upload(endpoint, repo, folder)
+        push_kernel(endpoint, repo, folder)
         return folder
 
     return push
-
-
-def upload(endpoint: Endpoint, repo: str, folder: Path) -> None:
-    """A folder becomes the head of a kernel's repo."""
-    hub = HfApi(endpoint.url, token=endpoint.token)
-    hub.create_repo(repo, repo_type="kernel", exist_ok=True)
-    hub.upload_folder(repo_id=repo, folder_path=folder, repo_type="kernel", delete_patterns="*")
 
 
 def pin(settings: Settings, name: str, host: KernelHost = HERE) -> KernelPin:
@@ -142,7 +135,7 @@ def test_a_pin_survives_json_and_is_known_by_its_bytes_wherever_it_lies(
     first = pin(settings, repo)
     assert msgspec.json.decode(msgspec.json.encode(first), type=KernelPin) == first
     (folder / "README.md").write_text("words")
-    upload(endpoint, repo, folder)
+    push_kernel(endpoint, repo, folder)
     second = pin(settings, repo)
     assert second.commit != first.commit
     assert second.id == first.id
@@ -189,7 +182,7 @@ def test_a_kernel_that_lies_elsewhere_by_now_is_not_followed(
     (folder / "kernel-status.toml").write_text(
         'kind = "redirect"\ndestination = "evil/kernel"\nrevision = "main"\n'
     )
-    upload(endpoint, repo, folder)
+    push_kernel(endpoint, repo, folder)
     with pytest.raises(KernelMissing, match="called evil/kernel by now"):
         pin(settings, repo)
 

@@ -219,11 +219,7 @@ class HubClient:
             except LocalEntryNotFoundError as error:  # of the cache, once the endpoint failed
                 raise error.__cause__ or error from error.__cause__
 
-        try:
-            folder = self._ask(model, snapshot, local=offline, of_files=True)
-        except HubUnreachable as error:
-            hint = f"there is no folder {model} here, either; {error.hint}"
-            raise HubUnreachable(str(error), hint=hint) from error
+        folder = self._ask(model, snapshot, local=offline, of_files=True)
         return folder, self._convert(folder.name, CommitId, f"names no commit of {model}")
 
     # Writing

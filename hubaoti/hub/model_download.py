@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hubaoti.artifact.schema import ModelSource
-from hubaoti.errors import BadRequest, ModelNotFound, RepoNotFound
+from hubaoti.errors import BadRequest, HubUnreachable, ModelNotFound, RepoNotFound
 from hubaoti.escape import escape_line
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
@@ -44,6 +44,9 @@ def fetch_model_files(
             f"{escape_line(str(model))} is neither a folder nor a model of {settings.endpoint}",
             hint="give a Hub id as owner/name, or the folder of a model",
         ) from error
+    except HubUnreachable as error:
+        hint = f"there is no folder {model} here, either; {error.hint}"
+        raise HubUnreachable(str(error), hint=hint) from error
     return found, ModelSource(model=str(model), commit=commit)
 
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from hubaoti.runtime.locks import renew_in_children
+
 _POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_bool
 _PREFIX = "AOTInductorModelContainer"
 _FUNCTIONS = {
@@ -48,18 +50,6 @@ class _Pair(ctypes.Structure):
     """A constant by its inner name: `AOTInductorConstantMapEntry`."""
 
     _fields_ = [("name", ctypes.c_char_p), ("handle", _POINTER)]
-
-
-_OPEN: weakref.WeakSet[Container] = weakref.WeakSet()
-
-
-def _renew_locks() -> None:
-    """In a child that was forked: who held a lock while it was is not there."""
-    for container in [*_OPEN]:
-        container.renew_lock()
-
-
-os.register_at_fork(after_in_child=_renew_locks)
 
 
 _Tensors = list[torch.Tensor]
@@ -100,7 +90,7 @@ class Container:
         self._handle: Any = handle
         self._call("CreateWithDevice", ctypes.byref(handle), 1, str(device).encode(), folder)
         self.renew_lock()
-        _OPEN.add(self)
+        renew_in_children(self)
         self._kept: list[Any] = []  # handles of the constants, which it does not own
         delete = getattr(self._library, _PREFIX + "Delete")
         weakref.finalize(self, _close, delete, handle, self._steal, self._kept).atexit = False

@@ -20,6 +20,14 @@ PROMPT, NEW, PLACES = 100, 24, 256  # tokens given, tokens one by one, places of
 MOST = 4096  # places of the longest cache that blocks are compiled for
 WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
 WIDE |= {"num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 8192}
+# How `generate` is asked, beside a number of tokens.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "cache_implementation": "static",
+    "disable_compile": True,
+}
 NARROW = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 NARROW |= {"num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 512}
 
@@ -53,6 +61,11 @@ def compile_blocks(place: Place, name: str, config: Any, **words: Any) -> Bundle
     }
     dtype = choose_dtype(place.device)
     return place.compile(name, place.write_config(name, config), dtype=dtype, **words)
+
+
+def compile_model(place: Place) -> Bundle:
+    """The blocks of a model of 8B, or on a CPU of a narrow one."""
+    return compile_blocks(place, "model", make_config(place.device))
 
 
 def make_model(device: torch.device, config: Any) -> Any:

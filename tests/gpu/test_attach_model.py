@@ -29,14 +29,7 @@ from hubaoti.settings import Settings
 
 SPARE = 1 << 20  # bytes that attaching, or a call of what is attached, may take above eager's
 
-_GREEDY: dict[str, Any] = {
-    "max_new_tokens": NEW,
-    "do_sample": False,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-    "cache_implementation": "static",
-    "disable_compile": True,
-}
+_GREEDY: dict[str, Any] = {**llama.GREEDY, "max_new_tokens": NEW}
 
 
 @dataclass
@@ -64,9 +57,7 @@ class Attached:
 @pytest.fixture(scope="module")
 def bundle(place: Place) -> Bundle:
     """The blocks, compiled once."""
-    return place.get_bundle(
-        "model", lambda at: llama.compile_blocks(at, "model", make_config(at.device))
-    )
+    return place.get_bundle("model", llama.compile_model)
 
 
 @pytest.fixture(scope="module")

@@ -17,17 +17,11 @@ import torch
 import hubaoti
 from gpu import llama
 from gpu.conftest import Found
+from gpu.llama import GREEDY
 from gpu.measure import Peak, measure_error, stopwatch, time_calls
 from gpu.place import Place
 from hubaoti.artifact.bundle import Bundle
 
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-    "cache_implementation": "static",
-    "disable_compile": True,
-}
 _LONG, _SHORT = 72, 8  # of the difference a token's time is, without the prompt's
 
 pytestmark = pytest.mark.gpu("a CPU has no CUDA graphs")
@@ -36,9 +30,7 @@ pytestmark = pytest.mark.gpu("a CPU has no CUDA graphs")
 @pytest.fixture(scope="module")
 def bundle(place: Place) -> Bundle:
     """The blocks of a model of 8B."""
-    return place.get_bundle(
-        "model", lambda at: llama.compile_blocks(at, "model", llama.make_config(at.device))
-    )
+    return place.get_bundle("model", llama.compile_model)
 
 
 @pytest.fixture(scope="module")

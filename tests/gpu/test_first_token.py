@@ -24,9 +24,7 @@ _KEPT: dict[str, float] = {}
 @pytest.fixture(scope="module")
 def bundle(place: Place) -> Bundle:
     """The blocks of a model of 8B."""
-    return place.get_bundle(
-        "model", lambda at: llama.compile_blocks(at, "model", llama.make_config(at.device))
-    )
+    return place.get_bundle("model", llama.compile_model)
 
 
 @pytest.fixture(scope="module")

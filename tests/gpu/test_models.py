@@ -1,4 +1,4 @@
-"""The whole road of a model: compiled, pushed, pulled, opened, answered, run, timed."""
+"""The whole road of a model: compiled, pushed, pulled, opened, answered, run."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ _START = time.perf_counter()
 import json  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -40,9 +39,7 @@ def main() -> None:
         for block in model.model.layers:
             block.compile(dynamic=True)
     found["prepared"] = time.perf_counter() - _START
-    words: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
-    words |= {"cache_implementation": "static", "disable_compile": True}
-    model.generate(llama.make_prompt(model), **words)
+    model.generate(llama.make_prompt(model), **llama.GREEDY, max_new_tokens=2)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     found["tokens"] = time.perf_counter() - _START
