@@ -6,10 +6,12 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
 # Before anything imports a library that reads these once.
 _HOME = Path(tempfile.mkdtemp(prefix="hubaoti-tests-"))
@@ -39,6 +41,10 @@ from hubaoti.settings import Settings  # noqa: E402
 VOCABULARY = 30522  # of MiniLM's tokenizer, which the tiny models borrow
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="the tests marked slow, too")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """The marks that scripts/test asks for, besides those that its caller does, however spelled."""
     ours, theirs = os.environ.get("TESTS_MARKED"), config.option.markexpr
@@ -46,8 +52,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.markexpr = f"({ours}) and ({theirs})" if theirs else ours
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA build of torch where there is none."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what takes minutes and was not asked for, and what this torch can't."""
+    # Checks of a device are asked for by naming one.
+    if not config.getoption("--slow") and not config.getoption("--device", None):
+        slow = pytest.mark.skip(reason="takes minutes; --slow runs it")
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(slow)
     torch = find_torch([])
     if torch is not None and torch.cuda is not None:
         return
@@ -94,21 +106,43 @@ def minilm() -> Path:
 
 
 @pytest.fixture(scope="session")
-def built_at(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Where the session's bundles are built; no test may change what is there."""
-    return Settings(home=tmp_path_factory.mktemp("built") / "home", endpoint="http://127.0.0.1:9")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is the same in all processes of one run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "shared"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def make_once(folder: Path, make: Callable[[], object]) -> Path:
+    """A shared folder: whichever process wants it first makes it, and the others wait for that."""
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            make()
+    return folder
 
 
 @pytest.fixture(scope="session")
-def minilm_bundle(minilm: Path, built_at: Settings) -> Bundle:
+def built_at(shared: Path) -> Settings:
+    """Where the run's bundles are built; no test may change what is there."""
+    return Settings(home=shared / "home", endpoint="http://127.0.0.1:9")
+
+
+@pytest.fixture(scope="session")
+def minilm_bundle(minilm: Path, shared: Path, built_at: Settings) -> Bundle:
     """MiniLM compiled, once, from a folder in which there is no weight."""
-    folder = built_at.home.parent / "all-MiniLM-L6-v2"
-    shutil.copytree(minilm, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    return hubaoti.compile(folder, built_at.home.parent / "minilm", settings=built_at)
+
+    def copy() -> None:
+        shutil.copytree(minilm, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+
+    folder = shared / "all-MiniLM-L6-v2"
+    make_once(folder, copy)
+    return compile_once(folder, shared / "minilm", built_at)
 
 
 @pytest.fixture(scope="session")
-def tiny_roberta(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_roberta(minilm: Path, shared: Path) -> Path:
     """A classifier that computes with its padding id, of random weights, with 64 positions."""
     import transformers
 
@@ -122,12 +156,12 @@ def tiny_roberta(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         num_labels=3,
         pad_token_id=1,
     )
-    folder = tmp_path_factory.mktemp("models") / "tiny-roberta"
-    return saved(transformers.RobertaForSequenceClassification(config), folder, minilm)
+    model = transformers.RobertaForSequenceClassification(config)
+    return save_once(model, shared / "models" / "tiny-roberta", minilm)
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_llama(minilm: Path, shared: Path) -> Path:
     """A causal language model in bfloat16, of random weights, its output tied to its input."""
     import torch
     import transformers
@@ -143,12 +177,12 @@ def tiny_llama(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tie_word_embeddings=True,
         dtype="bfloat16",
     )
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    return saved(transformers.LlamaForCausalLM(config).to(torch.bfloat16), folder, minilm)
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    return save_once(model, shared / "models" / "tiny-llama", minilm)
 
 
 @pytest.fixture(scope="session")
-def tiny_decoder(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_decoder(minilm: Path, shared: Path) -> Path:
     """A causal language model of two equal blocks, whose four heads share two of keys."""
     import torch
     import transformers
@@ -162,83 +196,75 @@ def tiny_decoder(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         intermediate_size=64,
         max_position_embeddings=64,
     )
-    folder = tmp_path_factory.mktemp("models") / "tiny-decoder"
     with torch.random.fork_rng():
         torch.manual_seed(7)  # the same weights each time, so that what it says is known
         model = transformers.LlamaForCausalLM(config)
-    return saved(model, folder, minilm)
+    return save_once(model, shared / "models" / "tiny-decoder", minilm)
 
 
-def saved(model: object, folder: Path, minilm: Path) -> Path:
-    """A model as a folder, with MiniLM's tokenizer."""
+def save_once(model: Any, folder: Path, minilm: Path) -> Path:
+    """A model as a folder, its weights made larger, with MiniLM's tokenizer."""
     import torch
 
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():  # type: ignore[attr-defined]
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(folder)  # type: ignore[attr-defined]
-    shutil.copy(minilm / "tokenizer.json", folder)
-    return folder
+    def save() -> None:
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(folder)
+        shutil.copy(minilm / "tokenizer.json", folder)
+
+    return make_once(folder, save)
+
+
+def compile_once(model: Path, output: Path, settings: Settings, **options: Any) -> Bundle:
+    """A bundle of a model that all tests may have."""
+    return Bundle.read(
+        make_once(output, lambda: hubaoti.compile(model, output, settings=settings, **options))
+    )
 
 
 @pytest.fixture(scope="session")
-def roberta_bundle(tiny_roberta: Path, built_at: Settings) -> Bundle:
+def roberta_bundle(tiny_roberta: Path, shared: Path, built_at: Settings) -> Bundle:
     """The tiny classifier, compiled once."""
-    return hubaoti.compile(tiny_roberta, built_at.home.parent / "roberta", settings=built_at)
+    return compile_once(tiny_roberta, shared / "roberta", built_at)
 
 
 @pytest.fixture(scope="session")
-def llama_bundle(tiny_llama: Path, built_at: Settings) -> Bundle:
+def llama_bundle(tiny_llama: Path, shared: Path, built_at: Settings) -> Bundle:
     """The tiny language model, compiled once, for one text at a time."""
-    return hubaoti.compile(
-        tiny_llama,
-        built_at.home.parent / "llama",
-        dims={"batch": (1, 1), "seq": (1, 40)},
-        settings=built_at,
-    )
+    dims = {"batch": (1, 1), "seq": (1, 40)}
+    return compile_once(tiny_llama, shared / "llama", built_at, dims=dims)
+
+
+DIMS = {"batch": (1, 4), "seq": (1, 40)}  # of the tiny decoder's blocks
+CACHE = {"cache": (16, 64)}
 
 
 @pytest.fixture(scope="session")
-def decoder_bundle(tiny_decoder: Path, built_at: Settings) -> Bundle:
+def decoder_bundle(tiny_decoder: Path, shared: Path, built_at: Settings) -> Bundle:
     """The block of the tiny decoder, compiled once, with its KV cache among its inputs."""
-    return hubaoti.compile(
-        tiny_decoder,
-        built_at.home.parent / "decoder",
-        task="generate",
-        dims={"batch": (1, 4), "seq": (1, 40), "cache": (16, 64)},
-        settings=built_at,
-    )
+    options: dict[str, Any] = {"task": "generate", "dims": DIMS | CACHE}
+    return compile_once(tiny_decoder, shared / "decoder", built_at, **options)
 
 
 @pytest.fixture(scope="session")
-def forward_bundle(tiny_decoder: Path, built_at: Settings) -> Bundle:
+def forward_bundle(tiny_decoder: Path, shared: Path, built_at: Settings) -> Bundle:
     """The block of the tiny decoder once more, without a cache."""
-    return hubaoti.compile(
-        tiny_decoder,
-        built_at.home.parent / "forward",
-        task="forward",
-        dims={"batch": (1, 4), "seq": (1, 40)},
-        settings=built_at,
-    )
+    options: dict[str, Any] = {"task": "forward", "dims": DIMS}
+    return compile_once(tiny_decoder, shared / "forward", built_at, **options)
 
 
 @pytest.fixture(scope="session")
-def quantized_bundle(tiny_decoder: Path, built_at: Settings) -> Bundle:
+def quantized_bundle(tiny_decoder: Path, shared: Path, built_at: Settings) -> Bundle:
     """The block of the tiny decoder again, its weights in eight bits."""
-    return hubaoti.compile(
-        tiny_decoder,
-        built_at.home.parent / "quantized",
-        task="generate",
-        quantize="int8wo",
-        dims={"batch": (1, 4), "seq": (1, 40), "cache": (16, 64)},
-        settings=built_at,
-    )
+    options: dict[str, Any] = {"task": "generate", "dims": DIMS | CACHE, "quantize": "int8wo"}
+    return compile_once(tiny_decoder, shared / "quantized", built_at, **options)
 
 
 @pytest.fixture(scope="session")
-def roberta_unpacked(roberta_bundle: Bundle, built_at: Settings) -> Path:
+def roberta_unpacked(roberta_bundle: Bundle, shared: Path) -> Path:
     """The tiny classifier's graph, unpacked as the mirror would."""
-    folder = built_at.home.parent / "roberta-unpacked"
-    unpack_all(roberta_bundle.path / roberta_bundle.manifest.graphs[0].file, folder)
-    return folder
+    package = roberta_bundle.path / roberta_bundle.manifest.graphs[0].file
+    folder = shared / "roberta-unpacked"
+    return make_once(folder, lambda: unpack_all(package, folder))

@@ -1554,11 +1554,11 @@ def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bart_bundle(bart: Path, built_at: Settings) -> Bundle:
+def bart_bundle(bart: Path, shared: Path, built_at: Settings) -> Bundle:
     """Both kinds of block, compiled once."""
     return hubaoti.compile(
         bart,
-        built_at.home.parent / "bart",
+        shared / "bart",
         task="forward",
         dims={"batch": (1, 4), "seq": (1, 32), "target": (1, 32)},
         settings=built_at,

@@ -13,7 +13,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.machinery import SourceFileLoader
 from multiprocessing import get_context
-from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -267,27 +266,40 @@ def texts(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def measured(
+def run(
     place: Place, texts: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, AsyncResult[list[Any]]]]:
-    """The figures of each section, when it has ended; two run at a time."""
+) -> Iterator[Callable[[str], list[Any]]]:
+    """A section's figures, measured in a process that no test has."""
     from benchmarks.published import publish_model
 
-    found: dict[str, AsyncResult[list[Any]]] = {}
-    with get_context("spawn").Pool(2) as pool:
-        for name, section in COMPILER.items():
+    with (
+        get_context("spawn").Pool(1) as pool,
+        publish_model(tmp_path_factory.mktemp("published"), texts) as bench,
+    ):
+
+        def measure(name: str) -> list[Any]:
+            if name in PUBLISHED:
+                return pool.apply_async(figures_of, (PUBLISHED[name], bench)).get(MINUTES)
             own = replace(place, scratch=place.scratch / name)
             own.scratch.mkdir()
-            found[name] = pool.apply_async(figures_of, (section, own))
-        with publish_model(tmp_path_factory.mktemp("published"), texts) as bench:
-            for name, measure in PUBLISHED.items():
-                found[name] = pool.apply_async(figures_of, (measure, bench))
-            yield found
+            return pool.apply_async(figures_of, (COMPILER[name], own)).get(MINUTES)
+
+        yield measure
 
 
-@pytest.mark.parametrize("section", [*COMPILER, *PUBLISHED])
-def test_a_section_measures(section: str, measured: dict[str, AsyncResult[list[Any]]]) -> None:
-    figures = measured[section].get(MINUTES)
+# They compile, again and again.
+SLOW = {"breadth", "block", "attach", "regional", "start"}
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in (*COMPILER, *PUBLISHED)
+    ],
+)
+def test_a_section_measures(section: str, run: Callable[[str], list[Any]]) -> None:
+    figures = run(section)
     assert {each.section for each in figures} == {section}
     assert {*FIGURES[section]} <= {each.name for each in figures}
     for each in figures:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -265,29 +264,25 @@ def test_blocks_are_grouped_by_what_they_compute_and_take(name: str, home: Setti
         assert graph["dims"] == {ROWS: "1:3", IMAGE: TOKENS[name], TEXT: "6:11"}
 
 
-def compiled(name: str, home: Settings) -> None:
-    """Compile the blocks of one kind."""
-    kind = KINDS[name]
-    model = kind.make()
-    hubaoti.compile(
-        model,
-        home.home.parent / name,
-        calls=kind.calls(model),
-        regions=kind.region,
-        layout="zerogpu" if name == "flux" else None,
-        jobs=1,
-        settings=home,
-    )
-
-
 @pytest.fixture(scope="module")
-def bundles(home: Settings) -> dict[str, Bundle]:
-    """A bundle of each kind, two made at a time: one takes half a minute."""
-    fork = multiprocessing.get_context("fork")
-    # A fork has none of the parent's threads, and would wait for them.
-    with ProcessPoolExecutor(2, fork, torch.set_num_threads, (1,)) as pool:
-        list(pool.map(compiled, KINDS, [home] * len(KINDS)))
-    return {name: Bundle.read(home.home.parent / name) for name in KINDS}
+def compiled(home: Settings) -> Callable[[str], Bundle]:
+    """Compiles the blocks of one kind, once."""
+
+    @cache
+    def compile_blocks(name: str) -> Bundle:
+        kind = KINDS[name]
+        model = kind.make()
+        return hubaoti.compile(
+            model,
+            home.home.parent / name,
+            calls=kind.calls(model),
+            regions=kind.region,
+            layout="zerogpu" if name == "flux" else None,
+            jobs=1,
+            settings=home,
+        )
+
+    return compile_blocks
 
 
 @contextmanager
@@ -317,12 +312,15 @@ def answering(model: nn.Module, graphs: dict[str, Graph], counts: dict[str, int]
         yield
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name",
+    ["flux", "qwen", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "wan"))],
+)
 def test_a_pipeline_whose_blocks_are_compiled_answers_as_before(
-    name: str, bundles: dict[str, Bundle], tmp_path: Path
+    name: str, compiled: Callable[[str], Bundle], tmp_path: Path
 ) -> None:
     """One graph for all members, each with its own weights, at recorded sizes and at others."""
-    kind, bundle = KINDS[name], bundles[name]
+    kind, bundle = KINDS[name], compiled(name)
     bundle.check()
     (entry,) = bundle.manifest.graphs
     folder = unpacked(bundle, tmp_path)[entry.id]
@@ -342,9 +340,9 @@ def test_a_pipeline_whose_blocks_are_compiled_answers_as_before(
 
 
 def test_flux_s_blocks_answer_by_the_loaders_that_know_no_manifest(
-    bundles: dict[str, Bundle],
+    compiled: Callable[[str], Bundle],
 ) -> None:
-    kind, bundle = KINDS["flux"], bundles["flux"]
+    kind, bundle = KINDS["flux"], compiled("flux")
     ((path, file),) = lay_out_packages(bundle.manifest).items()
     assert path == "package/submodules/transformer_blocks/package.pt2"
     model = kind.make()
@@ -356,9 +354,9 @@ def test_flux_s_blocks_answer_by_the_loaders_that_know_no_manifest(
         assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
-def test_complex_inputs_are_inputs_like_others(bundles: dict[str, Bundle]) -> None:
+def test_complex_inputs_are_inputs_like_others(compiled: Callable[[str], Bundle]) -> None:
     """Qwen-Image gives its blocks rotary embeddings as complex numbers."""
-    (entry,) = bundles["qwen"].manifest.graphs
+    (entry,) = compiled("qwen").manifest.graphs
     assert [item.name for item in entry.inputs if item.dtype == "complex64"] == [
         "image_rotary_emb_0",
         "image_rotary_emb_1",

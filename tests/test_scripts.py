@@ -23,11 +23,12 @@ def test_plain(): pass
 @pytest.mark.parametrize(
     ("asked", "left"),
     [
-        ([], {"slow", "plain"}),
-        (["-m", "slow"], {"slow"}),
-        (["-mslow"], {"slow"}),
-        (["-m=slow"], {"slow"}),
-        (["-qm", "slow or cuda"], {"slow"}),
+        ([], {"plain"}),
+        (["--slow"], {"slow", "plain"}),
+        (["--slow", "-m", "slow"], {"slow"}),
+        (["--slow", "-mslow"], {"slow"}),
+        (["--slow", "-m=slow"], {"slow"}),
+        (["--slow", "-qm", "slow or cuda"], {"slow"}),
         (["-m", "cuda"], set()),
         (["-k", "plain", "-n", "1"], {"plain"}),
     ],
@@ -36,7 +37,8 @@ def test_marks_that_are_asked_for_are_asked_besides_those_of_scripts_test(
     asked: list[str], left: set[str], tmp_path: Path
 ) -> None:
     (tmp_path / "test_marks.py").write_text(FILE)
-    (tmp_path / "conftest.py").write_text("from tests_conftest import pytest_configure\n")
+    hooks = "pytest_addoption, pytest_collection_modifyitems, pytest_configure"
+    (tmp_path / "conftest.py").write_text(f"from tests_conftest import {hooks}\n")
     (tmp_path / "tests_conftest.py").symlink_to(Path(__file__).with_name("conftest.py"))
     command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", *asked]
     command += ["--strict-markers", "-o", "markers=cuda\nslow", str(tmp_path)]

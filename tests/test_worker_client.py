@@ -71,8 +71,16 @@ def in_the_middle(engine: LightweightEngine, model: Path, number: int) -> str:
         before = engine.models()[0].requests
         while engine.models()[0].requests == before and not stop.is_set():
             time.sleep(0.001)
-        wait_until(lambda: is_running(engine, model) or stop.is_set())
-        os.kill(worker, number)
+        wait_until(lambda: strike_in_a_graph() or stop.is_set())
+
+    def strike_in_a_graph() -> bool:
+        """Stop it, look, and strike where a graph runs: what runs on may have ended its request."""
+        os.kill(worker, signal.SIGSTOP)
+        wait_until(lambda: state_of(worker) in {"T", "Z", None})
+        if found := is_running(engine, model):
+            os.kill(worker, number)
+        os.kill(worker, signal.SIGCONT)
+        return found
 
     thread = threading.Thread(target=strike)
     thread.start()
@@ -93,12 +101,17 @@ def is_running(engine: LightweightEngine, model: Path) -> bool:
     return any(holder._running[:4])
 
 
+def state_of(process: int) -> str | None:
+    """The letter of a process's state, as R, T or Z; none where there is no such process."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return None
+
+
 def is_alive(process: int) -> bool:
     """Whether there is such a process, and it is no zombie."""
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return False
+    return state_of(process) not in {"Z", None}
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
