@@ -72,7 +72,20 @@ def test_attentions_are_asked_for_in_words_or_a_list_and_unknown_ones_refused() 
     with pytest.raises(BadRequest, match="a bundle has one attention, and fa3 and sdpa"):
         CompileRequest.parse({"attention": "fa3,sdpa", "device": "cuda"})
     with pytest.raises(BadRequest, match=r"know nothing of kernels \(fa3\)"):
-        CompileRequest.parse({"attention": "fa3", "layout": "zerogpu"})
+        CompileRequest.parse({"attention": "fa3", "layout": "zerogpu", "capabilities": (90,)})
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [({}, "a CPU"), ({"device": "cpu"}, "a CPU"), ({"capabilities": (80, 120)}, "sm80")],
+)
+def test_where_no_gpu_has_it_that_is_said_before_torch_is_loaded(
+    words: dict[str, Any], where: str
+) -> None:
+    with pytest.raises(BadRequest, match=f"fa3 is asked for {where}, and .* sm90 alone"):
+        CompileRequest.parse({"attention": "fa3", **words})
+    CompileRequest.parse({"attention": "fa3", "device": "cuda"})
+    CompileRequest.parse({"attention": "fa3", "capabilities": (80, 90)})
 
 
 @pytest.mark.parametrize(

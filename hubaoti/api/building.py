@@ -143,6 +143,8 @@ def _prepare(
         require(f"--quantize {request.quantize}", "quantize")
     refuse_tuning(request, means.settings)
     _refuse_unread(model, request)
+    if request.kernel is not None:
+        RepoRef.parse(request.kernel)
     origin = ModelSource(model=type(model).__name__)
     if isinstance(model, (str, Path)):
         means.progress("files")

@@ -12,11 +12,11 @@ import torch
 from torch.export import ExportedProgram
 
 from hubaoti.artifact.schema import Graph, Target
+from hubaoti.compiler.request import refuse_fa3_for
 from hubaoti.compiler.symbols import list_parts
 from hubaoti.errors import BadRequest, CompileFailed
 
 _HALF = ("bfloat16", "float16")
-_SM = 90  # its code is Hopper's
 WIDEST = 256  # heads, of a build that has all of its code
 _BUILD_FLAGS = "build_flags"
 _LARGEST_CONFIG = 64 << 10  # bytes
@@ -118,12 +118,8 @@ def refuse_unused(graphs: Sequence[Graph]) -> CompileFailed:
 
 def refuse_fa3(target: Target, dtype: str) -> BadRequest | None:
     """Why no build of the kernel serves a target and a dtype; None where one may."""
-    if target.sm != _SM:
-        here = f"sm{target.sm}" if target.sm else "a CPU"
-        return BadRequest(
-            f"--attention fa3 is asked for {here}, and FlashAttention-3 runs on sm90 alone",
-            hint="compile for it with --attention sdpa, and with fa3 for sm90",
-        )
+    if refusal := refuse_fa3_for(target.sm):
+        return refusal
     return None if dtype in _HALF else _refuse_dtype(dtype, "the kernel")
 
 

@@ -14,6 +14,7 @@ TASKS = ("embed", "classify", "logits", "generate", "forward")
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("sdpa", "fa3")
 KERNEL = "kernels-community/flash-attn3"  # what answers fa3, unless another is named
+_FA3_SM = 90  # its code is Hopper's
 LAYOUTS = ("zerogpu",)
 RECIPES = ("int8wo", "int4wo", "float8dq")  # of torchao, as `runtime/quantize.py` has them
 DEFAULT_LEVEL = "x86_64_v3"
@@ -145,6 +146,12 @@ class CompileRequest:
                 f"a bundle has one attention, and {' and '.join(self.attentions)} are asked for",
                 hint="name one; or make a folder of bundles: --for sm90",
             )
+        if self.attentions == ("fa3",):
+            # Another device than a CPU is asked what it is.
+            asked = self.capabilities or ((None,) if self.device in {None, "cpu"} else ())
+            refusals = [error for sm in asked if (error := refuse_fa3_for(sm))]
+            if refusals and len(refusals) == len(asked):
+                raise refusals[0]
 
     def _check_layout(self) -> None:
         """Refuse what loaders without a manifest cannot do."""
@@ -177,6 +184,17 @@ def check_dim(name: str, sizes: Range) -> None:
             f"dim {name} goes from {sizes.low} to {sizes.high}",
             hint=f"give a range with 1 <= min <= max: --dim {name}=1:32",
         )
+
+
+def refuse_fa3_for(sm: int | None) -> BadRequest | None:
+    """Why FlashAttention-3 runs on no GPU of a capability, or on no CPU; None where it does."""
+    if sm == _FA3_SM:
+        return None
+    return BadRequest(
+        f"--attention fa3 is asked for {f'sm{sm}' if sm else 'a CPU'}, and FlashAttention-3 runs "
+        f"on sm{_FA3_SM} alone",
+        hint="compile for it with --attention sdpa, and with fa3 for sm90",
+    )
 
 
 def parse_attentions(words: str | Iterable[str] | None) -> tuple[str, ...]:
