@@ -196,6 +196,22 @@ class KernelFailed(HubaotiError, exit_code=42):
     """A kernel refused the call of a graph, or failed in it."""
 
 
+class Blocked(HubaotiError, exit_code=43):
+    """Native code that somebody said may not run on this machine, whoever is trusted."""
+
+
+class NotBuiltHere(HubaotiError, exit_code=44):
+    """What was to be published was not built on this machine, and nobody said so (`--as-is`)."""
+
+
+class RepoMoved(HubaotiError, exit_code=45):
+    """A repo was renamed, or given to somebody else: it has another name than was asked for."""
+
+
+class RolledBack(HubaotiError, exit_code=46):
+    """A tag is at another commit than it was, or a branch at one that does not come after it."""
+
+
 def rebuild_error(kind: str, message: str, hint: str) -> HubaotiError:
     """An error that another process told of, as it was there."""
     found = globals().get(kind)

@@ -46,7 +46,7 @@ def reader(
     """A machine that pulled the tiny classifier, trusting its publisher."""
     home = tmp_path_factory.mktemp("api") / "home"
     settings = Settings(home, endpoint.url, endpoint.token)
-    hubaoti.push(roberta_bundle, "acme/api-roberta", tag="v1", settings=settings)
+    hubaoti.push(roberta_bundle, "acme/api-roberta", tag="v1", as_is=True, settings=settings)
     hubaoti.pull("acme/api-roberta", trust=True, settings=settings)
     return settings
 
@@ -68,8 +68,8 @@ def test_a_bundle_is_pushed_by_its_folder_or_as_it_is(
     roberta_bundle: Bundle, settings: Settings, tmp_path: Path
 ) -> None:
     repo = f"acme/{tmp_path.name}"
-    first = hubaoti.push(roberta_bundle.path, repo, settings=settings)
-    second = hubaoti.push(roberta_bundle, repo, settings=settings)
+    first = hubaoti.push(roberta_bundle.path, repo, as_is=True, settings=settings)
+    second = hubaoti.push(roberta_bundle, repo, as_is=True, settings=settings)
     assert (first.created, second.created) == (True, False)
     assert first.digest == second.digest == roberta_bundle.manifest.digest
 
@@ -102,7 +102,7 @@ def test_a_language_model_of_one_row_answers_each_text(
 ) -> None:
     """Also: a checkpoint that holds a tied weight once, by one of its two names."""
     repo = f"acme/{tmp_path.name}"
-    hubaoti.push(llama_bundle, repo, settings=settings)
+    hubaoti.push(llama_bundle, repo, as_is=True, settings=settings)
     answer = api.run(repo, tiny_llama, TEXTS, trust=True, settings=settings)
     eager = api.eager(tiny_llama, TEXTS, repo=repo, settings=settings)
     assert answer.values.shape == eager.values.shape
@@ -143,7 +143,7 @@ def test_what_was_built_here_needs_no_trust(
     settings: Settings, roberta_bundle: Bundle, tmp_path: Path
 ) -> None:
     repo = f"acme/{tmp_path.name}"
-    hubaoti.push(roberta_bundle, repo, settings=settings)
+    hubaoti.push(roberta_bundle, repo, as_is=True, settings=settings)
     with pytest.raises(Untrusted):
         hubaoti.pull(repo, settings=settings)
     with Mirror.open(settings.mirror) as mirror:
@@ -181,7 +181,7 @@ def test_a_repo_of_nothing_has_no_artifact(settings: Settings, tmp_path: Path) -
 
 def test_a_folder_that_is_no_bundle_is_not_pushed(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(BadManifest, match="not a bundle"):
-        hubaoti.push(tmp_path, "acme/any", settings=settings)
+        hubaoti.push(tmp_path, "acme/any", as_is=True, settings=settings)
 
 
 NOWHERE = ["acme/nowhere", "no folder", "./nowhere", "a/b/c", "~/nowhere", "~nobody-at-all/x"]

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from bundles import changed
+from bundles import changed, put_trusted
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -133,7 +133,7 @@ def test_graphs_of_a_transformers_with_another_word_for_the_cache_serve(
     assert kwargs != graph.call["kwargs"]
     newer = msgspec.structs.replace(graph, call={**graph.call, "kwargs": kwargs})
     bundle = changed(Bundle(tmp_path / "newer", decoder_bundle.manifest), graphs=(newer,))
-    with hubaoti.attach(model, bundle, settings=settings) as attachment:
+    with hubaoti.attach(model, bundle, trust=True, settings=settings) as attachment:
         found = model.generate(**prompt("one text"), **STATIC)
         assert torch.equal(found, plain.generate(**prompt("one text"), **STATIC))
         assert (attachment.stats()["compiled"], attachment.stats()["eager"]) == (40, 0)
@@ -964,7 +964,7 @@ def stored(decoder_bundle: Bundle, tmp_path: Path) -> tuple[Artifact, Settings]:
     """The decoder's artifact in a mirror of its own."""
     settings = Settings(home=tmp_path / "home", endpoint="http://127.0.0.1:9")
     with Mirror.open(settings.mirror) as mirror:
-        return api.put(decoder_bundle, mirror), settings
+        return put_trusted(decoder_bundle, mirror), settings
 
 
 def library_of(artifact: Artifact) -> Path:
@@ -978,7 +978,10 @@ def test_a_graph_that_is_removed_or_changed_while_it_is_open_answers_on(
 ) -> None:
     artifact, settings = stored
     library = library_of(artifact)
-    with hubaoti.attach(model, artifact, settings=settings) as attachment, torch.no_grad():
+    with (
+        hubaoti.attach(model, artifact, trust=True, settings=settings) as attachment,
+        torch.no_grad(),
+    ):
         shutil.move(library, library.with_suffix(".old"))
         library.write_bytes(b"no library")
         torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
@@ -994,7 +997,7 @@ def test_an_artifact_that_was_changed_is_not_opened(
     library = library_of(artifact)
     library.write_bytes(library.read_bytes()[:-1] + b"x")
     with pytest.raises(DigestMismatch):
-        hubaoti.attach(model, artifact, settings=settings)
+        hubaoti.attach(model, artifact, trust=True, settings=settings)
     assert not [*find_regions(model)]
 
 
@@ -1634,7 +1637,10 @@ def test_a_graph_that_failed_is_answered_for_where_it_can_have_written_nothing(
         for rows in (2, 3):
             module(*make(rows))
     bundle = api.compile(module, tmp_path / "adding", calls=calls, settings=settings)
-    with torch.no_grad(), hubaoti.attach(module, bundle, settings=settings) as attachment:
+    with (
+        torch.no_grad(),
+        hubaoti.attach(module, bundle, trust=True, settings=settings) as attachment,
+    ):
         for _ in range(2):  # the first is compared
             module(*make(2))
         (region,) = find_regions(module)

@@ -70,7 +70,7 @@ def test_prompts_are_answered_by_what_the_mirror_has(built_at: Settings, model: 
 def test_graphs_of_a_repo_answer_prompts(
     settings: Settings, repo: str, decoder_bundle: Bundle, tiny_decoder: Path
 ) -> None:
-    assert hubaoti(settings, "push", decoder_bundle.path, repo).code == 0
+    assert hubaoti(settings, "push", "--as-is", decoder_bundle.path, repo).code == 0
     stranger = replace(settings, home=settings.home.with_name("other"), token=None)
     words = ("run", repo, "--model", tiny_decoder, "--prompt", "hello", "--max-new-tokens", "3")
     assert hubaoti(stranger, *words).code == 4

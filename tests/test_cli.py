@@ -40,7 +40,7 @@ def repo(settings: Settings, tmp_path: Path) -> str:
     """A repo with one small artifact for hosts as this one, or nearly."""
     name = f"acme/{tmp_path.name}"
     make_bundle(tmp_path / "bundle")
-    assert hubaoti(settings, "push", tmp_path / "bundle", name).code == 0
+    assert hubaoti(settings, "push", "--as-is", tmp_path / "bundle", name).code == 0
     return name
 
 
@@ -139,8 +139,8 @@ def test_doctor_says_what_is_missing_to_compile_and_how_to_get_it(
 def test_push_and_pull_say_what_they_did(env: Settings, tmp_path: Path) -> None:
     repo = f"acme/{tmp_path.name}"
     make_bundle(tmp_path / "bundle")
-    first = inside(env, "push", tmp_path / "bundle", repo, "--tag", "v1")
-    again = inside(env, "push", tmp_path / "bundle", repo)
+    first = inside(env, "push", "--as-is", tmp_path / "bundle", repo, "--tag", "v1")
+    again = inside(env, "push", "--as-is", tmp_path / "bundle", repo)
     assert (first.code, again.code) == (0, 0)
     assert "float32-sdpa/" in first.out and "published" in first.out
     assert "was there already" in again.out
@@ -154,8 +154,8 @@ def test_several_bundles_are_pushed_as_the_shell_lists_them(env: Settings, tmp_p
     repo = f"acme/{tmp_path.name}"
     levels = ("x86_64_v2", "x86_64_v3")
     made = [make_bundle(tmp_path / each, {**CPU, "level": each}).path for each in levels]
-    first = inside(env, "push", made[0], repo)
-    both = inside(env, "push", *made, repo, "--tag", "v1")
+    first = inside(env, "push", "--as-is", made[0], repo)
+    both = inside(env, "push", "--as-is", *made, repo, "--tag", "v1")
     assert (first.code, both.code) == (0, 0), both
     head, *lines = both.out.splitlines()
     assert head.endswith(": 2 artifacts")
@@ -167,7 +167,7 @@ def test_several_bundles_are_pushed_as_the_shell_lists_them(env: Settings, tmp_p
 def test_a_commit_is_printed_so_that_no_branch_poses_as_it(env: Settings, tmp_path: Path) -> None:
     repo, api = f"acme/{tmp_path.name}", HfApi(env.endpoint, token=env.token)
     make_bundle(tmp_path / "bundle")
-    pushed = inside(env, "push", tmp_path / "bundle", repo, "--tag", "v1")
+    pushed = inside(env, "push", "--as-is", tmp_path / "bundle", repo, "--tag", "v1")
     named = pushed.out.split(":")[0]
     commit = RepoRef.parse(named).commit
     assert commit == api.repo_info(repo).sha
@@ -213,7 +213,7 @@ def test_eager_refuses_what_is_of_a_graph(env: Settings, option: list[str]) -> N
 
 
 def test_quiet_is_silent(env: Settings, repo: str, tmp_path: Path) -> None:
-    for words in (["push", tmp_path / "bundle", repo], ["pull", repo, "--trust"]):
+    for words in (["push", "--as-is", tmp_path / "bundle", repo], ["pull", repo, "--trust"]):
         done = inside(env, *words, "--quiet")
         assert (done.code, done.out, done.err) == (0, "", "")
 
@@ -268,7 +268,7 @@ def test_an_untrusted_publisher_is_named_and_nothing_is_kept(env: Settings, repo
 def test_a_bundle_that_was_edited_is_not_pushed(env: Settings, tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle")
     (tmp_path / "bundle" / "golden.safetensors").write_bytes(b"other")
-    done = inside(env, "push", tmp_path / "bundle", f"acme/{tmp_path.name}")
+    done = inside(env, "push", "--as-is", tmp_path / "bundle", f"acme/{tmp_path.name}")
     refused(done, errors.DigestMismatch, "golden.safetensors")
 
 
@@ -276,9 +276,11 @@ def test_a_newer_manifest_is_told_from_a_bad_one(env: Settings, tmp_path: Path) 
     bundle = make_bundle(tmp_path / "bundle")
     file = bundle.path / "hubaoti.json"
     file.write_bytes(file.read_bytes().replace(b'"schema":1', b'"schema":7'))
-    refused(inside(env, "push", bundle.path, "acme/x"), errors.NewerSchema, "upgrade hubaoti")
+    refused(
+        inside(env, "push", "--as-is", bundle.path, "acme/x"), errors.NewerSchema, "upgrade hubaoti"
+    )
     file.write_bytes(b"{}")
-    refused(inside(env, "push", bundle.path, "acme/x"), errors.BadManifest)
+    refused(inside(env, "push", "--as-is", bundle.path, "acme/x"), errors.BadManifest)
 
 
 def test_an_artifact_for_another_host_is_refused_with_every_reason(
@@ -287,7 +289,7 @@ def test_an_artifact_for_another_host_is_refused_with_every_reason(
     target = CPU | {"torch": "2.9.0+cpu"}
     make_bundle(tmp_path / "bundle", target=target)
     repo = f"acme/{tmp_path.name}"
-    inside(env, "push", tmp_path / "bundle", repo)
+    inside(env, "push", "--as-is", tmp_path / "bundle", repo)
     refused(inside(env, "pull", repo, "--trust"), errors.NoMatch, "torch2.9", "needs ")
 
 
@@ -325,7 +327,9 @@ def test_what_cannot_be_done_leaves_nothing(
 def test_a_wrong_token_and_no_token_are_told(env: Settings, tmp_path: Path) -> None:
     make_bundle(tmp_path / "bundle")
     for token in ("wrong", None):
-        done = inside(replace(env, token=token), "push", tmp_path / "bundle", "acme/x-token")
+        done = inside(
+            replace(env, token=token), "push", "--as-is", tmp_path / "bundle", "acme/x-token"
+        )
         refused(done, errors.AuthFailed, "oken")
 
 
@@ -440,7 +444,7 @@ def test_a_disk_that_does_not_allow_code_is_told(
     try:
         there = replace(env, home=disk / "home")
         repo = f"acme/{tmp_path.name}"
-        assert hubaoti(there, "push", roberta_bundle.path, repo).code == 0
+        assert hubaoti(there, "push", "--as-is", roberta_bundle.path, repo).code == 0
         words = ["run", repo, "--trust", "--model", tiny_roberta, "--text", "cat"]
         refused(hubaoti(there, *words), errors.CannotOpen, "noexec", "HUBAOTI_HOME")
     finally:
@@ -451,7 +455,7 @@ def test_run_prints_answers_as_words_and_as_json(
     env: Settings, roberta_bundle: Bundle, tiny_roberta: Path, tmp_path: Path
 ) -> None:
     repo = f"acme/{tmp_path.name}"
-    assert hubaoti(env, "push", roberta_bundle.path, repo).code == 0
+    assert hubaoti(env, "push", "--as-is", roberta_bundle.path, repo).code == 0
     words = ["run", repo, "--model", tiny_roberta, "--text", "a cat", "--text", "rates rose"]
     refused(hubaoti(env, *words), errors.Untrusted)
     done = hubaoti(env, *words, "--trust")
@@ -477,7 +481,7 @@ def test_run_without_weights_or_tokenizer_says_what_is_missing(
 ) -> None:
     repo, model = f"acme/{tmp_path.name}", tmp_path / "model"
     model.mkdir()
-    hubaoti(env, "push", roberta_bundle.path, repo)
+    hubaoti(env, "push", "--as-is", roberta_bundle.path, repo)
     words = ["run", repo, "--trust", "--model", str(model), "--text", "x"]
     for missing, kind in (
         ("model.safetensors", errors.MissingConstant),
@@ -498,7 +502,7 @@ def test_similarity_is_printed_for_the_vectors_of_some_texts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     repo = f"acme/{tmp_path.name}"
-    hubaoti(env, "push", minilm_bundle.path, repo)
+    hubaoti(env, "push", "--as-is", minilm_bundle.path, repo)
     words = ["run", repo, "--trust", "--model", str(minilm)]
     words += ["--text", "a cat", "--text", "a kitten"]
     assert dispatch(words) == 0
@@ -548,7 +552,7 @@ def test_serve_prints_how_to_use_it_and_ends_with_a_signal(env: Settings) -> Non
     assert url in where
     there = replace(env, endpoint=url, token=token)
     make_bundle(env.home.parent / "bundle")
-    assert hubaoti(there, "push", env.home.parent / "bundle", "acme/served").code == 0
+    assert hubaoti(there, "push", "--as-is", env.home.parent / "bundle", "acme/served").code == 0
     serving.send_signal(signal.SIGINT)
     assert "Traceback" not in serving.communicate(timeout=30)[1]
 

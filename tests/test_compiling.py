@@ -41,8 +41,8 @@ from hubaoti.errors import (
     UnknownTask,
 )
 from hubaoti.host.wire import ErrorRecord
-from hubaoti.hub.trust import Trust
 from hubaoti.mirror import BUILT_HERE, Mirror, PullOrigin
+from hubaoti.mirror.trust import Trust
 from hubaoti.settings import Settings
 
 # What the session's decoder was compiled with.

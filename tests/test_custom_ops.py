@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bundles import put_trusted
 from commands import environment_of
 from torch import nn
 
@@ -84,7 +85,7 @@ def shifting_bundle(
 def artifact(shifting_bundle: Bundle, settings: Settings) -> Artifact:
     """As it is where it was pulled: nobody here has built it."""
     with Mirror.open(settings.mirror) as mirror:
-        return api.put(shifting_bundle, mirror)
+        return put_trusted(shifting_bundle, mirror)
 
 
 @pytest.fixture
@@ -210,7 +211,7 @@ def test_a_module_that_only_its_own_process_cannot_import_is_held_against_no_gra
 def test_a_space_has_them_where_its_graphs_are_tried(
     shifting_bundle: Bundle, settings: Settings, repo: str
 ) -> None:
-    api.push(shifting_bundle, repo, settings=settings)
+    api.push(shifting_bundle, repo, as_is=True, settings=settings)
     module = Shifting().eval()
     words: dict[str, Any] = {"trust": True, "settings": settings}
     with torch.no_grad(), hubaoti.spaces.load(module, repo, **words) as loaded:
@@ -247,7 +248,7 @@ def test_run_has_them_where_it_opens_a_graph(
 ) -> None:
     marks = folder / "acme_marks_of_run.txt"
     (folder / "acme_marks_of_run.py").write_text(MARK.format(file=str(marks)))
-    api.push(minilm_bundle, repo, settings=env)
+    api.push(minilm_bundle, repo, as_is=True, settings=env)
     words = ["run", repo, "--model", str(minilm), "--text", "a", "--trust", "--quiet"]
     assert dispatch([*words, "--ops", "acme_marks_of_run"]) == 0
     assert len({*marks.read_text().split()}) == 2

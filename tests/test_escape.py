@@ -180,7 +180,7 @@ def test_an_owner_s_card_is_printed_escaped(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HfApi, "_validate_yaml", lambda *_, **__: None)
         api.upload_file(**file, repo_id=repo)  # type: ignore[arg-type]
-    done = inside(settings, "push", bundle.path, repo)
+    done = inside(settings, "push", "--as-is", bundle.path, repo)
     assert done.code == 25 and "README.md" in done.err
     harmless(done)
 

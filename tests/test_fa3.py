@@ -312,7 +312,9 @@ def plain(tiny_decoder: Path) -> Any:
 def over_cache(
     model: Any, bundles: Mapping[str, Bundle], ops: list[str], settings: Settings
 ) -> Iterator[Attachment]:
-    with hubaoti.attach(model, bundles["generate"], ops=ops, settings=settings) as attachment:
+    with hubaoti.attach(
+        model, bundles["generate"], ops=ops, trust=True, settings=settings
+    ) as attachment:
         yield attachment
 
 
@@ -320,7 +322,9 @@ def over_cache(
 def without_cache(
     model: Any, bundles: Mapping[str, Bundle], ops: list[str], settings: Settings
 ) -> Iterator[Attachment]:
-    with hubaoti.attach(model, bundles["forward"], ops=ops, settings=settings) as attachment:
+    with hubaoti.attach(
+        model, bundles["forward"], ops=ops, trust=True, settings=settings
+    ) as attachment:
         yield attachment
 
 

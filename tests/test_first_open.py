@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from bundles import CUDA, make_bundle
+from bundles import CUDA, make_bundle, put_trusted
 from safetensors.torch import load_file, save_file
 from signals import struck
 from transformers import AutoModelForCausalLM
 
 import hubaoti
-from hubaoti import api
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.attachment.attach import find_regions
 from hubaoti.errors import (
@@ -60,7 +59,7 @@ def mirror(settings: Settings) -> Iterator[Mirror]:
 @pytest.fixture
 def artifact(decoder_bundle: Bundle, mirror: Mirror) -> Artifact:
     """The decoder's artifact, in a mirror that does not know who built it."""
-    return api.put(decoder_bundle, mirror)
+    return put_trusted(decoder_bundle, mirror)
 
 
 def tried(artifact: Artifact, patience: float = 120.0) -> list[OpenVerdict]:
@@ -86,7 +85,9 @@ def test_whole_models_answer_theirs_tied_weights_among_them(
     roberta_bundle: Bundle, llama_bundle: Bundle, mirror: Mirror
 ) -> None:
     for bundle in (roberta_bundle, llama_bundle):
-        assert tried(api.put(bundle, mirror)) == [OpenVerdict("root", opened=True, compared=True)]
+        assert tried(put_trusted(bundle, mirror)) == [
+            OpenVerdict("root", opened=True, compared=True)
+        ]
 
 
 def test_a_graph_that_crashes_takes_nobody_along(artifact: Artifact) -> None:
@@ -307,7 +308,7 @@ def test_what_failed_is_apart_and_never_opened_in_this_process(
         assert not opened
         assert not [*find_regions(model)]
         with Mirror.open(settings.mirror) as mirror:
-            api.put(decoder_bundle, mirror)
+            put_trusted(decoder_bundle, mirror)
         monkeypatch.setattr(testing, "open_in_child", lambda *a: pytest.fail("it was tried again"))
     assert [*(settings.mirror / "quarantine").iterdir()]
 
@@ -346,7 +347,7 @@ def test_an_index_of_before_learns_to_remember(artifact: Artifact, settings: Set
 @pytest.fixture
 def on_gpu(tmp_path: Path, mirror: Mirror) -> Artifact:
     """An artifact for a GPU, that this machine built."""
-    found = api.put(make_bundle(tmp_path / "gpu", CUDA), mirror)
+    found = put_trusted(make_bundle(tmp_path / "gpu", CUDA), mirror)
     mirror.index.record_built(found.manifest)
     return found
 

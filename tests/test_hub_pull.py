@@ -53,8 +53,8 @@ from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import ArtifactPath, RepoRef, artifact_path
 from hubaoti.hub.pull import Pulled, fingerprint, pull_artifact
 from hubaoti.hub.push import Commit, Destination, push_bundles
-from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
+from hubaoti.mirror.trust import Trust
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
@@ -463,9 +463,12 @@ def test_another_endpoint_with_the_same_names_is_another_publisher(
     tmp_path: Path, repo: str, settings: Settings, endpoint: Endpoint
 ) -> None:
     ship(tmp_path, repo, settings)
-    get(repo, settings)
+    Trust(settings.trust).add(settings.endpoint, RepoRef(repo).owner)
+    other = replace(settings, endpoint=endpoint.url)
     with pytest.raises(Untrusted):
-        pull_artifact(RepoRef(repo), replace(settings, endpoint=endpoint.url), HOST)
+        pull_artifact(RepoRef(repo), other, HOST)
+    get(repo, settings)
+    assert pull_artifact(RepoRef(repo), other, HOST).artifact, "its bytes are known to be theirs"
 
 
 def test_a_flipped_bit_on_the_way_is_never_opened(

@@ -422,7 +422,9 @@ def test_several_bundles_are_one_commit_one_tag_and_one_table(
     tmp_path: Path, repo: str, settings: Settings, api: HfApi
 ) -> None:
     bundles = group(tmp_path / "bundles")
-    made = hubaoti.push([each.path for each in bundles], repo, tag="v1", settings=settings)
+    made = hubaoti.push(
+        [each.path for each in bundles], repo, tag="v1", as_is=True, settings=settings
+    )
     places = [f"float32-sdpa/torch2.13-cu130-sm{sm}-x86_64_v3-linux" for sm in (80, 90, 120)]
     assert [(each.path, each.created) for each in made.artifacts] == [(p, True) for p in places]
     assert [each.digest for each in made.artifacts] == [each.manifest.digest for each in bundles]
@@ -445,9 +447,9 @@ def test_a_folder_of_bundles_is_pushed_as_all_that_it_holds(
 ) -> None:
     bundles = group(tmp_path / "bundles")
     (tmp_path / "bundles" / ".sm75.hubaoti-0123").mkdir()  # another process writes there
-    made = hubaoti.push(tmp_path / "bundles", repo, settings=settings)
+    made = hubaoti.push(tmp_path / "bundles", repo, as_is=True, settings=settings)
     assert {each.digest for each in made.artifacts} == {each.manifest.digest for each in bundles}
-    again = hubaoti.push(str(tmp_path / "bundles"), repo, tag="v1", settings=settings)
+    again = hubaoti.push(str(tmp_path / "bundles"), repo, tag="v1", as_is=True, settings=settings)
     assert (again.created, again.commit, again.tag) == (False, made.commit, "v1")
 
 
@@ -517,13 +519,15 @@ def test_what_is_wrong_with_one_is_said_by_name_before_any_request(
     spoil(tmp_path / "bundles")
     kind, words = SPOILED[spoil]
     with pytest.raises(kind, match=words) as caught:
-        hubaoti.push(tmp_path / "bundles", repo, settings=settings)
+        hubaoti.push(tmp_path / "bundles", repo, as_is=True, settings=settings)
     assert caught.value.hint
     assert proxy.requests == []
 
 
 def test_a_label_is_in_the_path_of_each(tmp_path: Path, repo: str, settings: Settings) -> None:
-    made = hubaoti.push(group(tmp_path / "bundles"), repo, label="tuned", settings=settings)
+    made = hubaoti.push(
+        group(tmp_path / "bundles"), repo, label="tuned", as_is=True, settings=settings
+    )
     assert all(each.path.startswith("float32-sdpa+tuned/") for each in made.artifacts)
 
 
@@ -531,16 +535,18 @@ def test_several_are_not_on_one_branch_of_other_loaders(
     tmp_path: Path, repo: str, settings: Settings, proxy: Proxy
 ) -> None:
     with pytest.raises(BadRequest, match="a branch for each") as caught:
-        hubaoti.push(group(tmp_path / "bundles"), repo, layout="zerogpu", settings=settings)
+        hubaoti.push(
+            group(tmp_path / "bundles"), repo, layout="zerogpu", as_is=True, settings=settings
+        )
     assert "one by one" in caught.value.hint
     assert proxy.requests == []
 
 
 def test_no_bundle_at_all_is_refused(tmp_path: Path, repo: str, settings: Settings) -> None:
     with pytest.raises(BadRequest, match="no bundle"):
-        hubaoti.push([], repo, settings=settings)
+        hubaoti.push([], repo, as_is=True, settings=settings)
     with pytest.raises(BadManifest, match="is not a bundle"):
-        hubaoti.push(tmp_path, repo, settings=settings)
+        hubaoti.push(tmp_path, repo, as_is=True, settings=settings)
 
 
 def test_several_whose_answer_was_lost_are_one_commit_and_done(

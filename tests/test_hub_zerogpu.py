@@ -55,7 +55,7 @@ def direct(bundle: Bundle, task: str = "forward", **fields: Any) -> Bundle:
 
 
 def push(bundle: Bundle, repo: str, settings: Settings, **how: Any) -> Any:
-    return api.push(bundle, repo, layout="zerogpu", settings=settings, **how)
+    return api.push(bundle, repo, layout="zerogpu", as_is=True, settings=settings, **how)
 
 
 def test_the_branch_holds_the_packages_and_the_artifact_and_nothing_else(
@@ -79,7 +79,7 @@ def test_the_branch_holds_the_packages_and_the_artifact_and_nothing_else(
 def test_the_same_again_makes_no_commit_and_what_lay_on_the_default_branch_stays_there(
     bundle: Bundle, repo: str, settings: Settings, hub: HfApi
 ) -> None:
-    beside = api.push(bundle, repo, settings=settings)
+    beside = api.push(bundle, repo, as_is=True, settings=settings)
     first = push(bundle, repo, settings)
     again = push(bundle, repo, settings)
     assert (again.commit, again.created) == (first.commit, False)
@@ -110,7 +110,7 @@ def test_who_pulls_a_repo_that_holds_only_this_layout_is_told_how(
 def test_other_artifacts_do_not_come_along(
     bundle: Bundle, repo: str, settings: Settings, hub: HfApi, tmp_path: Path
 ) -> None:
-    api.push(make_bundle(tmp_path / "other", CUDA), repo, settings=settings)
+    api.push(make_bundle(tmp_path / "other", CUDA), repo, as_is=True, settings=settings)
     push(bundle, repo, settings)
     files = hub.list_repo_files(repo, revision=BRANCH)
     assert not [path for path in files if "cu130" in path]
@@ -214,15 +214,15 @@ def test_a_decoder_s_real_blocks_are_refused(decoder_bundle: Bundle) -> None:
 
 
 def test_the_command_says_which_branch(bundle: Bundle, repo: str, settings: Settings) -> None:
-    done = inside(settings, "push", bundle.path, repo, "--layout", "zerogpu")
+    done = inside(settings, "push", "--as-is", bundle.path, repo, "--layout", "zerogpu")
     assert done.code == 0, done.err
     assert f"branch {BRANCH}" in done.out
-    assert hubaoti(settings, "push", bundle.path, repo, "--layout", "other").code == 2
+    assert hubaoti(settings, "push", "--as-is", bundle.path, repo, "--layout", "other").code == 2
 
 
 def test_an_unknown_layout_is_refused(bundle: Bundle, repo: str, settings: Settings) -> None:
     with pytest.raises(BadRequest, match="unknown layout"):
-        api.push(bundle, repo, layout="hub", settings=settings)
+        api.push(bundle, repo, layout="hub", as_is=True, settings=settings)
 
 
 # Models of transformers

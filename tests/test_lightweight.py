@@ -132,7 +132,9 @@ def test_an_encoder_is_answered_by_its_graph_without_the_model(
 def test_graphs_of_a_repo_are_pulled_where_the_mirror_has_none(
     tiny_decoder: Path, decoder_bundle: Bundle, settings: Settings, repo: str, tmp_path: Path
 ) -> None:
-    hubaoti.push(decoder_bundle, repo, settings=replace(settings, home=tmp_path / "publisher"))
+    hubaoti.push(
+        decoder_bundle, repo, as_is=True, settings=replace(settings, home=tmp_path / "publisher")
+    )
     with LightweightEngine(settings, repos=["acme/nothing", repo]) as engine:
         standing = engine.load(tiny_decoder)
         assert standing.state == "eager"
@@ -150,7 +152,9 @@ def test_graphs_of_a_repo_are_pulled_where_the_mirror_has_none(
 def test_graphs_that_were_kept_from_answering_answer_once_they_are_asked_for_again(
     tiny_decoder: Path, decoder_bundle: Bundle, settings: Settings, repo: str, tmp_path: Path
 ) -> None:
-    hubaoti.push(decoder_bundle, repo, settings=replace(settings, home=tmp_path / "publisher"))
+    hubaoti.push(
+        decoder_bundle, repo, as_is=True, settings=replace(settings, home=tmp_path / "publisher")
+    )
     with LightweightEngine(settings, repos=[repo], trust=True) as engine:
         with struck(signal.SIGTERM), pytest.warns(NoGraphs, match="SIGTERM"):
             assert engine.load(tiny_decoder).state == "eager"

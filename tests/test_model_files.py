@@ -105,7 +105,7 @@ def test_run_refuses_weights_of_another_program(
     text = (other / file).read_text()
     assert old in text
     (other / file).write_text(text.replace(old, new))
-    hubaoti.push(minilm_bundle, "acme/other-program", settings=settings)
+    hubaoti.push(minilm_bundle, "acme/other-program", as_is=True, settings=settings)
     words = ("run", "acme/other-program", "--trust", "--model", other, "--text", "Hello")
     done = inside(settings, *words)
     assert done.code == OtherProgram.exit_code

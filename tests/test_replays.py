@@ -27,9 +27,8 @@ STEPS = """
     from cuda_models import MODELS
     from hubaoti.settings import Settings
     model = MODELS["qwen2"].make_on("cuda:0")
-    attachment = hubaoti.attach(
-        model, Path(os.environ["BUNDLE"]), cuda_graphs=True, settings=Settings.from_env()
-    )
+    bundle, settings = Path(os.environ["BUNDLE"]), Settings.from_env()
+    attachment = hubaoti.attach(model, bundle, cuda_graphs=True, trust=True, settings=settings)
 
     def make_cache(places=32):
         return transformers.StaticCache(config=model.config, max_cache_len=places)

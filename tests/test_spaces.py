@@ -43,8 +43,8 @@ from hubaoti.errors import (
 )
 from hubaoti.host.probe import Gpu
 from hubaoti.hub.pull_all import judge_without_gpu
-from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
+from hubaoti.mirror.trust import Trust
 from hubaoti.settings import Settings
 from hubaoti.spaces.unsigned.fetch import NoDigests
 from hubaoti.spaces.unsigned.load import describe_misfit
@@ -79,7 +79,7 @@ def compiled(folder: Path, settings: Settings, **how: Any) -> Bundle:
 
 @pytest.fixture
 def repo_of_blocks(blocks: Bundle, repo: str, settings: Settings) -> str:
-    api.push(blocks, repo, settings=settings)
+    api.push(blocks, repo, as_is=True, settings=settings)
     return repo
 
 
@@ -362,7 +362,7 @@ def test_an_artifact_of_another_kind_of_host_is_refused_with_its_reasons(
 ) -> None:
     other = copied(blocks, tmp_path / "other")
     needs = replace(other.manifest.requires, glibc="9.99")
-    api.push(changed(other, requires=needs), repo, settings=settings)
+    api.push(changed(other, requires=needs), repo, as_is=True, settings=settings)
     with pytest.raises(NoMatch, match=r"glibc 9\.99"):
         load(net(), repo, settings)
 
@@ -372,8 +372,8 @@ def test_what_does_not_fit_on_the_default_branch_hides_no_other_branch(
 ) -> None:
     other = copied(blocks, tmp_path / "other")
     needs = replace(other.manifest.requires, glibc="9.99")
-    api.push(changed(other, requires=needs), repo, settings=settings)
-    api.push(blocks, repo, layout="zerogpu", settings=settings)
+    api.push(changed(other, requires=needs), repo, as_is=True, settings=settings)
+    api.push(blocks, repo, layout="zerogpu", as_is=True, settings=settings)
     with load(net(), repo, settings) as loaded:
         assert loaded.stats()["artifact"] == blocks.manifest.digest
 
@@ -422,7 +422,7 @@ def test_a_worker_judges_the_gpu_that_its_torch_sees(monkeypatch: pytest.MonkeyP
 def test_a_branch_in_the_layout_of_other_loaders_is_loaded_with_its_digests(
     blocks: Bundle, repo: str, settings: Settings
 ) -> None:
-    made = api.push(blocks, repo, layout="zerogpu", settings=settings)
+    made = api.push(blocks, repo, layout="zerogpu", as_is=True, settings=settings)
     for revision in (made.branch, None):  # the default branch is empty: the others are looked at
         module = net()
         with load(module, repo, settings, revision=revision) as loaded, torch.no_grad():
@@ -437,7 +437,9 @@ def test_a_branch_in_the_layout_of_other_loaders_is_loaded_with_its_digests(
 def test_its_packages_answer_by_torch_s_own_loader_as_those_loaders_use_it(
     kind: str, request: pytest.FixtureRequest, repo: str, settings: Settings
 ) -> None:
-    made = api.push(request.getfixturevalue(kind), repo, layout="zerogpu", settings=settings)
+    made = api.push(
+        request.getfixturevalue(kind), repo, layout="zerogpu", as_is=True, settings=settings
+    )
     folder = snapshot_download(
         repo, revision=made.branch, allow_patterns="package/*", endpoint=settings.endpoint
     )
@@ -669,7 +671,7 @@ def test_a_model_whose_config_says_something_else_is_refused(
     """A whole model's graph that answers texts is refused, too, and says what to compile."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
-    api.push(roberta_bundle, repo, settings=settings)
+    api.push(roberta_bundle, repo, as_is=True, settings=settings)
     config = RobertaConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2)
     with pytest.raises((OtherProgram, BadRequest)):
         load(RobertaForSequenceClassification(config).eval(), repo, settings)

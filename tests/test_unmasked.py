@@ -60,7 +60,7 @@ def model(tiny_decoder: Path) -> Any:
 
 @pytest.fixture
 def attached(model: Any, bundle: Bundle, settings: Settings) -> Iterator[Attachment]:
-    with hubaoti.attach(model, bundle, settings=settings) as attachment:
+    with hubaoti.attach(model, bundle, trust=True, settings=settings) as attachment:
         yield attachment
 
 

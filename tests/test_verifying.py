@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from bundles import CPU, CUDA, make_bundle
+from bundles import CPU, CUDA, make_bundle, put_trusted
 from commands import inside
 
-from hubaoti import api, errors
+from hubaoti import errors
 from hubaoti.api import Verified, verify
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Artifact, Mirror, PullOrigin
 from hubaoti.mirror.rows import Pin
+from hubaoti.mirror.trust import Trust
 from hubaoti.runtime import first_open
 from hubaoti.runtime.open_child import OpenVerdict
 from hubaoti.settings import Settings
@@ -38,7 +38,7 @@ def mirror(settings: Settings) -> Iterator[Mirror]:
 
 @pytest.fixture
 def artifact(decoder_bundle: Bundle, mirror: Mirror) -> Artifact:
-    return api.put(decoder_bundle, mirror)
+    return put_trusted(decoder_bundle, mirror)
 
 
 def pulled(bundle: Bundle, mirror: Mirror, settings: Settings, repo: str = "acme/x") -> Artifact:
@@ -79,7 +79,7 @@ def test_a_flipped_bit_is_found_kept_apart_and_hides_no_other(
         make_bundle(tmp_path / level, {**CPU, "level": level}, {"model/x.so": level.encode()})
         for level in levels
     ]
-    first, second = (api.put(bundle, mirror) for bundle in bundles)
+    first, second = (put_trusted(bundle, mirror) for bundle in bundles)
     member = next(first.graph_folder(first.manifest.graphs[0]).rglob("*.so"))
     member.chmod(0o644)
     member.write_bytes(b"X86_64_v2")
@@ -119,7 +119,7 @@ def test_an_artifact_is_named_by_its_digest_or_its_repo(
     tmp_path: Path, mirror: Mirror, settings: Settings
 ) -> None:
     first = pulled(make_bundle(tmp_path / "one"), mirror, settings)
-    second = api.put(make_bundle(tmp_path / "two", CUDA), mirror)
+    second = put_trusted(make_bundle(tmp_path / "two", CUDA), mirror)
 
     def names(what: str) -> list[str]:
         return [each.digest for each in verify(what, settings=settings)]
@@ -213,7 +213,7 @@ def test_what_may_have_been_this_moment_s_is_held_against_nothing(
 def test_graphs_behind_one_that_came_to_nothing_are_named_too(
     tmp_path: Path, mirror: Mirror, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    api.put(make_bundle(tmp_path / "two", torch_here(), graphs=("root", "step")), mirror)
+    put_trusted(make_bundle(tmp_path / "two", torch_here(), graphs=("root", "step")), mirror)
 
     def answers(path: Path, graphs: Path, entries: Any, *_: Any) -> list[OpenVerdict]:
         return [OpenVerdict("root", "its process was ended (SIGTERM)", lasting=False)]
@@ -234,9 +234,9 @@ def test_what_is_for_another_host_is_not_opened(
     tmp_path: Path, mirror: Mirror, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(first_open, "open_in_child", lambda *a: pytest.fail("it was opened"))
-    api.put(make_bundle(tmp_path / "old", {**CPU, "torch": "2.3.0+cpu"}), mirror)
+    put_trusted(make_bundle(tmp_path / "old", {**CPU, "torch": "2.3.0+cpu"}), mirror)
     assert "torch 2.3.0" in str(the_error(verify(opens=True, settings=settings)))
-    api.put(make_bundle(tmp_path / "gpu", CUDA), mirror)
+    put_trusted(make_bundle(tmp_path / "gpu", CUDA), mirror)
     found = verify(opens=True, settings=settings)
     assert all(isinstance(each.error, errors.NoMatch) for each in found)
     assert any("sm_90" in str(each.error) for each in found)

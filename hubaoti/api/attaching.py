@@ -11,8 +11,8 @@ from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.manifest import FILENAME
 from hubaoti.errors import BadRequest
 from hubaoti.host.extras import require
-from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Artifact, Mirror
+from hubaoti.mirror.trust import Trust
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.runtime.first_open import require_sound
 from hubaoti.settings import Settings
@@ -38,12 +38,13 @@ def attach(  # noqa: PLR0913 - a face of keywords
 ) -> Attachment:
     """Have an artifact's graphs answer for the regions of a module; all else about it stays.
 
-    `artifact` is one of the mirror, a bundle or its folder, or a repo to pull. The module's
-    tensors are bound by reference. What no graph serves is answered by the module itself, counted,
-    and warned of once for each reason; with `strict` it raises `NotServed`. A module that has no
-    config, or other code than was compiled, or of which code or attributes were patched, answers
-    the first call of each graph itself, and the graph's answer is compared. Of a PeftModel it is
-    the model within.
+    `artifact` is one of the mirror, a bundle or its folder, or a repo to pull. What this machine
+    did not build is opened where somebody who is trusted published it; `trust` says so once, of a
+    repo's publisher, or of a bundle by its digest. The module's tensors are bound by reference.
+    What no graph serves is answered by the module itself, counted, and warned of once for each
+    reason; with `strict` it raises `NotServed`. A module that has no config, or other code than was
+    compiled, or of which code or attributes were patched, answers the first call of each graph
+    itself, and the graph's answer is compared. Of a PeftModel it is the model within.
 
     Of an artifact that was compiled with `--quantize`, the graphs make quantized weights of the
     module's, which then has both. With `quantize`, the module gives its own up and is smaller: what
@@ -58,6 +59,8 @@ def attach(  # noqa: PLR0913 - a face of keywords
     imported here, and wherever a graph is tried before it is opened here.
 
     Raises:
+        Untrusted: it was not built here, and nobody who is trusted published it. Blocked: it may
+            not run here.
         OtherProgram: the module's config says that it computes something else.
         MissingConstant: it lacks tensors that the graphs need; all are named, nothing was touched.
         AlreadyAttached: it has graphs already.
@@ -124,7 +127,10 @@ def get_artifact(
 ) -> Artifact:
     """An artifact of the mirror, by whatever it is called.
 
+    With `trust`, a repo's publisher is trusted from now on; of all else, this very artifact.
+
     Raises:
+        Untrusted, Blocked: its code may not run here.
         BadRequest: it is no artifact, or called by a folder's name as a text, which is a repo's;
             else as `pull`.
     """
@@ -140,17 +146,28 @@ def get_artifact(
                 hint=f"for the bundle in it give pathlib.Path({artifact!r:.120})",
             )
         artifact = pull(artifact, trust=trust, settings=settings, progress=progress)
-    if not isinstance(artifact, Bundle):
-        found = getattr(artifact, "artifact", artifact)
-        if not isinstance(found, Artifact):
-            raise BadRequest(
-                f"a {type(found).__name__} is no artifact",
-                hint="give the artifact that hubaoti.pull returned, a bundle, its folder as a "
-                "pathlib.Path, or a repo's name",
-            )
-        return found
-    with Mirror.open(settings.mirror) as mirror:
-        return mirror.artifact(artifact.manifest.digest) or put(artifact, mirror)
+    if isinstance(artifact, Bundle):
+        with Mirror.open(settings.mirror) as mirror:
+            _require_allowed(artifact.manifest.digest, trust, mirror)
+            return mirror.artifact(artifact.manifest.digest) or put(artifact, mirror)
+    found = getattr(artifact, "artifact", artifact)
+    if not isinstance(found, Artifact):
+        raise BadRequest(
+            f"a {type(found).__name__} is no artifact",
+            hint="give the artifact that hubaoti.pull returned, a bundle, its folder as a "
+            "pathlib.Path, or a repo's name",
+        )
+    if trust:  # else whoever opens it asks
+        with Mirror.open(settings.mirror) as mirror:
+            _require_allowed(found.digest, trust, mirror)
+    return found
+
+
+def _require_allowed(digest: str, trust: bool, mirror: Mirror) -> None:
+    """See that an artifact may be opened here; with `trust` it may from now on."""
+    if trust and not mirror.decide(digest).allowed:
+        mirror.trust.add_artifact(digest)
+    mirror.require_allowed(digest)
 
 
 def require_kernels(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubaoti.api.attaching import put
-from hubaoti.api.finding import find_built, find_whole, list_trusted
+from hubaoti.api.finding import find_built, find_whole, list_allowed
 from hubaoti.artifact.bundle import Bundle, explain_store_errors
 from hubaoti.artifact.kernel_variant import KernelHost
 from hubaoti.artifact.manifest import FILENAME, label_recipe, label_variant
@@ -33,7 +33,6 @@ from hubaoti.hub.client import HubClient
 from hubaoti.hub.kernels import download_build, pin_kernel
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.model_download import COMPILE_FILES, fetch_model_files, find_local_folder
-from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Mirror
 from hubaoti.progress import Progress
 from hubaoti.settings import Settings, list_kernel_tuning
@@ -94,9 +93,8 @@ def build_missing(
             choose_place(output, request, job): None for job in jobs.jobs
         }
         missing = dict(zip(found, jobs.jobs, strict=True))
-        trust = Trust(means.settings.trust)
         for place in [] if means.force else [*missing]:
-            found[place] = find_built(missing[place].key, place, mirror, trust, means.progress)
+            found[place] = find_built(missing[place].key, place, mirror, means.progress)
             if found[place]:
                 del missing[place]
         if missing:
@@ -327,21 +325,18 @@ def explain_jobs(
         found, _ = _prepare(model, request, probe_host(means.settings), means)
         if found.refused:
             raise join_errors(found.refused)
-        jobs, trust = found.jobs, Trust(means.settings.trust)
         kernel = str(RepoRef.parse(request.kernel or KERNEL))
         return [
-            _explain_job(job, output and choose_place(output, request, job), kernel, mirror, trust)
-            for job in jobs
+            _explain_job(job, output and choose_place(output, request, job), kernel, mirror)
+            for job in found.jobs
         ]
 
 
-def _explain_job(
-    job: Job, output: Path | None, kernel: str, mirror: Mirror, trust: Trust
-) -> Explanation:
+def _explain_job(job: Job, output: Path | None, kernel: str, mirror: Mirror) -> Explanation:
     """What compiling a job would do, without doing it."""
-    places = [str(output)] if output and find_whole(output, job.key) else []
-    rows = mirror.index.rows(job.key)
-    places += ["the mirror"] if any(list_trusted(mirror, rows, trust)) else []
+    bundle = find_whole(output, job.key) if output else None
+    places = [f"{output}"] if bundle and mirror.decide(bundle.manifest.digest).allowed else []
+    places += ["the mirror"] if any(list_allowed(mirror, mirror.index.rows(job.key))) else []
     return Explanation(
         key=job.key,
         built=next(iter(places), None),

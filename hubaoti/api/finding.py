@@ -9,41 +9,38 @@ from pathlib import Path
 from hubaoti.artifact.bundle import Bundle, tidy, write_bundle, write_manifest
 from hubaoti.artifact.package import pack_folder
 from hubaoti.errors import BadManifest, DigestMismatch
-from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Artifact, Mirror, Row
 from hubaoti.progress import Progress
 
 
-def find_built(
-    key: str, output: Path, mirror: Mirror, trust: Trust, progress: Progress
-) -> Bundle | None:
+def find_built(key: str, output: Path, mirror: Mirror, progress: Progress) -> Bundle | None:
     """The bundle of a key where it is already: at the output, or in the mirror.
 
-    Anybody can claim a key. So of the mirror only what was built here, or comes from a publisher
-    who is trusted now.
+    Anybody can claim a key, and put a bundle into a folder that others write, too. So only what may
+    be opened here is found.
     """
     tidy(output)  # else one that a kill moved aside is not found
     if bundle := find_whole(output, key):
-        progress(f"found {key[:12]} in {output}")
-        return bundle
-    for artifact in list_trusted(mirror, mirror.index.rows(key), trust):
+        decision = mirror.decide(bundle.manifest.digest)
+        if decision.allowed:
+            progress(f"found {key[:12]} in {output}, {decision.reason}")
+            return bundle
+        progress(f"{output} holds {key[:12]}, {decision.reason}: it is not taken")
+    for artifact in list_allowed(mirror, mirror.index.rows(key)):
         try:
             mirror.verify_own(artifact)
             bundle = _copy_from_mirror(artifact, output)
         except DigestMismatch:
             continue
-        progress(f"found {key[:12]} in the mirror")
+        progress(f"found {key[:12]} in the mirror, {mirror.decide(artifact.digest).reason}")
         return bundle
     return None
 
 
-def list_trusted(mirror: Mirror, rows: Iterable[Row], trust: Trust) -> Iterator[Artifact]:
-    """Of some rows the artifacts that were built here, or come from a trusted publisher."""
+def list_allowed(mirror: Mirror, rows: Iterable[Row]) -> Iterator[Artifact]:
+    """Of some rows the artifacts that may be opened here."""
     for row in rows:
-        origin = row.origin
-        is_ours = mirror.index.is_built(row.digest)
-        may_run = is_ours or trust.holds(origin.endpoint, origin.publisher)
-        if may_run and (artifact := mirror.artifact(row.digest)):
+        if mirror.decide(row.digest).allowed and (artifact := mirror.artifact(row.digest)):
             yield artifact
 
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from hubaoti.artifact.bundle import Bundle, find_bundles
 from hubaoti.artifact.variant import Recipe
+from hubaoti.errors import NotBuiltHere
 from hubaoti.host.probe import probe_host
 from hubaoti.hub.layout import ArtifactPath, RepoRef
+from hubaoti.mirror import Mirror
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
 
@@ -26,6 +28,7 @@ def push(  # noqa: PLR0913 - a face of keywords
     label: str | None = None,
     private: bool = False,
     layout: str | None = None,
+    as_is: bool = False,
     settings: Settings | None = None,
     progress: Progress = report_nothing,
 ) -> Commit:
@@ -35,7 +38,11 @@ def push(  # noqa: PLR0913 - a face of keywords
     where one bundle cannot be pushed, none is. With the layout `zerogpu` a bundle goes to the
     branch `zerogpu/<recipe>/<variant>`, as a `package/` that `spaces.aoti_load` and `aokit` read.
 
+    Whoever trusts the owner of the repo runs what it holds. So what this machine did not build is
+    published only `as_is`.
+
     Raises:
+        NotBuiltHere: this machine did not build a bundle, and `as_is` does not say so.
         BadRequest: the graphs do not answer without hubaoti, as that layout's loaders ask them;
             several bundles are for that layout, or for one path.
         BadManifest: what is given is no bundle, or a folder holds something else than bundles.
@@ -48,29 +55,54 @@ def push(  # noqa: PLR0913 - a face of keywords
     given = [bundles] if isinstance(bundles, Bundle | str | Path) else bundles
     found = [bundle for each in given for bundle in _read_bundles(each)]
     place = Destination(RepoRef.parse(repo), tag=tag, label=label, private=private, layout=layout)
+    if not as_is:
+        _require_built(found, place.repo, settings)
     return push_bundles(found, place, settings, progress)
+
+
+def _require_built(bundles: Sequence[Bundle], repo: RepoRef, settings: Settings) -> None:
+    """See that this machine built what is published in somebody's name.
+
+    Raises:
+        NotBuiltHere: it did not build one.
+    """
+    with Mirror.open(settings.mirror) as mirror:
+        for bundle in bundles:
+            digest = bundle.manifest.digest
+            if mirror.index.is_built(digest):
+                continue
+            owners = dict.fromkeys(each.publisher for each in mirror.index.list_origins(digest))
+            whose = f"{' and '.join(owners)} published it" if owners else "nobody knows who did"
+            raise NotBuiltHere(
+                f"{bundle.path} (artifact {digest[:12]}) was not built on this machine: {whose}. "
+                f"Whoever trusts {repo.owner} would run it",
+                hint="publish it all the same with --as-is (as_is=True), or compile it here",
+            )
 
 
 def _read_bundles(given: Bundle | str | Path) -> list[Bundle]:
     return [given] if isinstance(given, Bundle) else find_bundles(Path(given))
 
 
-def pull(
+def pull(  # noqa: PLR0913 - a face of keywords
     repo: str,
     *,
     recipe: str | None = None,
     path: str | None = None,
     trust: bool = False,
+    allow_rollback: bool = False,
     settings: Settings | None = None,
     progress: Progress = report_nothing,
 ) -> Pulled:
     """The artifact of `owner/name[@revision]` that fits this host best, verified, in the mirror.
 
-    Or the one at `path`, its `<recipe>/<variant>`, which needs no torch to be fetched.
+    Or the one at `path`, its `<recipe>/<variant>`, which needs no torch to be fetched. A tag that
+    moved, or a branch that went back, since it was last seen here is taken with `allow_rollback`.
 
     Raises:
         NoMatch: none fits, with every reason; NoArtifact: the repo has none, or none at `path`.
-        Untrusted: its publisher is not trusted here; `trust=True` remembers that it is.
+        Untrusted: its publisher is not trusted here; `trust=True` remembers that it is. Blocked.
+        RepoMoved: the repo has another name now; RolledBack: its revision went back.
     """
     from hubaoti.hub.pull import pull_artifact
 
@@ -82,5 +114,6 @@ def pull(
         recipe=None if recipe is None else Recipe.parse(recipe),
         place=None if path is None else ArtifactPath.parse(path),
         trust=trust,
+        allow_rollback=allow_rollback,
         progress=progress,
     )

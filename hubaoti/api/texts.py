@@ -68,17 +68,18 @@ def load(  # noqa: PLR0913 - a face of keywords
     *,
     device: str | None = None,
     revision: str | None = None,
+    trust: bool = False,
     ops: Sequence[str] = (),
     settings: Settings | None = None,
     progress: Progress = report_nothing,
 ) -> TextModel:
     """Open an artifact over a model's tokenizer and weights: texts in, tensors out.
 
-    `artifact` and `ops` are as `attach` has them. Without `device`, it is the CPU, or the GPU that
-    the artifact fits best.
+    `artifact`, `trust` and `ops` are as `attach` has them. Without `device`, it is the CPU, or the
+    GPU that the artifact fits best.
 
     Raises:
-        BadRequest: what is given is no artifact.
+        BadRequest: what is given is no artifact. Untrusted, Blocked: its code may not run here.
         NoMatch: the GPU is of another kind than the artifact is for, or there is none that fits.
         DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
         OtherProgram: the model's config says something else than the graph computes.
@@ -88,7 +89,7 @@ def load(  # noqa: PLR0913 - a face of keywords
     """
     require("load", "run")
     settings = settings or Settings.from_env()
-    artifact = get_artifact(artifact, False, settings, progress)
+    artifact = get_artifact(artifact, trust, settings, progress)
     _refuse_parts(artifact)
     folder, _ = fetch_model_files(model, revision, RUN_FILES, settings, progress)
     refuse_other_program(folder, artifact.manifest.program)

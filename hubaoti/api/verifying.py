@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 from hubaoti.api.attaching import put, require_kernels
 from hubaoti.artifact.bundle import Bundle, find_bundles
 from hubaoti.artifact.schema import Graph
-from hubaoti.errors import BadRequest, DigestMismatch, HubaotiError, NoArtifact, NoMatch, Untrusted
+from hubaoti.errors import BadRequest, DigestMismatch, HubaotiError, NoArtifact, NoMatch
 from hubaoti.host.extras import require
 from hubaoti.host.match import judge
 from hubaoti.host.probe import Host, probe_host
 from hubaoti.hub.layout import RepoRef
-from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Artifact, Mirror, Row
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.runtime.first_open import OpenHistory, find_untried, open_first, refuse_problems
@@ -141,11 +140,14 @@ class _Look:
         """Compare all bytes with the manifest; the artifact, where it is in the mirror.
 
         Raises:
-            DigestMismatch, BadPackage: they are others. Untrusted: it may be opened no more.
+            DigestMismatch, BadPackage: they are others. Untrusted, Blocked: it may not be opened.
         """
         if isinstance(found, Bundle):
             found.check()
-            return None if self.host is None else put(found, self.mirror)
+            if self.host is None:
+                return None
+            self.mirror.require_allowed(found.manifest.digest)
+            return put(found, self.mirror)
         artifact = self.mirror.artifact(found.digest)
         if artifact is None:
             raise DigestMismatch(
@@ -154,24 +156,12 @@ class _Look:
             )
         self.mirror.verify_own(artifact)
         if self.host is not None:
-            self._require_trust(found)
+            self.mirror.require_allowed(artifact.digest)
             return artifact
         for pin in artifact.manifest.requires.kernels:
             if self.mirror.has_kernel(pin):  # what was built here needs none before it is opened
                 self.mirror.verify_kernel(pin)
         return artifact
-
-    def _require_trust(self, row: Row) -> None:
-        """See that its publisher's code may run here, as it may have been taken back."""
-        origin = row.origin
-        is_ours = not origin.repo or self.mirror.index.is_built(row.digest)
-        trust = Trust(self.settings.trust)
-        if not is_ours and not trust.holds(origin.endpoint, origin.publisher):
-            raise Untrusted(
-                f"artifact {row.digest[:12]} is of {origin.publisher}, who is not trusted here",
-                hint=f"if you trust {origin.publisher}, say so once with: "
-                f"hubaoti pull {origin.repo} --trust",
-            )
 
     def _open(self, artifact: Artifact, verified: Verified, host: Host) -> Verified:
         """Open all graphs of an artifact whose bytes are right, and note what came of it."""

@@ -29,6 +29,7 @@ _PUBLISHED = {True: "published", False: "was there already"}
     type=click.Choice(["zerogpu"]),
     help="onto a branch that spaces.aoti_load and aokit read",
 )
+@click.option("--as-is", is_flag=True, help="what this machine did not build, too")
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
 def push_command(bundles: tuple[Path, ...], repo: str, quiet: bool, **options: Any) -> None:
     """Publish each BUNDLE, or all that a folder holds, to REPO (owner/name) in one commit."""
@@ -57,6 +58,7 @@ def _print_commit(commit: Commit) -> None:
 @click.option("--recipe", help="only this one, as bfloat16-sdpa")
 @click.option("--path", metavar="RECIPE/VARIANT", help="this artifact; it is fetched without torch")
 @click.option("--trust", is_flag=True, help="trust the publisher, now and from now on")
+@click.option("--allow-rollback", is_flag=True, help="a tag that moved, a branch that went back")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
 def pull_command(repo: str, as_json: bool, quiet: bool, **options: Any) -> None:

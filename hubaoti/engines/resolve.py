@@ -10,12 +10,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from hubaoti import api
-from hubaoti.api.finding import list_trusted
+from hubaoti.api.finding import list_allowed
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.errors import BadRequest, HubaotiError, OtherProgram
 from hubaoti.host.match import Candidate, judge, rank
 from hubaoti.host.probe import Host
-from hubaoti.hub.trust import Trust
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.program.model_files import read_json, refuse_other_program
 from hubaoti.progress import Progress
@@ -115,7 +114,7 @@ def find_in_mirror(wanted: Wanted, settings: Settings) -> Artifact | None:
     kind, _, number = wanted.device.partition(":")
     gpu = int(number or 0) if kind == "cuda" else None
     with Mirror.open(settings.mirror) as mirror:
-        fitting = {each.digest: each for each in _list_candidates(wanted, mirror, settings)}
+        fitting = {each.digest: each for each in _list_candidates(wanted, mirror)}
     same = [
         Candidate(each.recipe, each.variant, judge(each.requires, wanted.host, gpu), digest)
         for digest, each in ((digest, found.manifest) for digest, found in fitting.items())
@@ -127,9 +126,9 @@ def find_in_mirror(wanted: Wanted, settings: Settings) -> Artifact | None:
     return None if best is None else fitting[best.id]
 
 
-def _list_candidates(wanted: Wanted, mirror: Mirror, settings: Settings) -> Iterator[Artifact]:
-    """The artifacts of a model's program that were built here, or come from a trusted publisher."""
-    for artifact in list_trusted(mirror, mirror.ls(), Trust(settings.trust)):
+def _list_candidates(wanted: Wanted, mirror: Mirror) -> Iterator[Artifact]:
+    """The artifacts of a model's program that may be opened here."""
+    for artifact in list_allowed(mirror, mirror.ls()):
         if wanted.accepts(artifact.manifest):
             yield artifact
 

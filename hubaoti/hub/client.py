@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from hubaoti.errors import BadRequest, DigestMismatch, HubaotiError, HubUnreachable, RepoNotFound
+from hubaoti.errors import (
+    BadRequest,
+    DigestMismatch,
+    HubaotiError,
+    HubUnreachable,
+    RepoMoved,
+    RepoNotFound,
+)
 from hubaoti.escape import escape_line
 from hubaoti.hub.bounds import TooLong, make_limit_bar
 from hubaoti.hub.errors import NO_HUB, AnswerLost, ErrorTranslator, StaleParent, silence_hub
@@ -81,7 +88,11 @@ class HubClient:
     # Reading
 
     def resolve(self, repo: str, revision: str | None = None, kind: str = "model") -> str:
-        """The full commit id that a revision (by default the default branch) is at now."""
+        """The full commit id that a revision (by default the default branch) is at now.
+
+        Raises:
+            RepoMoved: the repo is called otherwise by now, and perhaps somebody else's.
+        """
         what = f"{repo}@{revision}" if revision else repo
         try:
             return self._ask(what, lambda _: self._head(repo, revision, kind))
@@ -100,16 +111,16 @@ class HubClient:
         return ""
 
     def _head(self, repo: str, revision: str | None, kind: str = "model") -> str:
-        found = self._api.repo_info(repo, revision=revision, repo_type=kind).sha
-        commit: str = self._convert(found, CommitId, f"names no commit of {repo}")
+        found = self._api.repo_info(repo, revision=revision, repo_type=kind)
+        name = self._convert(found.id, Text, f"does not say what {repo} is called")
+        if name != repo:  # a redirect that was followed
+            name = escape_line(name)
+            raise RepoMoved(
+                f"{repo} at {self.endpoint} is called {name} now: its owner is whom that names",
+                hint=f"see whose it is; if you trust them, ask for {name}",
+            )
+        commit: str = self._convert(found.sha, CommitId, f"names no commit of {repo}")
         return commit
-
-    def find_name(self, repo: str, kind: str = "model") -> str:
-        """What a repo is called now, which may be otherwise than it is asked for."""
-        how = f"does not say what {repo} is called"
-        found = self._ask(repo, lambda _: self._api.repo_info(repo, repo_type=kind).id)
-        name: str = self._convert(found, Text, how)
-        return name
 
     def files(self, repo: str, commit: str, kind: str = "model") -> tuple[Entry, ...]:
         """Every file of a commit.
@@ -270,13 +281,35 @@ class HubClient:
 
     def tags(self, repo: str) -> dict[str, str]:
         """The full commit id that each tag of a repo names."""
-        return self._ask(repo, lambda _: self._refs(repo, "tags"))
+        return self.list_heads(repo)[1]
 
-    def _refs(self, repo: str, kind: str) -> dict[str, str]:
-        refs = getattr(self._api.list_repo_refs(repo), kind)
-        found = [(each.name, each.target_commit) for each in refs]
-        how = f"lists the {kind} of {repo} in no way of the Hub's"
-        return dict(self._convert(found, Refs, how))
+    def branches(self, repo: str) -> dict[str, str]:
+        """The full commit id that each branch of a repo is at."""
+        return self.list_heads(repo)[0]
+
+    def list_heads(self, repo: str, kind: str = "model") -> tuple[dict[str, str], dict[str, str]]:
+        """The full commit id that each branch of a repo is at, and each tag."""
+        return self._ask(repo, lambda _: self._heads(repo, kind))
+
+    def _heads(self, repo: str, kind: str = "model") -> tuple[dict[str, str], dict[str, str]]:
+        refs = self._api.list_repo_refs(repo, repo_type=kind)
+        how = f"lists the branches and tags of {repo} in no way of the Hub's"
+        branches, tags = (
+            dict(self._convert([(each.name, each.target_commit) for each in found], Refs, how))
+            for found in (refs.branches, refs.tags)
+        )
+        return branches, tags
+
+    def history(self, repo: str, commit: str, kind: str = "model") -> list[str]:
+        """The full ids of a commit and all before it, the newest first."""
+
+        def list_commits(_: bool) -> list[str]:
+            found = self._api.list_repo_commits(repo, revision=commit, repo_type=kind)
+            how = f"lists the commits of {repo} in no way of the Hub's"
+            ids: list[str] = self._convert([x.commit_id for x in found], list[CommitId], how)
+            return ids
+
+        return self._ask(repo, list_commits)
 
     def tag(self, repo: str, name: str, commit: str) -> None:
         """Name a commit.
@@ -289,15 +322,11 @@ class HubClient:
             try:
                 self._api.create_tag(repo, tag=name, revision=commit)
             except Exception as error:
-                made = again and find_response_status(error) == 409 and self._refs(repo, "tags")
+                made = again and find_response_status(error) == 409 and self._heads(repo)[1]
                 if not made or made.get(name) != commit:
                     raise
 
         self._ask(f"tag {name} of {repo}", create, writing=True)
-
-    def branches(self, repo: str) -> dict[str, str]:
-        """The full commit id that each branch of a repo is at."""
-        return self._ask(repo, lambda _: self._refs(repo, "branches"))
 
     def make_branch(self, repo: str, name: str) -> bool:
         """See that a branch exists, off the default one; whether it was made now."""

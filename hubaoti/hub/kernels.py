@@ -38,8 +38,9 @@ from hubaoti.hub.bounds import TooLong
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.records import Entry
-from hubaoti.hub.trust import Trust
+from hubaoti.hub.revisions import resolve_owned
 from hubaoti.mirror import Mirror
+from hubaoti.mirror.trust import Trust
 from hubaoti.progress import Progress
 
 _KIND = "kernel"
@@ -75,7 +76,7 @@ def pin_kernel(client: HubClient, name: str, host: KernelHost) -> KernelPin:
     version = int(ref.revision) if ref.revision and ref.revision.isdecimal() else None
     revision = ref.revision if version is None else f"v{version}"
     try:
-        commit = client.resolve(ref.repo, revision, _KIND)
+        commit = resolve_owned(client, ref.repo, revision, _KIND)
         entries = {entry.path: entry for entry in client.files(ref.repo, commit, _KIND)}
     except RepoNotFound as error:
         raise RepoNotFound(
@@ -159,6 +160,7 @@ def fetch_kernels(
 
 def _store(client: HubClient, mirror: Mirror, pin: KernelPin) -> None:
     """Download a kernel into the mirror; what was downloaded is not kept twice."""
+    _require_owned(client, pin)
     for _ in range(_ATTEMPTS):
         files = download_build(client, pin)
         try:
@@ -178,6 +180,14 @@ def _store(client: HubClient, mirror: Mirror, pin: KernelPin) -> None:
         f"the downloads of the kernel {pin} were removed {_ATTEMPTS} times",
         hint=f"see who else works in {mirror.root}, then pull again",
     )
+
+
+def _require_owned(client: HubClient, pin: KernelPin) -> None:
+    """See that a kernel's owner has put it there: who pinned it is who made the artifact."""
+    try:
+        resolve_owned(client, pin.repo, pin.commit, _KIND)
+    except (RepoNotFound, HubUnreachable) as error:
+        raise _describe_gone(pin, error) from error
 
 
 def _drop(client: HubClient, files: Mapping[str, Path]) -> None:
@@ -204,9 +214,9 @@ def require_published(client: HubClient, manifest: Manifest) -> None:
 
 
 def _refuse_moved(client: HubClient, repo: str, commit: str, entries: Mapping[str, Entry]) -> None:
-    """Refuse a repo that was renamed, or that says that its kernel is another's."""
-    now = client.find_name(repo, _KIND)
-    if now == repo and (status := entries.get(_STATUS)) and status.size <= _LARGEST_STATUS:
+    """Refuse a repo that says that its kernel lies in another one."""
+    now = repo
+    if (status := entries.get(_STATUS)) and status.size <= _LARGEST_STATUS:
         try:
             found = tomllib.loads(client.read(repo, commit, status, _KIND).decode())
         except (ValueError, RecursionError):  # it says nothing

@@ -22,6 +22,7 @@ from hubaoti.disk import require_disk_room
 from hubaoti.errors import (
     BadPackage,
     BadRequest,
+    Blocked,
     DigestMismatch,
     HubaotiError,
     NoArtifact,
@@ -32,13 +33,14 @@ from hubaoti.host.probe import Host
 from hubaoti.hub.catalog import Catalog, Unreadable, read_catalog
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.kernels import bring_kernels
-from hubaoti.hub.layout import ArtifactPath, RepoRef, looks_like_commit
+from hubaoti.hub.layout import ArtifactPath, RepoRef
 from hubaoti.hub.pull_path import describe_no_artifact, describe_no_torch, judge_named
-from hubaoti.hub.trust import Trust
+from hubaoti.hub.revisions import Revisions
 from hubaoti.hub.zerogpu import suggest_loader
 from hubaoti.mirror import Artifact, Mirror, PullOrigin
 from hubaoti.mirror.rows import Pin
 from hubaoti.mirror.store import compute_unpacked_size
+from hubaoti.mirror.trust import Trust
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
 
@@ -77,20 +79,24 @@ def pull_artifact(  # noqa: PLR0913 - a face of keywords
     recipe: Recipe | None = None,
     place: ArtifactPath | None = None,
     trust: bool = False,
+    allow_rollback: bool = False,
     progress: Progress = report_nothing,
 ) -> Pulled:
     """Choose, fetch, verify and store the artifact of `ref` that fits `host` best.
 
     An asked `recipe` is a condition. With `place` no other artifact is looked at, and it is fetched
     where no torch is installed, too, with a note of the one that it needs. `trust` trusts the
-    publisher, from now on. `progress` is called with the name of each step as it starts.
+    publisher, from now on. `allow_rollback` takes a tag that was moved, or a branch that went back,
+    and remembers where it is now. `progress` is called with the name of each step as it starts.
 
     A second pull of the same commit asks the Hub nothing; of a revision, only its commit.
 
     Raises:
         NoArtifact: the repo holds none, or none at `place`.
         NoMatch: none fits; the message has every variant with every reason.
-        Untrusted: the publisher is not trusted, and this machine did not build the artifact.
+        Untrusted: the publisher is not trusted, and this machine did not build the artifact; or no
+            branch and no tag has the commit. Blocked: it may not run here.
+        RepoMoved: the repo has another name now. RolledBack: its revision went back.
         BadManifest, NewerSchema: no manifest of the repo can be read.
         DigestMismatch, BadPackage: a file is not the one that the manifest lists.
         KernelMissing, KernelDigestMismatch: of a kernel that it calls, as `bring_kernels`.
@@ -102,7 +108,14 @@ def pull_artifact(  # noqa: PLR0913 - a face of keywords
         raise BadRequest("a recipe is asked for, and a path", hint="the path names its recipe")
     with Mirror.open(settings.mirror) as mirror:
         return Puller(
-            mirror, settings, host, recipe=recipe, place=place, trust=trust, progress=progress
+            mirror,
+            settings,
+            host,
+            recipe=recipe,
+            place=place,
+            trust=trust,
+            allow_rollback=allow_rollback,
+            progress=progress,
         ).pull(ref)
 
 
@@ -117,6 +130,7 @@ class Puller:
     recipe: Recipe | None = None
     place: ArtifactPath | None = None
     trust: bool = False
+    allow_rollback: bool = False
     progress: Progress = report_nothing
 
     @cached_property
@@ -126,17 +140,17 @@ class Puller:
 
     def pull(self, ref: RepoRef) -> Pulled:
         """Pin the commit, then take what the mirror has of it, else what the Hub has."""
-        commit = ref.commit or self._resolve(ref)
+        commit = self.pin_commit(ref)
         return self._from_mirror(ref, commit) or self._from_hub(ref, commit)
 
-    def _resolve(self, ref: RepoRef) -> str:
-        self.progress(f"asking {self.client.endpoint} for the commit of {ref}")
-        commit = self.client.resolve(ref.repo, ref.revision)
-        if looks_like_commit(ref.revision) and not commit.startswith(str(ref.revision)):
-            self.progress(
-                f"{ref.revision} is the name of a branch or a tag here, which is at {commit}"
-            )
-        return commit
+    def pin_commit(self, ref: RepoRef) -> str:
+        """The commit of a revision, which is its owner's, and none from before."""
+        return self.revisions.pin(ref)
+
+    @property
+    def revisions(self) -> Revisions:
+        """Where the revisions of repos are, and were."""
+        return Revisions(self.client, self.mirror.index, self.progress, self.allow_rollback)
 
     def _from_mirror(self, ref: RepoRef, commit: str) -> Pulled | None:
         """What an earlier pull of this commit chose, if it still may run here."""
@@ -210,13 +224,18 @@ class Puller:
     def require_trust(
         self, ref: RepoRef, commit: str, place: ArtifactPath, manifest: Manifest
     ) -> None:
-        """See that code of this publisher may run here; what was built here needs no one's trust.
+        """See that an artifact of this publisher may run here.
 
         Raises:
-            Untrusted: nobody ever said so.
+            Untrusted: it was not built here, and of nobody who published it anybody ever said so.
+            Blocked: somebody said that it may not.
         """
+        origin = PullOrigin(self.client.endpoint, ref.repo, commit, str(place))
+        decision = self.mirror.decide(manifest.digest, origin)
+        if isinstance(decision.refusal, Blocked):
+            raise decision.refusal
         wanted = self.trust and self.mirror.index.is_writable  # and remembered
-        if wanted or not self.mirror.index.is_built(manifest.digest):
+        if wanted or not decision.allowed:
             what = f"{place} in {ref.repo}", f"commit {commit}, artifact {manifest.digest}"
             self.require_publisher(ref, *what)
 

@@ -106,7 +106,7 @@ def read_revision_catalog(puller: Puller, ref: RepoRef) -> Catalog:
     """Read what the revision, by default the default branch, holds now."""
     client, repo = puller.client, ref.repo
     puller.progress(f"reading the manifests of {ref}")
-    return read_catalog(client, repo, ref.commit or client.resolve(repo, ref.revision))
+    return read_catalog(client, repo, puller.pin_commit(ref))
 
 
 def read_branch_catalogs(puller: Puller, ref: RepoRef) -> Iterator[Catalog]:
@@ -114,6 +114,7 @@ def read_branch_catalogs(puller: Puller, ref: RepoRef) -> Iterator[Catalog]:
     client, allowance = puller.client, Allowance()
     for branch, commit in sorted(client.branches(ref.repo).items()):
         if branch.startswith(f"{LAYOUT}/"):
+            puller.revisions.require_forward(ref.repo, branch, commit)
             allowance.take(f"{ref.repo} in its branches", [0])  # of an empty one the list is read
             yield read_catalog(client, ref.repo, commit, allowance)
 

@@ -19,49 +19,12 @@ from hubaoti.artifact.manifest import Manifest
 from hubaoti.disk import describe_no_room
 from hubaoti.errors import HubaotiError, first_line
 from hubaoti.mirror.rows import Pin, Promise, PullOrigin, Row
+from hubaoti.mirror.steps import FIFTH, SECOND, STEPS, THIRD
 
 KEPT = 1024  # notes, the latest
 PATIENCE = 30.0  # seconds to wait for another process's transaction
 _PAUSE = 0.005  # seconds between two looks, where SQLite itself does not wait
 
-_FIRST = """
-create table artifacts (
-    digest text primary key, key text not null, recipe text not null, variant text not null,
-    size integer not null, added real not null,
-    endpoint text not null, repo text not null, revision text not null, path text not null
-) strict;
-create index artifacts_by_key on artifacts (key);
-create table holds (
-    digest text not null references artifacts on delete cascade, graph text not null,
-    primary key (digest, graph)
-) strict;
-create index holds_by_graph on holds (graph);
-create table pulls (
-    endpoint text not null, repo text not null, revision text not null,
-    asked text not null, host text not null,
-    digest text not null references artifacts on delete cascade, path text not null,
-    primary key (endpoint, repo, revision, asked, host)
-) strict;
-create table built (digest text primary key, key text not null, at real not null) strict;
-"""
-_SECOND = """
-create table tested (
-    graph text not null, host text not null, problem text not null, at real not null,
-    primary key (graph, host)
-) strict;
-"""
-_THIRD = """
-create table notes (digest text primary key, data blob not null, at real not null) strict;
-create index notes_by_age on notes (at);
-"""
-# It has every column, so that SQLite's own check finds any byte of a row that was changed.
-_FOURTH = """
-create index if not exists artifacts_whole on artifacts (
-    digest, key, recipe, variant, size, added, endpoint, repo, revision, path
-);
-"""
-# From nothing to today's tables; one that was released never changes.
-STEPS = (_FIRST, _SECOND, _THIRD, _FOURTH)
 _VERSION = len(STEPS)
 # What SQLite says of a damaged file; tables that are not as they were made are an error of SQL.
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
@@ -139,6 +102,7 @@ class Index:
                 "insert or ignore into holds values (?, ?)",
                 [(row.digest, graph) for graph in graphs],
             )
+            _add_origin(db, row.digest, row.origin)
 
     def remove(self, digest: str) -> None:
         """Stop promising an artifact, and every pull that gave it."""
@@ -196,8 +160,9 @@ class Index:
         return self._read_rows("where key = ? order by added desc, digest", key)
 
     def record_pull(self, pin: Pin, digest: str, path: str) -> None:
-        """Remember what a pull gave; forgotten together with the artifact."""
+        """Remember what a pull gave; forgotten together with the artifact, where from never is."""
         with self._writing() as db:
+            _add_origin(db, digest, PullOrigin(pin.endpoint, pin.repo, pin.commit, path))
             db.execute(
                 "insert or replace into pulls select ?, ?, ?, ?, ?, digest, ? "
                 "from artifacts where digest = ?",
@@ -220,6 +185,30 @@ class Index:
             "and revision = coalesce(?, revision) order by rowid desc"
         )
         return [str(digest) for (digest,) in self._select(query, endpoint, repo, commit)]
+
+    def list_origins(self, digest: str) -> tuple[PullOrigin, ...]:
+        """Every place that an artifact of this digest was ever pulled from, the first one first."""
+        table = "origins" if self._has_step(FIFTH) else "artifacts"
+        columns = "endpoint, repo, revision, path"
+        found = self._select(f"select {columns} from {table} where digest = ?", digest)
+        origins = (PullOrigin(*map(str, each)) for each in found)
+        return tuple(origin for origin in origins if origin.repo)
+
+    def record_seen(self, endpoint: str, repo: str, name: str, commit: str) -> None:
+        """Remember at which commit a branch or tag is."""
+        with self._writing() as db:
+            db.execute(
+                "insert or replace into seen values (?, ?, ?, ?, ?)",
+                (endpoint, repo, name, commit, time.time()),
+            )
+
+    def find_seen(self, endpoint: str, repo: str, name: str) -> str | None:
+        """At which commit a branch or tag was last; None where it was never seen."""
+        if not self._has_step(FIFTH):  # of before, and only read
+            return None
+        query = "select revision from seen where endpoint = ? and repo = ? and name = ?"
+        found = self._select(query, endpoint, repo, name)
+        return str(found[0][0]) if found else None
 
     def record_built(self, manifest: Manifest) -> None:
         """Remember that this machine built this artifact, so it needs no one's trust."""
@@ -249,7 +238,7 @@ class Index:
         """The problem of a graph on a kind of host, empty where it has none; None if untested."""
         query = "select problem from tested where graph = ? and host = ?"
         with self._explain_errors():
-            if self._version() <= STEPS.index(_SECOND):  # of before, and only read
+            if not self._has_step(SECOND):
                 return None
             found = self._db.execute(query, (graph, host)).fetchone()
         return None if found is None else str(found[0])
@@ -257,7 +246,7 @@ class Index:
     def problems(self) -> list[tuple[str, str]]:
         """The graphs that are not opened here, each with what is held against it."""
         with self._explain_errors():
-            if self._version() <= STEPS.index(_SECOND):
+            if not self._has_step(SECOND):
                 return []
             query = "select graph, problem from tested where problem != '' order by at desc"
             return [
@@ -290,7 +279,7 @@ class Index:
     def read_note(self, digest: str) -> bytes | None:
         """What was kept under a digest; None where nothing was, it was forgotten, or is damaged."""
         with suppress(HubaotiError), self._explain_errors():
-            if self._version() > STEPS.index(_THIRD):  # else of before, and only read
+            if self._has_step(THIRD):
                 query = "select data from notes where digest = ?"
                 row = self._db.execute(query, (digest,)).fetchone()
                 return None if row is None else bytes(row[0])
@@ -313,6 +302,11 @@ class Index:
         if not (good and isinstance(added, float)):
             raise self._describe_damage("a row of artifacts is none")
         return Row(digest, key, recipe, variant, size, added, PullOrigin(*origin))
+
+    def _has_step(self, step: str) -> bool:
+        """Whether it has the tables of a step: one that is only read keeps those that it has."""
+        with self._explain_errors():
+            return self._version() > STEPS.index(step)
 
     def _version(self) -> int:
         return int(self._db.execute("pragma user_version").fetchone()[0])
@@ -383,3 +377,12 @@ class Index:
     def _describe_damage(self, error: object) -> HubaotiError:
         hint = f"remove {self._path} and pull again; what is unpacked is used again"
         return HubaotiError(f"{self._path} is damaged: {first_line(str(error))!a}", hint=hint)
+
+
+def _add_origin(db: sqlite3.Connection, digest: str, origin: PullOrigin) -> None:
+    """Remember where an artifact was pulled from, if it was."""
+    if origin.repo:
+        db.execute(
+            "insert or ignore into origins values (?, ?, ?, ?, ?, ?)",
+            (digest, *astuple(origin), time.time()),
+        )

@@ -41,8 +41,10 @@ from hubaoti.mirror.folders import (
 )
 from hubaoti.mirror.index import Index
 from hubaoti.mirror.kernel import KERNELS, holds_kernel, require_kernel, write_kernel
+from hubaoti.mirror.policy import Decision, Evidence, decide
 from hubaoti.mirror.quarantine import Note, set_apart
 from hubaoti.mirror.rows import BUILT_HERE, Pin, PullOrigin, Row
+from hubaoti.mirror.trust import Trust
 
 _FOLDERS = ("hub", "artifacts", "graphs", KERNELS, "quarantine", "tmp")
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
@@ -87,6 +89,27 @@ class Mirror:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def trust(self) -> Trust:
+        """Whose code may run on this machine, as is said beside the mirror."""
+        return Trust(self.root.with_name("trust.toml"))
+
+    def decide(self, digest: str, *origins: PullOrigin) -> Decision:
+        """Whether an artifact may run here: by what is known of it, and where it comes from now."""
+        known = self.index.list_origins(digest)
+        evidence = Evidence(digest, self.index.is_built(digest), (*known, *origins))
+        return decide(evidence, self.trust.read())
+
+    def require_allowed(self, digest: str) -> None:
+        """See that an artifact may be opened here.
+
+        Raises:
+            Blocked: somebody said that it may not.
+            Untrusted: it was not built here, and nobody who is trusted now published it.
+        """
+        if error := self.decide(digest).refusal:
+            raise error
 
     def put(
         self,

@@ -45,6 +45,7 @@ def require_sound(
     imported, here and where graphs are tried, and the kernels that it pins are loaded.
 
     Raises:
+        Untrusted, Blocked: its code may not run here, whoever opens it.
         DigestMismatch: a file was changed; it is in quarantine.
         KernelMissing, KernelDigestMismatch: of a kernel; else as `runtime.kernels.open_kernels`.
         NoMatch: the device is of another kind than the graphs are for.
@@ -54,6 +55,7 @@ def require_sound(
     """
     from hubaoti.runtime.kernels import judge_kernels, open_kernels
 
+    mirror.require_allowed(artifact.digest)
     kernels = artifact.manifest.requires.kernels
     judge_kernels(kernels, device)
     mirror.verify(artifact)

@@ -44,7 +44,9 @@ class Attached:
     def attach(self) -> None:
         """Attach the graphs, strictly."""
         bundle, settings = self.bundle, self.settings
-        self.attachment = hubaoti.attach(self.model, bundle, strict=True, settings=settings)
+        self.attachment = hubaoti.attach(
+            self.model, bundle, strict=True, trust=True, settings=settings
+        )
 
     @contextmanager
     def without_graphs(self) -> Iterator[None]:
@@ -75,7 +77,7 @@ def model(device: torch.device, bundle: Bundle) -> Any:
 @pytest.fixture
 def attached(model: Any, bundle: Bundle, offline: Settings) -> Iterator[Attached]:
     """The model with its graphs, for one check."""
-    attachment = hubaoti.attach(model[0], bundle, strict=True, settings=offline)
+    attachment = hubaoti.attach(model[0], bundle, strict=True, trust=True, settings=offline)
     found = Attached(model[0], bundle, offline, attachment)
     yield found
     found.attachment.detach()
@@ -91,9 +93,9 @@ def test_attach(model: Any, bundle: Bundle, offline: Settings, found: Found) -> 
     device = model[0].device
     peak = Peak.of(device) if device.type == "cuda" else None
     with stopwatch() as first:
-        hubaoti.attach(model[0], bundle, strict=True, settings=offline).detach()
+        hubaoti.attach(model[0], bundle, strict=True, trust=True, settings=offline).detach()
     with stopwatch() as again:
-        attachment = hubaoti.attach(model[0], bundle, strict=True, settings=offline)
+        attachment = hubaoti.attach(model[0], bundle, strict=True, trust=True, settings=offline)
     taken, blocks = peak.bytes if peak else 0, len(attachment.regions)
     with stopwatch() as called:
         answer_prompt(model[0], make_prompt(model[0]), new=1)
@@ -240,7 +242,7 @@ def test_second(bundle: Bundle, device: torch.device, offline: Settings, found: 
     model = make_model(torch.device("cuda", index), make_config(device))
     ids = make_prompt(model)
     expected = answer_prompt(model, ids)
-    with hubaoti.attach(model, bundle, strict=True, settings=offline):
+    with hubaoti.attach(model, bundle, strict=True, trust=True, settings=offline):
         off = measure_error(answer_prompt(model, ids), expected)
     found(f"{off:.1e} off on {model.device}", off=off)
     assert off <= 0.1
@@ -249,7 +251,7 @@ def test_second(bundle: Bundle, device: torch.device, offline: Settings, found: 
 def test_detach(model: Any, bundle: Bundle, offline: Settings, found: Found) -> None:
     """Everything is given back: the model's answers, and its memory when it is gone."""
     last = model.pop()
-    attachment = hubaoti.attach(last, bundle, strict=True, settings=offline)
+    attachment = hubaoti.attach(last, bundle, strict=True, trust=True, settings=offline)
     ids = make_prompt(last)
     answer_prompt(last, ids)
     attachment.detach()

@@ -18,7 +18,7 @@ import msgspec
 
 from hubaoti.artifact.package import hash_file, list_members
 from hubaoti.artifact.schema import Graph, Outputs
-from hubaoti.errors import BadRequest, DigestMismatch, HubaotiError
+from hubaoti.errors import BadRequest, DigestMismatch, HubaotiError, RepoMoved, Untrusted
 from hubaoti.escape import escape_line
 from hubaoti.hub.catalog import Catalog
 from hubaoti.hub.client import HubClient
@@ -26,8 +26,9 @@ from hubaoti.hub.kernels import require_kernel_publisher
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import Puller
 from hubaoti.hub.records import Entry
-from hubaoti.hub.trust import Trust
+from hubaoti.hub.revisions import resolve_owned
 from hubaoti.hub.zerogpu import PACKAGE, PACKAGE_ROOT, SUBMODULES
+from hubaoti.mirror.trust import Trust
 
 _LARGEST = 1 << 20  # bytes of a config
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
@@ -185,7 +186,9 @@ def _pin_kernel(client: HubClient, kernel: dict[str, Any]) -> dict[str, Any]:
     Where the endpoint tells no commit of it, it stays as it is, for the kernels library to find.
     """
     try:
-        commit = client.resolve(kernel["repo_id"], _read_kernel_revision(kernel), "kernel")
+        commit = resolve_owned(client, kernel["repo_id"], _read_kernel_revision(kernel), "kernel")
+    except (RepoMoved, Untrusted):
+        raise
     except HubaotiError:
         return kernel
     return {"repo_id": kernel["repo_id"], "revision": commit}

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hubaoti.errors import HubaotiError, UnsafeFolder
-from hubaoti.hub.trust import Publisher, Trust
+from hubaoti.mirror.trust import Publisher, Trust
 
 HUB = "https://huggingface.co"
 

@@ -1,0 +1,130 @@
+"""Which commit a revision is, and that the repo's owner put it there.
+
+Whoever trusts an owner trusts what lies on a branch or under a tag of theirs. Anybody may propose a
+commit to a repo (`refs/pr/1`), which its endpoint then gives by its id like any other; a name may
+be somebody else's by now; and who answers for an endpoint may answer what was right a year ago.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hubaoti.errors import RolledBack, Untrusted
+from hubaoti.hub.client import HubClient
+from hubaoti.hub.layout import RepoRef, looks_like_commit
+from hubaoti.mirror.index import Index
+from hubaoti.progress import Progress
+
+_DEFAULT = "main"  # of every repo of the Hub, unless a revision is named
+_OWN = ("refs/heads/", "refs/tags/")
+
+
+def resolve_owned(client: HubClient, repo: str, revision: str | None, kind: str = "model") -> str:
+    """The full commit id of a revision, which the repo's owner put there.
+
+    Only of an id that is no head are the pages of the history asked for.
+
+    Raises:
+        Untrusted: no branch and no tag has it. RepoMoved: the repo has another name now.
+        RepoNotFound, AuthFailed, HubUnreachable: from the Hub.
+    """
+    _refuse_proposals(repo, revision)
+    commit = client.resolve(repo, revision, kind)
+    if looks_like_commit(revision) and commit.startswith(str(revision)):
+        _require_reachable(client, repo, commit, kind)
+    return commit
+
+
+@dataclass(frozen=True, slots=True)
+class Revisions:
+    """The revisions of an endpoint's repos, and where each was when it was last seen."""
+
+    client: HubClient
+    index: Index
+    progress: Progress
+    allow_rollback: bool = False
+
+    def pin(self, ref: RepoRef) -> str:
+        """The full commit id of a revision; of one that was pulled before nothing is asked.
+
+        Raises:
+            Untrusted, RepoMoved: as `resolve_owned`.
+            RolledBack: a tag is at another commit than before, or a branch at one that does not
+                come after it.
+        """
+        endpoint = self.client.endpoint
+        if ref.commit and self.index.list_pulls(endpoint, ref.repo, ref.commit):
+            return ref.commit
+        self.progress(f"asking {endpoint} for the commit of {ref}")
+        commit = resolve_owned(self.client, ref.repo, ref.revision)
+        if not looks_like_commit(ref.revision):
+            self.require_forward(ref.repo, ref.revision or _DEFAULT, commit)
+        elif not commit.startswith(str(ref.revision)):
+            self.progress(
+                f"{ref.revision} is the name of a branch or a tag here, which is at {commit}"
+            )
+            self.require_forward(ref.repo, str(ref.revision), commit)
+        return commit
+
+    def require_forward(self, repo: str, name: str, commit: str) -> None:
+        """See that a branch or a tag did not go back since it was last seen, and remember it.
+
+        Raises:
+            RolledBack: it did.
+        """
+        endpoint = self.client.endpoint
+        before = self.index.find_seen(endpoint, repo, name)
+        if before == commit:
+            return
+        if before is not None and not self.allow_rollback:
+            self._require_after(repo, name, before, commit)
+        if self.index.is_writable:
+            self.index.record_seen(endpoint, repo, name, commit)
+
+    def _require_after(self, repo: str, name: str, before: str, commit: str) -> None:
+        """See that a name is a branch, on which one commit comes after another."""
+        is_tag = self.client.tags(repo).get(name.removeprefix("refs/tags/")) == commit
+        if not is_tag and before in self.client.history(repo, commit):
+            return
+        what = (
+            f"the tag {name} of {repo} was moved"
+            if is_tag
+            else f"{name} of {repo} went back, or has another history"
+        )
+        raise RolledBack(
+            f"{what}: here it was last seen at {before}, and now it is at {commit}",
+            hint="ask its publisher; if it is meant so, once: hubaoti pull "
+            f"{repo}@{name} --allow-rollback",
+        )
+
+
+def _refuse_proposals(repo: str, revision: str | None) -> None:
+    """Refuse refs that are no branch and no tag.
+
+    Raises:
+        Untrusted: it is one.
+    """
+    if revision is not None and revision.startswith("refs/") and not revision.startswith(_OWN):
+        raise Untrusted(
+            f"{revision} of {repo} is no branch and no tag: anybody may have made it",
+            hint=f"have the owner of {repo} merge it, and name a branch or a tag",
+        )
+
+
+def _require_reachable(client: HubClient, repo: str, commit: str, kind: str) -> None:
+    """See that a branch or a tag of a repo has a commit in its history.
+
+    Raises:
+        Untrusted: none has, so that anybody may have made it.
+    """
+    branches, tags = client.list_heads(repo, kind)
+    if commit in {*branches.values(), *tags.values()}:
+        return
+    for name in sorted(branches, key=lambda name: (name != _DEFAULT, name)):
+        if commit in client.history(repo, branches[name], kind):
+            return
+    raise Untrusted(
+        f"no branch and no tag of {repo} has the commit {commit}: anybody may have made it, as a "
+        "proposal to the repo",
+        hint=f"have the owner of {repo} merge it; hubaoti pull takes what is on a branch or a tag",
+    )

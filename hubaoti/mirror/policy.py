@@ -1,0 +1,88 @@
+"""May an artifact's code run on this machine? One question, asked wherever something is opened.
+
+What is blocked may not. Else one of these is enough: this machine built it, it is trusted by its
+own digest, or somebody who is trusted now published it. Where its files lie says nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hubaoti.errors import HubaotiError, Untrusted
+from hubaoti.mirror.rows import PullOrigin
+from hubaoti.mirror.trust import TrustList, refuse_blocked
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known of an artifact: whether it was built here, and all places it came from."""
+
+    digest: str
+    built: bool = False
+    origins: tuple[PullOrigin, ...] = ()
+
+    @property
+    def publishers(self) -> tuple[tuple[str, str], ...]:
+        """Everyone who published it, as endpoint and owner, each once."""
+        return tuple(dict.fromkeys((each.endpoint, each.publisher) for each in self.origins))
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Whether it may run here, in words, and what to say where it may not."""
+
+    reason: str
+    refusal: HubaotiError | None = None
+
+    @property
+    def allowed(self) -> bool:
+        """Whether it may."""
+        return self.refusal is None
+
+
+def decide(evidence: Evidence, said: TrustList) -> Decision:
+    """Whether what is known of an artifact is enough, by what was said on this machine."""
+    return _find_block(evidence, said) or _find_ground(evidence, said) or _refuse(evidence)
+
+
+def _find_block(evidence: Evidence, said: TrustList) -> Decision | None:
+    """What of an artifact is blocked, if anything is."""
+    name = f"artifact {evidence.digest[:12]}"
+    if said.blocks_artifact(evidence.digest):
+        return Decision("blocked", refuse_blocked(name, evidence.digest))
+    for endpoint, owner in evidence.publishers:
+        if said.blocks(endpoint, owner):
+            refusal = refuse_blocked(f"{name} was published by {owner}, who", owner)
+            return Decision(f"published by {owner}, who is blocked", refusal)
+    return None
+
+
+def _find_ground(evidence: Evidence, said: TrustList) -> Decision | None:
+    """What is enough, if anything is."""
+    if evidence.built:
+        return Decision("built here")
+    if said.names(evidence.digest):
+        return Decision("trusted by its digest")
+    trusted = (owner for endpoint, owner in evidence.publishers if said.trusts(endpoint, owner))
+    owner = next(trusted, None)
+    return Decision(f"published by {owner}, who is trusted") if owner else None
+
+
+def _refuse(evidence: Evidence) -> Decision:
+    """Why what is known is not enough, and what would be."""
+    name, owners = f"artifact {evidence.digest[:12]}", [owner for _, owner in evidence.publishers]
+    if not owners:
+        refusal = Untrusted(
+            f"{name} was not built on this machine, and nobody published it whom it knows: opening "
+            "it runs its native code here",
+            hint="if you trust whoever gave it to you: trust=True where you open it, or once: "
+            f"hubaoti trust add {evidence.digest}",
+        )
+        return Decision("not built here, and of nobody who is known", refusal)
+    who = " and ".join(owners)
+    refusal = Untrusted(
+        f"{name} was published by {who}, who {'is' if len(owners) == 1 else 'are'} not trusted "
+        "here: opening it runs their native code on this machine",
+        hint=f"if you trust {owners[0]}, say so once with: hubaoti trust add {owners[0]}",
+    )
+    return Decision(f"published by {who}, not trusted", refusal)

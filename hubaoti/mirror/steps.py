@@ -1,0 +1,54 @@
+"""The tables of the mirror's index, as each step made them; one that was released never changes."""
+
+FIRST = """
+create table artifacts (
+    digest text primary key, key text not null, recipe text not null, variant text not null,
+    size integer not null, added real not null,
+    endpoint text not null, repo text not null, revision text not null, path text not null
+) strict;
+create index artifacts_by_key on artifacts (key);
+create table holds (
+    digest text not null references artifacts on delete cascade, graph text not null,
+    primary key (digest, graph)
+) strict;
+create index holds_by_graph on holds (graph);
+create table pulls (
+    endpoint text not null, repo text not null, revision text not null,
+    asked text not null, host text not null,
+    digest text not null references artifacts on delete cascade, path text not null,
+    primary key (endpoint, repo, revision, asked, host)
+) strict;
+create table built (digest text primary key, key text not null, at real not null) strict;
+"""
+SECOND = """
+create table tested (
+    graph text not null, host text not null, problem text not null, at real not null,
+    primary key (graph, host)
+) strict;
+"""
+THIRD = """
+create table notes (digest text primary key, data blob not null, at real not null) strict;
+create index notes_by_age on notes (at);
+"""
+# It has every column, so that SQLite's own check finds any byte of a row that was changed.
+FOURTH = """
+create index if not exists artifacts_whole on artifacts (
+    digest, key, recipe, variant, size, added, endpoint, repo, revision, path
+);
+"""
+# Every place that an artifact was ever pulled from, which is known when it comes again; and where
+# each branch and tag of a repo was last.
+FIFTH = """
+create table origins (
+    digest text not null, endpoint text not null, repo text not null, revision text not null,
+    path text not null, at real not null, primary key (digest, endpoint, repo, revision, path)
+) strict;
+insert into origins select digest, endpoint, repo, revision, path, added from artifacts
+where repo != '';
+create table seen (
+    endpoint text not null, repo text not null, name text not null, revision text not null,
+    at real not null, primary key (endpoint, repo, name)
+) strict;
+"""
+# From nothing to today's tables.
+STEPS = (FIRST, SECOND, THIRD, FOURTH, FIFTH)

@@ -1,0 +1,325 @@
+"""Whose code may run on this machine, and what may not: `$HUBAOTI_HOME/trust.toml`.
+
+[[publisher]]
+endpoint = "https://huggingface.co"
+owner = "acme"
+since = 2026-01-31
+
+[[artifact]]                        # whoever brings it: by the sha256 of its manifest
+digest = "3f…"
+since = 2026-02-01
+
+[[block]]                           # beats all of the above; or the endpoint and owner of somebody
+digest = "9a…"
+since = 2026-02-02
+
+People may write into it, too: what they wrote beside these tables stays.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hubaoti.disk import explain_disk_errors
+from hubaoti.errors import Blocked, HubaotiError, UnsafeFolder, Untrusted
+from hubaoti.mirror.folders import make_private, refuse_shared
+from hubaoti.settings import split_login
+
+DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Publisher:
+    """An owner of repos at an endpoint, since a date."""
+
+    endpoint: str
+    owner: str
+    since: date
+
+    def __post_init__(self) -> None:
+        # An older hubaoti kept the password of an endpoint that has one in its URL.
+        object.__setattr__(self, "endpoint", split_login(self.endpoint)[0])
+
+    def __str__(self) -> str:
+        return f"{self.owner} at {self.endpoint}"
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """An artifact by the sha256 of its manifest, since a date."""
+
+    digest: str
+    since: date
+
+    def __post_init__(self) -> None:
+        if not DIGEST.fullmatch(self.digest):
+            raise ValueError(f"malformed digest {self.digest!r:.80}")
+
+    def __str__(self) -> str:
+        return f"artifact {self.digest}"
+
+
+Subject = Publisher | Named
+
+
+@dataclass(frozen=True, slots=True)
+class TrustList:
+    """All that the file says, each in the order of their being added."""
+
+    publishers: tuple[Publisher, ...] = ()
+    artifacts: tuple[Named, ...] = ()
+    blocked: tuple[Subject, ...] = ()
+
+    def trusts(self, endpoint: str, owner: str) -> bool:
+        """Whether code of this publisher may run here."""
+        who = (endpoint, owner)
+        is_named = any((each.endpoint, each.owner) == who for each in self.publishers)
+        return is_named and not self.blocks(endpoint, owner)
+
+    def blocks(self, endpoint: str, owner: str) -> bool:
+        """Whether no code of this publisher may run here, whoever else is trusted."""
+        publishers = (each for each in self.blocked if isinstance(each, Publisher))
+        return any((each.endpoint, each.owner) == (endpoint, owner) for each in publishers)
+
+    def names(self, digest: str) -> bool:
+        """Whether an artifact may run here, whoever published it."""
+        return any(each.digest == digest for each in self.artifacts)
+
+    def blocks_artifact(self, digest: str) -> bool:
+        """Whether an artifact may not run here, whoever published it."""
+        artifacts = (each for each in self.blocked if isinstance(each, Named))
+        return any(each.digest == digest for each in artifacts)
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """The file at `path`, read anew at each question: another process may have changed it."""
+
+    path: Path
+
+    def read(self) -> TrustList:
+        """What the file says; nothing where there is none.
+
+        Raises:
+            UnsafeFolder: others may write the file, so it says nothing.
+            HubaotiError: it cannot be read.
+        """
+        try:
+            refuse_shared(self.path.parent)
+            refuse_shared(self.path)
+            return _parse(self.path.read_text("utf-8"))
+        except FileNotFoundError:
+            return TrustList()
+        except UnsafeFolder:
+            raise
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            hint = "correct it or remove it; each publisher is asked about again"
+            raise HubaotiError(f"{self.path} cannot be read: {error}", hint=hint) from error
+
+    def publishers(self) -> tuple[Publisher, ...]:
+        """Everyone who is trusted."""
+        return self.read().publishers
+
+    def holds(self, endpoint: str, owner: str) -> bool:
+        """Whether code of this publisher may run here."""
+        return self.read().trusts(endpoint, owner)
+
+    def require(self, endpoint: str, owner: str, what: str, advice: str) -> None:
+        """See that code of this publisher, `what` is named, may run here.
+
+        Raises:
+            Blocked: somebody said that it may not. Untrusted: nobody ever said so.
+        """
+        said = self.read()
+        if said.blocks(endpoint, owner):
+            raise refuse_blocked(f"{owner} publishes {what}, and {owner}", owner)
+        if not said.trusts(endpoint, owner):
+            raise Untrusted(
+                f"{owner} publishes {what}. Opening it runs their native code on this machine, and "
+                f"{owner} is not trusted here",
+                hint=f"if you trust {owner}, {advice}",
+            )
+
+    def add(self, endpoint: str, owner: str) -> None:
+        """Trust a publisher from now on; one that is trusted keeps the date.
+
+        Raises:
+            Blocked: somebody said that his code may not run here.
+        """
+        self._add("publisher", {"endpoint": endpoint, "owner": owner}, f"{owner} at {endpoint}")
+
+    def add_artifact(self, digest: str) -> None:
+        """Trust an artifact from now on, whoever published it.
+
+        Raises:
+            Blocked: somebody said that it may not run here.
+        """
+        self._add("artifact", {"digest": digest}, f"artifact {digest[:12]}")
+
+    def block(self, endpoint: str, owner: str) -> None:
+        """Have no code of a publisher run here from now on, whoever else is trusted."""
+        self._block("publisher", {"endpoint": endpoint, "owner": owner})
+
+    def block_artifact(self, digest: str) -> None:
+        """Have an artifact not run here from now on, whoever published or built it."""
+        self._block("artifact", {"digest": digest})
+
+    def remove(self, endpoint: str, owner: str) -> bool:
+        """Forget what was said of a publisher; whether there was anything."""
+        return self._remove("publisher", {"endpoint": endpoint, "owner": owner})
+
+    def remove_artifact(self, digest: str) -> bool:
+        """Forget what was said of an artifact; whether there was anything."""
+        return self._remove("artifact", {"digest": digest})
+
+    def _add(self, table: str, who: Mapping[str, str], name: str) -> None:
+        if self._has(table, who) and not self._has("block", who):
+            return
+        with self._editing() as document:
+            if _find(document, "block", who):
+                raise refuse_blocked(name, who.get("owner") or who["digest"])
+            if not _find(document, table, who):
+                _append(document, table, who)
+
+    def _block(self, table: str, who: Mapping[str, str]) -> None:
+        with self._editing() as document:
+            _drop(document, table, who)
+            if not _find(document, "block", who):
+                _append(document, "block", who)
+
+    def _remove(self, table: str, who: Mapping[str, str]) -> bool:
+        if not (self._has(table, who) or self._has("block", who)):
+            return False
+        with self._editing() as document:
+            for name in (table, "block"):
+                _drop(document, name, who)
+        return True
+
+    def _has(self, table: str, who: Mapping[str, str]) -> bool:
+        """Whether a table has an entry of somebody, without changing anything."""
+        self.read()  # what cannot be believed, nobody goes by
+        try:
+            return bool(_find(tomllib.loads(self.path.read_text("utf-8")), table, who))
+        except FileNotFoundError:
+            return False
+
+    @contextmanager
+    def _editing(self) -> Iterator[Any]:
+        """The file's document, to be changed, while no other process changes it."""
+        import tomlkit
+
+        with self._alone():
+            self.read()
+            text = self.path.read_text("utf-8") if self.path.exists() else ""
+            document = tomlkit.parse(text)
+            yield document
+            self._write(tomlkit.dumps(document))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other process changes the file, so that no change of it is lost."""
+        lock = self.path.with_name(f"{self.path.name}.lock")
+        with explain_disk_errors(self.path.parent):
+            make_private(self.path.parent)
+            refuse_shared(lock)
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def _write(self, text: str) -> None:
+        with explain_disk_errors(self.path.parent):
+            handle, name = tempfile.mkstemp(prefix=".trust.", dir=self.path.parent)
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                Path(name).replace(self.path)
+            finally:
+                Path(name).unlink(missing_ok=True)
+
+
+def refuse_blocked(who: str, name: str) -> Blocked:
+    """Why what is blocked is not opened, and how that is taken back."""
+    return Blocked(
+        f"{who} is blocked on this machine",
+        hint=f"see: hubaoti trust ls; who blocked it takes that back with: hubaoti trust rm {name}",
+    )
+
+
+def _find(document: Mapping[str, Any], table: str, who: Mapping[str, str]) -> list[int]:
+    """Where in a table the entries of somebody are."""
+    entries = document.get(table, ())
+    return [at for at, each in enumerate(entries) if _name(each) == dict(who)]
+
+
+def _name(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Of whom an entry is, its endpoint as it is kept today."""
+    who = {name: str(entry[name]) for name in ("endpoint", "owner", "digest") if name in entry}
+    if "endpoint" in who:
+        who["endpoint"] = split_login(who["endpoint"])[0]
+    return who
+
+
+def _append(document: Any, table: str, who: Mapping[str, str]) -> None:
+    import tomlkit
+
+    entry = tomlkit.table()
+    entry.update({**who, "since": datetime.now(UTC).date()})
+    if table not in document:
+        document[table] = tomlkit.aot()
+    document[table].append(entry)
+
+
+def _drop(document: Any, table: str, who: Mapping[str, str]) -> None:
+    for at in reversed(_find(document, table, who)):
+        del document[table][at]
+    if table in document and not len(document[table]):
+        del document[table]
+
+
+_T = TypeVar("_T")
+
+
+def _parse(text: str) -> TrustList:
+    """Read the file's text; ValueError, TypeError or AttributeError where it is not one of ours."""
+    found = tomllib.loads(text)
+    if unknown := found.keys() - {"publisher", "artifact", "block"}:
+        raise ValueError(f"unknown tables {', '.join(sorted(unknown)):.80}")
+
+    def read(table: str, make: Callable[[Mapping[str, Any]], _T]) -> tuple[_T, ...]:
+        return tuple(make(each) for each in found.get(table, ()))
+
+    return TrustList(
+        publishers=read("publisher", _make_publisher),
+        artifacts=read("artifact", _make_named),
+        blocked=read("block", lambda e: _make_named(e) if "digest" in e else _make_publisher(e)),
+    )
+
+
+def _make_publisher(entry: Mapping[str, Any]) -> Publisher:
+    found = Publisher(**entry)
+    strings = isinstance(found.endpoint, str) and isinstance(found.owner, str)
+    if not strings or not isinstance(found.since, date):
+        raise ValueError(f"malformed publisher {found.owner!r:.80}")
+    return found
+
+
+def _make_named(entry: Mapping[str, Any]) -> Named:
+    found = Named(**entry)
+    if not isinstance(found.since, date):
+        raise ValueError(f"malformed artifact {found.digest!r:.80}")
+    return found
