@@ -57,13 +57,12 @@ class Revisions:
             return ref.commit
         self.progress(f"asking {endpoint} for the commit of {ref}")
         commit = resolve_owned(self.client, ref.repo, ref.revision)
-        if not looks_like_commit(ref.revision):
-            self.require_forward(ref.repo, ref.revision or _DEFAULT, commit)
-        elif not commit.startswith(str(ref.revision)):
-            self.progress(
-                f"{ref.revision} is the name of a branch or a tag here, which is at {commit}"
-            )
-            self.require_forward(ref.repo, str(ref.revision), commit)
+        name = ref.revision or _DEFAULT
+        if looks_like_commit(name):
+            if commit.startswith(name):
+                return commit
+            self.progress(f"{name} is the name of a branch or a tag here, which is at {commit}")
+        self.require_forward(ref.repo, name, commit)
         return commit
 
     def require_forward(self, repo: str, name: str, commit: str) -> None:
@@ -73,6 +72,8 @@ class Revisions:
             RolledBack: it did.
         """
         endpoint = self.client.endpoint
+        for kind in _OWN:
+            name = name.removeprefix(kind)
         before = self.index.find_seen(endpoint, repo, name)
         if before == commit:
             return
@@ -83,7 +84,7 @@ class Revisions:
 
     def _require_after(self, repo: str, name: str, before: str, commit: str) -> None:
         """See that a name is a branch, on which one commit comes after another."""
-        is_tag = self.client.tags(repo).get(name.removeprefix("refs/tags/")) == commit
+        is_tag = self.client.tags(repo).get(name) == commit
         if not is_tag and before in self.client.history(repo, commit):
             return
         what = (

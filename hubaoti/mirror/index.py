@@ -190,7 +190,9 @@ class Index:
         """Every place that an artifact of this digest was ever pulled from, the first one first."""
         table = "origins" if self._has_step(FIFTH) else "artifacts"
         columns = "endpoint, repo, revision, path"
-        found = self._select(f"select {columns} from {table} where digest = ?", digest)
+        found = self._select(
+            f"select {columns} from {table} where digest = ? order by rowid", digest
+        )
         origins = (PullOrigin(*map(str, each)) for each in found)
         return tuple(origin for origin in origins if origin.repo)
 
