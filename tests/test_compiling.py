@@ -103,7 +103,7 @@ def test_what_lies_at_the_output_is_returned_as_it_is(
     found = hubaoti.compile(tiny_decoder, output, settings=bare, progress=said.append, **ASKED)
     assert found.path == output
     assert stamps(output.parent) == before
-    assert said[-1] == f"found {found.manifest.key[:12]} in {output}"
+    assert said[-1] == f"found {found.manifest.key[:12]} in {output}, built here"
 
 
 def test_what_lies_in_the_mirror_is_written_to_the_output_byte_for_byte(
@@ -114,7 +114,7 @@ def test_what_lies_in_the_mirror_is_written_to_the_output_byte_for_byte(
     found = hubaoti.compile(tiny_decoder, there, settings=stocked, progress=said.append, **ASKED)
     found.check()
     assert tree_of(there) == tree_of(decoder_bundle.path)
-    assert said[-1] == f"found {found.manifest.key[:12]} in the mirror"
+    assert said[-1] == f"found {found.manifest.key[:12]} in the mirror, built here"
     assert [path.name for path in there.parent.iterdir()] == ["bundle"]
 
 

@@ -249,6 +249,7 @@ def compiled(folder: Path, settings: Settings, **how: Any) -> Bundle:
     return api.compile(folder, place, layout="zerogpu", dims=dims, settings=settings, **how)
 
 
+@pytest.mark.slow
 def test_bert_whole_answers_by_the_loaders_that_know_no_manifest(
     tiny_bert: Path, built_at: Settings, repo: str, settings: Settings, hub: HfApi
 ) -> None:
@@ -307,7 +308,7 @@ def test_llama_s_blocks_answer_by_the_loaders_that_know_no_manifest_and_by_our_o
                 found = model(ids, attention_mask=mask, use_cache=False).logits
             assert calls == [2]
             torch.testing.assert_close(found, expected)
-            with api.attach(holder, bundle) as attachment:
+            with api.attach(holder, bundle, settings=built_at) as attachment:
                 torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
                 stats = attachment.stats()["regions"].values()
                 assert [sum(each["compiled"].values()) for each in stats] == [1, 1]

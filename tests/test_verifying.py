@@ -263,11 +263,13 @@ def test_a_bundle_that_is_opened_is_put_into_the_mirror_if_it_is_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     told(monkeypatch, opened=True, compared=True)
+    mirror.trust.add_artifact(decoder_bundle.manifest.digest)
     assert [each.error for each in verify(decoder_bundle.path, opens=True, settings=settings)] == [
         None
     ]
     assert [row.digest for row in mirror.ls()] == [decoder_bundle.manifest.digest]
     broken = make_bundle(tmp_path / "broken")
+    mirror.trust.add_artifact(broken.manifest.digest)
     (broken.path / "golden.safetensors").write_bytes(b"other")
     assert isinstance(
         the_error(verify(broken.path, opens=True, settings=settings)), errors.DigestMismatch

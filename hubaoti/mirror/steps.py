@@ -39,13 +39,13 @@ create index if not exists artifacts_whole on artifacts (
 # Every place that an artifact was ever pulled from, which is known when it comes again; and where
 # each branch and tag of a repo was last.
 FIFTH = """
-create table origins (
+create table if not exists origins (
     digest text not null, endpoint text not null, repo text not null, revision text not null,
     path text not null, at real not null, primary key (digest, endpoint, repo, revision, path)
 ) strict;
-insert into origins select digest, endpoint, repo, revision, path, added from artifacts
+insert or ignore into origins select digest, endpoint, repo, revision, path, added from artifacts
 where repo != '';
-create table seen (
+create table if not exists seen (
     endpoint text not null, repo text not null, name text not null, revision text not null,
     at real not null, primary key (endpoint, repo, name)
 ) strict;
