@@ -97,13 +97,23 @@ def stamps(folder: Path) -> dict[str, int]:
 
 
 def test_what_lies_at_the_output_is_returned_as_it_is(
-    bare: Settings, output: Path, tiny_decoder: Path
+    stocked: Settings, output: Path, tiny_decoder: Path
 ) -> None:
     before, said = stamps(output.parent), list[str]()
-    found = hubaoti.compile(tiny_decoder, output, settings=bare, progress=said.append, **ASKED)
+    found = hubaoti.compile(tiny_decoder, output, settings=stocked, progress=said.append, **ASKED)
     assert found.path == output
     assert stamps(output.parent) == before
     assert said[-1] == f"found {found.manifest.key[:12]} in {output}, built here"
+
+
+def test_what_somebody_left_at_the_output_is_not_taken_for_a_build_of_ours(
+    bare: Settings, output: Path, tiny_decoder: Path
+) -> None:
+    said = list[str]()
+    assert hubaoti.explain(tiny_decoder, output, settings=bare, **ASKED).built is None
+    with pytest.raises(Building):
+        hubaoti.compile(tiny_decoder, output, settings=bare, progress=said.append, **ASKED)
+    assert any(each.endswith("it is not taken") for each in said)
 
 
 def test_what_lies_in_the_mirror_is_written_to_the_output_byte_for_byte(
