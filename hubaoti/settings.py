@@ -32,6 +32,14 @@ _SECRET = re.compile(
     r"|(?i:(?<=bearer )|(?<=basic ))[^\s'\",]{8,}"
     r"|(?<=://)[^/\s]+(?=@)"
 )
+# What Python, torch, CUDA and their loader read: all that a process that runs a graph is told of.
+_NEEDED = re.compile(
+    r"PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_\w+|TZ|TMPDIR|VIRTUAL_ENV|CONDA_PREFIX|CC|CXX"
+    r"|(PYTHON|LD_|LIBRARY_|GLIBC_|MALLOC_|OMP_|GOMP_|KMP_|MKL_|OPENBLAS_|DNNL_|ONEDNN_|ATEN_"
+    r"|TORCH|PYTORCH_|AOT|TRITON_|STAND_IN_|CUDA|CUBLAS|CUDNN|NVIDIA_|XDG_CACHE_HOME"
+    r"|HUBAOTI_HOME|HF_HOME|HF_HUB_CACHE|HF_MODULES_CACHE|HUGGINGFACE_HUB_CACHE|KERNELS_CACHE)\w*"
+)
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|KEY(?!RING)|AUTH", re.IGNORECASE)
 _TRUE = {"1", "ON", "YES", "TRUE"}
 _FALSE = {"0", "OFF", "NO", "FALSE"}
 
@@ -204,6 +212,15 @@ def list_kernel_tuning(env: Mapping[str, str] | None = None) -> list[str]:
 def merge_environment(values: Mapping[str, str]) -> dict[str, str]:
     """The environment of this process with other values laid over it, for a process of ours."""
     return {**os.environ, **values}
+
+
+def read_needed_environment() -> dict[str, str]:
+    """What of this process's environment a process is told that runs somebody's graph.
+
+    It is what a list allows, and nothing whose name says that it is a secret.
+    """
+    names = (name for name in os.environ if _NEEDED.fullmatch(name))
+    return {name: os.environ[name] for name in names if not _SECRET_NAME.search(name)}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hubaoti.host.memory import list_descendants
 
-FIRST_OPENS = "hubaoti.runtime.open_child"
+FIRST_OPENS = "hubaoti.runtime.open_artifact"
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from hubaoti.artifact.schema import Input
 from hubaoti.errors import CompileFailed, HubaotiError, first_line
 from hubaoti.host.processes import collect_records, describe_exit, join_parent, list_search_path
 from hubaoti.host.wire import ErrorRecord
+from hubaoti.settings import merge_environment
 
 if TYPE_CHECKING:
     import torch
@@ -79,8 +80,8 @@ def lower_elsewhere(request: LowerRequest, environment: Mapping[str, str]) -> Lo
     """
     kind = Lowered | ErrorRecord
     # Of triton, ptxas and gcc, which clear nothing away when they are ended.
-    environment = {**environment, "TMPDIR": os.fsdecode(request.folder)}
-    output = collect_records(__name__, request, kind, _SECONDS, environment=environment)
+    own = merge_environment({**environment, "TMPDIR": os.fsdecode(request.folder)})
+    output = collect_records(__name__, request, kind, _SECONDS, environment=own)
     if output.records:
         found: Lowered = output.records[0]
         return found

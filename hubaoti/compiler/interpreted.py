@@ -27,6 +27,7 @@ from hubaoti.compiler.dims import DimRanges, Sizes, choose_probes
 from hubaoti.errors import CheckFailed
 from hubaoti.host.processes import ChildOutput, collect_records, describe_exit, list_search_path
 from hubaoti.host.wire import ErrorRecord
+from hubaoti.settings import merge_environment
 
 if TYPE_CHECKING:
     from hubaoti.compiler.stand_in import StandIn
@@ -134,7 +135,8 @@ def interpret(request: InterpretRequest, stand_in: StandIn, capability: int) -> 
             process; the message names the graph, and the kernel or op where one is to blame.
         MissingConstant: a constant that ships with the artifact is not in its file.
     """
-    environment = stand_in.environment([capability], memory=request.memory) | _ALONE
+    own = stand_in.environment([capability], memory=request.memory) | _ALONE
+    environment = merge_environment(own)
     patience = _START + _PATIENCE * request.seconds
     begun = time.monotonic()
     output = collect_records(_MODULE, request, Answer, patience, environment=environment)

@@ -19,7 +19,6 @@ from typing import Any
 
 import hubaoti
 from hubaoti.host.wire import LARGEST_RECORD, Channel, Garbled, Gone
-from hubaoti.settings import merge_environment
 
 # What only the code that ran can be blamed for; any other signal came from outside.
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
@@ -68,8 +67,8 @@ class Child:
     ) -> None:
         """Start it; records have at most `most` bytes, and it gets the `descriptors` as arguments.
 
-        They stand behind those that `join_parent` reads, from `sys.argv[3]` on. The `environment`
-        is laid over that of this process.
+        They stand behind those that `join_parent` reads, from `sys.argv[3]` on. Its
+        `environment` is this process's where none is given.
         """
         ours, theirs = socket.socketpair()
         with theirs:
@@ -81,7 +80,7 @@ class Child:
                 stderr=printed,
                 pass_fds=passed,
                 start_new_session=True,
-                env=merge_environment(environment) if environment else None,
+                env=environment,
             )
         self.pid = self._process.pid
         self.channel = Channel(ours, most, self.has_ended)
@@ -122,25 +121,35 @@ def describe_exit(code: int) -> str:
 
 
 def join_parent(
-    end: Callable[[], object] = lambda: os._exit(0), *, is_awaited: bool = False
+    end: Callable[[], object] = lambda: os._exit(0),
+    *,
+    is_awaited: bool = False,
+    is_watched: bool = True,
 ) -> Channel:
     """Begin as a child: the channel to the process that started this one.
 
-    `end` is called in a thread as soon as that one is gone or hangs up. Where the thread that
-    started this one waits for it (`is_awaited`), it ends even amid native code that lets no other
-    thread run. Nothing that crashes here writes a core dump.
+    `end` is called in a thread as soon as that one is gone or hangs up; who has to be alone for a
+    while is not `is_watched`, and calls `end_with_parent` later. Where the thread that started this
+    one waits for it (`is_awaited`), it ends even amid native code that lets no other thread run.
+    Nothing that crashes here writes a core dump.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if is_awaited:
         die_with_parent(int(sys.argv[1]))
     channel = Channel(socket.socket(fileno=int(sys.argv[2])))
+    if is_watched:
+        end_with_parent(channel, end)
+    return channel
+
+
+def end_with_parent(channel: Channel, end: Callable[[], object] = lambda: os._exit(0)) -> None:
+    """From now on `end` is called in a thread as soon as the parent is gone or hangs up."""
 
     def watch() -> None:
         channel.wait_for_hangup()
         end()
 
     threading.Thread(target=watch, daemon=True).start()
-    return channel
 
 
 def die_with_parent(parent: int, number: int = signal.SIGKILL) -> None:

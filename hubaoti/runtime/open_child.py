@@ -1,21 +1,22 @@
-"""The process in which graphs are opened first: what it is asked, what it says, what came of it."""
+"""A first open, seen from who wants it: what a child is asked, what it says, what came of it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from hubaoti.artifact.manifest import FILENAME, parse_manifest
 from hubaoti.artifact.schema import Graph
+from hubaoti.disk import explain_disk_errors
 from hubaoti.errors import (
     CannotOpen,
-    HubaotiError,
     KernelArchUnsupported,
     KernelConflict,
     KernelFailed,
@@ -24,26 +25,23 @@ from hubaoti.errors import (
     MissingDependency,
     MissingOps,
     NotEnoughMemory,
-    NotTried,
-    first_line,
 )
-from hubaoti.host.memory import is_limited, read_available_memory
+from hubaoti.host.memory import read_available_memory
 from hubaoti.host.processes import (
     CRASHES,
     ChildOutput,
     collect_records,
     describe_exit,
-    join_parent,
     list_search_path,
 )
-from hubaoti.host.wire import Channel, ErrorRecord
-from hubaoti.mirror import Artifact
-from hubaoti.runtime.custom_ops import register_ops
+from hubaoti.host.wire import ErrorRecord
+from hubaoti.settings import read_needed_environment
 
 if TYPE_CHECKING:
     import torch
 
 OPEN_SECONDS = 300.0  # for one graph, the start of a process included
+_CHILD = "hubaoti.runtime.open_artifact"
 _BASE = 600 << 20  # bytes of a process that has torch
 _LONGEST = 2000  # characters of what is wrong with a graph
 # Of the system, or of what a process has registered, loaded or installed.
@@ -81,19 +79,29 @@ class OpenVerdict:
 
 
 class OpenRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a child is to open, with the modules that register the caller's ops, and their place."""
+    """What a child is to open, with the modules that register the caller's ops, and their place.
+
+    It may take `seconds`, and `memory` bytes beside what torch does, and write into `scratch`.
+    """
 
     ids: list[str]
     device: str
     ops: list[str]
     search: list[bytes] = msgspec.field(default_factory=list_search_path)
+    memory: int = 0
+    seconds: float = OPEN_SECONDS
+    scratch: bytes = b""
 
 
-class _ArtifactRequest(OpenRequest, frozen=True, kw_only=True):
-    """Graphs of an artifact, whose packages lie unpacked in `graphs` by their sha256."""
+class ArtifactRequest(OpenRequest, frozen=True, kw_only=True):
+    """Graphs of an artifact, whose packages lie unpacked in `graphs` by their sha256.
+
+    Where the device `computes`, their golden answers are compared.
+    """
 
     path: bytes
     graphs: bytes
+    computes: bool
 
 
 class OpenReport(msgspec.Struct, frozen=True):
@@ -126,19 +134,23 @@ def open_in_child(
     Raises:
         NotEnoughMemory: a graph's answers take more than is free here.
     """
+    from hubaoti.runtime.gpus import computes
+
     for entry in entries:
         _require_room(entry)
     waiting = [entry.id for entry in entries]
     verdicts: list[OpenVerdict] = []
     while waiting and all(each.lasting or not each.is_loadable for each in verdicts):
-        request = _ArtifactRequest(
+        request = ArtifactRequest(
             ids=waiting,
             device=str(device),
             ops=[*ops],
+            memory=max(each.golden.memory if each.golden else 0 for each in entries),
             path=os.fsencode(path),
             graphs=os.fsencode(graphs),
+            computes=computes(device),
         )
-        verdicts += collect_verdicts(__name__, request, patience)
+        verdicts += collect_verdicts(_CHILD, request, patience)
         done = {verdict.graph for verdict in verdicts}
         waiting = [graph for graph in waiting if graph not in done]
     return verdicts
@@ -158,9 +170,40 @@ def _require_room(entry: Graph) -> None:
 def collect_verdicts(
     module: str, request: OpenRequest, patience: float = OPEN_SECONDS
 ) -> list[OpenVerdict]:
-    """Have the `main` of a module open graphs in a child, by `report_opens`; what came of them."""
+    """Have the `main` of a module open graphs in a child, by `report_opens`; what came of them.
+
+    Of this process's environment it has what a graph needs, and a temporary folder of its own.
+    """
     seconds = patience * len(request.ids)
-    return [*read_verdicts(collect_records(module, request, OpenReport, seconds), request.ids)]
+    with _make_scratch() as scratch:
+        request = msgspec.structs.replace(request, seconds=seconds, scratch=os.fsencode(scratch))
+        output = collect_records(
+            module, request, OpenReport, seconds, environment=_make_environment(scratch)
+        )
+    return [*read_verdicts(output, request.ids)]
+
+
+@contextmanager
+def _make_scratch() -> Iterator[Path]:
+    """A folder for a while, to which a stranger may do anything.
+
+    Raises:
+        HubaotiError, DiskFull: there is no room for one.
+    """
+    place = Path(tempfile.gettempdir())
+    with explain_disk_errors(place):
+        scratch = Path(tempfile.mkdtemp(prefix="hubaoti-open-", dir=place))
+    try:
+        yield scratch
+    finally:
+        with suppress(OSError, RecursionError):  # as deep as a stranger liked
+            shutil.rmtree(scratch)
+
+
+def _make_environment(scratch: Path) -> dict[str, str]:
+    """All that a child is told of this process's environment, and where it may keep files."""
+    own = ("TMPDIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
+    return read_needed_environment() | dict.fromkeys(own, str(scratch)) | {"HF_HUB_OFFLINE": "1"}
 
 
 def read_verdicts(output: ChildOutput, waiting: Sequence[str]) -> Iterator[OpenVerdict]:
@@ -204,95 +247,3 @@ def read_verdicts(output: ChildOutput, waiting: Sequence[str]) -> Iterator[OpenV
             opened=begun.opened,
             of_kernel=begun.of_kernel,
         )
-
-
-@dataclass(slots=True)
-class Attempt:
-    """A graph that a child opens, and says so: at a crash its last word stands."""
-
-    graph: str
-    channel: Channel
-    opened: bool = False
-    compared: bool = False
-
-    def begin(self, *, of_kernel: bool = False) -> None:
-        """From now on the graph is blamed for what happens, or first a kernel that it calls."""
-        report = OpenReport(
-            self.graph, is_limited=is_limited(), opened=self.opened, of_kernel=of_kernel
-        )
-        self.channel.send(report)
-
-    def note_opened(self) -> None:
-        """It is open, and is called next."""
-        self.opened = True
-        self.begin()
-
-    def report(self, problem: str, error: ErrorRecord | None = None) -> None:
-        """What came of it: what is wrong in words, else nothing."""
-        report = OpenReport(self.graph, problem, error, opened=self.opened, compared=self.compared)
-        self.channel.send(report)
-
-
-def report_opens(
-    channel: Channel, request: OpenRequest, try_graph: Callable[[Attempt], str]
-) -> None:
-    """In a child, try each graph and say what came of it: what is wrong in words, else nothing.
-
-    `try_graph` begins its attempt right before it opens the graph. What keeps the caller's modules
-    from being imported says nothing of a graph.
-    """
-    attempts = [Attempt(name, channel) for name in request.ids]
-    try:
-        register_ops(request.ops, request.search)
-    except HubaotiError as error:
-        for attempt in attempts:
-            attempt.report(f"{error}", ErrorRecord(NotTried.__name__, f"{error}"))
-        return
-    for attempt in attempts:
-        try:
-            attempt.report(try_graph(attempt))
-        except HubaotiError as error:
-            attempt.report(f"{error}", ErrorRecord.of(error))
-
-
-def main() -> None:
-    """The child that opens graphs of an artifact."""
-    import torch
-
-    channel = join_parent(is_awaited=True)
-    request: _ArtifactRequest = channel.receive(_ArtifactRequest)
-    path, graphs = (Path(os.fsdecode(each)) for each in (request.path, request.graphs))
-    manifest = parse_manifest((path / FILENAME).read_bytes(), str(path))
-    artifact = Artifact(manifest.digest, path, graphs, manifest)
-    report_opens(channel, request, partial(_try_graph, artifact, torch.device(request.device)))
-
-
-def _try_graph(artifact: Artifact, device: torch.device, attempt: Attempt) -> str:
-    """Open a graph of an artifact and compare its golden answers: what is wrong, else nothing."""
-    import torch
-
-    from hubaoti.runtime import golden
-    from hubaoti.runtime.gpus import computes
-    from hubaoti.runtime.graph import open_graph
-    from hubaoti.runtime.kernels import open_kernels
-
-    entry = next(each for each in artifact.manifest.graphs if each.id == attempt.graph)
-    if kernels := artifact.manifest.requires.kernels:
-        attempt.begin(of_kernel=True)
-        open_kernels(kernels, artifact.kernels, device)
-    attempt.begin()
-    try:
-        graph = open_graph(artifact.graph_folder(entry), entry, device)
-        if entry.golden is None:
-            attempt.opened = True
-            return ""
-        expected = golden.load_expected(entry, artifact.path)
-        attempt.note_opened()
-        found = golden.ask_golden(graph, artifact.path)
-    except torch.OutOfMemoryError as error:  # of a GPU: others have the rest of it
-        hint = "free some of the GPU's memory: a graph is not opened before it was tried"
-        raise NotEnoughMemory(f"graph {entry.id}: {first_line(error)}", hint=hint) from error
-    if not computes(device):
-        return ""
-    attempt.compared = True
-    return "; ".join(golden.compare_golden_answers(found, expected, entry.golden.tolerances))

@@ -17,12 +17,13 @@ from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.errors import HubaotiError, MissingDependency, first_line
 from hubaoti.host.processes import join_parent
 from hubaoti.runtime.open_child import (
-    Attempt,
+    OpenReport,
     OpenRequest,
     OpenVerdict,
     collect_verdicts,
-    report_opens,
 )
+from hubaoti.runtime.open_fork import Attempt, FirstOpen
+from hubaoti.settings import Settings
 from hubaoti.spaces.unsigned.region import find_library, open_package
 
 
@@ -55,20 +56,26 @@ def open_package_in_child(
 
 def main() -> None:
     """The child that opens a package."""
-    channel = join_parent(is_awaited=True)
+    channel = join_parent(is_awaited=True, is_watched=False)
     request: _PackageRequest = channel.receive(_PackageRequest)
+    folder, device = Path(os.fsdecode(request.folder)), torch.device(request.device)
+    kernels = Settings.from_env().kernel_cache if request.kernels else None
 
-    def try_package(attempt: Attempt) -> str:
+    def try_package(attempt: Attempt) -> bytes:
         register_kernels(request.kernels)
         attempt.begin()
-        folder, device = Path(os.fsdecode(request.folder)), torch.device(request.device)
         runner = open_package(folder, request.library, attempt.graph, device)
         attempt.opened = True
         runner.get_constant_names_to_original_fqns()
         runner.get_call_spec()
-        return ""
+        return b""
 
-    report_opens(channel, request, try_package)
+    FirstOpen(
+        try_graph=try_package,
+        judge=lambda graph, _: OpenReport(graph, "", opened=True),
+        readable=(folder, kernels) if kernels is not None else (folder,),
+        compiles=bool(request.kernels),
+    ).report(channel, request)
 
 
 def register_kernels(kernels: Sequence[Mapping[str, Any]]) -> None:
