@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hubaoti.api.publishing import pull
 from hubaoti.artifact.bundle import Bundle
@@ -140,19 +140,13 @@ def get_artifact(
         BadRequest: it is no artifact, or called by a folder's name as a text, which is a repo's;
             else as `pull`.
     """
-    if locked and not isinstance(artifact, str):
-        _require_locked(artifact, locked, settings)
+    _require_locked(artifact, locked, settings)
     if isinstance(artifact, Artifact):
         return artifact
     if isinstance(artifact, Path):
         artifact = Bundle.read(artifact)
     if isinstance(artifact, str):
-        here = Path(artifact)
-        if (here / FILENAME).is_file() or (artifact.count("/") != 1 and here.is_dir()):
-            raise BadRequest(
-                f"{artifact!r:.120} names a repo of the Hub, and here is a folder of that name",
-                hint=f"for the bundle in it give pathlib.Path({artifact!r:.120})",
-            )
+        _refuse_folder(artifact)
         artifact = pull(artifact, trust=trust, locked=locked, settings=settings, progress=progress)
     if isinstance(artifact, Bundle):
         with Mirror.open(settings.mirror) as mirror:
@@ -171,18 +165,35 @@ def get_artifact(
     return found
 
 
+def _refuse_folder(name: str) -> None:
+    """See that a text is meant as the name of a repo.
+
+    Raises:
+        BadRequest: here is a bundle of that name.
+    """
+    here = Path(name)
+    if (here / FILENAME).is_file() or (name.count("/") != 1 and here.is_dir()):
+        raise BadRequest(
+            f"{name!r:.120} names a repo of the Hub, and here is a folder of that name",
+            hint=f"for the bundle in it give pathlib.Path({name!r:.120})",
+        )
+
+
 def _require_locked(
-    artifact: Artifact | Pulled | Bundle | Path, locked: bool | str | Path, settings: Settings
+    artifact: Artifact | Pulled | Bundle | Path | str, locked: bool | str | Path, settings: Settings
 ) -> None:
-    """See that an artifact that is here already stands in the lockfile.
+    """See that an artifact that is here already stands in the lockfile that is asked for.
 
     Raises:
         NotLocked: it does not. BadLock: the lockfile cannot be read.
     """
+    if not locked or isinstance(artifact, str):
+        return
     from hubaoti.hub.lockfile import find_lock
 
     found = Bundle.read(artifact) if isinstance(artifact, Path) else artifact
-    digest = getattr(found, "artifact", found).manifest.digest
+    held: Any = getattr(found, "artifact", found)
+    digest = held.manifest.digest
     lock = find_lock(locked, settings)
     if lock is not None and not lock.holds(digest):
         raise NotLocked(
