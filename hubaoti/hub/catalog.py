@@ -183,7 +183,7 @@ def _read_manifest(
     try:
         if entry.size > LARGEST_MANIFEST:
             raise BadManifest(f"{entry.path} is larger than {LARGEST_MANIFEST >> 20} MiB")
-        manifest = parse_manifest(client.read(repo, commit, entry), f"{repo}/{entry.path}")
+        manifest = parse_manifest(client.fetch(repo, commit, entry), f"{repo}/{entry.path}")
         require_agreement(ArtifactPath.parse(entry.path.rpartition("/")[0]), manifest)
     except (BadManifest, DigestMismatch) as error:
         return error
