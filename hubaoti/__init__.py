@@ -18,10 +18,13 @@ if TYPE_CHECKING:
         eager,
         explain,
         explain_for,
+        explain_repo,
         load,
+        lock,
         pull,
         push,
         run,
+        versions,
     )
     from hubaoti.artifact.bundle import Bundle
     from hubaoti.attachment.attach import Attachment
@@ -42,10 +45,13 @@ __all__ = [
     "eager",
     "explain",
     "explain_for",
+    "explain_repo",
     "load",
+    "lock",
     "pull",
     "push",
     "run",
+    "versions",
 ]
 _HOMES = {
     "Artifact": "hubaoti.mirror",

@@ -212,6 +212,22 @@ class RolledBack(HubaotiError, exit_code=46):
     """A tag is at another commit than it was, or a branch at one that does not come after it."""
 
 
+class NotLocked(HubaotiError, exit_code=50):
+    """The lockfile says nothing of what is asked for, so it is not taken."""
+
+
+class LockMismatch(HubaotiError, exit_code=51):
+    """What a repo holds is not what the lockfile says; the message has both digests."""
+
+
+class BadLock(HubaotiError, exit_code=52):
+    """The lockfile is missing, malformed, or of a newer hubaoti."""
+
+
+class NoVersion(HubaotiError, exit_code=53):
+    """No tag of the repo is a version such as was asked for."""
+
+
 def rebuild_error(kind: str, message: str, hint: str) -> HubaotiError:
     """An error that another process told of, as it was there."""
     found = globals().get(kind)

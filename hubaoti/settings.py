@@ -56,7 +56,7 @@ class Settings:
     `AOTI_DISABLED=1` or `ENABLE_AOTI_COMPILATION=0`, everything is answered by eager. `zerogpu` is
     `SPACES_ZERO_GPU`: this is a Space whose workers have a GPU, and this process has none.
     `visible_gpus` and `gpu_order` are `CUDA_VISIBLE_DEVICES`, None where it hides nothing, and
-    `CUDA_DEVICE_ORDER`.
+    `CUDA_DEVICE_ORDER`. `lock` is `HUBAOTI_LOCK`, the lockfile by which everything is pulled.
     """
 
     home: Path
@@ -70,6 +70,7 @@ class Settings:
     login: str | None = None
     visible_gpus: str | None = None
     gpu_order: str = ""
+    lock: Path | None = None
 
     def __post_init__(self) -> None:
         endpoint, login = split_login(self.endpoint)
@@ -79,7 +80,7 @@ class Settings:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
-        """Read `HUBAOTI_HOME`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`, and the caches'."""
+        """Read `HUBAOTI_HOME`, `HUBAOTI_LOCK`, `HF_ENDPOINT`, `HF_TOKEN`, and the others'."""
         env = os.environ if env is None else env
         cache = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         home = Path(env.get("HUBAOTI_HOME") or cache / "hubaoti")
@@ -96,6 +97,7 @@ class Settings:
             zerogpu=env.get("SPACES_ZERO_GPU", "").upper() in {*_TRUE, "T"},
             visible_gpus=env.get("CUDA_VISIBLE_DEVICES"),
             gpu_order=env.get("CUDA_DEVICE_ORDER", ""),
+            lock=Path(env["HUBAOTI_LOCK"]).absolute() if env.get("HUBAOTI_LOCK") else None,
         )
 
     def to_env(self) -> dict[str, str]:
@@ -113,6 +115,7 @@ class Settings:
             "KERNELS_CACHE": str(self.kernel_cache or ""),
             "AOTI_DISABLED": "" if self.graphs else "1",
             "CUDA_DEVICE_ORDER": self.gpu_order,
+            "HUBAOTI_LOCK": str(self.lock or ""),
         }
         if self.visible_gpus is not None:
             said["CUDA_VISIBLE_DEVICES"] = self.visible_gpus

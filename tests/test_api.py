@@ -29,8 +29,8 @@ from hubaoti.errors import (
     OutOfBounds,
     Untrusted,
 )
+from hubaoti.hub.choice import Pulled
 from hubaoti.hub.model_download import COMPILE_FILES, RUN_FILES, fetch_model_files
-from hubaoti.hub.pull import Pulled
 from hubaoti.mirror import Mirror
 from hubaoti.program.model_files import padding_id
 from hubaoti.server import Endpoint

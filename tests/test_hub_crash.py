@@ -134,3 +134,24 @@ def test_a_push_that_is_stopped_makes_no_commit(
     assert left_over(settings) == []
     proxy.reset()
     assert push_bundles([bundle], Destination(RepoRef(repo)), settings).created
+
+
+def test_after_a_kill_the_next_push_uses_the_repo_and_sends_only_what_it_lacks(
+    tmp_path: Path, repo: str, settings: Settings, proxy: Proxy
+) -> None:
+    bundle = make_bundle(tmp_path / "new", members={"model/root.so": os.urandom(100_000)})
+    api = HfApi(settings.endpoint, token=settings.token)
+    proxy.matching, proxy.pause = "/commit/", 1.0
+    with start(PUSH, settings, repo, bundle.path) as process:
+        until = time.monotonic() + 60
+        while not any("/commit/" in path for _, path in proxy.requests):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert any("/xorbs/" in path for _, path in proxy.requests), "the package was sent by then"
+    assert api.repo_exists(repo)
+    proxy.reset()
+    assert push_bundles([bundle], Destination(RepoRef(repo)), settings).created
+    assert not [path for _, path in proxy.requests if "/xorbs/" in path], "it is there already"
+    assert len(api.list_repo_commits(repo)) == 2

@@ -49,9 +49,10 @@ from hubaoti.errors import (
 )
 from hubaoti.host.match import MatchResult
 from hubaoti.host.probe import Gpu, Host, Torch
+from hubaoti.hub.choice import Pulled
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import ArtifactPath, RepoRef, artifact_path
-from hubaoti.hub.pull import Pulled, fingerprint, pull_artifact
+from hubaoti.hub.pull import fingerprint, pull_artifact
 from hubaoti.hub.push import Commit, Destination, push_bundles
 from hubaoti.mirror import Mirror
 from hubaoti.mirror.trust import Trust

@@ -29,7 +29,8 @@ from hubaoti.errors import (
 )
 from hubaoti.hub import retry
 from hubaoti.hub.card import render
-from hubaoti.hub.client import HubClient, StaleParent
+from hubaoti.hub.client import HubClient
+from hubaoti.hub.errors import StaleParent
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import pull_artifact
 from hubaoti.hub.push import (

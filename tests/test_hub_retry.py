@@ -18,7 +18,7 @@ from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressRep
 from proxies import Proxy
 
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.errors import Conflict, HubaotiError, HubUnreachable
+from hubaoti.errors import Conflict, HubaotiError, HubUnreachable, RepoNotFound
 from hubaoti.hub import bounds, retry
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.errors import AnswerLost
@@ -344,7 +344,8 @@ def test_a_push_that_is_refused_for_ever_says_so_and_leaves_nothing(
     with pytest.raises(HubUnreachable, match="asked too often"):
         push_bundles([bundle], Destination(RepoRef(repo)), settings)
     assert posts(proxy, "/commit/") == ATTEMPTS
-    assert HubClient(settings).files(repo, HubClient(settings).resolve(repo)) is not None
+    with pytest.raises(RepoNotFound):  # it was made for this push
+        HubClient(settings).resolve(repo)
 
 
 # Answers without an end

@@ -135,6 +135,7 @@ def test_a_push_that_fails_leaves_no_branch(
     def fails(*args: Any) -> Any:
         raise HubaotiError("no", hint="again")
 
+    hub.create_repo(repo)  # else it goes, too
     with monkeypatch.context() as patched:
         patched.setattr(HubClient, "commit", fails)
         with pytest.raises(HubaotiError, match="no"):

@@ -10,12 +10,15 @@ from hubaoti.api.attaching import attach, detach, get_artifact, put
 from hubaoti.api.building import Explanation
 from hubaoti.api.compiling import capture, compile, compile_for, explain, explain_for
 from hubaoti.api.publishing import pull, push
+from hubaoti.api.repos import RepoExplanation, RepoVersion, explain_repo, lock, versions
 from hubaoti.api.texts import Answer, eager, load, recall_task_and_dtype, run
 from hubaoti.api.verifying import Verified, verify
 
 __all__ = [
     "Answer",
     "Explanation",
+    "RepoExplanation",
+    "RepoVersion",
     "Verified",
     "attach",
     "capture",
@@ -25,12 +28,15 @@ __all__ = [
     "eager",
     "explain",
     "explain_for",
+    "explain_repo",
     "get_artifact",
     "load",
+    "lock",
     "pull",
     "push",
     "put",
     "recall_task_and_dtype",
     "run",
     "verify",
+    "versions",
 ]

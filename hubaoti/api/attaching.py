@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hubaoti.api.publishing import pull
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.manifest import FILENAME
-from hubaoti.errors import BadRequest
+from hubaoti.errors import BadRequest, NotLocked
 from hubaoti.host.extras import require
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.mirror.trust import Trust
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hubaoti.attachment.attach import Attachment
-    from hubaoti.hub.pull import Pulled
+    from hubaoti.hub.choice import Pulled
 
 
 def attach(  # noqa: PLR0913 - a face of keywords
@@ -32,6 +32,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
     quantize: bool = False,
     cuda_graphs: bool = False,
     trust: bool = False,
+    locked: bool | str | Path = False,
     ops: Sequence[str] = (),
     settings: Settings | None = None,
     progress: Progress = report_nothing,
@@ -40,7 +41,8 @@ def attach(  # noqa: PLR0913 - a face of keywords
 
     `artifact` is one of the mirror, a bundle or its folder, or a repo to pull. What this machine
     did not build is opened where somebody who is trusted published it; `trust` says so once, of a
-    repo's publisher, or of a bundle by its digest. The module's tensors are bound by reference.
+    repo's publisher, or of a bundle by its digest. With `locked` nothing is attached but what a
+    lockfile says, as `pull` has it. The module's tensors are bound by reference.
     What no graph serves is answered by the module itself, counted, and warned of once for each
     reason; with `strict` it raises `NotServed`. A module that has no config, or other code than was
     compiled, or of which code or attributes were patched, answers the first call of each graph
@@ -61,6 +63,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
     Raises:
         Untrusted: it was not built here, and nobody who is trusted published it. Blocked: it may
             not run here.
+        NotLocked, LockMismatch, BadLock: it is not what the lockfile says.
         OtherProgram: the module's config says that it computes something else.
         MissingConstant: it lacks tensors that the graphs need; all are named, nothing was touched.
         AlreadyAttached: it has graphs already.
@@ -87,7 +90,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
     if not settings.graphs:
         return runtime.attach_nothing(module)
     module = unwrap_peft(module)
-    found = get_artifact(artifact, trust, settings, progress)
+    found = get_artifact(artifact, trust, settings, progress, locked)
     manifest = found.manifest
     if cuda_graphs:
         runtime.require_steps(module, manifest)
@@ -124,28 +127,27 @@ def get_artifact(
     trust: bool,
     settings: Settings,
     progress: Progress,
+    locked: bool | str | Path = False,
 ) -> Artifact:
     """An artifact of the mirror, by whatever it is called.
 
-    With `trust`, a repo's publisher is trusted from now on; of all else, this very artifact.
+    With `trust`, a repo's publisher is trusted from now on; of all else, this very artifact. With
+    `locked` it has to stand in a lockfile.
 
     Raises:
+        NotLocked: it does not.
         Untrusted, Blocked: its code may not run here.
         BadRequest: it is no artifact, or called by a folder's name as a text, which is a repo's;
             else as `pull`.
     """
+    _require_locked(artifact, locked, settings)
     if isinstance(artifact, Artifact):
         return artifact
     if isinstance(artifact, Path):
         artifact = Bundle.read(artifact)
     if isinstance(artifact, str):
-        here = Path(artifact)
-        if (here / FILENAME).is_file() or (artifact.count("/") != 1 and here.is_dir()):
-            raise BadRequest(
-                f"{artifact!r:.120} names a repo of the Hub, and here is a folder of that name",
-                hint=f"for the bundle in it give pathlib.Path({artifact!r:.120})",
-            )
-        artifact = pull(artifact, trust=trust, settings=settings, progress=progress)
+        _refuse_folder(artifact)
+        artifact = pull(artifact, trust=trust, locked=locked, settings=settings, progress=progress)
     if isinstance(artifact, Bundle):
         with Mirror.open(settings.mirror) as mirror:
             _require_allowed(artifact.manifest.digest, trust, mirror)
@@ -161,6 +163,43 @@ def get_artifact(
         with Mirror.open(settings.mirror) as mirror:
             _require_allowed(found.digest, trust, mirror)
     return found
+
+
+def _refuse_folder(name: str) -> None:
+    """See that a text is meant as the name of a repo.
+
+    Raises:
+        BadRequest: here is a bundle of that name.
+    """
+    here = Path(name)
+    if (here / FILENAME).is_file() or (name.count("/") != 1 and here.is_dir()):
+        raise BadRequest(
+            f"{name!r:.120} names a repo of the Hub, and here is a folder of that name",
+            hint=f"for the bundle in it give pathlib.Path({name!r:.120})",
+        )
+
+
+def _require_locked(
+    artifact: Artifact | Pulled | Bundle | Path | str, locked: bool | str | Path, settings: Settings
+) -> None:
+    """See that an artifact that is here already stands in the lockfile that is asked for.
+
+    Raises:
+        NotLocked: it does not. BadLock: the lockfile cannot be read.
+    """
+    if not locked or isinstance(artifact, str):
+        return
+    from hubaoti.hub.lockfile import find_lock
+
+    found = Bundle.read(artifact) if isinstance(artifact, Path) else artifact
+    held: Any = getattr(found, "artifact", found)
+    digest = held.manifest.digest
+    lock = find_lock(locked, settings)
+    if lock is not None and not lock.holds(digest):
+        raise NotLocked(
+            f"the lock has no artifact {digest[:12]}",
+            hint="lock the repo that it is of: hubaoti lock REPO…, or attach it without locked",
+        )
 
 
 def _require_allowed(digest: str, trust: bool, mirror: Mirror) -> None:

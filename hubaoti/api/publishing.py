@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hubaoti.api.repos import find_host
 from hubaoti.artifact.bundle import Bundle, find_bundles
 from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import NotBuiltHere
-from hubaoti.host.probe import probe_host
+from hubaoti.host.probe import Host
 from hubaoti.hub.layout import ArtifactPath, RepoRef
 from hubaoti.mirror import Mirror
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
 
 if TYPE_CHECKING:
-    from hubaoti.hub.pull import Pulled
+    from hubaoti.hub.choice import Pulled
     from hubaoti.hub.push import Commit
 
 
@@ -29,6 +30,8 @@ def push(  # noqa: PLR0913 - a face of keywords
     private: bool = False,
     layout: str | None = None,
     as_is: bool = False,
+    move_tag: bool = False,
+    replace: bool = False,
     settings: Settings | None = None,
     progress: Progress = report_nothing,
 ) -> Commit:
@@ -37,6 +40,9 @@ def push(  # noqa: PLR0913 - a face of keywords
     A folder of bundles stands for all that it holds. What the repo has already is not sent again;
     where one bundle cannot be pushed, none is. With the layout `zerogpu` a bundle goes to the
     branch `zerogpu/<recipe>/<variant>`, as a `package/` that `spaces.aoti_load` and `aokit` read.
+
+    A tag that names another commit is moved with `move_tag`; a path that holds an artifact of
+    another key is taken with `replace`.
 
     Whoever trusts the owner of the repo runs what it holds. So what this machine did not build is
     published only `as_is`.
@@ -54,7 +60,15 @@ def push(  # noqa: PLR0913 - a face of keywords
     settings = settings or Settings.from_env()
     given = [bundles] if isinstance(bundles, Bundle | str | Path) else bundles
     found = [bundle for each in given for bundle in _read_bundles(each)]
-    place = Destination(RepoRef.parse(repo), tag=tag, label=label, private=private, layout=layout)
+    place = Destination(
+        RepoRef.parse(repo),
+        tag=tag,
+        label=label,
+        private=private,
+        layout=layout,
+        move_tag=move_tag,
+        replace=replace,
+    )
     if not as_is:
         _require_built(found, place.repo, settings)
     return push_bundles(found, place, settings, progress)
@@ -91,15 +105,24 @@ def pull(  # noqa: PLR0913 - a face of keywords
     path: str | None = None,
     trust: bool = False,
     allow_rollback: bool = False,
+    locked: bool | str | Path = False,
+    host: Host | str | Path | None = None,
     settings: Settings | None = None,
     progress: Progress = report_nothing,
 ) -> Pulled:
     """The artifact of `owner/name[@revision]` that fits this host best, verified, in the mirror.
 
-    Or the one at `path`, its `<recipe>/<variant>`, which needs no torch to be fetched. A tag that
-    moved, or a branch that went back, since it was last seen here is taken with `allow_rollback`.
+    A revision is a branch, a tag, a commit, versions (`v1`, `~=1.2`) or the digest of one artifact
+    (`sha256:…`), of which `trust` trusts nothing else. Or the one at `path`, its
+    `<recipe>/<variant>`, which needs no torch to be fetched. A tag that moved, or a branch that
+    went back, since it was last seen here is taken with `allow_rollback`. With `locked` nothing is
+    taken but what a lockfile says: `hubaoti.lock`, that of `HUBAOTI_LOCK`, or the one that is
+    named; no list is asked for, and what was pulled before needs no network. For another `host` it
+    is a file such as `hubaoti doctor --json` writes there.
 
     Raises:
+        NotLocked, LockMismatch, BadLock: of the lockfile. NoVersion: the repo has none such.
+        BadRequest: a name is malformed, or the file describes no host.
         NoMatch: none fits, with every reason; NoArtifact: the repo has none, or none at `path`.
         Untrusted: its publisher is not trusted here; `trust=True` remembers that it is. Blocked.
         RepoMoved: the repo has another name now; RolledBack: its revision went back.
@@ -110,10 +133,11 @@ def pull(  # noqa: PLR0913 - a face of keywords
     return pull_artifact(
         RepoRef.parse(repo),
         settings,
-        probe_host(settings),
+        find_host(host, settings),
         recipe=None if recipe is None else Recipe.parse(recipe),
         place=None if path is None else ArtifactPath.parse(path),
         trust=trust,
         allow_rollback=allow_rollback,
+        locked=locked,
         progress=progress,
     )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from hubaoti.artifact.bundle import Bundle
-    from hubaoti.hub.pull import Pulled
+    from hubaoti.hub.choice import Pulled
     from hubaoti.runtime.text import TextModel
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hubaoti.cli.output import Steps, format_size, print_json, print_line, print_some
+from hubaoti.settings import Settings
 
 if TYPE_CHECKING:
-    from hubaoti.hub.pull import Pulled
+    from hubaoti.hub.choice import Pulled
     from hubaoti.hub.push import Commit
 
 _PUBLISHED = {True: "published", False: "was there already"}
@@ -21,8 +22,10 @@ _PUBLISHED = {True: "published", False: "was there already"}
     "bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path)
 )
 @click.argument("repo")
-@click.option("--tag", help="name the commit, as v1")
+@click.option("--tag", help="name the commit, as v1.2.0")
+@click.option("--move-tag", is_flag=True, help="the tag, from the commit that it names now")
 @click.option("--label", help="the user's own part of the recipe's path, of each bundle's")
+@click.option("--replace", is_flag=True, help="an artifact of another key at the same path")
 @click.option("--private", is_flag=True, help="when the repo has to be made")
 @click.option(
     "--layout",
@@ -54,31 +57,66 @@ def _print_commit(commit: Commit) -> None:
 
 
 @click.command("pull")
-@click.argument("repo")
+@click.argument("repo", required=False)
 @click.option("--recipe", help="only this one, as bfloat16-sdpa")
 @click.option("--path", metavar="RECIPE/VARIANT", help="this artifact; it is fetched without torch")
 @click.option("--trust", is_flag=True, help="trust the publisher, now and from now on")
 @click.option("--allow-rollback", is_flag=True, help="a tag that moved, a branch that went back")
+@click.option(
+    "--host", type=click.Path(path_type=Path), help="for the host that this file describes"
+)
+@click.option("--locked", is_flag=True, help="only what hubaoti.lock, or HUBAOTI_LOCK's file, says")
+@click.option("--lockfile", type=click.Path(path_type=Path), help="only what this file says")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
-def pull_command(repo: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Fetch the artifact of REPO (owner/name[@revision]) that fits this host best."""
+def pull_command(
+    repo: str | None,
+    locked: bool,
+    lockfile: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Fetch the artifact of REPO (owner/name[@revision]) that fits this host best.
+
+    REPO may be named at a version (@v1, @~=1.2) or by an artifact's digest (@sha256:…). With
+    --locked and no REPO, all that is locked is fetched.
+    """
     from hubaoti import api
 
+    refs = [repo] if repo else _list_locked(lockfile or locked)
     with Steps(quiet or as_json) as progress:
-        pulled = api.pull(repo, progress=progress, **options)
+        found = [
+            api.pull(ref, locked=lockfile or locked, progress=progress, **options) for ref in refs
+        ]
     if as_json:
-        print_json(_serialize_pulled(pulled))
-    elif not quiet:
-        source = "the mirror" if pulled.from_mirror else "the Hub"
-        size = format_size(pulled.artifact.manifest.size)
-        print_line(f"{pulled.place} ({pulled.verdict.fit}, {size}) from {source}")
-        print_line(f"  commit {pulled.commit}, digest {pulled.artifact.digest[:12]}")
-        for reason in pulled.verdict.notes:
-            print_line(f"  built for {reason.need}, here is {reason.have}: {reason.advice}")
-        considered = [each for each in pulled.considered if each.error is not None]
-        print_some([f"  {each.place} cannot be used: {each.error}" for each in considered])
-        print_some([f"  {note}" for note in pulled.notes])
+        facts = [_serialize_pulled(pulled) for pulled in found]
+        print_json(facts[0] if repo else facts)
+    for pulled in [] if as_json or quiet else found:
+        _print_pulled(pulled)
+
+
+def _list_locked(locked: bool | Path) -> list[str]:
+    """The repos of the lockfile, as they were asked for."""
+    from hubaoti.hub.lockfile import find_lock
+
+    lock = find_lock(locked, Settings.from_env())
+    if lock is None:
+        raise click.UsageError("Missing argument 'REPO'.")
+    return [str(each.ref) for each in lock.repos]
+
+
+def _print_pulled(pulled: Pulled) -> None:
+    """What was chosen, and where it is not made for this host."""
+    source = "the mirror" if pulled.from_mirror else "the Hub"
+    size = format_size(pulled.artifact.manifest.size)
+    print_line(f"{pulled.place} ({pulled.verdict.fit}, {size}) from {source}")
+    print_line(f"  commit {pulled.commit}, digest {pulled.artifact.digest[:12]}")
+    for reason in pulled.verdict.notes:
+        print_line(f"  built for {reason.need}, here is {reason.have}: {reason.advice}")
+    considered = [each for each in pulled.considered if each.error is not None]
+    print_some([f"  {each.place} cannot be used: {each.error}" for each in considered])
+    print_some([f"  {note}" for note in pulled.notes])
 
 
 def _serialize_pulled(pulled: Pulled) -> dict[str, object]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from hubaoti.artifact.bundle import Bundle
-    from hubaoti.hub.pull import Pulled
+    from hubaoti.hub.choice import Pulled
     from hubaoti.mirror import Artifact
 
 _Response = TypeVar("_Response", bound=messages.EngineResponse)

@@ -28,7 +28,7 @@ from hubaoti.settings import Settings
 
 if TYPE_CHECKING:
     from hubaoti.artifact.bundle import Bundle
-    from hubaoti.hub.pull import Pulled
+    from hubaoti.hub.choice import Pulled
     from hubaoti.mirror import Artifact
 
 Compile = Literal["never", "background", "now"]

@@ -235,14 +235,13 @@ def _judge_minimum(what: str, requires: Requirements, host: Host) -> Finding:
 
 def _judge_libraries(requires: Requirements, host: Host) -> Finding:
     """Every shared library that the graphs name can be found."""
+    if host.libraries is None:  # nobody could say
+        return None
     missing = ", ".join(sorted(set(requires.libraries) - host.libraries))
     if not missing:
         return None
-    return Refusal(
-        need=f"the libraries {missing}",
-        have="none of that name in torch's folder or where the loader looks",
-        advice=f"install the packages that have {missing}",
-    )
+    have = "none of that name in torch's folder or where the loader looks"
+    return Refusal(f"the libraries {missing}", have, f"install the packages that have {missing}")
 
 
 def _judge_kernels(requires: Requirements, host: Host) -> Finding:

@@ -86,7 +86,7 @@ class Host:
     glibc: str | None = None
     glibcxx: str | None = None
     cxxabi: str | None = None
-    libraries: frozenset[str] = frozenset()
+    libraries: frozenset[str] | None = frozenset()
     kernels: frozenset[str] = frozenset()
     offline: bool = False
     disk_free: int | None = None

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Thread
 from typing import TypeVar
 
@@ -57,7 +57,7 @@ class Catalog:
     """A commit's files by path, and its artifacts: each a manifest, or why it cannot be read.
 
     `notes` say which manifests were ignored, because their path is no artifact's; `places` are all
-    artifacts, where only one was read.
+    artifacts, where not all were read.
     """
 
     repo: str
@@ -88,18 +88,44 @@ def read_catalog(
         RepoNotFound, AuthFailed, HubUnreachable: from the client.
     """
     left = allowance or Allowance()
+    listed = list_catalog(client, repo, commit, left)
+    places = [place for place in listed.places if only in (None, place)]
+    return read_manifests(client, listed, places, left)
+
+
+def list_catalog(client: HubClient, repo: str, commit: str, left: Allowance) -> Catalog:
+    """List a commit's files, and the paths of its artifacts; no manifest is read.
+
+    Raises:
+        RepoNotFound, AuthFailed, HubUnreachable: from the client.
+    """
     with silence_hub():
         listed = _read_all(lambda commit: client.files(repo, commit), [commit], left.end)[commit]
-        files = {entry.path: entry for entry in listed}
-        there, notes = find_artifact_paths(files)
-        places = [place for place in there if only in (None, place)]
-        left.take(f"{repo} at {commit}", [files[place.manifest].size for place in places])
-        artifacts = _read_all(
+    files = {entry.path: entry for entry in listed}
+    places, notes = find_artifact_paths(files)
+    return Catalog(repo, commit, files, {}, notes, tuple(places))
+
+
+def read_manifests(
+    client: HubClient, catalog: Catalog, places: Iterable[ArtifactPath], left: Allowance
+) -> Catalog:
+    """A catalog with the manifests of these places beside those that were read before.
+
+    Raises:
+        BadManifest: they are more than the allowance has left.
+        RepoNotFound, AuthFailed, HubUnreachable: from the client.
+    """
+    repo, commit, files = catalog.repo, catalog.commit, catalog.files
+    missing = [place for place in places if place not in catalog.artifacts]
+    left.take(f"{repo} at {commit}", [files[place.manifest].size for place in missing])
+    with silence_hub():
+        found = _read_all(
             lambda place: _read_manifest(client, repo, commit, files[place.manifest]),
-            places,
+            missing,
             left.end,
         )
-    return Catalog(repo, commit, files, artifacts, notes, tuple(there))
+    there = catalog.artifacts | found
+    return replace(catalog, artifacts={p: there[p] for p in catalog.places if p in there})
 
 
 def find_artifact_paths(paths: Iterable[str]) -> tuple[list[ArtifactPath], tuple[str, ...]]:
@@ -157,7 +183,7 @@ def _read_manifest(
     try:
         if entry.size > LARGEST_MANIFEST:
             raise BadManifest(f"{entry.path} is larger than {LARGEST_MANIFEST >> 20} MiB")
-        manifest = parse_manifest(client.read(repo, commit, entry), f"{repo}/{entry.path}")
+        manifest = parse_manifest(client.fetch(repo, commit, entry), f"{repo}/{entry.path}")
         require_agreement(ArtifactPath.parse(entry.path.rpartition("/")[0]), manifest)
     except (BadManifest, DigestMismatch) as error:
         return error

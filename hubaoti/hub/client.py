@@ -1,52 +1,41 @@
-"""The one door to the Hub: huggingface_hub's client, with our errors and nothing printed.
+"""What is asked of the Hub: commits, files, branches and tags, read and written.
 
-huggingface_hub takes half a second to import, so it is imported by the first request, not before.
-It is the transport: what it brings is verified by those who asked for it.
+huggingface_hub is the transport: what it brings is verified by those who asked for it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
-from functools import cached_property, partial
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import msgspec
+from typing import Any
 
 from hubaoti.errors import (
     BadRequest,
     DigestMismatch,
     HubaotiError,
-    HubUnreachable,
     RepoMoved,
     RepoNotFound,
 )
 from hubaoti.escape import escape_line
 from hubaoti.hub.bounds import TooLong, make_limit_bar
-from hubaoti.hub.errors import NO_HUB, AnswerLost, ErrorTranslator, StaleParent, silence_hub
-from hubaoti.hub.records import CommitId, Entry, Pushed, Refs, Text
-from hubaoti.hub.retry import LIBRARY, find_response_status, heed_answers, retry_request
-from hubaoti.progress import Progress, report_nothing
-from hubaoti.settings import ENDPOINT, Settings
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+from hubaoti.hub.door import Door
+from hubaoti.hub.errors import AnswerLost
+from hubaoti.hub.records import CommitId, Created, Entry, Pushed, Refs, Text
+from hubaoti.hub.retry import LIBRARY, find_response_status
 
 _LONGEST_SILENCE = 600  # seconds without a byte, after which nobody waits for the rest
 _TAGS_SHOWN = 10  # to who asks for one that there is not
 MOST_FILES = 100_000  # of a commit, folders counted; what the Hub recommends at most
 
-_T = TypeVar("_T")
-
 _MODEL = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
-class HubClient:
+class HubClient(Door):
     """The Hub at `settings.endpoint`. Every method may raise these, and those it names itself:
 
     Raises:
@@ -58,32 +47,6 @@ class HubClient:
 
     `progress` is told when the endpoint is busy and has to be waited for.
     """
-
-    def __init__(self, settings: Settings, progress: Progress = report_nothing) -> None:
-        self._settings, self._progress = settings, progress
-        self.endpoint = settings.endpoint
-        # A commit id proves nothing about an endpoint: what one says must not answer for another.
-        self.cache = settings.mirror / "hub" / endpoint_folder(settings.endpoint)
-        # In whose name one is logged in there is no other endpoint's affair.
-        self._stored = self.endpoint == ENDPOINT and settings.login is None
-        self._words = ErrorTranslator(self.endpoint, settings.token, self.cache, self._stored)
-
-    @property
-    def is_offline(self) -> bool:
-        """Whether `HF_HUB_OFFLINE` is set, so that nothing may be asked for."""
-        return self._settings.offline
-
-    @cached_property
-    def _api(self) -> HfApi:
-        from huggingface_hub import HfApi, constants
-
-        # Else each process first asks its endpoint for a list of the tools that it may run in.
-        constants.HF_HUB_DISABLE_TELEMETRY = True
-        token = self._settings.token or (None if self._stored else False)
-        more = {"accept-encoding": "identity"}  # what is packed has no bound
-        if self._settings.basic is not None:
-            more["authorization"] = self._settings.basic
-        return HfApi(self.endpoint, token=token, library_name=LIBRARY, headers=more)
 
     # Reading
 
@@ -190,7 +153,45 @@ class HubClient:
                 if path.stat().st_size == entry.size and entry.is_of(content := path.read_bytes()):
                     return content
                 self.drop(path)  # it may have been changed here, since it was downloaded
-        raise DigestMismatch(
+        raise self._describe_others(repo, entry)
+
+    def fetch(self, repo: str, commit: str, entry: Entry) -> bytes:
+        """The bytes of a small file as `read` gives them, by one request: none of it is kept.
+
+        huggingface_hub asks for a file's size and digest before it downloads it; the list has them.
+
+        Raises:
+            DigestMismatch: the endpoint gives others.
+        """
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            hf_raise_for_status,
+        )
+
+        url = hf_hub_url(repo, entry.path, revision=commit, endpoint=self.endpoint)
+
+        def get(_: bool) -> bytes:
+            api = self._api
+            headers = build_hf_headers(token=api.token, library_name=LIBRARY, headers=api.headers)
+            options: dict[str, Any] = {"headers": headers, "follow_redirects": True}
+            content = b""
+            with get_session().stream("GET", url, **options) as response:
+                hf_raise_for_status(response)
+                for piece in response.iter_bytes():
+                    content += piece
+                    if len(content) > entry.size:
+                        break
+            return content
+
+        for _ in range(2):
+            content = self._ask(f"{entry.path} of {repo}", get, of_files=True)
+            if len(content) == entry.size and entry.is_of(content):
+                return content
+        raise self._describe_others(repo, entry)
+
+    def _describe_others(self, repo: str, entry: Entry) -> DigestMismatch:
+        return DigestMismatch(
             f"{self.endpoint} gives other bytes of {entry.path} than {repo} lists",
             hint="try again; if it stays so, the endpoint or something on the way is broken",
         )
@@ -235,15 +236,35 @@ class HubClient:
 
     # Writing
 
-    def create(self, repo: str, private: bool) -> bool:
-        """See that a repo exists; whether it is private, which an existing one decides itself."""
+    def create(self, repo: str, private: bool) -> Created:
+        """See that a repo exists; one that does decides itself whether it is private."""
 
-        def create(_: bool) -> bool:
-            self._api.create_repo(repo, private=private, exist_ok=True)
+        def create(again: bool) -> Created:
+            made = self._make_repo(repo, private) and not again  # else by whom, nobody knows
+            found = self._api.repo_info(repo)
             how = f"does not say whether {repo} is private"
-            return bool(self._convert(self._api.repo_info(repo).private, bool | None, how))
+            is_private = bool(self._convert(found.private, bool | None, how))
+            how = f"names no commit of {repo}"
+            return Created(is_private, self._convert(found.sha, CommitId, how) if made else None)
 
         return self._ask(repo, create, writing=True)
+
+    def _make_repo(self, repo: str, private: bool) -> bool:
+        """Make a repo; False where there is one already."""
+        try:
+            self._api.create_repo(repo, private=private)
+        except Exception as error:
+            status = find_response_status(error)
+            if status == 403:  # it may be there, for who may not make one
+                self._api.create_repo(repo, private=private, exist_ok=True)
+            elif status != 409:
+                raise
+            return False
+        return True
+
+    def drop_repo(self, repo: str) -> None:
+        """Remove a repo, if it is there, with all that it holds."""
+        self._ask(repo, lambda _: self._api.delete_repo(repo, missing_ok=True), writing=True)
 
     def commit(
         self,
@@ -328,6 +349,18 @@ class HubClient:
 
         self._ask(f"tag {name} of {repo}", create, writing=True)
 
+    def drop_tag(self, repo: str, name: str) -> None:
+        """Remove a tag, which has to be there; its commit stays."""
+
+        def drop(again: bool) -> None:
+            try:
+                self._api.delete_tag(repo, tag=name)
+            except Exception as error:
+                if not (again and find_response_status(error) == 404):
+                    raise
+
+        self._ask(f"tag {name} of {repo}", drop, writing=True)
+
     def make_branch(self, repo: str, name: str) -> bool:
         """See that a branch exists, off the default one; whether it was made now."""
         if name in self.branches(repo):
@@ -350,51 +383,3 @@ class HubClient:
                     raise
 
         self._ask(f"branch {name} of {repo}", drop, writing=True)
-
-    # The door
-
-    def _ask(
-        self,
-        what: str,
-        request: Callable[[bool], _T],
-        *,
-        writing: bool = False,
-        local: bool = False,
-        of_files: bool = False,
-    ) -> _T:
-        """What a request brings. While the endpoint is busy it is repeated, and told that it is."""
-        with self._door(what, writing, local, of_files):
-            return retry_request(request, self._progress)
-
-    def _convert(self, found: Any, kind: Any, how: str) -> Any:
-        """What the endpoint said, as the type of the Hub's protocol; `how` says it is of none."""
-        try:
-            return msgspec.convert(found, kind)
-        except (msgspec.ValidationError, UnicodeError) as error:
-            message = f"{self.endpoint} {how}: {self._words.first_line(error)}"
-            raise HubUnreachable(message, hint=NO_HUB) from error
-
-    @contextmanager
-    def _door(
-        self, what: str, writing: bool = False, local: bool = False, of_files: bool = False
-    ) -> Iterator[None]:
-        """Around every request: foreign errors become ours, and nothing is printed."""
-        if self._settings.offline and not local:
-            raise HubUnreachable(
-                f"{what} is not asked for at {self.endpoint}: HF_HUB_OFFLINE is set",
-                hint="unset HF_HUB_OFFLINE, or name a full commit id that was pulled before",
-            )
-        heeded = nullcontext() if local else heed_answers(self._progress, of_files)
-        try:
-            with silence_hub(), heeded:
-                yield
-        except (HubaotiError, StaleParent, TooLong):
-            raise
-        except Exception as error:
-            raise self._words.translate(error, what, writing) from error
-
-
-def endpoint_folder(endpoint: str) -> str:
-    """A folder's name for an endpoint: one that people recognize, and no other endpoint has."""
-    host = re.sub(r"[^A-Za-z0-9.-]", "_", endpoint.partition("://")[2])[:60]
-    return f"{host}~{hashlib.sha256(endpoint.encode()).hexdigest()[:8]}"

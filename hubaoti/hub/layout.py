@@ -1,6 +1,8 @@
 """Where things lie in a Hub repo, and how a repo is named.
 
 owner/name[@revision]                   a repo, at a branch, tag or commit
+owner/name@v1, @~=1.2                   at its newest version of those
+owner/name@sha256:<digest>              the artifact in it whose manifest this is
 <recipe>/<variant>/hubaoti.json         an artifact's manifest; its other files beside it
 """
 
@@ -14,18 +16,26 @@ from hubaoti.artifact.repo_name import is_repo
 from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.errors import BadManifest, BadRequest
 
-_REPO_HINT = "write it as owner/name or owner/name@revision"
+_REPO_HINT = (
+    "write it as owner/name or owner/name@revision: a branch, tag, commit, v1, ~=1.2 or sha256:…"
+)
 _PATH_HINT = "write it as <recipe>/<variant>: float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # What git forbids in a branch's or tag's name, and what a URL or a shell would trip over.
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]{0,199}")
+_VERSIONS = re.compile(r"~=v?[0-9]{1,9}(?:\.[0-9]{1,9}){1,4}")
+_VERSION_PREFIX = re.compile(r"v?(?P<numbers>[0-9]{1,6}(?:\.[0-9]{1,9})?)")
+_DIGEST = re.compile(r"sha256:(?P<digest>[0-9a-f]{64})")
 _NOT_IN_REVISION = re.compile(r"\.\.|//|/\.|\./|/$|\.$|\.lock(?:/|$)")
 
 
 @dataclass(frozen=True, slots=True)
 class RepoRef:
     """A repo of the Hub, at a revision; only valid ones exist. No revision is the default branch.
+
+    A revision is a branch, a tag, a commit's id, versions (`~=1.2`; `v1`, where no tag or branch
+    has that name), or the digest of one artifact's manifest (`sha256:…`).
 
     Raises:
         BadRequest: a part is malformed.
@@ -37,7 +47,9 @@ class RepoRef:
     def __post_init__(self) -> None:
         if not is_repo(self.repo):
             raise BadRequest(f"malformed repo: {self.repo!r:.120}", hint=_REPO_HINT)
-        if self.revision is not None and not is_revision(self.revision):
+        if self.revision is not None and not (
+            is_revision(self.revision) or self.digest or self.specifier
+        ):
             raise BadRequest(f"malformed revision: {self.revision!r:.120}", hint=_REPO_HINT)
 
     @classmethod
@@ -63,6 +75,22 @@ class RepoRef:
         """The revision, if it is a full commit id, which nothing can move."""
         full = self.revision is not None and _COMMIT.fullmatch(self.revision)
         return self.revision if full else None
+
+    @property
+    def digest(self) -> str | None:
+        """The digest of the artifact's manifest, if the revision is one."""
+        found = _DIGEST.fullmatch(self.revision) if isinstance(self.revision, str) else None
+        return found["digest"] if found else None
+
+    @property
+    def specifier(self) -> str | None:
+        """Which versions are meant, as packaging writes it, if the revision can mean several."""
+        if not isinstance(self.revision, str) or looks_like_commit(self.revision):
+            return None
+        if _VERSIONS.fullmatch(self.revision):
+            return self.revision.replace("v", "")
+        found = _VERSION_PREFIX.fullmatch(self.revision)
+        return f"=={found['numbers']}.*" if found else None
 
 
 def is_revision(text: str) -> bool:

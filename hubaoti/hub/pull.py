@@ -8,7 +8,7 @@ with the manifest before it has a name in the mirror.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
@@ -25,15 +25,26 @@ from hubaoti.errors import (
     Blocked,
     DigestMismatch,
     HubaotiError,
-    NoArtifact,
     NoMatch,
 )
-from hubaoti.host.match import Candidate, MatchResult, Verdict, judge, rank
+from hubaoti.host.match import MatchResult, Verdict, judge
 from hubaoti.host.probe import Host
-from hubaoti.hub.catalog import Catalog, Unreadable, read_catalog
+from hubaoti.hub.catalog import Allowance, Catalog, list_catalog, read_manifests
+from hubaoti.hub.choice import (
+    Considered,
+    Pulled,
+    Read,
+    choose_artifact,
+    describe_refusals,
+    judge_catalog,
+    rank_considered,
+)
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.kernels import bring_kernels
 from hubaoti.hub.layout import ArtifactPath, RepoRef
+from hubaoti.hub.lockfile import Lock, find_lock
+from hubaoti.hub.pull_digest import pull_digest
+from hubaoti.hub.pull_locked import pull_locked
 from hubaoti.hub.pull_path import describe_no_artifact, describe_no_torch, judge_named
 from hubaoti.hub.revisions import Revisions
 from hubaoti.hub.zerogpu import suggest_loader
@@ -47,30 +58,6 @@ from hubaoti.settings import Settings
 _ATTEMPTS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Considered:
-    """An artifact that was looked at: its verdict, or why its manifest cannot be used."""
-
-    place: ArtifactPath
-    manifest: Manifest | None = field(repr=False)
-    verdict: Verdict | None
-    error: Unreadable | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Pulled:
-    """What a pull chose, why, and among what; `from_mirror` says that nothing was fetched."""
-
-    artifact: Artifact
-    ref: RepoRef
-    commit: str
-    place: ArtifactPath
-    verdict: Verdict
-    considered: tuple[Considered, ...] = field(repr=False)
-    notes: tuple[str, ...]
-    from_mirror: bool
-
-
 def pull_artifact(  # noqa: PLR0913 - a face of keywords
     ref: RepoRef,
     settings: Settings,
@@ -80,6 +67,7 @@ def pull_artifact(  # noqa: PLR0913 - a face of keywords
     place: ArtifactPath | None = None,
     trust: bool = False,
     allow_rollback: bool = False,
+    locked: bool | str | Path = False,
     progress: Progress = report_nothing,
 ) -> Pulled:
     """Choose, fetch, verify and store the artifact of `ref` that fits `host` best.
@@ -87,7 +75,8 @@ def pull_artifact(  # noqa: PLR0913 - a face of keywords
     An asked `recipe` is a condition. With `place` no other artifact is looked at, and it is fetched
     where no torch is installed, too, with a note of the one that it needs. `trust` trusts the
     publisher, from now on. `allow_rollback` takes a tag that was moved, or a branch that went back,
-    and remembers where it is now. `progress` is called with the name of each step as it starts.
+    and remembers where it is now. With `locked`, or where the settings name a lockfile, nothing is
+    taken but what it says. `progress` is called with the name of each step as it starts.
 
     A second pull of the same commit asks the Hub nothing; of a revision, only its commit.
 
@@ -97,6 +86,8 @@ def pull_artifact(  # noqa: PLR0913 - a face of keywords
         Untrusted: the publisher is not trusted, and this machine did not build the artifact; or no
             branch and no tag has the commit. Blocked: it may not run here.
         RepoMoved: the repo has another name now. RolledBack: its revision went back.
+        NotLocked, LockMismatch, BadLock: the lockfile does not say so, or cannot be read.
+        NoVersion: the repo has no version such as is asked for.
         BadManifest, NewerSchema: no manifest of the repo can be read.
         DigestMismatch, BadPackage: a file is not the one that the manifest lists.
         KernelMissing, KernelDigestMismatch: of a kernel that it calls, as `bring_kernels`.
@@ -115,6 +106,7 @@ def pull_artifact(  # noqa: PLR0913 - a face of keywords
             place=place,
             trust=trust,
             allow_rollback=allow_rollback,
+            lock=find_lock(locked, settings),
             progress=progress,
         ).pull(ref)
 
@@ -131,6 +123,7 @@ class Puller:
     place: ArtifactPath | None = None
     trust: bool = False
     allow_rollback: bool = False
+    lock: Lock | None = field(default=None, repr=False)
     progress: Progress = report_nothing
 
     @cached_property
@@ -140,11 +133,17 @@ class Puller:
 
     def pull(self, ref: RepoRef) -> Pulled:
         """Pin the commit, then take what the mirror has of it, else what the Hub has."""
+        if self.lock is not None:
+            return pull_locked(self, ref, self.lock.find(ref))
+        if ref.digest is not None:
+            return pull_digest(self, ref)
         commit = self.pin_commit(ref)
         return self._from_mirror(ref, commit) or self._from_hub(ref, commit)
 
     def pin_commit(self, ref: RepoRef) -> str:
-        """The commit of a revision, which is its owner's, and none from before."""
+        """The commit of a revision, which is its owner's, and none from before; or the locked."""
+        if self.lock is not None:
+            return self.lock.find(ref).commit
         return self.revisions.pin(ref)
 
     @property
@@ -160,7 +159,7 @@ class Puller:
         artifact, path = found
         if self.client.is_offline:
             self.bring_kernels(artifact.manifest)  # or it says which are missing
-        verdict = self._judge(artifact.manifest.requires)
+        verdict = self.judge(artifact.manifest.requires)
         if verdict.fit is MatchResult.INCOMPATIBLE:
             return None
         place = ArtifactPath.parse(path)
@@ -172,9 +171,19 @@ class Puller:
     def _from_hub(self, ref: RepoRef, commit: str) -> Pulled:
         self.mirror.index.require_writable()
         self.progress(f"reading the manifests of {ref.repo} at {commit}")
-        catalog = read_catalog(self.client, ref.repo, commit, only=self.place)
-        considered = judge_catalog(catalog, self._judge)
-        chosen = self._choose(ref, catalog, considered)
+        left = Allowance()
+        catalog = list_catalog(self.client, ref.repo, commit, left)
+        if self.place is not None and self.place not in catalog.places:
+            raise describe_no_artifact(self.place, catalog)
+
+        def read(places: Iterable[ArtifactPath]) -> Catalog:
+            nonlocal catalog
+            catalog = read_manifests(self.client, catalog, places, left)
+            return catalog
+
+        chosen, considered = self.choose(catalog.places, read)
+        if chosen is None:
+            raise self.describe_no_choice(ref, catalog, considered)
         artifact = self.take(ref, catalog, chosen, self.pin(ref, commit))
         verdict = chosen.verdict
         assert verdict is not None
@@ -182,8 +191,12 @@ class Puller:
             artifact, ref, commit, chosen.place, verdict, considered, catalog.notes, False
         )
 
-    def take(self, ref: RepoRef, catalog: Catalog, chosen: Considered, pin: Pin) -> Artifact:
-        """An artifact that was chosen: of a trusted publisher, verified, in the mirror."""
+    def take(self, ref: RepoRef, catalog: Catalog, chosen: Considered, pin: Pin | None) -> Artifact:
+        """An artifact that was chosen: of a trusted publisher, verified, in the mirror.
+
+        Without a pin the pull is not remembered, only where the artifact is from: of a commit that
+        is locked nobody knows whether it is the owner's.
+        """
         manifest = chosen.manifest
         assert manifest is not None  # only judged ones are chosen
         self.require_trust(ref, catalog.commit, chosen.place, manifest)
@@ -191,46 +204,72 @@ class Puller:
         # Another commit, or another repo, may have brought the same artifact before.
         mirrored = self.mirror.artifact(manifest.digest)
         artifact = mirrored or self._fetch(catalog, chosen.place, manifest)
-        self.mirror.index.record_pull(pin, artifact.digest, str(chosen.place))
+        if pin is not None:
+            self.mirror.index.record_pull(pin, artifact.digest, str(chosen.place))
+        elif self.mirror.index.is_writable:
+            origin = self._name_origin(ref, catalog.commit, chosen.place)
+            self.mirror.index.record_origin(artifact.digest, origin)
         return artifact
+
+    def _name_origin(self, ref: RepoRef, commit: str, place: ArtifactPath) -> PullOrigin:
+        return PullOrigin(self.client.endpoint, ref.repo, commit, str(place))
 
     def bring_kernels(self, manifest: Manifest) -> None:
         """See that the kernels that an artifact calls are in the mirror, by `bring_kernels`."""
         trust = Trust(self.settings.trust)
         bring_kernels(manifest, self.mirror, self.client, trust, self.progress)
 
-    def _judge(self, requires: Requirements) -> Verdict:
-        """Whether an artifact fits; one that is named may wait for its torch."""
+    def judge(self, requires: Requirements) -> Verdict:
+        """Whether an artifact fits; one whose path is named may wait for its torch."""
         return (judge if self.place is None else judge_named)(requires, self.host)
 
-    def _choose(
+    def choose(
+        self, places: Iterable[ArtifactPath], read: Read
+    ) -> tuple[Considered | None, tuple[Considered, ...]]:
+        """The one that is named, or the best of those that fit; all that were looked at.
+
+        All are, where none fits.
+        """
+        if self.place is not None:
+            considered = judge_catalog(read([self.place]), self.judge)
+            ranked = rank_considered(considered, self.place.recipe)
+            return (ranked[0] if ranked else None), considered
+        chosen, considered = choose_artifact(places, read, self.host, self.recipe)
+        if chosen is None:
+            considered = judge_catalog(read(places), self.judge)
+        return chosen, considered
+
+    def describe_no_choice(
         self, ref: RepoRef, catalog: Catalog, considered: tuple[Considered, ...]
-    ) -> Considered:
-        """The one that is named, or the best of those that fit."""
-        if self.place is not None and not considered:
-            raise describe_no_artifact(self.place, catalog)
+    ) -> HubaotiError:
+        """Why nothing was chosen, and what to do instead."""
         recipe = self.recipe if self.place is None else self.place.recipe
-        if ranked := rank_considered(considered, recipe):
-            return ranked[0]
-        error = describe_no_choice(catalog, considered, recipe)
+        error = describe_refusals(catalog, considered, recipe)
         if not considered:
             with suppress(HubaotiError):
                 branches = self.client.branches(ref.repo) if ref.revision is None else ()
                 error.hint = suggest_loader(ref, catalog.files, branches) or error.hint
         if isinstance(error, NoMatch) and self.place is None and self.host.torch is None:
-            raise describe_no_torch(error, ref, catalog)
-        raise error
+            return describe_no_torch(error, ref, catalog)
+        return error
 
     def require_trust(
         self, ref: RepoRef, commit: str, place: ArtifactPath, manifest: Manifest
     ) -> None:
-        """See that an artifact of this publisher may run here.
+        """See that an artifact of this publisher may run here, and is the one that is locked.
 
         Raises:
+            NotLocked, LockMismatch: there is a lock, and it is not.
             Untrusted: it was not built here, and of nobody who published it anybody ever said so.
             Blocked: somebody said that it may not.
         """
-        origin = PullOrigin(self.client.endpoint, ref.repo, commit, str(place))
+        if self.lock is not None:
+            self.lock.find(ref).require(place, manifest.digest)
+        origin = self._name_origin(ref, commit, place)
+        if self.trust and ref.digest is not None:  # of what is named, and of nothing else
+            self.mirror.trust.add_artifact(ref.digest)
+            self.mirror.require_allowed(ref.digest)
+            return
         decision = self.mirror.decide(manifest.digest, origin)
         if isinstance(decision.refusal, Blocked):
             raise decision.refusal
@@ -301,65 +340,6 @@ class Puller:
         if request is None:
             request = str(self.place or self.recipe or "")
         return Pin(self.client.endpoint, ref.repo, commit, request, fingerprint(self.host))
-
-
-def judge_catalog(
-    catalog: Catalog, judge_requirements: Callable[[Requirements], Verdict]
-) -> tuple[Considered, ...]:
-    """Each artifact of a catalog with its verdict, or why it has none."""
-    return tuple(
-        Considered(place, found, judge_requirements(found.requires))
-        if isinstance(found, Manifest)
-        else Considered(place, None, None, found)
-        for place, found in catalog.artifacts.items()
-    )
-
-
-def rank_considered(considered: Iterable[Considered], recipe: Recipe | None) -> list[Considered]:
-    """Those that fit, the best first."""
-    by_path = {str(each.place): each for each in considered}
-    candidates = [
-        Candidate(each.place.recipe, each.place.variant, each.verdict, path)
-        for path, each in by_path.items()
-        if each.verdict is not None
-    ]
-    return [by_path[each.id] for each in rank(candidates, recipe)]
-
-
-def describe_no_choice(
-    catalog: Catalog, considered: tuple[Considered, ...], recipe: Recipe | None
-) -> HubaotiError:
-    """Why nothing was chosen, of everything that was looked at."""
-    where = f"{catalog.repo} at {catalog.commit}"
-    if not considered:
-        return NoArtifact(
-            "\n".join((f"{where} holds no artifact", *catalog.notes)),
-            hint=f"compile one and push it: hubaoti push DIR {catalog.repo}",
-        )
-    lines = [line for each in considered for line in _format_considered(each, recipe)]
-    errors = [each.error for each in considered if each.error is not None]
-    if len(errors) == len(considered):
-        message = "\n".join((f"no manifest of {where} can be used:", *lines))
-        return type(errors[0])(message, hint=errors[0].hint)
-    return NoMatch(
-        "\n".join((f"no artifact of {where} fits this host:", *lines)),
-        hint="follow one of the advices above, or compile an artifact here: hubaoti compile",
-    )
-
-
-def _format_considered(each: Considered, recipe: Recipe | None) -> list[str]:
-    """An artifact and every reason against it."""
-    if each.verdict is None:
-        return [f"  {each.place}", f"    {each.error}"]
-    reasons = [
-        f"    needs {refusal.need}; here is {refusal.have}: {refusal.advice}"
-        for refusal in each.verdict.refusals
-    ]
-    if recipe is not None and each.place.recipe != recipe:
-        reasons.append(f"    is not of the recipe {recipe}: ask for --recipe {each.place.recipe}")
-    if recipe is None and each.place.recipe.quantization is not None:
-        reasons.append(f"    is quantized: ask for it with --recipe {each.place.recipe}")
-    return [f"  {each.place}", *reasons]
 
 
 def _require_listed(catalog: Catalog, place: ArtifactPath, manifest: Manifest) -> None:

@@ -16,8 +16,9 @@ from hubaoti.errors import NoArtifact
 from hubaoti.host.match import Candidate, Verdict, judge, rank
 from hubaoti.host.probe import Gpu, Host
 from hubaoti.hub.catalog import Allowance, Catalog, read_catalog
+from hubaoti.hub.choice import Considered, describe_refusals, judge_catalog, rank_considered
 from hubaoti.hub.layout import ArtifactPath, RepoRef
-from hubaoti.hub.pull import Considered, Puller, describe_no_choice, judge_catalog, rank_considered
+from hubaoti.hub.pull import Puller
 from hubaoti.hub.zerogpu import LAYOUT
 from hubaoti.mirror import Artifact
 
@@ -68,7 +69,7 @@ def pull_fleet(
     if not chosen:
         catalog = next((each for each in catalogs if each.artifacts), catalogs[0])
         considered = judge_catalog(catalog, partial(judge_without_gpu, host=puller.host))
-        raise describe_no_choice(catalog, considered, puller.recipe)
+        raise describe_refusals(catalog, considered, puller.recipe)
     return tuple(_pull_offer(puller, ref, catalog, each) for catalog, each in chosen.values())
 
 

@@ -43,18 +43,23 @@ def _add_torch(host: Host, requires: Requirements) -> Host:
     """The host as it would be with the torch of an artifact."""
     brought = frozenset(filter(_OF_TORCH.match, requires.libraries))
     torch = Torch(requires.torch, requires.cuda, None, Path())
-    return replace(host, torch=torch, libraries=host.libraries | brought)
+    return _add_libraries(replace(host, torch=torch), brought)
 
 
 def _add_gpu(host: Host, requires: Requirements) -> Host:
     """The host as it would be with a GPU that an artifact is for, and a driver that serves it."""
-    return replace(
+    found = replace(
         host,
         gpus=(Gpu("a GPU", requires.sm or 0, None),),
         driver=host.driver or "any",
         driver_cuda=host.driver_cuda or requires.driver,
-        libraries=host.libraries | {_DRIVER_LIBRARY},
     )
+    return _add_libraries(found, frozenset({_DRIVER_LIBRARY}))
+
+
+def _add_libraries(host: Host, names: frozenset[str]) -> Host:
+    """The host with more libraries, where it is known which it has."""
+    return replace(host, libraries=None if host.libraries is None else host.libraries | names)
 
 
 def describe_no_artifact(place: ArtifactPath, catalog: Catalog) -> NoArtifact:

@@ -9,20 +9,20 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.manifest import FILENAME, Manifest
-from hubaoti.errors import BadPackage, BadRequest, Conflict, HubaotiError
+from hubaoti.errors import BadPackage, BadRequest, Conflict
 from hubaoti.hub.card import render
 from hubaoti.hub.catalog import Catalog, read_catalog
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.errors import AnswerLost, StaleParent
 from hubaoti.hub.kernels import require_published
 from hubaoti.hub.layout import ArtifactPath, RepoRef, artifact_path, is_revision
+from hubaoti.hub.push_refs import ensure_branch, ensure_repo, require_free, set_tag
 from hubaoti.hub.records import Pushed
 from hubaoti.hub.zerogpu import LAYOUT, artifact_branch, lay_out_packages
 from hubaoti.progress import Progress, report_nothing
@@ -42,7 +42,7 @@ and by one that verifies every byte first, and falls back where a graph does not
 
     hubaoti.spaces.load(module, "{repo}", revision="{branch}")
 """
-PUSH_ATTEMPTS = 6  # one, and five more when another push was faster
+PUSH_ATTEMPTS = 24  # of each round one push is made, so this many may be made at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +50,12 @@ class Destination:
     """Where bundles go: the repo, a tag for the commit, the user's own label in their paths.
 
     `private` is for a repo that is made; one that exists keeps its visibility. `layout` is None, or
-    `zerogpu`, which other loaders read from a branch.
+    `zerogpu`, which other loaders read from a branch. `move_tag` takes a tag from another commit,
+    and `replace` a path from an artifact of another key, or one that cannot be read.
 
     Raises:
-        BadRequest: the repo has a revision, the tag is malformed, or the layout unknown.
+        BadRequest: the repo has a revision, the tag is malformed, or none and to be moved, or the
+            layout is unknown.
     """
 
     repo: RepoRef
@@ -61,6 +63,8 @@ class Destination:
     label: str | None = None
     private: bool = False
     layout: str | None = None
+    move_tag: bool = False
+    replace: bool = False
 
     def __post_init__(self) -> None:
         if self.repo.revision is not None:
@@ -70,6 +74,8 @@ class Destination:
             )
         if self.tag is not None and not is_revision(self.tag):
             raise BadRequest(f"malformed tag: {self.tag!r:.120}", hint="write it as v1")
+        if self.move_tag and self.tag is None:
+            raise BadRequest("a tag is to be moved, and none is named", hint="name it with --tag")
         if self.layout not in {None, LAYOUT}:
             raise BadRequest(f"unknown layout: {self.layout!r:.120}", hint=f"there is {LAYOUT}")
 
@@ -182,14 +188,14 @@ def push_bundles(
     for bundle in bundles:
         require_published(client, bundle.manifest)
     progress(f"looking into {repo} at {client.endpoint}")
-    private = client.create(repo, to.private)
-    if to.private and not private:
-        progress(f"{repo} is public already, and stays so")
-    with _ensure_branch(client, repo, shipment.branch):
-        made, sent = _commit_on_head(client, shipment, to, progress)
-    if to.tag is not None and client.tags(repo).get(to.tag) != made.commit:
+    with ensure_repo(client, repo, to.private) as private:
+        if to.private and not private:
+            progress(f"{repo} is public already, and stays so")
+        with ensure_branch(client, repo, shipment.branch):
+            made, sent = _commit_on_head(client, shipment, to, progress)
+    if to.tag is not None:
         progress(f"tagging {made.commit} as {to.tag}")
-        client.tag(repo, to.tag, made.commit)
+        set_tag(client, repo, to.tag, made.commit, to.move_tag)
     return Commit(
         repo=repo,
         commit=made.commit,
@@ -245,19 +251,6 @@ def _list_paths(bundles: Sequence[Bundle]) -> str:
     return ", ".join(str(bundle.path) for bundle in bundles)
 
 
-@contextmanager
-def _ensure_branch(client: HubClient, repo: str, branch: str | None) -> Iterator[None]:
-    """While there is this branch; one that was made for a commit that failed does not stay."""
-    made = branch is not None and client.make_branch(repo, branch)
-    try:
-        yield
-    except BaseException:
-        if made and branch is not None:
-            with suppress(HubaotiError):
-                client.drop_branch(repo, branch)
-        raise
-
-
 def _check_bundle(bundle: Bundle) -> None:
     """See that a bundle is what its manifest says."""
     try:
@@ -275,9 +268,9 @@ def _commit_on_head(
     lost: Sequence[_Parcel] = ()  # what was sent, and no answer came
     for attempt in range(PUSH_ATTEMPTS):
         catalog = read_catalog(client, repo, client.resolve(repo, shipment.branch))
-        missing = [each for each in shipment.parcels if not _is_present(catalog, each)]
-        if to.tag is not None:
-            _require_free(client, repo, to.tag, None if missing else catalog.commit)
+        missing = [each for each in shipment.parcels if not _is_present(catalog, each, to.replace)]
+        if to.tag is not None and not to.move_tag:
+            require_free(client, repo, to.tag, None if missing else catalog.commit)
         if not missing:
             progress(f"{repo} holds {shipment} {'now' if lost else 'already'}")
             url = f"{client.endpoint}/{repo}/commit/{catalog.commit}"
@@ -297,13 +290,19 @@ def _commit_on_head(
     )
 
 
-def _is_present(catalog: Catalog, parcel: _Parcel) -> bool:
-    """Whether a commit holds this very artifact, all of it; another is not ours to replace."""
+def _is_present(catalog: Catalog, parcel: _Parcel, replace_other: bool) -> bool:
+    """Whether a commit holds this very artifact, all of it; another is not ours to replace.
+
+    Raises:
+        Conflict: it holds another, and nobody said that it is to be replaced.
+    """
     place, manifest = parcel.place, parcel.bundle.manifest
     there = catalog.artifacts.get(place)
     if there is None:
         return False
-    hint = "push beside it with --label NAME"
+    if replace_other and not (isinstance(there, Manifest) and there.key == manifest.key):
+        return False
+    hint = "push beside it with --label NAME, or in its place with --replace"
     if not isinstance(there, Manifest):
         raise Conflict(f"{catalog.repo} holds an unreadable {place}: {there}", hint=hint)
     if there.key != manifest.key:
@@ -314,16 +313,6 @@ def _is_present(catalog: Catalog, parcel: _Parcel) -> bool:
         )
     whole = parcel.files.keys() <= catalog.files.keys()
     return whole and there.digest == manifest.digest
-
-
-def _require_free(client: HubClient, repo: str, tag: str, commit: str | None) -> None:
-    """See, before anything is uploaded, that a tag is free, or on this commit already."""
-    there = client.tags(repo).get(tag)
-    if there is not None and there != commit:
-        raise Conflict(
-            f"the tag {tag} of {repo} names another commit, {there}",
-            hint="choose another tag: one that others pinned should not move",
-        )
 
 
 def _commit_shipment(client: HubClient, catalog: Catalog, shipment: _Shipment) -> Pushed:

@@ -38,6 +38,14 @@ class Pushed:
     url: Text
 
 
+@dataclass(frozen=True, slots=True)
+class Created:
+    """A repo that is there; its `first` commit where it was made just now, by us."""
+
+    private: bool
+    first: CommitId | None
+
+
 # msgspec learns a type when it is first used, and two threads that meet there end the process.
 for _kind in (Text, CommitId, Refs, tuple[Entry, ...], Pushed, bool | None):
     msgspec.json.Decoder(_kind)

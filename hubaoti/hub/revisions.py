@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hubaoti.errors import RolledBack, Untrusted
+from hubaoti.errors import BadRequest, RolledBack, Untrusted
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import RepoRef, looks_like_commit
+from hubaoti.hub.versions import find_release, read_tag
 from hubaoti.mirror.index import Index
 from hubaoti.progress import Progress
 
@@ -49,15 +50,23 @@ class Revisions:
 
         Raises:
             Untrusted, RepoMoved: as `resolve_owned`.
-            RolledBack: a tag is at another commit than before, or a branch at one that does not
-                come after it.
+            NoVersion: the repo has no such version.
+            RolledBack: a tag is at another commit than before, a branch at one that does not come
+                after it, or the newest version is older than the one before.
+            BadRequest: the revision is an artifact's digest, which names no commit.
         """
+        if ref.digest is not None:
+            raise BadRequest(
+                f"{ref} names an artifact, and no commit that could hold several",
+                hint="fetch it with hubaoti pull, or name a branch, a tag or a commit here",
+            )
         endpoint = self.client.endpoint
         if ref.commit and self.index.list_pulls(endpoint, ref.repo, ref.commit):
             return ref.commit
         self.progress(f"asking {endpoint} for the commit of {ref}")
-        commit = resolve_owned(self.client, ref.repo, ref.revision)
-        name = ref.revision or _DEFAULT
+        revision = ref.revision if ref.specifier is None else self._choose_version(ref)
+        commit = resolve_owned(self.client, ref.repo, revision)
+        name = revision or _DEFAULT
         if looks_like_commit(name):
             if commit.startswith(name):
                 return commit
@@ -81,6 +90,25 @@ class Revisions:
             self._require_after(repo, name, before, commit)
         if self.index.is_writable:
             self.index.record_seen(endpoint, repo, name, commit)
+
+    def _choose_version(self, ref: RepoRef) -> str:
+        """The tag of the newest version that is meant, unless a branch or a tag is called so."""
+        branches, tags = self.client.list_heads(ref.repo)
+        if ref.revision in {*branches, *tags}:
+            return str(ref.revision)
+        release, name = find_release(ref, tags), str(ref.specifier)
+        before = self.index.find_seen(self.client.endpoint, ref.repo, name)
+        newest = None if before is None else read_tag(before)
+        if newest is not None and newest > release.version and not self.allow_rollback:
+            raise RolledBack(
+                f"the newest {ref.revision} of {ref.repo} is {release.tag} now, and was {before}",
+                hint=f"ask its publisher where {before} is; if it is meant so, once: hubaoti pull "
+                f"{ref} --allow-rollback",
+            )
+        if self.index.is_writable and before != release.tag:
+            self.index.record_seen(self.client.endpoint, ref.repo, name, release.tag)
+        self.progress(f"{ref} is {release.tag}")
+        return release.tag
 
     def _require_after(self, repo: str, name: str, before: str, commit: str) -> None:
         """See that a name is a branch, on which one commit comes after another."""

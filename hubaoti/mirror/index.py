@@ -196,6 +196,11 @@ class Index:
         origins = (PullOrigin(*map(str, each)) for each in found)
         return tuple(origin for origin in origins if origin.repo)
 
+    def record_origin(self, digest: str, origin: PullOrigin) -> None:
+        """Remember one more place that an artifact comes from."""
+        with self._writing() as db:
+            _add_origin(db, digest, origin)
+
     def record_seen(self, endpoint: str, repo: str, name: str, commit: str) -> None:
         """Remember at which commit a branch or tag is."""
         with self._writing() as db:

@@ -15,6 +15,7 @@ from hubaoti.errors import HubaotiError
 from hubaoti.host.extras import require
 from hubaoti.host.probe import Host, probe_host
 from hubaoti.hub.layout import RepoRef
+from hubaoti.hub.lockfile import find_lock
 from hubaoti.hub.pull import Puller
 from hubaoti.hub.pull_all import (
     Offer,
@@ -88,7 +89,15 @@ def load(  # noqa: PLR0913 - a face of keywords
     host = probe_host(settings)
     wanted = None if recipe is None else Recipe.parse(recipe)
     with Mirror.open(settings.mirror) as mirror:
-        puller = Puller(mirror, settings, host, recipe=wanted, trust=trust, progress=progress)
+        puller = Puller(
+            mirror,
+            settings,
+            host,
+            recipe=wanted,
+            trust=trust,
+            lock=find_lock(False, settings),
+            progress=progress,
+        )
         found = _pull_candidates(puller, ref, module, variant)
     progress("plan")
     if isinstance(found, Fetched):
@@ -109,7 +118,8 @@ def _pull_candidates(
         return find_pulled(puller, ref)
     catalogs = [read_revision_catalog(puller, ref)]
     kinds = _choose_device_kinds(module, puller.host)
-    if not catalogs[0].artifacts and (packages := find_packages(catalogs[0], variant)):
+    packages = None if puller.lock else find_packages(catalogs[0], variant)  # they have no digest
+    if not catalogs[0].artifacts and packages:
         return fetch_packages(puller, ref, catalogs[0], packages, variant)
     found = {artifact_device(each) for each in choose_artifacts(puller, catalogs[0], kinds)}
     if ref.revision is None and found != kinds:

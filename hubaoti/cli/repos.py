@@ -1,0 +1,121 @@
+"""`hubaoti versions`, `hubaoti explain` and `hubaoti lock`: what repos hold; nothing is fetched."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hubaoti.cli.output import Steps, print_json, print_line, print_some, print_table
+from hubaoti.errors import BadLock
+
+if TYPE_CHECKING:
+    from hubaoti.hub.choice import Considered
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
+_QUIET = click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
+
+
+@click.command("versions")
+@click.argument("repo")
+@_JSON
+@_QUIET
+def versions_command(repo: str, as_json: bool, quiet: bool) -> None:
+    """List the tags of REPO (owner/name) that are versions, the newest first."""
+    from hubaoti import api
+
+    with Steps(quiet or as_json) as progress:
+        found = api.versions(repo, progress=progress)
+    if as_json:
+        print_json([asdict(each) for each in found])
+        return
+    rows = [
+        (each.tag, "" if each.artifacts is None else each.artifacts, each.commit) for each in found
+    ]
+    print_table(["version", "artifacts", "commit"], rows)
+
+
+@click.command("explain")
+@click.argument("repo")
+@click.option("--recipe", help="only this one, as bfloat16-sdpa")
+@click.option(
+    "--host", type=click.Path(path_type=Path), help="for the host that this file describes"
+)
+@_JSON
+@_QUIET
+def explain_command(repo: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Say of every artifact of REPO (owner/name[@revision]) whether it fits this host, and why.
+
+    The best one, which pull takes, comes first. What would be compiled of a model is said by:
+    hubaoti compile MODEL --explain.
+    """
+    from hubaoti import api
+
+    with Steps(quiet or as_json) as progress:
+        found = api.explain_repo(repo, progress=progress, **options)
+    if as_json:
+        artifacts = [_serialize(each) for each in found.considered]
+        facts = {"repo": found.repo, "commit": found.commit, "artifacts": artifacts}
+        print_json(facts | {"notes": list(found.notes)})
+        return
+    print_line(f"{found.repo} at {found.commit}")
+    for each in found.considered:
+        _print_considered(each)
+    print_some([f"  {note}" for note in found.notes])
+
+
+def _serialize(each: Considered) -> dict[str, object]:
+    """An artifact and its verdict as plain values."""
+    return {
+        "path": str(each.place),
+        "digest": each.manifest.digest if each.manifest else None,
+        "verdict": each.verdict.to_dict() if each.verdict else None,
+        "error": str(each.error) if each.error else None,
+    }
+
+
+def _print_considered(each: Considered) -> None:
+    """An artifact, how well it fits, and every reason."""
+    if each.verdict is None:
+        print_line(f"unreadable    {each.place}: {each.error}")
+        return
+    word = "refused" if each.verdict.refusals else str(each.verdict.fit)
+    print_line(f"{word:<13} {each.place}")
+    for reason in (*each.verdict.refusals, *each.verdict.notes):
+        print_line(f"    needs {reason.need}; here is {reason.have}: {reason.advice}")
+
+
+@click.command("lock")
+@click.argument("repos", metavar="REPO...", nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("hubaoti.lock"),
+    help="the lockfile; by default hubaoti.lock",
+)
+@_QUIET
+def lock_command(repos: tuple[str, ...], output: Path, quiet: bool) -> None:
+    """Write down what each REPO (owner/name[@revision]) holds now, by commit and digest."""
+    from hubaoti import api
+
+    with Steps(quiet) as progress:
+        lock = api.lock(*repos, progress=progress)
+        before = _list_commits(output)
+        lock.write(output)
+    for each in [] if quiet else lock.repos:
+        was = before.get(str(each.ref), each.commit)
+        moved = f", was {was}" if was != each.commit else ""
+        print_line(f"{each.ref}: {len(each.artifacts)} artifacts at {each.commit}{moved}")
+
+
+def _list_commits(path: Path) -> dict[str, str]:
+    """The commits of a lockfile that is to be written anew; none where it is none."""
+    from hubaoti.hub.lockfile import Lock
+
+    try:
+        return {str(each.ref): each.commit for each in Lock.read(path).repos}
+    except BadLock:
+        return {}

@@ -1,0 +1,97 @@
+"""An artifact that is asked for by its manifest's digest: in the mirror, or somewhere in a repo.
+
+Who names a digest names every byte. So it is taken of whichever branch or tag has it; whether its
+code may run is asked as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from hubaoti.errors import NoArtifact, NoMatch
+from hubaoti.host.match import MatchResult
+from hubaoti.hub.catalog import Allowance, Catalog, list_catalog, read_manifests
+from hubaoti.hub.choice import Considered, Pulled, format_considered
+from hubaoti.hub.layout import ArtifactPath, RepoRef
+from hubaoti.hub.versions import list_releases
+from hubaoti.mirror import Artifact
+
+if TYPE_CHECKING:
+    from hubaoti.hub.client import HubClient
+    from hubaoti.hub.pull import Puller
+
+
+def pull_digest(puller: Puller, ref: RepoRef) -> Pulled:
+    """The artifact of a digest: from the mirror, else of the commit that has it."""
+    if found := _find_mirrored(puller, ref):
+        artifact, commit, place = found
+        considered = Considered(place, artifact.manifest, puller.judge(artifact.manifest.requires))
+        _require_fit(ref, considered)
+        puller.require_trust(ref, commit, place, artifact.manifest)
+        puller.bring_kernels(artifact.manifest)
+    else:
+        puller.mirror.index.require_writable()
+        catalog, considered = _find_published(puller, ref)
+        _require_fit(ref, considered)
+        commit, place = catalog.commit, considered.place
+        artifact = puller.take(ref, catalog, considered, puller.pin(ref, commit, str(place)))
+    verdict = considered.verdict
+    assert verdict is not None
+    return Pulled(artifact, ref, commit, place, verdict, (considered,), (), bool(found))
+
+
+def _require_fit(ref: RepoRef, considered: Considered) -> None:
+    """See that an artifact that was named fits this host.
+
+    Raises:
+        NoMatch: it does not, with every reason.
+    """
+    verdict = considered.verdict
+    if verdict is not None and verdict.fit is MatchResult.INCOMPATIBLE:
+        lines = "\n".join(format_considered(considered, considered.place.recipe))
+        hint = f"take another of its artifacts: hubaoti explain {ref.repo}"
+        raise NoMatch(f"{ref} does not fit this host:\n{lines}", hint=hint)
+
+
+def _find_mirrored(puller: Puller, ref: RepoRef) -> tuple[Artifact, str, ArtifactPath] | None:
+    """The artifact of a digest that came from this repo before: it, its commit and path there."""
+    digest = str(ref.digest)
+    artifact = puller.mirror.artifact(digest)
+    if artifact is None:
+        return None
+    for origin in puller.mirror.index.list_origins(digest):
+        if (origin.endpoint, origin.repo) == (puller.client.endpoint, ref.repo):
+            return artifact, origin.commit, ArtifactPath.parse(origin.path)
+    return None
+
+
+def _find_published(puller: Puller, ref: RepoRef) -> tuple[Catalog, Considered]:
+    """The artifact of a digest in the commits that a repo's branches and tags name.
+
+    Raises:
+        NoArtifact: none of them has it. BadManifest: they have more manifests than are read.
+    """
+    client, left, seen = puller.client, Allowance(), set[str]()
+    for commit in _list_commits(client, ref.repo):
+        puller.progress(f"looking for {ref.revision} in {ref.repo} at {commit}")
+        catalog = list_catalog(client, ref.repo, commit, left)
+        blobs = {place: catalog.files[place.manifest].blob for place in catalog.places}
+        fresh = [place for place, blob in blobs.items() if blob not in seen]
+        seen |= {*blobs.values()}
+        catalog = read_manifests(client, catalog, fresh, left)
+        for place, manifest in catalog.readable.items():
+            if manifest.digest == ref.digest:
+                return catalog, Considered(place, manifest, puller.judge(manifest.requires))
+    raise NoArtifact(
+        f"no branch and no tag of {ref.repo} holds the artifact {ref.digest}",
+        hint="see what there is with: hubaoti versions " + ref.repo,
+    )
+
+
+def _list_commits(client: HubClient, repo: str) -> Iterator[str]:
+    """The commits of a repo's heads, each once: the default branch, versions, then all else."""
+    default = client.resolve(repo)
+    branches, tags = client.list_heads(repo)
+    versions = (release.commit for release in list_releases(tags))
+    yield from dict.fromkeys((default, *versions, *tags.values(), *branches.values()))

@@ -1,0 +1,118 @@
+"""A pull by a lockfile: no list is asked for, and nothing is taken but the bytes that are locked.
+
+What is here already is found by its digest, so a machine that pulled it before needs no network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hubaoti.artifact.manifest import LARGEST_MANIFEST, Manifest, parse_manifest
+from hubaoti.errors import BadManifest, NoArtifact, NotLocked
+from hubaoti.hub.bounds import TooLong
+from hubaoti.hub.catalog import Catalog
+from hubaoti.hub.choice import Pulled
+from hubaoti.hub.layout import ArtifactPath, RepoRef, require_agreement
+from hubaoti.hub.lockfile import LockedRepo
+from hubaoti.hub.records import Entry
+
+if TYPE_CHECKING:
+    from hubaoti.hub.pull import Puller
+
+
+def pull_locked(puller: Puller, ref: RepoRef, locked: LockedRepo) -> Pulled:
+    """The artifact of a lock that fits best; no list and no revision is asked for."""
+    catalog = _begin_catalog(puller, locked)
+    if ref.digest is not None:
+        places = tuple(p for p, digest in locked.artifacts.items() if digest == ref.digest)
+        catalog = replace(catalog, places=places)
+
+    def read(places: Iterable[ArtifactPath]) -> Catalog:
+        nonlocal catalog
+        catalog = _read_locked(puller, locked, catalog, places)
+        return catalog
+
+    chosen, considered = puller.choose(catalog.places, read)
+    if chosen is None and not considered and puller.client.is_offline:
+        raise _describe_nothing_here(locked)
+    if chosen is None:
+        raise puller.describe_no_choice(ref, catalog, considered)
+    known = chosen.manifest and puller.mirror.artifact(chosen.manifest.digest)
+    artifact = puller.take(ref, catalog, chosen, None)
+    verdict = chosen.verdict
+    assert verdict is not None
+    return Pulled(artifact, ref, locked.commit, chosen.place, verdict, considered, (), bool(known))
+
+
+def _begin_catalog(puller: Puller, locked: LockedRepo) -> Catalog:
+    """What a lock says that a commit holds; no manifest is read.
+
+    Raises:
+        NotLocked: there is nothing at the path that is asked for.
+    """
+    places = tuple(sorted(locked.artifacts, key=str))
+    if puller.place is not None and puller.place not in places:
+        raise NotLocked(
+            f"the lock has no {puller.place} of {locked.ref}",
+            hint=f"it has {', '.join(map(str, places)) or 'none'}",
+        )
+    return Catalog(locked.ref.repo, locked.commit, {}, {}, (), places)
+
+
+def _read_locked(
+    puller: Puller, locked: LockedRepo, catalog: Catalog, places: Iterable[ArtifactPath]
+) -> Catalog:
+    """A catalog with the manifests of these places: of the mirror, else of the Hub, as locked.
+
+    Offline, what is not in the mirror is left out.
+
+    Raises:
+        LockMismatch: one is not the one that is locked.
+        NoArtifact: offline, and none of the lock is in the mirror.
+        RepoNotFound, AuthFailed, HubUnreachable: from the client.
+    """
+    found, files = dict(catalog.artifacts), dict(catalog.files)
+    for place in places:
+        manifest = _read_manifest(puller, locked, place)
+        if manifest is None:
+            continue
+        found[place] = manifest
+        for file in manifest.all_files():
+            path = place.file(file.path)
+            files[path] = Entry(path, file.size, file.sha256, file.sha256)
+    ordered = {place: found[place] for place in catalog.places if place in found}
+    return Catalog(catalog.repo, catalog.commit, files, ordered, (), catalog.places)
+
+
+def _describe_nothing_here(locked: LockedRepo) -> NoArtifact:
+    """Why nothing is chosen of a lock, offline, where the mirror has none of it."""
+    return NoArtifact(
+        f"nothing that is locked of {locked.ref} is in the mirror, and HF_HUB_OFFLINE is set",
+        hint=f"unset HF_HUB_OFFLINE once: hubaoti pull {locked.ref} --locked",
+    )
+
+
+def _read_manifest(puller: Puller, locked: LockedRepo, place: ArtifactPath) -> Manifest | None:
+    """The manifest that is locked at a path; None offline, where it is not in the mirror."""
+    digest = locked.artifacts[place]
+    if artifact := puller.mirror.artifact(digest):
+        return artifact.manifest
+    if puller.client.is_offline:
+        return None
+    repo, commit, path = locked.ref.repo, locked.commit, place.manifest
+    puller.progress(f"reading {path}")
+    try:
+        file = puller.client.download(repo, commit, path, LARGEST_MANIFEST)
+    except TooLong:
+        raise BadManifest(f"{path} is larger than {LARGEST_MANIFEST >> 20} MiB") from None
+    content = file.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != digest:
+        puller.client.drop(file)  # perhaps it was changed here
+    locked.require(place, found)
+    manifest = parse_manifest(content, f"{repo}/{path}")
+    require_agreement(place, manifest)
+    return manifest

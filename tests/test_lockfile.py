@@ -1,0 +1,322 @@
+"""A lockfile: the same pins are the same bytes, and nothing else is taken than what it says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bundles import CUDA, changed, make_bundle, make_gpu_host, make_host, put_trusted
+from commands import inside
+from huggingface_hub import HfApi
+from hypothesis import given
+from hypothesis import strategies as st
+from proxies import Proxy
+
+from hubaoti import api
+from hubaoti.api.attaching import get_artifact
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.manifest import FILENAME
+from hubaoti.errors import (
+    BadLock,
+    HubUnreachable,
+    LockMismatch,
+    NoArtifact,
+    NoMatch,
+    NotLocked,
+    RepoNotFound,
+    RolledBack,
+    Untrusted,
+)
+from hubaoti.hub.choice import Pulled
+from hubaoti.hub.layout import ArtifactPath, RepoRef
+from hubaoti.hub.lockfile import Lock, LockedRepo
+from hubaoti.hub.pull import pull_artifact
+from hubaoti.hub.push import Destination, push_bundles
+from hubaoti.mirror import Mirror
+from hubaoti.progress import report_nothing
+from hubaoti.settings import Settings
+
+PLACE = "float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
+OTHER = PLACE.replace("cpu", "cu130-sm90")
+
+
+@pytest.fixture
+def hub(settings: Settings) -> HfApi:
+    return HfApi(settings.endpoint, token=settings.token)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return make_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def locked(tmp_path: Path, bundle: Bundle, repo: str, settings: Settings) -> Path:
+    """The lockfile of a repo of two artifacts, under the tag v1."""
+    both = [bundle, make_bundle(tmp_path / "other", target=CUDA)]
+    push_bundles(both, Destination(RepoRef(repo), tag="v1"), settings)
+    path = tmp_path / "hubaoti.lock"
+    api.lock(f"{repo}@v1", settings=settings).write(path)
+    return path
+
+
+def pull(repo: str, settings: Settings, locked: Path, trust: bool = True) -> Pulled:
+    ref = RepoRef.parse(repo)
+    return pull_artifact(ref, settings, make_host(), trust=trust, locked=locked)
+
+
+# The file
+
+HEX = "0123456789abcdef"
+REFS = st.builds(
+    RepoRef,
+    st.sampled_from(["acme/x", "acme/y", "other/z"]),
+    st.sampled_from([None, "v1", "~=1.2", "main", "zerogpu/a/b"]),
+)
+PINS = st.dictionaries(
+    st.sampled_from([PLACE, OTHER, PLACE.replace("sdpa", "sdpa+mine")]).map(ArtifactPath.parse),
+    st.text(HEX, min_size=64, max_size=64),
+)
+REPOS = st.builds(
+    LockedRepo,
+    REFS,
+    st.text(HEX, min_size=40, max_size=40),
+    PINS,
+    st.sampled_from([(), (f"acme/k@{'a' * 40} sha256:{'b' * 64}",)]),
+)
+
+
+@given(st.lists(REPOS, unique_by=lambda each: str(each.ref)).map(tuple))
+def test_a_lock_is_read_as_it_is_written_and_written_in_one_way(repos: tuple[LockedRepo]) -> None:
+    text = str(Lock(repos))
+    found = Lock.parse(text)
+    assert sorted(map(str, found.repos)) == sorted(map(str, repos))
+    assert str(found) == text == str(Lock(repos[::-1]))
+
+
+def test_people_can_read_it(repo: str, bundle: Bundle, locked: Path, hub: HfApi) -> None:
+    lines = locked.read_text().splitlines()
+    assert lines[0].startswith("# Written by `hubaoti lock`")
+    assert lines[1:] == [
+        "version = 1",
+        "",
+        "[[repo]]",
+        f'name = "{repo}"',
+        'revision = "v1"',
+        f'commit = "{hub.repo_info(repo).sha}"',
+        "",
+        "[repo.artifacts]",
+        f'"{PLACE}" = "sha256:{bundle.manifest.digest}"',
+        lines[-1],
+    ]
+    assert lines[-1].startswith(f'"{OTHER}" = "sha256:')
+
+
+GOOD = f'version = 1\n[[repo]]\nname = "a/b"\ncommit = "{"c" * 40}"\n[repo.artifacts]\n'
+BAD = {
+    "no TOML": "version = ",
+    "no version": "",
+    "an unknown word": "version = 1\nmore = 2",
+    "a version that is none": 'version = "1"',
+    "a repo that is none": GOOD.replace("a/b", "../b"),
+    "a commit that is none": GOOD.replace("c" * 40, "main"),
+    "a path that is none": GOOD + f'"../x" = "sha256:{"a" * 64}"',
+    "a digest that is none": GOOD + f'"{PLACE}" = "{"a" * 64}"',
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_is_no_lock_is_refused_with_its_path(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "hubaoti.lock"
+    path.write_text(BAD[what])
+    with pytest.raises(BadLock, match=f"{path} is no lockfile") as why:
+        Lock.read(path)
+    assert "hubaoti lock" in why.value.hint
+
+
+def test_one_of_a_newer_hubaoti_or_none_at_all_is_said(tmp_path: Path) -> None:
+    with pytest.raises(BadLock, match="newer hubaoti"):
+        Lock.parse("version = 2\nall = 'new'")
+    with pytest.raises(BadLock, match="cannot be read"):
+        Lock.read(tmp_path / "hubaoti.lock")
+    (tmp_path / "hubaoti.lock").write_bytes(b"\xff")
+    with pytest.raises(BadLock, match="cannot be read"):
+        Lock.read(tmp_path / "hubaoti.lock")
+
+
+# A pull by it
+
+
+def test_what_is_locked_is_pulled_without_a_list_and_again_without_a_network(
+    repo: str, bundle: Bundle, locked: Path, settings: Settings, proxy: Proxy
+) -> None:
+    proxy.requests.clear()
+    first = pull(f"{repo}@v1", settings, locked)
+    assert first.artifact.digest == bundle.manifest.digest and not first.from_mirror
+    asked = [path for _, path in proxy.requests]
+    assert not [
+        path for path in asked if "/tree/" in path or "/refs" in path or "/revision/" in path
+    ]
+    proxy.requests.clear()
+    offline = replace(settings, offline=True)
+    again = pull(f"{repo}@v1", offline, locked, trust=False)
+    assert again.from_mirror and again.artifact.digest == bundle.manifest.digest
+    assert pull(repo, offline, locked).commit == first.commit, "the one revision that is locked"
+    assert proxy.requests == []
+
+
+def test_a_tag_that_moved_changes_nothing_that_is_locked(
+    tmp_path: Path, repo: str, bundle: Bundle, locked: Path, settings: Settings
+) -> None:
+    other = make_bundle(tmp_path / "new", members={"model/new.so": b"new"})
+    to = Destination(RepoRef(repo), tag="v1", move_tag=True)
+    push_bundles([other], to, settings)
+    assert pull(f"{repo}@v1", settings, locked).artifact.digest == bundle.manifest.digest
+    with pytest.raises(RolledBack, match="the tag v1 .* was moved"):
+        api.lock(f"{repo}@v1", settings=settings)
+
+
+def test_a_manifest_that_is_another_is_refused_with_both_digests(
+    repo: str, bundle: Bundle, locked: Path, settings: Settings
+) -> None:
+    text = locked.read_text()
+    locked.write_text(text.replace(bundle.manifest.digest, "0" * 64))
+    with pytest.raises(LockMismatch) as why:
+        pull(f"{repo}@v1", settings, locked)
+    assert "0" * 64 in str(why.value) and bundle.manifest.digest in str(why.value)
+
+
+def test_bytes_that_are_changed_on_the_way_are_refused(
+    repo: str, locked: Path, settings: Settings, proxy: Proxy
+) -> None:
+    proxy.matching, proxy.flip = FILENAME, True
+    with pytest.raises(LockMismatch):
+        pull(f"{repo}@v1", settings, locked)
+    proxy.reset()
+    assert pull(f"{repo}@v1", settings, locked)
+
+
+def test_a_commit_that_is_gone_is_said(
+    repo: str, locked: Path, settings: Settings, hub: HfApi, bundle: Bundle
+) -> None:
+    hub.delete_repo(repo)
+    push_bundles([changed(bundle, checks=())], Destination(RepoRef(repo), tag="v1"), settings)
+    with pytest.raises(RepoNotFound):
+        pull(f"{repo}@v1", settings, locked)
+
+
+@pytest.mark.parametrize("revision", ["@v2", "@main", f"@{'a' * 40}", f"@sha256:{'a' * 64}"])
+def test_nothing_else_is_taken(
+    repo: str, locked: Path, settings: Settings, proxy: Proxy, revision: str
+) -> None:
+    proxy.requests.clear()
+    with pytest.raises(NotLocked, match=f"it has {repo}@v1"):
+        pull(f"{repo}{revision}", settings, locked)
+    with pytest.raises(NotLocked, match="the lock has no acme/elsewhere"):
+        pull("acme/elsewhere", settings, locked)
+    ref, place = RepoRef(repo, "v1"), ArtifactPath.parse(PLACE.replace("v3", "v4"))
+    with pytest.raises(NotLocked, match="x86_64_v4"):
+        pull_artifact(ref, settings, make_host(), locked=locked, place=place)
+    assert proxy.requests == []
+
+
+def test_a_locked_artifact_is_named_by_its_digest_its_commit_and_its_path(
+    repo: str, bundle: Bundle, locked: Path, settings: Settings
+) -> None:
+    digest = bundle.manifest.digest
+    (one,) = Lock.read(locked).repos
+    for revision in (f"sha256:{digest}", one.commit, "v1"):
+        assert pull(f"{repo}@{revision}", settings, locked).artifact.digest == digest
+    place = ArtifactPath.parse(PLACE)
+    ref = RepoRef(repo, "v1")
+    found = pull_artifact(ref, settings, make_host(), locked=locked, place=place)
+    assert found.artifact.digest == digest
+
+
+def test_a_lock_is_no_trust(repo: str, locked: Path, settings: Settings) -> None:
+    with pytest.raises(Untrusted):
+        pull(f"{repo}@v1", settings, locked, trust=False)
+
+
+def test_a_lock_is_for_every_kind_of_host(repo: str, locked: Path, settings: Settings) -> None:
+    ref = RepoRef(repo, "v1")
+    found = pull_artifact(ref, settings, make_gpu_host(), trust=True, locked=locked)
+    assert str(found.place) == OTHER
+    with pytest.raises(NoMatch, match=r"sm90.*\n"):
+        pull_artifact(ref, settings, make_host(os="darwin"), trust=True, locked=locked)
+
+
+def test_offline_what_was_never_pulled_is_said(repo: str, locked: Path, settings: Settings) -> None:
+    offline = replace(settings, offline=True)
+    with pytest.raises(NoArtifact, match=f"nothing that is locked of {repo}@v1 is in the mirror"):
+        pull(f"{repo}@v1", offline, locked)
+    with pytest.raises(HubUnreachable):
+        pull_artifact(RepoRef(repo, "v1"), offline, make_host())
+
+
+def test_a_locked_commit_of_nobody_is_no_ground_for_a_pull_without_the_lock(
+    repo: str, bundle: Bundle, locked: Path, settings: Settings, hub: HfApi
+) -> None:
+    hub.create_branch(repo, branch="draft")
+    text = "proposed"
+    made = hub.upload_file(
+        path_or_fileobj=text.encode(), path_in_repo="file", repo_id=repo, revision="draft"
+    ).oid
+    hub.delete_branch(repo, branch="draft")
+    (one,) = Lock.read(locked).repos
+    Lock((replace(one, commit=made),)).write(locked)
+    assert pull(f"{repo}@v1", settings, locked).artifact.digest == bundle.manifest.digest
+    with pytest.raises(Untrusted, match="no branch and no tag"):
+        pull_artifact(RepoRef(repo, made), settings, make_host(), trust=True)
+
+
+# A program by it
+
+
+def test_a_program_goes_by_the_lock_of_its_environment(
+    repo: str, locked: Path, settings: Settings
+) -> None:
+    program = Settings.from_env({**settings.to_env(), "HUBAOTI_LOCK": str(locked)})
+    assert program.lock == locked
+    with pytest.raises(NotLocked):
+        pull_artifact(RepoRef(repo, "main"), program, make_host(), trust=True)
+    assert pull_artifact(RepoRef(repo, "v1"), program, make_host(), trust=True)
+
+
+def test_what_is_here_is_attached_only_where_it_is_locked(
+    tmp_path: Path, bundle: Bundle, locked: Path, settings: Settings
+) -> None:
+    stranger = make_bundle(tmp_path / "stranger", mode="max-autotune")
+    with Mirror.open(settings.mirror) as mirror:
+        mine, other = put_trusted(bundle, mirror), put_trusted(stranger, mirror)
+    for held in (mine, bundle, bundle.path):
+        assert get_artifact(held, False, settings, report_nothing, locked).digest == mine.digest
+    for refused in (other, stranger, stranger.path):
+        with pytest.raises(NotLocked, match=other.digest[:12]):
+            get_artifact(refused, False, settings, report_nothing, locked)
+
+
+def test_the_commands_lock_and_pull_all_that_is_locked(
+    tmp_path: Path, repo: str, bundle: Bundle, locked: Path, settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    locked.unlink()
+    done = inside(settings, "pull", "--locked")
+    assert done.code == BadLock.exit_code and "hubaoti lock" in done.err
+    done = inside(settings, "lock", f"{repo}@v1", repo)
+    assert done.code == 0 and f"{repo}@v1: 2 artifacts at" in done.out
+    before = locked.read_bytes()
+    assert inside(settings, "lock", repo, f"{repo}@v1").code == 0
+    assert locked.read_bytes() == before
+    host = tmp_path / "host.json"
+    host.write_text(json.dumps(make_host().to_dict()))
+    words = ("--trust", "--host", host, "--json")
+    done = inside(settings, "pull", "--locked", *words)
+    assert done.code == 0, done.err
+    assert [each["digest"] for each in json.loads(done.out)] == [bundle.manifest.digest] * 2
+    done = inside(settings, "pull", repo, "--lockfile", locked, *words)
+    assert json.loads(done.out)["from_mirror"]
+    assert inside(settings, "pull").code == 2
