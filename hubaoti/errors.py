@@ -212,6 +212,18 @@ class RolledBack(HubaotiError, exit_code=46):
     """A tag is at another commit than it was, or a branch at one that does not come after it."""
 
 
+class ArtifactHeld(HubaotiError, exit_code=55):
+    """What was to be removed stays: a living process has it open, or somebody pinned it."""
+
+
+class MirrorFull(HubaotiError, exit_code=56):
+    """What was pulled does not go into the mirror's budget: what is there has to stay."""
+
+
+class BadExport(HubaotiError, exit_code=57):
+    """A file of exported artifacts that is none, is damaged, or was made to harm."""
+
+
 def rebuild_error(kind: str, message: str, hint: str) -> HubaotiError:
     """An error that another process told of, as it was there."""
     found = globals().get(kind)

@@ -11,7 +11,7 @@ from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import NotBuiltHere
 from hubaoti.host.probe import probe_host
 from hubaoti.hub.layout import ArtifactPath, RepoRef
-from hubaoti.mirror import Mirror
+from hubaoti.mirror import Mirror, PullOrigin
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
 
@@ -57,7 +57,18 @@ def push(  # noqa: PLR0913 - a face of keywords
     place = Destination(RepoRef.parse(repo), tag=tag, label=label, private=private, layout=layout)
     if not as_is:
         _require_built(found, place.repo, settings)
-    return push_bundles(found, place, settings, progress)
+    commit = push_bundles(found, place, settings, progress)
+    _record_pushed(found, commit, settings)
+    return commit
+
+
+def _record_pushed(bundles: Sequence[Bundle], commit: Commit, settings: Settings) -> None:
+    """Remember that what was pushed may leave the mirror: a pull brings it back."""
+    if commit.branch is None:  # what lies on a branch for other loaders, no pull brings
+        with Mirror.open(settings.mirror) as mirror:
+            if mirror.index.is_writable:
+                where = PullOrigin(settings.endpoint, commit.repo, commit.commit)
+                mirror.usage.record_pushed((each.manifest.digest for each in bundles), where)
 
 
 def _require_built(bundles: Sequence[Bundle], repo: RepoRef, settings: Settings) -> None:
