@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hubaoti.artifact.bundle import Bundle, find_bundles
 from hubaoti.artifact.variant import Recipe
-from hubaoti.errors import NotBuiltHere
+from hubaoti.errors import HubaotiError, NotBuiltHere
 from hubaoti.host.probe import probe_host
 from hubaoti.hub.layout import ArtifactPath, RepoRef
 from hubaoti.mirror import Mirror, PullOrigin
@@ -63,12 +64,14 @@ def push(  # noqa: PLR0913 - a face of keywords
 
 
 def _record_pushed(bundles: Sequence[Bundle], commit: Commit, settings: Settings) -> None:
-    """Remember that what was pushed may leave the mirror: a pull brings it back."""
+    """Remember that what was pushed may leave the mirror: a pull brings it back.
+
+    What was pushed is, whether that can be remembered or not.
+    """
     if commit.branch is None:  # what lies on a branch for other loaders, no pull brings
-        with Mirror.open(settings.mirror) as mirror:
-            if mirror.index.is_writable:
-                where = PullOrigin(settings.endpoint, commit.repo, commit.commit)
-                mirror.usage.record_pushed((each.manifest.digest for each in bundles), where)
+        where = PullOrigin(settings.endpoint, commit.repo, commit.commit)
+        with suppress(HubaotiError), Mirror.open(settings.mirror) as mirror:
+            mirror.usage.record_pushed((each.manifest.digest for each in bundles), where)
 
 
 def _require_built(bundles: Sequence[Bundle], repo: RepoRef, settings: Settings) -> None:

@@ -17,6 +17,7 @@ from hubaoti.errors import ArtifactHeld, MirrorFull
 from hubaoti.host.probe import find_torch
 from hubaoti.mirror.eviction import Candidate, estimate_cost, order
 from hubaoti.mirror.orphans import find_orphans
+from hubaoti.mirror.policy import Decision
 from hubaoti.mirror.removal import delete_folders, remove_unpinned
 from hubaoti.mirror.rows import Row
 from hubaoti.mirror.usage import Use
@@ -89,6 +90,7 @@ def collect(
         orphans = find_orphans(mirror)
         if not dry_run:
             delete_folders(mirror.root / "tmp", orphans)
+            mirror.leases.forget_unheld()
     names = tuple(sorted(each.relative_to(mirror.root).as_posix() for each in orphans))
     gone = tuple(collection.gone)
     return Collected(gone, names, collection.started, collection.used, budget)
@@ -124,6 +126,7 @@ class _Collection:
 
     def __init__(self, mirror: Mirror, dry_run: bool) -> None:
         self.gone: list[Leaving] = []
+        self._decisions: dict[str, Decision] = {}
         self._mirror, self._dry_run = mirror, dry_run
         usage = mirror.usage
         self._uses, self._elsewhere = usage.read(), usage.list_elsewhere()
@@ -135,7 +138,7 @@ class _Collection:
     def drop_refused(self) -> None:
         """Drop what may not be opened here."""
         for digest in [*self._rows]:
-            decision = self._mirror.decide(digest)
+            decision = self._decide(digest)
             if not decision.allowed:
                 self._drop(digest, decision.reason)
 
@@ -170,7 +173,7 @@ class _Collection:
                 opens=use.opens,
                 cost=self._estimate_cost(row, use),
                 age=use.age,
-                is_allowed=self._mirror.decide(row.digest).allowed,
+                is_allowed=self._decide(row.digest).allowed,
                 is_runnable=opened or here is None or _is_of(row, series(here)),
             )
 
@@ -180,6 +183,12 @@ class _Collection:
             artifact = self._mirror.read(row.digest)
             compiling = artifact.manifest.built.seconds if artifact else 0.0
         return estimate_cost(row.size, use.seconds, compiling)
+
+    def _decide(self, digest: str) -> Decision:
+        """Whether an artifact may be opened here, asked once."""
+        if digest not in self._decisions:
+            self._decisions[digest] = self._mirror.decide(digest)
+        return self._decisions[digest]
 
     def _find_use(self, digest: str) -> Use:
         return self._uses.get(digest, Use())

@@ -37,6 +37,11 @@ class Leases:
                 if _HELD.setdefault(path, handle) != handle:  # another thread was faster
                     os.close(handle)
 
+    def forget_unheld(self) -> None:
+        """Remove the files of leases that nobody has any more."""
+        for path in self._folder.glob(f"*{_LEASE}"):
+            self.is_held(path.stem)
+
     def is_held(self, digest: str) -> bool:
         """Whether a living process has an artifact open."""
         try:
@@ -79,6 +84,7 @@ class Leases:
         try:
             yield
         finally:
+            path.unlink(missing_ok=True)
             release_file_lock(handle)
 
     @contextmanager
