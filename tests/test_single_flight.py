@@ -63,13 +63,15 @@ def test_of_many_pulls_of_one_artifact_one_downloads_it(
 
 
 def test_where_the_one_that_downloads_is_killed_another_goes_on(
-    shipped: Bundle, repo: str, settings: Settings
+    shipped: Bundle, repo: str, settings: Settings, proxy: Proxy
 ) -> None:
+    proxy.pause = 2.0  # so that it is at it as long as it lives
     first = start(PULL, settings, repo)
     wait_for(first, "downloading")
     second = start(PULL, settings, repo)
     wait_for(second, "waiting for another process")
     time.sleep(0.2)
+    proxy.pause = 0.0
     first.send_signal(signal.SIGKILL)
     first.communicate()
     out, err = second.communicate(timeout=120)
