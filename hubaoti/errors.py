@@ -228,6 +228,18 @@ class NoVersion(HubaotiError, exit_code=53):
     """No tag of the repo is a version such as was asked for."""
 
 
+class ArtifactHeld(HubaotiError, exit_code=55):
+    """What was to be removed stays: a living process has it open, or somebody pinned it."""
+
+
+class MirrorFull(HubaotiError, exit_code=56):
+    """What was pulled does not go into the mirror's budget: what is there has to stay."""
+
+
+class BadExport(HubaotiError, exit_code=57):
+    """A file of exported artifacts that is none, is damaged, or was made to harm."""
+
+
 def rebuild_error(kind: str, message: str, hint: str) -> HubaotiError:
     """An error that another process told of, as it was there."""
     found = globals().get(kind)

@@ -152,6 +152,13 @@ def campaign(place: Place) -> list[Any]:
     return [*bench_campaign(place.scratch, place.settings, 1, sizes)]
 
 
+def eviction(place: Place) -> list[Any]:
+    from benchmarks.eviction import TraceShape, bench_eviction
+
+    tiny = TraceShape(keys=50, requests=3000)
+    return [*bench_eviction(place.scratch, place.settings, 1, (tiny, tiny))]
+
+
 def opening(bench: Any) -> list[Any]:
     from benchmarks.published import bench_open
 
@@ -194,6 +201,7 @@ COMPILER: dict[str, Callable[[Place], list[Any]]] = {
     "large": large,
     "cache": cache,
     "campaign": campaign,
+    "eviction": eviction,
 }
 PUBLISHED: dict[str, Callable[[Any], list[Any]]] = {
     "open": opening,
@@ -222,6 +230,11 @@ FIGURES = {
         "a switch, loaded each time to held",
         "choices by score of 2 items that are eager's",
         "1 times loaded and unloaded, files and threads more",
+    ),
+    "eviction": (
+        "default trace, 20% of its bytes, ours, hit rate",
+        "default trace, 20% of its bytes, Belady, seconds saved",
+        "hard trace, 2% of its bytes, ours, seconds saved",
     ),
     "open": ("a graph in the mirror, verified", "aoti_load_package, empty inductor folder"),
     "start": ("hubaoti run", "transformers eager", "torch.compile cold", "torch.compile warm"),

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO
 
 import pytest
 
@@ -85,25 +84,6 @@ def test_builds_at_once_never_take_each_other_s_folder(tmp_path: Path) -> None:
     assert [
         (process.communicate()[0].count("\n"), process.returncode) for process in processes
     ] == [(60, 0)] * len(names)
-
-
-def test_a_lock_that_was_got_after_its_file_was_removed_holds_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Who sweeps may have opened it before another build came, which has a lock of its own."""
-    flock, got = build_folder.fcntl.flock, list[int]()
-    path = tmp_path / "folder.lock"
-
-    def flock_late(lock: IO[str], how: int) -> None:
-        if not got:  # meanwhile the build ends that had it, and another begins
-            path.unlink()
-            path.touch()
-        flock(lock, how)
-        got.append(os.fstat(lock.fileno()).st_ino)
-
-    monkeypatch.setattr(build_folder.fcntl, "flock", flock_late)
-    with build_folder._hold_lock(tmp_path / "folder"):
-        assert len(got) == 2 and got[1] == path.stat().st_ino != got[0]
 
 
 def test_a_folder_that_others_may_write_is_refused(

@@ -73,7 +73,7 @@ def stop_during(process: subprocess.Popen[str], step: str, number: signal.Signal
 
 def left_over(settings: Settings) -> list[str]:
     names = tree_of(settings.mirror)
-    return [name for name in names if not name.startswith(("index.sqlite3", "hub/"))]
+    return [name for name in names if not name.startswith(("index.sqlite3", "hub/", "locks/"))]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -93,7 +93,7 @@ def upload_bundle(repo: str, settings: Settings, bundle: Bundle) -> str:
 def left_over(settings: Settings) -> list[str]:
     """What lies in the mirror beside its index and the transport's folder."""
     names = tree_of(settings.mirror)
-    return [name for name in names if not name.startswith(("index.sqlite3", "hub/"))]
+    return [name for name in names if not name.startswith(("index.sqlite3", "hub/", "locks/"))]
 
 
 def test_a_pushed_bundle_is_pulled_byte_for_byte(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from hubaoti.cli.mirror import ls_command
 from hubaoti.errors import HubaotiError
 from hubaoti.mirror import Mirror, PullOrigin
 from hubaoti.mirror.index import Index, Pin
+from hubaoti.mirror.steps import STEPS
 
 
 def test_a_new_index_that_another_process_makes_is_waited_for(tmp_path: Path) -> None:
@@ -128,6 +130,8 @@ def test_text_that_is_none_is_a_damaged_index(
 def test_an_index_of_before_finds_a_changed_row_too(index_file: Path) -> None:
     with closing(sqlite3.connect(index_file)) as db:
         db.execute("drop index artifacts_whole")
+        for table in re.findall(r"create table (\w+)", "".join(STEPS[3:])):
+            db.execute(f"drop table {table}")
         db.execute("pragma user_version = 3")
         db.commit()
     right = listed()

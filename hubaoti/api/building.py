@@ -5,8 +5,8 @@ A bundle is looked for in the output folder, then in the mirror, where every bui
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from hubaoti.hub.kernels import download_build, pin_kernel
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.model_download import COMPILE_FILES, fetch_model_files, find_local_folder
 from hubaoti.mirror import Mirror
+from hubaoti.mirror.answers import BUILT
 from hubaoti.progress import Progress
 from hubaoti.settings import Settings, list_kernel_tuning
 
@@ -85,7 +86,7 @@ def build_missing(
     if request.capabilities:
         _refuse_bundle(output)
     host = probe_host(means.settings)
-    with Mirror.open(means.settings.mirror) as mirror, _in_eval_mode(model):
+    with Mirror.open(means.settings.mirror) as mirror, _in_eval_mode(model), ExitStack() as around:
         mirror.index.require_writable()
         with report_failure(output, _describe_request(request), (CompileFailed,)):
             jobs, origin = _prepare(model, request, host, means)
@@ -93,6 +94,7 @@ def build_missing(
             choose_place(output, request, job): None for job in jobs.jobs
         }
         missing = dict(zip(found, jobs.jobs, strict=True))
+        around.enter_context(_alone_with(missing.values(), mirror, means.progress))
         for place in [] if means.force else [*missing]:
             found[place] = find_built(missing[place].key, place, mirror, means.progress)
             if found[place]:
@@ -109,6 +111,15 @@ def build_missing(
         if jobs.refused:
             raise join_errors(jobs.refused, _list_whole(found))
         return [bundle for bundle in found.values() if bundle]
+
+
+@contextmanager
+def _alone_with(jobs: Iterable[Job], mirror: Mirror, progress: Progress) -> Iterator[None]:
+    """Around work on some keys, each of which one process at a time builds; others find it then."""
+    with ExitStack() as held:
+        for key in sorted({job.key for job in jobs}):  # in one order, so that all of them end
+            held.enter_context(mirror.leases.alone(key, progress))
+        yield
 
 
 def _list_whole(found: Mapping[Path, Bundle | None]) -> list[Path]:
@@ -303,8 +314,9 @@ def _pin(job: Job, kernel: str, settings: Settings) -> Job:
 def _store(bundle: Bundle, mirror: Mirror) -> Bundle:
     """Keep a bundle that was built here in the mirror, too, where its key finds it."""
     with explain_store_errors(bundle.path):
+        mirror.index.record_built(bundle.manifest)  # before it could have to leave
         put(bundle, mirror)
-        mirror.index.record_built(bundle.manifest)
+    mirror.answers.record(BUILT, bundle.manifest)
     return bundle
 
 

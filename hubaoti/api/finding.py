@@ -10,6 +10,7 @@ from hubaoti.artifact.bundle import Bundle, tidy, write_bundle, write_manifest
 from hubaoti.artifact.package import pack_folder
 from hubaoti.errors import BadManifest, DigestMismatch
 from hubaoti.mirror import Artifact, Mirror, Row
+from hubaoti.mirror.answers import MIRROR
 from hubaoti.progress import Progress
 
 
@@ -32,6 +33,7 @@ def find_built(key: str, output: Path, mirror: Mirror, progress: Progress) -> Bu
             bundle = _copy_from_mirror(artifact, output)
         except DigestMismatch:
             continue
+        mirror.answers.record(MIRROR, artifact.manifest)
         progress(f"found {key[:12]} in the mirror, {mirror.decide(artifact.digest).reason}")
         return bundle
     return None

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hubaoti.api.repos import find_host
 from hubaoti.artifact.bundle import Bundle, find_bundles
 from hubaoti.artifact.variant import Recipe
-from hubaoti.errors import NotBuiltHere
+from hubaoti.errors import HubaotiError, NotBuiltHere
 from hubaoti.host.probe import Host
 from hubaoti.hub.layout import ArtifactPath, RepoRef
-from hubaoti.mirror import Mirror
+from hubaoti.mirror import Mirror, PullOrigin
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
 
@@ -71,7 +72,20 @@ def push(  # noqa: PLR0913 - a face of keywords
     )
     if not as_is:
         _require_built(found, place.repo, settings)
-    return push_bundles(found, place, settings, progress)
+    commit = push_bundles(found, place, settings, progress)
+    _record_pushed(found, commit, settings)
+    return commit
+
+
+def _record_pushed(bundles: Sequence[Bundle], commit: Commit, settings: Settings) -> None:
+    """Remember that what was pushed may leave the mirror: a pull brings it back.
+
+    What was pushed is, whether that can be remembered or not.
+    """
+    if commit.branch is None:  # what lies on a branch for other loaders, no pull brings
+        where = PullOrigin(settings.endpoint, commit.repo, commit.commit)
+        with suppress(HubaotiError), Mirror.open(settings.mirror) as mirror:
+            mirror.usage.record_pushed((each.manifest.digest for each in bundles), where)
 
 
 def _require_built(bundles: Sequence[Bundle], repo: RepoRef, settings: Settings) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hubaoti.api.attaching import put, require_kernels
+from hubaoti.api.mirroring import find_rows
 from hubaoti.artifact.bundle import Bundle, find_bundles
 from hubaoti.artifact.schema import Graph
-from hubaoti.errors import BadRequest, DigestMismatch, HubaotiError, NoArtifact, NoMatch
+from hubaoti.errors import DigestMismatch, HubaotiError, NoMatch
 from hubaoti.host.extras import require
 from hubaoti.host.match import judge
 from hubaoti.host.probe import Host, probe_host
-from hubaoti.hub.layout import RepoRef
 from hubaoti.mirror import Artifact, Mirror, Row
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.runtime.first_open import OpenHistory, find_untried, open_first, refuse_problems
@@ -24,8 +23,6 @@ from hubaoti.settings import Settings
 
 if TYPE_CHECKING:
     import torch
-
-_DIGEST = re.compile(r"[0-9a-f]{6,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,22 +92,7 @@ def _find(what: str | Path | None, mirror: Mirror, settings: Settings) -> Sequen
         return mirror.ls()
     if isinstance(what, Path) or Path(what).is_dir():
         return find_bundles(Path(what))
-    if _DIGEST.fullmatch(what):
-        found = [row for row in mirror.ls() if row.digest.startswith(what)]
-        hint = "see what it has with: hubaoti mirror ls"
-    else:
-        ref = RepoRef.parse(what)
-        if ref.revision != ref.commit:
-            raise BadRequest(
-                f"{what} names no commit, and the mirror knows no other revisions",
-                hint="name the full commit id, as hubaoti mirror ls has it, or none",
-            )
-        pulled = mirror.index.list_pulls(settings.endpoint, ref.repo, ref.commit)
-        found = [row for row in mirror.ls() if row.digest in pulled]
-        hint = f"fetch it with: hubaoti pull {what}; no folder has that name here, either"
-    if not found:
-        raise NoArtifact(f"the mirror has no artifact of {what}", hint=hint)
-    return found
+    return find_rows(what, mirror, settings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,20 @@ def unpack(package: Path, members: tuple[Member, ...], folder: Path) -> None:
                 raise BadPackage(message, hint=_HINT) from error
 
 
+def copy_unpacked(package: Path, members: tuple[Member, ...], folder: Path) -> None:
+    """As `unpack`, of a package that lies unpacked in a folder.
+
+    Raises:
+        BadPackage: a member is missing, has other bytes, or points outside.
+    """
+    for member in members:
+        path = package / member.path
+        if leads_outside(member.path) or path.is_symlink() or not path.is_file():
+            raise BadPackage(f"{package.name} has not the listed {member.path}", hint=_HINT)
+        with path.open("rb") as source:
+            _write_member(source, member, folder / member.path)
+
+
 def unpack_all(package: Path, folder: Path) -> None:
     """Unpack a package of our own making."""
     unpack(package, list_members(package), folder)
@@ -155,9 +169,15 @@ def _hash_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Member:
 def _copy_member(
     archive: zipfile.ZipFile, entry: zipfile.ZipInfo, member: Member, target: Path
 ) -> None:
-    """Write one entry while hashing it; a zip bomb stops at the listed size."""
+    """Write one entry while hashing it."""
+    with archive.open(entry) as source:
+        _write_member(source, member, target)
+
+
+def _write_member(source: IO[bytes], member: Member, target: Path) -> None:
+    """Write a member while hashing it; a zip bomb stops at the listed size."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with archive.open(entry) as source, target.open("xb") as sink:
+    with target.open("xb") as sink:
         digest = copy_hashed(source, sink, member.size)
         sink.flush()
         os.fsync(sink.fileno())

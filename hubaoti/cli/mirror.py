@@ -7,9 +7,14 @@ from datetime import UTC, datetime
 
 import click
 
-from hubaoti.cli.output import format_size, print_json, print_line, print_table
+from hubaoti.cli.mirror_exchange import export_command, import_command, rebuild_command
+from hubaoti.cli.mirror_space import budget_command, gc_command, stats_command
+from hubaoti.cli.output import format_size, print_json, print_line, print_table, print_text
+from hubaoti.cli.verify import verify_command
 from hubaoti.mirror import Mirror, Row
 from hubaoti.settings import Settings
+
+_WHAT = click.argument("what", metavar="REPO|DIGEST")
 
 
 @click.group("mirror")
@@ -37,7 +42,7 @@ def ls_command(as_json: bool) -> None:
             row.recipe,
             row.variant,
             format_size(row.size),
-            datetime.fromtimestamp(row.added, UTC).strftime("%Y-%m-%d %H:%M"),
+            _format_date(row.added),
             row.digest[:12],
         )
         for row, found, origin in zip(rows, programs, origins, strict=True)
@@ -48,6 +53,91 @@ def ls_command(as_json: bool) -> None:
         print_line(f"not opened: graph {graph[:12]}: {problem}")
     if problems:
         print_line("to have them tried again: hubaoti mirror retry")
+
+
+@mirror_command.command("show")
+@_WHAT
+@click.option("--json", "as_json", is_flag=True, help="print it as JSON")
+def show_command(what: str, as_json: bool) -> None:
+    """Say all that is known of the artifact of a DIGEST's beginning, or of those of a REPO."""
+    from hubaoti.api.mirroring import show
+
+    settings = Settings.from_env()
+    with Mirror.open(settings.mirror) as mirror:
+        found = [each.to_dict() for each in show(what, mirror, settings)]
+    if as_json:
+        print_json(found)
+        return
+    for each in found:
+        facts = each.pop("row") | each
+        facts["added"], facts["last_opened"] = map(
+            _format_date, (facts["added"], each["last_opened"])
+        )
+        print_table(["fact", "value"], [(name, _join(value)) for name, value in facts.items()])
+
+
+@mirror_command.command("path")
+@_WHAT
+def path_command(what: str) -> None:
+    """Print the folder with the manifest of the artifact that is called so, for scripts."""
+    from hubaoti.api.mirroring import find_rows
+
+    settings = Settings.from_env()
+    with Mirror.open(settings.mirror) as mirror:
+        for row in find_rows(what, mirror, settings):
+            print_text(str(mirror.root / "artifacts" / row.digest))
+
+
+@mirror_command.command("rm")
+@_WHAT
+def rm_command(what: str) -> None:
+    """Remove an artifact, or those of a REPO; what is pinned or open in a process stays (55)."""
+    from hubaoti.api.mirroring import find_rows
+    from hubaoti.mirror.removal import remove
+
+    settings = Settings.from_env()
+    with Mirror.open(settings.mirror) as mirror:
+        for row in find_rows(what, mirror, settings):
+            remove(mirror, row.digest)
+            print_line(f"{_name(row)} is removed")
+
+
+@mirror_command.command("pin")
+@_WHAT
+def pin_command(what: str) -> None:
+    """Have an artifact stay, or those of a REPO, whatever else has to leave."""
+    from hubaoti.api.mirroring import find_rows
+
+    settings = Settings.from_env()
+    with Mirror.open(settings.mirror) as mirror:
+        for row in find_rows(what, mirror, settings):
+            mirror.usage.pin(row.digest)
+            print_line(f"{_name(row)} stays")
+
+
+@mirror_command.command("unpin")
+@_WHAT
+def unpin_command(what: str) -> None:
+    """Have what was pinned leave again, when it is its turn."""
+    from hubaoti.api.mirroring import find_rows
+
+    settings = Settings.from_env()
+    with Mirror.open(settings.mirror) as mirror:
+        for row in find_rows(what, mirror, settings):
+            was = mirror.usage.unpin(row.digest)
+            print_line(f"{_name(row)} {'may leave' if was else 'was not pinned'}")
+
+
+for _command in (
+    verify_command,
+    gc_command,
+    budget_command,
+    stats_command,
+    export_command,
+    import_command,
+    rebuild_command,
+):
+    mirror_command.add_command(_command)
 
 
 @mirror_command.command("retry")
@@ -67,6 +157,23 @@ def retry_command(as_json: bool) -> None:
         print_line(f"graph {graph[:12]} is back")
     for row, origin in zip(retried.artifacts, origins, strict=True):
         print_line(f"artifact {row.digest[:12]} is back: {origin} {row.recipe}/{row.variant}")
+
+
+def _name(row: Row) -> str:
+    """An artifact, in words."""
+    return f"{row.digest[:12]} {row.recipe}/{row.variant}"
+
+
+def _format_date(seconds: float) -> str:
+    """A time as people read it; never, if it is none."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M") if seconds else "never"
+
+
+def _join(value: object) -> object:
+    """A fact on one line."""
+    if isinstance(value, dict):
+        return ", ".join(str(each) for each in value.values())
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _name_origin(mirror: Mirror, row: Row) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 @click.command("verify")
 @click.argument("what", required=False, metavar="[REPO|DIGEST|PATH]")
+@click.option("--all", "everything", is_flag=True, help="all that the mirror has")
 @click.option(
     "--open", "opens", is_flag=True, help="open each graph again, in a process of its own"
 )
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 @click.option("--ops", multiple=True, help="a module whose ops graphs call, as my.ops")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
-def verify_command(what: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
+def verify_command(
+    what: str | None, everything: bool, as_json: bool, quiet: bool, **options: Any
+) -> None:
     """Hash again what was pulled from REPO, the artifact of a DIGEST, or the bundle at PATH.
 
     Without a name, all that the mirror has. With --open, each graph's verdict is printed as JSON,
@@ -33,6 +36,8 @@ def verify_command(what: str | None, as_json: bool, quiet: bool, **options: Any)
 
     if not options["opens"] and (options["device"] or options["ops"]):
         raise click.UsageError("--device and --ops say how graphs are opened: add --open.")
+    if everything and what is not None:
+        raise click.UsageError("--all is for no name: leave one of them out.")
     with Steps(quiet or as_json) as progress:
         found = api.verify(what, progress=progress, **options)
     if as_json:

@@ -6,7 +6,6 @@ next, whatever it is, removes what nobody holds.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -15,10 +14,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from hubaoti.disk import allows_code
 from hubaoti.errors import HubaotiError, UnsafeFolder
+from hubaoti.host.file_lock import AT_ONCE, hold_file_lock
 
 _OURS = re.compile(r"[0-9a-f]{16}(\.lock)?\Z")
 
@@ -43,7 +42,7 @@ def hold_build_folder(name: str) -> Iterator[Path]:
         )
     _sweep(root)
     folder = root / hashlib.sha256(name.encode()).hexdigest()[:16]
-    with _hold_lock(folder):
+    with hold_file_lock(folder.with_suffix(".lock")):
         if not _is_removed(folder):
             raise HubaotiError(f"{folder} cannot be emptied", hint=f"remove it: rm -r {folder}")
         folder.mkdir(mode=0o700)
@@ -62,29 +61,6 @@ def find_build_disk() -> Path:
     return next(filter(allows_code, places), places[0])
 
 
-@contextmanager
-def _hold_lock(folder: Path, how: int = 0) -> Iterator[None]:
-    """Hold the lock of a folder.
-
-    Raises:
-        BlockingIOError: somebody else holds it, where `how` is not to wait.
-    """
-    path = folder.with_suffix(".lock")
-    while True:
-        with path.open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | how)
-            if _is_file_of(path, lock):
-                yield
-                return
-
-
-def _is_file_of(path: Path, lock: IO[str]) -> bool:
-    """Whether a lock that was got is still the one that others find; its holder may remove it."""
-    with suppress(FileNotFoundError):
-        return path.stat().st_ino == os.fstat(lock.fileno()).st_ino
-    return False
-
-
 def _release(folder: Path) -> None:
     """Remove a folder whose lock is held; while something of it stays, so does the lock's file."""
     if _is_removed(folder):
@@ -101,5 +77,5 @@ def _sweep(root: Path) -> None:
     """Remove what builds left that were killed: folders whose lock nobody holds."""
     names = {each.stem for each in root.iterdir() if _OURS.match(each.name)}
     for folder in (root / name for name in names):
-        with suppress(OSError), _hold_lock(folder, fcntl.LOCK_NB):
+        with suppress(OSError), hold_file_lock(folder.with_suffix(".lock"), AT_ONCE):
             _release(folder)

@@ -152,10 +152,13 @@ def fetch_kernels(
         if mirror.has_kernel(pin):
             continue
         build = _require_build(pin)
-        progress(f"downloading the kernel {pin.repo} ({build.size / 1e6:.1f} MB)")
-        # As they were downloaded, and as they are kept, they lie on the disk together for a while.
-        require_disk_room(mirror.root, 2 * build.size)
-        _store(client, mirror, pin)
+        with mirror.leases.alone(pin.id, progress):
+            if mirror.has_kernel(pin):  # by now: another process has fetched it
+                continue
+            progress(f"downloading the kernel {pin.repo} ({build.size / 1e6:.1f} MB)")
+            # As they were downloaded, and as they are kept, they lie there together for a while.
+            require_disk_room(mirror.root, 2 * build.size)
+            _store(client, mirror, pin)
 
 
 def _store(client: HubClient, mirror: Mirror, pin: KernelPin) -> None:

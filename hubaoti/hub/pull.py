@@ -8,6 +8,7 @@ with the manifest before it has a name in the mirror.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass, field
@@ -49,8 +50,9 @@ from hubaoti.hub.pull_path import describe_no_artifact, describe_no_torch, judge
 from hubaoti.hub.revisions import Revisions
 from hubaoti.hub.zerogpu import suggest_loader
 from hubaoti.mirror import Artifact, Mirror, PullOrigin
+from hubaoti.mirror.answers import HUB, MIRROR
+from hubaoti.mirror.artifact import compute_unpacked_size
 from hubaoti.mirror.rows import Pin
-from hubaoti.mirror.store import compute_unpacked_size
 from hubaoti.mirror.trust import Trust
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
@@ -138,7 +140,8 @@ class Puller:
         if ref.digest is not None:
             return pull_digest(self, ref)
         commit = self.pin_commit(ref)
-        return self._from_mirror(ref, commit) or self._from_hub(ref, commit)
+        with self.mirror.answers.counting_misses(ref.repo, self.host):
+            return self._from_mirror(ref, commit) or self._from_hub(ref, commit)
 
     def pin_commit(self, ref: RepoRef) -> str:
         """The commit of a revision, which is its owner's, and none from before; or the locked."""
@@ -162,9 +165,11 @@ class Puller:
         verdict = self.judge(artifact.manifest.requires)
         if verdict.fit is MatchResult.INCOMPATIBLE:
             return None
+        self.mirror.leases.hold(artifact.digest)
         place = ArtifactPath.parse(path)
         self.require_trust(ref, commit, place, artifact.manifest)
         self.bring_kernels(artifact.manifest)
+        self.mirror.answers.record(MIRROR, artifact.manifest)
         considered = (Considered(place, artifact.manifest, verdict),)
         return Pulled(artifact, ref, commit, place, verdict, considered, (), True)
 
@@ -201,9 +206,15 @@ class Puller:
         assert manifest is not None  # only judged ones are chosen
         self.require_trust(ref, catalog.commit, chosen.place, manifest)
         self.bring_kernels(manifest)
-        # Another commit, or another repo, may have brought the same artifact before.
-        mirrored = self.mirror.artifact(manifest.digest)
-        artifact = mirrored or self._fetch(catalog, chosen.place, manifest)
+        self.mirror.leases.hold(manifest.digest)
+        with self.mirror.leases.alone(manifest.digest, self.progress):
+            # Another commit, repo or process may have brought the same artifact before.
+            mirrored = self.mirror.artifact(manifest.digest)
+            began = time.monotonic()
+            artifact = mirrored or self._fetch(catalog, chosen.place, manifest)
+        self.mirror.answers.record(MIRROR if mirrored else HUB, manifest)
+        if not mirrored:
+            self.mirror.usage.record_download(manifest.digest, time.monotonic() - began)
         if pin is not None:
             self.mirror.index.record_pull(pin, artifact.digest, str(chosen.place))
         elif self.mirror.index.is_writable:

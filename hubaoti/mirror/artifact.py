@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hubaoti.artifact import manifest as manifests
 from hubaoti.artifact.manifest import Manifest
-from hubaoti.artifact.package import copy_hashed, unpack
+from hubaoti.artifact.package import copy_hashed, copy_unpacked, has_bytes, holds_members, unpack
 from hubaoti.artifact.schema import Graph
 from hubaoti.disk import sync_folder
 from hubaoti.errors import DigestMismatch
-from hubaoti.mirror.kernel import KERNELS
+from hubaoti.mirror.kernel import KERNELS, holds_kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +53,12 @@ def describe_changed(path: Path) -> DigestMismatch:
 
 
 def unpack_synced(package: Path, graph: Graph, folder: Path) -> None:
-    """Unpack a graph's listed members, for us alone and so that they survive a power cut."""
+    """Unpack a graph's listed members, for us alone and so that they survive a power cut.
+
+    The package may be a folder, in which they lie unpacked.
+    """
     folder.mkdir(mode=0o700)
-    unpack(package, graph.members, folder)
+    (copy_unpacked if package.is_dir() else unpack)(package, graph.members, folder)
     for each in folder.rglob("*"):
         if each.is_dir():
             each.chmod(0o700)
@@ -80,3 +84,42 @@ def write_small(manifest: Manifest, files: Mapping[str, Path], folder: Path) -> 
         sink.flush()
         os.fsync(sink.fileno())
     target.chmod(0o444)
+
+
+def compute_unpacked_size(manifest: Manifest) -> int:
+    """The bytes that an artifact takes in the mirror."""
+    members = sum(member.size for graph in manifest.graphs for member in graph.members)
+    return members + sum(file.size for file in manifest.files) + len(manifest.to_json())
+
+
+def has_sizes(artifact: Artifact) -> bool:
+    """Whether every file is there, of the right size; their bytes are for `verify`."""
+    sizes = {artifact.file(file.path): file.size for file in artifact.manifest.files}
+    for graph in artifact.manifest.graphs:
+        folder = artifact.graph_folder(graph)
+        sizes |= {folder / member.path: member.size for member in graph.members}
+    with suppress(OSError):
+        return all(path.lstat().st_size == size for path, size in sizes.items())
+    return False
+
+
+def holds_small(artifact: Artifact) -> bool:
+    """Whether the manifest and the small tensors are there, byte for byte."""
+    files = artifact.manifest.files
+    return has_bytes(artifact.path / manifests.FILENAME, artifact.digest) and all(
+        has_bytes(artifact.file(file.path), file.sha256) for file in files
+    )
+
+
+def is_whole(artifact: Artifact) -> bool:
+    """Whether all of an artifact is there, byte for byte, the kernels that it calls left out."""
+    graphs = artifact.manifest.graphs
+    return holds_small(artifact) and all(
+        holds_members(artifact.graph_folder(graph), graph) for graph in graphs
+    )
+
+
+def has_kernels(artifact: Artifact) -> bool:
+    """Whether all kernels that an artifact calls are there, byte for byte."""
+    builds = [pin.build for pin in artifact.manifest.requires.kernels]
+    return all(each and holds_kernel(each, artifact.kernels / each.digest) for each in builds)

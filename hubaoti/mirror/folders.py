@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
+import re
 import secrets
 import shutil
 import stat
@@ -13,10 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hubaoti.errors import HubaotiError, UnsafeFolder
+from hubaoti.host.file_lock import AT_ONCE, hold_file_lock
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-# Of another machine on a shared disk, nobody can ask whether its process still lives.
-_LONGEST_WORK = 24 * 3600
+_LOCK = ".lock"
+_DIGITS = 16
+_WORKSPACE = re.compile(rf"[0-9a-f]{{{_DIGITS}}}")
+_LONGEST_WORK = 24 * 3600  # seconds, of an older hubaoti, which held no lock
 
 
 def make_private(folder: Path) -> None:
@@ -68,21 +71,32 @@ def _describe_unsafe(path: Path, problem: str, remedy: str) -> UnsafeFolder:
 
 @contextmanager
 def make_workspace(tmp: Path) -> Iterator[Path]:
-    """A folder of our own below `tmp`, gone at the block's end, whatever ends it."""
-    folder = tmp / f"{platform.node()}~{os.getpid()}~{secrets.token_hex(8)}"
-    try:
-        folder.mkdir(mode=0o700)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """A folder of our own below `tmp`, gone at the block's end, whatever ends it.
+
+    Its lock is held meanwhile, by which every process of every container sees that it is in use.
+    """
+    folder = tmp / secrets.token_hex(_DIGITS // 2)
+    lock = folder.with_suffix(_LOCK)
+    with hold_file_lock(lock):
+        try:
+            folder.mkdir(mode=0o700)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def sweep_folder(tmp: Path) -> None:
     """Remove what killed processes left below `tmp`; what a living one writes stays."""
-    for entry in list(tmp.iterdir()):
+    for name in {entry.name.removesuffix(_LOCK) for entry in tmp.iterdir()}:
+        folder, lock = tmp / name, tmp / f"{name}{_LOCK}"
         with suppress(OSError):
-            if _is_abandoned(entry):
-                shutil.rmtree(entry)
+            if _WORKSPACE.fullmatch(name):
+                with hold_file_lock(lock, AT_ONCE):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    lock.unlink()
+            elif time.time() - folder.stat().st_mtime > _LONGEST_WORK:
+                shutil.rmtree(folder)
 
 
 def keep_newest(folder: Path, most: int, size: int) -> None:
@@ -111,15 +125,6 @@ def _count_bytes(folder: Path) -> int:
             with suppress(OSError):
                 total += (Path(parent) / name).lstat().st_size
     return total
-
-
-def _is_abandoned(entry: Path) -> bool:
-    """Whether nobody works in this temporary folder any more."""
-    if time.time() - entry.stat().st_mtime > _LONGEST_WORK:
-        return True
-    node, _, rest = entry.name.partition("~")
-    pid = rest.partition("~")[0]
-    return node == platform.node() and pid.isdigit() and not is_process_alive(int(pid))
 
 
 def is_process_alive(pid: int) -> bool:

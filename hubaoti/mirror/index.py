@@ -27,8 +27,8 @@ _PAUSE = 0.005  # seconds between two looks, where SQLite itself does not wait
 
 _VERSION = len(STEPS)
 # What SQLite says of a damaged file; tables that are not as they were made are an error of SQL.
-_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
-_DAMAGED |= {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG}
+DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
+DAMAGED |= {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG}
 
 
 class Index:
@@ -368,6 +368,9 @@ class Index:
         except UnicodeDecodeError as error:  # a column's text, or an error's that quotes it
             raise self._describe_damage("it has text that is none") from error
 
+    # For what else is kept in this file.
+    select, writing, has_step = _select, _writing, _has_step
+
     def _describe_error(self, error: sqlite3.Error) -> HubaotiError:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_FULL:
@@ -376,13 +379,13 @@ class Index:
             return HubaotiError(f"{self._path} is busy", hint="another hubaoti works; try again")
         # Of Python's own module.
         undecoded = not code and isinstance(error, sqlite3.OperationalError)
-        if code in _DAMAGED or undecoded:
+        if code in DAMAGED or undecoded:
             return self._describe_damage(error)
         hint = "see that you may write it, or set HUBAOTI_HOME to another folder"
         return HubaotiError(f"{self._path}: {error}", hint=hint)
 
     def _describe_damage(self, error: object) -> HubaotiError:
-        hint = f"remove {self._path} and pull again; what is unpacked is used again"
+        hint = f"make it again from the files: hubaoti mirror rebuild (or remove {self._path})"
         return HubaotiError(f"{self._path} is damaged: {first_line(str(error))!a}", hint=hint)
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from hubaoti.artifact.package import holds_members
 from hubaoti.artifact.schema import Graph
+from hubaoti.mirror.artifact import holds_small, is_whole
 from hubaoti.mirror.quarantine import NOTE, read_note
 from hubaoti.mirror.rows import Row
-from hubaoti.mirror.store import Mirror, holds_small, is_whole
+from hubaoti.mirror.store import Mirror
 
 
 @dataclass(frozen=True, slots=True)

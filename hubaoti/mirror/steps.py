@@ -50,5 +50,27 @@ create table if not exists seen (
     at real not null, primary key (endpoint, repo, name)
 ) strict;
 """
+# What the mirror keeps itself by. Of an artifact how often it was opened, when last, the age of the
+# mirror then, and how long it took to download: remembered when it has left, too. Who pinned it,
+# to which repos it was pushed. What was asked for and what came of it; numbers by their names.
+SIXTH = """
+create table usage (
+    digest text primary key, opens integer not null, last real not null, age real not null,
+    seconds real not null
+) strict;
+create table pins (
+    digest text not null, holder text not null, at real not null, primary key (digest, holder)
+) strict;
+create table pushed (
+    digest text not null, endpoint text not null, repo text not null, revision text not null,
+    at real not null, primary key (digest, endpoint, repo)
+) strict;
+create table answers (
+    tier text not null, reason text not null, what text not null, calls integer not null,
+    bytes integer not null, seconds real not null, at real not null,
+    primary key (tier, reason, what)
+) strict;
+create table numbers (name text primary key, value real not null) strict;
+"""
 # From nothing to today's tables.
-STEPS = (FIRST, SECOND, THIRD, FOURTH, FIFTH)
+STEPS = (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH)

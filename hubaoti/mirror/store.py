@@ -8,6 +8,7 @@
     kernels/<digest>/   one build of a kernel, read-only, promised by nobody: it is there or not
     quarantine/         the newest broken copies, to be looked at
     tmp/
+    locks/              who has which artifact open, and who does what alone
 
 Everything is written below tmp/, hashed while it is written, synced and renamed; its row comes
 last. Whatever is killed in between leaves nothing that is believed.
@@ -31,7 +32,16 @@ from hubaoti.artifact.schema import File, Graph
 from hubaoti.artifact.variant import Recipe
 from hubaoti.disk import explain_disk_errors, require_disk_room, sync_folder
 from hubaoti.errors import BadManifest, HubaotiError, KernelDigestMismatch
-from hubaoti.mirror.artifact import Artifact, describe_changed, unpack_synced, write_small
+from hubaoti.mirror.answers import Answers
+from hubaoti.mirror.artifact import (
+    Artifact,
+    compute_unpacked_size,
+    describe_changed,
+    has_sizes,
+    holds_small,
+    unpack_synced,
+    write_small,
+)
 from hubaoti.mirror.folders import (
     make_private,
     make_workspace,
@@ -39,14 +49,18 @@ from hubaoti.mirror.folders import (
     refuse_shared,
     sweep_folder,
 )
+from hubaoti.mirror.gc import make_room
 from hubaoti.mirror.index import Index
 from hubaoti.mirror.kernel import KERNELS, holds_kernel, require_kernel, write_kernel
+from hubaoti.mirror.leases import Leases
 from hubaoti.mirror.policy import Decision, Evidence, decide
 from hubaoti.mirror.quarantine import Note, set_apart
+from hubaoti.mirror.rebuild import restore_rows
 from hubaoti.mirror.rows import BUILT_HERE, Pin, PullOrigin, Row
 from hubaoti.mirror.trust import Trust
+from hubaoti.mirror.usage import Usage
 
-_FOLDERS = ("hub", "artifacts", "graphs", KERNELS, "quarantine", "tmp")
+_FOLDERS = ("hub", "artifacts", "graphs", KERNELS, "quarantine", "tmp", "locks")
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY}
 _ATTEMPTS = 3
 
@@ -57,6 +71,9 @@ class Mirror:
     def __init__(self, root: Path, index: Index) -> None:
         self.root = root
         self.index = index
+        self.leases = Leases(root / "locks")
+        self.usage = Usage(index)
+        self.answers = Answers(index)
 
     @classmethod
     def open(cls, root: Path) -> Mirror:
@@ -78,7 +95,11 @@ class Mirror:
                 refuse_shared(root / f"index.sqlite3{suffix}")
             if is_writable:
                 sweep_folder(root / "tmp")
-        return cls(root, Index(index, is_writable))
+            is_new = is_writable and not index.is_file()
+        mirror = cls(root, Index(index, is_writable))
+        if is_new:  # what lies there was of an index that was lost
+            restore_rows(mirror)
+        return mirror
 
     def close(self) -> None:
         """Let go of the index; the files stay as they are."""
@@ -121,9 +142,11 @@ class Mirror:
         """Store an artifact, given its files by their paths in the manifest.
 
         Nothing is believed of the files: each byte that lands here is hashed on its way. `recipe`
-        is the label under which it is listed, by default the manifest's.
+        is the label under which it is listed, by default the manifest's. What is worth least leaves
+        for it, where there would be more than the budget.
 
         Raises:
+            MirrorFull: it was pulled, and too little may leave for it.
             DigestMismatch: a file has other bytes than the manifest lists.
             BadPackage: a package is damaged, or lacks a listed member.
             DiskFull: there is no room; nothing half-written stays.
@@ -132,7 +155,6 @@ class Mirror:
         digest = manifest.digest
         path = self.root / "artifacts" / digest
         artifact = Artifact(digest, path, self.root / "graphs", manifest)
-        self._store(artifact, files)
         row = Row(
             digest=artifact.digest,
             key=manifest.key,
@@ -142,7 +164,11 @@ class Mirror:
             added=time.time(),
             origin=origin,
         )
-        self.index.add(row, {graph.sha256 for graph in manifest.graphs})
+        with self.leases.changing_files():
+            if self.index.row(digest) is None:
+                make_room(self, row.size, is_pulled=bool(origin.repo))
+            self._store(artifact, files)
+            self.index.add(row, {graph.sha256 for graph in manifest.graphs})
         return artifact
 
     def put_graph(self, graph: Graph, package: Path) -> Path:
@@ -155,6 +181,7 @@ class Mirror:
         self.index.require_writable()
         target, tmp = self.root / "graphs" / graph.sha256, self.root / "tmp"
         needed = sum(member.size for member in graph.members)
+        self.leases.hold(graph.sha256)
         if not holds_members(target, graph):
             with explain_disk_errors(tmp, needed), make_workspace(tmp) as work:
                 require_disk_room(tmp, needed)
@@ -171,13 +198,15 @@ class Mirror:
         """
         self.index.require_writable()
         target, tmp = self.root / KERNELS / build.digest, self.root / "tmp"
+        self.leases.hold(build.digest)
         with explain_disk_errors(tmp, build.size), make_workspace(tmp) as work:
             require_disk_room(tmp, build.size)
             write_kernel(build, files, work / build.digest)
             self._settle(work / build.digest, target, partial(holds_kernel, build, target))
 
     def has_kernel(self, pin: KernelPin) -> bool:
-        """Whether a pinned kernel needs not be fetched."""
+        """Whether a pinned kernel needs not be fetched; it stays as long as this process lives."""
+        self.leases.hold(pin.id)  # also before the artifact is here that needs it
         return (self.root / KERNELS / pin.id).is_dir()
 
     def verify_kernel(self, pin: KernelPin) -> None:
@@ -203,7 +232,7 @@ class Mirror:
         if self.index.row(digest) is None:
             return None
         artifact = self.read(digest)
-        if artifact is None or not _has_sizes(artifact):
+        if artifact is None or not has_sizes(artifact):
             self._withdraw(digest, None if artifact else self.root / "artifacts" / digest)
             return None
         return artifact
@@ -342,42 +371,3 @@ class Mirror:
 
     def _quarantine(self, folder: Path, note: Note = Note()) -> None:  # noqa: B008
         set_apart(folder, self.root / "quarantine", note)
-
-
-def compute_unpacked_size(manifest: Manifest) -> int:
-    """The bytes that an artifact takes in the mirror."""
-    members = sum(member.size for graph in manifest.graphs for member in graph.members)
-    return members + sum(file.size for file in manifest.files) + len(manifest.to_json())
-
-
-def _has_sizes(artifact: Artifact) -> bool:
-    """Whether every file is there, of the right size; their bytes are for `verify`."""
-    sizes = {artifact.file(file.path): file.size for file in artifact.manifest.files}
-    for graph in artifact.manifest.graphs:
-        folder = artifact.graph_folder(graph)
-        sizes |= {folder / member.path: member.size for member in graph.members}
-    with suppress(OSError):
-        return all(path.lstat().st_size == size for path, size in sizes.items())
-    return False
-
-
-def holds_small(artifact: Artifact) -> bool:
-    """Whether the manifest and the small tensors are there, byte for byte."""
-    files = artifact.manifest.files
-    return has_bytes(artifact.path / manifests.FILENAME, artifact.digest) and all(
-        has_bytes(artifact.file(file.path), file.sha256) for file in files
-    )
-
-
-def is_whole(artifact: Artifact) -> bool:
-    """Whether all of an artifact is there, byte for byte, the kernels that it calls left out."""
-    graphs = artifact.manifest.graphs
-    return holds_small(artifact) and all(
-        holds_members(artifact.graph_folder(graph), graph) for graph in graphs
-    )
-
-
-def has_kernels(artifact: Artifact) -> bool:
-    """Whether all kernels that an artifact calls are there, byte for byte."""
-    builds = [pin.build for pin in artifact.manifest.requires.kernels]
-    return all(each and holds_kernel(each, artifact.kernels / each.digest) for each in builds)

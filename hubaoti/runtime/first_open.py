@@ -56,6 +56,7 @@ def require_sound(
     from hubaoti.runtime.kernels import judge_kernels, open_kernels
 
     mirror.require_allowed(artifact.digest)
+    mirror.leases.hold(artifact.digest)
     kernels = artifact.manifest.requires.kernels
     judge_kernels(kernels, device)
     mirror.verify(artifact)
@@ -64,6 +65,7 @@ def require_sound(
     if waiting and not (device.type == "cpu" and mirror.index.is_built(artifact.digest)):
         _try_graphs(artifact, waiting, history, device, progress)
     open_kernels(kernels, artifact.kernels, device)
+    mirror.usage.record_open(artifact.digest)
 
 
 def _try_graphs(

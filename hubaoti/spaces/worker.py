@@ -18,7 +18,7 @@ from hubaoti.host.match import judge
 from hubaoti.host.probe import Host
 from hubaoti.hub.pull_all import Offer, rank_offers
 from hubaoti.mirror import Artifact, Mirror
-from hubaoti.mirror.store import has_kernels, is_whole
+from hubaoti.mirror.artifact import has_kernels, is_whole
 from hubaoti.progress import report_nothing
 from hubaoti.runtime import gpus
 from hubaoti.runtime.first_open import name_host_kind, require_sound

@@ -1,0 +1,230 @@
+"""The mirror keeps itself within its budget: what may leave, in which order, and what is left over.
+
+What is pinned, open in a living process, or built here and nowhere else never leaves.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hubaoti.artifact.requirements import read_version, series
+from hubaoti.artifact.variant import Variant
+from hubaoti.errors import ArtifactHeld, MirrorFull
+from hubaoti.host.probe import find_torch
+from hubaoti.mirror.eviction import Candidate, estimate_cost, order
+from hubaoti.mirror.orphans import find_orphans
+from hubaoti.mirror.policy import Decision
+from hubaoti.mirror.removal import delete_folders, remove_unpinned
+from hubaoti.mirror.rows import Row
+from hubaoti.mirror.usage import Use
+
+if TYPE_CHECKING:
+    from hubaoti.mirror.store import Mirror
+
+_SHARE, _MOST = 0.2, 50 * 10**9  # of the disk, and bytes
+_LOW = 0.9  # of the budget: down to there, once it is reached
+_DAY = 24 * 3600
+_RECENT = 30 * _DAY  # who was opened since is run by some torch, wherever that is installed
+BUDGET = "budget"
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """An artifact that leaves, or would, and why."""
+
+    digest: str
+    recipe: str
+    variant: str
+    size: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What a collection removed, or would; bytes of artifacts before and after, and the budget.
+
+    `orphans` are what no row promises, by their paths below the mirror.
+    """
+
+    artifacts: tuple[Leaving, ...]
+    orphans: tuple[str, ...]
+    before: int
+    after: int
+    budget: int
+
+
+def read_budget(mirror: Mirror) -> int:
+    """The most bytes of artifacts: as was said, else 20 % of the disk, at most 50 GB."""
+    said = mirror.usage.read_number(BUDGET)
+    return int(min(shutil.disk_usage(mirror.root).total * _SHARE, _MOST) if said is None else said)
+
+
+def collect(
+    mirror: Mirror,
+    *,
+    older_than: float | None = None,
+    max_bytes: int | None = None,
+    dry_run: bool = False,
+) -> Collected:
+    """Remove orphans, what may not be opened here, what was not opened for `older_than` seconds,
+    and, where there is more than `max_bytes` (by default the budget), what is worth least.
+
+    Raises:
+        HubaotiError: the mirror may not be written.
+    """
+    if not dry_run:
+        mirror.index.require_writable()
+    with mirror.leases.changing_files():
+        collection = _Collection(mirror, dry_run)
+        budget = read_budget(mirror) if max_bytes is None else max_bytes
+        collection.drop_refused()
+        if older_than is not None:
+            collection.drop_unused(older_than)
+        before = collection.used
+        if before > budget:
+            collection.evict(int(budget * _LOW))
+        orphans = find_orphans(mirror)
+        if not dry_run:
+            delete_folders(mirror.root / "tmp", orphans)
+            mirror.leases.forget_unheld()
+    names = tuple(sorted(each.relative_to(mirror.root).as_posix() for each in orphans))
+    gone = tuple(collection.gone)
+    return Collected(gone, names, collection.started, collection.used, budget)
+
+
+def make_room(mirror: Mirror, size: int, is_pulled: bool) -> None:
+    """Have artifacts leave so that one of `size` bytes comes within the budget.
+
+    Who calls it changes files already. What was built here comes, however little room there is.
+
+    Raises:
+        MirrorFull: there is too little that may leave for what `is_pulled`.
+    """
+    budget = read_budget(mirror)
+    used = mirror.usage.count_bytes()
+    if used + size <= budget:
+        return
+    if size <= budget:
+        collection = _Collection(mirror, dry_run=False)
+        collection.evict(max(int(budget * _LOW) - size, 0))
+        used = collection.used
+    if is_pulled and used + size > budget:
+        raise MirrorFull(
+            f"{mirror.root} has a budget of {budget} bytes; {used} of them stay, because they are "
+            f"pinned, open, or built here and not pushed, and {size} more do not go in",
+            hint="see hubaoti mirror ls; unpin, push or remove something, or say another budget: "
+            "hubaoti mirror budget 100GB",
+        )
+
+
+class _Collection:
+    """One collection: what is here, what of it may leave, and what has left."""
+
+    def __init__(self, mirror: Mirror, dry_run: bool) -> None:
+        self.gone: list[Leaving] = []
+        self._decisions: dict[str, Decision] = {}
+        self._mirror, self._dry_run = mirror, dry_run
+        usage = mirror.usage
+        self._uses, self._elsewhere = usage.read(), usage.list_elsewhere()
+        rows = mirror.index.rows()
+        stays = {*usage.list_pins(), *(usage.list_built() - self._elsewhere)}
+        self._rows = {row.digest: row for row in rows if row.digest not in stays}
+        self.started = self.used = sum(row.size for row in rows)
+
+    def drop_refused(self) -> None:
+        """Drop what may not be opened here."""
+        for digest in [*self._rows]:
+            decision = self._decide(digest)
+            if not decision.allowed:
+                self._drop(digest, decision.reason)
+
+    def drop_unused(self, seconds: float) -> None:
+        """Drop what was not opened for so long, and did not come since."""
+        now = time.time()
+        for digest, row in [*self._rows.items()]:
+            idle = now - max(row.added, self._find_use(digest).last)
+            if idle > seconds:
+                self._drop(digest, f"not opened for {idle / _DAY:.1f} days")
+
+    def evict(self, most: int) -> None:
+        """Have artifacts leave until the others have at most so many bytes together."""
+        age = 0.0
+        for candidate in order(self._make_candidates()) if self.used > most else ():
+            if self.used <= most:
+                break
+            if self._drop(candidate.digest, _explain(candidate)) and candidate.is_runnable:
+                age = max(age, candidate.worth)
+        if not self._dry_run:
+            self._mirror.usage.record_age(age)
+
+    def _make_candidates(self) -> Iterator[Candidate]:
+        torch = find_torch([])
+        here = read_version(torch.version) if torch else None
+        for row in self._rows.values():
+            use = self._find_use(row.digest)
+            opened = use.opens > 0 and time.time() - use.last < _RECENT
+            yield Candidate(
+                digest=row.digest,
+                size=row.size,
+                opens=use.opens,
+                cost=self._estimate_cost(row, use),
+                age=use.age,
+                is_allowed=self._decide(row.digest).allowed,
+                is_runnable=opened or here is None or _is_of(row, series(here)),
+            )
+
+    def _estimate_cost(self, row: Row, use: Use) -> float:
+        compiling = None
+        if row.digest not in self._elsewhere:
+            artifact = self._mirror.read(row.digest)
+            compiling = artifact.manifest.built.seconds if artifact else 0.0
+        return estimate_cost(row.size, use.seconds, compiling)
+
+    def _decide(self, digest: str) -> Decision:
+        """Whether an artifact may be opened here, asked once."""
+        if digest not in self._decisions:
+            self._decisions[digest] = self._mirror.decide(digest)
+        return self._decisions[digest]
+
+    def _find_use(self, digest: str) -> Use:
+        return self._uses.get(digest, Use())
+
+    def _drop(self, digest: str, why: str) -> bool:
+        """Remove an artifact, or see that it could be; whether it is, or would be, gone."""
+        if self._dry_run:
+            if self._mirror.index.is_writable and self._mirror.leases.is_held(digest):
+                return False
+        else:
+            try:
+                remove_unpinned(self._mirror, digest)
+            except ArtifactHeld:
+                return False
+        row = self._rows.pop(digest)
+        self.used -= row.size
+        self.gone.append(Leaving(digest, row.recipe, row.variant, row.size, why))
+        return True
+
+
+def _is_of(row: Row, torch: str) -> bool:
+    """Whether an artifact is for a torch, by its label."""
+    return Variant.parse(row.variant).torch == torch
+
+
+def _explain(candidate: Candidate) -> str:
+    """Why something leaves that might have stayed, had there been room."""
+    if not candidate.is_allowed:
+        return "may not be opened here"
+    if not candidate.is_runnable:
+        return "no torch here can run it"
+    return f"opened {candidate.opens} times, {candidate.cost:.0f} s to get it back"
+
+
+def list_kept(mirror: Mirror) -> dict[str, str]:
+    """The artifacts that never leave, and why, but for those that are open somewhere."""
+    alone = mirror.usage.list_built() - mirror.usage.list_elsewhere()
+    built = dict.fromkeys(alone, "built here, and not pushed")
+    return built | dict.fromkeys(mirror.usage.list_pins(), "pinned")

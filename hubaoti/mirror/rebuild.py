@@ -1,0 +1,100 @@
+"""A lost index, made again from the files: what is here, but not who published or built it."""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hubaoti.mirror.artifact import compute_unpacked_size, has_sizes
+from hubaoti.mirror.index import DAMAGED
+from hubaoti.mirror.rows import PullOrigin, Row
+
+if TYPE_CHECKING:
+    from hubaoti.mirror.store import Mirror
+
+
+def restore_rows(mirror: Mirror) -> list[Row]:
+    """Promise what lies in the mirror whole and no row promises; those rows.
+
+    Its bytes are hashed before it is opened, as always. Nothing is known of its origin, so it is a
+    stranger's until somebody says otherwise.
+    """
+    known = {row.digest for row in mirror.index.rows()}
+    rows = []
+    for folder in (mirror.root / "artifacts").iterdir():
+        artifact = None if folder.name in known else mirror.read(folder.name)
+        if artifact is None or not has_sizes(artifact):
+            continue
+        manifest = artifact.manifest
+        row = Row(
+            digest=artifact.digest,
+            key=manifest.key,
+            recipe=str(manifest.recipe),
+            variant=str(manifest.variant),
+            size=compute_unpacked_size(manifest),
+            added=folder.stat().st_mtime,
+            origin=PullOrigin(),
+        )
+        mirror.index.add(row, {graph.sha256 for graph in manifest.graphs})
+        rows.append(row)
+    return rows
+
+
+def set_index_apart(root: Path) -> Path:
+    """Move a damaged index out of the way, with what belongs to it; where it is now."""
+    apart = root / "quarantine" / f"index~{secrets.token_hex(4)}"
+    apart.mkdir(mode=0o700)
+    for file in root.glob("index.sqlite3*"):
+        file.rename(apart / file.name)
+    return apart
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """What is promised again, and what of it may not be opened; where a damaged index lies now."""
+
+    rows: tuple[Row, ...]
+    not_trusted: tuple[str, ...]
+    apart: Path | None
+
+
+def rebuild(root: Path) -> Rebuilt:
+    """Promise all that lies in a mirror whole; an index that is damaged is moved aside before.
+
+    An index that is not keeps all that it knows.
+
+    Raises:
+        HubaotiError: the mirror may not be written, or is of a newer hubaoti.
+    """
+    from hubaoti.mirror.store import Mirror
+
+    apart = set_index_apart(root) if _is_damaged(root / "index.sqlite3") else None
+    with Mirror.open(root) as mirror:
+        mirror.index.require_writable()
+        new = restore_rows(mirror)
+        rows = new if apart is None else mirror.index.rows()
+        strangers = [row.digest for row in rows if not mirror.decide(row.digest).allowed]
+    return Rebuilt(tuple(rows), tuple(strangers), apart)
+
+
+def _is_damaged(index: Path) -> bool:
+    """Whether an index cannot be read any more; one that is not there is not damaged."""
+    if not index.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(index)) as db:
+            for table in ("artifacts", "holds", "pulls", "built") if _has_tables(db) else ():
+                db.execute(f"select * from {table} limit 1")
+            return bool(db.execute("pragma integrity_check").fetchone() != ("ok",))
+    except sqlite3.Error as error:
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGED
+    except UnicodeDecodeError:
+        return True
+
+
+def _has_tables(db: sqlite3.Connection) -> bool:
+    return bool(db.execute("pragma user_version").fetchone()[0])

@@ -1,0 +1,242 @@
+"""Artifacts between machines, and after an index was lost: whole, of nobody who is trusted."""
+
+from __future__ import annotations
+
+import io
+import json
+import sqlite3
+import tarfile
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bundles import make_bundle, tree_of
+from commands import inside
+from test_mirror_store import damage, put
+
+from hubaoti import errors
+from hubaoti.mirror import BUILT_HERE, Artifact, Mirror
+from hubaoti.mirror.exchange import import_artifacts
+from hubaoti.settings import Settings
+
+
+@pytest.fixture
+def mirror(settings: Settings) -> Iterator[Mirror]:
+    with Mirror.open(settings.mirror) as found:
+        yield found
+
+
+@pytest.fixture
+def artifacts(mirror: Mirror, tmp_path: Path) -> list[Artifact]:
+    """Two artifacts that were built here."""
+    found = []
+    for name in ("one", "two"):
+        bundle = make_bundle(tmp_path / name, mode=name)
+        found.append(put(mirror, bundle, BUILT_HERE))
+        mirror.index.record_built(bundle.manifest)
+    return found
+
+
+@pytest.fixture
+def elsewhere(settings: Settings, tmp_path: Path) -> Settings:
+    """Another machine."""
+    return replace(settings, home=tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("name", ["folder", "file.tar"])
+def test_what_is_exported_is_imported_whole_and_trusted_by_nobody(
+    artifacts: list[Artifact], settings: Settings, elsewhere: Settings, tmp_path: Path, name: str
+) -> None:
+    digests = sorted(each.digest for each in artifacts)
+    output = tmp_path / "out" / name
+    output.parent.mkdir()
+    done = inside(settings, "mirror", "export", *digests, output)
+    assert done.code == 0 and "2 artifacts" in done.out, done.err
+    done = inside(elsewhere, "mirror", "import", output)
+    assert done.code == 0 and f"trust add {digests[0]}" in done.out
+    with Mirror.open(elsewhere.mirror) as mirror:
+        assert sorted(row.digest for row in mirror.ls()) == digests
+        for digest in digests:
+            artifact = mirror.artifact(digest)
+            assert artifact is not None
+            mirror.verify(artifact)
+            with pytest.raises(errors.Untrusted):
+                mirror.require_allowed(digest)
+        assert tree_of(mirror.root / "graphs") == tree_of(settings.mirror / "graphs")
+        assert not any((mirror.root / "tmp").iterdir())
+    assert inside(elsewhere, "trust", "add", digests[0]).code == 0
+    again = json.loads(inside(elsewhere, "mirror", "import", output, "--json").out)
+    assert sorted(again["artifacts"]) == digests and again["not_trusted"] == digests[1:]
+    assert [path.name for path in output.parent.iterdir()] == [name]
+
+
+def test_an_export_says_nothing_of_the_machine_that_wrote_it(
+    artifacts: list[Artifact], settings: Settings, tmp_path: Path
+) -> None:
+    inside(settings, "mirror", "export", artifacts[0].digest, tmp_path / "a.tar")
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        owners = {(e.uid, e.gid, e.uname, e.gname, e.mtime) for e in archive}
+    assert owners == {(0, 0, "", "", 0)}
+
+
+def test_what_is_there_is_not_written_over(
+    artifacts: list[Artifact], settings: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "a.tar").write_text("mine")
+    done = inside(settings, "mirror", "export", artifacts[0].digest, tmp_path / "a.tar")
+    assert done.code == errors.OutputExists.exit_code
+    assert (tmp_path / "a.tar").read_text() == "mine"
+
+
+def test_what_was_changed_is_not_exported(
+    artifacts: list[Artifact], settings: Settings, tmp_path: Path
+) -> None:
+    damage(artifacts[0].file("golden.safetensors"))
+    done = inside(settings, "mirror", "export", artifacts[0].digest, tmp_path / "a.tar")
+    assert done.code == errors.DigestMismatch.exit_code and not (tmp_path / "a.tar").exists()
+
+
+def write_tar(path: Path, *members: tarfile.TarInfo) -> Path:
+    with tarfile.open(path, "w:") as archive:
+        for each in members:
+            archive.addfile(each, io.BytesIO(bytes(each.size)))
+    return path
+
+
+def entry(
+    name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0
+) -> tarfile.TarInfo:
+    made = tarfile.TarInfo(name)
+    made.type, made.linkname, made.size = kind, link, size
+    return made
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        entry("../outside"),
+        entry("/tmp/outside"),
+        entry("a/../../outside"),
+        entry("link", tarfile.SYMTYPE, "/etc"),
+        entry("hard", tarfile.LNKTYPE, "/etc/passwd"),
+        entry("device", tarfile.CHRTYPE),
+        entry("pipe", tarfile.FIFOTYPE),
+        entry("a//b"),
+    ],
+    ids=lambda member: member.name,
+)
+def test_an_entry_that_no_export_has_condemns_the_file(
+    mirror: Mirror, tmp_path: Path, member: tarfile.TarInfo
+) -> None:
+    file = write_tar(tmp_path / "a.tar", entry("one/hubaoti.json", size=3), member)
+    with pytest.raises(errors.BadExport):
+        import_artifacts(mirror, file)
+    assert mirror.ls() == [] and not any((mirror.root / "tmp").iterdir())
+    assert not (tmp_path / "outside").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar at all" * 99, b"\x1f\x8b\x08" + bytes(600)])
+def test_what_is_no_export_is_said(mirror: Mirror, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises((errors.BadExport, errors.BadManifest)):
+        import_artifacts(mirror, tmp_path / "a.tar")
+    with pytest.raises(errors.BadExport):
+        import_artifacts(mirror, tmp_path / "absent.tar")
+
+
+def test_a_changed_byte_of_an_export_is_never_stored(
+    artifacts: list[Artifact], settings: Settings, elsewhere: Settings, tmp_path: Path
+) -> None:
+    inside(settings, "mirror", "export", artifacts[0].digest, tmp_path / "a.tar")
+    whole = (tmp_path / "a.tar").read_bytes()
+    at = whole.index(b"goldengolden") + 3
+    (tmp_path / "a.tar").write_bytes(whole[:at] + b"G" + whole[at + 1 :])
+    assert inside(elsewhere, "mirror", "import", tmp_path / "a.tar").code != 0
+    with Mirror.open(elsewhere.mirror) as mirror:
+        assert mirror.ls() == []
+
+
+# An index that was lost
+
+
+def test_a_lost_index_is_made_again_from_the_files_and_trusts_nobody(
+    artifacts: list[Artifact], mirror: Mirror, settings: Settings
+) -> None:
+    before = {(row.digest, row.key, row.recipe, row.variant, row.size) for row in mirror.ls()}
+    mirror.close()
+    for file in settings.mirror.glob("index.sqlite3*"):
+        file.unlink()
+    with Mirror.open(settings.mirror) as found:
+        after = {(row.digest, row.key, row.recipe, row.variant, row.size) for row in found.ls()}
+        assert after == before
+        for artifact in artifacts:
+            assert found.artifact(artifact.digest) == artifact
+            with pytest.raises(errors.Untrusted, match="not built on this machine"):
+                found.require_allowed(artifact.digest)
+
+
+def test_what_is_not_whole_is_not_promised_again(
+    artifacts: list[Artifact], mirror: Mirror, settings: Settings
+) -> None:
+    mirror.close()
+    artifacts[0].file("golden.safetensors").unlink()
+    for file in settings.mirror.glob("index.sqlite3*"):
+        file.unlink()
+    with Mirror.open(settings.mirror) as found:
+        assert [row.digest for row in found.ls()] == [artifacts[1].digest]
+
+
+@pytest.mark.parametrize("harm", ["overwritten", "a table is gone"])
+def test_a_damaged_index_is_moved_aside_and_made_again(
+    artifacts: list[Artifact], mirror: Mirror, settings: Settings, harm: str
+) -> None:
+    mirror.close()
+    index = settings.mirror / "index.sqlite3"
+    if harm == "overwritten":
+        index.write_bytes(b"not a database, but long enough to be looked at" * 99)
+    else:
+        with closing(sqlite3.connect(index)) as db:
+            db.execute("drop table pulls")
+    assert "mirror rebuild" in inside(settings, "pull", "acme/x").err or harm != "overwritten"
+    done = inside(settings, "mirror", "rebuild")
+    assert done.code == 0 and "2 artifacts are in the index again" in done.out, done.err
+    assert "damaged index is in" in done.out
+    for artifact in artifacts:
+        assert f"trust add {artifact.digest}" in done.out
+    assert inside(settings, "mirror", "verify", "--all").code == 0
+
+
+def test_an_index_that_is_well_keeps_all_that_it_knows(
+    artifacts: list[Artifact], mirror: Mirror, settings: Settings
+) -> None:
+    mirror.index.remove(artifacts[0].digest)
+    done = inside(settings, "mirror", "rebuild")
+    assert "1 artifacts are in the index again" in done.out and "trust add" not in done.out
+    assert mirror.artifact(artifacts[0].digest) == artifacts[0]
+    mirror.require_allowed(artifacts[0].digest)
+
+
+def test_a_bundle_is_imported_like_an_export(elsewhere: Settings, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "one")
+    done = inside(elsewhere, "mirror", "import", bundle.path)
+    assert done.code == 0 and f"trust add {bundle.manifest.digest}" in done.out, done.err
+
+
+def test_what_lacks_a_file_is_not_stored(
+    artifacts: list[Artifact], settings: Settings, elsewhere: Settings, tmp_path: Path
+) -> None:
+    inside(settings, "mirror", "export", artifacts[0].digest, tmp_path / "out")
+    file = next((tmp_path / "out").rglob("golden.safetensors"))
+    whole = file.read_bytes()
+    file.unlink()
+    assert (
+        inside(elsewhere, "mirror", "import", tmp_path / "out").code == errors.BadExport.exit_code
+    )
+    file.write_bytes(whole)
+    next((tmp_path / "out").rglob("root.so")).unlink()
+    done = inside(elsewhere, "mirror", "import", tmp_path / "out")
+    assert done.code == errors.BadPackage.exit_code
+    with Mirror.open(elsewhere.mirror) as mirror:
+        assert mirror.ls() == [] and not any((mirror.root / "tmp").iterdir())

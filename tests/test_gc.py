@@ -1,0 +1,363 @@
+"""The mirror within its budget: what leaves, in which order, and what never does."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from bundles import CPU, make_bundle
+from commands import inside
+from hypothesis import given
+from hypothesis import strategies as st
+from test_leases import running
+from test_mirror_store import files_of, put
+
+from hubaoti import errors
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.mirror import BUILT_HERE, Artifact, Mirror, PullOrigin
+from hubaoti.mirror.eviction import Candidate, estimate_cost, order
+from hubaoti.mirror.gc import BUDGET, collect, read_budget
+from hubaoti.mirror.retry import retry
+from hubaoti.mirror.usage import Usage
+from hubaoti.settings import Settings
+
+SIZE = 100_000  # bytes of an artifact, about
+HERE = version("torch")
+
+
+@pytest.fixture
+def mirror(settings: Settings) -> Iterator[Mirror]:
+    with Mirror.open(settings.mirror) as found:
+        found.trust.add("https://hub", "acme")
+        yield found
+
+
+def make(folder: Path, name: str, torch: str = HERE) -> Bundle:
+    """A bundle of a size, which shares nothing with another."""
+    content = random.Random(name).randbytes(SIZE)
+    target = {**CPU, "torch": f"{torch.partition('+')[0]}+cpu"}
+    return make_bundle(folder / name, target, {"model/root.so": content}, mode=name)
+
+
+def origin(name: str, owner: str = "acme") -> PullOrigin:
+    return PullOrigin("https://hub", f"{owner}/{name}", "c" * 40, "path")
+
+
+def fill(mirror: Mirror, folder: Path, *names: str) -> list[Artifact]:
+    """Artifacts as if they had been pulled of a publisher who is trusted."""
+    return [put(mirror, make(folder, name), origin(name)) for name in names]
+
+
+def here(mirror: Mirror) -> set[str]:
+    return {row.digest for row in mirror.ls()}
+
+
+def use(mirror: Mirror, artifact: Artifact, times: int) -> None:
+    for _ in range(times):
+        mirror.usage.record_open(artifact.digest)
+
+
+# The order
+
+
+candidates = st.builds(
+    Candidate,
+    digest=st.text("abcdef", min_size=4, max_size=4),
+    size=st.integers(1, 10**9),
+    opens=st.integers(0, 1000),
+    cost=st.floats(0, 1e5),
+    age=st.floats(0, 1e3),
+    is_allowed=st.booleans(),
+    is_runnable=st.booleans(),
+)
+
+
+@given(st.lists(candidates))
+def test_what_may_not_be_opened_leaves_first_and_then_what_no_torch_runs(
+    found: list[Candidate],
+) -> None:
+    kinds = [(each.is_allowed, each.is_runnable) for each in order(found)]
+    assert kinds == sorted(kinds)
+    for one, other in zip(order(found), order(found)[1:], strict=False):
+        same = (one.is_allowed, one.is_runnable) == (other.is_allowed, other.is_runnable)
+        assert not same or one.worth <= other.worth
+
+
+@given(candidates, st.integers(1, 50))
+def test_more_uses_and_more_seconds_are_worth_more(each: Candidate, more: int) -> None:
+    assert replace(each, opens=each.opens + more).worth >= each.worth
+    assert replace(each, cost=each.cost + more).worth >= each.worth
+    assert replace(each, size=each.size + more).worth <= each.worth
+    assert replace(each, age=each.age + more).worth > each.worth
+
+
+def test_what_is_nowhere_else_costs_its_compile() -> None:
+    assert estimate_cost(25_000_000, 7.0, None) == 7.0
+    assert estimate_cost(25_000_000, 0.0, None) == 2.0
+    assert estimate_cost(25_000_000, 7.0, 300.0) == 300.0
+
+
+# The budget
+
+
+def test_the_budget_is_a_fifth_of_the_disk_until_somebody_says_another(
+    mirror: Mirror, settings: Settings
+) -> None:
+    disk = os.statvfs(mirror.root)
+    total = disk.f_frsize * disk.f_blocks
+    assert read_budget(mirror) == min(int(total * 0.2), 50 * 10**9)
+    assert "of 2.0 MB are used" in inside(settings, "mirror", "budget", "2MB").out
+    assert read_budget(mirror) == 2_000_000
+    inside(settings, "mirror", "budget", "default")
+    assert read_budget(mirror) == min(int(total * 0.2), 50 * 10**9)
+    assert inside(settings, "mirror", "budget", "much").code == errors.BadRequest.exit_code
+    assert inside(settings, "mirror", "gc", "--older-than", "-3d").code == 2
+
+
+def test_a_put_that_goes_over_the_budget_has_the_least_used_leave(
+    mirror: Mirror, tmp_path: Path
+) -> None:
+    mirror.usage.record_number(BUDGET, 3.5 * SIZE)
+    one, two, three = fill(mirror, tmp_path, "one", "two", "three")
+    use(mirror, one, 5), use(mirror, three, 5)
+    (four,) = fill(mirror, tmp_path, "four")
+    assert here(mirror) == {one.digest, three.digest, four.digest}
+    assert not two.path.exists() and not two.graph_folder(two.manifest.graphs[0]).exists()
+    assert mirror.usage.count_bytes() <= 3.5 * SIZE
+    for artifact in (one, three, four):
+        mirror.verify(artifact)
+
+
+def test_how_often_something_was_used_is_remembered_when_it_comes_back(
+    mirror: Mirror, tmp_path: Path
+) -> None:
+    mirror.usage.record_number(BUDGET, 2.5 * SIZE)
+    one, _ = fill(mirror, tmp_path, "one", "two")
+    use(mirror, one, 9)
+    mirror.index.remove(one.digest)
+    put(mirror, Bundle.read(tmp_path / "one"), origin("one"))
+    fill(mirror, tmp_path, "three")
+    assert one.digest in here(mirror)
+
+
+def test_what_was_used_much_long_ago_leaves_at_last(mirror: Mirror, tmp_path: Path) -> None:
+    mirror.usage.record_number(BUDGET, 3.5 * SIZE)
+    (old,) = fill(mirror, tmp_path, "old")
+    use(mirror, old, 6)
+    for turn in range(20):
+        (new,) = fill(mirror, tmp_path, f"new{turn}")
+        use(mirror, new, 2)
+    assert mirror.usage.read_age() > 0
+    assert old.digest not in here(mirror)
+
+
+def test_what_is_pinned_open_or_built_here_alone_never_leaves(
+    mirror: Mirror, tmp_path: Path
+) -> None:
+    pinned, opened, built, pushed, other = fill(
+        mirror, tmp_path, "pinned", "opened", "built", "pushed", "other"
+    )
+    for artifact in (built, pushed):
+        mirror.index.remove(artifact.digest)
+        with mirror.index.writing() as db:  # nobody ever pulled them
+            db.execute("delete from origins where digest = ?", (artifact.digest,))
+        put(mirror, Bundle.read(tmp_path / artifact.manifest.build.mode), BUILT_HERE)
+        mirror.index.record_built(artifact.manifest)
+    mirror.usage.record_pushed([pushed.digest], origin("pushed"))
+    mirror.usage.pin(pinned.digest)
+    with running(mirror.root, f"mirror.leases.hold('{opened.digest}')"):
+        found = collect(mirror, max_bytes=0)
+        assert {each.digest for each in found.artifacts} == {pushed.digest, other.digest}
+        assert here(mirror) == {pinned.digest, opened.digest, built.digest}
+        for artifact in (pinned, opened, built):
+            mirror.verify(artifact)
+    mirror.usage.unpin(pinned.digest)
+    collect(mirror, max_bytes=0, older_than=0)
+    assert here(mirror) == {built.digest}
+
+
+def test_what_no_torch_here_runs_leaves_first(mirror: Mirror, tmp_path: Path) -> None:
+    foreign = put(mirror, make(tmp_path, "foreign", "2.1.0"), origin("foreign"))
+    with mirror.index.writing() as db:
+        db.execute("insert into usage values (?, 99, 0, 0, 9999)", (foreign.digest,))
+    own = fill(mirror, tmp_path, "one", "two")
+    found = collect(mirror, max_bytes=int(2.5 * SIZE))
+    assert [(each.digest, each.why) for each in found.artifacts] == [
+        (foreign.digest, "no torch here can run it")
+    ]
+    assert here(mirror) == {each.digest for each in own}
+
+
+def test_what_another_torch_opens_is_of_use(mirror: Mirror, tmp_path: Path) -> None:
+    """Environments of several torches share a home."""
+    foreign = put(mirror, make(tmp_path, "foreign", "2.1.0"), origin("foreign"))
+    use(mirror, foreign, 9)
+    fill(mirror, tmp_path, "one", "two")
+    collect(mirror, max_bytes=int(2.5 * SIZE))
+    assert foreign.digest in here(mirror)
+
+
+def test_what_is_of_nobody_trusted_any_more_is_collected(
+    mirror: Mirror, tmp_path: Path, settings: Settings
+) -> None:
+    one, two = fill(mirror, tmp_path, "one", "two")
+    mirror.trust.block_artifact(two.digest)
+    done = json.loads(inside(settings, "mirror", "gc", "--json", "--dry-run").out)
+    assert [each["digest"] for each in done["artifacts"]] == [two.digest]
+    assert here(mirror) == {one.digest, two.digest}
+    assert two.digest[:12] in inside(settings, "mirror", "gc").out
+    assert here(mirror) == {one.digest}
+    mirror.trust.remove("https://hub", "acme")
+    assert "not trusted" in inside(settings, "mirror", "gc").out
+    assert here(mirror) == set()
+
+
+def test_what_was_not_opened_for_long_leaves_where_that_is_said(
+    mirror: Mirror, tmp_path: Path, settings: Settings
+) -> None:
+    old, used = fill(mirror, tmp_path, "old", "used")
+    with mirror.index.writing() as db:
+        db.execute("update artifacts set added = ?", (time.time() - 40 * 24 * 3600,))
+    use(mirror, used, 1)
+    assert inside(settings, "mirror", "gc").out.startswith("0 artifacts left")
+    assert "not opened for 40" in inside(settings, "mirror", "gc", "--older-than", "30d").out
+    assert here(mirror) == {used.digest}
+
+
+def test_a_clock_that_goes_back_removes_nothing(mirror: Mirror, tmp_path: Path) -> None:
+    (one,) = fill(mirror, tmp_path, "one")
+    with mirror.index.writing() as db:
+        db.execute("update artifacts set added = ?", (time.time() + 24 * 3600,))
+    assert collect(mirror, older_than=0).artifacts == ()
+    assert here(mirror) == {one.digest}
+
+
+def test_what_does_not_go_in_is_refused_before_anything_leaves_for_it(
+    mirror: Mirror, tmp_path: Path
+) -> None:
+    one, two = fill(mirror, tmp_path, "one", "two")
+    mirror.usage.record_number(BUDGET, 2.5 * SIZE)
+    mirror.usage.pin(one.digest), mirror.usage.pin(two.digest)
+    with pytest.raises(errors.MirrorFull, match="pinned, open, or built here") as caught:
+        fill(mirror, tmp_path, "three")
+    assert "mirror budget" in caught.value.hint
+    assert here(mirror) == {one.digest, two.digest}
+    mirror.usage.unpin(one.digest)
+    mirror.usage.record_number(BUDGET, 0.5 * SIZE)
+    with pytest.raises(errors.MirrorFull):
+        fill(mirror, tmp_path, "four")
+    assert here(mirror) == {one.digest, two.digest}
+    mine = make(tmp_path, "mine")
+    put(mirror, mine, BUILT_HERE)  # an hour's compile is stored all the same
+    assert mine.manifest.digest in here(mirror)
+
+
+# What no row promises
+
+
+def test_what_a_kill_left_is_found(mirror: Mirror, tmp_path: Path, settings: Settings) -> None:
+    one, two = fill(mirror, tmp_path, "one", "two")
+    mirror.index.remove(two.digest)  # as if the put had been killed before its row
+    graph = two.graph_folder(two.manifest.graphs[0])
+    (mirror.root / "kernels" / ("a" * 64)).mkdir()
+    blobs = mirror.root / "hub/host~12345678/models--acme--one/blobs"
+    blobs.mkdir(parents=True)
+    for name, age in {"a.incomplete": 2, "b.incomplete": 0, "c": 48, "d": 2}.items():
+        (blobs / name).write_bytes(bytes(2 << 20))
+        then = time.time() - age * 3600
+        os.utime(blobs / name, (then, then))
+    found = json.loads(inside(settings, "mirror", "gc", "--dry-run", "--json").out)["orphans"]
+    assert len(found) == 5 and f"artifacts/{two.digest}" in found
+    assert two.path.exists()
+    inside(settings, "mirror", "gc")
+    assert not two.path.exists() and not graph.exists()
+    assert {each.name for each in blobs.iterdir()} == {"b.incomplete", "d"}
+    assert [*(mirror.root / "kernels").iterdir()] == []
+    mirror.verify(one)
+    assert json.loads(inside(settings, "mirror", "gc", "--json").out)["orphans"] == []
+
+
+def test_what_is_open_without_a_row_stays(mirror: Mirror, tmp_path: Path) -> None:
+    (one,) = fill(mirror, tmp_path, "one")
+    with running(mirror.root, f"mirror.leases.hold('{one.digest}')"):
+        mirror.index.remove(one.digest)
+        assert collect(mirror).orphans == ()
+        mirror.verify(one)
+    assert len(collect(mirror).orphans) == 2
+
+
+def test_what_is_in_quarantine_can_still_come_back(mirror: Mirror, tmp_path: Path) -> None:
+    (one,) = fill(mirror, tmp_path, "one")
+    mirror.quarantine(one.manifest.graphs[0])
+    collect(mirror)
+    retry(mirror)
+    assert here(mirror) == {one.digest}
+    mirror.verify(one)
+
+
+# Counting never gets in the way
+
+
+def test_an_open_is_counted_and_never_fails(mirror: Mirror, tmp_path: Path) -> None:
+    (one,) = fill(mirror, tmp_path, "one")
+    use(mirror, one, 3)
+    assert mirror.usage.read()[one.digest].opens == 3
+    with Mirror.open(mirror.root) as other, other.index.writing():
+        began = time.monotonic()
+        use(mirror, one, 1)  # somebody writes: it is not counted
+        assert time.monotonic() - began < 2.0
+    assert mirror.usage.read()[one.digest].opens == 3
+    best = min(_time_open(mirror.usage, one.digest) for _ in range(20))
+    assert best < 0.005
+
+
+def _time_open(usage: Usage, digest: str) -> float:
+    began = time.perf_counter()
+    usage.record_open(digest)
+    return time.perf_counter() - began
+
+
+def churn(root: Path, folder: Path, seed: int) -> int:
+    """Random work of a process; the most bytes that it saw."""
+    chance, most = random.Random(seed), 0
+    bundles = [Bundle.read(each) for each in sorted(folder.iterdir())]
+    with Mirror.open(root) as mirror:
+        for _ in range(25):
+            bundle, action = chance.choice(bundles), chance.random()
+            digest = bundle.manifest.digest
+            if action < 0.5:
+                mirror.put(bundle.manifest, files_of(bundle), origin("x"))
+            elif action < 0.8:
+                mirror.usage.record_open(digest)
+            elif action < 0.9:
+                collect(mirror, max_bytes=2 * SIZE)
+            elif (artifact := mirror.artifact(digest)) is not None:
+                assert artifact.digest == digest
+            most = max(most, mirror.usage.count_bytes())
+    return most
+
+
+def test_many_processes_never_exceed_the_budget_and_all_that_is_left_is_whole(
+    mirror: Mirror, tmp_path: Path, settings: Settings
+) -> None:
+    for at in range(6):
+        make(tmp_path / "bundles", f"b{at}")
+    mirror.usage.record_number(BUDGET, 3.5 * SIZE)
+    work = [(mirror.root, tmp_path / "bundles", seed) for seed in range(4)]
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        most = pool.starmap(churn, work)
+        pool.close()
+        pool.join()
+    assert max(most) <= 3.5 * SIZE
+    assert inside(settings, "verify").code == 0
+    found = collect(mirror)
+    assert found.orphans == () and found.after <= 3.5 * SIZE
+    assert not any((mirror.root / "tmp").iterdir())

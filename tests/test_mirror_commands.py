@@ -1,0 +1,137 @@
+"""`hubaoti mirror`: what is stored is found by its digest or repo, shown, pinned and removed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bundles import make_bundle
+from commands import inside
+from test_leases import running
+from test_mirror_store import damage, put
+
+from hubaoti import errors
+from hubaoti.mirror import Artifact, Mirror
+from hubaoti.mirror.index import Pin
+from hubaoti.mirror.rows import PullOrigin
+from hubaoti.settings import Settings
+
+
+@pytest.fixture
+def mirror(settings: Settings) -> Iterator[Mirror]:
+    with Mirror.open(settings.mirror) as found:
+        yield found
+
+
+@pytest.fixture
+def artifacts(mirror: Mirror, tmp_path: Path, settings: Settings) -> list[Artifact]:
+    """Two artifacts that share a graph, as if they had been pulled of two repos."""
+    found = []
+    for name in ("one", "two"):
+        bundle = make_bundle(tmp_path / name, mode=name)
+        origin = PullOrigin(settings.endpoint, f"acme/{name}", "c" * 40, "path")
+        found.append(put(mirror, bundle, origin))
+        pin = Pin(settings.endpoint, f"acme/{name}", "c" * 40, "", "host")
+        mirror.index.record_pull(pin, found[-1].digest, "path")
+    return found
+
+
+def graphs(mirror: Mirror) -> int:
+    return len([*(mirror.root / "graphs").iterdir()])
+
+
+@pytest.mark.parametrize("spelled", ["digest", "beginning", "sha256", "repo", "commit"])
+def test_an_artifact_is_called_by_its_digest_or_its_repo(
+    artifacts: list[Artifact], settings: Settings, spelled: str
+) -> None:
+    digest = artifacts[0].digest
+    names = {"digest": digest, "beginning": digest[:8], "sha256": f"sha256:{digest[:12]}"}
+    names |= {"repo": "acme/one", "commit": f"acme/one@{'c' * 40}"}
+    done = inside(settings, "mirror", "path", names[spelled])
+    assert (done.code, done.out.strip()) == (0, str(artifacts[0].path))
+
+
+def test_what_is_not_there_is_said(artifacts: list[Artifact], settings: Settings) -> None:
+    for verb in ("show", "path", "rm", "pin", "unpin", "verify"):
+        done = inside(settings, "mirror", verb, "0" * 12)
+        assert done.code == errors.NoArtifact.exit_code and "mirror ls" in done.err
+        assert inside(settings, "mirror", verb, "acme/three").code == errors.NoArtifact.exit_code
+        assert inside(settings, "mirror", verb, "acme/one@v1").code == errors.BadRequest.exit_code
+
+
+def test_all_that_is_known_is_shown(
+    artifacts: list[Artifact], mirror: Mirror, settings: Settings
+) -> None:
+    artifact = artifacts[0]
+    mirror.usage.record_open(artifact.digest)
+    mirror.usage.pin(artifact.digest)
+    (found,) = json.loads(inside(settings, "mirror", "show", "acme/one", "--json").out)
+    assert found["row"]["digest"] == artifact.digest and found["path"] == str(artifact.path)
+    assert (found["opens"], found["pinned"], found["open_now"]) == (1, True, False)
+    assert not found["may_run"] and "acme" in found["why"]
+    assert found["origins"] == [f"acme/one@{'c' * 40}/path"]
+    assert found["compile_seconds"] == 1.5
+    assert str(artifact.path) in inside(settings, "mirror", "show", "acme/one").out
+
+
+def test_what_is_removed_is_gone_with_the_graphs_that_no_other_has(
+    artifacts: list[Artifact], mirror: Mirror, settings: Settings
+) -> None:
+    assert graphs(mirror) == 1
+    assert inside(settings, "mirror", "rm", artifacts[0].digest[:12]).code == 0
+    assert not artifacts[0].path.exists() and graphs(mirror) == 1
+    assert mirror.artifact(artifacts[1].digest) is not None
+    mirror.verify(artifacts[1])
+    assert inside(settings, "mirror", "rm", "acme/two").code == 0
+    assert mirror.ls() == [] and graphs(mirror) == 0
+    assert not any((mirror.root / "tmp").iterdir())
+
+
+def test_what_is_pinned_is_not_removed(
+    artifacts: list[Artifact], mirror: Mirror, settings: Settings
+) -> None:
+    assert inside(settings, "mirror", "pin", "acme/one").code == 0
+    done = inside(settings, "mirror", "rm", "acme/one")
+    assert done.code == errors.ArtifactHeld.exit_code and "mirror unpin" in done.err
+    assert mirror.artifact(artifacts[0].digest) is not None
+    assert "may leave" in inside(settings, "mirror", "unpin", "acme/one").out
+    assert "was not pinned" in inside(settings, "mirror", "unpin", "acme/one").out
+    assert inside(settings, "mirror", "rm", "acme/one").code == 0
+
+
+def test_what_a_file_pins_stays_as_long_as_the_file(
+    artifacts: list[Artifact], mirror: Mirror, settings: Settings, tmp_path: Path
+) -> None:
+    lock = tmp_path / "hubaoti.lock"
+    lock.write_text("")
+    mirror.usage.pin(artifacts[0].digest, str(lock))
+    done = inside(settings, "mirror", "rm", "acme/one")
+    assert done.code == errors.ArtifactHeld.exit_code and str(lock) in done.err
+    lock.unlink()
+    assert inside(settings, "mirror", "rm", "acme/one").code == 0
+
+
+def test_what_is_open_in_a_process_is_not_removed_until_it_ends(
+    artifacts: list[Artifact], mirror: Mirror, settings: Settings
+) -> None:
+    digest = artifacts[0].digest
+    with running(mirror.root, f"mirror.leases.hold('{digest}')") as process:
+        done = inside(settings, "mirror", "rm", "acme/one")
+        assert done.code == errors.ArtifactHeld.exit_code and "open in a process" in done.err
+        mirror.verify(artifacts[0])
+        process.kill()
+        process.wait()
+    assert inside(settings, "mirror", "rm", "acme/one").code == 0
+
+
+def test_mirror_verify_is_verify(artifacts: list[Artifact], settings: Settings) -> None:
+    words = (["--all"], [], ["acme/one"])
+    for each in words:
+        one, other = (inside(settings, *verb, *each) for verb in (["verify"], ["mirror", "verify"]))
+        assert one == other and one.code == 0 and "whole" in one.out
+    damage(artifacts[0].file("golden.safetensors"))
+    done = inside(settings, "mirror", "verify", "--all")
+    assert done.code == errors.DigestMismatch.exit_code
+    assert inside(settings, "mirror", "verify", "--all", "acme/one").code == 2
