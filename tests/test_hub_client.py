@@ -327,7 +327,9 @@ def test_what_huggingface_hub_warns_of_is_not_printed() -> None:
 def test_an_endpoint_that_names_no_commit_is_no_hub(
     client: HubClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha="../../etc"))
+    monkeypatch.setattr(
+        HfApi, "repo_info", lambda *_, **__: SimpleNamespace(id="acme/x", sha="../../etc")
+    )
     with pytest.raises(HubUnreachable, match="names no commit"):
         client.resolve("acme/x")
 
