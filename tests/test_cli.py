@@ -251,11 +251,15 @@ def test_trust_is_listed_and_taken_back(env: Settings, repo: str) -> None:
     assert "acme" in inside(env, "trust", "ls").out
     (publisher,) = json.loads(inside(env, "trust", "ls", "--json").out)
     assert (publisher["owner"], publisher["endpoint"]) == ("acme", env.endpoint)
+    assert publisher["is"] == "trusted"
     assert "no longer trusted" in inside(env, "trust", "rm", "acme").out
     refused(inside(env, "pull", repo), errors.Untrusted, "acme")
     refused(inside(env, "trust", "rm", "acme"), errors.BadRequest, "trust ls")
     assert "is trusted" in inside(env, "trust", "add", "acme").out
     assert "acme" in inside(env, "trust", "ls").out
+    assert "is blocked" in inside(env, "trust", "block", "acme").out
+    refused(inside(env, "pull", repo, "--trust"), errors.Blocked, "acme")
+    assert "blocked" in inside(env, "trust", "ls").out
     refused(inside(env, "trust", "add", "../acme"), errors.BadRequest, "first part")
 
 

@@ -525,6 +525,7 @@ def test_a_bundle_brings_its_kernel_where_it_is_attached(
     pushed: tuple[Bundle, KernelPin], settings: Settings
 ) -> None:
     bundle, pinned = pushed
+    Trust(settings.trust).add_artifact(bundle.manifest.digest)  # which says nothing of its kernel
     told = play(settings, "attaches_bundle", folder=str(bundle.path), trust=False)
     assert told["error"] == "Untrusted"
     Trust(settings.trust).add(settings.endpoint, "acme")
@@ -559,7 +560,7 @@ def test_a_graph_without_a_kernel_for_its_op_is_refused_before_it_is_called(
 ) -> None:
     bundle = bundle_with(attending, tmp_path / "bare")
     with pytest.raises(MissingOps, match="calls hubaoti::fa3_fwd, an op that is not registered"):
-        hubaoti.attach(Attending().eval(), bundle, settings=settings)
+        hubaoti.attach(Attending().eval(), bundle, trust=True, settings=settings)
 
 
 def test_a_kernel_that_was_changed_is_not_opened_with_its_artifact(

@@ -37,9 +37,11 @@ from hubaoti.errors import (
     OtherProgram,
     OutOfBounds,
     UnknownTask,
+    Untrusted,
 )
 from hubaoti.host.memory import parse_size
 from hubaoti.mirror import Mirror
+from hubaoti.mirror.trust import Trust
 from hubaoti.settings import Settings
 
 WORDS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
@@ -221,6 +223,9 @@ def test_a_loaded_model_gets_the_graphs_that_are_given_later(
         engine.load(tiny_decoder)
         before = engine.generate(tiny_decoder, "hello", **WORDS)
         assert engine.load(tiny_decoder).state == "eager"
+        with pytest.raises(Untrusted, match="not built on this machine"):
+            engine.load(tiny_decoder, decoder_bundle)
+        Trust(alone.trust).add_artifact(decoder_bundle.manifest.digest)
         assert engine.load(tiny_decoder, decoder_bundle).state == "compiled"
         assert engine.generate(tiny_decoder, "hello", **WORDS) == before
         assert engine.state(tiny_decoder).compiled == 8

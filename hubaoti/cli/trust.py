@@ -31,15 +31,13 @@ def trust_command() -> None:
 def ls_command(as_json: bool) -> None:
     """List who and what is trusted and blocked, since when."""
     said = Trust(Settings.from_env().trust).read()
-    if as_json:
-        print_json(asdict(said))
-        return
     trusted: tuple[Subject, ...] = (*said.publishers, *said.artifacts)
-    rows = [
-        *(("trusted", *_describe(each)) for each in trusted),
-        *(("blocked", *_describe(each)) for each in said.blocked),
-    ]
-    print_table(["is", "who", "endpoint", "since"], rows)
+    found = [("trusted", each) for each in trusted] + [("blocked", each) for each in said.blocked]
+    if as_json:
+        print_json([{"is": how, **asdict(each)} for how, each in found])
+    else:
+        rows = [(how, *_describe(each)) for how, each in found]
+        print_table(["is", "who", "endpoint", "since"], rows)
 
 
 def _describe(subject: Subject) -> tuple[str, str, object]:

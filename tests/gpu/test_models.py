@@ -71,7 +71,7 @@ def bundle(place: Place, case: Model) -> Bundle:
 @pytest.fixture(scope="module")
 def commit(bundle: Bundle, repo: str, settings: Settings) -> Commit:
     """It is pushed."""
-    return api.push(bundle, repo, settings=settings)
+    return api.push(bundle, repo, as_is=True, settings=settings)
 
 
 @pytest.fixture(scope="module")
