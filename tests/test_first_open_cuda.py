@@ -28,9 +28,13 @@ VERIFY = """
 import json, sys
 from pathlib import Path
 from hubaoti.api import verify
+from hubaoti.artifact.bundle import Bundle
 from hubaoti.cli.verify import _serialize
+from hubaoti.mirror.trust import Trust
 from hubaoti.settings import Settings
-found = verify(Path(sys.argv[1]), opens=True, settings=Settings(home=Path(sys.argv[2])))
+bundle, settings = Bundle.read(Path(sys.argv[1])), Settings(home=Path(sys.argv[2]))
+Trust(settings.trust).add_artifact(bundle.manifest.digest)
+found = verify(bundle.path, opens=True, settings=settings)
 print(json.dumps([_serialize(each) for each in found]))
 """
 
