@@ -9,6 +9,7 @@ import click
 from hubaoti.cli.output import format_size, print_json, print_line, print_table
 from hubaoti.errors import MissingDependency
 from hubaoti.host.build_tools import find_missing_build_tools
+from hubaoti.host.confinement import list_gaps
 from hubaoti.host.probe import Host, find_torch, probe_host
 from hubaoti.settings import Settings
 
@@ -71,5 +72,6 @@ def _list_facts(host: Host) -> list[tuple[str, str]]:
         ("free disk", format_size(host.disk_free)),
         ("endpoint", f"{host.endpoint}{' (offline)' if host.offline else ''}"),
         ("mirror", str(host.mirror)),
+        ("first opens", "confined in part" if list_gaps() else "confined"),
     ]
     return rows + [("note", note) for note in host.notes]

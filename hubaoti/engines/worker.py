@@ -15,18 +15,21 @@ from pathlib import Path
 from hubaoti.engines.local import Resident
 from hubaoti.engines.messages import EngineRequest, EngineResponse, Hello
 from hubaoti.errors import BadRequest, HubaotiError, first_line
-from hubaoti.host.processes import join_parent
+from hubaoti.host.confinement import guard_worker
+from hubaoti.host.processes import end_with_parent, join_parent
 from hubaoti.host.wire import Channel, ErrorRecord, Garbled, Gone
 from hubaoti.runtime.custom_ops import register_ops
 from hubaoti.settings import Settings
 
 # The system ends this process for memory before it ends the engine (proc(5)).
 _FIRST_TO_GO = "500"
+# Below the user's home: of triton, of transformers for a model's own code, of torch for ops.
+_CACHES = (".triton", ".cache/huggingface", ".cache/torch_extensions")
 
 
 def main() -> None:
     """The worker: its note of running graphs is on the command line, by number."""
-    engine = join_parent()
+    engine = join_parent(is_watched=False)
     running = memoryview(mmap.mmap(int(sys.argv[3]), mmap.PAGESIZE)).cast("I")
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
@@ -38,11 +41,17 @@ def main() -> None:
 def _serve(engine: Channel, running: memoryview) -> None:
     """Load the model, say how it stands, and answer until the engine is gone."""
     hello: Hello = engine.receive(Hello)
+    settings = Settings.from_env(hello.env)
+    _make_caches()
+    # The mirror stays writable: what first opens come to is kept there. Its engine has fetched all
+    # files of a model, but for code of its own that lies in another repo.
+    guard_worker(settings.trust, network=hello.begin.trust_remote_code)
+    end_with_parent(engine)
     loaded: list[Resident] = []
 
     def load() -> EngineResponse:
         register_ops(hello.begin.ops, hello.search)
-        loaded.append(Resident(hello.begin, Settings.from_env(hello.env)))
+        loaded.append(Resident(hello.begin, settings))
         return loaded[0].state()
 
     def answer() -> EngineResponse:
@@ -61,6 +70,13 @@ def _serve(engine: Channel, running: memoryview) -> None:
     while loaded:
         _note_runs(loaded[0], running)
         engine.send(_try_answer(answer))
+
+
+def _make_caches() -> None:
+    """Make the folders that libraries make beside ours, where nothing new can be made soon."""
+    for name in _CACHES:
+        with suppress(OSError, RuntimeError):
+            (Path.home() / name).mkdir(parents=True, exist_ok=True)
 
 
 def _note_runs(resident: Resident, running: memoryview) -> None:

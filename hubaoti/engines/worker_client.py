@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -28,7 +29,7 @@ from hubaoti.host.probe import STAND_IN
 from hubaoti.host.processes import CRASHES, Child, describe_exit, list_search_path
 from hubaoti.host.wire import Gone
 from hubaoti.mirror import Mirror
-from hubaoti.settings import Settings
+from hubaoti.settings import Settings, read_needed_environment
 
 _PATIENCE = 5.0  # seconds for a worker to end by itself
 _TWICE = 2
@@ -102,12 +103,21 @@ class Isolated:
     def _start(self) -> None:
         """Start its process; it loads the model by itself."""
         self._is_ready = False
+        self._scratch = tempfile.TemporaryDirectory(
+            prefix="hubaoti-worker-", ignore_cleanup_errors=True
+        )
         with tempfile.TemporaryFile() as note:
             note.truncate(mmap.PAGESIZE)
             self._running = mmap.mmap(note.fileno(), mmap.PAGESIZE)
-            self._child = Child("hubaoti.engines.worker", descriptors=(note.fileno(),))
+            self._child = Child(
+                "hubaoti.engines.worker",
+                descriptors=(note.fileno(),),
+                # It may make nothing new beside the home, where temporary files may lie.
+                environment=read_needed_environment() | {"TMPDIR": self._scratch.name},
+            )
         with suppress(Gone):  # which `_await_loaded` meets as well
-            hello = Hello(self._begin, self._settings.to_env(), (*list_search_path(),))
+            told = replace(self._settings, token=None, login=None)  # it fetches nothing
+            hello = Hello(self._begin, told.to_env(), (*list_search_path(),))
             self._child.channel.send(hello)
 
     def _await_loaded(self) -> None:
@@ -204,7 +214,10 @@ class Isolated:
         child, self._child = self._child, None
         assert child is not None
         self._running.close()
-        return child.end(patience)
+        try:
+            return child.end(patience)
+        finally:
+            self._scratch.cleanup()
 
     @property
     def _name(self) -> str:

@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import hubaoti
 from hubaoti.host.landlock import probe_landlock, restrict_files
 from hubaoti.host.seccomp import probe_seccomp, refuse_calls, refuse_foreign_calls
 from hubaoti.settings import read_library_paths
@@ -25,6 +24,7 @@ from hubaoti.settings import read_library_paths
 ROOM = 16 << 30  # bytes of addresses, as torch maps its libraries, beside what a graph needs
 _FILE = 256 << 20  # bytes of a file
 _PROCESSES = 64  # more than the user has now
+_THREADS = 16  # for each core, of torch's and others' pools, which are counted as processes
 _ARENAS = 128 << 20  # bytes of addresses that malloc keeps for a core's threads, and their stacks
 _LANDLOCK = 3  # the version that knows of files that are made shorter
 _PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
@@ -67,13 +67,14 @@ class Confinement:
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
         gain_no_privileges()
+        cores = os.cpu_count() or 1
         _limit(resource.RLIMIT_CORE, 0)
-        _limit(resource.RLIMIT_CPU, int(self.seconds * (os.cpu_count() or 1)) + 1)
+        _limit(resource.RLIMIT_CPU, int(self.seconds * cores) + 1)
         if self.processes:
-            _limit(resource.RLIMIT_NPROC, _count_own_threads() + _PROCESSES)
+            _limit(resource.RLIMIT_NPROC, _count_own_threads() + _PROCESSES + _THREADS * cores)
         if not self.uses_gpu:
             _limit(resource.RLIMIT_FSIZE, _FILE)
-            _limit(resource.RLIMIT_AS, self.memory + ROOM + _ARENAS * (os.cpu_count() or 1))
+            _limit(resource.RLIMIT_AS, self.memory + ROOM + _ARENAS * cores)
         restrict_files([*_list_python_folders(), *self.readable], [*self._list_writable()])
         drop_capabilities()
         refuse_calls(os.getpid(), local_sockets=self.uses_gpu, processes=self.processes)
@@ -142,10 +143,12 @@ def _list_python_folders() -> Iterator[Path]:
     """
     loaded, _ = read_library_paths()
     home = Path.home()
-    for name in (sys.prefix, sys.base_prefix, *sys.path, *loaded, *_list_mapped_folders()):
+    packages = [each for name, each in [*sys.modules.items()] if "." not in name]
+    found = (folder for each in packages for folder in getattr(each, "__path__", ()))
+    python = (sys.prefix, sys.base_prefix, *sys.path, *map(str, found))
+    for name in (*python, *loaded, *_list_mapped_folders()):
         if name and not home.is_relative_to(folder := Path(name).absolute()):
             yield folder
-    yield Path(hubaoti.__file__).parent
     yield from map(Path, _SYSTEM)
 
 

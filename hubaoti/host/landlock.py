@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import stat
 import struct
 from collections.abc import Iterable
@@ -75,6 +76,8 @@ def _allow(rules: int, path: Path, rights: int) -> None:
 
 def _call(number: int, *arguments: object) -> int:
     """A system call's answer; -1 where it is refused, or this system has no such thing."""
+    if platform.system() != "Linux":
+        return -1
     try:
         return int(ctypes.CDLL(None).syscall(number, *arguments))
     except (AttributeError, OSError):

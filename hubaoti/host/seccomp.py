@@ -35,6 +35,7 @@ _OTHERS = {  # what looks into other processes, or sends them signals past kill(
     **{"kcmp": (312, 272), "process_madvise": (440, 440), "process_mrelease": (448, 448)},
     **{"pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "pidfd_send_signal": (424, 424)},
     **{"tkill": (200, 130), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240)},
+    **{"setpriority": (141, 140), "ioprio_set": (251, 30), "migrate_pages": (256, 238)},
 }
 _SYSTEM = {  # what is a system's to set, and ways around this very filter, as io_uring is
     **{"io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427)},
@@ -59,6 +60,10 @@ _ATTRIBUTES = {  # modes, owners and labels of files, of which landlock says not
     **{"removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16)},
     **{"setxattrat": (463, 463), "removexattrat": (466, 466), "file_setattr": (469, 469)},
 }
+_SHARED = {  # memory and queues without a file, which any process of the user may find
+    **{"shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195)},
+    **{"msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180)},
+}
 _LEAVING = {"setsid": (112, 157), "setpgid": (109, 154)}  # the group that is ended as one
 _SOCKETS = {  # what is done with one; a pair that was made before can still be used
     **{"connect": (42, 203), "bind": (49, 200), "listen": (50, 201), "accept": (43, 202)},
@@ -66,6 +71,7 @@ _SOCKETS = {  # what is done with one; a pair that was made before can still be 
 }
 _STARTS = {"fork": (57, 0), "vfork": (58, 0), "execve": (59, 221), "execveat": (322, 281)}
 _SOCKET, _SENDTO, _KILL, _TGKILL = (41, 198), (44, 206), (62, 129), (234, 131)
+_PRLIMIT = (302, 261)
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 
 _Instruction = tuple[int, int, int, int]  # code, how many to skip if so, if not, k
@@ -73,7 +79,7 @@ _Instruction = tuple[int, int, int, int]  # code, how many to skip if so, if not
 
 def probe_seccomp() -> bool:
     """Whether this kernel takes such programs, on a machine whose numbers are known."""
-    if platform.machine() not in _MACHINES:
+    if platform.system() != "Linux" or platform.machine() not in _MACHINES:
         return False
     action = ctypes.c_uint32(_ERROR)
     return _call(_GET_ACTION, 0, ctypes.byref(action)) == 0
@@ -100,16 +106,19 @@ def refuse_calls(process: int, *, local_sockets: bool, processes: bool) -> bool:
 
 def _list_foreign(*, network: bool) -> Iterator[_Instruction]:
     yield from _refuse((_OTHERS | _SYSTEM).values())
+    yield from _require_argument(_PRLIMIT, 0, 0)  # of this process
     if not network:
         yield from _require_argument(_SOCKET, 0, _AF_UNIX)
 
 
 def _list_all(process: int, local_sockets: bool, processes: bool) -> Iterator[_Instruction]:
     yield from _list_foreign(network=False)
-    yield from _refuse((_ATTRIBUTES | _LEAVING).values())
+    yield from _refuse((_ATTRIBUTES | _SHARED | _LEAVING).values())
     if not local_sockets:
         yield from _refuse([_SOCKET, *_SOCKETS.values()])
-        yield from _require_argument(_SENDTO, 4, 0)  # the address, of which a pair has no need
+        yield from _require_argument(
+            _SENDTO, 4, 0, whole=True
+        )  # the address, of which a pair has no need
     if not processes:
         yield from _refuse(_STARTS.values())
         yield from _require_argument(_KILL, 0, process)
@@ -124,20 +133,18 @@ def _refuse(calls: Iterable[tuple[int, int]], error: int = errno.EPERM) -> Itera
         yield from ((_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERROR | error))
 
 
-def _require_argument(call: tuple[int, int], index: int, value: int) -> Iterator[_Instruction]:
-    """Have a call fail unless an argument, all eight bytes of it, has a value below 2**31.
+def _require_argument(
+    call: tuple[int, int], index: int, value: int, *, whole: bool = False
+) -> Iterator[_Instruction]:
+    """Have a call fail unless an argument has a value, which is one of C's int.
 
-    A number of C's int may have anything in its high half, so of small ones only the low half is
-    looked at; an address (0) is looked at whole.
+    Its high half may then be anything; of an address it is looked at, too (`whole`), and is zero.
     """
-    low = _ARGUMENTS + 8 * index
-    yield (_EQUAL, 0, 7 if value == 0 else 4, _choose(call))
-    yield (_LOAD, 0, 0, low)
-    yield (_EQUAL, 1, 0, value)
-    yield (_RETURN, 0, 0, _ERROR | errno.EPERM)
-    if value == 0:
-        yield (_LOAD, 0, 0, low + 4)
-        yield (_EQUAL, 1, 0, 0)
+    halves = ((0, value), (4, 0)) if whole else ((0, value),)
+    yield (_EQUAL, 0, 3 * len(halves) + 1, _choose(call))
+    for offset, half in halves:
+        yield (_LOAD, 0, 0, _ARGUMENTS + 8 * index + offset)
+        yield (_EQUAL, 1, 0, half)
         yield (_RETURN, 0, 0, _ERROR | errno.EPERM)
     yield (_LOAD, 0, 0, _NUMBER)
 

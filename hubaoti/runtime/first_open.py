@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from hubaoti.artifact.kernel_pin import KernelPin
 from hubaoti.artifact.schema import Graph
 from hubaoti.errors import MissingOps, NotEnoughMemory, NotTried, Quarantined, rebuild_error
+from hubaoti.host.confinement import list_gaps
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.progress import Progress
 from hubaoti.runtime.custom_ops import register_ops
@@ -113,6 +114,8 @@ def open_first(
     for graph in graphs:
         history.require_ops(graph)
     progress("first open")
+    for gap in list_gaps():
+        progress(gap)
     verdicts = open_in_child(artifact.path, artifact.graphs, graphs, device, history.ops)
     names = {graph.id for graph in graphs}
     for verdict in verdicts:

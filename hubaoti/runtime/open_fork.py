@@ -99,12 +99,15 @@ class FirstOpen:
 
     def _relay(self, graph: str, inner: Channel, outer: Channel, watch: _Watch) -> None:
         """Tell the parent how a graph fares, until it is through."""
-        last = OpenReport(graph)
+        last, was_of_kernel = OpenReport(graph), True
         try:
             while last.problem is None:
                 step: Step = inner.receive(Step)
-                if step.graph != graph or inner.received > MOST + self.most:
+                # What a graph says once it has begun with itself blames no kernel.
+                is_wrong = step.graph != graph or (step.of_kernel and not was_of_kernel)
+                if is_wrong or inner.received > MOST + self.most:
                     raise Garbled(_NO_ANSWER)
+                was_of_kernel = step.of_kernel
                 last = self._read(step)
                 outer.send(last)
         except Garbled:
@@ -170,21 +173,26 @@ class _Watch:
     fork: int
     most: int
     due: float = 0.0
+    status: int | None = None
 
     def has_ended(self) -> bool:
         """Whether it has ended; what takes too much is."""
-        if time.monotonic() > self.due:
+        if self.status is None and time.monotonic() > self.due:
             self.due = time.monotonic() + _INTERVAL
             if sum(map(measure_process_memory, list_descendants(str(self.fork)))) > self.most:
                 os.kill(self.fork, signal.SIGKILL)
-        return os.waitid(os.P_PID, self.fork, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        if self.status is None:
+            found, status = os.waitpid(self.fork, os.WNOHANG)
+            self.status = status if found else None
+        return self.status is not None
 
     def wait(self) -> int:
         """End it, if it has not yet; its exit code, as `subprocess` has it."""
         if not self.has_ended():
             os.kill(self.fork, signal.SIGKILL)
-        _, status = os.waitpid(self.fork, 0)
-        return os.waitstatus_to_exitcode(status)
+            _, self.status = os.waitpid(self.fork, 0)
+        assert self.status is not None
+        return os.waitstatus_to_exitcode(self.status)
 
 
 def _refuse(report: OpenReport, error: HubaotiError) -> OpenReport:
