@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -361,3 +363,34 @@ def test_many_processes_never_exceed_the_budget_and_all_that_is_left_is_whole(
     found = collect(mirror)
     assert found.orphans == () and found.after <= 3.5 * SIZE
     assert not any((mirror.root / "tmp").iterdir())
+
+
+CHURN = """
+import sys; sys.path.insert(0, "tests")
+from pathlib import Path
+from test_gc import churn
+print("begun", flush=True)
+for seed in range(1000):
+    churn(Path(sys.argv[1]), Path(sys.argv[2]), seed)
+"""
+
+
+def test_whenever_a_process_is_killed_the_budget_holds_and_all_that_is_listed_is_whole(
+    mirror: Mirror, tmp_path: Path, settings: Settings
+) -> None:
+    for at in range(4):
+        make(tmp_path / "bundles", f"b{at}")
+    mirror.usage.record_number(BUDGET, 2.5 * SIZE)
+    command = [sys.executable, "-c", CHURN, str(mirror.root), str(tmp_path / "bundles")]
+    for turn in range(5):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None and process.stdout.readline() == "begun\n"
+            time.sleep(0.05 + 0.13 * turn)
+            assert process.poll() is None
+            process.kill()
+        with Mirror.open(mirror.root) as found:
+            assert not any((found.root / "tmp").iterdir())
+            assert found.usage.count_bytes() <= 2.5 * SIZE
+            collect(found)
+            assert collect(found).orphans == ()
+        assert inside(settings, "verify").code == 0
