@@ -25,7 +25,7 @@ from hubaoti.mirror.usage import Use
 if TYPE_CHECKING:
     from hubaoti.mirror.store import Mirror
 
-_SHARE, _MOST = 0.2, 50 * 10**9  # of the disk, and bytes
+_SHARE, _LEAST, _MOST = 0.2, 10**9, 50 * 10**9  # of the disk, and bytes
 _LOW = 0.9  # of the budget: down to there, once it is reached
 _DAY = 24 * 3600
 _RECENT = 30 * _DAY  # who was opened since is run by some torch, wherever that is installed
@@ -58,9 +58,12 @@ class Collected:
 
 
 def read_budget(mirror: Mirror) -> int:
-    """The most bytes of artifacts: as was said, else 20 % of the disk, at most 50 GB."""
+    """The most bytes of artifacts: as was said, else 20 % of the disk, from 1 to 50 GB."""
     said = mirror.usage.read_number(BUDGET)
-    return int(min(shutil.disk_usage(mirror.root).total * _SHARE, _MOST) if said is None else said)
+    if said is None:
+        share = shutil.disk_usage(mirror.root).total * _SHARE
+        return int(min(max(share, _LEAST), _MOST))
+    return int(said)
 
 
 def collect(
