@@ -79,8 +79,7 @@ def collect(
     Raises:
         HubaotiError: the mirror may not be written.
     """
-    if not dry_run:
-        mirror.index.require_writable()
+    mirror.index.require_writable()
     with mirror.leases.changing_files():
         collection = _Collection(mirror, dry_run)
         budget = read_budget(mirror) if max_bytes is None else max_bytes
@@ -199,7 +198,7 @@ class _Collection:
     def _drop(self, digest: str, why: str) -> bool:
         """Remove an artifact, or see that it could be; whether it is, or would be, gone."""
         if self._dry_run:
-            if self._mirror.index.is_writable and self._mirror.leases.is_held(digest):
+            if self._mirror.leases.is_held(digest):
                 return False
         else:
             try:
