@@ -223,6 +223,17 @@ def test_what_is_of_nobody_trusted_any_more_is_collected(
     assert here(mirror) == set()
 
 
+def test_what_nobody_said_anything_of_yet_waits(mirror: Mirror, tmp_path: Path) -> None:
+    """As after an import, or when the index was lost: it may be nowhere else."""
+    unknown = put(mirror, make(tmp_path, "unknown"), BUILT_HERE)
+    assert not mirror.decide(unknown.digest).allowed
+    collect(mirror)
+    assert here(mirror) == {unknown.digest}
+    mirror.trust.block_artifact(unknown.digest)
+    collect(mirror)
+    assert here(mirror) == set()
+
+
 def test_what_was_not_opened_for_long_leaves_where_that_is_said(
     mirror: Mirror, tmp_path: Path, settings: Settings
 ) -> None:

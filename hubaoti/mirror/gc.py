@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from hubaoti.artifact.requirements import read_version, series
 from hubaoti.artifact.variant import Variant
-from hubaoti.errors import ArtifactHeld, MirrorFull
+from hubaoti.errors import ArtifactHeld, Blocked, MirrorFull
 from hubaoti.host.probe import find_torch
 from hubaoti.mirror.eviction import Candidate, estimate_cost, order
 from hubaoti.mirror.orphans import find_orphans
@@ -140,9 +140,8 @@ class _Collection:
     def drop_refused(self) -> None:
         """Drop what may not be opened here."""
         for digest in [*self._rows]:
-            decision = self._decide(digest)
-            if not decision.allowed:
-                self._drop(digest, decision.reason)
+            if self._is_refused(digest):
+                self._drop(digest, self._decide(digest).reason)
 
     def drop_unused(self, seconds: float) -> None:
         """Drop what was not opened for so long, and did not come since."""
@@ -175,7 +174,7 @@ class _Collection:
                 opens=use.opens,
                 cost=self._estimate_cost(row, use),
                 age=use.age,
-                is_allowed=self._decide(row.digest).allowed,
+                is_allowed=not self._is_refused(row.digest),
                 is_runnable=opened or here is None or _is_of(row, series(here)),
             )
 
@@ -191,6 +190,16 @@ class _Collection:
         if digest not in self._decisions:
             self._decisions[digest] = self._mirror.decide(digest)
         return self._decisions[digest]
+
+    def _is_refused(self, digest: str) -> bool:
+        """Whether an artifact may not be opened here, and is no loss.
+
+        Of what nobody knows the origin of, as after an import or a lost index, nobody has said
+        anything yet, and it may be nowhere else.
+        """
+        decision = self._decide(digest)
+        is_blocked = isinstance(decision.refusal, Blocked)
+        return is_blocked or (not decision.allowed and digest in self._elsewhere)
 
     def _find_use(self, digest: str) -> Use:
         return self._uses.get(digest, Use())
