@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -113,11 +115,12 @@ def test_the_budget_is_a_fifth_of_the_disk_until_somebody_says_another(
 ) -> None:
     disk = os.statvfs(mirror.root)
     total = disk.f_frsize * disk.f_blocks
-    assert read_budget(mirror) == min(int(total * 0.2), 50 * 10**9)
+    default = min(max(int(total * 0.2), 10**9), 50 * 10**9)
+    assert read_budget(mirror) == default
     assert "of 2.0 MB are used" in inside(settings, "mirror", "budget", "2MB").out
     assert read_budget(mirror) == 2_000_000
     inside(settings, "mirror", "budget", "default")
-    assert read_budget(mirror) == min(int(total * 0.2), 50 * 10**9)
+    assert read_budget(mirror) == default
     assert inside(settings, "mirror", "budget", "much").code == errors.BadRequest.exit_code
     assert inside(settings, "mirror", "gc", "--older-than", "-3d").code == 2
 
@@ -217,6 +220,17 @@ def test_what_is_of_nobody_trusted_any_more_is_collected(
     assert here(mirror) == {one.digest}
     mirror.trust.remove("https://hub", "acme")
     assert "not trusted" in inside(settings, "mirror", "gc").out
+    assert here(mirror) == set()
+
+
+def test_what_nobody_said_anything_of_yet_waits(mirror: Mirror, tmp_path: Path) -> None:
+    """As after an import, or when the index was lost: it may be nowhere else."""
+    unknown = put(mirror, make(tmp_path, "unknown"), BUILT_HERE)
+    assert not mirror.decide(unknown.digest).allowed
+    collect(mirror)
+    assert here(mirror) == {unknown.digest}
+    mirror.trust.block_artifact(unknown.digest)
+    collect(mirror)
     assert here(mirror) == set()
 
 
@@ -361,3 +375,34 @@ def test_many_processes_never_exceed_the_budget_and_all_that_is_left_is_whole(
     found = collect(mirror)
     assert found.orphans == () and found.after <= 3.5 * SIZE
     assert not any((mirror.root / "tmp").iterdir())
+
+
+CHURN = """
+import sys; sys.path.insert(0, "tests")
+from pathlib import Path
+from test_gc import churn
+print("begun", flush=True)
+for seed in range(1000):
+    churn(Path(sys.argv[1]), Path(sys.argv[2]), seed)
+"""
+
+
+def test_whenever_a_process_is_killed_the_budget_holds_and_all_that_is_listed_is_whole(
+    mirror: Mirror, tmp_path: Path, settings: Settings
+) -> None:
+    for at in range(4):
+        make(tmp_path / "bundles", f"b{at}")
+    mirror.usage.record_number(BUDGET, 2.5 * SIZE)
+    command = [sys.executable, "-c", CHURN, str(mirror.root), str(tmp_path / "bundles")]
+    for turn in range(5):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None and process.stdout.readline() == "begun\n"
+            time.sleep(0.05 + 0.13 * turn)
+            assert process.poll() is None
+            process.kill()
+        with Mirror.open(mirror.root) as found:
+            assert not any((found.root / "tmp").iterdir())
+            assert found.usage.count_bytes() <= 2.5 * SIZE
+            collect(found)
+            assert collect(found).orphans == ()
+        assert inside(settings, "verify").code == 0

@@ -109,7 +109,10 @@ def test_what_is_open_in_another_container_is_held(root: Path) -> None:
 
 def test_a_fork_keeps_what_its_parent_has_open(root: Path) -> None:
     """As a ZeroGPU worker does; the parent ends, and the child goes on."""
-    code = f"mirror.leases.hold('{NAME}')\nimport os\nif os.fork(): sys.stdin = open('/dev/null')"
+    code = f"mirror.leases.hold('{NAME}')\nimport os\n"
+    code += (
+        "if os.fork() == 0:\n    sys.stdin.read()\n    os._exit(0)\nsys.stdin = open('/dev/null')"
+    )
     with Mirror.open(root) as mirror:
         with running(root, code) as process:
             assert process.wait() == 0  # the parent

@@ -151,6 +151,7 @@ def get_artifact(
     if isinstance(artifact, Bundle):
         with Mirror.open(settings.mirror) as mirror:
             _require_allowed(artifact.manifest.digest, trust, mirror)
+            mirror.leases.hold(artifact.manifest.digest)  # it is opened soon
             return mirror.artifact(artifact.manifest.digest) or put(artifact, mirror)
     found = getattr(artifact, "artifact", artifact)
     if not isinstance(found, Artifact):

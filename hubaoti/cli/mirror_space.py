@@ -96,8 +96,8 @@ def gc_command(
 def budget_command(size: str | None) -> None:
     """Say how many bytes of artifacts the mirror may have, or have it be SIZE, as 20GB.
 
-    By default it is 20 % of the disk, at most 50 GB. What was built here is stored, however little
-    room there is.
+    By default it is 20 % of the disk, from 1 to 50 GB. What was built here is stored, however
+    little room there is.
     """
     with Mirror.open(Settings.from_env().mirror) as mirror:
         if size is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +115,14 @@ def find_in_mirror(wanted: Wanted, settings: Settings) -> Artifact | None:
     gpu = int(number or 0) if kind == "cuda" else None
     with Mirror.open(settings.mirror) as mirror:
         fitting = {each.digest: each for each in _list_candidates(wanted, mirror)}
+        best = _choose(fitting, wanted, gpu)
+        if best is not None:
+            mirror.leases.hold(best.digest)  # it is opened soon
+    return best
+
+
+def _choose(fitting: Mapping[str, Artifact], wanted: Wanted, gpu: int | None) -> Artifact | None:
+    """The best of some artifacts, by their digests, for the GPU that is wanted."""
     same = [
         Candidate(each.recipe, each.variant, judge(each.requires, wanted.host, gpu), digest)
         for digest, each in ((digest, found.manifest) for digest, found in fitting.items())

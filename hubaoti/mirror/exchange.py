@@ -60,7 +60,7 @@ def import_artifacts(mirror: Mirror, source: Path) -> list[Artifact]:
 
     Raises:
         BadExport: it is none, or was made to harm. BadManifest: a manifest cannot be read.
-        DigestMismatch, BadPackage: an artifact is not as its manifest says; nothing of it is here.
+        DigestMismatch, BadPackage: an artifact is not as its manifest says; it is not listed.
         DiskFull, MirrorFull: there is no room.
     """
     mirror.index.require_writable()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from hubaoti.artifact.requirements import read_version, series
 from hubaoti.artifact.variant import Variant
-from hubaoti.errors import ArtifactHeld, MirrorFull
+from hubaoti.errors import ArtifactHeld, Blocked, MirrorFull
 from hubaoti.host.probe import find_torch
 from hubaoti.mirror.eviction import Candidate, estimate_cost, order
 from hubaoti.mirror.orphans import find_orphans
@@ -25,7 +25,7 @@ from hubaoti.mirror.usage import Use
 if TYPE_CHECKING:
     from hubaoti.mirror.store import Mirror
 
-_SHARE, _MOST = 0.2, 50 * 10**9  # of the disk, and bytes
+_SHARE, _LEAST, _MOST = 0.2, 10**9, 50 * 10**9  # of the disk, and bytes
 _LOW = 0.9  # of the budget: down to there, once it is reached
 _DAY = 24 * 3600
 _RECENT = 30 * _DAY  # who was opened since is run by some torch, wherever that is installed
@@ -58,9 +58,12 @@ class Collected:
 
 
 def read_budget(mirror: Mirror) -> int:
-    """The most bytes of artifacts: as was said, else 20 % of the disk, at most 50 GB."""
+    """The most bytes of artifacts: as was said, else 20 % of the disk, from 1 to 50 GB."""
     said = mirror.usage.read_number(BUDGET)
-    return int(min(shutil.disk_usage(mirror.root).total * _SHARE, _MOST) if said is None else said)
+    if said is None:
+        share = shutil.disk_usage(mirror.root).total * _SHARE
+        return int(min(max(share, _LEAST), _MOST))
+    return int(said)
 
 
 def collect(
@@ -76,8 +79,7 @@ def collect(
     Raises:
         HubaotiError: the mirror may not be written.
     """
-    if not dry_run:
-        mirror.index.require_writable()
+    mirror.index.require_writable()
     with mirror.leases.changing_files():
         collection = _Collection(mirror, dry_run)
         budget = read_budget(mirror) if max_bytes is None else max_bytes
@@ -138,9 +140,8 @@ class _Collection:
     def drop_refused(self) -> None:
         """Drop what may not be opened here."""
         for digest in [*self._rows]:
-            decision = self._decide(digest)
-            if not decision.allowed:
-                self._drop(digest, decision.reason)
+            if self._is_refused(digest):
+                self._drop(digest, self._decide(digest).reason)
 
     def drop_unused(self, seconds: float) -> None:
         """Drop what was not opened for so long, and did not come since."""
@@ -173,7 +174,7 @@ class _Collection:
                 opens=use.opens,
                 cost=self._estimate_cost(row, use),
                 age=use.age,
-                is_allowed=self._decide(row.digest).allowed,
+                is_allowed=not self._is_refused(row.digest),
                 is_runnable=opened or here is None or _is_of(row, series(here)),
             )
 
@@ -190,13 +191,23 @@ class _Collection:
             self._decisions[digest] = self._mirror.decide(digest)
         return self._decisions[digest]
 
+    def _is_refused(self, digest: str) -> bool:
+        """Whether an artifact may not be opened here, and is no loss.
+
+        Of what nobody knows the origin of, as after an import or a lost index, nobody has said
+        anything yet, and it may be nowhere else.
+        """
+        decision = self._decide(digest)
+        is_blocked = isinstance(decision.refusal, Blocked)
+        return is_blocked or (not decision.allowed and digest in self._elsewhere)
+
     def _find_use(self, digest: str) -> Use:
         return self._uses.get(digest, Use())
 
     def _drop(self, digest: str, why: str) -> bool:
         """Remove an artifact, or see that it could be; whether it is, or would be, gone."""
         if self._dry_run:
-            if self._mirror.index.is_writable and self._mirror.leases.is_held(digest):
+            if self._mirror.leases.is_held(digest):
                 return False
         else:
             try:

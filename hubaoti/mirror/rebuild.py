@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hubaoti.disk import explain_disk_errors
 from hubaoti.mirror.artifact import compute_unpacked_size, has_sizes
+from hubaoti.mirror.folders import make_private
 from hubaoti.mirror.index import DAMAGED
 from hubaoti.mirror.rows import PullOrigin, Row
 
@@ -45,11 +47,16 @@ def restore_rows(mirror: Mirror) -> list[Row]:
 
 
 def set_index_apart(root: Path) -> Path:
-    """Move a damaged index out of the way, with what belongs to it; where it is now."""
+    """Move a damaged index out of the way, with what belongs to it; where it is now.
+
+    Raises:
+        HubaotiError: the mirror may not be written.
+    """
     apart = root / "quarantine" / f"index~{secrets.token_hex(4)}"
-    apart.mkdir(mode=0o700)
-    for file in root.glob("index.sqlite3*"):
-        file.rename(apart / file.name)
+    with explain_disk_errors(root):
+        make_private(apart)
+        for file in root.glob("index.sqlite3*"):
+            file.rename(apart / file.name)
     return apart
 
 
