@@ -49,7 +49,7 @@ from hubaoti.hub.pull_path import describe_no_artifact, describe_no_torch, judge
 from hubaoti.hub.revisions import Revisions
 from hubaoti.hub.zerogpu import suggest_loader
 from hubaoti.mirror import Artifact, Mirror, PullOrigin
-from hubaoti.mirror.rows import Pin
+from hubaoti.mirror.rows import LOCKED, Pin
 from hubaoti.mirror.store import compute_unpacked_size
 from hubaoti.mirror.trust import Trust
 from hubaoti.progress import Progress, report_nothing
@@ -191,12 +191,8 @@ class Puller:
             artifact, ref, commit, chosen.place, verdict, considered, catalog.notes, False
         )
 
-    def take(self, ref: RepoRef, catalog: Catalog, chosen: Considered, pin: Pin | None) -> Artifact:
-        """An artifact that was chosen: of a trusted publisher, verified, in the mirror.
-
-        Without a pin the pull is not remembered, only where the artifact is from: of a commit that
-        is locked nobody knows whether it is the owner's.
-        """
+    def take(self, ref: RepoRef, catalog: Catalog, chosen: Considered, pin: Pin) -> Artifact:
+        """An artifact that was chosen: of a trusted publisher, verified, in the mirror."""
         manifest = chosen.manifest
         assert manifest is not None  # only judged ones are chosen
         self.require_trust(ref, catalog.commit, chosen.place, manifest)
@@ -204,15 +200,9 @@ class Puller:
         # Another commit, or another repo, may have brought the same artifact before.
         mirrored = self.mirror.artifact(manifest.digest)
         artifact = mirrored or self._fetch(catalog, chosen.place, manifest)
-        if pin is not None:
+        if self.mirror.index.is_writable:
             self.mirror.index.record_pull(pin, artifact.digest, str(chosen.place))
-        elif self.mirror.index.is_writable:
-            origin = self._name_origin(ref, catalog.commit, chosen.place)
-            self.mirror.index.record_origin(artifact.digest, origin)
         return artifact
-
-    def _name_origin(self, ref: RepoRef, commit: str, place: ArtifactPath) -> PullOrigin:
-        return PullOrigin(self.client.endpoint, ref.repo, commit, str(place))
 
     def bring_kernels(self, manifest: Manifest) -> None:
         """See that the kernels that an artifact calls are in the mirror, by `bring_kernels`."""
@@ -265,7 +255,7 @@ class Puller:
         """
         if self.lock is not None:
             self.lock.find(ref).require(place, manifest.digest)
-        origin = self._name_origin(ref, commit, place)
+        origin = PullOrigin(self.client.endpoint, ref.repo, commit, str(place))
         if self.trust and ref.digest is not None:  # of what is named, and of nothing else
             self.mirror.trust.add_artifact(ref.digest)
             self.mirror.require_allowed(ref.digest)
@@ -337,7 +327,9 @@ class Puller:
 
     def pin(self, ref: RepoRef, commit: str, request: str | None = None) -> Pin:
         """What is remembered of a pull: of which commit, of what was asked for, on which host."""
-        if request is None:
+        if self.lock is not None:
+            request = LOCKED
+        elif request is None:
             request = str(self.place or self.recipe or "")
         return Pin(self.client.endpoint, ref.repo, commit, request, fingerprint(self.host))
 
