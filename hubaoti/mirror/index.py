@@ -187,7 +187,7 @@ class Index:
         return [str(digest) for (digest,) in self._select(query, endpoint, repo, commit)]
 
     def is_known(self, endpoint: str, repo: str, commit: str) -> bool:
-        """Whether a commit was pulled before as one of the repo's owner, and not as it was locked."""
+        """Whether a commit was pulled before as its owner's, and not as it was locked."""
         query = (
             "select 1 from pulls where endpoint = ? and repo = ? and revision = ? and asked != ?"
         )
