@@ -199,10 +199,26 @@ class Puller:
         self.bring_kernels(manifest)
         # Another commit, or another repo, may have brought the same artifact before.
         mirrored = self.mirror.artifact(manifest.digest)
-        artifact = mirrored or self._fetch(catalog, chosen.place, manifest)
+        origin = PullOrigin(self.client.endpoint, ref.repo, catalog.commit, str(chosen.place))
+        artifact = mirrored or self._fetch(catalog, chosen.place, manifest, origin)
         if self.mirror.index.is_writable:
             self.mirror.index.record_pull(pin, artifact.digest, str(chosen.place))
         return artifact
+
+    def take_proposed(self, catalog: Catalog, chosen: Considered) -> Artifact:
+        """An artifact that anybody may have proposed to a repo: of nobody, trusted by its digest.
+
+        Raises:
+            Untrusted: it is not. Blocked: it may not run here.
+        """
+        manifest = chosen.manifest
+        assert manifest is not None
+        if self.trust:
+            self.mirror.trust.add_artifact(manifest.digest)
+        self.mirror.require_allowed(manifest.digest)
+        self.bring_kernels(manifest)
+        mirrored = self.mirror.artifact(manifest.digest)
+        return mirrored or self._fetch(catalog, chosen.place, manifest, PullOrigin())
 
     def bring_kernels(self, manifest: Manifest) -> None:
         """See that the kernels that an artifact calls are in the mirror, by `bring_kernels`."""
@@ -280,9 +296,10 @@ class Puller:
         advice = "say so once with --trust"
         trusted.require(endpoint, ref.owner, f"{what} at {endpoint} ({which})", advice)
 
-    def _fetch(self, catalog: Catalog, place: ArtifactPath, manifest: Manifest) -> Artifact:
+    def _fetch(
+        self, catalog: Catalog, place: ArtifactPath, manifest: Manifest, origin: PullOrigin
+    ) -> Artifact:
         """Download, verify, unpack; what was downloaded is not kept twice."""
-        origin = PullOrigin(self.client.endpoint, catalog.repo, catalog.commit, str(place))
         _require_listed(catalog, place, manifest)
         self.client.sweep()
         for _ in range(_ATTEMPTS):
