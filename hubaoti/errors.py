@@ -224,7 +224,7 @@ class BadLock(HubaotiError, exit_code=52):
     """The lockfile is missing, malformed, or of a newer hubaoti."""
 
 
-class NoVersion(HubaotiError, exit_code=53):
+class NoVersion(RepoNotFound, exit_code=53):
     """No tag of the repo is a version such as was asked for."""
 
 

@@ -208,6 +208,32 @@ def test_an_artifact_is_found_by_its_digest_wherever_a_tag_has_it(
     assert proxy.requests == []
 
 
+def test_a_proposal_is_taken_by_digest_and_is_nobody_s(
+    tmp_path: Path, repo: str, settings: Settings, two: list[Bundle], hub: HfApi, proxy: Proxy
+) -> None:
+    """Whoever proposed it is not the repo's owner, who is trusted."""
+    proposed = make_bundle(tmp_path / "proposed", members={"model/x.so": b"proposed"})
+    hub.create_branch(repo, branch="draft")
+    made = hub.upload_folder(
+        folder_path=proposed.path,
+        path_in_repo=f"float32-sdpa/{proposed.manifest.variant}",
+        repo_id=repo,
+        revision="draft",
+    ).oid
+    hub.delete_branch(repo, branch="draft")
+    pr = {"name": "refs/pr/1", "ref": "refs/pr/1", "targetCommit": made}
+    proxy.mutate = lambda told: told | {"pullRequests": [pr]} if "converts" in told else told
+    Trust(settings.trust).add(settings.endpoint, "acme")
+    with pytest.raises(Untrusted, match="was not built on this machine"):
+        pull_artifact(by_digest(repo, proposed), settings, make_host())
+    pulled = pull_artifact(by_digest(repo, proposed), settings, make_host(), trust=True)
+    assert pulled.commit == made and not pulled.from_mirror
+    assert pull_artifact(by_digest(repo, proposed), settings, make_host()).from_mirror
+    Trust(settings.trust).remove_artifact(proposed.manifest.digest)
+    with Mirror.open(settings.mirror) as mirror:
+        assert not mirror.decide(proposed.manifest.digest).allowed, "nobody published it"
+
+
 def test_a_digest_that_nothing_has_is_said(
     repo: str, settings: Settings, two: list[Bundle]
 ) -> None:

@@ -63,7 +63,9 @@ def choose_artifact(
 
     `read` reads the manifests of some places, and has them in its catalog, beside those before.
     """
-    verdicts = {place: judge_path(place.variant, host) for place in places}
+    places = [*places]
+    bounds = {variant: judge_path(variant, host) for variant in {each.variant for each in places}}
+    verdicts = {place: bounds[place.variant] for place in places}
     looked = {
         place: Considered(place, None, verdict)
         for place, verdict in verdicts.items()

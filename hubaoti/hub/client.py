@@ -312,6 +312,16 @@ class HubClient(Door):
         """The full commit id that each branch of a repo is at, and each tag."""
         return self._ask(repo, lambda _: self._heads(repo, kind))
 
+    def list_proposals(self, repo: str) -> dict[str, str]:
+        """The full commit id of each proposal to a repo (`refs/pr/1`), which anybody may make."""
+
+        def list_refs(_: bool) -> dict[str, str]:
+            found = self._api.list_repo_refs(repo, include_pull_requests=True).pull_requests or ()
+            how = f"lists the proposals to {repo} in no way of the Hub's"
+            return dict(self._convert([(x.name, x.target_commit) for x in found], Refs, how))
+
+        return self._ask(repo, list_refs)
+
     def _heads(self, repo: str, kind: str = "model") -> tuple[dict[str, str], dict[str, str]]:
         refs = self._api.list_repo_refs(repo, repo_type=kind)
         how = f"lists the branches and tags of {repo} in no way of the Hub's"

@@ -52,7 +52,7 @@ from hubaoti.hub.zerogpu import suggest_loader
 from hubaoti.mirror import Artifact, Mirror, PullOrigin
 from hubaoti.mirror.answers import HUB, MIRROR
 from hubaoti.mirror.artifact import compute_unpacked_size
-from hubaoti.mirror.rows import Pin
+from hubaoti.mirror.rows import LOCKED, Pin
 from hubaoti.mirror.trust import Trust
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
@@ -196,34 +196,48 @@ class Puller:
             artifact, ref, commit, chosen.place, verdict, considered, catalog.notes, False
         )
 
-    def take(self, ref: RepoRef, catalog: Catalog, chosen: Considered, pin: Pin | None) -> Artifact:
-        """An artifact that was chosen: of a trusted publisher, verified, in the mirror.
-
-        Without a pin the pull is not remembered, only where the artifact is from: of a commit that
-        is locked nobody knows whether it is the owner's.
-        """
+    def take(self, ref: RepoRef, catalog: Catalog, chosen: Considered, pin: Pin) -> Artifact:
+        """An artifact that was chosen: of a trusted publisher, verified, in the mirror."""
         manifest = chosen.manifest
         assert manifest is not None  # only judged ones are chosen
         self.require_trust(ref, catalog.commit, chosen.place, manifest)
         self.bring_kernels(manifest)
+        origin = PullOrigin(self.client.endpoint, ref.repo, catalog.commit, str(chosen.place))
+        artifact = self._find_or_fetch(catalog, chosen.place, manifest, origin)
+        if self.mirror.index.is_writable:
+            self.mirror.index.record_pull(pin, artifact.digest, str(chosen.place))
+        return artifact
+
+    def take_proposed(self, catalog: Catalog, chosen: Considered) -> Artifact:
+        """An artifact that anybody may have proposed to a repo: of nobody, trusted by its digest.
+
+        Raises:
+            Untrusted: it is not. Blocked: it may not run here.
+        """
+        manifest = chosen.manifest
+        assert manifest is not None
+        if self.trust:
+            self.mirror.trust.add_artifact(manifest.digest)
+        self.mirror.require_allowed(manifest.digest)
+        self.bring_kernels(manifest)
+        return self._find_or_fetch(catalog, chosen.place, manifest, PullOrigin())
+
+    def _find_or_fetch(
+        self, catalog: Catalog, place: ArtifactPath, manifest: Manifest, origin: PullOrigin
+    ) -> Artifact:
+        """An artifact in the mirror, which it does not leave while this process has it.
+
+        Another commit, repo or process may have brought it before; of several that want it now, one
+        fetches it.
+        """
         self.mirror.leases.hold(manifest.digest)
         with self.mirror.leases.alone(manifest.digest, self.progress):
-            # Another commit, repo or process may have brought the same artifact before.
-            mirrored = self.mirror.artifact(manifest.digest)
-            began = time.monotonic()
-            artifact = mirrored or self._fetch(catalog, chosen.place, manifest)
+            mirrored, began = self.mirror.artifact(manifest.digest), time.monotonic()
+            artifact = mirrored or self._fetch(catalog, place, manifest, origin)
         self.mirror.answers.record(MIRROR if mirrored else HUB, manifest)
         if not mirrored:
             self.mirror.usage.record_download(manifest.digest, time.monotonic() - began)
-        if pin is not None:
-            self.mirror.index.record_pull(pin, artifact.digest, str(chosen.place))
-        elif self.mirror.index.is_writable:
-            origin = self._name_origin(ref, catalog.commit, chosen.place)
-            self.mirror.index.record_origin(artifact.digest, origin)
         return artifact
-
-    def _name_origin(self, ref: RepoRef, commit: str, place: ArtifactPath) -> PullOrigin:
-        return PullOrigin(self.client.endpoint, ref.repo, commit, str(place))
 
     def bring_kernels(self, manifest: Manifest) -> None:
         """See that the kernels that an artifact calls are in the mirror, by `bring_kernels`."""
@@ -276,7 +290,7 @@ class Puller:
         """
         if self.lock is not None:
             self.lock.find(ref).require(place, manifest.digest)
-        origin = self._name_origin(ref, commit, place)
+        origin = PullOrigin(self.client.endpoint, ref.repo, commit, str(place))
         if self.trust and ref.digest is not None:  # of what is named, and of nothing else
             self.mirror.trust.add_artifact(ref.digest)
             self.mirror.require_allowed(ref.digest)
@@ -301,9 +315,10 @@ class Puller:
         advice = "say so once with --trust"
         trusted.require(endpoint, ref.owner, f"{what} at {endpoint} ({which})", advice)
 
-    def _fetch(self, catalog: Catalog, place: ArtifactPath, manifest: Manifest) -> Artifact:
+    def _fetch(
+        self, catalog: Catalog, place: ArtifactPath, manifest: Manifest, origin: PullOrigin
+    ) -> Artifact:
         """Download, verify, unpack; what was downloaded is not kept twice."""
-        origin = PullOrigin(self.client.endpoint, catalog.repo, catalog.commit, str(place))
         _require_listed(catalog, place, manifest)
         self.client.sweep()
         for _ in range(_ATTEMPTS):
@@ -348,7 +363,9 @@ class Puller:
 
     def pin(self, ref: RepoRef, commit: str, request: str | None = None) -> Pin:
         """What is remembered of a pull: of which commit, of what was asked for, on which host."""
-        if request is None:
+        if self.lock is not None:
+            request = LOCKED
+        elif request is None:
             request = str(self.place or self.recipe or "")
         return Pin(self.client.endpoint, ref.repo, commit, request, fingerprint(self.host))
 

@@ -80,13 +80,16 @@ def find_pulled(puller: Puller, ref: RepoRef) -> tuple[Offer, ...]:
         NoArtifact: nothing is here, or nobody can say where a branch is.
         Untrusted: its publisher is trusted no more.
     """
-    if ref.revision is not None and ref.commit is None:
+    lock = puller.lock
+    if lock is None and ref.revision is not None and ref.commit is None:
         raise NoArtifact(
             f"which commit {ref} is cannot be asked: HF_HUB_OFFLINE is set",
             hint="name the full commit id, or no revision for all that was pulled before",
         )
     index = puller.mirror.index
     digests = index.list_pulls(puller.client.endpoint, ref.repo, ref.commit)
+    if lock is not None:
+        digests = [*lock.find(ref).artifacts.values()]
     offers: dict[ArtifactPath, Offer] = {}
     for digest in dict.fromkeys(digests):
         artifact, row = puller.mirror.artifact(digest), index.row(digest)

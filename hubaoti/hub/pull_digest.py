@@ -1,7 +1,8 @@
 """An artifact that is asked for by its manifest's digest: in the mirror, or somewhere in a repo.
 
-Who names a digest names every byte. So it is taken of whichever branch or tag has it; whether its
-code may run is asked as ever.
+Who names a digest names every byte. So it is taken of whichever branch or tag has it, or of a
+proposal to the repo; whether its code may run is asked as ever. A proposal is of nobody: the
+artifact itself has to be trusted then, and not the repo's owner.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ def pull_digest(puller: Puller, ref: RepoRef) -> Pulled:
         puller.bring_kernels(artifact.manifest)
     else:
         puller.mirror.index.require_writable()
-        catalog, considered = _find_published(puller, ref)
+        catalog, considered, is_owned = _find_published(puller, ref)
         _require_fit(ref, considered)
         commit, place = catalog.commit, considered.place
-        artifact = puller.take(ref, catalog, considered, puller.pin(ref, commit, str(place)))
+        if is_owned:
+            artifact = puller.take(ref, catalog, considered, puller.pin(ref, commit, str(place)))
+        else:
+            artifact = puller.take_proposed(catalog, considered)
     verdict = considered.verdict
     assert verdict is not None
     return Pulled(artifact, ref, commit, place, verdict, (considered,), (), bool(found))
@@ -55,25 +59,28 @@ def _require_fit(ref: RepoRef, considered: Considered) -> None:
 
 
 def _find_mirrored(puller: Puller, ref: RepoRef) -> tuple[Artifact, str, ArtifactPath] | None:
-    """The artifact of a digest that came from this repo before: it, its commit and path there."""
+    """The artifact of a digest that is trusted, or came from this repo; its commit and path."""
     digest = str(ref.digest)
     artifact = puller.mirror.artifact(digest)
     if artifact is None:
         return None
+    row = puller.mirror.index.row(digest)
+    if row is not None and puller.mirror.trust.read().names(digest):
+        return artifact, row.origin.commit, ArtifactPath.parse(f"{row.recipe}/{row.variant}")
     for origin in puller.mirror.index.list_origins(digest):
         if (origin.endpoint, origin.repo) == (puller.client.endpoint, ref.repo):
             return artifact, origin.commit, ArtifactPath.parse(origin.path)
     return None
 
 
-def _find_published(puller: Puller, ref: RepoRef) -> tuple[Catalog, Considered]:
-    """The artifact of a digest in the commits that a repo's branches and tags name.
+def _find_published(puller: Puller, ref: RepoRef) -> tuple[Catalog, Considered, bool]:
+    """The artifact of a digest in a repo: where it is, and whether the repo's owner put it there.
 
     Raises:
         NoArtifact: none of them has it. BadManifest: they have more manifests than are read.
     """
     client, left, seen = puller.client, Allowance(), set[str]()
-    for commit in _list_commits(client, ref.repo):
+    for commit, is_owned in _list_commits(client, ref.repo):
         puller.progress(f"looking for {ref.revision} in {ref.repo} at {commit}")
         catalog = list_catalog(client, ref.repo, commit, left)
         blobs = {place: catalog.files[place.manifest].blob for place in catalog.places}
@@ -82,16 +89,23 @@ def _find_published(puller: Puller, ref: RepoRef) -> tuple[Catalog, Considered]:
         catalog = read_manifests(client, catalog, fresh, left)
         for place, manifest in catalog.readable.items():
             if manifest.digest == ref.digest:
-                return catalog, Considered(place, manifest, puller.judge(manifest.requires))
+                found = Considered(place, manifest, puller.judge(manifest.requires))
+                return catalog, found, is_owned
     raise NoArtifact(
-        f"no branch and no tag of {ref.repo} holds the artifact {ref.digest}",
+        f"no branch, no tag and no proposal of {ref.repo} holds the artifact {ref.digest}",
         hint="see what there is with: hubaoti versions " + ref.repo,
     )
 
 
-def _list_commits(client: HubClient, repo: str) -> Iterator[str]:
-    """The commits of a repo's heads, each once: the default branch, versions, then all else."""
+def _list_commits(client: HubClient, repo: str) -> Iterator[tuple[str, bool]]:
+    """The commits of a repo's heads, each once, and whether they are its owner's.
+
+    The default branch, versions, all other branches and tags; what anybody proposed comes last.
+    """
     default = client.resolve(repo)
     branches, tags = client.list_heads(repo)
     versions = (release.commit for release in list_releases(tags))
-    yield from dict.fromkeys((default, *versions, *tags.values(), *branches.values()))
+    owned = dict.fromkeys((default, *versions, *tags.values(), *branches.values()))
+    yield from ((commit, True) for commit in owned)
+    proposed = dict.fromkeys(client.list_proposals(repo).values())
+    yield from ((commit, False) for commit in proposed if commit not in owned)

@@ -41,7 +41,7 @@ def pull_locked(puller: Puller, ref: RepoRef, locked: LockedRepo) -> Pulled:
     if chosen is None:
         raise puller.describe_no_choice(ref, catalog, considered)
     known = chosen.manifest and puller.mirror.artifact(chosen.manifest.digest)
-    artifact = puller.take(ref, catalog, chosen, None)
+    artifact = puller.take(ref, catalog, chosen, puller.pin(ref, locked.commit))
     verdict = chosen.verdict
     assert verdict is not None
     return Pulled(artifact, ref, locked.commit, chosen.place, verdict, considered, (), bool(known))

@@ -61,7 +61,7 @@ class Revisions:
                 hint="fetch it with hubaoti pull, or name a branch, a tag or a commit here",
             )
         endpoint = self.client.endpoint
-        if ref.commit and self.index.list_pulls(endpoint, ref.repo, ref.commit):
+        if ref.commit and self.index.is_known(endpoint, ref.repo, ref.commit):
             return ref.commit
         self.progress(f"asking {endpoint} for the commit of {ref}")
         revision = ref.revision if ref.specifier is None else self._choose_version(ref)

@@ -18,7 +18,7 @@ from typing import Any
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.disk import describe_no_room
 from hubaoti.errors import HubaotiError, first_line
-from hubaoti.mirror.rows import Pin, Promise, PullOrigin, Row
+from hubaoti.mirror.rows import LOCKED, Pin, Promise, PullOrigin, Row
 from hubaoti.mirror.steps import FIFTH, SECOND, STEPS, THIRD
 
 KEPT = 1024  # notes, the latest
@@ -186,6 +186,13 @@ class Index:
         )
         return [str(digest) for (digest,) in self._select(query, endpoint, repo, commit)]
 
+    def is_known(self, endpoint: str, repo: str, commit: str) -> bool:
+        """Whether a commit was pulled before as its owner's, and not as it was locked."""
+        query = (
+            "select 1 from pulls where endpoint = ? and repo = ? and revision = ? and asked != ?"
+        )
+        return bool(self._select(query, endpoint, repo, commit, LOCKED))
+
     def list_origins(self, digest: str) -> tuple[PullOrigin, ...]:
         """Every place that an artifact of this digest was ever pulled from, the first one first."""
         table = "origins" if self._has_step(FIFTH) else "artifacts"
@@ -195,11 +202,6 @@ class Index:
         )
         origins = (PullOrigin(*map(str, each)) for each in found)
         return tuple(origin for origin in origins if origin.repo)
-
-    def record_origin(self, digest: str, origin: PullOrigin) -> None:
-        """Remember one more place that an artifact comes from."""
-        with self._writing() as db:
-            _add_origin(db, digest, origin)
 
     def record_seen(self, endpoint: str, repo: str, name: str, commit: str) -> None:
         """Remember at which commit a branch or tag is."""

@@ -43,6 +43,10 @@ class Row:
     origin: PullOrigin
 
 
+LOCKED = "locked"
+"""What was asked for by a lockfile: whose the commit is, nobody asked."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pin:
     """What was asked of which repo, at which commit, for which kind of host."""
