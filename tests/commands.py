@@ -40,7 +40,7 @@ def hubaoti(settings: Settings, *words: object, cwd: Path | None = None) -> Done
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     for word in ("Traceback", "error: unexpected"):
         assert word not in done.stdout + done.stderr, done.stderr

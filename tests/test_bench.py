@@ -288,7 +288,7 @@ def run(
 
 
 # They compile, again and again.
-SLOW = {"breadth", "block", "attach", "regional", "start"}
+SLOW = {"breadth", "block", "attach", "regional", "large", "start", "open", "steady", "compile"}
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ def answering(model: nn.Module, graphs: dict[str, Graph], counts: dict[str, int]
 
 @pytest.mark.parametrize(
     "name",
-    ["flux", "qwen", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "wan"))],
+    ["flux", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "wan", "qwen"))],
 )
 def test_a_pipeline_whose_blocks_are_compiled_answers_as_before(
     name: str, compiled: Callable[[str], Bundle], tmp_path: Path
@@ -354,6 +354,7 @@ def test_flux_s_blocks_answer_by_the_loaders_that_know_no_manifest(
         assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_complex_inputs_are_inputs_like_others(compiled: Callable[[str], Bundle]) -> None:
     """Qwen-Image gives its blocks rotary embeddings as complex numbers."""
     (entry,) = compiled("qwen").manifest.graphs

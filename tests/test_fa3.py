@@ -231,6 +231,7 @@ class _Attends(torch.nn.Module):
         return torch.nn.functional.scaled_dot_product_attention(q, q, q)
 
 
+@pytest.mark.slow
 def test_a_decoder_that_looks_at_an_encoder_too_is_told_of_its_own_mask_alone(
     ops: list[str], built_at: Settings, tmp_path: Path
 ) -> None:

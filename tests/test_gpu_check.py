@@ -250,6 +250,7 @@ def test_when_the_seconds_are_over_the_parts_that_are_left_are_skipped(tmp_path:
     }
 
 
+@pytest.mark.slow
 def test_what_was_made_beforehand_is_opened_and_answers(tmp_path: Path) -> None:
     done = check(tmp_path, "made", "--for", "cpu", "--only", "encoder", script=BUILD)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -110,6 +110,7 @@ def test_its_golden_answers_are_what_it_answers(
     assert len(golden.compare_golden_answers(wrong, expected, entry.golden.tolerances)) == 3
 
 
+@pytest.mark.slow
 def test_two_builds_of_one_key_have_the_same_graphs_byte_for_byte(
     decoder_bundle: Bundle, tiny_decoder: Path, built_at: Settings, tmp_path: Path
 ) -> None:

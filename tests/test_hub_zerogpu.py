@@ -249,6 +249,7 @@ def compiled(folder: Path, settings: Settings, **how: Any) -> Bundle:
     return api.compile(folder, place, layout="zerogpu", dims=dims, settings=settings, **how)
 
 
+@pytest.mark.slow
 def test_bert_whole_answers_by_the_loaders_that_know_no_manifest(
     tiny_bert: Path, built_at: Settings, repo: str, settings: Settings, hub: HfApi
 ) -> None:
