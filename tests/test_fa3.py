@@ -174,7 +174,7 @@ def test_each_gpu_and_attention_is_a_job_with_a_key_and_the_others_are_told(
     assert ([*map(str, found.left_out)], found.refused) == ([reason], ())
     alone = make_jobs(plan, replace(request, attentions=("fa3",)), [*map(make_target, (80, 90))])
     assert ([*map(str, alone.refused)], alone.left_out) == ([reason], ())
-    only = CompileRequest(attentions=("fa3",), capabilities=(80,))
+    only = CompileRequest(attentions=("fa3",), device="cuda")  # which is asked what it is
     with pytest.raises(BadRequest, match="asked for sm80"):
         make_jobs(plan, only, [make_target(80)])
 
