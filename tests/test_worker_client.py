@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,8 @@ def in_the_middle(engine: LightweightEngine, model: Path, number: int) -> str:
         wait_until(lambda: state_of(worker) in {"T", "Z", None})
         if found := is_running(engine, model):
             os.kill(worker, number)
-        os.kill(worker, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # one that was killed may be gone already
+            os.kill(worker, signal.SIGCONT)
         return found
 
     thread = threading.Thread(target=strike)
