@@ -29,6 +29,9 @@ def push(  # noqa: PLR0913 - a face of keywords
     private: bool = False,
     layout: str | None = None,
     as_is: bool = False,
+    sign: str | Path | None = None,
+    certificates: str | Path | None = None,
+    trust_config: str | Path | None = None,
     settings: Settings | None = None,
     progress: Progress = report_nothing,
 ) -> Commit:
@@ -39,22 +42,28 @@ def push(  # noqa: PLR0913 - a face of keywords
     branch `zerogpu/<recipe>/<variant>`, as a `package/` that `spaces.aoti_load` and `aokit` read.
 
     Whoever trusts the owner of the repo runs what it holds. So what this machine did not build is
-    published only `as_is`.
+    published only `as_is`. With `sign`, the path of a private EC key, each gets a signature that
+    holds at its path of this repo alone; what lies there without one gets it, and is not sent
+    again. `certificates` are those of the key, its own first; or `sign` is "sigstore", whose
+    services a `trust_config` names.
 
     Raises:
         NotBuiltHere: this machine did not build a bundle, and `as_is` does not say so.
+        MissingDependency: it is to be signed, and the extra `sign` is not installed.
         BadRequest: the graphs do not answer without hubaoti, as that layout's loaders ask them;
-            several bundles are for that layout, or for one path.
+            several bundles are for that layout, or for one path; or the key is none.
         BadManifest: what is given is no bundle, or a folder holds something else than bundles.
         DigestMismatch: a file of the bundle is not the one its manifest names.
         Conflict: the path or the tag is taken; AuthFailed, HubUnreachable: of the Hub.
     """
     from hubaoti.hub.push import Destination, push_bundles
+    from hubaoti.hub.signing import Signing
 
     settings = settings or Settings.from_env()
     given = [bundles] if isinstance(bundles, Bundle | str | Path) else bundles
     found = [bundle for each in given for bundle in _read_bundles(each)]
-    place = Destination(RepoRef.parse(repo), tag=tag, label=label, private=private, layout=layout)
+    signing = None if sign is None else Signing.parse(sign, certificates, trust_config)
+    place = Destination(RepoRef.parse(repo), tag, label, private, layout, signing)
     if not as_is:
         _require_built(found, place.repo, settings)
     return push_bundles(found, place, settings, progress)

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Thread
 from typing import TypeVar
 
 from hubaoti.artifact.manifest import FILENAME, LARGEST_MANIFEST, Manifest, parse_manifest
-from hubaoti.errors import BadManifest, BadRequest, DigestMismatch, HubUnreachable
+from hubaoti.errors import (
+    BadManifest,
+    BadRequest,
+    BadSignature,
+    DigestMismatch,
+    HubUnreachable,
+    Unsigned,
+)
 from hubaoti.escape import escape_line
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.errors import silence_hub
 from hubaoti.hub.layout import ArtifactPath, require_agreement
 from hubaoti.hub.records import Entry
+from hubaoti.hub.signatures import CommitSignatures, RequiredSigners
+from hubaoti.mirror.signer import Signer
 
 _READERS = 8  # manifests that are fetched at once
 _SECONDS = 300.0  # for all that is read of a repo
 _MOST = 1000  # manifests
 _TOGETHER = 64 << 20  # bytes of them
 
-Unreadable = BadManifest | DigestMismatch
+Unreadable = BadManifest | DigestMismatch | Unsigned | BadSignature
 _Name = TypeVar("_Name", bound=Hashable)
 _Found = TypeVar("_Found")
 
@@ -57,7 +66,7 @@ class Catalog:
     """A commit's files by path, and its artifacts: each a manifest, or why it cannot be read.
 
     `notes` say which manifests were ignored, because their path is no artifact's; `places` are all
-    artifacts, where only one was read.
+    artifacts, where only one was read; `signers` are who signed them, where somebody has to.
     """
 
     repo: str
@@ -66,6 +75,7 @@ class Catalog:
     artifacts: dict[ArtifactPath, Manifest | Unreadable]
     notes: tuple[str, ...]
     places: tuple[ArtifactPath, ...] = ()
+    signers: Mapping[ArtifactPath, Signer] = field(default_factory=dict)
 
     @property
     def readable(self) -> dict[ArtifactPath, Manifest]:
@@ -80,8 +90,11 @@ def read_catalog(
     commit: str,
     allowance: Allowance | None = None,
     only: ArtifactPath | None = None,
+    required: RequiredSigners | None = None,
 ) -> Catalog:
     """Read every manifest of a commit, or the one of a place; a bad one hides no other.
+
+    Where somebody is required to sign, what he did not is bad, and is not parsed.
 
     Raises:
         BadManifest: there are more than the allowance, by default one of its own, has left.
@@ -94,12 +107,17 @@ def read_catalog(
         there, notes = find_artifact_paths(files)
         places = [place for place in there if only in (None, place)]
         left.take(f"{repo} at {commit}", [files[place.manifest].size for place in places])
-        artifacts = _read_all(
-            lambda place: _read_manifest(client, repo, commit, files[place.manifest]),
-            places,
-            left.end,
-        )
-    return Catalog(repo, commit, files, artifacts, notes, tuple(there))
+        signatures = CommitSignatures(client, repo, commit, files)
+        found = _read_all(lambda p: _read_manifest(signatures, p, required), places, left.end)
+    return Catalog(
+        repo,
+        commit,
+        files,
+        artifacts={place: artifact for place, (artifact, _) in found.items()},
+        notes=notes,
+        places=tuple(there),
+        signers={place: signer for place, (_, signer) in found.items() if signer},
+    )
 
 
 def find_artifact_paths(paths: Iterable[str]) -> tuple[list[ArtifactPath], tuple[str, ...]]:
@@ -151,14 +169,20 @@ def _read_all(
 
 
 def _read_manifest(
-    client: HubClient, repo: str, commit: str, entry: Entry
-) -> Manifest | Unreadable:
-    """One manifest, compared with its path; or the reason that it cannot be used."""
+    commit: CommitSignatures, place: ArtifactPath, required: RequiredSigners | None
+) -> tuple[Manifest | Unreadable, Signer | None]:
+    """One manifest, compared with its path, and who signed it; or why it cannot be used."""
+    entry, signer, statement = commit.files[place.manifest], None, b""
     try:
         if entry.size > LARGEST_MANIFEST:
             raise BadManifest(f"{entry.path} is larger than {LARGEST_MANIFEST >> 20} MiB")
-        manifest = parse_manifest(client.read(repo, commit, entry), f"{repo}/{entry.path}")
-        require_agreement(ArtifactPath.parse(entry.path.rpartition("/")[0]), manifest)
-    except (BadManifest, DigestMismatch) as error:
-        return error
-    return manifest
+        text = commit.client.read(commit.repo, commit.commit, entry)
+        if required is not None:
+            signer, statement = commit.verify(place, text, required)
+        manifest = parse_manifest(text, f"{commit.repo}/{entry.path}")
+        require_agreement(place, manifest)
+        if signer is not None:
+            commit.require_statement(place, manifest, statement)
+    except (BadManifest, DigestMismatch, Unsigned, BadSignature) as error:
+        return error, None
+    return manifest, signer

@@ -36,9 +36,10 @@ from hubaoti.hub.kernels import bring_kernels
 from hubaoti.hub.layout import ArtifactPath, RepoRef
 from hubaoti.hub.pull_path import describe_no_artifact, describe_no_torch, judge_named
 from hubaoti.hub.revisions import Revisions
+from hubaoti.hub.signatures import RequiredSigners
 from hubaoti.hub.zerogpu import suggest_loader
 from hubaoti.mirror import Artifact, Mirror, PullOrigin
-from hubaoti.mirror.rows import Pin
+from hubaoti.mirror.rows import Pin, Signed
 from hubaoti.mirror.store import compute_unpacked_size
 from hubaoti.mirror.trust import Trust
 from hubaoti.progress import Progress, report_nothing
@@ -97,6 +98,7 @@ def pull_artifact(  # noqa: PLR0913 - a face of keywords
         Untrusted: the publisher is not trusted, and this machine did not build the artifact; or no
             branch and no tag has the commit. Blocked: it may not run here.
         RepoMoved: the repo has another name now. RolledBack: its revision went back.
+        Unsigned, BadSignature: its publisher has to sign here, and signed nothing of it.
         BadManifest, NewerSchema: no manifest of the repo can be read.
         DigestMismatch, BadPackage: a file is not the one that the manifest lists.
         KernelMissing, KernelDigestMismatch: of a kernel that it calls, as `bring_kernels`.
@@ -163,16 +165,24 @@ class Puller:
         verdict = self._judge(artifact.manifest.requires)
         if verdict.fit is MatchResult.INCOMPATIBLE:
             return None
-        place = ArtifactPath.parse(path)
+        place, known = ArtifactPath.parse(path), self.mirror.index.list_signed(artifact.digest)
+        required = self.find_required(ref)
+        if required and not required.find_known(known, self.client, ref.repo, path):
+            return None  # nobody had to sign when it was pulled
         self.require_trust(ref, commit, place, artifact.manifest)
         self.bring_kernels(artifact.manifest)
         considered = (Considered(place, artifact.manifest, verdict),)
         return Pulled(artifact, ref, commit, place, verdict, considered, (), True)
 
+    def find_required(self, ref: RepoRef) -> RequiredSigners | None:
+        """Who has to sign what a repo's owner publishes; None where a name is enough."""
+        return RequiredSigners.of(Trust(self.settings.trust), self.client.endpoint, ref.owner)
+
     def _from_hub(self, ref: RepoRef, commit: str) -> Pulled:
         self.mirror.index.require_writable()
         self.progress(f"reading the manifests of {ref.repo} at {commit}")
-        catalog = read_catalog(self.client, ref.repo, commit, only=self.place)
+        required = self.find_required(ref)
+        catalog = read_catalog(self.client, ref.repo, commit, only=self.place, required=required)
         considered = judge_catalog(catalog, self._judge)
         chosen = self._choose(ref, catalog, considered)
         artifact = self.take(ref, catalog, chosen, self.pin(ref, commit))
@@ -186,6 +196,9 @@ class Puller:
         """An artifact that was chosen: of a trusted publisher, verified, in the mirror."""
         manifest = chosen.manifest
         assert manifest is not None  # only judged ones are chosen
+        if signer := catalog.signers.get(chosen.place):
+            signed = Signed(pin.endpoint, catalog.repo, str(chosen.place), str(signer))
+            self.mirror.index.record_signed(manifest.digest, signed)
         self.require_trust(ref, catalog.commit, chosen.place, manifest)
         self.bring_kernels(manifest)
         # Another commit, or another repo, may have brought the same artifact before.
@@ -237,19 +250,21 @@ class Puller:
         wanted = self.trust and self.mirror.index.is_writable  # and remembered
         if wanted or not decision.allowed:
             what = f"{place} in {ref.repo}", f"commit {commit}, artifact {manifest.digest}"
-            self.require_publisher(ref, *what)
+            self.require_publisher(ref, *what, self.mirror.index.list_signed(manifest.digest))
 
-    def require_publisher(self, ref: RepoRef, what: str, which: str) -> None:
+    def require_publisher(
+        self, ref: RepoRef, what: str, which: str, signed: Iterable[Signed] = ()
+    ) -> None:
         """See that code of this publisher may run here; `--trust` says so once for all.
 
         Raises:
-            Untrusted: nobody ever said so.
+            Untrusted: nobody ever said so. Unsigned: nobody of these signed it who has to.
         """
         endpoint, trusted = self.client.endpoint, Trust(self.settings.trust)
         if self.trust:
             trusted.add(endpoint, ref.owner)
         advice = "say so once with --trust"
-        trusted.require(endpoint, ref.owner, f"{what} at {endpoint} ({which})", advice)
+        trusted.require(endpoint, ref.owner, f"{what} at {endpoint} ({which})", advice, signed)
 
     def _fetch(self, catalog: Catalog, place: ArtifactPath, manifest: Manifest) -> Artifact:
         """Download, verify, unpack; what was downloaded is not kept twice."""

@@ -24,6 +24,8 @@ from hubaoti.hub.errors import AnswerLost, StaleParent
 from hubaoti.hub.kernels import require_published
 from hubaoti.hub.layout import ArtifactPath, RepoRef, artifact_path, is_revision
 from hubaoti.hub.records import Pushed
+from hubaoti.hub.signatures import CommitSignatures
+from hubaoti.hub.signing import Signing
 from hubaoti.hub.zerogpu import LAYOUT, artifact_branch, lay_out_packages
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
@@ -50,7 +52,7 @@ class Destination:
     """Where bundles go: the repo, a tag for the commit, the user's own label in their paths.
 
     `private` is for a repo that is made; one that exists keeps its visibility. `layout` is None, or
-    `zerogpu`, which other loaders read from a branch.
+    `zerogpu`, which other loaders read from a branch. `signing` is with what they are signed.
 
     Raises:
         BadRequest: the repo has a revision, the tag is malformed, or the layout unknown.
@@ -61,6 +63,7 @@ class Destination:
     label: str | None = None
     private: bool = False
     layout: str | None = None
+    signing: Signing | None = None
 
     def __post_init__(self) -> None:
         if self.repo.revision is not None:
@@ -76,11 +79,15 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """An artifact of a commit, by its path. `created` is False when the repo held it already."""
+    """An artifact of a commit, by its path. `created` is False when the repo held it already.
+
+    It was `signed` where its signature came with this commit.
+    """
 
     path: str
     digest: str
     created: bool
+    signed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +119,24 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class _Parcel:
-    """A bundle on its way to its place. `packages` are files that lie at other paths, too."""
+    """A bundle on its way to its place. `packages` are files that lie at other paths, too.
+
+    Its `signature` are files beside its own. Where `is_there`, they alone are uploaded.
+    """
 
     bundle: Bundle
     place: ArtifactPath
     packages: Mapping[str, str] = field(default_factory=dict)
+    signature: Mapping[str, bytes] = field(default_factory=dict)
+    is_there: bool = False
 
     @property
     def files(self) -> dict[str, Path | bytes]:
         """What is uploaded, by its path in the repo."""
+        signature = {self.place.file(name): text for name, text in self.signature.items()}
+        return {**({} if self.is_there else self._list_own()), **signature}
+
+    def _list_own(self) -> dict[str, Path]:
         names = [FILENAME, *(file.path for file in self.bundle.manifest.all_files())]
         paths = {self.place.file(name): name for name in names} | {**self.packages}
         return {path: self.bundle.path / name for path, name in paths.items()}
@@ -140,7 +156,7 @@ class _Shipment:
     @property
     def size(self) -> int:
         """The bytes of its bundles."""
-        return sum(parcel.bundle.manifest.size for parcel in self.parcels)
+        return sum(each.bundle.manifest.size for each in self.parcels if not each.is_there)
 
     @property
     def files(self) -> dict[str, Path | bytes]:
@@ -149,9 +165,10 @@ class _Shipment:
 
     def is_in_the_way(self, path: str) -> bool:
         """Whether a file that is there, and not one of ours, leaves with this commit."""
+        moved = [each.place for each in self.parcels if not each.is_there]
         if self.branch is not None:
-            return path != _ATTRIBUTES
-        return any(path.startswith(f"{parcel.place}/") for parcel in self.parcels)
+            return bool(moved) and path != _ATTRIBUTES
+        return any(path.startswith(f"{place}/") for place in moved)
 
 
 def push_bundles(
@@ -169,7 +186,7 @@ def push_bundles(
         BadPackage: one of its packages is damaged.
         KernelMissing: a kernel that one calls is not where it says.
         BadRequest: the label is malformed, two bundles have one path or not the same layout, or the
-            loaders that a layout is for could not call one.
+            loaders that a layout is for could not call one; or they cannot be signed.
         Conflict: a path holds an artifact of another key, the tag names another commit, or the
             branch moves faster than we do.
         AuthFailed, RepoNotFound, HubUnreachable: from the Hub.
@@ -190,16 +207,18 @@ def push_bundles(
     if to.tag is not None and client.tags(repo).get(to.tag) != made.commit:
         progress(f"tagging {made.commit} as {to.tag}")
         client.tag(repo, to.tag, made.commit)
+    new = {each.place for each in sent if not each.is_there}
+    signed = {each.place for each in sent if each.signature}
     return Commit(
         repo=repo,
         commit=made.commit,
         url=made.url,
         artifacts=tuple(
-            Published(str(each.place), each.bundle.manifest.digest, each in sent)
-            for each in shipment.parcels
+            Published(str(p.place), p.bundle.manifest.digest, p.place in new, p.place in signed)
+            for p in shipment.parcels
         ),
         tag=to.tag,
-        created=bool(sent),
+        created=bool(new),
         private=private,
         branch=shipment.branch,
     )
@@ -275,7 +294,7 @@ def _commit_on_head(
     lost: Sequence[_Parcel] = ()  # what was sent, and no answer came
     for attempt in range(PUSH_ATTEMPTS):
         catalog = read_catalog(client, repo, client.resolve(repo, shipment.branch))
-        missing = [each for each in shipment.parcels if not _is_present(catalog, each)]
+        missing = [*_find_missing(client, catalog, shipment.parcels, to.signing)]
         if to.tag is not None:
             _require_free(client, repo, to.tag, None if missing else catalog.commit)
         if not missing:
@@ -295,6 +314,18 @@ def _commit_on_head(
         f"{repo} changed {PUSH_ATTEMPTS} times while {shipment} was pushed",
         hint="nothing was pushed; try again when others are done",
     )
+
+
+def _find_missing(
+    client: HubClient, catalog: Catalog, parcels: Sequence[_Parcel], signing: Signing | None
+) -> Iterator[_Parcel]:
+    """What a commit lacks: an artifact, or the signature of one that it holds already."""
+    there = CommitSignatures(client, catalog.repo, catalog.commit, catalog.files)
+    for parcel in parcels:
+        is_there, manifest = _is_present(catalog, parcel), parcel.bundle.manifest
+        signature = there.make_missing(parcel.place, manifest, signing, is_there)
+        if signature or not is_there:
+            yield replace(parcel, signature=signature, is_there=is_there)
 
 
 def _is_present(catalog: Catalog, parcel: _Parcel) -> bool:
@@ -331,9 +362,8 @@ def _commit_shipment(client: HubClient, catalog: Catalog, shipment: _Shipment) -
     add = shipment.files
     add[_README] = _render_card(client, catalog, shipment).encode()
     stale = [path for path in catalog.files if shipment.is_in_the_way(path) and path not in add]
-    return client.commit(
-        catalog.repo, add, stale, f"Add {shipment}", catalog.commit, shipment.branch
-    )
+    message = f"{'Add' if shipment.size else 'Sign'} {shipment}"
+    return client.commit(catalog.repo, add, stale, message, catalog.commit, shipment.branch)
 
 
 def _render_card(client: HubClient, catalog: Catalog, shipment: _Shipment) -> str:

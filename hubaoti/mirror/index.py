@@ -18,8 +18,8 @@ from typing import Any
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.disk import describe_no_room
 from hubaoti.errors import HubaotiError, first_line
-from hubaoti.mirror.rows import Pin, Promise, PullOrigin, Row
-from hubaoti.mirror.steps import FIFTH, SECOND, STEPS, THIRD
+from hubaoti.mirror.rows import Pin, Promise, PullOrigin, Row, Signed
+from hubaoti.mirror.steps import FIFTH, SECOND, SEVENTH, STEPS, THIRD
 
 KEPT = 1024  # notes, the latest
 PATIENCE = 30.0  # seconds to wait for another process's transaction
@@ -212,6 +212,18 @@ class Index:
         found = self._select(query, endpoint, repo, name)
         return str(found[0][0]) if found else None
 
+    def record_signed(self, digest: str, signed: Signed) -> None:
+        """Remember whose signature of an artifact was verified, and where it lies."""
+        with self._writing() as db:
+            values = (digest, *astuple(signed), time.time())
+            db.execute("insert or ignore into signed values (?, ?, ?, ?, ?, ?)", values)
+
+    def list_signed(self, digest: str) -> tuple[Signed, ...]:
+        """Whose signatures of an artifact were verified."""
+        query = "select endpoint, repo, path, signer from signed where digest = ?"
+        found = self._select(query, digest) if self._has_step(SEVENTH) else ()
+        return tuple(Signed(*map(str, each)) for each in found)
+
     def record_built(self, manifest: Manifest) -> None:
         """Remember that this machine built this artifact, so it needs no one's trust."""
         with self._writing() as db:
@@ -238,22 +250,17 @@ class Index:
 
     def find_problem(self, graph: str, host: str) -> str | None:
         """The problem of a graph on a kind of host, empty where it has none; None if untested."""
-        query = "select problem from tested where graph = ? and host = ?"
-        with self._explain_errors():
-            if not self._has_step(SECOND):
-                return None
-            found = self._db.execute(query, (graph, host)).fetchone()
-        return None if found is None else str(found[0])
+        if not self._has_step(SECOND):
+            return None
+        found = self._select("select problem from tested where graph = ? and host = ?", graph, host)
+        return str(found[0][0]) if found else None
 
     def problems(self) -> list[tuple[str, str]]:
         """The graphs that are not opened here, each with what is held against it."""
-        with self._explain_errors():
-            if not self._has_step(SECOND):
-                return []
-            query = "select graph, problem from tested where problem != '' order by at desc"
-            return [
-                (str(graph), str(problem)) for graph, problem in self._db.execute(query).fetchall()
-            ]
+        if not self._has_step(SECOND):
+            return []
+        query = "select graph, problem from tested where problem != '' order by at desc"
+        return [(str(graph), str(problem)) for graph, problem in self._select(query)]
 
     def forget_problems(self) -> int:
         """Forget what is held against graphs, so that they are tried again; of how many."""

@@ -50,5 +50,12 @@ create table seen (
     at real not null, primary key (endpoint, repo, name)
 ) strict;
 """
+# Whose signature of an artifact at which place was verified: each is looked at once.
+SEVENTH = """
+create table signed (
+    digest text not null, endpoint text not null, repo text not null, path text not null,
+    signer text not null, at real not null, primary key (digest, endpoint, repo, path, signer)
+) strict;
+"""
 # From nothing to today's tables.
-STEPS = (FIRST, SECOND, THIRD, FOURTH, FIFTH)
+STEPS = (FIRST, SECOND, THIRD, FOURTH, FIFTH, SEVENTH)

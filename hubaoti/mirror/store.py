@@ -97,8 +97,8 @@ class Mirror:
 
     def decide(self, digest: str, *origins: PullOrigin) -> Decision:
         """Whether an artifact may run here: by what is known of it, and where it comes from now."""
-        known = self.index.list_origins(digest)
-        evidence = Evidence(digest, self.index.is_built(digest), (*known, *origins))
+        known, signed = self.index.list_origins(digest), self.index.list_signed(digest)
+        evidence = Evidence(digest, self.index.is_built(digest), (*known, *origins), signed)
         return decide(evidence, self.trust.read())
 
     def require_allowed(self, digest: str) -> None:
@@ -107,6 +107,7 @@ class Mirror:
         Raises:
             Blocked: somebody said that it may not.
             Untrusted: it was not built here, and nobody who is trusted now published it.
+            Unsigned: somebody did of whom a signature is asked, and none was verified.
         """
         if error := self.decide(digest).refusal:
             raise error
