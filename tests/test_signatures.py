@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import copy
 import hashlib
 import json
 import re
@@ -33,12 +35,15 @@ from hubaoti.errors import (
 )
 from hubaoti.host import extras
 from hubaoti.hub import catalog
+from hubaoti.hub.kernels import require_kernel_publisher
 from hubaoti.hub.keys import make_key_pair, read_public_key, read_root
 from hubaoti.hub.layout import ArtifactPath, RepoRef, artifact_path
-from hubaoti.hub.pull import Pulled, pull_artifact
+from hubaoti.hub.pull import Pulled, Puller, pull_artifact
+from hubaoti.hub.pull_all import find_pulled, pull_fleet, read_revision_catalog
 from hubaoti.hub.push import Commit
 from hubaoti.hub.signing import Signing, sign, verify
 from hubaoti.mirror import Mirror
+from hubaoti.mirror.rows import Signed
 from hubaoti.mirror.signer import Signer
 from hubaoti.mirror.trust import Trust
 from hubaoti.settings import Settings
@@ -304,7 +309,6 @@ def scene(
     repo: str,
     wary: Settings,
     acme: Pair,
-    mallory: Pair,
     hub: HfApi,
 ) -> Scene:
     def ship(bundle: Bundle, repo: str, pair: Pair) -> dict[str, bytes]:
@@ -316,7 +320,7 @@ def scene(
         place=artifact_path(bundle.manifest),
         other=ship(other, f"{repo}-others", acme),
         elsewhere=ship(bundle, f"{repo}-elsewhere", acme),
-        stranger=ship(bundle, f"{repo}-strange", mallory),
+        stranger=ship(bundle, f"{repo}-strange", make_pair(tmp_path, "mallory")),
         files=ship(bundle, repo, acme),
     )
 
@@ -393,18 +397,24 @@ def test_no_swap_is_taken_and_no_manifest_of_one_is_parsed(
     assert len(parsed) == (swap in {"another repo's", "another artifact, whole"})
 
 
-def test_every_byte_of_a_signature_counts(
+def test_every_byte_that_is_signed_and_of_the_signature_counts(
     bundle: Bundle, acme: Pair, wary: Settings, repo: str
 ) -> None:
-    """What of its spelling says nothing, as the name of the folder that was signed, may differ."""
     manifest, keys = bundle.manifest.to_json(), Trust(wary.trust).keys
     statement = Statement.of(repo, "a/b", bundle.manifest).to_json()
-    good = sign(manifest, statement, Signing.parse(acme.private, None, None))
-    verify(manifest, statement, good, acme.signer, keys, "acme")
-    envelope = good.index(b'"payload"')
-    for place in range(envelope, len(good), 41):
-        with pytest.raises(BadSignature):
-            verify(manifest, statement, flip(good, place), acme.signer, keys, "acme")
+    good = json.loads(sign(manifest, statement, Signing.parse(acme.private, None, None)))
+
+    def check(found: dict[str, Any]) -> None:
+        verify(manifest, statement, json.dumps(found).encode(), acme.signer, keys, "acme")
+
+    check(good)
+    for holder, name in ((lambda each: each, "payload"), (lambda e: e["signatures"][0], "sig")):
+        content = base64.b64decode(holder(good["dsseEnvelope"])[name])
+        for place in range(0, len(content), 17):
+            bad = copy.deepcopy(good)
+            holder(bad["dsseEnvelope"])[name] = base64.b64encode(flip(content, place)).decode()
+            with pytest.raises(BadSignature):
+                check(bad)
 
 
 def test_a_signed_artifact_is_nothing_at_another_label_of_its_repo(
@@ -497,6 +507,40 @@ def test_a_key_that_is_gone_or_was_changed_verifies_nothing(
     assert "other bytes than its name says" in refuse(repo, wary, HubaotiError)
     kept.unlink()
     assert "cannot be read" in refuse(repo, wary, HubaotiError)
+
+
+def test_a_kernel_of_whom_who_has_to_sign_is_taken_with_the_artifact_that_they_signed(
+    wary: Settings, acme: Pair, mallory: Pair
+) -> None:
+    """It pins the kernel's bytes; a repo of a kernel, or of packages alone, has no signature."""
+    trust, kernel = Trust(wary.trust), (wary.endpoint, "acme/attention", "commit x")
+    for signed in ((), (Signed(wary.endpoint, "acme/x", "path", str(mallory.signer)),)):
+        with pytest.raises(Unsigned, match="the kernel acme/attention"):
+            require_kernel_publisher(trust, *kernel, signed)
+    signed = (Signed(wary.endpoint, "acme/x", "path", str(acme.signer)),)
+    require_kernel_publisher(trust, *kernel, signed)
+
+
+def test_what_a_space_pulls_has_to_be_signed_as_well(
+    bundle: Bundle, repo: str, wary: Settings, acme: Pair
+) -> None:
+    with Mirror.open(wary.mirror) as mirror:
+        puller, ref = Puller(mirror, wary, HOST), RepoRef(repo)
+        for pair, wanted in ((None, ()), (acme, (acme.signer,))):
+            push(bundle, repo, wary, pair)
+            catalog = read_revision_catalog(puller, ref)
+            assert (*catalog.signers.values(),) == wanted
+            if pair is None:
+                with pytest.raises(Unsigned):
+                    pull_fleet(puller, ref, [catalog], frozenset({"cpu"}))
+        (offer,) = pull_fleet(puller, ref, [catalog], frozenset({"cpu"}))
+        mirror.require_allowed(offer.artifact.digest)
+        offline = replace(puller, settings=replace(wary, offline=True))
+        assert find_pulled(offline, ref) == (offer,)
+        Trust(wary.trust).remove(wary.endpoint, "acme")
+        Trust(wary.trust).add(wary.endpoint, "acme", Signer(key="0" * 64))
+        with pytest.raises(Unsigned):
+            find_pulled(offline, ref)
 
 
 # Identities

@@ -75,7 +75,7 @@ def sign(manifest: bytes, statement: bytes, by: Signing) -> bytes:
         from model_signing.signing import Config
 
         try:
-            _choose_signer(Config(), by, folder.parent).sign(folder, path)
+            _choose_signer(Config(), by).sign(folder, path)
         except Exception as error:  # of the libraries below it, or of sigstore's services
             raise BadRequest(
                 f"nothing could be signed: {first_line(error)}",
@@ -85,25 +85,17 @@ def sign(manifest: bytes, statement: bytes, by: Signing) -> bytes:
         return path.read_bytes()
 
 
-def _choose_signer(config: Any, by: Signing, work: Path) -> Any:
+def _choose_signer(config: Any, by: Signing) -> Any:
     if by.key is None:
         ambient = {"use_ambient_credentials": True, "trust_config": by.trust_config}
         return config.use_sigstore_signer(**ambient)
     if by.certificates is None:
         return config.use_elliptic_key_signer(private_key=by.key)
-    first, *others = _split_certificates(by.certificates.read_bytes())
-    leaf, chain = work / "certificate.pem", work / "chain.pem"
-    leaf.write_bytes(first)
-    chain.write_bytes(b"".join(others))
-    return config.use_certificate_signer(
-        private_key=by.key, signing_certificate=leaf, certificate_chain=[chain] if others else []
+    return config.use_certificate_signer(  # the first of the file, and all, of which none may lack
+        private_key=by.key,
+        signing_certificate=by.certificates,
+        certificate_chain=[by.certificates],
     )
-
-
-def _split_certificates(content: bytes) -> list[bytes]:
-    """Each certificate of a PEM file."""
-    end = b"-----END CERTIFICATE-----\n"
-    return [part + end for part in content.replace(b"\r\n", b"\n").split(end) if part.strip()]
 
 
 def verify(
