@@ -576,16 +576,45 @@ def test_an_identity_signs_with_a_certificate_and_nobody_else_s_is_taken(
     assert pull(repo, settings).artifact.digest == bundle.manifest.digest
 
 
-def test_sigstore_s_own_verifier_is_asked_where_an_issuer_is_named(
-    scene: Scene, repo: str, wary: Settings
+def make_trust_config() -> bytes:
+    """The roots of sigstore's public instance, as its package has them."""
+    import sigstore
+
+    store = Path(sigstore.__file__).parent / "_store"
+    (folder,) = store.glob("*tuf-repo-cdn.sigstore.dev")
+    config = {
+        "mediaType": "application/vnd.dev.sigstore.clienttrustconfig.v0.1+json",
+        "trustedRoot": json.loads((folder / "trusted_root.json").read_text()),
+        "signingConfig": json.loads((folder / "signing_config.v0.2.json").read_text()),
+    }
+    return json.dumps(config).encode()
+
+
+def test_sigstore_s_own_verifier_takes_no_signature_by_a_key_or_another_certificate(
+    bundle: Bundle, repo: str, settings: Settings, acme: Pair, authority: Authority
 ) -> None:
-    """Without its services nothing can be signed here: what is seen is that all else is refused."""
-    trust = Trust(wary.trust)
-    trust.remove(wary.endpoint, "acme")
+    """Without its services nothing can be signed by it here: what is seen is what it refuses."""
+    trust, login = Trust(settings.trust), "https://login.example"
+    root = trust.keys.keep(make_trust_config())
+    trust.add(settings.endpoint, "acme", Signer(identity=authority.name, issuer=login, root=root))
+    push(bundle, repo, settings, acme)
+    words = "no signature by identity release@acme.example of https://login.example by root"
+    assert words in refuse(repo, settings, BadSignature)
+    keys = {"sign": authority.key, "certificates": authority.chain}
+    api.push(bundle, repo, **keys, as_is=True, settings=settings)
+    assert words in refuse(repo, settings, BadSignature)
+
+
+def test_a_root_that_verifies_nothing_is_not_the_publisher_s_fault(
+    bundle: Bundle, repo: str, settings: Settings, acme: Pair
+) -> None:
+    push(bundle, repo, settings, acme)
+    trust = Trust(settings.trust)
     root = trust.keys.keep(b"{}")
-    signer = Signer(identity="release@acme.example", issuer="https://login.example", root=root)
-    trust.add(wary.endpoint, "acme", signer)
-    assert "no signature by identity release@acme.example" in refuse(repo, wary, BadSignature)
+    for issuer in ("https://login.example", None):
+        trust.remove(settings.endpoint, "acme")
+        trust.add(settings.endpoint, "acme", Signer(identity="ci", issuer=issuer, root=root))
+        assert "cannot be verified here" in refuse(repo, settings, HubaotiError)
 
 
 # On the command line

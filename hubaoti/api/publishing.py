@@ -112,6 +112,7 @@ def pull(  # noqa: PLR0913 - a face of keywords
         NoMatch: none fits, with every reason; NoArtifact: the repo has none, or none at `path`.
         Untrusted: its publisher is not trusted here; `trust=True` remembers that it is. Blocked.
         RepoMoved: the repo has another name now; RolledBack: its revision went back.
+        Unsigned, BadSignature: its publisher has to sign here, and signed nothing of it.
     """
     from hubaoti.hub.pull import pull_artifact
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from hubaoti.artifact import manifest as manifests
 from hubaoti.artifact import statement as statements
-from hubaoti.errors import BadRequest, BadSignature, first_line
+from hubaoti.disk import explain_disk_errors
+from hubaoti.errors import BadRequest, BadSignature, HubaotiError, first_line
 from hubaoti.host.extras import require
 from hubaoti.hub.keys import derive_public_key
 from hubaoti.mirror.signer import Keys, Signer, digest
@@ -105,7 +106,7 @@ def verify(
 
     Raises:
         BadSignature: he did not.
-        HubaotiError: his public key or root is not here.
+        HubaotiError: his public key or root is not here, or verifies nothing.
         MissingDependency: the extra `sign` is not installed.
     """
     require("a signature", "sign")
@@ -129,14 +130,19 @@ def is_signed_by(manifest: bytes, statement: bytes, signature: bytes, by: Signin
 def _find_problem(
     manifest: bytes, statement: bytes, signature: bytes, signer: Signer, trusted: bytes | None
 ) -> str | None:
-    """Why it is no signature of a signer, whose key or root is `trusted`; None where it is."""
+    """Why it is no signature of a signer, whose key or root is `trusted`; None where it is.
+
+    Raises:
+        HubaotiError: nothing can be verified by that key or root.
+    """
     with _ONE_AT_A_TIME, _lay_out(manifest, statement) as (folder, path):
         path.write_bytes(signature)
         anchor = folder.parent / "trusted"
         anchor.write_bytes(trusted or b"")
+        verifier = _choose_verifier(signer, anchor if trusted else None)
         try:
             _refuse_other(signature, signer)
-            _choose_verifier(signer, anchor if trusted else None).verify(folder, path)
+            verifier.verify(folder, path)
         except Exception as error:  # whatever a library says of bytes from outside, they are wrong
             problem = first_line(error)
             return "it is of other bytes" if problem.startswith("Signature mism") else problem
@@ -146,13 +152,20 @@ def _find_problem(
 def _choose_verifier(signer: Signer, trusted: Path | None) -> Any:
     from model_signing.verifying import Config
 
-    if signer.key is not None:
-        return Config().use_elliptic_key_verifier(public_key=trusted)
-    if signer.issuer is None:
-        return Config().use_certificate_verifier(certificate_chain=[trusted])
-    return Config().use_sigstore_verifier(
-        identity=signer.identity, oidc_issuer=signer.issuer, trust_config=trusted
-    )
+    try:
+        if signer.key is not None:
+            return Config().use_elliptic_key_verifier(public_key=trusted)
+        if signer.issuer is None:
+            return Config().use_certificate_verifier(certificate_chain=[trusted])
+        return Config().use_sigstore_verifier(
+            identity=signer.identity, oidc_issuer=signer.issuer, trust_config=trusted
+        )
+    except Exception as error:  # of whichever library reads it, or fetches sigstore's own root
+        raise HubaotiError(
+            f"signatures by {signer} cannot be verified here: {first_line(error)}",
+            hint="see that the key or the root is the right one; without a root sigstore's public "
+            "one is fetched, which takes a network",
+        ) from error
 
 
 def _refuse_other(signature: bytes, signer: Signer) -> None:
@@ -194,7 +207,11 @@ def _list_identities(certificate: bytes) -> list[str]:
 @contextmanager
 def _lay_out(manifest: bytes, statement: bytes) -> Iterator[tuple[Path, Path]]:
     """A folder of the two files, as model-signing takes them, and a path for the signature."""
-    with tempfile.TemporaryDirectory(prefix="hubaoti-signing-") as work:
+    temporary = Path(tempfile.gettempdir())
+    with (
+        explain_disk_errors(temporary),
+        tempfile.TemporaryDirectory(prefix="hubaoti-signing-", dir=temporary) as work,
+    ):
         folder = Path(work) / "signed"
         folder.mkdir()
         (folder / manifests.FILENAME).write_bytes(manifest)
