@@ -357,7 +357,7 @@ SWAPS: dict[str, tuple[Callable[[Scene], dict[str, bytes]], str]] = {
     "another repo's": (lambda s: only(s.elsewhere, *SIGNED), "its repo is '.*-elsewhere', not"),
     "by another key": (lambda s: only(s.stranger, *SIGNED), "by the key"),
     "by another key that says it is ours": (claims_acme, "InvalidSignature"),
-    "by no key that it names": (without_hint, "by the key None"),
+    "by no key that it names": (without_hint, "no signature by"),
     "a flipped byte of the manifest": (
         lambda s: {FILENAME: flip(s.files[FILENAME], 99)},
         "of other bytes",
