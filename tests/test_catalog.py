@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -33,7 +32,8 @@ from hubaoti.hub import pull_all
 from hubaoti.hub.catalog import Allowance, read_catalog
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import RepoRef, artifact_path
-from hubaoti.hub.pull import pull_artifact
+from hubaoti.hub.pull import Puller, pull_artifact
+from hubaoti.mirror import Mirror
 from hubaoti.settings import Settings
 
 SHA = "a" * 64
@@ -265,8 +265,9 @@ def test_branches_are_counted_together(
     api = HfApi(settings.endpoint, token=settings.token)
     for at in range(5):
         api.create_branch(repo, branch=f"zerogpu/{at}")
-    puller: Any = SimpleNamespace(client=HubClient(settings))
-    assert len([*pull_all.read_branch_catalogs(puller, RepoRef(repo))]) == 5
-    monkeypatch.setattr(pull_all, "Allowance", lambda: Allowance(manifests=4))
-    with pytest.raises(BadManifest, match="in its branches has more manifests"):
-        list(pull_all.read_branch_catalogs(puller, RepoRef(repo)))
+    with Mirror.open(settings.mirror) as mirror:
+        puller = Puller(mirror, settings, make_host())
+        assert len([*pull_all.read_branch_catalogs(puller, RepoRef(repo))]) == 5
+        monkeypatch.setattr(pull_all, "Allowance", lambda: Allowance(manifests=4))
+        with pytest.raises(BadManifest, match="in its branches has more manifests"):
+            list(pull_all.read_branch_catalogs(puller, RepoRef(repo)))

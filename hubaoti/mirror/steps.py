@@ -52,7 +52,7 @@ create table seen (
 """
 # Whose signature of an artifact at which place was verified: each is looked at once.
 SEVENTH = """
-create table signed (
+create table if not exists signed (
     digest text not null, endpoint text not null, repo text not null, path text not null,
     signer text not null, at real not null, primary key (digest, endpoint, repo, path, signer)
 ) strict;
