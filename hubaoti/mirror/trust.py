@@ -312,8 +312,8 @@ def refuse_unsigned(what: str, owner: str, wanted: Collection[Signer]) -> Unsign
     return Unsigned(
         f"{what}. {owner} is trusted here for what is signed by {' or '.join(map(str, wanted))}, "
         "and no such signature of it is known",
-        hint="pull it again, so that its signature is looked at; if it has none, ask its publisher "
-        "to push it with --sign",
+        hint="ask its publisher to push it with --sign; what was pulled before that was asked for "
+        "is pulled again, so that its signature is looked at",
     )
 
 
