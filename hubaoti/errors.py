@@ -212,6 +212,18 @@ class RolledBack(HubaotiError, exit_code=46):
     """A tag is at another commit than it was, or a branch at one that does not come after it."""
 
 
+class Unsigned(HubaotiError, exit_code=47):
+    """An artifact whose publisher has to sign it here, and of which no such signature is known."""
+
+
+class BadSignature(HubaotiError, exit_code=48):
+    """A signature that is wrong, of somebody else, or of another artifact, path or repo."""
+
+
+class LimitsExceeded(HubaotiError, exit_code=49):
+    """A manifest claims more tolerance or memory than is allowed here, or ships no answers."""
+
+
 class NotLocked(HubaotiError, exit_code=50):
     """The lockfile says nothing of what is asked for, so it is not taken."""
 

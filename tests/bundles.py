@@ -20,6 +20,7 @@ from hubaoti.artifact.schema import (
     Build,
     BuildRecord,
     Check,
+    Golden,
     Graph,
     Input,
     ModelSource,
@@ -102,6 +103,7 @@ def describe(folder: Path, name: str) -> Graph:
         inputs=(Input(name="x", dtype="float32", shape=("batch", 8), values="real"),),
         outputs=Outputs(template=None, tensors=()),
         constants=(),
+        golden=Golden(dims={"batch": 1}, tolerances={}, memory=1 << 20),
     )
 
 

@@ -65,6 +65,9 @@ DOORS = {
         "hub/retry.py",
         "hub/bounds.py",
     },
+    "model_signing": {"hub/signing.py"},
+    "sigstore_models": {"hub/signing.py"},
+    "cryptography": {"hub/keys.py", "hub/signing.py"},
     "tenacity": {"hub/retry.py", "hub/bounds.py"},
     "yaml": {"front_matter"},
     "sqlite3": {"mirror", "server"},
@@ -242,6 +245,7 @@ def modules_after(code: str, tmp_path: Path) -> set[str]:
 )
 def test_it_starts_without_torch(code: str, tmp_path: Path) -> None:
     heavy = {"torch", "transformers", "numpy", "tokenizers", "kernels", "starlette", "uvicorn"}
+    heavy |= {"model_signing", "cryptography"}
     loaded = modules_after(code, tmp_path)
     assert loaded & heavy == set()
     assert "huggingface_hub" not in loaded

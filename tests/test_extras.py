@@ -34,6 +34,7 @@ from hubaoti.settings import Settings
 
 ROOT = Path(hubaoti.__file__).parent.parent
 BROUGHT = ("torch", "transformers", "tokenizers", "sentence_transformers", "diffusers", "nvidia")
+BROUGHT += ("model_signing", "pyopenssl", "OpenSSL")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REFUSED = [
     ("torch", "2.10.1"),
@@ -119,6 +120,7 @@ def test_a_plain_installation_checks_a_bundle_s_bytes(
         (("compile", "acme/tiny", "-o", "out"), "torch and transformers", "compile"),
         (("compile", "acme/tiny", "--explain"), "torch and transformers", "compile"),
         (("run", "acme/tiny", "--model", "x", "--text", "y"), "torch and tokenizers", "run"),
+        (("trust", "keygen", "acme"), "model-signing and pyopenssl", "sign"),
         (
             ("run", "acme/tiny", "--model", "x", "--text", "y", "--eager"),
             "torch, transformers and tokenizers",

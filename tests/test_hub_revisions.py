@@ -37,7 +37,7 @@ def commits(hub: HfApi, repo: str) -> list[str]:
 @pytest.fixture
 def revisions(settings: Settings) -> Iterator[Revisions]:
     with Mirror.open(settings.mirror) as mirror:
-        yield Revisions(HubClient(settings), mirror.index, report_nothing)
+        yield Revisions(HubClient(settings), mirror, report_nothing)
 
 
 def commit(hub: HfApi, repo: str, text: str, branch: str | None = None) -> str:

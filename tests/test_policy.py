@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -15,10 +16,11 @@ import hubaoti
 from hubaoti import api
 from hubaoti.api.finding import find_built
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.errors import Blocked, NotBuiltHere, Untrusted
+from hubaoti.errors import Blocked, NotBuiltHere, Unsigned, Untrusted
 from hubaoti.mirror import Artifact, Mirror, PullOrigin
 from hubaoti.mirror.policy import Evidence, decide
-from hubaoti.mirror.rows import Pin
+from hubaoti.mirror.rows import Pin, Signed
+from hubaoti.mirror.signer import Signer
 from hubaoti.mirror.trust import Named, Publisher, TrustList
 from hubaoti.settings import Settings
 
@@ -57,6 +59,56 @@ def test_every_row(built: bool, published: str, is_named: bool, block: str) -> N
     assert decision.reason
     if not decision.allowed:
         assert isinstance(decision.refusal, Untrusted) and "trust add" in decision.refusal.hint
+
+
+# Whether acme has to sign, and whose signatures of it were verified, as whose.
+KEY, OLD, EVIL = (Signer(key=digit * 64) for digit in "abc")
+WHO = Signer(identity="release@acme.example", root="d" * 64)
+ASKED: dict[str, tuple[Signer | None, ...]] = {
+    "nobody": (None,),
+    "a key": (KEY,),
+    "one of two": (OLD, KEY),
+    "an identity": (WHO,),
+}
+SIGNED = {
+    "nobody": (),
+    "that key": (("acme/x", KEY),),
+    "another key": (("acme/x", EVIL),),
+    "that key, of somebody else's": (("mallory/x", KEY),),
+    "that identity": (("acme/x", WHO),),
+    "that name, by another root": (("acme/x", replace(WHO, root="e" * 64)),),
+}
+FITS = {
+    *{("nobody", signed) for signed in SIGNED},
+    ("a key", "that key"),
+    ("one of two", "that key"),
+    ("an identity", "that identity"),
+}
+SIGNED_ROWS = [*itertools.product(ASKED, SIGNED, ORIGINS, (False, True), (False, True))]
+
+
+@pytest.mark.parametrize(("asked", "signed", "published", "built", "is_named"), SIGNED_ROWS)
+def test_every_row_of_signatures(
+    asked: str, signed: str, published: str, built: bool, is_named: bool
+) -> None:
+    said = TrustList(
+        publishers=tuple(replace(ACME, signer=signer) for signer in ASKED[asked]),
+        artifacts=(Named(DIGEST, DAY),) if is_named else (),
+    )
+    found = tuple(Signed(HUB, repo, "path", str(signer)) for repo, signer in SIGNED[signed])
+    decision = decide(Evidence(DIGEST, built, origins(published), found), said)
+    by_acme = "acme" in published and (asked, signed) in FITS
+    assert decision.allowed == (built or is_named or by_acme)
+    if not decision.allowed and "acme" in published:
+        assert isinstance(decision.refusal, Unsigned) and "--sign" in decision.refusal.hint
+        assert str(ASKED[asked][0]) in str(decision.refusal)
+
+
+def test_who_is_blocked_is_so_whatever_they_signed() -> None:
+    said = TrustList(publishers=(replace(ACME, signer=KEY),), blocked=(ACME,))
+    signed = (Signed(HUB, "acme/x", "path", str(KEY)),)
+    decision = decide(Evidence(DIGEST, False, origins("acme"), signed), said)
+    assert isinstance(decision.refusal, Blocked)
 
 
 @pytest.mark.parametrize(

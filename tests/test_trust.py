@@ -13,6 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hubaoti.errors import HubaotiError, UnsafeFolder
+from hubaoti.mirror.limits import Limits
+from hubaoti.mirror.rows import Signed
+from hubaoti.mirror.signer import Signer
 from hubaoti.mirror.trust import Publisher, Trust
 
 HUB = "https://huggingface.co"
@@ -135,3 +138,104 @@ def test_whoever_is_added_is_read_back(
     for owner in owners:
         trust.add(HUB, owner)
     assert [each.owner for each in trust.publishers()] == owners
+
+
+# Who has to sign
+
+KEY, OTHER = Signer(key="a" * 64), Signer(key="b" * 64)
+WHO = Signer(identity="release@acme.example", issuer="https://login.example")
+
+
+def test_a_signer_who_is_named_stays_so_until_the_publisher_is_removed(trust: Trust) -> None:
+    trust.add(HUB, "acme")
+    since = trust.publishers()[0].since
+    assert trust.holds(HUB, "acme")
+    trust.add(HUB, "acme", KEY)
+    assert trust.publishers() == (Publisher(HUB, "acme", since, KEY),)
+    assert not trust.holds(HUB, "acme")
+    trust.add(HUB, "acme")  # as pull --trust does
+    trust.add(HUB, "acme", KEY)
+    assert trust.publishers() == (Publisher(HUB, "acme", since, KEY),)
+    assert trust.remove(HUB, "acme")
+    trust.add(HUB, "acme")
+    assert trust.holds(HUB, "acme")
+
+
+def test_one_of_several_signers_is_enough_and_each_is_read_back(trust: Trust) -> None:
+    for signer in (KEY, OTHER, WHO, KEY):
+        trust.add(HUB, "acme", signer)
+    said = trust.read()
+    assert said.list_signers(HUB, "acme") == (KEY, OTHER, WHO)
+    for signer in (KEY, OTHER, WHO):
+        assert said.trusts(HUB, "acme", [Signed(HUB, "acme/x", "path", str(signer))])
+    assert not said.trusts(HUB, "acme", [Signed(HUB, "acme/x", "path", "key " + "c" * 64)])
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(min_size=1, max_size=4), min_size=3, max_size=3), st.booleans())
+def test_no_two_signers_are_called_alike(words: list[str], has_root: bool) -> None:
+    identity, issuer, other = words
+    root = "a" * 64 if has_root else None
+    one, another = (Signer(identity=identity, issuer=each, root=root) for each in (issuer, other))
+    assert (str(one) == str(another)) == (one == another)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"key": "a" * 63},
+        {"key": "A" * 64},
+        {"key": "a" * 64, "identity": "me", "issuer": "x"},
+        {"key": "a" * 64, "root": "b" * 64},
+        {"identity": "me"},
+        {"identity": "", "issuer": "x"},
+        {"issuer": "x", "root": "a" * 64},
+        {"identity": "me", "root": "../../etc/passwd"},
+        {"identity": 1, "issuer": "x"},
+    ],
+)
+def test_who_is_nobody_signs_nothing(fields: dict[str, str]) -> None:
+    with pytest.raises(ValueError):
+        Signer(**fields)
+
+
+@pytest.mark.parametrize(
+    "more",
+    ["key = 'a'", "identity = 'me'", "key = 3", "signer = 'me'", "root = '../x'\nidentity = 'me'"],
+)
+def test_a_signer_that_is_malformed_leaves_nobody_trusted(trust: Trust, more: str) -> None:
+    write(trust, f"[[publisher]]\nowner = 'acme'\nendpoint = 'x'\nsince = 2026-01-01\n{more}\n")
+    with pytest.raises(HubaotiError, match="cannot be read"):
+        trust.holds("x", "acme")
+
+
+# What manifests may claim
+
+
+@pytest.mark.parametrize(
+    ("text", "limits"),
+    [
+        ("", Limits()),
+        ("[limits]\ntolerance = 1e-3\nmemory = 1000000", Limits(1e-3, 1_000_000)),
+        ("[limits]\nwithout_golden = true", Limits(without_golden=True)),
+    ],
+)
+def test_limits_are_what_the_file_says(trust: Trust, text: str, limits: Limits) -> None:
+    write(trust, text)
+    assert trust.read().limits == limits
+
+
+@pytest.mark.parametrize(
+    "text", ["tolerance = '1'", "memory = true", "without_golden = 1", "more = 1", "memory = []"]
+)
+def test_limits_that_are_none_are_said_and_nothing_is_believed(trust: Trust, text: str) -> None:
+    write(trust, f"[limits]\n{text}\n")
+    with pytest.raises(HubaotiError, match="cannot be read"):
+        trust.read()
+
+
+def write(trust: Trust, text: str) -> None:
+    trust.path.parent.mkdir(mode=0o700)
+    trust.path.write_text(text)
+    trust.path.chmod(0o600)

@@ -56,7 +56,7 @@ def tagged(hub: HfApi, repo: str) -> dict[str, str]:
 @pytest.fixture
 def revisions(settings: Settings) -> Iterator[Revisions]:
     with Mirror.open(settings.mirror) as mirror:
-        yield Revisions(HubClient(settings), mirror.index, report_nothing)
+        yield Revisions(HubClient(settings), mirror, report_nothing)
 
 
 def add_tag(hub: HfApi, repo: str, tag: str) -> str:

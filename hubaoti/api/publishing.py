@@ -33,6 +33,9 @@ def push(  # noqa: PLR0913 - a face of keywords
     as_is: bool = False,
     move_tag: bool = False,
     replace: bool = False,
+    sign: str | Path | None = None,
+    certificates: str | Path | None = None,
+    trust_config: str | Path | None = None,
     settings: Settings | None = None,
     progress: Progress = report_nothing,
 ) -> Commit:
@@ -46,17 +49,22 @@ def push(  # noqa: PLR0913 - a face of keywords
     another key is taken with `replace`.
 
     Whoever trusts the owner of the repo runs what it holds. So what this machine did not build is
-    published only `as_is`.
+    published only `as_is`. With `sign`, the path of a private EC key, each gets a signature that
+    holds at its path of this repo alone; what lies there without one gets it, and is not sent
+    again. `certificates` are those of the key, its own first; or `sign` is "sigstore", whose
+    services a `trust_config` names.
 
     Raises:
         NotBuiltHere: this machine did not build a bundle, and `as_is` does not say so.
+        MissingDependency: it is to be signed, and the extra `sign` is not installed.
         BadRequest: the graphs do not answer without hubaoti, as that layout's loaders ask them;
-            several bundles are for that layout, or for one path.
+            several bundles are for that layout, or for one path; or the key is none.
         BadManifest: what is given is no bundle, or a folder holds something else than bundles.
         DigestMismatch: a file of the bundle is not the one its manifest names.
         Conflict: the path or the tag is taken; AuthFailed, HubUnreachable: of the Hub.
     """
     from hubaoti.hub.push import Destination, push_bundles
+    from hubaoti.hub.signing import Signing
 
     settings = settings or Settings.from_env()
     given = [bundles] if isinstance(bundles, Bundle | str | Path) else bundles
@@ -69,6 +77,7 @@ def push(  # noqa: PLR0913 - a face of keywords
         layout=layout,
         move_tag=move_tag,
         replace=replace,
+        signing=None if sign is None else Signing.parse(sign, certificates, trust_config),
     )
     if not as_is:
         _require_built(found, place.repo, settings)
@@ -140,6 +149,7 @@ def pull(  # noqa: PLR0913 - a face of keywords
         NoMatch: none fits, with every reason; NoArtifact: the repo has none, or none at `path`.
         Untrusted: its publisher is not trusted here; `trust=True` remembers that it is. Blocked.
         RepoMoved: the repo has another name now; RolledBack: its revision went back.
+        Unsigned, BadSignature: its publisher has to sign here, and signed nothing of it.
     """
     from hubaoti.hub.pull import pull_artifact
 

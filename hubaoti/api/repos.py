@@ -97,7 +97,8 @@ def explain_repo(
         puller = Puller(mirror, settings, found, recipe=wanted, progress=progress)
         commit = puller.pin_commit(ref)
         progress(f"reading the manifests of {ref.repo} at {commit}")
-        catalog = read_catalog(puller.client, ref.repo, commit)
+        required = puller.find_required(ref)
+        catalog = read_catalog(puller.client, ref.repo, commit, required=required)
     considered = judge_catalog(catalog, puller.judge)
     if not considered:
         raise describe_refusals(catalog, (), wanted)
@@ -122,7 +123,12 @@ def lock(
     refs = [RepoRef.parse(repo) for repo in dict.fromkeys(repos)]
     with Mirror.open(settings.mirror) as mirror:
         puller = Puller(mirror, settings, probe_host(settings), progress=progress)
-        return Lock(tuple(lock_repo(puller.client, ref, puller.pin_commit(ref)) for ref in refs))
+        return Lock(
+            tuple(
+                lock_repo(puller.client, ref, puller.pin_commit(ref), puller.find_required(ref))
+                for ref in refs
+            )
+        )
 
 
 def find_host(host: Host | str | Path | None, settings: Settings) -> Host:

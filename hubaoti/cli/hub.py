@@ -32,6 +32,9 @@ _PUBLISHED = {True: "published", False: "was there already"}
     type=click.Choice(["zerogpu"]),
     help="onto a branch that spaces.aoti_load and aokit read",
 )
+@click.option("--sign", metavar="KEY.pem|sigstore", help="with a private EC key, or by who you are")
+@click.option("--certificates", metavar="FILE", help="the key's own in PEM, then those above it")
+@click.option("--trust-config", metavar="FILE", help="of a sigstore that is not the public one")
 @click.option("--as-is", is_flag=True, help="what this machine did not build, too")
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
 def push_command(bundles: tuple[Path, ...], repo: str, quiet: bool, **options: Any) -> None:
@@ -46,7 +49,10 @@ def push_command(bundles: tuple[Path, ...], repo: str, quiet: bool, **options: A
 
 def _print_commit(commit: Commit) -> None:
     """The commit, and what became of each bundle."""
-    said = [f"{each.path} {_PUBLISHED[each.created]}" for each in commit.artifacts]
+    said = [
+        f"{each.path} {_PUBLISHED[each.created]}{', signed now' if each.signed else ''}"
+        for each in commit.artifacts
+    ]
     first, *others = said if len(said) == 1 else [f"{len(said)} artifacts", *said]
     print_line(f"{commit.repo}@{commit.commit}: {first}")
     for line in others:

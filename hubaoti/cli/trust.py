@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -14,10 +15,13 @@ from hubaoti.artifact.manifest import FILENAME
 from hubaoti.artifact.repo_name import is_name
 from hubaoti.cli.output import print_json, print_line, print_table
 from hubaoti.errors import BadRequest
+from hubaoti.hub.keys import make_key_pair, read_public_key, read_root
+from hubaoti.mirror.signer import Signer, digest
 from hubaoti.mirror.trust import DIGEST, Publisher, Subject, Trust
 from hubaoti.settings import Settings
 
 _T = TypeVar("_T")
+_FILE = click.Path(path_type=Path)
 _WHO = click.argument("who", metavar="OWNER|DIGEST|BUNDLE")
 
 
@@ -42,16 +46,63 @@ def ls_command(as_json: bool) -> None:
 
 def _describe(subject: Subject) -> tuple[str, str, object]:
     if isinstance(subject, Publisher):
-        return subject.owner, subject.endpoint, subject.since
+        signed = f", signed by {subject.signer}" if subject.signer else ""
+        return f"{subject.owner}{signed}", subject.endpoint, subject.since
     return subject.digest, "", subject.since
 
 
 @trust_command.command("add")
 @_WHO
-def add_command(who: str) -> None:
+@click.option("--key", type=_FILE, help="only what the holder of this public key signed")
+@click.option("--identity", help="only what who has a certificate of this name signed")
+@click.option(
+    "--root", type=_FILE, help="what that hangs on: certificates, sigstore's trust config"
+)
+@click.option("--issuer", help="who logged that identity in, where sigstore gave the certificate")
+def add_command(who: str, **options: Any) -> None:
     """Trust an OWNER at this endpoint, or one artifact by the DIGEST of its manifest."""
-    _say(who, Trust.add, Trust.add_artifact)
-    print_line(f"{_name(who)} is trusted")
+    given = {name: each for name, each in options.items() if each is not None}
+    if not given:
+        _say(who, Trust.add, Trust.add_artifact)
+        print_line(f"{_name(who)} is trusted")
+        return
+    signer = _keep_signer(Trust(Settings.from_env().trust), **given)
+    _say(who, partial(Trust.add, signer=signer), _refuse_signer)
+    print_line(f"{_name(who)} is trusted for what is signed by {signer}")
+
+
+def _keep_signer(
+    trust: Trust, key: Path | None = None, root: Path | None = None, **identity: str
+) -> Signer:
+    """Who has to sign, whose key or root is kept beside what is said of him."""
+    files = {"key": read_public_key(key)} if key else {}
+    files |= {"root": read_root(root)} if root else {}
+    digests = {name: digest(content) for name, content in files.items()}
+    try:
+        signer = Signer(**identity, **digests)
+    except ValueError as error:
+        hint = "give --key, or --identity with --root, with --issuer, or with both"
+        raise BadRequest(f"nobody can be asked to sign so: {error}", hint=hint) from error
+    for content in files.values():
+        trust.keys.keep(content)
+    return signer
+
+
+def _refuse_signer(trust: Trust, artifact: str) -> None:
+    raise BadRequest(
+        f"artifact {artifact} is trusted by its digest, whoever signs it",
+        hint="name the owner of the repos that are signed",
+    )
+
+
+@trust_command.command("keygen")
+@click.argument("name", type=click.Path(path_type=Path))
+def keygen_command(name: Path) -> None:
+    """Make an EC key: NAME.pem, with which push --sign signs, and NAME.pub for who is to trust."""
+    private = name if name.suffix == ".pem" else name.with_name(f"{name.name}.pem")
+    public, sha256 = make_key_pair(private)
+    print_line(f"{private} signs (keep it secret), {public} is for those who are to trust it")
+    print_line(f"  its sha256 is {sha256}")
 
 
 @trust_command.command("rm")

@@ -17,6 +17,7 @@ EXTRAS = {
     "compile": ("torch", "transformers"),
     "run": ("torch", "tokenizers"),
     "quantize": ("torchao",),
+    "sign": ("model-signing", "pyopenssl"),
 }
 # The first and the last series that scripts/matrix tries; pyproject.toml says the same to pip.
 SUPPORTED = {"torch": ("2.11", "2.15"), "transformers": ("5.15", "5.24")}

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Thread
 from typing import TypeVar
 
 from hubaoti.artifact.manifest import FILENAME, LARGEST_MANIFEST, Manifest, parse_manifest
-from hubaoti.errors import BadManifest, BadRequest, DigestMismatch, HubUnreachable
+from hubaoti.errors import (
+    BadManifest,
+    BadRequest,
+    BadSignature,
+    DigestMismatch,
+    HubUnreachable,
+    Unsigned,
+)
 from hubaoti.escape import escape_line
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.errors import silence_hub
 from hubaoti.hub.layout import ArtifactPath, require_agreement
 from hubaoti.hub.records import Entry
+from hubaoti.hub.signatures import CommitSignatures, RequiredSigners
+from hubaoti.mirror.signer import Signer
 
 _READERS = 8  # manifests that are fetched at once
 _SECONDS = 300.0  # for all that is read of a repo
 _MOST = 1000  # manifests
 _TOGETHER = 64 << 20  # bytes of them
 
-Unreadable = BadManifest | DigestMismatch
+Unreadable = BadManifest | DigestMismatch | Unsigned | BadSignature
 _Name = TypeVar("_Name", bound=Hashable)
 _Found = TypeVar("_Found")
 
@@ -57,7 +66,7 @@ class Catalog:
     """A commit's files by path, and its artifacts: each a manifest, or why it cannot be read.
 
     `notes` say which manifests were ignored, because their path is no artifact's; `places` are all
-    artifacts, where not all were read.
+    artifacts, where not all were read. `required` have to sign; `signers` are who did.
     """
 
     repo: str
@@ -66,6 +75,8 @@ class Catalog:
     artifacts: dict[ArtifactPath, Manifest | Unreadable]
     notes: tuple[str, ...]
     places: tuple[ArtifactPath, ...] = ()
+    required: RequiredSigners | None = None
+    signers: Mapping[ArtifactPath, Signer] = field(default_factory=dict)
 
     @property
     def readable(self) -> dict[ArtifactPath, Manifest]:
@@ -80,20 +91,29 @@ def read_catalog(
     commit: str,
     allowance: Allowance | None = None,
     only: ArtifactPath | None = None,
+    required: RequiredSigners | None = None,
 ) -> Catalog:
     """Read every manifest of a commit, or the one of a place; a bad one hides no other.
+
+    Where somebody is required to sign, what he did not is bad, and is not parsed.
 
     Raises:
         BadManifest: there are more than the allowance, by default one of its own, has left.
         RepoNotFound, AuthFailed, HubUnreachable: from the client.
     """
     left = allowance or Allowance()
-    listed = list_catalog(client, repo, commit, left)
+    listed = list_catalog(client, repo, commit, left, required)
     places = [place for place in listed.places if only in (None, place)]
     return read_manifests(client, listed, places, left)
 
 
-def list_catalog(client: HubClient, repo: str, commit: str, left: Allowance) -> Catalog:
+def list_catalog(
+    client: HubClient,
+    repo: str,
+    commit: str,
+    left: Allowance,
+    required: RequiredSigners | None = None,
+) -> Catalog:
     """List a commit's files, and the paths of its artifacts; no manifest is read.
 
     Raises:
@@ -103,7 +123,7 @@ def list_catalog(client: HubClient, repo: str, commit: str, left: Allowance) -> 
         listed = _read_all(lambda commit: client.files(repo, commit), [commit], left.end)[commit]
     files = {entry.path: entry for entry in listed}
     places, notes = find_artifact_paths(files)
-    return Catalog(repo, commit, files, {}, notes, tuple(places))
+    return Catalog(repo, commit, files, {}, notes, tuple(places), required)
 
 
 def read_manifests(
@@ -118,14 +138,22 @@ def read_manifests(
     repo, commit, files = catalog.repo, catalog.commit, catalog.files
     missing = [place for place in places if place not in catalog.artifacts]
     left.take(f"{repo} at {commit}", [files[place.manifest].size for place in missing])
+    signatures = CommitSignatures(client, repo, commit, files)
     with silence_hub():
         found = _read_all(
-            lambda place: _read_manifest(client, repo, commit, files[place.manifest]),
+            lambda place: _read_manifest(
+                signatures, files[place.manifest], place, catalog.required
+            ),
             missing,
             left.end,
         )
-    there = catalog.artifacts | found
-    return replace(catalog, artifacts={p: there[p] for p in catalog.places if p in there})
+    there = catalog.artifacts | {place: artifact for place, (artifact, _) in found.items()}
+    signers = {place: signer for place, (_, signer) in found.items() if signer}
+    return replace(
+        catalog,
+        artifacts={place: there[place] for place in catalog.places if place in there},
+        signers={**catalog.signers, **signers},
+    )
 
 
 def find_artifact_paths(paths: Iterable[str]) -> tuple[list[ArtifactPath], tuple[str, ...]]:
@@ -177,14 +205,20 @@ def _read_all(
 
 
 def _read_manifest(
-    client: HubClient, repo: str, commit: str, entry: Entry
-) -> Manifest | Unreadable:
-    """One manifest, compared with its path; or the reason that it cannot be used."""
+    commit: CommitSignatures, entry: Entry, place: ArtifactPath, required: RequiredSigners | None
+) -> tuple[Manifest | Unreadable, Signer | None]:
+    """One manifest, compared with its path, and who signed it; or why it cannot be used."""
+    signer, statement = None, b""
     try:
         if entry.size > LARGEST_MANIFEST:
             raise BadManifest(f"{entry.path} is larger than {LARGEST_MANIFEST >> 20} MiB")
-        manifest = parse_manifest(client.fetch(repo, commit, entry), f"{repo}/{entry.path}")
-        require_agreement(ArtifactPath.parse(entry.path.rpartition("/")[0]), manifest)
-    except (BadManifest, DigestMismatch) as error:
-        return error
-    return manifest
+        text = commit.client.fetch(commit.repo, commit.commit, entry)
+        if required is not None:
+            signer, statement = commit.verify(place, text, required)
+        manifest = parse_manifest(text, f"{commit.repo}/{entry.path}")
+        require_agreement(place, manifest)
+        if signer is not None:
+            commit.require_statement(place, manifest, statement)
+    except (BadManifest, DigestMismatch, Unsigned, BadSignature) as error:
+        return error, None
+    return manifest, signer

@@ -8,7 +8,7 @@ from __future__ import annotations
 import mmap
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import UNSET
@@ -40,6 +40,7 @@ from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.records import Entry
 from hubaoti.hub.revisions import resolve_owned
 from hubaoti.mirror import Mirror
+from hubaoti.mirror.rows import Signed
 from hubaoti.mirror.trust import Trust
 from hubaoti.progress import Progress
 
@@ -125,19 +126,24 @@ def bring_kernels(
         DiskFull: there is no room; nothing half-written stays.
     """
     for pin in manifest.requires.kernels:
-        require_kernel_publisher(trust, client.endpoint, pin.repo, f"commit {pin.commit}")
+        signed = mirror.seen.list_signed(manifest.digest)  # and so all that it pins
+        require_kernel_publisher(trust, client.endpoint, pin.repo, f"commit {pin.commit}", signed)
     fetch_kernels(client, mirror, manifest.requires.kernels, progress)
 
 
-def require_kernel_publisher(trust: Trust, endpoint: str, repo: str, which: str) -> None:
+def require_kernel_publisher(
+    trust: Trust, endpoint: str, repo: str, which: str, signed: Iterable[Signed] = ()
+) -> None:
     """See that who publishes a kernel is trusted by himself: an artifact may name anybody's.
 
+    Where he has to sign, his signature of the artifact, which pins the kernel, is one of both.
+
     Raises:
-        Untrusted: he is not.
+        Untrusted: he is not. Unsigned: he has to sign, and did not.
     """
     owner = RepoRef(repo).owner
     advice = f"say so once with: hubaoti trust add {owner}"
-    trust.require(endpoint, owner, f"the kernel {repo} at {endpoint} ({which})", advice)
+    trust.require(endpoint, owner, f"the kernel {repo} at {endpoint} ({which})", advice, signed)
 
 
 def fetch_kernels(

@@ -35,6 +35,7 @@ from hubaoti.hub.catalog import read_catalog
 from hubaoti.hub.choice import describe_refusals, judge_catalog
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import ArtifactPath, RepoRef
+from hubaoti.hub.signatures import RequiredSigners
 from hubaoti.settings import Settings
 
 FILENAME = "hubaoti.lock"
@@ -211,13 +212,15 @@ def _list_kernels(manifest: Manifest) -> set[str]:
     return {f"{pin.repo}@{pin.commit} sha256:{pin.build.digest}" for pin in pins if pin.build}
 
 
-def lock_repo(client: HubClient, ref: RepoRef, commit: str) -> LockedRepo:
-    """What a repo holds at a commit; what cannot be read is left out.
+def lock_repo(
+    client: HubClient, ref: RepoRef, commit: str, required: RequiredSigners | None = None
+) -> LockedRepo:
+    """What a repo holds at a commit; what cannot be read, or is not signed, is left out.
 
     Raises:
         NoArtifact, BadManifest: it holds nothing that can be locked.
     """
-    catalog = read_catalog(client, ref.repo, commit)
+    catalog = read_catalog(client, ref.repo, commit, required=required)
     if not catalog.readable:
         raise describe_refusals(catalog, judge_catalog(catalog, lambda _: Verdict()), None)
     artifacts = {place: manifest.digest for place, manifest in catalog.readable.items()}

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from hubaoti.artifact.manifest import Manifest
-from hubaoti.artifact.package import hash_file
 from hubaoti.artifact.requirements import Requirements
 from hubaoti.artifact.variant import Recipe
-from hubaoti.disk import require_disk_room
 from hubaoti.errors import (
-    BadPackage,
     BadRequest,
     Blocked,
-    DigestMismatch,
     HubaotiError,
     NoMatch,
 )
@@ -41,6 +37,7 @@ from hubaoti.hub.choice import (
     rank_considered,
 )
 from hubaoti.hub.client import HubClient
+from hubaoti.hub.fetch import fetch_artifact
 from hubaoti.hub.kernels import bring_kernels
 from hubaoti.hub.layout import ArtifactPath, RepoRef
 from hubaoti.hub.lockfile import Lock, find_lock
@@ -48,16 +45,14 @@ from hubaoti.hub.pull_digest import pull_digest
 from hubaoti.hub.pull_locked import pull_locked
 from hubaoti.hub.pull_path import describe_no_artifact, describe_no_torch, judge_named
 from hubaoti.hub.revisions import Revisions
+from hubaoti.hub.signatures import RequiredSigners
 from hubaoti.hub.zerogpu import suggest_loader
 from hubaoti.mirror import Artifact, Mirror, PullOrigin
 from hubaoti.mirror.answers import HUB, MIRROR
-from hubaoti.mirror.artifact import compute_unpacked_size
-from hubaoti.mirror.rows import LOCKED, Pin
+from hubaoti.mirror.rows import LOCKED, Pin, Signed
 from hubaoti.mirror.trust import Trust
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
-
-_ATTEMPTS = 3
 
 
 def pull_artifact(  # noqa: PLR0913 - a face of keywords
@@ -88,6 +83,7 @@ def pull_artifact(  # noqa: PLR0913 - a face of keywords
         Untrusted: the publisher is not trusted, and this machine did not build the artifact; or no
             branch and no tag has the commit. Blocked: it may not run here.
         RepoMoved: the repo has another name now. RolledBack: its revision went back.
+        Unsigned, BadSignature: its publisher has to sign here, and signed nothing of it.
         NotLocked, LockMismatch, BadLock: the lockfile does not say so, or cannot be read.
         NoVersion: the repo has no version such as is asked for.
         BadManifest, NewerSchema: no manifest of the repo can be read.
@@ -152,7 +148,7 @@ class Puller:
     @property
     def revisions(self) -> Revisions:
         """Where the revisions of repos are, and were."""
-        return Revisions(self.client, self.mirror.index, self.progress, self.allow_rollback)
+        return Revisions(self.client, self.mirror, self.progress, self.allow_rollback)
 
     def _from_mirror(self, ref: RepoRef, commit: str) -> Pulled | None:
         """What an earlier pull of this commit chose, if it still may run here."""
@@ -167,17 +163,36 @@ class Puller:
             return None
         self.mirror.leases.hold(artifact.digest)
         place = ArtifactPath.parse(path)
+        if not self.is_signed(ref, place, artifact.manifest):
+            return None  # nobody had to sign when it was pulled
         self.require_trust(ref, commit, place, artifact.manifest)
         self.bring_kernels(artifact.manifest)
         self.mirror.answers.record(MIRROR, artifact.manifest)
         considered = (Considered(place, artifact.manifest, verdict),)
         return Pulled(artifact, ref, commit, place, verdict, considered, (), True)
 
+    def find_required(self, ref: RepoRef) -> RequiredSigners | None:
+        """Who has to sign what a repo's owner publishes; None where a name or digest is enough."""
+        trust = Trust(self.settings.trust)
+        if ref.digest is not None and (self.trust or trust.read().names(ref.digest)):
+            return None
+        return RequiredSigners.of(trust, self.client.endpoint, ref.owner)
+
+    def is_signed(self, ref: RepoRef, place: ArtifactPath, manifest: Manifest) -> bool:
+        """Whether what is here is known to be signed by whom it has to be, if anybody has to.
+
+        Raises:
+            Unsigned: it is not, and offline no signature can be asked for.
+        """
+        required, known = self.find_required(ref), self.mirror.seen.list_signed(manifest.digest)
+        where = ref.repo, str(place)
+        return required is None or required.find_known(known, self.client, *where)
+
     def _from_hub(self, ref: RepoRef, commit: str) -> Pulled:
         self.mirror.index.require_writable()
         self.progress(f"reading the manifests of {ref.repo} at {commit}")
         left = Allowance()
-        catalog = list_catalog(self.client, ref.repo, commit, left)
+        catalog = list_catalog(self.client, ref.repo, commit, left, self.find_required(ref))
         if self.place is not None and self.place not in catalog.places:
             raise describe_no_artifact(self.place, catalog)
 
@@ -200,6 +215,9 @@ class Puller:
         """An artifact that was chosen: of a trusted publisher, verified, in the mirror."""
         manifest = chosen.manifest
         assert manifest is not None  # only judged ones are chosen
+        if signer := catalog.signers.get(chosen.place):
+            signed = Signed(pin.endpoint, catalog.repo, str(chosen.place), str(signer))
+            self.mirror.seen.record_signed(manifest.digest, signed)
         self.require_trust(ref, catalog.commit, chosen.place, manifest)
         self.bring_kernels(manifest)
         origin = PullOrigin(self.client.endpoint, ref.repo, catalog.commit, str(chosen.place))
@@ -233,7 +251,9 @@ class Puller:
         self.mirror.leases.hold(manifest.digest)
         with self.mirror.leases.alone(manifest.digest, self.progress):
             mirrored, began = self.mirror.artifact(manifest.digest), time.monotonic()
-            artifact = mirrored or self._fetch(catalog, place, manifest, origin)
+            artifact = mirrored or fetch_artifact(
+                self.client, self.mirror, catalog, place, origin, self.progress
+            )
         self.mirror.answers.record(MIRROR if mirrored else HUB, manifest)
         if not mirrored:
             self.mirror.usage.record_download(manifest.digest, time.monotonic() - began)
@@ -301,65 +321,21 @@ class Puller:
         wanted = self.trust and self.mirror.index.is_writable  # and remembered
         if wanted or not decision.allowed:
             what = f"{place} in {ref.repo}", f"commit {commit}, artifact {manifest.digest}"
-            self.require_publisher(ref, *what)
+            self.require_publisher(ref, *what, self.mirror.seen.list_signed(manifest.digest))
 
-    def require_publisher(self, ref: RepoRef, what: str, which: str) -> None:
+    def require_publisher(
+        self, ref: RepoRef, what: str, which: str, signed: Iterable[Signed] = ()
+    ) -> None:
         """See that code of this publisher may run here; `--trust` says so once for all.
 
         Raises:
-            Untrusted: nobody ever said so.
+            Untrusted: nobody ever said so. Unsigned: nobody of these signed it who has to.
         """
         endpoint, trusted = self.client.endpoint, Trust(self.settings.trust)
         if self.trust:
             trusted.add(endpoint, ref.owner)
         advice = "say so once with --trust"
-        trusted.require(endpoint, ref.owner, f"{what} at {endpoint} ({which})", advice)
-
-    def _fetch(
-        self, catalog: Catalog, place: ArtifactPath, manifest: Manifest, origin: PullOrigin
-    ) -> Artifact:
-        """Download, verify, unpack; what was downloaded is not kept twice."""
-        _require_listed(catalog, place, manifest)
-        self.client.sweep()
-        for _ in range(_ATTEMPTS):
-            # The zips, and what is unpacked from them, lie on the disk together for a while.
-            require_disk_room(self.mirror.root, manifest.size + compute_unpacked_size(manifest))
-            try:
-                with self._download(catalog, place, manifest) as files:
-                    self.progress(f"unpacking {place}")
-                    return self.mirror.put(manifest, files, origin, place.recipe)
-            except FileNotFoundError:
-                # Another pull of the same artifact stored it, and removed what we shared.
-                self.progress(f"downloading {place} again: another pull removed it")
-            except BadPackage as error:
-                raise BadPackage(f"{place} of {catalog.repo}: {error}", hint=error.hint) from error
-        raise HubaotiError(
-            f"the downloads of {place} were removed {_ATTEMPTS} times",
-            hint=f"see who else works in {self.mirror.root}, then pull again",
-        )
-
-    @contextmanager
-    def _download(
-        self, catalog: Catalog, place: ArtifactPath, manifest: Manifest
-    ) -> Iterator[dict[str, Path]]:
-        """The artifact's files, verified; they leave the cache folder once they are stored.
-
-        After an error those that are whole stay, so that the next pull need not fetch them again.
-        """
-        files: dict[str, Path] = {}
-        for file in manifest.all_files():
-            path = place.file(file.path)
-            self.progress(f"downloading {path} ({file.size / 1e6:.1f} MB)")
-            found = files[file.path] = self.client.download(catalog.repo, catalog.commit, path)
-            if found.stat().st_size != file.size or hash_file(found) != file.sha256:
-                self.client.drop(found)
-                raise DigestMismatch(
-                    f"{path} from {self.client.endpoint} is not the file that its manifest lists",
-                    hint="pull again; if it stays so, ask the publisher to push it again",
-                )
-        yield files
-        for downloaded in files.values():
-            self.client.drop(downloaded)
+        trusted.require(endpoint, ref.owner, f"{what} at {endpoint} ({which})", advice, signed)
 
     def pin(self, ref: RepoRef, commit: str, request: str | None = None) -> Pin:
         """What is remembered of a pull: of which commit, of what was asked for, on which host."""
@@ -368,19 +344,6 @@ class Puller:
         elif request is None:
             request = str(self.place or self.recipe or "")
         return Pin(self.client.endpoint, ref.repo, commit, request, fingerprint(self.host))
-
-
-def _require_listed(catalog: Catalog, place: ArtifactPath, manifest: Manifest) -> None:
-    """See that the commit has the manifest's files, of their sizes, before one is fetched."""
-    for file in manifest.all_files():
-        entry = catalog.files.get(place.file(file.path))
-        if entry is None or entry.size != file.size:
-            found = "is missing" if entry is None else f"has {entry.size} bytes"
-            raise DigestMismatch(
-                f"{place.file(file.path)} {found} in {catalog.repo}; its manifest lists "
-                f"{file.size} bytes",
-                hint="ask the publisher to push it again",
-            )
 
 
 def fingerprint(host: Host) -> str:

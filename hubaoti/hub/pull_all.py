@@ -110,17 +110,18 @@ def read_revision_catalog(puller: Puller, ref: RepoRef) -> Catalog:
     """Read what the revision, by default the default branch, holds now."""
     client, repo = puller.client, ref.repo
     puller.progress(f"reading the manifests of {ref}")
-    return read_catalog(client, repo, puller.pin_commit(ref))
+    required = puller.find_required(ref)
+    return read_catalog(client, repo, puller.pin_commit(ref), required=required)
 
 
 def read_branch_catalogs(puller: Puller, ref: RepoRef) -> Iterator[Catalog]:
     """Read what the branches of the zerogpu layout hold: one artifact each."""
-    client, allowance = puller.client, Allowance()
+    client, allowance, required = puller.client, Allowance(), puller.find_required(ref)
     for branch, commit in sorted(client.branches(ref.repo).items()):
         if branch.startswith(f"{LAYOUT}/"):
             puller.revisions.require_forward(ref.repo, branch, commit)
             allowance.take(f"{ref.repo} in its branches", [0])  # of an empty one the list is read
-            yield read_catalog(client, ref.repo, commit, allowance)
+            yield read_catalog(client, ref.repo, commit, allowance, required=required)
 
 
 def choose_artifacts(

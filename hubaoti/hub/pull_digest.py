@@ -69,7 +69,9 @@ def _find_mirrored(puller: Puller, ref: RepoRef) -> tuple[Artifact, str, Artifac
         return artifact, row.origin.commit, ArtifactPath.parse(f"{row.recipe}/{row.variant}")
     for origin in puller.mirror.index.list_origins(digest):
         if (origin.endpoint, origin.repo) == (puller.client.endpoint, ref.repo):
-            return artifact, origin.commit, ArtifactPath.parse(origin.path)
+            place = ArtifactPath.parse(origin.path)
+            if puller.is_signed(ref, place, artifact.manifest):
+                return artifact, origin.commit, place
     return None
 
 
@@ -82,7 +84,8 @@ def _find_published(puller: Puller, ref: RepoRef) -> tuple[Catalog, Considered, 
     client, left, seen = puller.client, Allowance(), set[str]()
     for commit, is_owned in _list_commits(client, ref.repo):
         puller.progress(f"looking for {ref.revision} in {ref.repo} at {commit}")
-        catalog = list_catalog(client, ref.repo, commit, left)
+        required = puller.find_required(ref) if is_owned else None
+        catalog = list_catalog(client, ref.repo, commit, left, required)
         blobs = {place: catalog.files[place.manifest].blob for place in catalog.places}
         fresh = [place for place, blob in blobs.items() if blob not in seen]
         seen |= {*blobs.values()}

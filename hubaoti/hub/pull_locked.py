@@ -14,10 +14,11 @@ from hubaoti.artifact.manifest import LARGEST_MANIFEST, Manifest, parse_manifest
 from hubaoti.errors import BadManifest, NoArtifact, NotLocked
 from hubaoti.hub.bounds import TooLong
 from hubaoti.hub.catalog import Catalog
-from hubaoti.hub.choice import Pulled
+from hubaoti.hub.choice import Considered, Pulled
 from hubaoti.hub.layout import ArtifactPath, RepoRef, require_agreement
 from hubaoti.hub.lockfile import LockedRepo
 from hubaoti.hub.records import Entry
+from hubaoti.hub.signatures import CommitSignatures
 
 if TYPE_CHECKING:
     from hubaoti.hub.pull import Puller
@@ -41,6 +42,7 @@ def pull_locked(puller: Puller, ref: RepoRef, locked: LockedRepo) -> Pulled:
     if chosen is None:
         raise puller.describe_no_choice(ref, catalog, considered)
     known = chosen.manifest and puller.mirror.artifact(chosen.manifest.digest)
+    catalog = _verify_signature(puller, ref, catalog, chosen)
     artifact = puller.take(ref, catalog, chosen, puller.pin(ref, locked.commit))
     verdict = chosen.verdict
     assert verdict is not None
@@ -85,6 +87,24 @@ def _read_locked(
             files[path] = Entry(path, file.size, file.sha256, file.sha256)
     ordered = {place: found[place] for place in catalog.places if place in found}
     return Catalog(catalog.repo, catalog.commit, files, ordered, (), catalog.places)
+
+
+def _verify_signature(
+    puller: Puller, ref: RepoRef, catalog: Catalog, chosen: Considered
+) -> Catalog:
+    """A catalog that says who signed what was chosen, where somebody has to.
+
+    Raises:
+        Unsigned, BadSignature: nobody of them did.
+    """
+    place, manifest, required = chosen.place, chosen.manifest, puller.find_required(ref)
+    assert manifest is not None  # only judged ones are chosen
+    if required is None or puller.is_signed(ref, place, manifest):
+        return catalog
+    signatures = CommitSignatures(puller.client, catalog.repo, catalog.commit, None)
+    signer, statement = signatures.verify(place, manifest.to_json(), required)
+    signatures.require_statement(place, manifest, statement)
+    return replace(catalog, signers={place: signer})
 
 
 def _describe_nothing_here(locked: LockedRepo) -> NoArtifact:

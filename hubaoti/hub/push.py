@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from hubaoti.hub.kernels import require_published
 from hubaoti.hub.layout import ArtifactPath, RepoRef, artifact_path, is_revision
 from hubaoti.hub.push_refs import ensure_branch, ensure_repo, require_free, set_tag
 from hubaoti.hub.records import Pushed
+from hubaoti.hub.signatures import CommitSignatures
+from hubaoti.hub.signing import Signing
 from hubaoti.hub.zerogpu import LAYOUT, artifact_branch, lay_out_packages
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
@@ -51,7 +53,8 @@ class Destination:
 
     `private` is for a repo that is made; one that exists keeps its visibility. `layout` is None, or
     `zerogpu`, which other loaders read from a branch. `move_tag` takes a tag from another commit,
-    and `replace` a path from an artifact of another key, or one that cannot be read.
+    and `replace` a path from an artifact of another key, or one that cannot be read. `signing` is
+    with what they are signed.
 
     Raises:
         BadRequest: the repo has a revision, the tag is malformed, or none and to be moved, or the
@@ -65,6 +68,7 @@ class Destination:
     layout: str | None = None
     move_tag: bool = False
     replace: bool = False
+    signing: Signing | None = None
 
     def __post_init__(self) -> None:
         if self.repo.revision is not None:
@@ -82,11 +86,15 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """An artifact of a commit, by its path. `created` is False when the repo held it already."""
+    """An artifact of a commit, by its path. `created` is False when the repo held it already.
+
+    It was `signed` where its signature came with this commit.
+    """
 
     path: str
     digest: str
     created: bool
+    signed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,15 +126,24 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class _Parcel:
-    """A bundle on its way to its place. `packages` are files that lie at other paths, too."""
+    """A bundle on its way to its place. `packages` are files that lie at other paths, too.
+
+    Its `signature` are files beside its own. Where `is_there`, they alone are uploaded.
+    """
 
     bundle: Bundle
     place: ArtifactPath
     packages: Mapping[str, str] = field(default_factory=dict)
+    signature: Mapping[str, bytes] = field(default_factory=dict)
+    is_there: bool = False
 
     @property
     def files(self) -> dict[str, Path | bytes]:
         """What is uploaded, by its path in the repo."""
+        signature = {self.place.file(name): text for name, text in self.signature.items()}
+        return {**({} if self.is_there else self._list_own()), **signature}
+
+    def _list_own(self) -> dict[str, Path]:
         names = [FILENAME, *(file.path for file in self.bundle.manifest.all_files())]
         paths = {self.place.file(name): name for name in names} | {**self.packages}
         return {path: self.bundle.path / name for path, name in paths.items()}
@@ -146,7 +163,7 @@ class _Shipment:
     @property
     def size(self) -> int:
         """The bytes of its bundles."""
-        return sum(parcel.bundle.manifest.size for parcel in self.parcels)
+        return sum(each.bundle.manifest.size for each in self.parcels if not each.is_there)
 
     @property
     def files(self) -> dict[str, Path | bytes]:
@@ -155,9 +172,10 @@ class _Shipment:
 
     def is_in_the_way(self, path: str) -> bool:
         """Whether a file that is there, and not one of ours, leaves with this commit."""
+        moved = [each.place for each in self.parcels if not each.is_there]
         if self.branch is not None:
-            return path != _ATTRIBUTES
-        return any(path.startswith(f"{parcel.place}/") for parcel in self.parcels)
+            return bool(moved) and path != _ATTRIBUTES
+        return any(path.startswith(f"{place}/") for place in moved)
 
 
 def push_bundles(
@@ -175,7 +193,7 @@ def push_bundles(
         BadPackage: one of its packages is damaged.
         KernelMissing: a kernel that one calls is not where it says.
         BadRequest: the label is malformed, two bundles have one path or not the same layout, or the
-            loaders that a layout is for could not call one.
+            loaders that a layout is for could not call one; or they cannot be signed.
         Conflict: a path holds an artifact of another key, the tag names another commit, or the
             branch moves faster than we do.
         AuthFailed, RepoNotFound, HubUnreachable: from the Hub.
@@ -196,16 +214,18 @@ def push_bundles(
     if to.tag is not None:
         progress(f"tagging {made.commit} as {to.tag}")
         set_tag(client, repo, to.tag, made.commit, to.move_tag)
+    new = {each.place for each in sent if not each.is_there}
+    signed = {each.place for each in sent if each.signature}
     return Commit(
         repo=repo,
         commit=made.commit,
         url=made.url,
         artifacts=tuple(
-            Published(str(each.place), each.bundle.manifest.digest, each in sent)
-            for each in shipment.parcels
+            Published(str(p.place), p.bundle.manifest.digest, p.place in new, p.place in signed)
+            for p in shipment.parcels
         ),
         tag=to.tag,
-        created=bool(sent),
+        created=bool(new),
         private=private,
         branch=shipment.branch,
     )
@@ -268,7 +288,7 @@ def _commit_on_head(
     lost: Sequence[_Parcel] = ()  # what was sent, and no answer came
     for attempt in range(PUSH_ATTEMPTS):
         catalog = read_catalog(client, repo, client.resolve(repo, shipment.branch))
-        missing = [each for each in shipment.parcels if not _is_present(catalog, each, to.replace)]
+        missing = [*_find_missing(client, catalog, shipment.parcels, to)]
         if to.tag is not None and not to.move_tag:
             require_free(client, repo, to.tag, None if missing else catalog.commit)
         if not missing:
@@ -288,6 +308,18 @@ def _commit_on_head(
         f"{repo} changed {PUSH_ATTEMPTS} times while {shipment} was pushed",
         hint="nothing was pushed; try again when others are done",
     )
+
+
+def _find_missing(
+    client: HubClient, catalog: Catalog, parcels: Sequence[_Parcel], to: Destination
+) -> Iterator[_Parcel]:
+    """What a commit lacks: an artifact, or the signature of one that it holds already."""
+    there = CommitSignatures(client, catalog.repo, catalog.commit, catalog.files)
+    for parcel in parcels:
+        is_there, manifest = _is_present(catalog, parcel, to.replace), parcel.bundle.manifest
+        signature = there.make_missing(parcel.place, manifest, to.signing, is_there)
+        if signature or not is_there:
+            yield replace(parcel, signature=signature, is_there=is_there)
 
 
 def _is_present(catalog: Catalog, parcel: _Parcel, replace_other: bool) -> bool:
@@ -320,9 +352,8 @@ def _commit_shipment(client: HubClient, catalog: Catalog, shipment: _Shipment) -
     add = shipment.files
     add[_README] = _render_card(client, catalog, shipment).encode()
     stale = [path for path in catalog.files if shipment.is_in_the_way(path) and path not in add]
-    return client.commit(
-        catalog.repo, add, stale, f"Add {shipment}", catalog.commit, shipment.branch
-    )
+    message = f"{'Add' if shipment.size else 'Sign'} {shipment}"
+    return client.commit(catalog.repo, add, stale, message, catalog.commit, shipment.branch)
 
 
 def _render_card(client: HubClient, catalog: Catalog, shipment: _Shipment) -> str:

@@ -13,7 +13,7 @@ from hubaoti.errors import BadRequest, RolledBack, Untrusted
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import RepoRef, looks_like_commit
 from hubaoti.hub.versions import find_release, read_tag
-from hubaoti.mirror.index import Index
+from hubaoti.mirror import Mirror
 from hubaoti.progress import Progress
 
 _DEFAULT = "main"  # of every repo of the Hub, unless a revision is named
@@ -41,7 +41,7 @@ class Revisions:
     """The revisions of an endpoint's repos, and where each was when it was last seen."""
 
     client: HubClient
-    index: Index
+    mirror: Mirror
     progress: Progress
     allow_rollback: bool = False
 
@@ -61,7 +61,7 @@ class Revisions:
                 hint="fetch it with hubaoti pull, or name a branch, a tag or a commit here",
             )
         endpoint = self.client.endpoint
-        if ref.commit and self.index.is_known(endpoint, ref.repo, ref.commit):
+        if ref.commit and self.mirror.index.is_known(endpoint, ref.repo, ref.commit):
             return ref.commit
         self.progress(f"asking {endpoint} for the commit of {ref}")
         revision = ref.revision if ref.specifier is None else self._choose_version(ref)
@@ -83,13 +83,13 @@ class Revisions:
         endpoint = self.client.endpoint
         for kind in _OWN:
             name = name.removeprefix(kind)
-        before = self.index.find_seen(endpoint, repo, name)
+        before = self.mirror.seen.find_commit(endpoint, repo, name)
         if before == commit:
             return
         if before is not None and not self.allow_rollback:
             self._require_after(repo, name, before, commit)
-        if self.index.is_writable:
-            self.index.record_seen(endpoint, repo, name, commit)
+        if self.mirror.index.is_writable:
+            self.mirror.seen.record_commit(endpoint, repo, name, commit)
 
     def _choose_version(self, ref: RepoRef) -> str:
         """The tag of the newest version that is meant, unless a branch or a tag is called so."""
@@ -97,7 +97,7 @@ class Revisions:
         if ref.revision in {*branches, *tags}:
             return str(ref.revision)
         release, name = find_release(ref, tags), str(ref.specifier)
-        before = self.index.find_seen(self.client.endpoint, ref.repo, name)
+        before = self.mirror.seen.find_commit(self.client.endpoint, ref.repo, name)
         newest = None if before is None else read_tag(before)
         if newest is not None and newest > release.version and not self.allow_rollback:
             raise RolledBack(
@@ -105,8 +105,8 @@ class Revisions:
                 hint=f"ask its publisher where {before} is; if it is meant so, once: hubaoti pull "
                 f"{ref} --allow-rollback",
             )
-        if self.index.is_writable and before != release.tag:
-            self.index.record_seen(self.client.endpoint, ref.repo, name, release.tag)
+        if self.mirror.index.is_writable and before != release.tag:
+            self.mirror.seen.record_commit(self.client.endpoint, ref.repo, name, release.tag)
         self.progress(f"{ref} is {release.tag}")
         return release.tag
 

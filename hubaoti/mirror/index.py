@@ -203,22 +203,6 @@ class Index:
         origins = (PullOrigin(*map(str, each)) for each in found)
         return tuple(origin for origin in origins if origin.repo)
 
-    def record_seen(self, endpoint: str, repo: str, name: str, commit: str) -> None:
-        """Remember at which commit a branch or tag is."""
-        with self._writing() as db:
-            db.execute(
-                "insert or replace into seen values (?, ?, ?, ?, ?)",
-                (endpoint, repo, name, commit, time.time()),
-            )
-
-    def find_seen(self, endpoint: str, repo: str, name: str) -> str | None:
-        """At which commit a branch or tag was last; None where it was never seen."""
-        if not self._has_step(FIFTH):  # of before, and only read
-            return None
-        query = "select revision from seen where endpoint = ? and repo = ? and name = ?"
-        found = self._select(query, endpoint, repo, name)
-        return str(found[0][0]) if found else None
-
     def record_built(self, manifest: Manifest) -> None:
         """Remember that this machine built this artifact, so it needs no one's trust."""
         with self._writing() as db:
@@ -245,22 +229,17 @@ class Index:
 
     def find_problem(self, graph: str, host: str) -> str | None:
         """The problem of a graph on a kind of host, empty where it has none; None if untested."""
-        query = "select problem from tested where graph = ? and host = ?"
-        with self._explain_errors():
-            if not self._has_step(SECOND):
-                return None
-            found = self._db.execute(query, (graph, host)).fetchone()
-        return None if found is None else str(found[0])
+        if not self._has_step(SECOND):
+            return None
+        found = self._select("select problem from tested where graph = ? and host = ?", graph, host)
+        return str(found[0][0]) if found else None
 
     def problems(self) -> list[tuple[str, str]]:
         """The graphs that are not opened here, each with what is held against it."""
-        with self._explain_errors():
-            if not self._has_step(SECOND):
-                return []
-            query = "select graph, problem from tested where problem != '' order by at desc"
-            return [
-                (str(graph), str(problem)) for graph, problem in self._db.execute(query).fetchall()
-            ]
+        if not self._has_step(SECOND):
+            return []
+        query = "select graph, problem from tested where problem != '' order by at desc"
+        return [(str(graph), str(problem)) for graph, problem in self._select(query)]
 
     def forget_problems(self) -> int:
         """Forget what is held against graphs, so that they are tried again; of how many."""

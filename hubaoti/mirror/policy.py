@@ -1,7 +1,8 @@
 """May an artifact's code run on this machine? One question, asked wherever something is opened.
 
 What is blocked may not. Else one of these is enough: this machine built it, it is trusted by its
-own digest, or somebody who is trusted now published it. Where its files lie says nothing.
+own digest, or somebody who is trusted now published it, and signed it where that is asked of them.
+Where its files lie says nothing.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hubaoti.errors import HubaotiError, Untrusted
-from hubaoti.mirror.rows import PullOrigin
-from hubaoti.mirror.trust import TrustList, refuse_blocked
+from hubaoti.mirror.rows import PullOrigin, Signed
+from hubaoti.mirror.trust import TrustList, refuse_blocked, refuse_unsigned
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What is known of an artifact: whether it was built here, and all places it came from."""
+    """What is known of an artifact: whether it was built here, all places it came from, and whose
+    signatures of it were verified."""
 
     digest: str
     built: bool = False
     origins: tuple[PullOrigin, ...] = ()
+    signed: tuple[Signed, ...] = ()
 
     @property
     def publishers(self) -> tuple[tuple[str, str], ...]:
@@ -42,7 +45,7 @@ class Decision:
 
 def decide(evidence: Evidence, said: TrustList) -> Decision:
     """Whether what is known of an artifact is enough, by what was said on this machine."""
-    return _find_block(evidence, said) or _find_ground(evidence, said) or _refuse(evidence)
+    return _find_block(evidence, said) or _find_ground(evidence, said) or _refuse(evidence, said)
 
 
 def _find_block(evidence: Evidence, said: TrustList) -> Decision | None:
@@ -63,12 +66,14 @@ def _find_ground(evidence: Evidence, said: TrustList) -> Decision | None:
         return Decision("built here")
     if said.names(evidence.digest):
         return Decision("trusted by its digest")
-    trusted = (owner for endpoint, owner in evidence.publishers if said.trusts(endpoint, owner))
-    owner = next(trusted, None)
-    return Decision(f"published by {owner}, who is trusted") if owner else None
+    for endpoint, owner in evidence.publishers:
+        if said.trusts(endpoint, owner, evidence.signed):
+            signs = " and signed it" if said.list_signers(endpoint, owner) else ""
+            return Decision(f"published by {owner}, who is trusted{signs}")
+    return None
 
 
-def _refuse(evidence: Evidence) -> Decision:
+def _refuse(evidence: Evidence, said: TrustList) -> Decision:
     """Why what is known is not enough, and what would be."""
     name, owners = f"artifact {evidence.digest[:12]}", [owner for _, owner in evidence.publishers]
     if not owners:
@@ -79,6 +84,10 @@ def _refuse(evidence: Evidence) -> Decision:
             f"hubaoti trust add {evidence.digest}",
         )
         return Decision("not built here, and of nobody who is known", refusal)
+    for endpoint, owner in evidence.publishers:
+        if wanted := said.list_signers(endpoint, owner):
+            unsigned = refuse_unsigned(f"{name} was published by {owner}", owner, wanted)
+            return Decision(f"published by {owner}, not signed as is asked of them", unsigned)
     who = " and ".join(owners)
     refusal = Untrusted(
         f"{name} was published by {who}, who {'is' if len(owners) == 1 else 'are'} not trusted "

@@ -59,6 +59,21 @@ class Pin:
 
 
 @dataclass(frozen=True, slots=True)
+class Signed:
+    """Whose signature of an artifact was verified, as it lies at a path of a repo."""
+
+    endpoint: str
+    repo: str
+    path: str
+    signer: str
+
+    @property
+    def publisher(self) -> tuple[str, str]:
+        """The endpoint, and the owner of the repo there."""
+        return self.endpoint, self.repo.partition("/")[0]
+
+
+@dataclass(frozen=True, slots=True)
 class Promise:
     """All that is said of an artifact: its row, the graphs that it holds, which pulls gave it.
 

@@ -72,5 +72,12 @@ create table answers (
 ) strict;
 create table numbers (name text primary key, value real not null) strict;
 """
+# Whose signature of an artifact at which place was verified: each is looked at once.
+SEVENTH = """
+create table if not exists signed (
+    digest text not null, endpoint text not null, repo text not null, path text not null,
+    signer text not null, at real not null, primary key (digest, endpoint, repo, path, signer)
+) strict;
+"""
 # From nothing to today's tables.
-STEPS = (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH)
+STEPS = (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH)

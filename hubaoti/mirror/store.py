@@ -57,6 +57,7 @@ from hubaoti.mirror.policy import Decision, Evidence, decide
 from hubaoti.mirror.quarantine import Note, set_apart
 from hubaoti.mirror.rebuild import restore_rows
 from hubaoti.mirror.rows import BUILT_HERE, Pin, PullOrigin, Row
+from hubaoti.mirror.seen import Seen
 from hubaoti.mirror.trust import Trust
 from hubaoti.mirror.usage import Usage
 
@@ -74,6 +75,7 @@ class Mirror:
         self.leases = Leases(root / "locks")
         self.usage = Usage(index)
         self.answers = Answers(index)
+        self.seen = Seen(index)
 
     @classmethod
     def open(cls, root: Path) -> Mirror:
@@ -118,8 +120,8 @@ class Mirror:
 
     def decide(self, digest: str, *origins: PullOrigin) -> Decision:
         """Whether an artifact may run here: by what is known of it, and where it comes from now."""
-        known = self.index.list_origins(digest)
-        evidence = Evidence(digest, self.index.is_built(digest), (*known, *origins))
+        known, signed = self.index.list_origins(digest), self.seen.list_signed(digest)
+        evidence = Evidence(digest, self.index.is_built(digest), (*known, *origins), signed)
         return decide(evidence, self.trust.read())
 
     def require_allowed(self, digest: str) -> None:
@@ -128,6 +130,7 @@ class Mirror:
         Raises:
             Blocked: somebody said that it may not.
             Untrusted: it was not built here, and nobody who is trusted now published it.
+            Unsigned: somebody did of whom a signature is asked, and none was verified.
         """
         if error := self.decide(digest).refusal:
             raise error

@@ -4,6 +4,7 @@
 endpoint = "https://huggingface.co"
 owner = "acme"
 since = 2026-01-31
+key = "5e…"                         # has to sign; or identity and issuer, or root: see signer.py
 
 [[artifact]]                        # whoever brings it: by the sha256 of its manifest
 digest = "3f…"
@@ -12,6 +13,9 @@ since = 2026-02-01
 [[block]]                           # beats all of the above; or the endpoint and owner of somebody
 digest = "9a…"
 since = 2026-02-02
+
+[limits]                            # what manifests of others may claim: see limits.py
+tolerance = 0.15
 
 People may write into it, too: what they wrote beside these tables stays.
 """
@@ -23,7 +27,7 @@ import os
 import re
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -31,8 +35,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hubaoti.disk import explain_disk_errors
-from hubaoti.errors import Blocked, HubaotiError, UnsafeFolder, Untrusted
+from hubaoti.errors import Blocked, HubaotiError, UnsafeFolder, Unsigned, Untrusted
 from hubaoti.mirror.folders import make_private, refuse_shared
+from hubaoti.mirror.limits import Limits
+from hubaoti.mirror.rows import Signed
+from hubaoti.mirror.signer import Keys, Signer
 from hubaoti.settings import split_login
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -40,11 +47,12 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Publisher:
-    """An owner of repos at an endpoint, since a date."""
+    """An owner of repos at an endpoint, since a date; with a `signer` a name is not enough."""
 
     endpoint: str
     owner: str
     since: date
+    signer: Signer | None = None
 
     def __post_init__(self) -> None:
         # An older hubaoti kept the password of an endpoint that has one in its URL.
@@ -79,12 +87,23 @@ class TrustList:
     publishers: tuple[Publisher, ...] = ()
     artifacts: tuple[Named, ...] = ()
     blocked: tuple[Subject, ...] = ()
+    limits: Limits = Limits()
 
-    def trusts(self, endpoint: str, owner: str) -> bool:
-        """Whether code of this publisher may run here."""
-        who = (endpoint, owner)
-        is_named = any((each.endpoint, each.owner) == who for each in self.publishers)
-        return is_named and not self.blocks(endpoint, owner)
+    def trusts(self, endpoint: str, owner: str, signed: Iterable[Signed] = ()) -> bool:
+        """Whether code of this publisher may run here, whose signatures were seen to be good."""
+        wanted = {str(each) for each in self.list_signers(endpoint, owner)}
+        found = {each.signer for each in signed if each.publisher == (endpoint, owner)}
+        is_signed = not wanted or wanted & found
+        return self.lists(endpoint, owner) and bool(is_signed) and not self.blocks(endpoint, owner)
+
+    def lists(self, endpoint: str, owner: str) -> bool:
+        """Whether a publisher is named, which is enough where no signer is."""
+        return any((each.endpoint, each.owner) == (endpoint, owner) for each in self.publishers)
+
+    def list_signers(self, endpoint: str, owner: str) -> tuple[Signer, ...]:
+        """Of whom one has to sign what a publisher publishes; nobody where a name is enough."""
+        entries = (e for e in self.publishers if (e.endpoint, e.owner) == (endpoint, owner))
+        return tuple(each.signer for each in entries if each.signer is not None)
 
     def blocks(self, endpoint: str, owner: str) -> bool:
         """Whether no code of this publisher may run here, whoever else is trusted."""
@@ -130,33 +149,62 @@ class Trust:
         """Everyone who is trusted."""
         return self.read().publishers
 
+    @property
+    def keys(self) -> Keys:
+        """The public keys and roots that the file names, beside it."""
+        return Keys(self.path.with_name("keys"))
+
     def holds(self, endpoint: str, owner: str) -> bool:
         """Whether code of this publisher may run here."""
         return self.read().trusts(endpoint, owner)
 
-    def require(self, endpoint: str, owner: str, what: str, advice: str) -> None:
+    def require(
+        self, endpoint: str, owner: str, what: str, advice: str, signed: Iterable[Signed] = ()
+    ) -> None:
         """See that code of this publisher, `what` is named, may run here.
+
+        `signed` are the signatures of it that were verified.
 
         Raises:
             Blocked: somebody said that it may not. Untrusted: nobody ever said so.
+            Unsigned: a name is not enough, and nobody signed it who has to.
         """
         said = self.read()
         if said.blocks(endpoint, owner):
             raise refuse_blocked(f"{owner} publishes {what}, and {owner}", owner)
-        if not said.trusts(endpoint, owner):
+        if said.lists(endpoint, owner) and not said.trusts(endpoint, owner, signed):
+            raise refuse_unsigned(
+                f"{owner} publishes {what}", owner, said.list_signers(endpoint, owner)
+            )
+        if not said.trusts(endpoint, owner, signed):
             raise Untrusted(
                 f"{owner} publishes {what}. Opening it runs their native code on this machine, and "
                 f"{owner} is not trusted here",
                 hint=f"if you trust {owner}, {advice}",
             )
 
-    def add(self, endpoint: str, owner: str) -> None:
+    def add(self, endpoint: str, owner: str, signer: Signer | None = None) -> None:
         """Trust a publisher from now on; one that is trusted keeps the date.
+
+        With a signer only what that one signed, or another one who was named before. Without, one
+        that was named stays required: that is taken back with `remove`.
 
         Raises:
             Blocked: somebody said that his code may not run here.
         """
-        self._add("publisher", {"endpoint": endpoint, "owner": owner}, f"{owner} at {endpoint}")
+        who, name = {"endpoint": endpoint, "owner": owner}, f"{owner} at {endpoint}"
+        if signer is None:
+            self._add("publisher", who, name)
+            return
+        with self._editing() as document:
+            _refuse_where_blocked(document, who, name)
+            entries = [document["publisher"][at] for at in _find(document, "publisher", who)]
+            for entry in entries:
+                if Signer.take_from(dict(entry)) in {None, signer}:
+                    entry.update(signer.to_entry())  # a name is not enough any more
+                    break
+            else:
+                _append(document, "publisher", who | signer.to_entry())
 
     def add_artifact(self, digest: str) -> None:
         """Trust an artifact from now on, whoever published it.
@@ -186,8 +234,7 @@ class Trust:
         if self._has(table, who) and not self._has("block", who):
             return
         with self._editing() as document:
-            if _find(document, "block", who):
-                raise refuse_blocked(name, who.get("owner") or who["digest"])
+            _refuse_where_blocked(document, who, name)
             if not _find(document, table, who):
                 _append(document, table, who)
 
@@ -260,6 +307,21 @@ def refuse_blocked(who: str, name: str) -> Blocked:
     )
 
 
+def refuse_unsigned(what: str, owner: str, wanted: Collection[Signer]) -> Unsigned:
+    """Why a trusted name is not enough, and what would be."""
+    return Unsigned(
+        f"{what}. {owner} is trusted here for what is signed by {' or '.join(map(str, wanted))}, "
+        "and no such signature of it is known",
+        hint="ask its publisher to push it with --sign; what was pulled before that was asked for "
+        "is pulled again, so that its signature is looked at",
+    )
+
+
+def _refuse_where_blocked(document: Mapping[str, Any], who: Mapping[str, str], name: str) -> None:
+    if _find(document, "block", who):
+        raise refuse_blocked(name, who.get("owner") or who["digest"])
+
+
 def _find(document: Mapping[str, Any], table: str, who: Mapping[str, str]) -> list[int]:
     """Where in a table the entries of somebody are."""
     entries = document.get(table, ())
@@ -297,7 +359,7 @@ _T = TypeVar("_T")
 def _parse(text: str) -> TrustList:
     """Read the file's text; ValueError, TypeError or AttributeError where it is not one of ours."""
     found = tomllib.loads(text)
-    if unknown := found.keys() - {"publisher", "artifact", "block"}:
+    if unknown := found.keys() - {"publisher", "artifact", "block", "limits"}:
         raise ValueError(f"unknown tables {', '.join(sorted(unknown)):.80}")
 
     def read(table: str, make: Callable[[Mapping[str, Any]], _T]) -> tuple[_T, ...]:
@@ -307,11 +369,14 @@ def _parse(text: str) -> TrustList:
         publishers=read("publisher", _make_publisher),
         artifacts=read("artifact", _make_named),
         blocked=read("block", lambda e: _make_named(e) if "digest" in e else _make_publisher(e)),
+        limits=Limits(**found.get("limits", {})),
     )
 
 
 def _make_publisher(entry: Mapping[str, Any]) -> Publisher:
-    found = Publisher(**entry)
+    fields = dict(entry)
+    signer = Signer.take_from(fields)
+    found = Publisher(**fields, signer=signer)
     strings = isinstance(found.endpoint, str) and isinstance(found.owner, str)
     if not strings or not isinstance(found.since, date):
         raise ValueError(f"malformed publisher {found.owner!r:.80}")

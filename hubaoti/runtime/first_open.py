@@ -50,6 +50,7 @@ def require_sound(
         DigestMismatch: a file was changed; it is in quarantine.
         KernelMissing, KernelDigestMismatch: of a kernel; else as `runtime.kernels.open_kernels`.
         NoMatch: the device is of another kind than the graphs are for.
+        LimitsExceeded: its manifest claims more than is allowed here.
         Quarantined: a graph crashes, or answers otherwise than where it was built.
         CannotOpen: the system does not load one. MissingOps: one calls ops that nobody registers.
         NotTried: what tried one was ended. NotEnoughMemory: there is too little to try it.
@@ -88,9 +89,12 @@ def find_untried(artifact: Artifact, history: OpenHistory) -> list[Graph]:
     """The graphs of an artifact that were never opened on this kind of host.
 
     Raises:
+        LimitsExceeded: it was built elsewhere, and claims more than is allowed here.
         Quarantined: one of the others was, and has a problem.
     """
-    graphs = artifact.manifest.graphs
+    graphs, mirror = artifact.manifest.graphs, history.mirror
+    if not mirror.index.is_built(artifact.digest):
+        mirror.trust.read().limits.require(graphs)
     known = {graph.id: history.find_problem(graph) for graph in graphs}
     refuse_problems({name: problem for name, problem in known.items() if problem}, artifact)
     return [graph for graph in graphs if known[graph.id] is None]
