@@ -109,7 +109,7 @@ class CommitSignatures:
             return None
         except TooLong:
             raise BadSignature(
-                f"{path} of {self.repo} has more than {largest} bytes, no more are read",
+                f"{path} of {self.repo} is too large: at most {largest} bytes are read",
                 hint="ask its publisher to push it again with --sign",
             ) from None
 
