@@ -214,6 +214,63 @@ def test_what_is_signed_by_whom_it_has_to_be_is_pulled_and_opened_and_asks_nothi
     assert len(proxy.requests) == 1  # the revision's commit
 
 
+def lock(repo: str, settings: Settings, path: Path) -> Path:
+    """A lockfile of a repo, as a machine wrote it that asks nobody to sign."""
+    careless = replace(settings, home=path.parent / "careless")
+    api.lock(repo, settings=careless).write(path)
+    return path
+
+
+def test_what_is_locked_is_verified_without_a_list(
+    bundle: Bundle, repo: str, wary: Settings, acme: Pair, proxy: Proxy, tmp_path: Path
+) -> None:
+    push(bundle, repo, wary, acme)
+    locked = lock(repo, wary, tmp_path / "hubaoti.lock")
+    proxy.requests.clear()
+    pulled = pull_artifact(RepoRef.parse(repo), wary, HOST, locked=locked)
+    assert pulled.artifact.digest == bundle.manifest.digest
+    assert not [path for _, path in proxy.requests if "/tree/" in path or "/refs" in path]
+    with Mirror.open(wary.mirror) as mirror:
+        assert mirror.decide(pulled.artifact.digest).reason.endswith("trusted and signed it")
+    proxy.requests.clear()
+    assert pull_artifact(RepoRef.parse(repo), wary, HOST, locked=locked).from_mirror
+    assert not proxy.requests
+
+
+@pytest.mark.parametrize("by", [None, "mallory"])
+def test_what_is_locked_and_not_signed_by_whom_it_has_to_be_is_refused(
+    bundle: Bundle, repo: str, wary: Settings, mallory: Pair, by: str | None, tmp_path: Path
+) -> None:
+    push(bundle, repo, wary, mallory if by else None)
+    locked = lock(repo, wary, tmp_path / "hubaoti.lock")
+    with pytest.raises(BadSignature if by else Unsigned):
+        pull_artifact(RepoRef.parse(repo), wary, HOST, locked=locked)
+    assert not [*wary.mirror.glob("artifacts/*")]
+    with pytest.raises(BadSignature if by else Unsigned):
+        api.lock(repo, settings=wary)
+
+
+def test_a_digest_is_no_signature(
+    bundle: Bundle, repo: str, wary: Settings, acme: Pair, tmp_path: Path
+) -> None:
+    push(bundle, repo, wary)
+    named = f"{repo}@sha256:{bundle.manifest.digest}"
+    refuse(named, wary, HubaotiError)
+    careless = replace(wary, home=tmp_path / "careless")
+    assert pull(named, careless, trust=True).artifact.digest == bundle.manifest.digest
+    push(bundle, repo, wary, acme)
+    assert pull(named, wary).artifact.digest == bundle.manifest.digest
+
+
+def test_who_trusts_a_digest_asks_nobody_to_sign_it(
+    bundle: Bundle, repo: str, wary: Settings
+) -> None:
+    push(bundle, repo, wary)
+    named = f"{repo}@sha256:{bundle.manifest.digest}"
+    assert not pull(named, wary, trust=True).from_mirror
+    assert pull(named, wary).from_mirror
+
+
 def test_what_nobody_asks_to_be_signed_is_pulled_without_a_look_at_its_signature(
     bundle: Bundle, repo: str, settings: Settings, mallory: Pair, proxy: Proxy
 ) -> None:
