@@ -101,7 +101,8 @@ def play(settings: Settings, scene: str, **words: Any) -> Any:
     pins = {"pins": msgspec.to_builtins(words.pop("pins"))} if "pins" in words else {}
     done = subprocess.run(
         [sys.executable, str(SCENES), scene, json.dumps({**words, **pins})],
-        env=environment_of(settings) | {"HF_HUB_OFFLINE": str(int(settings.offline))},
+        env=environment_of(settings)
+        | {"HF_HUB_OFFLINE": str(int(settings.offline)), "PYTHONDONTWRITEBYTECODE": ""},
         capture_output=True,
         text=True,
         timeout=200,
@@ -126,7 +127,9 @@ def test_each_schema_is_pinned_fetched_and_answers_our_ops(
     found = play(settings, "answers", mirror=str(mirror), pins=[pinned])
     assert max(found.values()) < 2e-6, found
     files = {each.name for each in mirror.glob("kernels/*/build/*/**/*") if each.is_file()}
-    assert files == {"metadata.json", "__init__.py", "_ops.py", "_C.abi3.so"}  # no bytecode
+    assert files == {"metadata.json", "__init__.py", "_late.py", "_ops.py", "_C.abi3.so"}, (
+        "no bytecode"
+    )
 
 
 def test_a_pin_survives_json_and_is_known_by_its_bytes_wherever_it_lies(

@@ -240,6 +240,9 @@ def test_what_is_for_another_host_is_not_opened(
     found = verify(opens=True, settings=settings)
     assert all(isinstance(each.error, errors.NoMatch) for each in found)
     assert any("sm_90" in str(each.error) for each in found)
+    graphs = [graph for each in found for graph in each.graphs]
+    assert {graph.device for graph in graphs} == {"cpu", "cuda"}
+    assert all(graph.problem and not graph.opened and not graph.lasting for graph in graphs)
     assert mirror.index.problems() == []
 
 

@@ -147,14 +147,21 @@ class _Look:
 
     def _open(self, artifact: Artifact, verified: Verified, host: Host) -> Verified:
         """Open all graphs of an artifact whose bytes are right, and note what came of it."""
-        device = _choose_device(artifact, host, self.device)
-        require_kernels(artifact, self.mirror, self.settings, self.progress)
+        graphs = {graph.id: graph for graph in artifact.manifest.graphs}
         kernels = artifact.manifest.requires.kernels
-        for pin in kernels:
-            self.mirror.verify_kernel(pin)
+        try:
+            device = _choose_device(artifact, host, self.device)
+            require_kernels(artifact, self.mirror, self.settings, self.progress)
+            for pin in kernels:
+                self.mirror.verify_kernel(pin)
+        except HubaotiError as error:  # of all of them
+            where = self.device or artifact.manifest.target.device
+            refused = (
+                _describe(OpenVerdict(name, f"{error}", lasting=False), where) for name in graphs
+            )
+            return replace(verified, error=error, graphs=tuple(refused))
         history = OpenHistory.on(self.mirror, device, self.ops, kernels)
         find_untried(artifact, history)
-        graphs = {graph.id: graph for graph in artifact.manifest.graphs}
         found = open_first(artifact, [*graphs.values()], history, device, self.progress)
         errors = [_settle(each, graphs[each.graph], history, artifact) for each in found]
         known = {each.graph: each for each in found}
@@ -203,7 +210,7 @@ def _untried(graph: str) -> OpenVerdict:
     return OpenVerdict(graph, problem, lasting=False)
 
 
-def _describe(verdict: OpenVerdict, device: torch.device) -> GraphVerdict:
+def _describe(verdict: OpenVerdict, device: torch.device | str) -> GraphVerdict:
     return GraphVerdict(
         graph=verdict.graph,
         opened=verdict.opened,

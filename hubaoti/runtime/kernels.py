@@ -11,6 +11,13 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.machinery import (
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    SourceFileLoader,
+)
 from pathlib import Path
 
 import torch
@@ -164,6 +171,7 @@ def _load(name: str, build: KernelBuild, folder: Path, device: torch.device) -> 
             f"the artifact calls the kernel {name}, which the kernels library loads: {lacks}",
             hint="call the other one otherwise" if other else "install it: pip install kernels",
         ) from error
+    _leave_no_bytecode(folder)
     try:
         with _no_bytecode():
             get_local_kernel(folder, backend="cpu" if device.type == "cpu" else None)
@@ -172,6 +180,20 @@ def _load(name: str, build: KernelBuild, folder: Path, device: torch.device) -> 
             f"the kernel {name} cannot be loaded: {first_line(error)}",
             hint=f"install what it needs, or {NO_KERNEL}",
         ) from error
+
+
+class _Source(SourceFileLoader):
+    """A module of source, of which no bytecode is kept."""
+
+    def set_data(self, path: str, data: object, *, _mode: int = 0o666) -> None:
+        """Keep nothing."""
+
+
+def _leave_no_bytecode(folder: Path) -> None:
+    """Have what a kernel imports later, from its own folders, leave no bytecode there either."""
+    loaders = (ExtensionFileLoader, [*EXTENSION_SUFFIXES]), (_Source, [*SOURCE_SUFFIXES])
+    for each in (path for path in folder.rglob("*") if path.is_dir()):
+        sys.path_importer_cache[str(each)] = FileFinder(str(each), *loaders)
 
 
 @contextmanager
