@@ -91,7 +91,7 @@ def test_a_table_that_a_block_computes_is_in_the_bundle(settings: Settings, tmp_
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_gpu_for_which_lowering_fails_takes_no_other_along(
     jobs: int, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,10 +267,10 @@ def list_commands(settings: Settings) -> list[str]:
     ("number", "name"),
     [
         (signal.SIGINT, LOWERING),
-        (signal.SIGTERM, LOWERING),
-        (signal.SIGKILL, LOWERING),
+        pytest.param(signal.SIGTERM, LOWERING, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, LOWERING, marks=pytest.mark.slow),
         (signal.SIGKILL, "cc1plus"),
-        (signal.SIGTERM, "cc1plus"),
+        pytest.param(signal.SIGTERM, "cc1plus", marks=pytest.mark.slow),
     ],
 )
 def test_a_build_that_is_ended_in_the_middle_leaves_nothing(

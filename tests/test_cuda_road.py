@@ -86,7 +86,9 @@ def stand_in(home: Path) -> StandIn:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, marks=[pytest.mark.newest] if name == "bert" else []) for name in MODELS
+        pytest.param("bert", marks=pytest.mark.newest),
+        "qwen2",
+        pytest.param("flux", marks=pytest.mark.slow),
     ],
 )
 def name(request: pytest.FixtureRequest) -> str:
@@ -126,6 +128,7 @@ def test_one_command_makes_a_bundle_for_each_capability(
     assert compared[0] and all(each == compared[0] for each in compared), "compared once"
 
 
+@pytest.mark.slow
 def test_packages_that_differ_in_machine_code_alone_are_interpreted_once(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -859,6 +859,7 @@ def packages(stand_in: StandIn, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 
 @cuda
+@pytest.mark.slow
 def test_what_torch_compiles_opens_on_its_capability_alone(
     stand_in: StandIn, packages: dict[int, Path]
 ) -> None:
