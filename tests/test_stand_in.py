@@ -901,6 +901,7 @@ def test_what_torch_compiles_opens_on_its_capability_alone(
 
 
 @cuda
+@pytest.mark.slow
 def test_a_library_that_is_linked_against_it_needs_the_driver_by_name(
     packages: dict[int, Path], tmp_path: Path
 ) -> None:
