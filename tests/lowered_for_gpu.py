@@ -21,6 +21,7 @@ from hubaoti.compiler.attention import choose_kernels, name_attention
 from hubaoti.compiler.inductor import choose_inductor_options, lower
 from hubaoti.compiler.patched import patch_attribute
 from hubaoti.compiler.saved_program import load_program, put_on_device
+from hubaoti.runtime.library import Library
 from hubaoti.runtime.runners import open_native_runner
 
 FOLDED = "a value that was read back"
@@ -73,7 +74,7 @@ def main(path: str, folder: str, damage: str) -> None:
         )
     unpack_all(made / "package.pt2", made / "unpacked")
     library = next((made / "unpacked").rglob("*.wrapper.so"))
-    runner = open_native_runner(made / "unpacked", library, device)
+    runner = open_native_runner(made / "unpacked", Library.at(library), device)
     names = sorted(runner.get_constant_names_to_original_fqns().values())
     (made / "fqns.json").write_text(json.dumps(names))
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from hubaoti.errors import (
     BadInput,
     BadRequest,
     CannotOpen,
+    DigestMismatch,
     HubaotiError,
     MissingConstant,
     MissingOps,
@@ -35,6 +40,7 @@ from hubaoti.runtime.graph import (
     open_graph,
 )
 from hubaoti.runtime.input_checks import fit_to_slot
+from hubaoti.runtime.library import Library
 from hubaoti.runtime.runners import OnDevice, open_native_runner, open_public_runner
 from hubaoti.runtime.weights import Checkpoint, load_constants
 
@@ -166,7 +172,8 @@ def test_a_torch_without_the_private_module_takes_the_public_way(
     with monkeypatch.context() as inner:
         inner.setattr("hubaoti.runtime.runners.open_public_runner", lambda *_: "the public one")
         (library,) = roberta_unpacked.rglob("*.wrapper.so")
-        assert open_native_runner(roberta_unpacked, library, CPU) == "the public one"  # type: ignore[comparison-overlap]
+        found: Any = open_native_runner(roberta_unpacked, Library.at(library), CPU)
+        assert found == "the public one"
     assert open_public_runner is not None
 
 
@@ -222,7 +229,7 @@ def test_a_gpu_s_library_with_ops_of_torch_s_executor_is_such_a_runner(
     made = lambda *given: given  # noqa: E731
     monkeypatch.setattr(_aoti, "AOTIModelContainerRunnerCuda", made, raising=False)
     library = tmp_path / "x.wrapper.so"
-    runner: Any = open_native_runner(tmp_path, library, torch.device("cuda", 1))
+    runner: Any = open_native_runner(tmp_path, Library.at(library), torch.device("cuda", 1))
     assert isinstance(runner, OnDevice)
     assert runner._runner == (f"{library}", 1, "cuda:1", f"{tmp_path}")
 
@@ -401,13 +408,26 @@ def test_a_package_has_one_library(count: int, entry: Entry, tmp_path: Path) -> 
         open_graph(tmp_path, listed, CPU)
 
 
+def _replace_library(entry: Entry, content: bytes) -> Entry:
+    """An entry of another package, of whose library these are the bytes."""
+    sha256 = hashlib.sha256(content).hexdigest()
+    members = tuple(
+        msgspec.structs.replace(each, sha256=sha256) if each.path.endswith(".wrapper.so") else each
+        for each in entry.members
+    )
+    return msgspec.structs.replace(entry, members=members, sha256=sha256)
+
+
 def test_a_library_that_is_none_is_refused_in_one_line(entry: Entry, tmp_path: Path) -> None:
     (one,) = [member for member in entry.members if member.path.endswith(".wrapper.so")]
     library = tmp_path / one.path
     library.parent.mkdir(parents=True)
-    library.write_bytes(b"no ELF file at all")
-    with pytest.raises(CannotOpen, match="cannot be opened") as caught:
-        open_graph(tmp_path, entry, CPU)
+    content = b"no ELF file at all"
+    library.write_bytes(content)
+    with pytest.raises(DigestMismatch, match="other bytes"):
+        open_graph(tmp_path, _replace_library(entry, b"another"), CPU)
+    with pytest.raises(CannotOpen, match=f"cannot be opened: .*{one.path}") as caught:
+        open_graph(tmp_path, _replace_library(entry, content), CPU)
     assert caught.value.hint
     assert "\n" not in str(caught.value)
 
@@ -590,6 +610,56 @@ def test_a_library_that_is_loaded_is_used_again_wherever_its_package_lies(
         unpack_all(roberta_bundle.path / entry.file, folder)
         assert open_graph(folder, entry, CPU).read_constant_fqns() == graph.read_constant_fqns()
     assert maps() == before
+
+
+def test_what_is_loaded_is_the_file_that_was_hashed_whoever_has_its_name_by_then(
+    roberta_bundle: Bundle, entry: Entry, tmp_path: Path
+) -> None:
+    code = """
+        import os, sys
+        from pathlib import Path
+        import torch
+        from hubaoti.artifact.bundle import Bundle
+        from hubaoti.artifact.package import unpack_all
+        from hubaoti.errors import DigestMismatch
+        from hubaoti.runtime import graph, library
+        bundle, work = Bundle.read(Path(sys.argv[1])), Path(sys.argv[2])
+        entry = bundle.manifest.graphs[0]
+        unpack_all(bundle.path / entry.file, work)
+        place = next(work.rglob("*.wrapper.so"))
+        good, other = place.read_bytes(), work / "other"
+        hold = library.hold_library
+
+        def hold_and_lose(*given):
+            held = hold(*given)
+            other.write_bytes(b"no library at all")
+            other.rename(place)
+            return held
+
+        graph.hold_library = hold_and_lose
+        opened = graph.open_graph(work, entry, torch.device("cpu"))
+        names = sorted(opened.read_constant_fqns())
+        assert place.read_bytes() == b"no library at all"
+        for _ in range(2):  # this one was loaded; its number is not another's
+            again = graph.open_graph(work, entry, torch.device("cpu"))
+            assert sorted(again.read_constant_fqns()) == names
+        (held,) = library._HELD.values()
+        os.close(held.handle)
+        os.dup(0)  # which gets that number
+        try:
+            hold(place, next(m.sha256 for m in entry.members if m.path.endswith(".wrapper.so")))
+        except DigestMismatch:
+            print("refused")
+        place.unlink()
+        place.write_bytes(good)
+        found = hold(place, next(iter(library._HELD)))
+        assert found.file != held.path and found.file.read_bytes() == good
+        print("held")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), f"{roberta_bundle.path}", f"{tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["refused", "held"]
 
 
 def test_a_library_whose_package_was_changed_is_not_used_again(

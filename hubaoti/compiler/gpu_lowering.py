@@ -200,12 +200,13 @@ def _open(folder: Path, device: torch.device) -> Lowered:
     """Open the package that was made, for what it says of itself."""
     from hubaoti.artifact.package import unpack_all
     from hubaoti.runtime.graph_ops import list_own_ops
+    from hubaoti.runtime.library import Library
     from hubaoti.runtime.runners import open_native_runner
 
     unpacked = folder / UNPACKED
     unpack_all(folder / PACKAGE, unpacked)
     library = next(unpacked.rglob("*.wrapper.so"))
-    runner = open_native_runner(unpacked, library, device)
+    runner = open_native_runner(unpacked, Library.at(library), device)
     return Lowered(
         fqns=tuple(sorted({*runner.get_constant_names_to_original_fqns().values()})),
         call_spec=tuple(runner.get_call_spec()),

@@ -13,12 +13,12 @@ import os
 import weakref
 from collections.abc import Callable, Mapping
 from itertools import repeat
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
 
+from hubaoti.runtime.library import Library
 from hubaoti.runtime.locks import renew_in_children
 
 _POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_bool
@@ -77,16 +77,16 @@ class Container:
         RuntimeError: the library refuses to make a container.
     """
 
-    def __init__(self, library: Path, device: torch.device) -> None:
+    def __init__(self, library: Library, device: torch.device) -> None:
         from torch._C import _aoti
 
-        self._library = ctypes.CDLL(str(library))
+        self._library = ctypes.CDLL(str(library.file))
         for name, types in _FUNCTIONS.items():
             getattr(self._library, _PREFIX + name).argtypes = types
         self._steal: Any = _aoti.alloc_tensors_by_stealing_from_void_ptrs
         self._make_handles: Any = _aoti.unsafe_alloc_void_ptrs_from_tensors
         self._device = device if device.type == "cuda" else None
-        handle, folder = _POINTER(), os.fsencode(library.parent)
+        handle, folder = _POINTER(), os.fsencode(library.place.parent)
         self._handle: Any = handle
         self._call("CreateWithDevice", ctypes.byref(handle), 1, str(device).encode(), folder)
         self.renew_lock()
@@ -200,7 +200,7 @@ def _close(delete: Any, handle: Any, steal: Any, kept: list[Any]) -> None:
     steal(kept)
 
 
-def has_interface(library: Path) -> bool:
+def has_interface(library: Library) -> bool:
     """Whether a library may be called without torch's proxy executor, and this torch knows how."""
     try:
         from torch._C import _aoti
@@ -208,5 +208,5 @@ def has_interface(library: Path) -> bool:
         return False
     # Beside it lies what the executor needs to know, where there is an op without a C shim.
     return hasattr(_aoti, "alloc_tensors_by_stealing_from_void_ptrs") and not (
-        library.with_suffix(".json").exists()
+        library.place.with_suffix(".json").exists()
     )

@@ -32,6 +32,7 @@ from hubaoti.runtime.fallback import ADVICE
 from hubaoti.runtime.graph_ops import NAME_OPS, require_ops
 from hubaoti.runtime.input_checks import Checks, address, check_constant
 from hubaoti.runtime.kernel_adapters import FAILURE
+from hubaoti.runtime.library import hold_library, name_files
 from hubaoti.runtime.runners import Bound, Runner, open_native_runner
 from hubaoti.runtime.threads import run_in_one_thread
 
@@ -62,16 +63,18 @@ def open_graph(
 ) -> Graph:
     """Make the unpacked package in `folder` callable; nothing is copied and nothing is compiled.
 
-    The caller has verified the folder: opening runs the library's initializers. Graphs of one
-    entry, for the blocks that it serves, share one library, and may share their checks; so do those
-    that are opened after them, from wherever the package lies by then.
+    The caller has verified the folder: opening runs the library's initializers, so that one is
+    hashed once more by the descriptor that it is loaded by. Graphs of one entry, for the blocks
+    that it serves, share one library, and may share their checks; so do those that are opened
+    after them, from wherever the package lies by then.
 
     Raises:
+        DigestMismatch: the library has other bytes by now.
         CannotOpen: the system refuses to load the library.
         MissingOps: the graph calls ops that no loaded library registers.
         NotEnoughMemory: there is none left to load it into.
     """
-    libraries = [m.path for m in entry.members if m.path.endswith(".wrapper.so")]
+    libraries = [member for member in entry.members if member.path.endswith(".wrapper.so")]
     if len(libraries) != 1:
         raise CannotOpen(
             f"graph {entry.id} has {len(libraries)} libraries, not one",
@@ -81,7 +84,8 @@ def open_graph(
         require_ops(folder, entry, device)
     folder = find_loaded_folder(entry, folder)
     try:
-        runner = open_native_runner(folder, folder / libraries[0], device)
+        library = hold_library(folder / libraries[0].path, libraries[0].sha256)
+        runner = open_native_runner(folder, library, device)
     except (RuntimeError, OSError) as error:
         raise explain_refusal(entry.id, folder, str(error)) from error
     LOADED[entry.sha256] = folder
@@ -112,7 +116,7 @@ def explain_refusal(
     graph: str, folder: Path, message: str
 ) -> CannotOpen | MissingOps | NotEnoughMemory:
     """What the loader's message means, in words that say what to do."""
-    first = first_line(message)
+    first = first_line(name_files(message))
     if op := re.search(r"Could not find schema for ([\w:.]+)", message):
         name = op[1].rstrip(".")
         return MissingOps(

@@ -18,6 +18,7 @@ import torch
 
 from hubaoti.artifact.package import pack_folder
 from hubaoti.runtime.container import Container, call_on_device, has_interface
+from hubaoti.runtime.library import Library
 from hubaoti.runtime.locks import ForkSafeLock
 
 # By dtype and device; nobody has them now. Appending and popping are safe in threads.
@@ -38,7 +39,7 @@ class Runner(Protocol):
     ) -> None: ...
 
 
-def open_native_runner(folder: Path, library: Path, device: torch.device) -> Runner:
+def open_native_runner(folder: Path, library: Library, device: torch.device) -> Runner:
     """The library's own interface, a container runner of torch, or else torch's public loader.
 
     Private, checked on torch 2.11 to 2.15: `torch._C._aoti.AOTIModelContainerRunner{Cpu,Cuda}`
@@ -52,10 +53,10 @@ def open_native_runner(folder: Path, library: Path, device: torch.device) -> Run
     except ImportError:
         return open_public_runner(folder, device)
     if device.type == "cpu" and hasattr(_aoti, "AOTIModelContainerRunnerCpu"):
-        runner: Runner = _aoti.AOTIModelContainerRunnerCpu(str(library), 1)
+        runner: Runner = _aoti.AOTIModelContainerRunnerCpu(str(library.file), 1)
         return OnCpu(runner, library) if has_interface(library) else runner
     if device.type == "cuda" and hasattr(_aoti, "AOTIModelContainerRunnerCuda"):
-        place = str(library), 1, str(device), str(library.parent)
+        place = str(library.file), 1, str(device), str(library.place.parent)
         return OnDevice(_aoti.AOTIModelContainerRunnerCuda(*place), device)
     return open_public_runner(folder, device)
 
@@ -80,7 +81,7 @@ class OnCpu:
     microseconds less, which is what counts in a `run_short` one.
     """
 
-    def __init__(self, runner: Runner, library: Path) -> None:
+    def __init__(self, runner: Runner, library: Library) -> None:
         self.run_short = runner.run
         self._runner, self._library = runner, library
         self._container: Container | None = None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hubaoti.artifact.schema import Graph as Entry
+from hubaoti.artifact.schema import Member
 from hubaoti.errors import HubaotiError, MissingDependency, first_line
 from hubaoti.host.processes import join_parent
 from hubaoti.runtime.open_child import (
@@ -31,7 +32,7 @@ class _PackageRequest(OpenRequest, frozen=True, kw_only=True):
     """A package that lies unpacked in `folder`, and the kernels that it calls."""
 
     folder: bytes
-    library: str
+    library: Member
     kernels: list[dict[str, Any]]
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from hubaoti.artifact.schema import Graph as Entry
+from hubaoti.artifact.schema import Member
 from hubaoti.attachment.binding import require_quiet
 from hubaoti.attachment.first_call import AGREES, DIFFERS, UNTRIED, describe_difference
 from hubaoti.attachment.forward_patch import CountMiss, GraphPatch
@@ -30,6 +31,7 @@ from hubaoti.runtime.capturing import is_capturing
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.graph import explain_refusal
 from hubaoti.runtime.input_checks import address, tensor_alignment
+from hubaoti.runtime.library import hold_library
 from hubaoti.runtime.runners import Bound, Runner, open_native_runner
 from hubaoti.settings import override_environment
 from hubaoti.spaces.unsigned.outcomes import IS_BUSY, IS_FULL, CallOutcomes
@@ -47,14 +49,14 @@ _DTYPES = {
 }
 
 
-def find_library(entry: Entry) -> str:
-    """The path of a package's library inside of it.
+def find_library(entry: Entry) -> Member:
+    """A package's library inside of it.
 
     Raises:
         CannotOpen: it has none, or several.
     """
-    names = [member.path for member in entry.members if member.path.endswith(".so")]
-    libraries = [name for name in names if name.endswith(".wrapper.so")] or names
+    members = [member for member in entry.members if member.path.endswith(".so")]
+    libraries = [each for each in members if each.path.endswith(".wrapper.so")] or members
     if len(libraries) != 1:
         raise CannotOpen(
             f"{entry.id} has {len(libraries)} libraries, not one", hint="ask its publisher"
@@ -62,14 +64,16 @@ def find_library(entry: Entry) -> str:
     return libraries[0]
 
 
-def open_package(folder: Path, library: str, name: str, device: torch.device) -> Runner:
+def open_package(folder: Path, library: Member, name: str, device: torch.device) -> Runner:
     """Make an unpacked package callable; the caller has verified the folder.
 
     Raises:
+        DigestMismatch: its library has other bytes by now.
         CannotOpen, MissingOps: it cannot be loaded here.
     """
     try:
-        return open_native_runner(folder, folder / library, device)
+        held = hold_library(folder / library.path, library.sha256)
+        return open_native_runner(folder, held, device)
     except (RuntimeError, OSError) as error:
         raise explain_refusal(name, folder, str(error)) from error
 
