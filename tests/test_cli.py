@@ -17,7 +17,7 @@ from bundles import CPU, make_bundle, tree_of
 from commands import HUBAOTI, Done, environment_of, hubaoti, inside
 from huggingface_hub import HfApi
 
-from hubaoti import __version__, cli, errors
+from hubaoti import __version__, api, cli, errors
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.cli import COMMANDS, dispatch
 from hubaoti.cli.output import Steps, format_size, format_time, print_table
@@ -196,8 +196,10 @@ def test_pull_as_json_says_in_words_what_went_wrong(env: Settings, repo: str) ->
     refused(inside(env, "pull", "acme/nowhere", "--json"), errors.RepoNotFound)
 
 
-def test_pull_mentions_a_manifest_that_it_could_not_use(env: Settings, repo: str) -> None:
-    odd = "bfloat16-sdpa/torch2.13-cpu-x86_64_v4-linux"
+def test_pull_mentions_a_manifest_that_it_could_not_use(env: Settings, tmp_path: Path) -> None:
+    repo, odd = f"acme/{tmp_path.name}", "float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
+    lower = make_bundle(tmp_path / "bundle", {**CPU, "level": "x86_64_v2"})
+    api.push(lower, repo, as_is=True, settings=env)
     HfApi(env.endpoint, token=env.token).upload_file(
         path_or_fileobj=b"{}", path_in_repo=f"{odd}/hubaoti.json", repo_id=repo
     )
@@ -343,7 +345,7 @@ def test_an_endpoint_that_is_down_is_told(env: Settings, tmp_path: Path) -> None
 
 
 def test_a_home_that_others_may_write_is_refused(env: Settings, repo: str) -> None:
-    env.mirror.mkdir(parents=True, mode=0o700)
+    env.mirror.mkdir(parents=True, mode=0o700, exist_ok=True)
     env.mirror.chmod(0o777)
     for words in (["mirror", "ls"], ["pull", repo, "--trust"]):
         refused(inside(env, *words), errors.UnsafeFolder, "chmod", str(env.mirror))

@@ -234,8 +234,10 @@ def test_an_engine_has_them_wherever_a_model_is(
     name = f"acme_marks_{isolate}"
     marks = folder / f"{name}.txt"
     (folder / f"{name}.py").write_text(MARK.format(file=str(marks)))
+    with Mirror.open(settings.mirror) as mirror:
+        artifact = put_trusted(minilm_bundle, mirror)
     with LightweightEngine(settings, isolate=isolate, ops=[name]) as engine:
-        engine.load(minilm, minilm_bundle)
+        engine.load(minilm, artifact)
         worker = engine.models()[0].pid or os.getpid()
         assert engine.embed(minilm, ["a text"]).shape == (1, 384)
     tried = {int(line) for line in marks.read_text().split()}

@@ -91,7 +91,7 @@ def test_a_plain_installation_publishes_and_fetches_what_is_named(
     target = {"device": "cpu", "os": host.os, "level": host.level, "torch": "2.13.0+cpu"}
     place = f"float32-sdpa/torch2.13-cpu-{host.level}-{host.os}"
     made = make_bundle(tmp_path / "bundle", target=target)
-    assert plain(bare, settings, "push", made.path, repo, "--tag", "v1").code == 0
+    assert plain(bare, settings, "push", made.path, repo, "--tag", "v1", "--as-is").code == 0
     chosen = plain(bare, settings, "pull", f"{repo}@v1", "--trust")
     assert chosen.code == 3
     assert "needs torch 2.13.0+cpu; here is no torch: install torch 2.13" in chosen.err
@@ -109,7 +109,7 @@ def test_a_plain_installation_checks_a_bundle_s_bytes(
 ) -> None:
     made = make_bundle(tmp_path / "bundle")
     (made.path / "golden.safetensors").write_bytes(b"golded" * 100)
-    done = plain(bare, settings, "push", made.path, repo)
+    done = plain(bare, settings, "push", made.path, repo, "--as-is")
     assert done.code == 10
     assert "golden.safetensors" in done.err
 

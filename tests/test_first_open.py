@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sqlite3
 import subprocess
@@ -31,6 +32,7 @@ from hubaoti.errors import (
 from hubaoti.host.probe import STAND_IN, Gpu
 from hubaoti.host.processes import ChildOutput, build_command
 from hubaoti.mirror import Artifact, Mirror
+from hubaoti.mirror.steps import STEPS
 from hubaoti.runtime import first_open as testing
 from hubaoti.runtime import gpus, open_child
 from hubaoti.runtime.first_open import require_sound
@@ -329,7 +331,10 @@ def test_an_index_of_before_learns_to_remember(artifact: Artifact, settings: Set
     with Mirror.open(settings.mirror) as mirror:
         mirror.close()
     db = sqlite3.connect(index)
-    db.executescript("drop table tested; drop table notes")
+    later = re.findall(r"create table (?:if not exists )?(\w+)", "".join(STEPS[1:]))
+    db.executescript(
+        "drop index artifacts_whole" + "".join(f"; drop table {name}" for name in later)
+    )
     db.execute("pragma user_version = 1")
     db.commit()
     db.close()

@@ -727,7 +727,7 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing(
     try:
         small = replace(settings, home=disk / "home")
         ship(tmp_path, repo, settings, members={"model/root.so": bytes(500_000)})
-        for module in ("hub.pull", "mirror.store"):
+        for module in ("hub.fetch", "mirror.store"):
             monkeypatch.setattr(f"hubaoti.{module}.require_disk_room", lambda *_: None)
         with pytest.raises(DiskFull, match="free") as caught:
             get(repo, small)

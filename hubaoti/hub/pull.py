@@ -248,8 +248,8 @@ class Puller:
         Another commit, repo or process may have brought it before; of several that want it now, one
         fetches it.
         """
-        self.mirror.leases.hold(manifest.digest)
-        with self.mirror.leases.alone(manifest.digest, self.progress):
+        leases, digest = self.mirror.leases, manifest.digest
+        with leases.holding(digest), leases.alone(digest, self.progress):
             mirrored, began = self.mirror.artifact(manifest.digest), time.monotonic()
             artifact = mirrored or fetch_artifact(
                 self.client, self.mirror, catalog, place, origin, self.progress

@@ -28,14 +28,30 @@ class Leases:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def hold(self, digest: str) -> None:
-        """Have an artifact stay as long as this process lives, and those that it forks."""
+    def hold(self, digest: str) -> bool:
+        """Have an artifact stay as long as this process lives, and those that it forks.
+
+        Whether it was not held before.
+        """
         path = self._folder / f"{digest}{_LEASE}"
         if path not in _HELD:
             with suppress(OSError):  # a mirror that may not be written
                 handle = take_file_lock(path, SHARED)
-                if _HELD.setdefault(path, handle) != handle:  # another thread was faster
-                    os.close(handle)
+                if _HELD.setdefault(path, handle) == handle:
+                    return True
+                os.close(handle)  # another thread was faster
+        return False
+
+    @contextmanager
+    def holding(self, digest: str) -> Iterator[None]:
+        """Around what brings an artifact: held from before it is there, unless it does not come."""
+        is_new = self.hold(digest)
+        try:
+            yield
+        except BaseException:
+            if is_new:
+                os.close(_HELD.pop(self._folder / f"{digest}{_LEASE}"))
+            raise
 
     def forget_unheld(self) -> None:
         """Remove the files of leases that nobody has any more."""
