@@ -227,7 +227,9 @@ CASES: dict[str, tuple[Attend, int, tuple[Any, ...], str]] = {
 }
 
 
-@pytest.mark.parametrize("kernels", [FULL, HALF, HOPPER], ids=str)
+@pytest.mark.parametrize(
+    "kernels", [FULL, pytest.param(HALF, marks=pytest.mark.slow), HOPPER], ids=str
+)
 @pytest.mark.parametrize("case", CASES)
 def test_a_named_kernel_answers_as_sdpa_does_at_sizes_that_no_example_had(
     case: str, kernels: tuple[str, ...]
@@ -289,7 +291,7 @@ def test_every_width_is_padded_and_scaled_as_what_it_was() -> None:
         require_close(make_twin(program)(*tensors), attend(*tensors), dtype)
 
 
-@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("heads", [pytest.param(4, marks=pytest.mark.slow), 2])
 def test_a_mask_of_any_shape_that_fits_is_laid_out_as_the_kernel_reads_it(heads: int) -> None:
     shapes = (*CROSS, WHOLE)
 

@@ -119,6 +119,7 @@ def test_what_is_left_of_a_line_is_answered_again(
     assert (done.before, done.tokens) == (kept, 3 * (COUNT - kept))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(
     built_at: Settings, model: Path, tmp_path: Path
 ) -> None:

@@ -300,14 +300,13 @@ def run(
         yield measure
 
 
-# They compile, again and again.
-SLOW = {"breadth", "block", "attach", "regional", "large", "start", "open", "steady", "compile"}
+QUICK = {"eviction"}  # all others compile, again and again
 
 
 @pytest.mark.parametrize(
     "section",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
         for name in (*COMPILER, *PUBLISHED)
     ],
 )

@@ -235,6 +235,7 @@ def test_a_full_disk_of_temporary_files_is_not_taken_for_the_bundle_s(
     assert "TMPDIR" in why.value.hint
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_compiler_is_named(tmp_path: Path, temporary: Path) -> None:
     source = tmp_path / "large.cpp"
     source.write_text("".join(f"int f{at}(int x) {{ return x * {at}; }}\n" for at in range(40_000)))

@@ -83,6 +83,7 @@ def test_a_good_graph_answers_its_golden_questions(artifact: Artifact) -> None:
     assert tried(artifact) == [OpenVerdict("model.layers", opened=True, compared=True)]
 
 
+@pytest.mark.slow
 def test_whole_models_answer_theirs_tied_weights_among_them(
     roberta_bundle: Bundle, llama_bundle: Bundle, mirror: Mirror
 ) -> None:

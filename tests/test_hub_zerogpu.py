@@ -292,6 +292,7 @@ def test_packages_lie_in_the_folder_by_which_those_loaders_clean_up(
         assert {name.split("/")[0] for name in package.namelist()} == {"archive"}
 
 
+@pytest.mark.slow
 def test_llama_s_blocks_answer_by_the_loaders_that_know_no_manifest_and_by_our_own(
     tiny_decoder: Path, built_at: Settings
 ) -> None:

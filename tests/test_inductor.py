@@ -215,6 +215,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return lower_twice(tmp_path_factory.mktemp("cpu"), "cpu", {})
 
 
+@pytest.mark.slow
 def test_a_program_gives_the_same_bytes_wherever_it_is_lowered(packages: list[Path]) -> None:
     one, another = packages
     assert one.read_bytes() == another.read_bytes()

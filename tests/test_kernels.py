@@ -304,6 +304,7 @@ def test_one_process_has_one_build_of_a_kernel(
         assert "a process of its own" in told["hint"]
 
 
+@pytest.mark.slow
 def test_a_namespace_that_others_have_loaded_is_theirs_unless_it_is_the_same(
     publish: Publish, settings: Settings, repo: str
 ) -> None:
@@ -445,6 +446,7 @@ def push(
     return send
 
 
+@pytest.mark.slow
 def test_one_graph_is_answered_by_three_builds_of_other_namespaces(
     publish: Publish, push: Callable[..., Bundle], settings: Settings, repo: str
 ) -> None:
@@ -457,6 +459,7 @@ def test_one_graph_is_answered_by_three_builds_of_other_namespaces(
         assert told[built]["compiled"] == 1
 
 
+@pytest.mark.slow
 def test_the_second_build_in_a_process_is_refused_and_the_first_goes_on(
     publish: Publish, push: Callable[..., Bundle], settings: Settings, repo: str
 ) -> None:
@@ -524,6 +527,7 @@ def test_a_kernel_whose_publisher_is_not_trusted_is_not_fetched(
         api.pull(f"{repo}@{commit}", settings=settings)
 
 
+@pytest.mark.slow
 def test_a_bundle_brings_its_kernel_where_it_is_attached(
     pushed: tuple[Bundle, KernelPin], settings: Settings
 ) -> None:
@@ -639,6 +643,7 @@ def test_a_module_answers_itself_what_a_kernel_refuses_and_says_which(
         assert 'hubaoti.pull(repo, recipe="bfloat16-sdpa")' in said
 
 
+@pytest.mark.slow
 def test_each_worker_of_a_space_opens_the_kernel_that_was_pulled(
     pushed: tuple[Bundle, KernelPin], settings: Settings, repo: str
 ) -> None:

@@ -70,6 +70,7 @@ def test_builds_lie_where_code_may_be_loaded(
     assert build_folder.find_build_disk() == places[chosen]
 
 
+@pytest.mark.slow
 def test_a_compile_into_such_a_folder_is_refused_before_anything_is_built(
     tmp_path: Path, tiny_roberta: Path
 ) -> None:

@@ -135,6 +135,7 @@ def test_the_main_process_of_a_zerogpu_space_opens_nothing(
     assert [each["stats"]["compiled"] for each in told["workers"]] == [3, 6, 6]
 
 
+@pytest.mark.slow
 def test_fifty_workers_in_a_row_leave_no_file_no_process_and_no_growth(
     repo_of_blocks: str, settings: Settings
 ) -> None:
@@ -147,6 +148,7 @@ def test_fifty_workers_in_a_row_leave_no_file_no_process_and_no_growth(
     assert [path.name for path in settings.mirror.glob("index*")] == ["index.sqlite3"]
 
 
+@pytest.mark.slow
 def test_threads_and_fresh_contexts_of_a_worker_open_once(
     repo_of_blocks: str, settings: Settings
 ) -> None:
@@ -433,7 +435,7 @@ def test_a_branch_in_the_layout_of_other_loaders_is_loaded_with_its_digests(
             assert loaded.stats()["compiled"] == 3
 
 
-@pytest.mark.parametrize("kind", ["blocks", "whole"])
+@pytest.mark.parametrize("kind", ["blocks", pytest.param("whole", marks=pytest.mark.slow)])
 def test_its_packages_answer_by_torch_s_own_loader_as_those_loaders_use_it(
     kind: str, request: pytest.FixtureRequest, repo: str, settings: Settings
 ) -> None:
@@ -472,8 +474,10 @@ def hub(settings: Settings, repo: str) -> HfApi:
     ("kind", "path", "variant"),
     [
         ("whole", "package/root/package.pt2", None),
-        ("blocks", "package/submodules/blocks/package.pt2", None),
-        ("blocks", "Block/package.pt2", None),
+        pytest.param(
+            *("blocks", "package/submodules/blocks/package.pt2", None), marks=pytest.mark.slow
+        ),
+        pytest.param("blocks", "Block/package.pt2", None, marks=pytest.mark.slow),
         ("blocks", "Block.fast/package.pt2", "fast"),
     ],
 )

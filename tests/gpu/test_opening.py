@@ -125,6 +125,7 @@ ctypes.string_at(1)
 """
 
 
+@pytest.mark.slow
 def test_a_crash_is_told_with_its_step_and_a_native_frame(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place_on_cpu: Place
 ) -> None:
