@@ -14,10 +14,11 @@ from hubaoti.hub.layout import ArtifactPath
 _START = "<!-- hubaoti: what stands up to the end mark is rendered by each push -->"
 _END = "<!-- hubaoti: end -->"
 _TEMPLATE = "template.md"
+TAG = "hubaoti"  # of every repo that holds graphs
 
 # A local folder can look like an id: only a model that has a commit came from the Hub.
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
-_OUR_TAG = re.compile(r"hubaoti(-program-[0-9a-f]{12})?|torch-\d+\.\d+|cuda-\d+\.\d+|sm-\d+")
+OUR_TAG = re.compile(r"hubaoti(-program-[0-9a-f]{12})?|torch-\d+\.\d+|cuda-\d+\.\d+|sm-\d+")
 
 
 def render(
@@ -90,7 +91,7 @@ def _find_base_model(manifest: Manifest) -> str | None:
 def _make_tags(manifest: Manifest) -> list[str]:
     """The tags by which an artifact is found."""
     variant = manifest.variant
-    tags = ["hubaoti", manifest.program.tag, f"torch-{variant.torch}"]
+    tags = [TAG, manifest.program.tag, f"torch-{variant.torch}"]
     if variant.cuda is not None:
         tags += [f"cuda-{variant.cuda}", f"sm-{variant.sm}"]
     return [*tags, variant.level]
@@ -100,7 +101,7 @@ def _merge_metadata(metadata: dict[str, Any], manifests: Any, base: str | None) 
     """The user's metadata with ours: our tags name what is there now, everything else stays."""
     before = metadata.get("tags") or []
     before = before if isinstance(before, list) else [before]  # yaml's `tags: mine` is one word
-    theirs = [tag for tag in before if not _OUR_TAG.fullmatch(str(tag))]
+    theirs = [tag for tag in before if not OUR_TAG.fullmatch(str(tag))]
     ours = sorted({tag for manifest in manifests for tag in _make_tags(manifest)})
     merged = {"library_name": "hubaoti", **metadata}
     if base is not None:

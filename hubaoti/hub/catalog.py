@@ -17,6 +17,7 @@ from hubaoti.errors import (
     BadSignature,
     DigestMismatch,
     HubUnreachable,
+    OtherProgram,
     Unsigned,
 )
 from hubaoti.escape import escape_line
@@ -32,7 +33,7 @@ _SECONDS = 300.0  # for all that is read of a repo
 _MOST = 1000  # manifests
 _TOGETHER = 64 << 20  # bytes of them
 
-Unreadable = BadManifest | DigestMismatch | Unsigned | BadSignature
+Unreadable = BadManifest | DigestMismatch | Unsigned | BadSignature | OtherProgram
 _Name = TypeVar("_Name", bound=Hashable)
 _Found = TypeVar("_Found")
 
@@ -51,12 +52,13 @@ class Allowance:
         Raises:
             BadManifest: they are too many.
         """
+        most, together = self.manifests, self.bytes
         self.manifests -= len(sizes)
         self.bytes -= sum(min(size, LARGEST_MANIFEST) for size in sizes)
         if self.manifests < 0 or self.bytes < 0:
             raise BadManifest(
-                f"{where} has more manifests than are read: {_MOST} of them, and "
-                f"{_TOGETHER >> 20} MiB, are the most",
+                f"{where} has more manifests than are read: {most} of them, and "
+                f"{together >> 20} MiB, were left",
                 hint="name a revision that has fewer, or ask its publisher for one",
             )
 
