@@ -131,7 +131,7 @@ def test_repos_with_graphs_are_found_by_words_and_by_program(
     assert names(api.search("MiniLM", "acme", settings=settings)) == ["acme/minilm-compiled"]
     (found,) = api.search(program="any/model", settings=settings)
     assert (found.repo, found.owner) == ("acme/minilm-compiled", "not trusted")
-    assert {*found.tags} == {program.tag, "torch-2.13"} and found.updated is not None
+    assert {*found.tags} == {program.tag, "torch-2.13", "x86_64_v3"} and found.updated is not None
     assert api.search("nothing", settings=settings) == ()
 
 
