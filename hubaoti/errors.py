@@ -252,7 +252,7 @@ class BadExport(HubaotiError, exit_code=57):
     """A file of exported artifacts that is none, is damaged, or was made to harm."""
 
 
-class NoRepo(HubaotiError, exit_code=60):
+class NoRepo(NoArtifact, exit_code=60):
     """No repo of the endpoint says that it holds graphs of the program that was asked for."""
 
 

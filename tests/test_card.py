@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -15,6 +16,7 @@ from test_signatures import Authority, Pair, make_pair
 
 from hubaoti import api
 from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.kernel_pin import KernelPin
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.schema import Program, compute_key
 from hubaoti.artifact.statement import SIGNATURE
@@ -200,6 +202,14 @@ def test_it_names_every_program_and_pins_every_artifact(tmp_path: Path, bundle: 
         assert f"hubaoti pull acme/x@sha256:{each.digest}" in card
     assert "hubaoti search --program acme/tiny --task generate" in card
     assert {bundle.manifest.program.tag, other.program.tag} <= {*ModelCard(card).data.tags}
+
+
+def test_kernels_that_graphs_call_are_named_with_their_commits(bundle: Bundle) -> None:
+    assert "call these kernels" not in render_all(bundle.manifest)
+    pin = KernelPin("kernels-community/flash-attn3", "c" * 40)
+    requires = replace(bundle.manifest.requires, kernels=(pin,))
+    card = render_all(changed(bundle, requires=requires).manifest)
+    assert f"pinned by the bytes of one build: `kernels-community/flash-attn3@{'c' * 40}`." in card
 
 
 def test_a_branch_is_named_where_the_card_is_a_branch_s(tmp_path: Path) -> None:

@@ -309,6 +309,9 @@ def test_where_nothing_fits_every_reason_of_every_repo_is_said(
     with pytest.raises(NoMatch, match="needs torch 2.11") as why:
         pull_any_of(settings)
     assert "acme/cuda:" in str(why.value) and "needs an NVIDIA GPU" in str(why.value)
+    with Mirror.open(settings.mirror) as mirror:  # so that mirror stats advises to compile it
+        (miss,) = mirror.answers.read().misses
+    assert miss.what.startswith(f"{program.tag} for torch 2.13.0+cpu")
 
 
 def test_a_trusted_repo_that_went_back_is_left_out(
@@ -354,6 +357,17 @@ def test_a_model_has_the_program_that_a_compile_of_it_has(
 ) -> None:
     found = searching.identify(tiny_roberta, None, settings, report_nothing)
     assert found == roberta_bundle.manifest.program
+
+
+def test_the_graphs_of_a_model_are_found_and_pulled_by_its_config(
+    tiny_roberta: Path, roberta_bundle: Bundle, settings: Settings
+) -> None:
+    ship(roberta_bundle, "acme/roberta", settings)
+    (found,) = api.search(program=tiny_roberta, fits=True, settings=settings)
+    assert found.best and found.best.verdict and found.best.verdict.fit is MatchResult.EXACT
+    trust(settings, "acme")
+    pulled = api.pull_any_of(tiny_roberta, settings=settings)
+    assert pulled.artifact.digest == roberta_bundle.manifest.digest
 
 
 def test_another_task_is_another_program_and_none_is_refused(

@@ -25,13 +25,19 @@ TRUSTED, SIGNED, BLOCKED, NOT_TRUSTED = "trusted", "trusted if signed", "blocked
 def choose_and_pull(puller: Puller, program: Program) -> Pulled:
     """The artifact of a program that fits best, of all repos whose owners are trusted now.
 
-    Its notes say why that one, and name the repos that were left out.
+    Its notes say why that one, and name the repos that were left out; where nothing fits, that is
+    counted among what was missed.
 
     Raises:
         NoRepo: no repo says that it has any. Untrusted: those that do are of nobody trusted.
         NoMatch: none fits, with every reason; where no repo could be looked into, its error.
         BadPackage, DigestMismatch, DiskFull, and of kernels: as `pull_artifact`.
     """
+    with puller.mirror.answers.counting_misses(program.tag, puller.host):
+        return _pull_best(puller, program)
+
+
+def _pull_best(puller: Puller, program: Program) -> Pulled:
     said = Trust(puller.settings.trust).read()
     finder = RepoFinder(puller.settings, puller.progress)
     puller.progress(f"asking {finder.endpoint} for repos of {program.tag}")
