@@ -13,6 +13,7 @@ from bundles import CPU, CUDA, changed, make_bundle, make_host
 from commands import inside
 from huggingface_hub import HfApi
 from proxies import Proxy, proxying
+from test_signatures import make_pair, require_signer
 
 from hubaoti import api
 from hubaoti.api import searching
@@ -328,6 +329,20 @@ def test_a_trusted_repo_that_went_back_is_left_out(
     pulled = pull_any_of(settings)
     assert pulled.ref.repo == "acme/good"
     assert any(note.startswith("acme/back was left out: main") for note in pulled.notes)
+
+
+def test_of_who_has_to_sign_only_what_is_signed_is_taken(
+    tmp_path: Path, bundle: Bundle, settings: Settings, program: Program
+) -> None:
+    pair = make_pair(tmp_path, "acme")
+    require_signer(settings, pair)
+    newer = built_at(make_bundle(tmp_path / "newer"), "2027-01-01T00:00:00Z")
+    ship(newer, "acme/unsigned", settings)
+    with pytest.raises(NoMatch, match="has no signature"):
+        pull_any_of(settings)
+    api.push(bundle, "acme/signed", sign=pair.private, as_is=True, settings=settings)
+    assert {each.owner for each in api.search(settings=settings)} == {"trusted if signed"}
+    assert pull_any_of(settings).ref.repo == "acme/signed"
 
 
 def test_strangers_cannot_crowd_out_who_is_trusted(
