@@ -22,8 +22,10 @@ if TYPE_CHECKING:
         load,
         lock,
         pull,
+        pull_any_of,
         push,
         run,
+        search,
         versions,
     )
     from hubaoti.artifact.bundle import Bundle
@@ -49,8 +51,10 @@ __all__ = [
     "load",
     "lock",
     "pull",
+    "pull_any_of",
     "push",
     "run",
+    "search",
     "versions",
 ]
 _HOMES = {

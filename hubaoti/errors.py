@@ -252,6 +252,10 @@ class BadExport(HubaotiError, exit_code=57):
     """A file of exported artifacts that is none, is damaged, or was made to harm."""
 
 
+class NoRepo(NoArtifact, exit_code=60):
+    """No repo of the endpoint says that it holds graphs of the program that was asked for."""
+
+
 def rebuild_error(kind: str, message: str, hint: str) -> HubaotiError:
     """An error that another process told of, as it was there."""
     found = globals().get(kind)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from bundles import CUDA, changed, make_bundle, make_gpu_host, make_host, put_trusted
-from commands import inside
+from commands import hubaoti, inside
 from huggingface_hub import HfApi
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +19,7 @@ from hubaoti.api.attaching import get_artifact
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.manifest import FILENAME
 from hubaoti.errors import (
+    ArtifactHeld,
     BadLock,
     HubUnreachable,
     LockMismatch,
@@ -35,6 +36,8 @@ from hubaoti.hub.lockfile import Lock, LockedRepo
 from hubaoti.hub.pull import pull_artifact
 from hubaoti.hub.push import Destination, push_bundles
 from hubaoti.mirror import Mirror
+from hubaoti.mirror.gc import collect
+from hubaoti.mirror.removal import remove
 from hubaoti.progress import report_nothing
 from hubaoti.settings import Settings
 
@@ -270,6 +273,57 @@ def test_a_locked_commit_of_nobody_is_no_ground_for_a_pull_without_the_lock(
     assert pull(f"{repo}@v1", settings, locked).artifact.digest == bundle.manifest.digest
     with pytest.raises(Untrusted, match="no branch and no tag"):
         pull_artifact(RepoRef(repo, made), settings, make_host(), trust=True)
+
+
+# What is locked stays
+
+
+def test_what_is_locked_stays_in_the_mirror_while_the_lockfile_is_there(
+    tmp_path: Path, repo: str, bundle: Bundle, locked: Path, settings: Settings
+) -> None:
+    host = tmp_path / "host.json"
+    host.write_text(json.dumps(make_host().to_dict()))
+    words = ("pull", f"{repo}@v1", "--lockfile", locked, "--host", host, "--trust")
+    assert hubaoti(settings, *words).code == 0  # a process that has ended holds nothing
+    digest = bundle.manifest.digest
+    with Mirror.open(settings.mirror) as mirror:
+        assert mirror.usage.list_pins() == {digest: [str(locked)]}
+        assert collect(mirror, max_bytes=0).artifacts == ()
+        with pytest.raises(ArtifactHeld, match=f"pinned by {locked}"):
+            remove(mirror, digest)
+        locked.unlink()
+        assert mirror.usage.list_pins() == {}
+        assert [each.digest for each in collect(mirror, max_bytes=0).artifacts] == [digest]
+
+
+def test_a_lockfile_is_one_holder_however_it_is_named_and_only_of_what_it_names(
+    tmp_path: Path, repo: str, bundle: Bundle, locked: Path, settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    ref = RepoRef(repo, "v1")
+    pull_artifact(ref, settings, make_host(), trust=True, locked=True)
+    pull(f"{repo}@v1", settings, locked)
+    with Mirror.open(settings.mirror) as mirror:
+        assert mirror.usage.list_pins() == {bundle.manifest.digest: [str(locked)]}
+    other = make_bundle(tmp_path / "new", members={"model/new.so": b"new"})
+    push_bundles([other], Destination(RepoRef(repo), tag="v2"), settings)
+    api.lock(f"{repo}@v2", settings=settings).write(locked)
+    pull(f"{repo}@v2", settings, locked)
+    with Mirror.open(settings.mirror) as mirror:
+        assert mirror.usage.list_pins() == {other.manifest.digest: [str(locked)]}
+
+
+def test_a_pull_without_a_lock_pins_nothing(repo: str, locked: Path, settings: Settings) -> None:
+    pull_artifact(RepoRef(repo, "v1"), settings, make_host(), trust=True)
+    with Mirror.open(settings.mirror) as mirror:
+        assert mirror.usage.list_pins() == {}
+
+
+def test_a_lockfile_that_cannot_be_looked_at_is_taken_to_be_there(settings: Settings) -> None:
+    with Mirror.open(settings.mirror) as mirror:
+        mirror.usage.pin("a" * 64, "/" + "x" * 300)
+        assert mirror.usage.list_pins() == {"a" * 64: ["/" + "x" * 300]}
 
 
 # A program by it

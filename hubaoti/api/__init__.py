@@ -11,6 +11,7 @@ from hubaoti.api.building import Explanation
 from hubaoti.api.compiling import capture, compile, compile_for, explain, explain_for
 from hubaoti.api.publishing import pull, push
 from hubaoti.api.repos import RepoExplanation, RepoVersion, explain_repo, lock, versions
+from hubaoti.api.searching import RepoFound, pull_any_of, search
 from hubaoti.api.texts import Answer, eager, load, recall_task_and_dtype, run
 from hubaoti.api.verifying import Verified, verify
 
@@ -18,6 +19,7 @@ __all__ = [
     "Answer",
     "Explanation",
     "RepoExplanation",
+    "RepoFound",
     "RepoVersion",
     "Verified",
     "attach",
@@ -33,10 +35,12 @@ __all__ = [
     "load",
     "lock",
     "pull",
+    "pull_any_of",
     "push",
     "put",
     "recall_task_and_dtype",
     "run",
+    "search",
     "verify",
     "versions",
 ]

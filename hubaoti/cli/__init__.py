@@ -21,6 +21,7 @@ COMMANDS = {
     "compile": ("compile", "Compile a model from its config into a bundle."),
     "push": ("hub", "Publish a bundle as a commit of a Hub repo."),
     "pull": ("hub", "Fetch the artifact that fits this host best, verified."),
+    "search": ("search", "The repos that have graphs, of a model's program or of any."),
     "versions": ("repos", "The versions of a repo, the newest first."),
     "explain": ("repos", "How every artifact of a repo fits this host, and why."),
     "lock": ("repos", "Write down what repos hold, for pull --locked."),

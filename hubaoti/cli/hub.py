@@ -71,12 +71,15 @@ def _print_commit(commit: Commit) -> None:
 @click.option(
     "--host", type=click.Path(path_type=Path), help="for the host that this file describes"
 )
+@click.option("--any-of", metavar="MODEL", help="the best for this model, of all trusted owners")
+@click.option("--task", help="of that model, as compile has it; by default as the model says")
 @click.option("--locked", is_flag=True, help="only what hubaoti.lock, or HUBAOTI_LOCK's file, says")
 @click.option("--lockfile", type=click.Path(path_type=Path), help="only what this file says")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
 def pull_command(
     repo: str | None,
+    any_of: str | None,
     locked: bool,
     lockfile: Path | None,
     as_json: bool,
@@ -86,20 +89,41 @@ def pull_command(
     """Fetch the artifact of REPO (owner/name[@revision]) that fits this host best.
 
     REPO may be named at a version (@v1, @~=1.2) or by an artifact's digest (@sha256:…). With
-    --locked and no REPO, all that is locked is fetched.
+    --locked and no REPO, all that is locked is fetched. --any-of MODEL takes the artifact that fits
+    best of all repos that hubaoti search --program MODEL finds of owners who are trusted.
     """
     from hubaoti import api
 
-    refs = [repo] if repo else _list_locked(lockfile or locked)
+    by = lockfile or locked
     with Steps(quiet or as_json) as progress:
-        found = [
-            api.pull(ref, locked=lockfile or locked, progress=progress, **options) for ref in refs
-        ]
+        if any_of is not None:
+            words = _choose_words(options, repo or by)
+            found = [api.pull_any_of(any_of, progress=progress, **words)]
+        else:
+            _refuse_task(options.pop("task"))
+            refs = [repo] if repo else _list_locked(by)
+            found = [api.pull(ref, locked=by, progress=progress, **options) for ref in refs]
     if as_json:
         facts = [_serialize_pulled(pulled) for pulled in found]
-        print_json(facts[0] if repo else facts)
+        print_json(facts[0] if repo or any_of else facts)
     for pulled in [] if as_json or quiet else found:
         _print_pulled(pulled)
+
+
+def _choose_words(options: dict[str, Any], repo: object) -> dict[str, Any]:
+    """What a pull of any repo takes of the options; the others name one, or whom to trust."""
+    words = {name: options.pop(name) for name in ("task", "recipe", "host")}
+    if others := ["REPO"] * bool(repo) + [f"--{name}" for name, said in options.items() if said]:
+        others = [name.replace("_", "-") for name in others]
+        raise click.UsageError(
+            f"--any-of takes what fits best of all trusted owners, without {', '.join(others)}"
+        )
+    return words
+
+
+def _refuse_task(task: str | None) -> None:
+    if task is not None:
+        raise click.UsageError("--task is of --any-of MODEL: a repo's artifacts say their own")
 
 
 def _list_locked(locked: bool | Path) -> list[str]:
@@ -136,6 +160,7 @@ def _serialize_pulled(pulled: Pulled) -> dict[str, object]:
         for each in pulled.considered
     ]
     return {
+        "repo": pulled.ref.repo,
         "path": str(pulled.place),
         "commit": pulled.commit,
         "digest": pulled.artifact.digest,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hubaoti.artifact.manifest import Manifest
@@ -14,10 +15,16 @@ from hubaoti.hub.layout import ArtifactPath
 _START = "<!-- hubaoti: what stands up to the end mark is rendered by each push -->"
 _END = "<!-- hubaoti: end -->"
 _TEMPLATE = "template.md"
+_WHOLE = ("embed", "classify", "logits")  # tasks that a graph alone can do
+_ODD = re.compile(r"[^A-Za-z0-9@._:/+ -]")
+_LONGEST_NAME = 80  # characters of a signer
+TAG = "hubaoti"  # of every repo that holds graphs
 
 # A local folder can look like an id: only a model that has a commit came from the Hub.
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
-_OUR_TAG = re.compile(r"hubaoti(-program-[0-9a-f]{12})?|torch-\d+\.\d+|cuda-\d+\.\d+|sm-\d+")
+OUR_TAG = re.compile(
+    r"hubaoti(-program-[0-9a-f]{12})?|torch-\d+\.\d+|cuda-\d+\.\d+|sm-\d+|x86_64(_v\d)?|aarch64"
+)
 
 
 def render(
@@ -26,26 +33,35 @@ def render(
     artifacts: Mapping[ArtifactPath, Manifest],
     newest: Manifest,
     unreadable: tuple[str, ...] = (),
+    signers: Mapping[ArtifactPath, str] = MappingProxyType({}),
 ) -> str:
     """The README of a repo that holds these artifacts; `readme` is the one that is there, or "".
+
+    `repo` is with its branch, if that is not the default one, as `owner/name@branch`. `signers` are
+    who says to have signed them, whom nobody verified for it.
 
     Raises:
         Conflict: the metadata of the present one cannot be read, or not be written again.
     """
     from hubaoti import front_matter  # and yaml, which pulls do not need
 
-    rows = [_make_row(place, artifacts[place]) for place in sorted(artifacts, key=str)]
-    program: dict[str, Any] = {
-        "base_model": _find_base_model(newest),
-        "tag": newest.program.tag,
-        "task": newest.program.task,
-        "answers": newest.is_whole,
-    }
-    section = _load_template().render(repo=repo, rows=rows, program=program, unreadable=unreadable)
+    base_model, (name, _, revision) = _find_base_model(newest), repo.partition("@")
+    section = _load_template().render(
+        repo=repo,
+        name=name,
+        revision=revision,
+        base_model=base_model,
+        task=newest.program.task,
+        rows=[_make_row(place, artifacts[place], signers) for place in sorted(artifacts, key=str)],
+        programs=_list_programs([*artifacts.values(), newest]),
+        uses=_list_uses([*artifacts.values(), newest]),
+        kernels=sorted({str(k) for each in artifacts.values() for k in each.requires.kernels}),
+        unreadable=unreadable,
+    )
     try:
         metadata, text = front_matter.split(readme)
-        merged = _merge_metadata(metadata, artifacts.values(), program["base_model"])
-        return front_matter.join(merged, _merge_text(text, repo, section.strip()))
+        merged = _merge_metadata(metadata, artifacts.values(), base_model)
+        return front_matter.join(merged, _merge_text(text, name, section.strip()))
     except front_matter.BadFrontMatter as error:
         raise Conflict(
             f"the repo's README.md has unreadable metadata: {first_line(error)}",
@@ -62,21 +78,46 @@ def _load_template() -> Any:
     return Environment(
         loader=FileSystemLoader(folders),
         undefined=StrictUndefined,
-        autoescape=False,  # Markdown, and every value in it is of a grammar of ours
+        autoescape=False,  # Markdown, and every value in it is of a grammar of ours, or `_plain`
         keep_trailing_newline=True,
     ).get_template(_TEMPLATE)
 
 
-def _make_row(place: ArtifactPath, manifest: Manifest) -> dict[str, Any]:
+def _make_row(
+    place: ArtifactPath, manifest: Manifest, signers: Mapping[ArtifactPath, str]
+) -> dict[str, Any]:
     """One line of the card's table, each cell as it is shown."""
     errors = [check.max_absolute for check in manifest.checks]
     return {
+        "path": str(place),
         "recipe": place.recipe,
         "variant": place.variant,
         "graphs": len(manifest.graphs),
         "size": f"{manifest.size / 1e6:.1f} MB",
         "error": f"{max(errors):.1e}" if errors else "not checked",
-        "digest": manifest.digest[:12],
+        "signer": _plain(signers.get(place, "")),
+        "digest": manifest.digest,
+    }
+
+
+def _plain(text: str) -> str:
+    """Somebody else's words, which neither end a cell of a table nor begin anything of Markdown."""
+    return _ODD.sub("?", text[:_LONGEST_NAME])
+
+
+def _list_programs(manifests: Iterable[Manifest]) -> list[dict[str, str]]:
+    """The programs of some artifacts, each once: its tag, and the task that it does."""
+    tasks = {each.program.tag: each.program.task for each in manifests}
+    return [{"tag": tag, "task": task} for tag, task in sorted(tasks.items())]
+
+
+def _list_uses(manifests: Iterable[Manifest]) -> set[str]:
+    """How artifacts are used: for texts, for prompts, or attached to a module."""
+    return {
+        ("texts" if each.is_whole else "modules")
+        if each.program.task in _WHOLE
+        else {"generate": "prompts"}.get(each.program.task, "modules")
+        for each in manifests
     }
 
 
@@ -90,7 +131,7 @@ def _find_base_model(manifest: Manifest) -> str | None:
 def _make_tags(manifest: Manifest) -> list[str]:
     """The tags by which an artifact is found."""
     variant = manifest.variant
-    tags = ["hubaoti", manifest.program.tag, f"torch-{variant.torch}"]
+    tags = [TAG, manifest.program.tag, f"torch-{variant.torch}"]
     if variant.cuda is not None:
         tags += [f"cuda-{variant.cuda}", f"sm-{variant.sm}"]
     return [*tags, variant.level]
@@ -100,7 +141,7 @@ def _merge_metadata(metadata: dict[str, Any], manifests: Any, base: str | None) 
     """The user's metadata with ours: our tags name what is there now, everything else stays."""
     before = metadata.get("tags") or []
     before = before if isinstance(before, list) else [before]  # yaml's `tags: mine` is one word
-    theirs = [tag for tag in before if not _OUR_TAG.fullmatch(str(tag))]
+    theirs = [tag for tag in before if not OUR_TAG.fullmatch(str(tag))]
     ours = sorted({tag for manifest in manifests for tag in _make_tags(manifest)})
     merged = {"library_name": "hubaoti", **metadata}
     if base is not None:

@@ -11,12 +11,14 @@ from threading import Thread
 from typing import TypeVar
 
 from hubaoti.artifact.manifest import FILENAME, LARGEST_MANIFEST, Manifest, parse_manifest
+from hubaoti.artifact.statement import SIGNATURE
 from hubaoti.errors import (
     BadManifest,
     BadRequest,
     BadSignature,
     DigestMismatch,
     HubUnreachable,
+    OtherProgram,
     Unsigned,
 )
 from hubaoti.escape import escape_line
@@ -25,6 +27,7 @@ from hubaoti.hub.errors import silence_hub
 from hubaoti.hub.layout import ArtifactPath, require_agreement
 from hubaoti.hub.records import Entry
 from hubaoti.hub.signatures import CommitSignatures, RequiredSigners
+from hubaoti.hub.signing import read_claim
 from hubaoti.mirror.signer import Signer
 
 _READERS = 8  # manifests that are fetched at once
@@ -32,7 +35,7 @@ _SECONDS = 300.0  # for all that is read of a repo
 _MOST = 1000  # manifests
 _TOGETHER = 64 << 20  # bytes of them
 
-Unreadable = BadManifest | DigestMismatch | Unsigned | BadSignature
+Unreadable = BadManifest | DigestMismatch | Unsigned | BadSignature | OtherProgram
 _Name = TypeVar("_Name", bound=Hashable)
 _Found = TypeVar("_Found")
 
@@ -51,12 +54,13 @@ class Allowance:
         Raises:
             BadManifest: they are too many.
         """
+        most, together = self.manifests, self.bytes
         self.manifests -= len(sizes)
         self.bytes -= sum(min(size, LARGEST_MANIFEST) for size in sizes)
         if self.manifests < 0 or self.bytes < 0:
             raise BadManifest(
-                f"{where} has more manifests than are read: {_MOST} of them, and "
-                f"{_TOGETHER >> 20} MiB, are the most",
+                f"{where} has more manifests than are read: {most} of them, and "
+                f"{together >> 20} MiB, were left",
                 hint="name a revision that has fewer, or ask its publisher for one",
             )
 
@@ -154,6 +158,27 @@ def read_manifests(
         artifacts={place: there[place] for place in catalog.places if place in there},
         signers={**catalog.signers, **signers},
     )
+
+
+def read_claims(
+    client: HubClient, catalog: Catalog, sent: Mapping[ArtifactPath, bytes | None]
+) -> dict[ArtifactPath, str]:
+    """Who says to have signed each artifact of a commit that has a signature; nobody verified it.
+
+    What is `sent` to it now comes in place of what is there: a signature, or none.
+
+    Raises:
+        RepoNotFound, AuthFailed, HubUnreachable: from the client.
+    """
+    there = CommitSignatures(client, catalog.repo, catalog.commit, catalog.files)
+    signed = [
+        place
+        for place in catalog.places
+        if place not in sent and place.file(SIGNATURE) in catalog.files
+    ]
+    with silence_hub():
+        found = _read_all(there.read_claim, signed, Allowance().end)
+    return found | {place: read_claim(text) for place, text in sent.items() if text is not None}
 
 
 def find_artifact_paths(paths: Iterable[str]) -> tuple[list[ArtifactPath], tuple[str, ...]]:

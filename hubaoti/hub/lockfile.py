@@ -22,7 +22,7 @@ import os
 import re
 import tempfile
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -109,9 +109,10 @@ class LockedRepo:
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """The pins of a project; `str` and `parse` are inverses."""
+    """The pins of a project; `str` and `parse` are inverses. `path` is the file it was read of."""
 
     repos: tuple[LockedRepo, ...]
+    path: Path | None = field(default=None, compare=False)
 
     @classmethod
     def parse(cls, text: str, where: str = FILENAME) -> Lock:
@@ -142,7 +143,7 @@ class Lock:
                 content = file.read(_LARGEST + 1)
             if len(content) > _LARGEST:
                 raise BadLock(f"{path} is larger than {_LARGEST >> 20} MiB", hint="see what it is")
-            return cls.parse(content.decode(), str(path))
+            return replace(cls.parse(content.decode(), str(path)), path=path.absolute())
         except (OSError, UnicodeDecodeError) as error:
             hint = "write one: hubaoti lock REPO…; HUBAOTI_LOCK names another"
             raise BadLock(f"{path} cannot be read: {error}", hint=hint) from error

@@ -1,6 +1,7 @@
 """A pull by a lockfile: no list is asked for, and nothing is taken but the bytes that are locked.
 
-What is here already is found by its digest, so a machine that pulled it before needs no network.
+What is here already is found by its digest, so a machine that pulled it before needs no network;
+and it stays here while the lockfile does.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from hubaoti.hub.bounds import TooLong
 from hubaoti.hub.catalog import Catalog
 from hubaoti.hub.choice import Considered, Pulled
 from hubaoti.hub.layout import ArtifactPath, RepoRef, require_agreement
-from hubaoti.hub.lockfile import LockedRepo
+from hubaoti.hub.lockfile import Lock, LockedRepo
 from hubaoti.hub.records import Entry
 from hubaoti.hub.signatures import CommitSignatures
+from hubaoti.mirror import Mirror
 
 if TYPE_CHECKING:
     from hubaoti.hub.pull import Puller
@@ -44,9 +46,26 @@ def pull_locked(puller: Puller, ref: RepoRef, locked: LockedRepo) -> Pulled:
     known = chosen.manifest and puller.mirror.artifact(chosen.manifest.digest)
     catalog = _verify_signature(puller, ref, catalog, chosen)
     artifact = puller.take(ref, catalog, chosen, puller.pin(ref, locked.commit))
+    keep_locked(puller.mirror, puller.lock, artifact.digest)
     verdict = chosen.verdict
     assert verdict is not None
     return Pulled(artifact, ref, locked.commit, chosen.place, verdict, considered, (), bool(known))
+
+
+def keep_locked(mirror: Mirror, lock: Lock | None, digest: str) -> None:
+    """Have an artifact stay in the mirror while the lockfile that names it is there.
+
+    What the same file named before, and does not any more, may leave.
+    """
+    if lock is None or lock.path is None or not mirror.index.is_writable:
+        return
+    holder = str(lock.path)
+    held = {each for each, holders in mirror.usage.list_pins().items() if holder in holders}
+    if digest not in held:
+        mirror.usage.pin(digest, holder)
+    for each in held:
+        if not lock.holds(each):
+            mirror.usage.unpin(each, holder)
 
 
 def _begin_catalog(puller: Puller, locked: LockedRepo) -> Catalog:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.manifest import FILENAME, Manifest
+from hubaoti.artifact.statement import SIGNATURE
 from hubaoti.errors import BadPackage, BadRequest, Conflict
 from hubaoti.hub.card import render
-from hubaoti.hub.catalog import Catalog, read_catalog
+from hubaoti.hub.catalog import Catalog, read_catalog, read_claims
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.errors import AnswerLost, StaleParent
 from hubaoti.hub.kernels import require_published
@@ -360,9 +361,12 @@ def _render_card(client: HubClient, catalog: Catalog, shipment: _Shipment) -> st
     """The README of the branch once the artifacts are there."""
     ours = {each.place: each.bundle.manifest for each in shipment.parcels}
     newest = shipment.parcels[-1].bundle.manifest
+    sent = {p.place: p.signature.get(SIGNATURE) for p in shipment.parcels if p.files}
+    signers = read_claims(client, catalog, sent)
     if shipment.branch is not None:
         text = _BRANCH_CARD.format(repo=catalog.repo, branch=shipment.branch)
-        return render(catalog.repo, text, ours, newest)
+        where = f"{catalog.repo}@{shipment.branch}"
+        return render(where, text, ours, newest, signers=signers)
     there = catalog.files.get(_README)
     if there is not None and there.size > LARGEST_README:
         hint = "make it smaller, then push again: images are better files of their own"
@@ -370,7 +374,7 @@ def _render_card(client: HubClient, catalog: Catalog, shipment: _Shipment) -> st
     text = decode_readme(client.read(catalog.repo, catalog.commit, there)) if there else ""
     artifacts = {**catalog.readable, **ours}
     unreadable = tuple(str(each) for each in catalog.artifacts if each not in artifacts)
-    return render(catalog.repo, text, artifacts, newest, unreadable)
+    return render(catalog.repo, text, artifacts, newest, unreadable, signers)
 
 
 def decode_readme(readme: bytes) -> str:

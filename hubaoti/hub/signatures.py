@@ -14,12 +14,12 @@ from hubaoti.artifact.statement import (
     SIGNATURE,
     Statement,
 )
-from hubaoti.errors import BadSignature, RepoNotFound
+from hubaoti.errors import BadSignature, DigestMismatch, RepoNotFound
 from hubaoti.hub.bounds import TooLong
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import ArtifactPath
 from hubaoti.hub.records import Entry
-from hubaoti.hub.signing import Signing, is_signed_by, sign, verify
+from hubaoti.hub.signing import UNREADABLE, Signing, is_signed_by, read_claim, sign, verify
 from hubaoti.mirror.rows import Signed
 from hubaoti.mirror.signer import Keys, Signer
 from hubaoti.mirror.trust import Trust, refuse_unsigned
@@ -95,6 +95,14 @@ class CommitSignatures:
                 return None
             found.append(content)
         return found[0], found[1]
+
+    def read_claim(self, place: ArtifactPath) -> str:
+        """Who says to have signed an artifact that has a signature, as `signing.read_claim`."""
+        try:
+            content = self._read_file(place.file(SIGNATURE), LARGEST_SIGNATURE)
+        except (BadSignature, DigestMismatch):
+            return UNREADABLE
+        return UNREADABLE if content is None else read_claim(content)
 
     def _read_file(self, path: str, largest: int) -> bytes | None:
         """One file that is no larger than this; None where there is none."""

@@ -6,6 +6,7 @@ It takes a second to import, so it is imported when something is signed, or has 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
+
+import msgspec
 
 from hubaoti.artifact import manifest as manifests
 from hubaoti.artifact import statement as statements
@@ -23,6 +26,8 @@ from hubaoti.hub.keys import derive_public_key
 from hubaoti.mirror.signer import Keys, Signer, digest
 
 SIGSTORE = "sigstore"  # what is named in place of a key
+UNREADABLE = "nobody who can be read"
+_KEY = re.compile(r"[0-9a-f]{64}")
 _ONE_AT_A_TIME = Lock()  # nothing says that its libraries may be loaded by several threads
 
 
@@ -64,6 +69,38 @@ class Signing:
     def is_plain_key(self) -> bool:
         """Whether it is a key alone, whose signatures it knows again."""
         return self.key is not None and self.certificates is None
+
+
+class _Certificate(msgspec.Struct, rename="camel"):
+    """A certificate of a signature, in DER."""
+
+    raw_bytes: bytes
+
+
+class _Chain(msgspec.Struct):
+    """Certificates, the signer's own first."""
+
+    certificates: list[_Certificate]
+
+
+class _PublicKey(msgspec.Struct):
+    """A key by its sha256."""
+
+    hint: str
+
+
+class _Material(msgspec.Struct, rename="camel"):
+    """What a signature says of its signer, one of these."""
+
+    public_key: _PublicKey | None = None
+    x509_certificate_chain: _Chain | None = None
+    certificate: _Certificate | None = None
+
+
+class _Claim(msgspec.Struct, rename="camel"):
+    """Of a sigstore bundle what names its signer."""
+
+    verification_material: _Material
 
 
 def sign(manifest: bytes, statement: bytes, by: Signing) -> bytes:
@@ -194,6 +231,24 @@ def _refuse_other(signature: bytes, signer: Signer) -> None:
         raise ValueError(f"it is by a certificate of {' and '.join(named) or 'nobody'}")
 
 
+def read_claim(signature: bytes) -> str:
+    """Whose signature it says itself that it is: a key's beginning, or an identity.
+
+    Nothing of it is verified, and what it says is anybody's text.
+    """
+    try:
+        material = msgspec.json.decode(signature, type=_Claim).verification_material
+        if material.public_key is not None:
+            key = material.public_key.hint
+            return f"key {key[:12]}" if _KEY.fullmatch(key) else UNREADABLE
+        chain = material.x509_certificate_chain
+        first = chain.certificates[0] if chain else material.certificate
+        named = _list_identities(first.raw_bytes) if first else []
+        return " and ".join(named) or UNREADABLE
+    except Exception:  # whatever a library says of bytes from outside, or where the extra lacks
+        return UNREADABLE
+
+
 def _list_identities(certificate: bytes) -> list[str]:
     """For whom a certificate was made, by its alternative names."""
     from cryptography import x509
@@ -217,3 +272,7 @@ def _lay_out(manifest: bytes, statement: bytes) -> Iterator[tuple[Path, Path]]:
         (folder / manifests.FILENAME).write_bytes(manifest)
         (folder / statements.FILENAME).write_bytes(statement)
         yield folder, Path(work) / statements.SIGNATURE
+
+
+# msgspec learns a type when it is first used, and two threads that meet there end the process.
+msgspec.json.Decoder(_Claim)

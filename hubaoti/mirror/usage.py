@@ -108,7 +108,7 @@ class Usage:
             return {}
         pins: dict[str, list[str]] = {}
         for digest, holder in self._index.select("select digest, holder from pins order by at"):
-            if not holder or Path(holder).is_file():
+            if not holder or _is_there(Path(str(holder))):
                 pins.setdefault(str(digest), []).append(str(holder))
         return pins
 
@@ -147,3 +147,11 @@ class Usage:
             finally:
                 self._index.select("pragma synchronous = full")
                 self._index.select(f"pragma busy_timeout = {PATIENCE * 1000:.0f}")
+
+
+def _is_there(holder: Path) -> bool:
+    """Whether a file is there; one that cannot be looked at is taken to be."""
+    try:
+        return holder.is_file()
+    except OSError:
+        return True
