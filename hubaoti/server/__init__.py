@@ -10,7 +10,9 @@ from hubaoti.errors import MissingDependency
 
 try:
     from hubaoti.server.app import create_app
+    from hubaoti.server.hub import Service
     from hubaoti.server.run import Endpoint, serve, serve_in_thread
+    from hubaoti.server.upstream import Upstream
 except ModuleNotFoundError as _error:
     if _error.name is None or _error.name.partition(".")[0] == "hubaoti":
         raise
@@ -18,4 +20,4 @@ except ModuleNotFoundError as _error:
         f"serving needs {_error.name}, which is not installed", hint="pip install 'hubaoti[serve]'"
     ) from _error
 
-__all__ = ["Endpoint", "create_app", "serve_in_thread", "serve"]
+__all__ = ["Endpoint", "Service", "Upstream", "create_app", "serve_in_thread", "serve"]

@@ -86,6 +86,14 @@ def revision_not_found(revision: str) -> ServerError:
     return ServerError(404, f"Invalid rev id: {revision}", code="RevisionNotFound")
 
 
+def entry_removed(path: str, commit: str) -> ServerError:
+    """404: the commit names the file, whose bytes are not here any more."""
+    error = entry_not_found(path, commit)
+    words = "was removed by gc: no branch and no tag has it, or upstream is not asked any more"
+    error.message = f"{path} of {commit} {words}"
+    return error
+
+
 def entry_not_found(path: str, commit: str) -> ServerError:
     """404: the commit has no such file or folder."""
     headers = {"X-Repo-Commit": commit}

@@ -78,6 +78,8 @@ class History:
         if known is not None:
             return known
         row = db.execute("select tree from revision where repo = ? and oid = ?", key).fetchone()
+        if not row[0]:
+            return {}  # of upstream, and not listed yet
         tree = trees.load_tree(row[0])
         with self._lock:
             self._trees[key] = tree

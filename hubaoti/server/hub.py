@@ -19,9 +19,20 @@ from hubaoti.server.errors import says_full
 from hubaoti.server.history import History
 from hubaoti.server.ingest import Ingest
 from hubaoti.server.objects import Objects
+from hubaoti.server.pull_through import PullThrough, find_object
+from hubaoti.server.trees import TreeEntry
+from hubaoti.server.upstream import Upstream
 from hubaoti.server.validation import is_owner
 
 _INDEX = "hub.sqlite3"
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """How a root is served: by which names beside loopback's, and in front of which upstream."""
+
+    allow_hosts: tuple[str, ...] = ()
+    upstream: Upstream | None = None
 
 
 @dataclass(frozen=True)
@@ -36,14 +47,23 @@ class Hub:
     user: str
     epoch: str
     lock: IO[str]
+    through: PullThrough | None = None
+
+    def find_object(self, entry: TreeEntry) -> str | None:
+        """The digest of a file's bytes, None where they are not here."""
+        return find_object(self.database, self.objects, entry)
 
     def close(self) -> None:
         """Let go of the root, for another process to open."""
+        if self.through is not None:
+            self.through.close()
         self.database.close()
         self.lock.close()
 
 
-def open_hub(root: Path, token: str | None = None, user: str = "local") -> Hub:
+def open_hub(
+    root: Path, token: str | None = None, user: str = "local", service: Service | None = None
+) -> Hub:
     """Open the root, which is made when it is not there; it is this process's alone.
 
     Raises:
@@ -52,6 +72,7 @@ def open_hub(root: Path, token: str | None = None, user: str = "local") -> Hub:
         DiskFull: there is no room.
         InUse: another process serves it.
     """
+    upstream = service.upstream if service else None
     if token is None:
         token = f"hf_{secrets.token_urlsafe(24)}"
     if not (token and token.isascii() and token.isprintable() and " " not in token):
@@ -72,8 +93,11 @@ def open_hub(root: Path, token: str | None = None, user: str = "local") -> Hub:
             user=user,
             epoch=database.constant("epoch", secrets.token_hex(8)),
             lock=lock,
+            through=PullThrough(upstream, database, objects) if upstream else None,
         )
         undo.pop_all()
+    if hub.through is not None:
+        hub.through.look_for_shadows()
     return hub
 
 

@@ -27,7 +27,9 @@ from hubaoti.server.errors import (
     too_large,
 )
 from hubaoti.server.hub import Hub
+from hubaoti.server.pull_through import Moved, NotHere
 from hubaoti.server.repos import Repo
+from hubaoti.server.upstream import UpstreamMissing
 from hubaoti.server.validation import RepoId
 
 _SMALL = 2**19
@@ -83,6 +85,50 @@ class ApiRequest:
         if self.flag("create_pr"):
             raise malformed_request("Pull requests are not supported by this endpoint")
 
+    async def bring(self, what: str) -> None:
+        """See that the repo is as upstream has it, where there is one: `PullThrough.bring`."""
+        through = self.hub.through
+        if through is None:
+            return
+        await run_in_threadpool(self._require_visible)
+        revision = self.word("revision") if "revision" in self.request.path_params else "main"
+        try:
+            bringing = through.bring(self.repo_id, revision, what)
+            await asyncio.shield(asyncio.wrap_future(bringing))
+        except Moved as moved:
+            raise self._redirect(moved.to) from None
+        except UpstreamMissing:
+            raise repo_not_found(self.repo_id, trusted=self.trusted) from None
+        except NotHere as error:
+            message = f"{self.repo_id} is not here, and upstream cannot be asked: {error}"
+            raise ServerError(504, message) from None
+
+    def _require_visible(self) -> None:
+        """404 or 401 for a repo that is here, and hidden from this client."""
+        with self.hub.database.reading() as db:
+            if repos.find(db, self.repo_id) is not None:
+                self.repo(db)
+
+    def _redirect(self, to: str) -> ServerError:
+        """307 to the name by which upstream has the repo now."""
+        name = validation.parse_repo_id(self.repo_id.kind, to, self.hub.user)
+        path = self.request.scope["path"]
+        there = path.replace(f"/{self.repo_id.full_name}", f"/{name.full_name}", 1)
+        if there == path:
+            raise repo_not_found(self.repo_id, trusted=self.trusted)
+        query = self.request.url.query
+        location = f"{self.base}{there}" + (f"?{query}" if query else "")
+        headers = {"Location": location}
+        return ServerError(307, f"{self.repo_id} is {name.full_name} upstream", headers=headers)
+
+    def own_repo(self, db: Connection, repo_id: RepoId | None = None) -> Repo:
+        """The repo, to be changed; 403 for a copy of upstream's."""
+        repo = self.repo(db, repo_id)
+        if repo.origin:
+            message = f"{repo.id} is a copy of {repo.origin}'s: change it there"
+            raise ServerError(403, message)
+        return repo
+
     def repo(self, db: Connection, repo_id: RepoId | None = None) -> Repo:
         """The repo that the path (or the caller) names; a private one only for the trusted."""
         name = repo_id or self.repo_id
@@ -137,18 +183,36 @@ def writes(view: Callable[[ApiRequest, Body], Response], limit: int = _SMALL) ->
     return streams(answer, ApiRequest.demand_token)
 
 
-def reads_body(view: Callable[[ApiRequest, bytes], Response]) -> View:
-    """Make an endpoint of a view that anybody may call, and whose question is its body."""
+def pulls(view: Callable[[ApiRequest], Response], what: str) -> View:
+    """Make an endpoint of a view of a repo, after what it needs was brought from upstream."""
 
     @wraps(view)
     async def answer(ask: ApiRequest) -> Response:
+        await ask.bring(what)
+        return await run_in_threadpool(view, ask)
+
+    return streams(answer, _allow_anybody)
+
+
+def reads_body(view: Callable[[ApiRequest, bytes], Response], what: str = "") -> View:
+    """Make an endpoint of a view that anybody may call, and whose question is its body.
+
+    `what` is brought from upstream first.
+    """
+
+    @wraps(view)
+    async def answer(ask: ApiRequest) -> Response:
+        if what:
+            await ask.bring(what)
         content = await _wait_for_body(read_whole_body(ask.request, LIST))
         return await run_in_threadpool(view, ask, content)
 
     return streams(answer, _allow_anybody)
 
 
-def streams(view: Callable[[ApiRequest], Awaitable[Response]], permit: Permit) -> View:
+def streams(
+    view: Callable[[ApiRequest], Awaitable[Response]], permit: Permit = _allow_anybody
+) -> View:
     """A view that reads its body itself, once it may; work that blocks goes to threads."""
 
     @wraps(view)

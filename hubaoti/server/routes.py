@@ -11,7 +11,7 @@ from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.routing import Mount, Route
 
 from hubaoti.server import views_files, views_repos, views_uploads
-from hubaoti.server.request import LIST, ApiRequest, View, reads, reads_body, streams, writes
+from hubaoti.server.request import LIST, ApiRequest, View, pulls, reads, reads_body, streams, writes
 from hubaoti.server.validation import KINDS
 from hubaoti.server.views_uploads import demand_lfs, demand_xet
 
@@ -44,28 +44,28 @@ _ENDPOINT: list[tuple[str, str, View]] = [
 ]
 
 _API: list[tuple[str, str, View]] = [
-    ("GET", "/revision/{revision}", reads(views_repos.view_repo)),
-    ("GET", "/auth-check", reads(views_repos.check_auth)),
+    ("GET", "/revision/{revision}", pulls(views_repos.view_repo, "tree")),
+    ("GET", "/auth-check", pulls(views_repos.check_auth, "refs")),
     ("GET", "/auth-check/write", reads(views_repos.check_auth, ApiRequest.demand_token)),
     ("PUT", "/settings", writes(views_repos.update_settings)),
-    ("GET", "/refs", reads(views_repos.view_refs)),
-    ("GET", "/commits/{revision}", reads(views_repos.view_log)),
+    ("GET", "/refs", pulls(views_repos.view_refs, "refs")),
+    ("GET", "/commits/{revision}", pulls(views_repos.view_log, "log")),
     ("POST", "/branch/{branch}", writes(views_repos.create_branch)),
     ("DELETE", "/branch/{branch}", writes(views_repos.delete_branch)),
     ("POST", "/tag/{revision}", writes(views_repos.create_tag)),
     ("DELETE", "/tag/{revision}", writes(views_repos.delete_tag)),
     ("POST", "/super-squash/{branch}", writes(views_repos.squash)),
-    ("GET", "/tree/{revision}", reads(views_files.view_tree)),
-    ("GET", "/tree/{revision}/{path:path}", reads(views_files.view_tree)),
-    ("POST", "/paths-info/{revision}", reads_body(views_files.view_paths)),
+    ("GET", "/tree/{revision}", pulls(views_files.view_tree, "tree")),
+    ("GET", "/tree/{revision}/{path:path}", pulls(views_files.view_tree, "tree")),
+    ("POST", "/paths-info/{revision}", reads_body(views_files.view_paths, "tree")),
     ("POST", "/preupload/{revision}", writes(views_uploads.preupload, LIST)),
     ("GET", "/xet-write-token/{revision}", _issue_xet_token),
     ("POST", "/commit/{revision}", streams(views_uploads.view_commit, ApiRequest.demand_token)),
-    ("GET", "", reads(views_repos.view_repo)),
+    ("GET", "", pulls(views_repos.view_repo, "tree")),
 ]
 
 _PAGES: list[tuple[str, str, View]] = [
-    ("GET", "/resolve/{revision}/{path:path}", reads(views_files.view_content)),
+    ("GET", "/resolve/{revision}/{path:path}", streams(views_files.view_content)),
     ("POST", ".git/info/lfs/objects/batch", writes(views_uploads.offer_lfs_batch, LIST)),
 ]
 

@@ -58,6 +58,7 @@ def view_create(ask: ApiRequest, body: Body) -> Response:
     repo_id = _read_repo_id(ask, body)
     url = f"{ask.base}/{repo_id.page}"
     private = bool(_read_visibility(body))
+    _require_free(ask, repo_id)
     changes = _make_first_files(ask, repo_id, body)
     with ask.hub.database.writing() as db:
         if repos.find(db, repo_id):
@@ -67,6 +68,14 @@ def view_create(ask: ApiRequest, body: Body) -> Response:
         repos.create_repo(db, repo_id, private)
         ask.hub.history.begin(db, ask.repo(db, repo_id), changes)
     return JSONResponse({"url": url, "name": repo_id.full_name, "id": repo_id.full_name})
+
+
+def _require_free(ask: ApiRequest, name: RepoId) -> None:
+    """409 where upstream has a repo of this name, which one of ours would hide."""
+    with ask.hub.database.reading() as db:
+        known = repos.find(db, name)
+    if ask.hub.through is not None and (known is None or known.origin):
+        ask.hub.through.require_free(name)
 
 
 def _read_repo_id(ask: ApiRequest, body: Body) -> RepoId:
@@ -115,8 +124,9 @@ def view_move(ask: ApiRequest, body: Body) -> Response:
         validation.parse_repo_id(kind, body.get(key), ask.hub.user)
         for key in ("fromRepo", "toRepo")
     )
+    _require_free(ask, new)
     with ask.hub.database.writing() as db:
-        repos.move_repo(db, ask.repo(db, old), new)
+        repos.move_repo(db, ask.own_repo(db, old), new)
     return JSONResponse({"url": f"{ask.base}/{new.page}"})
 
 
@@ -126,7 +136,7 @@ def update_settings(ask: ApiRequest, body: Body) -> Response:
     if body.get("gated"):
         raise malformed_request("Gated repos are not supported by this endpoint")
     with ask.hub.database.writing() as db:
-        repo = ask.repo(db)
+        repo = ask.own_repo(db)
         if private is not None:
             repos.set_private(db, repo, private)
         now_private = repo.private if private is None else private
@@ -154,6 +164,7 @@ def search(ask: ApiRequest) -> Response:
     with ask.hub.database.reading() as db:
         found = repos.list_repos(db, validation.KINDS[kind])
         visible = {r.id.full_name: r for r in found if ask.trusted or not r.private}
+        visible = {n: r for n, r in visible.items() if repos.has_main(db, r)}
         heads = [_serialize_head(ask, db, repo) for repo in visible.values()]
         page, following = list_page(heads, query)
         if query.wants_files:
@@ -175,6 +186,7 @@ def view_storage(ask: ApiRequest) -> Response:
     owner = ask.word("owner") if "owner" in ask.request.path_params else None
     with ask.hub.database.reading() as db:
         found = [repo for kind in validation.KINDS.values() for repo in repos.list_repos(db, kind)]
+        found = [repo for repo in found if repos.has_main(db, repo)]
         stored = [
             _serialize_storage(ask, db, repo) for repo in found if owner in {None, repo.id.owner}
         ]
@@ -236,7 +248,7 @@ def _create_ref(
     ask: ApiRequest, folder: str, name: str, revision: str, message: str = ""
 ) -> Response:
     with ask.hub.database.writing() as db:
-        repo = ask.repo(db)
+        repo = ask.own_repo(db)
         ref = Ref(folder, name, repos.resolve(db, repo, revision))
         repos.add_ref(db, repo, ref, message)
     return JSONResponse(_serialize_ref(ref))
@@ -254,7 +266,7 @@ def delete_tag(ask: ApiRequest, body: Body) -> Response:
 
 def _remove_ref(ask: ApiRequest, folder: str, name: str) -> Response:
     with ask.hub.database.writing() as db:
-        repos.delete_ref(db, ask.repo(db), folder, name)
+        repos.delete_ref(db, ask.own_repo(db), folder, name)
     return JSONResponse({})
 
 
@@ -284,5 +296,5 @@ def squash(ask: ApiRequest, body: Body) -> Response:
         body.get("message") or f"Super-squash branch {branch!r}", "the message"
     )
     with ask.hub.database.writing() as db:
-        oid = ask.hub.history.squash(db, ask.repo(db), branch, title)
+        oid = ask.hub.history.squash(db, ask.own_repo(db), branch, title)
     return JSONResponse({"commitOid": oid})

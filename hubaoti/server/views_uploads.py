@@ -54,7 +54,7 @@ def preupload(ask: ApiRequest, body: Body) -> Response:
     ask.refuse_pr()
     branch = validation.check_ref_name(ask.word("revision"), "heads")
     with ask.hub.database.reading() as db:
-        repo = ask.repo(db)
+        repo = ask.own_repo(db)
         tree = ask.hub.history.tree(db, repo, repos.find_head(db, repo, branch))
     files = validation.iterate_objects(body, "files")
     return JSONResponse({"files": [_choose_upload_mode(entry, tree) for entry in files]})
@@ -74,7 +74,7 @@ def offer_lfs_batch(ask: ApiRequest, body: Body) -> Response:
     if body.get("operation") != "upload":
         raise malformed_request("This endpoint's LFS takes uploads only")
     with ask.hub.database.reading() as db:
-        ask.repo(db)
+        ask.own_repo(db)
     objects = validation.iterate_objects(body, "objects")
     answer = {"transfer": "basic", "objects": [_offer_lfs_object(ask, each) for each in objects]}
     return JSONResponse(answer, media_type="application/vnd.git-lfs+json")
@@ -114,7 +114,8 @@ def issue_xet_token(ask: ApiRequest) -> Response:
     """Where hf_xet sends its uploads, and the token that it sends with them."""
     ask.refuse_pr()
     with ask.hub.database.reading() as db:
-        repos.find_head(db, ask.repo(db), validation.check_ref_name(ask.word("revision"), "heads"))
+        branch = validation.check_ref_name(ask.word("revision"), "heads")
+        repos.find_head(db, ask.own_repo(db), branch)
     token = ask.hub.guard.sign(_XET_ERRAND)
     expires, url = int(token.partition(".")[0]), f"{ask.base}/_cas/{ask.hub.epoch}"
     headers = {
@@ -175,7 +176,7 @@ async def view_commit(ask: ApiRequest) -> Response:
 
 def _require_branch(ask: ApiRequest, branch: str) -> None:
     with ask.hub.database.reading() as db:
-        repos.find_head(db, ask.repo(db), branch)
+        repos.find_head(db, ask.own_repo(db), branch)
 
 
 async def _read_lines(request: Request) -> AsyncIterator[bytes]:
@@ -248,7 +249,7 @@ def _find_lfs_entry(ask: ApiRequest, path: str, value: _Value) -> trees.TreeEntr
 def _commit_draft(ask: ApiRequest, branch: str, draft: Draft) -> Response:
     card = ask.hub.history.card_after(draft.changes)
     with ask.hub.database.writing() as db:
-        repo = ask.repo(db)
+        repo = ask.own_repo(db)
         oid = ask.hub.history.commit(db, repo, branch, draft, card)
     url = f"{ask.base}/{repo.id.page}/commit/{oid}"
     return JSONResponse({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
