@@ -252,6 +252,14 @@ class BadExport(HubaotiError, exit_code=57):
     """A file of exported artifacts that is none, is damaged, or was made to harm."""
 
 
+class OverQuota(HubaotiError, exit_code=58):
+    """The endpoint may not store as much more as was to be pushed."""
+
+
+class BadBackup(HubaotiError, exit_code=59):
+    """A folder that is no backup of an endpoint's repos, or a damaged one."""
+
+
 def rebuild_error(kind: str, message: str, hint: str) -> HubaotiError:
     """An error that another process told of, as it was there."""
     found = globals().get(kind)

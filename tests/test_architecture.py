@@ -37,7 +37,7 @@ ROOMS = {
     "api": {*OPENED, "compiler", "attachment", "hub"},
     "engines": {*OPENED, "compiler", "attachment", "hub", "api"},
     "spaces": {*OPENED, "attachment", "hub", "api"},
-    "server": {"errors", "front_matter", "disk"},
+    "server": {"errors", "front_matter", "disk", "artifact"},
     "cli": {*STORED, "mirror", "hub", "api", "engines", "spaces", "server"},
     "": {"api", "artifact", "attachment", "engines", "mirror"},
 }

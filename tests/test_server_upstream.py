@@ -14,11 +14,12 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from proxies import Proxy, proxying
+from test_hub_pull import get, ship
 from test_server_limits import asked
 
 from hubaoti.errors import BadRequest
 from hubaoti.server import Endpoint, Service, Upstream, fetch, pull_through, serve_in_thread
-from hubaoti.settings import read_upstream_token
+from hubaoti.settings import Settings, read_upstream_token
 
 BIG = os.urandom(3 << 20)
 FILES = {"a/big.bin": BIG, "README.md": b"---\ntags: [fast]\n---\nhello", "empty": b""}
@@ -241,6 +242,21 @@ def test_a_copy_is_changed_nowhere_but_upstream(ours: Endpoint, published: str) 
     assert api.model_info(published).id == published
 
 
+def test_hosts_pull_an_artifact_through_it_and_from_it(
+    ours: Endpoint, endpoint: Endpoint, proxy: Proxy, repo: str, tmp_path: Path
+) -> None:
+    there = Settings(home=tmp_path / "there", endpoint=endpoint.url, token=endpoint.token)
+    made = ship(tmp_path, repo, there)
+    HfApi(endpoint.url, token=endpoint.token).create_tag(repo, tag="v1.0")
+    for name in ("first", "second"):
+        pulled = get(f"{repo}@v1", Settings(home=tmp_path / name, endpoint=ours.url))
+        assert (pulled.artifact.digest, pulled.commit) == (made.digest, made.commit)
+    assert fetched(proxy, "root.pt2") == 1
+    proxy.answers = [(0, {})] * 1000
+    pulled = get(f"{repo}@v1.0", Settings(home=tmp_path / "third", endpoint=ours.url))
+    assert pulled.artifact.digest == made.digest
+
+
 def test_no_token_goes_further_than_it_is_for(
     ours: Endpoint, proxy: Proxy, endpoint: Endpoint, published: str, tmp_path: Path
 ) -> None:
@@ -258,6 +274,27 @@ def test_what_is_private_upstream_is_private_here(
             with pytest.raises(RepositoryNotFoundError):
                 stranger.model_info(published)
     assert client(ours, ours.token).model_info(published).private
+
+
+def test_a_search_finds_what_is_here_and_then_what_is_upstream(
+    ours: Endpoint, source: HfApi, proxy: Proxy, published: str
+) -> None:
+    tag, name = f"program-{published.partition('/')[2]}", published
+    card = f"---\ntags: [{tag}]\n---\n".encode()
+    publish(source, name, {"README.md": card})
+    publish(source, f"{name}-secret", {"README.md": card})
+    source.update_repo_settings(f"{name}-secret", private=True)
+    own = client(ours, ours.token)
+    publish(own, f"{name}-own", {"README.md": card})
+    assert [each.id for each in client(ours).list_models(filter=tag)] == [f"{name}-own", name]
+    client(ours).model_info(name)  # from now on it is here, and still listed once
+    found = sorted(each.id for each in client(ours).list_models(filter=tag))
+    assert found == [name, f"{name}-own"]
+    assert f"{name}-secret" in [each.id for each in own.list_models(filter=tag)]
+    proxy.answers = [(0, {})] * 100
+    found = sorted(each.id for each in client(ours).list_models(filter=tag))
+    assert found == [name, f"{name}-own"]
+    proxy.answers = []
 
 
 def test_a_repo_that_moved_upstream_is_found_by_its_new_name(

@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hubaoti.cli.mirror_space import parse_size
 from hubaoti.cli.output import print_line
+from hubaoti.cli.serve_root import (
+    ROOT,
+    backup_command,
+    choose_root,
+    gc_command,
+    restore_command,
+    token_command,
+)
 from hubaoti.errors import BadRequest
-from hubaoti.settings import Settings, read_serve_token, read_upstream_token
+from hubaoti.settings import read_serve_token, read_upstream_token
 
 if TYPE_CHECKING:
     from hubaoti.server import Service
@@ -22,8 +31,9 @@ _LONGEST = 4096  # bytes of a token's file
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, help="0 takes a free one")
 @click.option("--allow-host", multiple=True, help="another name or address that clients use")
-@click.option("--root", type=click.Path(path_type=Path), help="where the repos are stored")
+@ROOT
 @click.option("--upstream", help="an endpoint; what is not here is fetched there once, and kept")
+@click.option("--max-bytes", type=parse_size, metavar="50GB", help="what may be stored at most")
 @click.option(
     "--token-file",
     type=click.Path(path_type=Path),
@@ -48,16 +58,17 @@ def serve_command(
     serve(folder, host, port, given, ready, _describe_service(**options))
 
 
-def choose_root(root: Path | None) -> Path:
-    """The folder that is served, by default below our home."""
-    return root or Settings.from_env().home / "hub"
+for _command in (gc_command, token_command, backup_command, restore_command):
+    serve_command.add_command(_command)
 
 
-def _describe_service(allow_host: tuple[str, ...], upstream: str | None, **_: Any) -> Service:
+def _describe_service(
+    allow_host: tuple[str, ...], upstream: str | None, max_bytes: int | None, **_: Any
+) -> Service:
     from hubaoti.server import Service, Upstream
 
     through = None if upstream is None else Upstream(upstream, read_upstream_token(upstream))
-    return Service(allow_host, through)
+    return Service(allow_host, through, max_bytes)
 
 
 def _choose_token(token: str | None, file: Path | None) -> tuple[str | None, str]:

@@ -3,7 +3,8 @@
 Under the root: `hub.sqlite3` (repos, refs, commits), `objects/` (files under their SHA-256),
 `xorbs/` (Xet uploads not yet taken apart), `tmp/` (files being written, emptied at the start) and
 `lock`. A file is stored before the commit that names it, and a commit is one transaction, so a
-kill leaves all of it or none. Deleting a repo leaves its objects: others may name them too.
+kill leaves all of it or none. Deleting a repo leaves its objects, for others may name them too,
+until `gc` looks which ones nobody does.
 """
 
 from hubaoti.errors import MissingDependency

@@ -35,6 +35,13 @@ create table if not exists revision (
     primary key (repo, oid)
 );
 create table if not exists xorb (hash text primary key, places text not null);
+create table if not exists token (
+    name text primary key, hash text not null, role text not null, owners text not null,
+    created text not null
+);
+create table if not exists hit (
+    repo integer primary key references repo on delete cascade, count integer not null
+);
 create table if not exists copied (
     repo integer primary key references repo on delete cascade,
     origin text not null, seen integer not null

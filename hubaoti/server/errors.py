@@ -72,6 +72,12 @@ def disk_full() -> ServerError:
     return ServerError(507, "The disk of the endpoint is full")
 
 
+def over_quota(size: int, limit: int) -> ServerError:
+    """413: more than the endpoint is allowed to store; nothing half-written stays."""
+    words = f"{size} bytes more than are stored do not go into the {limit} bytes of this endpoint"
+    return ServerError(413, f"{words}: remove some and run its gc", code="OverQuota")
+
+
 def says_full(error: Exception) -> bool:
     """Whether an error of the system's or of SQLite's says that the disk is full."""
     if isinstance(error, OSError):

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from threading import Event
 from typing import BinaryIO
 
 from starlette.concurrency import run_in_threadpool
@@ -31,8 +32,10 @@ _POLL = 0.05  # seconds
 class Fetch:
     """One file that is being fetched; `done` is its digest once it is stored."""
 
-    def __init__(self, entry: TreeEntry) -> None:
+    def __init__(self, entry: TreeEntry, stopped: Event) -> None:
+        """Of this entry of a tree; it ends early once it is `stopped`."""
         self.entry = entry
+        self._stopped = stopped
         self.done: Future[str] = Future()
         self._received = 0
         self._open: Callable[[], BinaryIO] | None = None
@@ -94,7 +97,7 @@ class Fetch:
             UpstreamMissing: it has no such file any more.
         """
         entry = self.entry
-        with objects.receive() as incoming:
+        with objects.receive(entry.size) as incoming:
             self._open = incoming.reread
             blob = self._receive(upstream, incoming, where)
             if not entry.lfs and blob != entry.blob:
@@ -121,6 +124,8 @@ class Fetch:
                     self._received = incoming.size
                     if incoming.size > size:
                         raise _other_bytes(where)
+                    if self._stopped.is_set():
+                        raise _cut_off(where)
             if incoming.size == size:
                 return blob.hexdigest()
         raise _cut_off(where)

@@ -43,6 +43,8 @@ RETRY = 10.0
 _SEEN = 3600.0
 """Seconds after which it is written down again that a repo is asked for: `gc` forgets by it."""
 
+_LOCKS = 64
+_MOST_MISSING = 10_000
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -73,12 +75,16 @@ class PullThrough:
         self._lock = threading.Lock()
         self._jobs: dict[Hashable, Future[Any]] = {}
         self._fetches: dict[str, Fetch] = {}
-        self._repo_locks: dict[RepoId, threading.Lock] = {}
+        self._stopped = threading.Event()
+        # One for each repo would be as many as names that anybody asks for.
+        self._repo_locks = [threading.Lock() for _ in range(_LOCKS)]
+        self._missing: dict[RepoId, float] = {}
         self._fresh: dict[RepoId, float] = {}
         self._gone_until = 0.0
 
     def close(self) -> None:
-        """Wait for what is on its way; nothing else is begun."""
+        """End what is on its way; nothing else is begun."""
+        self._stopped.set()
         for pool in (self._asking, self._fetching):
             pool.shutdown(cancel_futures=True)
 
@@ -99,10 +105,17 @@ class PullThrough:
                 running.add_done_callback(lambda _: self._jobs.pop(key, None))
         return running
 
+    def search(self, kind: str, query: str) -> Future[list[dict[str, Any]]]:
+        """What upstream's list of a kind of repos says to a query; nothing where it is gone."""
+        return self._join(("search", kind, query), lambda: self._search(kind, query))
+
+    def _search(self, kind: str, query: str) -> list[dict[str, Any]]:
+        with suppress(UpstreamGone, UpstreamMissing):
+            return self._ask(lambda: self.upstream.search(kind, query))
+        return []
+
     def _bring(self, name: RepoId, revision: str, what: str) -> None:
-        with self._lock:
-            lock = self._repo_locks.setdefault(name, threading.Lock())
-        with lock:
+        with self._repo_locks[hash(name) % _LOCKS]:
             repo = self._find(name)
             if repo is not None and repo.origin != self.upstream.url:
                 return
@@ -124,10 +137,13 @@ class PullThrough:
         """The repo with its refs as they are now, or as last seen; None where there is none."""
         if repo and time.monotonic() - self._fresh.get(name, -FRESH) < FRESH:
             return repo
+        if repo is None and time.monotonic() - self._missing.get(name, -FRESH) < FRESH:
+            return None
         try:
             seen = self._ask(lambda: self.upstream.describe(name))
         except UpstreamMissing:
             if repo is None:
+                self._remember_missing(name)
                 return None
             raise
         except UpstreamGone as error:
@@ -139,6 +155,11 @@ class PullThrough:
         self._record(name, seen)
         self._fresh[name] = time.monotonic()
         return self._find(name)
+
+    def _remember_missing(self, name: RepoId) -> None:
+        if len(self._missing) >= _MOST_MISSING:
+            self._missing.clear()
+        self._missing[name] = time.monotonic()
 
     def _ask(self, question: Callable[[], _T]) -> _T:
         """What upstream answers; while it is gone, it is not asked at every turn.
@@ -254,7 +275,7 @@ class PullThrough:
         with self._lock:
             fetch = self._fetches.get(key)
             if fetch is None:
-                fetch = self._fetches[key] = Fetch(entry)
+                fetch = self._fetches[key] = Fetch(entry, self._stopped)
                 self._fetching.submit(self._fetch, key, fetch, (repo.id, commit, path))
         return fetch
 

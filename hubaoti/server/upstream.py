@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ PATIENCE = 10.0
 """Seconds without a byte from upstream, after which it counts as gone."""
 
 _MOST_ANSWERED = 32 * 2**20  # bytes of one answer
+_LONGEST = 60.0  # seconds of one answer
 _MOST_PAGES = 200
 _MOST_FILES = 100_000
 _PIECE = 2**20  # bytes
@@ -141,6 +143,16 @@ class Upstream:
             for item in self._iterate(f"{_api(name)}/commits/{commit}")
         ]
 
+    def search(self, kind: str, query: str) -> list[dict[str, Any]]:
+        """The first page of the repos of a kind that a list's query finds, as it lists them.
+
+        Raises:
+            UpstreamMissing, UpstreamGone
+        """
+        found, _ = self._read_page(f"{self.url}/api/{kind}s?{query}")
+        listed = found if isinstance(found, list) else []
+        return [item for item in listed if isinstance(item, dict) and _text(item, "id")]
+
     @contextmanager
     def open_file(
         self, name: RepoId, commit: str, path: str, offset: int
@@ -179,12 +191,14 @@ class Upstream:
         """A page's JSON, and the URL of the next one, if there is one."""
         if not url.startswith(f"{self.url}/"):
             raise UpstreamOdd("its next page is another endpoint's")  # who gets no token of it
-        body = bytearray()
+        body, end = bytearray(), time.monotonic() + _LONGEST
         with self._open(url.removeprefix(self.url), {}) as response:
-            for piece in response.iter_bytes(_PIECE):
+            for piece in response.iter_bytes():
                 body += piece
                 if len(body) > _MOST_ANSWERED:
                     raise UpstreamOdd(f"its answer has more than {_MOST_ANSWERED} bytes")
+                if time.monotonic() > end:
+                    raise UpstreamGone(f"its answer takes longer than {_LONGEST:.0f} s")
             following = response.links.get("next", {}).get("url")
         try:
             return json.loads(bytes(body)), following

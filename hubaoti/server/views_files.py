@@ -100,6 +100,8 @@ async def view_content(ask: ApiRequest) -> Response:
     """A file's bytes, or the part that `Range` asks for; fetched first where upstream has them."""
     await ask.bring("tree")
     wanted = await run_in_threadpool(_find_file, ask)
+    if ask.request.method == "GET":
+        ask.hub.metrics.hit(wanted.repo.row)
     answer = await run_in_threadpool(_answer_file, ask, wanted)
     return answer or await _fetch(ask, wanted)
 
