@@ -150,6 +150,9 @@ def test_the_commands_look_after_the_folder(
     assert (listed["name"], listed["role"], listed["owners"]) == ("ci", "write", ["acme"])
     assert "acme" in run("token", "ls") and made not in run("token", "ls")
     assert "nothing any more" in run("token", "rm", "ci")
+    assert dispatch(["serve", "--root", str(root), "token", "add", "early"]) == 0
+    capsys.readouterr()
+    assert json.loads(run("token", "ls", "--json"))[0]["name"] == "early"
     assert run("gc", "--dry-run") == "0 files would be removed (0 B)"
     assert json.loads(run("gc", "--json")) == {"files": [], "bytes": 0, "copies": []}
     assert "files" in run("backup", tmp_path / "backup")

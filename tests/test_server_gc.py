@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from disks import small
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from test_server_fleet import page
@@ -176,6 +177,22 @@ def test_pushes_lose_nothing_while_files_are_removed(
         assert cleaning.result() > 5
     assert pushed
     assert {path: read(api, path, tmp_path / "cache") for path in pushed} == pushed
+
+
+def test_a_full_disk_is_freed(tmp_path: Path) -> None:
+    with small(tmp_path / "disk", "6m") as disk, serve_in_thread(disk / "root") as found:
+        api, pushed = HfApi(found.url, token=found.token), []
+        api.create_repo("o/r")
+        with pytest.raises(HfHubHTTPError, match="507"):
+            for number in range(20):
+                put(api, f"{number}.txt", os.urandom(300_000).hex().encode())
+                pushed.append(f"{number}.txt")
+        for path in pushed[1:]:
+            remove(api, path)
+        age(disk / "root")
+        assert collect(disk / "root", 0).bytes == 600_000 * len(pushed[1:]) > 2_000_000
+        put(api, "again.txt", os.urandom(300_000).hex().encode())
+        assert api.list_repo_files("o/r") == [".gitattributes", pushed[0], "again.txt"]
 
 
 def test_copies_that_nobody_asks_for_are_forgotten(

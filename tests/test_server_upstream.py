@@ -15,6 +15,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from proxies import Proxy, proxying
 from test_hub_pull import get, ship
+from test_server_fleet import page
 from test_server_limits import asked
 
 from hubaoti.errors import BadRequest
@@ -252,6 +253,13 @@ def test_hosts_pull_an_artifact_through_it_and_from_it(
         pulled = get(f"{repo}@v1", Settings(home=tmp_path / name, endpoint=ours.url))
         assert (pulled.artifact.digest, pulled.commit) == (made.digest, made.commit)
     assert fetched(proxy, "root.pt2") == 1
+    said = page(ours, "/metrics")[1]
+    counted = dict(
+        line.split() for line in said.splitlines() if "{" not in line and "#" not in line
+    )
+    hits, misses = (int(counted[f"hubaoti_upstream_{name}_total"]) for name in ("hits", "misses"))
+    assert 0 < misses <= hits
+    assert int(counted["hubaoti_upstream_bytes_total"]) > 0
     proxy.answers = [(0, {})] * 1000
     pulled = get(f"{repo}@v1.0", Settings(home=tmp_path / "third", endpoint=ours.url))
     assert pulled.artifact.digest == made.digest

@@ -15,7 +15,10 @@ _DAY = 86400
 
 
 def choose_root(root: Path | None) -> Path:
-    """The folder that is served, by default below our home."""
+    """The folder that is served, also where `serve` was told of it; by default below our home."""
+    context = click.get_current_context().parent
+    while root is None and context is not None:
+        root, context = context.params.get("root"), context.parent
     return root or Settings.from_env().home / "hub"
 
 

@@ -53,11 +53,15 @@ class Hub:
     through: PullThrough | None = None
 
     @property
-    def epochs(self) -> tuple[str, str]:
-        """What stands in the URL of Xet uploads, and what stood there before the last `gc`."""
+    def epoch(self) -> str:
+        """What stands in the URL of Xet uploads: the root's own, and how often chunks were lost."""
         with self.database.reading() as db:
-            known = dict(db.execute("select key, value from meta where key like 'epoch%'"))
-        return known["epoch"], known.get("epoch before", known["epoch"])
+            known = dict(db.execute("select key, value from meta"))
+        return f"{known['epoch']}.{known.get('forgotten', 0)}"
+
+    def knows_epoch(self, epoch: str) -> bool:
+        """Whether it is this root's, now or before chunks were lost."""
+        return epoch.partition(".")[0] == self.epoch.partition(".")[0]
 
     def find_object(self, entry: TreeEntry) -> str | None:
         """The digest of a file's bytes, None where they are not here."""

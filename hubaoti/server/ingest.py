@@ -12,7 +12,6 @@ client's memory is tied to the upload's URL, that URL holds an epoch, drawn once
 from __future__ import annotations
 
 import json
-import secrets
 import threading
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
@@ -172,13 +171,13 @@ class Ingest:
 def forget_xorbs(db: Connection, xorbs: Iterable[str]) -> None:
     """Forget where the chunks of these are; clients, who remember what they sent, send it again.
 
-    For that the epoch is another one; uploads that began before end by the old one.
+    For that the epoch counts on; uploads that began before end by the one that they know.
     """
     db.executemany("delete from xorb where hash = ?", [(xorb,) for xorb in xorbs])
     db.execute(
-        "insert or replace into meta select 'epoch before', value from meta where key = 'epoch'"
+        "insert into meta values ('forgotten', '1') "
+        "on conflict (key) do update set value = cast(value as integer) + 1"
     )
-    db.execute("update meta set value = ? where key = 'epoch'", (secrets.token_hex(8),))
 
 
 def _check_segment(segment: Segment, places: list[_Place]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from threading import Lock
@@ -57,16 +58,21 @@ class Metrics:
             self._hits[repo] += 1
 
     def save(self) -> None:
-        """Write down the hits that were counted since the last time."""
+        """Write down the hits that were counted since the last time; or later, on a full disk."""
         with self._lock:
             hits, self._hits = self._hits, Counter()
-        if hits:
+        if not hits:
+            return
+        try:
             with self._database.writing() as db:
                 db.executemany(
                     "insert into hit select id, ?2 from repo where id = ?1 "
                     "on conflict (repo) do update set count = count + excluded.count",
                     hits.items(),
                 )
+        except sqlite3.OperationalError:
+            with self._lock:
+                self._hits += hits
 
     def list_requests(self) -> list[tuple[str, int, int]]:
         """Methods and statuses, and how often; the status is 0 where nobody waited for one."""

@@ -156,6 +156,11 @@ class PullThrough:
         self._fresh[name] = time.monotonic()
         return self._find(name)
 
+    def count(self, what: str, number: int = 1) -> None:
+        """Have it known that this happened so often more."""
+        with self._lock:
+            self.counts[what] += number
+
     def _remember_missing(self, name: RepoId) -> None:
         if len(self._missing) >= _MOST_MISSING:
             self._missing.clear()
@@ -169,11 +174,11 @@ class PullThrough:
         """
         if time.monotonic() < self._gone_until:
             raise UpstreamGone("it could not be asked a moment ago")
-        self.counts["asked"] += 1
+        self.count("asked")
         try:
             return question()
         except UpstreamGone as error:
-            self.counts["gone"] += 1
+            self.count("gone")
             if not isinstance(error, UpstreamOdd):
                 self._gone_until = time.monotonic() + RETRY
             raise
@@ -284,9 +289,9 @@ class PullThrough:
         try:
             sha256 = self.find_object(entry)  # by a fetch that ended a moment ago
             if sha256 is None:
-                self.counts["misses"] += 1
+                self.count("misses")
                 sha256, size = fetch.run(self.upstream, self._objects, where)
-                self.counts["bytes"] += size
+                self.count("bytes", size)
                 if not entry.sha256:
                     with self._database.writing() as db:
                         row = (entry.blob, sha256)

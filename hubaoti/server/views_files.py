@@ -129,7 +129,8 @@ def _answer_file(ask: ApiRequest, file: _Wanted) -> Response | None:
     through = ask.hub.through
     if through is not None and file.repo.origin == through.upstream.url:
         sha256 = through.find_object(file.entry)
-        through.counts["hits"] += sha256 is not None
+        if sha256 is not None and ask.request.method == "GET":
+            through.count("hits")
         if sha256 is None and ask.request.method == "HEAD":
             length = {"Content-Length": str(file.entry.size), "Accept-Ranges": "bytes"}
             return Response(headers=headers | length, media_type=_BYTES)
