@@ -32,6 +32,7 @@ from hubaoti.server import Endpoint, Service, serve_in_thread
 from hubaoti.server.backup import back_up, restore
 from hubaoti.server.hub import open_root
 from hubaoti.server.tokens import add_token, list_tokens, remove_token
+from hubaoti.server.trees import TreeEntry, dump_tree
 from hubaoti.settings import Settings
 
 CONTENT = os.urandom(200_000)
@@ -347,6 +348,9 @@ def test_a_backup_that_is_damaged_or_none_is_refused(
     with pytest.raises(errors.BadBackup, match="damaged"):
         restore(backup, restored)
     assert not (restored / "objects").exists() and not (restored / "hub.sqlite3").exists()
+    victim.unlink()
+    with pytest.raises(errors.BadBackup, match="lacks files"):
+        restore(backup, restored)
     shutil.rmtree(backup)
     put(api, "acme/r", {"more": b"1"})
     back_up(root, backup)
@@ -355,6 +359,21 @@ def test_a_backup_that_is_damaged_or_none_is_refused(
         restore(backup, restored)
     with pytest.raises(errors.UnsafeFolder):
         back_up(root, Path(__file__).parent)
+
+
+def test_a_backup_names_no_file_but_by_a_digest(
+    own: Endpoint, api: HfApi, root: Path, tmp_path: Path
+) -> None:
+    put(api, "acme/r", {"x": b"1"})
+    back_up(root, tmp_path / "backup")
+    (tmp_path / "evil").write_bytes(b"x")
+    entry = TreeEntry("0" * 40, 1, "/../../evil", lfs=True)
+    with closing(sqlite3.connect(tmp_path / "backup/hub.sqlite3")) as index, index:
+        index.execute("update revision set tree = ?", (dump_tree({"x": entry}, "0" * 40),))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(errors.BadBackup, match="names no file"):
+        restore(tmp_path / "backup", tmp_path / "restored")
+    assert set(tmp_path.rglob("*")) - set(before) <= {tmp_path / "restored"}
 
 
 def test_two_hundred_clients_at_once_lose_nothing(own: Endpoint, api: HfApi, root: Path) -> None:

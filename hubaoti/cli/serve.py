@@ -52,10 +52,14 @@ def serve_command(
     def ready(url: str, token: str) -> None:
         print_line(f"serving {folder} at {url}")
         print_line(f"  export HF_ENDPOINT={url} HF_TOKEN={shown or token}")
+        if upstream := service.upstream:
+            how = "with" if upstream.token else "without"
+            print_line(f"  what is not here comes from {upstream.url}, asked {how} a token")
 
     given, shown = _choose_token(options["token"], options["token_file"])
     folder = choose_root(root)
-    serve(folder, host, port, given, ready, _describe_service(**options))
+    service = _describe_service(**options)
+    serve(folder, host, port, given, ready, service)
 
 
 for _command in (gc_command, token_command, backup_command, restore_command):

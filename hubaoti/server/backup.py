@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import sqlite3
+import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,9 +21,12 @@ from sqlite3 import Connection
 
 from hubaoti.errors import BadBackup, BadRequest
 from hubaoti.server import trees
+from hubaoti.server.errors import ServerError
 from hubaoti.server.hub import INDEX, claim, open_root
+from hubaoti.server.validation import check_digest
 
 _PIECE = 2**20
+_SEAL = "backup"  # under which the index of a backup keeps what files it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +59,11 @@ def back_up(root: Path, to: Path) -> Copied:
             with database.reading() as db:
                 db.backup(copy)
             _leave_out_uploads(copy)
-            digests = sorted(set(_list_digests(copy)))
-        there = [digest for digest in digests if _path(root, digest).exists()]
-        new = sum(_copy(root, to, digest) for digest in there)
+            named = sorted(set(_list_digests(copy)))
+            there = [digest for digest in named if _path(root, digest).exists()]
+            new = sum(_copy(root, to, digest) for digest in there)
+            with copy:
+                copy.execute("insert or replace into meta values (?, ?)", (_SEAL, _seal(there)))
         index.replace(to / INDEX)
     return Copied(len(there), sum(_path(to, d).stat().st_size for d in there), new)
 
@@ -76,12 +82,7 @@ def restore(backup: Path, root: Path) -> Copied:
         hint = "restore into a new folder: --root"
         raise BadRequest(f"{root} is not empty", hint=hint)
     claim(root)
-    with closing(sqlite3.connect(f"file:{backup / INDEX}?mode=ro", uri=True)) as index:
-        try:
-            digests = sorted(set(_list_digests(index)))
-        except (sqlite3.DatabaseError, ValueError) as error:
-            raise BadBackup(f"the index of {backup} cannot be read: {error}") from error
-    there = [digest for digest in digests if _path(backup, digest).exists()]
+    there = _list_files(backup)
     try:
         for digest in there:
             _copy(backup, root, digest)
@@ -91,6 +92,29 @@ def restore(backup: Path, root: Path) -> Copied:
     shutil.copyfile(backup / INDEX, root / f"{INDEX}.new")
     (root / f"{INDEX}.new").replace(root / INDEX)
     return Copied(len(there), sum(_path(root, d).stat().st_size for d in there), len(there))
+
+
+def _list_files(backup: Path) -> list[str]:
+    """The digests of the files of a backup, which has all of them."""
+    hint = "take a new backup, or restore an older one"
+    with closing(
+        sqlite3.connect(f"{(backup / INDEX).absolute().as_uri()}?mode=ro", uri=True)
+    ) as db:
+        try:
+            named = sorted(set(_list_digests(db)))
+            seal = db.execute("select value from meta where key = ?", (_SEAL,)).fetchone()
+        except (sqlite3.DatabaseError, ValueError, TypeError, zlib.error) as error:
+            message = f"the index of {backup} cannot be read: {error}"
+            raise BadBackup(message, hint=hint) from error
+    there = [digest for digest in named if _path(backup, digest).exists()]
+    if seal != (_seal(there),):
+        raise BadBackup(f"{backup} lacks files that were in it", hint=hint)
+    return there
+
+
+def _seal(digests: list[str]) -> str:
+    """What tells these files from more or fewer."""
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _create(index: Path) -> Connection:
@@ -112,7 +136,16 @@ def _list_digests(index: Connection) -> Iterator[str]:
     for (row,) in index.execute("select tree from revision"):
         for entry in trees.load_tree(row).values() if row else ():
             if digest := entry.sha256 or known.get(entry.blob):
-                yield digest
+                yield _check_digest(digest)
+
+
+def _check_digest(word: object) -> str:
+    """A digest that an index names, which becomes a path."""
+    try:
+        return check_digest(word)
+    except ServerError as error:
+        hint = "take a new backup, or restore an older one"
+        raise BadBackup(f"the index names no file: {error.message}", hint=hint) from None
 
 
 def _path(root: Path, digest: str) -> Path:
