@@ -252,6 +252,14 @@ class BadExport(HubaotiError, exit_code=57):
     """A file of exported artifacts that is none, is damaged, or was made to harm."""
 
 
+class OverQuota(HubaotiError, exit_code=58):
+    """The endpoint may not store as much more as was to be pushed."""
+
+
+class BadBackup(HubaotiError, exit_code=59):
+    """A folder that is no backup of an endpoint's repos, or a damaged one."""
+
+
 class NoRepo(NoArtifact, exit_code=60):
     """No repo of the endpoint says that it holds graphs of the program that was asked for."""
 

@@ -26,6 +26,7 @@ _KERNELS = re.compile(
     r"|STORE_BINARY_ONLY|PTXAS_(BLACKWELL_)?PATH|SWAP_MIR\w*)"
     r"|PTXAS_OPTIONS|DISABLE_PTXAS_OPT|DISABLE_LLVM_OPT|LLVM_EXTRACT_DI_LOCAL_VARIABLES|USE_IR_LOC"
 )
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUBAOTI_SERVE_TOKEN", "HUBAOTI_UPSTREAM_TOKEN")
 # The Hub's tokens and our endpoint's, what a header says, and what stands before the @ of a URL.
 _SECRET = re.compile(
     r"(?<![A-Za-z0-9])hf_(?!hub_|raise_)[\w.-]{8,}"
@@ -181,9 +182,30 @@ def read_serve_token(env: Mapping[str, str] | None = None) -> str | None:
     return env.get("HUBAOTI_SERVE_TOKEN", "").strip() or None
 
 
+def read_upstream_token(upstream: str, env: Mapping[str, str] | None = None) -> str | None:
+    """The token for the endpoint that ours pulls through: `HUBAOTI_UPSTREAM_TOKEN`.
+
+    Or, as huggingface_hub finds one, `HF_TOKEN` and then its file, which are for the endpoint that
+    `HF_ENDPOINT` names: another upstream is not told of them.
+    """
+    env = os.environ if env is None else env
+    if own := env.get("HUBAOTI_UPSTREAM_TOKEN", "").strip():
+        return own
+    if (env.get("HF_ENDPOINT") or ENDPOINT).rstrip("/") != upstream.rstrip("/"):
+        return None
+    if found := "".join(env.get("HF_TOKEN", "").split()):
+        return found
+    home = env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    file = Path(env.get("HF_TOKEN_PATH") or Path(home) / "token").expanduser()
+    try:
+        return "".join(file.read_text().split()) or None
+    except (OSError, ValueError):
+        return None
+
+
 def hide_secrets(text: str) -> str:
     """A text for others to read: without what the environment, or a login, says in confidence."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUBAOTI_SERVE_TOKEN"):
+    for name in _TOKENS:
         words = os.environ.get(name, "").split()
         for secret in {*words, "".join(words), *(repr(word)[1:-1] for word in words)} - {""}:
             text = text.replace(secret, "(token)")

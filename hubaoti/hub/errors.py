@@ -17,6 +17,7 @@ from hubaoti.errors import (
     Conflict,
     HubaotiError,
     HubUnreachable,
+    OverQuota,
     RepoNotFound,
 )
 from hubaoti.escape import escape_line
@@ -90,14 +91,21 @@ class ErrorTranslator:
             return RepoNotFound(f"{self.endpoint} shows no such {thing}: {what}", hint=hint)
         if status in (401, 403):
             return self._describe_unauthorized(error, what)
-        if status == 409:
-            return Conflict(f"{what}: {self.first_line(error)}", hint="choose another name")
+        if status in (409, 413):
+            return self._describe_refusal(error, what, status)
         if status == 429:
             return self._describe_limited(error, what)
         if status >= 500 or status == 0:
             return self._describe_unreachable(error, what, _BUSY_HUB if status in BUSY else NO_HUB)
         hint = "see whether the endpoint serves the Hub's protocol"
         return HubaotiError(f"{self.endpoint} refused {what}: {self.first_line(error)}", hint=hint)
+
+    def _describe_refusal(self, error: Exception, what: str, status: int) -> HubaotiError:
+        if status == 409:
+            return Conflict(f"{what}: {self.first_line(error)}", hint="choose another name")
+        hint = "have some removed there and gc run, or more allowed: hubaoti serve --max-bytes"
+        message = self.first_line(getattr(error, "server_message", None) or error)
+        return OverQuota(f"{self.endpoint} refused {what}: {message}", hint=hint)
 
     def _describe_unauthorized(self, error: Exception, what: str) -> AuthFailed:
         if self._find_token() is None:

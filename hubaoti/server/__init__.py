@@ -3,14 +3,17 @@
 Under the root: `hub.sqlite3` (repos, refs, commits), `objects/` (files under their SHA-256),
 `xorbs/` (Xet uploads not yet taken apart), `tmp/` (files being written, emptied at the start) and
 `lock`. A file is stored before the commit that names it, and a commit is one transaction, so a
-kill leaves all of it or none. Deleting a repo leaves its objects: others may name them too.
+kill leaves all of it or none. Deleting a repo leaves its objects, for others may name them too,
+until `gc` looks which ones nobody does.
 """
 
 from hubaoti.errors import MissingDependency
 
 try:
     from hubaoti.server.app import create_app
+    from hubaoti.server.hub import Service
     from hubaoti.server.run import Endpoint, serve, serve_in_thread
+    from hubaoti.server.upstream import Upstream
 except ModuleNotFoundError as _error:
     if _error.name is None or _error.name.partition(".")[0] == "hubaoti":
         raise
@@ -18,4 +21,4 @@ except ModuleNotFoundError as _error:
         f"serving needs {_error.name}, which is not installed", hint="pip install 'hubaoti[serve]'"
     ) from _error
 
-__all__ = ["Endpoint", "create_app", "serve_in_thread", "serve"]
+__all__ = ["Endpoint", "Service", "Upstream", "create_app", "serve_in_thread", "serve"]

@@ -56,7 +56,7 @@ def make_app(hub: Hub, hosts: Hosts) -> ASGIApp:
     )
     app.router.redirect_slashes = False
     app.state.hub = hub
-    return _refuse_other_hosts(_route_quoted_paths(app), hosts)
+    return hub.metrics.count(_refuse_other_hosts(_route_quoted_paths(app), hosts))
 
 
 def _refuse_other_hosts(app: ASGIApp, hosts: Hosts) -> ASGIApp:

@@ -1,4 +1,8 @@
-"""The SQLite file: repos, refs, commits, xorbs. A transaction happens whole or not at all."""
+"""The SQLite file: repos, refs, commits, xorbs. A transaction happens whole or not at all.
+
+Of a repo that was copied from upstream, a commit whose files were not listed yet has an empty tree,
+and `logged` are the commits whose ancestors are all here.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +35,22 @@ create table if not exists revision (
     primary key (repo, oid)
 );
 create table if not exists xorb (hash text primary key, places text not null);
+create table if not exists token (
+    name text primary key, hash text not null, role text not null, owners text not null,
+    created text not null
+);
+create table if not exists hit (
+    repo integer primary key references repo on delete cascade, count integer not null
+);
+create table if not exists copied (
+    repo integer primary key references repo on delete cascade,
+    origin text not null, seen integer not null
+);
+create table if not exists logged (
+    repo integer not null references repo on delete cascade, oid text not null,
+    primary key (repo, oid)
+);
+create table if not exists copied_blob (oid text primary key, sha256 text not null);
 commit;
 """
 

@@ -72,6 +72,12 @@ def disk_full() -> ServerError:
     return ServerError(507, "The disk of the endpoint is full")
 
 
+def over_quota(size: int, limit: int) -> ServerError:
+    """413: more than the endpoint is allowed to store; nothing half-written stays."""
+    words = f"{size} bytes more than are stored do not go into the {limit} bytes of this endpoint"
+    return ServerError(413, f"{words}: remove some and run its gc", code="OverQuota")
+
+
 def says_full(error: Exception) -> bool:
     """Whether an error of the system's or of SQLite's says that the disk is full."""
     if isinstance(error, OSError):
@@ -84,6 +90,14 @@ def says_full(error: Exception) -> bool:
 def revision_not_found(revision: str) -> ServerError:
     """404: no such branch, tag or commit."""
     return ServerError(404, f"Invalid rev id: {revision}", code="RevisionNotFound")
+
+
+def entry_removed(path: str, commit: str) -> ServerError:
+    """404: the commit names the file, whose bytes are not here any more."""
+    error = entry_not_found(path, commit)
+    words = "was removed by gc: no branch and no tag has it, or upstream is not asked any more"
+    error.message = f"{path} of {commit} {words}"
+    return error
 
 
 def entry_not_found(path: str, commit: str) -> ServerError:

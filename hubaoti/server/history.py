@@ -10,7 +10,7 @@ from sqlite3 import Connection
 from typing import Any
 
 from hubaoti.server import card, repos, trees
-from hubaoti.server.errors import ServerError
+from hubaoti.server.errors import ServerError, malformed_request
 from hubaoti.server.gitids import hash_commit
 from hubaoti.server.objects import Objects
 from hubaoti.server.repos import Repo
@@ -78,6 +78,8 @@ class History:
         if known is not None:
             return known
         row = db.execute("select tree from revision where repo = ? and oid = ?", key).fetchone()
+        if not row[0]:
+            return {}  # of upstream, and not listed yet
         tree = trees.load_tree(row[0])
         with self._lock:
             self._trees[key] = tree
@@ -117,6 +119,7 @@ class History:
         if draft.parent and not head.startswith(draft.parent):
             message = "A commit has happened since. Please refresh and try again."
             raise ServerError(412, f"{message} ({branch} is at {head}, not at {draft.parent})")
+        self._require_objects(draft.changes)
         tree = trees.apply_changes(self.tree(db, repo, head), draft.changes, head)
         if branch == "main" and new_card is not None:
             repos.set_card(db, repo, new_card)
@@ -124,9 +127,16 @@ class History:
 
     def begin(self, db: Connection, repo: Repo, changes: tuple[trees.TreeChange, ...]) -> str:
         """The first commit of a new repo, which makes its main branch."""
+        self._require_objects(changes)
         tree = trees.apply_changes({}, changes, "")
         repos.set_card(db, repo, self.card_after(changes) or {})
         return self._record(db, repo, "main", None, Draft("initial commit"), tree)
+
+    def _require_objects(self, changes: Sequence[trees.TreeChange]) -> None:
+        """See, while nobody removes any, that the files are here which these changes name."""
+        for change in changes:
+            if isinstance(change, trees.Put) and self._objects.size(change.entry.sha256) is None:
+                raise malformed_request(f"{change.path} was removed by gc meanwhile: send it again")
 
     def squash(self, db: Connection, repo: Repo, branch: str, title: str) -> str:
         """Put one commit of the same files in place of a branch's whole history."""

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from sqlite3 import Connection
 
 from hubaoti.server.database import Database
-from hubaoti.server.errors import disk_full
+from hubaoti.server.errors import ServerError
 from hubaoti.server.objects import Incoming, Objects
 from hubaoti.server.xet import (
     BadXet,
@@ -74,7 +76,7 @@ class Ingest:
         if found != xorb:
             raise BadXet(f"xorb hash mismatch: expected {xorb}, received {found}")
         with self._lock:
-            if any(place.source != _RAW for place in self._find_places(xorb) or ()):
+            if _are_any_moved(self._find_places(xorb) or []):
                 return False
             incoming.move_to(self._raw / xorb)
             self._remember({xorb: [_Place(_RAW, chunk.offset, chunk.length) for chunk in chunks]})
@@ -98,22 +100,32 @@ class Ingest:
             _check_segment(segment, places[segment.xorb])
         if self._is_done(file, places):
             return
-        if sum(segment.length for segment in file.segments) > self._objects.free():
-            raise disk_full()
-        self._remember(self._write(file, places))
+        try:
+            self._remember(self._write(file, places))
+        except ServerError as error:
+            if error.code == "OverQuota":
+                self._drop({xorb for xorb, known in places.items() if not _are_any_moved(known)})
+            raise
         for xorb, known in places.items():
             if _are_moved(known):
                 (self._raw / xorb).unlink(missing_ok=True)
 
+    def _drop(self, xorbs: set[str]) -> None:
+        """Remove packed uploads of which nothing came; whoever wants them sends them again."""
+        with self._database.writing() as db:
+            forget_xorbs(db, xorbs)
+        for xorb in xorbs:
+            (self._raw / xorb).unlink(missing_ok=True)
+
     def _is_done(self, file: XetFile, places: dict[str, list[_Place]]) -> bool:
         """Whether this upload came before: a client repeats one whose answer it missed."""
-        here = file.sha256 is not None and self._objects.size(file.sha256) is not None
+        here = file.sha256 is not None and self._objects.touch(file.sha256) is not None
         return here and all(_are_moved(known) for known in places.values())
 
     def _write(self, file: XetFile, places: dict[str, list[_Place]]) -> dict[str, list[_Place]]:
         """Write the file; returns the places, changed to where its chunks are now."""
         found: list[tuple[str, int, _Place]] = []
-        with self._objects.receive() as incoming:
+        with self._objects.receive(sum(each.length for each in file.segments)) as incoming:
             for segment in file.segments:
                 for index in range(segment.first, segment.last):
                     content = self._read_place(segment.xorb, places[segment.xorb][index])
@@ -126,12 +138,18 @@ class Ingest:
 
     def _read_place(self, xorb: str, place: _Place) -> bytes:
         """The unpacked bytes of the chunk at a place of a xorb."""
-        if place.source == _RAW:
-            with (self._raw / xorb).open("rb") as file:
-                return read_chunk(file, place.offset)
-        with self._objects.path(place.source).open("rb") as file:
-            file.seek(place.offset)
-            return file.read(place.length)
+        is_raw = place.source == _RAW
+        path = self._raw / xorb if is_raw else self._objects.path(place.source)
+        try:
+            with path.open("rb") as file:
+                if is_raw:
+                    return read_chunk(file, place.offset)
+                file.seek(place.offset)
+                return file.read(place.length)
+        except FileNotFoundError:
+            with self._database.writing() as db:
+                forget_xorbs(db, [xorb])
+            raise BadXet(f"gc removed the xorb {xorb} meanwhile: upload it again") from None
 
     def _require_places(self, xorb: str) -> list[_Place]:
         places = self._find_places(xorb)
@@ -150,12 +168,28 @@ class Ingest:
             db.executemany("insert or replace into xorb values (?, ?)", rows)
 
 
+def forget_xorbs(db: Connection, xorbs: Iterable[str]) -> None:
+    """Forget where the chunks of these are; clients, who remember what they sent, send it again.
+
+    For that the epoch counts on; uploads that began before end by the one that they know.
+    """
+    db.executemany("delete from xorb where hash = ?", [(xorb,) for xorb in xorbs])
+    db.execute(
+        "insert into meta values ('forgotten', '1') "
+        "on conflict (key) do update set value = cast(value as integer) + 1"
+    )
+
+
 def _check_segment(segment: Segment, places: list[_Place]) -> None:
     if not segment.first < segment.last <= len(places):
         raise BadXet("the shard names chunks that its xorb does not have")
     length = sum(place.length for place in places[segment.first : segment.last])
     if length != segment.length:
         raise BadXet("the shard names another length than its chunks have")
+
+
+def _are_any_moved(places: list[_Place]) -> bool:
+    return any(place.source != _RAW for place in places)
 
 
 def _are_moved(places: list[_Place]) -> bool:

@@ -15,13 +15,17 @@ from hubaoti.server.validation import RepoId, is_commit
 
 @dataclass(frozen=True, slots=True)
 class Repo:
-    """One repo: its row's number, its name, and what its card says."""
+    """One repo: its row's number, its name, and what its card says.
+
+    `origin` is the upstream that it was copied from, "" for one of our own.
+    """
 
     row: int
     id: RepoId
     private: bool
     created: str
     card: dict[str, Any]
+    origin: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,11 @@ class Ref:
     oid: str
 
 
+_COLUMNS = (
+    "id, private, created, card, coalesce(origin, '') from repo left join copied on repo = id"
+)
+
+
 def now() -> str:
     """The time, as the Hub writes it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -41,7 +50,7 @@ def now() -> str:
 def find(db: Connection, repo: RepoId) -> Repo | None:
     """The repo of this name, None when there is none."""
     row = db.execute(
-        "select id, private, created, card from repo where kind = ? and name = ?",
+        f"select {_COLUMNS} where kind = ? and name = ?",
         (repo.kind, repo.full_name),
     ).fetchone()
     return _make_repo(repo, *row) if row else None
@@ -49,14 +58,12 @@ def find(db: Connection, repo: RepoId) -> Repo | None:
 
 def list_repos(db: Connection, kind: str) -> list[Repo]:
     """All repos of a kind, by name, private ones too."""
-    rows = db.execute(
-        "select name, id, private, created, card from repo where kind = ? order by name", (kind,)
-    )
+    rows = db.execute(f"select name, {_COLUMNS} where kind = ? order by name", (kind,))
     return [_make_repo(RepoId(kind, *name.split("/")), *rest) for name, *rest in rows]
 
 
-def _make_repo(name: RepoId, row: int, private: int, created: str, card: str) -> Repo:
-    return Repo(row, name, bool(private), created, json.loads(card))
+def _make_repo(name: RepoId, row: int, private: int, created: str, card: str, origin: str) -> Repo:
+    return Repo(row, name, bool(private), created, json.loads(card), origin)
 
 
 def create_repo(db: Connection, repo: RepoId, private: bool) -> int:
@@ -111,6 +118,11 @@ def find_head(db: Connection, repo: Repo, branch: str) -> str:
     if oid is None:
         raise revision_not_found(branch)
     return oid
+
+
+def has_main(db: Connection, repo: Repo) -> bool:
+    """Whether it has a main branch, which a copy of upstream's may lack."""
+    return _find_ref(db, repo, "heads", "main") is not None
 
 
 def add_ref(db: Connection, repo: Repo, new: Ref, message: str = "") -> None:

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from hubaoti.server import repos, validation
+from hubaoti.server.auth import read_bearer
 from hubaoti.server.errors import (
     BAD_TOKEN,
     NO_TOKEN,
@@ -27,7 +28,10 @@ from hubaoti.server.errors import (
     too_large,
 )
 from hubaoti.server.hub import Hub
+from hubaoti.server.pull_through import Moved, NotHere
 from hubaoti.server.repos import Repo
+from hubaoti.server.tokens import WRITE, Grant, find_grant
+from hubaoti.server.upstream import UpstreamMissing
 from hubaoti.server.validation import RepoId
 
 _SMALL = 2**19
@@ -68,27 +72,100 @@ class ApiRequest:
         return validation.parse_repo_id(kind, name, self.hub.user)
 
     @cached_property
-    def trusted(self) -> bool:
-        """Whether the request carries the token that this endpoint was started with."""
-        return self.hub.guard.knows(self.request.headers.get("authorization"))
+    def grant(self) -> Grant | None:
+        """What the request's token allows: all, where it is the one that this was started with."""
+        authorization = self.request.headers.get("authorization")
+        if self.hub.guard.knows(authorization):
+            return Grant(self.hub.user, WRITE)
+        token = read_bearer(authorization)
+        if not token:
+            return None
+        with self.hub.database.reading() as db:
+            return find_grant(db, token)
 
-    def demand_token(self) -> None:
-        """401 unless the request carries the token."""
-        if not self.trusted:
+    def may_read(self, repo: Repo) -> bool:
+        """Whether the request is shown this repo."""
+        return not repo.private or (self.grant is not None and self.grant.may_read(repo.id.owner))
+
+    def demand_token(self) -> Grant:
+        """What the request's token allows; 401 where it carries none that is known."""
+        if self.grant is None:
             given = self.request.headers.get("authorization")
             raise ServerError(401, BAD_TOKEN if given else NO_TOKEN)
+        return self.grant
+
+    def demand_write(self) -> None:
+        """401 without a token, 403 unless it may write, and of the owner whom the path names."""
+        grant = self.demand_token()
+        owner = self.repo_id.owner if "name" in self.request.path_params else None
+        self._require_write(grant, owner)
+
+    def _require_write(self, grant: Grant, owner: str | None) -> None:
+        if grant.role != WRITE:
+            raise ServerError(403, f"The token {grant.name} may read, and not write")
+        if owner is not None and not grant.may_write(owner):
+            raise ServerError(403, f"The token {grant.name} may not write repos of {owner}")
+
+    def require_owner(self, name: RepoId) -> None:
+        """403 unless the request's token may write repos of this one's owner."""
+        self._require_write(self.demand_token(), name.owner)
 
     def refuse_pr(self) -> None:
         """400 to whoever asks for a pull request."""
         if self.flag("create_pr"):
             raise malformed_request("Pull requests are not supported by this endpoint")
 
+    async def bring(self, what: str) -> None:
+        """See that the repo is as upstream has it, where there is one: `PullThrough.bring`."""
+        through = self.hub.through
+        if through is None:
+            return
+        await run_in_threadpool(self._require_visible)
+        revision = self.word("revision") if "revision" in self.request.path_params else "main"
+        try:
+            bringing = through.bring(self.repo_id, revision, what)
+            await asyncio.shield(asyncio.wrap_future(bringing))
+        except Moved as moved:
+            raise self._redirect(moved.to) from None
+        except UpstreamMissing:
+            raise repo_not_found(self.repo_id, trusted=self.grant is not None) from None
+        except NotHere as error:
+            message = f"{self.repo_id} is not here, and upstream cannot be asked: {error}"
+            raise ServerError(504, message) from None
+
+    def _require_visible(self) -> None:
+        """404 or 401 for a repo that is here, and hidden from this client."""
+        with self.hub.database.reading() as db:
+            if repos.find(db, self.repo_id) is not None:
+                self.repo(db)
+
+    def _redirect(self, to: str) -> ServerError:
+        """307 to the name by which upstream has the repo now."""
+        name = validation.parse_repo_id(self.repo_id.kind, to, self.hub.user)
+        path = self.request.scope["path"]
+        there = path.replace(f"/{self.repo_id.full_name}", f"/{name.full_name}", 1)
+        if there == path:
+            raise repo_not_found(self.repo_id, trusted=self.grant is not None)
+        query = self.request.url.query
+        location = f"{self.base}{there}" + (f"?{query}" if query else "")
+        headers = {"Location": location}
+        return ServerError(307, f"{self.repo_id} is {name.full_name} upstream", headers=headers)
+
+    def own_repo(self, db: Connection, repo_id: RepoId | None = None) -> Repo:
+        """The repo, to be changed; 403 for a copy of upstream's."""
+        repo = self.repo(db, repo_id)
+        self.require_owner(repo.id)
+        if repo.origin:
+            message = f"{repo.id} is a copy of {repo.origin}'s: change it there"
+            raise ServerError(403, message)
+        return repo
+
     def repo(self, db: Connection, repo_id: RepoId | None = None) -> Repo:
         """The repo that the path (or the caller) names; a private one only for the trusted."""
         name = repo_id or self.repo_id
         repo = repos.find(db, name)
-        if repo is None or (repo.private and not self.trusted):
-            raise repo_not_found(name, trusted=self.trusted)
+        if repo is None or not self.may_read(repo):
+            raise repo_not_found(name, trusted=self.grant is not None)
         return repo
 
     @property
@@ -106,7 +183,7 @@ class ApiRequest:
 
 
 Body = dict[str, Any]
-Permit = Callable[[ApiRequest], None]
+Permit = Callable[[ApiRequest], object]
 """Raises unless a request may do what it asks for."""
 
 View = Callable[[Request], Awaitable[Response]]
@@ -127,28 +204,46 @@ def reads(view: Callable[[ApiRequest], Response], permit: Permit = _allow_anybod
 
 
 def writes(view: Callable[[ApiRequest, Body], Response], limit: int = _SMALL) -> View:
-    """Make an endpoint of a view that needs the token, which is checked before the body is read."""
+    """Make an endpoint of a view that needs a token to write, asked before the body is read."""
 
     @wraps(view)
     async def answer(ask: ApiRequest) -> Response:
         content = await _wait_for_body(read_whole_body(ask.request, limit))
         return await run_in_threadpool(view, ask, validation.parse_json_object(content))
 
-    return streams(answer, ApiRequest.demand_token)
+    return streams(answer, ApiRequest.demand_write)
 
 
-def reads_body(view: Callable[[ApiRequest, bytes], Response]) -> View:
-    """Make an endpoint of a view that anybody may call, and whose question is its body."""
+def pulls(view: Callable[[ApiRequest], Response], what: str) -> View:
+    """Make an endpoint of a view of a repo, after what it needs was brought from upstream."""
 
     @wraps(view)
     async def answer(ask: ApiRequest) -> Response:
+        await ask.bring(what)
+        return await run_in_threadpool(view, ask)
+
+    return streams(answer, _allow_anybody)
+
+
+def reads_body(view: Callable[[ApiRequest, bytes], Response], what: str = "") -> View:
+    """Make an endpoint of a view that anybody may call, and whose question is its body.
+
+    `what` is brought from upstream first.
+    """
+
+    @wraps(view)
+    async def answer(ask: ApiRequest) -> Response:
+        if what:
+            await ask.bring(what)
         content = await _wait_for_body(read_whole_body(ask.request, LIST))
         return await run_in_threadpool(view, ask, content)
 
     return streams(answer, _allow_anybody)
 
 
-def streams(view: Callable[[ApiRequest], Awaitable[Response]], permit: Permit) -> View:
+def streams(
+    view: Callable[[ApiRequest], Awaitable[Response]], permit: Permit = _allow_anybody
+) -> View:
     """A view that reads its body itself, once it may; work that blocks goes to threads."""
 
     @wraps(view)

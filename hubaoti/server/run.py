@@ -7,7 +7,7 @@ import errno
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from hubaoti.errors import BadRequest, HubaotiError, InUse
 from hubaoti.server.app import make_app
 from hubaoti.server.auth import Hosts
 from hubaoti.server.connections import AT_ONCE, QUEUE, Connection, limit_log_lines
-from hubaoti.server.hub import Hub, open_hub
+from hubaoti.server.hub import Hub, Service, open_hub
 
 _GRACE = 5
 """How many seconds running requests have to end, once we stop."""
@@ -39,12 +39,12 @@ def serve(
     port: int = 0,
     token: str | None = None,
     ready: Callable[[str, str], None] | None = None,
-    allow_hosts: Iterable[str] = (),
+    service: Service | None = None,
 ) -> None:
     """Serve a root folder until SIGINT or SIGTERM; port 0 takes a free one.
 
     Once it listens, `ready` is called with the URL and the token, which is made up when none is
-    given. It answers to loopback names, `host`, and the other names that are allowed.
+    given. It answers to loopback names, `host`, and the other names that the service allows.
 
     Raises:
         BadRequest: what is allowed is no host's name, or the address is none.
@@ -53,8 +53,8 @@ def serve(
         DiskFull: there is no room in it.
     """
     with _listen(host, port) as listener:
-        hosts = Hosts((host, *allow_hosts))
-        with closing(open_hub(root, token)) as hub:
+        hosts = Hosts((host, *(service.allow_hosts if service else ())))
+        with closing(open_hub(root, token, service=service)) as hub:
             endpoint = Endpoint(_format_url(listener), hub.guard.token)
             announce = (lambda: ready(endpoint.url, endpoint.token)) if ready else (lambda: None)
             server = _Server(hub, hosts, announce)
@@ -63,11 +63,13 @@ def serve(
 
 
 @contextmanager
-def serve_in_thread(root: Path, token: str | None = None, port: int = 0) -> Iterator[Endpoint]:
+def serve_in_thread(
+    root: Path, token: str | None = None, port: int = 0, service: Service | None = None
+) -> Iterator[Endpoint]:
     """Serve a root folder on 127.0.0.1 from a thread of this process, as long as the block runs."""
     with (
         _listen("127.0.0.1", port) as listener,
-        closing(open_hub(root, token)) as hub,
+        closing(open_hub(root, token, service=service)) as hub,
         limit_log_lines(),
     ):
         started = threading.Event()

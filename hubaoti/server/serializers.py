@@ -58,7 +58,7 @@ def serialize_files(tree: Tree, *, blobs: bool = False) -> Json:
 
 def count_storage(tree: Tree) -> int:
     """The bytes of all files, equal ones counted once."""
-    return sum({entry.sha256: entry.size for entry in tree.values()}.values())
+    return sum({entry.sha256 or entry.blob: entry.size for entry in tree.values()}.values())
 
 
 def choose_properties(

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from urllib.parse import parse_qs, quote
 
 import msgspec
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from hubaoti.server import repos, serializers, trees, validation
-from hubaoti.server.errors import entry_not_found, malformed_request
+from hubaoti.server.errors import entry_not_found, entry_removed, malformed_request
+from hubaoti.server.fetch import HOLD
+from hubaoti.server.repos import Repo
 from hubaoti.server.request import ApiRequest
 from hubaoti.server.serializers import Json
 from hubaoti.server.trees import TreeEntry
 
 _PAGE = 1000
 _PATHS = 10_000
+_BYTES = "application/octet-stream"
 _RANGE = re.compile(r"bytes=\s*(\d+-\d*|-\d+)(\s*,\s*(\d+-\d*|-\d+))*\s*")
 
 
 class _File(FileResponse):
     # With Starlette's 64 KiB a download costs a third of its speed.
     chunk_size = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A file, and where it was asked for."""
+
+    repo: Repo
+    oid: str
+    path: str
+    entry: TreeEntry
 
 
 class _Paths(msgspec.Struct):
@@ -81,8 +96,18 @@ def _read_wanted_paths(media: str, body: bytes) -> tuple[list[str], bool]:
     return form.get("paths", []), validation.is_set(form.get("expand", [""])[-1])
 
 
-def view_content(ask: ApiRequest) -> Response:
-    """A file's bytes, or the part that `Range` asks for."""
+async def view_content(ask: ApiRequest) -> Response:
+    """A file's bytes, or the part that `Range` asks for; fetched first where upstream has them."""
+    await ask.bring("tree")
+    wanted = await run_in_threadpool(_find_file, ask)
+    if ask.request.method == "GET":
+        ask.hub.metrics.hit(wanted.repo.row)
+    answer = await run_in_threadpool(_answer_file, ask, wanted)
+    return answer or await _fetch(ask, wanted)
+
+
+def _find_file(ask: ApiRequest) -> _Wanted:
+    """The file that is asked for, in the commit that its revision names."""
     path = validation.check_file_path(ask.word("path"))
     with ask.hub.database.reading() as db:
         repo = ask.repo(db)
@@ -90,19 +115,54 @@ def view_content(ask: ApiRequest) -> Response:
         entry = ask.hub.history.tree(db, repo, oid).get(path)
     if entry is None:
         raise entry_not_found(path, oid)
-    headers = _make_headers(oid, entry)
-    if _matches_etag(ask.request.headers.get("if-none-match", ""), entry):
+    return _Wanted(repo, oid, path, entry)
+
+
+def _answer_file(ask: ApiRequest, file: _Wanted) -> Response | None:
+    """The answer that needs nothing of upstream; None where the file has to be fetched."""
+    headers = _make_headers(file.oid, file.entry)
+    if _matches_etag(ask.request.headers.get("if-none-match", ""), file.entry):
         return Response(status_code=304, headers=headers)
     wanted = ask.request.headers.get("range")
     if wanted is not None and (len(wanted) > 1000 or not _RANGE.fullmatch(wanted)):
         raise malformed_request(f"Not a range of bytes: {wanted[:100]!r}")
+    through = ask.hub.through
+    if through is not None and file.repo.origin == through.upstream.url:
+        sha256 = through.find_object(file.entry)
+        if sha256 is not None and ask.request.method == "GET":
+            through.count("hits")
+        if sha256 is None and ask.request.method == "HEAD":
+            length = {"Content-Length": str(file.entry.size), "Accept-Ranges": "bytes"}
+            return Response(headers=headers | length, media_type=_BYTES)
+    else:
+        sha256 = ask.hub.find_object(file.entry)
+        if sha256 is None:
+            raise entry_removed(file.path, file.oid)
+    return None if sha256 is None else _send(ask, file, sha256)
+
+
+def _send(ask: ApiRequest, file: _Wanted, sha256: str) -> Response:
     return _File(
-        ask.hub.objects.path(entry.sha256),
-        headers=headers,
-        filename=path.rpartition("/")[2],
+        ask.hub.objects.path(sha256),
+        headers=_make_headers(file.oid, file.entry),
+        filename=file.path.rpartition("/")[2],
         content_disposition_type="inline",
-        media_type="application/octet-stream",
+        media_type=_BYTES,
     )
+
+
+async def _fetch(ask: ApiRequest, file: _Wanted) -> Response:
+    """A file that comes from upstream: whole, or, where that takes long, while it comes.
+
+    Then a range is not heeded, as a server may: the client has all of it, or an error.
+    """
+    through = ask.hub.through
+    assert through is not None, "only upstream's files are fetched"
+    fetch = through.fetch(file.repo, file.oid, file.path, file.entry)
+    if sha256 := await fetch.wait(HOLD):
+        return _send(ask, file, sha256)
+    headers = _make_headers(file.oid, file.entry) | {"Content-Length": str(file.entry.size)}
+    return StreamingResponse(fetch.follow(), headers=headers, media_type=_BYTES)
 
 
 def _make_headers(oid: str, entry: TreeEntry) -> dict[str, str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from sqlite3 import Connection
+from urllib.parse import urlencode
 
 import msgspec
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from hubaoti.server import card, repos, serializers, trees, validation
@@ -24,19 +27,19 @@ class _Card(msgspec.Struct):
 
 
 def whoami(ask: ApiRequest) -> Response:
-    """Answer with the one user that this endpoint has; 401 without the token."""
-    if not ask.trusted:
+    """Answer with the user, or the name of the token, that asks; 401 without one."""
+    if ask.grant is None:
         raise ServerError(401, BAD_TOKEN)
-    token = {"displayName": "local", "role": "write"}
+    token = {"displayName": ask.grant.name, "role": ask.grant.role}
     return JSONResponse(
         {
             "type": "user",
             "id": "1",
-            "name": ask.hub.user,
-            "fullname": ask.hub.user,
+            "name": ask.grant.name,
+            "fullname": ask.grant.name,
             "email": None,
             "isPro": False,
-            "orgs": [],
+            "orgs": [{"type": "org", "name": owner} for owner in ask.grant.owners],
             "auth": {"type": "access_token", "accessToken": token},
         }
     )
@@ -56,8 +59,10 @@ def validate_yaml(ask: ApiRequest, body: bytes) -> Response:
 def view_create(ask: ApiRequest, body: Body) -> Response:
     """Make a repo with its first commit; 409 says where the one of this name is."""
     repo_id = _read_repo_id(ask, body)
+    ask.require_owner(repo_id)
     url = f"{ask.base}/{repo_id.page}"
     private = bool(_read_visibility(body))
+    _require_free(ask, repo_id)
     changes = _make_first_files(ask, repo_id, body)
     with ask.hub.database.writing() as db:
         if repos.find(db, repo_id):
@@ -67,6 +72,14 @@ def view_create(ask: ApiRequest, body: Body) -> Response:
         repos.create_repo(db, repo_id, private)
         ask.hub.history.begin(db, ask.repo(db, repo_id), changes)
     return JSONResponse({"url": url, "name": repo_id.full_name, "id": repo_id.full_name})
+
+
+def _require_free(ask: ApiRequest, name: RepoId) -> None:
+    """409 where upstream has a repo of this name, which one of ours would hide."""
+    with ask.hub.database.reading() as db:
+        known = repos.find(db, name)
+    if ask.hub.through is not None and (known is None or known.origin):
+        ask.hub.through.require_free(name)
 
 
 def _read_repo_id(ask: ApiRequest, body: Body) -> RepoId:
@@ -104,7 +117,9 @@ def _make_first_files(ask: ApiRequest, repo_id: RepoId, body: Body) -> tuple[tre
 def view_delete(ask: ApiRequest, body: Body) -> Response:
     """Delete a repo with its refs and commits; 404 where there is none."""
     with ask.hub.database.writing() as db:
-        repos.delete_repo(db, ask.repo(db, _read_repo_id(ask, body)))
+        repo = ask.repo(db, _read_repo_id(ask, body))
+        ask.require_owner(repo.id)
+        repos.delete_repo(db, repo)
     return PlainTextResponse("OK")
 
 
@@ -115,8 +130,10 @@ def view_move(ask: ApiRequest, body: Body) -> Response:
         validation.parse_repo_id(kind, body.get(key), ask.hub.user)
         for key in ("fromRepo", "toRepo")
     )
+    ask.require_owner(new)
+    _require_free(ask, new)
     with ask.hub.database.writing() as db:
-        repos.move_repo(db, ask.repo(db, old), new)
+        repos.move_repo(db, ask.own_repo(db, old), new)
     return JSONResponse({"url": f"{ask.base}/{new.page}"})
 
 
@@ -126,7 +143,7 @@ def update_settings(ask: ApiRequest, body: Body) -> Response:
     if body.get("gated"):
         raise malformed_request("Gated repos are not supported by this endpoint")
     with ask.hub.database.writing() as db:
-        repo = ask.repo(db)
+        repo = ask.own_repo(db)
         if private is not None:
             repos.set_private(db, repo, private)
         now_private = repo.private if private is None else private
@@ -147,21 +164,38 @@ def view_repo(ask: ApiRequest) -> Response:
     return JSONResponse(serializers.choose_properties(facts, expand=set(query.getlist("expand"))))
 
 
-def search(ask: ApiRequest) -> Response:
-    """The list of repos of a kind: filtered, sorted, in pages."""
-    kind = ask.request.path_params["kind"]
+async def search(ask: ApiRequest) -> Response:
+    """The list of repos of a kind: filtered, sorted, in pages; upstream's come after ours."""
     query = Query.parse(ask.request.query_params)
+    page, following, known = await run_in_threadpool(_search_here, ask, query)
+    if following is None and ask.hub.through is not None:
+        params = [item for item in ask.request.query_params.multi_items() if item[0] != "cursor"]
+        kind = validation.KINDS[ask.request.path_params["kind"]]
+        asking = ask.hub.through.search(kind, urlencode(params))
+        theirs = await asyncio.shield(asyncio.wrap_future(asking))
+        shown = [each for each in theirs if ask.grant or each.get("private") is False]
+        page += [each for each in shown if each["id"] not in known][: query.limit - len(page)]
+    headers = None
+    if following is not None:
+        headers = ask.next_page(f"/api/{ask.request.path_params['kind']}", cursor=following)
+    return JSONResponse(page, headers=headers)
+
+
+def _search_here(ask: ApiRequest, query: Query) -> tuple[list[Json], int | None, set[str]]:
+    """A page of the repos that are here, where the next one starts, and the names of all."""
+    kind = validation.KINDS[ask.request.path_params["kind"]]
     with ask.hub.database.reading() as db:
-        found = repos.list_repos(db, validation.KINDS[kind])
-        visible = {r.id.full_name: r for r in found if ask.trusted or not r.private}
-        heads = [_serialize_head(ask, db, repo) for repo in visible.values()]
+        found = repos.list_repos(db, kind)
+        seen = [repo for repo in found if ask.may_read(repo) and repos.has_main(db, repo)]
+        visible = {repo.id.full_name: repo for repo in seen}
+        heads = [_serialize_head(ask, db, repo) for repo in seen]
         page, following = list_page(heads, query)
         if query.wants_files:
             for facts in page:
                 tree = ask.hub.history.tree(db, visible[facts["id"]], facts["sha"])
                 facts |= serializers.serialize_files(tree)
-    headers = ask.next_page(f"/api/{kind}", cursor=following) if following is not None else None
-    return JSONResponse([query.choose(facts) for facts in page], headers=headers)
+    names = {repo.id.full_name for repo in found}
+    return [query.choose(facts) for facts in page], following, names
 
 
 def _serialize_head(ask: ApiRequest, db: Connection, repo: Repo) -> Json:
@@ -175,6 +209,7 @@ def view_storage(ask: ApiRequest) -> Response:
     owner = ask.word("owner") if "owner" in ask.request.path_params else None
     with ask.hub.database.reading() as db:
         found = [repo for kind in validation.KINDS.values() for repo in repos.list_repos(db, kind)]
+        found = [repo for repo in found if repos.has_main(db, repo) and ask.may_read(repo)]
         stored = [
             _serialize_storage(ask, db, repo) for repo in found if owner in {None, repo.id.owner}
         ]
@@ -236,7 +271,7 @@ def _create_ref(
     ask: ApiRequest, folder: str, name: str, revision: str, message: str = ""
 ) -> Response:
     with ask.hub.database.writing() as db:
-        repo = ask.repo(db)
+        repo = ask.own_repo(db)
         ref = Ref(folder, name, repos.resolve(db, repo, revision))
         repos.add_ref(db, repo, ref, message)
     return JSONResponse(_serialize_ref(ref))
@@ -254,7 +289,7 @@ def delete_tag(ask: ApiRequest, body: Body) -> Response:
 
 def _remove_ref(ask: ApiRequest, folder: str, name: str) -> Response:
     with ask.hub.database.writing() as db:
-        repos.delete_ref(db, ask.repo(db), folder, name)
+        repos.delete_ref(db, ask.own_repo(db), folder, name)
     return JSONResponse({})
 
 
@@ -284,5 +319,5 @@ def squash(ask: ApiRequest, body: Body) -> Response:
         body.get("message") or f"Super-squash branch {branch!r}", "the message"
     )
     with ask.hub.database.writing() as db:
-        oid = ask.hub.history.squash(db, ask.repo(db), branch, title)
+        oid = ask.hub.history.squash(db, ask.own_repo(db), branch, title)
     return JSONResponse({"commitOid": oid})

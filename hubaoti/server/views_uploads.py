@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from hubaoti.server import auth, repos, trees, validation
-from hubaoti.server.errors import ServerError, disk_full, malformed_request, too_large
+from hubaoti.server.errors import ServerError, malformed_request, too_large
 from hubaoti.server.history import Draft
 from hubaoti.server.request import ApiRequest, Body, read_bounded, read_whole_body
 from hubaoti.server.xet import MAX_SHARD, MAX_XORB
@@ -54,10 +54,18 @@ def preupload(ask: ApiRequest, body: Body) -> Response:
     ask.refuse_pr()
     branch = validation.check_ref_name(ask.word("revision"), "heads")
     with ask.hub.database.reading() as db:
-        repo = ask.repo(db)
+        repo = ask.own_repo(db)
         tree = ask.hub.history.tree(db, repo, repos.find_head(db, repo, branch))
-    files = validation.iterate_objects(body, "files")
+    files = [*validation.iterate_objects(body, "files")]
+    ask.hub.objects.require_room(sum(_count_new_bytes(entry, tree) for entry in files))
     return JSONResponse({"files": [_choose_upload_mode(entry, tree) for entry in files]})
+
+
+def _count_new_bytes(entry: dict[str, Any], tree: trees.Tree) -> int:
+    """A file's bytes; none where the branch has one of its path and size, for it may be that."""
+    size = validation.check_size(entry.get("size"))
+    old = tree.get(validation.check_file_path(entry.get("path")))
+    return 0 if old and old.size == size else size
 
 
 def _choose_upload_mode(entry: dict[str, Any], tree: trees.Tree) -> dict[str, Any]:
@@ -74,7 +82,7 @@ def offer_lfs_batch(ask: ApiRequest, body: Body) -> Response:
     if body.get("operation") != "upload":
         raise malformed_request("This endpoint's LFS takes uploads only")
     with ask.hub.database.reading() as db:
-        ask.repo(db)
+        ask.own_repo(db)
     objects = validation.iterate_objects(body, "objects")
     answer = {"transfer": "basic", "objects": [_offer_lfs_object(ask, each) for each in objects]}
     return JSONResponse(answer, media_type="application/vnd.git-lfs+json")
@@ -83,7 +91,7 @@ def offer_lfs_batch(ask: ApiRequest, body: Body) -> Response:
 def _offer_lfs_object(ask: ApiRequest, entry: dict[str, Any]) -> dict[str, Any]:
     oid, size = validation.check_digest(entry.get("oid")), validation.check_size(entry.get("size"))
     answer: dict[str, Any] = {"oid": oid, "size": size}
-    if ask.hub.objects.size(oid) is None:
+    if ask.hub.objects.touch(oid) is None:
         signature = ask.hub.guard.sign(f"lfs {oid} {size}")
         href = f"{ask.base}/_lfs/{oid}?{urlencode({'size': size, 'signature': signature})}"
         answer["actions"] = {"upload": {"href": href, "header": {}}}
@@ -101,9 +109,7 @@ def demand_lfs(ask: ApiRequest) -> None:
 async def put_lfs_object(ask: ApiRequest) -> Response:
     """Take an object of the size that we signed."""
     oid, size = validation.check_digest(ask.word("oid")), int(ask.request.query_params["size"])
-    if size > ask.hub.objects.free():
-        raise disk_full()
-    with ask.hub.objects.receive() as incoming:
+    with ask.hub.objects.receive(size) as incoming:
         async for chunk in read_bounded(ask.request, size):
             await run_in_threadpool(incoming.write, chunk)
         await run_in_threadpool(incoming.keep, oid)
@@ -114,7 +120,8 @@ def issue_xet_token(ask: ApiRequest) -> Response:
     """Where hf_xet sends its uploads, and the token that it sends with them."""
     ask.refuse_pr()
     with ask.hub.database.reading() as db:
-        repos.find_head(db, ask.repo(db), validation.check_ref_name(ask.word("revision"), "heads"))
+        branch = validation.check_ref_name(ask.word("revision"), "heads")
+        repos.find_head(db, ask.own_repo(db), branch)
     token = ask.hub.guard.sign(_XET_ERRAND)
     expires, url = int(token.partition(".")[0]), f"{ask.base}/_cas/{ask.hub.epoch}"
     headers = {
@@ -127,7 +134,7 @@ def issue_xet_token(ask: ApiRequest) -> Response:
 
 def demand_xet(ask: ApiRequest) -> None:
     """404 for another root's URL, 401 unless we signed the token."""
-    if ask.word("epoch") != ask.hub.epoch:
+    if not ask.hub.knows_epoch(ask.word("epoch")):
         raise ServerError(404, "No such Xet store; ask for a new write token")
     token = auth.read_bearer(ask.request.headers.get("authorization"))
     if not ask.hub.guard.honours(_XET_ERRAND, token):
@@ -175,7 +182,7 @@ async def view_commit(ask: ApiRequest) -> Response:
 
 def _require_branch(ask: ApiRequest, branch: str) -> None:
     with ask.hub.database.reading() as db:
-        repos.find_head(db, ask.repo(db), branch)
+        repos.find_head(db, ask.own_repo(db), branch)
 
 
 async def _read_lines(request: Request) -> AsyncIterator[bytes]:
@@ -235,7 +242,7 @@ def _store_regular(ask: ApiRequest, value: _Value) -> trees.TreeEntry:
 
 def _find_lfs_entry(ask: ApiRequest, path: str, value: _Value) -> trees.TreeEntry:
     oid = validation.check_digest(value.oid)
-    size = ask.hub.objects.size(oid)
+    size = ask.hub.objects.touch(oid)
     if value.algo != "sha256":
         raise malformed_request("LFS objects are named by SHA-256")
     if size is None:
@@ -248,7 +255,7 @@ def _find_lfs_entry(ask: ApiRequest, path: str, value: _Value) -> trees.TreeEntr
 def _commit_draft(ask: ApiRequest, branch: str, draft: Draft) -> Response:
     card = ask.hub.history.card_after(draft.changes)
     with ask.hub.database.writing() as db:
-        repo = ask.repo(db)
+        repo = ask.own_repo(db)
         oid = ask.hub.history.commit(db, repo, branch, draft, card)
     url = f"{ask.base}/{repo.id.page}/commit/{oid}"
     return JSONResponse({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
