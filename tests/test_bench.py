@@ -29,6 +29,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 MINUTES = 10 * 60.0  # a section that hangs is ended
 # Figures of what two sides answer, not of how long they take: they must reach their goals.
 ANSWERS = ("equal to", "with the same", "that are eager's", "that are torchao's", "share of")
+ANSWERS += ("most of the budget", "wrong after", "kinds done", "more than", "did not pull")
 
 
 def sources() -> list[Path]:
@@ -159,6 +160,28 @@ def eviction(place: Place) -> list[Any]:
     return [*bench_eviction(place.scratch, place.settings, 1, (tiny, tiny))]
 
 
+def mirror(place: Place) -> list[Any]:
+    from benchmarks.mirror_scale import bench_mirror
+
+    bundle = Bundle.read(place.bundles["forward"])
+    settings = replace(place.settings, home=place.scratch / "home")
+    return [*bench_mirror(place.scratch, settings, 1, bundle, artifacts=60, opened=5)]
+
+
+def mixed(place: Place) -> list[Any]:
+    from benchmarks.mixed import bench_mixed
+
+    settings = replace(place.settings, home=place.scratch / "home")
+    return [*bench_mixed(place.scratch, settings, 1, operations=600, processes=3)]
+
+
+def fleet(place: Place) -> list[Any]:
+    from benchmarks.fleet import Fleet, Flight, bench_fleet
+
+    sizes = Fleet(hosts=40, keys=14), Flight(processes=4, times=2)
+    return [*bench_fleet(place.scratch, place.settings, 1, *sizes)]
+
+
 def opening(bench: Any) -> list[Any]:
     from benchmarks.published import bench_open
 
@@ -202,6 +225,9 @@ COMPILER: dict[str, Callable[[Place], list[Any]]] = {
     "cache": cache,
     "campaign": campaign,
     "eviction": eviction,
+    "mirror": mirror,
+    "mixed": mixed,
+    "fleet": fleet,
 }
 PUBLISHED: dict[str, Callable[[Any], list[Any]]] = {
     "open": opening,
@@ -235,6 +261,18 @@ FIGURES = {
         "default trace, 20% of its bytes, ours, hit rate",
         "default trace, 20% of its bytes, Belady, seconds saved",
         "hard trace, 2% of its bytes, ours, seconds saved",
+    ),
+    "mirror": (
+        "mirror ls of 60 artifacts",
+        "one of 60 found and opened, its signature asked for, p99",
+    ),
+    "mixed": (
+        "600 operations of 3 processes, most of the budget",
+        "600 operations of 3 processes, wrong after",
+    ),
+    "fleet": (
+        "40 hosts of 12 kinds over 14 keys, compiles more than keys",
+        "4 processes on one key, 2 times, downloads more than one",
     ),
     "open": ("a graph in the mirror, verified", "aoti_load_package, empty inductor folder"),
     "start": ("hubaoti run", "transformers eager", "torch.compile cold", "torch.compile warm"),

@@ -1,0 +1,120 @@
+"""A mirror of ten thousand artifacts: listed, collected, and one of them found and opened.
+
+They are small, and each has its own manifest, its own graph and a signature that is asked for. Some
+have a graph that was compiled, each a copy of its own, so that every open of one is its first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import quantiles
+
+import msgspec
+
+from benchmarks.figures import Figure, make_figure
+from benchmarks.minilm import find_minilm
+from hubaoti import api
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.manifest import FILENAME
+from hubaoti.artifact.package import unpack
+from hubaoti.mirror import Mirror
+from hubaoti.mirror.rebuild import restore_rows
+from hubaoti.mirror.rows import Pin, Signed
+from hubaoti.mirror.signer import Signer
+from hubaoti.settings import Settings
+
+_ENDPOINT, _OWNER = "https://hub", "acme"
+_SIGNER = Signer(key="5" * 64)
+
+
+def bench_mirror(
+    scratch: Path,
+    settings: Settings,
+    rounds: int,
+    bundle: Bundle | None = None,
+    artifacts: int = 10_000,
+    opened: int = 200,
+) -> Iterator[Figure]:
+    """Commands as users run them, beside a Python that does nothing; opens in one process."""
+    bundle = bundle or api.compile(find_minilm(), scratch / "bundle", settings=settings)
+    pins = fill_mirror(settings.mirror, bundle, artifacts, opened)
+    idle = [_time([sys.executable, "-c", "pass"], settings) for _ in range(rounds)]
+    for words, goal in (("ls", ("at most", 0.5)), ("ls --json", None), ("gc", None)):
+        command = [sys.executable, "-m", "hubaoti.cli", "mirror", *words.split()]
+        _time(command, settings)  # the first one reads what nobody has read yet
+        spent = [_time(command, settings) - nothing for nothing in idle]
+        name = f"mirror {words} of {artifacts} artifacts"
+        yield make_figure("mirror", name, spent, "s", goal)
+    spent = [*_time_opens(settings, pins)]
+    cuts = quantiles([each * 1000 for each in spent], n=100)
+    name = f"one of {artifacts} found and opened, its signature asked for"
+    yield make_figure("mirror", f"{name}, p50", [cuts[49]], "ms")
+    yield make_figure("mirror", f"{name}, p99", [cuts[98]], "ms", ("at most", 5))
+
+
+def fill_mirror(root: Path, bundle: Bundle, artifacts: int, opened: int) -> list[Pin]:
+    """Make a mirror of so many artifacts, and the pins of pulls that gave those to be opened."""
+    with Mirror.open(root) as mirror:
+        mirror.index.select("pragma synchronous = off")
+        mirror.trust.add(_ENDPOINT, _OWNER, _SIGNER)
+        digests = [_lay_down(mirror, bundle, at, is_real=at < opened) for at in range(artifacts)]
+        restore_rows(mirror)
+        pins = [Pin(_ENDPOINT, f"{_OWNER}/m{at}", f"{at:040x}", "", "h") for at in range(artifacts)]
+        path = f"{bundle.manifest.recipe}/{bundle.manifest.variant}"
+        for pin, digest in zip(pins, digests, strict=True):
+            mirror.index.record_pull(pin, digest, path)
+            mirror.seen.record_signed(digest, Signed(_ENDPOINT, pin.repo, path, str(_SIGNER)))
+    return pins[:opened]
+
+
+def _lay_down(mirror: Mirror, bundle: Bundle, at: int, is_real: bool) -> str:
+    """The files of one more artifact, which no row promises yet; its digest."""
+    name = hashlib.sha256(f"{at}".encode()).hexdigest()
+    graph = msgspec.structs.replace(bundle.manifest.graphs[0], sha256=name)
+    if not is_real:  # the least of its members is enough
+        least = min(graph.members, key=lambda member: member.size)
+        graph = msgspec.structs.replace(graph, members=(least,))
+    source = msgspec.structs.replace(bundle.manifest.source, commit=f"{at:040x}")
+    manifest = msgspec.structs.replace(bundle.manifest, graphs=(graph,), files=(), source=source)
+    folder = mirror.root / "artifacts" / manifest.digest
+    folder.mkdir(mode=0o700)
+    (folder / FILENAME).write_bytes(manifest.to_json())
+    (mirror.root / "graphs" / name).mkdir(mode=0o700)
+    unpack(bundle.path / graph.file, graph.members, mirror.root / "graphs" / name)
+    return manifest.digest
+
+
+def _time(command: list[str], settings: Settings) -> float:
+    """Seconds of a process, from its start to its end."""
+    environment = {**os.environ, "HUBAOTI_HOME": str(settings.home)}
+    began = time.perf_counter()
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - began
+
+
+def _time_opens(settings: Settings, pins: list[Pin]) -> Iterator[float]:
+    """Seconds to find what a pull gave, to see that it may run, to hash its graph and open it."""
+    import torch
+
+    from hubaoti.runtime.graph import open_graph
+
+    device = torch.device("cpu")
+    random.Random(0).shuffle(pins)
+    with Mirror.open(settings.mirror) as mirror:
+        for pin in pins:
+            began = time.perf_counter()
+            found = mirror.find_pull(pin)
+            assert found is not None
+            artifact, _ = found
+            mirror.require_allowed(artifact.digest)
+            entry = artifact.manifest.graphs[0]
+            mirror.verify_graph(entry)
+            open_graph(artifact.graph_folder(entry), entry, device)
+            yield time.perf_counter() - began
