@@ -1,12 +1,14 @@
-"""A process that kills itself at its n-th call of the file system or of SQLite, for every n.
+"""A process whose n-th call of the file system or of SQLite is its last, or fails, for every n.
 
-    python kills.py OPERATION FOLDER BUNDLE BUNDLE
+    python kills.py SIGKILL|ENOSPC|EIO|EROFS OPERATION FOLDER BUNDLE BUNDLE
 
-Below FOLDER a mirror is made anew for each n; what is wrong with one after a kill is printed.
+Below FOLDER a mirror is made anew for each n; what is wrong with one afterwards is printed. SQLite
+has errors of its own, so only the file system fails here.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -14,9 +16,11 @@ import sqlite3
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from hubaoti.artifact.bundle import Bundle
+from hubaoti.errors import HubaotiError
 from hubaoti.mirror import Mirror, PullOrigin
 from hubaoti.mirror.artifact import has_sizes
 from hubaoti.mirror.gc import collect
@@ -31,7 +35,8 @@ PIN = Pin("https://hub", "acme/tiny", "c" * 40, "", "host")
 # What the file system is asked by, as Python tells of it; links and times among them.
 EVENTS = {"open", "os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
 EVENTS |= {"os.symlink", "os.truncate", "os.utime", "shutil.rmtree", "fcntl.flock"}
-KILLED = -signal.SIGKILL
+KILLED, FAILED = -signal.SIGKILL, 3  # how a child ends to which it was done
+READING = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 def put(root: Path, bundle: Bundle) -> None:
@@ -110,44 +115,67 @@ def prepare(root: Path, operation: str, bundles: list[Bundle]) -> None:
         index.write_bytes(content[:4096] + b"\xff" * 4096 + content[8192:])
 
 
-def kill_at(last: int) -> Callable[[], None]:
-    """Have this process killed before its call of a number; what counts one."""
+def watch_calls(hear: Callable[[str, object], None]) -> None:
+    """Have each call told by its event, and what it is given, before it is done."""
+    connect, fsync = sqlite3.connect, os.fsync
+
+    def connect_traced(*words: object, **options: object) -> sqlite3.Connection:
+        db = connect(*words, **options)  # type: ignore[call-overload]
+        db.set_trace_callback(lambda text: hear("sql", text))
+        return db  # type: ignore[no-any-return]
+
+    def fsync_told(handle: int) -> None:
+        hear("fsync", handle)
+        fsync(handle)
+
+    sqlite3.connect, os.fsync = connect_traced, fsync_told  # type: ignore[assignment]
+    sys.addaudithook(lambda event, given: hear(event, given) if event in EVENTS else None)
+
+
+def kill_at(last: int) -> None:
+    """Have this process killed before its call of a number."""
     calls = 0
 
-    def count() -> None:
+    def hear(_: str, __: object) -> None:
         nonlocal calls
         calls += 1
         if calls == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def hear(event: str, _: object) -> None:
-        if event in EVENTS:
-            count()
-
-    connect, fsync = sqlite3.connect, os.fsync
-
-    def connect_traced(*words: object, **options: object) -> sqlite3.Connection:
-        db = connect(*words, **options)  # type: ignore[call-overload]
-        db.set_trace_callback(lambda _: count())
-        return db  # type: ignore[no-any-return]
-
-    def fsync_counted(handle: int) -> None:
-        count()
-        fsync(handle)
-
-    sqlite3.connect, os.fsync = connect_traced, fsync_counted  # type: ignore[assignment]
-    sys.addaudithook(hear)
-    return count
+    watch_calls(hear)
 
 
-def run_apart(work: Callable[[], object]) -> int:
+def fail_at(last: int, number: int) -> Callable[[], bool]:
+    """Have a call fail by its number, of those that can with this error; whether one has."""
+    calls = 0
+
+    def hear(event: str, given: object) -> None:
+        nonlocal calls
+        if event in {"sql", "shutil.rmtree"} or (number != errno.EIO and not _writes(event, given)):
+            return
+        calls += 1
+        if calls == last:
+            raise OSError(number, os.strerror(number), str(given))
+
+    watch_calls(hear)
+    return lambda: calls >= last
+
+
+def _writes(event: str, given: object) -> bool:
+    """Whether a call takes room; deleting does not, and a full disk allows it."""
+    if event == "open":
+        assert isinstance(given, tuple)
+        return bool(given[2] & ~READING)
+    return event in {"os.mkdir", "os.link", "os.symlink", "os.rename", "fsync"}
+
+
+def run_apart(work: Callable[[], int | None]) -> int:
     """The exit code of a fork that does some work; below zero the signal that ended it."""
     child = os.fork()
     if not child:
         code = 1
         try:
-            work()
-            code = 0
+            code = work() or 0
         except BaseException:
             traceback.print_exc(file=sys.stdout)
             sys.stdout.flush()
@@ -181,8 +209,8 @@ def check(root: Path, again: Callable[[], object], is_damaged: bool) -> None:
         assert folders == waiting | {row.digest for row in mirror.index.rows()}
 
 
-def main(operation: str, folder: Path, bundles: list[Bundle]) -> int:
-    """The kills until the operation gets through; what is wrong after one is printed."""
+def main(fault: str, operation: str, folder: Path, bundles: list[Bundle]) -> int:
+    """The faults until the operation gets through; what is wrong after one is printed."""
     _, work = OPERATIONS[operation]
     before, bundle = folder / "before/mirror", bundles[0]
     before.parent.mkdir(mode=0o700)
@@ -191,25 +219,30 @@ def main(operation: str, folder: Path, bundles: list[Bundle]) -> int:
         root = folder / f"{last}/mirror"
         shutil.copytree(before.parent, root.parent)
 
-        def die(root: Path = root, last: int = last) -> None:
-            kill_at(last)
-            work(root, bundle)
-
-        code = run_apart(die)
+        def suffer(root: Path = root, last: int = last) -> int:
+            if fault == "SIGKILL":
+                kill_at(last)
+                work(root, bundle)
+                return 0
+            has_failed = fail_at(last, getattr(errno, fault))
+            with suppress(HubaotiError, AssertionError):  # in our words, or not all of it was done
+                work(root, bundle)
+            return FAILED if has_failed() else 0
 
         def look(root: Path = root) -> None:
             check(root, lambda: work(root, bundle), operation == "rebuild")
 
+        code = run_apart(suffer)
         problem = run_apart(look)
-        if problem or code not in {0, KILLED}:
-            sys.stdout.write(f"killed at call {last}\n")
-        if code != KILLED:
+        if problem or code not in {0, KILLED, FAILED}:
+            sys.stdout.write(f"{fault} at call {last}\n")
+        if not code:
             return last - 1
         shutil.rmtree(root.parent)
     raise RuntimeError(f"{operation} has no end")
 
 
 if __name__ == "__main__":
-    name, place, *paths = sys.argv[1:]
-    found = main(name, Path(place), [Bundle.read(Path(each)) for each in paths])
-    sys.stdout.write(f"kills: {found}\n")
+    kind, name, place, *paths = sys.argv[1:]
+    found = main(kind, name, Path(place), [Bundle.read(Path(each)) for each in paths])
+    sys.stdout.write(f"faults: {found}\n")

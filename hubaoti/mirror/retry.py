@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hubaoti.artifact.package import holds_members
 from hubaoti.artifact.schema import Graph
+from hubaoti.disk import explain_disk_errors
 from hubaoti.mirror.artifact import holds_small, is_whole
 from hubaoti.mirror.quarantine import NOTE, read_note
 from hubaoti.mirror.rows import Row
@@ -38,8 +39,9 @@ def retry(mirror: Mirror) -> Retried:
     mirror.index.require_writable()
     promises = [p for folder in _list_quarantined(mirror) for p in read_note(folder).promises]
     known = _find_known_graphs(mirror)
-    for folder in _list_quarantined(mirror):
-        _keep_note(folder)
+    with explain_disk_errors(mirror.root):
+        for folder in _list_quarantined(mirror):
+            _keep_note(folder)
     graphs = [
         name
         for folder in _list_quarantined(mirror)
@@ -52,9 +54,7 @@ def retry(mirror: Mirror) -> Retried:
             if mirror.index.row(promise.row.digest) is None:
                 rows.append(promise.row)
             mirror.index.keep(promise)  # all of it, where some was kept before we were ended
-    for folder in _list_quarantined(mirror):
-        if folder.name.endswith(_KEPT):
-            shutil.rmtree(folder, ignore_errors=True)
+    _drop_kept_notes(mirror)
     return Retried(mirror.index.forget_problems(), tuple(graphs), tuple(rows))
 
 
@@ -72,6 +72,16 @@ def _keep_note(folder: Path) -> None:
             (kept / NOTE).hardlink_to(folder / NOTE)
 
 
+def _drop_kept_notes(mirror: Mirror) -> None:
+    """Drop the notes beside folders that are back, of which all is promised again."""
+    for kept in _list_quarantined(mirror):
+        is_back = not kept.with_name(kept.name.removesuffix(_KEPT)).exists()
+        if kept.name.endswith(_KEPT) and is_back:
+            promises = read_note(kept).promises
+            if all(mirror.index.row(promise.row.digest) for promise in promises):
+                shutil.rmtree(kept, ignore_errors=True)
+
+
 def _restore_folder(folder: Path, mirror: Mirror, known: dict[str, Graph]) -> str | None:
     """Give a folder that is apart its place again, if its bytes are right; the graph's name."""
     name = folder.name.partition("~")[0]
@@ -86,8 +96,8 @@ def _restore_folder(folder: Path, mirror: Mirror, known: dict[str, Graph]) -> st
 
 def _move_into_place(folder: Path, target: Path) -> bool:
     """Give a folder its place, unless there is another by now."""
-    (folder / NOTE).unlink(missing_ok=True)
     try:
+        (folder / NOTE).unlink(missing_ok=True)
         folder.rename(target)
     except OSError:
         return False
