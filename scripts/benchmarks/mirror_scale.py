@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import quantiles
 
 import msgspec
+from bundles import make_bundle
 
 from benchmarks.figures import Figure, make_figure
 from benchmarks.minilm import find_minilm
@@ -44,7 +46,8 @@ def bench_mirror(
 ) -> Iterator[Figure]:
     """Commands as users run them, beside a Python that does nothing; opens in one process."""
     bundle = bundle or api.compile(find_minilm(), scratch / "bundle", settings=settings)
-    pins = fill_mirror(settings.mirror, bundle, artifacts, opened)
+    small = make_bundle(scratch / "small")
+    pins = fill_mirror(settings.mirror, [bundle] * opened + [small] * (artifacts - opened))
     idle = [_time([sys.executable, "-c", "pass"], settings) for _ in range(rounds)]
     for words, goal in (("ls", ("at most", 0.5)), ("ls --json", None), ("gc", None)):
         command = [sys.executable, "-m", "hubaoti.cli", "mirror", *words.split()]
@@ -52,39 +55,38 @@ def bench_mirror(
         spent = [_time(command, settings) - nothing for nothing in idle]
         name = f"mirror {words} of {artifacts} artifacts"
         yield make_figure("mirror", name, spent, "s", goal)
-    spent = [*_time_opens(settings, pins)]
+    spent = [*_time_opens(settings, pins[:opened])]
     cuts = quantiles([each * 1000 for each in spent], n=100)
     name = f"one of {artifacts} found and opened, its signature asked for"
     yield make_figure("mirror", f"{name}, p50", [cuts[49]], "ms")
     yield make_figure("mirror", f"{name}, p99", [cuts[98]], "ms", ("at most", 5))
 
 
-def fill_mirror(root: Path, bundle: Bundle, artifacts: int, opened: int) -> list[Pin]:
-    """Make a mirror of so many artifacts, and the pins of pulls that gave those to be opened."""
+def fill_mirror(root: Path, bundles: Sequence[Bundle]) -> list[Pin]:
+    """Make a mirror with an artifact like each bundle; the pins of the pulls that gave them."""
+    pins = [Pin(_ENDPOINT, f"{_OWNER}/m{at}", f"{at:040x}", "", "h") for at in range(len(bundles))]
     with Mirror.open(root) as mirror:
         mirror.index.select("pragma synchronous = off")
         mirror.trust.add(_ENDPOINT, _OWNER, _SIGNER)
-        digests = [_lay_down(mirror, bundle, at, is_real=at < opened) for at in range(artifacts)]
+        digests = [_lay_down(mirror, bundle, at) for at, bundle in enumerate(bundles)]
         restore_rows(mirror)
-        pins = [Pin(_ENDPOINT, f"{_OWNER}/m{at}", f"{at:040x}", "", "h") for at in range(artifacts)]
-        path = f"{bundle.manifest.recipe}/{bundle.manifest.variant}"
-        for pin, digest in zip(pins, digests, strict=True):
+        for pin, digest, bundle in zip(pins, digests, bundles, strict=True):
+            path = f"{bundle.manifest.recipe}/{bundle.manifest.variant}"
             mirror.index.record_pull(pin, digest, path)
             mirror.seen.record_signed(digest, Signed(_ENDPOINT, pin.repo, path, str(_SIGNER)))
-    return pins[:opened]
+    return pins
 
 
-def _lay_down(mirror: Mirror, bundle: Bundle, at: int, is_real: bool) -> str:
+def _lay_down(mirror: Mirror, bundle: Bundle, at: int) -> str:
     """The files of one more artifact, which no row promises yet; its digest."""
     name = hashlib.sha256(f"{at}".encode()).hexdigest()
     graph = msgspec.structs.replace(bundle.manifest.graphs[0], sha256=name)
-    if not is_real:  # the least of its members is enough
-        least = min(graph.members, key=lambda member: member.size)
-        graph = msgspec.structs.replace(graph, members=(least,))
     source = msgspec.structs.replace(bundle.manifest.source, commit=f"{at:040x}")
-    manifest = msgspec.structs.replace(bundle.manifest, graphs=(graph,), files=(), source=source)
+    manifest = msgspec.structs.replace(bundle.manifest, graphs=(graph,), source=source)
     folder = mirror.root / "artifacts" / manifest.digest
     folder.mkdir(mode=0o700)
+    for file in manifest.files:
+        shutil.copyfile(bundle.path / file.path, folder / file.path)
     (folder / FILENAME).write_bytes(manifest.to_json())
     (mirror.root / "graphs" / name).mkdir(mode=0o700)
     unpack(bundle.path / graph.file, graph.members, mirror.root / "graphs" / name)
