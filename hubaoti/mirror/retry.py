@@ -73,12 +73,12 @@ def _keep_note(folder: Path) -> None:
 
 
 def _drop_kept_notes(mirror: Mirror) -> None:
-    """Drop the notes beside folders that are back, of which all is promised again."""
+    """Drop the notes beside folders that have theirs, and those of which all is promised again."""
     for kept in _list_quarantined(mirror):
-        is_back = not kept.with_name(kept.name.removesuffix(_KEPT)).exists()
-        if kept.name.endswith(_KEPT) and is_back:
-            promises = read_note(kept).promises
-            if all(mirror.index.row(promise.row.digest) for promise in promises):
+        if kept.name.endswith(_KEPT):
+            folder, promises = kept.with_name(kept.name[: -len(_KEPT)]), read_note(kept).promises
+            is_promised = all(mirror.index.row(promise.row.digest) for promise in promises)
+            if is_promised or (folder / NOTE).exists():
                 shutil.rmtree(kept, ignore_errors=True)
 
 
