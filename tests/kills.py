@@ -214,7 +214,12 @@ def main(fault: str, operation: str, folder: Path, bundles: list[Bundle]) -> int
     _, work = OPERATIONS[operation]
     before, bundle = folder / "before/mirror", bundles[0]
     before.parent.mkdir(mode=0o700)
-    run_apart(lambda: prepare(before, operation, bundles))
+    prepare(before, operation, bundles)
+    once = folder / "once/mirror"
+    shutil.copytree(before.parent, once.parent)
+    check(
+        once, lambda: work(once, bundle), operation == "rebuild"
+    )  # which imports all that it takes
     for last in range(1, 2000):
         root = folder / f"{last}/mirror"
         shutil.copytree(before.parent, root.parent)
