@@ -182,6 +182,12 @@ def fleet(place: Place) -> list[Any]:
     return [*bench_fleet(place.scratch, place.settings, 1, *sizes)]
 
 
+def mutants(place: Place) -> list[Any]:
+    from benchmarks.mutants import bench_mutants
+
+    return [*bench_mutants(place.scratch, place.settings, 1, mutants=2000)]
+
+
 def opening(bench: Any) -> list[Any]:
     from benchmarks.published import bench_open
 
@@ -228,6 +234,7 @@ COMPILER: dict[str, Callable[[Place], list[Any]]] = {
     "mirror": mirror,
     "mixed": mixed,
     "fleet": fleet,
+    "mutants": mutants,
 }
 PUBLISHED: dict[str, Callable[[Any], list[Any]]] = {
     "open": opening,
@@ -274,6 +281,7 @@ FIGURES = {
         "40 hosts of 12 kinds over 14 keys, compiles more than keys",
         "4 processes on one key, 2 times, downloads more than one",
     ),
+    "mutants": ("2000 manifests changed in one place, wrong after",),
     "open": ("a graph in the mirror, verified", "aoti_load_package, empty inductor folder"),
     "start": ("hubaoti run", "transformers eager", "torch.compile cold", "torch.compile warm"),
     "steady": ("(1, 8) x86_64_v3 over eager", "(1, 8) x86_64_v3 over torch.compile static 256"),
