@@ -26,6 +26,8 @@ def escape(text: str) -> str:
 
 def escape_line(text: str, longest: int = LINE) -> str:
     """Text as a part of a line: its line breaks are spelled out, too, and it is cut."""
+    if len(text) <= longest and text.isascii() and text.isprintable():
+        return text  # as nearly all is, of long tables too
     return _cut(_OBEYED_IN_LINES.sub(_escape_character, text[: longest + 1]), longest)
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -150,6 +151,7 @@ class Settings:
         return self.home / "trust.toml"
 
 
+@lru_cache
 def split_login(endpoint: str) -> tuple[str, str | None]:
     """An endpoint's URL without the `user:password@` in it, and that.
 

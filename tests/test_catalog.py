@@ -16,7 +16,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from proxies import Proxy
 
-from hubaoti.artifact.canonical import convert_large_integers, encode_canonical
+from hubaoti.artifact.canonical import convert_large_integers, encode_canonical, is_canonical
 from hubaoti.artifact.manifest import (
     LARGEST_MANIFEST,
     MOST_GRAPHS,
@@ -176,6 +176,25 @@ def test_the_canonical_form_is_that_of_the_reference(value: Any) -> None:
             encode_canonical(value)
     else:
         assert encode_canonical(value) == expected
+
+
+@examples(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["a", "b", "B", "é", "\u2028", "1.0"]),
+        st.lists(NUMBERS | st.sampled_from([",1.0,", "[1e5]", ":1E5,", "é", None, 2**53, 1e-7])),
+    ),
+    st.sampled_from(["canonical", "sorted", "plain"]),
+)
+def test_a_text_is_canonical_where_the_reference_writes_it_so(value: Any, written: str) -> None:
+    try:
+        canonical = encode_canonical(value)
+    except ValueError:
+        return
+    texts = {"sorted": msgspec.json.encode(value, order="sorted")}
+    texts |= {"plain": msgspec.json.encode(value), "canonical": canonical}
+    text = texts[written]
+    assert is_canonical(text, msgspec.json.decode(text)) == (text == canonical)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800", {1: 2}, {"a": b"b"}, {1j}])

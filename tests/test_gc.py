@@ -339,6 +339,25 @@ def _time_open(usage: Usage, digest: str) -> float:
     return time.perf_counter() - began
 
 
+def test_a_clock_that_goes_back_a_day_takes_nothing_away_and_the_budget_holds(
+    mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = fill(mirror, tmp_path, "one", "two")
+    use(mirror, one, 1)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 24 * 3600)
+    assert collect(mirror, older_than=3600).artifacts == ()
+    (three,) = fill(mirror, tmp_path, "three")
+    use(mirror, two, 1)
+    assert all(mirror.decide(each.digest).allowed for each in (one, two, three))
+    code = f"mirror.leases.hold('{three.digest}')"
+    with running(mirror.root, code):
+        assert collect(mirror, max_bytes=int(2.5 * SIZE)).after <= 2.5 * SIZE
+        monkeypatch.setattr(time, "time", lambda: now + 24 * 3600)
+        collect(mirror, older_than=3600)
+        assert here(mirror) == {three.digest}
+
+
 def churn(root: Path, folder: Path, seed: int) -> int:
     """Random work of a process; the most bytes that it saw."""
     chance, most = random.Random(seed), 0

@@ -14,8 +14,10 @@ from test_mirror_store import damage, put
 
 from hubaoti import errors
 from hubaoti.mirror import Artifact, Mirror
+from hubaoti.mirror.facts import Facts, read_facts
 from hubaoti.mirror.index import Pin
-from hubaoti.mirror.rows import PullOrigin
+from hubaoti.mirror.rows import PullOrigin, Signed
+from hubaoti.mirror.signer import Signer
 from hubaoti.settings import Settings
 
 
@@ -51,6 +53,38 @@ def test_an_artifact_is_called_by_its_digest_or_its_repo(
     names |= {"repo": "acme/one", "commit": f"acme/one@{'c' * 40}"}
     done = inside(settings, "mirror", "path", names[spelled])
     assert (done.code, done.out.strip()) == (0, str(artifacts[0].path))
+
+
+def test_what_manifests_say_is_read_once_until_a_file_changes(
+    artifacts: list[Artifact], mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = [each.digest for each in artifacts]
+    said, read = read_facts(mirror, digests), list[str]()
+    assert said == {each.digest: Facts.of(each.manifest) for each in artifacts}
+    monkeypatch.setattr(Mirror, "read", lambda _, digest: read.append(digest))
+    assert read_facts(mirror, digests) == said and read == []
+    damage(artifacts[0].path / "hubaoti.json")
+    assert read_facts(mirror, digests) == said | {digests[0]: Facts()}
+    assert read == [digests[0]]
+
+
+def test_what_is_decided_of_many_is_what_is_decided_of_each(
+    artifacts: list[Artifact], mirror: Mirror, settings: Settings, tmp_path: Path
+) -> None:
+    built = put(mirror, make_bundle(tmp_path / "built", mode="built"))
+    mirror.index.record_built(built.manifest)
+    mirror.trust.add_artifact(artifacts[0].digest)
+    mirror.index.record_pull(
+        Pin(settings.endpoint, "other/one", "d" * 40, "", "host"), artifacts[1].digest, "path"
+    )
+    mirror.trust.add(settings.endpoint, "other", Signer(key="5" * 64))
+    signed = Signed(settings.endpoint, "other/one", "path", f"key {'5' * 64}")
+    mirror.seen.record_signed(artifacts[1].digest, signed)
+    found = [*artifacts, built]
+    decided = mirror.decide_each(each.digest for each in found)
+    reasons = [mirror.decide(each.digest).reason for each in found]
+    assert [decided[each.digest].reason for each in found] == reasons
+    assert len({*reasons}) == 3 and all(each.allowed for each in decided.values())
 
 
 def test_what_is_not_there_is_said(artifacts: list[Artifact], settings: Settings) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from hubaoti.artifact.canonical import encode_canonical
+from hubaoti.artifact.canonical import encode_canonical, is_canonical
 from hubaoti.artifact.dim_expr import DimExpr
 from hubaoti.artifact.kernel_pin import KernelPin
 from hubaoti.artifact.kernel_variant import KernelHost
@@ -133,7 +133,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         value = msgspec.json.decode(text)
         _refuse_newer(value, where)
         manifest = msgspec.convert(value, Manifest)
-        same = manifest.to_json() == text
+        same = is_canonical(text, msgspec.to_builtins(manifest))
         problems = _find_contradictions(manifest) if same else []
     except NewerSchema:
         raise

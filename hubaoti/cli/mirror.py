@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from datetime import UTC, datetime
 
 import click
+import msgspec
 
 from hubaoti.cli.mirror_exchange import export_command, import_command, rebuild_command
 from hubaoti.cli.mirror_space import budget_command, gc_command, stats_command
 from hubaoti.cli.output import format_size, print_json, print_line, print_table, print_text
 from hubaoti.cli.verify import verify_command
 from hubaoti.mirror import Mirror, Row
+from hubaoti.mirror.facts import Facts, read_facts
 from hubaoti.settings import Settings
 
 _WHAT = click.argument("what", metavar="REPO|DIGEST")
@@ -27,17 +30,16 @@ def mirror_command() -> None:
 def ls_command(as_json: bool) -> None:
     """List the artifacts, the newest first, and the graphs that are not opened here."""
     with Mirror.open(Settings.from_env().mirror) as mirror:
-        rows, problems = mirror.ls(), mirror.index.problems()
-        origins = [_name_origin(mirror, row) for row in rows]
-        programs = [_read_program(mirror, row) for row in rows]
+        rows, problems, built = mirror.ls(), mirror.index.problems(), mirror.usage.list_built()
+        facts = read_facts(mirror, [row.digest for row in rows])
     if as_json:
-        print_json([asdict(row) | found for row, found in zip(rows, programs, strict=True)])
+        print_json([_to_dict(row, facts[row.digest]) for row in rows])
         return
     cells = [
         (
-            found["model"] or "unknown",
-            found["task"] or "unknown",
-            origin,
+            facts[row.digest].model or "unknown",
+            facts[row.digest].task or "unknown",
+            _name_origin(row, built),
             row.origin.commit or "",
             row.recipe,
             row.variant,
@@ -45,7 +47,7 @@ def ls_command(as_json: bool) -> None:
             _format_date(row.added),
             row.digest[:12],
         )
-        for row, found, origin in zip(rows, programs, origins, strict=True)
+        for row in rows
     ]
     columns = ["model", "task", "repo", "commit", "recipe", "variant", "size", "added", "digest"]
     print_table(columns, cells)
@@ -148,15 +150,18 @@ def retry_command(as_json: bool) -> None:
 
     with Mirror.open(Settings.from_env().mirror) as mirror:
         retried = retry(mirror)
-        origins = [_name_origin(mirror, row) for row in retried.artifacts]
+        built = mirror.usage.list_built()
     if as_json:
         print_json(asdict(retried))
         return
     print_line(f"{retried.verdicts} verdicts are forgotten")
     for graph in retried.graphs:
         print_line(f"graph {graph[:12]} is back")
-    for row, origin in zip(retried.artifacts, origins, strict=True):
-        print_line(f"artifact {row.digest[:12]} is back: {origin} {row.recipe}/{row.variant}")
+    for row in retried.artifacts:
+        print_line(
+            f"artifact {row.digest[:12]} is back: {_name_origin(row, built)} "
+            f"{row.recipe}/{row.variant}"
+        )
 
 
 def _name(row: Row) -> str:
@@ -166,7 +171,9 @@ def _name(row: Row) -> str:
 
 def _format_date(seconds: float) -> str:
     """A time as people read it; never, if it is none."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M") if seconds else "never"
+    if not seconds:
+        return "never"
+    return datetime.fromtimestamp(seconds, UTC).isoformat(" ", "minutes").removesuffix("+00:00")
 
 
 def _join(value: object) -> object:
@@ -176,17 +183,14 @@ def _join(value: object) -> object:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _name_origin(mirror: Mirror, row: Row) -> str:
+def _name_origin(row: Row, built: Collection[str]) -> str:
     """Where an artifact came from, in words."""
     if row.origin.repo:
         return row.origin.repo
-    return "built here" if mirror.index.is_built(row.digest) else "from a folder"
+    return "built here" if row.digest in built else "from a folder"
 
 
-def _read_program(mirror: Mirror, row: Row) -> dict[str, str | None]:
-    """What an artifact was compiled from, and for: None where its manifest is not whole."""
-    artifact = mirror.read(row.digest)
-    if artifact is None:
-        return {"model": None, "task": None}
-    manifest = artifact.manifest
-    return {"model": manifest.source.model, "task": manifest.program.task}
+def _to_dict(row: Row, said: Facts) -> dict[str, object]:
+    """A row with its model and task, as JSON has it."""
+    found: dict[str, object] = msgspec.to_builtins(row)
+    return found | {"model": said.model, "task": said.task}

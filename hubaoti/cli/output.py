@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
 import click
+import msgspec
 
 from hubaoti.escape import LONGEST, bound_message, escape, escape_line
 
@@ -79,23 +81,36 @@ def print_text(text: str) -> None:
 
 def print_json(value: Any) -> None:
     """A value as indented JSON on standard output."""
-    click.echo(json.dumps(value, indent=2, default=str))
+    try:
+        # Both are in C, as json is not where it indents by itself.
+        text = msgspec.json.format(json.dumps(value, default=str), indent=2)
+    except msgspec.DecodeError:  # half a character, which a name of somebody else's may have
+        text = json.dumps(value, indent=2, default=str)
+    click.echo(text)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table as wide as its words; a pipe gets it unbroken."""
+    cells = [[escape_line(str(cell), LONGEST) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        _print_folded(columns, cells)
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    line = "  ".join(f"{{:<{width}}}" for width in widths)
+    click.echo("\n".join(line.format(*row).rstrip() for row in (columns, *cells)))
+
+
+def _print_folded(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> None:
+    """A table for a terminal: what is wider than it goes on below, within its column."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape_line(str(cell), LONGEST) for cell in row))
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 1000
-    console.print(table)
+    for row in cells:
+        table.add_row(*row)
+    Console(markup=False, highlight=False).print(table)
 
 
 def format_time(seconds: float) -> str:

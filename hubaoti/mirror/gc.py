@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hubaoti.artifact.requirements import read_version, series
 from hubaoti.artifact.variant import Variant
-from hubaoti.errors import ArtifactHeld, Blocked, MirrorFull
+from hubaoti.errors import Blocked, MirrorFull
 from hubaoti.host.probe import find_torch
 from hubaoti.mirror.eviction import Candidate, estimate_cost, order
+from hubaoti.mirror.facts import read_facts
 from hubaoti.mirror.orphans import find_orphans
-from hubaoti.mirror.policy import Decision
-from hubaoti.mirror.removal import delete_folders, remove_unpinned
+from hubaoti.mirror.removal import delete_folders, remove_unheld
 from hubaoti.mirror.rows import Row
 from hubaoti.mirror.usage import Use
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _SHARE, _LEAST, _MOST = 0.2, 10**9, 50 * 10**9  # of the disk, and bytes
 _LOW = 0.9  # of the budget: down to there, once it is reached
+_AT_ONCE = 100  # artifacts that leave by one transaction, each with its lock held
 _DAY = 24 * 3600
 _RECENT = 30 * _DAY  # who was opened since is run by some torch, wherever that is installed
 BUDGET = "budget"
@@ -128,68 +129,57 @@ class _Collection:
 
     def __init__(self, mirror: Mirror, dry_run: bool) -> None:
         self.gone: list[Leaving] = []
-        self._decisions: dict[str, Decision] = {}
         self._mirror, self._dry_run = mirror, dry_run
         usage = mirror.usage
         self._uses, self._elsewhere = usage.read(), usage.list_elsewhere()
         rows = mirror.index.rows()
         stays = {*usage.list_pins(), *(usage.list_built() - self._elsewhere)}
         self._rows = {row.digest: row for row in rows if row.digest not in stays}
+        self._decisions = mirror.decide_each(self._rows)
         self.started = self.used = sum(row.size for row in rows)
 
     def drop_refused(self) -> None:
         """Drop what may not be opened here."""
-        for digest in [*self._rows]:
-            if self._is_refused(digest):
-                self._drop(digest, self._decide(digest).reason)
+        self._drop({e: self._decisions[e].reason for e in self._rows if self._is_refused(e)})
 
     def drop_unused(self, seconds: float) -> None:
         """Drop what was not opened for so long, and did not come since."""
         now = time.time()
-        for digest, row in [*self._rows.items()]:
-            idle = now - max(row.added, self._find_use(digest).last)
-            if idle > seconds:
-                self._drop(digest, f"not opened for {idle / _DAY:.1f} days")
+        idle = {e: now - max(row.added, self._find_use(e).last) for e, row in self._rows.items()}
+        unused = {e: since for e, since in idle.items() if since > seconds}
+        self._drop({e: f"not opened for {since / _DAY:.1f} days" for e, since in unused.items()})
 
     def evict(self, most: int) -> None:
         """Have artifacts leave until the others have at most so many bytes together."""
-        age = 0.0
-        for candidate in order(self._make_candidates()) if self.used > most else ():
-            if self.used <= most:
-                break
-            if self._drop(candidate.digest, _explain(candidate)) and candidate.is_runnable:
-                age = max(age, candidate.worth)
+        age, candidates = 0.0, order(self._make_candidates()) if self.used > most else []
+        while self.used > most and candidates:
+            first, excess = dict[str, Candidate](), self.used - most
+            while excess > 0 and candidates:
+                candidate = candidates.pop(0)
+                first[candidate.digest] = candidate
+                excess -= candidate.size
+            gone = self._drop({digest: _explain(each) for digest, each in first.items()})
+            worths = (first[digest].worth for digest in gone if first[digest].is_runnable)
+            age = max(age, *worths, 0.0)
         if not self._dry_run:
             self._mirror.usage.record_age(age)
 
     def _make_candidates(self) -> Iterator[Candidate]:
         torch = find_torch([])
         here = read_version(torch.version) if torch else None
+        only_here = read_facts(self._mirror, self._rows.keys() - self._elsewhere)
         for row in self._rows.values():
-            use = self._find_use(row.digest)
+            use, facts = self._find_use(row.digest), only_here.get(row.digest)
             opened = use.opens > 0 and time.time() - use.last < _RECENT
             yield Candidate(
                 digest=row.digest,
                 size=row.size,
                 opens=use.opens,
-                cost=self._estimate_cost(row, use),
+                cost=estimate_cost(row.size, use.seconds, facts.seconds if facts else None),
                 age=use.age,
                 is_allowed=not self._is_refused(row.digest),
                 is_runnable=opened or here is None or _is_of(row, series(here)),
             )
-
-    def _estimate_cost(self, row: Row, use: Use) -> float:
-        compiling = None
-        if row.digest not in self._elsewhere:
-            artifact = self._mirror.read(row.digest)
-            compiling = artifact.manifest.built.seconds if artifact else 0.0
-        return estimate_cost(row.size, use.seconds, compiling)
-
-    def _decide(self, digest: str) -> Decision:
-        """Whether an artifact may be opened here, asked once."""
-        if digest not in self._decisions:
-            self._decisions[digest] = self._mirror.decide(digest)
-        return self._decisions[digest]
 
     def _is_refused(self, digest: str) -> bool:
         """Whether an artifact may not be opened here, and is no loss.
@@ -197,27 +187,27 @@ class _Collection:
         Of what nobody knows the origin of, as after an import or a lost index, nobody has said
         anything yet, and it may be nowhere else.
         """
-        decision = self._decide(digest)
+        decision = self._decisions[digest]
         is_blocked = isinstance(decision.refusal, Blocked)
         return is_blocked or (not decision.allowed and digest in self._elsewhere)
 
     def _find_use(self, digest: str) -> Use:
         return self._uses.get(digest, Use())
 
-    def _drop(self, digest: str, why: str) -> bool:
-        """Remove an artifact, or see that it could be; whether it is, or would be, gone."""
-        if self._dry_run:
-            if self._mirror.leases.is_held(digest):
-                return False
-        else:
-            try:
-                remove_unpinned(self._mirror, digest)
-            except ArtifactHeld:
-                return False
-        row = self._rows.pop(digest)
-        self.used -= row.size
-        self.gone.append(Leaving(digest, row.recipe, row.variant, row.size, why))
-        return True
+    def _drop(self, whys: Mapping[str, str]) -> list[str]:
+        """Remove artifacts, or see which could be; those that are, or would be, gone, and why."""
+        leaving, gone = [*whys], list[str]()
+        for at in range(0, len(leaving), _AT_ONCE):
+            batch = leaving[at : at + _AT_ONCE]
+            if self._dry_run:
+                gone += [each for each in batch if not self._mirror.leases.is_held(each)]
+            else:
+                gone += remove_unheld(self._mirror, batch)
+        for digest in gone:
+            row = self._rows.pop(digest)
+            self.used -= row.size
+            self.gone.append(Leaving(digest, row.recipe, row.variant, row.size, whys[digest]))
+        return gone
 
 
 def _is_of(row: Row, torch: str) -> bool:

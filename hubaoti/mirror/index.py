@@ -19,13 +19,14 @@ from hubaoti.artifact.manifest import Manifest
 from hubaoti.disk import describe_no_room
 from hubaoti.errors import HubaotiError, first_line
 from hubaoti.mirror.rows import LOCKED, Pin, Promise, PullOrigin, Row
-from hubaoti.mirror.steps import FIFTH, SECOND, STEPS, THIRD
+from hubaoti.mirror.steps import EIGHTH, FIFTH, SECOND, STEPS, THIRD
 
 KEPT = 1024  # notes, the latest
 PATIENCE = 30.0  # seconds to wait for another process's transaction
 _PAUSE = 0.005  # seconds between two looks, where SQLite itself does not wait
 
 _VERSION = len(STEPS)
+_COLUMNS = (str, str, str, str, int, float, str, str, str, str)  # of a row of artifacts
 # What SQLite says of a damaged file; tables that are not as they were made are an error of SQL.
 DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR}
 DAMAGED |= {sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_TOOBIG}
@@ -104,10 +105,16 @@ class Index:
             )
             _add_origin(db, row.digest, row.origin)
 
-    def remove(self, digest: str) -> None:
-        """Stop promising an artifact, and every pull that gave it."""
+    def remove(self, *digests: str) -> list[str]:
+        """Stop promising artifacts, and the pulls that gave them; graphs that none holds now."""
         with self._writing() as db:
-            db.execute("delete from artifacts where digest = ?", (digest,))
+            held, graphs = "select graph from holds where", set[str]()
+            for digest in digests:
+                graphs.update(str(each) for (each,) in db.execute(f"{held} digest = ?", (digest,)))
+                db.execute("delete from artifacts where digest = ?", (digest,))
+            return [
+                each for each in graphs if not db.execute(f"{held} graph = ?", (each,)).fetchone()
+            ]
 
     def remove_graph(self, graph: str) -> None:
         """Stop promising every artifact that holds a graph (by its package's sha256)."""
@@ -149,9 +156,10 @@ class Index:
         Raises:
             HubaotiError: it is damaged.
         """
-        found, *_ = self._select("pragma integrity_check(artifacts)")
-        if found != ("ok",):
-            raise self._describe_damage(str(found[0]).partition("\n")[0])
+        for table in ("artifacts", *(["facts"] if self._has_step(EIGHTH) else [])):
+            found, *_ = self._select(f"pragma integrity_check({table})")
+            if found != ("ok",):
+                raise self._describe_damage(str(found[0]).partition("\n")[0])
 
     def rows(self, key: str | None = None) -> list[Row]:
         """Every artifact, or those of one key, the newest first."""
@@ -195,13 +203,21 @@ class Index:
 
     def list_origins(self, digest: str) -> tuple[PullOrigin, ...]:
         """Every place that an artifact of this digest was ever pulled from, the first one first."""
+        return tuple(origin for _, origin in self._read_origins("where digest = ?", digest))
+
+    def list_all_origins(self) -> dict[str, tuple[PullOrigin, ...]]:
+        """The same of every artifact that was ever pulled."""
+        found: dict[str, tuple[PullOrigin, ...]] = {}
+        for digest, origin in self._read_origins(""):
+            found[digest] = (*found.get(digest, ()), origin)
+        return found
+
+    def _read_origins(self, where: str, *values: str) -> list[tuple[str, PullOrigin]]:
         table = "origins" if self._has_step(FIFTH) else "artifacts"
-        columns = "endpoint, repo, revision, path"
-        found = self._select(
-            f"select {columns} from {table} where digest = ? order by rowid", digest
-        )
-        origins = (PullOrigin(*map(str, each)) for each in found)
-        return tuple(origin for origin in origins if origin.repo)
+        query = f"select digest, endpoint, repo, revision, path from {table} {where} order by rowid"
+        found = (map(str, each) for each in self._select(query, *values))
+        origins = ((digest, PullOrigin(*origin)) for digest, *origin in found)
+        return [each for each in origins if each[1].repo]
 
     def record_built(self, manifest: Manifest) -> None:
         """Remember that this machine built this artifact, so it needs no one's trust."""
@@ -284,11 +300,9 @@ class Index:
 
     def _check_row(self, found: tuple[Any, ...]) -> Row:
         """A row as it was written; of a damaged page SQLite may give values of any type."""
-        digest, key, recipe, variant, size, added, *origin = found
-        words = (digest, key, recipe, variant, *origin)
-        good = all(isinstance(word, str) for word in words) and isinstance(size, int)
-        if not (good and isinstance(added, float)):
+        if tuple(map(type, found)) != _COLUMNS:
             raise self._describe_damage("a row of artifacts is none")
+        digest, key, recipe, variant, size, added, *origin = found
         return Row(digest, key, recipe, variant, size, added, PullOrigin(*origin))
 
     def _has_step(self, step: str) -> bool:

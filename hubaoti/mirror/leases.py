@@ -84,8 +84,7 @@ class Leases:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # before it is let go: who waits for it makes a new one
-            release_file_lock(handle)
+            _let_go(path, handle)
 
     @contextmanager
     def alone(self, work: str, progress: Progress = report_nothing) -> Iterator[None]:
@@ -100,11 +99,17 @@ class Leases:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
-            release_file_lock(handle)
+            _let_go(path, handle)
 
     @contextmanager
     def changing_files(self) -> Iterator[None]:
         """Around what makes files and promises them, or takes both away: one process at a time."""
         with self.alone(_STORE):
             yield
+
+
+def _let_go(path: Path, handle: int) -> None:
+    """Remove a lock's file and let go of it; one that a broken disk keeps is taken again."""
+    with suppress(OSError):
+        path.unlink()  # before it is let go: who waits for it makes a new one
+    release_file_lock(handle)

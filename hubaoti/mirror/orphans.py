@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hubaoti.mirror.facts import read_facts
 from hubaoti.mirror.kernel import KERNELS
 from hubaoti.mirror.quarantine import read_note
 
@@ -44,11 +45,14 @@ def find_orphans(mirror: Mirror) -> list[Path]:
 def _list_parts(mirror: Mirror, kept: set[str], rows: set[str]) -> tuple[set[str], set[str]]:
     """The graphs and the kernels of artifacts, by their names: of `rows` the index has the graphs.
 
-    Only where a kernel lies here are their manifests read.
+    Only where a kernel lies here is it asked which of them calls it.
     """
     found = mirror.index.select("select distinct graph from holds")
     graphs, kernels = {str(graph) for (graph,) in found}, set[str]()
-    for digest in kept | (rows if any((mirror.root / KERNELS).iterdir()) else set()):
+    if any((mirror.root / KERNELS).iterdir()):
+        for facts in read_facts(mirror, rows).values():
+            kernels.update(facts.kernels.split())
+    for digest in kept:
         if artifact := mirror.read(digest):
             graphs.update(graph.sha256 for graph in artifact.manifest.graphs)
             kernels.update(pin.id for pin in artifact.manifest.requires.kernels)

@@ -13,12 +13,14 @@ from pathlib import Path
 import msgspec
 
 from hubaoti.artifact.schema import Graph
+from hubaoti.disk import explain_disk_errors
 from hubaoti.mirror.folders import keep_newest
 from hubaoti.mirror.rows import Promise
 
 _KEPT = 5, 1 << 30  # what stays to be looked at, and the most bytes of it
 NOTE = ".hubaoti-withdrawn.json"
 _LARGEST = 16 << 20  # bytes of a note
+_NO_NOTE = (FileNotFoundError, NotADirectoryError, msgspec.DecodeError)
 
 
 class Note(msgspec.Struct, frozen=True):
@@ -29,18 +31,27 @@ class Note(msgspec.Struct, frozen=True):
 
 
 def set_apart(folder: Path, apart: Path, note: Note) -> None:
-    """Move a folder below `apart`, with its note; one that is gone is not there."""
-    with suppress(FileNotFoundError):
+    """Move a folder below `apart`, with its note; one that is gone is not there.
+
+    Raises:
+        HubaotiError: the disk does not let it be moved.
+    """
+    with suppress(FileNotFoundError), explain_disk_errors(apart):
         broken = folder.rename(apart / f"{folder.name}~{secrets.token_hex(4)}")
         with suppress(OSError):  # a file in the place of a folder, or no room
             (broken / NOTE).write_bytes(msgspec.json.encode(note))
-        os.utime(broken)  # else it has the time at which it was unpacked
+        with suppress(OSError):
+            os.utime(broken)  # else it has the time at which it was unpacked
         keep_newest(apart, *_KEPT)
 
 
 def read_note(folder: Path) -> Note:
-    """The note of a folder that is apart; an empty one where it has none that can be read."""
-    with suppress(OSError, msgspec.DecodeError):
+    """The note of a folder that is apart; an empty one where it has none, or none that is one.
+
+    Raises:
+        HubaotiError: the disk does not let it be read.
+    """
+    with explain_disk_errors(folder), suppress(*_NO_NOTE):
         file = folder / NOTE
         if file.stat().st_size <= _LARGEST:
             return msgspec.json.decode(file.read_bytes(), type=Note)

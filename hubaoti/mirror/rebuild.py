@@ -84,7 +84,8 @@ def rebuild(root: Path) -> Rebuilt:
         mirror.index.require_writable()
         new = restore_rows(mirror)
         rows = new if apart is None else mirror.index.rows()
-        strangers = [row.digest for row in rows if not mirror.decide(row.digest).allowed]
+        decisions = mirror.decide_each(row.digest for row in rows)
+    strangers = [digest for digest, found in decisions.items() if not found.allowed]
     return Rebuilt(tuple(rows), tuple(strangers), apart)
 
 

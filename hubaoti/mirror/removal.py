@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,23 +32,30 @@ def remove(mirror: Mirror, digest: str) -> None:
             if files
             else f"first: hubaoti mirror unpin {digest[:12]}",
         )
-    with mirror.leases.changing_files():
-        remove_unpinned(mirror, digest)
+    with mirror.leases.changing_files(), mirror.leases.removing(digest):
+        _remove(mirror, [digest])
 
 
-def remove_unpinned(mirror: Mirror, digest: str) -> None:
-    """As `remove`, whoever pinned it, for who changes files already.
+def remove_unheld(mirror: Mirror, digests: Iterable[str]) -> list[str]:
+    """Remove those that no living process has open, whoever pinned them; which are gone.
 
-    Raises:
-        ArtifactHeld: it is open in a process that lives.
+    It is for who changes files already.
     """
-    with mirror.leases.removing(digest):
-        promise = mirror.index.read_promise(digest)
-        mirror.index.remove(digest)
-        graphs = promise.graphs if promise else ()
-        alone = [graph for graph in graphs if not mirror.index.list_promises(graph)]
-        folders = [mirror.root / "graphs" / graph for graph in alone]
-        delete_folders(mirror.root / "tmp", [mirror.root / "artifacts" / digest, *folders])
+    with ExitStack() as leases:
+        taken = []
+        for digest in digests:
+            with suppress(ArtifactHeld):
+                leases.enter_context(mirror.leases.removing(digest))
+                taken.append(digest)
+        _remove(mirror, taken)
+    return taken
+
+
+def _remove(mirror: Mirror, digests: list[str]) -> None:
+    """Rows first, then files."""
+    graphs = [mirror.root / "graphs" / graph for graph in mirror.index.remove(*digests)]
+    artifacts = [mirror.root / "artifacts" / digest for digest in digests]
+    delete_folders(mirror.root / "tmp", artifacts + graphs)
 
 
 def delete_folders(tmp: Path, folders: Iterable[Path]) -> None:

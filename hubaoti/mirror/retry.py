@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from hubaoti.artifact.package import holds_members
 from hubaoti.artifact.schema import Graph
+from hubaoti.disk import explain_disk_errors
 from hubaoti.mirror.artifact import holds_small, is_whole
 from hubaoti.mirror.quarantine import NOTE, read_note
 from hubaoti.mirror.rows import Row
 from hubaoti.mirror.store import Mirror
+
+_KEPT = "~"  # ends the name of a folder that has a note, and nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,9 @@ def retry(mirror: Mirror) -> Retried:
     mirror.index.require_writable()
     promises = [p for folder in _list_quarantined(mirror) for p in read_note(folder).promises]
     known = _find_known_graphs(mirror)
+    with explain_disk_errors(mirror.root):
+        for folder in _list_quarantined(mirror):
+            _keep_note(folder)
     graphs = [
         name
         for folder in _list_quarantined(mirror)
@@ -42,15 +50,36 @@ def retry(mirror: Mirror) -> Retried:
     rows = []
     for promise in promises:
         artifact = mirror.read(promise.row.digest)
-        if artifact and is_whole(artifact) and mirror.index.row(promise.row.digest) is None:
-            mirror.index.keep(promise)
-            rows.append(promise.row)
+        if artifact and is_whole(artifact):
+            if mirror.index.row(promise.row.digest) is None:
+                rows.append(promise.row)
+            mirror.index.keep(promise)  # all of it, where some was kept before we were ended
+    _drop_kept_notes(mirror)
     return Retried(mirror.index.forget_problems(), tuple(graphs), tuple(rows))
 
 
 def _list_quarantined(mirror: Mirror) -> list[Path]:
     """What is in quarantine, the newest last."""
     return sorted((mirror.root / "quarantine").iterdir(), key=lambda each: each.lstat().st_mtime)
+
+
+def _keep_note(folder: Path) -> None:
+    """Have a note beside its folder, too, until all is back: whatever ends us, it can be again."""
+    kept = folder.with_name(f"{folder.name}{_KEPT}")
+    if read_note(folder).promises and not folder.name.endswith(_KEPT):
+        with suppress(FileExistsError):  # of who was ended
+            kept.mkdir(mode=0o700, exist_ok=True)
+            (kept / NOTE).hardlink_to(folder / NOTE)
+
+
+def _drop_kept_notes(mirror: Mirror) -> None:
+    """Drop the notes beside folders that have theirs, and those of which all is promised again."""
+    for kept in _list_quarantined(mirror):
+        if kept.name.endswith(_KEPT):
+            folder, promises = kept.with_name(kept.name[: -len(_KEPT)]), read_note(kept).promises
+            is_promised = all(mirror.index.row(promise.row.digest) for promise in promises)
+            if is_promised or (folder / NOTE).exists():
+                shutil.rmtree(kept, ignore_errors=True)
 
 
 def _restore_folder(folder: Path, mirror: Mirror, known: dict[str, Graph]) -> str | None:
@@ -67,8 +96,8 @@ def _restore_folder(folder: Path, mirror: Mirror, known: dict[str, Graph]) -> st
 
 def _move_into_place(folder: Path, target: Path) -> bool:
     """Give a folder its place, unless there is another by now."""
-    (folder / NOTE).unlink(missing_ok=True)
     try:
+        (folder / NOTE).unlink(missing_ok=True)
         folder.rename(target)
     except OSError:
         return False

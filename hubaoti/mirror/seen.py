@@ -40,6 +40,18 @@ class Seen:
 
     def list_signed(self, digest: str) -> tuple[Signed, ...]:
         """Whose signatures of an artifact were verified."""
-        query = "select endpoint, repo, path, signer from signed where digest = ?"
-        found = self._index.select(query, digest) if self._index.has_step(SEVENTH) else ()
-        return tuple(Signed(*map(str, each)) for each in found)
+        return tuple(signed for _, signed in self._read_signed("where digest = ?", digest))
+
+    def list_all_signed(self) -> dict[str, tuple[Signed, ...]]:
+        """The same of every artifact."""
+        found: dict[str, tuple[Signed, ...]] = {}
+        for digest, signed in self._read_signed(""):
+            found[digest] = (*found.get(digest, ()), signed)
+        return found
+
+    def _read_signed(self, where: str, *values: str) -> list[tuple[str, Signed]]:
+        if not self._index.has_step(SEVENTH):
+            return []
+        query = f"select digest, endpoint, repo, path, signer from signed {where}"
+        found = (map(str, each) for each in self._index.select(query, *values))
+        return [(digest, Signed(*signed)) for digest, *signed in found]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -123,6 +123,17 @@ class Mirror:
         known, signed = self.index.list_origins(digest), self.seen.list_signed(digest)
         evidence = Evidence(digest, self.index.is_built(digest), (*known, *origins), signed)
         return decide(evidence, self.trust.read())
+
+    def decide_each(self, digests: Iterable[str]) -> dict[str, Decision]:
+        """The same of many artifacts, for what is known of all of them."""
+        origins, signed = self.index.list_all_origins(), self.seen.list_all_signed()
+        built, said = self.usage.list_built(), self.trust.read()
+        return {
+            each: decide(
+                Evidence(each, each in built, origins.get(each, ()), signed.get(each, ())), said
+            )
+            for each in digests
+        }
 
     def require_allowed(self, digest: str) -> None:
         """See that an artifact may be opened here.

@@ -28,7 +28,7 @@ import re
 import tempfile
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -255,10 +255,9 @@ class Trust:
     def _has(self, table: str, who: Mapping[str, str]) -> bool:
         """Whether a table has an entry of somebody, without changing anything."""
         self.read()  # what cannot be believed, nobody goes by
-        try:
+        with explain_disk_errors(self.path), suppress(FileNotFoundError):
             return bool(_find(tomllib.loads(self.path.read_text("utf-8")), table, who))
-        except FileNotFoundError:
-            return False
+        return False
 
     @contextmanager
     def _editing(self) -> Iterator[Any]:
@@ -281,7 +280,8 @@ class Trust:
             refuse_shared(lock)
             handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            with explain_disk_errors(lock):
+                fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
             os.close(handle)

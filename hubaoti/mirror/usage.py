@@ -134,8 +134,8 @@ class Usage:
         """The artifacts that this machine built."""
         return {str(digest) for (digest,) in self._index.select("select digest from built")}
 
-    def jot(self, statement: str, values: tuple[object, ...]) -> None:
-        """Change a row if that can be at once, and may be lost in a power cut: this never fails."""
+    def jot(self, statement: str, *rows: tuple[object, ...]) -> None:
+        """Change rows if that can be at once, and may be lost in a power cut: this never fails."""
         if not self._index.is_writable:
             return
         with suppress(HubaotiError):
@@ -143,7 +143,7 @@ class Usage:
             self._index.select("pragma synchronous = normal")
             try:
                 with self._index.writing() as db:
-                    db.execute(statement, values)
+                    db.executemany(statement, rows)
             finally:
                 self._index.select("pragma synchronous = full")
                 self._index.select(f"pragma busy_timeout = {PATIENCE * 1000:.0f}")

@@ -10,9 +10,10 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import operator
 import random
 from bisect import bisect
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class TraceShape:
 DEFAULT = TraceShape()
 HARD = TraceShape(keys=2500, requests=120_000, once=0.25, churn=8, alpha=0.9)
 DEFAULT_SHARE = 0.2  # of all bytes that the default trace asks for
+_HORIZON = 2000  # requests in which a next use comes soon
 HARD_SHARES = {0.02: 0.662, 0.05: 0.701, 0.15: 0.719}  # with the share of seconds to be saved
 
 
@@ -147,6 +149,43 @@ class LfuDa(Ranked):
         return self.age + self.uses[key]
 
 
+class Learned(Ranked):
+    """What is worth least by the chance of its next use, which is learned while it runs.
+
+    A logistic model of how often something was used, how long ago, and how long it took between two
+    uses. A use is a lesson of the one before it; what is not used for `_HORIZON` requests is, too.
+    """
+
+    def __init__(self, trace: Trace, room: float, remembers: bool) -> None:
+        super().__init__(trace, room, remembers)
+        self._weights = [0.0, 0.0, 0.0, 0.0]
+        self._seen: dict[int, tuple[int, float, list[float]]] = {}  # when, mean gap, its features
+        self._waiting: deque[tuple[int, int]] = deque()
+
+    def compute_worth(self, key: int, turn: int) -> float:
+        """As ours, with the chance of a next use where that has the count of uses."""
+        when, gap, features = self._seen.get(key, (turn, float(_HORIZON), None))
+        if features is not None:
+            gap = 0.7 * gap + 0.3 * (turn - when)
+            self._learn(features, float(turn - when <= _HORIZON))
+        while self._waiting and self._waiting[0][0] < turn - _HORIZON:
+            at, other = self._waiting.popleft()
+            if self._seen[other][0] == at:  # it was not used since
+                self._learn(self._seen[other][2], 0.0)
+        features = [1.0, math.log(self.uses[key]), math.log(gap + 1), math.log(turn - when + 1)]
+        self._seen[key] = turn, gap, features
+        self._waiting.append((turn, key))
+        return self.age + self._predict(features) * self.trace.costs[key] / self.trace.sizes[key]
+
+    def _predict(self, features: list[float]) -> float:
+        score = sum(map(operator.mul, self._weights, features))
+        return 1 / (1 + math.exp(-max(-30.0, min(30.0, score))))
+
+    def _learn(self, features: list[float], was_used: float) -> None:
+        error = was_used - self._predict(features)
+        self._weights = [w + 0.02 * error * x for w, x in zip(self._weights, features, strict=True)]
+
+
 class Belady(Ranked):
     """What is asked for again last leaves: nobody knows that before it is over."""
 
@@ -220,6 +259,7 @@ POLICIES: dict[str, Callable[[Trace, float], Ranked | S3Fifo]] = {
     "LRU": lambda trace, room: Lru(trace, room, remembers=False),
     "LFU-DA": lambda trace, room: LfuDa(trace, room, remembers=False),
     "S3-FIFO": S3Fifo,
+    "learned": lambda trace, room: Learned(trace, room, remembers=True),
     "Belady": lambda trace, room: Belady(trace, room, remembers=False),
 }
 
