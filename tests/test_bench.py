@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import json
 import math
@@ -11,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
 from importlib.machinery import SourceFileLoader
 from multiprocessing import get_context
 from pathlib import Path
@@ -334,7 +334,7 @@ def run(
 
     with get_context("spawn").Pool(1) as pool, ExitStack() as stack:
 
-        @cache
+        @functools.cache
         def publish() -> Any:
             folder = tmp_path_factory.mktemp("published")
             return stack.enter_context(publish_model(folder, texts))
