@@ -252,6 +252,10 @@ class BadExport(HubaotiError, exit_code=57):
     """A file of exported artifacts that is none, is damaged, or was made to harm."""
 
 
+class NoModel(HubaotiError, exit_code=61):
+    """What a repo lacks is to be compiled, and nothing says of which model."""
+
+
 def rebuild_error(kind: str, message: str, hint: str) -> HubaotiError:
     """An error that another process told of, as it was there."""
     found = globals().get(kind)

@@ -1,0 +1,253 @@
+"""What a repo lacks for this host is compiled here, once, and pushed back for all others."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from commands import inside
+from huggingface_hub import HfApi
+from planned import OLD, make_built, plan_job, store_built
+from proxies import Proxy
+from test_hub_crash import start
+
+import hubaoti
+from hubaoti import errors
+from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.schema import ModelSource
+from hubaoti.compiler.job import Job
+from hubaoti.hub.layout import RepoRef
+from hubaoti.hub.push import Destination, push_bundles
+from hubaoti.server import Endpoint
+from hubaoti.settings import Settings
+
+WORDS: dict[str, Any] = {"dims": {"batch": (1, 3), "seq": (1, 24)}}
+
+
+class Building(Exception):
+    """What was asked for is built."""
+
+
+def build(*_: object) -> NoReturn:
+    raise Building
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that would take its time ends as it begins."""
+    monkeypatch.setattr("hubaoti.compiler.build.build_unit", build)
+
+
+@pytest.fixture(scope="module")
+def job(tiny_roberta: Path, built_at: Settings) -> Job:
+    """What the tiny classifier would be built as, with dims of the repo's own."""
+    return plan_job(tiny_roberta, built_at, **WORDS)
+
+
+@pytest.fixture(scope="module")
+def source(tiny_roberta: Path, endpoint: Endpoint) -> ModelSource:
+    """The tiny classifier as a model of the Hub."""
+    hub, name = HfApi(endpoint.url, token=endpoint.token), "acme/tiny-roberta"
+    hub.create_repo(name)
+    made = hub.upload_folder(
+        repo_id=name, folder_path=tiny_roberta, ignore_patterns=["*.safetensors"]
+    )
+    return ModelSource(model=name, commit=made.oid)
+
+
+@pytest.fixture
+def held(tmp_path: Path, repo: str, settings: Settings, job: Job, source: ModelSource) -> Bundle:
+    """The repo's only artifact, which is for another torch than any machine here has."""
+    bundle = make_built(tmp_path / "old", job, source, OLD)
+    push_bundles([bundle], Destination(RepoRef(repo)), settings)
+    return bundle
+
+
+@pytest.fixture
+def built(tmp_path: Path, settings: Settings, job: Job, source: ModelSource) -> Bundle:
+    """What this machine would compile, in its mirror: it finds it by its key."""
+    bundle = make_built(tmp_path / "built", job, source)
+    store_built(bundle, settings)
+    return bundle
+
+
+def fill(repo: str, settings: Settings, **words: Any) -> Any:
+    """A pull that compiles what is missing."""
+    words = {"missing": "compile", "trust": True} | words
+    return hubaoti.pull(repo, settings=settings, **words)
+
+
+def test_what_a_repo_lacks_is_compiled_as_its_others_were_and_pushed_to_it(
+    repo: str, held: Bundle, built: Bundle, settings: Settings, tmp_path: Path
+) -> None:
+    with pytest.raises(errors.NoMatch):
+        hubaoti.pull(repo, trust=True, settings=settings)
+    first = fill(repo, settings, push_back=True)
+    assert first.compiled and first.artifact.digest == built.manifest.digest
+    assert first.notes == (f"pushed to {repo} at {first.commit}",)
+    other = replace(settings, home=tmp_path / "other")
+    for pulled in (hubaoti.pull(repo, trust=True, settings=other), fill(repo, other)):
+        assert not pulled.compiled and pulled.artifact.digest == built.manifest.digest
+        assert (pulled.commit, pulled.place) == (first.commit, first.place)
+    again = fill(repo, settings, push_back=True)
+    assert not again.compiled and again.commit == first.commit
+    assert not any((settings.home / "fill").iterdir())
+
+
+def test_a_repo_that_has_nothing_at_all_needs_a_model(
+    repo: str, job: Job, source: ModelSource, settings: Settings, tmp_path: Path, tiny_roberta: Path
+) -> None:
+    hub = HfApi(settings.endpoint, token=settings.token)
+    hub.create_repo(repo)
+    with pytest.raises(errors.NoModel, match="nothing says of which model") as caught:
+        fill(repo, settings)
+    assert "--model" in caught.value.hint
+    steps: list[str] = []
+    with pytest.raises(Building):
+        fill(repo, settings, model=tiny_roberta, progress=steps.append)
+    assert f"compiling {tiny_roberta} for {repo}" in steps
+    card = f"---\nbase_model: {source.model}\n---\n# Mine\n".encode()
+    hub.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo)
+    with pytest.raises(Building):
+        fill(repo, settings, progress=steps.append)
+    assert f"compiling {source.model} for {repo}" in steps
+
+
+def test_what_was_made_of_no_model_of_the_hub_says_so(
+    repo: str, job: Job, settings: Settings, tmp_path: Path
+) -> None:
+    bundle = make_built(tmp_path / "own", job, ModelSource(model="MyModule"), OLD)
+    push_bundles([bundle], Destination(RepoRef(repo)), settings)
+    done = inside(settings, "pull", repo, "--trust", "--missing", "compile")
+    assert done.code == errors.NoModel.exit_code == 61
+    assert "'MyModule', which the Hub has not" in done.err and "--model" in done.err
+
+
+def test_a_stranger_s_words_are_not_compiled_by(
+    repo: str, held: Bundle, built: Bundle, settings: Settings
+) -> None:
+    with pytest.raises(errors.Untrusted, match="the options of float32-sdpa"):
+        fill(repo, settings, trust=False)
+
+
+def test_what_may_not_be_pushed_is_of_use_here_and_that_is_said(
+    repo: str, held: Bundle, built: Bundle, settings: Settings
+) -> None:
+    reader = replace(settings, token=None)
+    words = ("pull", repo, "--trust", "--missing", "compile", "--push-back")
+    done = inside(reader, *words)
+    assert done.code == 0, done
+    assert "compiled here" in done.out and f"it is not pushed to {repo}: " in done.out
+    assert "set HF_TOKEN" in done.out
+    done = inside(settings, *words, "--json")  # and is pushed as soon as it may be
+    facts = json.loads(done.out)
+    assert facts["compiled"] and facts["digest"] == built.manifest.digest
+    assert facts["notes"] == [f"pushed to {repo} at {facts['commit']}"]
+
+
+def test_a_machine_that_was_faster_keeps_its_place(
+    repo: str, held: Bundle, built: Bundle, job: Job, settings: Settings, tmp_path: Path
+) -> None:
+    theirs = make_built(tmp_path / "theirs", job, ModelSource(model="another/source"))
+    assert theirs.manifest.key == built.manifest.key
+
+    def race(step: str) -> None:
+        if step.startswith("compiling"):
+            push_bundles([theirs], Destination(RepoRef(repo)), settings)
+
+    found = fill(repo, settings, push_back=True, progress=race)
+    assert found.compiled and found.artifact.digest == built.manifest.digest
+    assert found.notes[0].startswith("another machine pushed")
+    other = replace(settings, home=tmp_path / "other")
+    pulled = hubaoti.pull(repo, trust=True, settings=other)
+    assert pulled.artifact.digest == theirs.manifest.digest
+
+
+FILL = """
+import sys
+from pathlib import Path
+import hubaoti
+from hubaoti.settings import Settings
+home, endpoint, token, repo = sys.argv[1:5]
+settings = Settings(home=Path(home), endpoint=endpoint, token=token)
+found = hubaoti.pull(repo, trust=True, missing="compile", push_back=True, settings=settings)
+print(found.compiled, found.artifact.digest)
+"""
+
+
+def test_of_many_processes_that_miss_it_one_compiles_and_pushes(
+    repo: str, held: Bundle, built: Bundle, settings: Settings, proxy: Proxy
+) -> None:
+    proxy.reset()
+    asked = [start(FILL, settings, repo) for _ in range(3)]
+    said = [process.communicate(timeout=120) for process in asked]
+    assert [process.returncode for process in asked] == [0] * 3, said
+    outcomes = sorted(out.split() for out, _ in said)
+    assert outcomes == [[word, built.manifest.digest] for word in ("False", "False", "True")]
+    commits = [path for method, path in proxy.requests if method == "POST" and "/commit/" in path]
+    assert len(commits) == 1
+
+
+def test_a_compile_that_fails_leaves_its_report_and_no_bundle(
+    repo: str, held: Bundle, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise errors.CompileFailed("lower: no such op", hint="try another torch")
+
+    monkeypatch.setattr("hubaoti.compiler.build.build_unit", fail)
+    with pytest.raises(errors.CompileFailed, match="no such op") as caught:
+        fill(repo, settings)
+    (report,) = (settings.home / "fill").iterdir()
+    assert str(report) in caught.value.hint and "no such op" in report.read_text()
+
+
+ODD: dict[str, tuple[dict[str, Any], str]] = {
+    "another word": ({"missing": "ignore"}, "there is compile"),
+    "a push of nothing": ({"missing": None, "push_back": True}, "--missing compile"),
+    "a model of nothing": ({"missing": None, "model": "acme/tiny"}, "--missing compile"),
+    "a path": ({"path": "float32-sdpa/torch2.13-cpu-x86_64_v3-linux"}, "one of them"),
+    "a lockfile": ({"locked": True}, "one of them"),
+    "another host": ({"host": "host.json"}, "one of them"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_words_that_say_nothing_of_what_is_missing_are_refused(
+    case: str, settings: Settings, proxy: Proxy
+) -> None:
+    words, advice = ODD[case]
+    with pytest.raises(errors.BadRequest) as caught:
+        fill("acme/any", settings, **words)
+    assert advice in caught.value.hint
+    assert proxy.requests == []
+
+
+@pytest.mark.parametrize("revision", ["v1", "main"])
+def test_what_is_pushed_back_would_not_be_at_another_revision(
+    revision: str, settings: Settings
+) -> None:
+    with pytest.raises(errors.BadRequest, match="default branch"):
+        fill(f"acme/any@{revision}", settings, push_back=True)
+    with pytest.raises(errors.BadRequest, match="is taken or nothing"):
+        fill(f"acme/any@sha256:{'a' * 64}", settings)
+    locked = replace(settings, lock=settings.home / "hubaoti.lock")
+    with pytest.raises(errors.BadRequest, match="HUBAOTI_LOCK"):
+        fill("acme/any", locked)
+
+
+def test_what_run_lacks_is_compiled_and_answers(
+    repo: str, held: Bundle, roberta_bundle: Bundle, tiny_roberta: Path, settings: Settings
+) -> None:
+    store_built(roberta_bundle, settings)
+    hub = HfApi(settings.endpoint, token=settings.token)
+    hub.delete_folder(str(held.manifest.recipe), repo_id=repo)  # of dims that nobody has built
+    ours = {"settings": settings, "missing": "compile", "push_back": True}
+    first = hubaoti.run(repo, tiny_roberta, ["cat"], trust=True, **ours)
+    assert first.values.shape == (1, 3)
+    again = hubaoti.run(repo, tiny_roberta, ["cat"], settings=settings)  # as it is in the repo now
+    assert again.values.tolist() == first.values.tolist()
+    with pytest.raises(errors.BadRequest, match="nothing is missing"):
+        hubaoti.load(roberta_bundle, tiny_roberta, **ours)
