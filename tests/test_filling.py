@@ -13,6 +13,7 @@ from huggingface_hub import HfApi
 from planned import OLD, make_built, plan_job, store_built
 from proxies import Proxy
 from test_hub_crash import start
+from torch import nn
 
 import hubaoti
 from hubaoti import errors
@@ -105,6 +106,8 @@ def test_a_repo_that_has_nothing_at_all_needs_a_model(
     with pytest.raises(errors.NoModel, match="nothing says of which model") as caught:
         fill(repo, settings)
     assert "--model" in caught.value.hint
+    with pytest.raises(errors.NoModel):
+        hubaoti.attach(nn.Linear(1, 1), repo, missing="compile", settings=settings)
     steps: list[str] = []
     with pytest.raises(Building):
         fill(repo, settings, model=tiny_roberta, progress=steps.append)
@@ -245,9 +248,12 @@ def test_what_run_lacks_is_compiled_and_answers(
     hub = HfApi(settings.endpoint, token=settings.token)
     hub.delete_folder(str(held.manifest.recipe), repo_id=repo)  # of dims that nobody has built
     ours = {"settings": settings, "missing": "compile", "push_back": True}
-    first = hubaoti.run(repo, tiny_roberta, ["cat"], trust=True, **ours)
-    assert first.values.shape == (1, 3)
+    run = ("run", repo, "--model", tiny_roberta, "--text", "cat", "--json")
+    first = inside(settings, *run, "--trust", "--missing", "compile", "--push-back")
+    assert first.code == 0, first
     again = hubaoti.run(repo, tiny_roberta, ["cat"], settings=settings)  # as it is in the repo now
-    assert again.values.tolist() == first.values.tolist()
+    assert again.values.tolist() == json.loads(first.out)["values"]
+    words = ("run", "--model", tiny_roberta, "--prompt", "cat", "--missing", "compile")
+    assert "of what REPO lacks" in inside(settings, *words).err
     with pytest.raises(errors.BadRequest, match="nothing is missing"):
         hubaoti.load(roberta_bundle, tiny_roberta, **ours)

@@ -191,7 +191,7 @@ def _compile_missing(puller: Puller, ref: RepoRef, missing: Missing, output: Pat
         _require_words(puller, ref, catalog, pattern)
     model, revision = _choose_model(missing, catalog, pattern, puller.client)
     words = read_words(catalog.readable[pattern], device, puller.host) if pattern else {}
-    words |= _read_recipe(puller.recipe)
+    words |= read_recipe(puller.recipe)
     puller.progress(f"compiling {model} for {ref.repo}")
     bundle = compile(
         model,
@@ -202,8 +202,13 @@ def _compile_missing(puller: Puller, ref: RepoRef, missing: Missing, output: Pat
         progress=puller.progress,
         **words,
     )
-    label = (puller.recipe or (pattern.recipe if pattern else None) or bundle.manifest.recipe).label
-    place = artifact_path(bundle.manifest, label)
+    like = puller.recipe or (pattern.recipe if pattern else None)
+    place = artifact_path(bundle.manifest, like.label if like else None)
+    if puller.recipe not in {None, place.recipe}:
+        raise BadRequest(
+            f"{model} compiles to {place.recipe} here, and {puller.recipe} is asked for",
+            hint=f"ask for --recipe {place.recipe}",
+        )
     return _describe_compiled(puller, ref, commit, bundle, place, missing)
 
 
@@ -339,8 +344,8 @@ def read_words(manifest: Manifest, device: str, host: Host) -> dict[str, Any]:
     }
 
 
-def _read_recipe(recipe: Recipe | None) -> dict[str, Any]:
-    """A recipe in the words of `compile`; of none it is that nothing is quantized unasked."""
+def read_recipe(recipe: Recipe | None) -> dict[str, Any]:
+    """A recipe in the words of `compile`, none without one; its label is for the push."""
     if recipe is None:
         return {}
     attention = None if recipe.attention in _WORDLESS else recipe.attention
