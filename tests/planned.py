@@ -13,7 +13,7 @@ from bundles import changed, describe, make_bundle
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.package import pack_folder
 from hubaoti.artifact.schema import ModelSource, compute_key
-from hubaoti.compiler.fake_gpu import CPU
+from hubaoti.compiler.fake_gpu import CPU, GPU
 from hubaoti.compiler.from_config import load_source
 from hubaoti.compiler.job import Job
 from hubaoti.compiler.options import merge_options
@@ -30,8 +30,9 @@ OLD = "2.1.0+cpu"  # a torch that no machine of the tests has
 def plan_job(model: Path, settings: Settings, **words: Any) -> Job:
     """What `hubaoti.compile` would build of a model with some words."""
     request = CompileRequest.parse(words)
-    request = replace(request, inductor=merge_options(request.mode, request.inductor, "cpu"))
-    plan = make_plan(load_source(model, request, CPU), request, CPU)
+    device = GPU if request.is_for_gpus else CPU
+    request = replace(request, inductor=merge_options(request.mode, request.inductor, device.type))
+    plan = make_plan(load_source(model, request, CPU), request, device)
     return Job.of(plan, request, choose_targets(probe_host(settings), request)[0])
 
 

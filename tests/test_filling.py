@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from bundles import CPU, CUDA, make_bundle, make_gpu_host, make_host
 from commands import inside
 from huggingface_hub import HfApi
 from planned import OLD, make_built, plan_job, store_built
@@ -17,10 +18,14 @@ from torch import nn
 
 import hubaoti
 from hubaoti import errors
+from hubaoti.api.filling import choose_pattern, read_words
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.schema import ModelSource
+from hubaoti.artifact.variant import Recipe
 from hubaoti.compiler.job import Job
-from hubaoti.hub.layout import RepoRef
+from hubaoti.host.probe import Gpu
+from hubaoti.hub.catalog import Catalog
+from hubaoti.hub.layout import RepoRef, artifact_path
 from hubaoti.hub.push import Destination, push_bundles
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
@@ -205,6 +210,46 @@ def test_a_compile_that_fails_leaves_its_report_and_no_bundle(
         fill(repo, settings)
     (report,) = (settings.home / "fill").iterdir()
     assert str(report) in caught.value.hint and "no such op" in report.read_text()
+
+
+def test_the_artifact_gone_by_is_of_the_recipe_the_device_and_the_newest_torch(
+    tmp_path: Path,
+) -> None:
+    made: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "old": ({**CPU, "torch": "2.9.0+cpu"}, {}),
+        "new": ({**CPU, "torch": "2.12.0+cpu"}, {}),
+        "gpu": (CUDA, {}),
+        "int8wo": (CPU, {"quantization": "int8wo"}),
+    }
+    bundles = {
+        name: make_bundle(tmp_path / name, target, **build)
+        for name, (target, build) in made.items()
+    }
+    places = {name: artifact_path(bundle.manifest) for name, bundle in bundles.items()}
+    manifests = {places[name]: bundle.manifest for name, bundle in bundles.items()}
+    catalog = Catalog("acme/tiny", "a" * 40, {}, {**manifests}, (), (*manifests,))
+    assert choose_pattern(catalog, None, "cpu") == places["new"]
+    assert choose_pattern(catalog, None, "cuda") == places["gpu"]
+    assert choose_pattern(catalog, Recipe.parse("float32-sdpa-int8wo"), "cuda") == places["int8wo"]
+    assert choose_pattern(replace(catalog, artifacts={}), None, "cpu") is None
+
+
+def test_another_device_takes_over_what_it_can_have(tmp_path: Path) -> None:
+    options = {"cpp.weight_prepack": False, "epilogue_fusion": False, "max_autotune": True}
+    bundle = make_bundle(tmp_path / "x", CUDA, attention="fa3", mode="default", options=options)
+    hopper = make_gpu_host()
+    ampere = replace(hopper, gpus=(Gpu("fake A100", 80, 80 << 30),))
+    said = {
+        device: read_words(bundle.manifest, device.partition(" ")[0], host)
+        for device, host in {"cuda 90": hopper, "cuda 80": ampere, "cpu": make_host()}.items()
+    }
+    assert [each["attention"] for each in said.values()] == ["fa3", None, None]
+    given = {"epilogue_fusion": False, "max_autotune": True}
+    assert [each["inductor"] for each in said.values()] == [
+        given,
+        given,
+        {"epilogue_fusion": False},
+    ]
 
 
 ODD: dict[str, tuple[dict[str, Any], str]] = {
