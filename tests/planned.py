@@ -11,6 +11,7 @@ import msgspec
 from bundles import changed, describe, make_bundle
 
 from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.manifest import find_oldest_schema
 from hubaoti.artifact.package import pack_folder
 from hubaoti.artifact.schema import ModelSource, compute_key
 from hubaoti.compiler.fake_gpu import CPU, GPU
@@ -44,9 +45,11 @@ def make_built(folder: Path, job: Job, source: ModelSource, torch: str | None = 
     with zipfile.ZipFile(package) as archive:
         archive.extractall(members)
     pack_folder(members, package)  # as one that comes out of a mirror again
+    graphs = (describe(folder, "root"),)
     return changed(
         bundle,
-        graphs=(describe(folder, "root"),),
+        schema=find_oldest_schema(job.build, graphs, ()),
+        graphs=graphs,
         program=program,
         build=job.build,
         target=target,

@@ -128,6 +128,25 @@ def test_what_another_artifact_lies_at_is_not_compiled_for(
     assert 'recipe = "float32-sdpa+NAME"' in done.err
 
 
+@pytest.mark.cuda
+def test_a_machine_without_a_gpu_fills_a_repo_for_several(
+    repo: str, built: Bundle, write: Write, tiny_roberta: Path, settings: Settings, tmp_path: Path
+) -> None:
+    hopper = plan_job(tiny_roberta, settings, capabilities=(90,), **WORDS)
+    gpu = make_built(tmp_path / "sm90", hopper, ModelSource(model="tiny-roberta"))
+    store_built(gpu, settings)
+    model = f'model = "{tiny_roberta}"\nrepo = "{repo}"\n{DIMS}'
+    done = inside(settings, "compile", "--matrix", write(f'{model}\nfor = ["cpu", "sm90"]'))
+    assert done.code == 0, done
+    places = [f"{repo} float32-sdpa/{each.manifest.variant}" for each in (built, gpu)]
+    assert done.out.splitlines() == [f"{place} pushed" for place in places]
+    path = write(f'{model}\nfor = ["sm80", "sm90", "cpu"]')
+    done = inside(settings, "compile", "--matrix", path, "--dry-run")
+    first, second, third = done.out.splitlines()  # the CPU's first
+    assert (first, third) == tuple(f"{place} is there already" for place in places)
+    assert second == places[1].replace("sm90", "sm80") + " is missing"
+
+
 MODEL = 'model = "acme/tiny"\n'
 REPO = 'repo = "acme/tiny-compiled"\n'
 BAD: dict[str, tuple[str, tuple[str, ...], type[errors.HubaotiError]]] = {
