@@ -264,6 +264,10 @@ class NoRepo(NoArtifact, exit_code=60):
     """No repo of the endpoint says that it holds graphs of the program that was asked for."""
 
 
+class NoModel(HubaotiError, exit_code=61):
+    """What a repo lacks is to be compiled, and nothing says of which model."""
+
+
 def rebuild_error(kind: str, message: str, hint: str) -> HubaotiError:
     """An error that another process told of, as it was there."""
     found = globals().get(kind)

@@ -33,6 +33,7 @@ from hubaoti.errors import (
     DigestMismatch,
     HubaotiError,
     ModelNotFound,
+    NoArtifact,
     NotEnoughMemory,
     OtherProgram,
     OutOfBounds,
@@ -149,6 +150,19 @@ def test_graphs_of_a_repo_are_pulled_where_the_mirror_has_none(
     settings.trust.unlink()
     with LightweightEngine(settings) as engine:
         assert engine.load(tiny_decoder).state == "eager", "nobody trusts its publisher any more"
+
+
+def test_a_repo_that_has_nothing_for_this_host_is_refused_unless_it_is_to_be_compiled(
+    tiny_decoder: Path, built_at: Settings, decoder_bundle: Bundle, settings: Settings, repo: str
+) -> None:
+    HfApi(settings.endpoint, token=settings.token).create_repo(repo)
+    shutil.copytree(built_at.home, settings.home)  # which has what a compile would make
+    with LightweightEngine(settings) as engine:
+        with pytest.raises(NoArtifact):
+            engine.load(tiny_decoder, repo)
+        standing = engine.load(tiny_decoder, repo, compile="now")
+        assert (standing.state, standing.artifact) == ("compiled", decoder_bundle.manifest.digest)
+        assert engine.load(tiny_decoder, repo, compile="now").state == "compiled"
 
 
 def test_graphs_that_were_kept_from_answering_answer_once_they_are_asked_for_again(

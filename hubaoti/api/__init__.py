@@ -9,6 +9,7 @@ from __future__ import annotations
 from hubaoti.api.attaching import attach, detach, get_artifact, put
 from hubaoti.api.building import Explanation
 from hubaoti.api.compiling import capture, compile, compile_for, explain, explain_for
+from hubaoti.api.matrix import Outcome, compile_matrix
 from hubaoti.api.publishing import pull, push
 from hubaoti.api.repos import RepoExplanation, RepoVersion, explain_repo, lock, versions
 from hubaoti.api.searching import RepoFound, pull_any_of, search
@@ -18,6 +19,7 @@ from hubaoti.api.verifying import Verified, verify
 __all__ = [
     "Answer",
     "Explanation",
+    "Outcome",
     "RepoExplanation",
     "RepoFound",
     "RepoVersion",
@@ -26,6 +28,7 @@ __all__ = [
     "capture",
     "compile",
     "compile_for",
+    "compile_matrix",
     "detach",
     "eager",
     "explain",

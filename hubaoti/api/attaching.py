@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hubaoti.api.filling import FillWords, make_fill_words
 from hubaoti.api.publishing import pull
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.manifest import FILENAME
@@ -33,6 +34,8 @@ def attach(  # noqa: PLR0913 - a face of keywords
     cuda_graphs: bool = False,
     trust: bool = False,
     locked: bool | str | Path = False,
+    missing: str | None = None,
+    push_back: bool = False,
     ops: Sequence[str] = (),
     settings: Settings | None = None,
     progress: Progress = report_nothing,
@@ -42,7 +45,8 @@ def attach(  # noqa: PLR0913 - a face of keywords
     `artifact` is one of the mirror, a bundle or its folder, or a repo to pull. What this machine
     did not build is opened where somebody who is trusted published it; `trust` says so once, of a
     repo's publisher, or of a bundle by its digest. With `locked` nothing is attached but what a
-    lockfile says, as `pull` has it. The module's tensors are bound by reference.
+    lockfile says, as `pull` has it. Of a repo, what is `missing` for this host can be compiled, and
+    pushed back, as `pull` has it. The module's tensors are bound by reference.
     What no graph serves is answered by the module itself, counted, and warned of once for each
     reason; with `strict` it raises `NotServed`. A module that has no config, or other code than was
     compiled, or of which code or attributes were patched, answers the first call of each graph
@@ -90,7 +94,8 @@ def attach(  # noqa: PLR0913 - a face of keywords
     if not settings.graphs:
         return runtime.attach_nothing(module)
     module = unwrap_peft(module)
-    found = get_artifact(artifact, trust, settings, progress, locked)
+    fill = make_fill_words(missing, push_back)
+    found = get_artifact(artifact, trust, settings, progress, locked, fill)
     manifest = found.manifest
     if cuda_graphs:
         runtime.require_steps(module, manifest)
@@ -128,18 +133,25 @@ def get_artifact(
     settings: Settings,
     progress: Progress,
     locked: bool | str | Path = False,
+    fill: FillWords | None = None,
 ) -> Artifact:
     """An artifact of the mirror, by whatever it is called.
 
     With `trust`, a repo's publisher is trusted from now on; of all else, this very artifact. With
-    `locked` it has to stand in a lockfile.
+    `locked` it has to stand in a lockfile. `fill` says what becomes of what a repo lacks.
 
     Raises:
         NotLocked: it does not.
         Untrusted, Blocked: its code may not run here.
         BadRequest: it is no artifact, or called by a folder's name as a text, which is a repo's;
-            else as `pull`.
+            or `fill` is said of what is no repo; else as `pull`.
     """
+    fill = fill or {}
+    if fill and not isinstance(artifact, str):
+        raise BadRequest(
+            "what is missing is to be compiled, and here is an artifact: nothing is missing",
+            hint="leave it out, or name the repo as owner/name",
+        )
     _require_locked(artifact, locked, settings)
     if isinstance(artifact, Artifact):
         return artifact
@@ -147,7 +159,8 @@ def get_artifact(
         artifact = Bundle.read(artifact)
     if isinstance(artifact, str):
         _refuse_folder(artifact)
-        artifact = pull(artifact, trust=trust, locked=locked, settings=settings, progress=progress)
+        where: dict[str, Any] = {"settings": settings, "progress": progress}
+        artifact = pull(artifact, trust=trust, locked=locked, **fill, **where)
     if isinstance(artifact, Bundle):
         with Mirror.open(settings.mirror) as mirror:
             _require_allowed(artifact.manifest.digest, trust, mirror)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hubaoti.api.filling import Missing, pull_or_compile
 from hubaoti.api.repos import find_host
 from hubaoti.artifact.bundle import Bundle, find_bundles
 from hubaoti.artifact.variant import Recipe
-from hubaoti.errors import HubaotiError, NotBuiltHere
+from hubaoti.errors import BadRequest, HubaotiError, NotBuiltHere
 from hubaoti.host.probe import Host
 from hubaoti.hub.layout import ArtifactPath, RepoRef
 from hubaoti.mirror import Mirror, PullOrigin
@@ -130,6 +131,9 @@ def pull(  # noqa: PLR0913 - a face of keywords
     allow_rollback: bool = False,
     locked: bool | str | Path = False,
     host: Host | str | Path | None = None,
+    missing: str | None = None,
+    model: str | Path | None = None,
+    push_back: bool = False,
     settings: Settings | None = None,
     progress: Progress = report_nothing,
 ) -> Pulled:
@@ -143,7 +147,13 @@ def pull(  # noqa: PLR0913 - a face of keywords
     named; no list is asked for, and what was pulled before needs no network. For another `host` it
     is a file such as `hubaoti doctor --json` writes there.
 
+    With `missing="compile"`, what no artifact fits is compiled here, once a machine: with the task,
+    dims and options of the repo's others, which needs trust in their publisher, of the model that
+    they name, else the card, or of `model`. With `push_back` the repo gets it; where it cannot, a
+    note says so, and it can be used here.
+
     Raises:
+        NoModel: it is to be compiled, and nothing says of which model; else as `compile`.
         NotLocked, LockMismatch, BadLock: of the lockfile. NoVersion: the repo has none such.
         BadRequest: a name is malformed, or the file describes no host.
         NoMatch: none fits, with every reason; NoArtifact: the repo has none, or none at `path`.
@@ -153,15 +163,41 @@ def pull(  # noqa: PLR0913 - a face of keywords
     """
     from hubaoti.hub.pull import pull_artifact
 
-    settings = settings or Settings.from_env()
+    settings, ref = settings or Settings.from_env(), RepoRef.parse(repo)
+    wanted = None if recipe is None else Recipe.parse(recipe)
+    if fill := Missing.parse({"missing": missing, "model": model, "push_back": push_back}):
+        _refuse_unfilled({"path": path, "locked": locked, "host": host})
+        return pull_or_compile(
+            ref,
+            settings,
+            fill,
+            recipe=wanted,
+            trust=trust,
+            allow_rollback=allow_rollback,
+            progress=progress,
+        )
     return pull_artifact(
-        RepoRef.parse(repo),
+        ref,
         settings,
         find_host(host, settings),
-        recipe=None if recipe is None else Recipe.parse(recipe),
+        recipe=wanted,
         place=None if path is None else ArtifactPath.parse(path),
         trust=trust,
         allow_rollback=allow_rollback,
         locked=locked,
         progress=progress,
     )
+
+
+def _refuse_unfilled(named: Mapping[str, object]) -> None:
+    """See that beside `missing` nothing names one artifact, or another host.
+
+    Raises:
+        BadRequest: it does.
+    """
+    for name, value in named.items():
+        if value:
+            raise BadRequest(
+                f"{name} is asked for, and what is missing is to be compiled: that is of this host",
+                hint="leave one of them out",
+            )

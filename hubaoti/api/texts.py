@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hubaoti.api.attaching import get_artifact, require_kernels
+from hubaoti.api.filling import make_fill_words
 from hubaoti.api.publishing import pull
 from hubaoti.errors import BadRequest
 from hubaoti.host.extras import require
@@ -42,6 +43,8 @@ def run(  # noqa: PLR0913 - a face of keywords
     *,
     recipe: str | None = None,
     trust: bool = False,
+    missing: str | None = None,
+    push_back: bool = False,
     device: str | None = None,
     ops: Sequence[str] = (),
     settings: Settings | None = None,
@@ -49,12 +52,15 @@ def run(  # noqa: PLR0913 - a face of keywords
 ) -> Answer:
     """Pull, open and call: the answers of a repo's graph over a model's weights.
 
+    What is `missing` in the repo can be compiled, and pushed back, as `pull` has it.
+
     Raises:
         HubaotiError: as `pull` and `load` do; OutOfBounds: a text is too long for the graph.
     """
     require("run", "run")
     settings = settings or Settings.from_env()
-    pulled = pull(repo, recipe=recipe, trust=trust, settings=settings, progress=progress)
+    fill = make_fill_words(missing, push_back, model)
+    pulled = pull(repo, recipe=recipe, trust=trust, settings=settings, progress=progress, **fill)
     opened = load(
         pulled.artifact, model, device=device, ops=ops, settings=settings, progress=progress
     )
@@ -69,14 +75,16 @@ def load(  # noqa: PLR0913 - a face of keywords
     device: str | None = None,
     revision: str | None = None,
     trust: bool = False,
+    missing: str | None = None,
+    push_back: bool = False,
     ops: Sequence[str] = (),
     settings: Settings | None = None,
     progress: Progress = report_nothing,
 ) -> TextModel:
     """Open an artifact over a model's tokenizer and weights: texts in, tensors out.
 
-    `artifact`, `trust` and `ops` are as `attach` has them. Without `device`, it is the CPU, or the
-    GPU that the artifact fits best.
+    `artifact`, `trust`, `missing` and `ops` are as `attach` has them. Without `device`, it is the
+    CPU, or the GPU that the artifact fits best.
 
     Raises:
         BadRequest: what is given is no artifact. Untrusted, Blocked: its code may not run here.
@@ -89,7 +97,8 @@ def load(  # noqa: PLR0913 - a face of keywords
     """
     require("load", "run")
     settings = settings or Settings.from_env()
-    artifact = get_artifact(artifact, trust, settings, progress)
+    fill = make_fill_words(missing, push_back, model)
+    artifact = get_artifact(artifact, trust, settings, progress, fill=fill)
     _refuse_parts(artifact)
     folder, _ = fetch_model_files(model, revision, RUN_FILES, settings, progress)
     refuse_other_program(folder, artifact.manifest.program)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hubaoti.artifact.misses import propose_dims, read_misses
+from hubaoti.cli.matrix import fill_matrix
 from hubaoti.cli.output import Steps, format_size, print_json, print_line, print_text
 from hubaoti.errors import BadRequest
 
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
     from hubaoti.api import Explanation
     from hubaoti.artifact.bundle import Bundle
     from hubaoti.artifact.manifest import Manifest
+
+# Who reads a file and no other option, and what to do instead.
+_BY_MISSES = (
+    "--from-misses only proposes dims",
+    "leave it out, and give it to the command that is proposed",
+)
+_BY_MATRIX = ("--matrix goes by its file", "write it into a [[build]] of the file, by its name")
 
 
 @click.command("compile")
@@ -53,27 +61,49 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="only propose dims for the calls that no graph served",
 )
+@click.option(
+    "--matrix",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="compile and push each [[build]] of a TOML file that its repo lacks",
+)
+@click.option("--dry-run", is_flag=True, help="of --matrix: only say what is missing")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
-def compile_command(
+def compile_command(  # noqa: PLR0913 - its options
     model: str | None,
     output: Path | None,
     explain: bool,
     from_misses: Path | None,
+    matrix: Path | None,
+    dry_run: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
     """Compile MODEL (a Hub id or a folder) from its config; its weights are never read."""
-    if from_misses is not None:
-        _refuse_unread(output, explain, options)
+    words = {"output": output, "explain": explain, **options}
+    if matrix is not None:
+        jobs = words.pop("jobs")
+        _refuse_unread({"model": model, "from_misses": from_misses, **words}, *_BY_MATRIX)
+        fill_matrix(matrix, dry_run, jobs, as_json, quiet)
+    elif from_misses is not None:
+        _refuse_unread({"dry_run": dry_run, **words}, *_BY_MISSES)
         _propose(from_misses, model, as_json)
-        return
-    if model is None:
+    elif dry_run:
+        raise click.UsageError("--dry-run is of --matrix; of a model it is --explain.")
+    elif model is None:
         raise click.UsageError("Missing argument 'MODEL'.")
-    if explain:
+    elif explain:
         _explain_model(model, output, as_json, quiet, options)
-        return
+    else:
+        _print_compiled(model, output, as_json, quiet, options)
+
+
+def _print_compiled(
+    model: str, output: Path | None, as_json: bool, quiet: bool, options: dict[str, Any]
+) -> None:
+    """Compile a model, and print what came of it."""
     if output is None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     bundles = _compile_model(model, output, quiet, options)
@@ -84,24 +114,20 @@ def compile_command(
         _print_bundle(bundle)
 
 
-def _refuse_unread(output: Path | None, explain: bool, options: dict[str, Any]) -> None:
-    """See that `--from-misses` comes with nothing that it would not read.
+def _refuse_unread(given: dict[str, Any], reader: str, hint: str) -> None:
+    """See that an option that reads a file comes with nothing that it would not read.
 
     Raises:
         BadRequest: it does, with the options.
     """
-    given = {"output": output, "explain": explain} | options
-    given["mode"] = None if given["mode"] == "default" else given["mode"]
+    given = given | {"mode": None if given["mode"] == "default" else given["mode"]}
     found = [
-        max(param.opts, key=len)
+        max(param.opts, key=len).replace("model", "MODEL")
         for param in click.get_current_context().command.params
         if given.get(param.name or "")
     ]
     if found:
-        raise BadRequest(
-            f"--from-misses only proposes dims, and reads nothing of {', '.join(found)}",
-            hint="leave it out, and give it to the command that is proposed",
-        )
+        raise BadRequest(f"{reader}, and reads nothing of {', '.join(found)}", hint=hint)
 
 
 def _compile_model(

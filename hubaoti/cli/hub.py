@@ -75,6 +75,9 @@ def _print_commit(commit: Commit) -> None:
 @click.option("--task", help="of that model, as compile has it; by default as the model says")
 @click.option("--locked", is_flag=True, help="only what hubaoti.lock, or HUBAOTI_LOCK's file, says")
 @click.option("--lockfile", type=click.Path(path_type=Path), help="only what this file says")
+@click.option("--missing", metavar="compile", help="what does not fit this host is compiled here")
+@click.option("--model", help="of which it is compiled, where the repo does not say")
+@click.option("--push-back", is_flag=True, help="into REPO what was compiled, for other machines")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
 def pull_command(
@@ -138,9 +141,10 @@ def _list_locked(locked: bool | Path) -> list[str]:
 
 def _print_pulled(pulled: Pulled) -> None:
     """What was chosen, and where it is not made for this host."""
-    source = "the mirror" if pulled.from_mirror else "the Hub"
+    source = "from the mirror" if pulled.from_mirror else "from the Hub"
+    source = "compiled here" if pulled.compiled else source
     size = format_size(pulled.artifact.manifest.size)
-    print_line(f"{pulled.place} ({pulled.verdict.fit}, {size}) from {source}")
+    print_line(f"{pulled.place} ({pulled.verdict.fit}, {size}) {source}")
     print_line(f"  commit {pulled.commit}, digest {pulled.artifact.digest[:12]}")
     for reason in pulled.verdict.notes:
         print_line(f"  built for {reason.need}, here is {reason.have}: {reason.advice}")
@@ -166,6 +170,7 @@ def _serialize_pulled(pulled: Pulled) -> dict[str, object]:
         "digest": pulled.artifact.digest,
         "folder": str(pulled.artifact.path),
         "from_mirror": pulled.from_mirror,
+        "compiled": pulled.compiled,
         "verdict": pulled.verdict.to_dict(),
         "considered": considered,
         "notes": list(pulled.notes),

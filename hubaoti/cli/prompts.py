@@ -36,8 +36,11 @@ def _refuse_odd(options: dict[str, Any]) -> None:
     if (options["file"] is None) != (options["out"] is None):
         given, other = ("--out", "--file") if options["file"] is None else ("--file", "--out")
         raise BadRequest(f"{given} without {other}", hint=f"say {other} too")
+    fill = ("missing", "push_back")
     if options["eager"]:
-        refuse_given(options, ("recipe", "ops"), "of the graphs, and --eager opens none")
+        refuse_given(options, ("recipe", "ops", *fill), "of the graphs, and --eager opens none")
+    if options["repo"] is None:
+        refuse_given(options, fill, "of what REPO lacks, and none is named")
 
 
 @contextmanager
@@ -55,6 +58,8 @@ def _load_engine(options: dict[str, Any], quiet: bool) -> Iterator[LightweightEn
                 options["repo"],
                 recipe=options["recipe"],
                 trust=options["trust"],
+                missing=options["missing"],
+                push_back=options["push_back"],
                 settings=settings,
                 progress=progress,
             )

@@ -33,6 +33,8 @@ _GENERATES = ("out", "max_new_tokens", "temperature", "seed", "isolate", "memory
 @click.option("--memory", help="refuse a model that takes more, as 8GB")
 @click.option("--recipe", help="only this one, as bfloat16-sdpa")
 @click.option("--trust", is_flag=True, help="trust the publisher, now and from now on")
+@click.option("--missing", metavar="compile", help="what REPO lacks for this host is compiled here")
+@click.option("--push-back", is_flag=True, help="into REPO what was compiled, for other machines")
 @click.option("--ops", multiple=True, help="a module whose ops graphs call, as my.ops")
 @click.option("--eager", is_flag=True, help="the same through transformers, for comparison")
 @click.option("--device", help="cpu or cuda:0; by default what the artifact is for")
@@ -62,9 +64,10 @@ def _answer_texts(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     repo, texts = options["repo"], options["texts"]
     if repo is None:
         raise click.UsageError("Missing argument 'REPO': --text is answered by a repo's graph.")
-    words = {name: options[name] for name in ("recipe", "trust", "device", "ops")}
+    names = ("recipe", "device", "ops", "missing", "push_back")
+    words = {name: options[name] for name in ("trust", *names)}
     if options["eager"]:
-        refuse_given(options, ("recipe", "device", "ops"), "of the graph, and --eager opens none")
+        refuse_given(options, names, "of the graph, and --eager opens none")
     started = time.perf_counter()
     with Steps(quiet or as_json) as progress:
         if options["eager"]:

@@ -79,6 +79,14 @@ def merge_options(
     }
 
 
+def list_given(options: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """Of a build's options those that somebody gave, or a mode has, as `merge_options` takes them.
+
+    What every build has is left out, and what a graph for another kind of device cannot have.
+    """
+    return {name: value for name, value in options.items() if refuse_option(name, device) is None}
+
+
 def find_measuring(options: Mapping[str, Any]) -> list[str]:
     """Those of a build's options that have kernels chosen by measuring them, on the GPU itself."""
     return [name for name in options if name in _MEASURING and options[name]]

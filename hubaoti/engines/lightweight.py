@@ -106,7 +106,8 @@ class LightweightEngine:
             model: a Hub id or a folder.
             artifact: as `hubaoti.attach` takes it; without one it is looked for in the mirror, then
                 in the engine's repos.
-            compile: where there is no artifact: "never", the model answers by itself; "background",
+            compile: where there is no artifact, or the repo that is given has none for this host:
+                "never", the model answers by itself, or that is refused; "background", it does
                 until a child process has compiled it; "now", it is compiled first.
             task: generate or embed; by default as the artifact or the model's files say.
             push: a repo for what is compiled.
@@ -319,13 +320,13 @@ class LightweightEngine:
                 hint=f"engine.unload({slot.name!r}) first",
             )
         with self._using(slot.name) as (_, holder):
-            if want.artifact is None:
+            if given := self._planner.fetch_given(want):
+                self._planner.require_serves(given, begin)
+                self._use(slot, holder, given.digest)
+            else:
                 self._try_untried(slot, holder)
                 if slot.building is None:
                     self._build(slot, want)
-            elif given := self._planner.fetch_given(want):
-                self._planner.require_serves(given, begin)
-                self._use(slot, holder, given.digest)
             return slot.describe()
 
     def _take_built(self, slot: ModelSlot) -> None:

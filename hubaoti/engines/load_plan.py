@@ -20,7 +20,7 @@ from hubaoti.engines.resolve import (
     find_in_repos,
     read_dtype,
 )
-from hubaoti.errors import BadRequest, HubaotiError, NotEnoughMemory
+from hubaoti.errors import BadRequest, HubaotiError, NoArtifact, NoMatch, NotEnoughMemory
 from hubaoti.host.probe import Host
 from hubaoti.hub.model_download import EAGER_FILES, fetch_model_files, find_local_folder
 from hubaoti.progress import Progress
@@ -73,6 +73,7 @@ class LoadPlanner:
             want.name, want.revision, EAGER_FILES, self.settings, self.progress
         )
         given, why = self.fetch_given(want), "no graphs are wanted"
+        is_asked = given is not None
         task = want.task or (given.manifest.program.task if given else choose_task(folder))
         wanted = self._make_wanted(folder, task, want.words)
         if given is not None:
@@ -90,14 +91,21 @@ class LoadPlanner:
         )
         needs = estimate_weight_bytes(folder, begin.dtype) + (_PROCESS if self.isolate else 0)
         why = "" if given else why
-        is_asked = want.artifact is not None
         return ModelSlot(want.name, begin, needs, want.revision, why, is_asked=is_asked)
 
     def fetch_given(self, want: Want) -> Artifact | None:
-        """The artifact that a call gave, in the mirror; None where it gave none."""
+        """The artifact that a call gave, in the mirror; None where it gave none.
+
+        Nor where it gave a repo that has nothing for this host, and that is to be compiled.
+        """
         if want.artifact is None or not self.settings.graphs:
             return None
-        return api.get_artifact(want.artifact, self.trust, self.settings, self.progress)
+        try:
+            return api.get_artifact(want.artifact, self.trust, self.settings, self.progress)
+        except (NoArtifact, NoMatch):
+            if want.compile == "never":
+                raise
+            return None
 
     def require_serves(self, artifact: Artifact, begin: Begin) -> None:
         """See that an artifact serves a model that is loaded.

@@ -6,12 +6,17 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.errors import Conflict, first_line
 from hubaoti.hub.layout import ArtifactPath
 
+if TYPE_CHECKING:
+    from hubaoti.hub.catalog import Catalog
+    from hubaoti.hub.client import HubClient
+
+_README = "README.md"
 _START = "<!-- hubaoti: what stands up to the end mark is rendered by each push -->"
 _END = "<!-- hubaoti: end -->"
 _TEMPLATE = "template.md"
@@ -45,7 +50,7 @@ def render(
     """
     from hubaoti import front_matter  # and yaml, which pulls do not need
 
-    base_model, (name, _, revision) = _find_base_model(newest), repo.partition("@")
+    base_model, (name, _, revision) = find_base_model(newest), repo.partition("@")
     section = _load_template().render(
         repo=repo,
         name=name,
@@ -121,11 +126,27 @@ def _list_uses(manifests: Iterable[Manifest]) -> set[str]:
     }
 
 
-def _find_base_model(manifest: Manifest) -> str | None:
+def find_base_model(manifest: Manifest) -> str | None:
     """The Hub id of the model that was compiled; None for a local one, whose path is private."""
     source = manifest.source
     known = source.commit is not None and _HUB_ID.fullmatch(source.model)
     return source.model if known else None
+
+
+def read_base_model(client: HubClient, catalog: Catalog) -> str | None:
+    """The model that a repo's card names, as its author wrote it; None where it names none."""
+    from hubaoti import front_matter
+
+    entry = catalog.files.get(_README)
+    if entry is None or entry.size > front_matter.LIMIT:
+        return None
+    try:
+        text = client.read(catalog.repo, catalog.commit, entry).decode("utf-8-sig")
+        named = front_matter.split(text)[0].get("base_model")
+    except ValueError:  # no text, no front matter
+        return None
+    first = named[0] if isinstance(named, list) and len(named) == 1 else named
+    return first if isinstance(first, str) and _HUB_ID.fullmatch(first) else None
 
 
 def _make_tags(manifest: Manifest) -> list[str]:

@@ -44,7 +44,10 @@ class Considered:
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """What a pull chose, why, and among what; `from_mirror` says that nothing was fetched."""
+    """What a pull chose, why, and among what; `from_mirror` says that nothing was fetched.
+
+    It was `compiled` here where the repo had nothing that fits.
+    """
 
     artifact: Artifact
     ref: RepoRef
@@ -54,6 +57,7 @@ class Pulled:
     considered: tuple[Considered, ...] = field(repr=False)
     notes: tuple[str, ...]
     from_mirror: bool
+    compiled: bool = False
 
 
 def choose_artifact(
