@@ -25,7 +25,7 @@ from torch import nn
 from torch.export import Dim, export
 from torch.nn import functional
 
-from hubaoti.artifact.package import list_members
+from hubaoti.artifact.package import hash_file, list_members
 from hubaoti.artifact.schema import (
     Check,
     Constant,
@@ -156,8 +156,18 @@ class Lowered:
 
 def move_request(request: InterpretRequest, folder: Path) -> InterpretRequest:
     """A request for a package and what was kept in another folder."""
-    package, keep = os.fsencode(folder / "unpacked"), os.fsencode(folder / "keep")
-    return msgspec.structs.replace(request, package=package, keep=keep, shipped=os.fsencode(folder))
+    unpacked, keep = folder / "unpacked", os.fsencode(folder / "keep")
+    members = tuple(
+        msgspec.structs.replace(each, sha256=hash_file(unpacked / each.path))
+        for each in request.entry.members
+    )
+    return msgspec.structs.replace(
+        request,
+        entry=msgspec.structs.replace(request.entry, members=members),
+        package=os.fsencode(unpacked),
+        keep=keep,
+        shipped=os.fsencode(folder),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -206,7 +206,4 @@ def has_interface(library: Library) -> bool:
         from torch._C import _aoti
     except ImportError:
         return False
-    # Beside it lies what the executor needs to know, where there is an op without a C shim.
-    return hasattr(_aoti, "alloc_tensors_by_stealing_from_void_ptrs") and not (
-        library.place.with_suffix(".json").exists()
-    )
+    return library.notes is None and hasattr(_aoti, "alloc_tensors_by_stealing_from_void_ptrs")

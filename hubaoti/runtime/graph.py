@@ -84,7 +84,7 @@ def open_graph(
         require_ops(folder, entry, device)
     folder = find_loaded_folder(entry, folder)
     try:
-        library = hold_library(folder / libraries[0].path, libraries[0].sha256)
+        library = hold_library(folder, libraries[0], entry.members)
         runner = open_native_runner(folder, library, device)
     except (RuntimeError, OSError) as error:
         raise explain_refusal(entry.id, folder, str(error)) from error

@@ -5,26 +5,49 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hubaoti.artifact.schema import Member
 from hubaoti.mirror.artifact import describe_changed
 from hubaoti.runtime.locks import ForkSafeLock
 
 _DESCRIPTORS = Path("/proc/self/fd")
+_NOTES = ".json"
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """Where a library lies, beside what else its package has of it, and by what it is loaded."""
+    """Where a library lies in its package, and by what it is loaded.
+
+    `notes` is the JSON beside it, by which torch's proxy executor calls ops without a C shim; None
+    where there is none of them.
+    """
 
     place: Path
     file: Path
+    notes: bytes | None = None
 
     @classmethod
     def at(cls, place: Path) -> Library:
         """One of which nobody else could have changed anything, as it was made here just now."""
-        return cls(place, place)
+        notes = place.with_suffix(_NOTES)
+        return cls(place, place, notes.read_bytes() if notes.exists() else None)
+
+    @contextmanager
+    def beside_notes(self) -> Iterator[Path]:
+        """A path by which torch's runners load it, who look for the notes beside it meanwhile."""
+        if self.notes is None or self.file == self.place:
+            yield self.file
+            return
+        with tempfile.TemporaryDirectory(prefix="hubaoti-") as folder:
+            path = Path(folder) / self.place.name
+            path.symlink_to(self.file)
+            path.with_suffix(_NOTES).write_bytes(self.notes)
+            yield path
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +78,35 @@ _USED: set[int] = set()
 _LOCK = ForkSafeLock()
 
 
-def hold_library(place: Path, sha256: str) -> Library:
-    """A library that has these bytes, whose file stays open as long as this process.
+def hold_library(folder: Path, library: Member, members: Iterable[Member]) -> Library:
+    """A member of a package in a folder, with the notes beside it, both as the manifest lists them.
+
+    Its file stays open as long as this process.
 
     Raises:
-        DigestMismatch: it has others. OSError: it cannot be read.
+        DigestMismatch: one has other bytes. OSError: one cannot be read.
     """
+    place = folder / library.path
+    notes = [_read_hashed(folder, each) for each in members if _is_notes(each, library)]
     if not _DESCRIPTORS.is_dir():  # of a system without it
-        return Library.at(place)
+        return Library(place, place, *notes)
     with _LOCK:
-        held = _HELD.get(sha256)
+        held = _HELD.get(library.sha256)
         if held is None or not held.is_open:
-            held = _HELD[sha256] = _open_hashed(place, sha256)
+            held = _HELD[library.sha256] = _open_hashed(place, library.sha256)
             _USED.add(held.handle)
-        return Library(place, held.path)
+        return Library(place, held.path, *notes)
+
+
+def _is_notes(member: Member, library: Member) -> bool:
+    return member.path == Path(library.path).with_suffix(_NOTES).as_posix()
+
+
+def _read_hashed(folder: Path, member: Member) -> bytes:
+    content = (folder / member.path).read_bytes()
+    if hashlib.sha256(content).hexdigest() != member.sha256:
+        raise describe_changed(folder / member.path)
+    return content
 
 
 def name_files(message: str) -> str:

@@ -53,11 +53,13 @@ def open_native_runner(folder: Path, library: Library, device: torch.device) -> 
     except ImportError:
         return open_public_runner(folder, device)
     if device.type == "cpu" and hasattr(_aoti, "AOTIModelContainerRunnerCpu"):
-        runner: Runner = _aoti.AOTIModelContainerRunnerCpu(str(library.file), 1)
+        with library.beside_notes() as path:
+            runner: Runner = _aoti.AOTIModelContainerRunnerCpu(str(path), 1)
         return OnCpu(runner, library) if has_interface(library) else runner
     if device.type == "cuda" and hasattr(_aoti, "AOTIModelContainerRunnerCuda"):
-        place = str(library.file), 1, str(device), str(library.place.parent)
-        return OnDevice(_aoti.AOTIModelContainerRunnerCuda(*place), device)
+        with library.beside_notes() as path:
+            place = str(path), 1, str(device), str(library.place.parent)
+            return OnDevice(_aoti.AOTIModelContainerRunnerCuda(*place), device)
     return open_public_runner(folder, device)
 
 

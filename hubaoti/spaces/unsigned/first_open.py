@@ -32,7 +32,7 @@ class _PackageRequest(OpenRequest, frozen=True, kw_only=True):
     """A package that lies unpacked in `folder`, and the kernels that it calls."""
 
     folder: bytes
-    library: Member
+    members: list[Member]
     kernels: list[dict[str, Any]]
 
 
@@ -44,12 +44,13 @@ def open_package_in_child(
     ops: Sequence[str] = (),
 ) -> OpenVerdict:
     """Open a package in a child, which imports the modules `ops` first; what came of it."""
+    find_library(entry.members, entry.id)  # or it says that there is none
     request = _PackageRequest(
         ids=[entry.id],
         device=str(device),
         ops=[*ops],
         folder=os.fsencode(folder),
-        library=find_library(entry),
+        members=[*entry.members],
         kernels=[dict(each) for each in kernels],
     )
     return collect_verdicts(__name__, request)[0]
@@ -65,7 +66,7 @@ def main() -> None:
     def try_package(attempt: Attempt) -> bytes:
         register_kernels(request.kernels)
         attempt.begin()
-        runner = open_package(folder, request.library, attempt.graph, device)
+        runner = open_package(folder, request.members, attempt.graph, device)
         attempt.opened = True
         runner.get_constant_names_to_original_fqns()
         runner.get_call_spec()

@@ -33,7 +33,7 @@ from hubaoti.spaces.unsigned.first_open import (
     register_kernels,
 )
 from hubaoti.spaces.unsigned.outcomes import CallOutcomes
-from hubaoti.spaces.unsigned.region import UnsignedRegion, find_library, open_package
+from hubaoti.spaces.unsigned.region import UnsignedRegion, open_package
 from hubaoti.spaces.worker import build_worker_host
 
 # A package, and the modules that it serves, by path.
@@ -128,8 +128,7 @@ class _UnsignedWorker:
         """Each module's own container over the library that all share."""
         for graph, modules in self.served:
             for path, module in modules.items():
-                library = find_library(graph)
-                runner = open_package(self._folder(graph), library, graph.id, device)
+                runner = open_package(self._folder(graph), graph.members, graph.id, device)
                 yield UnsignedRegion(path, module, graph, runner, device)
 
     def _require_all_sound(self, device: torch.device) -> None:

@@ -7,7 +7,7 @@ is answered by the module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from operator import is_
@@ -49,22 +49,24 @@ _DTYPES = {
 }
 
 
-def find_library(entry: Entry) -> Member:
+def find_library(members: Iterable[Member], name: str) -> Member:
     """A package's library inside of it.
 
     Raises:
         CannotOpen: it has none, or several.
     """
-    members = [member for member in entry.members if member.path.endswith(".so")]
-    libraries = [each for each in members if each.path.endswith(".wrapper.so")] or members
+    found = [member for member in members if member.path.endswith(".so")]
+    libraries = [each for each in found if each.path.endswith(".wrapper.so")] or found
     if len(libraries) != 1:
         raise CannotOpen(
-            f"{entry.id} has {len(libraries)} libraries, not one", hint="ask its publisher"
+            f"{name} has {len(libraries)} libraries, not one", hint="ask its publisher"
         )
     return libraries[0]
 
 
-def open_package(folder: Path, library: Member, name: str, device: torch.device) -> Runner:
+def open_package(
+    folder: Path, members: Sequence[Member], name: str, device: torch.device
+) -> Runner:
     """Make an unpacked package callable; the caller has verified the folder.
 
     Raises:
@@ -72,8 +74,8 @@ def open_package(folder: Path, library: Member, name: str, device: torch.device)
         CannotOpen, MissingOps: it cannot be loaded here.
     """
     try:
-        held = hold_library(folder / library.path, library.sha256)
-        return open_native_runner(folder, held, device)
+        library = hold_library(folder, find_library(members, name), members)
+        return open_native_runner(folder, library, device)
     except (RuntimeError, OSError) as error:
         raise explain_refusal(name, folder, str(error)) from error
 
