@@ -14,7 +14,7 @@ import msgspec
 from hubaoti import api
 from hubaoti.artifact.bundle import Bundle, make_file_entry
 from hubaoti.artifact.manifest import FILENAME, Manifest
-from hubaoti.artifact.package import list_members
+from hubaoti.artifact.package import hash_file, list_members
 from hubaoti.artifact.requirements import Requirements
 from hubaoti.artifact.schema import (
     Build,
@@ -171,3 +171,19 @@ def put_trusted(bundle: Bundle, mirror: Mirror) -> Artifact:
     """A bundle in a mirror whose machine was told that it may run there."""
     mirror.trust.add_artifact(bundle.manifest.digest)
     return api.put(bundle, mirror)
+
+
+def list_again(artifact: Artifact) -> None:
+    """Have the manifest of an artifact list what its first graph's package is now."""
+    graph, *others = artifact.manifest.graphs
+    folder = artifact.graph_folder(graph)
+    members = tuple(
+        msgspec.structs.replace(each, sha256=hash_file(folder / each.path))
+        for each in graph.members
+    )
+    graphs = (msgspec.structs.replace(graph, members=members), *others)
+    manifest = msgspec.structs.replace(artifact.manifest, graphs=graphs)
+    object.__setattr__(artifact, "manifest", manifest)
+    path = artifact.path / FILENAME
+    path.unlink()
+    path.write_bytes(manifest.to_json())

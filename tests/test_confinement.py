@@ -18,7 +18,7 @@ from string import Template
 import msgspec
 import pytest
 import torch
-from bundles import put_trusted
+from bundles import list_again, put_trusted
 from safetensors.torch import save
 
 import hubaoti
@@ -138,6 +138,7 @@ def library(artifact: Artifact, body: str) -> None:
     found = next(artifact.graph_folder(artifact.manifest.graphs[0]).rglob("*.wrapper.so"))
     found.unlink()
     build(found.with_suffix(".c"), body)
+    list_again(artifact)
 
 
 def build(source: Path, body: str) -> Path:

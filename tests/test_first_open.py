@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from bundles import CUDA, make_bundle, put_trusted
+from bundles import CUDA, list_again, make_bundle, put_trusted
 from safetensors.torch import load_file, save_file
 from signals import struck
 from transformers import AutoModelForCausalLM
@@ -77,6 +77,7 @@ def library(artifact: Artifact, body: str) -> None:
     source.write_text(NATIVE.format(body=body))
     subprocess.run(["g++", "-shared", "-fPIC", "-x", "c", source, "-o", found], check=True)
     source.unlink()
+    list_again(artifact)
 
 
 def test_a_good_graph_answers_its_golden_questions(artifact: Artifact) -> None:
