@@ -160,6 +160,7 @@ def place(
         patch.setenv("HF_TOKEN", "hf_0123456789")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "hf_0123456789")
         patch.setenv("TORCH_HUB_TOKEN", "hf_0123456789")
+        patch.setattr(tempfile, "tempdir", f"{tmp_path_factory.mktemp('temporary')}")
 
         def make(name: str) -> Scene:
             root = tmp_path_factory.mktemp(name)
