@@ -221,6 +221,7 @@ def test_a_program_gives_the_same_bytes_wherever_it_is_lowered(packages: list[Pa
     assert one.read_bytes() == another.read_bytes()
 
 
+@pytest.mark.slow
 def test_no_file_is_named_by_where_a_python_keeps_its_packages(
     packages: list[Path], tmp_path: Path
 ) -> None:
@@ -230,6 +231,7 @@ def test_no_file_is_named_by_where_a_python_keeps_its_packages(
     assert not re.search(rb"lib\w*/python\d|-packages/", library.read_bytes())
 
 
+@pytest.mark.slow
 def test_sources_stay_where_they_are_kept_and_out_of_the_package(
     packages: list[Path], tmp_path: Path
 ) -> None:
