@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,19 +123,13 @@ def _read_name(path: str) -> str:
 
 def _open_hashed(place: Path, sha256: str) -> _Held:
     """Open a file for good, under a number that no library had before."""
-    handle, passed = os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), list[int]()
-    try:
-        with os.fdopen(os.dup(handle), "rb") as file:
+    with ExitStack() as passed:
+        handle = os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        passed.callback(os.close, handle)
+        with open(handle, "rb", closefd=False) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 raise describe_changed(place)
-        while handle in _USED:
-            passed.append(handle)
-            handle = os.dup(handle)
-    except BaseException:
-        os.close(handle)
-        raise
-    finally:
-        for each in passed:
-            os.close(each)
-    status = os.fstat(handle)
-    return _Held(handle, status.st_dev, status.st_ino)
+        while (kept := os.dup(handle)) in _USED:
+            passed.callback(os.close, kept)
+    status = os.fstat(kept)
+    return _Held(kept, status.st_dev, status.st_ino)
