@@ -29,6 +29,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from huggingface_hub import HfApi  # noqa: E402
 from proxies import Proxy, proxying  # noqa: E402
 
 import hubaoti  # noqa: E402
@@ -89,6 +90,12 @@ def settings(proxy: Proxy, endpoint: Endpoint, tmp_path: Path) -> Settings:
     """An empty home, and the endpoint through the proxy, with its token."""
     proxy.reset()
     return Settings(home=tmp_path / "home", endpoint=proxy.url, token=endpoint.token)
+
+
+@pytest.fixture
+def hub(settings: Settings) -> HfApi:
+    """Whoever may write to the endpoint's repos, without our checks."""
+    return HfApi(settings.endpoint, token=settings.token)
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ from __future__ import annotations
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
+import pytest
 from bundles import changed, describe, make_bundle
 
 from hubaoti.artifact.bundle import Bundle
@@ -26,6 +27,19 @@ from hubaoti.mirror import Mirror
 from hubaoti.settings import Settings
 
 OLD = "2.1.0+cpu"  # a torch that no machine of the tests has
+
+
+class Building(Exception):
+    """What was asked for is built."""
+
+
+def end_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have whatever is built end as it begins, with `Building`."""
+
+    def build(*_: object) -> NoReturn:
+        raise Building
+
+    monkeypatch.setattr("hubaoti.compiler.build.build_unit", build)
 
 
 def plan_job(model: Path, settings: Settings, **words: Any) -> Job:

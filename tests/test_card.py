@@ -37,11 +37,6 @@ def bundle(tmp_path: Path) -> Bundle:
     return make_bundle(tmp_path / "bundle")
 
 
-@pytest.fixture
-def hub(settings: Settings) -> HfApi:
-    return HfApi(settings.endpoint, token=settings.token)
-
-
 def make_with_task(folder: Path, task: str) -> Manifest:
     """The manifest of a bundle of another task."""
     found = make_bundle(folder).manifest

@@ -11,7 +11,7 @@ import pytest
 from bundles import CPU, CUDA, make_bundle, make_gpu_host, make_host
 from commands import inside
 from huggingface_hub import HfApi
-from planned import OLD, make_built, plan_job, store_built
+from planned import OLD, Building, end_builds, make_built, plan_job, store_built
 from proxies import Proxy
 from test_hub_crash import start
 from torch import nn
@@ -33,18 +33,10 @@ from hubaoti.settings import Settings
 WORDS: dict[str, Any] = {"dims": {"batch": (1, 3), "seq": (1, 24)}}
 
 
-class Building(Exception):
-    """What was asked for is built."""
-
-
-def build(*_: object) -> NoReturn:
-    raise Building
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build that would take its time ends as it begins."""
-    monkeypatch.setattr("hubaoti.compiler.build.build_unit", build)
+    end_builds(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -38,11 +38,6 @@ def bundle(tmp_path: Path) -> Bundle:
     return direct(make_bundle(tmp_path / "bundle"))
 
 
-@pytest.fixture
-def hub(settings: Settings) -> HfApi:
-    return HfApi(settings.endpoint, token=settings.token)
-
-
 def direct(bundle: Bundle, task: str = "forward", **fields: Any) -> Bundle:
     """The bundle of a module's own task, whose graphs were compiled for this layout."""
     manifest = bundle.manifest

@@ -46,11 +46,6 @@ OTHER = PLACE.replace("cpu", "cu130-sm90")
 
 
 @pytest.fixture
-def hub(settings: Settings) -> HfApi:
-    return HfApi(settings.endpoint, token=settings.token)
-
-
-@pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     return make_bundle(tmp_path / "bundle")
 

@@ -8,13 +8,13 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 from bundles import CPU, make_bundle
 from commands import HUBAOTI, environment_of, inside
 from huggingface_hub import HfApi
-from planned import make_built, plan_job, store_built
+from planned import end_builds, make_built, plan_job, store_built
 from proxies import Proxy
 
 import hubaoti
@@ -33,18 +33,10 @@ WORDS: dict[str, Any] = {"dims": {"batch": (1, 2), "seq": (1, 20)}}
 DIMS = "dims = { batch = [1, 2], seq = [1, 20] }"
 
 
-class Building(Exception):
-    """What was asked for is built."""
-
-
-def build(*_: object) -> NoReturn:
-    raise Building
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build that would take its time ends as it begins."""
-    monkeypatch.setattr("hubaoti.compiler.build.build_unit", build)
+    end_builds(monkeypatch)
 
 
 @pytest.fixture(scope="module")

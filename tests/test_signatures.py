@@ -147,12 +147,6 @@ def bundle(tmp_path: Path) -> Bundle:
 
 
 @pytest.fixture
-def hub(settings: Settings) -> HfApi:
-    """Whoever may write to the repo, without our checks."""
-    return HfApi(settings.endpoint, token=settings.token)
-
-
-@pytest.fixture
 def wary(settings: Settings, acme: Pair) -> Settings:
     """A machine that takes only what acme signed."""
     require_signer(settings, acme)

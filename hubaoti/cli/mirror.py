@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 
@@ -78,15 +79,22 @@ def show_command(what: str, as_json: bool) -> None:
         print_table(["fact", "value"], [(name, _join(value)) for name, value in facts.items()])
 
 
-@mirror_command.command("path")
-@_WHAT
-def path_command(what: str) -> None:
-    """Print the folder with the manifest of the artifact that is called so, for scripts."""
+@contextmanager
+def _finding(what: str) -> Iterator[tuple[Mirror, list[Row]]]:
+    """The mirror, while it is open, and its artifacts that are called so."""
     from hubaoti.api.mirroring import find_rows
 
     settings = Settings.from_env()
     with Mirror.open(settings.mirror) as mirror:
-        for row in find_rows(what, mirror, settings):
+        yield mirror, find_rows(what, mirror, settings)
+
+
+@mirror_command.command("path")
+@_WHAT
+def path_command(what: str) -> None:
+    """Print the folder with the manifest of the artifact that is called so, for scripts."""
+    with _finding(what) as (mirror, rows):
+        for row in rows:
             print_text(str(mirror.root / "artifacts" / row.digest))
 
 
@@ -94,12 +102,10 @@ def path_command(what: str) -> None:
 @_WHAT
 def rm_command(what: str) -> None:
     """Remove an artifact, or those of a REPO; what is pinned or open in a process stays (55)."""
-    from hubaoti.api.mirroring import find_rows
     from hubaoti.mirror.removal import remove
 
-    settings = Settings.from_env()
-    with Mirror.open(settings.mirror) as mirror:
-        for row in find_rows(what, mirror, settings):
+    with _finding(what) as (mirror, rows):
+        for row in rows:
             remove(mirror, row.digest)
             print_line(f"{_name(row)} is removed")
 
@@ -108,11 +114,8 @@ def rm_command(what: str) -> None:
 @_WHAT
 def pin_command(what: str) -> None:
     """Have an artifact stay, or those of a REPO, whatever else has to leave."""
-    from hubaoti.api.mirroring import find_rows
-
-    settings = Settings.from_env()
-    with Mirror.open(settings.mirror) as mirror:
-        for row in find_rows(what, mirror, settings):
+    with _finding(what) as (mirror, rows):
+        for row in rows:
             mirror.usage.pin(row.digest)
             print_line(f"{_name(row)} stays")
 
@@ -121,11 +124,8 @@ def pin_command(what: str) -> None:
 @_WHAT
 def unpin_command(what: str) -> None:
     """Have what was pinned leave again, when it is its turn."""
-    from hubaoti.api.mirroring import find_rows
-
-    settings = Settings.from_env()
-    with Mirror.open(settings.mirror) as mirror:
-        for row in find_rows(what, mirror, settings):
+    with _finding(what) as (mirror, rows):
+        for row in rows:
             was = mirror.usage.unpin(row.digest)
             print_line(f"{_name(row)} {'may leave' if was else 'was not pinned'}")
 
