@@ -93,7 +93,7 @@ def test_the_whole_model_generates_as_before_and_what_attends_is_served(
     )
     model = transformers.Lfm2VlForConditionalGeneration.from_pretrained(folder).eval()
     expected = {name: model.generate(**words, **GREEDY) for name, words in prompts().items()}
-    with hubaoti.attach(model, bundle) as attachment:
+    with hubaoti.attach(model, bundle, settings=built_at) as attachment:
         for name, words in prompts().items():
             assert torch.equal(model.generate(**words, **GREEDY), expected[name]), name
         stats = attachment.stats()["regions"]
