@@ -32,11 +32,9 @@ from hubaoti.errors import (
 )
 from hubaoti.runtime.container import Container
 from hubaoti.runtime.graph import (
-    LOADED,
     Graph,
     choose_graph_device,
     explain_refusal,
-    find_loaded_folder,
     open_graph,
 )
 from hubaoti.runtime.input_checks import fit_to_slot
@@ -661,25 +659,3 @@ def test_what_is_loaded_is_the_file_that_was_hashed_whoever_has_its_name_by_then
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["refused", "held"]
-
-
-def test_a_library_whose_package_was_changed_is_not_used_again(
-    roberta_bundle: Bundle, entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    for folder in (first, second):
-        unpack_all(roberta_bundle.path / entry.file, folder)
-    monkeypatch.setitem(LOADED, entry.sha256, first)
-    assert find_loaded_folder(entry, second) == first
-    beside = next(first.rglob("*.json"))
-    beside.chmod(0o600)
-    beside.write_bytes(beside.read_bytes() + b" ")
-    assert find_loaded_folder(entry, second) == second
-    monkeypatch.setitem(LOADED, entry.sha256, tmp_path / "gone")
-    assert find_loaded_folder(entry, second) == second
-    linked = tmp_path / "linked"
-    unpack_all(roberta_bundle.path / entry.file, linked)
-    (linked / entry.members[0].path).unlink()
-    (linked / entry.members[0].path).symlink_to(second / entry.members[0].path)
-    monkeypatch.setitem(LOADED, entry.sha256, linked)
-    assert find_loaded_folder(entry, second) == second  # a link may lead elsewhere by then

@@ -55,17 +55,27 @@ def test_an_artifact_is_called_by_its_digest_or_its_repo(
     assert (done.code, done.out.strip()) == (0, str(artifacts[0].path))
 
 
-def test_what_manifests_say_is_read_once_until_a_file_changes(
+def test_what_manifests_say_is_read_once(
     artifacts: list[Artifact], mirror: Mirror, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digests = [each.digest for each in artifacts]
-    said, read = read_facts(mirror, digests), list[str]()
-    assert said == {each.digest: Facts.of(each.manifest) for each in artifacts}
-    monkeypatch.setattr(Mirror, "read", lambda _, digest: read.append(digest))
-    assert read_facts(mirror, digests) == said and read == []
     damage(artifacts[0].path / "hubaoti.json")
-    assert read_facts(mirror, digests) == said | {digests[0]: Facts()}
-    assert read == [digests[0]]
+    said = {digests[0]: Facts(), digests[1]: Facts.of(artifacts[1].manifest)}
+    assert read_facts(mirror, digests) == said
+    read = list[str]()
+    monkeypatch.setattr(Mirror, "read", lambda _, digest: read.append(digest))
+    assert read_facts(mirror, digests) == said and read == digests[:1]  # as it was not whole
+
+
+def test_what_no_manifest_said_is_listed_as_unknown(
+    artifacts: list[Artifact], settings: Settings
+) -> None:
+    for each in artifacts:
+        damage(each.path / "hubaoti.json")
+    table = inside(settings, "mirror", "ls").out.splitlines()
+    assert [line.split()[:2] for line in table[1:]] == [["unknown", "unknown"]] * 2
+    rows = json.loads(inside(settings, "mirror", "ls", "--json").out)
+    assert [(row["model"], row["task"]) for row in rows] == [(None, None)] * 2
 
 
 def test_what_is_decided_of_many_is_what_is_decided_of_each(

@@ -19,7 +19,8 @@ class PullOrigin:
 
     def __post_init__(self) -> None:
         # An older hubaoti kept the password of an endpoint that has one in its URL.
-        object.__setattr__(self, "endpoint", split_login(self.endpoint)[0])
+        if "@" in self.endpoint:
+            object.__setattr__(self, "endpoint", split_login(self.endpoint)[0])
 
     @property
     def publisher(self) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from hubaoti.artifact.package import holds_members
 from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.disk import allows_code
 from hubaoti.errors import (
@@ -80,36 +79,18 @@ def open_graph(
             f"graph {entry.id} has {len(libraries)} libraries, not one",
             hint="its publisher must compile it again",
         )
-    if entry.sha256 not in LOADED:
-        require_ops(folder, entry, device)
-    folder = find_loaded_folder(entry, folder)
+    require_ops(folder, entry, device)
     try:
         library = hold_library(folder, libraries[0], entry.members)
         runner = open_native_runner(folder, library, device)
     except (RuntimeError, OSError) as error:
         raise explain_refusal(entry.id, folder, str(error)) from error
-    LOADED[entry.sha256] = folder
     return Graph(entry, runner, device, checks or Checks(entry, device))
 
 
 # What somebody's CUDA graph was captured with: a replay calls its kernels and reads its constants,
 # and the CUDA graph keeps neither.
 CAPTURED: dict[int, object] = {}
-
-# Where packages lay when their libraries were loaded, by their sha256. A library is never unloaded
-# (its symbols are unique to the process, STB_GNU_UNIQUE), and from elsewhere it is mapped again.
-LOADED: dict[str, Path] = {}
-
-
-def find_loaded_folder(entry: Entry, folder: Path) -> Path:
-    """The folder from which this process loaded a package's library, if it is the same as `folder`.
-
-    Else `folder`.
-    """
-    before = LOADED.get(entry.sha256)
-    if before is None or before == folder:
-        return folder
-    return before if all(holds_members(place, entry) for place in (before, folder)) else folder
 
 
 def explain_refusal(
