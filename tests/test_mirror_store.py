@@ -176,10 +176,10 @@ def test_a_file_that_cannot_be_read_is_a_broken_one(
 ) -> None:
     artifact = put(mirror, bundle)
 
-    def unreadable(path: Path) -> str:
+    def unreadable(path: Path, flags: int) -> int:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("hubaoti.artifact.package.hash_file", unreadable)
+    monkeypatch.setattr("hubaoti.artifact.package._open_no_link", unreadable)
     with pytest.raises(DigestMismatch):
         mirror.verify(artifact)
     monkeypatch.undo()

@@ -111,12 +111,21 @@ def label_variant(target: Target) -> Variant:
     return Variant(torch, target.cuda, target.sm, target.level, target.os)
 
 
+class _Head(msgspec.Struct):
+    """What is read of a manifest before anything else is believed of it."""
+
+    schema: Any = None
+
+
 # msgspec learns a type when it is first used, and two threads that meet there end the process.
-msgspec.json.Decoder(Manifest)
+_DECODER, _HEAD_DECODER = msgspec.json.Decoder(Manifest), msgspec.json.Decoder(_Head)
 
 
-def parse_manifest(text: bytes, where: str) -> Manifest:
+def parse_manifest(text: bytes, where: str, is_known: bool = False) -> Manifest:
     """Read a manifest that came from `where` (a path or URL, for messages).
+
+    Of one that is known by its digest the form was looked at before, which no later hubaoti sees
+    otherwise; all else is looked at again.
 
     Raises:
         NewerSchema: it was written for a schema that this hubaoti does not know.
@@ -130,10 +139,8 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     if sum(text.count(sign) for sign in (b",", b"[", b"{")) > MOST_VALUES:
         raise BadManifest(f"the manifest {where} has more than {MOST_VALUES} values", hint=hint)
     try:
-        value = msgspec.json.decode(text)
-        _refuse_newer(value, where)
-        manifest = msgspec.convert(value, Manifest)
-        same = is_canonical(text, msgspec.to_builtins(manifest))
+        manifest = _decode(text, where)
+        same = is_known or is_canonical(text, msgspec.to_builtins(manifest))
         problems = _find_contradictions(manifest) if same else []
     except NewerSchema:
         raise
@@ -150,15 +157,29 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     return manifest
 
 
+def _decode(text: bytes, where: str) -> Manifest:
+    """The text as a manifest, unless a newer hubaoti wrote it: its fields would look like nonsense.
+
+    Raises:
+        NewerSchema: one did. msgspec.MsgspecError, ValueError, RecursionError: it is none.
+    """
+    try:
+        manifest = _DECODER.decode(text)
+    except msgspec.MsgspecError:
+        _refuse_newer(_HEAD_DECODER.decode(text).schema, where)
+        raise
+    _refuse_newer(manifest.schema, where)
+    return manifest
+
+
 def _summarize_problems(problems: Sequence[str]) -> str:
     """Some of the problems, as many as a person reads."""
     more = [f"and {len(problems) - _TOLD} more"] if len(problems) > _TOLD else []
     return "; ".join([escape_line(problem, LONGEST) for problem in problems[:_TOLD]] + more)
 
 
-def _refuse_newer(value: Any, where: str) -> None:
-    """Say so when a newer hubaoti wrote this, before its fields look like nonsense."""
-    schema = value.get("schema") if isinstance(value, dict) else None
+def _refuse_newer(schema: Any, where: str) -> None:
+    """Refuse a schema that is none, or that only a newer hubaoti knows."""
     if isinstance(schema, int) and schema > _SCHEMA:
         raise NewerSchema(
             f"{where} has schema {escape_line(str(schema))}; this hubaoti reads up to {_SCHEMA}",

@@ -47,9 +47,16 @@ def hash_file(path: Path) -> str:
 def has_bytes(path: Path, sha256: str) -> bool:
     """Whether a file is there, and no link, with these bytes; one that cannot be read has none."""
     try:
-        return path.is_file() and not path.is_symlink() and hash_file(path) == sha256
+        with open(path, "rb", buffering=0, opener=_open_no_link) as file:
+            is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            return is_file and hashlib.file_digest(file, "sha256").hexdigest() == sha256
     except OSError:
         return False
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    """As `os.open`: a link is refused, and of a pipe that nobody writes into nothing is awaited."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def holds_members(folder: Path, graph: Graph) -> bool:

@@ -94,12 +94,12 @@ def compute_unpacked_size(manifest: Manifest) -> int:
 
 def has_sizes(artifact: Artifact) -> bool:
     """Whether every file is there, of the right size; their bytes are for `verify`."""
-    sizes = {artifact.file(file.path): file.size for file in artifact.manifest.files}
+    sizes = {f"{artifact.path}/{file.path}": file.size for file in artifact.manifest.files}
     for graph in artifact.manifest.graphs:
         folder = artifact.graph_folder(graph)
-        sizes |= {folder / member.path: member.size for member in graph.members}
+        sizes |= {f"{folder}/{member.path}": member.size for member in graph.members}
     with suppress(OSError):
-        return all(path.lstat().st_size == size for path, size in sizes.items())
+        return all(os.lstat(path).st_size == size for path, size in sizes.items())
     return False
 
 

@@ -78,8 +78,8 @@ def _refuse(evidence: Evidence, said: TrustList) -> Decision:
     name, owners = f"artifact {evidence.digest[:12]}", [owner for _, owner in evidence.publishers]
     if not owners:
         refusal = Untrusted(
-            f"{name} was not built on this machine, and nobody published it whom it knows: opening "
-            "it runs its native code here",
+            f"{name} was not built on this machine, and nobody knows who published it: opening it "
+            "runs its native code here",
             hint="if you trust whoever gave it to you: trust=True where you open it, or once: "
             f"hubaoti trust add {evidence.digest}",
         )

@@ -245,7 +245,7 @@ class Mirror:
         """
         if self.index.row(digest) is None:
             return None
-        artifact = self.read(digest)
+        artifact = self.read(digest, is_known=True)
         if artifact is None or not has_sizes(artifact):
             self._withdraw(digest, None if artifact else self.root / "artifacts" / digest)
             return None
@@ -318,17 +318,20 @@ class Mirror:
             raise describe_changed(path)
         return path
 
-    def read(self, digest: str, folder: Path | None = None) -> Artifact | None:
+    def read(
+        self, digest: str, folder: Path | None = None, is_known: bool = False
+    ) -> Artifact | None:
         """The artifact, promised or not, whose manifest lies in a folder, by default in its own.
 
-        The manifest is believed by its digest; None where it is another, or cannot be read.
+        The manifest is believed by its digest, its form too where it `is_known`: where a row of the
+        index promises it. None where it is another, or cannot be read.
         """
         folder = folder or self.root / "artifacts" / digest
         path = folder / manifests.FILENAME
         with suppress(OSError, BadManifest):
             text = path.read_bytes()
             if hashlib.sha256(text).hexdigest() == digest:
-                manifest = manifests.parse_manifest(text, str(path))
+                manifest = manifests.parse_manifest(text, str(path), is_known)
                 return Artifact(digest, folder, self.root / "graphs", manifest)
         return None
 
