@@ -25,6 +25,7 @@ from hubaoti.artifact.variant import Recipe
 from hubaoti.compiler.job import Job
 from hubaoti.host.probe import Gpu
 from hubaoti.hub.catalog import Catalog
+from hubaoti.hub.keys import make_key_pair
 from hubaoti.hub.layout import RepoRef, artifact_path
 from hubaoti.hub.push import Destination, push_bundles
 from hubaoti.server import Endpoint
@@ -93,6 +94,20 @@ def test_what_a_repo_lacks_is_compiled_as_its_others_were_and_pushed_to_it(
     again = fill(repo, settings, push_back=True)
     assert not again.compiled and again.commit == first.commit
     assert not any((settings.home / "fill").iterdir())
+
+
+def test_what_is_pushed_back_is_signed_with_the_key_that_is_named(
+    repo: str, held: Bundle, built: Bundle, settings: Settings, tmp_path: Path
+) -> None:
+    key, words = tmp_path / "key.pem", ("pull", repo, "--trust", "--missing", "compile")
+    make_key_pair(key)
+    done = inside(settings, *words, "--sign", key)
+    assert done.code == errors.BadRequest.exit_code and "--push-back" in done.err
+    done = inside(settings, *words, "--push-back", "--sign", key)
+    assert done.code == 0 and f"pushed to {repo} at" in done.out, done
+    owner, reader = repo.partition("/")[0], replace(settings, home=tmp_path / "reader")
+    assert inside(reader, "trust", "add", owner, "--key", key.with_suffix(".pub")).code == 0
+    assert hubaoti.pull(repo, settings=reader).artifact.digest == built.manifest.digest
 
 
 def test_a_repo_that_has_nothing_at_all_needs_a_model(

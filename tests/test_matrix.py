@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
-from bundles import CPU, make_bundle
+from bundles import CPU, changed, make_bundle
 from commands import HUBAOTI, environment_of, inside
 from huggingface_hub import HfApi
 from planned import end_builds, make_built, plan_job, store_built
@@ -22,8 +23,9 @@ from hubaoti import errors
 from hubaoti.api.compiling import CompileWords
 from hubaoti.api.matrix import Entry
 from hubaoti.artifact.bundle import Bundle
-from hubaoti.artifact.schema import ModelSource
+from hubaoti.artifact.schema import Direct, ModelSource
 from hubaoti.compiler.job import Job
+from hubaoti.hub.keys import make_key_pair
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.push import Destination, push_bundles
 from hubaoti.settings import Settings
@@ -118,6 +120,45 @@ def test_what_another_artifact_lies_at_is_not_compiled_for(
     assert done.code == errors.Conflict.exit_code
     assert built.manifest.key[:12] in done.err
     assert 'recipe = "float32-sdpa+NAME"' in done.err
+
+
+def test_what_is_pushed_is_signed(
+    repo: str, built: Bundle, write: Write, tiny_roberta: Path, settings: Settings, tmp_path: Path
+) -> None:
+    key = tmp_path / "key.pem"
+    make_key_pair(key)
+    words = ("compile", "--matrix", write(f'model = "{tiny_roberta}"\nrepo = "{repo}"\n{DIMS}'))
+    done = inside(settings, *words, "--sign", tmp_path / "none.pem")
+    assert (done.code, done.out) == (errors.BadRequest.exit_code, ""), done
+    done = inside(settings, *words, "--sign", key)
+    assert done.code == 0, done
+    owner, reader = repo.partition("/")[0], replace(settings, home=tmp_path / "reader")
+    assert inside(reader, "trust", "add", owner, "--key", key.with_suffix(".pub")).code == 0
+    assert hubaoti.pull(repo, settings=reader).artifact.digest == built.manifest.digest
+
+
+def test_what_other_loaders_read_goes_to_its_branch_once(
+    repo: str,
+    write: Write,
+    tiny_roberta: Path,
+    settings: Settings,
+    built_at: Settings,
+    tmp_path: Path,
+) -> None:
+    words = {"task": "forward", "regions": "none", "layout": "zerogpu", **WORDS}
+    job = plan_job(tiny_roberta, built_at, **words)
+    made = make_built(tmp_path / "built", job, ModelSource(model="tiny-roberta"))
+    graphs = [msgspec.structs.replace(each, direct=Direct()) for each in made.manifest.graphs]
+    bundle = changed(made, graphs=tuple(graphs))
+    store_built(bundle, settings)
+    fields = 'task = "forward"\nregions = "none"\nlayout = "zerogpu"'
+    path = write(f'model = "{tiny_roberta}"\nrepo = "{repo}"\n{fields}\n{DIMS}')
+    for said in ("pushed", "is there already"):
+        done = inside(settings, "compile", "--matrix", path)
+        assert done.code == 0 and done.out.strip().endswith(said), done
+    branch = f"zerogpu/{bundle.manifest.recipe}/{bundle.manifest.variant}"
+    files = HfApi(settings.endpoint, token=settings.token).list_repo_files(repo, revision=branch)
+    assert "package/root/package.pt2" in files
 
 
 @pytest.mark.cuda
@@ -216,6 +257,8 @@ def test_what_the_table_says_is_said_nowhere_else(
         assert "--matrix goes by its file" in done.err
     done = inside(settings, "compile", "acme/tiny", "--dry-run")
     assert done.code == 2 and "--explain" in done.err
+    done = inside(settings, "compile", "acme/tiny", "-o", tmp_path / "x", "--sign", "key.pem")
+    assert done.code == 2 and "hubaoti push" in done.err
     done = inside(settings, "compile", "--matrix", tmp_path / "missing.toml")
     assert done.code == errors.BadRequest.exit_code and "No such file" in done.err
 

@@ -44,6 +44,7 @@ class FillWords(TypedDict, total=False):
     missing: str | None
     model: str | Path | None
     push_back: bool
+    sign: str | Path | None
 
 
 def make_fill_words(
@@ -59,11 +60,12 @@ def make_fill_words(
 class Missing:
     """That what a repo lacks is compiled: of a `model`, else of the one that the repo names.
 
-    With `push_back` the repo gets it.
+    With `push_back` the repo gets it, signed with the key in the file `sign`, if there is one.
     """
 
     model: str | None = None
     push_back: bool = False
+    sign: str | Path | None = None
 
     @classmethod
     def parse(cls, words: FillWords) -> Missing | None:
@@ -73,7 +75,9 @@ class Missing:
             BadRequest: the word is unknown, or others are there without it.
         """
         word, model = words.get("missing"), words.get("model")
-        push_back = words.get("push_back", False)
+        push_back, sign = words.get("push_back", False), words.get("sign")
+        if sign is not None:
+            _require_signing(sign, push_back)
         if word is None:
             if push_back or model is not None:
                 unread = "to be pushed back" if push_back else f"of {str(model)!r:.120}"
@@ -86,7 +90,24 @@ class Missing:
             raise BadRequest(
                 f"unknown word for what is missing: {word!r:.40}", hint="there is compile"
             )
-        return cls(None if model is None else str(model), push_back)
+        return cls(None if model is None else str(model), push_back, sign)
+
+
+def _require_signing(sign: str | Path, push_back: bool) -> None:
+    """See that what is to be signed is pushed, and can be signed, before anything is compiled.
+
+    Raises:
+        BadRequest: it is not, or the key is none.
+        MissingDependency: the extra `sign` is not installed.
+    """
+    from hubaoti.hub.signing import Signing
+
+    if not push_back:
+        raise BadRequest(
+            "what is pushed back is to be signed, and nothing is",
+            hint="add --push-back (push_back=True), or leave the key out",
+        )
+    Signing.parse(sign, None, None)
 
 
 def pull_or_compile(  # noqa: PLR0913 - a face of keywords
@@ -231,13 +252,18 @@ def _describe_compiled(
     considered = (Considered(place, manifest, verdict),)
     notes: tuple[str, ...] = ()
     if missing.push_back:
-        commit, note = _push_back(puller, ref, commit, bundle, place)
+        commit, note = _push_back(puller, ref, commit, bundle, place, missing.sign)
         notes = (note,)
     return Pulled(artifact, ref, commit, place, verdict, considered, notes, False, True)
 
 
 def _push_back(
-    puller: Puller, ref: RepoRef, commit: str, bundle: Bundle, place: ArtifactPath
+    puller: Puller,
+    ref: RepoRef,
+    commit: str,
+    bundle: Bundle,
+    place: ArtifactPath,
+    sign: str | Path | None,
 ) -> tuple[str, str]:
     """The commit of a repo that has what was compiled, and what is to be said of the push.
 
@@ -250,15 +276,23 @@ def _push_back(
         there = find_in_repo(puller.client, ref.repo, place)
         if there is not None and there.key == bundle.manifest.key:
             return commit, f"another machine pushed {place} meanwhile; this one stays here"
-        label, progress = place.recipe.label, puller.progress
-        made = push(bundle, ref.repo, label=label, settings=puller.settings, progress=progress)
+        made = push(
+            bundle,
+            ref.repo,
+            label=place.recipe.label,
+            sign=sign,
+            settings=puller.settings,
+            progress=puller.progress,
+        )
     except HubaotiError as error:
         return commit, f"it is not pushed to {ref.repo}: {error} ({error.hint})"
     return made.commit, f"pushed to {ref.repo} at {made.commit}"
 
 
-def find_in_repo(client: HubClient, repo: str, place: ArtifactPath) -> Manifest | None:
-    """What the default branch of a repo has at a path now; None where that, or the repo, is not.
+def find_in_repo(
+    client: HubClient, repo: str, place: ArtifactPath, branch: str | None = None
+) -> Manifest | None:
+    """What a branch of a repo, by default its own, has at a path now; None where any of it is not.
 
     Raises:
         BadManifest: it cannot be read. AuthFailed, HubUnreachable: of the Hub.
@@ -266,7 +300,7 @@ def find_in_repo(client: HubClient, repo: str, place: ArtifactPath) -> Manifest 
     from hubaoti.hub.catalog import read_catalog
 
     try:
-        catalog = read_catalog(client, repo, client.resolve(repo), only=place)
+        catalog = read_catalog(client, repo, client.resolve(repo, branch), only=place)
     except RepoNotFound:
         return None
     there = catalog.artifacts.get(place)

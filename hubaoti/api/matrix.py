@@ -30,6 +30,8 @@ from hubaoti.errors import BadRequest, Conflict, HubaotiError
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import ArtifactPath, RepoRef
 from hubaoti.hub.push import Destination
+from hubaoti.hub.signing import Signing
+from hubaoti.hub.zerogpu import artifact_branch
 from hubaoti.mirror import Mirror
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
@@ -132,6 +134,11 @@ class _Cell:
         return ArtifactPath(recipe, Variant.parse(self.plan.variant))
 
     @property
+    def branch(self) -> str | None:
+        """The branch that it goes to; None for the default one."""
+        return None if self.entry.layout is None else artifact_branch(self.place)
+
+    @property
     def words(self) -> dict[str, Any]:
         """What `compile` is told of it alone."""
         words = self.entry.words
@@ -147,11 +154,14 @@ class _Cell:
         return Outcome(entry.model, entry.repo, self.kind, state, path, plan.key, plan.built, error)
 
 
-def compile_matrix(
+def compile_matrix(  # noqa: PLR0913 - a face of keywords
     path: str | Path,
     *,
     dry_run: bool = False,
     jobs: int | None = None,
+    sign: str | Path | None = None,
+    certificates: str | Path | None = None,
+    trust_config: str | Path | None = None,
     settings: Settings | None = None,
     progress: Progress = report_nothing,
 ) -> Iterator[Outcome]:
@@ -164,15 +174,32 @@ def compile_matrix(
     Args:
         path: a TOML file of `[[build]]` tables; `Entry` has their fields.
         jobs: graphs compiled at a time, as `compile` has it.
+        sign, certificates, trust_config: with what each is signed that is pushed, as `push` has it.
 
     Raises:
-        BadRequest: the file cannot be read, or has a field that there is not; nothing was begun.
+        BadRequest: the file cannot be read, or has a field that there is not, or the key is none;
+            nothing was begun.
+        MissingDependency: they are to be signed, and the extra `sign` is not installed.
     """
     means = Means(settings or Settings.from_env(), progress, at_once=jobs)
-    return _fill_entries(read_matrix(Path(path)), means, dry_run)
+    words: dict[str, Any] = {}
+    if sign is not None:
+        Signing.parse(sign, certificates, trust_config)
+        words = {"sign": sign, "certificates": certificates, "trust_config": trust_config}
+    return _fill_entries(read_matrix(Path(path)), _Filling(means, words, dry_run))
 
 
-def _fill_entries(entries: Sequence[Entry], means: Means, dry_run: bool) -> Iterator[Outcome]:
+@dataclass(frozen=True, slots=True)
+class _Filling:
+    """How a table is filled: by what means, with what words for `push`, or not at all."""
+
+    means: Means
+    words: Mapping[str, Any]
+    dry_run: bool
+
+
+def _fill_entries(entries: Sequence[Entry], filling: _Filling) -> Iterator[Outcome]:
+    means = filling.means
     for entry in entries:
         try:
             cells = _plan_cells(entry, means)
@@ -182,7 +209,7 @@ def _fill_entries(entries: Sequence[Entry], means: Means, dry_run: bool) -> Iter
             continue
         for cell in cells:
             try:
-                yield cell.describe(_fill_cell(cell, means, dry_run))
+                yield cell.describe(_fill_cell(cell, filling))
             except HubaotiError as error:
                 yield cell.describe("failed", error)
 
@@ -200,17 +227,18 @@ def _plan_cells(entry: Entry, means: Means) -> list[_Cell]:
     return cells
 
 
-def _fill_cell(cell: _Cell, means: Means, dry_run: bool) -> State:
+def _fill_cell(cell: _Cell, filling: _Filling) -> State:
     """See that a repo has a build.
 
     Raises:
         Conflict: it has another at that path; else as `compile` and `push`.
     """
-    settings, progress, entry = means.settings, means.progress, cell.entry
+    means, entry = filling.means, cell.entry
+    settings, progress = means.settings, means.progress
     client = HubClient(settings, progress)
     if _is_there(client, cell):
         return "there"
-    if dry_run:
+    if filling.dry_run:
         return "missing"
     with (
         Mirror.open(settings.mirror) as mirror,
@@ -220,7 +248,8 @@ def _fill_cell(cell: _Cell, means: Means, dry_run: bool) -> State:
             return "there"
         progress(f"compiling {entry.model} for {cell.place}")
         bundle = _compile_cell(cell, output, means)
-        push(bundle, entry.repo, label=entry.label, settings=settings, progress=progress)
+        words = {**filling.words, "label": entry.label, "layout": entry.layout}
+        push(bundle, entry.repo, settings=settings, progress=progress, **words)
     return "pushed"
 
 
@@ -239,7 +268,7 @@ def _is_there(client: HubClient, cell: _Cell) -> bool:
     Raises:
         Conflict: it has another at its path.
     """
-    there = find_in_repo(client, cell.entry.repo, cell.place)
+    there = find_in_repo(client, cell.entry.repo, cell.place, cell.branch)
     if there is not None and there.key != cell.plan.key:
         raise Conflict(
             f"{cell.entry.repo} holds another artifact at {cell.place}: its key is "
@@ -290,7 +319,7 @@ def _read_entry(where: str, table: Any) -> Entry:
         _refuse_unknown(where, table, Entry.__struct_encode_fields__)
     try:
         entry = msgspec.convert(table, Entry)
-        Destination(RepoRef.parse(entry.repo), label=entry.label)
+        Destination(RepoRef.parse(entry.repo), label=entry.label, layout=entry.layout)
         if entry.gpus or not entry.kinds:
             sms = parse_capabilities(entry.gpus)
             CompileRequest.parse({**entry.words, "capabilities": sms})

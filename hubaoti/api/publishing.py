@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hubaoti.api.filling import Missing, pull_or_compile
+from hubaoti.api.filling import FillWords, Missing, pull_or_compile
 from hubaoti.api.repos import find_host
 from hubaoti.artifact.bundle import Bundle, find_bundles
 from hubaoti.artifact.variant import Recipe
@@ -134,6 +134,7 @@ def pull(  # noqa: PLR0913 - a face of keywords
     missing: str | None = None,
     model: str | Path | None = None,
     push_back: bool = False,
+    sign: str | Path | None = None,
     settings: Settings | None = None,
     progress: Progress = report_nothing,
 ) -> Pulled:
@@ -149,8 +150,8 @@ def pull(  # noqa: PLR0913 - a face of keywords
 
     With `missing="compile"`, what no artifact fits is compiled here, once a machine: with the task,
     dims and options of the repo's others, which needs trust in their publisher, of the model that
-    they name, else the card, or of `model`. With `push_back` the repo gets it; where it cannot, a
-    note says so, and it can be used here.
+    they name, else the card, or of `model`. With `push_back` the repo gets it, signed where `sign`
+    says with what, as of `push`; where it cannot, a note says so, and it can be used here.
 
     Raises:
         NoModel: it is to be compiled, and nothing says of which model; else as `compile`.
@@ -165,7 +166,8 @@ def pull(  # noqa: PLR0913 - a face of keywords
 
     settings, ref = settings or Settings.from_env(), RepoRef.parse(repo)
     wanted = None if recipe is None else Recipe.parse(recipe)
-    if fill := Missing.parse({"missing": missing, "model": model, "push_back": push_back}):
+    words: FillWords = {"missing": missing, "model": model, "push_back": push_back, "sign": sign}
+    if fill := Missing.parse(words):
         _refuse_unfilled({"path": path, "locked": locked, "host": host})
         return pull_or_compile(
             ref,

@@ -24,6 +24,14 @@ _BY_MISSES = (
     "--from-misses only proposes dims",
     "leave it out, and give it to the command that is proposed",
 )
+# What only --matrix takes, and what to do without it.
+_SIGNED_LATER = "a bundle is signed by hubaoti push."
+_OF_MATRIX = {
+    "dry_run": "--dry-run is of --matrix; of a model it is --explain.",
+    "sign": f"--sign is of --matrix; {_SIGNED_LATER}",
+    "certificates": f"--certificates is of --matrix; {_SIGNED_LATER}",
+    "trust_config": f"--trust-config is of --matrix; {_SIGNED_LATER}",
+}
 _BY_MATRIX = ("--matrix goes by its file", "write it into a [[build]] of the file, by its name")
 
 
@@ -68,6 +76,9 @@ _BY_MATRIX = ("--matrix goes by its file", "write it into a [[build]] of the fil
     help="compile and push each [[build]] of a TOML file that its repo lacks",
 )
 @click.option("--dry-run", is_flag=True, help="of --matrix: only say what is missing")
+@click.option("--sign", metavar="KEY.pem|sigstore", help="of --matrix: as push --sign has it")
+@click.option("--certificates", metavar="FILE", help="of --matrix: as push has it")
+@click.option("--trust-config", metavar="FILE", help="of --matrix: as push has it")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
 def compile_command(  # noqa: PLR0913 - its options
@@ -76,22 +87,22 @@ def compile_command(  # noqa: PLR0913 - its options
     explain: bool,
     from_misses: Path | None,
     matrix: Path | None,
-    dry_run: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
     """Compile MODEL (a Hub id or a folder) from its config; its weights are never read."""
+    of_matrix = {name: options.pop(name) for name in _OF_MATRIX}
     words = {"output": output, "explain": explain, **options}
     if matrix is not None:
-        jobs = words.pop("jobs")
+        of_matrix["jobs"] = words.pop("jobs")
         _refuse_unread({"model": model, "from_misses": from_misses, **words}, *_BY_MATRIX)
-        fill_matrix(matrix, dry_run, jobs, as_json, quiet)
+        fill_matrix(matrix, as_json, quiet, of_matrix)
     elif from_misses is not None:
-        _refuse_unread({"dry_run": dry_run, **words}, *_BY_MISSES)
+        _refuse_unread({**of_matrix, **words}, *_BY_MISSES)
         _propose(from_misses, model, as_json)
-    elif dry_run:
-        raise click.UsageError("--dry-run is of --matrix; of a model it is --explain.")
+    elif given := [name for name, said in of_matrix.items() if said]:
+        raise click.UsageError(_OF_MATRIX[given[0]])
     elif model is None:
         raise click.UsageError("Missing argument 'MODEL'.")
     elif explain:

@@ -78,6 +78,9 @@ def _print_commit(commit: Commit) -> None:
 @click.option("--missing", metavar="compile", help="what does not fit this host is compiled here")
 @click.option("--model", help="of which it is compiled, where the repo does not say")
 @click.option("--push-back", is_flag=True, help="into REPO what was compiled, for other machines")
+@click.option(
+    "--sign", metavar="KEY.pem|sigstore", help="what is pushed back, as push --sign has it"
+)
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 @click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
 def pull_command(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hubaoti.cli.output import Steps, print_json, print_line
 
@@ -18,8 +19,10 @@ _SAID = {
 }
 
 
-def fill_matrix(path: Path, dry_run: bool, jobs: int | None, as_json: bool, quiet: bool) -> None:
+def fill_matrix(path: Path, as_json: bool, quiet: bool, words: Mapping[str, Any]) -> None:
     """Compile and push what a table of builds has and its repos lack; each is said as it comes.
+
+    `words` are those of `compile_matrix`.
 
     Raises:
         HubaotiError: of the first build that failed, once the others are done.
@@ -28,7 +31,7 @@ def fill_matrix(path: Path, dry_run: bool, jobs: int | None, as_json: bool, quie
 
     outcomes = []
     with Steps(quiet) as progress:
-        for each in compile_matrix(path, dry_run=dry_run, jobs=jobs, progress=progress):
+        for each in compile_matrix(path, progress=progress, **words):
             progress.end()
             outcomes.append(each)
             if not (as_json or quiet):
