@@ -304,6 +304,8 @@ def test_a_lockfile_is_one_holder_however_it_is_named_and_only_of_what_it_names(
     other = make_bundle(tmp_path / "new", members={"model/new.so": b"new"})
     push_bundles([other], Destination(RepoRef(repo), tag="v2"), settings)
     api.lock(f"{repo}@v2", settings=settings).write(locked)
+    with Mirror.open(settings.mirror) as mirror:  # which what it names now is not in yet
+        assert mirror.usage.list_pins() == {}
     pull(f"{repo}@v2", settings, locked)
     with Mirror.open(settings.mirror) as mirror:
         assert mirror.usage.list_pins() == {other.manifest.digest: [str(locked)]}

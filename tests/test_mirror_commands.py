@@ -149,7 +149,7 @@ def test_what_a_file_pins_stays_as_long_as_the_file(
     artifacts: list[Artifact], mirror: Mirror, settings: Settings, tmp_path: Path
 ) -> None:
     lock = tmp_path / "hubaoti.lock"
-    lock.write_text("")
+    lock.write_text(artifacts[0].digest)
     mirror.usage.pin(artifacts[0].digest, str(lock))
     done = inside(settings, "mirror", "rm", "acme/one")
     assert done.code == errors.ArtifactHeld.exit_code and str(lock) in done.err

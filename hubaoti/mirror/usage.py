@@ -88,7 +88,7 @@ class Usage:
                 db.execute("insert into numbers values (?, ?)", (name, value))
 
     def pin(self, digest: str, holder: str = "") -> None:
-        """Have an artifact stay: for its user's sake, or as long as the file `holder` is there."""
+        """Have an artifact stay: for its user's sake, or while the file `holder` names it."""
         with self._index.writing() as db:
             db.execute("insert or ignore into pins values (?, ?, ?)", (digest, holder, time.time()))
 
@@ -102,14 +102,18 @@ class Usage:
     def list_pins(self) -> dict[str, list[str]]:
         """The artifacts that stay, each with the files that want it so; a user's wish is no file.
 
-        A file that is gone wants nothing any more.
+        A file that is gone wants nothing any more, nor what it does not name any more.
         """
         if not self._index.has_step(SIXTH):
             return {}
         pins: dict[str, list[str]] = {}
+        texts: dict[str, str | None] = {"": None}
         for digest, holder in self._index.select("select digest, holder from pins order by at"):
-            if not holder or _is_there(Path(str(holder))):
-                pins.setdefault(str(digest), []).append(str(holder))
+            if holder not in texts:
+                texts[holder] = _read_holder(Path(holder))
+            text = texts[holder]
+            if text is None or digest in text:
+                pins.setdefault(digest, []).append(holder)
         return pins
 
     def record_pushed(self, digests: Iterable[str], where: PullOrigin) -> None:
@@ -149,9 +153,11 @@ class Usage:
                 self._index.select(f"pragma busy_timeout = {PATIENCE * 1000:.0f}")
 
 
-def _is_there(holder: Path) -> bool:
-    """Whether a file is there; one that cannot be looked at is taken to be."""
+def _read_holder(holder: Path) -> str | None:
+    """What a file says, nothing where it is gone; None if it cannot be read, and may name all."""
     try:
-        return holder.is_file()
+        return holder.read_text("utf-8", "replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
     except OSError:
-        return True
+        return None
