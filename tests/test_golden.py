@@ -336,11 +336,18 @@ def test_every_difference_is_told() -> None:
 
 
 def test_a_file_of_answers_is_read_by_graph(tmp_path: Path) -> None:
-    answers = {"layers/y": torch.ones(2), "layers-step/y": torch.zeros(2)}
-    save_file(answers, tmp_path / GOLDEN)
+    names = [f"layers/{name}" for name in ("keys", "values", "output")]
+    answers = {name: torch.ones(2) for name in names}
+    save_file(answers | {"layers-step/output": torch.zeros(2)}, tmp_path / GOLDEN)
     found = load_expected(block(), tmp_path)
-    assert [*found] == ["layers/y"]
-    assert torch.equal(found["layers/y"], torch.ones(2))
+    assert sorted(found) == sorted(names)
+    assert torch.equal(found["layers/output"], torch.ones(2))
+    for name in names:  # what is not asked, or asked of nothing, would be answered by anything
+        for odd in ({}, {name: torch.zeros(0)}):
+            others = {each: tensor for each, tensor in answers.items() if each != name}
+            save_file(others | odd, tmp_path / GOLDEN)
+            with pytest.raises(MissingConstant, match=f"has no {name}"):
+                load_expected(block(), tmp_path)
 
 
 def test_a_file_that_is_missing_or_damaged_is_said(tmp_path: Path) -> None:

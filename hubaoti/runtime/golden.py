@@ -298,18 +298,35 @@ def sample_tensor(tensor: torch.Tensor, limit: int) -> torch.Tensor:
 
 
 def load_expected(entry: Entry, folder: Path) -> dict[str, torch.Tensor]:
-    """The golden answers of a graph that came with the artifact in `folder`.
+    """The golden answers of a graph that came with the artifact in `folder`, one for each it gives.
 
     Raises:
-        MissingConstant: the artifact has none, or a damaged file of them.
+        MissingConstant: the artifact has none, lacks one, or has a damaged file of them.
     """
+    hint = "its publisher must compile it again"
     try:
         with safe_open(folder / GOLDEN, framework="pt") as opened:
             names = [name for name in opened.keys() if name.startswith(f"{entry.id}/")]  # noqa: SIM118
-            return {name: opened.get_tensor(name) for name in names}
+            found = {name: opened.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        hint = "its publisher must compile it again"
         raise MissingConstant(f"{GOLDEN} of the artifact: {error}", hint=hint) from error
+    # One that is lacking, or of no number, would be compared with whatever the graph says.
+    for name, size in _count_answers(entry).items():
+        if name not in found or (size and not found[name].numel()):
+            raise MissingConstant(f"{GOLDEN} of the artifact has no {name}", hint=hint)
+    return found
+
+
+def _count_answers(entry: Entry) -> dict[str, int]:
+    """How many numbers each golden answer of a graph has, by its name; 0 where nobody knows."""
+    sizes = _choose_golden_dims(entry)
+    answers = {item.name: item.shape for item in entry.inputs if item.mutated}
+    shapes: dict[str, Sequence[str | int | None]] = {**answers}
+    shapes |= {item.name: item.shape for item in entry.outputs.tensors}
+    return {
+        f"{entry.id}/{name}": 0 if None in shape else math.prod(resolve_shape(entry, shape, sizes))
+        for name, shape in shapes.items()
+    }
 
 
 def compare_golden_answers(
