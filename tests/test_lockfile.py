@@ -18,6 +18,7 @@ from hubaoti import api
 from hubaoti.api.attaching import get_artifact
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.manifest import FILENAME
+from hubaoti.engines.resolve import Wanted, find_in_mirror
 from hubaoti.errors import (
     ArtifactHeld,
     BadLock,
@@ -342,11 +343,30 @@ def test_what_is_here_is_attached_only_where_it_is_locked(
     stranger = make_bundle(tmp_path / "stranger", mode="max-autotune")
     with Mirror.open(settings.mirror) as mirror:
         mine, other = put_trusted(bundle, mirror), put_trusted(stranger, mirror)
-    for held in (mine, bundle, bundle.path):
-        assert get_artifact(held, False, settings, report_nothing, locked).digest == mine.digest
-    for refused in (other, stranger, stranger.path):
-        with pytest.raises(NotLocked, match=other.digest[:12]):
-            get_artifact(refused, False, settings, report_nothing, locked)
+    program = replace(settings, lock=locked)  # of HUBAOTI_LOCK: nothing else need say so
+    for words in ((settings, report_nothing, locked), (program, report_nothing)):
+        for held in (mine, bundle, bundle.path):
+            assert get_artifact(held, False, *words).digest == mine.digest
+        for refused in (other, stranger, stranger.path):
+            with pytest.raises(NotLocked, match=other.digest[:12]):
+                get_artifact(refused, False, *words)
+
+
+def test_an_engine_takes_of_the_mirror_what_is_locked(
+    tmp_path: Path, bundle: Bundle, locked: Path, settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    stranger = make_bundle(tmp_path / "stranger", mode="max-autotune")
+    with Mirror.open(settings.mirror) as mirror:
+        mine, _ = put_trusted(bundle, mirror), put_trusted(stranger, mirror)
+    monkeypatch.setattr(Wanted, "accepts", lambda *_: True)  # whatever model it is
+    wanted, program = Wanted(tmp_path, "embed", "cpu", make_host()), replace(settings, lock=locked)
+    found = find_in_mirror(wanted, program)
+    assert found is not None and found.digest == mine.digest
+    with Mirror.open(settings.mirror) as mirror:
+        mirror.index.remove(mine.digest)
+    assert find_in_mirror(wanted, program) is None
+    assert find_in_mirror(wanted, settings) is not None
 
 
 def test_the_commands_lock_and_pull_all_that_is_locked(

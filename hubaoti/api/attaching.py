@@ -10,7 +10,7 @@ from hubaoti.api.filling import FillWords, make_fill_words
 from hubaoti.api.publishing import pull
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.manifest import FILENAME
-from hubaoti.errors import BadRequest, NotLocked
+from hubaoti.errors import BadRequest
 from hubaoti.host.extras import require
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.mirror.trust import Trust
@@ -196,24 +196,20 @@ def _refuse_folder(name: str) -> None:
 def _require_locked(
     artifact: Artifact | Pulled | Bundle | Path | str, locked: bool | str | Path, settings: Settings
 ) -> None:
-    """See that an artifact that is here already stands in the lockfile that is asked for.
+    """See that an artifact that is here already stands in the lockfile that is gone by, if any is.
 
     Raises:
         NotLocked: it does not. BadLock: the lockfile cannot be read.
     """
-    if not locked or isinstance(artifact, str):
+    if isinstance(artifact, str) or not (locked or settings.lock):  # a pull asks by itself
         return
     from hubaoti.hub.lockfile import find_lock
 
     found = Bundle.read(artifact) if isinstance(artifact, Path) else artifact
     held: Any = getattr(found, "artifact", found)
-    digest = held.manifest.digest
     lock = find_lock(locked, settings)
-    if lock is not None and not lock.holds(digest):
-        raise NotLocked(
-            f"the lock has no artifact {digest[:12]}",
-            hint="lock the repo that it is of: hubaoti lock REPO…, or attach it without locked",
-        )
+    if lock is not None and isinstance(held, Artifact | Bundle):
+        lock.require(held.manifest.digest)
 
 
 def _require_allowed(digest: str, trust: bool, mirror: Mirror) -> None:

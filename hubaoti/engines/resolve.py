@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from hubaoti.artifact.manifest import Manifest
 from hubaoti.errors import BadRequest, HubaotiError, OtherProgram
 from hubaoti.host.match import Candidate, judge, rank
 from hubaoti.host.probe import Host
+from hubaoti.hub.lockfile import find_lock
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.program.model_files import read_json, refuse_other_program
 from hubaoti.progress import Progress
@@ -110,11 +111,20 @@ def choose_task(folder: Path) -> str:
 
 
 def find_in_mirror(wanted: Wanted, settings: Settings) -> Artifact | None:
-    """The best artifact of the mirror for a model; a quantized one only where that is wanted."""
+    """The best artifact of the mirror for a model; a quantized one only where that is wanted.
+
+    Raises:
+        BadLock: the lockfile of `HUBAOTI_LOCK`, which has to name it, cannot be read.
+    """
     kind, _, number = wanted.device.partition(":")
     gpu = int(number or 0) if kind == "cuda" else None
     with Mirror.open(settings.mirror) as mirror:
-        fitting = {each.digest: each for each in _list_candidates(wanted, mirror)}
+        lock = find_lock(False, settings)
+        fitting = {
+            each.digest: each
+            for each in list_allowed(mirror, mirror.ls())
+            if (lock is None or lock.holds(each.digest)) and wanted.accepts(each.manifest)
+        }
         best = _choose(fitting, wanted, gpu)
         if best is not None:
             mirror.leases.hold(best.digest)  # it is opened soon
@@ -132,13 +142,6 @@ def _choose(fitting: Mapping[str, Artifact], wanted: Wanted, gpu: int | None) ->
     recipes = sorted({each.recipe for each in same}, key=str) if wanted.quantization else [None]
     best = next((each for recipe in recipes for each in rank(same, recipe)), None)
     return None if best is None else fitting[best.id]
-
-
-def _list_candidates(wanted: Wanted, mirror: Mirror) -> Iterator[Artifact]:
-    """The artifacts of a model's program that may be opened here."""
-    for artifact in list_allowed(mirror, mirror.ls()):
-        if wanted.accepts(artifact.manifest):
-            yield artifact
 
 
 def find_in_repos(

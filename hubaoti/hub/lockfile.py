@@ -188,6 +188,19 @@ class Lock:
         """Whether an artifact is locked, of whichever repo."""
         return any(digest in each.artifacts.values() for each in self.repos)
 
+    def require(self, digest: str) -> None:
+        """See that an artifact is locked, of whichever repo.
+
+        Raises:
+            NotLocked: it is not.
+        """
+        if not self.holds(digest):
+            raise NotLocked(
+                f"{self.path or 'the lock'} has no artifact {digest[:12]}",
+                hint="lock the repo that it is of (hubaoti lock REPO…); or ask without locked, and "
+                "without HUBAOTI_LOCK",
+            )
+
     def __str__(self) -> str:
         ordered = sorted(self.repos, key=lambda each: str(each.ref))
         return "\n".join((f"{_HEAD}version = {_VERSION}\n", *map(str, ordered)))
