@@ -239,3 +239,43 @@ def write(trust: Trust, text: str) -> None:
     trust.path.parent.mkdir(mode=0o700)
     trust.path.write_text(text)
     trust.path.chmod(0o600)
+
+
+COMMENTED = """\
+# whom we trust
+
+[[publisher]]  # {name}
+endpoint = "https://huggingface.co"
+owner = "acme"  # the team
+since = 2026-01-31
+# behind acme
+
+# the second one
+[[publisher]]
+endpoint = "https://huggingface.co"
+owner = "other"
+since = 2026-01-31
+# at the end
+"""
+
+
+def test_comments_outlive_whom_they_stand_beside(trust: Trust) -> None:
+    trust.add(HUB, "acme")
+    trust.path.write_text(COMMENTED)
+    comments = [line for line in COMMENTED.splitlines() if line.startswith("#")]
+    trust.add(HUB, "third")
+    trust.block(HUB, "other")
+    for owner in ("acme", "third", "other"):
+        assert trust.remove(HUB, owner)
+        lines = trust.path.read_text().splitlines()
+        assert [line for line in lines if line.startswith("#")] == comments, owner
+    assert [line for line in lines if line and not line.startswith("#")] == []
+
+
+def test_a_table_that_is_written_otherwise_is_changed_all_the_same(trust: Trust) -> None:
+    trust.add(HUB, "acme")
+    one = f'{{ endpoint = "{HUB}", owner = "OWNER", since = 2026-01-31 }}'
+    entries = ", ".join(one.replace("OWNER", owner) for owner in ("a", "b"))
+    trust.path.write_text(f"publisher = [{entries}]\n")
+    assert trust.remove(HUB, "a")
+    assert [each.owner for each in trust.publishers()] == ["b"]

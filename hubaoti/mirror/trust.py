@@ -30,7 +30,7 @@ import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +40,7 @@ from hubaoti.mirror.folders import make_private, refuse_shared
 from hubaoti.mirror.limits import Limits
 from hubaoti.mirror.rows import Signed
 from hubaoti.mirror.signer import Keys, Signer
+from hubaoti.mirror.trust_text import append_entry, drop_entries, find_entries
 from hubaoti.settings import split_login
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -198,13 +199,13 @@ class Trust:
             return
         with self._editing() as document:
             _refuse_where_blocked(document, who, name)
-            entries = [document["publisher"][at] for at in _find(document, "publisher", who)]
+            entries = [document["publisher"][at] for at in find_entries(document, "publisher", who)]
             for entry in entries:
                 if Signer.take_from(dict(entry)) in {None, signer}:
                     entry.update(signer.to_entry())  # a name is not enough any more
                     break
             else:
-                _append(document, "publisher", who | signer.to_entry())
+                append_entry(document, "publisher", who | signer.to_entry())
 
     def add_artifact(self, digest: str) -> None:
         """Trust an artifact from now on, whoever published it.
@@ -235,38 +236,40 @@ class Trust:
             return
         with self._editing() as document:
             _refuse_where_blocked(document, who, name)
-            if not _find(document, table, who):
-                _append(document, table, who)
+            if not find_entries(document, table, who):
+                append_entry(document, table, who)
 
     def _block(self, table: str, who: Mapping[str, str]) -> None:
-        with self._editing() as document:
-            _drop(document, table, who)
-            if not _find(document, "block", who):
-                _append(document, "block", who)
+        with self._editing(who, table) as document:
+            if not find_entries(document, "block", who):
+                append_entry(document, "block", who)
 
     def _remove(self, table: str, who: Mapping[str, str]) -> bool:
         if not (self._has(table, who) or self._has("block", who)):
             return False
-        with self._editing() as document:
-            for name in (table, "block"):
-                _drop(document, name, who)
-        return True
+        with self._editing(who, table, "block"):
+            return True
 
     def _has(self, table: str, who: Mapping[str, str]) -> bool:
         """Whether a table has an entry of somebody, without changing anything."""
         self.read()  # what cannot be believed, nobody goes by
         with explain_disk_errors(self.path), suppress(FileNotFoundError):
-            return bool(_find(tomllib.loads(self.path.read_text("utf-8")), table, who))
+            return bool(find_entries(tomllib.loads(self.path.read_text("utf-8")), table, who))
         return False
 
     @contextmanager
-    def _editing(self) -> Iterator[Any]:
-        """The file's document, to be changed, while no other process changes it."""
+    def _editing(self, who: Mapping[str, str] | None = None, *tables: str) -> Iterator[Any]:
+        """The file's document, to be changed, while no other process changes it.
+
+        What some tables have of somebody is not in it any more.
+        """
         import tomlkit
 
         with self._alone():
             self.read()
             text = self.path.read_text("utf-8") if self.path.exists() else ""
+            for table in tables:
+                text = drop_entries(text, table, who or {})
             document = tomlkit.parse(text)
             yield document
             self._write(tomlkit.dumps(document))
@@ -318,39 +321,8 @@ def refuse_unsigned(what: str, owner: str, wanted: Collection[Signer]) -> Unsign
 
 
 def _refuse_where_blocked(document: Mapping[str, Any], who: Mapping[str, str], name: str) -> None:
-    if _find(document, "block", who):
+    if find_entries(document, "block", who):
         raise refuse_blocked(name, who.get("owner") or who["digest"])
-
-
-def _find(document: Mapping[str, Any], table: str, who: Mapping[str, str]) -> list[int]:
-    """Where in a table the entries of somebody are."""
-    entries = document.get(table, ())
-    return [at for at, each in enumerate(entries) if _name(each) == dict(who)]
-
-
-def _name(entry: Mapping[str, Any]) -> dict[str, str]:
-    """Of whom an entry is, its endpoint as it is kept today."""
-    who = {name: str(entry[name]) for name in ("endpoint", "owner", "digest") if name in entry}
-    if "endpoint" in who:
-        who["endpoint"] = split_login(who["endpoint"])[0]
-    return who
-
-
-def _append(document: Any, table: str, who: Mapping[str, str]) -> None:
-    import tomlkit
-
-    entry = tomlkit.table()
-    entry.update({**who, "since": datetime.now(UTC).date()})
-    if table not in document:
-        document[table] = tomlkit.aot()
-    document[table].append(entry)
-
-
-def _drop(document: Any, table: str, who: Mapping[str, str]) -> None:
-    for at in reversed(_find(document, table, who)):
-        del document[table][at]
-    if table in document and not len(document[table]):
-        del document[table]
 
 
 _T = TypeVar("_T")
