@@ -268,8 +268,14 @@ def test_a_build_has_every_option_of_compile_by_its_name() -> None:
     assert ours == CompileWords.__annotations__.keys() - {"calls", "shapes"}  # of a module
 
 
-def test_an_interrupt_leaves_what_was_pushed_and_nothing_half_done(
-    repo: str, built: Bundle, write: Write, tiny_roberta: Path, settings: Settings
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_what_ends_it_leaves_what_was_pushed_and_nothing_half_done(
+    how: signal.Signals,
+    repo: str,
+    built: Bundle,
+    write: Write,
+    tiny_roberta: Path,
+    settings: Settings,
 ) -> None:
     model = f'model = "{tiny_roberta}"\nrepo = "{repo}"'
     labelled = 'recipe = "float32-sdpa+large"\ndims = { batch = [1, 9] }'
@@ -280,11 +286,14 @@ def test_an_interrupt_leaves_what_was_pushed_and_nothing_half_done(
         assert process.stderr is not None
         step = f"compiling {tiny_roberta} for float32-sdpa+large"
         assert any(line.strip().startswith(step) for line in process.stderr)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(how)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == (130 if how is signal.SIGINT else -how), err
     assert out.splitlines() == [f"{repo} float32-sdpa/{built.manifest.variant} pushed"]
     files = HfApi(settings.endpoint, token=settings.token).list_repo_files(repo)
     assert any(name.startswith("float32-sdpa/") for name in files)
     assert not any(name.startswith("float32-sdpa+large/") for name in files)
-    assert not any((settings.home / "fill").iterdir())
+    assert how is signal.SIGKILL or not any((settings.home / "fill").iterdir())
+    done = inside(settings, "compile", "--matrix", path, "--dry-run")
+    there, missing = done.out.splitlines()
+    assert there.endswith("is there already") and missing.endswith("is missing"), done

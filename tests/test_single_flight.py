@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from bundles import CPU, make_bundle, make_host
+from planned import Building, end_builds
 from proxies import Proxy
 from test_hub_crash import PULL, start
 from test_leases import running
@@ -103,17 +106,23 @@ with mirror.leases.alone(bundle.manifest.key):
 """
 
 
+@contextmanager
+def building(bundle: Bundle, settings: Settings) -> Iterator[subprocess.Popen[str]]:
+    """A process that builds what a bundle holds, until it is told to go on."""
+    code = "import sys; from pathlib import Path; from hubaoti.mirror import Mirror\n"
+    code += "from hubaoti.artifact.bundle import Bundle\nmirror = Mirror.open(Path(sys.argv[1]))\n"
+    command = [sys.executable, "-c", code + BUILD, str(settings.mirror), str(bundle.path)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as builder:
+        assert builder.stdout is not None and builder.stdout.readline() == "building\n"
+        yield builder
+
+
 def test_who_wants_what_another_process_builds_waits_and_gets_it(
     roberta_bundle: Bundle, tiny_roberta: Path, settings: Settings, tmp_path: Path
 ) -> None:
-    code = "import sys; from pathlib import Path; from hubaoti.mirror import Mirror\n"
-    code += "from hubaoti.artifact.bundle import Bundle\nmirror = Mirror.open(Path(sys.argv[1]))\n"
-    command = [sys.executable, "-c", code + BUILD, str(settings.mirror), str(roberta_bundle.path)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as builder:
-        assert builder.stdout is not None and builder.stdin is not None
-        assert builder.stdout.readline() == "building\n"
-        steps: list[str] = []
+    steps: list[str] = []
+    with building(roberta_bundle, settings) as builder:
 
         def watch(step: str) -> None:
             steps.append(step)
@@ -126,6 +135,24 @@ def test_who_wants_what_another_process_builds_waits_and_gets_it(
     assert bundle.manifest.digest == roberta_bundle.manifest.digest
     assert steps[-1].startswith(f"found {bundle.manifest.key[:12]} in the mirror")
     assert any(step.startswith("waiting for another process") for step in steps)
+
+
+def test_where_the_one_that_builds_is_killed_who_waits_builds(
+    roberta_bundle: Bundle, tiny_roberta: Path, settings: Settings, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    end_builds(monkeypatch)  # as it begins
+    with building(roberta_bundle, settings) as builder:
+
+        def watch(step: str) -> None:
+            if step.startswith("waiting for another process"):
+                builder.kill()
+
+        with pytest.raises(Building):
+            hubaoti.compile(tiny_roberta, tmp_path / "out", settings=settings, progress=watch)
+    assert builder.returncode == -signal.SIGKILL
+    with Mirror.open(settings.mirror) as mirror:
+        assert mirror.ls() == [] and not any((mirror.root / "tmp").iterdir())
 
 
 def test_a_miss_is_counted_with_the_kind_of_host(
