@@ -22,6 +22,8 @@ class Proxy:
 
     `matching`: a part of the paths of the requests that the rest is about.
     `cut_after`: bytes of an answer's body after which the connection is dropped.
+    `stall_after`: bytes of an answer's body after which nothing comes, until the client leaves.
+    `mute`: not even an answer's status comes.
     `pause`: seconds between the pieces of a body, 4 KiB each, of a request or an answer.
     `flip`: change the first byte of the body.
     `answers`: statuses and headers that the next requests get, and the endpoint never sees.
@@ -40,6 +42,8 @@ class Proxy:
         self.headers: list[dict[str, str]] = []
         self.matching = ""
         self.cut_after: int | None = None
+        self.stall_after: int | None = None
+        self.mute = False
         self.pause = 0.0
         self.flip = self.endless = False
         self.sent = self.packed = self.status = 0
@@ -54,6 +58,7 @@ class Proxy:
         self.requests.clear()
         self.headers.clear()
         self.matching, self.cut_after, self.pause = "", None, 0.0
+        self.stall_after, self.mute = None, False
         self.flip, self.endless, self.sent, self.packed = False, False, 0, 0
         self.folds, self.next_page, self.status = 1, False, 0
         self.answers, self.first, self.lost, self.mutate = [], None, 0, None
@@ -113,6 +118,9 @@ class Handler(BaseHTTPRequestHandler):
                 upstream.putheader(name, value)
             upstream.endheaders(body)
             response = upstream.getresponse()
+            if picked and proxy.mute:
+                self.stall()
+                return
             if picked and proxy.lost:
                 proxy.lost -= 1
                 self.close_connection = True
@@ -152,13 +160,24 @@ class Handler(BaseHTTPRequestHandler):
             return
         if how.flip and content:
             content = bytes([content[0] ^ 1]) + content[1:]
-        if how.cut_after is not None and content:
-            self.wfile.write(content[: how.cut_after])
-            self.close_connection = True
+        if content and (how.cut_after, how.stall_after) != (None, None):
+            self.break_off(content, how)
             return
         for start in range(0, len(content), PIECE):
             time.sleep(how.pause)
             self.wfile.write(content[start : start + PIECE])
+
+    def break_off(self, content: bytes, how: Proxy) -> None:
+        self.wfile.write(content[: how.cut_after if how.stall_after is None else how.stall_after])
+        self.close_connection = True
+        if how.stall_after is not None:
+            self.stall()
+
+    def stall(self) -> None:
+        """Say nothing more, until the client has had enough."""
+        self.close_connection = True
+        with suppress(OSError):
+            self.rfile.read(1)
 
     def begin(self, status: int, how: Proxy) -> None:
         self.send_response(status)

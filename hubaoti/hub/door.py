@@ -53,6 +53,8 @@ class Door:
 
         # Else each process first asks its endpoint for a list of the tools that it may run in.
         constants.HF_HUB_DISABLE_TELEMETRY = True
+        # What did not fill a piece when a download is cut is not kept: 10 MiB by default.
+        constants.DOWNLOAD_CHUNK_SIZE = 1 << 20
         token = self._settings.token or (None if self._stored else False)
         more = {"accept-encoding": "identity"}  # what is packed has no bound
         if self._settings.basic is not None:
