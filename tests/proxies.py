@@ -29,6 +29,7 @@ class Proxy:
     `answers`: statuses and headers that the next requests get, and the endpoint never sees.
     `mutate`: what becomes of the JSON of an answer.
     `first`: what the first request of each method and path gets so.
+    `redirect`: a status, and a repo's name that leads with it to another one.
     `lost`: how many requests the endpoint answers whose answers never arrive.
     `packed`: compress the body, with as many spaces behind it, `folds` times.
     `status`: answer with this one. `next_page`: name each page as its own next one.
@@ -51,6 +52,7 @@ class Proxy:
         self.answers: list[tuple[int, dict[str, str]]] = []
         self.mutate: Callable[[Any], Any] | None = None
         self.first: tuple[int, dict[str, str]] | None = None
+        self.redirect: tuple[int, str, str] | None = None
         self.lost = 0
 
     def reset(self) -> None:
@@ -62,6 +64,7 @@ class Proxy:
         self.flip, self.endless, self.sent, self.packed = False, False, 0, 0
         self.folds, self.next_page, self.status = 1, False, 0
         self.answers, self.first, self.lost, self.mutate = [], None, 0, None
+        self.redirect = None
 
 
 def mutated(response: http.client.HTTPResponse, content: bytes, how: Proxy) -> bytes:
@@ -110,6 +113,10 @@ class Handler(BaseHTTPRequestHandler):
         body = self.read_body(proxy.pause if picked else 0)
         if picked and (proxy.answers or (is_first and proxy.first)):
             self.refuse(*(proxy.answers.pop(0) if proxy.answers else proxy.first))
+            return
+        if proxy.redirect is not None and f"/{proxy.redirect[1]}/" in f"{self.path}/":
+            status, old, new = proxy.redirect
+            self.refuse(status, {"Location": self.path.replace(old, new, 1)})
             return
         netloc = urlsplit(proxy.upstream).netloc
         with closing(http.client.HTTPConnection(netloc)) as upstream:

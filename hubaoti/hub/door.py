@@ -69,9 +69,10 @@ class Door:
         writing: bool = False,
         local: bool = False,
         of_files: bool = False,
+        follows: bool = False,
     ) -> _T:
         """What a request brings. While the endpoint is busy it is repeated, and told that it is."""
-        with self._door(what, writing, local, of_files):
+        with self._door(what, writing, local, of_files, follows):
             return retry_request(request, self._progress)
 
     def _convert(self, found: Any, kind: Any, how: str) -> Any:
@@ -84,7 +85,12 @@ class Door:
 
     @contextmanager
     def _door(
-        self, what: str, writing: bool = False, local: bool = False, of_files: bool = False
+        self,
+        what: str,
+        writing: bool = False,
+        local: bool = False,
+        of_files: bool = False,
+        follows: bool = False,
     ) -> Iterator[None]:
         """Around every request: foreign errors become ours, and nothing is printed."""
         if self._settings.offline and not local:
@@ -92,7 +98,7 @@ class Door:
                 f"{what} is not asked for at {self.endpoint}: HF_HUB_OFFLINE is set",
                 hint="unset HF_HUB_OFFLINE, or name a full commit id that was pulled before",
             )
-        heeded = nullcontext() if local else heed_answers(self._progress, of_files)
+        heeded = nullcontext() if local else heed_answers(self._progress, of_files, follows)
         try:
             with silence_hub(), heeded:
                 yield

@@ -17,6 +17,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hubaoti.hub.bounds import bound_answer, describe_too_long
+from hubaoti.hub.renames import refuse_renamed
 from hubaoti.hub.silence import Silence, Silent
 from hubaoti.progress import Progress, report_nothing
 
@@ -45,11 +46,13 @@ _RATE_LIMIT = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})\b")
 class Patience:
     """What one request is waited for, who is told of it, and what it has taken until now.
 
-    `of_files` says that it asks for a file's bytes, too, which those who asked for it count.
+    `of_files` says that it asks for a file's bytes, too, which those who asked for it count. It
+    `follows` repos to the names that they have now, where nobody's trust is asked about.
     """
 
     progress: Progress
     of_files: bool = False
+    follows: bool = False
     waits: float = 0.0  # seconds that were asked for
     answers: int = 0
     is_over: bool = False  # the endpoint was silent for too long, to one thread of its
@@ -112,13 +115,17 @@ def _choose_wait(state: RetryCallState) -> float:
 
 
 @contextmanager
-def heed_answers(progress: Progress, of_files: bool = False) -> Iterator[None]:
+def heed_answers(
+    progress: Progress, of_files: bool = False, follows: bool = False
+) -> Iterator[None]:
     """While `progress` is told of each busy answer; answers that are not `of_files` are bounded.
+
+    Without `follows`, a repo that has another name now is an error.
 
     From now on huggingface_hub's waits are bounded, too.
     """
     _heed_all_sessions()
-    patience = Patience(progress, of_files)
+    patience = Patience(progress, of_files, follows)
     before, silence = _patience.set(patience), _silence.set(Silence())
     _open.append(patience)
     try:
@@ -211,6 +218,8 @@ def _heed(response: Any) -> None:
         if patience.answers > MOST_ANSWERS:
             raise describe_too_long(response, f"more than {MOST_ANSWERS} answers")
         response.stream = bound_answer(response)
+    if own is not None and not own.follows:
+        refuse_renamed(response)
     if silence := _silence.get():
         response.stream = silence.answer(response)
     if response.status_code not in BUSY:
