@@ -45,6 +45,10 @@ _NEEDED = re.compile(
 _SECRET_NAME = re.compile(
     r"TOKEN(?!IZERS_)|SECRET|PASSW|CREDENTIAL|KEY(?!RING)|AUTH", re.IGNORECASE
 )
+_URL = re.compile(
+    r"(?P<scheme>(?i:https?))://(?P<host>[^/?#]*?)(?::(?P<port>[0-9]*))?(?P<path>(?:[/?#].*)?)"
+)
+_PORTS = {"http": "80", "https": "443"}
 _TRUE = {"1", "ON", "YES", "TRUE"}
 _FALSE = {"0", "OFF", "NO", "FALSE"}
 
@@ -79,8 +83,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         endpoint, login = split_login(self.endpoint)
+        object.__setattr__(self, "endpoint", endpoint)
         if login is not None:
-            object.__setattr__(self, "endpoint", endpoint)
             object.__setattr__(self, "login", login)
 
     @classmethod
@@ -91,7 +95,7 @@ class Settings:
         home = Path(env.get("HUBAOTI_HOME") or cache / "hubaoti")
         return cls(
             home=home.expanduser().absolute(),
-            endpoint=(env.get("HF_ENDPOINT") or ENDPOINT).rstrip("/"),
+            endpoint=env.get("HF_ENDPOINT") or ENDPOINT,
             # As huggingface_hub reads it: a file's last newline comes along easily.
             token="".join(env.get("HF_TOKEN", "").split()) or None,
             offline=env.get("HF_HUB_OFFLINE", "").upper() in _TRUE,
@@ -155,6 +159,8 @@ class Settings:
 def split_login(endpoint: str) -> tuple[str, str | None]:
     """An endpoint's URL without the `user:password@` in it, and that.
 
+    However a URL is spelled, it comes out as one: no other spelling is another endpoint.
+
     Raises:
         BadRequest: it is no URL; a password in it ends the host's part of the URL.
     """
@@ -167,14 +173,26 @@ def split_login(endpoint: str) -> tuple[str, str | None]:
     host = rest.partition("/")[0]
     if "@" in host:
         login, _, name = host.rpartition("@")
-        return f"{scheme}{mark}{name}{rest[len(host) :]}", login
+        return _spell(f"{scheme}{mark}{name}{rest[len(host) :]}"), login
     if "@" in rest and re.search(r"^[^\[]*:(?!\d*$)", host):
         # Not even its message may hold what stands there.
         raise BadRequest(
             "HF_ENDPOINT is no URL: the password in it holds a slash",
             hint="write / as %2F and @ as %40 in a user's name and password",
         )
-    return endpoint, None
+    return _spell(endpoint), None
+
+
+def _spell(endpoint: str) -> str:
+    """A URL in the one way in which we write it: no large letters in a host, no port that is the
+    scheme's own, no slash at the end."""
+    found = _URL.fullmatch(endpoint)
+    if found is None:
+        return endpoint.rstrip("/")
+    scheme, host, port, path = found.groups()
+    scheme, host = scheme.lower(), host.lower()
+    port = "" if port is None or port.lstrip("0") in {"", _PORTS[scheme]} else f":{port}"
+    return f"{scheme}://{host}{port}{path.rstrip('/')}"
 
 
 def read_serve_token(env: Mapping[str, str] | None = None) -> str | None:
@@ -193,7 +211,7 @@ def read_upstream_token(upstream: str, env: Mapping[str, str] | None = None) -> 
     env = os.environ if env is None else env
     if own := env.get("HUBAOTI_UPSTREAM_TOKEN", "").strip():
         return own
-    if (env.get("HF_ENDPOINT") or ENDPOINT).rstrip("/") != upstream.rstrip("/"):
+    if _spell(env.get("HF_ENDPOINT") or ENDPOINT) != _spell(upstream):
         return None
     if found := "".join(env.get("HF_TOKEN", "").split()):
         return found

@@ -22,11 +22,14 @@ class Proxy:
 
     `matching`: a part of the paths of the requests that the rest is about.
     `cut_after`: bytes of an answer's body after which the connection is dropped.
+    `stall_after`: bytes of an answer's body after which nothing comes, until the client leaves.
+    `mute`: not even an answer's status comes.
     `pause`: seconds between the pieces of a body, 4 KiB each, of a request or an answer.
     `flip`: change the first byte of the body.
     `answers`: statuses and headers that the next requests get, and the endpoint never sees.
     `mutate`: what becomes of the JSON of an answer.
     `first`: what the first request of each method and path gets so.
+    `redirect`: a status, and a repo's name that leads with it to another one.
     `lost`: how many requests the endpoint answers whose answers never arrive.
     `packed`: compress the body, with as many spaces behind it, `folds` times.
     `status`: answer with this one. `next_page`: name each page as its own next one.
@@ -40,6 +43,8 @@ class Proxy:
         self.headers: list[dict[str, str]] = []
         self.matching = ""
         self.cut_after: int | None = None
+        self.stall_after: int | None = None
+        self.mute = False
         self.pause = 0.0
         self.flip = self.endless = False
         self.sent = self.packed = self.status = 0
@@ -47,6 +52,7 @@ class Proxy:
         self.answers: list[tuple[int, dict[str, str]]] = []
         self.mutate: Callable[[Any], Any] | None = None
         self.first: tuple[int, dict[str, str]] | None = None
+        self.redirect: tuple[int, str, str] | None = None
         self.lost = 0
 
     def reset(self) -> None:
@@ -54,9 +60,11 @@ class Proxy:
         self.requests.clear()
         self.headers.clear()
         self.matching, self.cut_after, self.pause = "", None, 0.0
+        self.stall_after, self.mute = None, False
         self.flip, self.endless, self.sent, self.packed = False, False, 0, 0
         self.folds, self.next_page, self.status = 1, False, 0
         self.answers, self.first, self.lost, self.mutate = [], None, 0, None
+        self.redirect = None
 
 
 def mutated(response: http.client.HTTPResponse, content: bytes, how: Proxy) -> bytes:
@@ -106,6 +114,10 @@ class Handler(BaseHTTPRequestHandler):
         if picked and (proxy.answers or (is_first and proxy.first)):
             self.refuse(*(proxy.answers.pop(0) if proxy.answers else proxy.first))
             return
+        if proxy.redirect is not None and f"/{proxy.redirect[1]}/" in f"{self.path}/":
+            status, old, new = proxy.redirect
+            self.refuse(status, {"Location": self.path.replace(old, new, 1)})
+            return
         netloc = urlsplit(proxy.upstream).netloc
         with closing(http.client.HTTPConnection(netloc)) as upstream:
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
@@ -113,6 +125,9 @@ class Handler(BaseHTTPRequestHandler):
                 upstream.putheader(name, value)
             upstream.endheaders(body)
             response = upstream.getresponse()
+            if picked and proxy.mute:
+                self.stall()
+                return
             if picked and proxy.lost:
                 proxy.lost -= 1
                 self.close_connection = True
@@ -152,13 +167,24 @@ class Handler(BaseHTTPRequestHandler):
             return
         if how.flip and content:
             content = bytes([content[0] ^ 1]) + content[1:]
-        if how.cut_after is not None and content:
-            self.wfile.write(content[: how.cut_after])
-            self.close_connection = True
+        if content and (how.cut_after, how.stall_after) != (None, None):
+            self.break_off(content, how)
             return
         for start in range(0, len(content), PIECE):
             time.sleep(how.pause)
             self.wfile.write(content[start : start + PIECE])
+
+    def break_off(self, content: bytes, how: Proxy) -> None:
+        self.wfile.write(content[: how.cut_after if how.stall_after is None else how.stall_after])
+        self.close_connection = True
+        if how.stall_after is not None:
+            self.stall()
+
+    def stall(self) -> None:
+        """Say nothing more, until the client has had enough."""
+        self.close_connection = True
+        with suppress(OSError):
+            self.rfile.read(1)
 
     def begin(self, status: int, how: Proxy) -> None:
         self.send_response(status)

@@ -119,6 +119,13 @@ def test_a_name_is_one_at_its_endpoint(endpoint: str, owner: str) -> None:
     assert not decide(Evidence(DIGEST, origins=(origin,)), SAID).allowed
 
 
+@pytest.mark.parametrize("named", ["Acme", "acme", "ACME"])
+def test_who_is_blocked_is_so_in_whichever_letters(named: str) -> None:
+    said = replace(SAID, blocked=(Publisher(HUB, named, DAY),))
+    decision = decide(Evidence(DIGEST, origins=origins("acme")), said)
+    assert isinstance(decision.refusal, Blocked)
+
+
 # What the mirror knows
 
 

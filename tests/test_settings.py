@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import secrets
+from datetime import date
 from pathlib import Path
 
 import pytest
 
 from hubaoti.errors import BadRequest
+from hubaoti.mirror import PullOrigin
+from hubaoti.mirror.trust import Publisher
 from hubaoti.settings import (
     ENDPOINT,
     Settings,
     hide_secrets,
     list_kernel_tuning,
     override_environment,
+    read_upstream_token,
 )
 
 
@@ -103,6 +107,43 @@ def test_a_login_is_taken_out_of_the_endpoint(url: str, endpoint: str, login: st
     assert "word" not in repr(settings)
     assert Settings.from_env(settings.to_env()) == settings
     assert Settings(settings.home, url.rstrip("/")).endpoint == endpoint
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://huggingface.co",
+        "https://huggingface.co/",
+        "https://huggingface.co//",
+        "HTTPS://HUGGINGFACE.co",
+        "https://huggingface.co:443",
+        "https://HuggingFace.co:0443/",
+        "https://huggingface.co:",
+    ],
+)
+def test_an_endpoint_is_one_however_it_is_spelled(url: str) -> None:
+    for settings in (Settings.from_env({"HF_ENDPOINT": url}), Settings(Path("/h"), url)):
+        assert settings.endpoint == ENDPOINT
+    assert PullOrigin(url, "acme/x", "c" * 40, "path").endpoint == ENDPOINT
+    assert Publisher(url, "acme", date(2026, 1, 31)).endpoint == ENDPOINT
+    assert read_upstream_token(url, {"HF_TOKEN": "hf_secret"}) == "hf_secret"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://huggingface.co",
+        "https://huggingface.co:80",
+        "https://huggingface.co/a",
+        "https://hub.local/A",
+        "https://hub.local/a",
+        "http://127.0.0.1:8000",
+        "http://[::1]:8080",
+        "hub.local",
+    ],
+)
+def test_another_endpoint_stays_another(url: str) -> None:
+    assert Settings(Path("/h"), url).endpoint == url
 
 
 def test_a_home_is_absolute_and_without_tilde() -> None:

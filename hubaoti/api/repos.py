@@ -50,6 +50,7 @@ def versions(
     """The tags of a repo that are versions, the newest first.
 
     Raises:
+        RepoMoved: the repo has another name now.
         RepoNotFound, AuthFailed, HubUnreachable: of the Hub.
     """
     from hubaoti.hub.catalog import Allowance, list_catalog

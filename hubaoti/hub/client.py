@@ -18,7 +18,6 @@ from hubaoti.errors import (
     BadRequest,
     DigestMismatch,
     HubaotiError,
-    RepoMoved,
     RepoNotFound,
 )
 from hubaoti.escape import escape_line
@@ -26,6 +25,7 @@ from hubaoti.hub.bounds import TooLong, make_limit_bar
 from hubaoti.hub.door import Door
 from hubaoti.hub.errors import AnswerLost
 from hubaoti.hub.records import CommitId, Created, Entry, Pushed, Refs, Text
+from hubaoti.hub.renames import describe_renamed
 from hubaoti.hub.retry import LIBRARY, find_response_status
 
 _LONGEST_SILENCE = 600  # seconds without a byte, after which nobody waits for the rest
@@ -39,6 +39,7 @@ class HubClient(Door):
     """The Hub at `settings.endpoint`. Every method may raise these, and those it names itself:
 
     Raises:
+        RepoMoved: the repo is called otherwise by now, and perhaps somebody else's.
         RepoNotFound: there is no such repo, revision or file, or not for this token.
         AuthFailed: the token is missing, wrong, or may not do this.
         HubUnreachable: the endpoint is down, stays busy, drops the connection, says what no Hub
@@ -51,11 +52,7 @@ class HubClient(Door):
     # Reading
 
     def resolve(self, repo: str, revision: str | None = None, kind: str = "model") -> str:
-        """The full commit id that a revision (by default the default branch) is at now.
-
-        Raises:
-            RepoMoved: the repo is called otherwise by now, and perhaps somebody else's.
-        """
+        """The full commit id that a revision (by default the default branch) is at now."""
         what = f"{repo}@{revision}" if revision else repo
         try:
             return self._ask(what, lambda _: self._head(repo, revision, kind))
@@ -77,11 +74,7 @@ class HubClient(Door):
         found = self._api.repo_info(repo, revision=revision, repo_type=kind)
         name = self._convert(found.id, Text, f"does not say what {repo} is called")
         if name != repo:  # a redirect that was followed
-            name = escape_line(name)
-            raise RepoMoved(
-                f"{repo} at {self.endpoint} is called {name} now: its owner is whom that names",
-                hint=f"see whose it is; if you trust them, ask for {name}",
-            )
+            raise describe_renamed(repo, self.endpoint, name)
         commit: str = self._convert(found.sha, CommitId, f"names no commit of {repo}")
         return commit
 
@@ -231,7 +224,7 @@ class HubClient(Door):
             except LocalEntryNotFoundError as error:  # of the cache, once the endpoint failed
                 raise error.__cause__ or error from error.__cause__
 
-        folder = self._ask(model, snapshot, local=offline, of_files=True)
+        folder = self._ask(model, snapshot, local=offline, of_files=True, follows=True)
         return folder, self._convert(folder.name, CommitId, f"names no commit of {model}")
 
     # Writing
@@ -240,14 +233,24 @@ class HubClient(Door):
         """See that a repo exists; one that does decides itself whether it is private."""
 
         def create(again: bool) -> Created:
+            there = self._find_repo(repo)  # else one is made anew under a name that another had
             made = self._make_repo(repo, private) and not again  # else by whom, nobody knows
-            found = self._api.repo_info(repo)
+            found = self._api.repo_info(repo) if made or there is None else there
             how = f"does not say whether {repo} is private"
             is_private = bool(self._convert(found.private, bool | None, how))
             how = f"names no commit of {repo}"
             return Created(is_private, self._convert(found.sha, CommitId, how) if made else None)
 
         return self._ask(repo, create, writing=True)
+
+    def _find_repo(self, repo: str) -> Any:
+        """What the endpoint says of a repo; None where it shows none, or none to this token."""
+        try:
+            return self._api.repo_info(repo)
+        except Exception as error:
+            if find_response_status(error) not in {401, 403, 404}:
+                raise
+            return None
 
     def _make_repo(self, repo: str, private: bool) -> bool:
         """Make a repo; False where there is one already."""

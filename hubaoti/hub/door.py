@@ -53,6 +53,8 @@ class Door:
 
         # Else each process first asks its endpoint for a list of the tools that it may run in.
         constants.HF_HUB_DISABLE_TELEMETRY = True
+        # What did not fill a piece when a download is cut is not kept: 10 MiB by default.
+        constants.DOWNLOAD_CHUNK_SIZE = 1 << 20
         token = self._settings.token or (None if self._stored else False)
         more = {"accept-encoding": "identity"}  # what is packed has no bound
         if self._settings.basic is not None:
@@ -67,9 +69,10 @@ class Door:
         writing: bool = False,
         local: bool = False,
         of_files: bool = False,
+        follows: bool = False,
     ) -> _T:
         """What a request brings. While the endpoint is busy it is repeated, and told that it is."""
-        with self._door(what, writing, local, of_files):
+        with self._door(what, writing, local, of_files, follows):
             return retry_request(request, self._progress)
 
     def _convert(self, found: Any, kind: Any, how: str) -> Any:
@@ -82,7 +85,12 @@ class Door:
 
     @contextmanager
     def _door(
-        self, what: str, writing: bool = False, local: bool = False, of_files: bool = False
+        self,
+        what: str,
+        writing: bool = False,
+        local: bool = False,
+        of_files: bool = False,
+        follows: bool = False,
     ) -> Iterator[None]:
         """Around every request: foreign errors become ours, and nothing is printed."""
         if self._settings.offline and not local:
@@ -90,7 +98,7 @@ class Door:
                 f"{what} is not asked for at {self.endpoint}: HF_HUB_OFFLINE is set",
                 hint="unset HF_HUB_OFFLINE, or name a full commit id that was pulled before",
             )
-        heeded = nullcontext() if local else heed_answers(self._progress, of_files)
+        heeded = nullcontext() if local else heed_answers(self._progress, of_files, follows)
         try:
             with silence_hub(), heeded:
                 yield

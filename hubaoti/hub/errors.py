@@ -22,6 +22,7 @@ from hubaoti.errors import (
 )
 from hubaoti.escape import escape_line
 from hubaoti.hub.retry import BUSY, find_retry_after
+from hubaoti.hub.silence import is_silence
 from hubaoti.settings import ENDPOINT, Settings, override_environment
 
 _BUSY_HUB = "the endpoint is overloaded, or starts anew: try again in some minutes"
@@ -65,6 +66,8 @@ class ErrorTranslator:
             return describe_no_room(self.cache, 0)
         if isinstance(error, OSError) and error.errno in DISK_CLOSED:
             return describe_disk_error(error, self.cache)
+        if is_silence(error):
+            return self._describe_silent(what)
         if _is_of_network(error):
             return self._describe_unreachable(error, what, NO_HUB)
         hint = "see whether the repo's card or files are odd; it is not the network"
@@ -120,6 +123,13 @@ class ErrorTranslator:
     def _describe_unreachable(self, error: Exception, what: str, hint: str) -> HubUnreachable:
         message = f"{self.endpoint} could not be asked for {what}: {self.first_line(error)}"
         return HubUnreachable(message, hint=hint)
+
+    def _describe_silent(self, what: str) -> HubUnreachable:
+        return HubUnreachable(
+            f"{self.endpoint} is silent: {what} was waited for, and not a byte came",
+            hint="see whether the endpoint is well and HF_ENDPOINT names it, then try again; files "
+            "that came whole are kept",
+        )
 
     def _describe_limited(self, error: Exception, what: str) -> HubUnreachable:
         seconds = find_retry_after(error)

@@ -17,6 +17,8 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hubaoti.hub.bounds import bound_answer, describe_too_long
+from hubaoti.hub.renames import refuse_renamed
+from hubaoti.hub.silence import Silence, Silent
 from hubaoti.progress import Progress, report_nothing
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ MOST_ANSWERS = 2000  # to one request of ours, which may be of many pages
 _DROPPED = {"ReadError", "WriteError", "RemoteProtocolError"}
 _patience: ContextVar[Patience | None] = ContextVar("patience", default=None)
 _open: list[Patience] = []  # of all threads
+# Of a thread of huggingface_hub's own it is that thread's, which asks one thing after the other.
+_silence: ContextVar[Silence | None] = ContextVar("silence", default=None)
 _RATE_LIMIT = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})\b")
 
 
@@ -42,13 +46,16 @@ _RATE_LIMIT = re.compile(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})\b")
 class Patience:
     """What one request is waited for, who is told of it, and what it has taken until now.
 
-    `of_files` says that it asks for a file's bytes, too, which those who asked for it count.
+    `of_files` says that it asks for a file's bytes, too, which those who asked for it count. It
+    `follows` repos to the names that they have now, where nobody's trust is asked about.
     """
 
     progress: Progress
     of_files: bool = False
+    follows: bool = False
     waits: float = 0.0  # seconds that were asked for
     answers: int = 0
+    is_over: bool = False  # the endpoint was silent for too long, to one thread of its
 
     def is_file(self, response: Any) -> bool:
         """Whether an answer is a file that was asked for: no page, no refusal and no receipt."""
@@ -108,20 +115,25 @@ def _choose_wait(state: RetryCallState) -> float:
 
 
 @contextmanager
-def heed_answers(progress: Progress, of_files: bool = False) -> Iterator[None]:
+def heed_answers(
+    progress: Progress, of_files: bool = False, follows: bool = False
+) -> Iterator[None]:
     """While `progress` is told of each busy answer; answers that are not `of_files` are bounded.
+
+    Without `follows`, a repo that has another name now is an error.
 
     From now on huggingface_hub's waits are bounded, too.
     """
     _heed_all_sessions()
-    patience = Patience(progress, of_files)
-    before = _patience.set(patience)
+    patience = Patience(progress, of_files, follows)
+    before, silence = _patience.set(patience), _silence.set(Silence())
     _open.append(patience)
     try:
         yield
     finally:
         _open.remove(patience)
         _patience.reset(before)
+        _silence.reset(silence)
 
 
 def _heed_all_sessions() -> None:
@@ -152,12 +164,38 @@ class _HeedingFactory:
 
 def _add_heed_hook(client: Any) -> Any:
     """A session that heeds answers, and does not wait for ever for the next byte of one."""
-    hooks = client.event_hooks["response"]
-    if _heed not in hooks:
-        hooks.append(_heed)
+    for when, hook in (("request", _limit_wait), ("response", _heed)):
+        if hook not in (hooks := client.event_hooks[when]):
+            hooks.append(hook)
     if client.timeout.read is None:
         client.timeout = LONGEST_WAIT
     return client
+
+
+def _limit_wait(request: Any) -> None:
+    """Have a request of ours wait for no longer than an endpoint may be silent.
+
+    Raises:
+        Silent: it was, to this call.
+    """
+    if not _is_ours(request):
+        return
+    patience = _patience.get() or next(reversed(_open), None)
+    if patience is not None and patience.is_over:
+        raise Silent
+    silence = _silence.get()
+    if silence is None:
+        _silence.set(silence := Silence())
+    try:
+        silence.begin(request)
+    except Silent:
+        if patience is not None:
+            patience.is_over = True
+        raise
+
+
+def _is_ours(request: Any) -> bool:
+    return bool(request.headers.get("user-agent", "").startswith(f"{LIBRARY}/"))
 
 
 def _heed(response: Any) -> None:
@@ -170,7 +208,7 @@ def _heed(response: Any) -> None:
     """
     from huggingface_hub import hf_raise_for_status
 
-    if not response.request.headers.get("user-agent", "").startswith(f"{LIBRARY}/"):
+    if not _is_ours(response.request):
         return
     # A thread of huggingface_hub's own has none, and brings files or takes them.
     own = _patience.get()
@@ -180,6 +218,10 @@ def _heed(response: Any) -> None:
         if patience.answers > MOST_ANSWERS:
             raise describe_too_long(response, f"more than {MOST_ANSWERS} answers")
         response.stream = bound_answer(response)
+    if own is not None and not own.follows:
+        refuse_renamed(response)
+    if silence := _silence.get():
+        response.stream = silence.answer(response)
     if response.status_code not in BUSY:
         return
     waiting = own or next(reversed(_open), patience)  # such a thread's is that of who asked last

@@ -18,8 +18,8 @@ class PullOrigin:
     path: str = ""
 
     def __post_init__(self) -> None:
-        # An older hubaoti kept the password of an endpoint that has one in its URL.
-        if "@" in self.endpoint:
+        # An older hubaoti kept an endpoint as it was spelled, its password included.
+        if self.endpoint:
             object.__setattr__(self, "endpoint", split_login(self.endpoint)[0])
 
     @property

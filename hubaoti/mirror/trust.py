@@ -56,7 +56,7 @@ class Publisher:
     signer: Signer | None = None
 
     def __post_init__(self) -> None:
-        # An older hubaoti kept the password of an endpoint that has one in its URL.
+        # People, and an older hubaoti, spell an endpoint in several ways, its password included.
         object.__setattr__(self, "endpoint", split_login(self.endpoint)[0])
 
     def __str__(self) -> str:
@@ -107,9 +107,14 @@ class TrustList:
         return tuple(each.signer for each in entries if each.signer is not None)
 
     def blocks(self, endpoint: str, owner: str) -> bool:
-        """Whether no code of this publisher may run here, whoever else is trusted."""
+        """Whether no code of this publisher may run here, whoever else is trusted.
+
+        In whichever letters he was named: the Hub makes no difference between them. Trust does, so
+        that who is not called so is refused.
+        """
+        who = (endpoint, owner.casefold())
         publishers = (each for each in self.blocked if isinstance(each, Publisher))
-        return any((each.endpoint, each.owner) == (endpoint, owner) for each in publishers)
+        return any((each.endpoint, each.owner.casefold()) == who for each in publishers)
 
     def names(self, digest: str) -> bool:
         """Whether an artifact may run here, whoever published it."""

@@ -1,7 +1,7 @@
 """The SQLite file: repos, refs, commits, xorbs. A transaction happens whole or not at all.
 
 Of a repo that was copied from upstream, a commit whose files were not listed yet has an empty tree,
-and `logged` are the commits whose ancestors are all here.
+and `logged` are the commits whose ancestors are all here. `moved` are names that repos had before.
 """
 
 from __future__ import annotations
@@ -50,6 +50,12 @@ create table if not exists logged (
     repo integer not null references repo on delete cascade, oid text not null,
     primary key (repo, oid)
 );
+create table if not exists moved (
+    kind text not null, name text not null collate nocase,
+    repo integer not null references repo on delete cascade,
+    primary key (kind, name)
+);
+create index if not exists repo_spelled on repo (kind, name collate nocase);
 create table if not exists copied_blob (oid text primary key, sha256 text not null);
 commit;
 """

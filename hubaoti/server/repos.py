@@ -56,6 +56,25 @@ def find(db: Connection, repo: RepoId) -> Repo | None:
     return _make_repo(repo, *row) if row else None
 
 
+def find_spelled(db: Connection, name: RepoId) -> Repo | None:
+    """The repo of our own of this name, in whichever letters, large or small."""
+    return _find_own(db, name, "select name from repo where kind = ? and name = ? collate nocase")
+
+
+def find_renamed(db: Connection, name: RepoId) -> Repo | None:
+    """The repo of our own that this name leads to: it had it before, or is spelled otherwise."""
+    moved = (
+        "select r.name from moved m join repo r on r.id = m.repo where m.kind = ? and m.name = ?"
+    )
+    return find_spelled(db, name) or _find_own(db, name, moved)
+
+
+def _find_own(db: Connection, name: RepoId, query: str) -> Repo | None:
+    rows = db.execute(query, (name.kind, name.full_name)).fetchall()
+    found = (find(db, RepoId(name.kind, *full.split("/"))) for (full,) in rows)
+    return next((repo for repo in found if repo is not None and not repo.origin), None)
+
+
 def list_repos(db: Connection, kind: str) -> list[Repo]:
     """All repos of a kind, by name, private ones too."""
     rows = db.execute(f"select name, {_COLUMNS} where kind = ? order by name", (kind,))
@@ -67,7 +86,8 @@ def _make_repo(name: RepoId, row: int, private: int, created: str, card: str, or
 
 
 def create_repo(db: Connection, repo: RepoId, private: bool) -> int:
-    """A new, empty repo; returns its row's number."""
+    """A new, empty repo; returns its row's number. Its name leads to no other one any more."""
+    _forget_moved(db, repo)
     cursor = db.execute(
         "insert into repo (kind, name, private, created, card) values (?, ?, ?, ?, '{}')",
         (repo.kind, repo.full_name, private, now()),
@@ -82,10 +102,19 @@ def delete_repo(db: Connection, repo: Repo) -> None:
 
 
 def move_repo(db: Connection, repo: Repo, to: RepoId) -> None:
-    """Give the repo another name; 409 where a repo of this name is."""
-    if find(db, to):
-        raise ServerError(409, f"{to} already exists")
+    """Give the repo another name, to which the old one leads; 409 where a repo of this name is."""
+    there = find(db, to) or find_spelled(db, to)
+    if there is not None and there.row != repo.row:
+        raise ServerError(409, f"{there.id} already exists")
+    _forget_moved(db, to)
     db.execute("update repo set name = ? where id = ?", (to.full_name, repo.row))
+    if find_spelled(db, repo.id) is None:
+        old = (repo.id.kind, repo.id.full_name, repo.row)
+        db.execute("insert or replace into moved values (?, ?, ?)", old)
+
+
+def _forget_moved(db: Connection, name: RepoId) -> None:
+    db.execute("delete from moved where kind = ? and name = ?", (name.kind, name.full_name))
 
 
 def set_private(db: Connection, repo: Repo, private: bool) -> None:

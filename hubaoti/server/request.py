@@ -134,13 +134,13 @@ class ApiRequest:
             raise ServerError(504, message) from None
 
     def _require_visible(self) -> None:
-        """404 or 401 for a repo that is here, and hidden from this client."""
+        """404 or 401 for a repo that is here, and hidden from this client; 307 for one renamed."""
         with self.hub.database.reading() as db:
-            if repos.find(db, self.repo_id) is not None:
+            if repos.find(db, self.repo_id) or repos.find_renamed(db, self.repo_id):
                 self.repo(db)
 
     def _redirect(self, to: str) -> ServerError:
-        """307 to the name by which upstream has the repo now."""
+        """307 to the name that the repo has now, here or upstream."""
         name = validation.parse_repo_id(self.repo_id.kind, to, self.hub.user)
         path = self.request.scope["path"]
         there = path.replace(f"/{self.repo_id.full_name}", f"/{name.full_name}", 1)
@@ -149,7 +149,7 @@ class ApiRequest:
         query = self.request.url.query
         location = f"{self.base}{there}" + (f"?{query}" if query else "")
         headers = {"Location": location}
-        return ServerError(307, f"{self.repo_id} is {name.full_name} upstream", headers=headers)
+        return ServerError(307, f"{self.repo_id} is {name.full_name} now", headers=headers)
 
     def own_repo(self, db: Connection, repo_id: RepoId | None = None) -> Repo:
         """The repo, to be changed; 403 for a copy of upstream's."""
@@ -161,9 +161,16 @@ class ApiRequest:
         return repo
 
     def repo(self, db: Connection, repo_id: RepoId | None = None) -> Repo:
-        """The repo that the path (or the caller) names; a private one only for the trusted."""
+        """The repo that the path (or the caller) names; a private one only for the trusted.
+
+        307 where a path names one that is called otherwise.
+        """
         name = repo_id or self.repo_id
         repo = repos.find(db, name)
+        if repo is None and repo_id is None:
+            renamed = repos.find_renamed(db, name)
+            if renamed is not None and self.may_read(renamed):
+                raise self._redirect(renamed.id.full_name)
         if repo is None or not self.may_read(repo):
             raise repo_not_found(name, trusted=self.grant is not None)
         return repo

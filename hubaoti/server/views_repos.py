@@ -65,7 +65,7 @@ def view_create(ask: ApiRequest, body: Body) -> Response:
     _require_free(ask, repo_id)
     changes = _make_first_files(ask, repo_id, body)
     with ask.hub.database.writing() as db:
-        if repos.find(db, repo_id):
+        if repos.find(db, repo_id) or repos.find_spelled(db, repo_id):
             raise ServerError(
                 409, f"You already created this {repo_id.kind} repo", more={"url": url}
             )
@@ -124,7 +124,7 @@ def view_delete(ask: ApiRequest, body: Body) -> Response:
 
 
 def view_move(ask: ApiRequest, body: Body) -> Response:
-    """Give a repo another name; the old one is free again."""
+    """Give a repo another name; the old one leads there, until a repo is made of that name."""
     kind = body.get("type") or "model"
     old, new = (
         validation.parse_repo_id(kind, body.get(key), ask.hub.user)
