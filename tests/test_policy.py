@@ -9,13 +9,14 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from bundles import make_bundle, put_trusted
+from bundles import make_bundle, put_trusted, write_manifest
 from transformers import AutoModelForCausalLM
 
 import hubaoti
 from hubaoti import api
 from hubaoti.api.finding import find_built
 from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.package import pack_folder, unpack_all
 from hubaoti.errors import Blocked, NotBuiltHere, Unsigned, Untrusted
 from hubaoti.mirror import Artifact, Mirror, PullOrigin
 from hubaoti.mirror.policy import Evidence, decide
@@ -168,14 +169,16 @@ def test_whose_publisher_is_trusted_no_more_is_opened_by_no_door(
     whole, blocks = pulled(roberta_bundle, settings), pulled(decoder_bundle, settings)
     model = AutoModelForCausalLM.from_pretrained(tiny_decoder)
     engine = hubaoti.LightweightEngine(settings=settings)
+    apart = hubaoti.LightweightEngine(settings=settings, isolate=True)
     doors: list[Callable[[], object]] = [
         lambda: hubaoti.attach(model, blocks, settings=settings),
         lambda: hubaoti.attach(model, decoder_bundle, settings=settings),
         lambda: hubaoti.load(whole, tiny_roberta, settings=settings),
         lambda: hubaoti.load(roberta_bundle, tiny_roberta, settings=settings),
         lambda: engine.load(str(tiny_decoder), artifact=blocks),
+        lambda: apart.load(str(tiny_decoder), artifact=blocks),
     ]
-    with engine:
+    with engine, apart:
         for door in doors:
             with pytest.raises(Untrusted, match="published by mallory"):
                 door()
@@ -222,6 +225,32 @@ def test_a_bundle_that_others_planted_is_not_found_by_its_key(
         mirror.index.record_built(bundle.manifest)
         assert find_built(key, bundle.path, mirror, said.append) == bundle
         assert said[1].endswith("built here")
+
+
+def packed(folder: Path) -> Bundle:
+    """A bundle whose package the mirror can make again, as it can of those that are compiled."""
+    package = make_bundle(folder).path / "graphs/root.pt2"
+    unpack_all(package, folder.with_name("unpacked"))
+    package.unlink()
+    pack_folder(folder.with_name("unpacked"), package)
+    return write_manifest(folder)
+
+
+def test_a_key_that_somebody_claims_who_is_not_trusted_is_not_found_in_the_mirror(
+    tmp_path: Path, settings: Settings
+) -> None:
+    """Nor is it one's own build where he is: what he made is not published under one's own name."""
+    bundle, said = packed(tmp_path / "bundle"), list[str]()
+    key, output = bundle.manifest.key, tmp_path / "output"
+    pulled(bundle, settings)
+    with Mirror.open(settings.mirror) as mirror:
+        assert find_built(key, output, mirror, said.append) is None
+        assert not output.exists() and not said
+        mirror.trust.add(settings.endpoint, "mallory")
+        found = find_built(key, output, mirror, said.append)
+    assert found is not None and said[0].endswith("published by mallory, who is trusted")
+    with pytest.raises(NotBuiltHere, match="mallory published it"):
+        hubaoti.push(found, "acme/x", settings=settings)
 
 
 def test_what_was_not_built_here_is_published_only_as_it_is(
