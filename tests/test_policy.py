@@ -39,6 +39,12 @@ ORIGINS = {
 ROWS = [*itertools.product((False, True), ORIGINS, (False, True), BLOCKS)]
 
 
+def is_blocked(published: str, block: str) -> bool:
+    """Whether the artifact is, or somebody who ever published it."""
+    whose = {"acme": "acme", "eve": "mallory"}.get(block)
+    return block == "the artifact" or (whose is not None and whose in published)
+
+
 def origins(name: str) -> tuple[PullOrigin, ...]:
     return tuple(PullOrigin(HUB, repo, "c" * 40, "path") for repo in ORIGINS[name])
 
@@ -51,9 +57,7 @@ def test_every_row(built: bool, published: str, is_named: bool, block: str) -> N
         blocked=BLOCKS[block],
     )
     decision = decide(Evidence(DIGEST, built, origins(published)), said)
-    whose = {"acme": "acme", "eve": "mallory"}.get(block)
-    is_blocked = block == "the artifact" or (whose is not None and whose in published)
-    if is_blocked:
+    if is_blocked(published, block):
         assert isinstance(decision.refusal, Blocked) and "trust rm" in decision.refusal.hint
         return
     assert decision.allowed == (built or is_named or "acme" in published)
@@ -85,31 +89,27 @@ FITS = {
     ("one of two", "that key"),
     ("an identity", "that identity"),
 }
-SIGNED_ROWS = [*itertools.product(ASKED, SIGNED, ORIGINS, (False, True), (False, True))]
+SIGNED_ROWS = [*itertools.product(ASKED, SIGNED, ORIGINS, BLOCKS)]
 
 
-@pytest.mark.parametrize(("asked", "signed", "published", "built", "is_named"), SIGNED_ROWS)
-def test_every_row_of_signatures(
-    asked: str, signed: str, published: str, built: bool, is_named: bool
-) -> None:
-    said = TrustList(
-        publishers=tuple(replace(ACME, signer=signer) for signer in ASKED[asked]),
-        artifacts=(Named(DIGEST, DAY),) if is_named else (),
-    )
+@pytest.mark.parametrize(("asked", "signed", "published", "block"), SIGNED_ROWS)
+def test_every_row_of_signatures(asked: str, signed: str, published: str, block: str) -> None:
     found = tuple(Signed(HUB, repo, "path", str(signer)) for repo, signer in SIGNED[signed])
-    decision = decide(Evidence(DIGEST, built, origins(published), found), said)
     by_acme = "acme" in published and (asked, signed) in FITS
-    assert decision.allowed == (built or is_named or by_acme)
-    if not decision.allowed and "acme" in published:
-        assert isinstance(decision.refusal, Unsigned) and "--sign" in decision.refusal.hint
-        assert str(ASKED[asked][0]) in str(decision.refusal)
-
-
-def test_who_is_blocked_is_so_whatever_they_signed() -> None:
-    said = TrustList(publishers=(replace(ACME, signer=KEY),), blocked=(ACME,))
-    signed = (Signed(HUB, "acme/x", "path", str(KEY)),)
-    decision = decide(Evidence(DIGEST, False, origins("acme"), signed), said)
-    assert isinstance(decision.refusal, Blocked)
+    for built, is_named in itertools.product((False, True), (False, True)):
+        said = TrustList(
+            publishers=tuple(replace(ACME, signer=signer) for signer in ASKED[asked]),
+            artifacts=(Named(DIGEST, DAY),) if is_named else (),
+            blocked=BLOCKS[block],
+        )
+        decision = decide(Evidence(DIGEST, built, origins(published), found), said)
+        if is_blocked(published, block):
+            assert isinstance(decision.refusal, Blocked), "whatever anybody signed"
+            continue
+        assert decision.allowed == (built or is_named or by_acme)
+        if not decision.allowed and "acme" in published:
+            assert isinstance(decision.refusal, Unsigned) and "--sign" in decision.refusal.hint
+            assert str(ASKED[asked][0]) in str(decision.refusal)
 
 
 @pytest.mark.parametrize(
