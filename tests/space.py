@@ -245,8 +245,26 @@ def first_opens(repo: str) -> dict[str, Any]:
     return {"main": main, "workers": each}
 
 
+def revoked(repo: str, **how: Any) -> dict[str, Any]:
+    """Workers before and after the repo's owner is trusted no more, and trusted again, and blocked.
+
+    The main process is not told: it loaded the module once.
+    """
+    from hubaoti.mirror.trust import Trust
+    from hubaoti.settings import Settings
+
+    space, settings = Space(repo, **how), Settings.from_env()
+    trust, who = Trust(settings.trust), (settings.endpoint, repo.partition("/")[0])
+    told = {"before": space.workers(2, 2)[1]}
+    for name, change in (("rm", trust.remove), ("add", trust.add), ("block", trust.block)):
+        change(*who)
+        told[name] = space.workers(1, 2)[0]
+    return told
+
+
 SCENES: dict[str, Callable[..., dict[str, Any]]] = {
-    scene.__name__: scene for scene in (few, fifty, crowd, parent_first, tampered, first_opens)
+    scene.__name__: scene
+    for scene in (few, fifty, crowd, parent_first, tampered, first_opens, revoked)
 }
 
 if __name__ == "__main__":

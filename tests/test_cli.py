@@ -474,6 +474,8 @@ def test_run_prints_answers_as_words_and_as_json(
     pairs = zip(ours["values"], eager["values"], strict=True)
     assert all(a == pytest.approx(b, abs=1e-5) for a, b in pairs)
     refused(hubaoti(env, *words, "--text", "cat " * 80), errors.OutOfBounds, "82 tokens")
+    assert inside(env, "trust", "rm", "acme").code == 0
+    refused(hubaoti(env, *words), errors.Untrusted, "acme is not trusted here")
 
 
 def test_run_without_weights_or_tokenizer_says_what_is_missing(

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 from bundles import CPU, make_bundle
-from commands import inside
+from commands import hubaoti, inside
 from hypothesis import given
 from hypothesis import strategies as st
 from test_leases import running
 from test_mirror_store import files_of, put
 
-from hubaoti import errors
+from hubaoti import api, errors
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.mirror import BUILT_HERE, Artifact, Mirror, PullOrigin
 from hubaoti.mirror.eviction import Candidate, estimate_cost, order
@@ -394,6 +394,33 @@ def test_many_processes_never_exceed_the_budget_and_all_that_is_left_is_whole(
     found = collect(mirror)
     assert found.orphans == () and found.after <= 3.5 * SIZE
     assert not any((mirror.root / "tmp").iterdir())
+
+
+def measure(root: Path) -> int:
+    """The bytes of all files below a mirror, as the disk has them, but for its index."""
+    files = (each for each in root.glob("*/**/*") if each.is_file())
+    return sum(each.stat().st_size for each in files)
+
+
+def test_the_disk_has_no_more_than_the_budget_whatever_is_put_and_pulled(
+    tmp_path: Path, mirror: Mirror, settings: Settings, repo: str
+) -> None:
+    """Not as the index counts it: all files that lie there, of downloads, too.
+
+    Who pulls is a process each time, for what it pulled stays as long as it lives.
+    """
+    owner, budget, seen = repo.partition("/")[0], int(3.5 * SIZE), list[int]()
+    mirror.usage.record_number(BUDGET, budget)
+    mirror.trust.add(settings.endpoint, owner)
+    for at in range(3):
+        for name in (f"{at}-one", f"{at}-other"):
+            put(mirror, make(tmp_path, name), origin(name))
+            seen.append(measure(mirror.root))
+        api.push(make(tmp_path, f"{at}"), f"{repo}-{at}", as_is=True, settings=settings)
+        assert hubaoti(settings, "pull", f"{repo}-{at}").code == 0
+        seen.append(measure(mirror.root))
+    assert max(seen) <= budget
+    assert max(seen) > budget / 2 and len(here(mirror)) < 4, "it was never near the budget"
 
 
 CHURN = """

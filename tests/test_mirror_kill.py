@@ -51,19 +51,8 @@ def test_a_kill_at_any_call_leaves_a_mirror_that_is_whole_and_goes_on(
     assert suffer("SIGKILL", operation, scratch, tmp_path) >= 20
 
 
-@pytest.mark.parametrize(
-    ("fault", "operation"),
-    [
-        ("EIO", "put"),
-        ("EIO", "record"),
-        ("EIO", "rm"),
-        ("EIO", "withdraw"),
-        ("EIO", "retry"),
-        ("ENOSPC", "put"),
-        ("ENOSPC", "retry"),
-        ("EROFS", "rm"),
-    ],
-)
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("fault", ["EIO", "ENOSPC", "EROFS"])
 def test_an_error_of_the_disk_at_any_call_is_said_in_words_and_nothing_is_lost(
     fault: str, operation: str, scratch: Path, tmp_path: Path
 ) -> None:

@@ -9,13 +9,14 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from bundles import make_bundle, put_trusted
+from bundles import make_bundle, put_trusted, write_manifest
 from transformers import AutoModelForCausalLM
 
 import hubaoti
 from hubaoti import api
 from hubaoti.api.finding import find_built
 from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.package import pack_folder, unpack_all
 from hubaoti.errors import Blocked, NotBuiltHere, Unsigned, Untrusted
 from hubaoti.mirror import Artifact, Mirror, PullOrigin
 from hubaoti.mirror.policy import Evidence, decide
@@ -38,6 +39,12 @@ ORIGINS = {
 ROWS = [*itertools.product((False, True), ORIGINS, (False, True), BLOCKS)]
 
 
+def is_blocked(published: str, block: str) -> bool:
+    """Whether the artifact is, or somebody who ever published it."""
+    whose = {"acme": "acme", "eve": "mallory"}.get(block)
+    return block == "the artifact" or (whose is not None and whose in published)
+
+
 def origins(name: str) -> tuple[PullOrigin, ...]:
     return tuple(PullOrigin(HUB, repo, "c" * 40, "path") for repo in ORIGINS[name])
 
@@ -50,9 +57,7 @@ def test_every_row(built: bool, published: str, is_named: bool, block: str) -> N
         blocked=BLOCKS[block],
     )
     decision = decide(Evidence(DIGEST, built, origins(published)), said)
-    whose = {"acme": "acme", "eve": "mallory"}.get(block)
-    is_blocked = block == "the artifact" or (whose is not None and whose in published)
-    if is_blocked:
+    if is_blocked(published, block):
         assert isinstance(decision.refusal, Blocked) and "trust rm" in decision.refusal.hint
         return
     assert decision.allowed == (built or is_named or "acme" in published)
@@ -84,31 +89,27 @@ FITS = {
     ("one of two", "that key"),
     ("an identity", "that identity"),
 }
-SIGNED_ROWS = [*itertools.product(ASKED, SIGNED, ORIGINS, (False, True), (False, True))]
+SIGNED_ROWS = [*itertools.product(ASKED, SIGNED, ORIGINS, BLOCKS)]
 
 
-@pytest.mark.parametrize(("asked", "signed", "published", "built", "is_named"), SIGNED_ROWS)
-def test_every_row_of_signatures(
-    asked: str, signed: str, published: str, built: bool, is_named: bool
-) -> None:
-    said = TrustList(
-        publishers=tuple(replace(ACME, signer=signer) for signer in ASKED[asked]),
-        artifacts=(Named(DIGEST, DAY),) if is_named else (),
-    )
+@pytest.mark.parametrize(("asked", "signed", "published", "block"), SIGNED_ROWS)
+def test_every_row_of_signatures(asked: str, signed: str, published: str, block: str) -> None:
     found = tuple(Signed(HUB, repo, "path", str(signer)) for repo, signer in SIGNED[signed])
-    decision = decide(Evidence(DIGEST, built, origins(published), found), said)
     by_acme = "acme" in published and (asked, signed) in FITS
-    assert decision.allowed == (built or is_named or by_acme)
-    if not decision.allowed and "acme" in published:
-        assert isinstance(decision.refusal, Unsigned) and "--sign" in decision.refusal.hint
-        assert str(ASKED[asked][0]) in str(decision.refusal)
-
-
-def test_who_is_blocked_is_so_whatever_they_signed() -> None:
-    said = TrustList(publishers=(replace(ACME, signer=KEY),), blocked=(ACME,))
-    signed = (Signed(HUB, "acme/x", "path", str(KEY)),)
-    decision = decide(Evidence(DIGEST, False, origins("acme"), signed), said)
-    assert isinstance(decision.refusal, Blocked)
+    for built, is_named in itertools.product((False, True), (False, True)):
+        said = TrustList(
+            publishers=tuple(replace(ACME, signer=signer) for signer in ASKED[asked]),
+            artifacts=(Named(DIGEST, DAY),) if is_named else (),
+            blocked=BLOCKS[block],
+        )
+        decision = decide(Evidence(DIGEST, built, origins(published), found), said)
+        if is_blocked(published, block):
+            assert isinstance(decision.refusal, Blocked), "whatever anybody signed"
+            continue
+        assert decision.allowed == (built or is_named or by_acme)
+        if not decision.allowed and "acme" in published:
+            assert isinstance(decision.refusal, Unsigned) and "--sign" in decision.refusal.hint
+            assert str(ASKED[asked][0]) in str(decision.refusal)
 
 
 @pytest.mark.parametrize(
@@ -175,14 +176,16 @@ def test_whose_publisher_is_trusted_no_more_is_opened_by_no_door(
     whole, blocks = pulled(roberta_bundle, settings), pulled(decoder_bundle, settings)
     model = AutoModelForCausalLM.from_pretrained(tiny_decoder)
     engine = hubaoti.LightweightEngine(settings=settings)
+    apart = hubaoti.LightweightEngine(settings=settings, isolate=True)
     doors: list[Callable[[], object]] = [
         lambda: hubaoti.attach(model, blocks, settings=settings),
         lambda: hubaoti.attach(model, decoder_bundle, settings=settings),
         lambda: hubaoti.load(whole, tiny_roberta, settings=settings),
         lambda: hubaoti.load(roberta_bundle, tiny_roberta, settings=settings),
         lambda: engine.load(str(tiny_decoder), artifact=blocks),
+        lambda: apart.load(str(tiny_decoder), artifact=blocks),
     ]
-    with engine:
+    with engine, apart:
         for door in doors:
             with pytest.raises(Untrusted, match="published by mallory"):
                 door()
@@ -229,6 +232,32 @@ def test_a_bundle_that_others_planted_is_not_found_by_its_key(
         mirror.index.record_built(bundle.manifest)
         assert find_built(key, bundle.path, mirror, said.append) == bundle
         assert said[1].endswith("built here")
+
+
+def packed(folder: Path) -> Bundle:
+    """A bundle whose package the mirror can make again, as it can of those that are compiled."""
+    package = make_bundle(folder).path / "graphs/root.pt2"
+    unpack_all(package, folder.with_name("unpacked"))
+    package.unlink()
+    pack_folder(folder.with_name("unpacked"), package)
+    return write_manifest(folder)
+
+
+def test_a_key_that_somebody_claims_who_is_not_trusted_is_not_found_in_the_mirror(
+    tmp_path: Path, settings: Settings
+) -> None:
+    """Nor is it one's own build where he is: what he made is not published under one's own name."""
+    bundle, said = packed(tmp_path / "bundle"), list[str]()
+    key, output = bundle.manifest.key, tmp_path / "output"
+    pulled(bundle, settings)
+    with Mirror.open(settings.mirror) as mirror:
+        assert find_built(key, output, mirror, said.append) is None
+        assert not output.exists() and not said
+        mirror.trust.add(settings.endpoint, "mallory")
+        found = find_built(key, output, mirror, said.append)
+    assert found is not None and said[0].endswith("published by mallory, who is trusted")
+    with pytest.raises(NotBuiltHere, match="mallory published it"):
+        hubaoti.push(found, "acme/x", settings=settings)
 
 
 def test_what_was_not_built_here_is_published_only_as_it_is(

@@ -207,6 +207,23 @@ def test_bytes_that_change_after_the_pull_are_never_opened(
     assert "other bytes than its manifest lists" in answer["stats"]["process"]["why"]
 
 
+@pytest.mark.parametrize("kind", ["artifact", "packages"])
+def test_a_worker_hears_what_was_said_of_a_publisher_since_another_opened_the_same(
+    kind: str, blocks: Bundle, hub: HfApi, repo: str, settings: Settings
+) -> None:
+    if kind == "artifact":
+        api.push(blocks, repo, as_is=True, settings=settings)
+    else:
+        package = blocks.path / blocks.manifest.graphs[0].file
+        put(hub, repo, "Block/package.pt2", package.read_bytes())
+    told = play(settings, "revoked", repo)
+    assert max(each["off"] for each in told.values()) < 1e-6
+    opened = {name: each["stats"]["compiled"] > 0 for name, each in told.items()}
+    assert opened == {"before": True, "rm": False, "add": True, "block": False}
+    assert "not trusted here" in told["rm"]["stats"]["process"]["why"]
+    assert "is blocked on this machine" in told["block"]["stats"]["process"]["why"]
+
+
 def test_a_first_open_ends_with_the_worker_that_asked_for_it(tmp_path: Path) -> None:
     told = tmp_path / "pid"
     child = (

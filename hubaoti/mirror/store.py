@@ -120,9 +120,12 @@ class Mirror:
 
     def decide(self, digest: str, *origins: PullOrigin) -> Decision:
         """Whether an artifact may run here: by what is known of it, and where it comes from now."""
+        return decide(self.gather_evidence(digest, *origins), self.trust.read())
+
+    def gather_evidence(self, digest: str, *origins: PullOrigin) -> Evidence:
+        """All that is known of an artifact by which it is decided, and where it comes from now."""
         known, signed = self.index.list_origins(digest), self.seen.list_signed(digest)
-        evidence = Evidence(digest, self.index.is_built(digest), (*known, *origins), signed)
-        return decide(evidence, self.trust.read())
+        return Evidence(digest, self.index.is_built(digest), (*known, *origins), signed)
 
     def decide_each(self, digests: Iterable[str]) -> dict[str, Decision]:
         """The same of many artifacts, for what is known of all of them."""

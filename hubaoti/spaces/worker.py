@@ -19,6 +19,8 @@ from hubaoti.host.probe import Host
 from hubaoti.hub.pull_all import Offer, rank_offers
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.mirror.artifact import has_kernels, is_whole
+from hubaoti.mirror.policy import Evidence, decide
+from hubaoti.mirror.trust import Trust
 from hubaoti.progress import report_nothing
 from hubaoti.runtime import gpus
 from hubaoti.runtime.first_open import name_host_kind, require_sound
@@ -47,6 +49,7 @@ class _Worker:
     recipe: Recipe | None
     strict: bool
     verdicts: Mapping[str, Verdicts]
+    evidence: Mapping[str, Evidence]
     ops: tuple[str, ...] = ()
 
     def open(self, module: nn.Module) -> attach.Attachment:
@@ -97,16 +100,22 @@ class _Worker:
     def _require_sound(self, artifact: Artifact, device: torch.device) -> None:
         """As everywhere; where another worker has asked, the files alone are looked at.
 
-        A worker may be killed at any moment, and most of them shall not even touch the index.
+        A worker may be killed at any moment, and most of them shall not even touch the index. What
+        was said since of whose code may run here, each hears.
         """
         verdicts, host = self.verdicts[artifact.digest], name_host_kind(device)
-        is_known = verdicts.is_sound(artifact.digest, host)
+        is_known = verdicts.is_sound(artifact.digest, host) and self._is_allowed(artifact)
         if is_known and is_whole(artifact) and has_kernels(artifact):
             open_kernels(artifact.manifest.requires.kernels, artifact.kernels, device)
             return
         with Mirror.open(self.settings.mirror) as mirror:
             require_sound(artifact, mirror, device, report_nothing, self.ops)
         verdicts.remember(artifact.digest, host)
+
+    def _is_allowed(self, artifact: Artifact) -> bool:
+        """Whether what is known of it is enough; if not, the index may say more by now."""
+        said = Trust(self.settings.trust).read()
+        return decide(self.evidence[artifact.digest], said).allowed
 
 
 def build_worker_host(host: Host, device: torch.device) -> Host:
@@ -133,7 +142,9 @@ def defer_artifacts(  # noqa: PLR0913 - all that a worker needs
     for each in manifests:
         names = [(path, graph.id) for graph in each.graphs for path in graph.modules]
         verdicts[each.digest] = Verdicts([(each.digest, ""), *names])
-    worker = _Worker(tuple(plans), host, settings, recipe, strict, verdicts, (*ops,))
+    with Mirror.open(settings.mirror) as mirror:
+        evidence = {each.digest: mirror.gather_evidence(each.digest) for each in manifests}
+    worker = _Worker(tuple(plans), host, settings, recipe, strict, verdicts, evidence, (*ops,))
     modules = {path: module.get_submodule(path) for plan in plans for path in plan.paths}
     tally = CallStats(manifests[0], strict)
     return Deferred(module, modules, worker.open, tally, only_elsewhere=settings.zerogpu)

@@ -9,7 +9,7 @@ config[.{variant}].json                         {"kernels": [...]}: what `get_ke
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,24 @@ class Package:
 class Fetched:
     """Packages that lie unpacked in the mirror, each as a graph of which little is known."""
 
+    endpoint: str
     repo: str
     commit: str
     packages: tuple[tuple[Package, Graph], ...]
     kernels: tuple[dict[str, Any], ...]
+
+    def require_trusted(self, trust: Trust) -> None:
+        """See that who published them, and their kernels, may still have code run here.
+
+        No digest stands for them: what was said of their publishers is all that is asked.
+
+        Raises:
+            Blocked, Untrusted: somebody may not. Unsigned: he has to sign, and these cannot be.
+        """
+        what = f"packages in {self.repo} at {self.endpoint} (commit {self.commit}, no manifest)"
+        owner = RepoRef(self.repo).owner
+        trust.require(self.endpoint, owner, what, f"say so once with: hubaoti trust add {owner}")
+        _require_kernel_publishers(trust, self.endpoint, self.repo, self.kernels)
 
 
 def find_packages(catalog: Catalog, variant: str | None) -> tuple[Package, ...]:
@@ -114,10 +128,7 @@ def fetch_packages(
     client, commit = puller.client, catalog.commit
     puller.require_publisher(ref, f"packages in {ref.repo}", f"commit {commit}, no manifest")
     named = _read_kernels(client, catalog, variant)
-    for each in named:  # a config may name anybody's
-        which = f"{_read_kernel_revision(each) or 'no revision'}, which {ref.repo} calls"
-        trust = Trust(puller.settings.trust)
-        require_kernel_publisher(trust, client.endpoint, each["repo_id"], which)
+    _require_kernel_publishers(Trust(puller.settings.trust), client.endpoint, ref.repo, named)
     kernels = tuple(_pin_kernel(client, each) for each in named)
     found = []
     for package in packages:
@@ -127,7 +138,16 @@ def fetch_packages(
         puller.mirror.put_graph(graph, path)
         client.drop(path)
         found.append((package, graph))
-    return Fetched(catalog.repo, commit, tuple(found), kernels)
+    return Fetched(client.endpoint, catalog.repo, commit, tuple(found), kernels)
+
+
+def _require_kernel_publishers(
+    trust: Trust, endpoint: str, repo: str, kernels: Iterable[dict[str, Any]]
+) -> None:
+    """See that who publishes a kernel is trusted by himself: a config may name anybody's."""
+    for each in kernels:
+        which = f"{_read_kernel_revision(each) or 'no revision'}, which {repo} calls"
+        require_kernel_publisher(trust, endpoint, each["repo_id"], which)
 
 
 def _download_verified(client: HubClient, catalog: Catalog, entry: Entry) -> Path:

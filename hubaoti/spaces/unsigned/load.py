@@ -22,6 +22,7 @@ from hubaoti.errors import HubaotiError, MissingConstant, NoMatch, Quarantined
 from hubaoti.host.probe import Host
 from hubaoti.hub.errors import hide_stored_login
 from hubaoti.mirror import Mirror
+from hubaoti.mirror.trust import Trust
 from hubaoti.runtime.first_open import RETRY, OpenHistory, name_host_kind
 from hubaoti.settings import Settings
 from hubaoti.spaces.deferred import Deferred
@@ -113,7 +114,11 @@ class _UnsignedWorker:
     ops: tuple[str, ...] = ()
 
     def open(self, module: nn.Module) -> Attachment:
-        """Attach all packages; or none, where one was changed, or cannot be loaded here."""
+        """Attach all packages; or none, where one was changed, or cannot be loaded here.
+
+        No index and no digest is asked whose they are, so each process asks of their publishers.
+        """
+        self.fetched.require_trusted(Trust(self.settings.trust))
         device = choose_serving_device(module)
         with _hide_login_from_kernels(self.fetched, self.settings):
             self._require_all_sound(device)
