@@ -178,6 +178,34 @@ def test_a_tag_that_moved_is_refused_wherever_it_went(
     assert replace(revisions, allow_rollback=True).pin(RepoRef(repo, "v1")) == commits[0]
 
 
+@pytest.mark.parametrize("is_deleted", [True, False])
+def test_a_branch_that_takes_a_tag_s_name_is_refused(
+    hub: HfApi, repo: str, commits: list[str], revisions: Revisions, is_deleted: bool
+) -> None:
+    for tag in ("v1.0.0", "v1"):
+        hub.create_tag(repo, tag=tag, revision=commits[0])
+        assert revisions.pin(RepoRef(repo, tag)) == commits[0]
+        if is_deleted:
+            hub.delete_tag(repo, tag=tag)
+        hub.create_branch(repo, branch=tag, revision=commits[2])
+    if not is_deleted:  # what is asked for is the version
+        assert revisions.pin(RepoRef(repo, "~=1.0")) == commits[0]
+        assert revisions.pin(RepoRef(repo, "v1")) == commits[0]
+        return
+    for tag in ("v1.0.0", "v1"):
+        with pytest.raises(RolledBack, match=f"{commits[0]}.*{commits[2]}"):
+            revisions.pin(RepoRef(repo, tag))
+
+
+def test_a_branch_may_be_called_as_a_version_is(
+    hub: HfApi, repo: str, commits: list[str], revisions: Revisions
+) -> None:
+    hub.create_branch(repo, branch="v2", revision=commits[1])
+    assert revisions.pin(RepoRef(repo, "v2")) == commits[1]
+    new = commit(hub, repo, "on", "v2")
+    assert revisions.pin(RepoRef(repo, "v2")) == new
+
+
 def test_a_repo_that_was_made_anew_under_the_same_name_is_said(
     hub: HfApi, repo: str, commits: list[str], revisions: Revisions
 ) -> None:

@@ -13,6 +13,7 @@ from huggingface_hub import HfApi
 from hypothesis import given
 from hypothesis import strategies as st
 from proxies import Proxy
+from test_mirror_store import put
 
 from hubaoti import api
 from hubaoti.api.attaching import get_artifact
@@ -36,7 +37,7 @@ from hubaoti.hub.layout import ArtifactPath, RepoRef
 from hubaoti.hub.lockfile import Lock, LockedRepo
 from hubaoti.hub.pull import pull_artifact
 from hubaoti.hub.push import Destination, push_bundles
-from hubaoti.mirror import Mirror
+from hubaoti.mirror import Mirror, PullOrigin
 from hubaoti.mirror.gc import collect
 from hubaoti.mirror.removal import remove
 from hubaoti.progress import report_nothing
@@ -155,9 +156,9 @@ def test_what_is_locked_is_pulled_without_a_list_and_again_without_a_network(
     first = pull(f"{repo}@v1", settings, locked)
     assert first.artifact.digest == bundle.manifest.digest and not first.from_mirror
     asked = [path for _, path in proxy.requests]
-    assert not [
-        path for path in asked if "/tree/" in path or "/refs" in path or "/revision/" in path
-    ]
+    assert not [path for path in asked if "/tree/" in path]
+    whose = [path for path in asked if "/refs" in path or "/revision/" in path]
+    assert len(whose) == 2, "whether it is the owner's commit"
     proxy.requests.clear()
     offline = replace(settings, offline=True)
     again = pull(f"{repo}@v1", offline, locked, trust=False)
@@ -255,20 +256,51 @@ def test_offline_what_was_never_pulled_is_said(repo: str, locked: Path, settings
         pull_artifact(RepoRef(repo, "v1"), offline, make_host())
 
 
-def test_a_locked_commit_of_nobody_is_no_ground_for_a_pull_without_the_lock(
-    repo: str, bundle: Bundle, locked: Path, settings: Settings, hub: HfApi
+def test_a_lockfile_makes_nothing_its_owner_s(
+    repo: str, bundle: Bundle, locked: Path, settings: Settings, hub: HfApi, tmp_path: Path
 ) -> None:
+    """It may be of a project that somebody else wrote, and name a commit that anybody made."""
     hub.create_branch(repo, branch="draft")
-    text = "proposed"
     made = hub.upload_file(
-        path_or_fileobj=text.encode(), path_in_repo="file", repo_id=repo, revision="draft"
+        path_or_fileobj=b"proposed", path_in_repo="file", repo_id=repo, revision="draft"
     ).oid
     hub.delete_branch(repo, branch="draft")
     (one,) = Lock.read(locked).repos
     Lock((replace(one, commit=made),)).write(locked)
-    assert pull(f"{repo}@v1", settings, locked).artifact.digest == bundle.manifest.digest
+    digest, path = bundle.manifest.digest, f"{repo}@v1"
+    with pytest.raises(Untrusted, match="no branch and no tag") as caught:
+        pull(path, settings, locked)
+    assert f"hubaoti trust add {digest}" in caught.value.hint
+    with Mirror.open(settings.mirror) as mirror:
+        assert mirror.ls() == []
+        mirror.trust.add_artifact(digest)
+    assert pull(path, settings, locked).artifact.digest == digest
+    with Mirror.open(settings.mirror) as mirror:
+        assert mirror.index.list_origins(digest) == ()
+        mirror.trust.remove_artifact(digest)
+    for here in (settings, replace(settings, offline=True)):
+        with pytest.raises((Untrusted, HubUnreachable)):
+            pull(path, here, locked)
     with pytest.raises(Untrusted, match="no branch and no tag"):
         pull_artifact(RepoRef(repo, made), settings, make_host(), trust=True)
+
+
+def test_what_lies_here_is_not_of_the_repo_that_a_lockfile_names(
+    repo: str, bundle: Bundle, locked: Path, settings: Settings, tmp_path: Path
+) -> None:
+    (one,) = Lock.read(locked).repos
+    ref = RepoRef("acme/does-not-exist", "v1")
+    Lock((replace(one, ref=ref, commit="1" * 40),)).write(locked)
+    with Mirror.open(settings.mirror) as mirror:
+        mirror.trust.add(settings.endpoint, "acme")
+        put(mirror, bundle, PullOrigin(settings.endpoint, "mallory/x", "c" * 40, PLACE))
+    offline = replace(settings, offline=True)
+    with pytest.raises(HubUnreachable, match="HF_HUB_OFFLINE"):
+        pull(str(ref), offline, locked)
+    with pytest.raises(RepoNotFound):
+        pull(str(ref), settings, locked)
+    with Mirror.open(settings.mirror) as mirror:
+        assert not mirror.decide(bundle.manifest.digest).allowed
 
 
 # What is locked stays

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packaging.version import Version
 from proxies import Proxy
+from test_mirror_store import put
 
+from hubaoti.api.attaching import get_artifact
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.errors import (
     BadRequest,
@@ -31,7 +33,7 @@ from hubaoti.hub.pull import pull_artifact
 from hubaoti.hub.push import Destination, push_bundles
 from hubaoti.hub.revisions import Revisions
 from hubaoti.hub.versions import list_releases
-from hubaoti.mirror import Mirror
+from hubaoti.mirror import Mirror, PullOrigin
 from hubaoti.mirror.trust import Trust
 from hubaoti.progress import report_nothing
 from hubaoti.server import Endpoint
@@ -206,6 +208,22 @@ def test_an_artifact_is_found_by_its_digest_wherever_a_tag_has_it(
     again = pull_artifact(by_digest(repo, two[0]), settings, make_host())
     assert again.from_mirror and again.artifact.digest == two[0].manifest.digest
     assert proxy.requests == []
+
+
+def test_to_trust_what_a_blocked_owner_publishes_writes_nothing(
+    tmp_path: Path, repo: str, settings: Settings, two: list[Bundle]
+) -> None:
+    trust = Trust(settings.trust)
+    trust.block(settings.endpoint, "acme")
+    with pytest.raises(Blocked):
+        pull_artifact(by_digest(repo, two[1]), settings, make_host(), trust=True)
+    with Mirror.open(settings.mirror) as mirror:
+        origin = PullOrigin(settings.endpoint, repo, "c" * 40, "path")
+        put(mirror, two[0], origin)
+    with pytest.raises(Blocked):
+        get_artifact(two[0].path, True, settings, report_nothing)
+    trust.remove(settings.endpoint, "acme")
+    assert trust.read().artifacts == ()
 
 
 def test_a_proposal_is_taken_by_digest_and_is_nobody_s(

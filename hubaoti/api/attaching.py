@@ -215,7 +215,7 @@ def _require_locked(
 def _require_allowed(digest: str, trust: bool, mirror: Mirror) -> None:
     """See that an artifact may be opened here; with `trust` it may from now on."""
     if trust and not mirror.decide(digest).allowed:
-        mirror.trust.add_artifact(digest)
+        mirror.trust_artifact(digest)
     mirror.require_allowed(digest)
 
 

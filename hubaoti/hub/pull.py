@@ -42,7 +42,7 @@ from hubaoti.hub.kernels import bring_kernels
 from hubaoti.hub.layout import ArtifactPath, RepoRef
 from hubaoti.hub.lockfile import Lock, find_lock
 from hubaoti.hub.pull_digest import pull_digest
-from hubaoti.hub.pull_locked import pull_locked
+from hubaoti.hub.pull_locked import pull_locked, require_owned
 from hubaoti.hub.pull_path import describe_no_artifact, describe_no_torch, judge_named
 from hubaoti.hub.revisions import Revisions
 from hubaoti.hub.signatures import RequiredSigners
@@ -142,7 +142,9 @@ class Puller:
     def pin_commit(self, ref: RepoRef) -> str:
         """The commit of a revision, which is its owner's, and none from before; or the locked."""
         if self.lock is not None:
-            return self.lock.find(ref).commit
+            locked = self.lock.find(ref)
+            require_owned(self, locked)
+            return locked.commit
         return self.revisions.pin(ref)
 
     @property
@@ -235,7 +237,17 @@ class Puller:
         manifest = chosen.manifest
         assert manifest is not None
         if self.trust:
-            self.mirror.trust.add_artifact(manifest.digest)
+            self.mirror.trust_artifact(manifest.digest)
+        return self.take_known(catalog, chosen)
+
+    def take_known(self, catalog: Catalog, chosen: Considered) -> Artifact:
+        """An artifact that may run here by what is known of it: who published it now says nothing.
+
+        Raises:
+            Untrusted, Blocked: it may not.
+        """
+        manifest = chosen.manifest
+        assert manifest is not None
         self.mirror.require_allowed(manifest.digest)
         self.bring_kernels(manifest)
         return self._find_or_fetch(catalog, chosen.place, manifest, PullOrigin())
@@ -312,8 +324,7 @@ class Puller:
             self.lock.find(ref).require(place, manifest.digest)
         origin = PullOrigin(self.client.endpoint, ref.repo, commit, str(place))
         if self.trust and ref.digest is not None:  # of what is named, and of nothing else
-            self.mirror.trust.add_artifact(ref.digest)
-            self.mirror.require_allowed(ref.digest)
+            self.mirror.trust_artifact(ref.digest, origin)
             return
         decision = self.mirror.decide(manifest.digest, origin)
         if isinstance(decision.refusal, Blocked):

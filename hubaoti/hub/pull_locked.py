@@ -12,13 +12,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hubaoti.artifact.manifest import LARGEST_MANIFEST, Manifest, parse_manifest
-from hubaoti.errors import BadManifest, NoArtifact, NotLocked
+from hubaoti.errors import BadManifest, NoArtifact, NotLocked, Untrusted
 from hubaoti.hub.bounds import TooLong
 from hubaoti.hub.catalog import Catalog
 from hubaoti.hub.choice import Considered, Pulled
 from hubaoti.hub.layout import ArtifactPath, RepoRef, require_agreement
 from hubaoti.hub.lockfile import Lock, LockedRepo
 from hubaoti.hub.records import Entry
+from hubaoti.hub.revisions import resolve_owned
 from hubaoti.hub.signatures import CommitSignatures
 from hubaoti.mirror import Mirror
 
@@ -45,11 +46,47 @@ def pull_locked(puller: Puller, ref: RepoRef, locked: LockedRepo) -> Pulled:
         raise puller.describe_no_choice(ref, catalog, considered)
     known = chosen.manifest and puller.mirror.artifact(chosen.manifest.digest)
     catalog = _verify_signature(puller, ref, catalog, chosen)
-    artifact = puller.take(ref, catalog, chosen, puller.pin(ref, locked.commit))
+    if catalog.signers or _is_of_owner(puller, locked, chosen):
+        artifact = puller.take(ref, catalog, chosen, puller.pin(ref, locked.commit))
+    else:
+        artifact = puller.take_known(catalog, chosen)
     keep_locked(puller.mirror, puller.lock, artifact.digest)
     verdict = chosen.verdict
     assert verdict is not None
     return Pulled(artifact, ref, locked.commit, chosen.place, verdict, considered, (), bool(known))
+
+
+def require_owned(puller: Puller, locked: LockedRepo) -> None:
+    """See that a lock's commit is its repo's owner's: a lock is a file that may be anybody's.
+
+    Raises:
+        Untrusted: no branch and no tag has it. RepoMoved: the repo has another name now.
+        RepoNotFound, AuthFailed, HubUnreachable: that cannot be asked.
+    """
+    client, repo = puller.client, locked.ref.repo
+    if not puller.mirror.index.is_known(client.endpoint, repo, locked.commit):
+        puller.progress(f"asking {client.endpoint} whose {locked.commit} of {repo} is")
+        resolve_owned(client, repo, locked.commit)
+
+
+def _is_of_owner(puller: Puller, locked: LockedRepo, chosen: Considered) -> bool:
+    """Whether what was chosen is the owner's of the locked repo; False where nobody has to know.
+
+    That is of an artifact that may run here by what is known of it without the lock.
+
+    Raises:
+        Untrusted: it may not, and the commit is nobody's; else as `require_owned`.
+    """
+    assert chosen.manifest is not None  # only judged ones are chosen
+    digest = chosen.manifest.digest
+    if puller.mirror.decide(digest).allowed:
+        return False
+    try:
+        require_owned(puller, locked)
+    except Untrusted as error:
+        error.hint += f"; if you trust this artifact: hubaoti trust add {digest}"
+        raise
+    return True
 
 
 def keep_locked(mirror: Mirror, lock: Lock | None, digest: str) -> None:

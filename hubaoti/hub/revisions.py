@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from packaging.version import Version
+
 from hubaoti.errors import BadRequest, RolledBack, Untrusted
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import RepoRef, looks_like_commit
-from hubaoti.hub.versions import find_release, read_tag
+from hubaoti.hub.versions import Release, find_release, read_tag
 from hubaoti.mirror import Mirror
 from hubaoti.progress import Progress
 
 _DEFAULT = "main"  # of every repo of the Hub, unless a revision is named
-_OWN = ("refs/heads/", "refs/tags/")
+_HEADS, _TAGS = _OWN = ("refs/heads/", "refs/tags/")
 
 
 def resolve_owned(client: HubClient, repo: str, revision: str | None, kind: str = "model") -> str:
@@ -64,9 +66,16 @@ class Revisions:
         if ref.commit and self.mirror.index.is_known(endpoint, ref.repo, ref.commit):
             return ref.commit
         self.progress(f"asking {endpoint} for the commit of {ref}")
-        revision = ref.revision if ref.specifier is None else self._choose_version(ref)
-        commit = resolve_owned(self.client, ref.repo, revision)
-        name = revision or _DEFAULT
+        name = ref.revision or _DEFAULT
+        if ref.specifier is not None:
+            release = self._choose_version(ref)
+            if release is not None:  # a branch may be called so, too: the commit is the tag's
+                commit = self.client.resolve(ref.repo, release.commit)
+                self.require_forward(ref.repo, f"{_TAGS}{release.tag}", commit)
+                return commit
+            if self.mirror.seen.find_commit(endpoint, ref.repo, f"{_TAGS}{name}") is None:
+                name = f"{_HEADS}{name}"  # else it was a tag
+        commit = resolve_owned(self.client, ref.repo, ref.revision)
         if looks_like_commit(name):
             if commit.startswith(name):
                 return commit
@@ -77,25 +86,52 @@ class Revisions:
     def require_forward(self, repo: str, name: str, commit: str) -> None:
         """See that a branch or a tag did not go back since it was last seen, and remember it.
 
+        A version names a tag, unless it is said to be a branch (`refs/heads/v1`).
+
         Raises:
             RolledBack: it did.
         """
-        endpoint = self.client.endpoint
-        for kind in _OWN:
-            name = name.removeprefix(kind)
-        before = self.mirror.seen.find_commit(endpoint, repo, name)
-        if before == commit:
-            return
-        if before is not None and not self.allow_rollback:
-            self._require_after(repo, name, before, commit)
-        if self.mirror.index.is_writable:
-            self.mirror.seen.record_commit(endpoint, repo, name, commit)
+        is_tag = name.startswith(_TAGS) or read_tag(name) is not None
+        name = name.removeprefix(_HEADS).removeprefix(_TAGS)
+        before = self.mirror.seen.find_commit(self.client.endpoint, repo, name)
+        if is_tag:
+            self._require_same_tag(repo, name, commit, before)
+        elif before != commit:
+            if before is not None and not self.allow_rollback:
+                self._require_after(repo, name, before, commit)
+            self._record(repo, name, commit)
 
-    def _choose_version(self, ref: RepoRef) -> str:
-        """The tag of the newest version that is meant, unless a branch or a tag is called so."""
+    def _require_same_tag(
+        self, repo: str, tag: str, commit: str, before: str | None = None
+    ) -> None:
+        """See that a tag is where it was when it was last seen, and remember it.
+
+        What has its name now may be a branch.
+
+        Raises:
+            RolledBack: it is not.
+        """
+        name = f"{_TAGS}{tag}"
+        before = self.mirror.seen.find_commit(self.client.endpoint, repo, name) or before
+        if before not in {None, commit} and not self.allow_rollback:
+            what = f"the tag {tag} of {repo} was moved, or a branch has its name"
+            raise _describe_rollback(repo, tag, what, before, commit)
+        if before != commit:
+            self._record(repo, name, commit)
+
+    def _record(self, repo: str, name: str, commit: str) -> None:
+        """Remember where a branch or a tag is, if that can be."""
+        if self.mirror.index.is_writable:
+            self.mirror.seen.record_commit(self.client.endpoint, repo, name, commit)
+
+    def _choose_version(self, ref: RepoRef) -> Release | None:
+        """The tag of that name, else the newest version that is meant; None for a branch's name."""
         branches, tags = self.client.list_heads(ref.repo)
-        if ref.revision in {*branches, *tags}:
-            return str(ref.revision)
+        revision = str(ref.revision)
+        if revision in tags:
+            return Release(Version(revision), revision, tags[revision])
+        if revision in branches:
+            return None
         release, name = find_release(ref, tags), str(ref.specifier)
         before = self.mirror.seen.find_commit(self.client.endpoint, ref.repo, name)
         newest = None if before is None else read_tag(before)
@@ -105,26 +141,36 @@ class Revisions:
                 hint=f"ask its publisher where {before} is; if it is meant so, once: hubaoti pull "
                 f"{ref} --allow-rollback",
             )
-        if self.mirror.index.is_writable and before != release.tag:
-            self.mirror.seen.record_commit(self.client.endpoint, ref.repo, name, release.tag)
+        if before != release.tag:
+            self._record(ref.repo, name, release.tag)
         self.progress(f"{ref} is {release.tag}")
-        return release.tag
+        return release
 
     def _require_after(self, repo: str, name: str, before: str, commit: str) -> None:
-        """See that a name is a branch, on which one commit comes after another."""
-        is_tag = self.client.tags(repo).get(name) == commit
-        if not is_tag and before in self.client.history(repo, commit):
+        """See that a name is a branch, on which one commit comes after another.
+
+        One that a tag has, too, was a tag's.
+        """
+        was_tag = name in self.client.tags(repo)
+        if not was_tag and before in self.client.history(repo, commit):
             return
         what = (
-            f"the tag {name} of {repo} was moved"
-            if is_tag
+            f"the tag {name} of {repo} was moved, or a branch has its name"
+            if was_tag
             else f"{name} of {repo} went back, or has another history"
         )
-        raise RolledBack(
-            f"{what}: here it was last seen at {before}, and now it is at {commit}",
-            hint="ask its publisher; if it is meant so, once: hubaoti pull "
-            f"{repo}@{name} --allow-rollback",
-        )
+        raise _describe_rollback(repo, name, what, before, commit)
+
+
+def _describe_rollback(
+    repo: str, name: str, what: str, before: str | None, commit: str
+) -> RolledBack:
+    """Where a name was, and is, and how that is taken all the same."""
+    return RolledBack(
+        f"{what}: here it was last seen at {before}, and now it is at {commit}",
+        hint="ask its publisher; if it is meant so, once: hubaoti pull "
+        f"{repo}@{name} --allow-rollback",
+    )
 
 
 def _refuse_proposals(repo: str, revision: str | None) -> None:

@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 from hubaoti.artifact.manifest import Manifest
-from hubaoti.mirror.steps import EIGHTH
+from hubaoti.mirror.steps import NINTH
 
 if TYPE_CHECKING:
     from hubaoti.mirror.store import Mirror
@@ -63,7 +63,7 @@ def read_facts(mirror: Mirror, digests: Iterable[str]) -> dict[str, Facts]:
 
 def _read_known(mirror: Mirror) -> dict[str, Facts]:
     """What the index has kept."""
-    if not mirror.index.has_step(EIGHTH):
+    if not mirror.index.has_step(NINTH):
         return {}
     found = mirror.index.select("select digest, model, task, seconds, kernels from facts")
     return {digest: Facts(*said) for digest, *said in found}

@@ -19,7 +19,7 @@ from hubaoti.artifact.manifest import Manifest
 from hubaoti.disk import describe_no_room
 from hubaoti.errors import HubaotiError, first_line
 from hubaoti.mirror.rows import LOCKED, Pin, Promise, PullOrigin, Row
-from hubaoti.mirror.steps import EIGHTH, FIFTH, SECOND, STEPS, THIRD
+from hubaoti.mirror.steps import FIFTH, NINTH, SECOND, STEPS, THIRD
 
 KEPT = 1024  # notes, the latest
 PATIENCE = 30.0  # seconds to wait for another process's transaction
@@ -156,7 +156,7 @@ class Index:
         Raises:
             HubaotiError: it is damaged.
         """
-        for table in ("artifacts", *(["facts"] if self._has_step(EIGHTH) else [])):
+        for table in ("artifacts", *(["facts"] if self._has_step(NINTH) else [])):
             found, *_ = self._select(f"pragma integrity_check({table})")
             if found != ("ok",):
                 raise self._describe_damage(str(found[0]).partition("\n")[0])

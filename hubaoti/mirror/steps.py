@@ -79,13 +79,23 @@ create table if not exists signed (
     signer text not null, at real not null, primary key (digest, endpoint, repo, path, signer)
 ) strict;
 """
-# What manifests say that is listed of all of them: each is read once.
+# What manifests say that is listed of all of them: each is read once, until its file changes.
 EIGHTH = """
 create table if not exists facts (
+    digest text primary key references artifacts on delete cascade, stamp integer not null,
+    model text, task text, seconds real not null, kernels text not null
+) strict;
+create index if not exists facts_whole on facts (digest, stamp, model, task, seconds, kernels);
+"""
+# The same without the file's time: by its digest a manifest is known for good.
+NINTH = """
+drop index if exists facts_whole;
+drop table if exists facts;
+create table facts (
     digest text primary key references artifacts on delete cascade, model text, task text,
     seconds real not null, kernels text not null
 ) strict;
-create index if not exists facts_whole on facts (digest, model, task, seconds, kernels);
+create index facts_whole on facts (digest, model, task, seconds, kernels);
 """
 # From nothing to today's tables.
-STEPS = (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH, EIGHTH)
+STEPS = (FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH, SEVENTH, EIGHTH, NINTH)
