@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hubaoti.errors import BadRequest, RolledBack, Untrusted
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import RepoRef, looks_like_commit
-from hubaoti.hub.versions import find_release, read_tag
+from hubaoti.hub.versions import Release, find_release, read_tag
 from hubaoti.mirror import Mirror
 from hubaoti.progress import Progress
 
@@ -64,9 +64,12 @@ class Revisions:
         if ref.commit and self.mirror.index.is_known(endpoint, ref.repo, ref.commit):
             return ref.commit
         self.progress(f"asking {endpoint} for the commit of {ref}")
-        revision = ref.revision if ref.specifier is None else self._choose_version(ref)
-        commit = resolve_owned(self.client, ref.repo, revision)
-        name = revision or _DEFAULT
+        release = None if ref.specifier is None else self._choose_version(ref)
+        if release is not None:  # the list that it was chosen from says where its tag is
+            self.require_forward(ref.repo, release.tag, release.commit)
+            return release.commit
+        commit = resolve_owned(self.client, ref.repo, ref.revision)
+        name = ref.revision or _DEFAULT
         if looks_like_commit(name):
             if commit.startswith(name):
                 return commit
@@ -91,11 +94,11 @@ class Revisions:
         if self.mirror.index.is_writable:
             self.mirror.seen.record_commit(endpoint, repo, name, commit)
 
-    def _choose_version(self, ref: RepoRef) -> str:
-        """The tag of the newest version that is meant, unless a branch or a tag is called so."""
+    def _choose_version(self, ref: RepoRef) -> Release | None:
+        """The newest version that is meant; None where a branch or a tag is called so."""
         branches, tags = self.client.list_heads(ref.repo)
         if ref.revision in {*branches, *tags}:
-            return str(ref.revision)
+            return None
         release, name = find_release(ref, tags), str(ref.specifier)
         before = self.mirror.seen.find_commit(self.client.endpoint, ref.repo, name)
         newest = None if before is None else read_tag(before)
@@ -108,7 +111,7 @@ class Revisions:
         if self.mirror.index.is_writable and before != release.tag:
             self.mirror.seen.record_commit(self.client.endpoint, ref.repo, name, release.tag)
         self.progress(f"{ref} is {release.tag}")
-        return release.tag
+        return release
 
     def _require_after(self, repo: str, name: str, before: str, commit: str) -> None:
         """See that a name is a branch, on which one commit comes after another."""
