@@ -33,7 +33,8 @@ class Proxy:
     `lost`: how many requests the endpoint answers whose answers never arrive.
     `packed`: compress the body, with as many spaces behind it, `folds` times.
     `status`: answer with this one. `next_page`: name each page as its own next one.
-    `endless`: go on with the body after its end, until the client leaves; `sent` are the bytes.
+    `endless`: go on with the body after its end, until the client leaves.
+    `sent`: the bytes of bodies that did not end where they should.
     """
 
     def __init__(self, upstream: str) -> None:
@@ -175,7 +176,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content[start : start + PIECE])
 
     def break_off(self, content: bytes, how: Proxy) -> None:
-        self.wfile.write(content[: how.cut_after if how.stall_after is None else how.stall_after])
+        content = content[: how.cut_after if how.stall_after is None else how.stall_after]
+        how.sent += self.wfile.write(content)
         self.close_connection = True
         if how.stall_after is not None:
             self.stall()

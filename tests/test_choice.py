@@ -133,7 +133,10 @@ def test_of_two_hundred_variants_at_most_four_requests_go_before_the_download(
     two_hundred: list[Bundle], repo: str, settings: Settings, proxy: Proxy
 ) -> None:
     push_bundles(two_hundred, Destination(RepoRef(repo), tag="v1.0.0"), settings)
-    for ref, host in ((RepoRef(repo), make_gpu_host()), (RepoRef(repo, "v1.0.0"), make_host())):
+    another = replace(make_gpu_host(), gpus=(Gpu("fake", 80, None),))
+    revisions = {None: make_gpu_host(), "v1.0.0": make_host(), "v1": another}
+    for revision, host in revisions.items():
+        ref = RepoRef(repo, revision)
         proxy.requests.clear()
         pulled = pull_artifact(ref, settings, host, trust=True)
         assert pulled.verdict.fit is MatchResult.EXACT

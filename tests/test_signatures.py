@@ -208,6 +208,20 @@ def test_what_is_signed_by_whom_it_has_to_be_is_pulled_and_opened_and_asks_nothi
     assert len(proxy.requests) == 1  # the revision's commit
 
 
+@pytest.mark.parametrize("revision", [None, "v1.0.0", "v1"])
+def test_who_has_to_sign_costs_two_requests_before_the_download(
+    revision: str | None, bundle: Bundle, repo: str, wary: Settings, acme: Pair, proxy: Proxy
+) -> None:
+    """The commit (of v1 the tags), the list, the manifest; the statement and the signature."""
+    api.push(bundle, repo, sign=acme.private, as_is=True, tag="v1.0.0", settings=wary)
+    proxy.requests.clear()
+    pull_artifact(RepoRef(repo, revision), wary, HOST)
+    asked = [path for method, path in proxy.requests]
+    before = asked[: next(at for at, path in enumerate(asked) if path.endswith(".pt2"))]
+    before = [path for path in before if not path.endswith("golden.safetensors")]
+    assert len(before) == 5 and sum(path.endswith((STATEMENT, SIGNATURE)) for path in before) == 2
+
+
 def lock(repo: str, settings: Settings, path: Path) -> Path:
     """A lockfile of a repo, as a machine wrote it that asks nobody to sign."""
     careless = replace(settings, home=path.parent / "careless")

@@ -21,7 +21,7 @@ from hubaoti.errors import (
     RepoNotFound,
 )
 from hubaoti.escape import escape_line
-from hubaoti.hub.retry import BUSY, find_retry_after
+from hubaoti.hub.retry import BUSY, find_response_status, find_retry_after
 from hubaoti.hub.silence import is_silence
 from hubaoti.settings import ENDPOINT, Settings, override_environment
 
@@ -66,13 +66,21 @@ class ErrorTranslator:
             return describe_no_room(self.cache, 0)
         if isinstance(error, OSError) and error.errno in DISK_CLOSED:
             return describe_disk_error(error, self.cache)
-        if is_silence(error):
-            return self._describe_silent(what)
-        if _is_of_network(error):
-            return self._describe_unreachable(error, what, NO_HUB)
+        if (unreachable := self._describe_network(error, what)) is not None:
+            return unreachable
         hint = "see whether the repo's card or files are odd; it is not the network"
         message = f"{type(error).__name__}: {self.first_line(error)}"
         return HubaotiError(f"huggingface_hub failed on {what}: {message}", hint=hint)
+
+    def _describe_network(self, error: Exception, what: str) -> HubUnreachable | None:
+        """The error where the endpoint, or the way to it, is to blame."""
+        if is_silence(error):
+            return self._describe_silent(what)
+        # huggingface_hub stumbles over the body of a refusal that is no JSON object.
+        refusal = error.__context__
+        if isinstance(refusal, Exception) and (find_response_status(refusal) or 0) >= 500:
+            return self._describe_unreachable(refusal, what, NO_HUB)
+        return self._describe_unreachable(error, what, NO_HUB) if _is_of_network(error) else None
 
     def _translate_status(self, error: Any, what: str, writing: bool) -> Exception:
         """The error for an answer's status, which is no success."""

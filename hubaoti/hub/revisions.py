@@ -69,10 +69,9 @@ class Revisions:
         name = ref.revision or _DEFAULT
         if ref.specifier is not None:
             release = self._choose_version(ref)
-            if release is not None:  # a branch may be called so, too: the commit is the tag's
-                commit = self.client.resolve(ref.repo, release.commit)
-                self.require_forward(ref.repo, f"{_TAGS}{release.tag}", commit)
-                return commit
+            if release is not None:  # a branch may be called so, too: the list has the tag's commit
+                self.require_forward(ref.repo, f"{_TAGS}{release.tag}", release.commit)
+                return release.commit
             if self.mirror.seen.find_commit(endpoint, ref.repo, f"{_TAGS}{name}") is None:
                 name = f"{_HEADS}{name}"  # else it was a tag
         commit = resolve_owned(self.client, ref.repo, ref.revision)
