@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hubaoti.disk import explain_disk_errors
+from hubaoti.disk import explain_disk_errors, open_plain
 from hubaoti.errors import HubaotiError
 from hubaoti.mirror.folders import make_private, refuse_shared
 
@@ -95,11 +95,12 @@ class Keys:
         refuse_shared(self.folder)
         refuse_shared(path)
         try:
-            content = path.read_bytes()
-        except OSError as error:
+            with open_plain(path) as file:
+                content = file.read()
+        except FileNotFoundError as error:
             raise HubaotiError(
                 f"{path}, by which signatures of {whose} are looked at, cannot be read: "
-                f"{error.strerror}",
+                "there is no such file",
                 hint=f"give it once more: hubaoti trust add {whose} --key (or --root) FILE",
             ) from error
         if digest(content) != name:
