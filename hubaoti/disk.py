@@ -1,4 +1,8 @@
-"""Disks that are full, closed, broken or without code: their errors in words, and their room."""
+"""Disks that are full, closed, broken or without code: their errors in words, and their room.
+
+And files that cannot be read: one that is not there is another thing than one that a broken disk,
+or a process with too many files open, does not give.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,11 @@ import errno
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 
 from hubaoti.errors import CannotOpen, DiskFull, HubaotiError
@@ -21,6 +27,9 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # As g++ and as Python name what could not be written.
 _NAMED = re.compile(r"(/[^:'\"\n]*): No space left|No space left on device: '(/[^'\n]*)'")
 DISK_CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+# What says that there is no such file, or that a link, a folder or a socket has its name.
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EISDIR}
+_TOO_MANY = {errno.EMFILE, errno.ENFILE}
 
 
 @contextmanager
@@ -48,6 +57,45 @@ def describe_disk_error(why: OSError, folder: Path, needed: int = 0) -> HubaotiE
     if why.errno in DISK_CLOSED:
         hint = "set HUBAOTI_HOME to a folder that you may write"
     return HubaotiError(f"cannot write {why.filename or folder}: {why.strerror}", hint=hint)
+
+
+@contextmanager
+def explain_unread(path: Path) -> Iterator[None]:
+    """Around work that looks at a file, or at what lies below a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        HubaotiError: it could not be looked at, which says nothing of what is in it.
+    """
+    try:
+        yield
+    except OSError as why:
+        if why.errno in _ABSENT:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from why
+        hint = "see that you may read it and that its disk is well, and try again"
+        if why.errno in _TOO_MANY:
+            hint = "try again with fewer files open, or with more allowed (ulimit -n)"
+        place = why.filename or path
+        raise HubaotiError(f"cannot read {place}: {why.strerror or why}", hint=hint) from why
+
+
+@contextmanager
+def open_plain(path: Path) -> Iterator[FileIO]:
+    """A file to be read; a link is none, nor is a pipe, of which nothing is awaited.
+
+    Raises:
+        FileNotFoundError: there is none.
+        HubaotiError: it could not be read, which says nothing of what is in it.
+    """
+    with explain_unread(path), open(path, "rb", buffering=0, opener=_open_no_link) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise FileNotFoundError(errno.ENOENT, "it is no file", str(path))
+        yield file
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    """As `os.open`: a link is refused, and of a pipe that nobody writes into nothing is awaited."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def require_disk_room(folder: Path, needed: int, remedy: str = _HOME) -> None:

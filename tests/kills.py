@@ -184,9 +184,12 @@ def run_apart(work: Callable[[], int | None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def check(root: Path, again: Callable[[], object], is_damaged: bool) -> None:
-    """After a kill: nothing is promised that is not there, nothing is left, and all goes on."""
-    if is_damaged:
+def check(root: Path, again: Callable[[], object], operation: str) -> None:
+    """After a kill: nothing is promised that is not there, nothing is left, and all goes on.
+
+    What was kept apart can all come back.
+    """
+    if operation == "rebuild":
         again()
     with Mirror.open(root) as mirror:
         assert not any((root / "tmp").iterdir())
@@ -207,6 +210,9 @@ def check(root: Path, again: Callable[[], object], is_damaged: bool) -> None:
         notes = [read_note(each) for each in (root / "quarantine").iterdir()]
         waiting = {promise.row.digest for note in notes for promise in note.promises}
         assert folders == waiting | {row.digest for row in mirror.index.rows()}
+        if operation == "withdraw":
+            retry(mirror)
+            assert len(mirror.ls()) == 2
 
 
 def main(fault: str, operation: str, folder: Path, bundles: list[Bundle]) -> int:
@@ -217,9 +223,7 @@ def main(fault: str, operation: str, folder: Path, bundles: list[Bundle]) -> int
     prepare(before, operation, bundles)
     once = folder / "once/mirror"
     shutil.copytree(before.parent, once.parent)
-    check(
-        once, lambda: work(once, bundle), operation == "rebuild"
-    )  # which imports all that it takes
+    check(once, lambda: work(once, bundle), operation)  # which imports all that it takes
     for last in range(1, 2000):
         root = folder / f"{last}/mirror"
         shutil.copytree(before.parent, root.parent)
@@ -235,7 +239,7 @@ def main(fault: str, operation: str, folder: Path, bundles: list[Bundle]) -> int
             return FAILED if has_failed() else 0
 
         def look(root: Path = root) -> None:
-            check(root, lambda: work(root, bundle), operation == "rebuild")
+            check(root, lambda: work(root, bundle), operation)
 
         code = run_apart(suffer)
         problem = run_apart(look)

@@ -194,6 +194,7 @@ ATTEMPTS = {
     "lists-the-home": 'opens("$user", O_RDONLY | O_DIRECTORY)',
     "writes-trust": 'opens("$home/trust.toml", O_WRONLY | O_APPEND)',
     "replaces-trust": 'opens("$home/new", O_WRONLY | O_CREAT) || !unlink("$home/trust.toml")',
+    "ages-trust": '!utimensat(AT_FDCWD, "$home/trust.toml", NULL, 0)',
     "cuts-trust": '!truncate("$home/trust.toml", 0)',
     "opens-trust-to-all": '!chmod("$home/trust.toml", 0666)',
     "writes-the-index": 'opens("$home/mirror/index.sqlite3", O_RDWR)',
@@ -206,6 +207,7 @@ ATTEMPTS = {
     "reads-memory": "peeks(getppid()) || peeks($test)",
     "opens-memory": "reaches_memory(getppid()) || reaches_memory($test)",
     "signals": "!kill(getppid(), 0) || !kill($test, 0) || !kill(0, 0)",
+    "has-signals-sent": "!fcntl(0, F_SETOWN, $test) || !fcntl(0, F_SETSIG, SIGKILL)",
     "knows-limits": "!prlimit($test, RLIMIT_NOFILE, NULL, &(struct rlimit){0})",
     "shares-memory": "shmget(IPC_PRIVATE, 4096, IPC_CREAT | 0600) >= 0",
     "forks": "fork() >= 0",
@@ -223,7 +225,16 @@ ATTEMPTS = {
 FILES = {"knows-who-began-it", "reads-a-secret", "lists-the-home", "writes-trust", "replaces-trust"}
 FILES |= {"writes-the-index", "writes-a-graph", "writes-beside-its-folder", "opens-memory"}
 NEW_FILES = {"cuts-trust"}
-CALLS = {"opens-trust-to-all", "connects", "has-sockets", "has-rings", "traces", "reads-memory"}
+CALLS = {
+    "opens-trust-to-all",
+    "ages-trust",
+    "has-signals-sent",
+    "connects",
+    "has-sockets",
+    "has-rings",
+    "traces",
+    "reads-memory",
+}
 CALLS |= {"signals", "knows-limits", "shares-memory", "forks", "forks-by-number"}
 CALLS |= {"runs-a-program", "leaves-its-group", "has-namespaces"}
 GUARDS = ((FILES, NO_FILES), (NEW_FILES, "files" in GAPS), (CALLS, NO_CALLS))
@@ -460,6 +471,87 @@ def test_a_model_s_own_process_has_no_token_no_network_and_no_hand_in_trust(
     }
 
 
+# As under a landlock that knows nothing of signals; what it could do is on its last line.
+OLDER = """
+import ctypes, fcntl, json, os, pathlib, signal, socket, struct, sys, threading
+how, victim, trust, scratch = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+from hubaoti.host import confinement, landlock
+landlock.probe_landlock = confinement.probe_landlock = lambda: 5
+def may(what):
+    try:
+        return what() is None or True
+    except OSError:
+        return False
+here, there = socket.socketpair()
+def ask(number, *words):
+    return ctypes.CDLL(None, use_errno=True).syscall(number, *words) == 0
+def end():
+    here.setblocking(False)
+    fcntl.fcntl(here, fcntl.F_SETOWN, victim)
+    fcntl.fcntl(here, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(here, fcntl.F_SETFL, os.O_ASYNC)
+    there.send(b"x")
+if how == "worker":
+    confinement.guard_worker(pathlib.Path(trust), network=False)
+else:
+    confinement.Confinement((), pathlib.Path(scratch), processes=how == "ops").enter()
+found = {
+    "ends it by a pipe": may(end),
+    "ends it by a number": may(lambda: fcntl.ioctl(here, 0x8901, struct.pack("i", victim))),
+    "types into a terminal": may(lambda: fcntl.ioctl(here, 0x5412, b"x")),
+    "places its own threads": may(lambda: os.sched_setaffinity(threading.get_native_id(), {0})),
+    "places itself": may(lambda: os.sched_setaffinity(0, {0})),
+}
+param = os.sched_param(0)
+may(lambda: os.sched_setscheduler(victim, os.SCHED_IDLE, param))
+may(lambda: os.sched_setaffinity(victim, {0}))
+found["ages trust"] = may(lambda: os.utime(trust, (1, 1)))
+found["signals it"] = may(lambda: os.kill(victim, 0))
+print(json.dumps([name for name, could in found.items() if could]))
+"""
+OWN = ["places its own threads", "places itself"]
+
+
+@needs_files
+@needs_calls
+@pytest.mark.parametrize(
+    ("how", "could"),
+    [("graph", OWN), ("ops", OWN), ("worker", [*OWN, "ages trust", "signals it"])],
+)
+def test_no_other_process_is_ended_or_moved_under_an_older_landlock(
+    how: str, could: list[str], tmp_path: Path
+) -> None:
+    """An engine's process may signal what it started, and others there: doctor says so."""
+    (tmp_path / "trust.toml").write_text("")
+    (tmp_path / "scratch").mkdir()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as victim:
+        cores = os.sched_getaffinity(victim.pid)
+        words = [how, str(victim.pid), str(tmp_path / "trust.toml"), str(tmp_path / "scratch")]
+        done = subprocess.run(
+            [sys.executable, "-c", OLDER, *words], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) == could
+        assert victim.poll() is None
+        assert os.sched_getaffinity(victim.pid) == cores
+        assert os.sched_getscheduler(victim.pid) == os.SCHED_OTHER
+        victim.communicate(b"\n", timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("version", "can"), [(0, "can write trust.toml, and "), (5, "can "), (6, "")]
+)
+def test_what_an_engine_s_process_may_do_there_is_said_by_doctor(
+    version: int, can: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confinement, "probe_landlock", lambda: version)
+    said = [note for note in probe_host(scene.settings).notes if note.startswith("engines: ")]
+    assert said == [
+        f"engines: a model's own process {can}signal others: landlock is of version {version}, "
+        "not 6"
+    ] * bool(can)
+
+
 def test_only_what_a_list_allows_is_told_of_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -490,7 +582,8 @@ def test_calls_have_the_numbers_that_the_system_has() -> None:
     known = dict(re.findall(r"__NR_(\w+) (\d+)", header.read_text()))
     tables = (seccomp._OTHERS, seccomp._SYSTEM, seccomp._ATTRIBUTES, seccomp._SHARED)
     calls = {name: each for table in tables for name, each in table.items()}
-    calls |= seccomp._LEAVING | seccomp._SOCKETS | seccomp._STARTS
+    calls |= seccomp._LEAVING | seccomp._SOCKETS | seccomp._STARTS | seccomp._PLACED
+    calls |= {"fcntl": seccomp._FCNTL, "ioctl": seccomp._IOCTL, "move_pages": seccomp._MOVE_PAGES}
     ours = {name: str(number) for name, (number, _) in calls.items() if name in known}
     assert ours == {name: known[name] for name in ours}
     assert len(ours) > 60

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from bundles import make_bundle
 from commands import inside
 from test_leases import running
-from test_mirror_store import damage, put
+from test_mirror_store import damage, files_of, put
 
 from hubaoti import errors
 from hubaoti.mirror import Artifact, Mirror
@@ -180,3 +183,63 @@ def test_mirror_verify_is_verify(artifacts: list[Artifact], settings: Settings) 
     done = inside(settings, "mirror", "verify", "--all")
     assert done.code == errors.DigestMismatch.exit_code
     assert inside(settings, "mirror", "verify", "--all", "acme/one").code == 2
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Within a time, or it is an error: also what waits for a pipe that nobody writes into."""
+
+    def give_up(*_: object) -> None:
+        pytest.fail(f"it takes more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def make_pipe(path: Path) -> None:
+    """A pipe that nobody writes into, in the place of a file."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("words", ["show {}", "verify {}", "ls", "gc", "retry", "rm {}", "path {}"])
+@pytest.mark.parametrize("file", ["hubaoti.json", "golden.safetensors"])
+def test_of_a_pipe_in_the_place_of_a_file_nothing_is_awaited(
+    words: str, file: str, artifacts: list[Artifact], settings: Settings
+) -> None:
+    make_pipe(artifacts[0].file(file))
+    with at_most(20.0):
+        inside(settings, "mirror", *words.format(artifacts[0].digest).split())
+
+
+def test_of_a_pipe_in_the_place_of_a_note_or_a_key_nothing_is_awaited(
+    artifacts: list[Artifact], mirror: Mirror, settings: Settings
+) -> None:
+    mirror.quarantine(artifacts[0].manifest.graphs[0])
+    (note,) = (mirror.root / "quarantine").glob("*/.hubaoti-*")
+    make_pipe(note)
+    name = mirror.trust.keys.keep(b"a key")
+    make_pipe(mirror.trust.keys.folder / name)
+    with at_most(20.0):
+        assert inside(settings, "mirror", "retry").code == 0
+        with pytest.raises(errors.HubaotiError, match="no such file"):
+            mirror.trust.keys.find(name, "acme")
+
+
+def test_of_a_pipe_among_what_is_imported_nothing_is_awaited(
+    settings: Settings, tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    for path in files_of(bundle).values():
+        content = path.read_bytes()
+        make_pipe(path)
+        with at_most(20.0):
+            done = inside(settings, "mirror", "import", bundle.path)
+        assert (done.code, "is not there" in done.err) == (57, True)
+        path.unlink()
+        path.write_bytes(content)

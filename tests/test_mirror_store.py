@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +34,9 @@ from hubaoti.errors import (
 )
 from hubaoti.mirror import BUILT_HERE, Artifact, Mirror, PullOrigin
 from hubaoti.mirror.folders import keep_newest
+from hubaoti.mirror.gc import collect
 from hubaoti.mirror.index import Index, Pin
+from hubaoti.mirror.retry import retry
 
 ORIGIN = PullOrigin("https://hub", "acme/tiny", "c" * 40, "float32-sdpa/x")
 
@@ -171,20 +176,94 @@ def test_a_flipped_bit_in_the_mirror_is_found_and_kept_apart(
     mirror.verify(artifact)
 
 
-def test_a_file_that_cannot_be_read_is_a_broken_one(
+# Each looks at files of an artifact that is whole.
+LOOKS: dict[str, Callable[[Mirror, Bundle], object]] = {
+    "verify": lambda mirror, bundle: mirror.verify(read(mirror, bundle)),
+    "a graph": lambda mirror, bundle: mirror.verify_graph(bundle.manifest.graphs[0]),
+    "find": lambda mirror, bundle: mirror.artifact(bundle.manifest.digest),
+    "put again": lambda mirror, bundle: put(mirror, bundle),
+    "retry": lambda mirror, _: retry(mirror),
+    "gc": lambda mirror, _: collect(mirror),
+}
+
+
+def read(mirror: Mirror, bundle: Bundle) -> Artifact:
+    """The artifact of a bundle, whether or not anything can be read."""
+    digest = bundle.manifest.digest
+    return Artifact(
+        digest, mirror.root / "artifacts" / digest, mirror.root / "graphs", bundle.manifest
+    )
+
+
+def require_kept(mirror: Mirror, bundle: Bundle) -> None:
+    """See that an artifact that was built here is here as it was."""
+    assert [row.digest for row in mirror.ls()] == [bundle.manifest.digest]
+    assert is_empty(mirror.root / "quarantine")
+    mirror.verify(read(mirror, bundle))
+    assert collect(mirror).orphans == ()
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """As in a process that may open no more files."""
+    limits, taken = resource.getrlimit(resource.RLIMIT_NOFILE), list[int]()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        for each in taken:
+            os.close(each)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_without_descriptors_nothing_is_broken(look: str, mirror: Mirror, bundle: Bundle) -> None:
+    put(mirror, bundle, BUILT_HERE)
+    mirror.index.record_built(bundle.manifest)
+    with no_descriptors(), suppress(HubaotiError, OSError):
+        LOOKS[look](mirror, bundle)
+    require_kept(mirror, bundle)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EACCES])
+def test_a_file_that_cannot_be_read_is_not_a_broken_one(
+    number: int, mirror: Mirror, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(mirror, bundle, BUILT_HERE)
+
+    def unreadable(path: str, flags: int) -> int:
+        raise OSError(number, os.strerror(number), path)
+
+    for look in ("verify", "find", "put again"):
+        monkeypatch.setattr("hubaoti.disk._open_no_link", unreadable)
+        with pytest.raises(HubaotiError, match="cannot read") as caught:
+            LOOKS[look](mirror, bundle)
+        assert not isinstance(caught.value, DigestMismatch)
+        monkeypatch.undo()
+        require_kept(mirror, bundle)
+
+
+def test_a_lost_index_is_not_made_again_of_what_cannot_be_read(
     mirror: Mirror, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    artifact = put(mirror, bundle)
-
-    def unreadable(path: Path, flags: int) -> int:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr("hubaoti.artifact.package._open_no_link", unreadable)
-    with pytest.raises(DigestMismatch):
-        mirror.verify(artifact)
-    monkeypatch.undo()
+    """Else an artifact that was not read just then would be promised by nobody, and collected."""
     put(mirror, bundle)
-    mirror.verify(artifact)
+    mirror.close()
+    for file in mirror.root.glob("index.sqlite3*"):
+        file.unlink()
+
+    def unreadable(path: str, flags: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    monkeypatch.setattr("hubaoti.disk._open_no_link", unreadable)
+    with pytest.raises(HubaotiError, match="cannot read"):
+        Mirror.open(mirror.root)
+    monkeypatch.undo()
+    with Mirror.open(mirror.root) as again:
+        require_kept(again, bundle)
 
 
 def test_a_changed_tensor_is_found_and_kept_apart(mirror: Mirror, bundle: Bundle) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from disks import read_only
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hubaoti.errors import HubaotiError, UnsafeFolder
@@ -171,13 +171,28 @@ def test_one_of_several_signers_is_enough_and_each_is_read_back(trust: Trust) ->
     assert not said.trusts(HUB, "acme", [Signed(HUB, "acme/x", "path", "key " + "c" * 64)])
 
 
+# Names that are made of what stands between names, too.
+PARTS = st.sampled_from(["x", "y", " of ", "y", " by root ", "a" * 64, '"', "\\", " "])
+NAMES = st.lists(PARTS, min_size=1, max_size=4).map("".join) | st.text(min_size=1, max_size=4)
+SIGNERS = st.builds(
+    Signer, identity=NAMES, issuer=NAMES, root=st.none() | st.just("a" * 64)
+) | st.builds(Signer, identity=NAMES, root=st.just("a" * 64))
+
+
 @settings(deadline=None)
-@given(st.lists(st.text(min_size=1, max_size=4), min_size=3, max_size=3), st.booleans())
-def test_no_two_signers_are_called_alike(words: list[str], has_root: bool) -> None:
-    identity, issuer, other = words
-    root = "a" * 64 if has_root else None
-    one, another = (Signer(identity=identity, issuer=each, root=root) for each in (issuer, other))
+@given(SIGNERS, SIGNERS)
+@example(Signer(identity="x of y", root="a" * 64), Signer(identity="x", issuer="y", root="a" * 64))
+@example(
+    Signer(identity="x", issuer=f"y by root {'a' * 64}"),
+    Signer(identity="x", issuer="y", root="a" * 64),
+)
+def test_no_two_signers_are_called_alike(one: Signer, another: Signer) -> None:
     assert (str(one) == str(another)) == (one == another)
+
+
+def test_whom_one_word_names_is_called_as_ever() -> None:
+    """For by that text it is known whose signatures were verified."""
+    assert str(WHO) == "identity release@acme.example of https://login.example"
 
 
 @pytest.mark.parametrize(
@@ -227,7 +242,16 @@ def test_limits_are_what_the_file_says(trust: Trust, text: str, limits: Limits) 
 
 
 @pytest.mark.parametrize(
-    "text", ["tolerance = '1'", "memory = true", "without_golden = 1", "more = 1", "memory = []"]
+    "text",
+    [
+        "tolerance = '1'",
+        "memory = true",
+        "without_golden = 1",
+        "more = 1",
+        "memory = []",
+        "memory = nan",
+        "tolerance = nan",
+    ],
 )
 def test_limits_that_are_none_are_said_and_nothing_is_believed(trust: Trust, text: str) -> None:
     write(trust, f"[limits]\n{text}\n")

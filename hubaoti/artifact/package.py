@@ -15,11 +15,12 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 from hubaoti.artifact.schema import Graph, Member
+from hubaoti.disk import explain_unread, open_plain
 from hubaoti.errors import BadPackage
 
 _CHUNK = 1 << 20
@@ -45,24 +46,27 @@ def hash_file(path: Path) -> str:
 
 
 def has_bytes(path: Path, sha256: str) -> bool:
-    """Whether a file is there, and no link, with these bytes; one that cannot be read has none."""
-    try:
-        with open(path, "rb", buffering=0, opener=_open_no_link) as file:
-            is_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-            return is_file and hashlib.file_digest(file, "sha256").hexdigest() == sha256
-    except OSError:
-        return False
+    """Whether a file is there, and no link, with these bytes.
 
-
-def _open_no_link(path: str, flags: int) -> int:
-    """As `os.open`: a link is refused, and of a pipe that nobody writes into nothing is awaited."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    Raises:
+        HubaotiError: it could not be read, so nobody knows.
+    """
+    with suppress(FileNotFoundError), open_plain(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    return False
 
 
 def holds_members(folder: Path, graph: Graph) -> bool:
-    """Whether a graph's package lies unpacked in a folder, byte for byte, and no part is a link."""
-    members = graph.members
-    return folder.is_dir() and all(has_bytes(folder / each.path, each.sha256) for each in members)
+    """Whether a graph's package lies unpacked in a folder, byte for byte, and no part is a link.
+
+    Raises:
+        HubaotiError: a part could not be read.
+    """
+    with suppress(FileNotFoundError), explain_unread(folder):
+        is_folder = stat.S_ISDIR(folder.stat().st_mode)
+        members = graph.members
+        return is_folder and all(has_bytes(folder / each.path, each.sha256) for each in members)
+    return False
 
 
 def list_members(package: Path) -> tuple[Member, ...]:

@@ -27,6 +27,7 @@ _PROCESSES = 64  # more than the user has now
 _THREADS = 16  # for each core, of torch's and others' pools, which are counted as processes
 _ARENAS = 128 << 20  # bytes of addresses that malloc keeps for a core's threads, and their stacks
 _LANDLOCK = 3  # the version that knows of files that are made shorter
+_SIGNALS = 6  # the one that knows of signals
 _PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 _CAPABILITIES = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
 _DAC_OVERRIDE = 1 << 1  # root reads its user's files, as before; landlock says which
@@ -75,9 +76,15 @@ class Confinement:
         if not self.uses_gpu:
             _limit(resource.RLIMIT_FSIZE, _FILE)
             _limit(resource.RLIMIT_AS, self.memory + ROOM + _ARENAS * cores)
-        restrict_files([*_list_python_folders(), *self.readable], [*self._list_writable()])
+        folders = [*_list_python_folders(), *self.readable]
+        is_apart = restrict_files(folders, self._list_writable()) and probe_landlock() >= _SIGNALS
         drop_capabilities()
-        refuse_calls(os.getpid(), local_sockets=self.uses_gpu, processes=self.processes)
+        refuse_calls(
+            os.getpid(),
+            local_sockets=self.uses_gpu,
+            processes=self.processes,
+            signals=self.processes and is_apart,  # then they reach what it started, and no other
+        )
 
     def _list_writable(self) -> Iterator[Path]:
         """Its folder, and devices: none of them keeps anything, but for shared memory."""
@@ -91,7 +98,8 @@ class Confinement:
 def guard_worker(protected: Path, *, network: bool) -> None:
     """Have this process look into no other, open no sockets of a network, and not write one file.
 
-    All else is as it was: it loads a model, whose code reads and caches where it likes.
+    All else is as it was: it loads a model, whose code reads and caches where it likes, and ends
+    what it started. What this host cannot do is left out (`list_worker_gaps`).
     """
     gain_no_privileges()
     restrict_files(None, list_beside(protected), may_connect=network)
@@ -123,6 +131,15 @@ def list_gaps() -> list[str]:
     if not probe_seccomp():
         gaps.append("network and other processes are not guarded: there is no seccomp")
     return [f"first opens: {gap}" for gap in gaps]
+
+
+def list_worker_gaps() -> list[str]:
+    """What this host cannot keep an engine's process of a model from, in words."""
+    version = probe_landlock()
+    if version >= _SIGNALS:
+        return []
+    can = "can signal others" if version else "can write trust.toml, and signal others"
+    return [f"engines: a model's own process {can}: landlock is of version {version}, not 6"]
 
 
 def list_beside(file: Path) -> list[Path]:

@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 from packaging.version import Version
 
-from hubaoti.host.confinement import list_gaps
+from hubaoti.host.confinement import list_gaps, list_worker_gaps
 from hubaoti.host.visible_gpus import hide_gpus
 from hubaoti.settings import Settings
 
@@ -108,7 +108,7 @@ def probe_host(settings: Settings, kernel_caches: Iterable[Path] | None = None) 
     """
     if kernel_caches is None:
         kernel_caches = () if settings.kernel_cache is None else (settings.kernel_cache,)
-    notes: list[str] = list_gaps()
+    notes: list[str] = [*list_gaps(), *list_worker_gaps()]
     level, cpu = _probe_cpu(notes)
     torch = find_torch(notes)
     driver, driver_cuda, gpus = _probe_nvidia(settings, notes)

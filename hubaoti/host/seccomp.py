@@ -11,7 +11,7 @@ import ctypes
 import errno
 import platform
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 _LOAD = 0x20  # BPF_LD | BPF_W | BPF_ABS: four bytes at an offset of the call's data
 _EQUAL = 0x15  # BPF_JMP | BPF_JEQ | BPF_K: skip so many instructions if it is k, else so many
@@ -28,6 +28,10 @@ _SET_FILTER, _ALL_THREADS = 1, 1  # SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG
 _GET_ACTION = 2  # SECCOMP_GET_ACTION_AVAIL
 _AF_UNIX = 1
 _CLONE_THREAD = 0x00010000
+
+# What has the kernel send signals to a process of one's choice (fcntl.h, asm/ioctls.h): F_SETOWN,
+# F_SETSIG, F_SETOWN_EX; FIOSETOWN, SIOCSPGRP. And what types into a terminal: TIOCSTI, TIOCLINUX.
+_OWNERS, _TERMINALS = (8, 10, 15), (0x8901, 0x8902, 0x5412, 0x541C)
 
 # Numbers on x86_64 and aarch64 (asm/unistd.h); 0 where there is no such call.
 _OTHERS = {  # what looks into other processes, or sends them signals past kill(2)
@@ -53,12 +57,13 @@ _SYSTEM = {  # what is a system's to set, and ways around this very filter, as i
     **{"adjtimex": (159, 171), "sethostname": (170, 161), "setdomainname": (171, 162)},
     **{"iopl": (172, 0), "ioperm": (173, 0), "syslog": (103, 116), "fanotify_init": (300, 262)},
 }
-_ATTRIBUTES = {  # modes, owners and labels of files, of which landlock says nothing
+_ATTRIBUTES = {  # modes, owners, labels and times of files, of which landlock says nothing
     **{"chmod": (90, 0), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452)},
     **{"chown": (92, 0), "lchown": (94, 0), "fchown": (93, 55), "fchownat": (260, 54)},
     **{"setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7)},
     **{"removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16)},
     **{"setxattrat": (463, 463), "removexattrat": (466, 466), "file_setattr": (469, 469)},
+    **{"utimensat": (280, 88), "utime": (132, 0), "utimes": (235, 0), "futimesat": (261, 0)},
 }
 _SHARED = {  # memory and queues without a file, which any process of the user may find
     **{"shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195)},
@@ -70,6 +75,11 @@ _SOCKETS = {  # what is done with one; a pair that was made before can still be 
     **{"accept4": (288, 242), "sendmsg": (46, 211), "sendmmsg": (307, 269)},
 }
 _STARTS = {"fork": (57, 0), "vfork": (58, 0), "execve": (59, 221), "execveat": (322, 281)}
+_PLACED = {  # on which cores, and before whom, a thread runs, by its id; 0 is who asks
+    **{"sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119)},
+    **{"sched_setparam": (142, 118), "sched_setattr": (314, 274)},
+}
+_FCNTL, _IOCTL, _MOVE_PAGES = (72, 25), (16, 29), (279, 239)
 _SOCKET, _SENDTO, _KILL, _TGKILL = (41, 198), (44, 206), (62, 129), (234, 131)
 _PRLIMIT = (302, 261)
 _CLONE, _CLONE3 = (56, 220), (435, 435)
@@ -88,30 +98,39 @@ def probe_seccomp() -> bool:
 def refuse_foreign_calls(*, network: bool) -> bool:
     """Have all threads look into no other process and set nothing of the system; whether they do.
 
-    Without `network` they open no sockets but local ones. Files and processes of their own are as
-    before. The process has to be one that gains no privileges (`PR_SET_NO_NEW_PRIVS`).
+    What they ask of the cores and the turn of another thread is said to be done, and is not: a
+    runtime may ask it for its own threads, and nothing here tells whose an id is. Without `network`
+    they open no sockets but local ones. Files and processes of their own are as before. The process
+    has to be one that gains no privileges (`PR_SET_NO_NEW_PRIVS`).
     """
     return _load(_list_foreign(network=network))
 
 
-def refuse_calls(process: int, *, local_sockets: bool, processes: bool) -> bool:
+def refuse_calls(process: int, *, local_sockets: bool, processes: bool, signals: bool) -> bool:
     """Have all threads of this process do what a graph needs, and little else; whether they do.
 
-    Besides `refuse_foreign_calls`, without a network: they change no file's mode or owner and leave
-    no group of processes. Without `local_sockets` there are none at all; without `processes` none
-    is started, and signals go to this one alone, whose id is `process`.
+    Besides `refuse_foreign_calls`, without a network: they change no file's mode, owner or times
+    and leave no group of processes. Without `local_sockets` there are none at all; without
+    `processes` none is started; without `signals` they go to this one alone, whose id is `process`.
     """
-    return _load(_list_all(process, local_sockets, processes))
+    return _load(_list_all(process, local_sockets, processes, signals))
 
 
 def _list_foreign(*, network: bool) -> Iterator[_Instruction]:
     yield from _refuse((_OTHERS | _SYSTEM).values())
     yield from _require_argument(_PRLIMIT, 0, 0)  # of this process
+    yield from _require_argument(_MOVE_PAGES, 0, 0)
+    for call in _PLACED.values():
+        yield from _require_argument(call, 0, 0, error=0)
+    yield from _refuse_argument(_FCNTL, 1, _OWNERS)
+    yield from _refuse_argument(_IOCTL, 1, _TERMINALS)
     if not network:
         yield from _require_argument(_SOCKET, 0, _AF_UNIX)
 
 
-def _list_all(process: int, local_sockets: bool, processes: bool) -> Iterator[_Instruction]:
+def _list_all(
+    process: int, local_sockets: bool, processes: bool, signals: bool
+) -> Iterator[_Instruction]:
     yield from _list_foreign(network=False)
     yield from _refuse((_ATTRIBUTES | _SHARED | _LEAVING).values())
     if not local_sockets:
@@ -119,10 +138,11 @@ def _list_all(process: int, local_sockets: bool, processes: bool) -> Iterator[_I
         yield from _require_argument(
             _SENDTO, 4, 0, whole=True
         )  # the address, of which a pair has no need
-    if not processes:
-        yield from _refuse(_STARTS.values())
+    if not signals:
         yield from _require_argument(_KILL, 0, process)
         yield from _require_argument(_TGKILL, 0, process)
+    if not processes:
+        yield from _refuse(_STARTS.values())
         yield from _refuse([_CLONE3], errno.ENOSYS)  # its flags are in memory: clone is asked then
         yield from _require_thread()
 
@@ -134,18 +154,35 @@ def _refuse(calls: Iterable[tuple[int, int]], error: int = errno.EPERM) -> Itera
 
 
 def _require_argument(
-    call: tuple[int, int], index: int, value: int, *, whole: bool = False
+    call: tuple[int, int],
+    index: int,
+    value: int,
+    *,
+    whole: bool = False,
+    error: int = errno.EPERM,
 ) -> Iterator[_Instruction]:
     """Have a call fail unless an argument has a value, which is one of C's int.
 
     Its high half may then be anything; of an address it is looked at, too (`whole`), and is zero.
+    Where `error` is 0 the call is not made, and who makes it is told that it was.
     """
     halves = ((0, value), (4, 0)) if whole else ((0, value),)
     yield (_EQUAL, 0, 3 * len(halves) + 1, _choose(call))
     for offset, half in halves:
         yield (_LOAD, 0, 0, _ARGUMENTS + 8 * index + offset)
         yield (_EQUAL, 1, 0, half)
-        yield (_RETURN, 0, 0, _ERROR | errno.EPERM)
+        yield (_RETURN, 0, 0, _ERROR | error)
+    yield (_LOAD, 0, 0, _NUMBER)
+
+
+def _refuse_argument(
+    call: tuple[int, int], index: int, values: Sequence[int]
+) -> Iterator[_Instruction]:
+    """Have a call fail where an argument has one of some values, which are of C's int."""
+    yield (_EQUAL, 0, 2 * len(values) + 2, _choose(call))
+    yield (_LOAD, 0, 0, _ARGUMENTS + 8 * index)
+    for value in values:
+        yield from ((_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ERROR | errno.EPERM))
     yield (_LOAD, 0, 0, _NUMBER)
 
 

@@ -5,6 +5,7 @@ They are for us alone, and survive a power cut.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -15,8 +16,8 @@ from hubaoti.artifact import manifest as manifests
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.package import copy_hashed, copy_unpacked, has_bytes, holds_members, unpack
 from hubaoti.artifact.schema import Graph
-from hubaoti.disk import sync_folder
-from hubaoti.errors import DigestMismatch
+from hubaoti.disk import explain_unread, open_plain, sync_folder
+from hubaoti.errors import BadManifest, DigestMismatch
 from hubaoti.mirror.kernel import KERNELS, holds_kernel
 
 
@@ -41,6 +42,29 @@ class Artifact:
     def file(self, path: str) -> Path:
         """Where one of the small tensors' files lies."""
         return self.path / path
+
+
+def read_artifact(
+    root: Path, digest: str, folder: Path | None = None, is_known: bool = False
+) -> Artifact | None:
+    """The artifact of the mirror at `root`, promised or not, whose manifest lies in a folder, by
+    default in its own.
+
+    The manifest is believed by its digest, its form too where it `is_known`: where a row of the
+    index promises it. None where there is none, or another.
+
+    Raises:
+        HubaotiError: it could not be read.
+    """
+    folder = folder or root / "artifacts" / digest
+    path = folder / manifests.FILENAME
+    with suppress(FileNotFoundError, BadManifest):
+        with open_plain(path) as file:
+            text = file.read()
+        if hashlib.sha256(text).hexdigest() == digest:
+            manifest = manifests.parse_manifest(text, str(path), is_known)
+            return Artifact(digest, folder, root / "graphs", manifest)
+    return None
 
 
 def describe_changed(path: Path) -> DigestMismatch:
@@ -93,12 +117,16 @@ def compute_unpacked_size(manifest: Manifest) -> int:
 
 
 def has_sizes(artifact: Artifact) -> bool:
-    """Whether every file is there, of the right size; their bytes are for `verify`."""
+    """Whether every file is there, of the right size; their bytes are for `verify`.
+
+    Raises:
+        HubaotiError: one could not be looked at.
+    """
     sizes = {f"{artifact.path}/{file.path}": file.size for file in artifact.manifest.files}
     for graph in artifact.manifest.graphs:
         folder = artifact.graph_folder(graph)
         sizes |= {f"{folder}/{member.path}": member.size for member in graph.members}
-    with suppress(OSError):
+    with suppress(FileNotFoundError), explain_unread(artifact.path):
         return all(os.lstat(path).st_size == size for path, size in sizes.items())
     return False
 

@@ -96,6 +96,9 @@ def _import_folder(mirror: Mirror, source: Path) -> list[Artifact]:
     for folder in folders:
         manifest = _read_manifest(folder / FILENAME)
         files = {file.path: folder / file.path for file in manifest.all_files()}
+        for path in files.values():  # of a pipe nothing is awaited
+            if not (path.is_file() or path.is_dir()):
+                raise BadExport(f"{path} is listed and is not there", hint=_AGAIN)
         try:
             artifacts.append(mirror.put(manifest, files))
         except FileNotFoundError as error:

@@ -6,6 +6,7 @@ memory that its own manifest names. A manifest that could name any would say wha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,6 +20,9 @@ class Limits:
 
     `tolerance` is a part of the largest value, by default that of float8, the coarsest that is
     compiled; `memory` are bytes.
+
+    Raises:
+        ValueError: one is no number, or none that anything is compared with (nan).
     """
 
     tolerance: float = 0.15
@@ -26,7 +30,8 @@ class Limits:
     without_golden: bool = False
 
     def __post_init__(self) -> None:
-        numbers = all(type(each) in {int, float} for each in (self.tolerance, self.memory))
+        given = (self.tolerance, self.memory)
+        numbers = all(type(each) in {int, float} and not math.isnan(each) for each in given)
         if not numbers or type(self.without_golden) is not bool:
             raise ValueError("limits are numbers, and without_golden is true or false")
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import secrets
 import sqlite3
+from collections.abc import Collection
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hubaoti.disk import explain_disk_errors
-from hubaoti.mirror.artifact import compute_unpacked_size, has_sizes
+from hubaoti.mirror.artifact import compute_unpacked_size, has_sizes, read_artifact
 from hubaoti.mirror.folders import make_private
 from hubaoti.mirror.index import DAMAGED
-from hubaoti.mirror.rows import PullOrigin, Row
+from hubaoti.mirror.rows import Promise, PullOrigin, Row
 
 if TYPE_CHECKING:
     from hubaoti.mirror.store import Mirror
@@ -24,11 +25,25 @@ def restore_rows(mirror: Mirror) -> list[Row]:
 
     Its bytes are hashed before it is opened, as always. Nothing is known of its origin, so it is a
     stranger's until somebody says otherwise.
+
+    Raises:
+        HubaotiError: something could not be read; nothing is promised then.
     """
-    known = {row.digest for row in mirror.index.rows()}
-    rows = []
-    for folder in (mirror.root / "artifacts").iterdir():
-        artifact = None if folder.name in known else mirror.read(folder.name)
+    promises = find_whole(mirror.root, {row.digest for row in mirror.index.rows()})
+    for promise in promises:
+        mirror.index.keep(promise)
+    return [promise.row for promise in promises]
+
+
+def find_whole(root: Path, known: Collection[str] = ()) -> list[Promise]:
+    """What lies in the mirror at `root` whole, but for what is known, as it would be promised.
+
+    Raises:
+        HubaotiError: something could not be read.
+    """
+    found = []
+    for folder in (root / "artifacts").iterdir():
+        artifact = None if folder.name in known else read_artifact(root, folder.name)
         if artifact is None or not has_sizes(artifact):
             continue
         manifest = artifact.manifest
@@ -41,9 +56,8 @@ def restore_rows(mirror: Mirror) -> list[Row]:
             added=folder.stat().st_mtime,
             origin=PullOrigin(),
         )
-        mirror.index.add(row, {graph.sha256 for graph in manifest.graphs})
-        rows.append(row)
-    return rows
+        found.append(Promise(row, tuple({graph.sha256 for graph in manifest.graphs}), ()))
+    return found
 
 
 def set_index_apart(root: Path) -> Path:

@@ -11,11 +11,9 @@ from hubaoti.artifact.package import holds_members
 from hubaoti.artifact.schema import Graph
 from hubaoti.disk import explain_disk_errors
 from hubaoti.mirror.artifact import holds_small, is_whole
-from hubaoti.mirror.quarantine import NOTE, read_note
+from hubaoti.mirror.quarantine import BESIDE, NOTE, read_note
 from hubaoti.mirror.rows import Row
 from hubaoti.mirror.store import Mirror
-
-_KEPT = "~"  # ends the name of a folder that has a note, and nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +63,8 @@ def _list_quarantined(mirror: Mirror) -> list[Path]:
 
 def _keep_note(folder: Path) -> None:
     """Have a note beside its folder, too, until all is back: whatever ends us, it can be again."""
-    kept = folder.with_name(f"{folder.name}{_KEPT}")
-    if read_note(folder).promises and not folder.name.endswith(_KEPT):
+    kept = folder.with_name(f"{folder.name}{BESIDE}")
+    if read_note(folder).promises and not folder.name.endswith(BESIDE):
         with suppress(FileExistsError):  # of who was ended
             kept.mkdir(mode=0o700, exist_ok=True)
             (kept / NOTE).hardlink_to(folder / NOTE)
@@ -75,8 +73,8 @@ def _keep_note(folder: Path) -> None:
 def _drop_kept_notes(mirror: Mirror) -> None:
     """Drop the notes beside folders that have theirs, and those of which all is promised again."""
     for kept in _list_quarantined(mirror):
-        if kept.name.endswith(_KEPT):
-            folder, promises = kept.with_name(kept.name[: -len(_KEPT)]), read_note(kept).promises
+        if kept.name.endswith(BESIDE):
+            folder, promises = kept.with_name(kept.name[: -len(BESIDE)]), read_note(kept).promises
             is_promised = all(mirror.index.row(promise.row.digest) for promise in promises)
             if is_promised or (folder / NOTE).exists():
                 shutil.rmtree(kept, ignore_errors=True)

@@ -6,13 +6,14 @@ trust.toml names them by the sha256 of their files, which lie in `$HUBAOTI_HOME/
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hubaoti.disk import explain_disk_errors
+from hubaoti.disk import explain_disk_errors, open_plain
 from hubaoti.errors import HubaotiError
 from hubaoti.mirror.folders import make_private, refuse_shared
 
@@ -52,8 +53,8 @@ class Signer:
         """In words, which are no other signer's."""
         if self.key is not None:
             return f"key {self.key}"
-        named = f"identity {self.identity}"
-        issued = "" if self.issuer is None else f" of {self.issuer}"
+        named = f"identity {_quote(self.identity or '')}"
+        issued = "" if self.issuer is None else f" of {_quote(self.issuer)}"
         return named + issued + ("" if self.root is None else f" by root {self.root}")
 
     def to_entry(self) -> dict[str, str]:
@@ -65,6 +66,11 @@ class Signer:
         """What the fields of an entry say, which are taken out of it; None where none do."""
         found = {name: entry.pop(name) for name in cls.__slots__ if name in entry}
         return cls(**found) if found else None
+
+
+def _quote(name: str) -> str:
+    """A name as it is; quoted where it could be read as more than one word, or as a quoted one."""
+    return name if name.split() == [name] and not name.startswith('"') else json.dumps(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +101,12 @@ class Keys:
         refuse_shared(self.folder)
         refuse_shared(path)
         try:
-            content = path.read_bytes()
-        except OSError as error:
+            with open_plain(path) as file:
+                content = file.read()
+        except FileNotFoundError as error:
             raise HubaotiError(
                 f"{path}, by which signatures of {whose} are looked at, cannot be read: "
-                f"{error.strerror}",
+                "there is no such file",
                 hint=f"give it once more: hubaoti trust add {whose} --key (or --root) FILE",
             ) from error
         if digest(content) != name:

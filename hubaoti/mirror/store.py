@@ -17,21 +17,18 @@ last. Whatever is killed in between leaves nothing that is believed.
 from __future__ import annotations
 
 import errno
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from hubaoti.artifact import manifest as manifests
 from hubaoti.artifact.kernel_pin import KernelBuild, KernelPin
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.package import has_bytes, holds_members
 from hubaoti.artifact.schema import File, Graph
 from hubaoti.artifact.variant import Recipe
 from hubaoti.disk import explain_disk_errors, require_disk_room, sync_folder
-from hubaoti.errors import BadManifest, Blocked, HubaotiError, KernelDigestMismatch
+from hubaoti.errors import Blocked, HubaotiError, KernelDigestMismatch
 from hubaoti.mirror.answers import Answers
 from hubaoti.mirror.artifact import (
     Artifact,
@@ -39,6 +36,7 @@ from hubaoti.mirror.artifact import (
     describe_changed,
     has_sizes,
     holds_small,
+    read_artifact,
     unpack_synced,
     write_small,
 )
@@ -55,7 +53,7 @@ from hubaoti.mirror.kernel import KERNELS, holds_kernel, require_kernel, write_k
 from hubaoti.mirror.leases import Leases
 from hubaoti.mirror.policy import Decision, Evidence, decide
 from hubaoti.mirror.quarantine import Note, set_apart
-from hubaoti.mirror.rebuild import restore_rows
+from hubaoti.mirror.rebuild import find_whole
 from hubaoti.mirror.rows import BUILT_HERE, Pin, PullOrigin, Row
 from hubaoti.mirror.seen import Seen
 from hubaoti.mirror.trust import Trust
@@ -98,9 +96,12 @@ class Mirror:
             if is_writable:
                 sweep_folder(root / "tmp")
             is_new = is_writable and not index.is_file()
+        # What lies there was of an index that was lost. It is read before there is a new one: what
+        # cannot be read now is asked for again, and not taken for something that nobody promises.
+        lost = find_whole(root) if is_new else []
         mirror = cls(root, Index(index, is_writable))
-        if is_new:  # what lies there was of an index that was lost
-            restore_rows(mirror)
+        for promise in lost:
+            mirror.index.keep(promise)
         return mirror
 
     def close(self) -> None:
@@ -252,6 +253,9 @@ class Mirror:
         """The artifact of this digest; None when it is not here, or not whole.
 
         Its manifest is hashed again before it is believed; see `verify` for the other files.
+
+        Raises:
+            HubaotiError: a file of it could not be looked at.
         """
         if self.index.row(digest) is None:
             return None
@@ -313,8 +317,8 @@ class Mirror:
         """Keep a graph apart that must not be opened, and promise no artifact that holds it."""
         if self.index.is_writable:
             note = Note(graph, tuple(self.index.list_promises(graph.sha256)))
-            self.index.remove_graph(graph.sha256)
-            self._quarantine(self.root / "graphs" / graph.sha256, note)
+            remove = partial(self.index.remove_graph, graph.sha256)
+            self._quarantine(self.root / "graphs" / graph.sha256, note, remove)
 
     def verify_file(self, artifact: Artifact, file: File) -> Path:
         """Hash one of the small tensors' files again; where it lies.
@@ -331,19 +335,12 @@ class Mirror:
     def read(
         self, digest: str, folder: Path | None = None, is_known: bool = False
     ) -> Artifact | None:
-        """The artifact, promised or not, whose manifest lies in a folder, by default in its own.
+        """The artifact, promised or not, whose manifest lies in a folder: `read_artifact`.
 
-        The manifest is believed by its digest, its form too where it `is_known`: where a row of the
-        index promises it. None where it is another, or cannot be read.
+        Raises:
+            HubaotiError: it could not be read.
         """
-        folder = folder or self.root / "artifacts" / digest
-        path = folder / manifests.FILENAME
-        with suppress(OSError, BadManifest):
-            text = path.read_bytes()
-            if hashlib.sha256(text).hexdigest() == digest:
-                manifest = manifests.parse_manifest(text, str(path), is_known)
-                return Artifact(digest, folder, self.root / "graphs", manifest)
-        return None
+        return read_artifact(self.root, digest, folder, is_known)
 
     def _store(self, artifact: Artifact, files: Mapping[str, Path]) -> None:
         """Write what is missing; the artifact's own folder, which names the graphs, comes last."""
@@ -391,10 +388,17 @@ class Mirror:
         A mirror that may not be written keeps both.
         """
         if self.index.is_writable:
-            promise = self.index.read_promise(digest)
-            self.index.remove(digest)
-            if broken is not None:
-                self._quarantine(broken, Note(None, (promise,) if promise else ()))
+            remove = partial(self.index.remove, digest)
+            if broken is None:
+                remove()
+            else:
+                promise = self.index.read_promise(digest)
+                self._quarantine(broken, Note(None, (promise,) if promise else ()), remove)
 
-    def _quarantine(self, folder: Path, note: Note = Note()) -> None:  # noqa: B008
-        set_apart(folder, self.root / "quarantine", note)
+    def _quarantine(
+        self,
+        folder: Path,
+        note: Note = Note(),  # noqa: B008
+        remove: Callable[[], object] = lambda: None,
+    ) -> None:
+        set_apart(folder, self.root / "quarantine", note, remove)
