@@ -28,6 +28,7 @@ from hubaoti.hub.catalog import Catalog
 from hubaoti.hub.keys import make_key_pair
 from hubaoti.hub.layout import RepoRef, artifact_path
 from hubaoti.hub.push import Destination, push_bundles
+from hubaoti.mirror import Mirror, PullOrigin
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
@@ -161,6 +162,43 @@ def test_what_may_not_be_pushed_is_of_use_here_and_that_is_said(
     facts = json.loads(done.out)
     assert facts["compiled"] and facts["digest"] == built.manifest.digest
     assert facts["notes"] == [f"pushed to {repo} at {facts['commit']}"]
+
+
+@pytest.fixture
+def theirs(tmp_path: Path, repo: str, settings: Settings, job: Job, source: ModelSource) -> Bundle:
+    """What acme built of this very key, and this machine pulled once."""
+    bundle = make_built(tmp_path / "theirs", job, source)
+    files = {each.path: bundle.path / each.path for each in bundle.manifest.all_files()}
+    with Mirror.open(settings.mirror) as mirror:
+        origin = PullOrigin(settings.endpoint, "acme/other", "a" * 40, "path")
+        mirror.put(bundle.manifest, files, origin)
+    return bundle
+
+
+def test_what_somebody_else_built_is_found_and_not_called_compiled_here(
+    repo: str, held: Bundle, theirs: Bundle, settings: Settings
+) -> None:
+    done = inside(settings, "pull", repo, "--trust", "--missing", "compile")
+    assert done.code == 0 and theirs.manifest.digest[:12] in done.out, done
+    assert "from the mirror" in done.out and "compiled here" not in done.out
+
+
+def test_what_somebody_else_built_is_compiled_here_before_it_is_pushed_back(
+    repo: str, held: Bundle, theirs: Bundle, settings: Settings, hub: HfApi
+) -> None:
+    before = hub.repo_info(repo).sha
+    with pytest.raises(Building):
+        fill(repo, settings, push_back=True)
+    assert hub.repo_info(repo).sha == before
+
+
+def test_a_push_back_that_failed_is_said_to_who_wants_to_hear_nothing(
+    repo: str, held: Bundle, built: Bundle, settings: Settings
+) -> None:
+    reader = replace(settings, token=None)
+    done = inside(reader, "pull", repo, "--trust", "--missing", "compile", "--push-back", "-q")
+    assert (done.code, done.out) == (0, "")
+    assert f"it is not pushed to {repo}: " in done.err and "HF_TOKEN" in done.err
 
 
 def test_a_machine_that_was_faster_keeps_its_place(

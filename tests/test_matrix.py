@@ -15,7 +15,7 @@ import pytest
 from bundles import CPU, changed, make_bundle
 from commands import HUBAOTI, environment_of, inside
 from huggingface_hub import HfApi
-from planned import end_builds, make_built, plan_job, store_built
+from planned import Building, end_builds, make_built, plan_job, store_built
 from proxies import Proxy
 
 import hubaoti
@@ -25,9 +25,13 @@ from hubaoti.api.matrix import Entry
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.schema import Direct, ModelSource
 from hubaoti.compiler.job import Job
+from hubaoti.engines.background_compile import Outcome, Work
+from hubaoti.engines.background_compile import _run_work as run_work
 from hubaoti.hub.keys import make_key_pair
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.push import Destination, push_bundles
+from hubaoti.mirror import Mirror, PullOrigin
+from hubaoti.mirror.trust import Trust
 from hubaoti.settings import Settings
 
 Write = Callable[..., Path]
@@ -92,6 +96,54 @@ def test_what_repos_lack_is_pushed_and_a_second_run_does_nothing(
         assert pulled.artifact.digest == built.manifest.digest
         assert len(HfApi(settings.endpoint, token=settings.token).list_repo_commits(name)) == 2
     assert not any((settings.home / "fill").iterdir())
+
+
+def test_what_somebody_else_built_is_compiled_here_before_it_is_published(
+    repo: str, write: Write, tiny_roberta: Path, settings: Settings, job: Job, tmp_path: Path
+) -> None:
+    theirs = make_built(tmp_path / "theirs", job, ModelSource(model="tiny-roberta"))
+    files = {each.path: theirs.path / each.path for each in theirs.manifest.all_files()}
+    with Mirror.open(settings.mirror) as mirror:
+        origin = PullOrigin(settings.endpoint, "acme/other", "a" * 40, "path")
+        mirror.put(theirs.manifest, files, origin)
+        mirror.trust.add(settings.endpoint, "acme")
+    path = write(f'model = "{tiny_roberta}"\nrepo = "{repo}"\n{DIMS}')
+    done = inside(settings, "compile", "--matrix", path, "--dry-run")
+    assert done.out.rstrip().endswith("is missing"), "what is theirs is not built already"
+    with pytest.raises(Building):
+        [*hubaoti.compile_matrix(path, settings=settings)]
+    store_built(make_built(tmp_path / "ours", job, ModelSource(model="ours")), settings)
+    (outcome,) = hubaoti.compile_matrix(path, settings=settings)
+    assert outcome.state == "pushed", "of both, its own"
+
+
+def test_what_an_engine_pushes_was_built_here(
+    repo: str, tiny_roberta: Path, settings: Settings, job: Job, tmp_path: Path
+) -> None:
+    theirs = make_built(tmp_path / "theirs", job, ModelSource(model="tiny-roberta"))
+    files = {each.path: theirs.path / each.path for each in theirs.manifest.all_files()}
+    with Mirror.open(settings.mirror) as mirror:
+        artifact = mirror.put(theirs.manifest, files, PullOrigin(repo="acme/other"))
+        mirror.trust.add_artifact(artifact.digest)
+    work = Work(str(tiny_roberta), WORDS, None, settings.to_env())
+    found = run_work(work)
+    assert isinstance(found, Outcome) and found.digest == artifact.digest
+    with pytest.raises(Building):
+        run_work(msgspec.structs.replace(work, push=repo))
+
+
+def test_what_is_not_published_for_it_is_compiled_here_as_the_hint_says(
+    repo: str, tiny_roberta: Path, settings: Settings, job: Job, tmp_path: Path
+) -> None:
+    theirs = make_built(tmp_path / "theirs", job, ModelSource(model="tiny-roberta"))
+    with pytest.raises(errors.NotBuiltHere) as why:
+        hubaoti.push(theirs, repo, settings=settings)
+    assert "--force" in why.value.hint
+    Trust(settings.trust).add_artifact(theirs.manifest.digest)
+    words: dict[str, Any] = {**WORDS, "settings": settings}
+    assert hubaoti.compile(tiny_roberta, theirs.path, **words) == theirs, "found, as it is trusted"
+    with pytest.raises(Building):
+        hubaoti.compile(tiny_roberta, theirs.path, force=True, **words)
 
 
 def test_a_dry_run_says_what_is_missing_and_does_nothing(
@@ -225,6 +277,11 @@ BAD: dict[str, tuple[str, tuple[str, ...], type[errors.HubaotiError]]] = {
         f"[[build]]\n{MODEL}{REPO}dims = {{ seq = [8] }}",
         ("build 1", "(min, max)"),
         errors.BadDim,
+    ),
+    "a repo at a revision": (
+        f'[[build]]\n{MODEL}repo = "me/m@v1"',
+        ("build 1", "goes to the default branch", 'repo = "me/m"'),
+        errors.BadRequest,
     ),
     "a repo that is none": (
         f'[[build]]\n{MODEL}repo = "tiny"',

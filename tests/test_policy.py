@@ -154,7 +154,7 @@ def test_the_first_place_it_came_from_hides_no_other(tmp_path: Path, settings: S
         mirror.index.remove(artifact.digest)  # and what is known outlives its copy
         assert len(mirror.index.list_origins(artifact.digest)) == 2
         mirror.trust.remove(settings.endpoint, "acme")
-        with pytest.raises(Untrusted, match="mallory and acme, who are not trusted"):
+        with pytest.raises(Untrusted, match="mallory at .* and acme at .*, who are not"):
             mirror.require_allowed(artifact.digest)
 
 

@@ -83,6 +83,53 @@ def test_a_tag_to_be_moved_is_named() -> None:
     assert "--tag" in why.value.hint
 
 
+@pytest.mark.parametrize("tag", ["refs/heads/x", "refs/tags/v1", "HEAD", "main", "deadbeef" * 5])
+def test_a_tag_that_reads_as_something_else_is_refused_before_anything_is_asked(
+    tag: str, bundle: Bundle, repo: str, settings: Settings, proxy: Proxy
+) -> None:
+    done = inside(settings, "push", bundle.path, repo, "--tag", tag, "--as-is")
+    assert done.code == BadRequest.exit_code, done
+    assert f"the tag {tag} reads as" in done.err and "v1" in done.err
+    assert not proxy.requests
+
+
+@pytest.mark.parametrize("move", [False, True])
+def test_a_tag_is_not_called_as_a_branch(
+    move: bool, bundle: Bundle, repo: str, settings: Settings, api: HfApi
+) -> None:
+    before = api.create_repo(repo) and api.repo_info(repo).sha
+    api.create_branch(repo, branch="stable")
+    with pytest.raises(Conflict, match="has a branch stable"):
+        ship(bundle, repo, settings, tag="stable", move_tag=move)
+    assert tags(api, repo) == {} and api.repo_info(repo).sha == before
+
+
+def test_a_push_whose_tag_fails_removes_the_repo_that_it_made(
+    bundle: Bundle, repo: str, settings: Settings, api: HfApi, proxy: Proxy
+) -> None:
+    proxy.matching, proxy.answers = "/tag/", [(400, {"X-Error-Message": "no such tag is wanted"})]
+    with pytest.raises(HubaotiError, match="no such tag is wanted") as why:
+        ship(bundle, repo, settings, tag="v1")
+    assert "the same push" not in why.value.hint
+    assert not api.repo_exists(repo)
+    ship(bundle, repo, settings, tag="v1")
+    assert tags(api, repo) == {"v1": str(api.repo_info(repo).sha)}
+
+
+def test_a_push_whose_tag_fails_says_which_commit_is_there_and_sets_the_tag_when_repeated(
+    bundle: Bundle, repo: str, settings: Settings, api: HfApi, proxy: Proxy
+) -> None:
+    api.create_repo(repo)
+    proxy.matching, proxy.answers = "/tag/", [(403, {})]
+    with pytest.raises(HubaotiError) as why:
+        ship(bundle, repo, settings, tag="v1")
+    head = str(api.repo_info(repo).sha)
+    assert f"has the commit {head} now, and the tag v1 is not set" in str(why.value)
+    assert "the same push again" in why.value.hint
+    again = ship(bundle, repo, settings, tag="v1")
+    assert (again.commit, again.created, tags(api, repo)) == (head, False, {"v1": head})
+
+
 # Another artifact at the path
 
 

@@ -13,6 +13,7 @@ from hubaoti.artifact.manifest import FILENAME
 from hubaoti.errors import BadRequest
 from hubaoti.host.extras import require
 from hubaoti.mirror import Artifact, Mirror
+from hubaoti.mirror.policy import trust_artifact
 from hubaoti.mirror.trust import Trust
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.runtime.first_open import require_sound
@@ -215,7 +216,7 @@ def _require_locked(
 def _require_allowed(digest: str, trust: bool, mirror: Mirror) -> None:
     """See that an artifact may be opened here; with `trust` it may from now on."""
     if trust and not mirror.decide(digest).allowed:
-        mirror.trust_artifact(digest)
+        trust_artifact(mirror, digest)
     mirror.require_allowed(digest)
 
 

@@ -67,12 +67,16 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """Where things are, who is told of steps, and how the work is done."""
+    """Where things are, who is told of steps, and how the work is done.
+
+    With `own` nothing that others built is found: what is published is this machine's.
+    """
 
     settings: Settings
     progress: Progress
     force: bool = False
     at_once: int | None = None
+    own: bool = False
 
 
 def build_missing(
@@ -96,7 +100,8 @@ def build_missing(
         missing = dict(zip(found, jobs.jobs, strict=True))
         around.enter_context(_alone_with(missing.values(), mirror, means.progress))
         for place in [] if means.force else [*missing]:
-            found[place] = find_built(missing[place].key, place, mirror, means.progress)
+            key = missing[place].key
+            found[place] = find_built(key, place, mirror, means.progress, means.own)
             if found[place]:
                 del missing[place]
         if missing:
@@ -339,16 +344,19 @@ def explain_jobs(
             raise join_errors(found.refused)
         kernel = str(RepoRef.parse(request.kernel or KERNEL))
         return [
-            _explain_job(job, output and choose_place(output, request, job), kernel, mirror)
+            _explain_job(job, output and choose_place(output, request, job), kernel, mirror, means)
             for job in found.jobs
         ]
 
 
-def _explain_job(job: Job, output: Path | None, kernel: str, mirror: Mirror) -> Explanation:
+def _explain_job(
+    job: Job, output: Path | None, kernel: str, mirror: Mirror, means: Means
+) -> Explanation:
     """What compiling a job would do, without doing it."""
     bundle = find_whole(output, job.key) if output else None
     places = [f"{output}"] if bundle and mirror.decide(bundle.manifest.digest).allowed else []
-    places += ["the mirror"] if any(list_allowed(mirror, mirror.index.rows(job.key))) else []
+    here = list_allowed(mirror, mirror.index.rows(job.key), means.own)
+    places += ["the mirror"] if any(here) else []
     return Explanation(
         key=job.key,
         built=next(iter(places), None),

@@ -138,8 +138,29 @@ def compile(  # noqa: PLR0913 - a face of keywords
         "revision": revision,
         "trust_remote_code": trust_remote_code,
     }
-    request = _read_words(model, device, words)
+    request = read_words(model, device, words)
     means = Means(settings or Settings.from_env(), progress, force, jobs)
+    return build_missing(model, request, Path(output), means)[0]
+
+
+def compile_own(  # noqa: PLR0913 - a face of keywords
+    model: str | Path | nn.Module,
+    output: str | Path = "bundle",
+    *,
+    device: str | None = None,
+    force: bool = False,
+    jobs: int | None = None,
+    settings: Settings | None = None,
+    progress: Progress = report_nothing,
+    **words: Unpack[CompileWords],
+) -> Bundle:
+    """As `compile`, for what is published: what others built is not taken for it.
+
+    Raises:
+        HubaotiError: as `compile`.
+    """
+    request = read_words(model, device, words)
+    means = Means(settings or Settings.from_env(), progress, force, jobs, own=True)
     return build_missing(model, request, Path(output), means)[0]
 
 
@@ -167,7 +188,7 @@ def compile_for(  # noqa: PLR0913 - a face of keywords
     Raises:
         HubaotiError: what failed and what to do; no half-written bundle is left.
     """
-    request = _read_capabilities(capabilities, words)
+    request = read_capabilities(capabilities, words)
     means = Means(settings or Settings.from_env(), progress, force, jobs)
     return tuple(build_missing(model, request, Path(output), means))
 
@@ -195,9 +216,9 @@ def explain(
     place = Path(output) if output is not None else None
     means = Means(settings or Settings.from_env(), progress)
     if capability is None:
-        request = _read_words(model, device, words)
+        request = read_words(model, device, words)
     else:
-        request = _read_capabilities(capability, {**words, "device": device})
+        request = read_capabilities(capability, {**words, "device": device})
     if len(request.capabilities) * max(1, len(request.attentions)) > 1:
         several = [f"sm{each}" for each in request.capabilities], request.attentions
         raise BadRequest(
@@ -223,11 +244,11 @@ def explain_for(
     """
     place = Path(output) if output is not None else None
     means = Means(settings or Settings.from_env(), progress)
-    request = _read_capabilities(capabilities, words)
+    request = read_capabilities(capabilities, words)
     return tuple(explain_jobs(model, request, place, means))
 
 
-def _read_words(
+def read_words(
     model: str | Path | nn.Module, device: str | None, words: CompileWords
 ) -> CompileRequest:
     """What is asked for a device of this machine, by default the one on which a module lies."""
@@ -242,7 +263,7 @@ def _name_pairs(gpus: Sequence[str], attentions: Sequence[str]) -> str:
     )
 
 
-def _read_capabilities(
+def read_capabilities(
     capabilities: str | Iterable[str | int], words: Mapping[str, Any]
 ) -> CompileRequest:
     """What is asked for GPUs that need not be here."""

@@ -199,7 +199,7 @@ def compile_alone(
 
 def _compile_missing(puller: Puller, ref: RepoRef, missing: Missing, output: Path) -> Pulled:
     """Compile what a repo lacks, have it in the mirror, and push it where that is asked for."""
-    from hubaoti.api.compiling import compile
+    from hubaoti.api.compiling import compile, compile_own
     from hubaoti.hub.catalog import read_catalog
 
     require("pull --missing compile", "compile")
@@ -214,7 +214,8 @@ def _compile_missing(puller: Puller, ref: RepoRef, missing: Missing, output: Pat
     words = read_words(catalog.readable[pattern], device, puller.host) if pattern else {}
     words |= read_recipe(puller.recipe)
     puller.progress(f"compiling {model} for {ref.repo}")
-    bundle = compile(
+    # What others built is of use here, and nothing that this machine publishes.
+    bundle = (compile_own if missing.push_back else compile)(
         model,
         output,
         device=device,
@@ -241,7 +242,7 @@ def _describe_compiled(
     place: ArtifactPath,
     missing: Missing,
 ) -> Pulled:
-    """What was compiled, as a pull gives it; pushed where that is asked for."""
+    """What was compiled, or found, as a pull gives it; pushed where that is asked for."""
     from hubaoti.api.attaching import put
     from hubaoti.hub.choice import Considered, Pulled
 
@@ -250,11 +251,13 @@ def _describe_compiled(
     artifact = mirror.artifact(manifest.digest) or put(bundle, mirror)
     verdict = puller.judge(manifest.requires)
     considered = (Considered(place, manifest, verdict),)
-    notes: tuple[str, ...] = ()
+    notes, pushed = tuple[str, ...](), True
     if missing.push_back:
-        commit, note = _push_back(puller, ref, commit, bundle, place, missing.sign)
+        commit, note, pushed = _push_back(puller, ref, commit, bundle, place, missing.sign)
         notes = (note,)
-    return Pulled(artifact, ref, commit, place, verdict, considered, notes, False, True)
+    built = mirror.index.is_built(manifest.digest)
+    facts = (artifact, ref, commit, place, verdict, considered, notes)
+    return Pulled(*facts, from_mirror=not built, compiled=built, is_kept_back=not pushed)
 
 
 def _push_back(
@@ -264,8 +267,9 @@ def _push_back(
     bundle: Bundle,
     place: ArtifactPath,
     sign: str | Path | None,
-) -> tuple[str, str]:
-    """The commit of a repo that has what was compiled, and what is to be said of the push.
+) -> tuple[str, str, bool]:
+    """The commit of a repo that has what was compiled, what is to be said of the push, and whether
+    the repo has it now.
 
     What could not be pushed can be used here all the same. Another machine of this kind may have
     been faster, and keeps the path.
@@ -275,7 +279,7 @@ def _push_back(
     try:
         there = find_in_repo(puller.client, ref.repo, place)
         if there is not None and there.key == bundle.manifest.key:
-            return commit, f"another machine pushed {place} meanwhile; this one stays here"
+            return commit, f"another machine pushed {place} meanwhile; this one stays here", True
         made = push(
             bundle,
             ref.repo,
@@ -285,8 +289,8 @@ def _push_back(
             progress=puller.progress,
         )
     except HubaotiError as error:
-        return commit, f"it is not pushed to {ref.repo}: {error} ({error.hint})"
-    return made.commit, f"pushed to {ref.repo} at {made.commit}"
+        return commit, f"it is not pushed to {ref.repo}: {error} ({error.hint})", False
+    return made.commit, f"pushed to {ref.repo} at {made.commit}", True
 
 
 def find_in_repo(

@@ -14,20 +14,22 @@ from hubaoti.mirror.answers import MIRROR
 from hubaoti.progress import Progress
 
 
-def find_built(key: str, output: Path, mirror: Mirror, progress: Progress) -> Bundle | None:
+def find_built(
+    key: str, output: Path, mirror: Mirror, progress: Progress, own: bool = False
+) -> Bundle | None:
     """The bundle of a key where it is already: at the output, or in the mirror.
 
     Anybody can claim a key, and put a bundle into a folder that others write, too. So only what may
-    be opened here is found.
+    be opened here is found; with `own` only what this machine built, as it is to be published.
     """
     tidy(output)  # else one that a kill moved aside is not found
     if bundle := find_whole(output, key):
         decision = mirror.decide(bundle.manifest.digest)
-        if decision.allowed:
+        if decision.allowed and (not own or mirror.index.is_built(bundle.manifest.digest)):
             progress(f"found {key[:12]} in {output}, {decision.reason}")
             return bundle
         progress(f"{output} holds {key[:12]}, {decision.reason}: it is not taken")
-    for artifact in list_allowed(mirror, mirror.index.rows(key)):
+    for artifact in list_allowed(mirror, mirror.index.rows(key), own):
         try:
             mirror.verify_own(artifact)
             bundle = _copy_from_mirror(artifact, output)
@@ -39,10 +41,12 @@ def find_built(key: str, output: Path, mirror: Mirror, progress: Progress) -> Bu
     return None
 
 
-def list_allowed(mirror: Mirror, rows: Iterable[Row]) -> Iterator[Artifact]:
-    """Of some rows the artifacts that may be opened here."""
+def list_allowed(mirror: Mirror, rows: Iterable[Row], own: bool = False) -> Iterator[Artifact]:
+    """Of some rows the artifacts that may be opened here, or of them only this machine's `own`."""
     for row in rows:
-        if mirror.decide(row.digest).allowed and (artifact := mirror.artifact(row.digest)):
+        is_meant = mirror.decide(row.digest).allowed
+        is_meant = is_meant and (not own or mirror.index.is_built(row.digest))
+        if is_meant and (artifact := mirror.artifact(row.digest)):
             yield artifact
 
 

@@ -15,12 +15,12 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 
-from hubaoti.api.building import Explanation, Means
-from hubaoti.api.compiling import compile, compile_for, explain, explain_for
+from hubaoti.api.building import Explanation, Means, build_missing, explain_jobs
+from hubaoti.api.compiling import read_capabilities, read_words
 from hubaoti.api.filling import compile_alone, find_in_repo, read_recipe
 from hubaoti.api.publishing import push
 from hubaoti.artifact.bundle import Bundle
@@ -35,6 +35,9 @@ from hubaoti.hub.zerogpu import artifact_branch
 from hubaoti.mirror import Mirror
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
+
+if TYPE_CHECKING:
+    from hubaoti.api.compiling import CompileWords
 
 _CPU, _FA3 = "cpu", "fa3"
 _LARGEST = 1 << 20  # bytes of a table
@@ -181,7 +184,7 @@ def compile_matrix(  # noqa: PLR0913 - a face of keywords
             nothing was begun.
         MissingDependency: they are to be signed, and the extra `sign` is not installed.
     """
-    means = Means(settings or Settings.from_env(), progress, at_once=jobs)
+    means = Means(settings or Settings.from_env(), progress, at_once=jobs, own=True)
     words: dict[str, Any] = {}
     if sign is not None:
         Signing.parse(sign, certificates, trust_config)
@@ -217,12 +220,13 @@ def _fill_entries(entries: Sequence[Entry], filling: _Filling) -> Iterator[Outco
 def _plan_cells(entry: Entry, means: Means) -> list[_Cell]:
     """The builds of an entry, with their keys; planned once for all its GPUs."""
     means.progress(f"planning {entry.model} for {', '.join(entry.kinds)}")
-    words = {"settings": means.settings, "progress": means.progress, **entry.words}
     cells = []
     if _CPU in entry.kinds:
-        cells.append(_Cell(entry, _CPU, explain(entry.model, **words)))
+        (plan,) = explain_jobs(entry.model, _read_request(entry.model, entry.words), None, means)
+        cells.append(_Cell(entry, _CPU, plan))
     if entry.gpus:
-        for plan in explain_for(entry.model, entry.gpus, **words):
+        request = _read_request(entry.model, entry.words, entry.gpus)
+        for plan in explain_jobs(entry.model, request, None, means):
             cells.append(_Cell(entry, f"sm{Variant.parse(plan.variant).sm}", plan))
     return cells
 
@@ -254,12 +258,15 @@ def _fill_cell(cell: _Cell, filling: _Filling) -> State:
 
 
 def _compile_cell(cell: _Cell, output: Path, means: Means) -> Bundle:
-    """The bundle of one build."""
-    words: dict[str, Any] = {"settings": means.settings, "progress": means.progress}
-    words |= {"jobs": means.at_once, **cell.words}
-    if cell.kind == _CPU:
-        return compile(cell.entry.model, output, **words)
-    return compile_for(cell.entry.model, cell.kind, output, **words)[0]
+    """The bundle of one build, made on this machine: what others built, it does not publish."""
+    model, gpus = cell.entry.model, () if cell.kind == _CPU else (cell.kind,)
+    return build_missing(model, _read_request(model, cell.words, gpus), output, means)[0]
+
+
+def _read_request(model: str, words: Mapping[str, Any], gpus: Sequence[str] = ()) -> CompileRequest:
+    """What is asked for, for some GPUs or for the CPU."""
+    said = cast("CompileWords", words)
+    return read_capabilities(gpus, said) if gpus else read_words(model, _CPU, said)
 
 
 def _is_there(client: HubClient, cell: _Cell) -> bool:
@@ -319,7 +326,8 @@ def _read_entry(where: str, table: Any) -> Entry:
         _refuse_unknown(where, table, Entry.__struct_encode_fields__)
     try:
         entry = msgspec.convert(table, Entry)
-        Destination(RepoRef.parse(entry.repo), label=entry.label, layout=entry.layout)
+        _refuse_revision(repo := RepoRef.parse(entry.repo))
+        Destination(repo, label=entry.label, layout=entry.layout)
         if entry.gpus or not entry.kinds:
             sms = parse_capabilities(entry.gpus)
             CompileRequest.parse({**entry.words, "capabilities": sms})
@@ -330,6 +338,19 @@ def _read_entry(where: str, table: Any) -> Entry:
     except HubaotiError as error:
         raise type(error)(f"{where}: {error}", hint=error.hint) from error
     return entry
+
+
+def _refuse_revision(repo: RepoRef) -> None:
+    """See that a build goes to a repo, and to no revision of one.
+
+    Raises:
+        BadRequest: it does.
+    """
+    if repo.revision is not None:
+        raise BadRequest(
+            f"what is built goes to the default branch, not to {repo}",
+            hint=f'write it as repo = "{repo.repo}", and tag the repo when all of it is there',
+        )
 
 
 def _refuse_unknown(where: str, table: Mapping[str, Any], known: Sequence[str]) -> None:

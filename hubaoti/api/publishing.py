@@ -114,7 +114,8 @@ def _require_built(bundles: Sequence[Bundle], repo: RepoRef, settings: Settings)
             raise NotBuiltHere(
                 f"{bundle.path} (artifact {digest[:12]}) was not built on this machine: {whose}. "
                 f"Whoever trusts {repo.owner} would run it",
-                hint="publish it all the same with --as-is (as_is=True), or compile it here",
+                hint="publish it all the same with --as-is (as_is=True), or compile it here with "
+                "--force (force=True): without, compile takes what is found",
             )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hubaoti.cli.output import Steps, format_size, print_json, print_line, print_some
+from hubaoti.cli.output import Steps, format_size, print_json, print_line, print_lines, print_some
 from hubaoti.settings import Settings
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ def pull_command(
         print_json(facts[0] if repo or any_of else facts)
     for pulled in [] if as_json or quiet else found:
         _print_pulled(pulled)
+    for pulled in [each for each in found if quiet and each.is_kept_back and not as_json]:
+        print_lines("\n".join(pulled.notes), err=True)  # it was asked for, and is no success
 
 
 def _choose_words(options: dict[str, Any], repo: object) -> dict[str, Any]:

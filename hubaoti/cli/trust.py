@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from hubaoti.artifact.bundle import Bundle
-from hubaoti.artifact.manifest import FILENAME
-from hubaoti.artifact.repo_name import is_name
+from hubaoti.api.trusting import NamedArtifact, Owner, find_subject
 from hubaoti.cli.output import print_json, print_line, print_table
 from hubaoti.errors import BadRequest
 from hubaoti.hub.keys import make_key_pair, read_public_key, read_root
 from hubaoti.mirror.signer import Signer, digest
-from hubaoti.mirror.trust import DIGEST, Publisher, Subject, Trust
+from hubaoti.mirror.trust import Publisher, Subject, Trust
 from hubaoti.settings import Settings
 
-_T = TypeVar("_T")
 _FILE = click.Path(path_type=Path)
-_WHO = click.argument("who", metavar="OWNER|DIGEST|BUNDLE")
+_WHO = click.argument("who", metavar="OWNER|DIGEST|./BUNDLE")
+_WHERE = click.option("--endpoint", metavar="URL", help="of the owner; by default today's")
 
 
 @click.group("trust")
@@ -53,22 +49,35 @@ def _describe(subject: Subject) -> tuple[str, str, object]:
 
 @trust_command.command("add")
 @_WHO
+@_WHERE
 @click.option("--key", type=_FILE, help="only what the holder of this public key signed")
 @click.option("--identity", help="only what who has a certificate of this name signed")
 @click.option(
     "--root", type=_FILE, help="what that hangs on: certificates, sigstore's trust config"
 )
 @click.option("--issuer", help="who logged that identity in, where sigstore gave the certificate")
-def add_command(who: str, **options: Any) -> None:
-    """Trust an OWNER at this endpoint, or one artifact by the DIGEST of its manifest."""
+def add_command(who: str, endpoint: str | None, **options: Any) -> None:
+    """Trust an OWNER at an endpoint, or one artifact by the DIGEST of its manifest."""
     given = {name: each for name, each in options.items() if each is not None}
-    if not given:
-        _say(who, Trust.add, Trust.add_artifact)
-        print_line(f"{_name(who)} is trusted")
+    trust, subject = _find(who, endpoint)
+    if isinstance(subject, NamedArtifact):
+        if given:
+            _refuse_signer(subject)
+        trust.add_artifact(subject.digest)
+    elif not given:
+        trust.add(subject.endpoint, subject.name)
+    else:
+        signer = _keep_signer(trust, **given)
+        trust.add(subject.endpoint, subject.name, signer)
+        print_line(f"{subject} is trusted for what is signed by {signer}")
         return
-    signer = _keep_signer(Trust(Settings.from_env().trust), **given)
-    _say(who, partial(Trust.add, signer=signer), _refuse_signer)
-    print_line(f"{_name(who)} is trusted for what is signed by {signer}")
+    print_line(f"{subject} is trusted")
+
+
+def _find(who: str, endpoint: str | None) -> tuple[Trust, Owner | NamedArtifact]:
+    """What was said of whom, and who or what is meant."""
+    settings = Settings.from_env()
+    return Trust(settings.trust), find_subject(who, settings, endpoint)
 
 
 def _keep_signer(
@@ -88,9 +97,9 @@ def _keep_signer(
     return signer
 
 
-def _refuse_signer(trust: Trust, artifact: str) -> None:
+def _refuse_signer(artifact: NamedArtifact) -> None:
     raise BadRequest(
-        f"artifact {artifact} is trusted by its digest, whoever signs it",
+        f"{artifact} is trusted by its digest, whoever signs it",
         hint="name the owner of the repos that are signed",
     )
 
@@ -107,51 +116,27 @@ def keygen_command(name: Path) -> None:
 
 @trust_command.command("rm")
 @_WHO
-def rm_command(who: str) -> None:
+@_WHERE
+def rm_command(who: str, endpoint: str | None) -> None:
     """Forget what was said of somebody: what came from there alone is not opened again."""
-    if not _say(who, Trust.remove, Trust.remove_artifact):
-        raise BadRequest(
-            f"{_name(who)} is not trusted, and not blocked", hint="see: hubaoti trust ls"
-        )
-    print_line(f"{_name(who)} is no longer trusted, nor blocked")
+    trust, subject = _find(who, endpoint)
+    if isinstance(subject, NamedArtifact):
+        was = trust.remove_artifact(subject.digest)
+    else:
+        was = trust.remove(subject.endpoint, subject.name)
+    if not was:
+        raise BadRequest(f"{subject} is not trusted, and not blocked", hint="see: hubaoti trust ls")
+    print_line(f"{subject} is no longer trusted, nor blocked")
 
 
 @trust_command.command("block")
 @_WHO
-def block_command(who: str) -> None:
+@_WHERE
+def block_command(who: str, endpoint: str | None) -> None:
     """Have nothing of an OWNER, or not this artifact, run here, whoever else is trusted."""
-    _say(who, Trust.block, Trust.block_artifact)
-    print_line(f"{_name(who)} is blocked")
-
-
-def _say(
-    who: str,
-    of_publisher: Callable[[Trust, str, str], _T],
-    of_artifact: Callable[[Trust, str], _T],
-) -> _T:
-    """Say something of a publisher, or of an artifact."""
-    settings, digest = Settings.from_env(), _read_digest(who)
-    trust = Trust(settings.trust)
-    if digest is not None:
-        return of_artifact(trust, digest)
-    if not is_name(who):
-        raise BadRequest(
-            f"{who!r:.120} is no owner of repos, no digest and no bundle",
-            hint="name the first part of a repo's name, the 64 digits of an artifact's digest, as "
-            "hubaoti mirror ls --json has them, or a bundle's folder",
-        )
-    return of_publisher(trust, settings.endpoint, who)
-
-
-def _read_digest(who: str) -> str | None:
-    """The digest that is meant, if one is; a folder is one only with a manifest in it."""
-    if (Path(who) / FILENAME).is_file():
-        return Bundle.read(Path(who)).manifest.digest
-    digest = who.removeprefix("sha256:")
-    return digest if DIGEST.fullmatch(digest) else None
-
-
-def _name(who: str) -> str:
-    """Who was meant, in words."""
-    digest = _read_digest(who)
-    return f"{who} at {Settings.from_env().endpoint}" if digest is None else f"artifact {digest}"
+    trust, subject = _find(who, endpoint)
+    if isinstance(subject, NamedArtifact):
+        trust.block_artifact(subject.digest)
+    else:
+        trust.block(subject.endpoint, subject.name)
+    print_line(f"{subject} is blocked")

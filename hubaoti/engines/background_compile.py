@@ -108,15 +108,15 @@ def main() -> None:
 
 def _run_work(work: Work) -> Outcome | ErrorRecord:
     """Compile, store and push; an error of ours becomes the outcome."""
-    from hubaoti import api
+    from hubaoti.api.compiling import compile, compile_own
     from hubaoti.settings import Settings
 
     settings = Settings.from_env(work.env)
+    build = compile if work.push is None else compile_own
     try:
         with tempfile.TemporaryDirectory(prefix="hubaoti-bundle-") as folder:
-            bundle = api.compile(
-                work.model, Path(folder) / "bundle", settings=settings, **work.words
-            )
+            place = Path(folder) / "bundle"
+            bundle = build(work.model, place, settings=settings, **work.words)
             return Outcome(bundle.manifest.digest, push=_try_push(bundle, work.push, settings))
     except HubaotiError as error:
         return ErrorRecord.of(error)

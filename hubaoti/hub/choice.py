@@ -46,7 +46,8 @@ class Considered:
 class Pulled:
     """What a pull chose, why, and among what; `from_mirror` says that nothing was fetched.
 
-    It was `compiled` here where the repo had nothing that fits.
+    It was `compiled` here where the repo had nothing that fits, and `is_kept_back` where it was to
+    be pushed, and was not; a note says why.
     """
 
     artifact: Artifact
@@ -58,6 +59,7 @@ class Pulled:
     notes: tuple[str, ...]
     from_mirror: bool
     compiled: bool = False
+    is_kept_back: bool = False
 
 
 def choose_artifact(

@@ -109,7 +109,8 @@ class ErrorTranslator:
         if status >= 500 or status == 0:
             return self._describe_unreachable(error, what, _BUSY_HUB if status in BUSY else NO_HUB)
         hint = "see whether the endpoint serves the Hub's protocol"
-        return HubaotiError(f"{self.endpoint} refused {what}: {self.first_line(error)}", hint=hint)
+        message = self.first_line(getattr(error, "server_message", None) or error)
+        return HubaotiError(f"{self.endpoint} refused {what}: {message}", hint=hint)
 
     def _describe_refusal(self, error: Exception, what: str, status: int) -> HubaotiError:
         if status == 409:

@@ -49,6 +49,7 @@ from hubaoti.hub.signatures import RequiredSigners
 from hubaoti.hub.zerogpu import suggest_loader
 from hubaoti.mirror import Artifact, Mirror, PullOrigin
 from hubaoti.mirror.answers import HUB, MIRROR
+from hubaoti.mirror.policy import trust_artifact
 from hubaoti.mirror.rows import LOCKED, Pin, Signed
 from hubaoti.mirror.trust import Trust
 from hubaoti.progress import Progress, report_nothing
@@ -237,7 +238,7 @@ class Puller:
         manifest = chosen.manifest
         assert manifest is not None
         if self.trust:
-            self.mirror.trust_artifact(manifest.digest)
+            trust_artifact(self.mirror, manifest.digest)
         return self.take_known(catalog, chosen)
 
     def take_known(self, catalog: Catalog, chosen: Considered) -> Artifact:
@@ -324,7 +325,7 @@ class Puller:
             self.lock.find(ref).require(place, manifest.digest)
         origin = PullOrigin(self.client.endpoint, ref.repo, commit, str(place))
         if self.trust and ref.digest is not None:  # of what is named, and of nothing else
-            self.mirror.trust_artifact(ref.digest, origin)
+            trust_artifact(self.mirror, ref.digest, origin)
             return
         decision = self.mirror.decide(manifest.digest, origin)
         if isinstance(decision.refusal, Blocked):

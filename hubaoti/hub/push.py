@@ -22,8 +22,8 @@ from hubaoti.hub.catalog import Catalog, read_catalog, read_claims
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.errors import AnswerLost, StaleParent
 from hubaoti.hub.kernels import require_published
-from hubaoti.hub.layout import ArtifactPath, RepoRef, artifact_path, is_revision
-from hubaoti.hub.push_refs import ensure_branch, ensure_repo, require_free, set_tag
+from hubaoti.hub.layout import ArtifactPath, RepoRef, artifact_path
+from hubaoti.hub.push_refs import ensure_branch, ensure_repo, refuse_tag, require_free, set_tag
 from hubaoti.hub.records import Pushed
 from hubaoti.hub.signatures import CommitSignatures
 from hubaoti.hub.signing import Signing
@@ -77,8 +77,8 @@ class Destination:
                 f"a push goes to the default branch, not to {self.repo}",
                 hint=f"push to {self.repo.repo}, and name the commit with --tag",
             )
-        if self.tag is not None and not is_revision(self.tag):
-            raise BadRequest(f"malformed tag: {self.tag!r:.120}", hint="write it as v1")
+        if self.tag is not None:
+            refuse_tag(self.tag)
         if self.move_tag and self.tag is None:
             raise BadRequest("a tag is to be moved, and none is named", hint="name it with --tag")
         if self.layout not in {None, LAYOUT}:
@@ -207,14 +207,16 @@ def push_bundles(
     for bundle in bundles:
         require_published(client, bundle.manifest)
     progress(f"looking into {repo} at {client.endpoint}")
-    with ensure_repo(client, repo, to.private) as private:
-        if to.private and not private:
+    with ensure_repo(client, repo, to.private) as there:
+        if to.private and not there.private:
             progress(f"{repo} is public already, and stays so")
         with ensure_branch(client, repo, shipment.branch):
             made, sent = _commit_on_head(client, shipment, to, progress)
-    if to.tag is not None:
-        progress(f"tagging {made.commit} as {to.tag}")
-        set_tag(client, repo, to.tag, made.commit, to.move_tag)
+            there.holds(made.commit)
+            if to.tag is not None:
+                progress(f"tagging {made.commit} as {to.tag}")
+                stays = not there.own and shipment.branch is None
+                set_tag(client, repo, to.tag, made.commit, to.move_tag, stays)
     new = {each.place for each in sent if not each.is_there}
     signed = {each.place for each in sent if each.signature}
     return Commit(
@@ -227,7 +229,7 @@ def push_bundles(
         ),
         tag=to.tag,
         created=bool(new),
-        private=private,
+        private=there.private,
         branch=shipment.branch,
     )
 
@@ -290,8 +292,9 @@ def _commit_on_head(
     for attempt in range(PUSH_ATTEMPTS):
         catalog = read_catalog(client, repo, client.resolve(repo, shipment.branch))
         missing = [*_find_missing(client, catalog, shipment.parcels, to)]
-        if to.tag is not None and not to.move_tag:
-            require_free(client, repo, to.tag, None if missing else catalog.commit)
+        if to.tag is not None:
+            commit = None if missing else catalog.commit
+            require_free(client, repo, to.tag, commit, to.move_tag)
         if not missing:
             progress(f"{repo} holds {shipment} {'now' if lost else 'already'}")
             url = f"{client.endpoint}/{repo}/commit/{catalog.commit}"

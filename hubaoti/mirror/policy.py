@@ -8,10 +8,15 @@ Where its files lie says nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from hubaoti.errors import HubaotiError, Untrusted
+from hubaoti.errors import Blocked, HubaotiError, Untrusted
 from hubaoti.mirror.rows import PullOrigin, Signed
 from hubaoti.mirror.trust import TrustList, refuse_blocked, refuse_unsigned
+from hubaoti.mirror.trust_text import format_command
+
+if TYPE_CHECKING:
+    from hubaoti.mirror.store import Mirror
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +53,27 @@ def decide(evidence: Evidence, said: TrustList) -> Decision:
     return _find_block(evidence, said) or _find_ground(evidence, said) or _refuse(evidence, said)
 
 
+def trust_artifact(mirror: Mirror, digest: str, *origins: PullOrigin) -> None:
+    """Trust an artifact from now on, of whatever origins, unless it is blocked.
+
+    Raises:
+        Blocked: it is, or somebody who published it; nothing is written.
+    """
+    decision = mirror.decide(digest, *origins)
+    if isinstance(decision.refusal, Blocked):
+        raise decision.refusal
+    mirror.trust.add_artifact(digest)
+
+
 def _find_block(evidence: Evidence, said: TrustList) -> Decision | None:
     """What of an artifact is blocked, if anything is."""
     name = f"artifact {evidence.digest[:12]}"
     if said.blocks_artifact(evidence.digest):
-        return Decision("blocked", refuse_blocked(name, evidence.digest))
+        return Decision("blocked", refuse_blocked(name, {"digest": evidence.digest}))
     for endpoint, owner in evidence.publishers:
         if said.blocks(endpoint, owner):
-            refusal = refuse_blocked(f"{name} was published by {owner}, who", owner)
+            who = {"endpoint": endpoint, "owner": owner}
+            refusal = refuse_blocked(f"{name} was published by {owner} at {endpoint}, who", who)
             return Decision(f"published by {owner}, who is blocked", refusal)
     return None
 
@@ -86,12 +104,16 @@ def _refuse(evidence: Evidence, said: TrustList) -> Decision:
         return Decision("not built here, and of nobody who is known", refusal)
     for endpoint, owner in evidence.publishers:
         if wanted := said.list_signers(endpoint, owner):
-            unsigned = refuse_unsigned(f"{name} was published by {owner}", owner, wanted)
+            published = f"{name} was published by {owner} at {endpoint}"
+            unsigned = refuse_unsigned(published, owner, wanted)
             return Decision(f"published by {owner}, not signed as is asked of them", unsigned)
-    who = " and ".join(owners)
+    # By the endpoint, too: who is called so at today's may be somebody else.
+    who = " and ".join(f"{owner} at {endpoint}" for endpoint, owner in evidence.publishers)
+    endpoint, owner = evidence.publishers[0]
+    command = format_command("add", {"endpoint": endpoint, "owner": owner})
     refusal = Untrusted(
         f"{name} was published by {who}, who {'is' if len(owners) == 1 else 'are'} not trusted "
         "here: opening it runs their native code on this machine",
-        hint=f"if you trust {owners[0]}, say so once with: hubaoti trust add {owners[0]}",
+        hint=f"if you trust {owner}, say so once with: {command}",
     )
-    return Decision(f"published by {who}, not trusted", refusal)
+    return Decision(f"published by {' and '.join(owners)}, not trusted", refusal)

@@ -28,7 +28,7 @@ from hubaoti.artifact.package import has_bytes, holds_members
 from hubaoti.artifact.schema import File, Graph
 from hubaoti.artifact.variant import Recipe
 from hubaoti.disk import explain_disk_errors, require_disk_room, sync_folder
-from hubaoti.errors import Blocked, HubaotiError, KernelDigestMismatch
+from hubaoti.errors import HubaotiError, KernelDigestMismatch
 from hubaoti.mirror.answers import Answers
 from hubaoti.mirror.artifact import (
     Artifact,
@@ -149,13 +149,6 @@ class Mirror:
         """
         if error := self.decide(digest).refusal:
             raise error
-
-    def trust_artifact(self, digest: str, *origins: PullOrigin) -> None:
-        """Trust an artifact from now on; one that is blocked raises `Blocked`, nothing written."""
-        decision = self.decide(digest, *origins)
-        if isinstance(decision.refusal, Blocked):
-            raise decision.refusal
-        self.trust.add_artifact(digest)
 
     def put(
         self,

@@ -40,7 +40,7 @@ from hubaoti.mirror.folders import make_private, refuse_shared
 from hubaoti.mirror.limits import Limits
 from hubaoti.mirror.rows import Signed
 from hubaoti.mirror.signer import Keys, Signer
-from hubaoti.mirror.trust_text import append_entry, drop_entries, find_entries
+from hubaoti.mirror.trust_text import append_entry, drop_entries, find_entries, format_command
 from hubaoti.settings import split_login
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -148,7 +148,8 @@ class Trust:
         except UnsafeFolder:
             raise
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            hint = "correct it or remove it; each publisher is asked about again"
+            hint = "correct it; without it nobody is trusted, but nobody is blocked either, and a "
+            hint += "name is enough where somebody had to sign"
             raise HubaotiError(f"{self.path} cannot be read: {error}", hint=hint) from error
 
     def publishers(self) -> tuple[Publisher, ...]:
@@ -177,7 +178,8 @@ class Trust:
         """
         said = self.read()
         if said.blocks(endpoint, owner):
-            raise refuse_blocked(f"{owner} publishes {what}, and {owner}", owner)
+            who = {"endpoint": endpoint, "owner": owner}
+            raise refuse_blocked(f"{owner} publishes {what}, and {owner}", who)
         if said.lists(endpoint, owner) and not said.trusts(endpoint, owner, signed):
             raise refuse_unsigned(
                 f"{owner} publishes {what}", owner, said.list_signers(endpoint, owner)
@@ -204,8 +206,8 @@ class Trust:
             return
         with self._editing() as document:
             _refuse_where_blocked(document, who, name)
-            entries = [document["publisher"][at] for at in find_entries(document, "publisher", who)]
-            for entry in entries:
+            for at in find_entries(document, "publisher", who, exactly=True):
+                entry = document["publisher"][at]
                 if Signer.take_from(dict(entry)) in {None, signer}:
                     entry.update(signer.to_entry())  # a name is not enough any more
                     break
@@ -237,11 +239,11 @@ class Trust:
         return self._remove("artifact", {"digest": digest})
 
     def _add(self, table: str, who: Mapping[str, str], name: str) -> None:
-        if self._has(table, who) and not self._has("block", who):
+        if self._has(table, who, exactly=True) and not self._has("block", who):
             return
         with self._editing() as document:
             _refuse_where_blocked(document, who, name)
-            if not find_entries(document, table, who):
+            if not find_entries(document, table, who, exactly=True):
                 append_entry(document, table, who)
 
     def _block(self, table: str, who: Mapping[str, str]) -> None:
@@ -255,11 +257,12 @@ class Trust:
         with self._editing(who, table, "block"):
             return True
 
-    def _has(self, table: str, who: Mapping[str, str]) -> bool:
+    def _has(self, table: str, who: Mapping[str, str], exactly: bool = False) -> bool:
         """Whether a table has an entry of somebody, without changing anything."""
         self.read()  # what cannot be believed, nobody goes by
         with explain_disk_errors(self.path), suppress(FileNotFoundError):
-            return bool(find_entries(tomllib.loads(self.path.read_text("utf-8")), table, who))
+            document = tomllib.loads(self.path.read_text("utf-8"))
+            return bool(find_entries(document, table, who, exactly))
         return False
 
     @contextmanager
@@ -307,11 +310,12 @@ class Trust:
                 Path(name).unlink(missing_ok=True)
 
 
-def refuse_blocked(who: str, name: str) -> Blocked:
-    """Why what is blocked is not opened, and how that is taken back."""
+def refuse_blocked(what: str, who: Mapping[str, str]) -> Blocked:
+    """Why what is blocked is not opened, and how that is taken back of whom, or of which digest."""
+    back = format_command("rm", who)
     return Blocked(
-        f"{who} is blocked on this machine",
-        hint=f"see: hubaoti trust ls; who blocked it takes that back with: hubaoti trust rm {name}",
+        f"{what} is blocked on this machine",
+        hint=f"see: hubaoti trust ls; who blocked it takes that back with: {back}",
     )
 
 
@@ -327,7 +331,7 @@ def refuse_unsigned(what: str, owner: str, wanted: Collection[Signer]) -> Unsign
 
 def _refuse_where_blocked(document: Mapping[str, Any], who: Mapping[str, str], name: str) -> None:
     if find_entries(document, "block", who):
-        raise refuse_blocked(name, who.get("owner") or who["digest"])
+        raise refuse_blocked(name, who)
 
 
 _T = TypeVar("_T")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,11 +12,31 @@ from typing import Any
 
 from hubaoti.settings import split_login
 
+LOOKS_LIKE_DIGEST = re.compile("[0-9A-Fa-f]{6,64}")
 
-def find_entries(document: Mapping[str, Any], table: str, who: Mapping[str, str]) -> list[int]:
-    """Where in a table the entries of somebody are."""
-    entries = document.get(table, ())
-    return [at for at, each in enumerate(entries) if _name(each) == dict(who)]
+
+def format_command(verb: str, who: Mapping[str, str]) -> str:
+    """The command that says something of somebody: at his endpoint, whichever today's is."""
+    if "digest" in who:
+        return f"hubaoti trust {verb} {who['digest']}"
+    owner = who["owner"]
+    owner = f"owner:{owner}" if LOOKS_LIKE_DIGEST.fullmatch(owner) else owner
+    return f"hubaoti trust {verb} {owner} --endpoint {shlex.quote(who['endpoint'])}"
+
+
+def find_entries(
+    document: Mapping[str, Any], table: str, who: Mapping[str, str], exactly: bool = False
+) -> list[int]:
+    """Where in a table the entries of somebody are, in whichever letters or `exactly` so."""
+    entries = [_name(each) for each in document.get(table, ())]
+    if exactly:
+        return [at for at, each in enumerate(entries) if each == dict(who)]
+    return [at for at, each in enumerate(entries) if _fold(each) == _fold(who)]
+
+
+def _fold(who: Mapping[str, str]) -> dict[str, str]:
+    """Who is meant, whatever the letters of his name: the Hub makes no difference between them."""
+    return {name: each.casefold() if name == "owner" else each for name, each in who.items()}
 
 
 def _name(entry: Mapping[str, Any]) -> dict[str, str]:
