@@ -72,6 +72,23 @@ def test_what_is_exported_is_imported_whole_and_trusted_by_nobody(
     assert [path.name for path in output.parent.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("command", ["verify", "push", "push --as-is", "verify .tar"])
+def test_an_export_is_refused_by_its_name_and_not_as_damaged(
+    artifacts: list[Artifact], settings: Settings, tmp_path: Path, command: str
+) -> None:
+    name, _, ending = command.partition(" ")
+    output = tmp_path / f"out{ending if ending == '.tar' else ''}"
+    digests = [each.digest for each in artifacts]
+    assert "push and verify refuse" in inside(settings, "mirror", "export", "--help").out
+    assert inside(settings, "mirror", "export", *digests, output).code == 0
+    more = ["acme/x"] * (name == "push") + ["--as-is"] * (ending == "--as-is")
+    done = inside(settings, name, output, *more)
+    refusal = errors.BadManifest if output.suffix else errors.DigestMismatch
+    assert done.code == refusal.exit_code
+    assert "written by hubaoti mirror export" in done.err and "compile the bundle" not in done.err
+    assert "hubaoti mirror import" in done.err and str(output) in done.err
+
+
 def test_an_export_says_nothing_of_the_machine_that_wrote_it(
     artifacts: list[Artifact], settings: Settings, tmp_path: Path
 ) -> None:

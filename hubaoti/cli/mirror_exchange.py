@@ -18,9 +18,10 @@ _PATH = click.Path(path_type=Path)
 @click.argument("what", nargs=-1, required=True, metavar="REPO|DIGEST...")
 @click.argument("output", type=_PATH, metavar="DIR|FILE.tar")
 def export_command(what: tuple[str, ...], output: Path) -> None:
-    """Write artifacts into a folder of bundles, or one file, to be imported on another machine.
+    """Write artifacts into a folder or one file, for mirror import on another machine.
 
-    Kernels that graphs call are not taken along: that machine fetches them.
+    They are no bundles: their packages lie unpacked, so push and verify refuse them. Kernels that
+    graphs call are not taken along: that machine fetches them.
     """
     from hubaoti.api.mirroring import find_artifacts
     from hubaoti.mirror.exchange import export
