@@ -21,7 +21,7 @@ from hubaoti.errors import (
     RepoNotFound,
 )
 from hubaoti.escape import escape_line
-from hubaoti.hub.retry import BUSY, find_retry_after
+from hubaoti.hub.retry import BUSY, find_retry_after, is_upstream_gone
 from hubaoti.settings import ENDPOINT, Settings, override_environment
 
 _BUSY_HUB = "the endpoint is overloaded, or starts anew: try again in some minutes"
@@ -96,7 +96,7 @@ class ErrorTranslator:
         if status == 429:
             return self._describe_limited(error, what)
         if status >= 500 or status == 0:
-            return self._describe_unreachable(error, what, _BUSY_HUB if status in BUSY else NO_HUB)
+            return self._describe_failure(error, what, status)
         hint = "see whether the endpoint serves the Hub's protocol"
         return HubaotiError(f"{self.endpoint} refused {what}: {self.first_line(error)}", hint=hint)
 
@@ -120,6 +120,16 @@ class ErrorTranslator:
     def _describe_unreachable(self, error: Exception, what: str, hint: str) -> HubUnreachable:
         message = f"{self.endpoint} could not be asked for {what}: {self.first_line(error)}"
         return HubUnreachable(message, hint=hint)
+
+    def _describe_failure(self, error: Any, what: str, status: int) -> HubUnreachable:
+        """The error of an endpoint that fails, is busy, or cannot ask its upstream."""
+        if not is_upstream_gone(error.response):
+            return self._describe_unreachable(error, what, _BUSY_HUB if status in BUSY else NO_HUB)
+        said = self.first_line(error.server_message or error)
+        return HubUnreachable(
+            f"{self.endpoint} has no copy of {what}, and cannot reach its upstream: {said}",
+            hint="see whether its upstream is up, then try again; what it has copied works",
+        )
 
     def _describe_limited(self, error: Exception, what: str) -> HubUnreachable:
         seconds = find_retry_after(error)
