@@ -151,8 +151,13 @@ def _print_pulled(pulled: Pulled) -> None:
     print_line(f"  commit {pulled.commit}, digest {pulled.artifact.digest[:12]}")
     for reason in pulled.verdict.notes:
         print_line(f"  built for {reason.need}, here is {reason.have}: {reason.advice}")
-    considered = [each for each in pulled.considered if each.error is not None]
-    print_some([f"  {each.place} cannot be used: {each.error}" for each in considered])
+    print_some(
+        [
+            f"  {each.place} {'is refused' if each.is_refused else 'cannot be used'}: {each.error}"
+            for each in pulled.considered
+            if each.error is not None
+        ]
+    )
     print_some([f"  {note}" for note in pulled.notes])
 
 

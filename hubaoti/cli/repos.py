@@ -79,7 +79,8 @@ def _serialize(each: Considered) -> dict[str, object]:
 def _print_considered(each: Considered) -> None:
     """An artifact, how well it fits, and every reason."""
     if each.verdict is None:
-        print_line(f"unreadable    {each.place}: {each.error}")
+        word = "refused" if each.is_refused else "unreadable"
+        print_line(f"{word:<13} {each.place}: {each.error}")
         return
     word = "refused" if each.verdict.refusals else str(each.verdict.fit)
     print_line(f"{word:<13} {each.place}")

@@ -86,7 +86,7 @@ def _refuse(evidence: Evidence, said: TrustList) -> Decision:
         return Decision("not built here, and of nobody who is known", refusal)
     for endpoint, owner in evidence.publishers:
         if wanted := said.list_signers(endpoint, owner):
-            unsigned = refuse_unsigned(f"{name} was published by {owner}", owner, wanted)
+            unsigned = refuse_unsigned(f"{name}, which {owner} published,", owner, wanted)
             return Decision(f"published by {owner}, not signed as is asked of them", unsigned)
     who = " and ".join(owners)
     refusal = Untrusted(
