@@ -218,7 +218,7 @@ def test_a_damaged_index_is_moved_aside_and_made_again(
             db.execute("drop table pulls")
     assert "mirror rebuild" in inside(settings, "pull", "acme/x").err or harm != "overwritten"
     done = inside(settings, "mirror", "rebuild")
-    assert done.code == 0 and "2 artifacts are in the index again" in done.out, done.err
+    assert done.code == 0 and "in the index again: 2 artifacts\n" in done.out, done.err
     assert "damaged index is in" in done.out
     for artifact in artifacts:
         assert f"trust add {artifact.digest}" in done.out
@@ -230,7 +230,7 @@ def test_an_index_that_is_well_keeps_all_that_it_knows(
 ) -> None:
     mirror.index.remove(artifacts[0].digest)
     done = inside(settings, "mirror", "rebuild")
-    assert "1 artifacts are in the index again" in done.out and "trust add" not in done.out
+    assert "in the index again: 1 artifact\n" in done.out and "trust add" not in done.out
     assert mirror.artifact(artifacts[0].digest) == artifacts[0]
     mirror.require_allowed(artifacts[0].digest)
 

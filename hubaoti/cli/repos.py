@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hubaoti.artifact.sizes import format_count
 from hubaoti.cli.output import Steps, print_json, print_line, print_some, print_table
 from hubaoti.errors import BadLock
 
@@ -109,7 +110,8 @@ def lock_command(repos: tuple[str, ...], output: Path, quiet: bool) -> None:
     for each in [] if quiet else lock.repos:
         was = before.get(str(each.ref), each.commit)
         moved = f", was {was}" if was != each.commit else ""
-        print_line(f"{each.ref}: {len(each.artifacts)} artifacts at {each.commit}{moved}")
+        count = format_count(len(each.artifacts), "artifact")
+        print_line(f"{each.ref}: {count} at {each.commit}{moved}")
 
 
 def _list_commits(path: Path) -> dict[str, str]:

@@ -54,8 +54,10 @@ def require_free(client: HubClient, repo: str, tag: str, commit: str | None) -> 
         )
 
 
-def set_tag(client: HubClient, repo: str, tag: str, commit: str, move: bool) -> None:
+def set_tag(client: HubClient, repo: str, tag: str, commit: str, move: bool) -> str | None:
     """Have a tag name a commit; one that cannot be moved stays where it was.
+
+    The commit that it was moved from, if it was.
 
     The Hub moves no tag: it is removed, and made anew.
 
@@ -64,7 +66,7 @@ def set_tag(client: HubClient, repo: str, tag: str, commit: str, move: bool) -> 
     """
     there = client.tags(repo).get(tag)
     if there == commit:
-        return
+        return None
     moved = there if move else None
     if moved is not None:
         client.drop_tag(repo, tag)
@@ -75,3 +77,4 @@ def set_tag(client: HubClient, repo: str, tag: str, commit: str, move: bool) -> 
             with suppress(HubaotiError):
                 client.tag(repo, tag, moved)
         raise
+    return moved
