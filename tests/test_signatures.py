@@ -351,6 +351,19 @@ def test_what_is_not_signed_is_called_that_by_every_command(
     assert f"error: {path} of {repo} is refused: {key}\n" in locked
 
 
+def test_what_a_name_is_trusted_for_is_said_with_all_who_may_sign(
+    tmp_path: Path, settings: Settings, acme: Pair, mallory: Pair
+) -> None:
+    first, second = (f"key {each.signer.key}" for each in (acme, mallory))
+    said = inside(settings, "trust", "add", "acme", "--key", acme.public).out
+    assert said.endswith(f"is trusted for what is signed by {first}\n")
+    said = inside(settings, "trust", "add", "acme", "--key", mallory.public).out
+    assert f"signed by {second}, or by {first[:16]}, who was named before" in said
+    said = inside(settings, "trust", "add", "acme").out
+    assert f"still only for what is signed by {first[:16]} or {second[:16]};" in said
+    assert "hubaoti trust rm acme first" in said
+
+
 # Whatever else lies there
 
 

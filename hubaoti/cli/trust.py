@@ -13,6 +13,7 @@ import click
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.manifest import FILENAME
 from hubaoti.artifact.repo_name import is_name
+from hubaoti.cli.groups import Group
 from hubaoti.cli.output import print_json, print_line, print_table
 from hubaoti.errors import BadRequest
 from hubaoti.hub.keys import make_key_pair, read_public_key, read_root
@@ -25,7 +26,7 @@ _FILE = click.Path(path_type=Path)
 _WHO = click.argument("who", metavar="OWNER|DIGEST|BUNDLE")
 
 
-@click.group("trust")
+@click.group("trust", cls=Group)
 def trust_command() -> None:
     """Whose code may run on this machine, and what may not."""
 
@@ -42,6 +43,9 @@ def ls_command(as_json: bool) -> None:
     else:
         rows = [(how, *_describe(each)) for how, each in found]
         print_table(["is", "who", "endpoint", "since"], rows)
+        if not rows:
+            hint = "nobody is trusted yet: hubaoti trust add OWNER, or hubaoti pull --trust"
+            print_line(hint, err=True)
 
 
 def _describe(subject: Subject) -> tuple[str, str, object]:
@@ -64,11 +68,22 @@ def add_command(who: str, **options: Any) -> None:
     given = {name: each for name, each in options.items() if each is not None}
     if not given:
         _say(who, Trust.add, Trust.add_artifact)
-        print_line(f"{_name(who)} is trusted")
+        print_line(f"{_name(who)} is trusted{_list_others(who)}")
         return
     signer = _keep_signer(Trust(Settings.from_env().trust), **given)
     _say(who, partial(Trust.add, signer=signer), _refuse_signer)
-    print_line(f"{_name(who)} is trusted for what is signed by {signer}")
+    print_line(f"{_name(who)} is trusted for what is signed by {signer}{_list_others(who, signer)}")
+
+
+def _list_others(owner: str, signer: Signer | None = None) -> str:
+    """Who else may have signed what an owner is trusted for, as was said before and stays so."""
+    settings = Settings.from_env()
+    asked = Trust(settings.trust).read().list_signers(settings.endpoint, owner)
+    others = " or ".join(each.describe() for each in asked if each != signer)
+    if not others or signer is not None:
+        return f", or by {others}, who was named before" if others else ""
+    first = f"for a name to be enough: hubaoti trust rm {owner} first, then add"
+    return f", still only for what is signed by {others}; {first}"
 
 
 def _keep_signer(
