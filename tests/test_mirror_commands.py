@@ -68,19 +68,19 @@ def test_what_manifests_say_is_read_once(
     assert read_facts(mirror, digests) == said and read == digests[:1]  # as it was not whole
 
 
-def test_where_an_artifact_is_is_listed_in_short(
+def test_of_what_was_built_here_it_is_listed_whether_it_was_pushed_and_where(
     artifacts: list[Artifact], mirror: Mirror, settings: Settings, tmp_path: Path
 ) -> None:
     built = put(mirror, make_bundle(tmp_path / "built", mode="built"), BUILT_HERE)
     mirror.index.record_built(built.manifest)
     listed = inside(settings, "mirror", "ls").out
-    assert "built here, not pushed" in listed and f" {'c' * 12} " in listed
-    assert "unpacked" in listed.splitlines()[0] and "c" * 13 not in listed
+    assert "built here, not pushed" in listed and f" {'c' * 40} " in listed
+    assert "unpacked" in listed.splitlines()[0]
     where = PullOrigin(settings.endpoint, "me/mine", "d" * 40)
     mirror.usage.record_pushed([built.digest], where)
     listed = inside(settings, "mirror", "ls").out
     (line,) = (each for each in listed.splitlines() if "me/mine" in each)
-    assert line.split()[2:4] == ["me/mine", "d" * 12] and "not pushed" not in listed
+    assert line.split()[2:4] == ["me/mine", "d" * 40] and "not pushed" not in listed
 
 
 def test_an_empty_mirror_and_an_empty_trust_say_what_comes_next(settings: Settings) -> None:

@@ -210,13 +210,13 @@ class _Origins:
         return cls(mirror.usage.list_built(), mirror.usage.list_pushed())
 
     def describe(self, row: Row) -> tuple[str, str]:
-        """The repo that has an artifact, and the beginning of its commit; or why there is none."""
+        """The repo that has an artifact, and its commit, in full; or why there is none."""
         repo, commit = row.origin.repo, row.origin.commit or ""
         if not repo:
             is_built = row.digest in self.built
             none = ("built here, not pushed" if is_built else "from a folder", "")
             repo, commit = self.pushed.get(row.digest, none)
-        return repo, commit[:12]
+        return repo, commit
 
 
 def _to_dict(row: Row, said: Facts) -> dict[str, object]:
