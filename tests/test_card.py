@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+import msgspec
 import pytest
 from bundles import CPU, CUDA, changed, make_bundle
 from huggingface_hub import HfApi, ModelCard
@@ -21,6 +22,7 @@ from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.schema import Program, compute_key
 from hubaoti.artifact.statement import SIGNATURE
 from hubaoti.cli import group
+from hubaoti.cli.compile import _print_checks
 from hubaoti.hub.card import render
 from hubaoti.hub.layout import ArtifactPath, artifact_path
 from hubaoti.hub.signing import UNREADABLE, read_claim
@@ -59,6 +61,20 @@ def list_signers(card: str) -> list[str]:
     """The cells of the table that say who signed."""
     rows = [line.split(" | ") for line in card.splitlines() if line.startswith("| `")]
     return [row[5] for row in rows]
+
+
+def test_the_largest_error_is_the_one_that_compile_prints(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checks = [
+        msgspec.structs.replace(bundle.manifest.checks[0], max_relative=each, **more)
+        for each, more in ((2e-6, {}), (3e-4, {"where": "interpreted"}))
+    ]
+    manifest = changed(bundle, checks=tuple(checks)).manifest
+    _print_checks(manifest)
+    assert "against eager, largest relative error 2.0e-06\n" in capsys.readouterr().out
+    assert "| packed | largest relative error" in render_all(manifest)
+    assert "| 2.0e-06 |" in render_all(manifest)
 
 
 # Who signed

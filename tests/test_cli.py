@@ -19,8 +19,9 @@ from huggingface_hub import HfApi
 
 from hubaoti import __version__, api, cli, errors
 from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.sizes import format_size
 from hubaoti.cli import COMMANDS, dispatch
-from hubaoti.cli.output import Steps, format_size, format_time, print_table
+from hubaoti.cli.output import Steps, format_time, print_table
 from hubaoti.hub.layout import RepoRef
 from hubaoti.settings import Settings
 
@@ -247,7 +248,9 @@ def test_what_is_stored_is_told_apart_by_its_model_and_task(env: Settings, repo:
 
 def test_trust_is_listed_and_taken_back(env: Settings, repo: str) -> None:
     assert json.loads(inside(env, "trust", "ls", "--json").out) == []
-    inside(env, "pull", repo, "--trust")
+    told = inside(env, "pull", repo, "--trust").out
+    assert f"acme at {env.endpoint} is trusted from now on" in told and f"  {repo} at " in told
+    assert "from now on" not in inside(env, "pull", repo, "--trust").out
     assert "acme" in inside(env, "trust", "ls").out
     (publisher,) = json.loads(inside(env, "trust", "ls", "--json").out)
     assert (publisher["owner"], publisher["endpoint"]) == ("acme", env.endpoint)
@@ -554,6 +557,7 @@ def test_serve_prints_how_to_use_it_and_ends_with_a_signal(env: Settings) -> Non
     )
     assert serving.stdout is not None
     where, export = serving.stdout.readline(), serving.stdout.readline()
+    assert "--token-file" in serving.stdout.readline()  # by which the next start has the same
     url, token = (word.split("=")[1] for word in export.split()[1:])
     assert url in where
     there = replace(env, endpoint=url, token=token)

@@ -72,6 +72,23 @@ def test_what_is_exported_is_imported_whole_and_trusted_by_nobody(
     assert [path.name for path in output.parent.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("command", ["verify", "push", "push --as-is", "verify .tar"])
+def test_an_export_is_refused_by_its_name_and_not_as_damaged(
+    artifacts: list[Artifact], settings: Settings, tmp_path: Path, command: str
+) -> None:
+    name, _, ending = command.partition(" ")
+    output = tmp_path / f"out{ending if ending == '.tar' else ''}"
+    digests = [each.digest for each in artifacts]
+    assert "push and verify refuse" in inside(settings, "mirror", "export", "--help").out
+    assert inside(settings, "mirror", "export", *digests, output).code == 0
+    more = ["acme/x"] * (name == "push") + ["--as-is"] * (ending == "--as-is")
+    done = inside(settings, name, output, *more)
+    refusal = errors.BadManifest if output.suffix else errors.DigestMismatch
+    assert done.code == refusal.exit_code
+    assert "written by hubaoti mirror export" in done.err and "compile the bundle" not in done.err
+    assert "hubaoti mirror import" in done.err and str(output) in done.err
+
+
 def test_an_export_says_nothing_of_the_machine_that_wrote_it(
     artifacts: list[Artifact], settings: Settings, tmp_path: Path
 ) -> None:
@@ -201,7 +218,7 @@ def test_a_damaged_index_is_moved_aside_and_made_again(
             db.execute("drop table pulls")
     assert "mirror rebuild" in inside(settings, "pull", "acme/x").err or harm != "overwritten"
     done = inside(settings, "mirror", "rebuild")
-    assert done.code == 0 and "2 artifacts are in the index again" in done.out, done.err
+    assert done.code == 0 and "in the index again: 2 artifacts\n" in done.out, done.err
     assert "damaged index is in" in done.out
     for artifact in artifacts:
         assert f"trust add {artifact.digest}" in done.out
@@ -213,7 +230,7 @@ def test_an_index_that_is_well_keeps_all_that_it_knows(
 ) -> None:
     mirror.index.remove(artifacts[0].digest)
     done = inside(settings, "mirror", "rebuild")
-    assert "1 artifacts are in the index again" in done.out and "trust add" not in done.out
+    assert "in the index again: 1 artifact\n" in done.out and "trust add" not in done.out
     assert mirror.artifact(artifacts[0].digest) == artifacts[0]
     mirror.require_allowed(artifacts[0].digest)
 

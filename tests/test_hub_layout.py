@@ -116,3 +116,9 @@ def test_paths_that_are_no_artifacts_are_noted() -> None:
     places, notes = find_artifact_paths(paths)
     assert [str(place) for place in places] == [PLACE]
     assert [note.split(" ")[0] for note in notes] == ["a/b/hubaoti.json", "hubaoti.json"]
+
+
+def test_a_digest_that_is_cut_short_is_told_where_all_of_it_stands() -> None:
+    with pytest.raises(BadRequest, match="malformed revision") as caught:
+        RepoRef.parse("acme/x@sha256:0724f5eaa019")
+    assert "all 64 digits" in caught.value.hint and "mirror ls --json" in caught.value.hint

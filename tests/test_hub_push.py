@@ -328,7 +328,7 @@ def test_the_card_has_the_tags_and_the_table(
     assert f"hubaoti pull {repo}" in found.text
     assert f"hubaoti run {repo} --model acme/tiny --text" in found.text
     assert found.text.count("| `float32-sdpa` |") == 2
-    assert "1.5e-07" in found.text
+    assert "| 1.0e-06 |" in found.text
     assert [model.id for model in api.list_models(filter=bundle.manifest.program.tag, search=repo)]
 
 

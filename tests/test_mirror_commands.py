@@ -16,7 +16,8 @@ from test_leases import running
 from test_mirror_store import damage, files_of, put
 
 from hubaoti import errors
-from hubaoti.mirror import Artifact, Mirror
+from hubaoti.artifact.sizes import format_size
+from hubaoti.mirror import BUILT_HERE, Artifact, Mirror
 from hubaoti.mirror.facts import Facts, read_facts
 from hubaoti.mirror.index import Pin
 from hubaoti.mirror.rows import PullOrigin, Signed
@@ -68,6 +69,50 @@ def test_what_manifests_say_is_read_once(
     read = list[str]()
     monkeypatch.setattr(Mirror, "read", lambda _, digest: read.append(digest))
     assert read_facts(mirror, digests) == said and read == digests[:1]  # as it was not whole
+
+
+def test_of_what_was_built_here_it_is_listed_whether_it_was_pushed_and_where(
+    artifacts: list[Artifact], mirror: Mirror, settings: Settings, tmp_path: Path
+) -> None:
+    built = put(mirror, make_bundle(tmp_path / "built", mode="built"), BUILT_HERE)
+    mirror.index.record_built(built.manifest)
+    listed = inside(settings, "mirror", "ls").out
+    assert "built here, not pushed" in listed and f" {'c' * 40} " in listed
+    assert "unpacked" in listed.splitlines()[0]
+    where = PullOrigin(settings.endpoint, "me/mine", "d" * 40)
+    mirror.usage.record_pushed([built.digest], where)
+    listed = inside(settings, "mirror", "ls").out
+    (line,) = (each for each in listed.splitlines() if "me/mine" in each)
+    assert line.split()[2:4] == ["me/mine", "d" * 40] and "not pushed" not in listed
+
+
+def test_an_empty_mirror_and_an_empty_trust_say_what_comes_next(settings: Settings) -> None:
+    mirror, trust = inside(settings, "mirror", "ls"), inside(settings, "trust", "ls")
+    assert "hubaoti pull" in mirror.err and "hubaoti trust add" in trust.err
+    assert len(mirror.out.splitlines()) == len(trust.out.splitlines()) == 1
+    assert inside(settings, "mirror", "ls", "--json").err == ""
+
+
+def test_a_collection_that_cannot_free_enough_says_what_holds_how_much(
+    artifacts: list[Artifact], mirror: Mirror, settings: Settings, tmp_path: Path
+) -> None:
+    built = put(mirror, make_bundle(tmp_path / "built", mode="built"), BUILT_HERE)
+    mirror.index.record_built(built.manifest)
+    assert inside(settings, "trust", "add", "acme").code == 0
+    mirror.usage.pin(artifacts[0].digest)
+    with running(mirror.root, f"mirror.leases.hold('{artifacts[1].digest}')"):
+        done = inside(settings, "mirror", "gc", "--dry-run", "--max-bytes", "1kB")
+    size = format_size(next(row.size for row in mirror.ls() if row.digest == built.digest))
+    assert "0 artifacts would leave" in done.out
+    for why in ("pinned", "built here, and not pushed", "open in a process"):
+        assert f"  {size} stay, because they are {why}" in done.out
+    assert "because" not in inside(settings, "mirror", "gc", "--dry-run").out
+
+
+@pytest.mark.parametrize("words", [["mirror"], ["trust"], ["serve"], ["serve", "token"]])
+def test_the_help_of_a_group_ends_its_sentences(words: list[str], settings: Settings) -> None:
+    listed = inside(settings, *words, "--help").out.partition("Commands:")[2]
+    assert listed and "..." not in listed
 
 
 def test_what_no_manifest_said_is_listed_as_unknown(

@@ -10,6 +10,7 @@ from bundles import CPU, CUDA, make_bundle
 from commands import inside
 from huggingface_hub import HfApi
 from proxies import DROPPED, Proxy
+from test_server_fleet import page
 
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.manifest import FILENAME
@@ -18,6 +19,7 @@ from hubaoti.hub import retry
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.push import Commit, Destination, push_bundles
+from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
 PLACE = "float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
@@ -64,6 +66,23 @@ def test_a_tag_moves_where_it_is_said(
     second = ship(other, repo, settings, tag="v1.2.0", move_tag=True)
     assert second.commit != first.commit
     assert tags(api, repo) == {"v1.2.0": second.commit}
+
+
+def test_where_a_tag_moved_from_and_to_is_said_and_what_a_push_links_to_is_there(
+    tmp_path: Path, bundle: Bundle, repo: str, settings: Settings, endpoint: Endpoint
+) -> None:
+    first = ship(bundle, repo, settings, tag="v1")
+    make_bundle(tmp_path / "other", target=CUDA)
+    words = ("--as-is", tmp_path / "other", repo, "--tag", "v1", "--move-tag")
+    done = inside(settings, "push", *words)
+    moved, link = done.out.splitlines()[-2:]
+    commit = link.rpartition("/")[2]
+    assert moved == f"  moved v1 from {first.commit} to {commit}"
+    status, _, headers = page(endpoint, f"/{repo}/commit/{commit}")
+    assert (status, headers["location"]) == (307, f"{endpoint.url}/#model/{repo}")
+    assert page(endpoint, f"/{repo}/commit/{'0' * 40}")[0] == 404
+    assert f'id="model/{repo}"' in page(endpoint)[1]
+    assert "  moved" not in inside(settings, "push", *words).out
 
 
 def test_a_tag_that_could_not_be_moved_stays_where_it_was(

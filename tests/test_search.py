@@ -338,7 +338,7 @@ def test_of_who_has_to_sign_only_what_is_signed_is_taken(
     require_signer(settings, pair)
     newer = built_at(make_bundle(tmp_path / "newer"), "2027-01-01T00:00:00Z")
     ship(newer, "acme/unsigned", settings)
-    with pytest.raises(NoMatch, match="has no signature"):
+    with pytest.raises(NoMatch, match="not signed by key"):
         pull_any_of(settings)
     api.push(bundle, "acme/signed", sign=pair.private, as_is=True, settings=settings)
     assert {each.owner for each in api.search(settings=settings)} == {"trusted if signed"}

@@ -171,6 +171,8 @@ def test_metrics_are_what_prometheus_reads_and_name_nobody(own: Endpoint, api: H
     page(own, "/acme/secret/resolve/main/x", own.token)
     status, said, headers = page(own, "/metrics")
     assert status == 200 and headers["content-type"].startswith("text/plain; version=0.0.4")
+    helped = [line.split()[2] for line in said.splitlines() if line.startswith("# HELP")]
+    assert helped == [line.split()[2] for line in said.splitlines() if line.startswith("# TYPE")]
     values = dict(line.rsplit(" ", 1) for line in said.splitlines() if not line.startswith("#"))
     assert float(values['hubaoti_requests_total{method="GET",status="401"}']) == 3
     assert float(values['hubaoti_repos{kind="model"}']) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,7 +19,9 @@ from test_hub_pull import get, ship
 from test_server_fleet import page
 from test_server_limits import asked
 
-from hubaoti.errors import BadRequest
+from hubaoti.errors import BadRequest, HubUnreachable
+from hubaoti.hub.client import HubClient
+from hubaoti.hub.search import RepoFinder
 from hubaoti.server import Endpoint, Service, Upstream, fetch, pull_through, serve_in_thread
 from hubaoti.settings import Settings, read_upstream_token
 
@@ -145,6 +148,42 @@ def test_what_lies_here_is_served_while_upstream_is_gone(
         assert api.model_info(later).id == later
     with serve_in_thread(tmp_path / "root") as alone:  # with no upstream at all
         assert snapshot(client(alone), published, tmp_path / "alone") == FILES
+
+
+def test_a_search_without_a_token_finds_what_lies_only_upstream_and_is_public_there(
+    ours: Endpoint, source: HfApi, repo: str, tmp_path: Path
+) -> None:
+    for name in (repo, f"{repo}-secret"):
+        publish(source, name, {"README.md": b"---\ntags: [hubaoti, torch-2.13]\n---\n"})
+    source.update_repo_settings(f"{repo}-secret", private=True)
+    finder = RepoFinder(Settings(home=tmp_path / "home", endpoint=ours.url))
+    found = {each.ref.repo: each.tags for each in finder.find(words=[repo.partition("/")[2]])}
+    assert found == {repo: ("torch-2.13",)}
+    _, listed = asked(ours, f"/api/models?search={repo.partition('/')[2]}&expand=tags")
+    assert [sorted(each) for each in listed] == [["_id", "id", "modelId", "tags"]]
+
+
+def test_a_gone_upstream_is_said_at_once_and_not_asked_for_again(
+    endpoint: Endpoint, source: HfApi, repo: str, tmp_path: Path
+) -> None:
+    publish(source, repo, FILES)
+    said = list[str]()
+    with proxying(endpoint.url) as proxy, before(proxy.url, tmp_path / "root") as found:
+        asking = HubClient(Settings(home=tmp_path / "home", endpoint=found.url), said.append)
+        commit = asking.resolve(repo)
+        asking.files(repo, commit)
+        proxy.answers = [(0, {})] * 1000
+        start = time.monotonic()
+        for ask in (
+            lambda: asking.resolve(f"{repo}-unseen"),
+            lambda: asking.tags(f"{repo}-unseen"),
+            lambda: asking.download(repo, commit, "README.md"),
+        ):
+            with pytest.raises(HubUnreachable, match="cannot reach its upstream") as caught:
+                ask()
+            assert "its upstream is up" in caught.value.hint
+        assert time.monotonic() - start < 3  # one retry of each would wait as long
+    assert said == []
 
 
 def test_other_bytes_than_upstream_lists_are_never_kept(

@@ -335,7 +335,7 @@ def test_another_build_takes_the_signature_of_the_one_that_it_replaces_along(
 ) -> None:
     push(make_bundle(tmp_path / "first"), repo, wary, acme)
     push(make_bundle(tmp_path / "second", members={"model/other.so": b"\x7fELF"}), repo, wary)
-    assert "has no signature" in refuse(repo, wary, Unsigned)
+    assert "not signed by key" in refuse(repo, wary, Unsigned)
 
 
 def test_of_several_the_ones_that_are_signed_can_be_had(
@@ -347,6 +347,35 @@ def test_of_several_the_ones_that_are_signed_can_be_had(
     assert str(pulled.place) == signed.path
     errors = [each.error for each in pulled.considered if each.error]
     assert [type(each) for each in errors] == [Unsigned]
+
+
+def test_what_is_not_signed_is_called_that_by_every_command(
+    tmp_path: Path, repo: str, wary: Settings, acme: Pair, hub: HfApi
+) -> None:
+    path = push(make_bundle(tmp_path / "bundle"), repo, wary).path
+    key = f"not signed by key {acme.signer.key[:12]}, as is asked of acme here"
+    explained, pulled = inside(wary, "explain", repo, "-q"), inside(wary, "pull", repo, "-q")
+    assert f"refused       {path}: {key}\n" in explained.out
+    assert f"is refused:\n  {path}\n    refused: {key}\nhint: ask acme to push" in pulled.err
+    assert pulled.code == Unsigned.exit_code and "unreadable" not in explained.out
+    found = inside(wary, "search", repo.partition("/")[2], "--fits", "-q").out
+    assert f"refused: {key}" in found
+    named = lock(repo, wary, tmp_path / "hubaoti.lock")
+    locked = inside(wary, "pull", repo, "--lockfile", named, "-q").err
+    assert f"error: {path} of {repo} is refused: {key}\n" in locked
+
+
+def test_what_a_name_is_trusted_for_is_said_with_all_who_may_sign(
+    tmp_path: Path, settings: Settings, acme: Pair, mallory: Pair
+) -> None:
+    first, second = (f"key {each.signer.key}" for each in (acme, mallory))
+    said = inside(settings, "trust", "add", "acme", "--key", acme.public).out
+    assert said.endswith(f"is trusted for what is signed by {first}\n")
+    said = inside(settings, "trust", "add", "acme", "--key", mallory.public).out
+    assert f"signed by {second}, or by {first[:16]}, who was named before" in said
+    said = inside(settings, "trust", "add", "acme").out
+    assert f"still only for what is signed by {first[:16]} or {second[:16]};" in said
+    assert "hubaoti trust rm acme first" in said
 
 
 # Whatever else lies there
@@ -422,7 +451,7 @@ SWAPS: dict[str, tuple[Callable[[Scene], dict[str, bytes]], str]] = {
     "another repo's": (lambda s: only(s.elsewhere, *SIGNED), "its repo is '.*-elsewhere', not"),
     "by another key": (lambda s: only(s.stranger, *SIGNED), "by the key"),
     "by another key that says it is ours": (claims_acme, "InvalidSignature"),
-    "by no key that it names": (without_hint, "no signature by"),
+    "by no key that it names": (without_hint, "not signed by"),
     "a flipped byte of the manifest": (
         lambda s: {FILENAME: flip(s.files[FILENAME], 99)},
         "of other bytes",
@@ -432,12 +461,12 @@ SWAPS: dict[str, tuple[Callable[[Scene], dict[str, bytes]], str]] = {
         "of other bytes",
     ),
     "a statement with a space": (lambda s: {STATEMENT: s.files[STATEMENT] + b" "}, "of other"),
-    "no JSON": (lambda _: {SIGNATURE: b"nothing of the kind"}, "no signature by"),
-    "no object": (lambda _: {SIGNATURE: b"[]"}, "no signature by"),
-    "an empty object": (lambda _: {SIGNATURE: b"{}"}, "no signature by"),
-    "an empty file": (lambda _: {SIGNATURE: b""}, "no signature by"),
-    "no text": (lambda _: {SIGNATURE: bytes(range(256))}, "no signature by"),
-    "JSON without an end": (lambda _: {SIGNATURE: b"[" * 50_000}, "no signature by"),
+    "no JSON": (lambda _: {SIGNATURE: b"nothing of the kind"}, "not signed by"),
+    "no object": (lambda _: {SIGNATURE: b"[]"}, "not signed by"),
+    "an empty object": (lambda _: {SIGNATURE: b"{}"}, "not signed by"),
+    "an empty file": (lambda _: {SIGNATURE: b""}, "not signed by"),
+    "no text": (lambda _: {SIGNATURE: bytes(range(256))}, "not signed by"),
+    "JSON without an end": (lambda _: {SIGNATURE: b"[" * 50_000}, "not signed by"),
     "a huge one": (lambda _: {SIGNATURE: b" " * (LARGEST_SIGNATURE + 1)}, "at most"),
     "a huge statement": (lambda _: {STATEMENT: b" " * (1 << 20)}, "at most"),
 }
@@ -496,7 +525,7 @@ def test_without_one_of_its_files_a_signature_is_none(
     name: str, scene: Scene, repo: str, wary: Settings, hub: HfApi
 ) -> None:
     hub.delete_file(scene.place.file(name), repo)
-    assert "has no signature" in refuse(repo, wary, Unsigned)
+    assert "not signed by key" in refuse(repo, wary, Unsigned)
 
 
 @pytest.mark.parametrize("field", ["key", "program", "recipe", "variant", "manifest", "schema"])
@@ -663,7 +692,7 @@ def test_sigstore_s_own_verifier_takes_no_signature_by_a_key_or_another_certific
     root = trust.keys.keep(make_trust_config())
     trust.add(settings.endpoint, "acme", Signer(identity=authority.name, issuer=login, root=root))
     push(bundle, repo, settings, acme)
-    words = "no signature by identity release@acme.example of https://login.example by root"
+    words = "not signed by identity release@acme.example of https://login.example by root"
     assert words in refuse(repo, settings, BadSignature)
     keys = {"sign": authority.key, "certificates": authority.chain}
     api.push(bundle, repo, **keys, as_is=True, settings=settings)

@@ -111,7 +111,7 @@ def test_a_bundle_is_hashed_where_it_lies_and_the_mirror_stays_as_it_is(
     error = the_error(verify(bundle.path, settings=settings))
     assert isinstance(error, errors.DigestMismatch)
     assert mirror.ls() == []
-    with pytest.raises(errors.BadManifest, match="is not a bundle"):
+    with pytest.raises(errors.BadManifest, match="is not a bundle: there is no such folder"):
         verify(tmp_path / "nowhere", settings=settings)
 
 
@@ -137,6 +137,7 @@ def test_an_artifact_is_named_by_its_digest_or_its_repo(
         (f"acme/x@{'d' * 40}", errors.NoArtifact, "hubaoti pull"),
         ("acme/x@v1", errors.BadRequest, "full commit id"),
         ("Not a name", errors.BadRequest, "owner/name"),
+        ("nope", errors.BadRequest, "a bundle's folder"),
     ],
 )
 def test_what_is_not_there_is_said(

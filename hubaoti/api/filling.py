@@ -147,7 +147,9 @@ def pull_or_compile(  # noqa: PLR0913 - a face of keywords
         try:
             return puller.pull(ref)
         except (NoMatch, NoArtifact) as error:
-            progress(f"{ref} has nothing that fits this host: {type(error).__name__}")
+            lacks = isinstance(error, NoArtifact)
+            words = "holds no artifact" if lacks else "has nothing that fits this host"
+            progress(f"{ref} {words}")
         asked = f"{settings.endpoint} {ref} {recipe} {missing.model} {fingerprint(host)}"
         work = hashlib.sha256(asked.encode()).hexdigest()
         with compile_alone(work, mirror, settings, progress) as output:

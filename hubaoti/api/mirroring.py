@@ -16,6 +16,11 @@ from hubaoti.settings import Settings
 _DIGEST = re.compile(r"[0-9a-f]{6,64}")
 
 
+def is_digest(what: str) -> bool:
+    """Whether a name reads as the beginning of a digest, from six digits on."""
+    return _DIGEST.fullmatch(what.removeprefix("sha256:")) is not None
+
+
 def find_rows(what: str, mirror: Mirror, settings: Settings) -> list[Row]:
     """The artifacts whose digest begins so, or that were pulled from a repo, at a full commit id
     if one is named.
@@ -23,8 +28,8 @@ def find_rows(what: str, mirror: Mirror, settings: Settings) -> list[Row]:
     Raises:
         NoArtifact: there is none. BadRequest: what is asked for is neither, or begins several.
     """
-    what = what.removeprefix("sha256:")
-    if _DIGEST.fullmatch(what):
+    if is_digest(what):
+        what = what.removeprefix("sha256:")
         found = [row for row in mirror.ls() if row.digest.startswith(what)]
         if len(found) > 1:
             names = ", ".join(row.digest[: len(what) + 6] for row in found[:5])

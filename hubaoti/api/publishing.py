@@ -70,6 +70,8 @@ def push(  # noqa: PLR0913 - a face of keywords
     settings = settings or Settings.from_env()
     given = [bundles] if isinstance(bundles, Bundle | str | Path) else bundles
     found = [bundle for each in given for bundle in _read_bundles(each)]
+    for bundle in found:
+        bundle.refuse_exported()  # before it is asked who built it: no --as-is would publish it
     place = Destination(
         RepoRef.parse(repo),
         tag=tag,

@@ -23,6 +23,7 @@ from hubaoti.settings import Settings
 
 if TYPE_CHECKING:
     from hubaoti.hub.choice import Considered, Pulled
+    from hubaoti.hub.survey import Look
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def _look_into(
         looks = survey(puller, refs, program, lambda ref: puller.client.resolve(ref.repo))
     best = {each.ref.repo: each.best for each in rank_looks(looks, None)}
     reasons = {
-        each.ref.repo: first_line(each.error) if each.error else "nothing of it fits"
+        each.ref.repo: first_line(each.error) if each.error else _describe_misfit(each)
         for each in looks
     }
     fitting = [replace(repos[repo], best=one) for repo, one in best.items()]
@@ -115,6 +116,12 @@ def _look_into(
         if repo not in best
     ]
     return (*fitting, *others)
+
+
+def _describe_misfit(look: Look) -> str:
+    """Why nothing of a repo is the best: it does not fit, or what could is not signed."""
+    refused = [each.error for each in look.considered if each.is_refused]
+    return f"refused: {refused[0]}" if refused else "nothing of it fits"
 
 
 def pull_any_of(

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hubaoti.api.attaching import put, require_kernels
-from hubaoti.api.mirroring import find_rows
+from hubaoti.api.mirroring import find_rows, is_digest
 from hubaoti.artifact.bundle import Bundle, find_bundles
+from hubaoti.artifact.repo_name import is_repo
 from hubaoti.artifact.schema import Graph
-from hubaoti.errors import DigestMismatch, HubaotiError, NoMatch
+from hubaoti.errors import BadRequest, DigestMismatch, HubaotiError, NoMatch
 from hubaoti.host.extras import require
 from hubaoti.host.match import judge
 from hubaoti.host.probe import Host, probe_host
@@ -90,8 +91,12 @@ def _find(what: str | Path | None, mirror: Mirror, settings: Settings) -> Sequen
     """What is called so: a folder goes before a digest, and that before a repo."""
     if what is None:
         return mirror.ls()
-    if isinstance(what, Path) or Path(what).is_dir():
-        return find_bundles(Path(what))
+    path = Path(what)
+    if isinstance(what, Path) or path.is_dir() or (path.suffix == ".tar" and path.is_file()):
+        return find_bundles(path)
+    if not is_digest(what) and not is_repo(what.partition("@")[0]):
+        hint = "name a bundle's folder, a digest as hubaoti mirror ls has it, or owner/name"
+        raise BadRequest(f"{what} is no folder here, no digest and no repo", hint=hint)
     return find_rows(what, mirror, settings)
 
 

@@ -29,6 +29,8 @@ _MADE = re.compile(r"[a-z0-9_]{8}\Z")  # what `mkdtemp` makes up, which did it b
 _PARTS = {_OLD, "replaced", "graphs", "buffers", "buffers.safetensors", "golden.safetensors"}
 _PARTS |= {".parts", manifests.FILENAME, f"{manifests.FILENAME}.sha256"}
 _AGAIN = "compile the bundle again"
+_EXPORT = "was written by hubaoti mirror export"
+_TO_STORE = "store it with: hubaoti mirror import"
 SEAL = f"{manifests.FILENAME}.sha256"  # stays here; on the Hub the digest is the artifact's name
 
 
@@ -50,24 +52,38 @@ class Bundle:
         file = path / manifests.FILENAME
         with explain_read_errors(path):
             if not file.is_file():
-                raise BadManifest(
-                    f"{path} is not a bundle: it has no {manifests.FILENAME}",
-                    hint="make one with: hubaoti compile MODEL -o DIR",
-                )
+                raise _describe_other(path)
             return cls(path, manifests.parse_manifest(file.read_bytes(), str(file)))
 
     def check(self) -> None:
         """Compare every file with the manifest, and every package's entries with their list.
 
         Raises:
-            DigestMismatch: a file is missing, has other bytes, or is not listed.
+            DigestMismatch: a file is missing, has other bytes, or not listed; or it is an export.
             BadPackage: a package is damaged, or its entries are not the listed ones.
             HubaotiError: a file may not be read.
         """
         with explain_read_errors(self.path):
             self._check()
 
+    def refuse_exported(self) -> None:
+        """See that this is no artifact as `hubaoti mirror export` writes it, which is no bundle.
+
+        Its packages lie unpacked: no bytes of theirs are the ones that the manifest names.
+
+        Raises:
+            DigestMismatch: it is one; nothing is wrong with it.
+        """
+        graphs = self.manifest.graphs
+        if graphs and all((self.path / graph.file).is_dir() for graph in graphs):
+            raise DigestMismatch(
+                f"{self.path} is no bundle: it {_EXPORT}, its packages unpacked",
+                hint=f"{_TO_STORE} {self.path} (which verifies it); from the mirror, hubaoti "
+                "compile MODEL -o DIR makes a bundle of it that can be pushed",
+            )
+
     def _check(self) -> None:
+        self.refuse_exported()
         listed = {file.path: file for file in self.manifest.all_files()}
         for file in listed.values():
             _check_file(self.path / file.path, file)
@@ -87,6 +103,16 @@ class Bundle:
         if seal.is_file() and seal.read_text() != _format_seal(self.manifest):
             message = f"{self.path / manifests.FILENAME} was edited after it was compiled"
             raise DigestMismatch(message, hint=_AGAIN)
+
+
+def _describe_other(path: Path) -> BadManifest:
+    """The error of what is no bundle: what it is instead, and what to do with it."""
+    if path.suffix == ".tar" and path.is_file():
+        message = f"{path} is not a bundle: such a file {_EXPORT}"
+        return BadManifest(message, hint=f"{_TO_STORE} {path}")
+    lacks = f"it has no {manifests.FILENAME}" if path.exists() else "there is no such folder"
+    hint = "make one with: hubaoti compile MODEL -o DIR"
+    return BadManifest(f"{path} is not a bundle: {lacks}", hint=hint)
 
 
 def find_bundles(path: Path) -> list[Bundle]:

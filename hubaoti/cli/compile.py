@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hubaoti.artifact.misses import propose_dims, read_misses
+from hubaoti.artifact.sizes import format_count, format_size
 from hubaoti.cli.matrix import fill_matrix
-from hubaoti.cli.output import Steps, format_size, print_json, print_line, print_text
+from hubaoti.cli.output import Steps, print_json, print_line, print_text
 from hubaoti.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -168,8 +169,8 @@ def _print_bundle(bundle: Bundle) -> None:
     memory, seconds = format_size(manifest.built.peak_bytes), manifest.built.seconds
     print_line(f"{bundle.path}: {manifest.recipe} for {manifest.variant}")
     for graph in manifest.graphs:
-        print_line(f"  {graph.id} serves {_format_count(len(graph.modules), 'module')}")
-    print_line(f"  {format_size(manifest.size)}, in {seconds:.0f} s with {memory} at most")
+        print_line(f"  {graph.id} serves {format_count(len(graph.modules), 'module')}")
+    print_line(f"  {format_size(manifest.size)} packed, in {seconds:.0f} s with {memory} at most")
     _print_checks(manifest)
 
 
@@ -182,7 +183,8 @@ def _print_checks(manifest: Manifest) -> None:
             if (check.where == "interpreted") == interpreted
         ]
         if errors:
-            print_line(f"  {len(errors)} checks {what}, largest error {max(errors):.1e}")
+            count = format_count(len(errors), "check")
+            print_line(f"  {count} {what}, largest relative error {max(errors):.1e}")
     for graph in manifest.graphs:
         for reason in graph.not_interpreted or ():
             print_line(f"  not interpreted, of {graph.id}: {reason}")
@@ -197,11 +199,11 @@ def _propose(path: Path, model: str | None, as_json: bool) -> None:
         print_json(facts | {"reasons": misses.reasons})
         return
     for reason, calls in misses.reasons.items():
-        print_line(f"{_format_count(calls, 'call')} not served ({reason})")
+        print_line(f"{format_count(calls, 'call')} not served ({reason})")
     for missed in misses.missed:
         sizes = ", ".join(f"{name}={size}" for name, size in missed.sizes.items())
         print_line(
-            f"  {missed.region} ({missed.reason}): {sizes}; {_format_count(missed.calls, 'call')}"
+            f"  {missed.region} ({missed.reason}): {sizes}; {format_count(missed.calls, 'call')}"
         )
     if proposal is None:
         print_line("no call was missed for its sizes: no other dims would have served it")
@@ -239,7 +241,7 @@ def _print_explanation(found: Explanation) -> None:
     print_line(f"{found.recipe} for {found.variant}, regions {found.regions}")
     print_line(f"  key {found.key[:12]}, {'in ' + found.built if found.built else 'not built yet'}")
     for graph in found.graphs:
-        served = _format_count(len(graph["modules"]), "module")
+        served = format_count(len(graph["modules"]), "module")
         print_line(f"  {graph['id']}: {served}, from {graph['modules'][0] or 'the model itself'}")
         bounds = ", ".join(f"{name}={sizes}" for name, sizes in graph["dims"].items())
         print_line(
@@ -251,7 +253,3 @@ def _print_explanation(found: Explanation) -> None:
         print_line(f"  calls a kernel of {found.kernel}, which is asked for its build then")
     for reason in found.left_out:
         print_line(f"  stays eager: {reason}")
-
-
-def _format_count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 import click
 
-from hubaoti.cli.output import format_size, print_json, print_line, print_table
+from hubaoti.artifact.sizes import format_size
+from hubaoti.cli.output import print_json, print_line, print_table
 from hubaoti.errors import MissingDependency
 from hubaoti.host.build_tools import find_missing_build_tools
 from hubaoti.host.confinement import list_gaps

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hubaoti.cli.output import Steps, format_size, print_json, print_line, print_lines, print_some
+from hubaoti.artifact.sizes import format_count, format_size
+from hubaoti.cli.output import Steps, print_json, print_line, print_lines, print_some
 from hubaoti.settings import Settings
 
 if TYPE_CHECKING:
@@ -53,12 +54,14 @@ def _print_commit(commit: Commit) -> None:
         f"{each.path} {_PUBLISHED[each.created]}{', signed now' if each.signed else ''}"
         for each in commit.artifacts
     ]
-    first, *others = said if len(said) == 1 else [f"{len(said)} artifacts", *said]
+    first, *others = said if len(said) == 1 else [format_count(len(said), "artifact"), *said]
     print_line(f"{commit.repo}@{commit.commit}: {first}")
     for line in others:
         print_line(f"  {line}")
     if commit.branch is not None:
         print_line(f"  branch {commit.branch}")
+    if commit.moved_from is not None:
+        print_line(f"  moved {commit.tag} from {commit.moved_from} to {commit.commit}")
     print_line(f"  {commit.url}")
 
 
@@ -101,6 +104,8 @@ def pull_command(
     from hubaoti import api
 
     by = lockfile or locked
+    trusts = options["trust"] and not (as_json or quiet)
+    before = _list_trusted() if trusts else set()
     with Steps(quiet or as_json) as progress:
         if any_of is not None:
             words = _choose_words(options, repo or by)
@@ -116,6 +121,16 @@ def pull_command(
         _print_pulled(pulled)
     for pulled in [each for each in found if quiet and each.is_kept_back and not as_json]:
         print_lines("\n".join(pulled.notes), err=True)  # it was asked for, and is no success
+    for who in sorted(_list_trusted() - before) if trusts else ():
+        print_line(f"  {who} is trusted from now on; hubaoti trust rm takes that back")
+
+
+def _list_trusted() -> set[str]:
+    """Who and what is trusted now, in words."""
+    from hubaoti.mirror.trust import Trust
+
+    said = Trust(Settings.from_env().trust).read()
+    return {str(each) for each in (*said.publishers, *said.artifacts)}
 
 
 def _choose_words(options: dict[str, Any], repo: object) -> dict[str, Any]:
@@ -149,12 +164,17 @@ def _print_pulled(pulled: Pulled) -> None:
     source = "from the mirror" if pulled.from_mirror else "from the Hub"
     source = "compiled here" if pulled.compiled else source
     size = format_size(pulled.artifact.manifest.size)
-    print_line(f"{pulled.place} ({pulled.verdict.fit}, {size}) {source}")
-    print_line(f"  commit {pulled.commit}, digest {pulled.artifact.digest[:12]}")
+    print_line(f"{pulled.place} ({pulled.verdict.fit}, {size} packed) {source}")
+    print_line(f"  {pulled.ref.repo} at {pulled.commit}, digest {pulled.artifact.digest[:12]}")
     for reason in pulled.verdict.notes:
         print_line(f"  built for {reason.need}, here is {reason.have}: {reason.advice}")
-    considered = [each for each in pulled.considered if each.error is not None]
-    print_some([f"  {each.place} cannot be used: {each.error}" for each in considered])
+    print_some(
+        [
+            f"  {each.place} {'is refused' if each.is_refused else 'cannot be used'}: {each.error}"
+            for each in pulled.considered
+            if each.error is not None
+        ]
+    )
     print_some([f"  {note}" for note in pulled.notes])
 
 

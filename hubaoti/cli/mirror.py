@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 import click
 import msgspec
 
+from hubaoti.artifact.sizes import format_size
+from hubaoti.cli.groups import Group
 from hubaoti.cli.mirror_exchange import export_command, import_command, rebuild_command
 from hubaoti.cli.mirror_space import budget_command, gc_command, stats_command
-from hubaoti.cli.output import format_size, print_json, print_line, print_table, print_text
+from hubaoti.cli.output import print_json, print_line, print_table, print_text
 from hubaoti.cli.verify import verify_command
 from hubaoti.mirror import Mirror, Row
 from hubaoti.mirror.facts import Facts, read_facts
@@ -21,7 +23,7 @@ from hubaoti.settings import Settings
 _WHAT = click.argument("what", metavar="REPO|DIGEST")
 
 
-@click.group("mirror")
+@click.group("mirror", cls=Group)
 def mirror_command() -> None:
     """What is stored on this machine."""
 
@@ -31,7 +33,7 @@ def mirror_command() -> None:
 def ls_command(as_json: bool) -> None:
     """List the artifacts, the newest first, and the graphs that are not opened here."""
     with Mirror.open(Settings.from_env().mirror) as mirror:
-        rows, problems, built = mirror.ls(), mirror.index.problems(), mirror.usage.list_built()
+        rows, problems, origins = mirror.ls(), mirror.index.problems(), _Origins.read(mirror)
         facts = read_facts(mirror, [row.digest for row in rows])
     if as_json:
         print_json([_to_dict(row, facts[row.digest]) for row in rows])
@@ -40,8 +42,7 @@ def ls_command(as_json: bool) -> None:
         (
             facts[row.digest].model or "unknown",
             facts[row.digest].task or "unknown",
-            _name_origin(row, built),
-            row.origin.commit or "",
+            *origins.describe(row),
             row.recipe,
             row.variant,
             format_size(row.size),
@@ -50,8 +51,21 @@ def ls_command(as_json: bool) -> None:
         )
         for row in rows
     ]
-    columns = ["model", "task", "repo", "commit", "recipe", "variant", "size", "added", "digest"]
+    columns = [
+        "model",
+        "task",
+        "repo",
+        "commit",
+        "recipe",
+        "variant",
+        "unpacked",
+        "added",
+        "digest",
+    ]
     print_table(columns, cells)
+    if not cells:
+        hint = "nothing is here yet: hubaoti pull owner/name, or hubaoti compile MODEL -o DIR"
+        print_line(hint, err=True)
     for graph, problem in problems:
         print_line(f"not opened: graph {graph[:12]}: {problem}")
     if problems:
@@ -150,7 +164,7 @@ def retry_command(as_json: bool) -> None:
 
     with Mirror.open(Settings.from_env().mirror) as mirror:
         retried = retry(mirror)
-        built = mirror.usage.list_built()
+        origins = _Origins.read(mirror)
     if as_json:
         print_json(asdict(retried))
         return
@@ -159,7 +173,7 @@ def retry_command(as_json: bool) -> None:
         print_line(f"graph {graph[:12]} is back")
     for row in retried.artifacts:
         print_line(
-            f"artifact {row.digest[:12]} is back: {_name_origin(row, built)} "
+            f"artifact {row.digest[:12]} is back: {origins.describe(row)[0]} "
             f"{row.recipe}/{row.variant}"
         )
 
@@ -183,11 +197,26 @@ def _join(value: object) -> object:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _name_origin(row: Row, built: Collection[str]) -> str:
-    """Where an artifact came from, in words."""
-    if row.origin.repo:
-        return row.origin.repo
-    return "built here" if row.digest in built else "from a folder"
+@dataclass(frozen=True, slots=True)
+class _Origins:
+    """What is known of where artifacts came from, and went to."""
+
+    built: Collection[str]
+    pushed: Mapping[str, tuple[str, str]]
+
+    @classmethod
+    def read(cls, mirror: Mirror) -> _Origins:
+        """All that the mirror knows of it."""
+        return cls(mirror.usage.list_built(), mirror.usage.list_pushed())
+
+    def describe(self, row: Row) -> tuple[str, str]:
+        """The repo that has an artifact, and its commit, in full; or why there is none."""
+        repo, commit = row.origin.repo, row.origin.commit or ""
+        if not repo:
+            is_built = row.digest in self.built
+            none = ("built here, not pushed" if is_built else "from a folder", "")
+            repo, commit = self.pushed.get(row.digest, none)
+        return repo, commit
 
 
 def _to_dict(row: Row, said: Facts) -> dict[str, object]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from hubaoti.artifact.sizes import format_count
 from hubaoti.cli.output import print_json, print_line
 from hubaoti.mirror import Mirror
 from hubaoti.settings import Settings
@@ -18,9 +19,10 @@ _PATH = click.Path(path_type=Path)
 @click.argument("what", nargs=-1, required=True, metavar="REPO|DIGEST...")
 @click.argument("output", type=_PATH, metavar="DIR|FILE.tar")
 def export_command(what: tuple[str, ...], output: Path) -> None:
-    """Write artifacts into a folder of bundles, or one file, to be imported on another machine.
+    """Write artifacts into a folder or one file, for mirror import on another machine.
 
-    Kernels that graphs call are not taken along: that machine fetches them.
+    They are no bundles: their packages lie unpacked, so push and verify refuse them. Kernels that
+    graphs call are not taken along: that machine fetches them.
     """
     from hubaoti.api.mirroring import find_artifacts
     from hubaoti.mirror.exchange import export
@@ -29,7 +31,7 @@ def export_command(what: tuple[str, ...], output: Path) -> None:
     with Mirror.open(settings.mirror) as mirror:
         artifacts = find_artifacts(what, mirror, settings)
         export(mirror, artifacts, output)
-    print_line(f"{len(artifacts)} artifacts are in {output}")
+    print_line(f"in {output}: {format_count(len(artifacts), 'artifact')}")
     for artifact in artifacts:
         for pin in artifact.manifest.requires.kernels:
             print_line(f"  {artifact.digest[:12]} calls the kernel {pin}, which is fetched there")
@@ -48,7 +50,7 @@ def import_command(source: Path, as_json: bool) -> None:
     if as_json:
         print_json({"artifacts": digests, "not_trusted": strangers})
         return
-    print_line(f"{len(digests)} artifacts are in the mirror")
+    print_line(f"in the mirror: {format_count(len(digests), 'artifact')}")
     _print_strangers(strangers)
 
 
@@ -63,7 +65,7 @@ def rebuild_command() -> None:
     rebuilt = rebuild(Settings.from_env().mirror)
     if rebuilt.apart is not None:
         print_line(f"the damaged index is in {rebuilt.apart}")
-    print_line(f"{len(rebuilt.rows)} artifacts are in the index again")
+    print_line(f"in the index again: {format_count(len(rebuilt.rows), 'artifact')}")
     _print_strangers(rebuilt.not_trusted)
 
 

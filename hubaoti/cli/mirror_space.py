@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from hubaoti.artifact.misses import read_misses
+from hubaoti.artifact.sizes import format_count, format_size
 from hubaoti.cli.output import (
-    format_size,
     format_time,
     print_json,
     print_line,
@@ -21,7 +21,7 @@ from hubaoti.cli.output import (
 )
 from hubaoti.errors import BadRequest
 from hubaoti.mirror import Mirror
-from hubaoti.mirror.gc import BUDGET, collect, read_budget
+from hubaoti.mirror.gc import BUDGET, collect, count_held, read_budget
 from hubaoti.mirror.stats import Stats, Unused, format_prometheus, summarize
 from hubaoti.settings import Settings
 
@@ -72,6 +72,7 @@ def gc_command(
     """
     with Mirror.open(Settings.from_env().mirror) as mirror:
         found = collect(mirror, older_than=older_than, max_bytes=max_bytes, dry_run=dry_run)
+        held = count_held(mirror) if found.after > found.budget else {}
     if as_json:
         print_json(asdict(found))
         return
@@ -85,10 +86,13 @@ def gc_command(
         print_line(f"left over: {path}")
     verb = "would leave" if dry_run else "left"
     print_line(
-        f"{len(cells)} artifacts {verb} ({format_size(found.before - found.after)}), "
-        f"{len(found.orphans)} left-overs; {format_size(found.after)} of "
+        f"{format_count(len(cells), 'artifact')} {verb} "
+        f"({format_size(found.before - found.after)}), "
+        f"{format_count(len(found.orphans), 'left-over')}; {format_size(found.after)} of "
         f"{format_size(found.budget)} are used"
     )
+    for why, size in held.items():
+        print_line(f"  {format_size(size)} stay, because they are {why}")
 
 
 @click.command("budget")
@@ -132,7 +136,7 @@ def stats_command(files: tuple[Path, ...], as_json: bool, prometheus: bool) -> N
 def _print_stats(stats: Stats) -> None:
     """The same in words."""
     used = f"{format_size(stats.bytes)} of {format_size(stats.budget)}"
-    print_line(f"{stats.artifacts} artifacts, {used}")
+    print_line(f"{format_count(stats.artifacts, 'artifact')}, {used}")
     calls = ", ".join(f"{name} {tier.calls}" for name, tier in stats.tiers.items())
     rate = "nothing was asked for yet" if stats.hit_rate is None else f"{stats.hit_rate:.0%} hits"
     print_line(f"answers: {calls}, nobody {sum(e.calls for e in stats.misses)}; {rate}")
@@ -146,5 +150,6 @@ def _print_stats(stats: Stats) -> None:
 
 def _describe_unused(each: Unused) -> str:
     name = f"{each.digest[:12]} {each.recipe}/{each.variant}, {format_size(each.size)}"
-    idle = f"opened {each.opens} times, not for {each.idle_seconds / _SECONDS['d']:.0f} days"
+    days = each.idle_seconds / _SECONDS["d"]
+    idle = f"opened {format_count(each.opens, 'time')}, not for {days:.0f} days"
     return f"{name}, {idle}" + (f", {each.kept}" if each.kept else "")

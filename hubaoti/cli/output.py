@@ -116,14 +116,3 @@ def _print_folded(columns: Sequence[str], cells: Iterable[Sequence[str]]) -> Non
 def format_time(seconds: float) -> str:
     """A time in the unit that a person would say."""
     return f"{seconds:.1f} s" if seconds >= 0.5 else f"{seconds * 1000:.1f} ms"
-
-
-def format_size(size: float | None) -> str:
-    """Bytes in the unit that a person would say."""
-    if size is None:
-        return "unknown"
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hubaoti.artifact.sizes import format_count
 from hubaoti.cli.output import Steps, print_json, print_line, print_some, print_table
 from hubaoti.errors import BadLock
 
@@ -79,7 +80,8 @@ def _serialize(each: Considered) -> dict[str, object]:
 def _print_considered(each: Considered) -> None:
     """An artifact, how well it fits, and every reason."""
     if each.verdict is None:
-        print_line(f"unreadable    {each.place}: {each.error}")
+        word = "refused" if each.is_refused else "unreadable"
+        print_line(f"{word:<13} {each.place}: {each.error}")
         return
     word = "refused" if each.verdict.refusals else str(each.verdict.fit)
     print_line(f"{word:<13} {each.place}")
@@ -108,7 +110,8 @@ def lock_command(repos: tuple[str, ...], output: Path, quiet: bool) -> None:
     for each in [] if quiet else lock.repos:
         was = before.get(str(each.ref), each.commit)
         moved = f", was {was}" if was != each.commit else ""
-        print_line(f"{each.ref}: {len(each.artifacts)} artifacts at {each.commit}{moved}")
+        count = format_count(len(each.artifacts), "artifact")
+        print_line(f"{each.ref}: {count} at {each.commit}{moved}")
 
 
 def _list_commits(path: Path) -> dict[str, str]:

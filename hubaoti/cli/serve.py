@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hubaoti.cli.groups import Group
 from hubaoti.cli.mirror_space import parse_size
 from hubaoti.cli.output import print_line
 from hubaoti.cli.serve_root import (
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _LONGEST = 4096  # bytes of a token's file
 
 
-@click.group("serve", invoke_without_command=True)
+@click.group("serve", cls=Group, invoke_without_command=True)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True, help="0 takes a free one")
 @click.option("--allow-host", multiple=True, help="another name or address that clients use")
@@ -52,6 +53,8 @@ def serve_command(
     def ready(url: str, token: str) -> None:
         print_line(f"serving {folder} at {url}")
         print_line(f"  export HF_ENDPOINT={url} HF_TOKEN={shown or token}")
+        if not given:
+            print_line("  this token is of this start alone: --token-file FILE keeps one of yours")
         if upstream := service.upstream:
             how = "with" if upstream.token else "without"
             print_line(f"  what is not here comes from {upstream.url}, asked {how} a token")

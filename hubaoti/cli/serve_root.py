@@ -7,7 +7,9 @@ from pathlib import Path
 
 import click
 
-from hubaoti.cli.output import format_size, print_json, print_line, print_table
+from hubaoti.artifact.sizes import format_size
+from hubaoti.cli.groups import Group
+from hubaoti.cli.output import print_json, print_line, print_table
 from hubaoti.settings import Settings
 
 ROOT = click.option("--root", type=click.Path(path_type=Path), help="where the repos are stored")
@@ -53,7 +55,7 @@ def gc_command(root: Path | None, keep: float, dry_run: bool, as_json: bool) -> 
     print_line(f"{len(found.files)} files {verb} ({format_size(found.bytes)})")
 
 
-@click.group("token")
+@click.group("token", cls=Group)
 def token_command() -> None:
     """Tokens beside the one that serve prints: for who may read, or write, and of whose repos."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from hubaoti.api.trusting import NamedArtifact, Owner, find_subject
+from hubaoti.cli.groups import Group
 from hubaoti.cli.output import print_json, print_line, print_table
 from hubaoti.errors import BadRequest
 from hubaoti.hub.keys import make_key_pair, read_public_key, read_root
@@ -21,7 +22,7 @@ _WHO = click.argument("who", metavar="OWNER|DIGEST|./BUNDLE")
 _WHERE = click.option("--endpoint", metavar="URL", help="of the owner; by default today's")
 
 
-@click.group("trust")
+@click.group("trust", cls=Group)
 def trust_command() -> None:
     """Whose code may run on this machine, and what may not."""
 
@@ -38,6 +39,9 @@ def ls_command(as_json: bool) -> None:
     else:
         rows = [(how, *_describe(each)) for how, each in found]
         print_table(["is", "who", "endpoint", "since"], rows)
+        if not rows:
+            hint = "nobody is trusted yet: hubaoti trust add OWNER, or hubaoti pull --trust"
+            print_line(hint, err=True)
 
 
 def _describe(subject: Subject) -> tuple[str, str, object]:
@@ -64,20 +68,31 @@ def add_command(who: str, endpoint: str | None, **options: Any) -> None:
         if given:
             _refuse_signer(subject)
         trust.add_artifact(subject.digest)
+        print_line(f"{subject} is trusted")
     elif not given:
         trust.add(subject.endpoint, subject.name)
+        print_line(f"{subject} is trusted{_list_others(trust, subject)}")
     else:
         signer = _keep_signer(trust, **given)
         trust.add(subject.endpoint, subject.name, signer)
-        print_line(f"{subject} is trusted for what is signed by {signer}")
-        return
-    print_line(f"{subject} is trusted")
+        others = _list_others(trust, subject, signer)
+        print_line(f"{subject} is trusted for what is signed by {signer}{others}")
 
 
 def _find(who: str, endpoint: str | None) -> tuple[Trust, Owner | NamedArtifact]:
     """What was said of whom, and who or what is meant."""
     settings = Settings.from_env()
     return Trust(settings.trust), find_subject(who, settings, endpoint)
+
+
+def _list_others(trust: Trust, owner: Owner, signer: Signer | None = None) -> str:
+    """Who else may have signed what an owner is trusted for, as was said before and stays so."""
+    asked = trust.read().list_signers(owner.endpoint, owner.name)
+    others = " or ".join(each.describe() for each in asked if each != signer)
+    if not others or signer is not None:
+        return f", or by {others}, who was named before" if others else ""
+    first = f"for a name to be enough: hubaoti trust rm {owner.name} first, then add"
+    return f", still only for what is signed by {others}; {first}"
 
 
 def _keep_signer(

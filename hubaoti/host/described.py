@@ -42,6 +42,12 @@ def read_host(path: Path, here: Host) -> Host:
 def _describe(facts: dict[str, Any], here: Host) -> Host:
     """The host of some facts; ValueError or TypeError where they are none."""
     said = {name: fact for name, fact in facts.items() if name not in _OF_HERE}
+    if not isinstance(said.get("torch") or {}, dict):
+        raise ValueError('its torch is no object, as {"version": "2.13.0+cpu"}')
+    if not isinstance(said.get("gpus") or [], list):
+        raise ValueError("its gpus are no list")
+    if not all(isinstance(gpu, dict) for gpu in said.get("gpus") or []):
+        raise ValueError('one of its gpus is no object, as {"sm": 90}')
     if said.get("torch"):
         said["torch"] = {"cuda": None, "git": None, "path": "", **said["torch"]}
     if said.get("gpus"):

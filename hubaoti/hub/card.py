@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from hubaoti.artifact.manifest import Manifest
+from hubaoti.artifact.sizes import format_size
 from hubaoti.errors import Conflict, first_line
 from hubaoti.hub.layout import ArtifactPath
 
@@ -92,13 +93,14 @@ def _make_row(
     place: ArtifactPath, manifest: Manifest, signers: Mapping[ArtifactPath, str]
 ) -> dict[str, Any]:
     """One line of the card's table, each cell as it is shown."""
-    errors = [check.max_absolute for check in manifest.checks]
+    # As `compile` prints it: what kernels computed when they were interpreted is told there, too.
+    errors = [each.max_relative for each in manifest.checks if each.where != "interpreted"]
     return {
         "path": str(place),
         "recipe": place.recipe,
         "variant": place.variant,
         "graphs": len(manifest.graphs),
-        "size": f"{manifest.size / 1e6:.1f} MB",
+        "size": format_size(manifest.size),
         "error": f"{max(errors):.1e}" if errors else "not checked",
         "signer": _plain(signers.get(place, "")),
         "digest": manifest.digest,

@@ -16,7 +16,7 @@ from packaging.version import Version
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.requirements import Requirements, read_version, series
 from hubaoti.artifact.variant import Recipe, Variant
-from hubaoti.errors import HubaotiError, NoArtifact, NoMatch
+from hubaoti.errors import BadSignature, HubaotiError, NoArtifact, NoMatch, Unsigned
 from hubaoti.host.match import Candidate, MatchResult, Verdict, judge, rank
 from hubaoti.host.probe import Host
 from hubaoti.hub.catalog import Catalog, Unreadable
@@ -40,6 +40,11 @@ class Considered:
     manifest: Manifest | None = field(repr=False)
     verdict: Verdict | None
     error: Unreadable | None = None
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether it is not used for want of a signature, and not because it is broken."""
+        return isinstance(self.error, Unsigned | BadSignature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +154,9 @@ def describe_refusals(
     lines = [line for each in considered for line in format_considered(each, recipe)]
     errors = [each.error for each in considered if each.error is not None]
     if len(errors) == len(considered):
-        message = "\n".join((f"no manifest of {where} can be used:", *lines))
+        is_refused = all(each.is_refused for each in considered)
+        said = f"all of {where} is refused" if is_refused else f"no manifest of {where} can be used"
+        message = "\n".join((f"{said}:", *lines))
         return type(errors[0])(message, hint=errors[0].hint)
     return NoMatch(
         "\n".join((f"no artifact of {where} fits this host:", *lines)),
@@ -160,7 +167,7 @@ def describe_refusals(
 def format_considered(each: Considered, recipe: Recipe | None) -> list[str]:
     """An artifact and every reason against it."""
     if each.verdict is None:
-        return [f"  {each.place}", f"    {each.error}"]
+        return [f"  {each.place}", f"    {'refused: ' * each.is_refused}{each.error}"]
     reasons = [
         f"    needs {refusal.need}; here is {refusal.have}: {refusal.advice}"
         for refusal in each.verdict.refusals

@@ -21,7 +21,7 @@ from hubaoti.errors import (
     RepoNotFound,
 )
 from hubaoti.escape import escape_line
-from hubaoti.hub.retry import BUSY, find_response_status, find_retry_after
+from hubaoti.hub.retry import BUSY, find_response_status, find_retry_after, is_upstream_gone
 from hubaoti.hub.silence import is_silence
 from hubaoti.settings import ENDPOINT, Settings, override_environment
 
@@ -107,7 +107,7 @@ class ErrorTranslator:
         if status == 429:
             return self._describe_limited(error, what)
         if status >= 500 or status == 0:
-            return self._describe_unreachable(error, what, _BUSY_HUB if status in BUSY else NO_HUB)
+            return self._describe_failure(error, what, status)
         hint = "see whether the endpoint serves the Hub's protocol"
         message = self.first_line(getattr(error, "server_message", None) or error)
         return HubaotiError(f"{self.endpoint} refused {what}: {message}", hint=hint)
@@ -138,6 +138,16 @@ class ErrorTranslator:
             f"{self.endpoint} is silent: {what} was waited for, and not a byte came",
             hint="see whether the endpoint is well and HF_ENDPOINT names it, then try again; files "
             "that came whole are kept",
+        )
+
+    def _describe_failure(self, error: Any, what: str, status: int) -> HubUnreachable:
+        """The error of an endpoint that fails, is busy, or cannot ask its upstream."""
+        if not is_upstream_gone(getattr(error, "response", None)):
+            return self._describe_unreachable(error, what, _BUSY_HUB if status in BUSY else NO_HUB)
+        said = self.first_line(error.server_message or error)
+        return HubUnreachable(
+            f"{self.endpoint} has no copy of {what}, and cannot reach its upstream: {said}",
+            hint="see whether its upstream is up, then try again; what it has copied works",
         )
 
     def _describe_limited(self, error: Exception, what: str) -> HubUnreachable:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.package import hash_file
+from hubaoti.artifact.sizes import format_size
 from hubaoti.disk import require_disk_room
 from hubaoti.errors import BadPackage, DigestMismatch, HubaotiError
 from hubaoti.hub.catalog import Catalog
@@ -84,7 +85,7 @@ def _download(
     files: dict[str, Path] = {}
     for file in manifest.all_files():
         path = place.file(file.path)
-        progress(f"downloading {path} ({file.size / 1e6:.1f} MB)")
+        progress(f"downloading {path} ({format_size(file.size)})")
         found = files[file.path] = client.download(catalog.repo, catalog.commit, path)
         if found.stat().st_size != file.size or hash_file(found) != file.sha256:
             client.drop(found)

@@ -20,6 +20,7 @@ from hubaoti.artifact.kernel_variant import KernelHost, choose_variant
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.package import hash_file
 from hubaoti.artifact.schema import File
+from hubaoti.artifact.sizes import format_size
 from hubaoti.disk import require_disk_room
 from hubaoti.errors import (
     BadManifest,
@@ -161,7 +162,7 @@ def fetch_kernels(
         with mirror.leases.alone(pin.id, progress):
             if mirror.has_kernel(pin):  # by now: another process has fetched it
                 continue
-            progress(f"downloading the kernel {pin.repo} ({build.size / 1e6:.1f} MB)")
+            progress(f"downloading the kernel {pin.repo} ({format_size(build.size)})")
             # As they were downloaded, and as they are kept, they lie there together for a while.
             require_disk_room(mirror.root, 2 * build.size)
             _store(client, mirror, pin)

@@ -19,6 +19,10 @@ from hubaoti.errors import BadManifest, BadRequest
 _REPO_HINT = (
     "write it as owner/name or owner/name@revision: a branch, tag, commit, v1, ~=1.2 or sha256:…"
 )
+_DIGEST_HINT = (
+    "write all 64 digits of a digest: hubaoti explain owner/name --json has them, and hubaoti "
+    "mirror ls --json those of what is here"
+)
 _PATH_HINT = "write it as <recipe>/<variant>: float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -50,7 +54,9 @@ class RepoRef:
         if self.revision is not None and not (
             is_revision(self.revision) or self.digest or self.specifier
         ):
-            raise BadRequest(f"malformed revision: {self.revision!r:.120}", hint=_REPO_HINT)
+            is_digest = str(self.revision).startswith("sha256:")
+            hint = _DIGEST_HINT if is_digest else _REPO_HINT
+            raise BadRequest(f"malformed revision: {self.revision!r:.120}", hint=hint)
 
     @classmethod
     def parse(cls, text: str) -> RepoRef:

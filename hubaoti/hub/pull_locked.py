@@ -158,7 +158,8 @@ def _verify_signature(
     if required is None or puller.is_signed(ref, place, manifest):
         return catalog
     signatures = CommitSignatures(puller.client, catalog.repo, catalog.commit, None)
-    signer, statement = signatures.verify(place, manifest.to_json(), required)
+    text, what = manifest.to_json(), f"{place} of {catalog.repo}"
+    signer, statement = signatures.verify(place, text, required, what)
     signatures.require_statement(place, manifest, statement)
     return replace(catalog, signers={place: signer})
 

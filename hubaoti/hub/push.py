@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.manifest import FILENAME, Manifest
+from hubaoti.artifact.sizes import format_size
 from hubaoti.artifact.statement import SIGNATURE
 from hubaoti.errors import BadPackage, BadRequest, Conflict
 from hubaoti.hub.card import render
@@ -103,6 +104,7 @@ class Commit:
     """Where pushed artifacts are, in the order of their bundles.
 
     `created` is False when the repo held all of them already. `branch` is None for the default one.
+    `moved_from` is the commit from which the tag was taken.
     """
 
     repo: str
@@ -113,6 +115,7 @@ class Commit:
     created: bool
     private: bool
     branch: str | None = None
+    moved_from: str | None = None
 
     @property
     def path(self) -> str:
@@ -213,10 +216,11 @@ def push_bundles(
         with ensure_branch(client, repo, shipment.branch):
             made, sent = _commit_on_head(client, shipment, to, progress)
             there.holds(made.commit)
+            moved = None
             if to.tag is not None:
                 progress(f"tagging {made.commit} as {to.tag}")
                 stays = not there.own and shipment.branch is None
-                set_tag(client, repo, to.tag, made.commit, to.move_tag, stays)
+                moved = set_tag(client, repo, to.tag, made.commit, to.move_tag, stays)
     new = {each.place for each in sent if not each.is_there}
     signed = {each.place for each in sent if each.signature}
     return Commit(
@@ -231,6 +235,7 @@ def push_bundles(
         created=bool(new),
         private=there.private,
         branch=shipment.branch,
+        moved_from=moved,
     )
 
 
@@ -301,7 +306,7 @@ def _commit_on_head(
             return Pushed(catalog.commit, url), lost
         part = replace(shipment, parcels=tuple(missing))
         try:
-            progress(f"uploading {part} ({part.size / 1e6:.1f} MB)")
+            progress(f"uploading {part} ({format_size(part.size)})")
             return _commit_shipment(client, catalog, part), missing
         except StaleParent as error:
             lost = missing if isinstance(error, AnswerLost) else lost
@@ -373,7 +378,7 @@ def _render_card(client: HubClient, catalog: Catalog, shipment: _Shipment) -> st
     there = catalog.files.get(_README)
     if there is not None and there.size > LARGEST_README:
         hint = "make it smaller, then push again: images are better files of their own"
-        raise Conflict(f"the repo's README.md has {there.size / 1e6:.1f} MB", hint=hint)
+        raise Conflict(f"the repo's README.md has {format_size(there.size)}", hint=hint)
     text = decode_readme(client.read(catalog.repo, catalog.commit, there)) if there else ""
     artifacts = {**catalog.readable, **ours}
     unreadable = tuple(str(each) for each in catalog.artifacts if each not in artifacts)

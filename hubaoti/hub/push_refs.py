@@ -93,14 +93,18 @@ def require_free(client: HubClient, repo: str, tag: str, commit: str | None, mov
         )
 
 
-def set_tag(client: HubClient, repo: str, tag: str, commit: str, move: bool, stays: bool) -> None:
+def set_tag(
+    client: HubClient, repo: str, tag: str, commit: str, move: bool, stays: bool
+) -> str | None:
     """Have a tag name a commit, which `stays` where that fails: then it is said which it is.
+
+    The commit that it was moved from, if it was.
 
     Raises:
         Conflict: it names another commit by now, and is not to be moved.
     """
     try:
-        _set_tag(client, repo, tag, commit, move)
+        return _set_tag(client, repo, tag, commit, move)
     except HubaotiError as error:
         if not stays:
             raise
@@ -110,14 +114,14 @@ def set_tag(client: HubClient, repo: str, tag: str, commit: str, move: bool, sta
         ) from error
 
 
-def _set_tag(client: HubClient, repo: str, tag: str, commit: str, move: bool) -> None:
+def _set_tag(client: HubClient, repo: str, tag: str, commit: str, move: bool) -> str | None:
     """The same; one that cannot be moved stays where it was.
 
     The Hub moves no tag: it is removed, and made anew.
     """
     there = client.tags(repo).get(tag)
     if there == commit:
-        return
+        return None
     moved = there if move else None
     if moved is not None:
         client.drop_tag(repo, tag)
@@ -128,3 +132,4 @@ def _set_tag(client: HubClient, repo: str, tag: str, commit: str, move: bool) ->
             with suppress(HubaotiError):
                 client.tag(repo, tag, moved)
         raise
+    return moved

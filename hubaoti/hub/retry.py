@@ -29,6 +29,7 @@ _T = TypeVar("_T")
 LIBRARY = "hubaoti"  # as our requests name us
 BUSY = frozenset({429, 502, 503, 504})
 """Answers that pass by themselves."""
+_UPSTREAM_GONE = "UpstreamGone"  # X-Error-Code of `hubaoti serve --upstream`, which waits by itself
 ATTEMPTS = 6
 FIRST_WAIT, _LONGEST_BACKOFF = 0.5, 8.0  # seconds, where the endpoint names none
 LONGEST_WAIT = 300.0  # seconds, of all waits together: the Hub counts in windows of as many
@@ -95,6 +96,8 @@ def retry_request(request: Callable[[bool], _T], progress: Progress) -> _T:
 
 def _is_passing(error: BaseException) -> bool:
     """Whether the same request may be answered a little later."""
+    if is_upstream_gone(getattr(error, "response", None)):
+        return False
     return find_response_status(error) in BUSY or type(error).__name__ in _DROPPED
 
 
@@ -225,15 +228,26 @@ def _heed(response: Any) -> None:
     if response.status_code not in BUSY:
         return
     waiting = own or next(reversed(_open), patience)  # such a thread's is that of who asked last
-    spent = waiting.is_spent(response.status_code, read_retry_after(response.headers) or 0)
-    # Of this one huggingface_hub reads the body, which may be no JSON, before the status.
-    if spent or response.request.url.path.endswith("/validate-yaml"):
+    if is_upstream_gone(response) or _is_enough_of(response, waiting):
         response.read()
         hf_raise_for_status(response)
 
 
+def _is_enough_of(response: Any, waiting: Patience) -> bool:
+    """Whether a busy answer is one too many, or one to a question that is not asked again."""
+    spent = waiting.is_spent(response.status_code, read_retry_after(response.headers) or 0)
+    # Of this one huggingface_hub reads the body, which may be no JSON, before the status.
+    return spent or bool(response.request.url.path.endswith("/validate-yaml"))
+
+
 def _find_error(state: RetryCallState) -> BaseException | None:
     return state.outcome.exception() if state.outcome else None
+
+
+def is_upstream_gone(response: Any) -> bool:
+    """Whether an endpoint says that it is well, and the one that it pulls through is not."""
+    is_busy = response is not None and response.status_code in BUSY
+    return is_busy and response.headers.get("x-error-code") == _UPSTREAM_GONE
 
 
 def find_response_status(error: BaseException | None) -> int | None:

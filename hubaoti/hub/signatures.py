@@ -22,7 +22,7 @@ from hubaoti.hub.records import Entry
 from hubaoti.hub.signing import UNREADABLE, Signing, is_signed_by, read_claim, sign, verify
 from hubaoti.mirror.rows import Signed
 from hubaoti.mirror.signer import Keys, Signer
-from hubaoti.mirror.trust import Trust, refuse_unsigned
+from hubaoti.mirror.trust import Trust, ask_to_sign, refuse_unsigned
 
 _LARGEST = {FILENAME: LARGEST_STATEMENT, SIGNATURE: LARGEST_SIGNATURE}
 
@@ -52,8 +52,8 @@ class RequiredSigners:
         if any((s.endpoint, s.repo, s.path) == where and s.signer in names for s in known):
             return True
         if client.is_offline:
-            what = f"{path} of {repo} is here, and offline its signature cannot be asked for"
-            raise refuse_unsigned(what, self.owner, self.signers)
+            hint = "it is here, and HF_HUB_OFFLINE is set: without that, its signature is asked for"
+            raise refuse_unsigned(f"{path} of {repo}", self.owner, self.signers, hint)
         return False
 
     def verify(self, manifest: bytes, statement: bytes, signature: bytes) -> Signer:
@@ -122,17 +122,19 @@ class CommitSignatures:
             ) from None
 
     def verify(
-        self, place: ArtifactPath, manifest: bytes, required: RequiredSigners
+        self, place: ArtifactPath, manifest: bytes, required: RequiredSigners, what: str = ""
     ) -> tuple[Signer, bytes]:
         """Who signed a manifest, of which nothing was parsed yet, and the statement beside it.
+
+        `what` names it, where a refusal does not stand beside its path.
 
         Raises:
             Unsigned: nobody did. BadSignature: nobody of those who have to.
         """
         found = self.read(place)
         if found is None:
-            what = f"{place} of {self.repo} has no signature"
-            raise refuse_unsigned(what, required.owner, required.signers)
+            hint = ask_to_sign(required.owner)
+            raise refuse_unsigned(what, required.owner, required.signers, hint)
         statement, signature = found
         return required.verify(manifest, statement, signature), statement
 

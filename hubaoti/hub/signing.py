@@ -151,7 +151,7 @@ def verify(
     trusted = None if root is None else keys.find(root, whose)
     if problem := _find_problem(manifest, statement, signature, signer, trusted):
         raise BadSignature(
-            f"it has no signature by {signer}: {problem}",
+            f"not signed by {signer.describe()}: {problem}",
             hint=f"nothing of it was opened; ask {whose}, or pull what they signed",
         )
 

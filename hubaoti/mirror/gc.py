@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hubaoti.artifact.requirements import read_version, series
+from hubaoti.artifact.sizes import format_count
 from hubaoti.artifact.variant import Variant
 from hubaoti.errors import Blocked, MirrorFull
 from hubaoti.host.probe import find_torch
@@ -31,6 +32,12 @@ _AT_ONCE = 100  # artifacts that leave by one transaction, each with its lock he
 _DAY = 24 * 3600
 _RECENT = 30 * _DAY  # who was opened since is run by some torch, wherever that is installed
 BUDGET = "budget"
+_BUILT = "built here, and not pushed"
+_HOLDERS = {  # what does not leave, and how its user lets go of it
+    "pinned": "pinned, or in a lockfile (hubaoti mirror unpin; or the lockfile says others)",
+    _BUILT: f"{_BUILT} (hubaoti push, or hubaoti mirror rm)",
+    "open": "open in a process",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,11 +228,21 @@ def _explain(candidate: Candidate) -> str:
         return "may not be opened here"
     if not candidate.is_runnable:
         return "no torch here can run it"
-    return f"opened {candidate.opens} times, {candidate.cost:.0f} s to get it back"
+    return f"opened {format_count(candidate.opens, 'time')}, {candidate.cost:.0f} s to get it back"
 
 
 def list_kept(mirror: Mirror) -> dict[str, str]:
     """The artifacts that never leave, and why, but for those that are open somewhere."""
     alone = mirror.usage.list_built() - mirror.usage.list_elsewhere()
-    built = dict.fromkeys(alone, "built here, and not pushed")
+    built = dict.fromkeys(alone, _BUILT)
     return built | dict.fromkeys(mirror.usage.list_pins(), "pinned")
+
+
+def count_held(mirror: Mirror) -> dict[str, int]:
+    """The bytes of all that does not leave now, by what holds it, the most first."""
+    kept, held = list_kept(mirror), dict[str, int]()
+    for row in mirror.index.rows():
+        why = kept.get(row.digest) or ("open" if mirror.leases.is_held(row.digest) else "")
+        if why:
+            held[_HOLDERS[why]] = held.get(_HOLDERS[why], 0) + row.size
+    return dict(sorted(held.items(), key=lambda each: -each[1]))

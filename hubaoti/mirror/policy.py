@@ -104,7 +104,7 @@ def _refuse(evidence: Evidence, said: TrustList) -> Decision:
         return Decision("not built here, and of nobody who is known", refusal)
     for endpoint, owner in evidence.publishers:
         if wanted := said.list_signers(endpoint, owner):
-            published = f"{name} was published by {owner} at {endpoint}"
+            published = f"{name}, which {owner} at {endpoint} published,"
             unsigned = refuse_unsigned(published, owner, wanted)
             return Decision(f"published by {owner}, not signed as is asked of them", unsigned)
     # By the endpoint, too: who is called so at today's may be somebody else.

@@ -18,6 +18,7 @@ from hubaoti.errors import HubaotiError
 from hubaoti.mirror.folders import make_private, refuse_shared
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_LONG_DIGEST = re.compile(r"(key |root )([0-9a-f]{12})[0-9a-f]{52}$")
 LARGEST_KEY = 1 << 20  # bytes; a root of trust of sigstore has some ten thousand
 
 
@@ -56,6 +57,10 @@ class Signer:
         named = f"identity {_quote(self.identity or '')}"
         issued = "" if self.issuer is None else f" of {_quote(self.issuer)}"
         return named + issued + ("" if self.root is None else f" by root {self.root}")
+
+    def describe(self) -> str:
+        """In fewer words, for people: of a digest its beginning."""
+        return _LONG_DIGEST.sub(r"\1\2", str(self))
 
     def to_entry(self) -> dict[str, str]:
         """The fields of trust.toml that say it."""

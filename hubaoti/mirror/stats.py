@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hubaoti.artifact.misses import Misses, propose_dims
+from hubaoti.artifact.sizes import format_count
 from hubaoti.mirror.answers import BUILT, HUB, MIRROR, Miss, Tier
 from hubaoti.mirror.gc import list_kept, read_budget
 from hubaoti.mirror.usage import Use
@@ -15,6 +16,7 @@ from hubaoti.mirror.usage import Use
 if TYPE_CHECKING:
     from hubaoti.mirror.store import Mirror
 
+_MISSES = {"NoMatch": "nothing of it fits", "NoArtifact": "it holds no artifact"}
 _UNUSED = 7 * 24 * 3600  # seconds without an open, from which on something is of no use
 
 
@@ -77,7 +79,10 @@ def summarize(mirror: Mirror, recorded: Sequence[Misses] = ()) -> Stats:
 def _advise(misses: Sequence[Miss], recorded: Sequence[Misses]) -> Iterator[str]:
     """What to compile, that which was missed most often first."""
     for miss in misses:
-        yield f"asked for {miss.calls} times and not there: {miss.what} ({miss.reason})"
+        yield (
+            f"asked for {format_count(miss.calls, 'time')} and not there: {miss.what} "
+            f"({_MISSES.get(miss.reason, miss.reason)})"
+        )
     for each in sorted(recorded, key=lambda found: -sum(m.calls for m in found.missed)):
         if proposal := propose_dims(each):
             model, task = each.build.model or "MODEL", each.build.task

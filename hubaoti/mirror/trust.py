@@ -181,9 +181,8 @@ class Trust:
             who = {"endpoint": endpoint, "owner": owner}
             raise refuse_blocked(f"{owner} publishes {what}, and {owner}", who)
         if said.lists(endpoint, owner) and not said.trusts(endpoint, owner, signed):
-            raise refuse_unsigned(
-                f"{owner} publishes {what}", owner, said.list_signers(endpoint, owner)
-            )
+            signers = said.list_signers(endpoint, owner)
+            raise refuse_unsigned(f"{what}, which {owner} publishes,", owner, signers)
         if not said.trusts(endpoint, owner, signed):
             raise Untrusted(
                 f"{owner} publishes {what}. Opening it runs their native code on this machine, and "
@@ -319,14 +318,23 @@ def refuse_blocked(what: str, who: Mapping[str, str]) -> Blocked:
     )
 
 
-def refuse_unsigned(what: str, owner: str, wanted: Collection[Signer]) -> Unsigned:
-    """Why a trusted name is not enough, and what would be."""
+def refuse_unsigned(what: str, owner: str, wanted: Collection[Signer], hint: str = "") -> Unsigned:
+    """Why a trusted name is not enough, and what would be; `what` is "" beside its name.
+
+    Without another hint it is of what is here, and may have a signature that nobody looked at.
+    """
+    names = " or ".join(each.describe() for each in wanted)
+    subject = f"{what} is refused: " if what else ""
+    again = "pull it again, so that its signature is looked at; where it has none, "
     return Unsigned(
-        f"{what}. {owner} is trusted here for what is signed by {' or '.join(map(str, wanted))}, "
-        "and no such signature of it is known",
-        hint="ask its publisher to push it with --sign; what was pulled before that was asked for "
-        "is pulled again, so that its signature is looked at",
+        f"{subject}not signed by {names}, as is asked of {owner} here",
+        hint=hint or again + ask_to_sign(owner),
     )
+
+
+def ask_to_sign(owner: str) -> str:
+    """What to do about what has no signature."""
+    return f"ask {owner} to push it with --sign"
 
 
 def _refuse_where_blocked(document: Mapping[str, Any], who: Mapping[str, str], name: str) -> None:

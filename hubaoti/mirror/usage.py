@@ -123,6 +123,13 @@ class Usage:
             rows = [(digest, *values) for digest in digests]
             db.executemany("insert or replace into pushed values (?, ?, ?, ?, ?)", rows)
 
+    def list_pushed(self) -> dict[str, tuple[str, str]]:
+        """The artifacts that were pushed, with the repo and the commit of the last push."""
+        if not self._index.has_step(SIXTH):
+            return {}
+        found = self._index.select("select digest, repo, revision from pushed order by at")
+        return {str(digest): (str(repo), str(commit)) for digest, repo, commit in found}
+
     def list_elsewhere(self) -> set[str]:
         """The artifacts that can be had again: those that were pulled, and those pushed."""
         if not self._index.has_step(SIXTH):

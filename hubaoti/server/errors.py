@@ -17,6 +17,9 @@ BAD_TOKEN = "Invalid credentials in Authorization header"
 
 NO_TOKEN = "This request needs a token: Authorization: Bearer <token>"
 
+UPSTREAM_GONE = "UpstreamGone"
+"""The code of what upstream was not asked, or did not answer: here it passes by no retry."""
+
 
 class ServerError(Exception):
     """A request that is refused; raised from anywhere, rendered at the app's one boundary."""
@@ -76,6 +79,11 @@ def over_quota(size: int, limit: int) -> ServerError:
     """413: more than the endpoint is allowed to store; nothing half-written stays."""
     words = f"{size} bytes more than are stored do not go into the {limit} bytes of this endpoint"
     return ServerError(413, f"{words}: remove some and run its gc", code="OverQuota")
+
+
+def upstream_gone(message: str) -> ServerError:
+    """504: what is not here could not be asked for; our client does not ask again, by this code."""
+    return ServerError(504, message, code=UPSTREAM_GONE)
 
 
 def says_full(error: Exception) -> bool:

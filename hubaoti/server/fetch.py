@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from starlette.concurrency import run_in_threadpool
 
-from hubaoti.server.errors import ServerError
+from hubaoti.server.errors import ServerError, upstream_gone
 from hubaoti.server.objects import Incoming, Objects
 from hubaoti.server.trees import TreeEntry
 from hubaoti.server.upstream import Upstream, UpstreamGone
@@ -140,4 +140,4 @@ def _other_bytes(where: tuple[RepoId, str, str]) -> ServerError:
 def _cut_off(where: tuple[RepoId, str, str]) -> ServerError:
     repo, commit, path = where
     words = f"upstream cannot be asked for {path}, which is not here"
-    return ServerError(504, f"{repo}@{commit}: {words}")
+    return upstream_gone(f"{repo}@{commit}: {words}")

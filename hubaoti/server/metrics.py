@@ -12,6 +12,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hubaoti.server.database import Database
 
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
+MEANINGS = {
+    "requests_total": "Requests since the start, by method and status; 0 is a client that left.",
+    "received_bytes_total": "Bytes of requests since the start.",
+    "sent_bytes_total": "Bytes of answers since the start.",
+    "upstream_asked_total": "Questions to upstream since the start.",
+    "upstream_gone_total": "Questions to upstream that it did not answer.",
+    "upstream_hits_total": "Files of copies that were here when they were asked for.",
+    "upstream_misses_total": "Files that were fetched from upstream.",
+    "upstream_bytes_total": "Bytes of the files that were fetched from upstream.",
+    "repos": "Repos that are here, by kind.",
+    "file_hits_total": "Files that were asked for, ever.",
+    "stored_bytes": "Bytes of all files that are stored.",
+    "disk_free_bytes": "Bytes that the disk has left.",
+    "max_bytes": "The most bytes of files, as serve --max-bytes says.",
+}
+"""What is counted, in words."""
+
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "POST", "PUT"})
 
 
@@ -84,6 +101,7 @@ def format_metrics(values: Iterator[tuple[str, str, str, float]]) -> str:
     lines, last = [], ""
     for name, kind, labels, value in values:
         if name != last:
+            lines.append(f"# HELP hubaoti_{name} {MEANINGS[name]}")
             lines.append(f"# TYPE hubaoti_{name} {kind}")
         lines.append(f"hubaoti_{name}{labels} {value:.17g}")
         last = name

@@ -26,6 +26,7 @@ from hubaoti.server.errors import (
     malformed_request,
     repo_not_found,
     too_large,
+    upstream_gone,
 )
 from hubaoti.server.hub import Hub
 from hubaoti.server.pull_through import Moved, NotHere
@@ -131,7 +132,7 @@ class ApiRequest:
             raise repo_not_found(self.repo_id, trusted=self.grant is not None) from None
         except NotHere as error:
             message = f"{self.repo_id} is not here, and upstream cannot be asked: {error}"
-            raise ServerError(504, message) from None
+            raise upstream_gone(message) from None
 
     def _require_visible(self) -> None:
         """404 or 401 for a repo that is here, and hidden from this client; 307 for one renamed."""

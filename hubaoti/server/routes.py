@@ -68,6 +68,7 @@ _API: list[tuple[str, str, View]] = [
 
 _PAGES: list[tuple[str, str, View]] = [
     ("GET", "/resolve/{revision}/{path:path}", streams(views_files.view_content)),
+    ("GET", "/commit/{revision}", reads(views_site.view_commit)),
     ("POST", ".git/info/lfs/objects/batch", writes(views_uploads.offer_lfs_batch, LIST)),
 ]
 

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from hubaoti.server import card, repos, serializers, trees, validation
 from hubaoti.server.errors import BAD_TOKEN, ServerError, malformed_request
 from hubaoti.server.listing import Query, list_page
+from hubaoti.server.pull_through import PullThrough
 from hubaoti.server.repos import Ref, Repo
 from hubaoti.server.request import ApiRequest, Body
 from hubaoti.server.serializers import Json
@@ -169,16 +170,25 @@ async def search(ask: ApiRequest) -> Response:
     query = Query.parse(ask.request.query_params)
     page, following, known = await run_in_threadpool(_search_here, ask, query)
     if following is None and ask.hub.through is not None:
-        params = [item for item in ask.request.query_params.multi_items() if item[0] != "cursor"]
-        kind = validation.KINDS[ask.request.path_params["kind"]]
-        asking = ask.hub.through.search(kind, urlencode(params))
-        theirs = await asyncio.shield(asyncio.wrap_future(asking))
-        shown = [each for each in theirs if ask.grant or each.get("private") is False]
-        page += [each for each in shown if each["id"] not in known][: query.limit - len(page)]
+        theirs = await _search_upstream(ask, ask.hub.through, query)
+        page += [each for each in theirs if each["id"] not in known][: query.limit - len(page)]
     headers = None
     if following is not None:
         headers = ask.next_page(f"/api/{ask.request.path_params['kind']}", cursor=following)
     return JSONResponse(page, headers=headers)
+
+
+async def _search_upstream(ask: ApiRequest, through: PullThrough, query: Query) -> list[Json]:
+    """What upstream lists, of it what this client may see, with the properties it asked for."""
+    params = [item for item in ask.request.query_params.multi_items() if item[0] != "cursor"]
+    # Of chosen properties upstream says no others, and this one says who may see a repo.
+    unasked = {"private"} - query.expand if query.expand else set()
+    params += [("expand", name) for name in unasked]
+    kind = validation.KINDS[ask.request.path_params["kind"]]
+    asking = through.search(kind, urlencode(params))
+    theirs = await asyncio.shield(asyncio.wrap_future(asking))
+    shown = [each for each in theirs if ask.grant or each.get("private") is False]
+    return [{key: each[key] for key in each if key not in unasked} for each in shown]
 
 
 def _search_here(ask: ApiRequest, query: Query) -> tuple[list[Json], int | None, set[str]]:

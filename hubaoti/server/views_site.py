@@ -11,8 +11,9 @@ from pathlib import Path
 from sqlite3 import Connection
 
 import jinja2
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
+from hubaoti.artifact.sizes import format_size
 from hubaoti.artifact.variant import Variant
 from hubaoti.errors import HubaotiError
 from hubaoti.server import repos, serializers
@@ -65,7 +66,7 @@ def view_page(ask: ApiRequest) -> Response:
         rows=rows,
         left_out=len(seen) - len(rows),
         upstream=through.upstream.url if through else "",
-        free=_format_size(ask.hub.objects.free()),
+        free=format_size(ask.hub.objects.free()),
     )
     policy = f"default-src 'none'; style-src '{style}'; base-uri 'none'; form-action 'none'"
     return HTMLResponse(
@@ -77,6 +78,15 @@ def view_page(ask: ApiRequest) -> Response:
             "Cache-Control": "no-store",
         },
     )
+
+
+def view_commit(ask: ApiRequest) -> Response:
+    """Where a push says that its commit is: the page, at its repo; 404 where there is none."""
+    with ask.hub.database.reading() as db:
+        repo = ask.repo(db)
+        repos.resolve(db, repo, ask.word("revision"))
+    place = f"{ask.base}/#{repo.id.kind}/{repo.id.full_name}"
+    return RedirectResponse(place, headers={"Cache-Control": "no-store"})
 
 
 @cache
@@ -98,7 +108,7 @@ def _describe(ask: ApiRequest, db: Connection, repo: Repo, hits: int) -> _Row:
         origin=repo.origin,
         private=repo.private,
         hides=through is not None and repo.id in through.shadows,
-        size=_format_size(serializers.count_storage(tree)),
+        size=format_size(serializers.count_storage(tree)),
         hits=hits,
         artifacts=tuple(_list_artifacts(tree)),
     )
@@ -113,7 +123,7 @@ def _list_artifacts(tree: Tree) -> Iterator[_Artifact]:
             continue
         folder = f"{recipe}/{variant}/"
         size = sum(entry.size for each, entry in tree.items() if each.startswith(folder))
-        yield _Artifact(recipe, variant, _describe_host(variant), _format_size(size))
+        yield _Artifact(recipe, variant, _describe_host(variant), format_size(size))
 
 
 def _describe_host(variant: str) -> str:
@@ -124,14 +134,6 @@ def _describe_host(variant: str) -> str:
         return ""
     device = "a CPU" if parsed.sm is None else f"a GPU sm {parsed.sm} with CUDA {parsed.cuda}"
     return f"torch {parsed.torch} on {device}, {parsed.level}, {parsed.os}"
-
-
-def _format_size(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
 
 
 def view_metrics(ask: ApiRequest) -> Response:
