@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hubaoti.cli.output import Steps, format_size, print_json, print_line, print_lines, print_some
+from hubaoti.errors import BadLock
 from hubaoti.settings import Settings
 
 if TYPE_CHECKING:
@@ -141,6 +142,8 @@ def _list_locked(locked: bool | Path) -> list[str]:
     lock = find_lock(locked, Settings.from_env())
     if lock is None:
         raise click.UsageError("Missing argument 'REPO'.")
+    if not lock.repos:
+        raise BadLock(f"{lock.path} names no repo", hint="lock some: hubaoti lock REPO…")
     return [str(each.ref) for each in lock.repos]
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hubaoti.cli.output import Steps, print_json, print_line, print_some, print_table
-from hubaoti.errors import BadLock
 
 if TYPE_CHECKING:
     from hubaoti.hub.choice import Considered
@@ -96,26 +95,20 @@ def _print_considered(each: Considered) -> None:
     default=Path("hubaoti.lock"),
     help="the lockfile; by default hubaoti.lock",
 )
+@click.option("--add", is_flag=True, help="all else that the lockfile has stays as it is")
 @_QUIET
-def lock_command(repos: tuple[str, ...], output: Path, quiet: bool) -> None:
+def lock_command(repos: tuple[str, ...], output: Path, add: bool, quiet: bool) -> None:
     """Write down what each REPO (owner/name[@revision]) holds now, by commit and digest."""
     from hubaoti import api
-
-    with Steps(quiet) as progress:
-        lock = api.lock(*repos, progress=progress)
-        before = _list_commits(output)
-        lock.write(output)
-    for each in [] if quiet else lock.repos:
-        was = before.get(str(each.ref), each.commit)
-        moved = f", was {was}" if was != each.commit else ""
-        print_line(f"{each.ref}: {len(each.artifacts)} artifacts at {each.commit}{moved}")
-
-
-def _list_commits(path: Path) -> dict[str, str]:
-    """The commits of a lockfile that is to be written anew; none where it is none."""
+    from hubaoti.hub.layout import RepoRef
     from hubaoti.hub.lockfile import Lock
 
-    try:
-        return {str(each.ref): each.commit for each in Lock.read(path).repos}
-    except BadLock:
-        return {}
+    before = Lock.read_before(output, [RepoRef.parse(each) for each in repos], add)
+    with Steps(quiet) as progress:
+        lock = api.lock(*repos, progress=progress)
+        (lock.keep(before) if add else lock).write(output)
+    commits = {each.ref: each.commit for each in before.repos}
+    for each in [] if quiet else lock.repos:
+        was = commits.get(each.ref, each.commit)
+        moved = f", was {was}" if was != each.commit else ""
+        print_line(f"{each.ref}: {len(each.artifacts)} artifacts at {each.commit}{moved}")
