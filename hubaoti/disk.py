@@ -33,8 +33,10 @@ _TOO_MANY = {errno.EMFILE, errno.ENFILE}
 
 
 @contextmanager
-def explain_disk_errors(folder: Path, needed: int = 0) -> Iterator[None]:
+def explain_disk_errors(folder: Path, needed: int = 0, remedy: str | None = None) -> Iterator[None]:
     """Around work that writes `needed` bytes below `folder`: a full or closed disk is said so.
+
+    `remedy` is how another place is named, where it is not HUBAOTI_HOME that does.
 
     Raises:
         DiskFull: the disk, or the quota, has no room.
@@ -46,17 +48,20 @@ def explain_disk_errors(folder: Path, needed: int = 0) -> Iterator[None]:
     except OSError as why:
         if isinstance(why, FileNotFoundError):
             raise
-        raise describe_disk_error(why, folder, needed) from why
+        raise describe_disk_error(why, folder, needed, remedy) from why
 
 
-def describe_disk_error(why: OSError, folder: Path, needed: int = 0) -> HubaotiError:
+def describe_disk_error(
+    why: OSError, folder: Path, needed: int = 0, remedy: str | None = None
+) -> HubaotiError:
     """The error that says why `needed` bytes could not be written below `folder`."""
     if why.errno in DISK_FULL:
-        return describe_no_room(folder, needed)
+        return describe_no_room(folder, needed, remedy or _HOME)
     hint = "see that the folder and its disk are well, or set HUBAOTI_HOME to another"
     if why.errno in DISK_CLOSED:
         hint = "set HUBAOTI_HOME to a folder that you may write"
-    return HubaotiError(f"cannot write {why.filename or folder}: {why.strerror}", hint=hint)
+    message = f"cannot write {why.filename or folder}: {why.strerror}"
+    return HubaotiError(message, hint=remedy or hint)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from hubaoti.engines.resolve import Wanted, find_in_mirror
 from hubaoti.errors import (
     ArtifactHeld,
     BadLock,
+    BadRequest,
     HubUnreachable,
     LockMismatch,
     NoArtifact,
@@ -78,6 +79,7 @@ REFS = st.builds(
 PINS = st.dictionaries(
     st.sampled_from([PLACE, OTHER, PLACE.replace("sdpa", "sdpa+mine")]).map(ArtifactPath.parse),
     st.text(HEX, min_size=64, max_size=64),
+    min_size=1,
 )
 REPOS = st.builds(
     LockedRepo,
@@ -122,6 +124,7 @@ BAD = {
     "a version that is none": 'version = "1"',
     "a repo that is none": GOOD.replace("a/b", "../b"),
     "a commit that is none": GOOD.replace("c" * 40, "main"),
+    "no artifacts": GOOD,
     "a path that is none": GOOD + f'"../x" = "sha256:{"a" * 64}"',
     "a digest that is none": GOOD + f'"{PLACE}" = "{"a" * 64}"',
 }
@@ -134,6 +137,80 @@ def test_what_is_no_lock_is_refused_with_its_path(what: str, tmp_path: Path) -> 
     with pytest.raises(BadLock, match=f"{path} is no lockfile") as why:
         Lock.read(path)
     assert "hubaoti lock" in why.value.hint
+
+
+@pytest.fixture
+def others(tmp_path: Path, settings: Settings) -> str:
+    """Another repo with an artifact."""
+    name = f"acme/{tmp_path.name}-others"
+    push_bundles([make_bundle(tmp_path / "others")], Destination(RepoRef(name)), settings)
+    return name
+
+
+def test_the_hint_of_what_is_not_locked_locks_it_beside_all_others(
+    repo: str, others: str, locked: Path, settings: Settings
+) -> None:
+    before = Lock.read(locked).repos
+    with pytest.raises(NotLocked) as why:
+        pull(others, settings, locked)
+    words = why.value.hint.partition("hubaoti lock ")[2].split()
+    assert inside(settings, "lock", *words).code == 0
+    after = Lock.read(locked)
+    assert all(each in after.repos for each in before) and len(after.repos) == len(before) + 1
+    pull(others, settings, locked)
+    assert inside(settings, "lock", *words).code == 0
+    assert Lock.read(locked).repos == after.repos, "renewed, and not doubled"
+    with pytest.raises(NotLocked) as why:
+        Lock.read(locked).find(RepoRef(repo, f"sha256:{'a' * 64}"))
+    words = why.value.hint.partition("hubaoti lock ")[2].split()
+    assert inside(settings, "lock", *words).code == 0, "a digest is no revision to lock"
+
+
+def test_no_repo_leaves_a_lockfile_without_being_named(
+    repo: str, others: str, locked: Path, settings: Settings
+) -> None:
+    before = locked.read_bytes()
+    done = inside(settings, "lock", others, "-o", locked)
+    assert done.code == BadRequest.exit_code and f"{repo}@v1" in done.err and "--add" in done.err
+    assert locked.read_bytes() == before
+    assert inside(settings, "lock", others, f"{repo}", "-o", locked).code == 0
+    assert sorted(str(each.ref) for each in Lock.read(locked).repos) == sorted([others, repo])
+
+
+@pytest.mark.parametrize("what", ["text", "folder", "nowhere", "link"])
+def test_what_is_no_lockfile_is_not_written_over(
+    what: str, repo: str, locked: Path, settings: Settings, tmp_path: Path, proxy: Proxy
+) -> None:
+    path = tmp_path / "notes.txt"
+    if what == "text":
+        path.write_text("what I should not forget")
+    elif what == "folder":
+        path.mkdir()
+    elif what == "link":
+        path.symlink_to(tmp_path / "gone")
+    else:
+        path = tmp_path / "nowhere/x.lock"
+    proxy.reset()
+    done = inside(settings, "lock", repo, "-o", path)
+    kind = BadRequest if what == "nowhere" else BadLock
+    assert done.code == kind.exit_code and "-o" in done.err and "HUBAOTI" not in done.err, done
+    assert not proxy.requests
+    assert what != "text" or path.read_text() == "what I should not forget"
+
+
+def test_a_lock_that_names_nothing_is_no_success(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("hubaoti.lock").write_text("version = 1\n")
+    done = inside(settings, "pull", "--locked")
+    assert done.code == BadLock.exit_code and "names no repo" in done.err
+
+
+def test_what_is_no_path_is_no_lock(repo: str, bundle: Bundle, settings: Settings) -> None:
+    for held in (repo, bundle):
+        with pytest.raises(BadRequest, match="locked=3 names no lockfile"):
+            get_artifact(held, False, settings, report_nothing, locked=3)  # type: ignore[arg-type]
 
 
 def test_one_of_a_newer_hubaoti_or_none_at_all_is_said(tmp_path: Path) -> None:

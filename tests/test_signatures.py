@@ -31,6 +31,7 @@ from hubaoti.errors import (
     BadSignature,
     HubaotiError,
     MissingDependency,
+    NoArtifact,
     Unsigned,
 )
 from hubaoti.host import extras
@@ -258,12 +259,25 @@ def test_what_is_locked_and_not_signed_by_whom_it_has_to_be_is_refused(
         api.lock(repo, settings=wary)
 
 
+def test_what_is_named_by_its_digest_is_refused_for_its_signature_and_not_called_missing(
+    bundle: Bundle, repo: str, wary: Settings, acme: Pair, mallory: Pair, tmp_path: Path
+) -> None:
+    named = f"{repo}@sha256:{bundle.manifest.digest}"
+    other = make_bundle(tmp_path / "other", mode="max-autotune")
+    api.push(other, repo, label="other", sign=acme.private, as_is=True, settings=wary)
+    push(bundle, repo, wary)
+    refuse(named, wary, Unsigned)
+    push(bundle, repo, wary, mallory)
+    refuse(named, wary, BadSignature)
+    assert "holds the artifact" in refuse(f"{repo}@sha256:{'0' * 64}", wary, NoArtifact)
+
+
 def test_a_digest_is_no_signature(
     bundle: Bundle, repo: str, wary: Settings, acme: Pair, tmp_path: Path
 ) -> None:
     push(bundle, repo, wary)
     named = f"{repo}@sha256:{bundle.manifest.digest}"
-    refuse(named, wary, HubaotiError)
+    refuse(named, wary, Unsigned)
     careless = replace(wary, home=tmp_path / "careless")
     assert pull(named, careless, trust=True).artifact.digest == bundle.manifest.digest
     push(bundle, repo, wary, acme)

@@ -63,7 +63,7 @@ def find_artifacts(names: Iterable[str], mirror: Mirror, settings: Settings) -> 
     if missing := [digest for digest, each in zip(rows, found, strict=True) if each is None]:
         raise DigestMismatch(
             f"artifact {missing[0][:12]} has not all of its files any more",
-            hint="pull it again, or compile it again",
+            hint="get it again as it came: pull, compile or import it",
         )
     return [each for each in found if each is not None]
 

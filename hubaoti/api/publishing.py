@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +69,7 @@ def push(  # noqa: PLR0913 - a face of keywords
 
     settings = settings or Settings.from_env()
     given = [bundles] if isinstance(bundles, Bundle | str | Path) else bundles
+    _require_bundles(given)
     found = [bundle for each in given for bundle in _read_bundles(each)]
     for bundle in found:
         bundle.refuse_exported()  # before it is asked who built it: no --as-is would publish it
@@ -119,6 +120,22 @@ def _require_built(bundles: Sequence[Bundle], repo: RepoRef, settings: Settings)
                 hint="publish it all the same with --as-is (as_is=True), or compile it here with "
                 "--force (force=True): without, compile takes what is found",
             )
+
+
+def _require_bundles(given: object) -> None:
+    """See that what is to be pushed is bundles, or their folders.
+
+    Raises:
+        BadRequest: it is not.
+    """
+    each_is = isinstance(given, Iterable) and all(
+        isinstance(each, Bundle | str | Path) for each in given
+    )
+    if not each_is:
+        raise BadRequest(
+            f"a {type(given).__name__} is no bundle, and no list of them",
+            hint="give what hubaoti.compile returned, or its folder, or several",
+        )
 
 
 def _read_bundles(given: Bundle | str | Path) -> list[Bundle]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hubaoti.artifact.variant import Recipe
+from hubaoti.errors import BadRequest
 from hubaoti.host.described import read_host
 from hubaoti.host.probe import Host, probe_host
 from hubaoti.hub.layout import RepoRef
@@ -140,5 +141,8 @@ def find_host(host: Host | str | Path | None, settings: Settings) -> Host:
     """
     if isinstance(host, Host):
         return host
+    if not isinstance(host, str | Path | None):
+        hint = "give the path of what hubaoti doctor --json printed"
+        raise BadRequest(f"a {type(host).__name__} describes no host", hint=hint)
     here = probe_host(settings)
     return here if host is None else read_host(Path(host), here)

@@ -139,7 +139,7 @@ class _Look:
         if artifact is None:
             raise DigestMismatch(
                 f"artifact {found.digest[:12]} has not all of its files any more",
-                hint="pull it again, or compile it again",
+                hint="get it again as it came: pull, compile or import it",
             )
         self.mirror.verify_own(artifact)
         if self.host is not None:

@@ -9,6 +9,7 @@ import click
 
 from hubaoti.artifact.sizes import format_count, format_size
 from hubaoti.cli.output import Steps, print_json, print_line, print_lines, print_some
+from hubaoti.errors import BadLock
 from hubaoti.settings import Settings
 
 if TYPE_CHECKING:
@@ -156,6 +157,8 @@ def _list_locked(locked: bool | Path) -> list[str]:
     lock = find_lock(locked, Settings.from_env())
     if lock is None:
         raise click.UsageError("Missing argument 'REPO'.")
+    if not lock.repos:
+        raise BadLock(f"{lock.path} names no repo", hint="lock some: hubaoti lock REPO…")
     return [str(each.ref) for each in lock.repos]
 
 

@@ -10,7 +10,6 @@ import click
 
 from hubaoti.artifact.sizes import format_count
 from hubaoti.cli.output import Steps, print_json, print_line, print_some, print_table
-from hubaoti.errors import BadLock
 
 if TYPE_CHECKING:
     from hubaoti.hub.choice import Considered
@@ -98,27 +97,21 @@ def _print_considered(each: Considered) -> None:
     default=Path("hubaoti.lock"),
     help="the lockfile; by default hubaoti.lock",
 )
+@click.option("--add", is_flag=True, help="all else that the lockfile has stays as it is")
 @_QUIET
-def lock_command(repos: tuple[str, ...], output: Path, quiet: bool) -> None:
+def lock_command(repos: tuple[str, ...], output: Path, add: bool, quiet: bool) -> None:
     """Write down what each REPO (owner/name[@revision]) holds now, by commit and digest."""
     from hubaoti import api
+    from hubaoti.hub.layout import RepoRef
+    from hubaoti.hub.lockfile import Lock
 
+    before = Lock.read_before(output, [RepoRef.parse(each) for each in repos], add)
     with Steps(quiet) as progress:
         lock = api.lock(*repos, progress=progress)
-        before = _list_commits(output)
-        lock.write(output)
+        (lock.keep(before) if add else lock).write(output)
+    commits = {each.ref: each.commit for each in before.repos}
     for each in [] if quiet else lock.repos:
-        was = before.get(str(each.ref), each.commit)
+        was = commits.get(each.ref, each.commit)
         moved = f", was {was}" if was != each.commit else ""
         count = format_count(len(each.artifacts), "artifact")
         print_line(f"{each.ref}: {count} at {each.commit}{moved}")
-
-
-def _list_commits(path: Path) -> dict[str, str]:
-    """The commits of a lockfile that is to be written anew; none where it is none."""
-    from hubaoti.hub.lockfile import Lock
-
-    try:
-        return {str(each.ref): each.commit for each in Lock.read(path).repos}
-    except BadLock:
-        return {}

@@ -123,6 +123,8 @@ def _refuse_signer(artifact: NamedArtifact) -> None:
 @click.argument("name", type=click.Path(path_type=Path))
 def keygen_command(name: Path) -> None:
     """Make an EC key: NAME.pem, with which push --sign signs, and NAME.pub for who is to trust."""
+    if name.name in {"", ".."}:
+        raise BadRequest(f"{str(name)!r} names no file", hint="say, for example, keygen acme")
     private = name if name.suffix == ".pem" else name.with_name(f"{name.name}.pem")
     public, sha256 = make_key_pair(private)
     print_line(f"{private} signs (keep it secret), {public} is for those who are to trust it")

@@ -72,7 +72,7 @@ class Resident:
         if artifact is None:
             raise HubaotiError(
                 f"artifact {digest[:12]} is not in the mirror any more",
-                hint="pull it again, or compile it again",
+                hint="get it again as it came: pull, compile or import it",
             )
         return artifact
 

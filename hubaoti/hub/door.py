@@ -96,7 +96,8 @@ class Door:
         if self._settings.offline and not local:
             raise HubUnreachable(
                 f"{what} is not asked for at {self.endpoint}: HF_HUB_OFFLINE is set",
-                hint="unset HF_HUB_OFFLINE, or name a full commit id that was pulled before",
+                hint="unset HF_HUB_OFFLINE; with it, hubaoti pull gives what it gave before by a "
+                "full commit id, a digest or a lockfile, and nothing else is answered",
             )
         heeded = nullcontext() if local else heed_answers(self._progress, of_files, follows)
         try:

@@ -21,7 +21,7 @@ def make_key_pair(private: Path) -> tuple[Path, str]:
     The public key's path, and its sha256 by which others name it.
 
     Raises:
-        OutputExists: one of the files is there already.
+        BadRequest: there is no such folder. OutputExists: one of the files is there already.
         MissingDependency: the extra `sign` is not installed.
     """
     require("a key", "sign")
@@ -32,6 +32,8 @@ def make_key_pair(private: Path) -> tuple[Path, str]:
         PrivateFormat,
     )
 
+    if not private.parent.is_dir():
+        raise BadRequest(f"there is no folder {private.parent}", hint="make it, or name another")
     public = private.with_suffix(".pub")
     for path in (private, public):
         if path.exists():
@@ -41,7 +43,7 @@ def make_key_pair(private: Path) -> tuple[Path, str]:
     made = ec.generate_private_key(ec.SECP256R1())
     secret = made.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     content = _encode_public(made.public_key())
-    with explain_disk_errors(private.parent):
+    with explain_disk_errors(private.parent, remedy="name another folder"):
         for path, text, mode in ((private, secret, 0o600), (public, content, 0o644)):
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
                 file.write(text)

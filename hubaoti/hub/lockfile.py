@@ -20,8 +20,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import tempfile
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -40,6 +42,7 @@ from hubaoti.settings import Settings
 
 FILENAME = "hubaoti.lock"
 _VERSION = 1
+_ELSEWHERE = "name another file with -o"
 _LARGEST = 16 << 20  # bytes
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"sha256:(?P<digest>[0-9a-f]{64})")
@@ -73,6 +76,7 @@ class LockedRepo:
     commit: str
     artifacts: dict[ArtifactPath, str]
     kernels: tuple[str, ...] = ()
+    path: Path | None = field(default=None, compare=False)  # of the lock that has it
 
     def require(self, place: ArtifactPath, digest: str) -> None:
         """See that an artifact is the one that is locked.
@@ -84,7 +88,7 @@ class LockedRepo:
         if locked is None:
             raise NotLocked(
                 f"the lock has no {place} of {self.ref}",
-                hint=f"lock it as it is now: hubaoti lock {self.ref}",
+                hint=f"lock it as it is now: {_format_command(self.ref, self.path)}",
             )
         if locked != digest:
             raise LockMismatch(
@@ -128,7 +132,7 @@ class Lock:
                 raise BadLock(f"{where} was written by a newer hubaoti", hint="upgrade hubaoti")
             return cls(tuple(_read_repo(each) for each in msgspec.convert(found, _File).repo))
         except (ValueError, RecursionError, BadRequest) as error:
-            hint = "write it anew: hubaoti lock REPO…"
+            hint = "correct it; or remove it, and write it anew: hubaoti lock REPO…"
             raise BadLock(f"{where} is no lockfile: {error}", hint=hint) from error
 
     @classmethod
@@ -143,14 +147,48 @@ class Lock:
                 content = file.read(_LARGEST + 1)
             if len(content) > _LARGEST:
                 raise BadLock(f"{path} is larger than {_LARGEST >> 20} MiB", hint="see what it is")
-            return replace(cls.parse(content.decode(), str(path)), path=path.absolute())
+            found, where = cls.parse(content.decode(), str(path)), path.absolute()
+            return cls(tuple(replace(each, path=where) for each in found.repos), where)
         except (OSError, UnicodeDecodeError) as error:
             hint = "write one: hubaoti lock REPO…; HUBAOTI_LOCK names another"
             raise BadLock(f"{path} cannot be read: {error}", hint=hint) from error
 
+    @classmethod
+    def read_before(cls, path: Path, refs: Collection[RepoRef], add: bool) -> Lock:
+        """The lockfile that is to be written anew, of these repos; an empty one if there is none.
+
+        With `add` what it has of others stays.
+
+        Raises:
+            BadRequest: it has others, which would be lost; or there is no such folder.
+            BadLock: what is there is no lockfile.
+        """
+        if not path.parent.is_dir():
+            raise BadRequest(f"there is no folder {path.parent}", hint=_ELSEWHERE)
+        if not os.path.lexists(path):
+            return cls(())
+        try:
+            before = cls.read(path)
+        except BadLock as error:
+            message = f"what is there is not written over: {error}"
+            raise BadLock(message, hint=f"remove it, or {_ELSEWHERE}") from error
+        named = {each.repo for each in refs}
+        if others := [each.ref for each in before.repos if each.ref.repo not in named and not add]:
+            raise BadRequest(
+                f"{path} locks {', '.join(map(str, others))}, too, which would be locked no more",
+                hint="keep what it has: hubaoti lock --add REPO…; or name all of them, or remove "
+                "the file",
+            )
+        return before
+
+    def keep(self, before: Lock) -> Lock:
+        """These repos, and all that a lock had beside them."""
+        refs = {each.ref for each in self.repos}
+        return Lock((*self.repos, *(each for each in before.repos if each.ref not in refs)))
+
     def write(self, path: Path) -> None:
         """Write the lockfile, whole or not at all."""
-        with explain_disk_errors(path.parent):
+        with explain_disk_errors(path.parent, remedy=_ELSEWHERE):
             handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -179,9 +217,10 @@ class Lock:
         if ref.revision is None and len(of_repo) == 1:
             return of_repo[0]
         there = ", ".join(str(each.ref) for each in of_repo)
+        wanted = ref if ref.digest is None else RepoRef(ref.repo)  # which has it, or had
         raise NotLocked(
             f"the lock has no {ref}" + (f"; it has {there}" if there else ""),
-            hint=f"lock it with the others: hubaoti lock {ref} …",
+            hint=f"lock it with the others: {_format_command(wanted, self.path)}",
         )
 
     def holds(self, digest: str) -> bool:
@@ -197,13 +236,19 @@ class Lock:
         if not self.holds(digest):
             raise NotLocked(
                 f"{self.path or 'the lock'} has no artifact {digest[:12]}",
-                hint="lock the repo that it is of (hubaoti lock REPO…); or ask without locked, and "
-                "without HUBAOTI_LOCK",
+                hint="lock the repo that it is of (hubaoti lock --add REPO); or ask without "
+                "locked, and without HUBAOTI_LOCK",
             )
 
     def __str__(self) -> str:
         ordered = sorted(self.repos, key=lambda each: str(each.ref))
         return "\n".join((f"{_HEAD}version = {_VERSION}\n", *map(str, ordered)))
+
+
+def _format_command(ref: RepoRef, path: Path | None) -> str:
+    """The command that locks a repo, beside all that the lock at a path has."""
+    is_default = path is None or path == Path(FILENAME).absolute()
+    return f"hubaoti lock --add {ref}" + ("" if is_default else f" -o {shlex.quote(str(path))}")
 
 
 def find_lock(locked: bool | str | Path, settings: Settings) -> Lock | None:
@@ -212,8 +257,10 @@ def find_lock(locked: bool | str | Path, settings: Settings) -> Lock | None:
     Where nothing is asked for, only that of the settings.
 
     Raises:
-        BadLock: it cannot be read, or is none.
+        BadLock: it cannot be read, or is none. BadRequest: what is named is no file's name.
     """
+    if not isinstance(locked, bool | str | Path):
+        raise BadRequest(f"locked={locked!r:.80} names no lockfile", hint="say True, or its path")
     if isinstance(locked, bool):
         path = settings.lock or (Path(FILENAME) if locked else None)
         return None if path is None else Lock.read(path)
@@ -247,6 +294,8 @@ def _read_repo(found: _Repo) -> LockedRepo:
     if not _COMMIT.fullmatch(found.commit):
         raise ValueError(f"malformed commit {found.commit!r:.80}")
     artifacts = {}
+    if not found.artifacts:
+        raise ValueError(f"it has no artifact of {found.name!r:.120}")
     for path, pin in found.artifacts.items():
         digest = _DIGEST.fullmatch(pin)
         if digest is None:

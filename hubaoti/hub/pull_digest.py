@@ -7,12 +7,15 @@ artifact itself has to be trusted then, and not the repo's owner.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from hubaoti.errors import NoArtifact, NoMatch
+from hubaoti.artifact.manifest import LARGEST_MANIFEST
+from hubaoti.errors import HubaotiError, NoArtifact, NoMatch
 from hubaoti.host.match import MatchResult
-from hubaoti.hub.catalog import Allowance, Catalog, list_catalog, read_manifests
+from hubaoti.hub.catalog import Allowance, Catalog, Unreadable, list_catalog, read_manifests
 from hubaoti.hub.choice import Considered, Pulled, format_considered
 from hubaoti.hub.layout import ArtifactPath, RepoRef
 from hubaoti.hub.versions import list_releases
@@ -79,9 +82,11 @@ def _find_published(puller: Puller, ref: RepoRef) -> tuple[Catalog, Considered, 
     """The artifact of a digest in a repo: where it is, and whether the repo's owner put it there.
 
     Raises:
-        NoArtifact: none of them has it. BadManifest: they have more manifests than are read.
+        NoArtifact: none of them has it. BadManifest: they have more manifests than are read; and
+            whatever is wrong with what they have at this digest, as BadSignature.
     """
     client, left, seen = puller.client, Allowance(), set[str]()
+    unreadable = list[tuple[Catalog, ArtifactPath, Unreadable]]()
     for commit, is_owned in _list_commits(client, ref.repo):
         puller.progress(f"looking for {ref.revision} in {ref.repo} at {commit}")
         required = puller.find_required(ref) if is_owned else None
@@ -94,10 +99,31 @@ def _find_published(puller: Puller, ref: RepoRef) -> tuple[Catalog, Considered, 
             if manifest.digest == ref.digest:
                 found = Considered(place, manifest, puller.judge(manifest.requires))
                 return catalog, found, is_owned
+        bad = ((place, catalog.artifacts.get(place)) for place in fresh)
+        unreadable += [(catalog, place, e) for place, e in bad if isinstance(e, Unreadable)]
+    _explain_unreadable(puller, ref, unreadable)
     raise NoArtifact(
         f"no branch, no tag and no proposal of {ref.repo} holds the artifact {ref.digest}",
         hint="see what there is with: hubaoti versions " + ref.repo,
     )
+
+
+def _explain_unreadable(
+    puller: Puller, ref: RepoRef, found: Iterable[tuple[Catalog, ArtifactPath, Unreadable]]
+) -> None:
+    """Of what cannot be used, see that none is the artifact that is asked for.
+
+    Raises:
+        BadSignature, Unsigned, BadManifest: why it cannot be, where one is.
+    """
+    for catalog, place, error in found:
+        entry = catalog.files[place.manifest]
+        with suppress(HubaotiError):
+            text = b""
+            if entry.size <= LARGEST_MANIFEST:
+                text = puller.client.fetch(catalog.repo, catalog.commit, entry)
+        if hashlib.sha256(text).hexdigest() == ref.digest:
+            raise error
 
 
 def _list_commits(client: HubClient, repo: str) -> Iterator[tuple[str, bool]]:

@@ -71,8 +71,8 @@ def describe_changed(path: Path) -> DigestMismatch:
     """The error that says that a file is not the one that its manifest lists."""
     return DigestMismatch(
         f"{path} has other bytes than its manifest lists",
-        hint="pull it again, into a HUBAOTI_HOME that you may write; a broken copy is kept in the "
-        "mirror's quarantine, never opened",
+        hint="get it again as it came (pull, compile or import it), into a HUBAOTI_HOME that you "
+        "may write; a broken copy is kept in the mirror's quarantine, never opened",
     )
 
 

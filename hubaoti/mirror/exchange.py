@@ -43,7 +43,7 @@ def export(mirror: Mirror, artifacts: Sequence[Artifact], output: Path) -> None:
         raise OutputExists(f"{output} is there already", hint="choose another name")
     parent, is_file = output.absolute().parent, output.suffix == _ENDING
     needed = (2 if is_file else 1) * sum(compute_unpacked_size(e.manifest) for e in artifacts)
-    with explain_disk_errors(parent, needed), make_workspace(parent) as work:
+    with explain_disk_errors(parent, needed, "name another place"), make_workspace(parent) as work:
         require_disk_room(parent, needed, _ELSEWHERE)
         for artifact in artifacts:
             _write(artifact, work / "folder" / artifact.digest[:12])
