@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from bundles import make_bundle
+from bundles import MEMBERS, make_bundle
 from commands import inside
 from test_leases import running
 from test_mirror_store import damage, files_of, put
 
 from hubaoti import errors
 from hubaoti.artifact.sizes import format_size
-from hubaoti.mirror import BUILT_HERE, Artifact, Mirror
+from hubaoti.mirror import Artifact, Mirror
 from hubaoti.mirror.facts import Facts, read_facts
 from hubaoti.mirror.index import Pin
-from hubaoti.mirror.rows import PullOrigin, Signed
+from hubaoti.mirror.rows import BUILT_HERE, PullOrigin, Signed
 from hubaoti.mirror.signer import Signer
 from hubaoti.settings import Settings
 
@@ -288,3 +289,69 @@ def test_of_a_pipe_among_what_is_imported_nothing_is_awaited(
         assert (done.code, "is not there" in done.err) == (57, True)
         path.unlink()
         path.write_bytes(content)
+
+
+# What somebody removed by hand
+
+
+@pytest.fixture(params=["manifest", "graph"])
+def pair(
+    request: pytest.FixtureRequest, mirror: Mirror, settings: Settings, tmp_path: Path
+) -> list[Artifact]:
+    """An artifact that is here, and one of which a folder is gone."""
+    origin = PullOrigin(settings.endpoint, "acme/one", "c" * 40, "path")
+    found = []
+    for name in ("here", "gone"):
+        members = {**MEMBERS, "model/root.so": name.encode()}
+        found.append(put(mirror, make_bundle(tmp_path / name, members=members), origin))
+    gone = found[1]
+    graph = gone.graph_folder(gone.manifest.graphs[0])
+    shutil.rmtree(gone.path if request.param == "manifest" else graph)
+    return found
+
+
+def test_what_is_gone_is_not_listed_as_if_it_were_there(
+    pair: list[Artifact], mirror: Mirror, settings: Settings
+) -> None:
+    here, gone = (each.digest for each in pair)
+    told = inside(settings, "mirror", "ls").out
+    (line,) = (line for line in told.splitlines() if gone[:12] in line)
+    assert line.startswith(f"gone: {gone[:12]} ")
+    assert line.endswith(
+        f", acme/one: its files were removed; pull or compile it again, or: hubaoti mirror rm "
+        f"{gone[:12]}"
+    )
+    listed = json.loads(inside(settings, "mirror", "ls", "--json").out)
+    assert {row["digest"]: row["gone"] for row in listed} == {here: False, gone: True}
+    assert json.loads(inside(settings, "mirror", "stats", "--json").out)["artifacts"] == 1
+    told = inside(settings, "mirror", "gc", "--dry-run", "--json").out
+    leaving = {each["digest"]: each["why"] for each in json.loads(told)["artifacts"]}
+    assert leaving[gone] == "its files are gone"
+    mirror.trust.add(settings.endpoint, "acme")
+    assert inside(settings, "mirror", "gc").code == 0
+    assert [row.digest for row in mirror.ls()] == [here]
+
+
+@pytest.mark.parametrize("word", ["path", "pin", "verify"])
+def test_what_is_gone_has_no_folder_and_cannot_stay(
+    word: str, pair: list[Artifact], settings: Settings
+) -> None:
+    done = inside(settings, "mirror", word, pair[1].digest)
+    assert done.code == 10
+    assert str(pair[1].path) not in done.out
+    assert inside(settings, "mirror", word, pair[0].digest).code == 0
+
+
+def test_what_is_gone_and_was_built_here_stays_listed_as_gone(
+    mirror: Mirror, settings: Settings, tmp_path: Path
+) -> None:
+    """Half of it is still here, and the other half may be where it was moved to."""
+    built = put(mirror, make_bundle(tmp_path / "built"), BUILT_HERE)
+    mirror.index.record_built(built.manifest)
+    built.path.rename(tmp_path / "moved")
+    assert inside(settings, "mirror", "gc").code == 0
+    told = inside(settings, "mirror", "ls").out
+    assert f"gone: {built.digest[:12]}" in told and ", built here: " in told
+    (tmp_path / "moved").rename(built.path)
+    mirror.verify(built)
+    assert "gone: " not in inside(settings, "mirror", "ls").out

@@ -18,6 +18,7 @@ from hubaoti.cli.output import print_json, print_line, print_table, print_text
 from hubaoti.cli.verify import verify_command
 from hubaoti.mirror import Mirror, Row
 from hubaoti.mirror.facts import Facts, read_facts
+from hubaoti.mirror.orphans import find_gone
 from hubaoti.settings import Settings
 
 _WHAT = click.argument("what", metavar="REPO|DIGEST")
@@ -34,9 +35,11 @@ def ls_command(as_json: bool) -> None:
     """List the artifacts, the newest first, and the graphs that are not opened here."""
     with Mirror.open(Settings.from_env().mirror) as mirror:
         rows, problems, origins = mirror.ls(), mirror.index.problems(), _Origins.read(mirror)
-        facts = read_facts(mirror, [row.digest for row in rows])
+        facts, gone = read_facts(mirror, [row.digest for row in rows]), find_gone(mirror)
     if as_json:
-        print_json([_to_dict(row, facts[row.digest]) for row in rows])
+        print_json(
+            [_to_dict(row, facts[row.digest]) | {"gone": row.digest in gone} for row in rows]
+        )
         return
     cells = [
         (
@@ -50,6 +53,7 @@ def ls_command(as_json: bool) -> None:
             row.digest[:12],
         )
         for row in rows
+        if row.digest not in gone
     ]
     columns = [
         "model",
@@ -63,9 +67,15 @@ def ls_command(as_json: bool) -> None:
         "digest",
     ]
     print_table(columns, cells)
-    if not cells:
+    if not rows:
         hint = "nothing is here yet: hubaoti pull owner/name, or hubaoti compile MODEL -o DIR"
         print_line(hint, err=True)
+    for row in rows:
+        if row.digest in gone:
+            print_line(
+                f"gone: {_name(row)}, {origins.describe(row)[0]}: its files were removed; pull or compile "
+                f"it again, or: hubaoti mirror rm {row.digest[:12]}"
+            )
     for graph, problem in problems:
         print_line(f"not opened: graph {graph[:12]}: {problem}")
     if problems:
@@ -94,20 +104,23 @@ def show_command(what: str, as_json: bool) -> None:
 
 
 @contextmanager
-def _finding(what: str) -> Iterator[tuple[Mirror, list[Row]]]:
-    """The mirror, while it is open, and its artifacts that are called so."""
-    from hubaoti.api.mirroring import find_rows
+def _finding(what: str, *, whole: bool = False) -> Iterator[tuple[Mirror, list[Row]]]:
+    """The mirror, while it is open, and its artifacts that are called so, all `whole` or none."""
+    from hubaoti.api.mirroring import find_artifacts, find_rows
 
     settings = Settings.from_env()
     with Mirror.open(settings.mirror) as mirror:
-        yield mirror, find_rows(what, mirror, settings)
+        rows = find_rows(what, mirror, settings)
+        if whole:
+            find_artifacts([what], mirror, settings)
+        yield mirror, rows
 
 
 @mirror_command.command("path")
 @_WHAT
 def path_command(what: str) -> None:
     """Print the folder with the manifest of the artifact that is called so, for scripts."""
-    with _finding(what) as (mirror, rows):
+    with _finding(what, whole=True) as (mirror, rows):
         for row in rows:
             print_text(str(mirror.root / "artifacts" / row.digest))
 
@@ -128,7 +141,7 @@ def rm_command(what: str) -> None:
 @_WHAT
 def pin_command(what: str) -> None:
     """Have an artifact stay, or those of a REPO, whatever else has to leave."""
-    with _finding(what) as (mirror, rows):
+    with _finding(what, whole=True) as (mirror, rows):
         for row in rows:
             mirror.usage.pin(row.digest)
             print_line(f"{_name(row)} stays")

@@ -18,7 +18,7 @@ from hubaoti.errors import Blocked, MirrorFull
 from hubaoti.host.probe import find_torch
 from hubaoti.mirror.eviction import Candidate, estimate_cost, order
 from hubaoti.mirror.facts import read_facts
-from hubaoti.mirror.orphans import find_orphans
+from hubaoti.mirror.orphans import find_gone, find_orphans
 from hubaoti.mirror.removal import delete_folders, remove_unheld
 from hubaoti.mirror.rows import Row
 from hubaoti.mirror.usage import Use
@@ -84,6 +84,8 @@ def collect(
     """Remove orphans, what may not be opened here, what was not opened for `older_than` seconds,
     and, where there is more than `max_bytes` (by default the budget), what is worth least.
 
+    What is promised and gone is forgotten.
+
     Raises:
         HubaotiError: the mirror may not be written.
     """
@@ -91,6 +93,7 @@ def collect(
     with mirror.leases.changing_files():
         collection = _Collection(mirror, dry_run)
         budget = read_budget(mirror) if max_bytes is None else max_bytes
+        collection.drop_gone()
         collection.drop_refused()
         if older_than is not None:
             collection.drop_unused(older_than)
@@ -120,6 +123,7 @@ def make_room(mirror: Mirror, size: int, is_pulled: bool) -> None:
         return
     if size <= budget:
         collection = _Collection(mirror, dry_run=False)
+        collection.drop_gone()
         collection.evict(max(int(budget * _LOW) - size, 0))
         used = collection.used
     if is_pulled and used + size > budget:
@@ -144,6 +148,11 @@ class _Collection:
         self._rows = {row.digest: row for row in rows if row.digest not in stays}
         self._decisions = mirror.decide_each(self._rows)
         self.started = self.used = sum(row.size for row in rows)
+
+    def drop_gone(self) -> None:
+        """Drop what is promised and not there: somebody removed it."""
+        gone = find_gone(self._mirror)
+        self._drop({each: "its files are gone" for each in self._rows if each in gone})
 
     def drop_refused(self) -> None:
         """Drop what may not be opened here."""

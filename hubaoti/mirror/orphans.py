@@ -1,12 +1,18 @@
-"""What lies in the mirror and no row promises: of killed processes, and of downloads given up."""
+"""What lies in the mirror and no row promises: of killed processes, and of downloads given up.
+
+And the other way round: what a row promises, and somebody has removed.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hubaoti.disk import explain_unread
 from hubaoti.mirror.facts import read_facts
 from hubaoti.mirror.kernel import KERNELS
 from hubaoti.mirror.quarantine import read_note
@@ -40,6 +46,28 @@ def find_orphans(mirror: Mirror) -> list[Path]:
         found = (each for each in (mirror.root / name).iterdir() if each.name not in known)
         orphans += [each for each in found if not mirror.leases.is_held(each.name)]
     return [*orphans, *_find_downloads(mirror.root / "hub"), *_find_dangling(mirror.root / "hub")]
+
+
+def find_gone(mirror: Mirror) -> set[str]:
+    """The artifacts that are promised, and of which a folder is not there any more.
+
+    Raises:
+        HubaotiError: the mirror's folders cannot be listed.
+    """
+    rows = mirror.index.select("select digest from artifacts")
+    holds = mirror.index.select("select digest, graph from holds")
+    artifacts, graphs = (_list_names(mirror.root / each) for each in ("artifacts", "graphs"))
+    gone = {str(digest) for (digest,) in rows if digest not in artifacts}
+    gone |= {str(digest) for digest, graph in holds if graph not in graphs}
+    # Rows leave before their files: those of now are not among what leaves just then.
+    return {digest for digest in gone if mirror.index.row(digest)}
+
+
+def _list_names(folder: Path) -> set[str]:
+    """What lies in a folder: ten thousand names are many paths."""
+    with suppress(FileNotFoundError), explain_unread(folder):  # an image may lack an empty one
+        return set(os.listdir(folder))  # noqa: PTH208
+    return set()
 
 
 def _list_parts(mirror: Mirror, kept: set[str], rows: set[str]) -> tuple[set[str], set[str]]:

@@ -11,6 +11,8 @@ from hubaoti.artifact.misses import Misses, propose_dims
 from hubaoti.artifact.sizes import format_count
 from hubaoti.mirror.answers import BUILT, HUB, MIRROR, Miss, Tier
 from hubaoti.mirror.gc import list_kept, read_budget
+from hubaoti.mirror.orphans import find_gone
+from hubaoti.mirror.rows import Row
 from hubaoti.mirror.usage import Use
 
 if TYPE_CHECKING:
@@ -59,7 +61,8 @@ def summarize(mirror: Mirror, recorded: Sequence[Misses] = ()) -> Stats:
     Raises:
         HubaotiError: the index is damaged.
     """
-    counted, rows = mirror.answers.read(), mirror.index.rows()
+    counted, gone = mirror.answers.read(), find_gone(mirror)
+    rows = [row for row in mirror.index.rows() if row.digest not in gone]
     tiers = {name: counted.tiers.get(name, Tier()) for name in (MIRROR, HUB, BUILT)}
     asked = sum(tier.calls for tier in tiers.values()) + sum(each.calls for each in counted.misses)
     return Stats(
@@ -72,7 +75,7 @@ def summarize(mirror: Mirror, recorded: Sequence[Misses] = ()) -> Stats:
         saved_bytes=tiers[MIRROR].bytes,
         misses=counted.misses,
         compile_next=tuple(_advise(counted.misses, recorded)),
-        unused=tuple(_list_unused(mirror)),
+        unused=tuple(_list_unused(mirror, rows)),
     )
 
 
@@ -90,10 +93,10 @@ def _advise(misses: Sequence[Miss], recorded: Sequence[Misses]) -> Iterator[str]
             yield f"hubaoti compile {' '.join(words)}"
 
 
-def _list_unused(mirror: Mirror) -> Iterator[Unused]:
+def _list_unused(mirror: Mirror, rows: Sequence[Row]) -> Iterator[Unused]:
     """What nobody opened for a week, the largest first."""
     uses, kept, now = mirror.usage.read(), list_kept(mirror), time.time()
-    for row in sorted(mirror.index.rows(), key=lambda each: -each.size):
+    for row in sorted(rows, key=lambda each: -each.size):
         use = uses.get(row.digest, Use())
         idle = now - max(row.added, use.last)
         if idle > _UNUSED:
