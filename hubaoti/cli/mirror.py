@@ -73,8 +73,8 @@ def ls_command(as_json: bool) -> None:
     for row in rows:
         if row.digest in gone:
             print_line(
-                f"gone: {_name(row)}, {origins.describe(row)[0]}: its files were removed; pull or compile "
-                f"it again, or: hubaoti mirror rm {row.digest[:12]}"
+                f"gone: {_name(row)}, {origins.describe(row)[0]}: its files were removed; pull or "
+                f"compile it again, or: hubaoti mirror rm {row.digest[:12]}"
             )
     for graph, problem in problems:
         print_line(f"not opened: graph {graph[:12]}: {problem}")
