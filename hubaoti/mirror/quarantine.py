@@ -32,7 +32,12 @@ class Note(msgspec.Struct, frozen=True):
     promises: tuple[Promise, ...] = ()
 
 
-def set_apart(folder: Path, apart: Path, note: Note, remove: Callable[[], object]) -> None:
+def set_apart(
+    folder: Path,
+    apart: Path,
+    note: Note | None = None,
+    remove: Callable[[], object] = lambda: None,
+) -> None:
     """Have `remove` end what is promised of a folder, and move it below `apart`, with its note.
 
     The note is there before anything is removed, so that all of it can come back, whatever ends us
@@ -43,7 +48,7 @@ def set_apart(folder: Path, apart: Path, note: Note, remove: Callable[[], object
     """
     target = apart / f"{folder.name}~{secrets.token_hex(4)}"
     beside = target.with_name(f"{target.name}{BESIDE}")
-    if note != Note():
+    if note is not None:
         _write_note(beside, note)
     remove()
     with suppress(FileNotFoundError), explain_disk_errors(apart):

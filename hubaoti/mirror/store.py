@@ -70,6 +70,7 @@ class Mirror:
     def __init__(self, root: Path, index: Index) -> None:
         self.root = root
         self.index = index
+        self._apart = root / "quarantine"
         self.leases = Leases(root / "locks")
         self.usage = Usage(index)
         self.answers = Answers(index)
@@ -239,7 +240,7 @@ class Mirror:
             require_kernel(pin, self.root / KERNELS)
         except KernelDigestMismatch:
             if self.index.is_writable:
-                self._quarantine(self.root / KERNELS / pin.id)
+                set_apart(self.root / KERNELS / pin.id, self._apart)
             raise
 
     def artifact(self, digest: str) -> Artifact | None:
@@ -311,7 +312,7 @@ class Mirror:
         if self.index.is_writable:
             note = Note(graph, tuple(self.index.list_promises(graph.sha256)))
             remove = partial(self.index.remove_graph, graph.sha256)
-            self._quarantine(self.root / "graphs" / graph.sha256, note, remove)
+            set_apart(self.root / "graphs" / graph.sha256, self._apart, note, remove)
 
     def verify_file(self, artifact: Artifact, file: File) -> Path:
         """Hash one of the small tensors' files again; where it lies.
@@ -369,7 +370,7 @@ class Mirror:
                     raise
                 if is_good():
                     return
-                self._quarantine(target)
+                set_apart(target, self._apart)
             else:
                 sync_folder(target.parent)
                 return
@@ -386,12 +387,5 @@ class Mirror:
                 remove()
             else:
                 promise = self.index.read_promise(digest)
-                self._quarantine(broken, Note(None, (promise,) if promise else ()), remove)
-
-    def _quarantine(
-        self,
-        folder: Path,
-        note: Note = Note(),  # noqa: B008
-        remove: Callable[[], object] = lambda: None,
-    ) -> None:
-        set_apart(folder, self.root / "quarantine", note, remove)
+                note = Note(None, (promise,) if promise else ())
+                set_apart(broken, self._apart, note, remove)
