@@ -42,6 +42,7 @@ def test_a_line_that_the_file_has_is_not_measured_again(
 
 
 @pytest.mark.cuda
+@pytest.mark.slow
 def test_an_architecture_is_built_answered_and_launched(tmp_path: Path) -> None:
     file = tmp_path / "lines.json"
     command = [sys.executable, BENCH, "breadth", "--for", "sm90", "--only", "vit", "--json", file]

@@ -206,6 +206,7 @@ def explain_key(model: Path, environment: dict[str, str], *before: str) -> str:
 
 
 @pytest.mark.cuda
+@pytest.mark.slow
 def test_a_key_is_the_same_on_machines_that_are_set_up_otherwise(
     model: Path, tmp_path: Path
 ) -> None:
@@ -269,7 +270,7 @@ def list_commands(settings: Settings) -> list[str]:
         (signal.SIGINT, LOWERING),
         pytest.param(signal.SIGTERM, LOWERING, marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, LOWERING, marks=pytest.mark.slow),
-        (signal.SIGKILL, "cc1plus"),
+        pytest.param(signal.SIGKILL, "cc1plus", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, "cc1plus", marks=pytest.mark.slow),
     ],
 )

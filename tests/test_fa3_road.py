@@ -186,10 +186,12 @@ def test_a_bundle_says_its_recipe_its_kernel_and_what_that_does_not_compute(llam
     assert not any(path.endswith(".wrapper.json") for path in members), "torch's executor is asked"
 
 
+@pytest.mark.parametrize("name", ["llama", pytest.param("flux", marks=pytest.mark.slow)])
 def test_what_surrounds_the_kernel_was_interpreted(
-    llama: Bundle, flux: Mapping[str, Bundle]
+    name: str, request: pytest.FixtureRequest
 ) -> None:
-    for manifest in (each.manifest for each in (llama, *flux.values())):
+    made = request.getfixturevalue(name)
+    for manifest in [each.manifest for each in ([made] if name == "llama" else made.values())]:
         checks = [check for check in manifest.checks if check.where == "interpreted"]
         assert all([c.graph for c in checks].count(each.id) >= 3 for each in manifest.graphs)
         assert not any(each.not_interpreted for each in manifest.graphs)
@@ -220,6 +222,7 @@ def test_a_decoders_graphs_call_the_kernel_over_the_caches_own_memory(
     assert not found["model.layers"]["given"]
 
 
+@pytest.mark.slow
 def test_both_recipes_of_one_program_are_built_by_one_command(flux: Mapping[str, Bundle]) -> None:
     fa3, sdpa = flux["fa3"].manifest, flux["sdpa"].manifest
     assert fa3.program == sdpa.program and fa3.key != sdpa.key
@@ -229,6 +232,7 @@ def test_both_recipes_of_one_program_are_built_by_one_command(flux: Mapping[str,
     assert compared[0] and compared[0] == compared[1], "one program, compared once"
 
 
+@pytest.mark.slow
 def test_of_both_recipes_the_kernels_is_pulled_attached_and_launched(
     flux: Mapping[str, Bundle],
     settings: Settings,
@@ -245,6 +249,7 @@ def test_of_both_recipes_the_kernels_is_pulled_attached_and_launched(
     assert [call["q"] for call in found["given"]] == [[2, 22, 2, 16]] * 2
 
 
+@pytest.mark.slow
 def test_where_only_one_recipe_can_be_the_other_is_refused_and_kept_out(
     kernel: str, settings: Settings, tmp_path: Path
 ) -> None:

@@ -256,6 +256,7 @@ def cuda_packages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.cuda
+@pytest.mark.slow
 def test_a_program_for_a_gpu_gives_the_same_bytes_too(cuda_packages: list[Path]) -> None:
     one, another = cuda_packages
     assert one.read_bytes() == another.read_bytes()

@@ -46,7 +46,7 @@ def compile_module(recipe: str, capabilities: str, folder: Path) -> list[Bundle]
     return [*hubaoti.compile_for(module, capabilities, folder / "bundles", **words)]  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module", params=["int8wo", "float8dq"])
+@pytest.fixture(scope="module", params=["int8wo", pytest.param("float8dq", marks=pytest.mark.slow)])
 def bundles(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Bundle]:
