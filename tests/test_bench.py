@@ -183,6 +183,12 @@ def fleet(place: Place) -> list[Any]:
     return [*bench_fleet(place.scratch, place.settings, 1, *sizes)]
 
 
+def pulling(place: Place) -> list[Any]:
+    from benchmarks.pulling import bench_pull
+
+    return [*bench_pull(place.scratch, place.settings, 1, size=100_000)]
+
+
 def mutants(place: Place) -> list[Any]:
     from benchmarks.mutants import bench_mutants
 
@@ -236,6 +242,7 @@ COMPILER: dict[str, Callable[[Place], list[Any]]] = {
     "mixed": mixed,
     "fleet": fleet,
     "mutants": mutants,
+    "pull": pulling,
 }
 PUBLISHED: dict[str, Callable[[Any], list[Any]]] = {
     "open": opening,
@@ -283,6 +290,7 @@ FIGURES = {
         "4 processes on one key, 2 times, downloads more than one",
     ),
     "mutants": ("2000 manifests changed in one place, wrong after",),
+    "pull": ("a pull of 0 MB, to hf download", "a pull of a pin that is here, the endpoint gone"),
     "open": ("a graph in the mirror, verified", "aoti_load_package, empty inductor folder"),
     "start": ("hubaoti run", "transformers eager", "torch.compile cold", "torch.compile warm"),
     "steady": ("(1, 8) x86_64_v3 over eager", "(1, 8) x86_64_v3 over torch.compile static 256"),
@@ -354,7 +362,7 @@ def run(
 # They start processes of their own, which one of a pool may not.
 PARENTS = {"mixed", "fleet"}
 # All others compile, again and again.
-QUICK = {"eviction", "mixed", "fleet", "mirror", "mutants"}
+QUICK = {"pull", "eviction", "mixed", "fleet", "mirror", "mutants"}
 
 
 @pytest.mark.parametrize(

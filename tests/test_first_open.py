@@ -335,7 +335,7 @@ def test_an_index_of_before_learns_to_remember(artifact: Artifact, settings: Set
     db = sqlite3.connect(index)
     later = re.findall(r"create table (?:if not exists )?(\w+)", "".join(STEPS[1:]))
     db.executescript(
-        "drop index artifacts_whole" + "".join(f"; drop table {name}" for name in later)
+        "drop index artifacts_whole" + "".join(f"; drop table if exists {name}" for name in later)
     )
     db.execute("pragma user_version = 1")
     db.commit()

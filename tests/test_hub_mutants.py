@@ -169,6 +169,7 @@ def test_no_answer_to_a_push_ends_in_an_error_that_is_not_ours(
 
 PULLED: dict[str, tuple[Path_, ...]] = {
     "/revision/": ((), ("sha",), ("siblings",)),
+    "/refs": ((), ("tags",), ("tags", 0), ("tags", 0, "name"), ("tags", 0, "targetCommit")),
     "/tree/": ((), (0,), (0, "path"), (0, "size"), (0, "oid")),
 }
 
@@ -183,7 +184,8 @@ def test_no_answer_to_a_pull_ends_in_an_error_that_is_not_ours(
             proxy.mutate = lambda answer, path=path, to=to: changed(answer, path, to)
             empty = replace(settings, home=settings.home / f"{path}{to!r:.9}".replace("/", ""))
             try:
-                pull_artifact(RepoRef(repo, "v1"), empty, make_host(), trust=True)
+                ref = RepoRef(repo, None if part == "/revision/" else "v1")
+                pull_artifact(ref, empty, make_host(), trust=True)
             except HubaotiError:
                 refused += 1
     assert refused > 10

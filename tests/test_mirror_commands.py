@@ -351,7 +351,7 @@ def test_what_is_gone_and_was_built_here_stays_listed_as_gone(
     built.path.rename(tmp_path / "moved")
     assert inside(settings, "mirror", "gc").code == 0
     told = inside(settings, "mirror", "ls").out
-    assert f"gone: {built.digest[:12]}" in told and ", built here: " in told
+    assert f"gone: {built.digest[:12]}" in told and ", built here, not pushed: " in told
     (tmp_path / "moved").rename(built.path)
     mirror.verify(built)
     assert "gone: " not in inside(settings, "mirror", "ls").out

@@ -20,8 +20,8 @@ _REPO_HINT = (
     "write it as owner/name or owner/name@revision: a branch, tag, commit, v1, ~=1.2 or sha256:…"
 )
 _DIGEST_HINT = (
-    "write all 64 digits of a digest: hubaoti explain owner/name --json has them, and hubaoti "
-    "mirror ls --json those of what is here"
+    "write sha256: and all 64 digits of a digest: hubaoti explain owner/name --json has them, and "
+    "hubaoti mirror ls --json those of what is here"
 )
 _PATH_HINT = "write it as <recipe>/<variant>: float32-sdpa/torch2.13-cpu-x86_64_v3-linux"
 

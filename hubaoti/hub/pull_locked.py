@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hubaoti.artifact.manifest import LARGEST_MANIFEST, Manifest, parse_manifest
-from hubaoti.errors import BadManifest, NoArtifact, NotLocked, Untrusted
+from hubaoti.errors import BadManifest, Blocked, NoArtifact, NotLocked, Untrusted
 from hubaoti.hub.bounds import TooLong
 from hubaoti.hub.catalog import Catalog
 from hubaoti.hub.choice import Considered, Pulled
@@ -21,7 +21,7 @@ from hubaoti.hub.lockfile import Lock, LockedRepo
 from hubaoti.hub.records import Entry
 from hubaoti.hub.revisions import resolve_owned
 from hubaoti.hub.signatures import CommitSignatures
-from hubaoti.mirror import Mirror
+from hubaoti.mirror import Mirror, PullOrigin
 
 if TYPE_CHECKING:
     from hubaoti.hub.pull import Puller
@@ -75,10 +75,15 @@ def _is_of_owner(puller: Puller, locked: LockedRepo, chosen: Considered) -> bool
     That is of an artifact that may run here by what is known of it without the lock.
 
     Raises:
+        Blocked: it may not, or the repo's owner is blocked.
         Untrusted: it may not, and the commit is nobody's; else as `require_owned`.
     """
     assert chosen.manifest is not None  # only judged ones are chosen
     digest = chosen.manifest.digest
+    origin = PullOrigin(puller.client.endpoint, locked.ref.repo, locked.commit, str(chosen.place))
+    blocked = puller.mirror.decide(digest, origin).refusal
+    if isinstance(blocked, Blocked):
+        raise blocked
     if puller.mirror.decide(digest).allowed:
         return False
     try:

@@ -156,7 +156,7 @@ class Index:
         Raises:
             HubaotiError: it is damaged.
         """
-        for table in ("artifacts", *(["facts"] if self._has_step(NINTH) else [])):
+        for table in ("artifacts", "holds", *(["facts"] if self._has_step(NINTH) else [])):
             found, *_ = self._select(f"pragma integrity_check({table})")
             if found != ("ok",):
                 raise self._describe_damage(str(found[0]).partition("\n")[0])
