@@ -184,7 +184,7 @@ def test_no_answer_to_a_pull_ends_in_an_error_that_is_not_ours(
             proxy.mutate = lambda answer, path=path, to=to: changed(answer, path, to)
             empty = replace(settings, home=settings.home / f"{path}{to!r:.9}".replace("/", ""))
             try:
-                ref = RepoRef(repo, None if part == "/revision/" else "v1")
+                ref = RepoRef(repo, "main" if part == "/revision/" else "v1")
                 pull_artifact(ref, empty, make_host(), trust=True)
             except HubaotiError:
                 refused += 1

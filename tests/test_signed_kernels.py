@@ -98,7 +98,7 @@ def test_a_kernel_comes_with_the_artifact_that_its_publisher_signed_and_pinned_i
     push(bundle, repo, settings)
     refuse(repo, settings, Unsigned, "not signed by key")
     push(bundle, repo, settings, mallory)
-    refuse(repo, settings, BadSignature, "has no signature by key")
+    refuse(repo, settings, BadSignature, "not signed by key")
     push(bundle, repo, settings, acme)
     pulled = pull(repo, settings)
     with Mirror.open(settings.mirror) as mirror:
