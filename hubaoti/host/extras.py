@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as version_in_metadata
 
 from hubaoti.artifact.requirements import read_version, series
 from hubaoti.errors import MissingDependency
@@ -57,11 +55,13 @@ def join_names(names: list[str]) -> str:
 
 def package_version(package: str) -> str | None:
     """The version of a package: of the one that is loaded, else of the one that is installed."""
+    from importlib.metadata import PackageNotFoundError, version  # which is slow to import
+
     loaded = getattr(sys.modules.get(package), "__version__", None)
     if loaded is not None:
         return str(loaded)
     with suppress(PackageNotFoundError):
-        return version_in_metadata(package)
+        return version(package)
     return None
 
 
