@@ -275,6 +275,7 @@ def views_of(words: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return views
 
 
+@pytest.mark.slow
 def test_packages_lie_in_the_folder_by_which_those_loaders_clean_up(
     tiny_bert: Path, built_at: Settings
 ) -> None:

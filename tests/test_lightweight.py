@@ -91,6 +91,7 @@ def test_a_model_is_answered_by_the_graphs_that_the_mirror_has(
     assert engine.models()[0].requests == 1
 
 
+@pytest.mark.slow
 def test_quantized_graphs_answer_where_they_are_asked_for(
     tiny_decoder: Path, decoder_bundle: Bundle, quantized_bundle: Bundle, built_at: Settings
 ) -> None:
