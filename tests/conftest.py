@@ -31,6 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 from huggingface_hub import HfApi  # noqa: E402
 from proxies import Proxy, proxying  # noqa: E402
+from signers import Pair, make_pair  # noqa: E402
 
 import hubaoti  # noqa: E402
 from hubaoti.artifact.bundle import Bundle  # noqa: E402
@@ -102,6 +103,18 @@ def hub(settings: Settings) -> HfApi:
 def repo(tmp_path: Path) -> str:
     """A repo's name that no other test has."""
     return f"acme/{tmp_path.name}"
+
+
+@pytest.fixture(scope="module")
+def acme(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """The key that is asked for."""
+    return make_pair(tmp_path_factory.mktemp("keys"), "acme")
+
+
+@pytest.fixture(scope="module")
+def mallory(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Somebody else's."""
+    return make_pair(tmp_path_factory.mktemp("keys"), "mallory")
 
 
 @pytest.fixture(scope="session")

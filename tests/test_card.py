@@ -13,7 +13,8 @@ import msgspec
 import pytest
 from bundles import CPU, CUDA, changed, make_bundle
 from huggingface_hub import HfApi, ModelCard
-from test_signatures import Authority, Pair, make_pair
+from signers import Pair
+from test_signatures import Authority
 
 from hubaoti import api
 from hubaoti.artifact.bundle import Bundle
@@ -27,11 +28,6 @@ from hubaoti.hub.card import render
 from hubaoti.hub.layout import ArtifactPath, artifact_path
 from hubaoti.hub.signing import UNREADABLE, read_claim
 from hubaoti.settings import Settings
-
-
-@pytest.fixture(scope="module")
-def acme(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("keys"), "acme")
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from bundles import make_bundle
 from huggingface_hub import HfApi
-from test_signatures import HOST, Pair, make_pair, push, require_signer
+from signers import Pair, make_pair
+from test_signatures import HOST, push, require_signer
 
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.errors import Blocked, HubaotiError, LockMismatch, RolledBack, Unsigned, Untrusted

@@ -13,7 +13,8 @@ from bundles import CPU, CUDA, changed, make_bundle, make_host
 from commands import inside
 from huggingface_hub import HfApi
 from proxies import Proxy, proxying
-from test_signatures import make_pair, require_signer
+from signers import make_pair
+from test_signatures import require_signer
 
 from hubaoti import api
 from hubaoti.api import searching

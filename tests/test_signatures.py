@@ -20,6 +20,7 @@ from bundles import CPU, make_bundle, make_host
 from commands import inside
 from huggingface_hub import HfApi
 from proxies import Proxy
+from signers import Pair, make_pair
 
 from hubaoti import api
 from hubaoti.artifact.bundle import Bundle
@@ -37,7 +38,7 @@ from hubaoti.errors import (
 from hubaoti.host import extras
 from hubaoti.hub import catalog
 from hubaoti.hub.kernels import require_kernel_publisher
-from hubaoti.hub.keys import make_key_pair, read_public_key, read_root
+from hubaoti.hub.keys import read_public_key, read_root
 from hubaoti.hub.layout import ArtifactPath, RepoRef, artifact_path
 from hubaoti.hub.pull import Pulled, Puller, pull_artifact
 from hubaoti.hub.pull_all import find_pulled, pull_fleet, read_revision_catalog
@@ -51,21 +52,6 @@ from hubaoti.settings import Settings
 
 HOST = make_host()
 OTHER = {"level": "x86_64_v2"}
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A private key, its public one, and what trust.toml calls it."""
-
-    private: Path
-    public: Path
-    signer: Signer
-
-
-def make_pair(folder: Path, name: str) -> Pair:
-    private = folder / f"{name}.pem"
-    public, sha256 = make_key_pair(private)
-    return Pair(private, public, Signer(key=sha256))
 
 
 @dataclass(frozen=True)
@@ -128,18 +114,6 @@ class Authority:
             )
         )
         return found
-
-
-@pytest.fixture(scope="module")
-def acme(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """The key that is asked for."""
-    return make_pair(tmp_path_factory.mktemp("keys"), "acme")
-
-
-@pytest.fixture(scope="module")
-def mallory(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """Somebody else's."""
-    return make_pair(tmp_path_factory.mktemp("keys"), "mallory")
 
 
 @pytest.fixture

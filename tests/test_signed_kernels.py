@@ -12,7 +12,8 @@ import torch
 from bundles import CPU, make_bundle, make_host, rewrite
 from huggingface_hub import HfApi
 from kernel_repos import SCHEMAS, push_kernel, write_build
-from test_signatures import Pair, make_pair, push, require_signer
+from signers import Pair
+from test_signatures import push, require_signer
 
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.kernel_pin import KernelPin
@@ -33,18 +34,6 @@ VERSION = torch.__version__.partition("+")[0]
 TARGET = {**CPU, "torch": f"{VERSION}+cpu"}
 HOST = make_host(torch=Torch(f"{VERSION}+cpu", None, "b" * 40, Path("/torch")))
 MADE_UP = b"\x7fELF" + b"\0".join((b"", b"@namespace@", bytes(200), b"@schema@", bytes(2000)))
-
-
-@pytest.fixture(scope="module")
-def acme(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """The key that is asked for."""
-    return make_pair(tmp_path_factory.mktemp("keys"), "acme")
-
-
-@pytest.fixture(scope="module")
-def mallory(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """Somebody else's."""
-    return make_pair(tmp_path_factory.mktemp("keys"), "mallory")
 
 
 @pytest.fixture

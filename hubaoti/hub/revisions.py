@@ -100,12 +100,10 @@ class Revisions:
                 self._require_after(repo, name, before, commit)
             self._record(repo, name, commit)
 
-    def _require_same_tag(
-        self, repo: str, tag: str, commit: str, before: str | None = None
-    ) -> None:
+    def _require_same_tag(self, repo: str, tag: str, commit: str, before: str | None) -> None:
         """See that a tag is where it was when it was last seen, and remember it.
 
-        What has its name now may be a branch.
+        What has its name now may be a branch. `before` is where it was as a name of either kind.
 
         Raises:
             RolledBack: it is not.
@@ -113,8 +111,7 @@ class Revisions:
         name = f"{_TAGS}{tag}"
         before = self.mirror.seen.find_commit(self.client.endpoint, repo, name) or before
         if before not in {None, commit} and not self.allow_rollback:
-            what = f"the tag {tag} of {repo} was moved, or a branch has its name"
-            raise _describe_rollback(repo, tag, what, before, commit)
+            raise _describe_rollback(repo, tag, True, before, commit)
         if before != commit:
             self._record(repo, name, commit)
 
@@ -153,18 +150,18 @@ class Revisions:
         was_tag = name in self.client.tags(repo)
         if not was_tag and before in self.client.history(repo, commit):
             return
-        what = (
-            f"the tag {name} of {repo} was moved, or a branch has its name"
-            if was_tag
-            else f"{name} of {repo} went back, or has another history"
-        )
-        raise _describe_rollback(repo, name, what, before, commit)
+        raise _describe_rollback(repo, name, was_tag, before, commit)
 
 
 def _describe_rollback(
-    repo: str, name: str, what: str, before: str | None, commit: str
+    repo: str, name: str, was_tag: bool, before: str | None, commit: str
 ) -> RolledBack:
     """Where a name was, and is, and how that is taken all the same."""
+    what = (
+        f"the tag {name} of {repo} was moved, or a branch has its name"
+        if was_tag
+        else f"{name} of {repo} went back, or has another history"
+    )
     return RolledBack(
         f"{what}: here it was last seen at {before}, and now it is at {commit}",
         hint="ask its publisher; if it is meant so, once: hubaoti pull "

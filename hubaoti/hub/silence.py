@@ -14,9 +14,8 @@ from importlib import import_module
 from typing import Any
 
 SILENCE = 15.0  # seconds until the next byte of an answer
-WRITING = (
-    25.0  # until the first one, where the endpoint has to do something: a commit of many files
-)
+# Until the first one, where the endpoint has to do something: a commit of many files.
+WRITING = 25.0
 LONGEST_SILENCE = 30.0  # of one call of ours, however often it is asked again
 _ENOUGH = 1 << 20  # bytes of a file after which it is no longer silent; as many come at a time
 
