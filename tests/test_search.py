@@ -380,7 +380,8 @@ def test_the_graphs_of_a_model_are_found_and_pulled_by_its_config(
 ) -> None:
     ship(roberta_bundle, "acme/roberta", settings)
     (found,) = api.search(program=tiny_roberta, fits=True, settings=settings)
-    assert found.best and found.best.verdict and found.best.verdict.fit is MatchResult.EXACT
+    assert found.best and found.best.verdict
+    assert found.best.verdict.fit is not MatchResult.INCOMPATIBLE
     trust(settings, "acme")
     pulled = api.pull_any_of(tiny_roberta, settings=settings)
     assert pulled.artifact.digest == roberta_bundle.manifest.digest
