@@ -229,9 +229,9 @@ def test_each_batch_of_a_file_has_a_seed_of_its_own_and_the_same_after_a_stop(
     assert [len(few) for few in whole] == [16, 16, 16, 12]
     rest = [[line.line for line in few] for few in batch_file.batch_remaining(20, lines)]
     assert rest == [whole[1][4:], *whole[2:]]
-    seeds = {batch_file.BatchRequest("m", {"seed": 1}).make_words(few[0])["seed"] for few in whole}
+    seeds = {batch_file.BatchRequest("m", {"seed": 1}).make_kwargs(few[0])["seed"] for few in whole}
     assert len(seeds) == 4
-    assert batch_file.BatchRequest("m", {}).make_words(3) == {}
+    assert batch_file.BatchRequest("m", {}).make_kwargs(3) == {}
 
 
 def test_answers_go_to_files_only(prompts: Path) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 import hubaoti
 from hubaoti import __version__
 from hubaoti.api.building import refuse_tuning
-from hubaoti.api.compiling import CompileWords
+from hubaoti.api.compiling import CompileOptions
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.schema import Target
 from hubaoti.compiler.built import BuiltGraph, BuiltUnit
@@ -360,7 +360,7 @@ def test_every_verb_takes_the_words_of_compile(verb: Callable[..., Any], bare: S
     written = inspect.signature(hubaoti.compile).parameters
     parameters = inspect.signature(verb).parameters
     how = {"model", "output", "device", "force", "jobs", "settings", "progress"}
-    assert {*written} - how == CompileWords.__optional_keys__
+    assert {*written} - how == CompileOptions.__optional_keys__
     assert all(each in written for each in {*parameters} - {"capabilities", "capability", "words"})
     with pytest.raises(TypeError, match="colour"):
         verb("acme/tiny", **dict.fromkeys({"capabilities"} & {*parameters}, "sm90"), colour="red")

@@ -18,7 +18,7 @@ from torch import nn
 
 import hubaoti
 from hubaoti import errors
-from hubaoti.api.filling import choose_pattern, read_words
+from hubaoti.api.filling import choose_pattern, read_build_options
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.schema import ModelSource
 from hubaoti.artifact.variant import Recipe
@@ -285,7 +285,7 @@ def test_another_device_takes_over_what_it_can_have(tmp_path: Path) -> None:
     hopper = make_gpu_host()
     ampere = replace(hopper, gpus=(Gpu("fake A100", 80, 80 << 30),))
     said = {
-        device: read_words(bundle.manifest, device.partition(" ")[0], host)
+        device: read_build_options(bundle.manifest, device.partition(" ")[0], host)
         for device, host in {"cuda 90": hopper, "cuda 80": ampere, "cpu": make_host()}.items()
     }
     assert [each["attention"] for each in said.values()] == ["fa3", None, None]

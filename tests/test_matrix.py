@@ -20,7 +20,7 @@ from proxies import Proxy
 
 import hubaoti
 from hubaoti import errors
-from hubaoti.api.compiling import CompileWords
+from hubaoti.api.compiling import CompileOptions
 from hubaoti.api.matrix import Entry
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.schema import Direct, ModelSource
@@ -322,7 +322,7 @@ def test_what_the_table_says_is_said_nowhere_else(
 
 def test_a_build_has_every_option_of_compile_by_its_name() -> None:
     ours = {*Entry.__struct_encode_fields__} - {"model", "repo", "for", "recipe"}
-    assert ours == CompileWords.__annotations__.keys() - {"calls", "shapes"}  # of a module
+    assert ours == CompileOptions.__annotations__.keys() - {"calls", "shapes"}  # of a module
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

@@ -63,7 +63,7 @@ def test_every_size_that_was_missed_is_within_what_is_proposed(
 def test_what_is_proposed_can_be_asked_for(dims: Any, buckets: Any, sizes: dict[str, int]) -> None:
     found = propose_dims(missed(sizes, dims=dims, buckets=buckets))
     assert found is not None
-    words = found.words()
+    words = found.to_arguments()
     given = [words[at + 1] for at, word in enumerate(words) if word == "--dim"]
     assert {n: tuple(r.__reduce__() and (r.low, r.high, r.step)) for n, r in
             parse_dims(given).items()} == found.dims  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubaoti.api.filling import FillWords, make_fill_words
+from hubaoti.api.filling import FillOptions, make_fill_options
 from hubaoti.api.publishing import pull
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.manifest import FILENAME
@@ -95,7 +95,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
     if not settings.graphs:
         return runtime.attach_nothing(module)
     module = unwrap_peft(module)
-    fill = make_fill_words(missing, push_back)
+    fill = make_fill_options(missing, push_back)
     found = get_artifact(artifact, trust, settings, progress, locked, fill)
     manifest = found.manifest
     if cuda_graphs:
@@ -134,7 +134,7 @@ def get_artifact(
     settings: Settings,
     progress: Progress,
     locked: bool | str | Path = False,
-    fill: FillWords | None = None,
+    fill: FillOptions | None = None,
 ) -> Artifact:
     """An artifact of the mirror, by whatever it is called.
 

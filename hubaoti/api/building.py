@@ -204,7 +204,7 @@ def _plan_jobs(
 
 
 def _refuse_unread(model: str | Path | nn.Module, request: CompileRequest) -> None:
-    """Refuse words that nothing would read: of a model's name, of a folder, or of a module.
+    """Refuse options that nothing would read: of a model's name, of a folder, or of a module.
 
     Raises:
         BadRequest: they are of one, and this is another.
@@ -244,8 +244,8 @@ def refuse_tuning(request: CompileRequest, settings: Settings) -> None:
 
 def _describe_request(request: CompileRequest) -> list[str]:
     """What was asked, for a report."""
-    words = {each.name: getattr(request, each.name) for each in fields(request)}
-    return [f"asked: { {name: value for name, value in words.items() if name != 'calls'} }"]
+    options = {each.name: getattr(request, each.name) for each in fields(request)}
+    return [f"asked: { {name: value for name, value in options.items() if name != 'calls'} }"]
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def capture(
     return capture.record_calls(module, n, run=run)
 
 
-class CompileWords(TypedDict, total=False):
+class CompileOptions(TypedDict, total=False):
     """What `compile` takes of what is built, whatever it is built for; its docstring says more."""
 
     calls: Calls | Sequence[Call] | Sequence[Calls] | None
@@ -120,7 +120,7 @@ def compile(  # noqa: PLR0913 - a face of keywords
     Raises:
         HubaotiError: what failed and what to do; no half-written bundle is left.
     """
-    words: CompileWords = {
+    options: CompileOptions = {
         "calls": calls,
         "shapes": shapes,
         "task": task,
@@ -138,7 +138,7 @@ def compile(  # noqa: PLR0913 - a face of keywords
         "revision": revision,
         "trust_remote_code": trust_remote_code,
     }
-    request = read_words(model, device, words)
+    request = make_request(model, device, options)
     means = Means(settings or Settings.from_env(), progress, force, jobs)
     return build_missing(model, request, Path(output), means)[0]
 
@@ -152,14 +152,14 @@ def compile_own(  # noqa: PLR0913 - a face of keywords
     jobs: int | None = None,
     settings: Settings | None = None,
     progress: Progress = report_nothing,
-    **words: Unpack[CompileWords],
+    **options: Unpack[CompileOptions],
 ) -> Bundle:
     """As `compile`, for what is published: what others built is not taken for it.
 
     Raises:
         HubaotiError: as `compile`.
     """
-    request = read_words(model, device, words)
+    request = make_request(model, device, options)
     means = Means(settings or Settings.from_env(), progress, force, jobs, own=True)
     return build_missing(model, request, Path(output), means)[0]
 
@@ -173,7 +173,7 @@ def compile_for(  # noqa: PLR0913 - a face of keywords
     jobs: int | None = None,
     settings: Settings | None = None,
     progress: Progress = report_nothing,
-    **words: Unpack[CompileWords],
+    **options: Unpack[CompileOptions],
 ) -> tuple[Bundle, ...]:
     """Compile a model for GPUs that need not be here: no GPU, no driver and no weights are needed.
 
@@ -181,14 +181,14 @@ def compile_for(  # noqa: PLR0913 - a face of keywords
         model: as `compile` has it.
         capabilities: of the GPUs, as `"sm80,sm90"` or `["sm80", "9.0"]`.
         output: a folder of bundles; each is called after its variant, with `-fa3` behind that.
-        words: as `compile` has them, without a device; `mode="max-autotune"` needs the GPU itself.
+        options: as `compile` has them, without a device; `mode="max-autotune"` needs the GPU.
             Of several attentions, as `"fa3,sdpa"`, there is a bundle each, where it can be;
             what is left out, as fa3 for `sm80`, `progress` is told.
 
     Raises:
         HubaotiError: what failed and what to do; no half-written bundle is left.
     """
-    request = read_capabilities(capabilities, words)
+    request = make_request_for(capabilities, options)
     means = Means(settings or Settings.from_env(), progress, force, jobs)
     return tuple(build_missing(model, request, Path(output), means))
 
@@ -201,12 +201,12 @@ def explain(
     capability: str | None = None,
     settings: Settings | None = None,
     progress: Progress = report_nothing,
-    **words: Unpack[CompileWords],
+    **options: Unpack[CompileOptions],
 ) -> Explanation:
-    """What `compile` would do with the same words: regions, dims, graphs, recipe and key.
+    """What `compile` would do with the same options: regions, dims, graphs, recipe and key.
 
     Args:
-        model, output, device, words: as `compile` has them.
+        model, output, device, options: as `compile` has them.
         capability: of a GPU that need not be here, as `sm90`, instead of a device; of several
             `explain_for` tells, with less work.
 
@@ -216,9 +216,9 @@ def explain(
     place = Path(output) if output is not None else None
     means = Means(settings or Settings.from_env(), progress)
     if capability is None:
-        request = read_words(model, device, words)
+        request = make_request(model, device, options)
     else:
-        request = read_capabilities(capability, {**words, "device": device})
+        request = make_request_for(capability, {**options, "device": device})
     if len(request.capabilities) * max(1, len(request.attentions)) > 1:
         several = [f"sm{each}" for each in request.capabilities], request.attentions
         raise BadRequest(
@@ -235,24 +235,24 @@ def explain_for(
     *,
     settings: Settings | None = None,
     progress: Progress = report_nothing,
-    **words: Unpack[CompileWords],
+    **options: Unpack[CompileOptions],
 ) -> tuple[Explanation, ...]:
-    """What `compile_for` would do with the same words, for each of the GPUs; planned once.
+    """What `compile_for` would do with the same options, for each of the GPUs; planned once.
 
     Raises:
         HubaotiError: why it could not be done.
     """
     place = Path(output) if output is not None else None
     means = Means(settings or Settings.from_env(), progress)
-    request = read_capabilities(capabilities, words)
+    request = make_request_for(capabilities, options)
     return tuple(explain_jobs(model, request, place, means))
 
 
-def read_words(
-    model: str | Path | nn.Module, device: str | None, words: CompileWords
+def make_request(
+    model: str | Path | nn.Module, device: str | None, options: CompileOptions
 ) -> CompileRequest:
     """What is asked for a device of this machine, by default the one on which a module lies."""
-    return CompileRequest.parse({**words, "device": device or _find_device(model)})
+    return CompileRequest.parse({**options, "device": device or _find_device(model)})
 
 
 def _name_pairs(gpus: Sequence[str], attentions: Sequence[str]) -> str:
@@ -263,11 +263,11 @@ def _name_pairs(gpus: Sequence[str], attentions: Sequence[str]) -> str:
     )
 
 
-def read_capabilities(
-    capabilities: str | Iterable[str | int], words: Mapping[str, Any]
+def make_request_for(
+    capabilities: str | Iterable[str | int], options: Mapping[str, Any]
 ) -> CompileRequest:
     """What is asked for GPUs that need not be here."""
-    return CompileRequest.parse({**words, "capabilities": parse_capabilities(capabilities)})
+    return CompileRequest.parse({**options, "capabilities": parse_capabilities(capabilities)})
 
 
 def _find_device(model: str | Path | nn.Module) -> str:

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from hubaoti.hub.pull import Puller
 
 _FA3, _FA3_SM = "fa3", 90
-_WORDLESS = {"sdpa", "eager"}  # attentions that a model has by itself
+_DEFAULT_ATTENTIONS = {"sdpa", "eager"}  # attentions that a model has by itself
 
 
-class FillWords(TypedDict, total=False):
+class FillOptions(TypedDict, total=False):
     """What `pull` takes of what is missing; its docstring says more."""
 
     missing: str | None
@@ -47,9 +47,9 @@ class FillWords(TypedDict, total=False):
     sign: str | Path | None
 
 
-def make_fill_words(
+def make_fill_options(
     missing: str | None, push_back: bool, model: str | Path | None = None
-) -> FillWords:
+) -> FillOptions:
     """What `attach`, `load` and `run` were told of what is missing, as `pull` takes it."""
     if missing is None and not push_back:
         return {}
@@ -68,14 +68,14 @@ class Missing:
     sign: str | Path | None = None
 
     @classmethod
-    def parse(cls, words: FillWords) -> Missing | None:
+    def parse(cls, options: FillOptions) -> Missing | None:
         """What is asked for; None where what is missing is refused, as it is by default.
 
         Raises:
             BadRequest: the word is unknown, or others are there without it.
         """
-        word, model = words.get("missing"), words.get("model")
-        push_back, sign = words.get("push_back", False), words.get("sign")
+        word, model = options.get("missing"), options.get("model")
+        push_back, sign = options.get("push_back", False), options.get("sign")
         if sign is not None:
             _require_signing(sign, push_back)
         if word is None:
@@ -127,7 +127,7 @@ def pull_or_compile(  # noqa: PLR0913 - a face of keywords
 
     Raises:
         NoModel: nothing says of which model it would be.
-        Untrusted, Unsigned: the repo's artifacts are of somebody whose words are not taken here.
+        Untrusted, Unsigned: the repo's artifacts are of somebody whose options are not taken here.
         HubaotiError: as `pull` and `compile`.
     """
     from hubaoti.hub.pull import Puller, fingerprint
@@ -148,8 +148,8 @@ def pull_or_compile(  # noqa: PLR0913 - a face of keywords
             return puller.pull(ref)
         except (NoMatch, NoArtifact) as error:
             lacks = isinstance(error, NoArtifact)
-            words = "holds no artifact" if lacks else "has nothing that fits this host"
-            progress(f"{ref} {words}")
+            problem = "holds no artifact" if lacks else "has nothing that fits this host"
+            progress(f"{ref} {problem}")
         asked = f"{settings.endpoint} {ref} {recipe} {missing.model} {fingerprint(host)}"
         work = hashlib.sha256(asked.encode()).hexdigest()
         with compile_alone(work, mirror, settings, progress) as output:
@@ -211,10 +211,10 @@ def _compile_missing(puller: Puller, ref: RepoRef, missing: Missing, output: Pat
     device = _choose_device(puller.host)
     pattern = choose_pattern(catalog, puller.recipe, device)
     if pattern is not None:
-        _require_words(puller, ref, catalog, pattern)
+        _require_options(puller, ref, catalog, pattern)
     model, revision = _choose_model(missing, catalog, pattern, puller.client)
-    words = read_words(catalog.readable[pattern], device, puller.host) if pattern else {}
-    words |= read_recipe(puller.recipe)
+    options = read_build_options(catalog.readable[pattern], device, puller.host) if pattern else {}
+    options |= read_recipe(puller.recipe)
     puller.progress(f"compiling {model} for {ref.repo}")
     # What others built is of use here, and nothing that this machine publishes.
     bundle = (compile_own if missing.push_back else compile)(
@@ -224,7 +224,7 @@ def _compile_missing(puller: Puller, ref: RepoRef, missing: Missing, output: Pat
         revision=revision,
         settings=puller.settings,
         progress=puller.progress,
-        **words,
+        **options,
     )
     like = puller.recipe or (pattern.recipe if pattern else None)
     place = artifact_path(bundle.manifest, like.label if like else None)
@@ -330,8 +330,8 @@ def choose_pattern(catalog: Catalog, recipe: Recipe | None, device: str) -> Arti
     return max(catalog.readable, key=rank, default=None)
 
 
-def _require_words(puller: Puller, ref: RepoRef, catalog: Catalog, pattern: ArtifactPath) -> None:
-    """See that the words of a repo's publisher are taken here: they say what is compiled."""
+def _require_options(puller: Puller, ref: RepoRef, catalog: Catalog, pattern: ArtifactPath) -> None:
+    """See that the options of a repo's publisher are taken here: they say what is compiled."""
     signer = catalog.signers.get(pattern)
     where = puller.client.endpoint, ref.repo, str(pattern)
     signed = [Signed(*where, str(signer))] if signer else []
@@ -365,7 +365,7 @@ def _choose_model(
     )
 
 
-def read_words(manifest: Manifest, device: str, host: Host) -> dict[str, Any]:
+def read_build_options(manifest: Manifest, device: str, host: Host) -> dict[str, Any]:
     """What `compile` was asked for when an artifact was made, as far as another device has it."""
     from hubaoti.compiler.options import list_given
 
@@ -385,10 +385,10 @@ def read_words(manifest: Manifest, device: str, host: Host) -> dict[str, Any]:
 
 
 def read_recipe(recipe: Recipe | None) -> dict[str, Any]:
-    """A recipe in the words of `compile`, none without one; its label is for the push."""
+    """A recipe as options of `compile`, none without one; its label is for the push."""
     if recipe is None:
         return {}
-    attention = None if recipe.attention in _WORDLESS else recipe.attention
+    attention = None if recipe.attention in _DEFAULT_ATTENTIONS else recipe.attention
     return {"dtype": recipe.dtype, "attention": attention, "quantize": recipe.quantization}
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import msgspec
 
 from hubaoti.api.building import Explanation, Means, build_missing, explain_jobs
-from hubaoti.api.compiling import read_capabilities, read_words
+from hubaoti.api.compiling import make_request, make_request_for
 from hubaoti.api.filling import compile_alone, find_in_repo, read_recipe
 from hubaoti.api.publishing import push
 from hubaoti.artifact.bundle import Bundle
@@ -37,7 +37,7 @@ from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
 
 if TYPE_CHECKING:
-    from hubaoti.api.compiling import CompileWords
+    from hubaoti.api.compiling import CompileOptions
 
 _CPU, _FA3 = "cpu", "fa3"
 _LARGEST = 1 << 20  # bytes of a table
@@ -84,7 +84,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, rename={"kinds": "for"}):
         return None if self.recipe is None else Recipe.parse(self.recipe).label
 
     @property
-    def words(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """What `compile` is told.
 
         Raises:
@@ -92,16 +92,16 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, rename={"kinds": "for"}):
         """
         own = {"model", "repo", "kinds", "recipe"}
         given = ((name, getattr(self, name)) for name in self.__struct_fields__ if name not in own)
-        words = {name: value for name, value in given if value is not None}
+        options = {name: value for name, value in given if value is not None}
         if self.recipe is None:
-            return words
+            return options
         said = read_recipe(Recipe.parse(self.recipe))
-        if twice := said.keys() & words:
+        if twice := said.keys() & options:
             raise BadRequest(
                 f"{', '.join(sorted(twice))} is said beside the recipe, which says it",
                 hint="leave one of them out",
             )
-        return words | said
+        return options | said
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +142,13 @@ class _Cell:
         return None if self.entry.layout is None else artifact_branch(self.place)
 
     @property
-    def words(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """What `compile` is told of it alone."""
-        words = self.entry.words
+        options = self.entry.options
         if self.place.recipe.attention == _FA3:
-            return words | {"attention": _FA3}
-        others = {name: value for name, value in words.items() if name != "kernel"}
-        return others | ({"attention": "sdpa"} if "attention" in words else {})
+            return options | {"attention": _FA3}
+        others = {name: value for name, value in options.items() if name != "kernel"}
+        return others | ({"attention": "sdpa"} if "attention" in options else {})
 
     def describe(self, state: State, error: HubaotiError | None = None) -> Outcome:
         """What came of it."""
@@ -185,19 +185,19 @@ def compile_matrix(  # noqa: PLR0913 - a face of keywords
         MissingDependency: they are to be signed, and the extra `sign` is not installed.
     """
     means = Means(settings or Settings.from_env(), progress, at_once=jobs, own=True)
-    words: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if sign is not None:
         Signing.parse(sign, certificates, trust_config)
-        words = {"sign": sign, "certificates": certificates, "trust_config": trust_config}
-    return _fill_entries(read_matrix(Path(path)), _Filling(means, words, dry_run))
+        options = {"sign": sign, "certificates": certificates, "trust_config": trust_config}
+    return _fill_entries(read_matrix(Path(path)), _Filling(means, options, dry_run))
 
 
 @dataclass(frozen=True, slots=True)
 class _Filling:
-    """How a table is filled: by what means, with what words for `push`, or not at all."""
+    """How a table is filled: by what means, with what options for `push`, or not at all."""
 
     means: Means
-    words: Mapping[str, Any]
+    options: Mapping[str, Any]
     dry_run: bool
 
 
@@ -222,10 +222,10 @@ def _plan_cells(entry: Entry, means: Means) -> list[_Cell]:
     means.progress(f"planning {entry.model} for {', '.join(entry.kinds)}")
     cells = []
     if _CPU in entry.kinds:
-        (plan,) = explain_jobs(entry.model, _read_request(entry.model, entry.words), None, means)
+        (plan,) = explain_jobs(entry.model, _read_request(entry.model, entry.options), None, means)
         cells.append(_Cell(entry, _CPU, plan))
     if entry.gpus:
-        request = _read_request(entry.model, entry.words, entry.gpus)
+        request = _read_request(entry.model, entry.options, entry.gpus)
         for plan in explain_jobs(entry.model, request, None, means):
             cells.append(_Cell(entry, f"sm{Variant.parse(plan.variant).sm}", plan))
     return cells
@@ -252,21 +252,23 @@ def _fill_cell(cell: _Cell, filling: _Filling) -> State:
             return "there"
         progress(f"compiling {entry.model} for {cell.place}")
         bundle = _compile_cell(cell, output, means)
-        words = {**filling.words, "label": entry.label, "layout": entry.layout}
-        push(bundle, entry.repo, settings=settings, progress=progress, **words)
+        options = {**filling.options, "label": entry.label, "layout": entry.layout}
+        push(bundle, entry.repo, settings=settings, progress=progress, **options)
     return "pushed"
 
 
 def _compile_cell(cell: _Cell, output: Path, means: Means) -> Bundle:
     """The bundle of one build, made on this machine: what others built, it does not publish."""
     model, gpus = cell.entry.model, () if cell.kind == _CPU else (cell.kind,)
-    return build_missing(model, _read_request(model, cell.words, gpus), output, means)[0]
+    return build_missing(model, _read_request(model, cell.options, gpus), output, means)[0]
 
 
-def _read_request(model: str, words: Mapping[str, Any], gpus: Sequence[str] = ()) -> CompileRequest:
+def _read_request(
+    model: str, options: Mapping[str, Any], gpus: Sequence[str] = ()
+) -> CompileRequest:
     """What is asked for, for some GPUs or for the CPU."""
-    said = cast("CompileWords", words)
-    return read_capabilities(gpus, said) if gpus else read_words(model, _CPU, said)
+    said = cast("CompileOptions", options)
+    return make_request_for(gpus, said) if gpus else make_request(model, _CPU, said)
 
 
 def _is_there(client: HubClient, cell: _Cell) -> bool:
@@ -321,7 +323,7 @@ def read_matrix(path: Path) -> tuple[Entry, ...]:
 
 
 def _read_entry(where: str, table: Any) -> Entry:
-    """One [[build]] of a table, its words read as `compile` reads them."""
+    """One [[build]] of a table, its options read as `compile` reads them."""
     if isinstance(table, Mapping):
         _refuse_unknown(where, table, Entry.__struct_encode_fields__)
     try:
@@ -330,9 +332,9 @@ def _read_entry(where: str, table: Any) -> Entry:
         Destination(repo, label=entry.label, layout=entry.layout)
         if entry.gpus or not entry.kinds:
             sms = parse_capabilities(entry.gpus)
-            CompileRequest.parse({**entry.words, "capabilities": sms})
+            CompileRequest.parse({**entry.options, "capabilities": sms})
         if _CPU in entry.kinds:
-            CompileRequest.parse(entry.words)
+            CompileRequest.parse(entry.options)
     except msgspec.ValidationError as error:
         raise BadRequest(f"{where}: {error}", hint=_EXAMPLE) from error
     except HubaotiError as error:

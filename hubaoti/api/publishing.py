@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hubaoti.api.filling import FillWords, Missing, pull_or_compile
+from hubaoti.api.filling import FillOptions, Missing, pull_or_compile
 from hubaoti.api.repos import find_host
 from hubaoti.artifact.bundle import Bundle, find_bundles
 from hubaoti.artifact.variant import Recipe
@@ -186,8 +186,13 @@ def pull(  # noqa: PLR0913 - a face of keywords
 
     settings, ref = settings or Settings.from_env(), RepoRef.parse(repo)
     wanted = None if recipe is None else Recipe.parse(recipe)
-    words: FillWords = {"missing": missing, "model": model, "push_back": push_back, "sign": sign}
-    if fill := Missing.parse(words):
+    options: FillOptions = {
+        "missing": missing,
+        "model": model,
+        "push_back": push_back,
+        "sign": sign,
+    }
+    if fill := Missing.parse(options):
         _refuse_unfilled({"path": path, "locked": locked, "host": host})
         return pull_or_compile(
             ref,

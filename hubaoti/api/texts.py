@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hubaoti.api.attaching import get_artifact, require_kernels
-from hubaoti.api.filling import make_fill_words
+from hubaoti.api.filling import make_fill_options
 from hubaoti.api.publishing import pull
 from hubaoti.errors import BadRequest
 from hubaoti.host.extras import require
@@ -59,7 +59,7 @@ def run(  # noqa: PLR0913 - a face of keywords
     """
     require("run", "run")
     settings = settings or Settings.from_env()
-    fill = make_fill_words(missing, push_back, model)
+    fill = make_fill_options(missing, push_back, model)
     pulled = pull(repo, recipe=recipe, trust=trust, settings=settings, progress=progress, **fill)
     opened = load(
         pulled.artifact, model, device=device, ops=ops, settings=settings, progress=progress
@@ -97,7 +97,7 @@ def load(  # noqa: PLR0913 - a face of keywords
     """
     require("load", "run")
     settings = settings or Settings.from_env()
-    fill = make_fill_words(missing, push_back, model)
+    fill = make_fill_options(missing, push_back, model)
     artifact = get_artifact(artifact, trust, settings, progress, fill=fill)
     _refuse_parts(artifact)
     folder, _ = fetch_model_files(model, revision, RUN_FILES, settings, progress)

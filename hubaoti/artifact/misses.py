@@ -77,7 +77,7 @@ class Proposal:
     dims: dict[str, tuple[int, int, int]]
     buckets: tuple[dict[str, _Bounds], ...]
 
-    def words(self) -> list[str]:
+    def to_arguments(self) -> list[str]:
         """The `--dim` and `--bucket` options of `hubaoti compile`, as a list of arguments."""
         found = []
         for name, (low, high, step) in self.dims.items():

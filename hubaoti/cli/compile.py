@@ -94,13 +94,13 @@ def compile_command(  # noqa: PLR0913 - its options
 ) -> None:
     """Compile MODEL (a Hub id or a folder) from its config; its weights are never read."""
     of_matrix = {name: options.pop(name) for name in _OF_MATRIX}
-    words = {"output": output, "explain": explain, **options}
+    others = {"output": output, "explain": explain, **options}
     if matrix is not None:
-        of_matrix["jobs"] = words.pop("jobs")
-        _refuse_unread({"model": model, "from_misses": from_misses, **words}, *_BY_MATRIX)
+        of_matrix["jobs"] = others.pop("jobs")
+        _refuse_unread({"model": model, "from_misses": from_misses, **others}, *_BY_MATRIX)
         fill_matrix(matrix, as_json, quiet, of_matrix)
     elif from_misses is not None:
-        _refuse_unread({**of_matrix, **words}, *_BY_MISSES)
+        _refuse_unread({**of_matrix, **others}, *_BY_MISSES)
         _propose(from_misses, model, as_json)
     elif given := [name for name, said in of_matrix.items() if said]:
         raise click.UsageError(_OF_MATRIX[given[0]])
@@ -148,12 +148,12 @@ def _compile_model(
     """What is compiled of a model: a bundle, or one for each capability."""
     from hubaoti import api
 
-    words, capabilities = dict(options), options["capabilities"]
-    del words["capabilities"]
+    others, capabilities = dict(options), options["capabilities"]
+    del others["capabilities"]
     with Steps(quiet) as progress:
         if capabilities is None:
-            return (api.compile(model, output, progress=progress, **words),)
-        return api.compile_for(model, capabilities, output, progress=progress, **words)
+            return (api.compile(model, output, progress=progress, **others),)
+        return api.compile_for(model, capabilities, output, progress=progress, **others)
 
 
 def _describe_bundle(bundle: Bundle) -> dict[str, str]:
@@ -208,9 +208,9 @@ def _propose(path: Path, model: str | None, as_json: bool) -> None:
     if proposal is None:
         print_line("no call was missed for its sizes: no other dims would have served it")
         return
-    words = ["hubaoti", "compile", model or misses.build.model or "MODEL"]
-    words += ["--task", misses.build.task] * bool(misses.build.task)
-    print_text(f"proposed: {shlex.join([*words, *proposal.words(), '-o', 'bundle'])}")
+    command = ["hubaoti", "compile", model or misses.build.model or "MODEL"]
+    command += ["--task", misses.build.task] * bool(misses.build.task)
+    print_text(f"proposed: {shlex.join([*command, *proposal.to_arguments(), '-o', 'bundle'])}")
     if model is None and misses.build.task == "forward":
         dims = f"dims={proposal.dims}" + f", buckets={[*proposal.buckets]}" * bool(proposal.buckets)
         print_text(f"or, of a module: hubaoti.compile(module, 'bundle', calls=calls, {dims})")
@@ -223,12 +223,12 @@ def _explain_model(
     from hubaoti import api
 
     capabilities, how = options["capabilities"], {"force", "jobs", "capabilities"}
-    words = {name: value for name, value in options.items() if name not in how}
+    others = {name: value for name, value in options.items() if name not in how}
     with Steps(quiet) as progress:
         if capabilities is None:
-            found = [api.explain(model, output, progress=progress, **words)]
+            found = [api.explain(model, output, progress=progress, **others)]
         else:
-            found = [*api.explain_for(model, capabilities, output, progress=progress, **words)]
+            found = [*api.explain_for(model, capabilities, output, progress=progress, **others)]
     if as_json:
         facts = [dataclasses.asdict(each) for each in found]
         print_json(facts[0] if capabilities is None else facts)

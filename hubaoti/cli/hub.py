@@ -109,8 +109,8 @@ def pull_command(
     before = _list_trusted() if trusts else set()
     with Steps(quiet or as_json) as progress:
         if any_of is not None:
-            words = _choose_words(options, repo or by)
-            found = [api.pull_any_of(any_of, progress=progress, **words)]
+            chosen = _choose_options(options, repo or by)
+            found = [api.pull_any_of(any_of, progress=progress, **chosen)]
         else:
             _refuse_task(options.pop("task"))
             refs = [repo] if repo else _list_locked(by)
@@ -134,15 +134,15 @@ def _list_trusted() -> set[str]:
     return {str(each) for each in (*said.publishers, *said.artifacts)}
 
 
-def _choose_words(options: dict[str, Any], repo: object) -> dict[str, Any]:
+def _choose_options(options: dict[str, Any], repo: object) -> dict[str, Any]:
     """What a pull of any repo takes of the options; the others name one, or whom to trust."""
-    words = {name: options.pop(name) for name in ("task", "recipe", "host")}
+    chosen = {name: options.pop(name) for name in ("task", "recipe", "host")}
     if others := ["REPO"] * bool(repo) + [f"--{name}" for name, said in options.items() if said]:
         others = [name.replace("_", "-") for name in others]
         raise click.UsageError(
             f"--any-of takes what fits best of all trusted owners, without {', '.join(others)}"
         )
-    return words
+    return chosen
 
 
 def _refuse_task(task: str | None) -> None:

@@ -19,10 +19,10 @@ _SAID = {
 }
 
 
-def fill_matrix(path: Path, as_json: bool, quiet: bool, words: Mapping[str, Any]) -> None:
+def fill_matrix(path: Path, as_json: bool, quiet: bool, options: Mapping[str, Any]) -> None:
     """Compile and push what a table of builds has and its repos lack; each is said as it comes.
 
-    `words` are those of `compile_matrix`.
+    `options` are those of `compile_matrix`.
 
     Raises:
         HubaotiError: of the first build that failed, once the others are done.
@@ -31,7 +31,7 @@ def fill_matrix(path: Path, as_json: bool, quiet: bool, words: Mapping[str, Any]
 
     outcomes = []
     with Steps(quiet) as progress:
-        for each in compile_matrix(path, progress=progress, **words):
+        for each in compile_matrix(path, progress=progress, **options):
             progress.end()
             outcomes.append(each)
             if not (as_json or quiet):

@@ -77,13 +77,13 @@ def _load_engine(options: dict[str, Any], quiet: bool) -> Iterator[LightweightEn
 
 
 def _read_sampling(options: dict[str, Any]) -> dict[str, Any]:
-    """The options as words of `generate`; a temperature of 0 is greedy."""
+    """The options as arguments of `generate`; a temperature of 0 is greedy."""
     names = ("max_new_tokens", "seed")
-    words = {name: options[name] for name in names if options[name] is not None}
+    kwargs = {name: options[name] for name in names if options[name] is not None}
     heat = options["temperature"]
     if heat is not None:
-        words |= {"do_sample": True, "temperature": heat} if heat else {"do_sample": False}
-    return words
+        kwargs |= {"do_sample": True, "temperature": heat} if heat else {"do_sample": False}
+    return kwargs
 
 
 def _print_answers(engine: LightweightEngine, options: dict[str, Any], as_json: bool) -> None:
@@ -120,9 +120,9 @@ def _write_answers(
     from hubaoti.engines.batch_file import answer_file
 
     model, out = options["model"], options["out"]
-    words = _read_sampling(options)
+    kwargs = _read_sampling(options)
     with _show_progress_bar(quiet or as_json) as show:
-        done = answer_file(engine, model, options["file"], out, words, show)
+        done = answer_file(engine, model, options["file"], out, kwargs, show)
     facts = {"out": str(out), "prompts": done.prompts, "answered_before": done.before}
     facts |= {"tokens": done.tokens, "seconds": round(done.seconds, 3)}
     facts |= {"tokens_per_second": round(done.rate, 1)}

@@ -1,4 +1,4 @@
-"""What was asked of the compiler: checked words, before anything heavy is imported."""
+"""What was asked of the compiler: checked options, before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -75,20 +75,20 @@ class CompileRequest:
     shapes: Mapping[str, Shape] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, words: Mapping[str, Any]) -> CompileRequest:
+    def parse(cls, options: Mapping[str, Any]) -> CompileRequest:
         """The keywords of `hubaoti.compile`, dims and buckets as people write them.
 
         Raises:
             TypeError: it takes no such keyword. UnknownTask, BadDim, BadRequest: as above.
         """
-        own = dict(words)
+        own = dict(options)
         own["attentions"] = parse_attentions(own.pop("attention", None))
         return cls(
             **{
                 **own,
-                "dims": make_ranges(words.get("dims", ())),
-                "buckets": make_bucket_ranges(words.get("buckets", ())),
-                "shapes": words.get("shapes") or {},
+                "dims": make_ranges(options.get("dims", ())),
+                "buckets": make_bucket_ranges(options.get("buckets", ())),
+                "shapes": options.get("shapes") or {},
             }
         )
 
@@ -197,19 +197,19 @@ def refuse_fa3_for(sm: int | None) -> BadRequest | None:
     )
 
 
-def parse_attentions(words: str | Iterable[str] | None) -> tuple[str, ...]:
+def parse_attentions(names: str | Iterable[str] | None) -> tuple[str, ...]:
     """Attentions as people write them: `fa3,sdpa`, a list of them, or none."""
-    given = words.split(",") if isinstance(words, str) else words or ()
+    given = names.split(",") if isinstance(names, str) else names or ()
     return tuple(dict.fromkeys(str(word).strip() for word in given))
 
 
-def parse_capabilities(words: str | Iterable[str | int]) -> tuple[int, ...]:
+def parse_capabilities(names: str | Iterable[str | int]) -> tuple[int, ...]:
     """Compute capabilities as people write them: `sm80,sm90`, or a list of `sm90`, `9.0`, 90.
 
     Raises:
         BadRequest: one is malformed, or of no GPU that graphs can be built for.
     """
-    given = words.split(",") if isinstance(words, str) else words
+    given = names.split(",") if isinstance(names, str) else names
     found = tuple(dict.fromkeys(_read_capability(str(word).strip()) for word in given))
     if not found:
         raise BadRequest("no GPU is named to compile for", hint=f"one of: {_list_capabilities()}")

@@ -29,7 +29,7 @@ class Work(msgspec.Struct, frozen=True):
     """What is to be built: a model, what is asked of `hubaoti.compile`, and where it is pushed."""
 
     model: str
-    words: dict[str, Any]
+    options: dict[str, Any]
     push: str | None
     env: dict[str, str]
 
@@ -116,7 +116,7 @@ def _run_work(work: Work) -> Outcome | ErrorRecord:
     try:
         with tempfile.TemporaryDirectory(prefix="hubaoti-bundle-") as folder:
             place = Path(folder) / "bundle"
-            bundle = build(work.model, place, settings=settings, **work.words)
+            bundle = build(work.model, place, settings=settings, **work.options)
             return Outcome(bundle.manifest.digest, push=_try_push(bundle, work.push, settings))
     except HubaotiError as error:
         return ErrorRecord.of(error)

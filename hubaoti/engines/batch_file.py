@@ -53,18 +53,18 @@ class Written(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 @dataclass(frozen=True, slots=True)
 class BatchRequest:
-    """Who is asked, and how: the words of `generate`."""
+    """Who is asked, and how: the arguments of `generate`."""
 
     model: str
     sampling: dict[str, Any]
 
     @property
     def digest(self) -> str:
-        """Twelve hex digits that are the same for the same words of `generate`."""
+        """Twelve hex digits that are the same for the same arguments of `generate`."""
         return hashlib.sha256(encode_canonical(self.sampling)).hexdigest()[:12]
 
-    def make_words(self, line: int) -> dict[str, Any]:
-        """The words for prompts from a line on: a seed is another for each batch."""
+    def make_kwargs(self, line: int) -> dict[str, Any]:
+        """The arguments for prompts from a line on: a seed is another for each batch."""
         seed = self.sampling.get("seed")
         return self.sampling if seed is None else {**self.sampling, "seed": seed + line}
 
@@ -126,8 +126,8 @@ def answer_file(
         progress = BatchProgress(before, len(lines), before, 0, 0.0)
         report(progress)
         for few in batch_remaining(before, lines):
-            words = request.make_words(few[0].line)
-            answers = engine.generate(model, [line.prompt for line in few], **words)
+            kwargs = request.make_kwargs(few[0].line)
+            answers = engine.generate(model, [line.prompt for line in few], **kwargs)
             pairs = zip(few, answers, strict=True)
             _write_lines(file, out, [request.make_line(*pair) for pair in pairs])
             progress = replace(
@@ -174,8 +174,8 @@ def _parse_line(number: int, text: bytes, path: Path) -> Line:
         if isinstance(value, str):
             value = {"prompt": value}
         prompt = value["prompt"] if "prompt" in value else value["messages"]
-        words = {"line": number, "prompt": prompt, "id": value.get("id")}
-        return msgspec.convert(words, Line)
+        fields = {"line": number, "prompt": prompt, "id": value.get("id")}
+        return msgspec.convert(fields, Line)
     except (msgspec.MsgspecError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
         raise BadRequest(
             f"{path}, line {number} is no prompt: {error!r:.120}", hint=_SHAPE

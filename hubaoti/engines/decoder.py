@@ -177,14 +177,14 @@ class Decoder:
         ids, mask = pad_rows(rows, self._pad, self.device, left=True)
         width = ids.shape[1]
         config = self._make_config(sampling)
-        words: dict[str, Any] = {"generation_config": config}
+        kwargs: dict[str, Any] = {"generation_config": config}
         if self.served.low is not None:
             places = width + sampling.max_new_tokens
-            words[self._cache_word] = self._find_cache(len(rows), places, config.num_beams or 1)
+            kwargs[self._cache_word] = self._find_cache(len(rows), places, config.num_beams or 1)
         if sampling.stop:
-            words |= {"stop_strings": [*sampling.stop], "tokenizer": self._tokenizer}
+            kwargs |= {"stop_strings": [*sampling.stop], "tokenizer": self._tokenizer}
         with silence_transformers():
-            found = self.model.generate(ids, attention_mask=mask, **words)
+            found = self.model.generate(ids, attention_mask=mask, **kwargs)
         pairs = zip(found[:, width:].tolist(), rows, strict=True)
         return [self._make_answer(new, len(prompt), sampling) for new, prompt in pairs]
 
@@ -275,7 +275,7 @@ class Decoder:
         few = max(1, LOGITS // max(1, (width - begin) * self._vocabulary * 4))
         for start in range(0, len(pairs), few):
             rows = slice(start, start + few)
-            logits = self.model(input_ids=ids[rows], **kept, **self._make_call_words(width)).logits
+            logits = self.model(input_ids=ids[rows], **kept, **self._make_call_kwargs(width)).logits
             for found, (first, rest) in zip(logits, pairs[rows], strict=True):
                 place = len(first) - 1 - begin
                 yield _score_tokens(found[place : place + len(rest)], rest)
@@ -298,15 +298,15 @@ class Decoder:
     def _embed_rows(self, rows: list[list[int]]) -> torch.Tensor:
         """Of a batch, padded on the right."""
         ids, mask = pad_rows(rows, self._pad, self.device, left=False)
-        words = self._make_call_words(ids.shape[1])
-        hidden = self.model.base_model(input_ids=ids, **words)[0]
+        kwargs = self._make_call_kwargs(ids.shape[1])
+        hidden = self.model.base_model(input_ids=ids, **kwargs)[0]
         modes = [step for step in self.steps if step != "normalize"]
         pooled = torch.cat([pool(mode, hidden, mask) for mode in modes], 1)
         if "normalize" in self.steps:
             pooled = nn.functional.normalize(pooled, dim=1)
         return pooled.float().cpu()
 
-    def _make_call_words(self, width: int) -> dict[str, Any]:
+    def _make_call_kwargs(self, width: int) -> dict[str, Any]:
         """What a call gets beside its tokens."""
         if self.served.low is None:
             return {"use_cache": False}

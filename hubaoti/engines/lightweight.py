@@ -126,7 +126,7 @@ class LightweightEngine:
         """
         if compile not in ("never", "background", "now"):
             raise BadRequest(f"compile={compile!r}", hint='say "never", "background" or "now"')
-        words = {
+        options = {
             "dims": dims,
             "buckets": buckets,
             "regions": regions,
@@ -137,7 +137,7 @@ class LightweightEngine:
             "level": level,
             "trust_remote_code": trust_remote_code,
         }
-        return self._load(Want(str(model), artifact, compile, task, push, revision, words))
+        return self._load(Want(str(model), artifact, compile, task, push, revision, options))
 
     def _load(self, want: Want) -> ModelStatus:
         if (known := self._room.find(want.name)) is None:

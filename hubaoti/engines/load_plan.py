@@ -45,7 +45,7 @@ class Want:
     task: str | None
     push: str | None
     revision: str | None
-    words: dict[str, Any]  # of `hubaoti.compile`
+    options: dict[str, Any]  # of `hubaoti.compile`
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class LoadPlanner:
         given, why = self.fetch_given(want), "no graphs are wanted"
         is_asked = given is not None
         task = want.task or (given.manifest.program.task if given else choose_task(folder))
-        wanted = self._make_wanted(folder, task, want.words)
+        wanted = self._make_wanted(folder, task, want.options)
         if given is not None:
             wanted.require(given.manifest)
         elif self.settings.graphs:
@@ -86,7 +86,7 @@ class LoadPlanner:
             self.device,
             given.manifest.build.dtype if given else wanted.dtype,
             given.digest if given else None,
-            bool(want.words.get("trust_remote_code")),
+            bool(want.options.get("trust_remote_code")),
             self.ops,
         )
         needs = estimate_weight_bytes(folder, begin.dtype) + (_PROCESS if self.isolate else 0)
@@ -115,13 +115,13 @@ class LoadPlanner:
         """
         self._make_wanted(Path(begin.folder), begin.task, {}).require(artifact.manifest)
 
-    def _make_wanted(self, folder: Path, task: str, words: dict[str, Any]) -> Wanted:
+    def _make_wanted(self, folder: Path, task: str, options: dict[str, Any]) -> Wanted:
         if task not in ENGINE_TASKS:
             raise BadRequest(
                 f"an engine has models to {' or '.join(ENGINE_TASKS)}, not for {task}",
                 hint="compile it with --task generate or embed; hubaoti.attach takes the others",
             )
-        dtype, quantization = words.get("dtype"), words.get("quantize")
+        dtype, quantization = options.get("dtype"), options.get("quantize")
         return Wanted(folder, task, self.device, self.host, dtype, quantization)
 
     def _find_artifact(self, wanted: Wanted) -> tuple[Artifact | None, str]:
@@ -136,18 +136,18 @@ class LoadPlanner:
         return found, "" if found else "; ".join(["the mirror has no artifact for it", *reasons])
 
     def make_work(self, slot: ModelSlot, want: Want) -> Work:
-        """What a child process is to compile, in words that were looked at before it starts."""
-        words = {"task": slot.begin.task, "device": self.device, **want.words}
+        """What a child process is to compile, in options that were looked at before it starts."""
+        options = {"task": slot.begin.task, "device": self.device, **want.options}
         try:
-            CompileRequest.parse(words)
+            CompileRequest.parse(options)
         except TypeError as error:
             raise BadRequest(
-                f"load: {error}", hint="it takes the words of hubaoti.compile"
+                f"load: {error}", hint="it takes the options of hubaoti.compile"
             ) from error
         if want.revision is not None:
-            words["revision"] = want.revision
+            options["revision"] = want.revision
         folder = find_local_folder(slot.name)
-        return Work(str(folder or slot.name), words, want.push, self.settings.to_env())
+        return Work(str(folder or slot.name), options, want.push, self.settings.to_env())
 
     def open_slot(self, slot: ModelSlot) -> Holder:
         """Load a model; without graphs, where those that were found cannot be opened.

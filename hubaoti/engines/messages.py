@@ -35,16 +35,16 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stop: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, **words: Any) -> Sampling:
-        """From the words of a call.
+    def of(cls, **kwargs: Any) -> Sampling:
+        """From the arguments of a call.
 
         Raises:
             BadRequest: one is unknown, or has a value that it cannot have.
         """
-        if words.get("temperature") == 0:
-            words |= {"temperature": None, "do_sample": False}
+        if kwargs.get("temperature") == 0:
+            kwargs |= {"temperature": None, "do_sample": False}
         try:
-            return msgspec.convert(words, cls)
+            return msgspec.convert(kwargs, cls)
         except msgspec.ValidationError as error:
             known = ", ".join(cls.__struct_fields__)
             raise BadRequest(f"generate: {error}", hint=f"it takes: {known}") from error

@@ -89,7 +89,7 @@ def _advise(misses: Sequence[Miss], recorded: Sequence[Misses]) -> Iterator[str]
     for each in sorted(recorded, key=lambda found: -sum(m.calls for m in found.missed)):
         if proposal := propose_dims(each):
             model, task = each.build.model or "MODEL", each.build.task
-            words = [model, *(["--task", task] if task else []), *proposal.words()]
+            words = [model, *(["--task", task] if task else []), *proposal.to_arguments()]
             yield f"hubaoti compile {' '.join(words)}"
 
 
