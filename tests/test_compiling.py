@@ -355,13 +355,15 @@ def test_another_spelling_of_an_option_is_the_same_key(
 
 
 @pytest.mark.parametrize("verb", [hubaoti.compile_for, hubaoti.explain_for, hubaoti.explain])
-def test_every_verb_takes_the_words_of_compile(verb: Callable[..., Any], bare: Settings) -> None:
+def test_every_verb_takes_the_options_of_compile(verb: Callable[..., Any], bare: Settings) -> None:
     """Beside what each says itself; another one is none."""
     written = inspect.signature(hubaoti.compile).parameters
     parameters = inspect.signature(verb).parameters
     how = {"model", "output", "device", "force", "jobs", "settings", "progress"}
     assert {*written} - how == CompileOptions.__optional_keys__
-    assert all(each in written for each in {*parameters} - {"capabilities", "capability", "words"})
+    assert all(
+        each in written for each in {*parameters} - {"capabilities", "capability", "options"}
+    )
     with pytest.raises(TypeError, match="colour"):
         verb("acme/tiny", **dict.fromkeys({"capabilities"} & {*parameters}, "sm90"), colour="red")
 
