@@ -217,12 +217,13 @@ def test_it_is_never_compiled_by_generate_itself(model: Any, attached: Attachmen
 
 
 @torch.no_grad()
-def test_what_a_cuda_graph_captures_is_the_modules_own(
+def test_what_a_cuda_graph_captures_before_it_was_called_is_the_modules_own(
     plain: Any, model: Any, attached: Attachment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     cache, other = (StaticCache(config=model.config, max_cache_len=32) for _ in range(2))
     model(ids, past_key_values=cache)
+    attached.rebind()
     with monkeypatch.context() as fake:
         for room in ("runtime.kv_cache", "attachment.region"):
             fake.setattr(f"hubaoti.{room}.is_capturing", lambda device: True)

@@ -6,7 +6,9 @@ import hashlib
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +231,27 @@ def test_a_gpu_s_library_with_ops_of_torch_s_executor_is_such_a_runner(
     library = tmp_path / "x.wrapper.so"
     runner: Any = open_native_runner(tmp_path, Library.at(library), torch.device("cuda", 1))
     assert isinstance(runner, OnDevice)
-    assert runner._runner == (f"{library}", 1, "cuda:1", f"{tmp_path}")
+    assert runner._runner == (f"{library}", 1, "cuda:1", f"{tmp_path}", True)
+
+
+def test_a_runner_of_a_gpu_is_called_by_one_thread_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inside, most = [0], [0]
+
+    class Native:
+        def run(self, inputs: list[int]) -> list[int]:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.01)  # as an op in Python, which lets other threads go on
+            inside[0] -= 1
+            return inputs
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    runner: Any = OnDevice(Native(), torch.device("cuda", 0))  # type: ignore[arg-type]
+    with ThreadPoolExecutor(4) as threads:
+        assert [*threads.map(runner.run, [[n] for n in range(8)])] == [[n] for n in range(8)]
+    assert most == [1]
 
 
 def test_a_graph_without_constants_is_not_called(roberta_unpacked: Path, entry: Entry) -> None:

@@ -379,3 +379,57 @@ def test_another_thread_may_call_and_allocate_while_a_step_is_captured(
     # A cache that lies where one lay before is captured at its first step.
     assert 12 <= found["count"]["replayed"] <= 18 and found["others"] > 0
     assert not any("capture" in each for each in found["eager"])
+
+
+def test_a_library_that_calls_ops_through_torch_s_executor_can_be_captured(
+    stand_in: StandIn, tmp_path: Path
+) -> None:
+    """Its blocks share the library, and no call of it asks an event, as none of any other does."""
+    code = """
+    import os, torch, zipfile
+    from pathlib import Path
+    from hubaoti.runtime.library import Library
+    from hubaoti.runtime.runners import OnDevice, open_native_runner
+
+    @torch.library.custom_op("outside::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    twice.register_fake(torch.empty_like)
+
+    class Model(torch.nn.Linear):
+        def forward(self, x): return torch.relu(torch.ops.outside.twice(super().forward(x))) + 1
+
+    model, x = Model(16, 16).cuda().requires_grad_(False), torch.ones(4, 16).cuda()
+    folder, device = Path(os.environ["SCRATCH"]), torch.device("cuda", 0)
+    program = torch.export.export(model, (x,))
+    options = {"aot_inductor.package_constants_in_so": False}
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(folder / "model.pt2"), inductor_configs=options
+    )
+    zipfile.ZipFile(package).extractall(folder)
+    (library,) = folder.rglob("*.wrapper.so")
+    runners = [open_native_runner(folder, Library.at(library), device) for _ in range(3)]
+    for runner in runners:
+        state, names = model.state_dict(), runner.get_constant_names_to_original_fqns()
+        runner.update_constant_buffer({k: state[v] for k, v in names.items()}, False, True, True)
+        runner.run([x])  # its kernels are loaded
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (answer,) = runners[0].run([x])
+    graph.replay()
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = {line.split()[-1] for line in maps if line.endswith(".wrapper.so")}
+    kinds, notes = {type(runner).__name__ for runner in runners}, library.with_suffix(".json")
+    say(shape=[*answer.shape], kinds=[*kinds], mapped=len(mapped), notes=notes.exists())
+    """
+    log = tmp_path / "log"
+    around = {"SCRATCH": str(tmp_path), "STAND_IN_LOG": str(log)}
+    found = ask(stand_in, code, 90, env=around)
+    assert found == {"shape": [4, 16], "kinds": ["OnDevice"], "mapped": 1, "notes": True}
+    lines = log.read_text().splitlines()
+    begun = lines.index("capture begins")
+    ended = next(place for place, line in enumerate(lines) if line.startswith("capture of"))
+    captured = lines[begun:ended]
+    assert any(line.startswith("launch triton_") for line in captured)
+    assert not [line for line in captured if line.startswith("event")]

@@ -181,10 +181,8 @@ def _require_called(graph: Graph, is_new: bool) -> None:
     """Refuse to have a graph captured that was not called before.
 
     Raises:
-        CannotServe: it has not loaded its kernels yet, or calls what no capture allows.
+        CannotServe: it has not loaded its kernels yet.
     """
-    if not graph.is_capturable:
-        raise CannotServe("capture", f"graph {graph.entry.id} calls ops through torch's executor")
     if is_new or not graph.is_called:
         raise CannotServe("capture", f"graph {graph.entry.id} has not been called before")
 

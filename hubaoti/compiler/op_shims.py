@@ -1,7 +1,7 @@
 """Ops of ours as C that is compiled into a library: it asks torch's dispatcher for them.
 
-Else a library asks torch's proxy executor, which only torch's own runners make: each block would
-have a library of its own, whose calls no CUDA graph can capture.
+Else a library asks torch's proxy executor, which only torch's own runners make, whose calls let no
+other thread of Python go on.
 """
 
 from __future__ import annotations

@@ -26,7 +26,6 @@ from hubaoti.errors import (
     first_line,
 )
 from hubaoti.host.memory import is_limited
-from hubaoti.runtime.container import Container
 from hubaoti.runtime.fallback import ADVICE
 from hubaoti.runtime.graph_ops import NAME_OPS, require_ops
 from hubaoti.runtime.input_checks import Checks, address, check_constant
@@ -144,7 +143,6 @@ class Graph:
         self._bound = Bound({})
         self._reads = bool(runner.get_constant_names_to_original_fqns())
         self._ready = not self._reads
-        self.is_capturable = isinstance(runner, Container)  # in a CUDA graph
         self.is_called = False  # since it was bound, so that its kernels are loaded
         self.note: Callable[[], None] | None = None  # told before native code is entered
 

@@ -25,6 +25,10 @@ from hubaoti.runtime.locks import ForkSafeLock
 FREE: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
 
 
+# On a GPU: such a run neither records nor asks events, so that a CUDA graph can capture it.
+_SINGLE_THREADED = True
+
+
 class Runner(Protocol):
     """The native side of an open graph, as torch's container runners have it."""
 
@@ -58,8 +62,9 @@ def open_native_runner(folder: Path, library: Library, device: torch.device) -> 
         return OnCpu(runner, library) if has_interface(library) else runner
     if device.type == "cuda" and hasattr(_aoti, "AOTIModelContainerRunnerCuda"):
         with library.beside_notes() as path:
-            place = str(path), 1, str(device), str(library.place.parent)
-            return OnDevice(_aoti.AOTIModelContainerRunnerCuda(*place), device)
+            place = str(path), 1, str(device), str(library.place.parent), _SINGLE_THREADED
+            on_gpu: Any = _aoti.AOTIModelContainerRunnerCuda  # whose stub lacks the last of these
+            return OnDevice(on_gpu(*place), device)
     return open_public_runner(folder, device)
 
 
@@ -71,7 +76,8 @@ def open_public_runner(folder: Path, device: torch.device) -> Runner:
         package = Path(scratch) / f"{next(folder.iterdir()).name}.pt2"
         pack_folder(folder, package)
         index = -1 if device.index is None else device.index
-        loaded = aoti_load_package(str(package), run_single_threaded=False, device_index=index)
+        alone = device.type == "cuda" and _SINGLE_THREADED
+        loaded = aoti_load_package(str(package), run_single_threaded=alone, device_index=index)
     runner = PublicRunner(loaded)
     return OnDevice(runner, device) if device.type == "cuda" else runner
 
@@ -116,18 +122,19 @@ class OnCpu:
 
 
 class OnDevice:
-    """A runner of a GPU that is called with that GPU as the current one.
+    """A single-threaded runner of a GPU, called with that GPU as the current one, by one at a time.
 
     Torch's asks for the stream of whichever device is current, not of its own (run_impl in
     torch/csrc/inductor/aoti_runner/model_container_runner_cuda.cpp): where another is, it would
-    not wait for what computes its inputs.
+    not wait for what computes its inputs. An op in Python lets other threads go on meanwhile.
     """
 
     def __init__(self, runner: Runner, device: torch.device) -> None:
-        self._runner, self._device = runner, device
+        self._runner, self._device, self._lock = runner, device, ForkSafeLock()
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        return call_on_device(self._device, self._runner.run, inputs)
+        with self._lock:
+            return call_on_device(self._device, self._runner.run, inputs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
