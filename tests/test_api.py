@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import operator
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +57,54 @@ def reader(
 @pytest.fixture(scope="module")
 def pulled(reader: Settings) -> Pulled:
     return hubaoti.pull("acme/api-roberta", settings=reader)
+
+
+FACES = {
+    "attach": (torch.nn.Linear(2, 2), "acme/x"),
+    "capture": (torch.nn.Linear(2, 2),),
+    "compile": ("acme/tiny",),
+    "compile_for": ("acme/tiny", "sm90"),
+    "compile_matrix": ("matrix.toml",),
+    "explain": ("acme/tiny",),
+    "load": ("acme/x", "acme/tiny"),
+    "lock": ("acme/x",),
+    "pull": ("acme/x",),
+    "push": ("bundle", "acme/x"),
+    "run": ("acme/x", "acme/tiny", ["a text"]),
+    "search": (),
+    "spaces.load": (torch.nn.Linear(2, 2), "acme/x"),
+    "LightweightEngine": (),
+    "LightweightEngine.load": (None, "acme/tiny"),
+}
+
+
+def list_flags() -> list[tuple[str, str]]:
+    """The keywords of every public verb that are True or False."""
+    verbs = {name: operator.attrgetter(name)(hubaoti) for name in FACES}
+    parameters = ((verb, inspect.signature(face).parameters) for verb, face in verbs.items())
+    flags = [
+        (v, name) for v, found in parameters for name in found if found[name].annotation == "bool"
+    ]
+    return [*flags, ("compile_for", "trust_remote_code"), ("explain", "trust_remote_code")]
+
+
+def test_every_verb_that_has_a_flag_is_looked_at() -> None:
+    verbs = {name: getattr(hubaoti, name) for name in hubaoti.__all__}
+    flagged = {
+        name
+        for name, verb in verbs.items()
+        if any(each.annotation == "bool" for each in inspect.signature(verb).parameters.values())
+    }
+    assert {*FACES} >= flagged - {"Attachment", "Artifact", "Bundle"}
+
+
+@pytest.mark.parametrize(("verb", "flag"), list_flags())
+def test_a_text_is_no_flag(verb: str, flag: str) -> None:
+    """Every text but "" would switch it on: also trust="no"."""
+    face: Any = operator.attrgetter(verb)(hubaoti)
+    with pytest.raises(BadRequest, match=f"{flag}='no' is no bool") as caught:
+        face(*FACES[verb], **{flag: "no"})
+    assert caught.value.hint == "say True or False"
 
 
 def test_the_face_has_what_it_names_and_nothing_else() -> None:

@@ -20,7 +20,7 @@ from hubaoti import errors
 from hubaoti.cli import COMMANDS, group
 
 ROOT = Path(hubaoti.__file__).parent
-BASE = ("escape", "errors", "progress", "front_matter", "disk", "settings")
+BASE = ("escape", "errors", "flags", "progress", "front_matter", "disk", "settings")
 STORED = {*BASE, "artifact", "host"}
 OPENED = {*STORED, "program", "mirror", "runtime"}
 # What each room may import of the others; the base's files each see those before them.

@@ -11,6 +11,7 @@ from hubaoti.api.publishing import pull
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.manifest import FILENAME
 from hubaoti.errors import BadRequest
+from hubaoti.flags import require_flags
 from hubaoti.host.extras import require
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.mirror.policy import trust_artifact
@@ -81,6 +82,7 @@ def attach(  # noqa: PLR0913 - a face of keywords
         MissingOps, NotTried, CannotOpen: it could not be opened there, and is not opened here.
         NotEnoughMemory: there is too little to try it, or for a CUDA graph.
     """
+    require_flags(strict=strict, quantize=quantize, cuda_graphs=cuda_graphs)
     settings = settings or Settings.from_env()
     if settings.graphs:
         require("attach", "run")
@@ -107,9 +109,14 @@ def attach(  # noqa: PLR0913 - a face of keywords
         device = find_module_device(module, manifest.target.device)
         require_kernels(found, mirror, settings, progress)
         require_sound(found, mirror, device, progress, ops)
-    parts = runtime.Parts(manifest, found.path, found.graph_folder)
     tries = not known and computes(device)  # where nothing computes, nothing can be compared
-    attached = runtime.attach_graphs(module, parts, strict=strict, tries=tries, quantize=quantize)
+    attached = runtime.attach_graphs(
+        module,
+        runtime.Parts(manifest, found.path, found.graph_folder),
+        strict=strict,
+        tries=tries,
+        quantize=quantize,
+    )
     if cuda_graphs:
         attached.replay_steps(device)
     return attached
@@ -147,6 +154,7 @@ def get_artifact(
         BadRequest: it is no artifact, or called by a folder's name as a text, which is a repo's;
             or `fill` is said of what is no repo; else as `pull`.
     """
+    require_flags(trust=trust)
     fill = fill or {}
     if fill and not isinstance(artifact, str):
         raise BadRequest(

@@ -27,6 +27,7 @@ from hubaoti.errors import (
     HubaotiError,
     OutputExists,
 )
+from hubaoti.flags import require_flags
 from hubaoti.host.extras import require
 from hubaoti.host.probe import Host, probe_host
 from hubaoti.hub.client import HubClient
@@ -77,6 +78,9 @@ class Means:
     force: bool = False
     at_once: int | None = None
     own: bool = False
+
+    def __post_init__(self) -> None:
+        require_flags(force=self.force)
 
 
 def build_missing(

@@ -11,6 +11,7 @@ from hubaoti.api.building import Explanation, Means, build_missing, explain_jobs
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.compiler.request import CompileRequest, RangeLike, Shape, parse_capabilities
 from hubaoti.errors import BadRequest
+from hubaoti.flags import require_flags
 from hubaoti.host.extras import require
 from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
@@ -32,6 +33,7 @@ def capture(
     Raises:
         BadRequest: `n` is less than one; what called the module cannot go on without its answer.
     """
+    require_flags(run=run)
     require("capture", "compile")
     from hubaoti.compiler import capture
 

@@ -18,6 +18,7 @@ from packaging.version import Version
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import BadRequest, HubaotiError, NoArtifact, NoMatch, NoModel, RepoNotFound
+from hubaoti.flags import require_flags
 from hubaoti.host.extras import require
 from hubaoti.host.probe import Host, probe_host
 from hubaoti.hub.layout import ArtifactPath, RepoRef, artifact_path
@@ -51,6 +52,7 @@ def make_fill_options(
     missing: str | None, push_back: bool, model: str | Path | None = None
 ) -> FillOptions:
     """What `attach`, `load` and `run` were told of what is missing, as `pull` takes it."""
+    require_flags(push_back=push_back)
     if missing is None and not push_back:
         return {}
     return {"missing": missing, "push_back": push_back, "model": model}

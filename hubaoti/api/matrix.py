@@ -27,6 +27,7 @@ from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.compiler.request import CompileRequest, parse_capabilities
 from hubaoti.errors import BadRequest, Conflict, HubaotiError
+from hubaoti.flags import require_flags
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.layout import ArtifactPath, RepoRef
 from hubaoti.hub.push import Destination
@@ -184,6 +185,7 @@ def compile_matrix(  # noqa: PLR0913 - a face of keywords
             nothing was begun.
         MissingDependency: they are to be signed, and the extra `sign` is not installed.
     """
+    require_flags(dry_run=dry_run)
     means = Means(settings or Settings.from_env(), progress, at_once=jobs, own=True)
     options: dict[str, Any] = {}
     if sign is not None:

@@ -12,6 +12,7 @@ from hubaoti.api.repos import find_host
 from hubaoti.artifact.bundle import Bundle, find_bundles
 from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import BadRequest, HubaotiError, NotBuiltHere
+from hubaoti.flags import require_flags
 from hubaoti.host.probe import Host
 from hubaoti.hub.layout import ArtifactPath, RepoRef
 from hubaoti.mirror import Mirror, PullOrigin
@@ -67,6 +68,7 @@ def push(  # noqa: PLR0913 - a face of keywords
     from hubaoti.hub.push import Destination, push_bundles
     from hubaoti.hub.signing import Signing
 
+    require_flags(private=private, as_is=as_is, move_tag=move_tag, replace=replace)
     settings = settings or Settings.from_env()
     given = [bundles] if isinstance(bundles, Bundle | str | Path) else bundles
     _require_bundles(given)
@@ -184,6 +186,7 @@ def pull(  # noqa: PLR0913 - a face of keywords
     """
     from hubaoti.hub.pull import pull_artifact
 
+    require_flags(trust=trust, allow_rollback=allow_rollback, push_back=push_back)
     settings, ref = settings or Settings.from_env(), RepoRef.parse(repo)
     wanted = None if recipe is None else Recipe.parse(recipe)
     options: FillOptions = {

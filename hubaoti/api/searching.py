@@ -12,6 +12,7 @@ from hubaoti.artifact.schema import Program
 from hubaoti.artifact.variant import Recipe
 from hubaoti.compiler.request import CompileRequest
 from hubaoti.errors import NotLocked, first_line
+from hubaoti.flags import require_flags
 from hubaoti.host.extras import require
 from hubaoti.host.probe import Host
 from hubaoti.hub.layout import RepoRef
@@ -68,6 +69,7 @@ def search(
     from hubaoti.hub.pull_any_of import describe_owner
     from hubaoti.hub.search import RepoFinder
 
+    require_flags(fits=fits)
     settings = settings or Settings.from_env()
     wanted = None if program is None else identify(program, task, settings, progress)
     finder = RepoFinder(settings, progress)

@@ -9,6 +9,7 @@ from typing import Any
 
 from hubaoti.compiler.stand_in import CAPABILITIES
 from hubaoti.errors import BadDim, BadRequest, UnknownTask
+from hubaoti.flags import require_flags
 
 TASKS = ("embed", "classify", "logits", "generate", "forward")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -93,6 +94,7 @@ class CompileRequest:
         )
 
     def __post_init__(self) -> None:
+        require_flags(trust_remote_code=self.trust_remote_code)
         if self.task is not None and self.task not in TASKS:
             raise UnknownTask(f"unknown task {self.task!r}", hint=f"one of: {', '.join(TASKS)}")
         if self.dtype is not None and self.dtype not in DTYPES:

@@ -20,6 +20,7 @@ from hubaoti.engines.load_plan import Compile, LoadPlanner, Want, choose_device
 from hubaoti.engines.messages import Generation, Item, Likelihood, Prompt, Sampling, State
 from hubaoti.engines.pool import Holder, ModelPool, ModelSlot, ModelStatus, NoGraphs, Unloaded
 from hubaoti.errors import BadRequest, HubaotiError
+from hubaoti.flags import require_flags
 from hubaoti.host.memory import parse_size
 from hubaoti.host.probe import probe_host
 from hubaoti.progress import Progress, report_nothing
@@ -62,6 +63,7 @@ class LightweightEngine:
         Raises:
             BadRequest: `memory` is no size; `ops` are no modules.
         """
+        require_flags(isolate=isolate, trust=trust)
         settings = settings or Settings.from_env()
         self._room = ModelPool(None if memory is None else parse_size(memory))
         host = probe_host(settings)
@@ -124,6 +126,7 @@ class LightweightEngine:
             ModelNotFound: there is no such model; NotEnoughMemory: it is larger than what is free.
             OtherProgram, BadRequest, Quarantined, ...: the artifact that was given does not serve.
         """
+        require_flags(trust_remote_code=trust_remote_code)
         if compile not in ("never", "background", "now"):
             raise BadRequest(f"compile={compile!r}", hint='say "never", "background" or "now"')
         options = {

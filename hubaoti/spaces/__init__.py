@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import HubaotiError
+from hubaoti.flags import require_flags
 from hubaoti.host.extras import require
 from hubaoti.host.probe import Host, probe_host
 from hubaoti.hub.layout import RepoRef
@@ -73,6 +74,7 @@ def load(  # noqa: PLR0913 - a face of keywords
         AlreadyAttached: it has graphs already. BadRequest: it is no module, or the repo no name.
         MissingOps: a module of `ops` cannot be imported.
     """
+    require_flags(trust=trust, strict=strict)
     require("spaces.load", "run")
     settings = settings or Settings.from_env()
     ref = RepoRef.parse(repo) if revision is None else RepoRef(repo, revision)
