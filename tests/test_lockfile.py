@@ -173,7 +173,8 @@ def test_no_repo_leaves_a_lockfile_without_being_named(
     done = inside(settings, "lock", others, "-o", locked)
     assert done.code == BadRequest.exit_code and f"{repo}@v1" in done.err and "--add" in done.err
     assert locked.read_bytes() == before
-    assert inside(settings, "lock", others, f"{repo}", "-o", locked).code == 0
+    done = inside(settings, "lock", others, f"{repo}", "-o", locked)
+    assert done.code == 0 and f"{repo}@v1 is locked no more" in done.out
     assert sorted(str(each.ref) for each in Lock.read(locked).repos) == sorted([others, repo])
 
 

@@ -13,6 +13,7 @@ from hubaoti.cli.output import Steps, print_json, print_line, print_some, print_
 
 if TYPE_CHECKING:
     from hubaoti.hub.choice import Considered
+    from hubaoti.hub.lockfile import Lock
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 _QUIET = click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
@@ -108,10 +109,21 @@ def lock_command(repos: tuple[str, ...], output: Path, add: bool, quiet: bool) -
     before = Lock.read_before(output, [RepoRef.parse(each) for each in repos], add)
     with Steps(quiet) as progress:
         lock = api.lock(*repos, progress=progress)
-        (lock.keep(before) if add else lock).write(output)
+        written = lock.keep(before) if add else lock
+        written.write(output)
+    if not quiet:
+        _print_locked(lock, before, written)
+
+
+def _print_locked(lock: Lock, before: Lock, written: Lock) -> None:
+    """What is locked now, where it was, and what is locked no more."""
     commits = {each.ref: each.commit for each in before.repos}
-    for each in [] if quiet else lock.repos:
+    for each in lock.repos:
         was = commits.get(each.ref, each.commit)
         moved = f", was {was}" if was != each.commit else ""
         count = format_count(len(each.artifacts), "artifact")
         print_line(f"{each.ref}: {count} at {each.commit}{moved}")
+    stay = {each.ref for each in written.repos}
+    for ref in commits:
+        if ref not in stay:
+            print_line(f"{ref} is locked no more")
