@@ -140,30 +140,23 @@ def compile(  # noqa: PLR0913 - a face of keywords
         "revision": revision,
         "trust_remote_code": trust_remote_code,
     }
-    request = make_request(model, device, options)
     means = Means(settings or Settings.from_env(), progress, force, jobs)
-    return build_missing(model, request, Path(output), means)[0]
+    return build_model(model, output, means, device, **options)
 
 
-def compile_own(  # noqa: PLR0913 - a face of keywords
+def build_model(
     model: str | Path | nn.Module,
-    output: str | Path = "bundle",
-    *,
+    output: str | Path,
+    means: Means,
     device: str | None = None,
-    force: bool = False,
-    jobs: int | None = None,
-    settings: Settings | None = None,
-    progress: Progress = report_nothing,
     **options: Unpack[CompileOptions],
 ) -> Bundle:
-    """As `compile`, for what is published: what others built is not taken for it.
+    """As `compile`, by some means, which may be those of what is published.
 
     Raises:
         HubaotiError: as `compile`.
     """
-    request = make_request(model, device, options)
-    means = Means(settings or Settings.from_env(), progress, force, jobs, own=True)
-    return build_missing(model, request, Path(output), means)[0]
+    return build_missing(model, make_request(model, device, options), Path(output), means)[0]
 
 
 def compile_for(  # noqa: PLR0913 - a face of keywords

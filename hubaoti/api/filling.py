@@ -203,7 +203,8 @@ def compile_alone(
 
 def _compile_missing(puller: Puller, ref: RepoRef, missing: Missing, output: Path) -> Pulled:
     """Compile what a repo lacks, have it in the mirror, and push it where that is asked for."""
-    from hubaoti.api.compiling import compile, compile_own
+    from hubaoti.api.building import Means
+    from hubaoti.api.compiling import build_model
     from hubaoti.hub.catalog import read_catalog
 
     require("pull --missing compile", "compile")
@@ -219,15 +220,8 @@ def _compile_missing(puller: Puller, ref: RepoRef, missing: Missing, output: Pat
     options |= read_recipe(puller.recipe)
     puller.progress(f"compiling {model} for {ref.repo}")
     # What others built is of use here, and nothing that this machine publishes.
-    bundle = (compile_own if missing.push_back else compile)(
-        model,
-        output,
-        device=device,
-        revision=revision,
-        settings=puller.settings,
-        progress=puller.progress,
-        **options,
-    )
+    means = Means(puller.settings, puller.progress, own=missing.push_back)
+    bundle = build_model(model, output, means, device, revision=revision, **options)
     like = puller.recipe or (pattern.recipe if pattern else None)
     place = artifact_path(bundle.manifest, like.label if like else None)
     if puller.recipe not in {None, place.recipe}:

@@ -19,6 +19,7 @@ import msgspec
 from hubaoti.errors import BadRequest, CompileFailed, HubaotiError
 from hubaoti.host.processes import Child, describe_exit, exit_on_terminate, join_parent
 from hubaoti.host.wire import ErrorRecord, Gone
+from hubaoti.progress import report_nothing
 
 _KINDER = 10  # who waits for an answer comes first (nice(2))
 _MOST = 1 << 20  # bytes of what it is asked, and of what it says
@@ -108,15 +109,16 @@ def main() -> None:
 
 def _run_work(work: Work) -> Outcome | ErrorRecord:
     """Compile, store and push; an error of ours becomes the outcome."""
-    from hubaoti.api.compiling import compile, compile_own
+    from hubaoti.api.building import Means
+    from hubaoti.api.compiling import build_model
     from hubaoti.settings import Settings
 
     settings = Settings.from_env(work.env)
-    build = compile if work.push is None else compile_own
+    means = Means(settings, report_nothing, own=work.push is not None)
     try:
         with tempfile.TemporaryDirectory(prefix="hubaoti-bundle-") as folder:
             place = Path(folder) / "bundle"
-            bundle = build(work.model, place, settings=settings, **work.options)
+            bundle = build_model(work.model, place, means, **work.options)
             return Outcome(bundle.manifest.digest, push=_try_push(bundle, work.push, settings))
     except HubaotiError as error:
         return ErrorRecord.of(error)
