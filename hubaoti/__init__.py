@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from hubaoti.artifact.bundle import Bundle
     from hubaoti.attachment.attach import Attachment
     from hubaoti.engines.lightweight import LightweightEngine
+    from hubaoti.errors import HubaotiError
     from hubaoti.mirror import Artifact
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "Artifact",
     "Attachment",
     "Bundle",
+    "HubaotiError",
     "LightweightEngine",
     "attach",
     "capture",
@@ -63,19 +65,20 @@ _HOMES = {
     "Artifact": "hubaoti.mirror",
     "Attachment": "hubaoti.attachment.attach",
     "Bundle": "hubaoti.artifact.bundle",
+    "HubaotiError": "hubaoti.errors",
     "LightweightEngine": "hubaoti.engines.lightweight",
 }
 
 
 def __dir__() -> list[str]:
-    """The names that are loaded on first use, too."""
-    return sorted({*globals(), *__all__, "spaces"})
+    """The public names, all of which are loaded on first use."""
+    return sorted({*__all__, "errors", "spaces", "__version__"})
 
 
 def __getattr__(name: str) -> Any:
-    """Load a verb, a class, or `hubaoti.spaces`, when it is first asked for."""
-    if name == "spaces":
-        return import_module("hubaoti.spaces")
+    """Load a verb, a class, or a module of the face, when it is first asked for."""
+    if name in {"errors", "spaces"}:
+        return import_module(f"hubaoti.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'hubaoti' has no attribute {name!r}")
     return getattr(import_module(_HOMES.get(name, "hubaoti.api")), name)

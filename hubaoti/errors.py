@@ -13,10 +13,12 @@ from hubaoti.escape import LINE, bound_message, escape_line
 
 
 class HubaotiError(Exception):
-    """The root of the tree; `hint` says what to do next.
+    """The root of the tree; `hint` says what to do next, and stands below a traceback.
 
     Both may hold words from outside, so both are kept as they may be printed: escaped, and bounded.
     """
+
+    __notes__: list[str]  # what Python prints below the message of an error that nobody caught
 
     exit_code: ClassVar[int] = 1
 
@@ -26,7 +28,23 @@ class HubaotiError(Exception):
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(bound_message(message))
-        self.hint = bound_message(hint)
+        self._hint, self.__notes__ = "", []
+        self.hint = hint
+
+    @property
+    def hint(self) -> str:
+        """What to do next; empty where nobody knows."""
+        return self._hint
+
+    @hint.setter
+    def hint(self, hint: str) -> None:
+        notes, self._hint = self.notes, bound_message(hint)
+        self.__notes__ = [f"hint: {self._hint}", *notes] if self._hint else notes
+
+    @property
+    def notes(self) -> list[str]:
+        """What was added to it (`add_note`), but for its hint."""
+        return self.__notes__[1:] if self._hint else [*self.__notes__]
 
 
 class BadRequest(HubaotiError, exit_code=2):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
+import pickle
 import subprocess
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from hubaoti.errors import (
     BadInput,
     BadManifest,
     BadRequest,
+    HubaotiError,
     HubUnreachable,
     MissingConstant,
     ModelNotFound,
@@ -105,6 +109,20 @@ def test_a_text_is_no_flag(verb: str, flag: str) -> None:
     with pytest.raises(BadRequest, match=f"{flag}='no' is no bool") as caught:
         face(*FACES[verb], **{flag: "no"})
     assert caught.value.hint == "say True or False"
+
+
+def test_a_traceback_says_what_to_do_next() -> None:
+    """Who calls from Python sees no more of an error than Python prints of it."""
+    error = NoMatch("none fits", hint="first")
+    error.add_note("a note")
+    error.hint += ", then second"
+    for each in (error, pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        *_, message, hint, note = "".join(traceback.format_exception(each)).splitlines()
+        assert message.endswith("NoMatch: none fits")
+        assert (hint, note) == ("hint: first, then second", "a note")
+        assert (str(each), each.hint, each.notes) == ("none fits", "first, then second", ["a note"])
+    error.hint = ""
+    assert error.__notes__ == ["a note"] and not HubaotiError("x").__notes__
 
 
 def test_the_face_has_what_it_names_and_nothing_else() -> None:
@@ -323,4 +341,4 @@ def test_what_is_long_is_not_printed_whole(pulled: Pulled, roberta_bundle: Bundl
 
 
 def test_the_public_names_are_listed() -> None:
-    assert {*hubaoti.__all__, "spaces"} <= {*dir(hubaoti)}
+    assert {*dir(hubaoti)} == {*hubaoti.__all__, "__version__", "errors", "spaces"}

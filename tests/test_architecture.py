@@ -39,7 +39,7 @@ ROOMS = {
     "spaces": {*OPENED, "attachment", "hub", "api"},
     "server": {"errors", "front_matter", "disk", "artifact"},
     "cli": {*STORED, "mirror", "hub", "api", "engines", "spaces", "server"},
-    "": {"api", "artifact", "attachment", "engines", "mirror"},
+    "": {"api", "artifact", "attachment", "engines", "errors", "mirror"},
 }
 # Who opens which door; a file's room, or its path where only that file may.
 DOORS = {

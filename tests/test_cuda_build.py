@@ -111,7 +111,9 @@ def test_a_gpu_for_which_lowering_fails_takes_no_other_along(
             block(torch.randn(rows, 16))
     words: Any = {"calls": calls, "settings": settings, "jobs": jobs}
     output = tmp_path / "bundles"
-    with pytest.raises(CompileFailed, match="^lower root: it cannot be; built for sm90$") as caught:
+    with pytest.raises(
+        CompileFailed, match="(?m)^lower root: it cannot be; built for sm90$"
+    ) as caught:
         hubaoti.compile_for(block, "sm90,sm80", output, **words)
     (whole,) = output.iterdir()
     assert "sm80" in whole.name and f"{whole} is whole" in caught.value.hint
@@ -358,10 +360,10 @@ def test_a_device_is_no_word_for_gpus_that_need_not_be_here(
 
 
 def test_one_explanation_is_of_one_gpu(settings: Settings, model: Path) -> None:
-    with pytest.raises(BadRequest, match="several: sm80, sm90$") as caught:
+    with pytest.raises(BadRequest, match="(?m)several: sm80, sm90$") as caught:
         hubaoti.explain(model, capability="sm80,sm90", settings=settings)
     assert "explain_for" in caught.value.hint
-    with pytest.raises(BadRequest, match="several: sm90 with fa3, sm90 with sdpa$"):
+    with pytest.raises(BadRequest, match="(?m)several: sm90 with fa3, sm90 with sdpa$"):
         hubaoti.explain(model, capability="sm90", attention="fa3,sdpa", settings=settings)
 
 

@@ -525,7 +525,7 @@ def test_a_module_without_calls_is_told_how_to_record_them(home: Settings) -> No
 def test_a_gap_between_sets_of_calls_is_named(home: Settings) -> None:
     module = Linear()
     one, more = calls_of(module, *rows((1, 8))), calls_of(module, *rows((4, 8), (9, 8)))
-    with pytest.raises(BadDim, match="no bucket serves x_0=2:3$") as caught:
+    with pytest.raises(BadDim, match="(?m)no bucket serves x_0=2:3$") as caught:
         hubaoti.explain(module, calls=[one, more], settings=home)
     assert "add a bucket x_0=2:3" in caught.value.hint
     buckets = [{"x_0": (1, 1)}, {"x_0": (2, 9)}]

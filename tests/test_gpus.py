@@ -73,7 +73,7 @@ def test_one_that_is_named_has_to_be_there(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, sms: tuple[int, ...], wanted: str
 ) -> None:
     fake_gpus(monkeypatch, *sms)
-    with pytest.raises(NoMatch, match=r"sees no cuda:[01]$"):
+    with pytest.raises(NoMatch, match=r"(?m)sees no cuda:[01]$"):
         choose_device(bundle.manifest, wanted)
 
 

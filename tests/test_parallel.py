@@ -264,7 +264,7 @@ def test_of_those_that_are_tried_one_that_fails_ends_no_other(jobs: int, scratch
     ours, others, built = try_all(units, build, jobs, scratch)
     assert isinstance(ours, BadDim) and "multiple of 8" in str(ours) and "--dim" in ours.hint
     assert isinstance(others, CompileFailed) and "build second: ZeroDivisionError" in str(others)
-    assert all("Traceback" in each.__notes__[0] for each in (ours, others))
+    assert all("Traceback" in each.notes[0] for each in (ours, others))
     assert isinstance(built, BuiltUnit) and ids_of(built) == ["third"]
     assert not (scratch / parallel.PARTS).exists()
 
@@ -310,7 +310,7 @@ def test_what_a_process_prints_and_where_it_failed_is_for_the_report(
 
     with pytest.raises(CompileFailed) as caught:
         build_all(UNITS, build, 2, scratch)
-    notes = "\n".join(caught.value.__notes__)
+    notes = "\n".join(caught.value.notes)
     said = ("fail_in_other_words", "and more of it", "of native", "of Python", "of what it started")
     for words in said:
         assert words in notes

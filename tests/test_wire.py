@@ -145,7 +145,7 @@ def test_an_error_is_raised_as_what_it_was() -> None:
         with pytest.raises(HubaotiError) as caught:
             Channel(theirs).receive(int | ErrorRecord)
     assert (type(caught.value), str(caught.value)) == (BadDim, str(sent))
-    assert (caught.value.hint, caught.value.__notes__) == (sent.hint, ["a note"])
+    assert (caught.value.hint, caught.value.notes) == (sent.hint, ["a note"])
 
 
 @pytest.mark.parametrize(

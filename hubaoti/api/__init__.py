@@ -85,8 +85,8 @@ _HOMES = {
 
 
 def __dir__() -> list[str]:
-    """The names that are loaded on first use, too."""
-    return sorted({*globals(), *__all__})
+    """The public names, all of which are loaded on first use."""
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:

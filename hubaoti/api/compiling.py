@@ -92,7 +92,8 @@ def compile(  # noqa: PLR0913 - a face of keywords
     Args:
         model: a Hub id or a folder, of which no weight is read, or a module with its `calls`.
         output: the folder of the bundle.
-        calls: of a module: what `hubaoti.capture` recorded, or several such, a graph for each.
+        calls: of a module: what `hubaoti.capture` recorded; or several such of one structure, each
+            with a graph of its own.
         shapes: of a module: names for the sizes of its inputs, as
             `{"hidden_states": ("batch", "seq", None)}`.
         task: embed, classify, logits, generate or forward; by default as the model's files say.

@@ -58,7 +58,7 @@ def join_errors(errors: Sequence[HubaotiError], kept: Sequence[Path] = ()) -> Hu
         hint += f"; {', '.join(map(str, kept))} {are} whole: the same command builds only the rest"
     joined = type(first)("; ".join(dict.fromkeys(map(str, errors))), hint=hint)
     for error in errors:
-        joined.add_note("\n".join([str(error), *getattr(error, "__notes__", ())]))
+        joined.add_note("\n".join([str(error), *error.notes]))
     return joined
 
 

@@ -233,6 +233,9 @@ class LightweightEngine:
     def embed(self, model: str | Path, texts: str | Sequence[str]) -> torch.Tensor:
         """One vector for each text: (texts, width), float32, on the CPU.
 
+        The last hidden states, pooled as the model's sentence-transformers files say, else their
+        mean over a text's tokens.
+
         Raises:
             OutOfBounds: a text is too long. WorkerEnded: as `generate`.
         """

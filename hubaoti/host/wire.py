@@ -44,7 +44,7 @@ class ErrorRecord(msgspec.Struct, frozen=True, tag=True):
     @classmethod
     def keep(cls, error: HubaotiError) -> ErrorRecord:
         """The record of an error of ours with the notes that it has."""
-        return cls.of(error, *getattr(error, "__notes__", ()))
+        return cls.of(error, *error.notes)
 
     def rebuild(self) -> HubaotiError:
         """The error, as it was there."""
