@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         push,
         run,
         search,
+        verify,
         versions,
     )
     from hubaoti.artifact.bundle import Bundle
@@ -59,6 +60,7 @@ __all__ = [
     "push",
     "run",
     "search",
+    "verify",
     "versions",
 ]
 _HOMES = {

@@ -76,6 +76,7 @@ FACES = {
     "push": ("bundle", "acme/x"),
     "run": ("acme/x", "acme/tiny", ["a text"]),
     "search": (),
+    "verify": (),
     "spaces.load": (torch.nn.Linear(2, 2), "acme/x"),
     "LightweightEngine": (),
     "LightweightEngine.load": (None, "acme/tiny"),

@@ -114,6 +114,8 @@ def lock(
 ) -> Lock:
     """What repos hold now, as `owner/name[@revision]`: each artifact by commit and digest.
 
+    Its `write(Path("hubaoti.lock"))` makes it the file that `pull(..., locked=True)` goes by.
+
     Raises:
         NoArtifact: a repo holds none.
         Untrusted, RepoMoved, RolledBack, NoVersion: of a revision, as `pull`.

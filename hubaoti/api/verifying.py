@@ -13,6 +13,7 @@ from hubaoti.artifact.bundle import Bundle, find_bundles
 from hubaoti.artifact.repo_name import is_repo
 from hubaoti.artifact.schema import Graph
 from hubaoti.errors import BadRequest, DigestMismatch, HubaotiError, NoMatch
+from hubaoti.flags import require_flags
 from hubaoti.host.extras import require
 from hubaoti.host.match import judge
 from hubaoti.host.probe import Host, probe_host
@@ -77,6 +78,7 @@ def verify(
         NoArtifact: the mirror has nothing of this name. BadManifest: a folder is no bundle.
         BadRequest: what is asked for is neither a repo nor a digest.
     """
+    require_flags(opens=opens)
     settings = settings or Settings.from_env()
     host = None
     if opens:
