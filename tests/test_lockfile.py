@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bundles import CUDA, changed, make_bundle, make_gpu_host, make_host, put_trusted
+from bundles import CPU, CUDA, MEMBERS, changed, make_bundle, make_gpu_host, make_host, put_trusted
 from commands import hubaoti, inside
 from huggingface_hub import HfApi
 from hypothesis import given
@@ -120,6 +120,7 @@ GOOD = f'version = 1\n[[repo]]\nname = "a/b"\ncommit = "{"c" * 40}"\n[repo.artif
 BAD = {
     "no TOML": "version = ",
     "no version": "",
+    "an older version": "version = 0",
     "an unknown word": "version = 1\nmore = 2",
     "a version that is none": 'version = "1"',
     "a repo that is none": GOOD.replace("a/b", "../b"),
@@ -127,6 +128,8 @@ BAD = {
     "no artifacts": GOOD,
     "a path that is none": GOOD + f'"../x" = "sha256:{"a" * 64}"',
     "a digest that is none": GOOD + f'"{PLACE}" = "{"a" * 64}"',
+    "a repo twice, as of a merge": (once := GOOD + f'"{PLACE}" = "sha256:{"a" * 64}"\n')
+    + once.removeprefix("version = 1\n").replace("c" * 40, "d" * 40),
 }
 
 
@@ -361,6 +364,48 @@ def test_a_lockfile_makes_nothing_its_owner_s(
             pull(path, here, locked)
     with pytest.raises(Untrusted, match="no branch and no tag"):
         pull_artifact(RepoRef(repo, made), settings, make_host(), trust=True)
+
+
+@pytest.mark.parametrize("trusted", [False, True], ids=["before", "by the pull"])
+@pytest.mark.parametrize("at", ["where another is", "where nothing is"])
+def test_what_lies_here_is_the_owner_s_only_where_his_commit_has_it(
+    at: str, trusted: bool, repo: str, locked: Path, settings: Settings, tmp_path: Path
+) -> None:
+    """Who puts a stranger's digest beside a true commit of somebody trusted makes it nobody's."""
+    level = {"level": "x86_64_v2"} if at == "where nothing is" else {}
+    stranger = make_bundle(tmp_path / "stranger", {**CPU, **level}, {**MEMBERS, "evil": b"code"})
+    digest, place = stranger.manifest.digest, f"float32-sdpa/{stranger.manifest.variant}"
+    (one,) = Lock.read(locked).repos
+    Lock((replace(one, artifacts={ArtifactPath.parse(place): digest}),)).write(locked)
+    with Mirror.open(settings.mirror) as mirror:
+        put(mirror, stranger, PullOrigin())  # as an import leaves it
+        if not trusted:
+            mirror.trust.add(settings.endpoint, "acme")
+    for _ in range(2):
+        with pytest.raises(LockMismatch if at == "where another is" else RepoNotFound):
+            pull(f"{repo}@v1", settings, locked, trust=trusted)
+        with Mirror.open(settings.mirror) as mirror:
+            mirror.trust.add(settings.endpoint, "acme")
+            assert mirror.index.list_origins(digest) == ()
+            assert not mirror.decide(digest).allowed
+    offline = replace(settings, offline=True)
+    with pytest.raises((LockMismatch, HubUnreachable)):
+        pull(f"{repo}@v1", offline, locked, trust=trusted)
+
+
+def test_what_lies_here_and_is_the_owner_s_is_his_after_one_manifest(
+    repo: str, bundle: Bundle, locked: Path, settings: Settings, proxy: Proxy
+) -> None:
+    with Mirror.open(settings.mirror) as mirror:
+        put(mirror, bundle, PullOrigin())
+    assert pull(f"{repo}@v1", settings, locked).from_mirror
+    assert not [path for _, path in proxy.requests if ".pt2" in path], "it is here"
+    with Mirror.open(settings.mirror) as mirror:
+        (origin,) = mirror.index.list_origins(bundle.manifest.digest)
+        assert (origin.repo, origin.path) == (repo, PLACE)
+    proxy.requests.clear()
+    assert pull(f"{repo}@v1", replace(settings, offline=True), locked).from_mirror
+    assert proxy.requests == []
 
 
 def test_what_lies_here_is_not_of_the_repo_that_a_lockfile_names(

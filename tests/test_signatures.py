@@ -479,6 +479,36 @@ def test_no_swap_is_taken_and_no_manifest_of_one_is_parsed(
     assert len(parsed) == (swap in {"another repo's", "another artifact, whole"})
 
 
+@pytest.mark.parametrize(
+    "signed",
+    [
+        ({FILENAME: b"", STATEMENT: b"", "x": b""}, {FILENAME, STATEMENT}),
+        ({FILENAME: b"another", STATEMENT: b"a statement"}, {FILENAME}),
+        ({FILENAME: b"a manifest", STATEMENT: b"another"}, {STATEMENT}),
+        ({FILENAME: b"a manifest", STATEMENT: b"a statement", "x": b""}, ()),
+        ({FILENAME: b"a manifest"}, ()),
+    ],
+)
+def test_a_signature_that_covers_less_or_more_than_the_two_files_is_none(
+    signed: tuple[dict[str, bytes], set[str]], acme: Pair, wary: Settings, tmp_path: Path
+) -> None:
+    """Whoever has the key may have signed a folder with it of which files were left out."""
+    from model_signing import hashing
+    from model_signing.signing import Config
+
+    files, ignored = signed
+    folder, path, keys = tmp_path / "signed", tmp_path / "signature", Trust(wary.trust).keys
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    paths = [folder / name for name in ignored]
+    how = hashing.Config().set_ignored_paths(paths=paths, ignore_git_paths=False)
+    signer = Config().set_hashing_config(how).use_elliptic_key_signer(private_key=acme.private)
+    signer.sign(folder, path)
+    with pytest.raises(BadSignature):
+        verify(b"a manifest", b"a statement", path.read_bytes(), acme.signer, keys, "acme")
+
+
 def test_every_byte_that_is_signed_and_of_the_signature_counts(
     bundle: Bundle, acme: Pair, wary: Settings, repo: str
 ) -> None:

@@ -23,7 +23,8 @@ import re
 import shlex
 import tempfile
 import tomllib
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -130,7 +131,10 @@ class Lock:
             version = found.get("version")
             if isinstance(version, int) and version > _VERSION:
                 raise BadLock(f"{where} was written by a newer hubaoti", hint="upgrade hubaoti")
-            return cls(tuple(_read_repo(each) for each in msgspec.convert(found, _File).repo))
+            read = msgspec.convert(found, _File)
+            if read.version != _VERSION:
+                raise ValueError(f"there is no version {read.version}")
+            return cls(_refuse_twice([_read_repo(each) for each in read.repo]))
         except (ValueError, RecursionError, BadRequest) as error:
             hint = "correct it; or remove it, and write it anew: hubaoti lock REPO…"
             raise BadLock(f"{where} is no lockfile: {error}", hint=hint) from error
@@ -287,6 +291,14 @@ def lock_repo(
     artifacts = {place: manifest.digest for place, manifest in catalog.readable.items()}
     kernels = set().union(*(_list_kernels(each) for each in catalog.readable.values()))
     return LockedRepo(ref, commit, artifacts, tuple(sorted(kernels)))
+
+
+def _refuse_twice(repos: Sequence[LockedRepo]) -> tuple[LockedRepo, ...]:
+    """Repos of which none is locked twice, as a merge of two lockfiles may leave it."""
+    counts = Counter(each.ref for each in repos)
+    if twice := [str(ref) for ref, count in counts.items() if count > 1]:
+        raise ValueError(f"it has {', '.join(twice)} twice")
+    return tuple(repos)
 
 
 def _read_repo(found: _Repo) -> LockedRepo:

@@ -12,7 +12,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hubaoti.artifact.manifest import LARGEST_MANIFEST, Manifest, parse_manifest
-from hubaoti.errors import BadManifest, Blocked, NoArtifact, NotLocked, Untrusted
+from hubaoti.errors import (
+    BadManifest,
+    Blocked,
+    NoArtifact,
+    NotLocked,
+    RepoNotFound,
+    Untrusted,
+)
 from hubaoti.hub.bounds import TooLong
 from hubaoti.hub.catalog import Catalog
 from hubaoti.hub.choice import Considered, Pulled
@@ -72,11 +79,13 @@ def require_owned(puller: Puller, locked: LockedRepo) -> None:
 def _is_of_owner(puller: Puller, locked: LockedRepo, chosen: Considered) -> bool:
     """Whether what was chosen is the owner's of the locked repo; False where nobody has to know.
 
-    That is of an artifact that may run here by what is known of it without the lock.
+    That is of an artifact that may run here by what is known of it without the lock. What lies here
+    already came from anywhere: the owner's it is where that commit holds it, and not for the lock.
 
     Raises:
         Blocked: it may not, or the repo's owner is blocked.
         Untrusted: it may not, and the commit is nobody's; else as `require_owned`.
+        LockMismatch, RepoNotFound: the commit has another one at this path, or none.
     """
     assert chosen.manifest is not None  # only judged ones are chosen
     digest = chosen.manifest.digest
@@ -91,6 +100,8 @@ def _is_of_owner(puller: Puller, locked: LockedRepo, chosen: Considered) -> bool
     except Untrusted as error:
         error.hint += f"; if you trust this artifact: hubaoti trust add {digest}"
         raise
+    if origin not in puller.mirror.index.list_origins(digest):
+        _fetch_manifest(puller, locked, chosen.place)
     return True
 
 
@@ -179,22 +190,36 @@ def _describe_nothing_here(locked: LockedRepo) -> NoArtifact:
 
 def _read_manifest(puller: Puller, locked: LockedRepo, place: ArtifactPath) -> Manifest | None:
     """The manifest that is locked at a path; None offline, where it is not in the mirror."""
-    digest = locked.artifacts[place]
-    if artifact := puller.mirror.artifact(digest):
-        return artifact.manifest
-    if puller.client.is_offline:
+    if artifact := puller.mirror.artifact(locked.artifacts[place]):
+        manifest = artifact.manifest
+    elif puller.client.is_offline:
         return None
+    else:
+        content = _fetch_manifest(puller, locked, place)
+        manifest = parse_manifest(content, f"{locked.ref.repo}/{place.manifest}")
+    require_agreement(place, manifest)
+    return manifest
+
+
+def _fetch_manifest(puller: Puller, locked: LockedRepo, place: ArtifactPath) -> bytes:
+    """The bytes that the locked commit has of the manifest at a path, which are those locked.
+
+    Raises:
+        LockMismatch: they are others. RepoNotFound: it has none there. HubUnreachable: offline.
+    """
+    digest = locked.artifacts[place]
     repo, commit, path = locked.ref.repo, locked.commit, place.manifest
     puller.progress(f"reading {path}")
     try:
         file = puller.client.download(repo, commit, path, LARGEST_MANIFEST)
     except TooLong:
         raise BadManifest(f"{path} is larger than {LARGEST_MANIFEST >> 20} MiB") from None
+    except RepoNotFound as error:
+        error.hint = f"the lockfile says that {commit} has it: ask who wrote it; {error.hint}"
+        raise
     content = file.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != digest:
         puller.client.drop(file)  # perhaps it was changed here
     locked.require(place, found)
-    manifest = parse_manifest(content, f"{repo}/{path}")
-    require_agreement(place, manifest)
-    return manifest
+    return content

@@ -179,7 +179,7 @@ def _find_problem(
         verifier = _choose_verifier(signer, anchor if trusted else None)
         try:
             _refuse_other(signature, signer)
-            verifier.verify(folder, path)
+            verifier.set_hashing_config(_make_hashing()).verify(folder, path)
         except Exception as error:  # whatever a library says of bytes from outside, they are wrong
             problem = first_line(error)
             return "it is of other bytes" if problem.startswith("Signature mism") else problem
@@ -203,6 +203,21 @@ def _choose_verifier(signer: Signer, trusted: Path | None) -> Any:
             hint="see that the key or the root is the right one; without a root sigstore's public "
             "one is fetched, which takes a network",
         ) from error
+
+
+def _make_hashing() -> Any:
+    """How the two files are hashed: both, and whole, whatever a signature says that it covers.
+
+    model-signing leaves out what a signature names in `ignore_paths`: one that names both files
+    would be good for all others.
+    """
+    from model_signing import hashing
+
+    class Whole(hashing.Config):  # type: ignore[misc]
+        def add_ignored_paths(self, **_: object) -> None:
+            """Leave nothing out."""
+
+    return Whole().use_file_serialization(hashing_algorithm="sha256")
 
 
 def _refuse_other(signature: bytes, signer: Signer) -> None:
