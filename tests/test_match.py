@@ -235,6 +235,15 @@ def test_missing_libraries_are_refused_by_name() -> None:
     assert needs(judge(requires, fake_cpu_host)) == "the libraries libcuda.so.1, libnvrtc.so.13"
 
 
+def test_what_comes_with_torch_is_not_missed_where_torch_is() -> None:
+    libraries = ("libtorch_cpu.so", "libc10.so", "libodd.so.2")
+    without = replace(fake_cpu_host, torch=None)
+    said = "torch 2.13.0+cpu; the libraries libodd.so.2"
+    assert needs(judge(replace(CPU, libraries=libraries), without)) == said
+    assert needs(judge(replace(CPU, libraries=libraries[:2]), without)) == "torch 2.13.0+cpu"
+    assert "libc10.so" in needs(judge(replace(CPU, libraries=libraries), fake_cpu_host))
+
+
 @pytest.mark.parametrize(
     ("sm", "bytes_"), [(75, 64 << 10), (89, 99 << 10), (80, 163 << 10), (999, 48 << 10)]
 )

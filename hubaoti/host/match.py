@@ -17,7 +17,7 @@ from typing import Any
 from packaging.version import Version
 
 from hubaoti.artifact.kernel_variant import KernelHost
-from hubaoti.artifact.requirements import Requirements, read_version, series
+from hubaoti.artifact.requirements import Requirements, comes_with_torch, read_version, series
 from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.host.gpu_limits import count_shared_memory
 from hubaoti.host.probe import Gpu, Host
@@ -234,10 +234,11 @@ def _judge_minimum(what: str, requires: Requirements, host: Host) -> Finding:
 
 
 def _judge_libraries(requires: Requirements, host: Host) -> Finding:
-    """Every shared library that the graphs name can be found."""
+    """Every shared library that the graphs name can be found, or comes with a torch that is not."""
     if host.libraries is None:  # nobody could say
         return None
-    missing = ", ".join(sorted(set(requires.libraries) - host.libraries))
+    needed = {each for each in requires.libraries if host.torch or not comes_with_torch(each)}
+    missing = ", ".join(sorted(needed - host.libraries))
     if not missing:
         return None
     have = "none of that name in torch's folder or where the loader looks"
