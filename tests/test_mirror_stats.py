@@ -87,5 +87,7 @@ def test_recorded_misses_say_which_dims_to_compile(settings: Settings, tmp_path:
         encode_canonical({"schema": 1, "build": build, "missed": missed, "regions": {}})
     )
     found = stats(settings, "--misses", file)
-    assert found["compile_next"] == ["hubaoti compile acme/tiny --task embed --dim seq=1:96"]
+    assert found["compile_next"] == [
+        "hubaoti compile acme/tiny --task embed --dim seq=1:96 -o bundle"
+    ]
     assert inside(settings, "mirror", "stats", "--misses", tmp_path / "none").code == 2

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hubaoti.artifact.misses import propose_dims, read_misses
+from hubaoti.artifact.misses import explain_shapes, propose_command, propose_dims, read_misses
 from hubaoti.artifact.sizes import format_count, format_size
 from hubaoti.cli.matrix import fill_matrix
 from hubaoti.cli.output import Steps, print_json, print_line, print_text
@@ -208,12 +207,9 @@ def _propose(path: Path, model: str | None, as_json: bool) -> None:
     if proposal is None:
         print_line("no call was missed for its sizes: no other dims would have served it")
         return
-    command = ["hubaoti", "compile", model or misses.build.model or "MODEL"]
-    command += ["--task", misses.build.task] * bool(misses.build.task)
-    print_text(f"proposed: {shlex.join([*command, *proposal.to_arguments(), '-o', 'bundle'])}")
-    if model is None and misses.build.task == "forward":
-        dims = f"dims={proposal.dims}" + f", buckets={[*proposal.buckets]}" * bool(proposal.buckets)
-        print_text(f"or, of a module: hubaoti.compile(module, 'bundle', calls=calls, {dims})")
+    print_text(f"proposed: {propose_command(misses, proposal, model)}")
+    if shapes := explain_shapes(misses, model):
+        print_text(f"  {shapes}")
 
 
 def _explain_model(

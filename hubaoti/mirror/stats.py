@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hubaoti.artifact.misses import Misses, propose_dims
+from hubaoti.artifact.misses import Misses, propose_command, propose_dims
 from hubaoti.artifact.sizes import format_count
 from hubaoti.mirror.answers import BUILT, HUB, MIRROR, Miss, Tier
 from hubaoti.mirror.gc import list_kept, read_budget
@@ -88,9 +88,7 @@ def _advise(misses: Sequence[Miss], recorded: Sequence[Misses]) -> Iterator[str]
         )
     for each in sorted(recorded, key=lambda found: -sum(m.calls for m in found.missed)):
         if proposal := propose_dims(each):
-            model, task = each.build.model or "MODEL", each.build.task
-            words = [model, *(["--task", task] if task else []), *proposal.to_arguments()]
-            yield f"hubaoti compile {' '.join(words)}"
+            yield propose_command(each, proposal)
 
 
 def _list_unused(mirror: Mirror, rows: Sequence[Row]) -> Iterator[Unused]:
