@@ -241,7 +241,13 @@ def test_what_was_not_opened_for_long_leaves_where_that_is_said(
     with mirror.index.writing() as db:
         db.execute("update artifacts set added = ?", (time.time() - 40 * 24 * 3600,))
     use(mirror, used, 1)
-    assert inside(settings, "mirror", "gc").out.startswith("0 artifacts left")
+    budget = f"{read_budget(mirror) / 1e9:.1f} GB"
+    used_up = f"{sum(row.size for row in mirror.ls()) / 1e3:.1f} kB of {budget}"
+    nothing = inside(settings, "mirror", "gc").out
+    assert nothing == f"removed 0 artifacts (0 B) and 0 stray files; {used_up} used\n"
+    planned = inside(settings, "mirror", "gc", "--older-than", "30d", "--dry-run").out
+    assert "would remove 1 artifact (" in planned and f" of {budget} would be used\n" in planned
+    assert here(mirror) == {old.digest, used.digest}
     assert "not opened for 40" in inside(settings, "mirror", "gc", "--older-than", "30d").out
     assert here(mirror) == {used.digest}
 

@@ -104,7 +104,7 @@ def test_a_collection_that_cannot_free_enough_says_what_holds_how_much(
     with running(mirror.root, f"mirror.leases.hold('{artifacts[1].digest}')"):
         done = inside(settings, "mirror", "gc", "--dry-run", "--max-bytes", "1kB")
     size = format_size(next(row.size for row in mirror.ls() if row.digest == built.digest))
-    assert "0 artifacts would leave" in done.out
+    assert "would remove 0 artifacts" in done.out
     for why in ("pinned", "built here, and not pushed", "open in a process"):
         assert f"  {size} stay, because they are {why}" in done.out
     assert "because" not in inside(settings, "mirror", "gc", "--dry-run").out

@@ -83,13 +83,13 @@ def gc_command(
     if cells:
         print_table(columns, cells)
     for path in found.orphans:
-        print_line(f"left over: {path}")
-    verb = "would leave" if dry_run else "left"
+        print_line(f"stray: {path}")
+    removed, used = ("would remove", "would be used") if dry_run else ("removed", "used")
     print_line(
-        f"{format_count(len(cells), 'artifact')} {verb} "
-        f"({format_size(found.before - found.after)}), "
-        f"{format_count(len(found.orphans), 'left-over')}; {format_size(found.after)} of "
-        f"{format_size(found.budget)} are used"
+        f"{removed} {format_count(len(cells), 'artifact')} "
+        f"({format_size(found.before - found.after)}) and "
+        f"{format_count(len(found.orphans), 'stray file')}; {format_size(found.after)} of "
+        f"{format_size(found.budget)} {used}"
     )
     for why, size in held.items():
         print_line(f"  {format_size(size)} stay, because they are {why}")
