@@ -82,6 +82,8 @@ def gc_command(
     ]
     if cells:
         print_table(columns, cells)
+    for each in found.blocked:
+        print_line(f"stays: {each.digest[:12]} {each.recipe}/{each.variant}: {each.why}")
     for path in found.orphans:
         print_line(f"stray: {path}")
     removed, used = ("would remove", "would be used") if dry_run else ("removed", "used")
