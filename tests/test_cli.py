@@ -215,6 +215,33 @@ def test_eager_refuses_what_is_of_a_graph(env: Settings, option: list[str]) -> N
     refused(inside(env, *words, *option), errors.BadRequest, option[0], "--eager")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "push -q --as-is {bundle} {repo}",
+        "pull -q --trust {repo}",
+        "lock -q -o {bundle}.lock {repo}",
+        "verify -q {bundle}",
+        "versions -q {repo}",
+        "explain -q {repo}",
+        "search -q acme",
+        "pull -q --json --trust {repo}",
+        "verify -q --json {bundle}",
+    ],
+)
+def test_quiet_prints_what_its_help_says(
+    words: str, env: Settings, repo: str, tmp_path: Path
+) -> None:
+    done = inside(env, *words.format(bundle=tmp_path / "bundle", repo=repo).split())
+    said = " ".join(inside(env, words.split()[0], "--help").out.split())
+    assert done.code == 0 and done.err == ""
+    if "-q, --quiet print nothing but errors" in said:
+        assert bool(done.out) == ("--json" in words)
+        assert ("--json is printed all the same" in said) == ("--json" in said)
+    else:
+        assert "-q, --quiet print the result alone, and no steps" in said and done.out
+
+
 def test_quiet_is_silent(env: Settings, repo: str, tmp_path: Path) -> None:
     for words in (["push", "--as-is", tmp_path / "bundle", repo], ["pull", repo, "--trust"]):
         done = inside(env, *words, "--quiet")

@@ -80,7 +80,12 @@ _BY_MATRIX = ("--matrix goes by its file", "write it into a [[build]] of the fil
 @click.option("--certificates", metavar="FILE", help="of --matrix: as push has it")
 @click.option("--trust-config", metavar="FILE", help="of --matrix: as push has it")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
-@click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
+@click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    help="print nothing but errors; --json and --explain are printed all the same",
+)
 def compile_command(  # noqa: PLR0913 - its options
     model: str | None,
     output: Path | None,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hubaoti.hub.lockfile import Lock
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
-_QUIET = click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
+_QUIET = click.option("-q", "--quiet", is_flag=True, help="print the result alone, and no steps")
 
 
 @click.command("versions")
@@ -99,7 +99,7 @@ def _print_considered(each: Considered) -> None:
     help="the lockfile; by default hubaoti.lock",
 )
 @click.option("--add", is_flag=True, help="all else that the lockfile has stays as it is")
-@_QUIET
+@click.option("-q", "--quiet", is_flag=True, help="print nothing but errors")
 def lock_command(repos: tuple[str, ...], output: Path, add: bool, quiet: bool) -> None:
     """Write down what each REPO (owner/name[@revision]) holds now, by commit and digest."""
     from hubaoti import api
