@@ -195,6 +195,14 @@ def test_the_cpu_level(built: str, here: str, fit: MatchResult) -> None:
     assert verdict.fit is fit
 
 
+@pytest.mark.parametrize(
+    ("cpu", "said"), [("zen4", "x86_64_v4 (zen4)"), ("x86_64_v4", "x86_64_v4")]
+)
+def test_a_cpu_that_is_called_as_its_level_is_named_once(cpu: str, said: str) -> None:
+    (note,) = judge(CPU, replace(fake_cpu_host, level="x86_64_v4", cpu=cpu)).notes
+    assert note.have == said
+
+
 @pytest.mark.parametrize("name", ["glibc", "glibcxx", "cxxabi"])
 @pytest.mark.parametrize(
     ("needed", "here", "fits"),

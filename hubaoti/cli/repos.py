@@ -78,14 +78,14 @@ def _serialize(each: Considered) -> dict[str, object]:
 
 
 def _print_considered(each: Considered) -> None:
-    """An artifact, how well it fits, and every reason."""
+    """An artifact, how well it fits, and every reason: of one that is refused, those against it."""
     if each.verdict is None:
         word = "refused" if each.is_refused else "unreadable"
         print_line(f"{word:<13} {each.place}: {each.error}")
         return
     word = "refused" if each.verdict.refusals else str(each.verdict.fit)
     print_line(f"{word:<13} {each.place}")
-    for reason in (*each.verdict.refusals, *each.verdict.notes):
+    for reason in each.verdict.refusals or each.verdict.notes:
         print_line(f"    needs {reason.need}; here is {reason.have}: {reason.advice}")
 
 

@@ -210,7 +210,8 @@ def judge_level(requires: Requirements, host: Host) -> Finding:
     from archspec.cpu import TARGETS
 
     built, here = TARGETS.get(requires.level), TARGETS.get(host.level)
-    need, have = f"a CPU of level {requires.level}", f"{host.level} ({host.cpu})"
+    name = f" ({host.cpu})" * (host.cpu != host.level)
+    need, have = f"a CPU of level {requires.level}", f"{host.level}{name}"
     if built is None or here is None:
         advice = "upgrade archspec, which does not know both levels, or compile for this host"
         return Refusal(need, have, advice)
@@ -239,10 +240,9 @@ def _judge_libraries(requires: Requirements, host: Host) -> Finding:
         return None
     needed = {each for each in requires.libraries if host.torch or not comes_with_torch(each)}
     missing = ", ".join(sorted(needed - host.libraries))
-    if not missing:
-        return None
     have = "none of that name in torch's folder or where the loader looks"
-    return Refusal(f"the libraries {missing}", have, f"install the packages that have {missing}")
+    advice = f"install the packages that have {missing}"
+    return Refusal(f"the libraries {missing}", have, advice) if missing else None
 
 
 def _judge_kernels(requires: Requirements, host: Host) -> Finding:
