@@ -216,6 +216,19 @@ def test_eager_refuses_what_is_of_a_graph(env: Settings, option: list[str]) -> N
 
 
 @pytest.mark.parametrize(
+    ("command", "option", "said"),
+    [
+        ("push", "--move-tag", "move an existing tag to this commit"),
+        ("push", "--replace", "overwrite the artifact at this path"),
+        ("compile", "--task TEXT", "embed, classify, logits, generate or forward; default: from"),
+        ("compile", "--dim NAME=MIN:MAX[:STEP]", "as batch=1:32, or seq=20:20 for one size"),
+    ],
+)
+def test_help_says_what_an_option_does(command: str, option: str, said: str, env: Settings) -> None:
+    assert f" {option} {said}" in " ".join(inside(env, command, "--help").out.split())
+
+
+@pytest.mark.parametrize(
     "words",
     [
         "push -q --as-is {bundle} {repo}",

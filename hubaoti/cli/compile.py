@@ -38,8 +38,16 @@ _BY_MATRIX = ("--matrix goes by its file", "write it into a [[build]] of the fil
 @click.command("compile")
 @click.argument("model", required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="the bundle")
-@click.option("--task", help="embed, classify, logits, generate or forward; by default as it says")
-@click.option("--dim", "dims", multiple=True, metavar="NAME=MIN:MAX[:STEP]", help="as batch=1:32")
+@click.option(
+    "--task", help="embed, classify, logits, generate or forward; default: from the model's files"
+)
+@click.option(
+    "--dim",
+    "dims",
+    multiple=True,
+    metavar="NAME=MIN:MAX[:STEP]",
+    help="as batch=1:32, or seq=20:20 for one size",
+)
 @click.option(
     "--bucket", "buckets", multiple=True, metavar="NAME=MIN:MAX", help="a graph of its own: seq=1:1"
 )

@@ -25,9 +25,9 @@ _PUBLISHED = {True: "published", False: "was there already"}
 )
 @click.argument("repo")
 @click.option("--tag", help="name the commit, as v1.2.0")
-@click.option("--move-tag", is_flag=True, help="the tag, from the commit that it names now")
+@click.option("--move-tag", is_flag=True, help="move an existing tag to this commit")
 @click.option("--label", help="the user's own part of the recipe's path, of each bundle's")
-@click.option("--replace", is_flag=True, help="an artifact of another key at the same path")
+@click.option("--replace", is_flag=True, help="overwrite the artifact at this path")
 @click.option("--private", is_flag=True, help="when the repo has to be made")
 @click.option(
     "--layout",
