@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.sizes import format_size
 from hubaoti.cli import COMMANDS, dispatch
 from hubaoti.cli.output import Steps, format_time, print_table
+from hubaoti.host.build_tools import find_missing_build_tools
+from hubaoti.host.extras import format_install
+from hubaoti.host.probe import Torch
 from hubaoti.hub.layout import RepoRef
 from hubaoti.settings import Settings
 
@@ -130,11 +134,31 @@ def test_doctor_says_what_is_missing_to_compile_and_how_to_get_it(
     assert all(each["need"] and each["have"] and each["advice"] for each in missing)
     (compiler,) = [each for each in missing if each["need"].startswith("g++")]
     assert compiler["need"] in table.out and compiler["advice"] in table.out
+    cpu, gpu = table.out.split("missing to compile for a GPU:\n")
+    assert cpu.startswith("missing to compile for this CPU:\n") and compiler["advice"] in cpu
+    assert len(cpu.splitlines()) == 3 and len(gpu.splitlines()) == len(missing) + 1
     monkeypatch.setattr("hubaoti.cli.doctor.find_missing_build_tools", lambda torch: [])
     nothing = inside(env, "doctor", "--build")
-    assert (nothing.code, nothing.err) == (0, "") and nothing.out.startswith("nothing is missing")
+    assert (nothing.code, nothing.err) == (0, "")
+    assert nothing.out.endswith("nothing is missing to compile for a GPU\n")
     nothing = inside(env, "doctor", "--build", "--json")
     assert (nothing.code, json.loads(nothing.out)) == (0, [])
+
+
+def test_doctor_says_for_the_cpu_too_whether_all_is_there(
+    env: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = partial(find_missing_build_tools, Torch("2.13.0+cpu", None, None, Path()))
+    monkeypatch.setattr("hubaoti.cli.doctor.find_missing_build_tools", lambda _: without())
+    monkeypatch.setattr("hubaoti.host.build_tools.shutil.which", lambda name: name)
+    table = inside(env, "doctor", "--build")
+    assert table.code == errors.MissingDependency.exit_code
+    assert table.out.startswith("nothing is missing to compile for this CPU\nmissing to compile")
+    assert "a torch that is built with CUDA" in table.out
+    monkeypatch.setattr("hubaoti.host.extras.package_version", lambda _: None)
+    table = inside(env, "doctor", "--build")
+    assert "compiling needs torch and transformers, which are not installed" in table.out
+    assert format_install("compile") in table.out
 
 
 def test_push_and_pull_say_what_they_did(env: Settings, tmp_path: Path) -> None:
