@@ -16,6 +16,7 @@ from commands import HUBAOTI, Done, environment_of, hubaoti, inside
 
 from hubaoti import LightweightEngine
 from hubaoti.artifact.bundle import Bundle
+from hubaoti.cli import prompts as prompts_of_cli
 from hubaoti.engines import batch_file
 from hubaoti.errors import BadRequest, Conflict, OutOfBounds, OutputExists
 from hubaoti.settings import Settings
@@ -53,14 +54,20 @@ def model(tiny_decoder: Path, decoder_bundle: Bundle) -> Path:
     return tiny_decoder
 
 
-def test_prompts_are_answered_by_what_the_mirror_has(built_at: Settings, model: Path) -> None:
+def test_prompts_are_answered_by_what_the_mirror_has(
+    built_at: Settings, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = run(built_at, model, "--prompt", "hello", "--prompt", "A cat sits")
     assert done.code == 0, done
     assert [line[:6] for line in done.out.splitlines()] == ["hello ", "A cat "]
     assert "graphs answered 6 calls" in done.err
     plain = run(built_at, model, "--prompt", "hello", "--prompt", "A cat sits", "--eager")
     assert plain.out == done.out
-    assert "without graphs" in plain.err
+    assert "answered without graphs: --eager says so" in plain.err
+    monkeypatch.setenv("AOTI_DISABLED", "1")
+    plain = run(built_at, model, "--prompt", "hello")
+    assert "answered without graphs: the settings say so (AOTI_DISABLED" in plain.err
+    monkeypatch.delenv("AOTI_DISABLED")
     told = json.loads(run(built_at, model, "--prompt", "hello", "--json").out)
     assert told["artifact"]
     assert (told["compiled"], told["eager"]) == (6, 0)
@@ -160,15 +167,38 @@ def test_a_prompt_that_is_too_long_is_said_before_any_is_answered(
 
 
 @pytest.mark.parametrize(
-    "line", ["{", '{"text": "x"}', '{"prompt": 3}', "[1]", "3", '{"prompt": "x", "id": []}', "\xff"]
+    ("line", "said"),
+    [
+        ("{", "Input data was truncated"),
+        ('{"text": "x", "n": 3}', "it has no prompt and no messages, only text, n"),
+        ("{}", "it has no prompt and no messages, nothing"),
+        ('{"prompt": 3}', "Expected `str | array`, got `int`"),
+        ("[1]", "it is neither a text nor an object"),
+        ("3", "it is neither a text nor an object"),
+        ('{"prompt": "x", "id": []}', "Expected `int | str | null`, got `array`"),
+        ("\xff", "JSON is malformed"),
+    ],
 )
-def test_a_line_that_is_no_prompt_is_named(
-    line: str, built_at: Settings, model: Path, prompts: Path, tmp_path: Path
+def test_a_line_that_is_no_prompt_is_named_with_what_is_wrong(
+    line: str, said: str, prompts: Path
 ) -> None:
     with prompts.open("a", encoding="latin-1") as file:
         file.write(line + "\n")
-    with pytest.raises(BadRequest, match=rf"line {COUNT + 2} is no prompt"):
+    with pytest.raises(BadRequest) as caught:
         batch_file.read_prompt_file(prompts)
+    assert f"line {COUNT + 2} is no prompt: {said}" in str(caught.value)
+    assert "Error" not in str(caught.value)
+
+
+def test_progress_counts_the_prompts_of_the_file_or_nothing_yet(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with prompts_of_cli._show_progress_bar(False):
+        pass
+    assert "/" not in capsys.readouterr().err
+    with prompts_of_cli._show_progress_bar(False) as show:
+        show(batch_file.BatchProgress(0, 3, 0, 0, 0.0))
+    assert "0/3" in capsys.readouterr().err
 
 
 def test_files_that_are_none_are_said_so(tmp_path: Path) -> None:

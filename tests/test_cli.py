@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.sizes import format_size
 from hubaoti.cli import COMMANDS, dispatch
 from hubaoti.cli.output import Steps, format_time, print_table
+from hubaoti.host.build_tools import find_missing_build_tools
+from hubaoti.host.extras import format_install
+from hubaoti.host.probe import Torch
 from hubaoti.hub.layout import RepoRef
 from hubaoti.settings import Settings
 
@@ -130,11 +134,31 @@ def test_doctor_says_what_is_missing_to_compile_and_how_to_get_it(
     assert all(each["need"] and each["have"] and each["advice"] for each in missing)
     (compiler,) = [each for each in missing if each["need"].startswith("g++")]
     assert compiler["need"] in table.out and compiler["advice"] in table.out
+    cpu, gpu = table.out.split("missing to compile for a GPU:\n")
+    assert cpu.startswith("missing to compile for this CPU:\n") and compiler["advice"] in cpu
+    assert len(cpu.splitlines()) == 3 and len(gpu.splitlines()) == len(missing) + 1
     monkeypatch.setattr("hubaoti.cli.doctor.find_missing_build_tools", lambda torch: [])
     nothing = inside(env, "doctor", "--build")
-    assert (nothing.code, nothing.err) == (0, "") and nothing.out.startswith("nothing is missing")
+    assert (nothing.code, nothing.err) == (0, "")
+    assert nothing.out.endswith("nothing is missing to compile for a GPU\n")
     nothing = inside(env, "doctor", "--build", "--json")
     assert (nothing.code, json.loads(nothing.out)) == (0, [])
+
+
+def test_doctor_says_for_the_cpu_too_whether_all_is_there(
+    env: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = partial(find_missing_build_tools, Torch("2.13.0+cpu", None, None, Path()))
+    monkeypatch.setattr("hubaoti.cli.doctor.find_missing_build_tools", lambda _: without())
+    monkeypatch.setattr("hubaoti.host.build_tools.shutil.which", lambda name: name)
+    table = inside(env, "doctor", "--build")
+    assert table.code == errors.MissingDependency.exit_code
+    assert table.out.startswith("nothing is missing to compile for this CPU\nmissing to compile")
+    assert "a torch that is built with CUDA" in table.out
+    monkeypatch.setattr("hubaoti.host.extras.package_version", lambda _: None)
+    table = inside(env, "doctor", "--build")
+    assert "compiling needs torch and transformers, which are not installed" in table.out
+    assert format_install("compile") in table.out
 
 
 def test_push_and_pull_say_what_they_did(env: Settings, tmp_path: Path) -> None:
@@ -213,6 +237,46 @@ def test_pull_mentions_a_manifest_that_it_could_not_use(env: Settings, tmp_path:
 def test_eager_refuses_what_is_of_a_graph(env: Settings, option: list[str]) -> None:
     words = ["run", "acme/x", "--model", ".", "--text", "x", "--eager"]
     refused(inside(env, *words, *option), errors.BadRequest, option[0], "--eager")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "said"),
+    [
+        ("push", "--move-tag", "move an existing tag to this commit"),
+        ("push", "--replace", "overwrite the artifact at this path"),
+        ("compile", "--task TEXT", "embed, classify, logits, generate or forward; default: from"),
+        ("compile", "--dim NAME=MIN:MAX[:STEP]", "as batch=1:32, or seq=20:20 for one size"),
+    ],
+)
+def test_help_says_what_an_option_does(command: str, option: str, said: str, env: Settings) -> None:
+    assert f" {option} {said}" in " ".join(inside(env, command, "--help").out.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "push -q --as-is {bundle} {repo}",
+        "pull -q --trust {repo}",
+        "lock -q -o {bundle}.lock {repo}",
+        "verify -q {bundle}",
+        "versions -q {repo}",
+        "explain -q {repo}",
+        "search -q acme",
+        "pull -q --json --trust {repo}",
+        "verify -q --json {bundle}",
+    ],
+)
+def test_quiet_prints_what_its_help_says(
+    words: str, env: Settings, repo: str, tmp_path: Path
+) -> None:
+    done = inside(env, *words.format(bundle=tmp_path / "bundle", repo=repo).split())
+    said = " ".join(inside(env, words.split()[0], "--help").out.split())
+    assert done.code == 0 and done.err == ""
+    if "-q, --quiet print nothing but errors" in said:
+        assert bool(done.out) == ("--json" in words)
+        assert ("--json is printed all the same" in said) == ("--json" in said)
+    else:
+        assert "-q, --quiet print the result alone, and no steps" in said and done.out
 
 
 def test_quiet_is_silent(env: Settings, repo: str, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 import hubaoti
 from hubaoti import __version__
+from hubaoti.api.attaching import put
 from hubaoti.api.building import refuse_tuning
 from hubaoti.api.compiling import CompileOptions
 from hubaoti.artifact.bundle import Bundle
@@ -174,6 +175,34 @@ def test_a_bundle_of_another_key_is_replaced(
     make_bundle(tmp_path / "bundle")
     hubaoti.compile(tiny_decoder, tmp_path / "bundle", settings=stocked, **ASKED)
     assert tree_of(tmp_path / "bundle") == tree_of(decoder_bundle.path)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_which_bundle_was_replaced_is_told(
+    kept: bool, stocked: Settings, tiny_decoder: Path, tmp_path: Path
+) -> None:
+    place, steps = tmp_path / "bundle", list[str]()
+    old = make_bundle(place)
+    if kept:
+        with Mirror.open(stocked.mirror) as mirror:
+            put(old, mirror)
+    for _ in range(2):
+        hubaoti.compile(tiny_decoder, place, settings=stocked, progress=steps.append, **ASKED)
+    said = f"replaced in {place}: the bundle of acme/tiny (key {old.manifest.key[:12]})"
+    said += ", which stays in the mirror" * kept
+    assert [each for each in steps if each.startswith("replaced")] == [said]
+
+
+def test_what_was_not_replaced_is_not_told(
+    bare: Settings, tiny_decoder: Path, tmp_path: Path
+) -> None:
+    make_bundle(tmp_path / "bundle")
+    steps = list[str]()
+    with pytest.raises(Building):
+        hubaoti.compile(
+            tiny_decoder, tmp_path / "bundle", settings=bare, progress=steps.append, **ASKED
+        )
+    assert steps and not any("replaced" in each for each in steps)
 
 
 def flip(file: Path) -> None:

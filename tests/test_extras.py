@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -28,7 +29,7 @@ from hubaoti.artifact.requirements import series
 from hubaoti.cli import COMMANDS
 from hubaoti.errors import MissingDependency
 from hubaoti.host import extras
-from hubaoti.host.extras import EXTRAS, SUPPORTED, is_supported, join_names, require
+from hubaoti.host.extras import EXTRAS, SUPPORTED, format_install, is_supported, join_names, require
 from hubaoti.host.probe import probe_host
 from hubaoti.settings import Settings
 
@@ -95,7 +96,8 @@ def test_a_plain_installation_publishes_and_fetches_what_is_named(
     chosen = plain(bare, settings, "pull", f"{repo}@v1", "--trust")
     assert chosen.code == 3
     assert "needs torch 2.13.0+cpu; here is no torch: install torch 2.13" in chosen.err
-    assert 'pip install "hubaoti[run]"' in chosen.err
+    both = f'pip install "torch==2.13.*", then {format_install("run")};'
+    assert f"hint: install the one that it was built for: {both}" in chosen.err
     assert f"hubaoti pull {repo}@v1 --path {place}" in chosen.err
     named = plain(bare, settings, "pull", f"{repo}@v1", "--trust", "--path", place)
     assert named.code == 0
@@ -139,7 +141,7 @@ def test_a_command_that_needs_an_extra_names_it(
     done = plain(bare, settings, *words)
     assert done.code == 26
     assert f"needs {missing}, which are not installed" in done.err
-    assert f'hint: pip install "hubaoti[{extra}]"' in done.err
+    assert f"hint: {format_install(*extra.split(','))}\n" in done.err
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_a_verb_that_needs_an_extra_names_it(
         "import hubaoti\nfrom hubaoti.errors import MissingDependency\n"
         f"try: hubaoti.{verb}\nexcept MissingDependency as why: print(why.hint)"
     )
-    assert python(bare, settings, "-c", program).out == f'pip install "hubaoti[{extra}]"\n'
+    assert python(bare, settings, "-c", program).out == f"{format_install(*extra.split(','))}\n"
 
 
 VERBS: dict[str, Callable[[Settings], Any]] = {
@@ -179,6 +181,55 @@ OPENS: dict[str, Callable[[Settings], Any]] = {
         nn.Identity(), "acme/tiny", settings=settings
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("record", "command"),
+    [
+        (None, 'pip install "hubaoti[run,sign]"'),
+        ({"url": "file:///src/hu%20bao", "dir_info": {"editable": True}}, "-e /src/hu bao"),
+        ({"url": "file:///src/hu", "dir_info": {}}, "/src/hu"),
+        ({"url": "file:///src/hu", "dir_info": {}, "subdirectory": "py"}, "/src/hu/py"),
+        ({"url": "file:///a%22%24b%60%5Cc", "dir_info": {}}, r"/a\"\$b\`\\c"),
+        (
+            {
+                "url": "https://me:secret@git.example/hubaoti.git",
+                "vcs_info": {"vcs": "git", "commit_id": "4d5e6f", "requested_revision": "main"},
+                "subdirectory": "python",
+            },
+            "@ git+https://git.example/hubaoti.git@4d5e6f#subdirectory=python",
+        ),
+        (
+            {
+                "url": "ssh://git@git.example/hubaoti.git",
+                "vcs_info": {"vcs": "git", "commit_id": "4d5e6f"},
+            },
+            "@ git+ssh://git@git.example/hubaoti.git@4d5e6f",
+        ),
+        (
+            {"url": "https://files.example/hubaoti-1.whl?token=secret", "archive_info": {}},
+            "@ https://files.example/hubaoti-1.whl",
+        ),
+        ({"url": "file:///src/hu", "dir_info": None}, 'pip install "hubaoti[run,sign]"'),
+        ([], 'pip install "hubaoti[run,sign]"'),
+    ],
+)
+def test_extras_come_from_where_hubaoti_itself_was_installed(
+    record: Any, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No index has what was installed from a checkout or a URL."""
+    if command.startswith("@ "):
+        command = f'pip install "hubaoti[run,sign] {command}"'
+    elif not command.startswith("pip"):
+        flag, _, path = command.rpartition("-e ")
+        command = f'pip install {"-e " * command.startswith("-e ")}"{path}[run,sign]"'
+    known = tmp_path / "hubaoti-1.0.dist-info"
+    known.mkdir()
+    (known / "METADATA").write_text("Metadata-Version: 2.1\nName: hubaoti\nVersion: 1.0\n")
+    if record is not None:
+        (known / "direct_url.json").write_text(json.dumps(record))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert format_install("run", "sign") == command
 
 
 @pytest.mark.parametrize(("package", "version"), REFUSED)
@@ -208,7 +259,7 @@ def test_a_quantized_compile_says_at_the_door_what_to_install(
     )
     with pytest.raises(MissingDependency, match="int8wo needs torchao, which is not") as caught:
         hubaoti.compile("acme/none-such", quantize="int8wo", settings=settings)
-    assert caught.value.hint == 'pip install "hubaoti[quantize]"'
+    assert caught.value.hint == format_install("quantize")
 
 
 def test_attach_needs_no_transformers_that_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,6 +223,27 @@ def test_what_is_of_nobody_trusted_any_more_is_collected(
     assert here(mirror) == set()
 
 
+def test_what_is_blocked_and_pinned_stays_and_is_named_with_what_pins_it(
+    mirror: Mirror, tmp_path: Path, settings: Settings
+) -> None:
+    one, two, _ = fill(mirror, tmp_path, "one", "two", "three")
+    lock = tmp_path / "hubaoti.lock"
+    lock.write_text(two.digest)
+    mirror.usage.pin(one.digest), mirror.usage.pin(two.digest, str(lock))
+    assert "stays: " not in inside(settings, "mirror", "gc", "--dry-run").out
+    mirror.trust.block("https://hub", "acme")
+    for words in (["--dry-run"], []):
+        done = inside(settings, "mirror", "gc", *words).out
+        for each, holder in ((one, "hubaoti mirror pin"), (two, lock)):
+            (line,) = (said for said in done.splitlines() if each.digest[:12] in said)
+            assert line.startswith("stays: ")
+            assert line.endswith(f"published by acme, who is blocked, and pinned by {holder}")
+    assert here(mirror) == {one.digest, two.digest}
+    found = json.loads(inside(settings, "mirror", "gc", "--json").out)
+    assert found["artifacts"] == []
+    assert {each["digest"] for each in found["blocked"]} == {one.digest, two.digest}
+
+
 def test_what_nobody_said_anything_of_yet_waits(mirror: Mirror, tmp_path: Path) -> None:
     """As after an import, or when the index was lost: it may be nowhere else."""
     unknown = put(mirror, make(tmp_path, "unknown"), BUILT_HERE)
@@ -241,7 +262,13 @@ def test_what_was_not_opened_for_long_leaves_where_that_is_said(
     with mirror.index.writing() as db:
         db.execute("update artifacts set added = ?", (time.time() - 40 * 24 * 3600,))
     use(mirror, used, 1)
-    assert inside(settings, "mirror", "gc").out.startswith("0 artifacts left")
+    budget = f"{read_budget(mirror) / 1e9:.1f} GB"
+    used_up = f"{sum(row.size for row in mirror.ls()) / 1e3:.1f} kB of {budget}"
+    nothing = inside(settings, "mirror", "gc").out
+    assert nothing == f"removed 0 artifacts (0 B) and 0 stray files; {used_up} used\n"
+    planned = inside(settings, "mirror", "gc", "--older-than", "30d", "--dry-run").out
+    assert "would remove 1 artifact (" in planned and f" of {budget} would be used\n" in planned
+    assert here(mirror) == {old.digest, used.digest}
     assert "not opened for 40" in inside(settings, "mirror", "gc", "--older-than", "30d").out
     assert here(mirror) == {used.digest}
 

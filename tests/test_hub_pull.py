@@ -47,6 +47,7 @@ from hubaoti.errors import (
     RepoNotFound,
     Untrusted,
 )
+from hubaoti.host.extras import format_install
 from hubaoti.host.match import MatchResult
 from hubaoti.host.probe import Gpu, Host, Torch
 from hubaoti.hub.choice import Pulled
@@ -332,7 +333,9 @@ def test_where_no_torch_is_installed_a_choice_says_to_install_one(
     ship(tmp_path, repo, settings)
     with pytest.raises(NoMatch, match="no torch is installed here") as caught:
         pull_artifact(RepoRef(repo), settings, WITHOUT_TORCH, trust=True)
-    assert 'pip install "hubaoti[run]"' in caught.value.hint
+    series = CPU["torch"].rpartition(".")[0]
+    both = f'pip install "torch=={series}.*", then {format_install("run")};'
+    assert both in caught.value.hint, "the extra alone would bring another torch"
     assert f"hubaoti pull {repo} --path {NAMED}" in caught.value.hint
 
 

@@ -195,6 +195,14 @@ def test_the_cpu_level(built: str, here: str, fit: MatchResult) -> None:
     assert verdict.fit is fit
 
 
+@pytest.mark.parametrize(
+    ("cpu", "said"), [("zen4", "x86_64_v4 (zen4)"), ("x86_64_v4", "x86_64_v4")]
+)
+def test_a_cpu_that_is_called_as_its_level_is_named_once(cpu: str, said: str) -> None:
+    (note,) = judge(CPU, replace(fake_cpu_host, level="x86_64_v4", cpu=cpu)).notes
+    assert note.have == said
+
+
 @pytest.mark.parametrize("name", ["glibc", "glibcxx", "cxxabi"])
 @pytest.mark.parametrize(
     ("needed", "here", "fits"),
@@ -233,6 +241,15 @@ def test_another_operating_system_is_refused() -> None:
 def test_missing_libraries_are_refused_by_name() -> None:
     requires = replace(CPU, libraries=("libc.so.6", "libnvrtc.so.13", "libcuda.so.1"))
     assert needs(judge(requires, fake_cpu_host)) == "the libraries libcuda.so.1, libnvrtc.so.13"
+
+
+def test_what_comes_with_torch_is_not_missed_where_torch_is() -> None:
+    libraries = ("libtorch_cpu.so", "libc10.so", "libodd.so.2")
+    without = replace(fake_cpu_host, torch=None)
+    said = "torch 2.13.0+cpu; the libraries libodd.so.2"
+    assert needs(judge(replace(CPU, libraries=libraries), without)) == said
+    assert needs(judge(replace(CPU, libraries=libraries[:2]), without)) == "torch 2.13.0+cpu"
+    assert "libc10.so" in needs(judge(replace(CPU, libraries=libraries), fake_cpu_host))
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_a_collection_that_cannot_free_enough_says_what_holds_how_much(
     with running(mirror.root, f"mirror.leases.hold('{artifacts[1].digest}')"):
         done = inside(settings, "mirror", "gc", "--dry-run", "--max-bytes", "1kB")
     size = format_size(next(row.size for row in mirror.ls() if row.digest == built.digest))
-    assert "0 artifacts would leave" in done.out
+    assert "would remove 0 artifacts" in done.out
     for why in ("pinned", "built here, and not pushed", "open in a process"):
         assert f"  {size} stay, because they are {why}" in done.out
     assert "because" not in inside(settings, "mirror", "gc", "--dry-run").out
@@ -166,7 +166,9 @@ def test_all_that_is_known_is_shown(
     assert not found["may_run"] and "acme" in found["why"]
     assert found["origins"] == [f"acme/one@{'c' * 40}/path"]
     assert found["compile_seconds"] == 1.5
-    assert str(artifact.path) in inside(settings, "mirror", "show", "acme/one").out
+    shown = inside(settings, "mirror", "show", "acme/one").out
+    assert str(artifact.path) in shown and "  hubaoti mirror pin\n" in shown
+    assert found["pinned_by"] == ["hubaoti mirror pin"]
 
 
 def test_what_is_removed_is_gone_with_the_graphs_that_no_other_has(
@@ -202,6 +204,12 @@ def test_what_a_file_pins_stays_as_long_as_the_file(
     mirror.usage.pin(artifacts[0].digest, str(lock))
     done = inside(settings, "mirror", "rm", "acme/one")
     assert done.code == errors.ArtifactHeld.exit_code and str(lock) in done.err
+    assert inside(settings, "mirror", "pin", "acme/one").code == 0
+    (found,) = json.loads(inside(settings, "mirror", "show", "acme/one", "--json").out)
+    assert found["pinned"] and found["pinned_by"] == [str(lock), "hubaoti mirror pin"]
+    for _ in range(2):
+        unpinned = inside(settings, "mirror", "unpin", "acme/one").out
+        assert unpinned.endswith(f" stays pinned by {lock}\n") and "leave" not in unpinned
     lock.unlink()
     assert inside(settings, "mirror", "rm", "acme/one").code == 0
 

@@ -14,6 +14,7 @@ from commands import inside
 from test_mirror_store import put
 
 from hubaoti.artifact.canonical import encode_canonical
+from hubaoti.artifact.sizes import format_size
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.mirror.answers import BUILT, HUB, MIRROR
 from hubaoti.settings import Settings
@@ -38,7 +39,8 @@ def stats(settings: Settings, *words: object) -> dict[str, object]:
 def test_an_empty_mirror_has_nothing_to_say(settings: Settings) -> None:
     found = stats(settings)
     assert (found["artifacts"], found["hit_rate"], found["unused"]) == (0, None, [])
-    assert "nothing was asked for yet" in inside(settings, "mirror", "stats").out
+    words = inside(settings, "mirror", "stats").out
+    assert "nothing was asked for yet" in words and "would have taken" not in words
 
 
 def test_hits_are_counted_by_tier_with_what_they_saved(
@@ -50,7 +52,14 @@ def test_hits_are_counted_by_tier_with_what_they_saved(
     assert found["hit_rate"] == 0.5
     assert found["saved_compile_seconds"] == pytest.approx(4.5)  # of 1.5 s each
     assert found["saved_bytes"] == 2 * artifact.manifest.size
-    assert "mirror 2, hub 1, built 1, nobody 0; 50% hits" in inside(settings, "mirror", "stats").out
+    words = inside(settings, "mirror", "stats").out
+    assert "mirror 2, hub 1, built 1, nobody 0; 50% hits" in words
+    size = format_size(2 * artifact.manifest.size)
+    assert (
+        "a compile for each of 3 answers by mirror or hub would have taken 4.5 s in all, "
+        f"a download for each of 2 answers by mirror {size}\n"
+    ) in words
+    assert "saved" not in words, "nobody would have compiled one artifact three times"
 
 
 def test_prometheus_reads_every_line(
@@ -87,5 +96,7 @@ def test_recorded_misses_say_which_dims_to_compile(settings: Settings, tmp_path:
         encode_canonical({"schema": 1, "build": build, "missed": missed, "regions": {}})
     )
     found = stats(settings, "--misses", file)
-    assert found["compile_next"] == ["hubaoti compile acme/tiny --task embed --dim seq=1:96"]
+    assert found["compile_next"] == [
+        "hubaoti compile acme/tiny --task embed --dim seq=1:96 -o bundle"
+    ]
     assert inside(settings, "mirror", "stats", "--misses", tmp_path / "none").code == 2

@@ -124,13 +124,18 @@ def test_the_command_prints_what_would_have_served(tmp_path: Path) -> None:
         "proposed: hubaoti compile acme/llama --task generate --dim batch=1:6 --dim seq=1:50 "
         "--bucket seq=1:1 --bucket seq=2:50 -o bundle"
     ) in done.out
-    assert "of a module" not in done.out
+    assert "hubaoti.compile(" not in done.out
     file.write_text(file.read_text().replace("acme/llama", "Net").replace("generate", "forward"))
     done = hubaoti(settings, "compile", "--from-misses", file)
     assert (
-        "or, of a module: hubaoti.compile(module, 'bundle', calls=calls, "
+        "proposed: hubaoti.compile(module, 'bundle', calls=calls, shapes=shapes, "
         "dims={'batch': (1, 6, 1), 'seq': (1, 50, 1)}, buckets=[{'seq': (1, 1)}, {'seq': (2, 50)}])"
     ) in done.out
+    assert "shapes names the sizes batch, seq of the inputs of Net" in done.out
+    assert "hubaoti compile" not in done.out, "which finds no module from Python"
+    done = hubaoti(settings, "compile", "acme/net", "--from-misses", file)
+    assert "proposed: hubaoti compile acme/net --task forward --dim batch=1:6" in done.out
+    assert "hubaoti.compile(" not in done.out
     done = hubaoti(settings, "compile", "--from-misses", file, "--json")
     assert json.loads(done.out)["dims"] == {"batch": [1, 6, 1], "seq": [1, 50, 1]}
     assert hubaoti(settings, "compile", "--from-misses", tmp_path / "none").code == 2

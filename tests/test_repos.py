@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,8 +111,16 @@ def test_the_commands_say_the_same(
     assert lines[1].split() == ["exact", OTHER]
     assert f"refused       {OLD}" in lines
     assert any("needs torch 2.11.0+cpu; here is torch 2.13.0+cu130" in line for line in lines)
+    host.write_text(json.dumps(replace(make_gpu_host(), level="x86_64_v4").to_dict()))
+    blocks = inside(settings, "explain", repo, "--host", host).out.split("\nrefused")
+    note = "needs a CPU of level x86_64_v3; here is x86_64_v4"
+    assert note in blocks[0] and len(blocks) > 1
+    assert not any(note in each for each in blocks[1:]), "which is no reason against it"
+    facts = json.loads(inside(settings, "explain", repo, "--host", host, "--json").out)
+    (old,) = (each["verdict"] for each in facts["artifacts"] if each["path"] == OLD)
+    assert any(each["need"] in note for each in old["notes"])
     facts = json.loads(inside(settings, "explain", f"{repo}@v1", "--host", host, "--json").out)
-    assert [each["verdict"]["fit"] for each in facts["artifacts"]][0] == "exact"
+    assert [each["verdict"]["fit"] for each in facts["artifacts"]][0] == "compatible"
     assert len(facts["artifacts"]) == 3
 
 

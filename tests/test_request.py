@@ -66,6 +66,14 @@ def test_a_malformed_dim_is_refused_with_an_example(text: str) -> None:
         assert "--dim" in caught.value.hint
 
 
+@pytest.mark.parametrize(("text", "fixed"), [("seq=32", "seq=32:32"), ("seq", "seq=20:20")])
+def test_a_dim_of_one_size_is_told_how_to_write_it(text: str, fixed: str) -> None:
+    with pytest.raises(BadDim) as caught:
+        parse_dims([text])
+    assert caught.value.hint.endswith(f"--dim batch=1:32, or for one size alone as --dim {fixed}")
+    assert parse_dims([fixed])
+
+
 def test_a_dim_is_given_once() -> None:
     with pytest.raises(BadDim, match="twice"):
         parse_dims(["seq=1:2", "seq=1:2"])

@@ -31,6 +31,7 @@ from hubaoti.errors import (
     UnknownTask,
     Untrusted,
 )
+from hubaoti.host.extras import format_install
 from hubaoti.host.match import MatchResult
 from hubaoti.host.probe import Host
 from hubaoti.hub import search, survey
@@ -445,7 +446,7 @@ def test_a_program_without_the_compiler_s_packages_says_what_to_install(
 ) -> None:
     monkeypatch.setattr("hubaoti.host.extras.package_version", lambda _: None)
     done = inside(settings, "search", "--program", "any/model")
-    assert done.code == 26 and 'pip install "hubaoti[compile]"' in done.err
+    assert done.code == 26 and format_install("compile") in done.err
 
 
 def test_manifests_without_end_are_bounded(bundle: Bundle) -> None:

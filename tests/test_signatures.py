@@ -749,6 +749,7 @@ def test_a_key_is_made_and_told_and_asked_for_by_commands(
     assert refused.code == 47 and "--sign" in refused.err
     done = inside(settings, "push", bundle.path, repo, "--as-is", "--sign", private)
     assert "was there already, signed now" in done.out
+    assert "(its signature)" in done.err and "0 B" not in done.err
     words = ("pull", repo, "--path", artifact_path(bundle.manifest))
     assert inside(settings, *words).code == 0
 
@@ -796,4 +797,4 @@ def test_without_the_extra_it_is_named(
     for act in (lambda: push(bundle, repo, wary, acme), lambda: pull(repo, wary)):
         with pytest.raises(MissingDependency, match="needs model-signing") as why:
             act()
-        assert "hubaoti[sign]" in why.value.hint
+        assert why.value.hint == extras.format_install("sign")

@@ -70,6 +70,7 @@ def test_digits_that_begin_no_digest_here_are_nobody_until_it_is_said_that_they_
     assert "digits" in refuse(settings, "block", "0" * 12)
     short = refuse(settings, "block", digest[:6])
     assert "may be called so" in short and digest in short
+    assert "begins 1 digest here" in short
     assert "facade at" in say(settings, "block", "owner:facade")
     assert Trust(settings.trust).read().blocks(settings.endpoint, "facade")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubaoti.api.attaching import put
-from hubaoti.api.finding import find_built, find_whole, list_allowed
+from hubaoti.api.finding import find_built, find_whole, list_allowed, telling_replaced
 from hubaoti.artifact.bundle import Bundle, explain_store_errors
 from hubaoti.artifact.kernel_variant import KernelHost
 from hubaoti.artifact.manifest import FILENAME, label_recipe, label_variant
@@ -103,6 +103,7 @@ def build_missing(
         }
         missing = dict(zip(found, jobs.jobs, strict=True))
         around.enter_context(_alone_with(missing.values(), mirror, means.progress))
+        around.enter_context(telling_replaced([*found], mirror, means.progress))
         for place in [] if means.force else [*missing]:
             key = missing[place].key
             found[place] = find_built(key, place, mirror, means.progress, means.own)

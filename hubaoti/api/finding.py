@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hubaoti.artifact.bundle import Bundle, tidy, write_bundle, write_manifest
+from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.package import pack_folder
-from hubaoti.errors import BadManifest, DigestMismatch
+from hubaoti.errors import BadManifest, DigestMismatch, HubaotiError
 from hubaoti.mirror import Artifact, Mirror, Row
 from hubaoti.mirror.answers import MIRROR
 from hubaoti.progress import Progress
@@ -38,6 +40,29 @@ def find_built(
         mirror.answers.record(MIRROR, artifact.manifest)
         progress(f"found {key[:12]} in the mirror, {mirror.decide(artifact.digest).reason}")
         return bundle
+    return None
+
+
+@contextmanager
+def telling_replaced(places: Iterable[Path], mirror: Mirror, progress: Progress) -> Iterator[None]:
+    """Around work that may put other bundles where some lie: which are gone from there, is told."""
+    before = {place: manifest for place in places if (manifest := _read_manifest(place))}
+    try:
+        yield
+    finally:
+        for place, old in before.items():
+            now = _read_manifest(place)
+            if now is None or now.key == old.key:
+                continue
+            kept = ", which stays in the mirror" if mirror.index.row(old.digest) else ""
+            was = f"{old.source.model or 'a model'} (key {old.key[:12]})"
+            progress(f"replaced in {place}: the bundle of {was}{kept}")
+
+
+def _read_manifest(place: Path) -> Manifest | None:
+    """The manifest of the bundle at a place; None where there is none that can be read."""
+    with suppress(HubaotiError):
+        return Bundle.read(place).manifest
     return None
 
 

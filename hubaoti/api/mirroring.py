@@ -10,7 +10,7 @@ from typing import Any
 from hubaoti.errors import BadRequest, DigestMismatch, NoArtifact
 from hubaoti.hub.layout import RepoRef
 from hubaoti.mirror import Artifact, Mirror, Row
-from hubaoti.mirror.usage import Use
+from hubaoti.mirror.usage import Use, name_holders
 from hubaoti.settings import Settings
 
 _DIGEST = re.compile(r"[0-9a-f]{6,64}")
@@ -79,6 +79,7 @@ class Shown:
     may_run: bool
     why: str
     pinned: bool
+    pinned_by: tuple[str, ...]
     open_now: bool
     opens: int
     last_opened: float
@@ -108,12 +109,12 @@ def show(what: str, mirror: Mirror, settings: Settings) -> list[Shown]:
     """
     use, pins = mirror.usage.read(), mirror.usage.list_pins()
     return [
-        _describe(row, mirror, use.get(row.digest, Use()), row.digest in pins)
+        _describe(row, mirror, use.get(row.digest, Use()), pins.get(row.digest, []))
         for row in find_rows(what, mirror, settings)
     ]
 
 
-def _describe(row: Row, mirror: Mirror, use: Use, pinned: bool) -> Shown:
+def _describe(row: Row, mirror: Mirror, use: Use, holders: list[str]) -> Shown:
     decision = mirror.decide(row.digest)
     origins = mirror.index.list_origins(row.digest)
     return Shown(
@@ -123,7 +124,8 @@ def _describe(row: Row, mirror: Mirror, use: Use, pinned: bool) -> Shown:
         built_here=mirror.index.is_built(row.digest),
         may_run=decision.allowed,
         why=decision.reason,
-        pinned=pinned,
+        pinned=bool(holders),
+        pinned_by=name_holders(holders),
         open_now=mirror.index.is_writable and mirror.leases.is_held(row.digest),
         opens=use.opens,
         last_opened=use.last,

@@ -11,6 +11,7 @@ from pathlib import Path
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.manifest import FILENAME
 from hubaoti.artifact.repo_name import is_name
+from hubaoti.artifact.sizes import format_count
 from hubaoti.errors import BadRequest
 from hubaoti.mirror import Mirror
 from hubaoti.mirror.trust import DIGEST, Named, Trust
@@ -98,7 +99,11 @@ def _find_digest(who: str, digits: str, settings: Settings) -> str:
     if len(found) == 1 and len(digits) >= _PRINTED:
         return found[0]
     owner = f", or the owner as {_OWNER}{who}" if is_name(who) else ""
-    begins = f"begins {len(found)} digests here" if found else "begins no digest that is known here"
+    begins = (
+        f"begins {format_count(len(found), 'digest')} here"
+        if found
+        else "begins no digest that is known here"
+    )
     raise BadRequest(
         f"{who!r:.80} {begins}{', and an owner may be called so' if owner else ''}",
         hint=f"name all 64 digits{''.join(f', as {each}' for each in found[:3])}{owner}",

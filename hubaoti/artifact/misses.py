@@ -6,6 +6,7 @@ to do about it.
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from math import gcd
@@ -86,6 +87,41 @@ class Proposal:
             bounds = ",".join(f"{name}={low}:{high}" for name, (low, high) in bucket.items())
             found += ["--bucket", bounds]
         return found
+
+
+def propose_command(misses: Misses, proposal: Proposal, model: str | None = None) -> str:
+    """The `hubaoti compile` for what is proposed; of a module from Python the call that makes it.
+
+    `model` is what is compiled, where the user says so.
+    """
+    build = misses.build
+    if model is None and _is_module(build):
+        buckets = f", buckets={[*proposal.buckets]}" * bool(proposal.buckets)
+        dims = f"shapes=shapes, dims={proposal.dims}{buckets}"
+        return f"hubaoti.compile(module, 'bundle', calls=calls, {dims})"
+    words = ["hubaoti", "compile", model or build.model or "MODEL"]
+    words += ["--task", build.task] * bool(build.task)
+    return shlex.join([*words, *proposal.to_arguments(), "-o", "bundle"])
+
+
+def explain_shapes(misses: Misses, model: str | None = None) -> str | None:
+    """What `shapes` has to be in a proposed call, which no file of misses knows; else None."""
+    if model is not None or not _is_module(misses.build):
+        return None
+    names = ", ".join(misses.build.dims)
+    return (
+        f"shapes names the sizes {names} of the inputs of {misses.build.model}, as when it was "
+        "compiled; leave it out if calls of different sizes gave them their names"
+    )
+
+
+def _is_module(build: AskedDims) -> bool:
+    """Whether graphs were compiled of a module from Python, which is called by its class.
+
+    A model of a folder is called by the folder, and that may be elsewhere: so one that is there.
+    """
+    named = "/" in build.model or Path(build.model).is_dir()
+    return build.task == "forward" and bool(build.model) and not named
 
 
 def read_misses(path: Path) -> Misses:

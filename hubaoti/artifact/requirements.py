@@ -18,6 +18,8 @@ _MOST = 500  # libraries, and kernels: each that is missing is told of
 
 _CUDA = re.compile(r"[1-9][0-9]?\.[0-9]{1,2}")
 _RELEASE = re.compile(r"[0-9]{1,4}(?:\.[0-9]{1,4}){1,3}")
+# What torch's wheels, and the nvidia wheels that it needs, bring along; libcuda is the driver's.
+_OF_TORCH = re.compile(r"lib(torch|c10|gomp|gfortran|shm|caffe2|nv|nccl|cu(?!da\.))")
 _SONAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")
 
 
@@ -89,6 +91,11 @@ def read_version(text: object) -> Version | None:
 def series(version: Version) -> str:
     """Such as "2.13": what torch keeps its compiled interface for."""
     return f"{version.major}.{version.minor}"
+
+
+def comes_with_torch(library: str) -> bool:
+    """Whether an installation of torch brings a library along, by its name."""
+    return _OF_TORCH.match(library) is not None
 
 
 def _matches_pattern(pattern: re.Pattern[str], value: object) -> bool:

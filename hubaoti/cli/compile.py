@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hubaoti.artifact.misses import propose_dims, read_misses
+from hubaoti.artifact.misses import explain_shapes, propose_command, propose_dims, read_misses
 from hubaoti.artifact.sizes import format_count, format_size
 from hubaoti.cli.matrix import fill_matrix
 from hubaoti.cli.output import Steps, print_json, print_line, print_text
@@ -39,8 +38,16 @@ _BY_MATRIX = ("--matrix goes by its file", "write it into a [[build]] of the fil
 @click.command("compile")
 @click.argument("model", required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="the bundle")
-@click.option("--task", help="embed, classify, logits, generate or forward; by default as it says")
-@click.option("--dim", "dims", multiple=True, metavar="NAME=MIN:MAX[:STEP]", help="as batch=1:32")
+@click.option(
+    "--task", help="embed, classify, logits, generate or forward; default: from the model's files"
+)
+@click.option(
+    "--dim",
+    "dims",
+    multiple=True,
+    metavar="NAME=MIN:MAX[:STEP]",
+    help="as batch=1:32, or seq=20:20 for one size",
+)
 @click.option(
     "--bucket", "buckets", multiple=True, metavar="NAME=MIN:MAX", help="a graph of its own: seq=1:1"
 )
@@ -81,7 +88,12 @@ _BY_MATRIX = ("--matrix goes by its file", "write it into a [[build]] of the fil
 @click.option("--certificates", metavar="FILE", help="of --matrix: as push has it")
 @click.option("--trust-config", metavar="FILE", help="of --matrix: as push has it")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
-@click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
+@click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    help="print nothing but errors; --json and --explain are printed all the same",
+)
 def compile_command(  # noqa: PLR0913 - its options
     model: str | None,
     output: Path | None,
@@ -208,12 +220,9 @@ def _propose(path: Path, model: str | None, as_json: bool) -> None:
     if proposal is None:
         print_line("no call was missed for its sizes: no other dims would have served it")
         return
-    command = ["hubaoti", "compile", model or misses.build.model or "MODEL"]
-    command += ["--task", misses.build.task] * bool(misses.build.task)
-    print_text(f"proposed: {shlex.join([*command, *proposal.to_arguments(), '-o', 'bundle'])}")
-    if model is None and misses.build.task == "forward":
-        dims = f"dims={proposal.dims}" + f", buckets={[*proposal.buckets]}" * bool(proposal.buckets)
-        print_text(f"or, of a module: hubaoti.compile(module, 'bundle', calls=calls, {dims})")
+    print_text(f"proposed: {propose_command(misses, proposal, model)}")
+    if shapes := explain_shapes(misses, model):
+        print_text(f"  {shapes}")
 
 
 def _explain_model(

@@ -9,8 +9,9 @@ import click
 from hubaoti.artifact.sizes import format_size
 from hubaoti.cli.output import print_json, print_line, print_table
 from hubaoti.errors import MissingDependency
-from hubaoti.host.build_tools import find_missing_build_tools
+from hubaoti.host.build_tools import find_missing_build_tools, find_missing_for_cpu
 from hubaoti.host.confinement import list_gaps
+from hubaoti.host.match import Refusal
 from hubaoti.host.probe import Host, find_torch, probe_host
 from hubaoti.settings import Settings
 
@@ -34,7 +35,9 @@ def doctor_command(build: bool, as_json: bool) -> None:
 
 
 def _print_missing(as_json: bool) -> None:
-    """What compiling needs, for a CPU or a GPU, and is not here; a GPU is not among it.
+    """What compiling needs, for this CPU and for a GPU, and is not here; a GPU is not among it.
+
+    As JSON it is what a build for a GPU needs.
 
     Raises:
         MissingDependency: after all is printed, where anything is, as `compile --for` would.
@@ -42,16 +45,24 @@ def _print_missing(as_json: bool) -> None:
     missing = find_missing_build_tools(find_torch([]))
     if as_json:
         print_json([asdict(each) for each in missing])
-    elif missing:
-        columns = ["needed", "here", "advice"]
-        print_table(columns, [(each.need, each.have, each.advice) for each in missing])
     else:
-        print_line("nothing is missing to compile, for this CPU or for a GPU")
+        _print_lacking("for this CPU", find_missing_for_cpu())
+        _print_lacking("for a GPU", missing)
     if missing:
         raise MissingDependency(
             f"{len(missing)} missing of what a build for a GPU needs",
             hint="each is listed with what to do",
         )
+
+
+def _print_lacking(target: str, missing: list[Refusal]) -> None:
+    """What is missing to compile for something, with what to do about it; or that nothing is."""
+    if not missing:
+        print_line(f"nothing is missing to compile {target}")
+        return
+    print_line(f"missing to compile {target}:")
+    columns = ["needed", "here", "advice"]
+    print_table(columns, [(each.need, each.have, each.advice) for each in missing])
 
 
 def _list_facts(host: Host) -> list[tuple[str, str]]:

@@ -25,9 +25,9 @@ _PUBLISHED = {True: "published", False: "was there already"}
 )
 @click.argument("repo")
 @click.option("--tag", help="name the commit, as v1.2.0")
-@click.option("--move-tag", is_flag=True, help="the tag, from the commit that it names now")
+@click.option("--move-tag", is_flag=True, help="move an existing tag to this commit")
 @click.option("--label", help="the user's own part of the recipe's path, of each bundle's")
-@click.option("--replace", is_flag=True, help="an artifact of another key at the same path")
+@click.option("--replace", is_flag=True, help="overwrite the artifact at this path")
 @click.option("--private", is_flag=True, help="when the repo has to be made")
 @click.option(
     "--layout",
@@ -38,7 +38,7 @@ _PUBLISHED = {True: "published", False: "was there already"}
 @click.option("--certificates", metavar="FILE", help="the key's own in PEM, then those above it")
 @click.option("--trust-config", metavar="FILE", help="of a sigstore that is not the public one")
 @click.option("--as-is", is_flag=True, help="what this machine did not build, too")
-@click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
+@click.option("-q", "--quiet", is_flag=True, help="print nothing but errors")
 def push_command(bundles: tuple[Path, ...], repo: str, quiet: bool, **options: Any) -> None:
     """Publish each BUNDLE, or all that a folder holds, to REPO (owner/name) in one commit."""
     from hubaoti import api
@@ -86,7 +86,9 @@ def _print_commit(commit: Commit) -> None:
     "--sign", metavar="KEY.pem|sigstore", help="what is pushed back, as push --sign has it"
 )
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
-@click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
+@click.option(
+    "-q", "--quiet", is_flag=True, help="print nothing but errors; --json is printed all the same"
+)
 def pull_command(
     repo: str | None,
     any_of: str | None,

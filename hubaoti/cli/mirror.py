@@ -154,7 +154,9 @@ def unpin_command(what: str) -> None:
     with _finding(what) as (mirror, rows):
         for row in rows:
             was = mirror.usage.unpin(row.digest)
-            print_line(f"{_name(row)} {'may leave' if was else 'was not pinned'}")
+            files = " and ".join(mirror.usage.list_pins().get(row.digest, ()))
+            said = "may leave" if was else "was not pinned"
+            print_line(f"{_name(row)} {f'stays pinned by {files}' if files else said}")
 
 
 for _command in (

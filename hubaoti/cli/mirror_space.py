@@ -21,6 +21,7 @@ from hubaoti.cli.output import (
 )
 from hubaoti.errors import BadRequest
 from hubaoti.mirror import Mirror
+from hubaoti.mirror.answers import HUB, MIRROR
 from hubaoti.mirror.gc import BUDGET, collect, count_held, read_budget
 from hubaoti.mirror.stats import Stats, Unused, format_prometheus, summarize
 from hubaoti.settings import Settings
@@ -82,14 +83,16 @@ def gc_command(
     ]
     if cells:
         print_table(columns, cells)
+    for each in found.blocked:
+        print_line(f"stays: {each.digest[:12]} {each.recipe}/{each.variant}: {each.why}")
     for path in found.orphans:
-        print_line(f"left over: {path}")
-    verb = "would leave" if dry_run else "left"
+        print_line(f"stray: {path}")
+    removed, used = ("would remove", "would be used") if dry_run else ("removed", "used")
     print_line(
-        f"{format_count(len(cells), 'artifact')} {verb} "
-        f"({format_size(found.before - found.after)}), "
-        f"{format_count(len(found.orphans), 'left-over')}; {format_size(found.after)} of "
-        f"{format_size(found.budget)} are used"
+        f"{removed} {format_count(len(cells), 'artifact')} "
+        f"({format_size(found.before - found.after)}) and "
+        f"{format_count(len(found.orphans), 'stray file')}; {format_size(found.after)} of "
+        f"{format_size(found.budget)} {used}"
     )
     for why, size in held.items():
         print_line(f"  {format_size(size)} stay, because they are {why}")
@@ -140,10 +143,13 @@ def _print_stats(stats: Stats) -> None:
     calls = ", ".join(f"{name} {tier.calls}" for name, tier in stats.tiers.items())
     rate = "nothing was asked for yet" if stats.hit_rate is None else f"{stats.hit_rate:.0%} hits"
     print_line(f"answers: {calls}, nobody {sum(e.calls for e in stats.misses)}; {rate}")
-    print_line(
-        f"saved: {format_time(stats.saved_compile_seconds)} of compiling, "
-        f"{format_size(stats.saved_bytes)} of downloads"
-    )
+    if found := stats.tiers[MIRROR].calls + stats.tiers[HUB].calls:
+        mirrored = format_count(stats.tiers[MIRROR].calls, "answer")
+        print_line(
+            f"a compile for each of {format_count(found, 'answer')} by mirror or hub would have "
+            f"taken {format_time(stats.saved_compile_seconds)} in all, a download for each of "
+            f"{mirrored} by mirror {format_size(stats.saved_bytes)}"
+        )
     print_some([f"to compile: {line}" for line in stats.compile_next])
     print_some([f"nobody uses: {_describe_unused(each)}" for each in stats.unused])
 

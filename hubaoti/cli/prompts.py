@@ -28,7 +28,8 @@ def answer_prompts(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
         else:
             _print_answers(engine, options, as_json)
         if not (quiet or as_json):
-            print_line(_summarize_state(engine.state(model), engine.models()[0].why), err=True)
+            why = "--eager says so" if options["eager"] else engine.models()[0].why
+            print_line(_summarize_state(engine.state(model), why), err=True)
 
 
 def _refuse_odd(options: dict[str, Any]) -> None:
@@ -142,10 +143,11 @@ def _show_progress_bar(quiet: bool) -> Iterator[Any]:
     columns = (TextColumn("  answers"), BarColumn(), MofNCompleteColumn())
     rate = TextColumn("{task.fields[rate]:.0f} tokens/s")
     with Progress(*columns, rate, console=Console(stderr=True), disable=quiet) as shown:
-        task = shown.add_task("answers", rate=0.0)
+        task = shown.add_task("answers", rate=0.0, visible=False)  # until it is known how many
 
         def show(found: Any) -> None:
-            shown.update(task, completed=found.answered, total=found.prompts, rate=found.rate)
+            counts = {"completed": found.answered, "total": found.prompts}
+            shown.update(task, **counts, rate=found.rate, visible=True)
 
         yield show
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hubaoti.hub.lockfile import Lock
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
-_QUIET = click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
+_QUIET = click.option("-q", "--quiet", is_flag=True, help="print the result alone, and no steps")
 
 
 @click.command("versions")
@@ -78,14 +78,14 @@ def _serialize(each: Considered) -> dict[str, object]:
 
 
 def _print_considered(each: Considered) -> None:
-    """An artifact, how well it fits, and every reason."""
+    """An artifact, how well it fits, and every reason: of one that is refused, those against it."""
     if each.verdict is None:
         word = "refused" if each.is_refused else "unreadable"
         print_line(f"{word:<13} {each.place}: {each.error}")
         return
     word = "refused" if each.verdict.refusals else str(each.verdict.fit)
     print_line(f"{word:<13} {each.place}")
-    for reason in (*each.verdict.refusals, *each.verdict.notes):
+    for reason in each.verdict.refusals or each.verdict.notes:
         print_line(f"    needs {reason.need}; here is {reason.have}: {reason.advice}")
 
 
@@ -99,7 +99,7 @@ def _print_considered(each: Considered) -> None:
     help="the lockfile; by default hubaoti.lock",
 )
 @click.option("--add", is_flag=True, help="all else that the lockfile has stays as it is")
-@_QUIET
+@click.option("-q", "--quiet", is_flag=True, help="print nothing but errors")
 def lock_command(repos: tuple[str, ...], output: Path, add: bool, quiet: bool) -> None:
     """Write down what each REPO (owner/name[@revision]) holds now, by commit and digest."""
     from hubaoti import api

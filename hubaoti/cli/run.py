@@ -39,7 +39,7 @@ _GENERATES = ("out", "max_new_tokens", "temperature", "seed", "isolate", "memory
 @click.option("--eager", is_flag=True, help="the same through transformers, for comparison")
 @click.option("--device", help="cpu or cuda:0; by default what the artifact is for")
 @click.option("--json", "as_json", is_flag=True, help="print all values as JSON")
-@click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
+@click.option("-q", "--quiet", is_flag=True, help="print the answers alone, and no steps")
 def run_command(as_json: bool, quiet: bool, **options: Any) -> None:
     """Answer texts or prompts by the graphs of REPO (owner/name[@revision]) over a model's weights.
 

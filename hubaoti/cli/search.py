@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "--host", type=click.Path(path_type=Path), help="for the host that this file describes"
 )
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
-@click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
+@click.option("-q", "--quiet", is_flag=True, help="print the result alone, and no steps")
 def search_command(
     words: tuple[str, ...], fits: bool, as_json: bool, quiet: bool, **options: Any
 ) -> None:

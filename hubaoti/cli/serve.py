@@ -20,6 +20,7 @@ from hubaoti.cli.serve_root import (
     token_command,
 )
 from hubaoti.errors import BadRequest
+from hubaoti.host.extras import require
 from hubaoti.settings import read_serve_token, read_upstream_token
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def serve_command(
     """Serve the Hub protocol from a folder, until interrupted."""
     if context.invoked_subcommand is not None:
         return
+    require("serving", "serve")
     from hubaoti.server import serve
 
     def ready(url: str, token: str) -> None:

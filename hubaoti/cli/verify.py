@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 @click.option("--device", help="where: cpu or cuda:0; by default what the artifact is for")
 @click.option("--ops", multiple=True, help="a module whose ops graphs call, as my.ops")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
-@click.option("-q", "--quiet", is_flag=True, help="print nothing while it runs")
+@click.option(
+    "-q", "--quiet", is_flag=True, help="print nothing but errors; --json is printed all the same"
+)
 def verify_command(
     what: str | None, everything: bool, as_json: bool, quiet: bool, **options: Any
 ) -> None:

@@ -258,9 +258,16 @@ def parse_dims(texts: Iterable[str]) -> dict[str, Range]:
         match = re.fullmatch(r"([a-z][a-z0-9_]*)=(\d{1,9}):(\d{1,9})(?::(\d{1,9}))?", text)
         if match is None or match[1] in dims:
             what = "is malformed" if match is None else "gives its dim twice"
-            raise BadDim(f"--dim {text} {what}", hint="write it as --dim batch=1:32")
+            hint = f"write it as --dim batch=1:32, or for one size alone as --dim {_fix(text)}"
+            raise BadDim(f"--dim {text} {what}", hint=hint)
         dims[match[1]] = Range(int(match[2]), int(match[3]), int(match[4] or 1))
     return dims
+
+
+def _fix(text: str) -> str:
+    """The dim of a word that has one size, as a range of this size; of another an example."""
+    match = re.fullmatch(r"([a-z][a-z0-9_]*)=(\d{1,9})", text)
+    return f"{match[1]}={match[2]}:{match[2]}" if match else "seq=20:20"
 
 
 def make_bucket_ranges(

@@ -173,13 +173,27 @@ def _parse_line(number: int, text: bytes, path: Path) -> Line:
         value = msgspec.json.decode(text)
         if isinstance(value, str):
             value = {"prompt": value}
-        prompt = value["prompt"] if "prompt" in value else value["messages"]
-        fields = {"line": number, "prompt": prompt, "id": value.get("id")}
+        fields = {"line": number, "prompt": _choose_prompt(value), "id": value.get("id")}
         return msgspec.convert(fields, Line)
-    except (msgspec.MsgspecError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise BadRequest(
-            f"{path}, line {number} is no prompt: {error!r:.120}", hint=_SHAPE
+            f"{path}, line {number} is no prompt: {error!s:.120}", hint=_SHAPE
         ) from error
+
+
+def _choose_prompt(value: Any) -> Any:
+    """What a line has as its prompt.
+
+    Raises:
+        msgspec.ValidationError: it has none.
+    """
+    if not isinstance(value, dict):
+        raise msgspec.ValidationError("it is neither a text nor an object")
+    for name in ("prompt", "messages"):
+        if name in value:
+            return value[name]
+    there = f"only {', '.join(value)}" if value else "nothing"
+    raise msgspec.ValidationError(f"it has no prompt and no messages, {there}")
 
 
 @contextmanager

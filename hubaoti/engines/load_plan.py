@@ -72,7 +72,8 @@ class LoadPlanner:
         folder, _ = fetch_model_files(
             want.name, want.revision, EAGER_FILES, self.settings, self.progress
         )
-        given, why = self.fetch_given(want), "no graphs are wanted"
+        given = self.fetch_given(want)
+        why = "the settings say so (AOTI_DISABLED, ENABLE_AOTI_COMPILATION)"
         is_asked = given is not None
         task = want.task or (given.manifest.program.task if given else choose_task(folder))
         wanted = self._make_wanted(folder, task, want.options)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 
+from hubaoti.errors import MissingDependency
+from hubaoti.host.extras import EXTRAS, join_names, require
 from hubaoti.host.match import Refusal
 from hubaoti.host.probe import Torch, probe_glibc
 from hubaoti.settings import read_compilers
@@ -36,6 +38,17 @@ def find_missing_build_tools(torch: Torch | None) -> list[Refusal]:
     driver is not among them.
     """
     return [*_find_missing_tools(), *_find_missing_cuda(torch)]
+
+
+def find_missing_for_cpu() -> list[Refusal]:
+    """What this machine lacks to compile for its CPU: packages, and a compiler of the host code."""
+    found = []
+    try:
+        require("compiling", "compile")
+    except MissingDependency as error:
+        found.append(Refusal(join_names([*EXTRAS["compile"]]), str(error), error.hint))
+    compiler = ("g++,", "the compiler that CXX names")
+    return found + [each for each in _find_missing_tools() if each.need.startswith(compiler)]
 
 
 def find_cuda_includes(torch: Torch) -> list[Path]:

@@ -5,8 +5,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+from urllib.request import url2pathname
 
 from hubaoti.artifact.requirements import read_version, series
 from hubaoti.errors import MissingDependency
@@ -16,9 +22,12 @@ EXTRAS = {
     "run": ("torch", "tokenizers"),
     "quantize": ("torchao",),
     "sign": ("model-signing", "pyopenssl"),
+    "serve": ("blake3", "lz4", "starlette", "uvicorn"),
 }
 # The first and the last series that scripts/matrix tries; pyproject.toml says the same to pip.
 SUPPORTED = {"torch": ("2.11", "2.15"), "transformers": ("5.15", "5.24")}
+# What a shell reads in double quotes, and how it is kept from it.
+_SPECIAL, _ESCAPED = re.compile(r'[\\"$`]'), r"\\\g<0>"
 
 
 def require(what: str, *extras: str) -> None:
@@ -36,7 +45,7 @@ def require(what: str, *extras: str) -> None:
         verb = "is" if len(missing) == 1 else "are"
         raise MissingDependency(
             f"{what} needs {join_names(missing)}, which {verb} not installed",
-            hint=f'pip install "hubaoti[{",".join(extras)}]"',
+            hint=format_install(*extras),
         )
     for package, version in found.items():
         if version is not None and not is_supported(package, version):
@@ -46,6 +55,46 @@ def require(what: str, *extras: str) -> None:
                 f"{what} needs {package} {first} to {last}, and {package} {version} is installed",
                 hint=f'pip install "{package}>={first},<{major}.{minor + 1}"',
             )
+
+
+def format_install(*extras: str) -> str:
+    """The command that brings extras, from where hubaoti itself was installed.
+
+    An index may not have what came from a folder or a URL: PEP 610's record says which that was.
+    """
+    wanted, origin = f"hubaoti[{','.join(extras)}]", _read_origin()
+    url, flag = str(origin.get("url", "")), ""
+    if "dir_info" in origin and url.startswith("file:"):
+        folder = Path(url2pathname(urlsplit(url).path), str(origin.get("subdirectory", "")))
+        flag = "-e " * bool(origin["dir_info"].get("editable"))
+        wanted = wanted.replace("hubaoti", str(folder), 1)
+    elif url:
+        wanted = f"{wanted} @ {_format_url(origin, url)}"
+    return f'pip install {flag}"{_SPECIAL.sub(_ESCAPED, wanted)}"'
+
+
+def _read_origin() -> dict[str, Any]:
+    """What pip wrote of where hubaoti came from; nothing, if from an index, or in another form."""
+    from importlib.metadata import PackageNotFoundError, distribution  # which is slow to import
+
+    with suppress(PackageNotFoundError, OSError, ValueError, AttributeError):
+        origin = json.loads(distribution("hubaoti").read_text("direct_url.json") or "{}")
+        kinds = [origin.get(kind, {}) for kind in ("dir_info", "vcs_info", "archive_info")]
+        if all(isinstance(each, dict) for each in kinds):
+            return dict(origin)
+    return {}
+
+
+def _format_url(origin: dict[str, Any], url: str) -> str:
+    """A URL as pip takes it, at the commit that was installed, without what may be a secret."""
+    parts, vcs = urlsplit(url), origin.get("vcs_info", {})
+    user = "git@" * parts.netloc.startswith("git@")  # is no secret, and ssh needs it
+    place = user + parts.netloc.rpartition("@")[2]
+    found = urlunsplit((parts.scheme, place, parts.path, "", ""))
+    if vcs:
+        found = f"{vcs.get('vcs')}+{found}@{vcs.get('commit_id')}"
+    folder = origin.get("subdirectory")
+    return f"{found}#subdirectory={folder}" if folder else found
 
 
 def join_names(names: list[str]) -> str:

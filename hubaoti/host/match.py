@@ -17,7 +17,7 @@ from typing import Any
 from packaging.version import Version
 
 from hubaoti.artifact.kernel_variant import KernelHost
-from hubaoti.artifact.requirements import Requirements, read_version, series
+from hubaoti.artifact.requirements import Requirements, comes_with_torch, read_version, series
 from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.host.gpu_limits import count_shared_memory
 from hubaoti.host.probe import Gpu, Host
@@ -210,7 +210,8 @@ def judge_level(requires: Requirements, host: Host) -> Finding:
     from archspec.cpu import TARGETS
 
     built, here = TARGETS.get(requires.level), TARGETS.get(host.level)
-    need, have = f"a CPU of level {requires.level}", f"{host.level} ({host.cpu})"
+    name = f" ({host.cpu})" * (host.cpu != host.level)
+    need, have = f"a CPU of level {requires.level}", f"{host.level}{name}"
     if built is None or here is None:
         advice = "upgrade archspec, which does not know both levels, or compile for this host"
         return Refusal(need, have, advice)
@@ -234,14 +235,14 @@ def _judge_minimum(what: str, requires: Requirements, host: Host) -> Finding:
 
 
 def _judge_libraries(requires: Requirements, host: Host) -> Finding:
-    """Every shared library that the graphs name can be found."""
+    """Every shared library that the graphs name can be found, or comes with a torch that is not."""
     if host.libraries is None:  # nobody could say
         return None
-    missing = ", ".join(sorted(set(requires.libraries) - host.libraries))
-    if not missing:
-        return None
+    needed = {each for each in requires.libraries if host.torch or not comes_with_torch(each)}
+    missing = ", ".join(sorted(needed - host.libraries))
     have = "none of that name in torch's folder or where the loader looks"
-    return Refusal(f"the libraries {missing}", have, f"install the packages that have {missing}")
+    advice = f"install the packages that have {missing}"
+    return Refusal(f"the libraries {missing}", have, advice) if missing else None
 
 
 def _judge_kernels(requires: Requirements, host: Host) -> Finding:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
 from packaging.version import Version
 
-from hubaoti.artifact.requirements import Requirements
+from hubaoti.artifact.requirements import Requirements, comes_with_torch
 from hubaoti.errors import NoArtifact, NoMatch
+from hubaoti.host.extras import format_install
 from hubaoti.host.match import Compromise, Verdict, judge
 from hubaoti.host.probe import Gpu, Host, Torch
 from hubaoti.hub.catalog import Catalog
 from hubaoti.hub.layout import ArtifactPath, RepoRef
 
 _DRIVER_LIBRARY = "libcuda.so.1"
-# What torch's wheels, and the nvidia wheels that it needs, bring along; libcuda is the driver's.
-_OF_TORCH = re.compile(r"lib(torch|c10|gomp|gfortran|shm|caffe2|nv|nccl|cu(?!da\.))")
 
 
 def judge_named(requires: Requirements, host: Host) -> Verdict:
@@ -41,7 +39,7 @@ def judge_named(requires: Requirements, host: Host) -> Verdict:
 
 def _add_torch(host: Host, requires: Requirements) -> Host:
     """The host as it would be with the torch of an artifact."""
-    brought = frozenset(filter(_OF_TORCH.match, requires.libraries))
+    brought = frozenset(filter(comes_with_torch, requires.libraries))
     torch = Torch(requires.torch, requires.cuda, None, Path())
     return _add_libraries(replace(host, torch=torch), brought)
 
@@ -74,8 +72,9 @@ def describe_no_artifact(place: ArtifactPath, catalog: Catalog) -> NoArtifact:
 def describe_no_torch(error: NoMatch, ref: RepoRef, catalog: Catalog) -> NoMatch:
     """The refusal to choose where no torch is installed that could decide."""
     place = next(iter(catalog.readable))
+    install = f'pip install "torch=={place.variant.torch}.*", then {format_install("run")}'
     return NoMatch(
         f"{error}\nno torch is installed here, which decides on what fits",
-        hint='install one: pip install "hubaoti[run]"; or fetch an artifact for it beforehand: '
-        f"hubaoti pull {ref} --path {place}",
+        hint=f"install the one that it was built for: {install}; or fetch the artifact "
+        f"beforehand: hubaoti pull {ref} --path {place}",
     )

@@ -305,8 +305,9 @@ def _commit_on_head(
             url = f"{client.endpoint}/{repo}/commit/{catalog.commit}"
             return Pushed(catalog.commit, url), lost
         part = replace(shipment, parcels=tuple(missing))
+        alone = "their signatures" if part.parcels[1:] else "its signature"
         try:
-            progress(f"uploading {part} ({format_size(part.size)})")
+            progress(f"uploading {part} ({format_size(part.size) if part.size else alone})")
             return _commit_shipment(client, catalog, part), missing
         except StaleParent as error:
             lost = missing if isinstance(error, AnswerLost) else lost

@@ -21,7 +21,7 @@ from hubaoti.mirror.facts import read_facts
 from hubaoti.mirror.orphans import find_gone, find_orphans
 from hubaoti.mirror.removal import delete_folders, remove_unheld
 from hubaoti.mirror.rows import Row
-from hubaoti.mirror.usage import Use
+from hubaoti.mirror.usage import Use, name_holders
 
 if TYPE_CHECKING:
     from hubaoti.mirror.store import Mirror
@@ -55,7 +55,8 @@ class Leaving:
 class Collected:
     """What a collection removed, or would; bytes of artifacts before and after, and the budget.
 
-    `orphans` are what no row promises, by their paths below the mirror.
+    `orphans` are what no row promises, by their paths below the mirror. `blocked` are artifacts
+    that are blocked here, and stay all the same, with what keeps them.
     """
 
     artifacts: tuple[Leaving, ...]
@@ -63,6 +64,7 @@ class Collected:
     before: int
     after: int
     budget: int
+    blocked: tuple[Leaving, ...] = ()
 
 
 def read_budget(mirror: Mirror) -> int:
@@ -106,7 +108,8 @@ def collect(
             mirror.leases.forget_unheld()
     names = tuple(sorted(each.relative_to(mirror.root).as_posix() for each in orphans))
     gone = tuple(collection.gone)
-    return Collected(gone, names, collection.started, collection.used, budget)
+    blocked = tuple(_list_blocked(mirror))
+    return Collected(gone, names, collection.started, collection.used, budget, blocked)
 
 
 def make_room(mirror: Mirror, size: int, is_pulled: bool) -> None:
@@ -245,6 +248,20 @@ def list_kept(mirror: Mirror) -> dict[str, str]:
     alone = mirror.usage.list_built() - mirror.usage.list_elsewhere()
     built = dict.fromkeys(alone, _BUILT)
     return built | dict.fromkeys(mirror.usage.list_pins(), "pinned")
+
+
+def _list_blocked(mirror: Mirror) -> Iterator[Leaving]:
+    """What is blocked and does not leave all the same, and why it does not."""
+    kept, pins = list_kept(mirror), mirror.usage.list_pins()
+    decisions = mirror.decide_each(kept)
+    for row in mirror.index.rows():
+        decision = decisions.get(row.digest)
+        if decision is None or not isinstance(decision.refusal, Blocked):
+            continue
+        holders = " and ".join(name_holders(pins.get(row.digest, ())))
+        by = f" by {holders}" * bool(holders)
+        why = f"{decision.reason}, and {kept[row.digest]}{by}"
+        yield Leaving(row.digest, row.recipe, row.variant, row.size, why)
 
 
 def count_held(mirror: Mirror) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hubaoti.artifact.misses import Misses, propose_dims
+from hubaoti.artifact.misses import Misses, propose_command, propose_dims
 from hubaoti.artifact.sizes import format_count
 from hubaoti.mirror.answers import BUILT, HUB, MIRROR, Miss, Tier
 from hubaoti.mirror.gc import list_kept, read_budget
@@ -54,9 +54,10 @@ class Stats:
 def summarize(mirror: Mirror, recorded: Sequence[Misses] = ()) -> Stats:
     """What was counted since the index was made.
 
-    A hit is an answer by the mirror, among all that were asked for; a compile was saved wherever
-    an artifact came from the mirror or a Hub, and a download where from the mirror. `recorded` are
-    calls that no graph served, as attachments wrote them.
+    A hit is an answer by the mirror, among all that were asked for. Saved is what a compile would
+    have taken for each answer by the mirror or a Hub, and a download for each by the mirror: of an
+    artifact that was asked for often, as often. `recorded` are calls that no graph served, as
+    attachments wrote them.
 
     Raises:
         HubaotiError: the index is damaged.
@@ -88,9 +89,7 @@ def _advise(misses: Sequence[Miss], recorded: Sequence[Misses]) -> Iterator[str]
         )
     for each in sorted(recorded, key=lambda found: -sum(m.calls for m in found.missed)):
         if proposal := propose_dims(each):
-            model, task = each.build.model or "MODEL", each.build.task
-            words = [model, *(["--task", task] if task else []), *proposal.to_arguments()]
-            yield f"hubaoti compile {' '.join(words)}"
+            yield propose_command(each, proposal)
 
 
 def _list_unused(mirror: Mirror, rows: Sequence[Row]) -> Iterator[Unused]:
@@ -124,6 +123,7 @@ def format_prometheus(stats: Stats) -> str:
     add("answers_total", "counter", "Artifacts that were given, by who gave them.", tiers)
     add("misses_total", "counter", "Artifacts that were asked for and are nowhere.", reasons)
     seconds, saved = stats.saved_compile_seconds, stats.saved_bytes
-    add("saved_compile_seconds_total", "counter", "Compiles that need not be.", {"": seconds})
-    add("saved_bytes_total", "counter", "Downloads that need not be.", {"": saved})
+    compiles = "A compile for each answer by mirror or hub."
+    add("saved_compile_seconds_total", "counter", compiles, {"": seconds})
+    add("saved_bytes_total", "counter", "A download for each answer by mirror.", {"": saved})
     return "\n".join(lines)

@@ -160,6 +160,11 @@ class Usage:
                 self._index.select(f"pragma busy_timeout = {PATIENCE * 1000:.0f}")
 
 
+def name_holders(holders: Iterable[str]) -> tuple[str, ...]:
+    """Who pinned an artifact: the user by the command that did it, files by their paths."""
+    return tuple(each or "hubaoti mirror pin" for each in holders)
+
+
 def _read_holder(holder: Path) -> str | None:
     """What a file says, nothing where it is gone; None if it cannot be read, and may name all."""
     try:

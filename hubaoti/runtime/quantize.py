@@ -30,6 +30,7 @@ from torch.nn.functional import pad
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hubaoti.errors import CompileFailed, MissingConstant, MissingDependency, first_line
+from hubaoti.host.extras import format_install
 from hubaoti.program.silence import silence_torchao
 from hubaoti.runtime.input_checks import name_dtype
 from hubaoti.runtime.recipes import GROUP, LayerFit, check_recipe
@@ -153,7 +154,7 @@ def quantize_with_torchao(
     except ImportError as error:
         raise MissingDependency(
             f"--quantize {recipe} needs torchao: {first_line(error)}",
-            hint='pip install "hubaoti[quantize]"',
+            hint=format_install("quantize"),
         ) from error
     try:
         with torch.no_grad(), _allow_any_machine():

@@ -18,7 +18,8 @@ except ModuleNotFoundError as _error:
     if _error.name is None or _error.name.partition(".")[0] == "hubaoti":
         raise
     raise MissingDependency(
-        f"serving needs {_error.name}, which is not installed", hint="pip install 'hubaoti[serve]'"
+        f"serving needs {_error.name}, which is not installed",
+        hint="pip install blake3 lz4 starlette uvicorn",
     ) from _error
 
 __all__ = ["Endpoint", "Service", "Upstream", "create_app", "serve_in_thread", "serve"]
