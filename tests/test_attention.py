@@ -536,10 +536,10 @@ def test_asserts_that_hold_at_every_size_are_let_through() -> None:
     ("condition", "message"),
     [
         (lambda short, long: short != 47, "short != 47, which is not so at short=47"),
-        (lambda short, long: short % 3 == 0, r"short % 3.*not so at short=1$"),
-        (lambda short, long: long % 16 == 8, r"not so at long=16$"),
-        (lambda short, long: short < long, r"not so at long=8, short=\d+$"),
-        (lambda short, long: (short + long) % 9 != 5, r"not so at long=\d+, short=\d+$"),
+        (lambda short, long: short % 3 == 0, r"(?m)short % 3.*not so at short=1$"),
+        (lambda short, long: long % 16 == 8, r"(?m)not so at long=16$"),
+        (lambda short, long: short < long, r"(?m)not so at long=8, short=\d+$"),
+        (lambda short, long: (short + long) % 9 != 5, r"(?m)not so at long=\d+, short=\d+$"),
     ],
 )
 def test_an_assert_that_fails_at_some_size_is_told_with_it(condition: Any, message: str) -> None:

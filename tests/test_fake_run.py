@@ -291,7 +291,7 @@ class Wants(Block):
     ("block", "words"),
     [
         (Looks, "Model cannot be run without values, in blocks.1: DataDependent"),
-        (Wants, "ValueError: You have to .*pixel_values$"),
+        (Wants, "(?m)ValueError: You have to .*pixel_values$"),
     ],
 )
 def test_a_model_that_looks_at_values_is_refused_and_restored(
