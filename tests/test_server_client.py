@@ -6,6 +6,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
@@ -477,3 +478,31 @@ def test_a_broken_download_resumes_where_it_stopped(
     answer = connection.getresponse()
     assert answer.status == 416 and answer.headers["Content-Range"] == f"bytes */{len(BIG)}"
     connection.close()
+
+
+def test_a_file_that_is_another_by_now_is_not_sent_to_who_asked_for_the_old_one(
+    api: HfApi, endpoint: Endpoint, repo: str
+) -> None:
+    commit(api, repo, add("big.bin", BIG))
+    url = f"/{repo}/resolve/main/big.bin"
+
+    def ask(method: str, **fields: str) -> tuple[int, bytes]:
+        headers = {name.replace("_", "-"): value for name, value in fields.items()}
+        with closing(HTTPConnection(endpoint.url.removeprefix("http://"))) as connection:
+            connection.request(method, url, headers=headers)
+            answer = connection.getresponse()
+            tags.append(answer.headers["ETag"])
+            return answer.status, answer.read()
+
+    tags: list[str] = []
+    assert ask("HEAD") == (200, b"")
+    tag = tags[0]
+    for wanted in (tag, f'"x", {tag}', "*"):
+        assert ask("GET", If_Match=wanted) == (200, BIG)
+        assert ask("HEAD", If_Match=wanted) == (200, b"")
+        assert ask("GET", If_Match=wanted, Range="bytes=0-9") == (206, BIG[:10])
+        assert ask("GET", If_Match=wanted, If_None_Match=tag) == (304, b"")
+    for wanted in ('"x"', f"W/{tag}", '"*"', ""):  # of which none is strong and this file's
+        status, message = ask("GET", If_Match=wanted, If_None_Match=tag, Range="bytes=0-9")
+        assert status == 412 and b"If-Match" in message
+        assert ask("HEAD", If_Match=wanted) == (412, b"")

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hubaoti.errors import BadRequest
-from hubaoti.server import Endpoint, connections, request, serve_in_thread
+from hubaoti.server import Endpoint, Upstream, connections, request, serve_in_thread
 from hubaoti.server.auth import Hosts, parse_host
 from hubaoti.server.connections import Seldom
 
@@ -315,6 +315,14 @@ def test_a_log_gets_so_many_lines_and_their_number(caplog: pytest.LogCaptureFixt
         logger.removeFilter(seldom)
     said = [record.getMessage() for record in caplog.records if record.name == "seldom"]
     assert said == ["line 0", "line 1", "line 10 (8 lines before it were left out)"]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://a:99999999", "http://a:0", "http://a:b", "http://[::1", "http://u@a", "a", ""]
+)
+def test_an_upstream_is_an_endpoint_s_url(url: str) -> None:
+    with pytest.raises(BadRequest, match="no URL of an endpoint"):
+        Upstream(url)
 
 
 @pytest.mark.parametrize("name", ["http://hub.example", "*", "hub.example/", ":", "", "a b"])

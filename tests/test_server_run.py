@@ -22,6 +22,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from hubaoti import errors
+from hubaoti.cli import dispatch
 from hubaoti.host.extras import EXTRAS
 from hubaoti.server import create_app, run, serve, serve_in_thread
 from hubaoti.server.hub import open_hub
@@ -217,7 +218,24 @@ def test_a_port_in_use_is_an_error_with_advice(tmp_path: Path) -> None:
     assert not (tmp_path / "root").exists()
 
 
-@pytest.mark.parametrize(("host", "port"), [("no.such.host.invalid", 0), ("192.0.2.1", 0)])
+@pytest.mark.parametrize("port", [-1, 65536, 99999999, 1 << 64])
+def test_a_port_that_is_none_is_not_cut_to_one(
+    tmp_path: Path, port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        pytest.raises(errors.BadRequest, match="is no port"),
+        serve_in_thread(tmp_path / "root", port=port),
+    ):
+        raise AssertionError("it is served somewhere")
+    command = ["serve", "--port", str(port), "--root", str(tmp_path / "root"), "token", "ls"]
+    assert dispatch(command) == 2
+    assert "0<=x<=65535" in capsys.readouterr().err
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "port"), [("no.such.host.invalid", 0), ("192.0.2.1", 0), ("x" * 300, 0)]
+)
 def test_a_host_that_is_not_ours_is_an_error(tmp_path: Path, host: str, port: int) -> None:
     with pytest.raises(errors.HubaotiError):
         serve(tmp_path / "root", host=host, port=port)

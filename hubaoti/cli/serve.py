@@ -31,7 +31,13 @@ _LONGEST = 4096  # bytes of a token's file
 
 @click.group("serve", cls=Group, invoke_without_command=True)
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8000, show_default=True, help="0 takes a free one")
+@click.option(
+    "--port",
+    default=8000,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="0 takes a free one",
+)
 @click.option("--allow-host", multiple=True, help="another name or address that clients use")
 @ROOT
 @click.option("--upstream", help="an endpoint; what is not here is fetched there once, and kept")

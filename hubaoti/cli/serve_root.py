@@ -117,7 +117,8 @@ def rm_token_command(name: str, root: Path | None) -> None:
 def backup_command(folder: Path, root: Path | None) -> None:
     """Copy all that is served to FOLDER, also while the endpoint runs.
 
-    FOLDER is new, or an older backup, of which the files stay that it has already.
+    FOLDER is new, or an older backup, of which the files stay that it has already. It is no folder
+    that is or was served, and neither in that one nor above it.
     """
     from hubaoti.server.backup import back_up
 

@@ -17,7 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from sqlite3 import Connection
 
+from hubaoti.errors import BadRequest
 from hubaoti.server import auth, trees
+from hubaoti.server.backup import refuse_backup
 from hubaoti.server.database import Database
 from hubaoti.server.hub import open_root
 from hubaoti.server.ingest import forget_xorbs
@@ -25,6 +27,8 @@ from hubaoti.server.ingest import forget_xorbs
 _GRACE = auth.LIFETIME
 """Seconds at least since a file came, or was named in an upload: as long as one may last."""
 
+_DAY = 86400
+_LONGEST = 36500  # days: more than any commit is old, and less than what dates can say
 _XORBS = "xorbs"
 
 
@@ -86,10 +90,14 @@ def collect(root: Path, keep: float, *, dry_run: bool = False) -> Collected:
     Copies of upstream's repos that nobody asked for as long are forgotten.
 
     Raises:
-        BadRequest: the folder holds no repos.
+        BadRequest: the folder holds no repos, or is a backup; or `keep` is no time to keep files.
         UnsafeFolder: others own or may enter it.
         InUse: another gc, or a backup, is at work there.
     """
+    if not 0 <= keep <= _LONGEST * _DAY:  # nor is what is not a number
+        message = f"what was removed cannot be kept for {keep / _DAY:g} days"
+        raise BadRequest(message, hint=f"say from 0 to {_LONGEST} days")
+    refuse_backup(root)
     cutoff = time.time() - max(keep, _GRACE)
     reach = _Reach(cutoff)
     with open_root(root, alone=True) as database:

@@ -94,7 +94,7 @@ def open_hub(
         raise BadRequest("a token is printable ASCII without spaces")
     if not is_owner(user):
         raise BadRequest(f"a user cannot be named {user!r}")
-    with _explain_root_errors(root), ExitStack() as undo:
+    with explain_folder_errors(root), ExitStack() as undo:
         claim(root)
         lock = undo.enter_context(_lock(root, "lock", "another process serves"))
         database = undo.enter_context(closing(Database(root / INDEX)))
@@ -129,9 +129,10 @@ def open_root(root: Path, *, alone: bool = False) -> Iterator[Database]:
         DiskFull: there is no room.
         InUse: somebody else looks after it.
     """
-    if not (root / INDEX).is_file():
-        raise BadRequest(f"{root} holds no repos", hint="name the folder that is served: --root")
-    with _explain_root_errors(root), ExitStack() as undo:
+    with explain_folder_errors(root), ExitStack() as undo:
+        if not (root / INDEX).is_file():
+            hint = "name the folder that is served: --root"
+            raise BadRequest(f"{root} holds no repos", hint=hint)
         claim(root)
         if alone:
             undo.enter_context(_lock(root, "upkeep", "gc or a backup is at work in"))
@@ -139,22 +140,28 @@ def open_root(root: Path, *, alone: bool = False) -> Iterator[Database]:
 
 
 @contextmanager
-def _explain_root_errors(root: Path) -> Iterator[None]:
-    """Say in words what is wrong with the folder, its disk or its index."""
+def explain_folder_errors(folder: Path, called: str = "--root") -> Iterator[None]:
+    """Say in words what is wrong with a folder, its disk or its index.
+
+    `called` is how a user names the folder.
+    """
     try:
         yield
     except (OSError, sqlite3.DatabaseError) as error:
         if says_full(error):
-            hint = "free some space there, or choose another --root"
-            raise DiskFull(f"no room on the disk of {root}", hint=hint) from error
+            hint = f"free some space there, or choose another {called}"
+            raise DiskFull(f"no room on the disk of {folder}", hint=hint) from error
         if isinstance(error, OSError):
-            raise UnsafeFolder(f"{root} cannot be used: {error.strerror}") from error
+            exists = isinstance(error, FileExistsError)  # and is no folder
+            reason = "it is no folder" if exists else error.strerror
+            message = f"{folder} cannot be used: {reason}"
+            raise UnsafeFolder(message, hint=f"choose another {called}") from error
         hint = "move the folder away and start with an empty one"
-        raise HubaotiError(f"{root / INDEX} cannot be read: {error}", hint=hint) from error
+        raise HubaotiError(f"{folder / INDEX} cannot be read: {error}", hint=hint) from error
 
 
-def claim(root: Path) -> None:
-    """Make the folder ours alone: 0700, empty or a hub's.
+def claim(root: Path, called: str = "--root") -> None:
+    """Make the folder ours alone: 0700, empty or a hub's; `called` is how a user names it.
 
     Raises:
         UnsafeFolder: others own or may enter it, or it holds something else.
@@ -163,13 +170,13 @@ def claim(root: Path) -> None:
     empty = next(root.iterdir(), None) is None
     stat = root.stat()
     if stat.st_uid != os.geteuid():
-        raise UnsafeFolder(f"{root} belongs to another user", hint="choose another --root")
+        raise UnsafeFolder(f"{root} belongs to another user", hint=f"choose another {called}")
     if empty:
         root.chmod(0o700)
     elif stat.st_mode & 0o077:
         raise UnsafeFolder(f"{root} is open to other users", hint=f"chmod 700 {root}")
     elif not (root / INDEX).exists() and not (root / "lock").exists():
-        hint = "choose another --root: an empty or a new folder"
+        hint = f"choose another {called}: an empty or a new folder"
         raise UnsafeFolder(f"{root} holds something else than a hub", hint=hint)
 
 

@@ -21,6 +21,7 @@ from hubaoti.server.auth import Hosts
 from hubaoti.server.connections import AT_ONCE, QUEUE, Connection, limit_log_lines
 from hubaoti.server.hub import Hub, Service, open_hub
 
+_LAST_PORT = 65535
 _GRACE = 5
 """How many seconds running requests have to end, once we stop."""
 
@@ -125,11 +126,14 @@ def _suppress_cancellation(app: ASGIApp) -> ASGIApp:
 
 @contextmanager
 def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    if not 0 <= port <= _LAST_PORT:  # else the system takes its last 16 bits
+        hint = f"choose one from 1 to {_LAST_PORT}, or 0 for a free one"
+        raise BadRequest(f"{port} is no port", hint=hint)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except (OSError, OverflowError) as error:
+    except (OSError, ValueError) as error:
         raise BadRequest(f"{host}:{port} is no address: {error}", hint="see --host") from error
     with socket.socket(family, kind, protocol) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

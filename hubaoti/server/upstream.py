@@ -58,6 +58,16 @@ class UpstreamRepo:
     refs: tuple[Ref, ...]
 
 
+def _is_endpoint(url: str) -> bool:
+    """Whether an endpoint can be asked at this URL, which carries nobody's password."""
+    try:
+        parts = urlsplit(url)
+        named = parts.port != 0 and bool(parts.hostname)  # a port beyond 65535 is an error
+    except ValueError:
+        return False
+    return named and parts.scheme in {"http", "https"} and "@" not in parts.netloc
+
+
 @dataclass(frozen=True)
 class Upstream:
     """How it is asked; its URL is also the mark of what was copied from it."""
@@ -66,8 +76,7 @@ class Upstream:
     token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
+        if not _is_endpoint(self.url):
             hint = "write it as https://huggingface.co; its token is HUBAOTI_UPSTREAM_TOKEN"
             raise BadRequest("--upstream is no URL of an endpoint", hint=hint)
         object.__setattr__(self, "url", self.url.rstrip("/"))

@@ -10,8 +10,13 @@ import msgspec
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
-from hubaoti.server import repos, serializers, trees, validation
-from hubaoti.server.errors import entry_not_found, entry_removed, malformed_request
+from hubaoti.server import repos, serializers, validation
+from hubaoti.server.errors import (
+    ServerError,
+    entry_not_found,
+    entry_removed,
+    malformed_request,
+)
 from hubaoti.server.fetch import HOLD
 from hubaoti.server.repos import Repo
 from hubaoti.server.request import ApiRequest
@@ -121,7 +126,10 @@ def _find_file(ask: ApiRequest) -> _Wanted:
 def _answer_file(ask: ApiRequest, file: _Wanted) -> Response | None:
     """The answer that needs nothing of upstream; None where the file has to be fetched."""
     headers = _make_headers(file.oid, file.entry)
-    if _matches_etag(ask.request.headers.get("if-none-match", ""), file.entry):
+    wanted_tags, known_tags = _read_tags(ask, "if-match"), _read_tags(ask, "if-none-match")
+    if wanted_tags is not None and wanted_tags.isdisjoint({"*", headers["ETag"]}):
+        raise ServerError(412, f"{file.path} of {file.oid} is not what If-Match asks for")
+    if known_tags is not None and _matches_etag(known_tags, file.entry):
         return Response(status_code=304, headers=headers)
     wanted = ask.request.headers.get("range")
     if wanted is not None and (len(wanted) > 1000 or not _RANGE.fullmatch(wanted)):
@@ -179,6 +187,12 @@ def _make_headers(oid: str, entry: TreeEntry) -> dict[str, str]:
     return headers
 
 
-def _matches_etag(header: str, entry: trees.TreeEntry) -> bool:
-    tags = {tag.strip().removeprefix("W/").strip('"') for tag in header.split(",")}
-    return entry.etag in tags or "*" in tags
+def _read_tags(ask: ApiRequest, field: str) -> set[str] | None:
+    """The tags of a precondition, which may come in several fields; None where there is none."""
+    values = ask.request.headers.getlist(field)
+    return {tag.strip() for value in values for tag in value.split(",")} if values else None
+
+
+def _matches_etag(tags: set[str], entry: TreeEntry) -> bool:
+    """Whether one of the tags, weak ones too, is a file's."""
+    return entry.etag in {tag.removeprefix("W/").strip('"') for tag in tags} or "*" in tags
