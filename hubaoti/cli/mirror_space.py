@@ -22,6 +22,7 @@ from hubaoti.cli.output import (
 from hubaoti.errors import BadRequest
 from hubaoti.mirror import Mirror
 from hubaoti.mirror.gc import BUDGET, collect, count_held, read_budget
+from hubaoti.mirror.removal import refuse_stuck
 from hubaoti.mirror.stats import Stats, Unused, format_prometheus, summarize
 from hubaoti.settings import Settings
 
@@ -75,6 +76,7 @@ def gc_command(
         held = count_held(mirror) if found.after > found.budget else {}
     if as_json:
         print_json(asdict(found))
+        refuse_stuck(found.stuck)
         return
     columns = ["digest", "recipe", "variant", "size", "why"]
     cells = [
@@ -93,6 +95,7 @@ def gc_command(
     )
     for why, size in held.items():
         print_line(f"  {format_size(size)} stay, because they are {why}")
+    refuse_stuck(found.stuck)
 
 
 @click.command("budget")
