@@ -19,6 +19,7 @@ from hubaoti.cli.output import (
     print_table,
     print_text,
 )
+from hubaoti.cli.paths import GivenPath
 from hubaoti.errors import BadRequest
 from hubaoti.mirror import Mirror
 from hubaoti.mirror.gc import BUDGET, collect, count_held, read_budget
@@ -119,7 +120,7 @@ def budget_command(size: str | None) -> None:
     "--misses",
     "files",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="a file of attachment.save_misses, for the dims to compile next",
 )
 @click.option("--json", "as_json", is_flag=True, help="print them as JSON")
