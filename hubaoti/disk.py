@@ -14,7 +14,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
 
 from hubaoti.errors import CannotOpen, DiskFull, HubaotiError
@@ -99,8 +99,43 @@ def open_plain(path: Path) -> Iterator[FileIO]:
 
 
 def _open_no_link(path: str, flags: int) -> int:
-    """As `os.open`: a link is refused, and of a pipe that nobody writes into nothing is awaited."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    """As `_open_at_once`; a link is refused."""
+    return _open_at_once(path, flags | os.O_NOFOLLOW)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """As `os.open`; of a pipe that nobody writes into nothing is awaited."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """The bytes of a file that people name or write, which has at most `most` of them.
+
+    A link is followed. Of a pipe nothing is awaited, and of a device, which may never end, nothing
+    is taken.
+
+    Raises:
+        OSError: it is no such file, it is larger, or it cannot be read; its `strerror` says which.
+    """
+    with open_given(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        larger = f"it is larger than {most >> 20} MiB"
+        raise OSError(errno.EOVERFLOW, larger, str(path))
+    return content
+
+
+@contextmanager
+def open_given(path: Path) -> Iterator[BufferedReader]:
+    """A plain file that people name, to be read.
+
+    Raises:
+        OSError: it is a pipe, a device or a folder, or cannot be read.
+    """
+    with open(path, "rb", opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is a pipe or a device, and no plain file", str(path))
+        yield file
 
 
 def require_disk_room(folder: Path, needed: int, remedy: str = _HOME) -> None:

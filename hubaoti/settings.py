@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from hubaoti.disk import read_small
 from hubaoti.errors import BadRequest
 
 ENDPOINT = "https://huggingface.co"
@@ -48,6 +49,8 @@ _SECRET_NAME = re.compile(
 _URL = re.compile(
     r"(?P<scheme>(?i:https?))://(?P<host>[^/?#]*?)(?::(?P<port>[0-9]*))?(?P<path>(?:[/?#].*)?)"
 )
+_LARGEST_TOKEN = 64 << 10  # bytes of a file
+_LARGEST_PORT = 65535
 _PORTS = {"http": "80", "https": "443"}
 _TRUE = {"1", "ON", "YES", "TRUE"}
 _FALSE = {"0", "OFF", "NO", "FALSE"}
@@ -82,6 +85,7 @@ class Settings:
     lock: Path | None = None
 
     def __post_init__(self) -> None:
+        require_url(self.endpoint, "HF_ENDPOINT")
         endpoint, login = split_login(self.endpoint)
         object.__setattr__(self, "endpoint", endpoint)
         if login is not None:
@@ -91,11 +95,12 @@ class Settings:
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
         """Read `HUBAOTI_HOME`, `HUBAOTI_LOCK`, `HF_ENDPOINT`, `HF_TOKEN`, and the others'."""
         env = os.environ if env is None else env
-        cache = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = Path(env.get("XDG_CACHE_HOME") or "~/.cache")
         home = Path(env.get("HUBAOTI_HOME") or cache / "hubaoti")
         return cls(
-            home=home.expanduser().absolute(),
-            endpoint=env.get("HF_ENDPOINT") or ENDPOINT,
+            home=_find_home(home, "HUBAOTI_HOME").absolute(),
+            # As of the token, a file's last newline comes along easily.
+            endpoint=env.get("HF_ENDPOINT", "").strip() or ENDPOINT,
             # As huggingface_hub reads it: a file's last newline comes along easily.
             token="".join(env.get("HF_TOKEN", "").split()) or None,
             offline=env.get("HF_HUB_OFFLINE", "").upper() in _TRUE,
@@ -153,6 +158,38 @@ class Settings:
     def trust(self) -> Path:
         """The publishers whose code this machine may run."""
         return self.home / "trust.toml"
+
+
+def _find_home(path: Path, name: str) -> Path:
+    """A path without the `~` that stands for a user's home.
+
+    Raises:
+        BadRequest: nobody knows that home; `name` is the variable that says another path.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        message = f"{path} is in the home of a user that this machine does not know"
+        hint = f"set HOME, or {name} to a path that begins with a slash"
+        raise BadRequest(message, hint=hint) from error
+
+
+def require_url(url: str, name: str) -> None:
+    """See that a URL can be asked: its port is one, and it has nothing that no URL has.
+
+    Raises:
+        BadRequest: it cannot. Neither message nor hint has what may be a password.
+    """
+    hint = "write it as https://huggingface.co or http://127.0.0.1:8000"
+    if not url.isprintable() or url.split() != [url]:
+        problem = "it has a space, or a byte that no URL has"
+        raise BadRequest(f"{name} is no URL: {problem}", hint=hint)
+    plain = split_login(url)[0]
+    host = plain.partition("://")[2].partition("/")[0]
+    port = re.fullmatch(r"(?:\[[^\]]*\]|[^:\[\]]*)(?::(\d*))?", host, re.ASCII)
+    if port is None or int(port[1] or 0) > _LARGEST_PORT:
+        message = f"{name} is no URL: its port is no number from 1 to {_LARGEST_PORT}"
+        raise BadRequest(message, hint=hint)
 
 
 @lru_cache
@@ -216,10 +253,10 @@ def read_upstream_token(upstream: str, env: Mapping[str, str] | None = None) -> 
     if found := "".join(env.get("HF_TOKEN", "").split()):
         return found
     home = env.get("HF_HOME") or Path(env.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    file = Path(env.get("HF_TOKEN_PATH") or Path(home) / "token").expanduser()
+    file = Path(env.get("HF_TOKEN_PATH") or Path(home) / "token")
     try:
-        return "".join(file.read_text().split()) or None
-    except (OSError, ValueError):
+        return "".join(read_small(file.expanduser(), _LARGEST_TOKEN).decode().split()) or None
+    except (OSError, ValueError, RuntimeError):  # RuntimeError where nobody knows the home
         return None
 
 
@@ -237,7 +274,7 @@ def _find_kernel_cache(env: Mapping[str, str], cache: Path) -> Path:
     names = ("KERNELS_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
     value = next((env[name] for name in names if env.get(name)), None)
     folder = Path(value) if value else Path(env.get("HF_HOME") or cache / "huggingface") / "hub"
-    return folder.expanduser().absolute()
+    return _find_home(folder, "HF_HOME").absolute()
 
 
 def read_library_paths() -> tuple[list[str], list[str]]:

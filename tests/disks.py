@@ -38,3 +38,15 @@ def small(folder: Path, size: str = "1m") -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def immovable(path: Path) -> Iterator[None]:
+    """A file or folder that nobody can rename or remove, as one that a busy disk keeps."""
+    command = ["chattr", "+i", str(path)]
+    if shutil.which("chattr") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no file can be made immutable here")
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", str(path)], check=True)

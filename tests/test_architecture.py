@@ -20,7 +20,7 @@ from hubaoti import errors
 from hubaoti.cli import COMMANDS, group
 
 ROOT = Path(hubaoti.__file__).parent
-BASE = ("escape", "errors", "flags", "progress", "front_matter", "disk", "settings")
+BASE = ("escape", "errors", "flags", "progress", "front_matter", "folder_trees", "disk", "settings")
 STORED = {*BASE, "artifact", "host"}
 OPENED = {*STORED, "program", "mirror", "runtime"}
 # What each room may import of the others; the base's files each see those before them.
@@ -37,7 +37,7 @@ ROOMS = {
     "api": {*OPENED, "compiler", "attachment", "hub"},
     "engines": {*OPENED, "compiler", "attachment", "hub", "api"},
     "spaces": {*OPENED, "attachment", "hub", "api"},
-    "server": {"errors", "front_matter", "disk", "artifact"},
+    "server": {"errors", "front_matter", "folder_trees", "disk", "artifact"},
     "cli": {*STORED, "mirror", "hub", "api", "engines", "spaces", "server"},
     "": {"api", "artifact", "attachment", "engines", "errors", "mirror"},
 }

@@ -17,6 +17,7 @@ import pytest
 from bundles import CPU, make_bundle, tree_of
 from commands import HUBAOTI, Done, environment_of, hubaoti, inside
 from huggingface_hub import HfApi
+from test_mirror_commands import at_most
 
 from hubaoti import __version__, api, cli, errors
 from hubaoti.artifact.bundle import Bundle
@@ -750,3 +751,75 @@ def test_a_time_is_in_the_unit_that_a_person_would_say() -> None:
         "0.5 s",
         "61.0 s",
     ]
+
+
+@pytest.mark.parametrize("words", [["doctor"], ["--help"], ["mirror", "ls"], ["trust", "add", "x"]])
+def test_where_output_is_closed_nothing_is_done_and_that_is_said(
+    words: list[str], env: Settings
+) -> None:
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$@" >&-', "sh", str(HUBAOTI), *words],
+        env=environment_of(env),
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: standard output is closed")
+    assert "hint: " in done.stderr and not env.trust.exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["verify {}", "mirror import {}", "mirror import {}.tar", "trust keygen {}", "trust add {}"],
+)
+def test_a_name_that_is_too_long_is_said(words: str, env: Settings) -> None:
+    done = inside(env, *words.format("x" * 300).split())
+    assert done.code == 2 and "no disk takes a name as long as" in done.err
+    assert "hint: " in done.err and len(done.err) < 300
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["mirror", "import", ""],
+        ["mirror", "stats", "--misses", ""],
+        ["push", "", "acme/x"],
+        ["verify", ""],
+        ["trust", "keygen", ""],
+        ["compile", "x", "-o", ""],
+    ],
+    ids=lambda words: words[-3:][0],
+)
+def test_an_empty_name_is_not_the_folder_that_we_are_in(
+    words: list[str], env: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_bundle(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    assert inside(env, *words).code == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "trust add bob --key",
+        "trust add bob --identity bob --root",
+        "mirror stats --misses",
+        "compile x --from-misses",
+        "push {} acme/x --as-is --sign",
+    ],
+)
+@pytest.mark.parametrize("kind", ["device", "pipe", "sparse"])
+def test_of_what_never_ends_nothing_is_read(
+    words: str, kind: str, env: Settings, tmp_path: Path
+) -> None:
+    file = Path("/dev/zero") if kind == "device" else tmp_path / "file"
+    if kind == "pipe":
+        os.mkfifo(file)
+    if kind == "sparse":
+        file.touch()
+        os.truncate(file, 20 << 30)
+    make_bundle(tmp_path / "bundle")
+    with at_most(20.0):
+        done = inside(env, *words.format(tmp_path / "bundle").split(), file)
+    refused(done, errors.BadRequest, "larger" if kind == "sparse" else "a pipe or a device")

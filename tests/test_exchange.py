@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sqlite3
 import tarfile
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from bundles import make_bundle, tree_of
 from commands import inside
+from test_mirror_commands import at_most
 from test_mirror_store import damage, put
 
 from hubaoti import errors
@@ -173,6 +175,90 @@ def test_a_changed_byte_of_an_export_is_never_stored(
     assert inside(elsewhere, "mirror", "import", tmp_path / "a.tar").code != 0
     with Mirror.open(elsewhere.mirror) as mirror:
         assert mirror.ls() == []
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a/" * 1900 + "f"],
+        ["a/" * 17 + "f"],
+        ["/".join(["b" * 200] * 6)],
+        ["b" * 256],
+        ["é" * 128],
+        ["one/x", "one/x"],
+        ["one/x", "one/x/y"],
+        ["one/x/y", "one/x"],
+        ["one/x", "./one/x"],
+    ],
+    ids=lambda names: names[-1][:20],
+)
+def test_a_name_that_no_disk_could_have_condemns_the_file_before_anything_is_unpacked(
+    settings: Settings, tmp_path: Path, names: list[str]
+) -> None:
+    file = write_tar(tmp_path / "a.tar", *(entry(name, size=1) for name in names))
+    done = inside(settings, "mirror", "import", file)
+    assert done.code == errors.BadExport.exit_code and str(file) in done.err
+    assert "cannot write" not in done.err
+    with Mirror.open(settings.mirror) as mirror:
+        assert mirror.ls() == [] and not any((mirror.root / "tmp").iterdir())
+
+
+def test_a_header_that_would_fill_the_memory_or_never_end_condemns_the_file(
+    mirror: Mirror, tmp_path: Path
+) -> None:
+    huge = entry("name", tarfile.GNUTYPE_LONGNAME, size=8 << 30)
+    with (tmp_path / "huge.tar").open("wb") as sink:
+        sink.write(huge.tobuf())
+        sink.truncate(9 << 30)
+    each = tarfile.TarInfo.create_pax_global_header({"comment": "x"}).replace(b"g", b"x", 1)
+    header = bytearray(each)
+    header[156:157] = tarfile.XHDTYPE
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header[:512])
+    (tmp_path / "chain.tar").write_bytes(bytes(header) * 5000)
+    for name in ("huge.tar", "chain.tar"):
+        with pytest.raises(errors.BadExport, match=f"{name} cannot be read"):
+            import_artifacts(mirror, tmp_path / name)
+
+
+def test_of_a_pipe_in_the_place_of_an_export_nothing_is_awaited(
+    settings: Settings, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    with at_most(20.0):
+        done = inside(settings, "mirror", "import", tmp_path / "a.tar")
+    assert done.code == errors.BadExport.exit_code and "a pipe or a device" in done.err
+
+
+@pytest.mark.parametrize("harm", ["changed", "missing", "no manifest", "nothing"])
+def test_what_is_wrong_with_an_export_names_its_file_and_no_temporary_one(
+    artifacts: list[Artifact], settings: Settings, elsewhere: Settings, tmp_path: Path, harm: str
+) -> None:
+    inside(settings, "mirror", "export", artifacts[0].digest, tmp_path / "out")
+    (folder,) = (tmp_path / "out").iterdir()
+    if harm == "changed":
+        damage(folder / "golden.safetensors")
+    elif harm == "missing":
+        (folder / "golden.safetensors").unlink()
+    elif harm == "no manifest":
+        (folder / "hubaoti.json").write_text("{}")
+    else:
+        (folder / "hubaoti.json").unlink()
+    with tarfile.open(tmp_path / "a.tar", "w:") as archive:
+        archive.add(tmp_path / "out", ".")
+    done = inside(elsewhere, "mirror", "import", tmp_path / "a.tar")
+    assert done.code not in {0, 1}
+    assert f"{tmp_path}/a.tar" in done.err and "/tmp/" not in done.err.replace(str(tmp_path), "")
+    assert str(elsewhere.mirror) not in done.err
+
+
+def test_a_place_without_its_folder_is_said(
+    artifacts: list[Artifact], settings: Settings, tmp_path: Path
+) -> None:
+    for name in ("nodir/x.tar", "nodir/x"):
+        done = inside(settings, "mirror", "export", artifacts[0].digest, tmp_path / name)
+        assert done.code == errors.BadRequest.exit_code
+        assert f"there is no folder {tmp_path}/nodir" in done.err
 
 
 # An index that was lost

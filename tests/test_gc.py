@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from bundles import CPU, make_bundle
 from commands import hubaoti, inside
+from disks import immovable
 from hypothesis import given
 from hypothesis import strategies as st
 from test_leases import running
@@ -287,7 +288,7 @@ def test_what_does_not_go_in_is_refused_before_anything_leaves_for_it(
     one, two = fill(mirror, tmp_path, "one", "two")
     mirror.usage.record_number(BUDGET, 2.5 * SIZE)
     mirror.usage.pin(one.digest), mirror.usage.pin(two.digest)
-    with pytest.raises(errors.MirrorFull, match="pinned, open, or built here") as caught:
+    with pytest.raises(errors.MirrorFull, match="205.2 kB pinned, or in a lockfile") as caught:
         fill(mirror, tmp_path, "three")
     assert "mirror budget" in caught.value.hint
     assert here(mirror) == {one.digest, two.digest}
@@ -299,6 +300,50 @@ def test_what_does_not_go_in_is_refused_before_anything_leaves_for_it(
     mine = make(tmp_path, "mine")
     put(mirror, mine, BUILT_HERE)  # an hour's compile is stored all the same
     assert mine.manifest.digest in here(mirror)
+
+
+def test_what_is_larger_than_the_budget_is_said_so_and_nothing_leaves_for_it(
+    mirror: Mirror, tmp_path: Path
+) -> None:
+    mirror.usage.record_number(BUDGET, 0.5 * SIZE)
+    for names in (["one"], ["two"]):  # of an empty mirror, and of one with more than the budget
+        with pytest.raises(errors.MirrorFull, match="whatever leaves for it") as caught:
+            fill(mirror, tmp_path, *names)
+        assert "pinned" not in str(caught.value) and "mirror budget" in caught.value.hint
+        put(mirror, make(tmp_path, f"mine of {names[0]}"), BUILT_HERE)
+    assert len(here(mirror)) == 2
+
+
+def test_what_cannot_be_removed_keeps_nothing_else(
+    mirror: Mirror, tmp_path: Path, settings: Settings
+) -> None:
+    one, two, three = fill(mirror, tmp_path, "one", "two", "three")
+    left = mirror.root / "artifacts" / ("a" * 64)
+    left.mkdir()
+    with immovable(one.path), immovable(left):
+        done = inside(settings, "mirror", "gc", "--max-bytes", "0", "--json")
+        found = json.loads(done.out)
+        assert len(found["artifacts"]) == 3 and found["after"] == 0
+        stuck = sorted(each["path"] for each in found["stuck"])
+        assert stuck == sorted(f"artifacts/{each.name}" for each in (one.path, left))
+        assert not two.path.exists() and not three.path.exists()
+        again = inside(settings, "mirror", "gc")
+        assert done.code == again.code == 1 and here(mirror) == set()
+        for each in (one.path, left):
+            assert f"artifacts/{each.name}: Operation not permitted" in again.err
+        fill(mirror, tmp_path, "four")
+    assert inside(settings, "mirror", "gc").code == 0
+    assert not one.path.exists() and not left.exists()
+
+
+def test_what_has_to_leave_and_cannot_be_removed_is_in_no_pull_s_way(
+    mirror: Mirror, tmp_path: Path
+) -> None:
+    (one,) = fill(mirror, tmp_path, "one")
+    mirror.usage.record_number(BUDGET, 1.5 * SIZE)
+    with immovable(one.path):
+        (two,) = fill(mirror, tmp_path, "two")
+        assert here(mirror) == {two.digest}
 
 
 # What no row promises

@@ -401,3 +401,10 @@ def test_a_card_with_unreadable_metadata_is_a_conflict(text: str, tmp_path: Path
     with pytest.raises(Conflict) as caught:
         render("acme/graphs", text, {}, make_bundle(tmp_path / "bundle").manifest)
     assert "README.md" in caught.value.hint
+
+
+@pytest.mark.parametrize("token", ["é", "hf_\udcff"])
+def test_what_no_header_can_have_is_no_token(settings: Settings, token: str) -> None:
+    with pytest.raises(AuthFailed, match="HF_TOKEN is no token") as caught:
+        HubClient(replace(settings, token=token)).resolve("acme/model")
+    assert token not in f"{caught.value}{caught.value.hint}"

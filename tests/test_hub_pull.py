@@ -34,6 +34,7 @@ from hubaoti.artifact.manifest import FILENAME
 from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import (
     AuthFailed,
+    BadLock,
     BadManifest,
     BadPackage,
     BadRequest,
@@ -740,3 +741,14 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing(
         assert not list(small.mirror.rglob("*.incomplete"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_lockfile_whose_name_is_no_text_is_refused_before_anything_is_fetched(
+    tmp_path: Path, repo: str, settings: Settings
+) -> None:
+    ship(tmp_path, repo, settings)
+    lock = tmp_path / "\udcff.lock"
+    assert hubaoti(settings, "lock", repo, "-o", lock).code == 0
+    done = hubaoti(settings, "pull", repo, "--trust", "--lockfile", lock)
+    assert done.code == BadLock.exit_code and "no UTF-8" in done.err and "rename" in done.err
+    assert not any((settings.mirror / "artifacts").iterdir())

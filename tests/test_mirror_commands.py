@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from bundles import MEMBERS, make_bundle
 from commands import inside
+from disks import immovable
 from test_leases import running
 from test_mirror_store import damage, files_of, put
 
@@ -182,6 +183,27 @@ def test_what_is_removed_is_gone_with_the_graphs_that_no_other_has(
     assert inside(settings, "mirror", "rm", "acme/two").code == 0
     assert mirror.ls() == [] and graphs(mirror) == 0
     assert not any((mirror.root / "tmp").iterdir())
+
+
+def test_a_digest_may_be_written_in_capitals(artifacts: list[Artifact], settings: Settings) -> None:
+    digest = artifacts[0].digest
+    for name in (digest[:12].upper(), f"sha256:{digest.upper()}"):
+        assert digest in inside(settings, "mirror", "show", name).out
+        assert digest in inside(settings, "mirror", "path", name).out
+        assert inside(settings, "verify", name).code == 0
+
+
+def test_what_the_system_does_not_let_go_is_said_and_removed_later(
+    artifacts: list[Artifact], mirror: Mirror, settings: Settings
+) -> None:
+    digest = artifacts[0].digest
+    with immovable(artifacts[0].path):
+        done = inside(settings, "mirror", "rm", digest)
+        assert done.code == 1 and "is not in the mirror any more" in done.err
+        assert f"artifacts/{digest}: Operation not permitted" in done.err and "gc" in done.err
+        assert artifacts[0].path.is_dir()
+    assert inside(settings, "mirror", "gc").code == 0
+    assert not artifacts[0].path.exists()
 
 
 def test_what_is_pinned_is_not_removed(

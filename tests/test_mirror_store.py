@@ -18,14 +18,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from bundles import MEMBERS, make_bundle, tree_of, write_zip
-from disks import read_only
+from disks import immovable, read_only
+from test_folder_trees import nest
 
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.manifest import FILENAME
+from hubaoti.artifact.schema import Member
 from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import (
+    BadManifest,
     BadPackage,
     DigestMismatch,
     DiskFull,
@@ -459,6 +463,42 @@ def test_a_living_process_s_work_is_not_swept(tmp_path: Path, bundle: Bundle) ->
     assert process.returncode == 0
     with Mirror.open(root) as mirror:
         assert len(mirror.ls()) == 1
+
+
+def test_what_a_killed_process_left_is_swept_however_deep_it_is(tmp_path: Path) -> None:
+    Mirror.open(tmp_path / "mirror").close()
+    left = tmp_path / "mirror/tmp/0123456789abcdef"
+    left.mkdir()
+    nest(left, 2000)
+    Mirror.open(tmp_path / "mirror").close()
+    assert is_empty(tmp_path / "mirror/tmp")
+
+
+def test_what_cannot_be_swept_is_in_nobody_s_way(tmp_path: Path, bundle: Bundle) -> None:
+    Mirror.open(tmp_path / "mirror").close()
+    left = tmp_path / "mirror/tmp/0123456789abcdef"
+    left.mkdir()
+    (left / "file").write_text("x")
+    with immovable(left / "file"), Mirror.open(tmp_path / "mirror") as mirror:
+        put(mirror, bundle)
+        assert len(mirror.ls()) == 1
+    Mirror.open(tmp_path / "mirror").close()
+    assert is_empty(tmp_path / "mirror/tmp")
+
+
+@pytest.mark.parametrize("name", ["a/" * 17 + "x.so", "b" * 256])
+def test_what_no_disk_could_have_is_never_stored(mirror: Mirror, bundle: Bundle, name: str) -> None:
+    graph = bundle.manifest.graphs[0]
+    members = tuple(replace_member(each, name) for each in graph.members)
+    long = msgspec.structs.replace(graph, members=members)
+    manifest = msgspec.structs.replace(bundle.manifest, graphs=(long,))
+    with pytest.raises(BadManifest, match="more than 16 folders"):
+        mirror.put(manifest, files_of(bundle), ORIGIN)
+    assert holds_nothing(mirror)
+
+
+def replace_member(member: Member, name: str) -> Member:
+    return Member(path=name, sha256=member.sha256, size=member.size)
 
 
 def test_a_file_that_vanished_is_the_callers_to_explain(mirror: Mirror, bundle: Bundle) -> None:

@@ -191,3 +191,18 @@ def test_what_leads_nowhere_outside_stays_below(name: str) -> None:
     if not leads_outside(name):
         joined = os.path.normpath(Path("/root/out") / name)
         assert joined == "/root/out" or joined.startswith("/root/out/")
+
+
+@pytest.mark.parametrize("name", ["a/" * 17 + "x", "a/" * 1900 + "x", "b" * 256, "b/" + "c" * 1024])
+def test_an_entry_that_no_disk_could_have_condemns_the_package(tmp_path: Path, name: str) -> None:
+    write_zip(tmp_path / "bad.pt2", {**MEMBERS, name: b"x"})
+    for act in (list_members, lambda path: unpack(path, (), tmp_path / "out")):
+        with pytest.raises(BadPackage, match="more than 16 folders"):
+            act(tmp_path / "bad.pt2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_entry_as_deep_as_honest_ones_may_be_is_unpacked(tmp_path: Path) -> None:
+    write_zip(tmp_path / "good.pt2", {"a/" * 16 + "x": b"x"})
+    unpack(tmp_path / "good.pt2", list_members(tmp_path / "good.pt2"), tmp_path / "out")
+    assert (tmp_path / "out" / ("a/" * 16 + "x")).read_bytes() == b"x"

@@ -225,3 +225,37 @@ def test_no_token_of_our_endpoint_is_shown() -> None:
     for _ in range(1000):
         token = f"hf_{secrets.token_urlsafe(24)}"
         assert hide_secrets(f"a {token} b") == "a (token) b"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:abc",
+        "http://127.0.0.1:-1",
+        "http://[::1]:x",
+        "http://127.0.0.1\udcff:8000",
+        "http://a b:8000",
+        "http://a\tb",
+        "http://me:word@hub.local:x",
+    ],
+)
+def test_what_no_request_could_be_sent_to_is_no_endpoint(url: str) -> None:
+    for make in (
+        lambda: Settings.from_env({"HF_ENDPOINT": url}),
+        lambda: Settings(Path("/h"), url),
+    ):
+        with pytest.raises(BadRequest, match="HF_ENDPOINT is no URL") as caught:
+            make()
+        assert "word" not in f"{caught.value}{caught.value.hint}" and caught.value.hint
+
+
+def test_white_space_around_an_endpoint_is_none_of_it() -> None:
+    assert Settings.from_env({"HF_ENDPOINT": "http://a:1\n"}).endpoint == "http://a:1"
+
+
+@pytest.mark.parametrize("name", ["HUBAOTI_HOME", "XDG_CACHE_HOME", "HF_HOME", "KERNELS_CACHE"])
+def test_the_home_of_a_user_whom_nobody_knows_is_said(name: str) -> None:
+    with pytest.raises(BadRequest, match="~nosuch/x.* does not know"):
+        Settings.from_env({name: "~nosuch/x"})
+    assert read_upstream_token(ENDPOINT, {"HF_TOKEN_PATH": "~nosuch/x"}) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import stat
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from disks import read_only
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from test_mirror_commands import at_most
 
 from hubaoti.errors import HubaotiError, UnsafeFolder
 from hubaoti.mirror.limits import Limits
@@ -303,3 +305,36 @@ def test_a_table_that_is_written_otherwise_is_changed_all_the_same(trust: Trust)
     trust.path.write_text(f"publisher = [{entries}]\n")
     assert trust.remove(HUB, "a")
     assert [each.owner for each in trust.publishers()] == ["b"]
+
+
+def test_of_what_is_no_plain_file_nothing_is_awaited_and_nobody_is_trusted(trust: Trust) -> None:
+    trust.path.parent.mkdir(mode=0o700)
+    os.mkfifo(trust.path, 0o600)
+    with at_most(10.0), pytest.raises(HubaotiError, match="a pipe or a device"):
+        trust.holds(HUB, "acme")
+    trust.path.unlink()
+    trust.path.touch(0o600)
+    os.truncate(trust.path, 20 << 30)
+    with at_most(10.0), pytest.raises(HubaotiError, match="larger than 16 MiB"):
+        trust.holds(HUB, "acme")
+    with at_most(10.0), pytest.raises(HubaotiError, match="larger than 16 MiB"):
+        trust.add(HUB, "acme")
+
+
+def test_a_file_that_is_reached_by_a_link_and_has_windows_lines_is_read(trust: Trust) -> None:
+    trust.add(HUB, "acme")
+    content = trust.path.read_bytes()
+    trust.path.with_name("real").write_bytes(content.replace(b"\n", b"\r\n"))
+    trust.path.with_name("real").chmod(0o600)
+    trust.path.unlink()
+    trust.path.symlink_to("real")
+    assert trust.holds(HUB, "acme")
+
+
+@pytest.mark.parametrize("table", ["publisher", "artifact", "block"])
+def test_a_table_that_is_to_be_a_list_is_said_with_its_brackets(trust: Trust, table: str) -> None:
+    trust.path.parent.mkdir(mode=0o700)
+    trust.path.write_text(f"[{table}]\nowner = 'acme'\nendpoint = 'x'\nsince = 2026-01-01\n")
+    trust.path.chmod(0o600)
+    with pytest.raises(HubaotiError, match=rf"write \[\[{table}\]\]"):
+        trust.holds("x", "acme")

@@ -165,3 +165,9 @@ def test_who_corrects_the_file_is_told_what_removing_it_forgets(settings: Settin
     settings.trust.write_text("[[block")
     done = inside(settings, "trust", "ls")
     assert "nobody is blocked either" in done.err and "had to sign" in done.err
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "file:///etc", "huggingface.co", "http://x:abc", ""])
+def test_an_owner_is_of_an_endpoint_that_can_be_asked(settings: Settings, url: str) -> None:
+    done = inside(settings, "trust", "add", "acme", "--endpoint", url)
+    assert done.code == 2 and "hint: " in done.err and not settings.trust.exists()

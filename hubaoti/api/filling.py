@@ -6,7 +6,6 @@ So the first machine of a kind does the work, and all others of its kind find it
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import BadRequest, HubaotiError, NoArtifact, NoMatch, NoModel, RepoNotFound
 from hubaoti.flags import require_flags
+from hubaoti.folder_trees import remove_tree
 from hubaoti.host.extras import require
 from hubaoti.host.probe import Host, probe_host
 from hubaoti.hub.layout import ArtifactPath, RepoRef, artifact_path
@@ -198,7 +198,7 @@ def compile_alone(
         try:
             yield output
         finally:
-            shutil.rmtree(output, ignore_errors=True)
+            remove_tree(output, ignore_errors=True)
 
 
 def _compile_missing(puller: Puller, ref: RepoRef, missing: Missing, output: Path) -> Pulled:

@@ -18,7 +18,12 @@ _DIGEST = re.compile(r"[0-9a-f]{6,64}")
 
 def is_digest(what: str) -> bool:
     """Whether a name reads as the beginning of a digest, from six digits on."""
-    return _DIGEST.fullmatch(what.removeprefix("sha256:")) is not None
+    return _DIGEST.fullmatch(_read_digits(what)) is not None
+
+
+def _read_digits(what: str) -> str:
+    """The digits of a digest, which people may write in capitals."""
+    return what.removeprefix("sha256:").lower()
 
 
 def find_rows(what: str, mirror: Mirror, settings: Settings) -> list[Row]:
@@ -29,7 +34,7 @@ def find_rows(what: str, mirror: Mirror, settings: Settings) -> list[Row]:
         NoArtifact: there is none. BadRequest: what is asked for is neither, or begins several.
     """
     if is_digest(what):
-        what = what.removeprefix("sha256:")
+        what = _read_digits(what)
         found = [row for row in mirror.ls() if row.digest.startswith(what)]
         if len(found) > 1:
             names = ", ".join(row.digest[: len(what) + 6] for row in found[:5])

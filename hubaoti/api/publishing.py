@@ -141,6 +141,8 @@ def _require_bundles(given: object) -> None:
 
 
 def _read_bundles(given: Bundle | str | Path) -> list[Bundle]:
+    if given == "":
+        raise BadRequest("'' names no bundle", hint="name its folder; . is the one that you are in")
     return [given] if isinstance(given, Bundle) else find_bundles(Path(given))
 
 

@@ -16,7 +16,7 @@ from hubaoti.errors import BadRequest
 from hubaoti.mirror import Mirror
 from hubaoti.mirror.trust import DIGEST, Named, Trust
 from hubaoti.mirror.trust_text import LOOKS_LIKE_DIGEST
-from hubaoti.settings import Settings, split_login
+from hubaoti.settings import Settings, require_url, split_login
 
 _OWNER, _SHA256 = "owner:", "sha256:"
 _PRINTED = 12  # digits of a digest, wherever one is printed
@@ -118,7 +118,8 @@ def _read_endpoint(endpoint: str | None) -> str | None:
     """
     if endpoint is None:
         return None
-    if "://" not in endpoint:
+    if endpoint.partition("://")[0].lower() not in {"http", "https"}:
         hint = "write it as https://huggingface.co"
-        raise BadRequest(f"{endpoint!r:.120} is no endpoint", hint=hint)
+        raise BadRequest(f"{endpoint!r:.120} is no endpoint of http or https", hint=hint)
+    require_url(endpoint, "the endpoint")
     return split_login(endpoint.rstrip("/"))[0]

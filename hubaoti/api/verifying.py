@@ -93,6 +93,8 @@ def _find(what: str | Path | None, mirror: Mirror, settings: Settings) -> Sequen
     """What is called so: a folder goes before a digest, and that before a repo."""
     if what is None:
         return mirror.ls()
+    if what == "":
+        raise BadRequest("'' names nothing", hint="name a bundle's folder, a digest or a repo")
     path = Path(what)
     if isinstance(what, Path) or path.is_dir() or (path.suffix == ".tar" and path.is_file()):
         return find_bundles(path)

@@ -7,7 +7,6 @@ import itertools
 import os
 import re
 import secrets
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ from hubaoti.artifact.package import hash_file, list_members
 from hubaoti.artifact.schema import File
 from hubaoti.disk import DISK_FULL, OUTPUT, TEMPORARY, are_on_one_disk, find_full_disk
 from hubaoti.errors import BadManifest, DigestMismatch, DiskFull, HubaotiError, OutputExists
+from hubaoti.folder_trees import list_files, remove_tree
 
 _OURS = "hubaoti-"  # what the names begin with of folders beside a bundle in which it is written
 _OLD = "old"  # the bundle that is being replaced, in a folder beside its place
@@ -53,7 +53,7 @@ class Bundle:
         with explain_read_errors(path):
             if not file.is_file():
                 raise _describe_other(path)
-            return cls(path, manifests.parse_manifest(file.read_bytes(), str(file)))
+            return cls(path, manifests.parse_manifest(_read_start(file), str(file)))
 
     def check(self) -> None:
         """Compare every file with the manifest, and every package's entries with their list.
@@ -88,7 +88,8 @@ class Bundle:
         for file in listed.values():
             _check_file(self.path / file.path, file)
         self._check_seal()
-        present = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()}
+        files = filter(Path.is_file, list_files(self.path))
+        present = {file.relative_to(self.path).as_posix() for file in files}
         for extra in sorted(present - {*listed, manifests.FILENAME, SEAL}):
             hint = f"remove it, or {_AGAIN}"
             raise DigestMismatch(f"{self.path / extra} is not in the manifest", hint=hint)
@@ -100,7 +101,7 @@ class Bundle:
     def _check_seal(self) -> None:
         """A manifest that was edited may be canonical, and even agree with itself."""
         seal = self.path / SEAL
-        if seal.is_file() and seal.read_text() != _format_seal(self.manifest):
+        if seal.is_file() and _read_start(seal) != _format_seal(self.manifest).encode():
             message = f"{self.path / manifests.FILENAME} was edited after it was compiled"
             raise DigestMismatch(message, hint=_AGAIN)
 
@@ -136,6 +137,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Finish a bundle: its manifest, and the manifest's own digest beside it."""
     (folder / manifests.FILENAME).write_bytes(manifest.to_json())
     (folder / SEAL).write_text(_format_seal(manifest))
+
+
+def _read_start(path: Path) -> bytes:
+    """A file, or so much of one as no manifest has."""
+    with path.open("rb") as file:
+        return file.read(manifests.LARGEST_MANIFEST + 1)
 
 
 def _format_seal(manifest: Manifest) -> str:
@@ -268,7 +275,7 @@ def _clear(folder: Path, path: Path) -> None:
     if (folder / _OLD).exists() and not path.exists():
         (folder / _OLD).replace(path)
     if not (folder / _OLD).exists():
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from msgspec import UNSET, UnsetType
 
 from hubaoti.artifact.canonical import digest_canonical
 from hubaoti.artifact.kernel_variant import KernelHost, KernelVariant
+from hubaoti.artifact.package import is_overlong
 from hubaoti.artifact.repo_name import is_repo
 from hubaoti.artifact.schema import File
 from hubaoti.errors import BadManifest, BadRequest
@@ -202,4 +203,5 @@ def _are_files(files: object) -> bool:
     paths = {file.path.casefold() for file in read}
     above = {str(each) for path in paths for each in PurePosixPath(path).parents}
     distinct = len(paths) == len(read) and not paths & above
-    return read == [*files] and distinct and sum(file.size for file in read) <= MOST_BYTES
+    short = not any(is_overlong(path) for path in paths)
+    return read == [*files] and distinct and short and sum(file.size for file in read) <= MOST_BYTES

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from hubaoti.artifact.schema import Dim, Size
+from hubaoti.disk import read_small
 from hubaoti.errors import BadRequest
 
 _Bounds = tuple[int, int]
@@ -68,6 +69,7 @@ class Misses(msgspec.Struct, frozen=True):
         return [dict(sizes) for sizes in sorted(each)]
 
 
+_LARGEST = 64 << 20  # bytes; a call that was missed takes some hundred
 _DECODER = msgspec.json.Decoder(Misses)
 
 
@@ -132,7 +134,7 @@ def read_misses(path: Path) -> Misses:
     """
     hint = "write one with attachment.save_misses(FILE)"
     try:
-        found = _DECODER.decode(path.read_bytes())
+        found = _DECODER.decode(read_small(path, _LARGEST))
     except OSError as error:
         raise BadRequest(f"{path} cannot be read: {error.strerror}", hint=hint) from error
     except msgspec.MsgspecError as error:

@@ -25,6 +25,7 @@ from hubaoti.errors import BadPackage
 
 _CHUNK = 1 << 20
 _ENTRIES = 100_000  # of one package; an honest one has some dozens
+_DEEPEST, _LONGEST, _LONGEST_PART = 16, 1024, 255  # folders above a file, bytes of its name
 # What zipfile and its decompressors raise of damaged files.
 _DAMAGE = (
     zipfile.BadZipFile,
@@ -150,6 +151,8 @@ def _list_safe_entries(package: Path, archive: zipfile.ZipFile) -> list[zipfile.
     seen: set[str] = set()
     for entry in entries:
         name = entry.orig_filename
+        if is_overlong(name):
+            raise BadPackage(f"{package.name} has an entry {OVERLONG}: {name!r:.120}", hint=_HINT)
         if leads_outside(name) or stat.S_ISLNK(entry.external_attr >> 16):
             raise BadPackage(
                 f"{package.name} has an entry that leads outside: {name!r}", hint=_HINT
@@ -169,6 +172,19 @@ def leads_outside(name: str) -> bool:
     path = PurePosixPath(name)
     plain = str(path) == name.removesuffix("/") and name != "."
     return not name or odd or not plain or path.is_absolute() or ".." in path.parts
+
+
+OVERLONG = f"of more than {_DEEPEST} folders within each other, or of a longer name than disks take"
+
+
+def is_overlong(name: str) -> bool:
+    """Whether an entry's name has more folders, or more bytes, than any that was meant well.
+
+    Disks would take some of these, and what looks at them afterwards would not.
+    """
+    parts = name.encode("utf-8", "surrogatepass").split(b"/")
+    is_long = len(name) > _LONGEST or any(len(part) > _LONGEST_PART for part in parts)
+    return is_long or len(parts) > _DEEPEST + 1
 
 
 def _hash_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Member:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import gc
 import importlib
 import os
@@ -14,7 +15,7 @@ import click
 
 from hubaoti import __version__
 from hubaoti.cli.output import print_line, print_lines
-from hubaoti.errors import DiskFull, HubaotiError, first_line
+from hubaoti.errors import BadRequest, DiskFull, HubaotiError, first_line
 
 # Each command's module, loaded when the command is named, and the line that help shows for it.
 COMMANDS = {
@@ -33,6 +34,7 @@ COMMANDS = {
     "trust": ("trust", "The publishers whose code may run here."),
 }
 _INTERRUPTED, _STOPPED = 130, 143
+_SHOWN = 80  # characters of a name that is too long
 
 
 class Commands(click.Group):
@@ -79,6 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Where the reader of our output left, as `head` does, click ends the process with 1, in silence.
     """
+    if sys.stdout is None:  # closed, and nothing that is asked for could be printed
+        print_line("error: standard output is closed, and what is printed goes there", err=True)
+        print_line("hint: nothing was done; for no output at all, send it to /dev/null", err=True)
+        sys.exit(HubaotiError.exit_code)
     # As an interrupt does, being stopped lets every step take its temporary files along.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(_STOPPED))
     sys.exit(dispatch(arguments))
@@ -105,6 +111,11 @@ def dispatch(arguments: Sequence[str] | None) -> int:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             print_line(f"error: what is printed has no room: {first_line(error)}", err=True)
             return DiskFull.exit_code
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            name = first_line(f"{error.filename}")[:_SHOWN]
+            print_line(f"error: no disk takes a name as long as {name}…", err=True)
+            print_line("hint: give a name of at most 255 bytes, in a path of 4095", err=True)
+            return BadRequest.exit_code
         return _report_unexpected(error)
     return 0
 

@@ -12,6 +12,7 @@ from hubaoti.artifact.misses import explain_shapes, propose_command, propose_dim
 from hubaoti.artifact.sizes import format_count, format_size
 from hubaoti.cli.matrix import fill_matrix
 from hubaoti.cli.output import Steps, print_json, print_line, print_text
+from hubaoti.cli.paths import GivenPath
 from hubaoti.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _BY_MATRIX = ("--matrix goes by its file", "write it into a [[build]] of the fil
 
 @click.command("compile")
 @click.argument("model", required=False)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="the bundle")
+@click.option("-o", "--output", type=GivenPath(), help="the bundle")
 @click.option(
     "--task", help="embed, classify, logits, generate or forward; default: from the model's files"
 )
@@ -73,13 +74,13 @@ _BY_MATRIX = ("--matrix goes by its file", "write it into a [[build]] of the fil
 @click.option("--explain", is_flag=True, help="only say what would be compiled, and how")
 @click.option(
     "--from-misses",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     metavar="FILE",
     help="only propose dims for the calls that no graph served",
 )
 @click.option(
     "--matrix",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     metavar="FILE",
     help="compile and push each [[build]] of a TOML file that its repo lacks",
 )

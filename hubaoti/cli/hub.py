@@ -9,6 +9,7 @@ import click
 
 from hubaoti.artifact.sizes import format_count, format_size
 from hubaoti.cli.output import Steps, print_json, print_line, print_lines, print_some
+from hubaoti.cli.paths import GivenPath
 from hubaoti.errors import BadLock
 from hubaoti.settings import Settings
 
@@ -20,9 +21,7 @@ _PUBLISHED = {True: "published", False: "was there already"}
 
 
 @click.command("push")
-@click.argument(
-    "bundles", metavar="BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path)
-)
+@click.argument("bundles", metavar="BUNDLE...", nargs=-1, required=True, type=GivenPath())
 @click.argument("repo")
 @click.option("--tag", help="name the commit, as v1.2.0")
 @click.option("--move-tag", is_flag=True, help="move an existing tag to this commit")
@@ -72,13 +71,11 @@ def _print_commit(commit: Commit) -> None:
 @click.option("--path", metavar="RECIPE/VARIANT", help="this artifact; it is fetched without torch")
 @click.option("--trust", is_flag=True, help="trust the publisher, now and from now on")
 @click.option("--allow-rollback", is_flag=True, help="a tag that moved, a branch that went back")
-@click.option(
-    "--host", type=click.Path(path_type=Path), help="for the host that this file describes"
-)
+@click.option("--host", type=GivenPath(), help="for the host that this file describes")
 @click.option("--any-of", metavar="MODEL", help="the best for this model, of all trusted owners")
 @click.option("--task", help="of that model, as compile has it; by default as the model says")
 @click.option("--locked", is_flag=True, help="only what hubaoti.lock, or HUBAOTI_LOCK's file, says")
-@click.option("--lockfile", type=click.Path(path_type=Path), help="only what this file says")
+@click.option("--lockfile", type=GivenPath(), help="only what this file says")
 @click.option("--missing", metavar="compile", help="what does not fit this host is compiled here")
 @click.option("--model", help="of which it is compiled, where the repo does not say")
 @click.option("--push-back", is_flag=True, help="into REPO what was compiled, for other machines")

@@ -9,10 +9,11 @@ import click
 
 from hubaoti.artifact.sizes import format_count
 from hubaoti.cli.output import print_json, print_line
+from hubaoti.cli.paths import GivenPath
 from hubaoti.mirror import Mirror
 from hubaoti.settings import Settings
 
-_PATH = click.Path(path_type=Path)
+_PATH = GivenPath()
 
 
 @click.command("export")

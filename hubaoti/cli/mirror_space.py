@@ -19,10 +19,12 @@ from hubaoti.cli.output import (
     print_table,
     print_text,
 )
+from hubaoti.cli.paths import GivenPath
 from hubaoti.errors import BadRequest
 from hubaoti.mirror import Mirror
 from hubaoti.mirror.answers import HUB, MIRROR
 from hubaoti.mirror.gc import BUDGET, collect, count_held, read_budget
+from hubaoti.mirror.removal import refuse_stuck
 from hubaoti.mirror.stats import Stats, Unused, format_prometheus, summarize
 from hubaoti.settings import Settings
 
@@ -76,6 +78,7 @@ def gc_command(
         held = count_held(mirror) if found.after > found.budget else {}
     if as_json:
         print_json(asdict(found))
+        refuse_stuck(found.stuck)
         return
     columns = ["digest", "recipe", "variant", "size", "why"]
     cells = [
@@ -96,6 +99,7 @@ def gc_command(
     )
     for why, size in held.items():
         print_line(f"  {format_size(size)} stay, because they are {why}")
+    refuse_stuck(found.stuck)
 
 
 @click.command("budget")
@@ -119,7 +123,7 @@ def budget_command(size: str | None) -> None:
     "--misses",
     "files",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="a file of attachment.save_misses, for the dims to compile next",
 )
 @click.option("--json", "as_json", is_flag=True, help="print them as JSON")

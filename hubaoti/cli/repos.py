@@ -10,6 +10,7 @@ import click
 
 from hubaoti.artifact.sizes import format_count
 from hubaoti.cli.output import Steps, print_json, print_line, print_some, print_table
+from hubaoti.cli.paths import GivenPath
 
 if TYPE_CHECKING:
     from hubaoti.hub.choice import Considered
@@ -41,9 +42,7 @@ def versions_command(repo: str, as_json: bool, quiet: bool) -> None:
 @click.command("explain")
 @click.argument("repo")
 @click.option("--recipe", help="only this one, as bfloat16-sdpa")
-@click.option(
-    "--host", type=click.Path(path_type=Path), help="for the host that this file describes"
-)
+@click.option("--host", type=GivenPath(), help="for the host that this file describes")
 @_JSON
 @_QUIET
 def explain_command(repo: str, as_json: bool, quiet: bool, **options: Any) -> None:
@@ -94,7 +93,7 @@ def _print_considered(each: Considered) -> None:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     default=Path("hubaoti.lock"),
     help="the lockfile; by default hubaoti.lock",
 )

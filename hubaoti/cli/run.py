@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from hubaoti.cli.output import Steps, print_json, print_line, print_table
+from hubaoti.cli.paths import GivenPath
 from hubaoti.errors import BadRequest
 from hubaoti.escape import escape_line
 
 if TYPE_CHECKING:
     import torch
 
-_FILE = click.Path(path_type=Path, dir_okay=False)
+_FILE = GivenPath(dir_okay=False)
 _GENERATES = ("out", "max_new_tokens", "temperature", "seed", "isolate", "memory")
 
 

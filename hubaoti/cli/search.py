@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from hubaoti.cli.output import Steps, print_json, print_line, print_table
+from hubaoti.cli.paths import GivenPath
 
 if TYPE_CHECKING:
     from hubaoti.api.searching import RepoFound
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 @click.option("--program", metavar="MODEL", help="only of its program: a Hub id or a folder")
 @click.option("--task", help="of that program, as compile has it; by default as the model says")
 @click.option("--fits", is_flag=True, help="read manifests, and put what fits this host best first")
-@click.option(
-    "--host", type=click.Path(path_type=Path), help="for the host that this file describes"
-)
+@click.option("--host", type=GivenPath(), help="for the host that this file describes")
 @click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 @click.option("-q", "--quiet", is_flag=True, help="print the result alone, and no steps")
 def search_command(

@@ -11,13 +11,14 @@ import click
 from hubaoti.api.trusting import NamedArtifact, Owner, find_subject
 from hubaoti.cli.groups import Group
 from hubaoti.cli.output import print_json, print_line, print_table
+from hubaoti.cli.paths import GivenPath
 from hubaoti.errors import BadRequest
 from hubaoti.hub.keys import make_key_pair, read_public_key, read_root
 from hubaoti.mirror.signer import Signer, digest
 from hubaoti.mirror.trust import Publisher, Subject, Trust
 from hubaoti.settings import Settings
 
-_FILE = click.Path(path_type=Path)
+_FILE = GivenPath()
 _WHO = click.argument("who", metavar="OWNER|DIGEST|./BUNDLE")
 _WHERE = click.option("--endpoint", metavar="URL", help="of the owner; by default today's")
 
@@ -120,7 +121,7 @@ def _refuse_signer(artifact: NamedArtifact) -> None:
 
 
 @trust_command.command("keygen")
-@click.argument("name", type=click.Path(path_type=Path))
+@click.argument("name", type=GivenPath())
 def keygen_command(name: Path) -> None:
     """Make an EC key: NAME.pem, with which push --sign signs, and NAME.pub for who is to trust."""
     if name.name in {"", ".."}:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from hubaoti.disk import allows_code
 from hubaoti.errors import HubaotiError, UnsafeFolder
+from hubaoti.folder_trees import remove_tree
 from hubaoti.host.file_lock import AT_ONCE, hold_file_lock
 
 _OURS = re.compile(r"[0-9a-f]{16}(\.lock)?\Z")
@@ -69,7 +69,7 @@ def _release(folder: Path) -> None:
 
 def _is_removed(folder: Path) -> bool:
     """Remove a folder with all that is in it, and see whether it is gone."""
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_tree(folder, ignore_errors=True)
     return not folder.exists()
 
 

@@ -7,7 +7,6 @@ prints goes to one of them, so that lines of several never mix.
 
 from __future__ import annotations
 
-import shutil
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from hubaoti.compiler.built import BuiltUnit
 from hubaoti.disk import DISK_FULL, OUTPUT, TEMPORARY, describe_no_room, find_full_disk
 from hubaoti.errors import BadRequest, CompileFailed, HubaotiError, first_line
+from hubaoti.folder_trees import remove_tree
 from hubaoti.host.memory import OVERHEAD, read_available_memory
 from hubaoti.host.probe import count_cores
 from hubaoti.host.processes import fork_child, stop_forks, wait_for_one
@@ -129,7 +129,7 @@ def _build_in_forks(
             yield unit, _read_result(unit, code, parts)
     finally:
         stop_forks(running)
-        shutil.rmtree(parts)
+        remove_tree(parts)
 
 
 def _build_and_tell(unit: _Work, build: Callable[[_Work], BuiltUnit], parts: Path) -> None:

@@ -24,6 +24,7 @@ from hubaoti.engines.messages import (
     Use,
 )
 from hubaoti.errors import HubaotiError, WorkerEnded
+from hubaoti.folder_trees import remove_tree
 from hubaoti.host.memory import is_limited, measure_process_memory
 from hubaoti.host.probe import STAND_IN
 from hubaoti.host.processes import CRASHES, Child, describe_exit, list_search_path
@@ -217,6 +218,7 @@ class Isolated:
         try:
             return child.end(patience)
         finally:
+            remove_tree(Path(self._scratch.name), ignore_errors=True)  # as deep as a stranger liked
             self._scratch.cleanup()
 
     @property

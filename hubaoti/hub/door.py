@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from hubaoti.errors import HubaotiError, HubUnreachable
+from hubaoti.errors import AuthFailed, HubaotiError, HubUnreachable
 from hubaoti.hub.bounds import TooLong
 from hubaoti.hub.errors import NO_HUB, ErrorTranslator, StaleParent, silence_hub
 from hubaoti.hub.retry import LIBRARY, heed_answers, retry_request
@@ -55,7 +55,11 @@ class Door:
         constants.HF_HUB_DISABLE_TELEMETRY = True
         # What did not fill a piece when a download is cut is not kept: 10 MiB by default.
         constants.DOWNLOAD_CHUNK_SIZE = 1 << 20
-        token = self._settings.token or (None if self._stored else False)
+        given = self._settings.token
+        if given is not None and not given.isascii():
+            hint = "set it to what the endpoint gave you, letter by letter; as hf_…"
+            raise AuthFailed("HF_TOKEN is no token: it has letters that no token has", hint=hint)
+        token = given or (None if self._stored else False)
         more = {"accept-encoding": "identity"}  # what is packed has no bound
         if self._settings.basic is not None:
             more["authorization"] = self._settings.basic

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hubaoti.disk import explain_disk_errors
+from hubaoti.disk import explain_disk_errors, read_small
 from hubaoti.errors import BadRequest, OutputExists
 from hubaoti.host.extras import require
 from hubaoti.mirror.signer import LARGEST_KEY, digest
@@ -116,8 +116,6 @@ def _encode_public(key: Any) -> bytes:
 def _read(path: Path) -> bytes:
     """A small file that somebody named."""
     try:
-        if path.stat().st_size > LARGEST_KEY:
-            raise BadRequest(f"{path} is larger than {LARGEST_KEY >> 20} MiB", hint=_HINT)
-        return path.read_bytes()
+        return read_small(path, LARGEST_KEY)
     except OSError as error:
         raise BadRequest(f"{path} cannot be read: {error.strerror}", hint=_HINT) from error

@@ -19,6 +19,7 @@ from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.requirements import Requirements
 from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import (
+    BadLock,
     BadRequest,
     Blocked,
     HubaotiError,
@@ -124,6 +125,14 @@ class Puller:
     allow_rollback: bool = False
     lock: Lock | None = field(default=None, repr=False)
     progress: Progress = report_nothing
+
+    def __post_init__(self) -> None:
+        path = "" if self.lock is None else str(self.lock.path)
+        if path.encode(errors="replace").decode() != path:
+            raise BadLock(  # before anything is fetched that would stay by it
+                f"{path} has a byte in its path that is no UTF-8, so nothing can stay by it",
+                hint="rename the file, or the folder that it is in",
+            )
 
     @cached_property
     def client(self) -> HubClient:

@@ -14,7 +14,15 @@ from pathlib import Path
 
 from hubaoti.artifact import manifest as manifests
 from hubaoti.artifact.manifest import Manifest
-from hubaoti.artifact.package import copy_hashed, copy_unpacked, has_bytes, holds_members, unpack
+from hubaoti.artifact.package import (
+    OVERLONG,
+    copy_hashed,
+    copy_unpacked,
+    has_bytes,
+    holds_members,
+    is_overlong,
+    unpack,
+)
 from hubaoti.artifact.schema import Graph
 from hubaoti.disk import explain_unread, open_plain, sync_folder
 from hubaoti.errors import BadManifest, DigestMismatch
@@ -108,6 +116,21 @@ def write_small(manifest: Manifest, files: Mapping[str, Path], folder: Path) -> 
         sink.flush()
         os.fsync(sink.fileno())
     target.chmod(0o444)
+
+
+def require_short_names(manifest: Manifest) -> None:
+    """See that no file of an artifact lies deeper, or has a longer name, than disks and tools take.
+
+    Raises:
+        BadManifest: one does.
+    """
+    members = (member.path for graph in manifest.graphs for member in graph.members)
+    for path in (*(file.path for file in manifest.all_files()), *members):
+        if is_overlong(path):
+            raise BadManifest(
+                f"artifact {manifest.digest[:12]} lists a file {OVERLONG}: {path!r:.120}",
+                hint="it was made to harm, or by mistake: ask its publisher",
+            )
 
 
 def compute_unpacked_size(manifest: Manifest) -> int:

@@ -8,16 +8,20 @@ with its manifest, and an artifact is of a stranger until somebody on this machi
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hubaoti.artifact.manifest import FILENAME, LARGEST_MANIFEST, Manifest, parse_manifest
-from hubaoti.artifact.package import leads_outside
-from hubaoti.disk import explain_disk_errors, require_disk_room
-from hubaoti.errors import BadExport, OutputExists
+from hubaoti.artifact.package import OVERLONG, is_overlong, leads_outside
+from hubaoti.disk import explain_disk_errors, open_given, require_disk_room
+from hubaoti.errors import BadExport, BadRequest, HubaotiError, OutputExists, first_line
 from hubaoti.mirror.artifact import Artifact, compute_unpacked_size
 from hubaoti.mirror.folders import make_workspace
 
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
 
 _ENDING = ".tar"
 _MOST = 100_000  # entries of one export
+_LONGEST_HEADER = 1 << 20  # bytes
+# What tarfile raises of damaged files, and of headers that each stand for the next one's.
+_DAMAGE = (tarfile.TarError, ValueError, LookupError, ArithmeticError, EOFError, RecursionError)
 _AGAIN = "export it again on the machine that has it: hubaoti mirror export"
 _ELSEWHERE = "choose another folder for it"
 
@@ -35,13 +42,16 @@ def export(mirror: Mirror, artifacts: Sequence[Artifact], output: Path) -> None:
 
     Raises:
         DigestMismatch: one was changed; it is in quarantine.
-        OutputExists: there is something already. DiskFull: there is no room.
+        OutputExists: there is something already. BadRequest: there is no folder for it.
+        DiskFull: there is no room.
     """
     for artifact in artifacts:
         mirror.verify_own(artifact)
     if output.exists():
         raise OutputExists(f"{output} is there already", hint="choose another name")
     parent, is_file = output.absolute().parent, output.suffix == _ENDING
+    if not parent.is_dir():
+        raise BadRequest(f"there is no folder {parent}", hint="make it, or name another")
     needed = (2 if is_file else 1) * sum(compute_unpacked_size(e.manifest) for e in artifacts)
     with explain_disk_errors(parent, needed, "name another place"), make_workspace(parent) as work:
         require_disk_room(parent, needed, _ELSEWHERE)
@@ -66,9 +76,21 @@ def import_artifacts(mirror: Mirror, source: Path) -> list[Artifact]:
     mirror.index.require_writable()
     if source.is_dir():
         return _import_folder(mirror, source)
-    with make_workspace(mirror.root / "tmp") as work:
+    with make_workspace(mirror.root / "tmp") as work, _naming(source, work / "folder"):
         _unpack(source, work / "folder")
         return _import_folder(mirror, work / "folder")
+
+
+@contextmanager
+def _naming(source: Path, folder: Path) -> Iterator[None]:
+    """Around work on what was unpacked into a folder: its errors name the file that it came in."""
+    try:
+        yield
+    except HubaotiError as error:
+        message = str(error).replace(str(folder), str(source))
+        if message == str(error):
+            raise
+        raise type(error)(message, hint=error.hint) from error
 
 
 def _write(artifact: Artifact, folder: Path) -> None:
@@ -123,27 +145,67 @@ def _anonymize(member: tarfile.TarInfo) -> tarfile.TarInfo:
 def _unpack(source: Path, folder: Path) -> None:
     """Write the plain files of a tar below `folder`; any other entry condemns it."""
     try:
-        size = source.stat().st_size
-        with tarfile.open(source, "r:") as archive:
-            folder.mkdir(mode=0o700)
+        with open_given(source) as file, tarfile.open(None, "r:", _Bounded(file.raw)) as archive:
+            entries, size = _list_entries(source, archive), os.fstat(file.fileno()).st_size
             with explain_disk_errors(folder, size):
                 require_disk_room(folder, size)
-                for at, member in enumerate(archive):
-                    _copy_member(archive, member, folder, at)
-    except (tarfile.TarError, ValueError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+                folder.mkdir(mode=0o700)
+                for name, entry in entries.items():
+                    _copy_entry(archive, entry, folder / name)
+    except (*_DAMAGE, OSError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise BadExport(f"{source} cannot be read: {reason}", hint=_AGAIN) from error
 
 
-def _copy_member(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, at: int) -> None:
+class _Bounded(BufferedReader):
+    """A tar, of which nothing is read at once that would fill the memory.
+
+    tarfile reads the whole of a header that says how long a name is, however long that would be.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """So many bytes.
+
+        Raises:
+            tarfile.ReadError: they are too many.
+        """
+        if size is None or not 0 <= size <= _LONGEST_HEADER:
+            raise tarfile.ReadError(f"it has a header of {size} bytes")
+        return super().read(size)
+
+
+def _list_entries(source: Path, archive: tarfile.TarFile) -> dict[str, tarfile.TarInfo]:
+    """The plain files of a tar, by their names, once all of its entries were looked at.
+
+    Raises:
+        BadExport: one is something else, or has a name that no export has, or that of another.
+    """
+    files, folders = dict[str, tarfile.TarInfo](), set[str]()
+    for entry in archive:
+        name = entry.name.removeprefix("./")
+        if entry.isdir() and name == ".":
+            continue
+        is_plain = entry.isdir() or (entry.isreg() and not entry.issparse())
+        if not is_plain or leads_outside(name) or len(files) + len(folders) >= _MOST:
+            raise BadExport(f"{source} has an entry that no export has: {name!r:.120}", hint=_AGAIN)
+        if is_overlong(name):
+            raise BadExport(f"{source} has an entry {OVERLONG}: {name!r:.120}", hint=_AGAIN)
+        if name in files:
+            raise BadExport(f"{source} has two entries called {name!r:.120}", hint=_AGAIN)
+        if entry.isdir():
+            folders.add(name)
+        else:
+            files[name] = entry
+        folders.update(name[: slash.start()] for slash in re.finditer("/", name))
+    for name in sorted(files.keys() & folders):
+        raise BadExport(f"in {source}, {name!r:.120} is a file and a folder", hint=_AGAIN)
+    return files
+
+
+def _copy_entry(archive: tarfile.TarFile, entry: tarfile.TarInfo, target: Path) -> None:
     """Write one entry. A file's bytes lie in the tar as they are, so no bomb is in it."""
-    name = member.name.removeprefix("./")
-    if member.isdir() and (name == "." or not leads_outside(name)):
-        return
-    found = archive.extractfile(member) if member.isreg() and not member.issparse() else None
-    if at >= _MOST or leads_outside(name) or found is None:
-        raise BadExport(f"it has an entry that no export has: {name!r:.120}", hint=_AGAIN)
-    target = folder / name
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = archive.extractfile(entry)
+    assert found is not None  # only plain files are listed
     with found as content, target.open("xb") as sink:
         shutil.copyfileobj(content, sink)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hubaoti.errors import HubaotiError, UnsafeFolder
+from hubaoti.folder_trees import list_files, remove_tree
 from hubaoti.host.file_lock import AT_ONCE, hold_file_lock
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -82,21 +82,27 @@ def make_workspace(tmp: Path) -> Iterator[Path]:
             folder.mkdir(mode=0o700)
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder, ignore_errors=True)
             lock.unlink(missing_ok=True)
 
 
 def sweep_folder(tmp: Path) -> None:
-    """Remove what killed processes left below `tmp`; what a living one writes stays."""
-    for name in {entry.name.removesuffix(_LOCK) for entry in tmp.iterdir()}:
+    """Remove what killed processes left below `tmp`; what a living one writes stays.
+
+    So does what cannot be removed: it is in nobody's way.
+    """
+    names = set[str]()
+    with suppress(OSError):
+        names = {entry.name.removesuffix(_LOCK) for entry in tmp.iterdir()}
+    for name in names:
         folder, lock = tmp / name, tmp / f"{name}{_LOCK}"
         with suppress(OSError):
             if _WORKSPACE.fullmatch(name):
                 with hold_file_lock(lock, AT_ONCE):
-                    shutil.rmtree(folder, ignore_errors=True)
+                    remove_tree(folder, ignore_errors=True)
                     lock.unlink()
             elif time.time() - folder.stat().st_mtime > _LONGEST_WORK:
-                shutil.rmtree(folder)
+                remove_tree(folder)
 
 
 def keep_newest(folder: Path, most: int, size: int) -> None:
@@ -107,7 +113,7 @@ def keep_newest(folder: Path, most: int, size: int) -> None:
     for index, entry in enumerate(sorted(folder.iterdir(), key=_read_change_time, reverse=True)):
         size -= _count_bytes(entry)
         if index and (index >= most or size < 0):
-            shutil.rmtree(entry, ignore_errors=True)
+            remove_tree(entry, ignore_errors=True)
 
 
 def _read_change_time(path: Path) -> float:
@@ -120,10 +126,10 @@ def _read_change_time(path: Path) -> float:
 def _count_bytes(folder: Path) -> int:
     """The bytes of all files below a folder that can be seen."""
     total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
+    with suppress(OSError):
+        for path in list_files(folder):
             with suppress(OSError):
-                total += (Path(parent) / name).lstat().st_size
+                total += path.lstat().st_size
     return total
 
 

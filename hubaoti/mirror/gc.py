@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hubaoti.artifact.requirements import read_version, series
-from hubaoti.artifact.sizes import format_count
+from hubaoti.artifact.sizes import format_count, format_size
 from hubaoti.artifact.variant import Variant
 from hubaoti.errors import Blocked, MirrorFull
 from hubaoti.host.probe import find_torch
 from hubaoti.mirror.eviction import Candidate, estimate_cost, order
 from hubaoti.mirror.facts import read_facts
 from hubaoti.mirror.orphans import find_gone, find_orphans
-from hubaoti.mirror.removal import delete_folders, remove_unheld
+from hubaoti.mirror.removal import Stuck, delete_folders, remove_unheld
 from hubaoti.mirror.rows import Row
 from hubaoti.mirror.usage import Use, name_holders
 
@@ -56,7 +56,8 @@ class Collected:
     """What a collection removed, or would; bytes of artifacts before and after, and the budget.
 
     `orphans` are what no row promises, by their paths below the mirror. `blocked` are artifacts
-    that are blocked here, and stay all the same, with what keeps them.
+    that are blocked here, and stay all the same, with what keeps them. `stuck` is what the system
+    did not let go, of orphans and of artifacts.
     """
 
     artifacts: tuple[Leaving, ...]
@@ -65,6 +66,7 @@ class Collected:
     after: int
     budget: int
     blocked: tuple[Leaving, ...] = ()
+    stuck: tuple[Stuck, ...] = ()
 
 
 def read_budget(mirror: Mirror) -> int:
@@ -102,14 +104,15 @@ def collect(
         before = collection.used
         if before > budget:
             collection.evict(int(budget * _LOW))
-        orphans = find_orphans(mirror)
+        known = {mirror.root / each.path for each in collection.stuck}
+        orphans = [each for each in find_orphans(mirror) if each not in known]
         if not dry_run:
-            delete_folders(mirror.root / "tmp", orphans)
+            collection.stuck += delete_folders(mirror.root, orphans)
             mirror.leases.forget_unheld()
     names = tuple(sorted(each.relative_to(mirror.root).as_posix() for each in orphans))
     gone = tuple(collection.gone)
-    blocked = tuple(_list_blocked(mirror))
-    return Collected(gone, names, collection.started, collection.used, budget, blocked)
+    blocked, stuck = tuple(_list_blocked(mirror)), tuple(collection.stuck)
+    return Collected(gone, names, collection.started, collection.used, budget, blocked, stuck)
 
 
 def make_room(mirror: Mirror, size: int, is_pulled: bool) -> None:
@@ -130,12 +133,22 @@ def make_room(mirror: Mirror, size: int, is_pulled: bool) -> None:
         collection.evict(max(int(budget * _LOW) - size, 0))
         used = collection.used
     if is_pulled and used + size > budget:
-        raise MirrorFull(
-            f"{mirror.root} has a budget of {budget} bytes; {used} of them stay, because they are "
-            f"pinned, open, or built here and not pushed, and {size} more do not go in",
-            hint="see hubaoti mirror ls; unpin, push or remove something, or say another budget: "
-            "hubaoti mirror budget 100GB",
-        )
+        raise _describe_full(mirror, budget, size)
+
+
+def _describe_full(mirror: Mirror, budget: int, size: int) -> MirrorFull:
+    """The error that says why so many bytes do not go in: by themselves, or beside what stays."""
+    large = f"the artifact has {format_size(size)} unpacked, and the budget of {mirror.root}"
+    more = "say another budget: hubaoti mirror budget 100GB"
+    if size > budget:
+        message = f"{large} is {format_size(budget)}: it does not go in, whatever leaves for it"
+        return MirrorFull(message, hint=more)
+    held = "; ".join(f"{format_size(n)} {why}" for why, n in count_held(mirror).items())
+    held = held or "others opened it meanwhile"
+    return MirrorFull(
+        f"{large} is {format_size(budget)}, of which too much stays: {held}",
+        hint=f"see hubaoti mirror ls; unpin, push or remove something, or {more}",
+    )
 
 
 class _Collection:
@@ -143,6 +156,7 @@ class _Collection:
 
     def __init__(self, mirror: Mirror, dry_run: bool) -> None:
         self.gone: list[Leaving] = []
+        self.stuck: list[Stuck] = []
         self._mirror, self._dry_run = mirror, dry_run
         usage = mirror.usage
         self._uses, self._elsewhere = usage.read(), usage.list_elsewhere()
@@ -221,7 +235,9 @@ class _Collection:
             if self._dry_run:
                 gone += [each for each in batch if not self._mirror.leases.is_held(each)]
             else:
-                gone += remove_unheld(self._mirror, batch)
+                removed, stuck = remove_unheld(self._mirror, batch)
+                gone += removed
+                self.stuck += stuck
         for digest in gone:
             row = self._rows.pop(digest)
             self.used -= row.size

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ import msgspec
 
 from hubaoti.artifact.schema import Graph
 from hubaoti.disk import explain_disk_errors, open_plain, sync_folder
+from hubaoti.folder_trees import remove_tree
 from hubaoti.mirror.folders import keep_newest
 from hubaoti.mirror.rows import Promise
 
@@ -61,7 +61,7 @@ def set_apart(
             os.utime(target)  # else it has the time at which it was unpacked
         keep_newest(apart, *_KEPT)
         return
-    shutil.rmtree(beside, ignore_errors=True)
+    remove_tree(beside, ignore_errors=True)
 
 
 def _write_note(folder: Path, note: Note) -> None:
@@ -76,7 +76,7 @@ def _write_note(folder: Path, note: Note) -> None:
             sync_folder(folder)
             sync_folder(folder.parent)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder, ignore_errors=True)
         raise
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hubaoti.artifact.sizes import format_count
 from hubaoti.disk import explain_disk_errors
-from hubaoti.errors import ArtifactHeld
+from hubaoti.errors import ArtifactHeld, HubaotiError, first_line
+from hubaoti.folder_trees import remove_tree
 from hubaoti.mirror.folders import make_workspace
 
 if TYPE_CHECKING:
     from hubaoti.mirror.store import Mirror
+
+_SHOWN = 5  # of what could not be deleted
 
 
 def remove(mirror: Mirror, digest: str) -> None:
@@ -21,7 +26,8 @@ def remove(mirror: Mirror, digest: str) -> None:
 
     Raises:
         ArtifactHeld: it is pinned, or open in a process that lives; nothing was removed.
-        HubaotiError: the mirror may not be written.
+        HubaotiError: the mirror may not be written; or it is promised no more, and files of it
+            stay, which the system does not let go.
     """
     mirror.index.require_writable()
     if holders := mirror.usage.list_pins().get(digest):
@@ -33,13 +39,38 @@ def remove(mirror: Mirror, digest: str) -> None:
             else f"first: hubaoti mirror unpin {digest[:12]}",
         )
     with mirror.leases.changing_files(), mirror.leases.removing(digest):
-        _remove(mirror, [digest])
+        stuck = _remove(mirror, [digest])
+    refuse_stuck(stuck, f"artifact {digest[:12]} is not in the mirror any more, but ")
 
 
-def remove_unheld(mirror: Mirror, digests: Iterable[str]) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Stuck:
+    """What could not be deleted, or not all of it: where it lay, and why."""
+
+    path: str
+    why: str
+
+
+def refuse_stuck(stuck: Sequence[Stuck], what: str = "") -> None:
+    """See that all could be deleted that was to be; `what` begins the message of what could not.
+
+    Raises:
+        HubaotiError: something stays.
+    """
+    if stuck:
+        some = "; ".join(f"{each.path}: {each.why}" for each in stuck[:_SHOWN])
+        more = f"; and {len(stuck) - _SHOWN} more" if len(stuck) > _SHOWN else ""
+        raise HubaotiError(
+            f"{what}{format_count(len(stuck), 'folder')} could not be removed: {some}{more}",
+            hint="nothing opens what is left there; see what holds it (lsattr, mount, lsof), and "
+            "then run: hubaoti mirror gc",
+        )
+
+
+def remove_unheld(mirror: Mirror, digests: Iterable[str]) -> tuple[list[str], list[Stuck]]:
     """Remove those that no living process has open, whoever pinned them; which are gone.
 
-    It is for who changes files already.
+    And what could not be deleted of them. It is for who changes files already.
     """
     with ExitStack() as leases:
         taken = []
@@ -47,22 +78,33 @@ def remove_unheld(mirror: Mirror, digests: Iterable[str]) -> list[str]:
             with suppress(ArtifactHeld):
                 leases.enter_context(mirror.leases.removing(digest))
                 taken.append(digest)
-        _remove(mirror, taken)
-    return taken
+        return taken, _remove(mirror, taken)
 
 
-def _remove(mirror: Mirror, digests: list[str]) -> None:
-    """Rows first, then files."""
+def _remove(mirror: Mirror, digests: list[str]) -> list[Stuck]:
+    """Rows first, then files; what could not be deleted."""
     graphs = [mirror.root / "graphs" / graph for graph in mirror.index.remove(*digests)]
     artifacts = [mirror.root / "artifacts" / digest for digest in digests]
-    delete_folders(mirror.root / "tmp", artifacts + graphs)
+    return delete_folders(mirror.root, artifacts + graphs)
 
 
-def delete_folders(tmp: Path, folders: Iterable[Path]) -> None:
-    """Delete folders, or files, each of which is gone at once: what is left of it is swept."""
+def delete_folders(root: Path, folders: Iterable[Path]) -> list[Stuck]:
+    """Delete folders, or files, of a mirror, each of which is gone at once; which are not.
+
+    What cannot be deleted keeps none of the others. What is left of it is swept, or found again.
+
+    Raises:
+        HubaotiError: nothing can be.
+    """
+    tmp, stuck = root / "tmp", list[Stuck]()
     with explain_disk_errors(tmp), make_workspace(tmp) as work:
         for at, folder in enumerate(folders):
-            if folder.exists() or folder.is_symlink():
-                gone = folder.rename(work / f"{at}")
-                if gone.is_dir() and not gone.is_symlink():
-                    shutil.rmtree(gone, ignore_errors=True)
+            try:
+                if os.path.lexists(folder):
+                    gone = folder.rename(work / f"{at}")
+                    if gone.is_dir() and not gone.is_symlink():
+                        remove_tree(gone)
+            except OSError as error:
+                path, why = folder.relative_to(root).as_posix(), error.strerror or first_line(error)
+                stuck.append(Stuck(path, why))
+    return stuck

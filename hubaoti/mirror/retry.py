@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from hubaoti.artifact.package import holds_members
 from hubaoti.artifact.schema import Graph
 from hubaoti.disk import explain_disk_errors
+from hubaoti.folder_trees import remove_tree
 from hubaoti.mirror.artifact import holds_small, is_whole
 from hubaoti.mirror.quarantine import BESIDE, NOTE, read_note
 from hubaoti.mirror.rows import Row
@@ -77,7 +77,7 @@ def _drop_kept_notes(mirror: Mirror) -> None:
             folder, promises = kept.with_name(kept.name[: -len(BESIDE)]), read_note(kept).promises
             is_promised = all(mirror.index.row(promise.row.digest) for promise in promises)
             if is_promised or (folder / NOTE).exists():
-                shutil.rmtree(kept, ignore_errors=True)
+                remove_tree(kept, ignore_errors=True)
 
 
 def _restore_folder(folder: Path, mirror: Mirror, known: dict[str, Graph]) -> str | None:

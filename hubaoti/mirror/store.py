@@ -37,6 +37,7 @@ from hubaoti.mirror.artifact import (
     has_sizes,
     holds_small,
     read_artifact,
+    require_short_names,
     unpack_synced,
     write_small,
 )
@@ -167,10 +168,12 @@ class Mirror:
         Raises:
             MirrorFull: it was pulled, and too little may leave for it.
             DigestMismatch: a file has other bytes than the manifest lists.
+            BadManifest: a name in it is too long, or too deep.
             BadPackage: a package is damaged, or lacks a listed member.
             DiskFull: there is no room; nothing half-written stays.
         """
         self.index.require_writable()
+        require_short_names(manifest)
         digest = manifest.digest
         path = self.root / "artifacts" / digest
         artifact = Artifact(digest, path, self.root / "graphs", manifest)

@@ -34,7 +34,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hubaoti.disk import explain_disk_errors
+from hubaoti.disk import explain_disk_errors, read_small
 from hubaoti.errors import Blocked, HubaotiError, UnsafeFolder, Unsigned, Untrusted
 from hubaoti.mirror.folders import make_private, refuse_shared
 from hubaoti.mirror.limits import Limits
@@ -44,6 +44,7 @@ from hubaoti.mirror.trust_text import append_entry, drop_entries, find_entries, 
 from hubaoti.settings import split_login
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
+_LARGEST = 16 << 20  # bytes; an entry takes a hundred
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +143,19 @@ class Trust:
         try:
             refuse_shared(self.path.parent)
             refuse_shared(self.path)
-            return _parse(self.path.read_text("utf-8"))
+            return _parse(self._read_text())
         except FileNotFoundError:
             return TrustList()
         except UnsafeFolder:
             raise
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             hint = "correct it; without it nobody is trusted, but nobody is blocked either, and a "
             hint += "name is enough where somebody had to sign"
             raise HubaotiError(f"{self.path} cannot be read: {error}", hint=hint) from error
+
+    def _read_text(self) -> str:
+        """The file's text, whose lines end as ours do."""
+        return read_small(self.path, _LARGEST).decode("utf-8").replace("\r\n", "\n")
 
     def publishers(self) -> tuple[Publisher, ...]:
         """Everyone who is trusted."""
@@ -260,7 +265,7 @@ class Trust:
         """Whether a table has an entry of somebody, without changing anything."""
         self.read()  # what cannot be believed, nobody goes by
         with explain_disk_errors(self.path), suppress(FileNotFoundError):
-            document = tomllib.loads(self.path.read_text("utf-8"))
+            document = tomllib.loads(self._read_text())
             return bool(find_entries(document, table, who, exactly))
         return False
 
@@ -274,7 +279,7 @@ class Trust:
 
         with self._alone():
             self.read()
-            text = self.path.read_text("utf-8") if self.path.exists() else ""
+            text = self._read_text() if self.path.exists() else ""
             for table in tables:
                 text = drop_entries(text, table, who or {})
             document = tomlkit.parse(text)
@@ -352,7 +357,10 @@ def _parse(text: str) -> TrustList:
         raise ValueError(f"unknown tables {', '.join(sorted(unknown)):.80}")
 
     def read(table: str, make: Callable[[Mapping[str, Any]], _T]) -> tuple[_T, ...]:
-        return tuple(make(each) for each in found.get(table, ()))
+        entries = found.get(table, ())
+        if isinstance(entries, dict):
+            raise ValueError(f"it has one [{table}], and is to have a list: write [[{table}]]")
+        return tuple(make(each) for each in entries)
 
     return TrustList(
         publishers=read("publisher", _make_publisher),

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from hubaoti.disk import read_small
 from hubaoti.errors import HubaotiError
 from hubaoti.mirror.index import PATIENCE, Index
 from hubaoti.mirror.rows import PullOrigin
@@ -18,6 +19,7 @@ from hubaoti.mirror.steps import SIXTH
 
 _HASTE = 50  # milliseconds that a small note waits for another process
 _AGE = "age"
+_LARGEST_HOLDER = 16 << 20  # bytes of a lockfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,7 @@ def name_holders(holders: Iterable[str]) -> tuple[str, ...]:
 def _read_holder(holder: Path) -> str | None:
     """What a file says, nothing where it is gone; None if it cannot be read, and may name all."""
     try:
-        return holder.read_text("utf-8", "replace")
+        return read_small(holder, _LARGEST_HOLDER).decode("utf-8", "replace")
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except OSError:

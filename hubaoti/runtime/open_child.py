@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +25,7 @@ from hubaoti.errors import (
     MissingOps,
     NotEnoughMemory,
 )
+from hubaoti.folder_trees import remove_tree
 from hubaoti.host.memory import read_available_memory
 from hubaoti.host.processes import (
     CRASHES,
@@ -196,8 +196,8 @@ def _make_scratch() -> Iterator[Path]:
     try:
         yield scratch
     finally:
-        with suppress(OSError, RecursionError):  # as deep as a stranger liked
-            shutil.rmtree(scratch)
+        with suppress(OSError):
+            remove_tree(scratch)
 
 
 def _make_environment(scratch: Path) -> dict[str, str]:

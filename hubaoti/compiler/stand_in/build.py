@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import shutil
 import stat
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from hubaoti.errors import (
     UnsafeFolder,
     first_line,
 )
+from hubaoti.folder_trees import remove_tree
 from hubaoti.host.build_tools import find_cuda_includes, find_missing_build_tools
 from hubaoti.host.probe import Torch
 from hubaoti.settings import merge_environment
@@ -73,7 +73,7 @@ def build_stand_in(torch: Torch, home: Path) -> StandIn:
     with explain_disk_errors(root):
         _make_private(root)
         if folder.is_dir() and not _is_whole(folder):  # as where caches of old files are tidied
-            shutil.rmtree(folder)
+            remove_tree(folder)
         if not folder.exists():
             _build(torch, includes, folder)
     _refuse_shared(folder)
@@ -108,7 +108,7 @@ def _build(torch: Torch, includes: Sequence[Path], folder: Path) -> None:
         with suppress(OSError):  # another process was faster
             temporary.rename(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_tree(temporary, ignore_errors=True)
     if not folder.is_dir():
         raise CompileFailed(f"stand-in: {folder} could not be made", hint="build it again")
 
@@ -135,7 +135,7 @@ def _compile(torch: Torch, includes: Sequence[Path], folder: Path) -> None:
             hint="is gcc 9 or newer, and are CUDA's headers those of this torch?"
             " hubaoti doctor --build says what is missing",
         ) from error
-    shutil.rmtree(sources)
+    remove_tree(sources)
     (folder / _LINKED).symlink_to(_DRIVER)
     if not (includes[0] / "crt").is_dir():
         _merge_headers(includes, folder / _CUDA / "include")
@@ -210,4 +210,4 @@ def _sweep(root: Path) -> None:
     for path in root.glob("*.*.*"):
         with suppress(OSError):
             if time.time() - path.lstat().st_mtime > _LONGEST_BUILD:
-                shutil.rmtree(path)
+                remove_tree(path)
