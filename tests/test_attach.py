@@ -445,6 +445,29 @@ def test_constants_that_do_not_fit_are_all_named_and_nothing_is_touched(
     assert everything(model) == before
 
 
+def test_a_model_in_another_dtype_is_told_so_once(
+    model: Any, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    with pytest.raises(MissingConstant) as why:
+        hubaoti.attach(model.bfloat16(), decoder_bundle, settings=built_at)
+    assert str(why.value) == (
+        "LlamaForCausalLM has weights in bfloat16, the graphs have float32: 18 tensors, which fit "
+        "otherwise"
+    )
+    assert "dtype=torch.float32; or compile it with --dtype bfloat16" in why.value.hint
+
+
+def test_of_many_tensors_that_do_not_fit_the_first_are_named(
+    model: Any, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    for part in model.model.layers[1].modules():
+        if isinstance(part, nn.Linear):
+            part.weight = nn.Parameter(torch.zeros(3, 5))
+    with pytest.raises(MissingConstant, match=r"and 4 more$") as why:
+        hubaoti.attach(model, decoder_bundle, settings=built_at)
+    assert str(why.value).count("torch.float32 [3, 5]") == 3
+
+
 def test_a_model_without_weights_is_refused(decoder_bundle: Bundle, built_at: Settings) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of(decoder_bundle))
@@ -714,8 +737,10 @@ def test_another_dtype_is_answered_by_the_module(
     plain: Any, model: Any, attached: Attachment
 ) -> None:
     plain.double()
-    with torch.no_grad(), pytest.warns(Fallback, match=r"\(weights\).*float64"):
+    with torch.no_grad(), pytest.warns(Fallback, match=r"\(weights\).*float64") as told:
         assert torch.equal(step(model.double()), step(plain))
+    assert "9 tensors" in str(told[0].message) and "model.to(torch.float32)" in str(told[0].message)
+    assert "rebind" not in str(told[0].message)
     with torch.no_grad():
         torch.testing.assert_close(step(model.float()), step(plain.float()), atol=1e-4, rtol=1e-4)
     assert attached.stats()["compiled"] == 2

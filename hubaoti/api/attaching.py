@@ -71,7 +71,8 @@ def attach(  # noqa: PLR0913 - a face of keywords
             not run here.
         NotLocked, LockMismatch, BadLock: it is not what the lockfile says.
         OtherProgram: the module's config says that it computes something else.
-        MissingConstant: it lacks tensors that the graphs need; all are named, nothing was touched.
+        MissingConstant: it lacks tensors that the graphs need, or has them in another dtype; the
+            first are named, nothing was touched.
         AlreadyAttached: it has graphs already.
         BadRequest: `quantize` is asked of an artifact without quantized weights, or of layers that
             are no plain Linears; `cuda_graphs` of graphs that are no decoder's blocks on a GPU;

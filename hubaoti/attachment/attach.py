@@ -25,7 +25,13 @@ from hubaoti.attachment.forward_patch import GraphPatch, find_patch
 from hubaoti.attachment.quantized import ConstantSketches, refuse_other_layers
 from hubaoti.attachment.region import Region
 from hubaoti.attachment.replays import StepReplays
-from hubaoti.attachment.served_modules import ServedModule, find_module_device, find_served_modules
+from hubaoti.attachment.served_modules import (
+    Misfit,
+    ServedModule,
+    find_module_device,
+    find_served_modules,
+    name_first,
+)
 from hubaoti.attachment.stats import CallStats
 from hubaoti.errors import (
     AlreadyAttached,
@@ -118,7 +124,7 @@ class Attachment:
                 problems.append(f"{region.path}: {error}")
         if problems:
             raise MissingConstant(
-                f"{len(problems)} regions cannot be bound: {'; '.join(problems)}",
+                f"{len(problems)} regions cannot be bound: {name_first(problems)}",
                 hint="until they can, the module itself answers for them",
             )
 
@@ -174,8 +180,8 @@ def attach_graphs(
         BadRequest: the artifact answers texts, serves no module, or was built for another kind of
             device; what is to be quantized is not quantized in the artifact, or cannot be in the
             module.
-        MissingConstant: the module lacks tensors that the graphs need, or has others; all are
-            named. Nothing was touched.
+        MissingConstant: the module lacks tensors that the graphs need, or has others; the first
+            are named. Nothing was touched.
     """
     manifest = parts.manifest
     refuse_attached(module)
@@ -287,7 +293,7 @@ def _bind_modules(
     bindings = []
     shipped: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
 
-    def list_misfits(served: ServedModule) -> list[str]:
+    def list_misfits(served: ServedModule) -> list[Misfit]:
         if sketched is not None:
             _require_quantized(parts.manifest)
         device = find_module_device(served.module, parts.manifest.target.device)
@@ -297,7 +303,7 @@ def _bind_modules(
             shipped[key] = dict(itertools.chain.from_iterable(each))
         binding = ConstantBinding(served.module, served.constants, shipped[key], device)
         bindings.append(binding)
-        misfits = binding.list_problems(sketched)
+        misfits = binding.list_misfits(sketched)
         if sketched is not None:
             refuse_other_layers(served.module, binding.constants)
         return misfits

@@ -14,8 +14,8 @@ ADVICE = {
     "transforms": "graphs know nothing of torch.func's transforms and of forward gradients",
     "modes": "a torch dispatch or function mode wants to see every operation",
     "subclass": "give plain tensors",
-    "weights": "load the weights onto the device and in the dtype that the graphs were built for, "
-    "then call attachment.rebind()",
+    "weights": "load the weights onto the device and in the dtype that the graphs were built for; "
+    "the module is served again from then on",
     "adapters": "merge the adapters: model.merge_and_unload()",
     "changed": "its parts are not those it was attached with: detach, and attach again",
     "hooks": "hooks on modules inside of a compiled region would not run: hook the region itself",
@@ -46,18 +46,20 @@ ADVICE = {
 
 
 class CannotServe(Exception):
-    """No graph can answer a call: one of the reasons above, and what was found."""
+    """No graph can answer a call: one of the reasons above, and what was found.
 
-    def __init__(self, reason: str, detail: str, sizes: dict[str, int] | None = None) -> None:
+    `advice` says what to do to have such calls answered by a graph, for a message's hint: that of
+    the reason, where who knows better gives none.
+    """
+
+    def __init__(
+        self, reason: str, detail: str, sizes: dict[str, int] | None = None, advice: str = ""
+    ) -> None:
         super().__init__(detail)
         self.reason = reason
         self.detail = detail
         self.sizes = sizes or {}
-
-    @property
-    def advice(self) -> str:
-        """What to do to have such calls answered by a graph, for a message's hint."""
-        return ADVICE[self.reason]
+        self.advice = advice or ADVICE[reason]
 
 
 def explain_failure(error: BadInput | KernelFailed) -> CannotServe:
