@@ -58,6 +58,7 @@ from hubaoti.mirror import Artifact, Mirror
 from hubaoti.program.output_capturing import FLAGS, find_unread_flags
 from hubaoti.runtime.call_template import CallPlan
 from hubaoti.runtime.fallback import ADVICE, CannotServe
+from hubaoti.runtime.kv_cache import CacheState
 from hubaoti.settings import Settings
 
 GREEDY: dict[str, Any] = {
@@ -258,6 +259,30 @@ def test_over_a_dynamic_cache_it_falls_back_and_says_what_to_do(
         found = model.generate(**prompt("one text"), **GREEDY)
     assert torch.equal(found, plain.generate(**prompt("one text"), **GREEDY))
     assert attached.stats()["regions"]["model.layers.0"]["eager"] == {"cache": 20}
+
+
+def test_what_to_do_about_a_cache_follows_from_what_the_graphs_have(
+    model: Any, attached: Attachment, forward_bundle: Bundle, built_at: Settings
+) -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        with pytest.warns(Fallback, match=r"\(cache\)") as told:
+            model(ids)
+        assert "--task forward" in str(told[0].message)
+        assert "use_cache=False" not in str(told[0].message)
+        attached.detach()
+        with hubaoti.attach(model, forward_bundle, settings=built_at) as other:
+            with pytest.warns(Fallback, match=r"\(cache\).*without a cache: use_cache=False$"):
+                model(ids)
+            model(ids, use_cache=False)
+            assert (other.stats()["compiled"], other.stats()["eager"]) == (2, 2)
+
+
+def test_of_a_cache_that_is_too_short_a_longer_one_is_the_advice() -> None:
+    held = CacheState(None, *[torch.zeros(1, 2, 8, 4)] * 2, 6, 3, False, None)
+    with pytest.raises(CannotServe, match="8 places, 6 are filled") as why:
+        held.require_room()
+    assert "longer cache" in why.value.advice
 
 
 def test_a_cache_that_outlives_a_call_goes_on(plain: Any, model: Any, attached: Attachment) -> None:

@@ -22,9 +22,9 @@ ADVICE = {
     "outputs": "leave output_attentions and output_router_logits out where graphs answer; hidden "
     "states of whole blocks are collected around them",
     "arguments": "call it as it was called when it was compiled",
-    "cache": 'generate with cache_implementation="static"; use_cache=False where nothing is '
-    "generated",
-    "layer": "call it without a cache: use_cache=False",
+    "cache": 'generate with cache_implementation="static"; calls without a cache are answered by '
+    "graphs that were compiled with --task forward",
+    "layer": "compile it with --task forward, and call it without a cache: use_cache=False",
     "capture": "the CUDA graph is replayed with the module's own work in it; call the model once, "
     "over a static cache, before the same call is captured",
     "window": "no graph is for a window that is full: compile with a cache dim that reaches it",
@@ -43,6 +43,10 @@ ADVICE = {
     'hubaoti.attach(model, hubaoti.pull(repo, recipe="bfloat16-sdpa")); or compile them with '
     "--attention sdpa",
 }
+
+
+WITHOUT_CACHE = "call it without a cache: use_cache=False"  # of graphs that have none
+LONGER_CACHE = "make a longer cache: max_cache_len"
 
 
 class CannotServe(Exception):
