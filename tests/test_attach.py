@@ -1122,8 +1122,11 @@ def test_what_the_config_does_not_tell_of_is_tried_or_left_to_the_module(
         for _ in range(2):
             torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
         counts = found.stats()["regions"]
-    assert counts["model.layers.0"] == {"compiled": {"model.layers": 0}, "eager": eager}
-    assert counts["model.layers.1"] == {"compiled": {"model.layers": compiled}, "eager": {}}
+    first = {"compiled": {"model.layers": 0}, "eager": eager}
+    second = {"compiled": {"model.layers": compiled}, "eager": {}}
+    tried = first if "differs" in eager else second
+    tried["compared"] = {"model.layers": 1}
+    assert (counts["model.layers.0"], counts["model.layers.1"]) == (first, second)
 
 
 def test_a_disabled_adapter_is_not_served(plain: Any, model: Any, attached: Attachment) -> None:
@@ -1408,6 +1411,21 @@ def test_the_first_call_of_a_module_without_config_is_its_own(
         counts = [each["compiled"] for each in attachment.stats()["regions"].values()]
         assert counts == [{"cells": 1}, {"cells": 1}, {"cells": 1}]
         assert attachment.stats()["eager"] == 0
+
+
+def test_the_calls_that_were_compared_are_counted_where_there_were_some(
+    stack_bundle: Bundle, built_at: Settings
+) -> None:
+    stack = Stack().eval()
+    with torch.no_grad(), hubaoti.attach(stack, stack_bundle, settings=built_at) as attachment:
+        assert "compared" not in attachment.stats()
+        stack(torch.ones(4, 8))
+        stats = attachment.stats()
+        assert (stats["compiled"], stats["eager"], stats["compared"]) == (0, 0, 3)
+        first = {"compiled": {"cells": 0}, "eager": {}, "compared": {"cells": 1}}
+        assert stats["regions"]["cells.0"] == first
+        stack(torch.ones(4, 8))
+        assert (attachment.stats()["compiled"], attachment.stats()["compared"]) == (3, 3)
         assert [*stack.cells[0](torch.ones(4, 8))] == ["y", "more"]
 
 
@@ -1470,7 +1488,7 @@ def test_a_call_that_no_graph_can_answer_is_the_module_s_own(
                 stack(stack(torch.ones(2, 8)))
                 found = outcome(call, stack.cells[1])
             stats = attachment.stats()["regions"]["cells.1"]
-    assert stats == {"compiled": {"cells": 1}, "eager": {reason: 1}}
+    assert stats == {"compiled": {"cells": 1}, "eager": {reason: 1}, "compared": {"cells": 1}}
     assert type(found) is type(expected)
     if isinstance(found, dict):
         assert found.keys() == expected.keys()

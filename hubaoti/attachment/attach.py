@@ -142,10 +142,15 @@ class Attachment:
     def stats(self) -> dict[str, Any]:
         """Calls by region: how many each graph answered, how many the module, and why.
 
-        `missed` has the sizes of the calls that no graph could serve. Steps that were replayed are
-        counted under `cuda_graphs` alone, where they were asked for. It is plain JSON.
+        Where first calls were answered by the module beside a graph, `compared` has how many; they
+        count as neither. `missed` has the sizes of the calls that no graph could serve. Steps that
+        were replayed are counted under `cuda_graphs` alone, where they were asked for. It is plain
+        JSON.
         """
-        found = self._tally.stats({region.path: region.counts() for region in self._regions})
+        found = self._tally.stats(
+            {region.path: region.counts() for region in self._regions},
+            {region.path: region.compared() for region in self._regions},
+        )
         return found if self._replays is None else {**found, "cuda_graphs": self._replays.stats()}
 
     def save_misses(self, path: str | Path) -> None:

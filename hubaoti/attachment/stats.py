@@ -58,22 +58,29 @@ class CallStats:
         if first:
             warnings.warn(f"{message}; {error.advice}", Fallback, stacklevel=4)
 
-    def stats(self, compiled: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-        """All counts, with those of the graphs; plain JSON."""
+    def stats(
+        self,
+        compiled: Mapping[str, Mapping[str, int]],
+        compared: Mapping[str, Mapping[str, int]] | None = None,
+    ) -> dict[str, Any]:
+        """All counts, with those of the graphs; plain JSON. What was not compared is not there."""
+        beside = {path: _drop_zeros(counts) for path, counts in (compared or {}).items()}
         with self._lock:
             calls, sizes = dict(self._calls), dict(self._sizes)
         regions = {
             path: {
                 "compiled": dict(counts),
                 "eager": {reason: n for (p, reason), n in sorted(calls.items()) if p == path},
+                **({"compared": beside[path]} if beside.get(path) else {}),
             }
             for path, counts in compiled.items()
         }
         return {
             "schema": 1,
             "artifact": self._manifest.digest if self._manifest else None,
-            "compiled": sum(sum(counts.values()) for counts in compiled.values()),
+            "compiled": _sum_all(compiled),
             "eager": sum(calls.values()),
+            **({"compared": total} if (total := _sum_all(beside)) else {}),
             "regions": regions,
             "missed": [
                 {"region": path, "reason": reason, "sizes": dict(dims), "calls": n}
@@ -89,3 +96,12 @@ class CallStats:
             build = {"dims": manifest.build.dims, "buckets": manifest.build.buckets}
             build |= {"model": manifest.source.model, "task": manifest.program.task}
         path.write_bytes(encode_canonical({**stats, "build": msgspec.to_builtins(build)}))
+
+
+def _sum_all(counts: Mapping[str, Mapping[str, int]]) -> int:
+    """The calls of all regions."""
+    return sum(sum(each.values()) for each in counts.values())
+
+
+def _drop_zeros(counts: Mapping[str, int]) -> dict[str, int]:
+    return {name: count for name, count in counts.items() if count}

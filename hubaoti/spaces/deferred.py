@@ -243,7 +243,7 @@ def _merge_stats(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     for path in {**before["regions"], **now["regions"]}:
         each = [found["regions"][path] for found in (before, now) if path in found["regions"]]
         eager = sum((Counter(counts["eager"]) for counts in each), Counter())
-        regions[path] = {"compiled": each[-1]["compiled"], "eager": dict(eager)}
+        regions[path] = {**each[-1], "eager": dict(eager)}
     return {**now, "regions": regions, "eager": before["eager"] + now["eager"]}
 
 
