@@ -35,6 +35,7 @@ from transformers import (
 import hubaoti
 from hubaoti import api
 from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.misses import propose_dims, read_misses
 from hubaoti.attachment.attach import (
     Attachment,
     Parts,
@@ -745,17 +746,31 @@ def test_out_of_bounds_is_answered_counted_and_its_sizes_are_kept(
     assert len(told) == 1
     assert attached.stats()["missed"] == [
         {
-            "region": f"model.layers.{layer}",
+            "region": "model.layers.0",
+            "regions": 2,
             "reason": "shape",
             "sizes": {"batch": 5, "seq": 2, "filled": 2, "cache": 32},
-            "calls": 2,
+            "calls": 4,
         }
-        for layer in (0, 1)
     ]
     attached.save_misses(tmp_path / "misses.json")
     saved = json.loads((tmp_path / "misses.json").read_text())
     assert saved["missed"] == attached.stats()["missed"]
     assert saved["build"]["dims"]["batch"] == [1, 4, 1]
+
+
+def test_the_steps_of_a_decoder_are_missed_once_however_many_there_are(
+    model: Any, attached: Attachment, tmp_path: Path
+) -> None:
+    ids = torch.full((5, 3), 7)
+    with pytest.warns(Fallback, match="batch is 5"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), **STATIC)
+    rows = {row["sizes"]["seq"]: row for row in attached.stats()["missed"]}
+    assert (len(attached.stats()["missed"]), rows[3]["calls"], rows[1]["calls"]) == (2, 2, 38)
+    assert (rows[3]["sizes"]["filled"], rows[1]["sizes"]["filled"]) == (3, 22)
+    attached.save_misses(tmp_path / "misses.json")
+    proposed = propose_dims(read_misses(tmp_path / "misses.json"))
+    assert proposed is not None and proposed.dims["batch"] == (1, 5, 1)
 
 
 def test_another_dtype_is_answered_by_the_module(

@@ -143,7 +143,8 @@ class Attachment:
         """Calls by region: how many each graph answered, how many the module, and why.
 
         Where first calls were answered by the module beside a graph, `compared` has how many; they
-        count as neither. `missed` has the sizes of the calls that no graph could serve. Steps that
+        count as neither. `missed` has the sizes of the calls that no graph could serve, once for
+        all regions that share graphs and with the most that was `filled` of a cache. Steps that
         were replayed are counted under `cuda_graphs` alone, where they were asked for. It is plain
         JSON.
         """
