@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import json
+import linecache
 import pickle
 import shutil
 import threading
@@ -829,6 +830,17 @@ def test_it_is_warned_of_once_for_each_reason(model: Any, attached: Attachment) 
             step(model, torch.ones(5, 2, dtype=torch.long))
     assert [each.category for each in told] == [Fallback, Fallback]
     assert ADVICE["gradients"] in str(told[0].message)
+
+
+def test_a_warning_points_at_whoever_called_the_model(model: Any, attached: Attachment) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with torch.no_grad():
+            model(torch.tensor([[5, 6, 7]]))  # of the reason "cache", called without one
+        model.train().generate(**prompt("one text"), **STATIC)
+    assert [each.filename for each in told] == [__file__, __file__]
+    assert "model(torch.tensor" in linecache.getline(__file__, told[0].lineno)
+    assert "model.train().generate" in linecache.getline(__file__, told[1].lineno)
 
 
 def test_torch_compile_sees_the_module_itself(plain: Any, model: Any, attached: Attachment) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import msgspec
@@ -19,6 +21,9 @@ from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.locks import ForkSafeLock
 
 _SIZES = 512  # different sizes of calls that are kept, for a program that runs for months
+# Through whose frames a call comes to a module: none of them is the caller's.
+_LIBRARIES = "hubaoti torch transformers transformers_modules diffusers accelerate peft"
+_BETWEEN = frozenset(_LIBRARIES.split())
 _Sizes = tuple[str, str, tuple[tuple[str, int], ...]]  # of which graphs' regions, why, which
 
 
@@ -89,7 +94,8 @@ class CallStats:
         if self.strict:
             raise NotServed(message, hint=error.advice) from error
         if first:
-            warnings.warn(f"{message}; {error.advice}", Fallback, stacklevel=4)
+            text = f"{message}; {error.advice}"
+            warnings.warn(text, Fallback, stacklevel=1 + _count_frames_to_caller())
 
     def _keep_sizes(self, path: str, reason: str, sizes: dict[str, int]) -> None:
         """Keep the sizes of a call, unless there are too many; under the lock."""
@@ -156,3 +162,20 @@ def _find_shared_graphs(manifest: Manifest) -> dict[str, str]:
             graphs.setdefault(path, []).append(graph.id)
     first: dict[tuple[str, ...], str] = {}
     return {path: first.setdefault(tuple(ids), path) for path, ids in graphs.items()}
+
+
+def _count_frames_to_caller() -> int:
+    """How many frames up from whoever asks the one is that called the model.
+
+    Where all are between, as in a worker that was started by a library, the outermost one.
+    """
+    frame, count = sys._getframe(1), 0
+    while frame.f_back is not None and _is_between(frame):
+        frame, count = frame.f_back, count + 1
+    return count
+
+
+def _is_between(frame: FrameType) -> bool:
+    """Whether a frame is of a library that hands calls on, or of a decorator of the language's."""
+    name = frame.f_globals.get("__name__") or ""
+    return name.partition(".")[0] in _BETWEEN or name == "contextlib"
