@@ -49,6 +49,7 @@ from hubaoti.attachment.stats import Fallback
 from hubaoti.errors import (
     AlreadyAttached,
     BadInput,
+    BadManifest,
     BadRequest,
     DigestMismatch,
     MissingConstant,
@@ -156,9 +157,34 @@ def test_a_folder_s_name_as_a_text_is_a_repo_s_and_says_so(
     monkeypatch.chdir(decoder_bundle.path.parent.parent)  # where its name looks like a repo's
     with pytest.raises(BadRequest, match="names a repo of the Hub"):
         hubaoti.attach(model, "/".join(decoder_bundle.path.parts[-2:]), settings=built_at)
+    monkeypatch.chdir(decoder_bundle.path.parent)
     with pytest.raises(BadRequest, match="names a repo of the Hub") as caught:
-        hubaoti.attach(model, str(decoder_bundle.path), settings=built_at)
-    assert "pathlib.Path(" in caught.value.hint
+        hubaoti.attach(model, decoder_bundle.path.name, settings=built_at)
+    assert f"give './{decoder_bundle.path.name}'" in caught.value.hint
+
+
+def test_a_text_that_can_be_no_repo_s_name_is_a_folder(
+    model: Any, decoder_bundle: Bundle, built_at: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = decoder_bundle.path
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for text in (f"./{folder.name}", f"../{folder.parent.name}/{folder.name}", str(folder)):
+        hubaoti.attach(model, text, settings=built_at).detach()
+    hubaoti.attach(model, f"~/{folder.name}", settings=built_at).detach()
+
+
+def test_a_folder_that_is_no_bundle_is_refused_in_words(
+    model: Any, tiny_decoder: Path, built_at: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_decoder.parent)
+    here = f"./{tiny_decoder.name}"
+    with pytest.raises(BadManifest, match="is not a bundle: it holds no hubaoti.json"):
+        hubaoti.attach(model, here, settings=built_at)
+    with pytest.raises(BadManifest, match="is not a bundle: it holds no hubaoti.json"):
+        hubaoti.load(here, tiny_decoder, settings=built_at)
+    with pytest.raises(BadManifest, match="there is no such folder"):
+        hubaoti.attach(model, "~nobody-of-this-name/bundle", settings=built_at)
 
 
 @pytest.mark.parametrize("wrong", [None, 5, b"acme/model"])
