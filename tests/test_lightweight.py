@@ -228,7 +228,8 @@ def test_texts_for_graphs_that_go_on_with_prompts_are_told_where_to_go(
     assert artifact is not None
     with pytest.raises(BadRequest, match="built for generate, its graphs serve 2 blocks") as caught:
         hubaoti.load(artifact, tiny_decoder, settings=built_at)
-    assert "--prompt" in caught.value.hint
+    assert "hubaoti.attach(model, artifact)" in caught.value.hint
+    assert "LightweightEngine().load" in caught.value.hint and "--prompt" not in caught.value.hint
 
 
 def test_a_loaded_model_gets_the_graphs_that_are_given_later(
