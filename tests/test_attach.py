@@ -510,6 +510,18 @@ def test_a_model_in_another_dtype_is_told_so_once(
     assert "dtype=torch.float32; or compile it with --dtype bfloat16" in why.value.hint
 
 
+def test_the_body_of_a_model_is_told_to_be_a_part_of_it(
+    model: Any, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    with pytest.raises(MissingConstant) as why:
+        hubaoti.attach(model.model, decoder_bundle, settings=built_at)
+    assert str(why.value) == (
+        "LlamaModel is a part of the model that was compiled, a LlamaForCausalLM: it is model "
+        "there, and model.layers.0 is layers.0 here"
+    )
+    assert "to the whole model" in why.value.hint
+
+
 def test_of_many_tensors_that_do_not_fit_the_first_are_named(
     model: Any, decoder_bundle: Bundle, built_at: Settings
 ) -> None:

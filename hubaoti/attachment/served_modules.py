@@ -79,17 +79,18 @@ def find_served_modules(
     artifact, in the hint.
 
     Raises:
-        MissingConstant: one is not there, or has other tensors; the first of them are named.
+        MissingConstant: one is not there, or has other tensors; the first of them are named. Or the
+            module is a part of the model that was compiled.
         BadRequest: the artifact answers texts, or serves no module.
     """
     _refuse_other_artifacts(manifest)
+    paths = [*dict.fromkeys(path for graph in manifest.graphs for path in graph.modules)]
+    _refuse_part(module, paths, manifest, verb)
     found: list[ServedModule] = []
     absent: list[Misfit] = []
     misfits: list[Misfit] = []
-    for path in dict.fromkeys(path for graph in manifest.graphs for path in graph.modules):
-        try:
-            part = module.get_submodule(path)
-        except AttributeError:
+    for path in paths:
+        if (part := _find_part(module, path)) is None:
             absent.append(Misfit(f"{path} is not there"))
             continue
         graphs = tuple(graph for graph in manifest.graphs if path in graph.modules)
@@ -100,6 +101,41 @@ def find_served_modules(
     if absent or misfits:
         raise _explain_refusal(module, [*absent, *misfits], verb)
     return found
+
+
+def _find_part(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path; None where there is none."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _refuse_part(module: nn.Module, paths: Sequence[str], manifest: Manifest, verb: str) -> None:
+    """Refuse a module that stands within the model that was compiled, as its body without a head.
+
+    Raises:
+        MissingConstant: all that graphs serve is there, by paths that begin later.
+    """
+    if any(_find_part(module, path) is not None for path in paths):
+        return
+    for start in range(1, paths[0].count(".") + 1 if paths else 0):
+        ends = [path.split(".", start)[-1] for path in paths]
+        if all(_find_part(module, end) is not None for end in ends):
+            own = ".".join(paths[0].split(".")[:start])
+            name, whole = type(module).__name__, _name_whole(module, manifest)
+            raise MissingConstant(
+                f"{name} is a part of the model that was compiled{whole}: it is {own} there, and "
+                f"{paths[0]} is {ends[0]} here",
+                hint=f"{verb} the artifact to the whole model; nothing was changed",
+            )
+
+
+def _name_whole(module: nn.Module, manifest: Manifest) -> str:
+    """The class of the model that was compiled, as far as anybody says it."""
+    named = getattr(getattr(module, "config", None), "architectures", None) or ()
+    name = manifest.program.config.get("class") or next(iter(named), None)
+    return f", a {name}" if isinstance(name, str) and name != type(module).__name__ else ""
 
 
 def _explain_refusal(module: nn.Module, misfits: Sequence[Misfit], verb: str) -> MissingConstant:
