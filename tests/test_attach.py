@@ -143,6 +143,15 @@ def test_graphs_of_a_transformers_with_another_word_for_the_cache_serve(
         assert (attachment.stats()["compiled"], attachment.stats()["eager"]) == (40, 0)
 
 
+def test_an_attachment_says_in_a_line_what_it_is(model: Any, attached: Attachment) -> None:
+    with torch.no_grad():
+        step(model)
+    artifact = attached.stats()["artifact"][:12]
+    assert repr(attached) == (
+        f"Attachment(LlamaForCausalLM, artifact {artifact}, 2 regions, 2 calls compiled, 0 eager)"
+    )
+
+
 def test_a_bundle_may_be_named_by_its_folder(
     model: Any, decoder_bundle: Bundle, built_at: Settings
 ) -> None:

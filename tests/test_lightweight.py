@@ -236,9 +236,11 @@ def test_a_loaded_model_gets_the_graphs_that_are_given_later(
     tiny_decoder: Path, decoder_bundle: Bundle, alone: Settings
 ) -> None:
     with LightweightEngine(alone) as engine:
+        assert repr(engine) == "LightweightEngine(no model; 0 B)"
         engine.load(tiny_decoder)
         before = engine.generate(tiny_decoder, "hello", **WORDS)
         assert engine.load(tiny_decoder).state == "eager"
+        assert re.search(rf"^LightweightEngine\({tiny_decoder} eager; [0-9.]+ MB\)$", repr(engine))
         with pytest.raises(Untrusted, match="not built on this machine"):
             engine.load(tiny_decoder, decoder_bundle)
         Trust(alone.trust).add_artifact(decoder_bundle.manifest.digest)

@@ -295,11 +295,13 @@ def test_copies_and_pickles_are_of_the_module_as_it_was(
 ) -> None:
     module = net()
     with load(module, repo_of_blocks, settings) as loaded, torch.no_grad():
+        assert repr(loaded) == "Deferred(Net, waiting, 3 regions)"
         expected = module(X)["y"]
         for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
             assert torch.equal(other(X)["y"], expected)
             ours, theirs = (each.blocks[0].forward for each in (module, other))
             assert inspect.signature(ours) == inspect.signature(theirs)
+        assert repr(loaded).startswith("Deferred(Net, open: Attachment(Net, artifact ")
         assert loaded.stats()["compiled"] == 0  # the one call was compared
         assert loaded.stats()["compared"] == 3
         module(X)

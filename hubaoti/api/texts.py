@@ -38,6 +38,9 @@ class Answer:
     task: str
     values: torch.Tensor
 
+    def __repr__(self) -> str:
+        return f"Answer({self.task}, {list(self.values.shape)})"
+
 
 def run(  # noqa: PLR0913 - a face of keywords
     repo: str,
@@ -121,7 +124,8 @@ def load(  # noqa: PLR0913 - a face of keywords
     graph = open_graph(artifact.graph_folder(entry), entry, where)
     progress("bind")
     graph.bind(load_constants(entry, artifact.path, Checkpoint(folder, where), where))
-    return TextModel(graph, TextEncoder(folder, padding_id(artifact.manifest.program)))
+    program = artifact.manifest.program
+    return TextModel(graph, TextEncoder(folder, padding_id(program)), program.task)
 
 
 def _refuse_parts(artifact: Artifact, prompts: str = "") -> None:

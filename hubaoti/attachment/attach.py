@@ -18,6 +18,7 @@ from torch import nn
 
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.schema import Graph as Entry
+from hubaoti.artifact.sizes import format_count
 from hubaoti.attachment.binding import ConstantBinding
 from hubaoti.attachment.dispatch import Dispatcher
 from hubaoti.attachment.first_call import FirstCallCheck, Verdicts
@@ -74,6 +75,14 @@ class Attachment:
         self._regions = tuple(regions)
         self._tally = tally
         self._replays: StepReplays | None = None
+
+    def __repr__(self) -> str:
+        module, stats = self._module(), self.stats()
+        name = "a module that is gone" if module is None else type(module).__name__
+        artifact = f"artifact {stats['artifact'][:12]}" if stats["artifact"] else "no artifact"
+        counts = f"{stats['compiled']} calls compiled, {stats['eager']} eager"
+        regions = format_count(len(self._regions), "region")
+        return f"Attachment({name}, {artifact}, {regions}, {counts})"
 
     @property
     def regions(self) -> tuple[str, ...]:
