@@ -154,6 +154,7 @@ def test_pull_open_and_call_gives_the_model_s_own_answer(
     eager = api.eager(tiny_roberta, TEXTS, repo="acme/api-roberta", settings=reader)
     assert answer.task == eager.task == "classify"
     assert answer.values.shape == (3, 3)
+    assert repr(answer) == "Answer(classify, [3, 3])"
     torch.testing.assert_close(answer.values, eager.values, atol=1e-5, rtol=0)
     assert [step for step in steps if step != "first open"][-3:] == ["open", "bind", "run"]
 
@@ -185,6 +186,9 @@ def test_a_text_beyond_the_graph_s_bounds_is_refused(
     pulled: Pulled, reader: Settings, tiny_roberta: Path
 ) -> None:
     opened = hubaoti.load(pulled.artifact, tiny_roberta, settings=reader)
+    name, bounds = opened.graph.entry.id, opened.graph.entry.bounds
+    sizes = ", ".join("{} {} to {}".format(dim, *bounds[dim]) for dim in bounds)
+    assert repr(opened) == f"TextModel(classify, graph {name}, {sizes}, cpu)"
     with pytest.raises(OutOfBounds, match="70 tokens"):
         opened(["cat " * 68])
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import json
+import linecache
 import pickle
 import shutil
 import threading
@@ -35,6 +36,7 @@ from transformers import (
 import hubaoti
 from hubaoti import api
 from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.misses import propose_dims, read_misses
 from hubaoti.attachment.attach import (
     Attachment,
     Parts,
@@ -47,6 +49,7 @@ from hubaoti.attachment.stats import Fallback
 from hubaoti.errors import (
     AlreadyAttached,
     BadInput,
+    BadManifest,
     BadRequest,
     DigestMismatch,
     MissingConstant,
@@ -58,6 +61,7 @@ from hubaoti.mirror import Artifact, Mirror
 from hubaoti.program.output_capturing import FLAGS, find_unread_flags
 from hubaoti.runtime.call_template import CallPlan
 from hubaoti.runtime.fallback import ADVICE, CannotServe
+from hubaoti.runtime.kv_cache import CacheState
 from hubaoti.settings import Settings
 
 GREEDY: dict[str, Any] = {
@@ -139,6 +143,15 @@ def test_graphs_of_a_transformers_with_another_word_for_the_cache_serve(
         assert (attachment.stats()["compiled"], attachment.stats()["eager"]) == (40, 0)
 
 
+def test_an_attachment_says_in_a_line_what_it_is(model: Any, attached: Attachment) -> None:
+    with torch.no_grad():
+        step(model)
+    artifact = attached.stats()["artifact"][:12]
+    assert repr(attached) == (
+        f"Attachment(LlamaForCausalLM, artifact {artifact}, 2 regions, 2 calls compiled, 0 eager)"
+    )
+
+
 def test_a_bundle_may_be_named_by_its_folder(
     model: Any, decoder_bundle: Bundle, built_at: Settings
 ) -> None:
@@ -153,9 +166,34 @@ def test_a_folder_s_name_as_a_text_is_a_repo_s_and_says_so(
     monkeypatch.chdir(decoder_bundle.path.parent.parent)  # where its name looks like a repo's
     with pytest.raises(BadRequest, match="names a repo of the Hub"):
         hubaoti.attach(model, "/".join(decoder_bundle.path.parts[-2:]), settings=built_at)
+    monkeypatch.chdir(decoder_bundle.path.parent)
     with pytest.raises(BadRequest, match="names a repo of the Hub") as caught:
-        hubaoti.attach(model, str(decoder_bundle.path), settings=built_at)
-    assert "pathlib.Path(" in caught.value.hint
+        hubaoti.attach(model, decoder_bundle.path.name, settings=built_at)
+    assert f"give './{decoder_bundle.path.name}'" in caught.value.hint
+
+
+def test_a_text_that_can_be_no_repo_s_name_is_a_folder(
+    model: Any, decoder_bundle: Bundle, built_at: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = decoder_bundle.path
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for text in (f"./{folder.name}", f"../{folder.parent.name}/{folder.name}", str(folder)):
+        hubaoti.attach(model, text, settings=built_at).detach()
+    hubaoti.attach(model, f"~/{folder.name}", settings=built_at).detach()
+
+
+def test_a_folder_that_is_no_bundle_is_refused_in_words(
+    model: Any, tiny_decoder: Path, built_at: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_decoder.parent)
+    here = f"./{tiny_decoder.name}"
+    with pytest.raises(BadManifest, match="is not a bundle: it holds no hubaoti.json"):
+        hubaoti.attach(model, here, settings=built_at)
+    with pytest.raises(BadManifest, match="is not a bundle: it holds no hubaoti.json"):
+        hubaoti.load(here, tiny_decoder, settings=built_at)
+    with pytest.raises(BadManifest, match="there is no such folder"):
+        hubaoti.attach(model, "~nobody-of-this-name/bundle", settings=built_at)
 
 
 @pytest.mark.parametrize("wrong", [None, 5, b"acme/model"])
@@ -258,6 +296,30 @@ def test_over_a_dynamic_cache_it_falls_back_and_says_what_to_do(
         found = model.generate(**prompt("one text"), **GREEDY)
     assert torch.equal(found, plain.generate(**prompt("one text"), **GREEDY))
     assert attached.stats()["regions"]["model.layers.0"]["eager"] == {"cache": 20}
+
+
+def test_what_to_do_about_a_cache_follows_from_what_the_graphs_have(
+    model: Any, attached: Attachment, forward_bundle: Bundle, built_at: Settings
+) -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        with pytest.warns(Fallback, match=r"\(cache\)") as told:
+            model(ids)
+        assert "--task forward" in str(told[0].message)
+        assert "use_cache=False" not in str(told[0].message)
+        attached.detach()
+        with hubaoti.attach(model, forward_bundle, settings=built_at) as other:
+            with pytest.warns(Fallback, match=r"\(cache\).*without a cache: use_cache=False$"):
+                model(ids)
+            model(ids, use_cache=False)
+            assert (other.stats()["compiled"], other.stats()["eager"]) == (2, 2)
+
+
+def test_of_a_cache_that_is_too_short_a_longer_one_is_the_advice() -> None:
+    held = CacheState(None, *[torch.zeros(1, 2, 8, 4)] * 2, 6, 3, False, None)
+    with pytest.raises(CannotServe, match="8 places, 6 are filled") as why:
+        held.require_room()
+    assert "longer cache" in why.value.advice
 
 
 def test_a_cache_that_outlives_a_call_goes_on(plain: Any, model: Any, attached: Attachment) -> None:
@@ -443,6 +505,41 @@ def test_constants_that_do_not_fit_are_all_named_and_nothing_is_touched(
     assert "model.layers.1: mlp.down_proj.weight is torch.float32 [32, 63]" in told
     assert "model.layers.1: input_layernorm.weight is torch.float64 [32]" in told
     assert everything(model) == before
+
+
+def test_a_model_in_another_dtype_is_told_so_once(
+    model: Any, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    with pytest.raises(MissingConstant) as why:
+        hubaoti.attach(model.bfloat16(), decoder_bundle, settings=built_at)
+    assert str(why.value) == (
+        "LlamaForCausalLM has weights in bfloat16, the graphs have float32: 18 tensors, which fit "
+        "otherwise"
+    )
+    assert "dtype=torch.float32; or compile it with --dtype bfloat16" in why.value.hint
+
+
+def test_the_body_of_a_model_is_told_to_be_a_part_of_it(
+    model: Any, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    with pytest.raises(MissingConstant) as why:
+        hubaoti.attach(model.model, decoder_bundle, settings=built_at)
+    assert str(why.value) == (
+        "LlamaModel is a part of the model that was compiled, a LlamaForCausalLM: it is model "
+        "there, and model.layers.0 is layers.0 here"
+    )
+    assert "to the whole model" in why.value.hint
+
+
+def test_of_many_tensors_that_do_not_fit_the_first_are_named(
+    model: Any, decoder_bundle: Bundle, built_at: Settings
+) -> None:
+    for part in model.model.layers[1].modules():
+        if isinstance(part, nn.Linear):
+            part.weight = nn.Parameter(torch.zeros(3, 5))
+    with pytest.raises(MissingConstant, match=r"and 4 more$") as why:
+        hubaoti.attach(model, decoder_bundle, settings=built_at)
+    assert str(why.value).count("torch.float32 [3, 5]") == 3
 
 
 def test_a_model_without_weights_is_refused(decoder_bundle: Bundle, built_at: Settings) -> None:
@@ -697,12 +794,12 @@ def test_out_of_bounds_is_answered_counted_and_its_sizes_are_kept(
     assert len(told) == 1
     assert attached.stats()["missed"] == [
         {
-            "region": f"model.layers.{layer}",
+            "region": "model.layers.0",
+            "regions": 2,
             "reason": "shape",
             "sizes": {"batch": 5, "seq": 2, "filled": 2, "cache": 32},
-            "calls": 2,
+            "calls": 4,
         }
-        for layer in (0, 1)
     ]
     attached.save_misses(tmp_path / "misses.json")
     saved = json.loads((tmp_path / "misses.json").read_text())
@@ -710,12 +807,28 @@ def test_out_of_bounds_is_answered_counted_and_its_sizes_are_kept(
     assert saved["build"]["dims"]["batch"] == [1, 4, 1]
 
 
+def test_the_steps_of_a_decoder_are_missed_once_however_many_there_are(
+    model: Any, attached: Attachment, tmp_path: Path
+) -> None:
+    ids = torch.full((5, 3), 7)
+    with pytest.warns(Fallback, match="batch is 5"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), **STATIC)
+    rows = {row["sizes"]["seq"]: row for row in attached.stats()["missed"]}
+    assert (len(attached.stats()["missed"]), rows[3]["calls"], rows[1]["calls"]) == (2, 2, 38)
+    assert (rows[3]["sizes"]["filled"], rows[1]["sizes"]["filled"]) == (3, 22)
+    attached.save_misses(tmp_path / "misses.json")
+    proposed = propose_dims(read_misses(tmp_path / "misses.json"))
+    assert proposed is not None and proposed.dims["batch"] == (1, 5, 1)
+
+
 def test_another_dtype_is_answered_by_the_module(
     plain: Any, model: Any, attached: Attachment
 ) -> None:
     plain.double()
-    with torch.no_grad(), pytest.warns(Fallback, match=r"\(weights\).*float64"):
+    with torch.no_grad(), pytest.warns(Fallback, match=r"\(weights\).*float64") as told:
         assert torch.equal(step(model.double()), step(plain))
+    assert "9 tensors" in str(told[0].message) and "model.to(torch.float32)" in str(told[0].message)
+    assert "rebind" not in str(told[0].message)
     with torch.no_grad():
         torch.testing.assert_close(step(model.float()), step(plain.float()), atol=1e-4, rtol=1e-4)
     assert attached.stats()["compiled"] == 2
@@ -764,6 +877,17 @@ def test_it_is_warned_of_once_for_each_reason(model: Any, attached: Attachment) 
             step(model, torch.ones(5, 2, dtype=torch.long))
     assert [each.category for each in told] == [Fallback, Fallback]
     assert ADVICE["gradients"] in str(told[0].message)
+
+
+def test_a_warning_points_at_whoever_called_the_model(model: Any, attached: Attachment) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with torch.no_grad():
+            model(torch.tensor([[5, 6, 7]]))  # of the reason "cache", called without one
+        model.train().generate(**prompt("one text"), **STATIC)
+    assert [each.filename for each in told] == [__file__, __file__]
+    assert "model(torch.tensor" in linecache.getline(__file__, told[0].lineno)
+    assert "model.train().generate" in linecache.getline(__file__, told[1].lineno)
 
 
 def test_torch_compile_sees_the_module_itself(plain: Any, model: Any, attached: Attachment) -> None:
@@ -1072,8 +1196,11 @@ def test_what_the_config_does_not_tell_of_is_tried_or_left_to_the_module(
         for _ in range(2):
             torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
         counts = found.stats()["regions"]
-    assert counts["model.layers.0"] == {"compiled": {"model.layers": 0}, "eager": eager}
-    assert counts["model.layers.1"] == {"compiled": {"model.layers": compiled}, "eager": {}}
+    first = {"compiled": {"model.layers": 0}, "eager": eager}
+    second = {"compiled": {"model.layers": compiled}, "eager": {}}
+    tried = first if "differs" in eager else second
+    tried["compared"] = {"model.layers": 1}
+    assert (counts["model.layers.0"], counts["model.layers.1"]) == (first, second)
 
 
 def test_a_disabled_adapter_is_not_served(plain: Any, model: Any, attached: Attachment) -> None:
@@ -1358,6 +1485,21 @@ def test_the_first_call_of_a_module_without_config_is_its_own(
         counts = [each["compiled"] for each in attachment.stats()["regions"].values()]
         assert counts == [{"cells": 1}, {"cells": 1}, {"cells": 1}]
         assert attachment.stats()["eager"] == 0
+
+
+def test_the_calls_that_were_compared_are_counted_where_there_were_some(
+    stack_bundle: Bundle, built_at: Settings
+) -> None:
+    stack = Stack().eval()
+    with torch.no_grad(), hubaoti.attach(stack, stack_bundle, settings=built_at) as attachment:
+        assert "compared" not in attachment.stats()
+        stack(torch.ones(4, 8))
+        stats = attachment.stats()
+        assert (stats["compiled"], stats["eager"], stats["compared"]) == (0, 0, 3)
+        first = {"compiled": {"cells": 0}, "eager": {}, "compared": {"cells": 1}}
+        assert stats["regions"]["cells.0"] == first
+        stack(torch.ones(4, 8))
+        assert (attachment.stats()["compiled"], attachment.stats()["compared"]) == (3, 3)
         assert [*stack.cells[0](torch.ones(4, 8))] == ["y", "more"]
 
 
@@ -1420,7 +1562,7 @@ def test_a_call_that_no_graph_can_answer_is_the_module_s_own(
                 stack(stack(torch.ones(2, 8)))
                 found = outcome(call, stack.cells[1])
             stats = attachment.stats()["regions"]["cells.1"]
-    assert stats == {"compiled": {"cells": 1}, "eager": {reason: 1}}
+    assert stats == {"compiled": {"cells": 1}, "eager": {reason: 1}, "compared": {"cells": 1}}
     assert type(found) is type(expected)
     if isinstance(found, dict):
         assert found.keys() == expected.keys()

@@ -84,6 +84,8 @@ def test_graphs_of_a_repo_answer_prompts(
     done = hubaoti(stranger, *words, "--trust", "--isolate")
     assert done.code == 0, done
     assert "graphs answered 6 calls" in done.err
+    done = hubaoti(stranger, "run", repo, "--model", tiny_decoder, "--text", "hello")
+    assert done.code == 2 and "answers prompts: --prompt" in done.err
 
 
 def test_a_file_is_answered_in_its_order(

@@ -66,6 +66,12 @@ def test_positional_and_keyword_arguments_are_told_apart_and_named(pipeline: Pip
     assert call.sizes == ((2,), (3,), (4,), (5,))
 
 
+def test_calls_say_in_a_line_how_many_they_are_and_no_tensor(pipeline: Pipeline) -> None:
+    with record_calls(pipeline.inner) as calls:
+        pipeline(torch.ones(2), times=2)
+    assert repr(calls) == "Calls(2 calls of Echo, 1 kept)"
+
+
 def test_tensors_within_tuples_lists_and_dictionaries_are_found(pipeline: Pipeline) -> None:
     inner = pipeline.inner
     rotary = (torch.ones(2), [torch.zeros(3), None])

@@ -228,16 +228,19 @@ def test_texts_for_graphs_that_go_on_with_prompts_are_told_where_to_go(
     assert artifact is not None
     with pytest.raises(BadRequest, match="built for generate, its graphs serve 2 blocks") as caught:
         hubaoti.load(artifact, tiny_decoder, settings=built_at)
-    assert "--prompt" in caught.value.hint
+    assert "hubaoti.attach(model, artifact)" in caught.value.hint
+    assert "LightweightEngine().load" in caught.value.hint and "--prompt" not in caught.value.hint
 
 
 def test_a_loaded_model_gets_the_graphs_that_are_given_later(
     tiny_decoder: Path, decoder_bundle: Bundle, alone: Settings
 ) -> None:
     with LightweightEngine(alone) as engine:
+        assert repr(engine) == "LightweightEngine(no model; 0 B)"
         engine.load(tiny_decoder)
         before = engine.generate(tiny_decoder, "hello", **WORDS)
         assert engine.load(tiny_decoder).state == "eager"
+        assert re.search(rf"^LightweightEngine\({tiny_decoder} eager; [0-9.]+ MB\)$", repr(engine))
         with pytest.raises(Untrusted, match="not built on this machine"):
             engine.load(tiny_decoder, decoder_bundle)
         Trust(alone.trust).add_artifact(decoder_bundle.manifest.digest)

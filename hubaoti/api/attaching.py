@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hubaoti.api.filling import FillOptions, make_fill_options
 from hubaoti.api.publishing import pull
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from hubaoti.attachment.attach import Attachment
     from hubaoti.hub.choice import Pulled
 
+_Given: TypeAlias = "Artifact | Pulled | Bundle | Path | str"
+_IN_FOLDERS = ("./", "../", "/", "~")  # what begins like this can be no repo's name
+
 
 def attach(  # noqa: PLR0913 - a face of keywords
     module: nn.Module,
@@ -44,15 +47,16 @@ def attach(  # noqa: PLR0913 - a face of keywords
 ) -> Attachment:
     """Have an artifact's graphs answer for the regions of a module; all else about it stays.
 
-    `artifact` is one of the mirror, a bundle or its folder, or a repo to pull. What this machine
-    did not build is opened where somebody who is trusted published it; `trust` says so once, of a
-    repo's publisher, or of a bundle by its digest. With `locked` nothing is attached but what a
-    lockfile says, as `pull` has it. Of a repo, what is `missing` for this host can be compiled, and
-    pushed back, as `pull` has it. The module's tensors are bound by reference.
-    What no graph serves is answered by the module itself, counted, and warned of once for each
-    reason; with `strict` it raises `NotServed`. A module that has no config, or other code than was
-    compiled, or of which code or attributes were patched, answers the first call of each graph
-    itself, and the graph's answer is compared. Of a PeftModel it is the model within.
+    `artifact` is one of the mirror, a bundle or its folder, or a repo to pull; a text that begins
+    with ./, ../, / or ~ is a folder, and any other a repo. What this machine did not build is
+    opened where somebody who is trusted published it; `trust` says so once, of a repo's publisher,
+    or of a bundle by its digest. With `locked` nothing is attached but what a lockfile says, as
+    `pull` has it. Of a repo, what is `missing` for this host can be compiled, and pushed back, as
+    `pull` has it. The module's tensors are bound by reference. What no graph serves is answered by
+    the module itself, counted, and warned of once for each reason; with `strict` it raises
+    `NotServed`. A module that has no config, or other code than was compiled, or of which code or
+    attributes were patched, answers the first call of each graph itself, and the graph's answer is
+    compared. Of a PeftModel it is the model within.
 
     Of an artifact that was compiled with `--quantize`, the graphs make quantized weights of the
     module's, which then has both. With `quantize`, the module gives its own up and is smaller: what
@@ -71,7 +75,8 @@ def attach(  # noqa: PLR0913 - a face of keywords
             not run here.
         NotLocked, LockMismatch, BadLock: it is not what the lockfile says.
         OtherProgram: the module's config says that it computes something else.
-        MissingConstant: it lacks tensors that the graphs need; all are named, nothing was touched.
+        MissingConstant: it lacks tensors that the graphs need, or has them in another dtype; the
+            first are named, nothing was touched.
         AlreadyAttached: it has graphs already.
         BadRequest: `quantize` is asked of an artifact without quantized weights, or of layers that
             are no plain Linears; `cuda_graphs` of graphs that are no decoder's blocks on a GPU;
@@ -136,7 +141,7 @@ def detach(module: nn.Module) -> None:
 
 
 def get_artifact(
-    artifact: Artifact | Pulled | Bundle | Path | str,
+    artifact: _Given,
     trust: bool,
     settings: Settings,
     progress: Progress,
@@ -153,8 +158,10 @@ def get_artifact(
         Untrusted, Blocked: its code may not run here.
         BadRequest: it is no artifact, or called by a folder's name as a text, which is a repo's;
             or `fill` is said of what is no repo; else as `pull`.
+        BadManifest: a folder is no bundle.
     """
     require_flags(trust=trust)
+    artifact = _read_folder(artifact)
     fill = fill or {}
     if fill and not isinstance(artifact, str):
         raise BadRequest(
@@ -188,6 +195,19 @@ def get_artifact(
     return found
 
 
+def _read_folder(artifact: _Given) -> _Given:
+    """The folder that a text names, if it can be no repo's name; else what was given."""
+    if not isinstance(artifact, str) or not artifact:
+        return artifact
+    if not f"{artifact}/".startswith(_IN_FOLDERS):
+        return artifact
+    path = Path(artifact)
+    try:
+        return path.expanduser()
+    except RuntimeError:  # nobody of that name has a home: then there is no such folder
+        return path
+
+
 def _refuse_folder(name: str) -> None:
     """See that a text is meant as the name of a repo.
 
@@ -198,13 +218,11 @@ def _refuse_folder(name: str) -> None:
     if (here / FILENAME).is_file() or (name.count("/") != 1 and here.is_dir()):
         raise BadRequest(
             f"{name!r:.120} names a repo of the Hub, and here is a folder of that name",
-            hint=f"for the bundle in it give pathlib.Path({name!r:.120})",
+            hint=f"for the bundle in it give {'./' + name!r:.120}, or pathlib.Path",
         )
 
 
-def _require_locked(
-    artifact: Artifact | Pulled | Bundle | Path | str, locked: bool | str | Path, settings: Settings
-) -> None:
+def _require_locked(artifact: _Given, locked: bool | str | Path, settings: Settings) -> None:
     """See that an artifact that is here already stands in the lockfile that is gone by, if any is.
 
     Raises:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from hubaoti.hub.choice import Pulled
     from hubaoti.runtime.text import TextModel
 
+_ATTACHED = "hubaoti.attach(model, artifact) has them answer for their model"
+_GENERATES = f"{_ATTACHED}, which generates; or LightweightEngine().load(model, artifact)"
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -34,6 +37,9 @@ class Answer:
 
     task: str
     values: torch.Tensor
+
+    def __repr__(self) -> str:
+        return f"Answer({self.task}, {list(self.values.shape)})"
 
 
 def run(  # noqa: PLR0913 - a face of keywords
@@ -61,6 +67,7 @@ def run(  # noqa: PLR0913 - a face of keywords
     settings = settings or Settings.from_env()
     fill = make_fill_options(missing, push_back, model)
     pulled = pull(repo, recipe=recipe, trust=trust, settings=settings, progress=progress, **fill)
+    _refuse_parts(pulled.artifact, "hubaoti run answers prompts: --prompt; in Python, ")
     opened = load(
         pulled.artifact, model, device=device, ops=ops, settings=settings, progress=progress
     )
@@ -117,19 +124,24 @@ def load(  # noqa: PLR0913 - a face of keywords
     graph = open_graph(artifact.graph_folder(entry), entry, where)
     progress("bind")
     graph.bind(load_constants(entry, artifact.path, Checkpoint(folder, where), where))
-    return TextModel(graph, TextEncoder(folder, padding_id(artifact.manifest.program)))
+    program = artifact.manifest.program
+    return TextModel(graph, TextEncoder(folder, padding_id(program)), program.task)
 
 
-def _refuse_parts(artifact: Artifact) -> None:
-    """Refuse an artifact whose graphs are parts of a model: alone they answer no text."""
+def _refuse_parts(artifact: Artifact, prompts: str = "") -> None:
+    """Refuse an artifact whose graphs are parts of a model: alone they answer no text.
+
+    `prompts` says how else prompts are answered, where that is possible.
+    """
     manifest = artifact.manifest
     if not manifest.is_whole:
         served = sum(len(graph.modules) for graph in manifest.graphs if not graph.order)
         raise BadRequest(
             f"the artifact was built for {manifest.program.task}, its graphs serve {served} blocks "
             "of a model and not the whole of it",
-            hint=("go on with prompts: --prompt; " if manifest.program.task == "generate" else "")
-            + "for texts, compile with --task embed, classify or logits and --regions none",
+            hint=(f"{prompts}{_GENERATES}" if manifest.program.task == "generate" else _ATTACHED)
+            + "; texts are answered by what was compiled with --task embed, classify or logits and "
+            "--regions none",
         )
 
 

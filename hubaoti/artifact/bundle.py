@@ -111,7 +111,7 @@ def _describe_other(path: Path) -> BadManifest:
     if path.suffix == ".tar" and path.is_file():
         message = f"{path} is not a bundle: such a file {_EXPORT}"
         return BadManifest(message, hint=f"{_TO_STORE} {path}")
-    lacks = f"it has no {manifests.FILENAME}" if path.exists() else "there is no such folder"
+    lacks = f"it holds no {manifests.FILENAME}" if path.exists() else "there is no such folder"
     hint = "make one with: hubaoti compile MODEL -o DIR"
     return BadManifest(f"{path} is not a bundle: {lacks}", hint=hint)
 

@@ -22,7 +22,7 @@ _Bounds = tuple[int, int]
 
 
 class Missed(msgspec.Struct, frozen=True):
-    """Calls of one region that no graph served, for one reason, at one size."""
+    """Calls that no graph served, for one reason, at one size, of one region or its like."""
 
     region: str
     reason: str

@@ -18,6 +18,7 @@ from torch import nn
 
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.schema import Graph as Entry
+from hubaoti.artifact.sizes import format_count
 from hubaoti.attachment.binding import ConstantBinding
 from hubaoti.attachment.dispatch import Dispatcher
 from hubaoti.attachment.first_call import FirstCallCheck, Verdicts
@@ -25,7 +26,13 @@ from hubaoti.attachment.forward_patch import GraphPatch, find_patch
 from hubaoti.attachment.quantized import ConstantSketches, refuse_other_layers
 from hubaoti.attachment.region import Region
 from hubaoti.attachment.replays import StepReplays
-from hubaoti.attachment.served_modules import ServedModule, find_module_device, find_served_modules
+from hubaoti.attachment.served_modules import (
+    Misfit,
+    ServedModule,
+    find_module_device,
+    find_served_modules,
+    name_first,
+)
 from hubaoti.attachment.stats import CallStats
 from hubaoti.errors import (
     AlreadyAttached,
@@ -68,6 +75,14 @@ class Attachment:
         self._regions = tuple(regions)
         self._tally = tally
         self._replays: StepReplays | None = None
+
+    def __repr__(self) -> str:
+        module, stats = self._module(), self.stats()
+        name = "a module that is gone" if module is None else type(module).__name__
+        artifact = f"artifact {stats['artifact'][:12]}" if stats["artifact"] else "no artifact"
+        counts = f"{stats['compiled']} calls compiled, {stats['eager']} eager"
+        regions = format_count(len(self._regions), "region")
+        return f"Attachment({name}, {artifact}, {regions}, {counts})"
 
     @property
     def regions(self) -> tuple[str, ...]:
@@ -118,7 +133,7 @@ class Attachment:
                 problems.append(f"{region.path}: {error}")
         if problems:
             raise MissingConstant(
-                f"{len(problems)} regions cannot be bound: {'; '.join(problems)}",
+                f"{len(problems)} regions cannot be bound: {name_first(problems)}",
                 hint="until they can, the module itself answers for them",
             )
 
@@ -136,10 +151,16 @@ class Attachment:
     def stats(self) -> dict[str, Any]:
         """Calls by region: how many each graph answered, how many the module, and why.
 
-        `missed` has the sizes of the calls that no graph could serve. Steps that were replayed are
-        counted under `cuda_graphs` alone, where they were asked for. It is plain JSON.
+        Where first calls were answered by the module beside a graph, `compared` has how many; they
+        count as neither. `missed` has the sizes of the calls that no graph could serve, once for
+        all regions that share graphs and with the most that was `filled` of a cache. Steps that
+        were replayed are counted under `cuda_graphs` alone, where they were asked for. It is plain
+        JSON.
         """
-        found = self._tally.stats({region.path: region.counts() for region in self._regions})
+        found = self._tally.stats(
+            {region.path: region.counts() for region in self._regions},
+            {region.path: region.compared() for region in self._regions},
+        )
         return found if self._replays is None else {**found, "cuda_graphs": self._replays.stats()}
 
     def save_misses(self, path: str | Path) -> None:
@@ -174,8 +195,8 @@ def attach_graphs(
         BadRequest: the artifact answers texts, serves no module, or was built for another kind of
             device; what is to be quantized is not quantized in the artifact, or cannot be in the
             module.
-        MissingConstant: the module lacks tensors that the graphs need, or has others; all are
-            named. Nothing was touched.
+        MissingConstant: the module lacks tensors that the graphs need, or has others; the first
+            are named. Nothing was touched.
     """
     manifest = parts.manifest
     refuse_attached(module)
@@ -287,7 +308,7 @@ def _bind_modules(
     bindings = []
     shipped: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
 
-    def list_misfits(served: ServedModule) -> list[str]:
+    def list_misfits(served: ServedModule) -> list[Misfit]:
         if sketched is not None:
             _require_quantized(parts.manifest)
         device = find_module_device(served.module, parts.manifest.target.device)
@@ -297,7 +318,7 @@ def _bind_modules(
             shipped[key] = dict(itertools.chain.from_iterable(each))
         binding = ConstantBinding(served.module, served.constants, shipped[key], device)
         bindings.append(binding)
-        misfits = binding.list_problems(sketched)
+        misfits = binding.list_misfits(sketched)
         if sketched is not None:
             refuse_other_layers(served.module, binding.constants)
         return misfits

@@ -20,11 +20,14 @@ from hubaoti.attachment.quantized import (
     find_quantized_constant,
     quantize_in_place,
 )
+from hubaoti.attachment.served_modules import Misfit, explain_misfits
 from hubaoti.errors import MissingConstant
 from hubaoti.program.adapters import Adapter, separate_adapters, stands_aside, tensor_version
 from hubaoti.program.output_capturing import is_capture
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.input_checks import (
+    OtherDtype,
+    advise_on_dtypes,
     check_constant,
     describe_layout,
     has_memory,
@@ -34,6 +37,7 @@ from hubaoti.runtime.input_checks import (
 from hubaoti.runtime.quantize import make_quantized
 
 _PLAIN = (torch.Tensor, nn.Parameter)
+_CAST = "call model.to({}), and graphs answer for the module again"
 _Held = tuple[dict[str, Any], str]  # the dictionary of a module that holds a tensor, and its name
 
 
@@ -108,9 +112,11 @@ class ConstantBinding(ModuleReference):
         if states != self._states:  # what was made is of a weight that may be another
             self.forget()
         found: dict[str, FoundConstant] = {}
-        problems = [*self._find_all(found)]
-        if problems:
-            raise CannotServe("weights", "; ".join(problems))
+        misfits = [*self._find_all(found)]
+        if misfits:
+            message, dtypes = explain_misfits("the module", misfits)
+            advice = advise_on_dtypes(*dtypes, _CAST) if dtypes else ""
+            raise CannotServe("weights", message, advice=advice)
         self._found, self._states = found, states
         shipped = {c.fqn: self.shipped[c.fqn] for c in self.constants if c.fqn not in found}
         tensors = shipped | {fqn: each.bound for fqn, each in found.items()}
@@ -121,7 +127,7 @@ class ConstantBinding(ModuleReference):
         """Make everything anew that is made of the module's tensors."""
         self._found = {}
 
-    def list_problems(self, sketched: ConstantSketches | None = None) -> list[str]:
+    def list_misfits(self, sketched: ConstantSketches | None = None) -> list[Misfit]:
         """Why constants do not fit, each with its name, what is expected and what is there.
 
         What had to be made to tell is kept for `find_constants`; what was only sketched is not.
@@ -133,13 +139,16 @@ class ConstantBinding(ModuleReference):
             self._make = sketched
         return [*self._find_all(found)]
 
-    def _find_all(self, found: dict[str, FoundConstant]) -> Iterator[str]:
+    def _find_all(self, found: dict[str, FoundConstant]) -> Iterator[Misfit]:
         """Add all constants that fit to those that were found; why the others do not."""
         for constant in self.constants:
             try:
                 each = self._find(constant)
+            except OtherDtype as error:
+                yield Misfit(f"{error}", error.dtypes)
+                continue
             except (MissingConstant, CannotServe) as error:
-                yield f"{error}"
+                yield Misfit(f"{error}")
                 continue
             if each is not None:
                 found[constant.fqn] = each
@@ -197,11 +206,12 @@ class ConstantBinding(ModuleReference):
     def _quantize(self, constant: Constant, tensor: torch.Tensor) -> torch.Tensor:
         """A quantized constant, of the module's own weight in the dtype that the recipe names."""
         origin = constant.origin
-        if origin.dtype is not None and tensor.dtype != parse_dtype(origin.dtype):
-            raise MissingConstant(
+        if origin.dtype is not None and tensor.dtype != (wanted := parse_dtype(origin.dtype)):
+            raise OtherDtype(
                 f"{origin.module} is {tensor.dtype}; expected is {origin.dtype}, of which "
                 f"{constant.fqn} is made",
-                hint="load the model in the dtype that the recipe names",
+                tensor.dtype,
+                wanted,
             )
         assert origin.transform is not None
         return self._make(origin.transform, tensor.detach())

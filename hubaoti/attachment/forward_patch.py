@@ -137,7 +137,7 @@ class ForwardPatch(ModuleReference, ABC):
 class GraphPatch(ForwardPatch):
     """A `forward` that graphs answer, which are bound to the module's tensors."""
 
-    __slots__ = ("graphs", "_counts", "_lock")
+    __slots__ = ("graphs", "_counts", "_compared", "_lock")
 
     def __init__(
         self, path: str, module: nn.Module, graphs: Sequence[Any], ids: Iterable[str]
@@ -145,12 +145,16 @@ class GraphPatch(ForwardPatch):
         super().__init__(path, module)
         self.graphs: list[Any] = [*graphs]
         self._counts = {name: itertools.count() for name in ids}
+        self._compared = {name: itertools.count() for name in self._counts}
         self._lock = ForkSafeLock()
 
     def counts(self) -> dict[str, int]:
         """How many calls each graph answered, by the ids of the graphs."""
-        # `count(7)`: counting by `next` is safe in threads, and so one asks without counting.
-        return {name: int(repr(count)[6:-1]) for name, count in self._counts.items()}
+        return _read_counts(self._counts)
+
+    def compared(self) -> dict[str, int]:
+        """How many calls the module answered beside each graph, to compare them."""
+        return _read_counts(self._compared)
 
     @abstractmethod
     def bind(self, *, anew: bool = False) -> None:
@@ -159,6 +163,11 @@ class GraphPatch(ForwardPatch):
         Raises:
             CannotServe: the module is not what it was, or a tensor does not fit.
         """
+
+
+def _read_counts(counts: Mapping[str, itertools.count[int]]) -> dict[str, int]:
+    # `count(7)`: counting by `next` is safe in threads, and so one asks without counting.
+    return {name: int(repr(count)[6:-1]) for name, count in counts.items()}
 
 
 # Whatever somebody puts over a patch, it is known here by its module.

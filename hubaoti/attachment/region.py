@@ -156,7 +156,9 @@ class Region(GraphPatch):
             beside = Beside(
                 eager, dispatcher.plan.name_arguments(args, kwargs), answers, filling, slide
             )
-            return self._trials.compare(graph, inputs, route.small, beside)
+            answer = self._trials.compare(graph, inputs, route.small, beside)
+            next(self._compared[graph.entry.id])
+            return answer
         outputs = self._run(route, graph, inputs, held)
         return answers.make(outputs) if filling is None else answers.fill(filling, outputs)
 

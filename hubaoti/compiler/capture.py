@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from hubaoti.artifact.sizes import format_count
 from hubaoti.compiler.patched import shadow_attribute
 from hubaoti.errors import BadRequest, first_line
 from hubaoti.runtime.call_template import split_word
@@ -214,6 +215,10 @@ class Calls:
     came: int = 0
     each: list[Call] = field(default_factory=list)
     problem: str | None = None
+
+    def __repr__(self) -> str:
+        kept = f"{format_count(self.came, 'call')} of {type(self.module).__name__}"
+        return f"Calls({kept}, {len(self.each)} kept)"
 
     def __len__(self) -> int:
         return len(self.each)

@@ -81,6 +81,9 @@ class LightweightEngine:
             tuple(ops),
         )
 
+    def __repr__(self) -> str:
+        return f"LightweightEngine({self._room})"
+
     def load(  # noqa: PLR0913 - a face of keywords
         self,
         model: str | Path,

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import msgspec
 
+from hubaoti.artifact.sizes import format_size
 from hubaoti.disk import format_mebibytes
 from hubaoti.engines.background_compile import Building
 from hubaoti.engines.messages import Begin, EngineRequest, EngineResponse, State
@@ -148,6 +149,13 @@ class ModelPool:
         self._slots: dict[str, ModelSlot] = {}
         self._free = threading.Condition()
         self._clock = 0.0
+
+    def __str__(self) -> str:
+        slots = [each.describe() for each in self]
+        models = ", ".join(f"{each.model} {each.state}" for each in slots) or "no model"
+        held = format_size(sum(each.bytes for each in slots))
+        most = f" of {format_size(self._most)}" if self._most is not None else ""
+        return f"{models}; {held}{most}"
 
     def __iter__(self) -> Iterator[ModelSlot]:
         with self._free:

@@ -16,7 +16,7 @@ import torch
 
 from hubaoti.artifact.dim_expr import DimExpr
 from hubaoti.errors import BadManifest
-from hubaoti.runtime.fallback import CannotServe
+from hubaoti.runtime.fallback import WITHOUT_CACHE, CannotServe
 
 _MISSING: Any = type("Missing", (), {"__repr__": lambda _: "nothing"})()
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -158,9 +158,10 @@ class _Layout:
             # attention that has no mask, being causal is said by leaving the flag out.
             is_off = value is False and expected is _MISSING and where != CAUSAL
             if not is_off and not _is_same_literal(value, expected):
-                reason = "cache" if hasattr(value, "get_seq_length") else "arguments"
                 message = f"{where} is {describe_value(value)}; the graph has {expected!r:.60}"
-                raise CannotServe(reason, message)
+                if hasattr(value, "get_seq_length"):
+                    raise CannotServe("cache", message, advice=WITHOUT_CACHE)
+                raise CannotServe("arguments", message)
 
     def _read(self, template: Any, place: int, where: str) -> None:
         """Note what the template has at a place."""

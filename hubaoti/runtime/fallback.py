@@ -14,17 +14,17 @@ ADVICE = {
     "transforms": "graphs know nothing of torch.func's transforms and of forward gradients",
     "modes": "a torch dispatch or function mode wants to see every operation",
     "subclass": "give plain tensors",
-    "weights": "load the weights onto the device and in the dtype that the graphs were built for, "
-    "then call attachment.rebind()",
+    "weights": "load the weights onto the device and in the dtype that the graphs were built for; "
+    "the module is served again from then on",
     "adapters": "merge the adapters: model.merge_and_unload()",
     "changed": "its parts are not those it was attached with: detach, and attach again",
     "hooks": "hooks on modules inside of a compiled region would not run: hook the region itself",
     "outputs": "leave output_attentions and output_router_logits out where graphs answer; hidden "
     "states of whole blocks are collected around them",
     "arguments": "call it as it was called when it was compiled",
-    "cache": 'generate with cache_implementation="static"; use_cache=False where nothing is '
-    "generated",
-    "layer": "call it without a cache: use_cache=False",
+    "cache": 'generate with cache_implementation="static"; calls without a cache are answered by '
+    "graphs that were compiled with --task forward",
+    "layer": "compile it with --task forward, and call it without a cache: use_cache=False",
     "capture": "the CUDA graph is replayed with the module's own work in it; call the model once, "
     "over a static cache, before the same call is captured",
     "window": "no graph is for a window that is full: compile with a cache dim that reaches it",
@@ -45,19 +45,25 @@ ADVICE = {
 }
 
 
-class CannotServe(Exception):
-    """No graph can answer a call: one of the reasons above, and what was found."""
+WITHOUT_CACHE = "call it without a cache: use_cache=False"  # of graphs that have none
+LONGER_CACHE = "make a longer cache: max_cache_len"
 
-    def __init__(self, reason: str, detail: str, sizes: dict[str, int] | None = None) -> None:
+
+class CannotServe(Exception):
+    """No graph can answer a call: one of the reasons above, and what was found.
+
+    `advice` says what to do to have such calls answered by a graph, for a message's hint: that of
+    the reason, where who knows better gives none.
+    """
+
+    def __init__(
+        self, reason: str, detail: str, sizes: dict[str, int] | None = None, advice: str = ""
+    ) -> None:
         super().__init__(detail)
         self.reason = reason
         self.detail = detail
         self.sizes = sizes or {}
-
-    @property
-    def advice(self) -> str:
-        """What to do to have such calls answered by a graph, for a message's hint."""
-        return ADVICE[self.reason]
+        self.advice = advice or ADVICE[reason]
 
 
 def explain_failure(error: BadInput | KernelFailed) -> CannotServe:

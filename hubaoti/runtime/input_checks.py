@@ -24,6 +24,7 @@ from hubaoti.runtime.threads import Constants
 # A CUDA graph clones an input whose address is not a multiple of this, and loses writes to it
 # (torch._inductor.utils.ALIGNMENT).
 _CUDA_ALIGNMENT = 16
+_COMPILED = ("float32", "bfloat16", "float16")  # what `compile --dtype` takes
 _NO_LIMIT = 1 << 62  # a size that no dim has
 
 address = torch.Tensor.data_ptr
@@ -70,6 +71,14 @@ class Overlap(BadInput):
 
 class BadValue(BadInput):
     """A number that no table has, or a place that no cache has."""
+
+
+class OtherDtype(MissingConstant):
+    """A tensor that is the constant but for its dtype."""
+
+    def __init__(self, message: str, found: torch.dtype, wanted: torch.dtype) -> None:
+        super().__init__(message, hint=advise_on_dtypes(found, wanted))
+        self.dtypes = (found, wanted)
 
 
 class Checks:
@@ -290,7 +299,8 @@ def check_constant(constant: Constant, tensor: torch.Tensor, device: torch.devic
     """Refuse a tensor that is not the constant the graph was compiled for.
 
     Raises:
-        MissingConstant: dtype, shape, stride, alignment or device differ.
+        MissingConstant: dtype, shape, stride, alignment or device differ. OtherDtype: the dtype
+            alone does.
     """
     dtype = parse_dtype(constant.dtype)
     if not has_memory(tensor):
@@ -302,12 +312,14 @@ def check_constant(constant: Constant, tensor: torch.Tensor, device: torch.devic
     found = (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.device)
     expected = (dtype, constant.shape, constant.stride, device)
     if found != expected:
-        raise MissingConstant(
+        message = (
             f"{constant.fqn} is {found[0]} {list(found[1])} strides {list(found[2])} on "
             f"{found[3]}; the graph was compiled for {expected[0]} {list(expected[1])} strides "
-            f"{list(expected[2])} on {expected[3]}",
-            hint="use the checkpoint of a model that has this program",
+            f"{list(expected[2])} on {expected[3]}"
         )
+        if found[1:] == expected[1:]:
+            raise OtherDtype(message, tensor.dtype, dtype)
+        raise MissingConstant(message, hint="use the checkpoint of a model that has this program")
     if tensor.data_ptr() % tensor_alignment(dtype, device):
         raise MissingConstant(
             f"{constant.fqn} starts at an address that the graph cannot read",
@@ -330,6 +342,17 @@ def parse_dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise BadInput(f"this torch has no dtype {name}", hint="upgrade torch")
     return dtype
+
+
+def advise_on_dtypes(
+    found: torch.dtype, wanted: torch.dtype, how: str = "load the model with dtype={}"
+) -> str:
+    """What to do where a model has its weights in another dtype than graphs were compiled for.
+
+    `how` says what gives it theirs.
+    """
+    own = name_dtype(found)
+    return how.format(wanted) + (f"; or compile it with --dtype {own}" if own in _COMPILED else "")
 
 
 def name_dtype(dtype: torch.dtype) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 from hubaoti.artifact.schema import Cache
 from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.runtime.capturing import is_capturing
-from hubaoti.runtime.fallback import CannotServe
+from hubaoti.runtime.fallback import LONGER_CACHE, CannotServe
 from hubaoti.runtime.input_checks import parse_dtype
 
 _STATIC = {"StaticLayer", "LinearAttentionAndStaticFullAttentionLayer"}
@@ -72,7 +72,7 @@ class CacheState:
         if not self.slides and self.seq > self.room:
             places = self.keys.shape[2]
             message = f"there are {places} places, {self.before} are filled, and {self.seq} come"
-            raise CannotServe("cache", message)
+            raise CannotServe("cache", message, advice=LONGER_CACHE)
 
     def slide(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Have a window that becomes full hold its entries as one that is: at its end.

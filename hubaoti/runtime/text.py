@@ -86,8 +86,12 @@ class TextEncoder:
 class TextModel:
     """An open graph that answers texts: `embed`, `classify` and `logits` alike."""
 
-    def __init__(self, graph: Graph, encoder: TextEncoder) -> None:
-        """Raises BadInput when the graph takes something else than ids and a mask."""
+    def __init__(self, graph: Graph, encoder: TextEncoder, task: str = "") -> None:
+        """`task` is what the graph does, for who looks at it.
+
+        Raises:
+            BadInput: the graph takes something else than ids and a mask.
+        """
         taken = {item.name: item.shape for item in graph.entry.inputs}
         shapes = {*taken.values()}
         if not taken.keys() <= {"input_ids", "attention_mask"} or shapes != {("batch", "seq")}:
@@ -98,6 +102,14 @@ class TextModel:
             )
         self.graph = graph
         self._encoder = encoder
+        self._task = task
+
+    def __repr__(self) -> str:
+        entry = self.graph.entry
+        bounds = (f"{dim} {low} to {high}" for dim, (low, high) in entry.bounds.items())
+        named = [self._task] if self._task else []
+        each = (*named, f"graph {entry.id}", *bounds, str(self.graph.device))
+        return f"TextModel({', '.join(each)})"
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
         """The graph's first output for one text or some, in their order, as a CPU tensor.

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hubaoti.artifact.sizes import format_count
 from hubaoti.attachment.attach import Attachment, attach_nothing
 from hubaoti.attachment.forward_patch import ForwardPatch
 from hubaoti.attachment.served_modules import find_device_kind
@@ -108,6 +109,14 @@ class Deferred:
         for each in self._waiting:
             each.install()
         _DEFERRED.add(self)
+
+    def __repr__(self) -> str:
+        module, attachment, problem = self._module(), self._attachment, self._problem
+        name = "a module that is gone" if module is None else type(module).__name__
+        if attachment is not None:
+            return f"Deferred({name}, open: {attachment})"
+        state = "detached" if self._is_detached else "not opened" if problem else "waiting"
+        return f"Deferred({name}, {state}, {format_count(len(self.regions), 'region')})"
 
     def _begin(self) -> None:
         """As a process begins: nothing is open, nothing failed."""
@@ -243,7 +252,7 @@ def _merge_stats(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     for path in {**before["regions"], **now["regions"]}:
         each = [found["regions"][path] for found in (before, now) if path in found["regions"]]
         eager = sum((Counter(counts["eager"]) for counts in each), Counter())
-        regions[path] = {"compiled": each[-1]["compiled"], "eager": dict(eager)}
+        regions[path] = {**each[-1], "eager": dict(eager)}
     return {**now, "regions": regions, "eager": before["eager"] + now["eager"]}
 
 

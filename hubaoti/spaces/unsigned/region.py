@@ -209,6 +209,7 @@ class UnsignedRegion(GraphPatch):
         except BaseException:
             outcomes.undo(look)
             raise
+        next(self._compared[self._id])
         return answer
 
     def _differs(self, ours: list[torch.Tensor], answer: Any) -> bool:
