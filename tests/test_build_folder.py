@@ -68,10 +68,10 @@ def test_what_cannot_be_removed_is_tried_again(
 ) -> None:
     with monkeypatch.context() as broken, hold_build_folder(f"kept {tmp_path}") as folder:
         (folder / "made").touch()
-        broken.setattr(build_folder.shutil, "rmtree", lambda *_, **__: None)
+        broken.setattr(build_folder, "remove_tree", lambda *_, **__: None)
     assert sorted(left(folder)) == [folder.name, f"{folder.name}.lock"]
     with monkeypatch.context() as broken, pytest.raises(HubaotiError, match="cannot be emptied"):
-        broken.setattr(build_folder.shutil, "rmtree", lambda *_, **__: None)
+        broken.setattr(build_folder, "remove_tree", lambda *_, **__: None)
         hold_build_folder(f"kept {tmp_path}").__enter__()
     with hold_build_folder(f"another {tmp_path}"):
         assert left(folder) == []
