@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,6 +226,10 @@ def test_one_of_a_newer_hubaoti_or_none_at_all_is_said(tmp_path: Path) -> None:
     (tmp_path / "hubaoti.lock").write_bytes(b"\xff")
     with pytest.raises(BadLock, match="cannot be read"):
         Lock.read(tmp_path / "hubaoti.lock")
+    os.mkfifo(tmp_path / "pipe")
+    for endless in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(BadLock, match="a pipe or a device"):
+            Lock.read(endless)
 
 
 # A pull by it

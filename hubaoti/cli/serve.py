@@ -11,6 +11,7 @@ import click
 from hubaoti.cli.groups import Group
 from hubaoti.cli.mirror_space import parse_size
 from hubaoti.cli.output import print_line
+from hubaoti.cli.paths import GivenPath
 from hubaoti.cli.serve_root import (
     ROOT,
     backup_command,
@@ -44,7 +45,7 @@ _LONGEST = 4096  # bytes of a token's file
 @click.option("--max-bytes", type=parse_size, metavar="50GB", help="what may be stored at most")
 @click.option(
     "--token-file",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="a file with the token for writing; or set HUBAOTI_SERVE_TOKEN; else one is made up",
 )
 @click.option("--token", help="the token itself, which every user of this machine can then read")

@@ -10,9 +10,10 @@ import click
 from hubaoti.artifact.sizes import format_size
 from hubaoti.cli.groups import Group
 from hubaoti.cli.output import print_json, print_line, print_table
+from hubaoti.cli.paths import GivenPath
 from hubaoti.settings import Settings
 
-ROOT = click.option("--root", type=click.Path(path_type=Path), help="where the repos are stored")
+ROOT = click.option("--root", type=GivenPath(), help="where the repos are stored")
 _DAY = 86400
 
 
@@ -112,7 +113,7 @@ def rm_token_command(name: str, root: Path | None) -> None:
 
 
 @click.command("backup")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=GivenPath())
 @ROOT
 def backup_command(folder: Path, root: Path | None) -> None:
     """Copy all that is served to FOLDER, also while the endpoint runs.
@@ -129,7 +130,7 @@ def backup_command(folder: Path, root: Path | None) -> None:
 
 
 @click.command("restore")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=GivenPath())
 @ROOT
 def restore_command(folder: Path, root: Path | None) -> None:
     """Make a folder that can be served of the backup FOLDER; it has to be new, or empty."""

@@ -31,7 +31,7 @@ from pathlib import Path
 import msgspec
 
 from hubaoti.artifact.manifest import Manifest
-from hubaoti.disk import explain_disk_errors
+from hubaoti.disk import explain_disk_errors, read_small
 from hubaoti.errors import BadLock, BadRequest, LockMismatch, NotLocked
 from hubaoti.host.match import Verdict
 from hubaoti.hub.catalog import read_catalog
@@ -147,11 +147,8 @@ class Lock:
             BadLock: there is none, it cannot be read, or is none.
         """
         try:
-            with path.open("rb") as file:
-                content = file.read(_LARGEST + 1)
-            if len(content) > _LARGEST:
-                raise BadLock(f"{path} is larger than {_LARGEST >> 20} MiB", hint="see what it is")
-            found, where = cls.parse(content.decode(), str(path)), path.absolute()
+            content, where = read_small(path, _LARGEST), path.absolute()
+            found = cls.parse(content.decode(), str(path))
             return cls(tuple(replace(each, path=where) for each in found.repos), where)
         except (OSError, UnicodeDecodeError) as error:
             hint = "write one: hubaoti lock REPO…; HUBAOTI_LOCK names another"

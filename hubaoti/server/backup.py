@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import os
 import secrets
-import shutil
 import sqlite3
 import zlib
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from sqlite3 import Connection
 from typing import IO
 
 from hubaoti.errors import BadBackup, BadRequest, InUse
+from hubaoti.folder_trees import remove_tree
 from hubaoti.server import trees
 from hubaoti.server.errors import ServerError
 from hubaoti.server.hub import INDEX, claim, explain_folder_errors, open_root
@@ -99,7 +99,7 @@ def restore(backup: Path, root: Path) -> Copied:
                 _copy(backup, root, digest)
             _copy_index(index, root)
         except BaseException:
-            shutil.rmtree(root / "objects", ignore_errors=True)
+            remove_tree(root / "objects", ignore_errors=True)
             (root / f"{INDEX}.new").unlink(missing_ok=True)
             raise
         return Copied(len(there), sum(_path(root, d).stat().st_size for d in there), len(there))
