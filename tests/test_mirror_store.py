@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from bundles import MEMBERS, make_bundle, tree_of, write_zip
 from disks import read_only
@@ -26,6 +27,7 @@ from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.manifest import FILENAME
 from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import (
+    BadManifest,
     BadPackage,
     DigestMismatch,
     DiskFull,
@@ -151,6 +153,16 @@ def test_a_file_with_other_bytes_is_never_stored(mirror: Mirror, bundle: Bundle,
         put(mirror, bundle)
     assert mirror.ls() == []
     assert is_empty(mirror.root / "tmp") and is_empty(mirror.root / "artifacts")
+
+
+def test_a_package_of_another_size_than_is_said_is_never_stored(
+    mirror: Mirror, bundle: Bundle
+) -> None:
+    graphs = (msgspec.structs.replace(bundle.manifest.graphs[0], size=1),)
+    manifest = msgspec.structs.replace(bundle.manifest, graphs=graphs)
+    with pytest.raises(BadManifest, match=r"says that graphs/root\.pt2 has 1 bytes"):
+        mirror.put(manifest, files_of(bundle), ORIGIN)
+    assert holds_nothing(mirror)
 
 
 def test_a_missing_member_is_never_stored(mirror: Mirror, bundle: Bundle) -> None:
