@@ -44,7 +44,7 @@ def test_a_manifest_edited_into_another_good_one_is_refused(bundle: Bundle) -> N
     seal = (bundle.path / SEAL).read_text()
     assert seal == f"{bundle.manifest.digest}  {FILENAME}\n"
     graphs = tuple(
-        msgspec.structs.replace(graph, bounds={**graph.bounds, "batch": (1, 4096)})
+        msgspec.structs.replace(graph, bounds={**graph.bounds, "batch": (1, 4)})
         for graph in bundle.manifest.graphs
     )
     changed(bundle, graphs=graphs)
@@ -88,6 +88,14 @@ def test_a_package_whose_entries_are_not_the_listed_ones_is_refused(bundle: Bund
     swapped = msgspec.structs.replace(graph, sha256=entry.sha256, size=entry.size)
     edited = changed(bundle, graphs=(swapped, bundle.manifest.graphs[1]))
     with pytest.raises(DigestMismatch, match="other entries"):
+        edited.check()
+
+
+@pytest.mark.parametrize("where", ["graphs", "files"])
+def test_a_size_that_is_not_the_file_s_is_refused(bundle: Bundle, where: str) -> None:
+    first, *rest = getattr(bundle.manifest, where)
+    edited = changed(bundle, **{where: (msgspec.structs.replace(first, size=1), *rest)})
+    with pytest.raises(BadManifest, match=r"says that .* has 1 bytes; it has \d+"):
         edited.check()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from hubaoti.engines import decoder as texts
 from hubaoti.engines.decoder import Decoder, ServedSizes
 from hubaoti.engines.messages import Item, Sampling
 from hubaoti.engines.tokens import answer_by_length
-from hubaoti.errors import BadInput, BadRequest, ModelNotFound, OutOfBounds
+from hubaoti.errors import BadInput, BadRequest, ModelNotFound, OutOfBounds, UnknownTask
 from hubaoti.program.pooling import pool
 from hubaoti.runtime.text import pad_rows
 from hubaoti.settings import Settings
@@ -248,6 +250,24 @@ def test_texts_are_embedded_by_their_own_tokens_only(
             hidden = model.model(ids).last_hidden_state
         torch.testing.assert_close(vector, pool("mean", hidden, torch.ones_like(ids))[0])
     assert attachment.stats()["eager"] == 0
+
+
+def test_texts_are_embedded_as_the_model_s_sentence_files_say(
+    tiny_decoder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_decoder, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    bare = Decoder(model, folder, ("mean",)).embed(["query: hello"])
+    config = {"prompts": {"query": "query: "}, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
+    torch.testing.assert_close(Decoder(model, folder, ("mean",)).embed(["hello"]), bare)
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 8}')
+    with pytest.raises(OutOfBounds, match="end a text at 8"):
+        Decoder(model, folder, ("mean",)).embed(["word " * 9])
+    (folder / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    with pytest.raises(UnknownTask, match="do_lower_case"):
+        Decoder(model, folder, ("mean",)).embed(["hello"])
 
 
 def test_nothing_to_embed_is_refused(served: Decoder) -> None:

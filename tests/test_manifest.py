@@ -171,6 +171,15 @@ BAD = {
     "an attention without a name": put("build", "attention", to="A/B"),
     "a torch without a version": put("target", "torch", to="x"),
     "an extent that is none": put("graphs", 0, "inputs", 0, "shape", to=["batch//2", 8]),
+    "a part of a path that no disk has": put("files", 0, "path", to="a" * 256),
+    "a path that is too long": put("files", 0, "path", to="/".join(["a" * 255] * 5)),
+    "a path that is too deep": put("files", 0, "path", to="a/" * 17 + "a"),
+    "a member's part that no disk has": put("graphs", 0, "members", 0, "path", to="a" * 256),
+    "a member that is too long": put(
+        "graphs", 0, "members", 0, "path", to="/".join(["a" * 255] * 5)
+    ),
+    "a member that is too deep": put("graphs", 0, "members", 0, "path", to="a/" * 17 + "a"),
+    "a graph's name that no disk has": put("graphs", 0, "id", to="a" * 256),
     "values of no kind": put("graphs", 0, "inputs", 0, "values", to="ids<x"),
 }
 
@@ -205,6 +214,31 @@ def pinning(*pins: Any, schema: int = 4) -> Edit:
     return edit
 
 
+def binding(*constants: list[str]) -> Edit:
+    """A manifest of constants, by their names, their own first."""
+
+    def edit(value: dict[str, Any]) -> None:
+        origin = {"file": "golden.safetensors"}
+        rest = {"dtype": "float32", "shape": [], "stride": [], "from": origin}
+        value["graphs"][0]["constants"] = [
+            {"fqn": fqn, "aliases": aliases, "shared_by_all_modules": False, **rest}
+            for fqn, *aliases in constants
+        ]
+
+    return edit
+
+
+def answering(task: str, name: str) -> Edit:
+    """A manifest of a task, whose graph answers by a name."""
+
+    def edit(value: dict[str, Any]) -> None:
+        output = {"name": name, "dtype": "float32", "shape": ["batch", 4]}
+        value["graphs"][0]["outputs"] = {"template": {"tensor": 0}, "tensors": [output]}
+        value["program"]["task"] = task
+
+    return edit
+
+
 CLASHES: dict[str, tuple[Edit, str]] = {
     "a graph twice": (lambda value: twice(value, "graphs"), "graph root is listed twice"),
     "a file twice": (lambda value: twice(value, "files"), "golden.safetensors is listed twice"),
@@ -219,6 +253,24 @@ CLASHES: dict[str, tuple[Edit, str]] = {
         "dim seq has no bounds",
     ),
     "a step without bounds": (put("graphs", 0, "steps", to={"seq": 8}), "seq has a step"),
+    **{
+        f"steps of {step}": (put("graphs", 0, "steps", to={"batch": step}), f"has steps of {step},")
+        for step in (0, -1, 9, 10**12)
+    },
+    "a constant twice": (binding(["a"], ["a"]), "constant a is listed twice"),
+    "a constant that is another one's alias": (
+        binding(["a"], ["b", "a"]),
+        "a is another name of constant b, and a constant itself",
+    ),
+    "steps of another task": (
+        lambda value: value["program"].update(task="classify", steps=["mean"]),
+        "its task is classify, its program ends with mean, as of embed",
+    ),
+    "an answer of another task": (
+        answering("classify", "embedding"),
+        "its task is classify, its graph answers embedding",
+    ),
+    "a vector that is called logits": (answering("embed", "logits"), "its graph answers logits"),
     "a cache that is no input": (
         put("graphs", 0, "cache", to=CACHE | {"keys": 7}),
         "its cache is not among its mutated inputs",
@@ -262,6 +314,26 @@ CLASHES: dict[str, tuple[Edit, str]] = {
 def test_a_contradiction_is_refused_with_its_reason(manifest: Manifest, what: str) -> None:
     edit, reason = CLASHES[what]
     with pytest.raises(BadManifest, match=reason):
+        parse_manifest(edited(manifest, edit), "x")
+
+
+def test_paths_are_read_as_deep_and_as_long_as_is_said(manifest: Manifest) -> None:
+    deep, long = "a/" * 16 + "a", "/".join(["a" * 255] * 4)
+    for path in (deep, long):
+        text = edited(manifest, put("graphs", 0, "members", 0, "path", to=path))
+        assert parse_manifest(text, "x").graphs[0].members[0].path == path
+        text = edited(manifest, put("graphs", 0, "file", to=path))
+        assert parse_manifest(text, "x").graphs[0].file == path
+
+
+def test_constants_of_several_names_and_answers_of_the_task_are_read(manifest: Manifest) -> None:
+    for edit in (
+        binding(["a", "b"], ["c", "d"]),
+        answering("embed", "embedding"),
+        answering("logits", "logits"),
+        answering("forward", "anything"),
+        put("graphs", 0, "steps", to={"batch": 8}),
+    ):
         parse_manifest(edited(manifest, edit), "x")
 
 
@@ -330,8 +402,11 @@ def test_parse_reads_whatever_to_json_writes(
     dims: dict[str, tuple[int, int, int]],
     error: float,
 ) -> None:
-    program = Program(config=config, code="a" * 64, task="logits", steps=("x",))
-    build = Build(regions="whole", dims=dims, dtype="float32", attention="sdpa")
+    program = Program(config=config, code="a" * 64, task="embed", steps=("x",))
+    dims |= {"batch": (1, 8, 1)}  # which its graphs have
+    build = Build(
+        regions="whole", dims={**dims, "batch": (1, 8, 1)}, dtype="float32", attention="sdpa"
+    )
     target = Target(git="b" * 40, **CPU)
     check = Check(graph="r", dims={}, max_absolute=error, max_relative=error, tolerance=error)
     written = Manifest(

@@ -157,6 +157,16 @@ def test_a_file_with_other_bytes_is_never_stored(mirror: Mirror, bundle: Bundle,
     assert is_empty(mirror.root / "tmp") and is_empty(mirror.root / "artifacts")
 
 
+def test_a_package_of_another_size_than_is_said_is_never_stored(
+    mirror: Mirror, bundle: Bundle
+) -> None:
+    graphs = (msgspec.structs.replace(bundle.manifest.graphs[0], size=1),)
+    manifest = msgspec.structs.replace(bundle.manifest, graphs=graphs)
+    with pytest.raises(BadManifest, match=r"says that graphs/root\.pt2 has 1 bytes"):
+        mirror.put(manifest, files_of(bundle), ORIGIN)
+    assert holds_nothing(mirror)
+
+
 def test_a_missing_member_is_never_stored(mirror: Mirror, bundle: Bundle) -> None:
     write_zip(bundle.path / "graphs/root.pt2", {"model/root.so": b"x"})
     with pytest.raises(BadPackage, match="has not the listed"):

@@ -82,6 +82,18 @@ def test_an_entry_that_leads_outside_condemns_the_package(tmp_path: Path, name: 
     assert {path.name for path in tmp_path.iterdir()} == {"evil.pt2"}
 
 
+@pytest.mark.parametrize("name", ["a/" * 17 + "b", "a" * 256, "/".join(["a" * 255] * 5)])
+def test_an_entry_that_is_too_deep_or_too_long_condemns_the_package(
+    tmp_path: Path, name: str
+) -> None:
+    write_zip(tmp_path / "evil.pt2", {"model/root.so": b"good", name: b"evil"})
+    for act in (list_members, lambda path: unpack(path, (), tmp_path / "out")):
+        with pytest.raises(BadPackage, match="deeper folders, or of a longer name"):
+            act(tmp_path / "evil.pt2")
+    write_zip(tmp_path / "good.pt2", {"a/" * 16 + "b": b"good"})
+    assert len(list_members(tmp_path / "good.pt2")) == 1
+
+
 def test_a_link_condemns_the_package(tmp_path: Path) -> None:
     entry = zipfile.ZipInfo("model/root.so")
     entry.external_attr = (stat.S_IFLNK | 0o777) << 16

@@ -98,6 +98,7 @@ def load(  # noqa: PLR0913 - a face of keywords
         NoMatch: the GPU is of another kind than the artifact is for, or there is none that fits.
         DigestMismatch: the mirror's copy was changed; it is in quarantine, pull it again.
         OtherProgram: the model's config says something else than the graph computes.
+        UnknownTask: its files say of texts what is not done here.
         MissingConstant: the model's checkpoint lacks a tensor that the graph reads.
         Quarantined: the graph crashed or differed when it was first opened, in its own process.
         MissingOps, NotTried, CannotOpen: it could not be opened there, and is not opened here.
@@ -108,7 +109,8 @@ def load(  # noqa: PLR0913 - a face of keywords
     artifact = get_artifact(artifact, trust, settings, progress, fill=fill)
     _refuse_parts(artifact)
     folder, _ = fetch_model_files(model, revision, RUN_FILES, settings, progress)
-    refuse_other_program(folder, artifact.manifest.program)
+    program = artifact.manifest.program
+    refuse_other_program(folder, program)
     progress("torch")  # importing it takes longer than all the rest
     from hubaoti.runtime.gpus import choose_device
     from hubaoti.runtime.graph import open_graph
@@ -124,8 +126,8 @@ def load(  # noqa: PLR0913 - a face of keywords
     graph = open_graph(artifact.graph_folder(entry), entry, where)
     progress("bind")
     graph.bind(load_constants(entry, artifact.path, Checkpoint(folder, where), where))
-    program = artifact.manifest.program
-    return TextModel(graph, TextEncoder(folder, padding_id(program)), program.task)
+    encoder = TextEncoder(folder, padding_id(program), program.task)
+    return TextModel(graph, encoder, program.task)
 
 
 def _refuse_parts(artifact: Artifact, prompts: str = "") -> None:
@@ -171,11 +173,13 @@ def eager(
     progress("load")
     request = CompileRequest(task=task, dtype=dtype, regions="none")
     whole = from_config.load_source(folder, request, torch.device("cpu"), weights=True)
-    encoded = TextEncoder(folder, padding_id(whole.program)).encode(texts, high=whole.positions)
+    program = whole.program
+    encoder = TextEncoder(folder, padding_id(program), program.task)
+    encoded = encoder.encode(texts, high=whole.positions)
     progress("run")
     with torch.no_grad():
         values = whole.model(encoded.input_ids, encoded.attention_mask)[0]
-    return Answer(whole.program.task, values)
+    return Answer(program.task, values)
 
 
 def recall_task_and_dtype(repo: str, settings: Settings) -> tuple[str | None, str | None]:

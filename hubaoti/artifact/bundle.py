@@ -60,6 +60,7 @@ class Bundle:
 
         Raises:
             DigestMismatch: a file is missing, has other bytes, or not listed; or it is an export.
+            BadManifest: a file has another size than is said.
             BadPackage: a package is damaged, or its entries are not the listed ones.
             HubaotiError: a file may not be read.
         """
@@ -162,7 +163,12 @@ def explain_read_errors(path: Path) -> Iterator[None]:
 
 
 def _check_file(path: Path, file: File) -> None:
-    """Compare one file with its entry: DigestMismatch where it is missing, or has other bytes."""
+    """Compare one file with its entry.
+
+    Raises:
+        DigestMismatch: it is missing, or has other bytes.
+        BadManifest: it has another size than is said.
+    """
     if path.is_symlink() or not path.is_file():
         raise DigestMismatch(f"{path} is listed and is not there", hint=_AGAIN)
     found = hash_file(path)
@@ -171,6 +177,12 @@ def _check_file(path: Path, file: File) -> None:
             f"{path} was changed: its sha256 is {found[:12]}…, the manifest says "
             f"{file.sha256[:12]}…",
             hint=f"{_AGAIN}, or copy it again from where it came",
+        )
+    if (size := path.stat().st_size) != file.size:
+        raise BadManifest(
+            f"the manifest says that {path} has {file.size} bytes; it has {size}, and is the file "
+            "that was meant",
+            hint=_AGAIN,
         )
 
 

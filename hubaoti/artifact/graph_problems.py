@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -14,6 +15,8 @@ def find_graph_problems(graph: Graph) -> list[str]:
     """All of it, in words, each with the graph's name; of a good one nothing."""
     found = [] if graph.modules else [f"{graph.id}: it serves no module"]
     found += _find_unknown_dims(graph)
+    found += _find_impossible_steps(graph)
+    found += _find_repeated_constants(graph)
     found += _find_misplaced_cache(graph)
     found += _find_missing_mask(graph)
     found += _find_bad_outputs(graph)
@@ -30,6 +33,31 @@ def _find_unknown_dims(graph: Graph) -> list[str]:
             found.append(f"{graph.id}: dim {dim} is bounded by [{low}, {high}]")
     for dim in sorted(graph.steps.keys() - graph.bounds.keys()):
         found.append(f"{graph.id}: dim {dim} has a step and no bounds")
+    return found
+
+
+def _find_impossible_steps(graph: Graph) -> list[str]:
+    """Steps that are none, or of which no multiple lies within the bounds."""
+    return [
+        f"{graph.id}: dim {dim} has steps of {step}, of which none is in its bounds"
+        for dim, step in graph.steps.items()
+        if dim in graph.bounds
+        and (step < 1 or graph.bounds[dim][1] // step * step < max(graph.bounds[dim][0], 1))
+    ]
+
+
+def _find_repeated_constants(graph: Graph) -> list[str]:
+    """Constants of one name, and other names of a constant that are another one's own."""
+    counted = Counter(constant.fqn for constant in graph.constants)
+    found = [
+        f"{graph.id}: constant {n} is listed twice" for n, times in counted.items() if times > 1
+    ]
+    for constant in graph.constants:
+        found += [
+            f"{graph.id}: {alias} is another name of constant {constant.fqn}, and a constant itself"
+            for alias in constant.aliases
+            if alias in counted
+        ]
     return found
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from hubaoti.artifact.asked_sizes import find_size_problems
 from hubaoti.artifact.canonical import encode_canonical, is_canonical
 from hubaoti.artifact.graph_problems import find_graph_problems
 from hubaoti.artifact.kernel_pin import KernelPin
@@ -44,6 +45,8 @@ MOST_VALUES = 400_000  # of JSON
 MOST_GRAPHS = 4096
 _MOST_FILES = 10_000  # beside the graphs' packages
 MOST_MEMBERS = 50_000  # of all packages together
+# What graphs of a whole model answer, by their task.
+_ANSWERS = {"embed": "embedding", "classify": "logits", "logits": "logits"}
 _TOLD = 9  # problems that are told of one manifest
 # What is raised of a text that is no manifest, by msgspec, by ours and by the canonical form.
 _MALFORMED = (msgspec.MsgspecError, BadManifest, ValueError, RecursionError)
@@ -199,11 +202,13 @@ def _find_contradictions(manifest: Manifest) -> list[str]:
         found.append(f"its schema is {manifest.schema}, what it says is of schema {schema}")
     found += _find_excesses(manifest)
     found += _find_unspeakable_labels(manifest)
+    found += _find_other_task(manifest)
     found += _find_clashing_files(manifest)
     found += _find_requirement_clashes(manifest)
     found += _find_kernel_clashes(manifest)
     for graph in manifest.graphs:
         found += find_graph_problems(graph)
+    found += find_size_problems(manifest.build, manifest.graphs)
     return found
 
 
@@ -261,6 +266,21 @@ def _find_unspeakable_labels(manifest: Manifest) -> list[str]:
             getattr(manifest, name)
         except BadRequest as error:
             found.append(f"its {name}: {error}")
+    return found
+
+
+def _find_other_task(manifest: Manifest) -> list[str]:
+    """A task that is not what the program ends with, or not what its one graph is said to answer.
+
+    Whoever edits a task may edit these, too: a digest that is trusted, or a signature, says more.
+    """
+    task, steps = manifest.program.task, manifest.program.steps
+    found = []
+    if steps and task != "embed":
+        found.append(f"its task is {task}, its program ends with {', '.join(steps)}, as of embed")
+    names = [item.name for graph in manifest.graphs for item in graph.outputs.tensors]
+    if manifest.is_whole and task in _ANSWERS and names and names != [_ANSWERS[task]]:
+        found.append(f"its task is {task}, its graph answers {', '.join(names)}")
     return found
 
 

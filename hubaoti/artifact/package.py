@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from hubaoti.artifact.schema import Graph, Member
+from hubaoti.artifact.schema import Graph, Member, is_path_bounded
 from hubaoti.disk import explain_unread, open_plain
 from hubaoti.errors import BadPackage
 
@@ -156,6 +156,12 @@ def _list_safe_entries(package: Path, archive: zipfile.ZipFile) -> list[zipfile.
         if leads_outside(name) or stat.S_ISLNK(entry.external_attr >> 16):
             raise BadPackage(
                 f"{package.name} has an entry that leads outside: {name!r}", hint=_HINT
+            )
+        if not is_path_bounded(name.removesuffix("/")):
+            raise BadPackage(
+                f"{package.name} has an entry in deeper folders, or of a longer name, than may be "
+                f"unpacked: {name!r:.80}",
+                hint=_HINT,
             )
         if name in seen:
             raise BadPackage(f"{package.name} has two entries called {name!r}", hint=_HINT)

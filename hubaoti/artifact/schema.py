@@ -15,13 +15,27 @@ from hubaoti.artifact.dim_expr import PATTERN
 
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Size = Annotated[int, msgspec.Meta(ge=0)]
-# A relative path below the bundle: no empty, hidden, `.` or `..` segment, no backslash, no colon.
+# A path below a bundle, or in a package. Of so many folders, and so long, at most: what is unpacked
+# by strangers' paths has to be removed again, and that is done folder by folder.
+LONGEST_PATH = 1024  # bytes, all of them ASCII
+LONGEST_PART = 255
+MOST_FOLDERS = 16
+_CHARACTERS = r"[A-Za-z0-9_.+-]"
+_PART = rf"{_CHARACTERS}{{1,{LONGEST_PART}}}"
+_PLAIN_PART = rf"[A-Za-z0-9_+-]{_CHARACTERS}{{0,{LONGEST_PART - 1}}}"
+# No empty, hidden, `.` or `..` segment, no backslash, no colon.
 _SafePath = Annotated[
     str,
-    msgspec.Meta(pattern=r"^[A-Za-z0-9_+-][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)*\Z"),
+    msgspec.Meta(
+        pattern=rf"^{_PLAIN_PART}(/{_PLAIN_PART}){{0,{MOST_FOLDERS}}}\Z", max_length=LONGEST_PATH
+    ),
 ]
 _MemberPath = Annotated[
-    str, msgspec.Meta(pattern=r"^(?!.*(^|/)\.{1,2}(/|\Z))[A-Za-z0-9_.+-]+(/[A-Za-z0-9_.+-]+)*\Z")
+    str,
+    msgspec.Meta(
+        pattern=rf"^(?!.*(^|/)\.{{1,2}}(/|\Z)){_PART}(/{_PART}){{0,{MOST_FOLDERS}}}\Z",
+        max_length=LONGEST_PATH,
+    ),
 ]
 Dim = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
 _Dtype = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
@@ -251,7 +265,9 @@ class Graph(Record, frozen=True, kw_only=True):
     `ops` are those that it asks torch's dispatcher for, by their names.
     """
 
-    id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\Z")]
+    id: Annotated[
+        str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\Z", max_length=LONGEST_PART)
+    ]
     file: _SafePath
     sha256: Sha256
     size: Size
@@ -303,6 +319,13 @@ class BuildRecord(Record, frozen=True, kw_only=True):
     host: str
     hubaoti: str
     transformers: str
+
+
+def is_path_bounded(path: str) -> bool:
+    """Whether a path is no longer and no deeper than those of a manifest."""
+    parts = path.encode(errors="surrogateescape").split(b"/")
+    longest = max(map(len, parts)) <= LONGEST_PART
+    return longest and len(parts) <= MOST_FOLDERS + 1 and len(b"/".join(parts)) <= LONGEST_PATH
 
 
 def compute_key(program: Program, build: Build, target: Target) -> str:

@@ -206,10 +206,10 @@ def choose_default_dims(
 ) -> dict[str, Range]:
     """The bounds of a model's dims where nothing else is asked."""
     if task != "generate":
-        most = choose_max_length(folder, config, positions, 512)
+        most = choose_max_length(folder, config, positions, 512, task)
         return {dim: Range(1, 32) if dim == "batch" else Range(2, most) for dim in face.dims}
-    most = choose_max_length(folder, config, positions, 4096)
-    cache = choose_max_length(folder, config, positions, 32768)
+    most = choose_max_length(folder, config, positions, 4096, task)
+    cache = choose_max_length(folder, config, positions, 32768, task)
     return {"batch": Range(1, 32), "seq": Range(1, most), "cache": Range(min(16, cache), cache)}
 
 

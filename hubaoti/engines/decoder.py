@@ -27,11 +27,12 @@ from hubaoti.engines.tokens import (
     load_tokenizer,
     shorten_prompt,
 )
-from hubaoti.errors import BadInput, BadRequest, OutOfBounds, first_line
+from hubaoti.errors import BadInput, BadRequest, OutOfBounds, UnknownTask, first_line
+from hubaoti.program.model_files import read_text_rules
 from hubaoti.program.pooling import pool
 from hubaoti.program.silence import silence_transformers
 from hubaoti.runtime.call_template import choose_cache_word
-from hubaoti.runtime.text import pad_rows, require_unicode, shorten_text
+from hubaoti.runtime.text import pad_rows, refuse_too_long, require_unicode, shorten_text
 
 _DEFAULT_ROWS = 8  # prompts of a batch, where no graph says how many
 LOGITS = 1 << 28  # bytes of float32 logits that scoring holds at a time
@@ -81,6 +82,7 @@ class Decoder:
         own.max_length = own.min_length = own.cache_implementation = None
         own.return_dict_in_generate, own.num_return_sequences = False, 1
         self.steps = steps
+        self._folder = folder
         self.served = self.own = ServedSizes(high=_read_positions(model))
         self._replays = False
         self._kept: tuple[tuple[int, int], Any] | None = None
@@ -285,13 +287,22 @@ class Decoder:
         """One vector for each text, on the CPU: the last hidden states, pooled.
 
         Raises:
-            OutOfBounds: a text is longer than the cache.
+            OutOfBounds: a text is longer than the cache, or than the model's files say.
             BadInput: no text is given, or one has no token.
+            UnknownTask: its files say of texts what is not done here.
         """
         if not texts:
             raise BadInput("no text is given", hint="give one or more")
-        rows = [self.prompt_ids(text) for text in texts]
+        rules = read_text_rules(self._folder, "embed")
+        if rules.lowers:
+            raise UnknownTask(
+                f"{self._folder.name} embeds small letters alone (do_lower_case), which is not "
+                "done by a model that generates",
+                hint='load it to embed: engine.load(…, task="embed")',
+            )
+        rows = [self.prompt_ids(rules.prompt + text) for text in texts]
         for index, row in enumerate(rows, 1):
+            refuse_too_long(texts[index - 1], len(row), rules)
             self._require_room(f"text {index} ({shorten_text(texts[index - 1])!r})", len(row), 0)
         return torch.stack(answer_by_length(rows, self.served.rows, self._embed_rows))
 

@@ -24,15 +24,15 @@ class Encoder:
     def __init__(self, model: nn.Module, folder: Path, config: Any, positions: int | None) -> None:
         """Raises ModelNotFound when the folder has no tokenizer.json."""
         self.model = model
-        self._texts = TextEncoder(folder, config.pad_token_id)
-        self._longest = choose_max_length(folder, config, positions, _MOST_TOKENS)
+        self._texts = TextEncoder(folder, config.pad_token_id, "embed")
+        self._longest = choose_max_length(folder, config, positions, _MOST_TOKENS, "embed")
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """One vector for each text, on the CPU.
 
         Raises:
-            OutOfBounds: a text is longer than the model's positions.
+            OutOfBounds: a text is longer than the model's positions, or than its files say.
             BadInput: no text is given.
         """
         if not texts:

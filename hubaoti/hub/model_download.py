@@ -15,7 +15,11 @@ from hubaoti.settings import Settings
 COMPILE_FILES = ("*.json", "*.txt", "*.py", "*.model", "*/config.json", "tokenizer*")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # What the runtime reads of a model: what it says of itself, its tokenizer and its weights.
-RUN_FILES = ("config.json", "modules.json", "*/config.json", "tokenizer.json", *_WEIGHTS)
+RUN_FILES = (
+    *("config.json", "modules.json", "*/config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("config_sentence_transformers.json", "sentence_*_config.json", "*/sentence_*_config.json"),
+    *_WEIGHTS,
+)
 EAGER_FILES = (*COMPILE_FILES, "*.safetensors", "*.jinja")
 
 

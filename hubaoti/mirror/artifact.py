@@ -88,9 +88,17 @@ def unpack_synced(package: Path, graph: Graph, folder: Path) -> None:
     """Unpack a graph's listed members, for us alone and so that they survive a power cut.
 
     The package may be a folder, in which they lie unpacked.
+
+    Raises:
+        BadManifest: it has another size than is said. BadPackage: as `unpack`.
     """
     folder.mkdir(mode=0o700)
     (copy_unpacked if package.is_dir() else unpack)(package, graph.members, folder)
+    if package.is_file() and (size := package.stat().st_size) != graph.size:
+        raise BadManifest(
+            f"the manifest says that {graph.file} has {graph.size} bytes; {package} has {size}",
+            hint="get it again as it came (pull, compile or import it), or ask its publisher",
+        )
     for each in folder.rglob("*"):
         if each.is_dir():
             each.chmod(0o700)

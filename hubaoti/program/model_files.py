@@ -7,8 +7,9 @@ a graph was compiled for: equal shapes bind without complaint, and answer someth
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -16,6 +17,11 @@ from hubaoti.artifact.schema import Program
 from hubaoti.errors import ModelNotFound, OtherProgram, UnknownTask
 
 _NO_LIMIT = 1 << 20  # tokenizers write 1e30 where a model has no limit
+# Where sentence-transformers says how texts are read, by the names that it looks for in this order.
+_SENTENCE_CONFIGS = [
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+]
 POOLING = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
 
@@ -146,15 +152,92 @@ def parse_pooling_modes(config: dict[str, Any]) -> list[str]:
     return modes
 
 
+@dataclass(frozen=True, slots=True)
+class TextRules:
+    """How a model's files say that texts are read before it answers them.
+
+    Before each stands the `prompt`. A text has `most` tokens, where the file `source` says so.
+    Where it `lowers`, a tokenizer that does not do so by itself is given small letters.
+    """
+
+    prompt: str = ""
+    most: int | None = None
+    source: str = ""
+    lowers: bool = False
+
+
+def read_text_rules(folder: Path, task: str) -> TextRules:
+    """What sentence-transformers does with texts, as a model's files say; none but to embed.
+
+    It cuts a text off at its end silently; who reads this is to refuse it, and change no vector.
+
+    Raises:
+        UnknownTask: a prompt's own tokens are to be left out of the pooling.
+        ModelNotFound: a file is not JSON.
+    """
+    if task != "embed":
+        return TextRules()
+    has_list = (folder / "modules.json").is_file()
+    modules = _read_sentence_modules(folder / "modules.json") if has_list else []
+    first = folder / (modules[0][1] if modules else "")
+    name = next((each for each in _SENTENCE_CONFIGS if (first / each).is_file()), "")
+    own = read_json(first / name) if name else {}
+    said = [
+        (own.get("max_seq_length"), f"{name}: max_seq_length"),
+        (_read_tokenizer_length(folder), "tokenizer_config.json: model_max_length"),
+    ]
+    limits = [(int(n), where) for n, where in said if _is_length(n)]
+    most, source = limits[0] if limits else (None, "")
+    prompt = _read_default_prompt(folder)
+    if prompt:
+        _refuse_unpooled_prompt(folder, modules)
+    return TextRules(prompt, most, source, own.get("do_lower_case") is True)
+
+
+def _read_default_prompt(folder: Path) -> str:
+    """The prompt that stands before a text where nobody names one."""
+    config = read_json(folder / "config_sentence_transformers.json")
+    prompts, name = config.get("prompts"), config.get("default_prompt_name")
+    found = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
+    return found if isinstance(found, str) else ""
+
+
+def _refuse_unpooled_prompt(folder: Path, modules: list[tuple[str, str]]) -> None:
+    """Refuse a pooling without the prompt's tokens: a graph pools what its mask shows it."""
+    poolings = [folder / path / "config.json" for kind, path in modules if kind == "Pooling"]
+    for config in map(read_json, poolings):
+        if config.get("include_prompt") is False:
+            raise UnknownTask(
+                f"{folder.name} has a default prompt whose tokens are left out of its pooling "
+                "(include_prompt is false), which embed does not know",
+                hint="embed with sentence-transformers, or with a model whose pooling has them all",
+            )
+
+
+def _read_tokenizer_length(folder: Path) -> Any:
+    """How many tokens a tokenizer says that a text may have."""
+    return read_json(folder / "tokenizer_config.json").get("model_max_length")
+
+
+def _is_length(value: Any) -> TypeGuard[int | float]:
+    return type(value) in {int, float} and 2 <= value < _NO_LIMIT
+
+
 def padding_id(program: Program) -> int | None:
     """The padding id, of a program that computes with it."""
     pad = program.config.get("pad_token_id")
     return pad if isinstance(pad, int) and pad >= 0 else None
 
 
-def choose_max_length(folder: Path, config: Any, positions: int | None, most: int) -> int:
-    """The largest default for a length: less where the model or its tokenizer ends before."""
+def choose_max_length(
+    folder: Path, config: Any, positions: int | None, most: int, task: str
+) -> int:
+    """The largest default for a length: less where the model or its tokenizer ends before.
+
+    To embed, what sentence-transformers says of texts stands in the tokenizer's place.
+    """
     names = ("max_position_embeddings", "max_seq_len")
     limits = [most, positions, *(getattr(config.get_text_config(), name, None) for name in names)]
-    limits.append(read_json(folder / "tokenizer_config.json").get("model_max_length"))
-    return min(int(n) for n in limits if isinstance(n, (int, float)) and 2 <= n < _NO_LIMIT)
+    embeds = task == "embed"
+    limits.append(read_text_rules(folder, task).most if embeds else _read_tokenizer_length(folder))
+    return min(int(n) for n in limits if _is_length(n))

@@ -18,6 +18,7 @@ from hubaoti.artifact.dim_expr import DimExpr
 from hubaoti.artifact.schema import Golden
 from hubaoti.artifact.schema import Graph as Entry
 from hubaoti.errors import BadInput, MissingConstant
+from hubaoti.runtime.answer_checks import require_described
 from hubaoti.runtime.input_checks import name_dtype, parse_dtype
 from hubaoti.runtime.quantize import make_quantized
 from hubaoti.runtime.synthetic import fill_synthetic, make_synthetic
@@ -225,11 +226,17 @@ def answer_golden_inputs(graph: Answering) -> dict[str, torch.Tensor]:
     """A bound graph's mutated inputs afterwards and its outputs, on the CPU, by their names.
 
     Dims are the ones that its manifest has for this, else the smallest.
+
+    Raises:
+        BadInput: an answer is of another dtype or shape than its manifest says, or two have one
+            name; else as for any call.
     """
     entry = graph.entry
-    made = make_golden_inputs(entry, _choose_golden_dims(entry))
+    sizes = _choose_golden_dims(entry)
+    made = make_golden_inputs(entry, sizes)
     inputs = [tensor.to(graph.device) for tensor in made]
     outputs = graph(*inputs)
+    require_described(entry, outputs, sizes)
     pairs = zip(entry.inputs, inputs, strict=True)
     answers = [(item.name, tensor) for item, tensor in pairs if item.mutated]
     # A graph that gives fewer than it should is not an error here: its answers are missing.

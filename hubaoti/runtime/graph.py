@@ -26,6 +26,7 @@ from hubaoti.errors import (
     first_line,
 )
 from hubaoti.host.memory import is_limited
+from hubaoti.runtime.answer_checks import read_dim_sizes, require_described
 from hubaoti.runtime.fallback import ADVICE
 from hubaoti.runtime.graph_ops import NAME_OPS, require_ops
 from hubaoti.runtime.input_checks import Checks, address, check_constant
@@ -204,7 +205,8 @@ class Graph:
         """Run it on inputs that were checked, with constants that are bound; `small` in one thread.
 
         Raises:
-            BadInput: the native code itself refuses, as of an embedding's ids.
+            BadInput: the native code itself refuses, as of an embedding's ids; or its first answer
+                is not of the dtype and shape that the manifest says.
             KernelFailed: a kernel that it calls does.
         """
         bound = self._bound  # held until it has run, whoever binds or releases meanwhile
@@ -216,6 +218,8 @@ class Graph:
         try:
             run = self._runner.run
             outputs = run_in_one_thread(self._run_short, inputs) if small else run(inputs)
+            if not self.is_called:  # a manifest that lies of its answers does so at every call
+                require_described(self.entry, outputs, read_dim_sizes(self.entry, inputs))
             self.is_called = True
             return outputs
         except Exception as error:

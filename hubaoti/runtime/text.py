@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 from hubaoti.errors import BadInput, ModelNotFound, OutOfBounds
-from hubaoti.program.model_files import flatten_config, read_json
+from hubaoti.program.model_files import TextRules, flatten_config, read_json, read_text_rules
 from hubaoti.runtime.graph import Graph
 
 
@@ -23,13 +24,18 @@ class Encoded:
 
 
 class TextEncoder:
-    """A model's own tokenizer, that neither truncates nor pads further than asked."""
+    """A model's own tokenizer, that neither truncates nor pads further than asked.
 
-    def __init__(self, folder: Path, pad_id: int | None = None) -> None:
+    To embed, texts are read as sentence-transformers reads them: after the model's default prompt,
+    and up to the length that its files say. Beyond that they are refused, which it cuts off.
+    """
+
+    def __init__(self, folder: Path, pad_id: int | None = None, task: str = "") -> None:
         """Read `tokenizer.json`; `pad_id` is the model's, where it computes with it.
 
         Raises:
             ModelNotFound: the folder has none, or one that cannot be read.
+            UnknownTask: its files say of texts what is not done here.
         """
         self._folder = folder
         file = folder / "tokenizer.json"
@@ -49,20 +55,26 @@ class TextEncoder:
         # Silent truncation would change answers: a text that is too long is an error here.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._rules = read_text_rules(folder, task)
+        if self._rules.lowers:
+            _lower_first(self._tokenizer)
 
     def encode(self, texts: Sequence[str], low: int = 1, high: int | None = None) -> Encoded:
         """Token ids of the texts, padded to the longest, and to `low` at least.
 
         Raises:
-            OutOfBounds: a text has more than `high` tokens.
+            OutOfBounds: a text has more than `high` tokens, or than the model's files say.
             BadInput: a text is not Unicode, as what a shell passed on byte by byte.
         """
         for text in texts:
             if not isinstance(text, str):
                 raise BadInput(f"{text!r:.80} is no text", hint="give texts")
             require_unicode(text)
-        rows = [item.ids for item in self._tokenizer.encode_batch(list(texts))]
+        rules = self._rules
+        whole = [rules.prompt + text for text in texts] if rules.prompt else list(texts)
+        rows = [item.ids for item in self._tokenizer.encode_batch(whole)]
         for text, row in zip(texts, rows, strict=True):
+            refuse_too_long(text, len(row), rules)
             if high is not None and len(row) > high:
                 raise OutOfBounds(
                     f"the text {shorten_text(text)!r} has {len(row)} tokens; it takes seq up to "
@@ -152,6 +164,31 @@ class TextModel:
         whole = {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
         inputs = [whole[item.name][rows].to(device) for item in self.graph.entry.inputs]
         return self.graph(*inputs)[0][:real].cpu()
+
+
+def refuse_too_long(text: str, length: int, rules: TextRules) -> None:
+    """See that a text has no more tokens than the model's files say.
+
+    Raises:
+        OutOfBounds: it has.
+    """
+    if rules.most is not None and length > rules.most:
+        prompt = " with the model's default prompt" if rules.prompt else ""
+        raise OutOfBounds(
+            f"the text {shorten_text(text)!r} has {length} tokens{prompt}; the model's files end "
+            f"a text at {rules.most} ({rules.source})",
+            hint="shorten it: cut off silently, as sentence-transformers does, it would have the "
+            "vector of another text",
+        )
+
+
+def _lower_first(tokenizer: Any) -> None:
+    """Have a tokenizer read small letters, unless that is a step of its own already."""
+    given = tokenizer.normalizer
+    is_sequence = isinstance(given, normalizers.Sequence)
+    inner = [*given] if is_sequence else [given] if given else []
+    if not any(isinstance(each, normalizers.Lowercase) for each in inner):
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *inner])
 
 
 def pad_rows(
