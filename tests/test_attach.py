@@ -537,7 +537,7 @@ def test_of_many_tensors_that_do_not_fit_the_first_are_named(
     for part in model.model.layers[1].modules():
         if isinstance(part, nn.Linear):
             part.weight = nn.Parameter(torch.zeros(3, 5))
-    with pytest.raises(MissingConstant, match=r"and 4 more$") as why:
+    with pytest.raises(MissingConstant, match=r"(?m)and 4 more$") as why:
         hubaoti.attach(model, decoder_bundle, settings=built_at)
     assert str(why.value).count("torch.float32 [3, 5]") == 3
 
@@ -664,6 +664,26 @@ def subclass(model: Any) -> Any:
     proj.weight = nn.Parameter((2 * proj.weight).detach().as_subclass(Named))
 
 
+def transposed(model: Any) -> Any:
+    """In place: the tensor, and where it lies, stay the same."""
+    model.model.layers[0].self_attn.q_proj.weight.data.t_()
+
+
+def scaled(model: Any) -> Any:
+    model.model.layers[0].self_attn.scaling *= 3
+
+
+def emended(model: Any) -> Any:
+    model.model.layers[0].input_layernorm.variance_epsilon = 0.5
+
+
+def reclassed(model: Any) -> Any:
+    block = model.model.layers[0]
+    own = type(block).forward
+    forward = lambda self, x, *args, **kwargs: 2 * own(self, x, *args, **kwargs)  # noqa: E731
+    block.__class__ = type("Other", (type(block),), {"forward": forward})
+
+
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a part in train mode": (trained, "training"),
     "a hook inside": (hooked, "hooks"),
@@ -672,6 +692,9 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an adapter": (adapted, "adapters"),
     "a weight that lies otherwise": (misfit, "weights"),
     "a weight that is a subclass": (subclass, "weights"),
+    "a number": (scaled, "changed"),
+    "a number within": (emended, "changed"),
+    "another class": (reclassed, "changed"),
 }
 
 
@@ -853,6 +876,55 @@ def test_a_cache_that_is_a_view_is_left_to_the_module(model: Any, attached: Atta
     layer.keys = torch.zeros(1, 2, 64, 8)[:, :, :32]
     with torch.no_grad(), pytest.warns(Fallback, match=r"\(layout\)"):
         model(torch.tensor([[5, 6]]), past_key_values=cache)
+
+
+class Recording(StaticCache):
+    calls = 0
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super().update(*args, **kwargs)
+
+
+def test_a_cache_with_an_update_of_its_own_is_left_to_the_module(
+    plain: Any, model: Any, attached: Attachment
+) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    recording = Recording(config=model.config, max_cache_len=32)
+    with torch.no_grad(), pytest.warns(Fallback, match=r"\(cache\): the cache, a Recording"):
+        model(ids, past_key_values=recording)
+    assert recording.calls == len(model.model.layers)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    layer: Any = cache.layers[0]
+    layer.update = layer.update
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    assert attached.stats()["regions"]["model.layers.0"]["eager"] == {"cache": 2}
+
+
+def test_a_square_weight_that_is_transposed_where_it_lies_is_noticed(
+    plain: Any, model: Any, attached: Attachment
+) -> None:
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert weight.shape[0] == weight.shape[1]
+    with torch.no_grad():
+        step(model)
+    transposed(plain)
+    transposed(model)
+    with torch.no_grad(), pytest.warns(Fallback, match=r"\(weights\)"):
+        torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
+
+
+def test_a_forward_that_is_put_on_a_class_is_noticed(
+    plain: Any, model: Any, attached: Attachment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(model.model.layers[0].mlp)
+    own = kind.forward
+    with torch.no_grad():
+        step(model)
+    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * own(self, x))
+    with torch.no_grad(), pytest.warns(Fallback, match=r"\(changed\): the forward of"):
+        torch.testing.assert_close(step(model), step(plain), atol=1e-4, rtol=1e-4)
 
 
 def test_strict_raises_and_says_why(model: Any, decoder_bundle: Bundle, built_at: Settings) -> None:

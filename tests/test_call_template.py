@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -104,3 +105,20 @@ def test_a_model_is_given_its_cache_by_its_own_word() -> None:
     assert choose_cache_word({"input_ids": 0, "cache": 0}) == "cache"
     assert choose_cache_word({"input_ids": 0, "past_key_values": 0}) == "past_key_values"
     assert choose_cache_word({"kwargs": 0}) == "past_key_values"
+
+
+def test_what_a_forward_asks_its_keywords_for_is_not_off_because_it_is_false() -> None:
+    def forward(self: Any, x: Any, **more: Any) -> Any:
+        def inner() -> Any:
+            return more["deep"]
+
+        return x if more.get("residual", True) else inner()
+
+    plan = CallPlan({"args": [{"tensor": 0}], "kwargs": {}}, 1, partial(forward, None))
+    for name in ("residual", "deep"):
+        for value in (False, None):
+            with pytest.raises(CannotServe, match=f"{name} is {value}"):
+                plan.flatten(["x"], {name: value})
+    for value in (False, None):  # nobody looks at it here; it may be handed on, and is off
+        assert plan.flatten(["x"], {"output_attentions": value})[0] == "x"
+        assert plan.flatten(["x"], {"other": value})[0] == "x"

@@ -158,6 +158,20 @@ def test_plain_weights_are_quantized_as_they_are_loaded(
     assert (attached.stats()["compiled"], attached.stats()["eager"]) == (6, 0)
 
 
+def test_weights_that_are_written_beside_torch_s_count_are_quantized_anew(
+    model: Any, quantized_bundle: Bundle, built_at: Settings
+) -> None:
+    """As peft merges into a layer, and as averages of weights are kept."""
+    with hubaoti.attach(model, quantized_bundle, settings=built_at) as attached:
+        before = logits(model)
+        for each in weights_of(model).values():
+            each.data.mul_(1.5)
+        after = logits(model)
+        assert not torch.allclose(after, before, rtol=1e-2)
+        attached.rebind()
+        assert torch.equal(logits(model), after)
+
+
 def test_its_state_and_its_copies_are_quantized_too(model: Any, attached: Attachment) -> None:
     expected, other = logits(model), copy.deepcopy(model)
     assert not [*find_regions(other)]

@@ -14,7 +14,13 @@ from torch.nn.modules import module as torch_module
 
 from hubaoti.artifact.schema import Constant
 from hubaoti.attachment.forward_patch import ModuleReference
-from hubaoti.attachment.module_guard import GLOBAL_HOOKS, FoundConstant, ModuleGuard
+from hubaoti.attachment.module_guard import (
+    GLOBAL_HOOKS,
+    FoundConstant,
+    ModuleGuard,
+    find_forward,
+    list_attributes,
+)
 from hubaoti.attachment.quantized import (
     ConstantSketches,
     find_quantized_constant,
@@ -65,7 +71,7 @@ class ConstantBinding(ModuleReference):
         self._compiled = self._find_compiled_adapters(module)
         parts = self._find_parts(module)[0]
         self._parts = {name: part for name, part in parts.items() if part is not module}
-        self._types = {name: type(part) for name, part in self._parts.items()}
+        self._note_traits(parts)
         self._found: dict[str, FoundConstant] = {}
         self._states: list[tuple[Any, ...]] = []
         self.more = self._list_unread(parts)
@@ -88,8 +94,14 @@ class ConstantBinding(ModuleReference):
         self._make = make_quantized
         quantize_in_place(self.module, self.constants)
         parts = self._find_parts(self.module)[0]
-        self._types = {name: type(part) for name, part in self._parts.items()}
+        self._note_traits(parts)
         self.more = self._list_unread(parts)
+
+    def _note_traits(self, parts: Mapping[str, nn.Module]) -> None:
+        """Note of which classes its parts are, and what they have as plain attributes."""
+        self._types = {name: type(part) for name, part in parts.items()}
+        self._attributes = {name: list_attributes(part) for name, part in parts.items()}
+        self._forwards = {each: find_forward(each)["forward"] for each in self._types.values()}
 
     def _list_unread(self, parts: Mapping[str, nn.Module]) -> frozenset[str]:
         """The tensors that no graph reads, as a bias that the program has not."""
@@ -222,11 +234,23 @@ class ConstantBinding(ModuleReference):
             if now.get(name) is not part:
                 other = type(now.get(name)).__name__
                 raise CannotServe("changed", f"{name} was replaced by a {other}")
-            if type(part) is not self._types[name]:
-                raise CannotServe("changed", f"{name} is a {type(part).__name__} now")
+        self._require_traits(now)
         new = now.keys() - self._parts.keys() - {""}
         if new:
             raise CannotServe("changed", f"{min(new)} is new")
+
+    def _require_traits(self, now: Mapping[str, nn.Module]) -> None:
+        """Refuse parts of another class, or one whose `forward` or attributes are others."""
+        for name, kind in self._types.items():
+            part, where = now[name], name or "the region"
+            if type(part) is not kind:
+                raise CannotServe("changed", f"{where} is a {type(part).__name__} now")
+            if find_forward(kind)["forward"] is not self._forwards[kind]:
+                raise CannotServe("changed", f"the forward of {kind.__name__} was replaced")
+            known, found = self._attributes[name], list_attributes(part)
+            if known != found:
+                other = min(each for each in known | found if known.get(each) != found.get(each))
+                raise CannotServe("changed", f"{other} of {where} was changed")
 
     def _require_aside(self, adapters: Sequence[Adapter]) -> None:
         """Refuse adapters that add to their layers, and those that were compiled otherwise."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem, is_
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from hubaoti.program.output_capturing import Capture, find_captures, is_capture
 from hubaoti.runtime.fallback import CannotServe
 
 # Hooks of every module, which a graph's inner modules would not run (torch.nn.modules.module).
+# Attributes of these types are compared; those of others, as a config, belong to many.
+_PLAIN = {bool, int, float, str, type(None), FunctionType, BuiltinFunctionType}
+# What is asked otherwise, and what says nothing of a call without gradients.
+_ELSEWHERE = {"training", "forward", "gradient_checkpointing", "_is_hf_initialized"}
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
@@ -40,13 +45,27 @@ class FoundConstant:
         return self.bound is self.tensor or self.version == tensor_version(self.tensor)
 
 
+def list_attributes(part: nn.Module) -> dict[str, Any]:
+    """The plain attributes of a part itself, by which it may compute something else."""
+    return {
+        name: each
+        for name, each in vars(part).items()
+        if type(each) in _PLAIN and name not in _ELSEWHERE
+    }
+
+
+def find_forward(kind: type) -> Mapping[str, Any]:
+    """What the class has that a part's `forward` is of, whatever is written into it later."""
+    return next(vars(each) for each in kind.__mro__ if "forward" in vars(each))
+
+
 class ModuleGuard:
     """A module as it was when its graphs were bound.
 
-    Seen are other parts, parameters and buffers, hooks, train mode, a `forward` put on a part, and
-    adapters that are merged, taken out or heard otherwise. Not seen are plain attributes that
-    somebody sets, and what is written into a tensor that a graph reads where it lies, which needs
-    not be seen.
+    Seen are other parts, parameters and buffers, hooks, train mode, a `forward` put on a part or on
+    its class, attributes that are numbers, texts or functions, and adapters that are merged, taken
+    out or heard otherwise. Not seen are other attributes, functions of modules, and what is written
+    into a tensor that a graph reads where it lies, which needs not be seen.
     """
 
     def __init__(
@@ -65,13 +84,20 @@ class ModuleGuard:
         ]
         held = [(store, name, each) for store in stores for name, each in store.items()]
         held += [(vars(part), "training", False) for part in parts[1:]]
+        held += [
+            (vars(p), name, each) for p in parts[1:] for name, each in list_attributes(p).items()
+        ]
+        held += [
+            (each, "forward", each["forward"]) for each in map(find_forward, {*map(type, parts)})
+        ]
         # What is put over a `forward` that is already one of the part's own adds nothing to it.
         own = [vars(part) for part in parts[1:] if "forward" in vars(part)]
         held += [(store, "forward", store["forward"]) for store in own]
         self._stores = [store for store, _, _ in held]
         self._names = [name for _, name, _ in held]
         self._things = [each for _, _, each in held]
-        self._inner = parts[1:]
+        self._inner, self._type = parts[1:], type(module)
+        self._own = list_attributes(module)
         self._types = [*map(type, self._inner)]
         # What somebody adds: a part to one, or a `forward` of its own to one within.
         self._growing = [*stores[2::3], *map(vars, self._inner)]
@@ -94,6 +120,8 @@ class ModuleGuard:
         try:
             return (
                 module is not None
+                and type(module) is self._type
+                and all(map(is_, map(vars(module).get, self._own), self._own.values()))
                 and not module.training
                 and not any(self._hooks)
                 and all([*hooks] == known for hooks, known in self._captured)

@@ -7,12 +7,15 @@ or of a name that is not active, leaves the answer to that layer.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+_SOME = 8  # bytes, at four places of a tensor
 
 
 def stands_aside(adapter: Any) -> bool:
@@ -68,8 +71,17 @@ class Adapter:
 
 
 def tensor_version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to, and where it lies; inference tensors do not count."""
-    return hash((tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version))
+    """How often a tensor was written to, where it lies, and, on a CPU, some of what it holds.
+
+    What is written through `.data`, as by peft's merging, no tensor counts; inference tensors count
+    nothing.
+    """
+    place, count = tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return hash((place, count))
+    last = max(tensor.nbytes - _SOME, 0)
+    some = [ctypes.string_at(place + last * n // 3, min(_SOME, tensor.nbytes)) for n in range(4)]
+    return hash((place, count, *some))
 
 
 def separate_adapters(

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence, Set
 from functools import partial
 from operator import is_, itemgetter
+from types import CodeType
 from typing import Any
 
 import torch
@@ -19,6 +20,12 @@ from hubaoti.errors import BadManifest
 from hubaoti.runtime.fallback import WITHOUT_CACHE, CannotServe
 
 _MISSING: Any = type("Missing", (), {"__repr__": lambda _: "nothing"})()
+_UNGIVEN: Any = type("Ungiven", (), {"__repr__": lambda _: "nothing"})()  # and None is something
+# What a model of transformers says to all of its blocks, and what none does without being told to.
+_OFF_BY_DEFAULT = {
+    *("output_attentions", "output_hidden_states", "output_router_logits"),
+    *("return_dict", "use_cache"),
+}
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 CACHE = ("past_key_values", "cache")  # what transformers calls a KV cache: before 5.24, and since
 CAUSAL = "is_causal"  # the flag that counts where there is no mask
@@ -60,6 +67,7 @@ class CallPlan:
             if each.default is not inspect.Parameter.empty
         }
         self.given = {self._own.get(name, name): item for name, item in given.items()}
+        self._asked = _list_texts(forward) - parameters.keys() - _OFF_BY_DEFAULT
         self._layouts: dict[tuple[Any, ...], _Layout] = {}
         self.extents = self._layout(len(call["args"]), tuple(call["kwargs"])).extents
 
@@ -79,7 +87,12 @@ class CallPlan:
         return {**self._defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
 
     def default(self, name: str) -> Any:
-        """What an argument is that is not given; a tensor without a default is None."""
+        """What an argument is that is not given; a tensor without a default is None.
+
+        Of what `forward` itself asks its `**kwargs` for, nobody knows what it is without.
+        """
+        if name in self._asked and name not in self.given:
+            return _UNGIVEN
         is_tensor = isinstance(self.given.get(name), dict) and "tensor" in self.given[name]
         return self._defaults.get(name, None if is_tensor else _MISSING)
 
@@ -288,8 +301,23 @@ def _make_field_getter(names: Sequence[Any], where: str) -> Callable[[Any], Sequ
     return items
 
 
+def _list_texts(function: Any) -> set[str]:
+    """The texts in a function's code, as those by which it asks for keywords."""
+    function = inspect.unwrap(getattr(function, "func", function))  # of a partial
+    codes, texts = [getattr(function, "__code__", None)], set[str]()
+    while codes:
+        for each in getattr(codes.pop(), "co_consts", ()):
+            if isinstance(each, str):
+                texts.add(each)
+            elif isinstance(each, CodeType):
+                codes.append(each)
+    return texts
+
+
 def _is_same_literal(value: Any, expected: Any) -> bool:
     """Whether two constants are one; what is not given is None to code that asks for it."""
+    if expected is _UNGIVEN:
+        return False
     if value is _MISSING or expected is _MISSING:
         return value is expected or value is None or expected is None
     if isinstance(value, torch.Tensor) or type(value) is not type(expected):

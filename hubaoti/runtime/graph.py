@@ -35,6 +35,7 @@ from hubaoti.runtime.library import hold_library, name_files
 from hubaoti.runtime.runners import Bound, Runner, open_native_runner
 from hubaoti.runtime.threads import run_in_one_thread
 
+_is_contiguous = torch.Tensor.is_contiguous
 # As glibc, libstdc++ and torch say that there is no memory left.
 _NO_MEMORY = ("annot allocate memory", "an't allocate memory", "not enough memory", "bad_alloc")
 
@@ -141,6 +142,7 @@ class Graph:
         self._run_short = getattr(runner, "run_short", runner.run)
         self._given: list[torch.Tensor] = []
         self._addresses: list[int] = []
+        self._contiguous: list[bool] = []
         self._bound = Bound({})
         self._reads = bool(runner.get_constant_names_to_original_fqns())
         self._ready = not self._reads
@@ -183,12 +185,19 @@ class Graph:
         self._bound = bound
         self._given = [tensors[fqn] for fqn in names.values()]
         self._addresses = [*map(address, self._given)]
+        self._contiguous = [*map(_is_contiguous, self._given)]
         self._ready, self.is_called = True, False
 
     @property
     def is_moved(self) -> bool:
-        """Whether a tensor that was bound lies elsewhere by now, as after `.to()`."""
-        return [*map(address, self._given)] != self._addresses
+        """Whether a tensor that was bound lies elsewhere by now, as after `.to()`, or transposed.
+
+        Its strides would take longer to ask for.
+        """
+        given = self._given
+        return [*map(address, given)] != self._addresses or (
+            [*map(_is_contiguous, given)] != self._contiguous
+        )
 
     def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         """Run it. An input that is only read is copied where its layout does not fit.
@@ -241,7 +250,8 @@ class Graph:
     def release(self) -> None:
         """Let go of the constants: it is not called again before it is bound again."""
         self._ready = not self._reads
-        self._bound, self._given, self._addresses = Bound({}), [], []
+        self._bound = Bound({})
+        self._given, self._addresses, self._contiguous = [], [], []
 
     def _explain_failure(self, error: Exception) -> HubaotiError | None:
         """What an error of native code says to who called; None where it is none of its own."""

@@ -23,6 +23,7 @@ from hubaoti.runtime.input_checks import parse_dtype
 
 _STATIC = {"StaticLayer", "LinearAttentionAndStaticFullAttentionLayer"}
 SLIDING = {"StaticSlidingWindowLayer", "LinearAttentionAndStaticSlidingWindowAttentionLayer"}
+_CACHES = "transformers.cache_utils"
 _LAYER_NUMBERS = ("layer_idx", "layer_id", "layer_number")  # what models call a layer's own number
 _COUNTED = "_hubaoti_filled"  # on a layer: its own count, at which version, and what that was
 _CAPTURED = "captured"  # there: that is not known any more
@@ -154,12 +155,16 @@ class CacheSlot:
         layers = getattr(cache, "layers", None)
         if cache is None or not isinstance(layers, list):
             raise CannotServe("cache", f"the cache is {type(cache).__name__}")
+        if "update" in vars(cache) or type(cache).update.__module__ != _CACHES:
+            raise CannotServe("cache", f"the cache, a {type(cache).__name__}, has its own update")
         if self._index is None:
             raise CannotServe("layer", "the block does not say which layer of a cache is its own")
         layer = layers[self._index] if self._index < len(layers) else None
         named = type(layer).__name__ in _STATIC | SLIDING
-        if not named or type(layer).__module__ != "transformers.cache_utils":
+        if not named or type(layer).__module__ != _CACHES:
             raise CannotServe("cache", f"the cache's layer is a {type(layer).__name__}")
+        if "update" in vars(layer):
+            raise CannotServe("cache", "the cache's layer has its own update")
         return layer
 
     def _initialize(self, layer: Any, rows: int, device: torch.device) -> None:
