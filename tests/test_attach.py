@@ -666,7 +666,8 @@ def subclass(model: Any) -> Any:
 
 def transposed(model: Any) -> Any:
     """In place: the tensor, and where it lies, stay the same."""
-    model.model.layers[0].self_attn.q_proj.weight.data.t_()
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    weight.data = weight.data.t()
 
 
 def scaled(model: Any) -> Any:
