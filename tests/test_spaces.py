@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from commands import environment_of
 from huggingface_hub import HfApi, snapshot_download
 from signals import struck
 from space import Net, X, net
+from torch import nn
 
 import hubaoti
 import hubaoti.spaces
@@ -343,6 +345,39 @@ def test_a_forward_that_somebody_put_over_it_stays(repo_of_blocks: str, settings
             module(X)
         assert len(seen) == 3
         assert loaded.stats()["regions"]["blocks.1"]["compiled"] == {"blocks": 2}
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def reclass(module: Any) -> None:
+    module.blocks[0].wide.__class__ = Doubling
+
+
+def number(module: Any) -> None:
+    module.blocks[0].factor = 3.0
+
+
+def more(module: Any) -> None:
+    module.blocks[0].extra = nn.Identity()
+
+
+@pytest.mark.parametrize("change", [reclass, number, more])
+def test_a_module_that_was_changed_since_it_was_loaded_answers_itself(
+    change: Callable[[Any], None], repo_of_blocks: str, settings: Settings
+) -> None:
+    """A worker compares nothing with a module that was another when its parent loaded it."""
+    module, plain = net(), net()
+    plain.load_state_dict(module.state_dict())
+    with load(module, repo_of_blocks, settings) as loaded, torch.no_grad():
+        for each in (module, plain):
+            change(each)
+        with pytest.warns(Fallback, match="blocks.0 was changed since it was loaded"):
+            found = module(X)["y"]
+        assert torch.equal(found, plain(X)["y"])
+        assert not loaded.stats()["process"]["open"]
 
 
 def test_what_is_asked_strictly_raises(repo_of_blocks: str, settings: Settings) -> None:

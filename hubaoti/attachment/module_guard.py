@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from hubaoti.program.adapters import Adapter, tensor_version
+from hubaoti.program.adapters import Adapter, separate_adapters, tensor_version
 from hubaoti.program.output_capturing import Capture, find_captures, is_capture
 from hubaoti.runtime.fallback import CannotServe
 
@@ -57,6 +57,15 @@ def list_attributes(part: nn.Module) -> dict[str, Any]:
 def find_forward(kind: type) -> Mapping[str, Any]:
     """What the class has that a part's `forward` is of, whatever is written into it later."""
     return next(vars(each) for each in kind.__mro__ if "forward" in vars(each))
+
+
+def list_traits(module: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """What a module computes by, beside its tensors: its parts' classes, numbers and functions."""
+    parts, _ = separate_adapters(module)
+    return {
+        path: (type(part), find_forward(type(part))["forward"], list_attributes(part))
+        for path, part in parts.items()
+    }
 
 
 class ModuleGuard:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +12,10 @@ from torch import nn
 from hubaoti.artifact.variant import Recipe
 from hubaoti.attachment import attach
 from hubaoti.attachment.first_call import Verdicts
+from hubaoti.attachment.module_guard import list_traits
 from hubaoti.attachment.served_modules import find_module_device
 from hubaoti.attachment.stats import CallStats
-from hubaoti.errors import HubaotiError, NoMatch, NotEnoughMemory, NotTried
+from hubaoti.errors import HubaotiError, NoMatch, NotEnoughMemory, NotTried, OtherProgram
 from hubaoti.host.match import judge
 from hubaoti.host.probe import Host
 from hubaoti.hub.pull_all import Offer, rank_offers
@@ -50,6 +52,7 @@ class _Worker:
     strict: bool
     verdicts: Mapping[str, Verdicts]
     evidence: Mapping[str, Evidence]
+    traits: Mapping[str, Mapping[str, Any]]  # of the modules by their paths, when they were loaded
     ops: tuple[str, ...] = ()
 
     def open(self, module: nn.Module) -> attach.Attachment:
@@ -88,6 +91,7 @@ class _Worker:
 
     def _attach(self, module: nn.Module, plan: WorkerPlan) -> attach.Attachment:
         """The graphs of one artifact, checked once more where they are opened."""
+        self._require_same(module, plan)
         artifact = plan.offer.artifact
         device = find_module_device(module, artifact.manifest.target.device)
         self._require_sound(artifact, device)
@@ -96,6 +100,19 @@ class _Worker:
         return attach.attach_graphs(
             module, parts, strict=self.strict, tries=not plan.known, verdicts=verdicts
         )
+
+    def _require_same(self, module: nn.Module, plan: WorkerPlan) -> None:
+        """See that modules compute as they did when they were compared with the artifact.
+
+        Raises:
+            OtherProgram: one was changed since.
+        """
+        for path in plan.paths:
+            if list_traits(module.get_submodule(path)) != self.traits[path]:
+                raise OtherProgram(
+                    f"{path or 'the module'} was changed since it was loaded",
+                    hint="change it before spaces.load",
+                )
 
     def _require_sound(self, artifact: Artifact, device: torch.device) -> None:
         """As everywhere; where another worker has asked, the files alone are looked at.
@@ -144,7 +161,9 @@ def defer_artifacts(  # noqa: PLR0913 - all that a worker needs
         verdicts[each.digest] = Verdicts([(each.digest, ""), *names])
     with Mirror.open(settings.mirror) as mirror:
         evidence = {each.digest: mirror.gather_evidence(each.digest) for each in manifests}
-    worker = _Worker(tuple(plans), host, settings, recipe, strict, verdicts, evidence, (*ops,))
     modules = {path: module.get_submodule(path) for plan in plans for path in plan.paths}
+    traits = {path: list_traits(each) for path, each in modules.items()}
+    known = verdicts, evidence, traits
+    worker = _Worker(tuple(plans), host, settings, recipe, strict, *known, (*ops,))
     tally = CallStats(manifests[0], strict)
     return Deferred(module, modules, worker.open, tally, only_elsewhere=settings.zerogpu)
