@@ -879,22 +879,6 @@ def test_a_cache_that_is_a_view_is_left_to_the_module(model: Any, attached: Atta
         model(torch.tensor([[5, 6]]), past_key_values=cache)
 
 
-def test_a_mask_that_shows_places_that_are_not_filled_is_left_to_the_module(
-    plain: Any, model: Any, attached: Attachment
-) -> None:
-    ids, found = torch.tensor([[5, 6, 7]]), []
-    for each in (plain, model):
-        cache = StaticCache(config=model.config, max_cache_len=32)
-        mask = torch.ones(1, 1, 3, 32, dtype=torch.bool)
-        with torch.no_grad(), warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            found.append(each(ids, past_key_values=cache, attention_mask=mask).logits)
-    assert any("places of the cache that are not filled" in str(each.message) for each in said)
-    torch.testing.assert_close(*found)
-    eager = attached.stats()["regions"]["model.layers.0"]["eager"]
-    assert eager == {"arguments": 1}
-
-
 class Recording(StaticCache):
     calls = 0
 

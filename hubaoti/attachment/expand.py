@@ -109,28 +109,11 @@ def expand_to_shape(source: torch.Tensor, shape: Sequence[int], filled: int | No
     A mask of fewer places than a full window has is given the others, which nobody looks at, first.
     """
     if filled is not None and source.shape[-1] > filled:
-        _refuse_shown(source.narrow(-1, filled, source.shape[-1] - filled))
         source = source.narrow(-1, 0, filled)
     if 1 < source.shape[-1] < shape[-1]:
         before = (shape[-1] - source.shape[-1], 0)
         source = nn.functional.pad(source, before, value=_get_masked_value(source.dtype))
     return source.expand(shape).contiguous()
-
-
-def _refuse_shown(beyond: torch.Tensor) -> None:
-    """See that a mask shows none of the places of a cache that are not filled.
-
-    A device would have to be waited for, so of a GPU it is not asked.
-
-    Raises:
-        CannotServe: it does.
-    """
-    if beyond.device.type != "cpu":
-        return
-    floating = beyond.dtype.is_floating_point
-    shown = beyond > _get_masked_value(beyond.dtype) / 2 if floating else beyond
-    if shown.any():
-        raise CannotServe("arguments", "the mask shows places of the cache that are not filled")
 
 
 def _make_attention_mask(
