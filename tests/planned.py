@@ -59,7 +59,8 @@ def make_built(folder: Path, job: Job, source: ModelSource, torch: str | None = 
     with zipfile.ZipFile(package) as archive:
         archive.extractall(members)
     pack_folder(members, package)  # as one that comes out of a mirror again
-    graphs = (describe(folder, "root"),)
+    low, high, _ = job.build.dims["batch"]
+    graphs = (msgspec.structs.replace(describe(folder, "root"), bounds={"batch": (low, high)}),)
     return changed(
         bundle,
         schema=find_oldest_schema(job.build, graphs, ()),

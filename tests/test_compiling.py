@@ -484,6 +484,8 @@ def several(monkeypatch: pytest.MonkeyPatch, decoder_bundle: Bundle) -> list[str
     fails, built = {"x86_64_v3"}, list[str]()
     (entry,) = decoder_bundle.manifest.graphs
     entry = msgspec.structs.replace(entry, golden=None)
+    # It is of another build, which was asked for other sizes.
+    monkeypatch.setattr("hubaoti.artifact.manifest.find_size_problems", lambda *_: [])
 
     def build_one(job: Job, scratch: Path) -> BuiltGraph | ErrorRecord:
         built.append(job.target.level)

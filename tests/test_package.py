@@ -88,7 +88,7 @@ def test_an_entry_that_is_too_deep_or_too_long_condemns_the_package(
 ) -> None:
     write_zip(tmp_path / "evil.pt2", {"model/root.so": b"good", name: b"evil"})
     for act in (list_members, lambda path: unpack(path, (), tmp_path / "out")):
-        with pytest.raises(BadPackage, match="deeper folders, or of a longer name"):
+        with pytest.raises(BadPackage, match="16 folders within each other, or of a longer name"):
             act(tmp_path / "evil.pt2")
     write_zip(tmp_path / "good.pt2", {"a/" * 16 + "b": b"good"})
     assert len(list_members(tmp_path / "good.pt2")) == 1
