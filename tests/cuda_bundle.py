@@ -47,10 +47,11 @@ def make_cuda_bundle(folder: Path) -> Bundle:
         members=list_members(package),
         inputs=(Input(name="x", dtype="float32", shape=("batch", 8), values="real"),),
         outputs=Outputs(
-            template={"tensor": 0}, tensors=(Output(name="y", dtype="float32", shape=("batch", 8)),)
+            template={"tensor": 0},
+            tensors=(Output(name="embedding", dtype="float32", shape=("batch", 8)),),
         ),
     )
-    answers = {"root/y": Net()(*make_golden_inputs(entry, {"batch": 1}))}
+    answers = {"root/embedding": Net()(*make_golden_inputs(entry, {"batch": 1}))}
     save_file(answers, folder / golden.path)
     entry = msgspec.structs.replace(entry, golden=describe_golden(entry, answers))
     golden = make_file_entry(folder, golden.path)

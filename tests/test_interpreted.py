@@ -231,8 +231,9 @@ def describe_case(
     case: Case, program: Any, constants: Mapping[str, torch.Tensor], shipped: set[str]
 ) -> Graph:
     """The manifest's graph of a case."""
-    outputs = [node.meta["val"] for node in program.graph.output_node().args[0]]
-    written = len(case.mutated)
+    answered = {*program.graph_signature.user_outputs}
+    nodes = [node for node in program.graph.output_node().args[0] if node.name in answered]
+    outputs = [node.meta["val"] for node in nodes]
     return Graph(
         id="root",
         file="graphs/root.pt2",
@@ -256,7 +257,7 @@ def describe_case(
             template=None,
             tensors=tuple(
                 Output(name=f"o{i}", dtype=name_dtype(each.dtype), shape=(None,) * each.dim())
-                for i, each in enumerate(outputs[written:])
+                for i, each in enumerate(outputs)
             ),
         ),
         constants=tuple(
