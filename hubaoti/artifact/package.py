@@ -19,13 +19,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from hubaoti.artifact.schema import Graph, Member, is_path_bounded
+from hubaoti.artifact.schema import LONGEST_PART, LONGEST_PATH, MOST_FOLDERS, Graph, Member
 from hubaoti.disk import explain_unread, open_plain
 from hubaoti.errors import BadPackage
 
 _CHUNK = 1 << 20
 _ENTRIES = 100_000  # of one package; an honest one has some dozens
-_DEEPEST, _LONGEST, _LONGEST_PART = 16, 1024, 255  # folders above a file, bytes of its name
 # What zipfile and its decompressors raise of damaged files.
 _DAMAGE = (
     zipfile.BadZipFile,
@@ -157,12 +156,6 @@ def _list_safe_entries(package: Path, archive: zipfile.ZipFile) -> list[zipfile.
             raise BadPackage(
                 f"{package.name} has an entry that leads outside: {name!r}", hint=_HINT
             )
-        if not is_path_bounded(name.removesuffix("/")):
-            raise BadPackage(
-                f"{package.name} has an entry in deeper folders, or of a longer name, than may be "
-                f"unpacked: {name!r:.80}",
-                hint=_HINT,
-            )
         if name in seen:
             raise BadPackage(f"{package.name} has two entries called {name!r}", hint=_HINT)
         seen.add(name)
@@ -180,17 +173,20 @@ def leads_outside(name: str) -> bool:
     return not name or odd or not plain or path.is_absolute() or ".." in path.parts
 
 
-OVERLONG = f"of more than {_DEEPEST} folders within each other, or of a longer name than disks take"
+OVERLONG = (
+    f"of more than {MOST_FOLDERS} folders within each other, or of a longer name than disks take"
+)
 
 
 def is_overlong(name: str) -> bool:
-    """Whether an entry's name has more folders, or more bytes, than any that was meant well.
+    """Whether an entry's name has more folders, or more bytes, than a path of a manifest may have.
 
     Disks would take some of these, and what looks at them afterwards would not.
     """
-    parts = name.encode("utf-8", "surrogatepass").split(b"/")
-    is_long = len(name) > _LONGEST or any(len(part) > _LONGEST_PART for part in parts)
-    return is_long or len(parts) > _DEEPEST + 1
+    path = name.encode("utf-8", "surrogatepass")
+    parts = path.split(b"/")
+    is_long = len(path) > LONGEST_PATH or any(len(part) > LONGEST_PART for part in parts)
+    return is_long or len(parts) > MOST_FOLDERS + 1
 
 
 def _hash_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Member:

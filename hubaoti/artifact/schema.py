@@ -321,13 +321,6 @@ class BuildRecord(Record, frozen=True, kw_only=True):
     transformers: str
 
 
-def is_path_bounded(path: str) -> bool:
-    """Whether a path is no longer and no deeper than those of a manifest."""
-    parts = path.encode(errors="surrogateescape").split(b"/")
-    longest = max(map(len, parts)) <= LONGEST_PART
-    return longest and len(parts) <= MOST_FOLDERS + 1 and len(b"/".join(parts)) <= LONGEST_PATH
-
-
 def compute_key(program: Program, build: Build, target: Target) -> str:
     """The key: "is this already built?" Two honest builds of one key may differ in digest."""
     parts = {"program": program, "build": build, "target": target}

@@ -18,8 +18,7 @@ from hubaoti.attachment.module_guard import (
     GLOBAL_HOOKS,
     FoundConstant,
     ModuleGuard,
-    find_forward,
-    list_attributes,
+    list_traits,
 )
 from hubaoti.attachment.quantized import (
     ConstantSketches,
@@ -71,7 +70,7 @@ class ConstantBinding(ModuleReference):
         self._compiled = self._find_compiled_adapters(module)
         parts = self._find_parts(module)[0]
         self._parts = {name: part for name, part in parts.items() if part is not module}
-        self._note_traits(parts)
+        self._traits = list_traits(parts)
         self._found: dict[str, FoundConstant] = {}
         self._states: list[tuple[Any, ...]] = []
         self.more = self._list_unread(parts)
@@ -94,14 +93,8 @@ class ConstantBinding(ModuleReference):
         self._make = make_quantized
         quantize_in_place(self.module, self.constants)
         parts = self._find_parts(self.module)[0]
-        self._note_traits(parts)
+        self._traits = list_traits(parts)
         self.more = self._list_unread(parts)
-
-    def _note_traits(self, parts: Mapping[str, nn.Module]) -> None:
-        """Note of which classes its parts are, and what they have as plain attributes."""
-        self._types = {name: type(part) for name, part in parts.items()}
-        self._attributes = {name: list_attributes(part) for name, part in parts.items()}
-        self._forwards = {each: find_forward(each)["forward"] for each in self._types.values()}
 
     def _list_unread(self, parts: Mapping[str, nn.Module]) -> frozenset[str]:
         """The tensors that no graph reads, as a bias that the program has not."""
@@ -241,13 +234,13 @@ class ConstantBinding(ModuleReference):
 
     def _require_traits(self, now: Mapping[str, nn.Module]) -> None:
         """Refuse parts of another class, or one whose `forward` or attributes are others."""
-        for name, kind in self._types.items():
-            part, where = now[name], name or "the region"
-            if type(part) is not kind:
-                raise CannotServe("changed", f"{where} is a {type(part).__name__} now")
-            if find_forward(kind)["forward"] is not self._forwards[kind]:
+        traits = list_traits({name: now[name] for name in self._traits})
+        for name, (kind, forward, known) in self._traits.items():
+            (other_kind, other_forward, found), where = traits[name], name or "the region"
+            if other_kind is not kind:
+                raise CannotServe("changed", f"{where} is a {other_kind.__name__} now")
+            if other_forward is not forward:
                 raise CannotServe("changed", f"the forward of {kind.__name__} was replaced")
-            known, found = self._attributes[name], list_attributes(part)
             if known != found:
                 other = min(each for each in known | found if known.get(each) != found.get(each))
                 raise CannotServe("changed", f"{other} of {where} was changed")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from hubaoti.program.adapters import Adapter, separate_adapters, tensor_version
+from hubaoti.program.adapters import Adapter, tensor_version
 from hubaoti.program.output_capturing import Capture, find_captures, is_capture
 from hubaoti.runtime.fallback import CannotServe
 
@@ -59,9 +59,11 @@ def find_forward(kind: type) -> Mapping[str, Any]:
     return next(vars(each) for each in kind.__mro__ if "forward" in vars(each))
 
 
-def list_traits(module: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """What a module computes by, beside its tensors: its parts' classes, numbers and functions."""
-    parts, _ = separate_adapters(module)
+_Traits = tuple[type, Any, dict[str, Any]]
+
+
+def list_traits(parts: Mapping[str, nn.Module]) -> dict[str, _Traits]:
+    """What parts compute by, beside their tensors: class, its `forward`, plain attributes."""
     return {
         path: (type(part), find_forward(type(part))["forward"], list_attributes(part))
         for path, part in parts.items()

@@ -23,6 +23,7 @@ from hubaoti.mirror import Artifact, Mirror
 from hubaoti.mirror.artifact import has_kernels, is_whole
 from hubaoti.mirror.policy import Evidence, decide
 from hubaoti.mirror.trust import Trust
+from hubaoti.program.adapters import separate_adapters
 from hubaoti.progress import report_nothing
 from hubaoti.runtime import gpus
 from hubaoti.runtime.first_open import name_host_kind, require_sound
@@ -108,7 +109,7 @@ class _Worker:
             OtherProgram: one was changed since.
         """
         for path in plan.paths:
-            if list_traits(module.get_submodule(path)) != self.traits[path]:
+            if _list_own_traits(module.get_submodule(path)) != self.traits[path]:
                 raise OtherProgram(
                     f"{path or 'the module'} was changed since it was loaded",
                     hint="change it before spaces.load",
@@ -133,6 +134,11 @@ class _Worker:
         """Whether what is known of it is enough; if not, the index may say more by now."""
         said = Trust(self.settings.trust).read()
         return decide(self.evidence[artifact.digest], said).allowed
+
+
+def _list_own_traits(module: nn.Module) -> Mapping[str, Any]:
+    """What a module computes by, beside its tensors and its adapters."""
+    return list_traits(separate_adapters(module)[0])
 
 
 def build_worker_host(host: Host, device: torch.device) -> Host:
@@ -162,7 +168,7 @@ def defer_artifacts(  # noqa: PLR0913 - all that a worker needs
     with Mirror.open(settings.mirror) as mirror:
         evidence = {each.digest: mirror.gather_evidence(each.digest) for each in manifests}
     modules = {path: module.get_submodule(path) for plan in plans for path in plan.paths}
-    traits = {path: list_traits(each) for path, each in modules.items()}
+    traits = {path: _list_own_traits(each) for path, each in modules.items()}
     known = verdicts, evidence, traits
     worker = _Worker(tuple(plans), host, settings, recipe, strict, *known, (*ops,))
     tally = CallStats(manifests[0], strict)
