@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import hubaoti
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.schema import ModelSource, Target
 from hubaoti.attachment.attach import Attachment
+from hubaoti.attachment.masks import Says, read_step_mask, show_unfilled
 from hubaoti.compiler.attention import name_attention
 from hubaoti.compiler.build import build
 from hubaoti.compiler.flash_attention import (
@@ -38,6 +40,7 @@ from hubaoti.compiler.targets import choose_targets
 from hubaoti.errors import BadRequest
 from hubaoti.host.probe import probe_host
 from hubaoti.progress import report_nothing
+from hubaoti.runtime.capturing import rehearse, tell
 from hubaoti.settings import Settings
 
 CPU = torch.device("cpu")
@@ -395,6 +398,47 @@ def test_a_mask_that_says_more_than_lengths_is_looked_at(
     seen = mask[0, 0, :, :4].any(1).expand(4)
     torch.testing.assert_close(answers[0][:, seen], answers[1][:, seen], atol=1e-5, rtol=1e-5)
     assert count_calls(over_cache) == {graph: 1}
+
+
+@pytest.mark.parametrize("case", ["asked", "not asked", "a hole"])
+def test_a_step_that_is_captured_is_answered_by_lengths_where_its_mask_is_asked_before(
+    case: str,
+    model: Any,
+    plain: Any,
+    over_cache: Attachment,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a replay computes it: over all places of the cache, of which none is known in Python."""
+    ids = torch.tensor([[0, 0, 0, 101, 7], [101, 8, 9, 10, 11], [0, 3, 4, 5, 6]])
+    start = (ids == 0).sum(1)
+    place, filled = torch.arange(16), ids.shape[1]
+    caches = [StaticCache(config=each.config, max_cache_len=16) for each in (model, plain)]
+    with torch.no_grad():
+        for each, cache in zip((model, plain), caches, strict=True):
+            given = {"attention_mask": (ids != 0).long(), "past_key_values": cache}
+            each(ids, position_ids=(torch.arange(5) - start[:, None]).clamp(min=0), **given)
+    before = over_cache.stats()["regions"]["model.layers.0"]["compiled"].copy()
+    for where in ("attachment.region", "runtime.kv_cache"):
+        monkeypatch.setattr(f"hubaoti.{where}.is_capturing", lambda device: True)
+    for step in range(3):
+        count = filled + step
+        seen = (place >= start[:, None]) & (place <= count)
+        seen[1, 3] &= case != "a hole"
+        mask, answers = seen[:, None, None], []
+        for each, cache in zip((model, plain), caches, strict=True):
+            counts = [layer.cumulative_length for layer in cache.layers]
+            asked = case != "not asked" and read_step_mask(mask, counts) is Says.PADDED
+            given = {"attention_mask": mask, "past_key_values": cache}
+            given["position_ids"] = (count - start)[:, None]
+            with torch.no_grad(), ExitStack() as around:
+                around.enter_context(rehearse())
+                if asked:
+                    around.enter_context(tell(mask, show_unfilled(mask, counts[0])))
+                answers.append(each(ids[:, :1] + step + 1, **given).logits)
+        torch.testing.assert_close(*answers, atol=1e-5, rtol=1e-5)
+    after = over_cache.stats()["regions"]["model.layers.0"]["compiled"]
+    counted = {name: n - before[name] for name, n in after.items() if n != before[name]}
+    assert counted == {"model.layers-padded" if case == "asked" else "model.layers": 3}
 
 
 def test_without_a_cache_a_causal_mask_is_not_looked_at_and_any_other_is(

@@ -85,6 +85,39 @@ CALL = (
 """
 )
 
+# Steps that are captured. What a mask says is nobody's there, so it is said here.
+STEPS = (
+    RECORD
+    + """
+    import transformers
+    from hubaoti.attachment import replays
+    from hubaoti.attachment.masks import Says
+    asked = []
+    def read(mask, counts):
+        asked.append(len(counts))
+        return Says.PADDED if os.environ["SAYS"] == "padded" else Says.ANYTHING
+    replays.read_step_mask = read
+    config = transformers.LlamaConfig.from_pretrained(os.environ["MODEL"])
+    model = transformers.LlamaForCausalLM(config).bfloat16().eval().cuda()
+    attachment = hubaoti.attach(model, pulled, settings=settings, cuda_graphs=True)
+    cache = transformers.StaticCache(config=config, max_cache_len=20)
+    ids = torch.ones(2, 5, dtype=torch.long).cuda()
+    with torch.no_grad(): model(ids, past_key_values=cache)
+    calls, stats = [], attachment.stats
+    def count():
+        parts = stats()
+        return [parts["regions"]["model.layers.0"]["compiled"], parts["cuda_graphs"]["replayed"]]
+    before = count()
+    for _ in range(4):
+        given.clear()
+        mask = torch.ones(2, 1, 1, 20, dtype=torch.bool).cuda()
+        given_now = dict(attention_mask=mask, position_ids=torch.full((2, 1), 5).cuda())
+        with torch.no_grad(): model(input_ids=ids[:, :1], past_key_values=cache, **given_now)
+        calls.append([dict(each) for each in given])
+    say(before=before, after=count(), calls=calls, asked=asked, eager=stats()["eager"])
+"""
+)
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -220,6 +253,32 @@ def test_a_decoders_graphs_call_the_kernel_over_the_caches_own_memory(
     for name, call in (("decode", step), ("padded", told)):
         assert call["at"] == found[f"model.layers-{name}"]["keys"], "the cache was copied"
     assert not found["model.layers"]["given"]
+
+
+@pytest.mark.parametrize(("says", "graph"), [("padded", "-padded"), ("anything", "")])
+def test_a_captured_step_calls_the_kernel_where_its_mask_says_lengths(  # noqa: PLR0913 - fixtures
+    says: str,
+    graph: str,
+    llama: Bundle,
+    settings: Settings,
+    stand_in: StandIn,
+    endpoint: Endpoint,
+    home: Path,
+    tmp_path: Path,
+) -> None:
+    repo = publish(settings, "acme/llama-fa3", llama)
+    env = env_of(endpoint, repo, tmp_path / "home")
+    env |= {"SAYS": says, "MODEL": str(home.parent / "llama")}
+    found = ask(stand_in, STEPS, 90, env=env)
+    (before, _), (after, replayed) = found["before"], found["after"]
+    counted = {name: n - before[name] for name, n in after.items() if n != before[name]}
+    assert counted == {f"model.layers{graph}": 2}, "rehearsed, and captured"
+    assert (replayed, found["eager"], found["asked"]) == (3, 0, [2] * 4)
+    called = [len(each) for each in found["calls"]]
+    assert called == ([2, 2, 0, 0] if graph else [0, 0, 0, 0]), "a call for each block"
+    for each in found["calls"][1][: bool(graph)]:
+        assert (each["q"], each["k"]) == ([2, 1, 4, WIDTH], [2, 20, 2, WIDTH])
+        assert "leftpad_k" in each["more"]
 
 
 @pytest.mark.slow

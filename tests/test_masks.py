@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hubaoti.attachment.masks import Says, has_all_rows, read_mask
+from hubaoti.attachment.masks import (
+    Says,
+    find_step_mask,
+    has_all_rows,
+    read_mask,
+    read_step_mask,
+    show_unfilled,
+)
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -66,3 +73,39 @@ def test_a_mask_of_two_axes_has_one_row_for_each_text() -> None:
 def test_a_mask_that_is_made_longer_has_not_all_rows(shape: tuple[int, ...], whole: bool) -> None:
     assert has_all_rows(torch.ones(shape), (2, 1, 4, 9)) is whole
     assert has_all_rows(None, (2, 1, 4, 9))
+
+
+@settings(deadline=None)
+@given(
+    places=st.integers(1, 8),
+    data=st.data(),
+    flipped=st.none() | st.integers(0),
+)
+def test_a_steps_mask_is_told_by_lengths_where_it_ends_at_what_is_written(
+    places: int, data: st.DataObject, flipped: int | None
+) -> None:
+    count = data.draw(st.integers(0, places - 1))
+    firsts = data.draw(st.lists(st.integers(0, places), min_size=1, max_size=3))
+    place = torch.arange(places)
+    mask = torch.stack([(place >= first) & (place <= count) for first in firsts])[:, None, None]
+    if flipped is not None:
+        flat = mask.view(-1)
+        flat[flipped % len(flat)] ^= True
+    rows = [row[0, 0].nonzero().flatten().tolist() for row in mask]
+    runs = all(row and row == [*range(row[0], count + 1)] for row in rows)
+    counts = [torch.tensor(count), torch.tensor(count)]
+    said = read_step_mask(mask, counts)
+    assert said is (Says.PADDED if runs else Says.ANYTHING)
+    other = torch.tensor(count - 1)
+    assert read_step_mask(mask, [counts[0], other]) is Says.ANYTHING
+    if runs:
+        hidden = (~show_unfilled(mask, counts[0])).sum(-1).flatten().tolist()
+        assert hidden == [row[0] for row in rows]
+
+
+def test_which_of_a_steps_tensors_its_mask_is_has_to_be_known() -> None:
+    whole, ids = torch.ones(2, 1, 1, 8, dtype=torch.bool), torch.ones(2, 1, dtype=torch.long)
+    assert find_step_mask({("ids",): ids, ("mask", "full"): whole}, 2, 8) == ("mask", "full")
+    assert find_step_mask({("a",): whole, ("b",): whole}, 2, 8) is None
+    for other in (whole.int(), whole[:1], whole[..., :7], whole.expand(2, 2, 1, 8)):
+        assert find_step_mask({("mask",): other}, 2, 8) is None

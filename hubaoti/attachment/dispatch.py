@@ -29,6 +29,7 @@ from hubaoti.attachment.torch_modes import refuse_modes
 from hubaoti.errors import BadInput, BadManifest, OutOfBounds
 from hubaoti.program.output_capturing import find_unread_flags
 from hubaoti.runtime.call_template import CAUSAL, CallPlan, describe_value
+from hubaoti.runtime.capturing import find_told
 from hubaoti.runtime.containers import Answers
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.input_checks import (
@@ -83,6 +84,7 @@ class Dispatcher:
         asking = any(map(wants, self.entries))
         self._mask = places[0] if asking and len(places) == 1 else None
         self._only_steps = not any(entry.masks for entry in self.entries)
+        self.takes_lengths = any(entry.masks == "padded" for entry in self.entries)
         self._position: tuple[tuple[int, int, int], torch.Tensor] | None = None
 
     def read_sizes(self, found: Sequence[Any]) -> tuple[int, int]:
@@ -129,11 +131,15 @@ class Dispatcher:
     def _read_mask(self, inputs: Sequence[Any], held: CacheState | None, who: str | None) -> Says:
         """What the mask of a call says, where a graph wants to know.
 
-        Anything in a call that is captured: the next replay may bring another.
+        Anything in a call that is captured, as the next replay may bring another: unless whoever
+        captures asks it before each.
         """
         is_step = held is not None and held.seq == 1
-        if self._mask is None or who is None or (self._only_steps and not is_step):
+        if self._mask is None or (self._only_steps and not is_step):
             return Says.ANYTHING
+        if who is None:
+            is_told = find_told(inputs[self._mask]) is not None
+            return Says.PADDED if is_told else Says.ANYTHING
         if held is not None and held.slides:
             return Says.ANYTHING
         refuse_modes(self.device)
@@ -154,6 +160,8 @@ class Dispatcher:
         """
         filled = held.filled if held is not None else None
         checks = self.checks[route.graph]
+        if who is None and self._mask is not None and self.entries[route.graph].masks == "padded":
+            inputs[self._mask] = find_told(inputs[self._mask])
         for shape in route.shapes:
             inputs[shape.place] = self._make_input(
                 checks.slots[shape.place], shape, inputs, filled, who

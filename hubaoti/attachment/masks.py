@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 
 import torch
 
 from hubaoti.artifact.schema import Graph as Entry
+from hubaoti.attachment.step_call import Place
 
 
 class Says(IntEnum):
@@ -60,3 +61,33 @@ def read_mask(mask: torch.Tensor) -> torch.Tensor:
     first = places - seen[..., -1:, :].sum(-1, keepdim=True)
     is_padded = ((seen == (causal & (place >= first))) & (first < places)).all()
     return torch.maximum(Says.CAUSAL * is_causal.int(), Says.PADDED * is_padded.int()).cpu()
+
+
+def find_step_mask(tensors: Mapping[Place, torch.Tensor], rows: int, places: int) -> Place | None:
+    """Where a step has the one mask that says which of all places of its cache are looked at."""
+    found = [
+        place
+        for place, each in tensors.items()
+        if each.dtype is torch.bool and each.shape == (rows, 1, 1, places)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def read_step_mask(mask: torch.Tensor, counts: Sequence[torch.Tensor]) -> Says:
+    """What the mask of a step says of all places of a cache, which is waited for.
+
+    `PADDED` where each text is seen from its first place to the one that is written now, and
+    nothing else is; `counts` are how many places each layer has filled, on the mask's device.
+    """
+    count, place = counts[0], torch.arange(mask.shape[-1], device=mask.device)
+    first = torch.minimum(count + 1 - mask.sum(-1, keepdim=True), count)  # of nothing seen: none
+    is_padded = (mask == ((place >= first) & (place <= count))).all()
+    return Says(int(Says.PADDED * (is_padded & (torch.stack([*counts]) == count).all()).int()))
+
+
+def show_unfilled(mask: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """The same mask with all places behind the one that is written seen: hidden are the first ones.
+
+    A graph that is told lengths counts what its mask hides, and looks at no more than is filled.
+    """
+    return mask | (torch.arange(mask.shape[-1], device=mask.device) > count)

@@ -22,13 +22,14 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from hubaoti.attachment.forward_patch import CountMiss, ForwardPatch
+from hubaoti.attachment.masks import Says, find_step_mask, read_step_mask, show_unfilled
 from hubaoti.attachment.module_guard import ModuleGuard
 from hubaoti.attachment.region import Region
 from hubaoti.attachment.step_call import LITERALS, Call, Look, Place, sort_arguments
 from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers
 from hubaoti.errors import first_line
 from hubaoti.program.adapters import separate_adapters
-from hubaoti.runtime.capturing import is_capturing, record, rehearse
+from hubaoti.runtime.capturing import is_capturing, record, rehearse, tell
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.input_checks import address
 from hubaoti.runtime.kv_cache import list_static_tensors
@@ -75,7 +76,7 @@ class StepReplays(ForwardPatch):
     """A model's `forward` of which decoding steps are replayed; all other calls are its own."""
 
     __slots__ = (
-        *("_device", "_regions", "_registered", "_replayed"),
+        *("_device", "_regions", "_takes_lengths", "_registered", "_replayed"),
         *("_guard", "_addresses", "_inner", "_attributes", "_forgotten", "_bindings", "_looks"),
         "_rehearsed",
         *("_caches", "_steps", "_met", "_refused"),
@@ -84,6 +85,7 @@ class StepReplays(ForwardPatch):
     def __init__(self, module: nn.Module, regions: Sequence[Region], device: torch.device) -> None:
         super().__init__("", module)
         self._device, self._regions = device, [*regions]
+        self._takes_lengths = any(each.dispatcher.takes_lengths for each in regions)
         # The first graph of a generator takes memory for it, and one for which there is none ends
         # the process (`~CUDAGraph`, torch 2.11 to 2.15): so it is taken here, and not in a capture.
         self._registered = torch.cuda.CUDAGraph()
@@ -172,13 +174,34 @@ class StepReplays(ForwardPatch):
             return None
         config = getattr(self.module, "config", None)
         flags = [torch.is_inference_mode_enabled(), *(getattr(config, flag, 0) for flag in _FLAGS)]
-        return Call(args, kwargs, found.tensors, cache, (*flags, *found.look, where))
+        told = self._find_told(found.tensors, cache)
+        look = (*flags, *found.look, where, told)
+        return Call(args, kwargs, found.tensors, cache, told, look)
+
+    def _find_told(self, tensors: Mapping[Place, torch.Tensor], cache: Any) -> Place | None:
+        """Where the mask of a step stands, if graphs may be told lengths in its place."""
+        if not self._takes_lengths:
+            return None
+        rows, _, places, _ = cache.layers[0].keys.shape
+        place = find_step_mask(tensors, rows, places)
+        if place is None or read_step_mask(tensors[place], _list_counts(cache)) is not Says.PADDED:
+            return None
+        return place
+
+    def _run(self, call: Call, tensors: Mapping[Place, torch.Tensor]) -> Any:
+        """What the model answers to a step, with these tensors in their places."""
+        args, kwargs = call.replace(tensors)
+        if call.told is None:
+            return self.eager(*args, **kwargs)
+        mask, count = tensors[call.told], _list_counts(call.cache)[0]
+        with tell(mask, show_unfilled(mask, count)):
+            return self.eager(*args, **kwargs)
 
     def _rehearse(self, call: Call) -> Any:
         """What the model answers to the first step of its look, as if it were captured."""
         self._rehearsed[call.cache] = self._rehearsed.get(call.cache, 0) + 1
         with rehearse():
-            answer = self.eager(*call.args, **call.kwargs)
+            answer = self._run(call, call.tensors)
         self._bindings = [region.bindings for region in self._regions]
         if self._are_bound():
             _remember(self._met, call.look)
@@ -195,7 +218,6 @@ class StepReplays(ForwardPatch):
             CannotServe: it cannot be captured; it is not tried again.
         """
         given = {place: tensor.clone() for place, tensor in call.tensors.items()}
-        args, kwargs = call.replace(given)
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         while len(self._steps) >= MOST:
             _drop_oldest(self._steps)
@@ -205,13 +227,13 @@ class StepReplays(ForwardPatch):
         try:
             if not problem:
                 with record(), _capture_into(graph, self._device):
-                    answer = self.eager(*args, **kwargs)
+                    answer = self._run(call, given)
                 # Whoever has the cache has the step, and not the other way round.
                 answer = _map_answer(_return_same, {call.cache: _CACHE}, answer)
         except Exception as error:  # of the module, of the driver, or no memory
             problem = first_line(error)
         if problem:  # with the error goes what its frames hold, which the module needs now
-            del graph, given, args, kwargs, answer, held
+            del graph, given, answer, held
             gc.collect()
             _remember(self._refused, call.look)
             _settle(self._device)
@@ -294,6 +316,11 @@ def _drop(steps: dict[Look, _Step], looks: set[Look]) -> None:
     """Let go of the steps of a cache that is gone."""
     for look in looks:
         steps.pop(look, None)
+
+
+def _list_counts(cache: Any) -> list[torch.Tensor]:
+    """How many places each layer of a static cache has filled, on its device."""
+    return [layer.cumulative_length for layer in cache.layers]
 
 
 @contextmanager

@@ -18,12 +18,16 @@ Look = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A step as it is called: its tensors by their places, its cache, and what must be equal."""
+    """A step as it is called: its tensors by their places, its cache, and what must be equal.
+
+    `told` is where the mask stands of which lengths say all.
+    """
 
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     tensors: dict[Place, torch.Tensor]
     cache: Any
+    told: Place | None
     look: Look
 
     def replace(self, tensors: Mapping[Place, torch.Tensor]) -> tuple[list[Any], dict[str, Any]]:

@@ -1,7 +1,8 @@
 """Whether a call is captured in a CUDA graph, which is replayed without any Python, or rehearsed.
 
 In both, what a graph looks at may hang on nothing that Python knows of this one call: not on how
-much of a cache is filled, nor on what a mask hides, nor on a tensor that was made before.
+much of a cache is filled, nor on what a mask hides, nor on a tensor that was made before. But for
+what whoever captures asks anew before each replay, as that a mask hides only what lengths tell.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 class _State(threading.local):
     is_rehearsing = False
     is_recording = False
+    told: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 _state = _State()
@@ -56,3 +58,19 @@ def record() -> Iterator[None]:
         yield
     finally:
         _state.is_recording = False
+
+
+@contextmanager
+def tell(mask: torch.Tensor, simpler: torch.Tensor) -> Iterator[None]:
+    """While it is known that a graph that asks for lengths may have another mask for this one."""
+    _state.told = mask, simpler
+    try:
+        yield
+    finally:
+        _state.told = None
+
+
+def find_told(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask that was told of for this very one; None where nothing is known of it."""
+    told = _state.told
+    return told[1] if told is not None and told[0] is mask else None
