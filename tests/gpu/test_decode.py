@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -27,10 +28,34 @@ _LONG, _SHORT = 72, 8  # of the difference a token's time is, without the prompt
 pytestmark = pytest.mark.gpu("a CPU has no CUDA graphs")
 
 
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The blocks of a model of 8B, with one attention."""
+
+    name: str
+    bundle: str
+    attention: str = "sdpa"
+
+    def compile(self, place: Place) -> Bundle:
+        """From a config alone."""
+        words = place.require_kernel() if self.attention == "fa3" else {}
+        return llama.compile_blocks(place, self.bundle, llama.make_config(place.device), **words)
+
+
+STEPS = (Steps("decode-sdpa", "model"), Steps("decode-fa3", "model-fa3", "fa3"))
+
+
+def list_cases(every: bool) -> tuple[Steps, ...]:
+    """Both: of the first kind a captured step looks at all places of a cache."""
+    return STEPS
+
+
 @pytest.fixture(scope="module")
-def bundle(place: Place) -> Bundle:
-    """The blocks of a model of 8B."""
-    return place.get_bundle("model", llama.compile_model)
+def bundle(place: Place, case: Steps) -> Bundle:
+    """Made beforehand, or compiled from the config alone."""
+    if case.attention == "fa3":
+        place.require_kernel()
+    return place.get_bundle(case.bundle, case.compile)
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +104,11 @@ def test_time(model: Any, bundle: Bundle, place: Place, found: Found) -> None:
     with replaying(model, bundle, place) as attachment:
         times["replayed"] = time_token(model)
         stats = attachment.stats()
+    (calls, *_) = (each["compiled"] for each in stats["regions"].values())  # a step's, captured
     said = f"{times['replayed']:.2f} ms a token, {times['replayed'] / times['read']:.2f} of reading"
     said += f" the weights, eager {times['eager'] / times['replayed']:.2f} times as long"
     said += f", without replays {times['attached'] / times['replayed']:.2f}"
-    found(said, times=times, replays=stats["cuda_graphs"], peak_bytes=peak.bytes)
+    found(said, times=times, replays=stats["cuda_graphs"], calls=calls, peak_bytes=peak.bytes)
     assert times["replayed"] < times["attached"], said
 
 
