@@ -142,6 +142,23 @@ def test_of_other(device, other, found):
 def test_that_is_no_check(device):
     raise AssertionError("it is not run")
 """,
+    "closing": """
+@pytest.fixture
+def made(device):
+    yield
+    os.kill(os.getpid(), 11)
+
+def test_one(device, made, found):
+    found("well")
+
+def test_two(device, found):
+    found("well")
+""",
+    "leaving": """
+def test_one(device, found):
+    atexit.register(os.kill, os.getpid(), 11)
+    found("well")
+""",
     "last": """
 def test_one(device, found):
     found(str(os.getpid()))
@@ -168,7 +185,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, dict
     folder = tmp_path_factory.mktemp("checks")
     (folder / "conftest.py").write_text("from gpu.conftest import *\n")
     for name, source in CHECKS.items():
-        (folder / f"test_{name}.py").write_text(f"import os, pytest, gpu.conftest\n{source}")
+        (folder / f"test_{name}.py").write_text(
+            f"import atexit, os, pytest, gpu.conftest\n{source}"
+        )
     program = folder / "run.py"
     words = {"script": str(SCRIPT), "tests": str(folder), "parts": (*CHECKS,)}
     program.write_text(RUNNER.format(**words))
@@ -196,6 +215,11 @@ def test_a_check_that_kills_its_process_takes_no_other_with_it(
         "failing native": ("failed", "ZeroDivisionError: in native code"),
         "failing skips": ("skipped", "needs two GPUs"),
         "failing of-other": ("passed", ""),
+        "closing one": ("passed", ""),
+        "closing two": ("skipped", "its process failed"),
+        "closing": ("failed", "its process ended with signal 11"),
+        "leaving one": ("passed", ""),
+        "leaving": ("failed", "its process ended with signal 11"),
         "last one": ("passed", ""),
     }
     assert lines["first one"]["found"] == lines["first two"]["found"] != lines["last one"]["found"]
