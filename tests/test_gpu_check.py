@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -300,6 +301,19 @@ def test_what_is_no_bundles_is_refused(tmp_path: Path) -> None:
     done = check(tmp_path, "--device", "cpu", "--only", "machine", "--bundles", str(tmp_path))
     assert done.returncode == 1
     assert done.stderr.strip().endswith("is not what scripts/gpu_build makes: it has no made.json")
+
+
+@pytest.mark.parametrize("kept", [0, 40, -100], ids=["nothing", "its beginning", "all but its end"])
+def test_bundles_of_which_a_part_came_are_refused(
+    script: ModuleType, tmp_path: Path, kept: int
+) -> None:
+    (tmp_path / "made.json").write_bytes(os.urandom(1 << 16))
+    packed = tmp_path / "made.tar.xz"
+    with tarfile.open(packed, "w:xz") as archive:
+        archive.add(tmp_path / "made.json", "made.json")
+    packed.write_bytes(packed.read_bytes()[:kept])
+    with pytest.raises(SystemExit, match="is not what scripts/gpu_build makes, or not all of it"):
+        script.take_bundles(packed, tmp_path / "made")
 
 
 @pytest.mark.parametrize(
