@@ -19,7 +19,12 @@ import torch
 from packaging.requirements import Requirement
 
 from gpu import wheels as wheels_module
+from gpu.conftest import open_place
+from gpu.place import KERNEL
 from gpu.results import RUNNING, WAITING, Line, Results
+from hubaoti.errors import Untrusted
+from hubaoti.hub.kernels import require_kernel_publisher
+from hubaoti.mirror.trust import Trust
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu_check"
 BUILD = SCRIPT.with_name("gpu_build")
@@ -289,6 +294,15 @@ def test_what_was_made_beforehand_is_opened_and_answers(tmp_path: Path) -> None:
     assert steps == ["the device is there", "root opened", "root bound", "root called", "done"]
     # It was not compiled again: that it was made elsewhere is all that this part has of it.
     assert lines["encoder built"]["seconds"] < lines["encoder built"]["facts"]["seconds"]
+
+
+def test_the_kernels_that_came_along_may_be_opened(tmp_path: Path) -> None:
+    (tmp_path / "made/hub").mkdir(parents=True)
+    with open_place(torch.device("cpu"), tmp_path, tmp_path / "made") as place:
+        trust, endpoint = Trust(place.settings.trust), place.settings.endpoint
+        require_kernel_publisher(trust, endpoint, KERNEL, "as it came")
+        with pytest.raises(Untrusted):
+            require_kernel_publisher(trust, endpoint, "stranger/kernel", "as it came")
 
 
 def test_a_name_of_no_check_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
