@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -18,7 +19,12 @@ import torch
 from packaging.requirements import Requirement
 
 from gpu import wheels as wheels_module
+from gpu.conftest import open_place
+from gpu.place import KERNEL
 from gpu.results import RUNNING, WAITING, Line, Results
+from hubaoti.errors import Untrusted
+from hubaoti.hub.kernels import require_kernel_publisher
+from hubaoti.mirror.trust import Trust
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu_check"
 BUILD = SCRIPT.with_name("gpu_build")
@@ -142,6 +148,23 @@ def test_of_other(device, other, found):
 def test_that_is_no_check(device):
     raise AssertionError("it is not run")
 """,
+    "closing": """
+@pytest.fixture
+def made(device):
+    yield
+    os.kill(os.getpid(), 11)
+
+def test_one(device, made, found):
+    found("well")
+
+def test_two(device, found):
+    found("well")
+""",
+    "leaving": """
+def test_one(device, found):
+    atexit.register(os.kill, os.getpid(), 11)
+    found("well")
+""",
     "last": """
 def test_one(device, found):
     found(str(os.getpid()))
@@ -168,7 +191,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, dict
     folder = tmp_path_factory.mktemp("checks")
     (folder / "conftest.py").write_text("from gpu.conftest import *\n")
     for name, source in CHECKS.items():
-        (folder / f"test_{name}.py").write_text(f"import os, pytest, gpu.conftest\n{source}")
+        (folder / f"test_{name}.py").write_text(
+            f"import atexit, os, pytest, gpu.conftest\n{source}"
+        )
     program = folder / "run.py"
     words = {"script": str(SCRIPT), "tests": str(folder), "parts": (*CHECKS,)}
     program.write_text(RUNNER.format(**words))
@@ -196,6 +221,11 @@ def test_a_check_that_kills_its_process_takes_no_other_with_it(
         "failing native": ("failed", "ZeroDivisionError: in native code"),
         "failing skips": ("skipped", "needs two GPUs"),
         "failing of-other": ("passed", ""),
+        "closing one": ("passed", ""),
+        "closing two": ("skipped", "its process failed"),
+        "closing": ("failed", "its process ended with signal 11"),
+        "leaving one": ("passed", ""),
+        "leaving": ("failed", "its process ended with signal 11"),
         "last one": ("passed", ""),
     }
     assert lines["first one"]["found"] == lines["first two"]["found"] != lines["last one"]["found"]
@@ -266,6 +296,15 @@ def test_what_was_made_beforehand_is_opened_and_answers(tmp_path: Path) -> None:
     assert lines["encoder built"]["seconds"] < lines["encoder built"]["facts"]["seconds"]
 
 
+def test_the_kernels_that_came_along_may_be_opened(tmp_path: Path) -> None:
+    (tmp_path / "made/hub").mkdir(parents=True)
+    with open_place(torch.device("cpu"), tmp_path, tmp_path / "made") as place:
+        trust, endpoint = Trust(place.settings.trust), place.settings.endpoint
+        require_kernel_publisher(trust, endpoint, KERNEL, "as it came")
+        with pytest.raises(Untrusted):
+            require_kernel_publisher(trust, endpoint, "stranger/kernel", "as it came")
+
+
 def test_a_name_of_no_check_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
     done = check(tmp_path, "--device", "cpu", "--only", "machine,nosuch")
     assert done.returncode == 2
@@ -276,6 +315,19 @@ def test_what_is_no_bundles_is_refused(tmp_path: Path) -> None:
     done = check(tmp_path, "--device", "cpu", "--only", "machine", "--bundles", str(tmp_path))
     assert done.returncode == 1
     assert done.stderr.strip().endswith("is not what scripts/gpu_build makes: it has no made.json")
+
+
+@pytest.mark.parametrize("kept", [0, 40, -100], ids=["nothing", "its beginning", "all but its end"])
+def test_bundles_of_which_a_part_came_are_refused(
+    script: ModuleType, tmp_path: Path, kept: int
+) -> None:
+    (tmp_path / "made.json").write_bytes(os.urandom(1 << 16))
+    packed = tmp_path / "made.tar.xz"
+    with tarfile.open(packed, "w:xz") as archive:
+        archive.add(tmp_path / "made.json", "made.json")
+    packed.write_bytes(packed.read_bytes()[:kept])
+    with pytest.raises(SystemExit, match="is not what scripts/gpu_build makes, or not all of it"):
+        script.take_bundles(packed, tmp_path / "made")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from kernel_scenes import Attending, make_tensors
 from proxies import Proxy
 
 import hubaoti
+from gpu import openings
 from hubaoti import api
 from hubaoti.artifact.bundle import Bundle, make_file_entry, write_manifest
 from hubaoti.artifact.kernel_pin import KernelOp, KernelPin
@@ -540,6 +542,23 @@ def test_a_bundle_brings_its_kernel_where_it_is_attached(
     assert told["off"] < 1e-5
     with Mirror.open(settings.mirror) as mirror:
         mirror.verify_kernel(pinned)
+
+
+def test_what_opens_a_bundle_on_a_card_step_by_step_opens_its_kernel_too(
+    pushed: tuple[Bundle, KernelPin], settings: Settings
+) -> None:
+    Trust(settings.trust).add(settings.endpoint, "acme")
+    done = subprocess.run(
+        [sys.executable, "-P", openings.__file__, "cpu", str(pushed[0].path)],
+        env=environment_of(settings) | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    steps = [line.split(" ms ")[1] for line in done.stdout.splitlines() if "step " in line]
+    assert steps[1:] == ["kernels opened", "root opened", "root bound", "root called", "done"], (
+        done.stderr[-2000:]
+    )
 
 
 def test_an_artifact_whose_kernel_is_not_there_is_not_pushed(

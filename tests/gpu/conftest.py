@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 import torch
 
-from gpu.place import Place
+from gpu.place import KERNEL, Place
 from gpu.results import RUNNING, WAITING, Line, Results
+from hubaoti.hub.layout import RepoRef
+from hubaoti.mirror.trust import Trust
 from hubaoti.server import serve_in_thread
 from hubaoti.settings import Settings
 
@@ -179,11 +182,18 @@ def place_on_cpu(tmp_path: Path) -> Place:
 @pytest.fixture(scope="module")
 def place(device: torch.device, folder: Path, pytestconfig: pytest.Config) -> Iterator[Place]:
     """A home of its own; what was made beforehand, and the kernels that were brought with it."""
-    made, folder = pytestconfig.getoption("--bundles", None), folder / device.type
-    hub = made / "hub" if made else None
+    with open_place(device, folder, pytestconfig.getoption("--bundles", None)) as found:
+        yield found
+
+
+@contextmanager
+def open_place(device: torch.device, folder: Path, made: Path | None) -> Iterator[Place]:
+    """A place where what was made may be opened, its kernels too, whoever publishes those."""
+    hub, folder = made / "hub" if made else None, folder / device.type
     if hub is None or not hub.is_dir():
         yield Place(device, folder, Settings(folder / "home", "http://127.0.0.1:9"), made)
         return
     with serve_in_thread(hub) as endpoint:
         settings = Settings(folder / "home", endpoint.url, endpoint.token)
+        Trust(settings.trust).add(endpoint.url, RepoRef(KERNEL).owner)
         yield Place(device, folder, settings, made)

@@ -52,12 +52,16 @@ def open_bundle(folder: Path, device: torch.device) -> None:
     from hubaoti.runtime.golden import choose_smallest_dims, make_golden_inputs
     from hubaoti.runtime.graph import open_graph
     from hubaoti.runtime.input_checks import parse_dtype
+    from hubaoti.runtime.kernels import open_kernels
     from hubaoti.settings import Settings
 
     settings = Settings.from_env()
     artifact = get_artifact(Bundle.read(folder), True, settings, report_nothing)
     with Mirror.open(settings.mirror) as mirror:
         require_kernels(artifact, mirror, settings, report_nothing)
+    if pins := artifact.manifest.requires.kernels:
+        open_kernels(pins, artifact.kernels, device)
+        say("kernels opened")
     for entry in artifact.manifest.graphs:
         graph = open_graph(artifact.graph_folder(entry), entry, device)
         say(f"{entry.id} opened")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,19 @@ class Results:
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
 
-    def close_part(self, ended: str) -> None:
+    def list_failed(self) -> list[str]:
+        """The names of the checks that failed."""
+        return [line.name for line in self.lines.values() if line.result == "failed"]
+
+    def close_part(self, ended: str, before: Sequence[str] = ()) -> None:
         """End what a process left that ended early: what it was at has failed, the rest is skipped.
 
-        What shared something with the check that ended it is of no use.
+        What shared something with the check that ended it is of no use. Those that failed `before`
+        are of other processes.
         """
         lines = [*self.lines.values()]
         running = next((line for line in lines if line.result == RUNNING), None)
-        failed = [line.name for line in lines if line.result == "failed"]
+        failed = [name for name in self.list_failed() if name not in before]
         if running:
             self.end(replace(running, result="failed", why=ended))
         last = running.name if running else (failed or ["its process"])[-1]

@@ -72,11 +72,12 @@ def test_open(package: Path, case: Opening, place: Place, found: Found) -> None:
 
 
 def find_frame(trace: str) -> str:
-    """A crash's first frame outside the handlers, or else the last line."""
+    """A crash's first frame outside the handlers, or else the last line that is no advice."""
     frames = [line.strip() for line in trace.splitlines() if line.startswith("frame #")]
     handlers = ("Signal", "libc.so", "libpthread")
     own = [line for line in frames if not any(word in line for word in handlers)]
-    lines = own or trace.strip().splitlines()[-1:]
+    said = [line for line in trace.strip().splitlines() if not line.startswith("hint: ")]
+    lines = own or said[-1:]
     return lines[0][:200] if lines else "it said nothing"
 
 
@@ -141,3 +142,9 @@ def test_a_crash_is_told_with_its_step_and_a_native_frame(
             lambda said, **facts: found.append(facts),
         )
     assert "frame #" in found[0]["printed"]
+
+
+def test_an_error_is_told_in_its_own_words_and_not_by_its_advice() -> None:
+    trace = "Traceback (most recent call last):\nMissingOps: no such op\nhint: compile it again\n"
+    assert find_frame(trace) == "MissingOps: no such op"
+    assert find_frame("hint: alone") == find_frame("") == "it said nothing"
