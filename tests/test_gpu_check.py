@@ -317,6 +317,17 @@ def test_what_is_no_bundles_is_refused(tmp_path: Path) -> None:
     assert done.stderr.strip().endswith("is not what scripts/gpu_build makes: it has no made.json")
 
 
+def test_kernels_that_were_packed_can_be_served(script: ModuleType, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    (made / "hub").mkdir(parents=True)
+    (made / "made.json").write_text(json.dumps({"torch": torch.__version__}))
+    with tarfile.open(tmp_path / "made.tar.xz", "w:xz") as archive:
+        archive.add(made, "")
+    found = script.take_bundles(tmp_path / "made.tar.xz", tmp_path / "there")
+    with open_place(torch.device("cpu"), tmp_path, found) as place:
+        assert place.settings.endpoint.startswith("http://127.0.0.1:")
+
+
 @pytest.mark.parametrize("kept", [0, 40, -100], ids=["nothing", "its beginning", "all but its end"])
 def test_bundles_of_which_a_part_came_are_refused(
     script: ModuleType, tmp_path: Path, kept: int
