@@ -17,7 +17,7 @@ import msgspec
 import pytest
 import torch
 from bundles import make_gpu_host
-from commands import environment_of
+from commands import environment_of, inside
 from huggingface_hub import HfApi
 from kernel_repos import SCHEMAS, compile_library, push_kernel, variant_here, write_build
 from kernel_scenes import Attending, make_tensors
@@ -494,6 +494,15 @@ def test_a_pull_brings_the_kernel_and_what_was_pulled_opens_without_a_network(
     offline = replace(settings, offline=True)
     name = f"{repo}@{commit}"
     assert play(offline, "attaches", repos=[name])[name]["off"] < 1e-5
+
+
+def test_explain_says_which_kernel_is_called_and_who_has_to_be_trusted_for_it(
+    pushed: tuple[Bundle, KernelPin], settings: Settings, repo: str
+) -> None:
+    said = inside(settings, "explain", repo).out
+    assert f"    calls the kernel {pushed[1]}: acme has to be trusted, too\n" in said
+    (artifact,) = json.loads(inside(settings, "explain", repo, "--json").out)["artifacts"]
+    assert artifact["kernels"] == [str(pushed[1])]
 
 
 def test_a_kernel_that_is_missing_offline_is_named(
