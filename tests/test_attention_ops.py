@@ -43,6 +43,21 @@ def test_no_op_is_there_until_a_kernel_is(name: str) -> None:
         getattr(torch.ops.hubaoti, name)(*tensors, *rest.get(name, []), 1.0, False, -1, -1, 0.0)
 
 
+def test_graphs_that_were_built_call_the_ops_as_they_are() -> None:
+    """A library for a GPU puts so many arguments there, and nothing at run time counts them: an op
+    that takes others has to have another name."""
+    rule = "float scale, bool causal, int window_left, int window_right, float softcap"
+    read, lengths = "Tensor q, Tensor k, Tensor v", "SymInt max_q, SymInt max_k"
+    cache = "Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k_new, Tensor v_new"
+    assert {name: str(getattr(torch.ops.hubaoti, name).default._schema) for name in SCHEMAS} == {
+        "fa3_fwd": f"hubaoti::fa3_fwd({read}, {rule}) -> Tensor",
+        "fa3_varlen": f"hubaoti::fa3_varlen({read}, Tensor cu_q, Tensor cu_k, {lengths}, {rule})"
+        " -> Tensor",
+        "fa3_decode": f"hubaoti::fa3_decode({cache}, Tensor used, Tensor? leftpad, {rule})"
+        " -> Tensor",
+    }
+
+
 def test_only_the_caches_are_said_to_be_written() -> None:
     schemas = {name: getattr(torch.ops.hubaoti, name).default._schema for name in SCHEMAS}
     written = {

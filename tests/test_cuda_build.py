@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 import torch
 from bundles import make_bundle
 from commands import Done, inside
-from cuda_models import make_bert
+from cuda_models import call_flux, make_bert, make_flux
 from signals import command
 from torch import nn
 from under_stand_in import make_stand_in
@@ -69,6 +70,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "bert"
     make_bert().config.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+def test_of_calls_with_one_row_and_with_two_a_graph_serves_both(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """Blocks that join two inputs and scale them by a third, all of one number of rows."""
+    model = make_flux()
+    with warnings.catch_warnings(action="ignore"):  # of its own
+        with hubaoti.capture(model) as calls:
+            for rows, places in ((1, 4), (2, 6), (1, 9)):
+                call_flux(model, rows, places)
+        how = {"regions": "single_transformer_blocks", "settings": settings}
+        (made,) = hubaoti.compile_for(model, "sm90", tmp_path / "made", calls=calls, **how)
+    (graph,) = made.manifest.graphs
+    rows = {name for name, bounds in graph.bounds.items() if bounds == (1, 2)}
+    interpreted = [check for check in made.manifest.checks if check.where == "interpreted"]
+    assert {check.dims[name] for check in interpreted for name in rows} == {1, 2}
 
 
 @pytest.mark.cuda

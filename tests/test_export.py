@@ -123,6 +123,14 @@ def test_a_dim_of_one_size_is_that_size_in_every_shape() -> None:
     assert shapes(found) == {"x": ("batch", "seq")}
 
 
+def test_a_dim_of_one_or_two_is_traced_with_room_above_and_keeps_its_bounds() -> None:
+    """Else what lowers the program takes it for more than one, which is two."""
+    found = exported(Answers(), ROWS, DIMS | {"batch": Range(1, 2)})
+    assert found.bounds["batch"] == Range(1, 2)
+    (traced,) = (r for r in found.program.range_constraints.values() if r.lower == 1)
+    assert traced.upper > 2
+
+
 class Adds(nn.Module):
     def forward(self, x: torch.Tensor, long: torch.Tensor) -> torch.Tensor:
         return x.sum() + long

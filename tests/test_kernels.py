@@ -17,7 +17,7 @@ import msgspec
 import pytest
 import torch
 from bundles import make_gpu_host
-from commands import environment_of
+from commands import environment_of, inside
 from huggingface_hub import HfApi
 from kernel_repos import SCHEMAS, compile_library, push_kernel, variant_here, write_build
 from kernel_scenes import Attending, make_tensors
@@ -237,13 +237,14 @@ def test_a_commit_that_is_gone_is_said_and_what_is_here_is_still_used(
     mirror = fetch(settings, pinned)
     HfApi(endpoint.url, token=endpoint.token).delete_repo(repo, repo_type="kernel")
     fetch(settings, pinned)
-    fetch(replace(settings, offline=True), pinned)
+    offline = replace(settings, offline=True)
+    fetch(offline, pinned)
     assert "ops" in play(settings, "opens", mirror=str(mirror), pins=[pinned])
     shutil.rmtree(settings.home)
-    with pytest.raises(KernelMissing, match=f"{repo}@{pinned.commit} cannot be had"):
-        fetch(settings, pinned)
-    with pytest.raises(KernelMissing, match="HF_HUB_OFFLINE is set"):
-        fetch(replace(settings, offline=True), pinned)
+    for asked, why in ((settings, "shows no such repo"), (offline, "HF_HUB_OFFLINE is set")):
+        with pytest.raises(KernelMissing, match=f"{pinned} cannot be had: .*{why}") as refused:
+            fetch(asked, pinned)
+        assert "--recipe bfloat16-sdpa" in refused.value.hint
 
 
 @pytest.mark.parametrize("how", ["flipped", "added", "bytecode", "link", "linked", "gone"])
@@ -495,6 +496,15 @@ def test_a_pull_brings_the_kernel_and_what_was_pulled_opens_without_a_network(
     assert play(offline, "attaches", repos=[name])[name]["off"] < 1e-5
 
 
+def test_explain_says_which_kernel_is_called_and_who_has_to_be_trusted_for_it(
+    pushed: tuple[Bundle, KernelPin], settings: Settings, repo: str
+) -> None:
+    said = inside(settings, "explain", repo).out
+    assert f"    calls the kernel {pushed[1]}: acme has to be trusted, too\n" in said
+    (artifact,) = json.loads(inside(settings, "explain", repo, "--json").out)["artifacts"]
+    assert artifact["kernels"] == [str(pushed[1])]
+
+
 def test_a_kernel_that_is_missing_offline_is_named(
     pushed: tuple[Bundle, KernelPin], settings: Settings, repo: str
 ) -> None:
@@ -520,7 +530,7 @@ def test_a_kernel_whose_publisher_is_not_trusted_is_not_fetched(
         api.pull(repo, settings=settings)
     with pytest.raises(Untrusted, match="stranger publishes the kernel") as why:
         api.pull(repo, trust=True, settings=settings)  # which names acme alone
-    assert why.value.hint.endswith("hubaoti trust add stranger")
+    assert "hubaoti trust add stranger; or pull a recipe that calls no kernel" in why.value.hint
     assert not [*settings.mirror.glob("kernels/*")]
     Trust(settings.trust).add(settings.endpoint, "stranger")
     commit = api.pull(repo, settings=settings).commit

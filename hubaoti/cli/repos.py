@@ -72,6 +72,7 @@ def _serialize(each: Considered) -> dict[str, object]:
         "path": str(each.place),
         "digest": each.manifest.digest if each.manifest else None,
         "verdict": each.verdict.to_dict() if each.verdict else None,
+        "kernels": [str(pin) for pin in each.manifest.requires.kernels] if each.manifest else [],
         "error": str(each.error) if each.error else None,
     }
 
@@ -86,6 +87,9 @@ def _print_considered(each: Considered) -> None:
     print_line(f"{word:<13} {each.place}")
     for reason in each.verdict.refusals or each.verdict.notes:
         print_line(f"    needs {reason.need}; here is {reason.have}: {reason.advice}")
+    for pin in each.manifest.requires.kernels if each.manifest else ():
+        owner = pin.repo.partition("/")[0]
+        print_line(f"    calls the kernel {pin}: {owner} has to be trusted, too")
 
 
 @click.command("lock")

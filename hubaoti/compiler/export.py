@@ -35,6 +35,9 @@ from hubaoti.errors import BadDim, CompileFailed, HubaotiError, first_line
 from hubaoti.program.silence import silence_transformers
 from hubaoti.runtime.input_checks import name_dtype
 
+# What lowers a program takes a size for more than one where its hint is: of one that is 1 or 2 it
+# makes 2, and the graph reads and writes as much of a call with 1 (torch 2.11).
+_LEAST_HIGH = 3
 _MOST_TRACES = 4  # at refining dims; torch tells of one thing at a time
 
 
@@ -176,7 +179,7 @@ def _make_dynamic_shapes(face: CallSignature, bounds: DimRanges) -> list[dict[in
         name: Dim(
             name if sizes.step == 1 else f"_{name}",
             min=sizes.low // sizes.step,
-            max=sizes.high // sizes.step,
+            max=max(_LEAST_HIGH, sizes.high // sizes.step),
         )
         for name, sizes in bounds.items()
         if name not in single

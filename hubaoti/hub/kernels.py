@@ -54,6 +54,7 @@ _MOST_PLAIN = 64 << 20  # bytes of files that git itself keeps, which have no sh
 _SCHEMA = re.compile(
     rb"(?<![\x20-\x7e])fwd\([\x20-\x7e]{0,8000}?\) -> [\x20-\x7e]{1,400}(?![\x20-\x7e])"
 )
+_PULL_OTHER = "or pull a recipe that calls no kernel, as hubaoti pull REPO --recipe bfloat16-sdpa"
 _NO_KERNEL = "name another kernel or version, or compile with sdpa, which needs no kernel"
 
 
@@ -143,7 +144,7 @@ def require_kernel_publisher(
         Untrusted: he is not. Unsigned: he has to sign, and did not.
     """
     owner = RepoRef(repo).owner
-    advice = f"say so once with: hubaoti trust add {owner}"
+    advice = f"say so once with: hubaoti trust add {owner}; {_PULL_OTHER}"
     trust.require(endpoint, owner, f"the kernel {repo} at {endpoint} ({which})", advice, signed)
 
 
@@ -340,7 +341,8 @@ def download_build(client: HubClient, pin: KernelPin) -> dict[str, Path]:
 
 
 def _describe_gone(pin: KernelPin, error: RepoNotFound | HubUnreachable) -> KernelMissing:
-    return KernelMissing(f"the kernel {pin} cannot be had: {error}", hint=error.hint)
+    hint = f"{error.hint}; {_PULL_OTHER}"
+    return KernelMissing(f"the kernel {pin} cannot be had: {error}", hint=hint)
 
 
 def _download(client: HubClient, repo: str, commit: str, entry: Entry) -> Path:
