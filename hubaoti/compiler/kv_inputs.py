@@ -343,7 +343,7 @@ def _refuse_unknown(rest: Mapping[str, Any]) -> None:
     if unknown := given - _KNOWN - HARMLESS:
         raise CompileFailed(
             f"capture: the attention takes {', '.join(sorted(unknown))}, which sdpa does not",
-            hint="this model's attention is compiled as transformers' eager one",
+            hint="compile it with --attention sdpa",
         )
 
 

@@ -100,14 +100,19 @@ def add_fa3_graphs(plan: Plan) -> Plan:
 
     The same plan where there are none.
     """
-    source = plan.source
-    if source.attention != "sdpa" or source.live or not _uses_attention_registry(source.model):
+    if plan.source.attention != "sdpa":
         return plan
-    parts = (source.model.get_submodule(unit.region) for unit in plan.units)
-    told = [any(getattr(p, CAUSAL, False) for p in part.modules()) for part in parts]
-    pairs = zip(plan.units, told, strict=True)
+    parts = (plan.source.model.get_submodule(unit.region) for unit in plan.units)
+    pairs = zip(plan.units, map(_can_be_told, parts), strict=True)
     units = [each for unit, is_told in pairs for each in (add_lengths(unit) if is_told else [unit])]
     return replace(plan, units=tuple(units)) if len(units) > len(plan.units) else plan
+
+
+def _can_be_told(part: nn.Module) -> bool:
+    """Whether attention of a part looks at nothing that comes later, and another can be put in its
+    place: what a module computes by itself nobody can tell."""
+    is_causal = any(getattr(each, CAUSAL, False) for each in part.modules())
+    return is_causal and _uses_attention_registry(part)
 
 
 def drop_told_graphs(plan: Plan, widest: int) -> Plan:
@@ -292,7 +297,7 @@ def _uses_attention_registry(model: nn.Module) -> bool:
     Code of before that has its own for each name it knows, and takes the slow one for any other.
     """
     files = {type(module).__module__ for module in model.modules()}
-    return any(hasattr(sys.modules[file], "ALL_ATTENTION_FUNCTIONS") for file in files)
+    return any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 
 def _has_groups(config: Any) -> bool:
