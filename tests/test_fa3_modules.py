@@ -17,6 +17,7 @@ import torch
 from test_fa3 import build_here
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hubaoti
 from hubaoti.artifact.bundle import Bundle
@@ -93,6 +94,33 @@ def test_an_encoder_and_a_module_that_attends_by_itself_have_none() -> None:
     assert plan.units[0].face.inputs[1].values == "mask"
     plain = Attends().eval()
     assert list_units(plan_fa3(plain, plain, call_attends)) == [("root", None)]
+
+
+class Changed(nn.Module):
+    """Attention that is given what is made of its mask."""
+
+    def __init__(self, attention: nn.Module, change: Callable[..., dict[str, Any]]) -> None:
+        super().__init__()
+        self.attention, self.change = attention, change
+
+    def forward(self, attention_mask: torch.Tensor, **given: Any) -> Any:
+        return self.attention(**self.change(attention_mask), **given)
+
+
+CHANGES: dict[str, Callable[[torch.Tensor], dict[str, Any]]] = {
+    "a window": lambda mask: {"attention_mask": mask & mask.triu(-1)},
+    "a bias": lambda mask: {"attention_mask": mask, "position_bias": mask.float().cumsum(-1)},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_block_adds_to_its_mask_is_left_out_by_no_graph(change: str, model: Any) -> None:
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    for layer in model.model.layers:
+        layer.self_attn = Changed(layer.self_attn, CHANGES[change])
+    for part in (model, model.model.layers[0]):
+        assert [told for _, told in list_units(plan_fa3(model, part, call_padded))] == [None]
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
 
 
 class Both(nn.Module):
