@@ -168,7 +168,7 @@ def test_what_the_compiler_plans_was_asked_for(
     faces = (
         {"": face} if window is None else {"": face, "-full": specialize_full_window(face, window)}
     )
-    forms = [Form(group, suffix, each, window) for suffix, each in faces.items()]
+    forms = [Form(group, suffix, each, window, True) for suffix, each in faces.items()]
     try:
         plans = [plan for form in forms for plan in split_into_buckets(form, dims, buckets)]
     except BadDim:

@@ -360,6 +360,8 @@ def test_where_nothing_is_grouped_it_is_transformers_own_in_all_it_takes(mask: s
     assert not torch.equal(found[0], attend_grouped(*given)[0])
     with pytest.raises((ValueError, CompileFailed), match="softcap"):
         attend_grouped(*given, softcap=50.0)
+    with pytest.raises(CompileFailed, match="takes indices"):  # which no sdpa was ever given
+        attend_grouped(*given, indices=torch.zeros(1, 3, 2))
 
 
 def test_what_no_attention_computes_with_may_be_given() -> None:

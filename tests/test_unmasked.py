@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DogeConfig
 
 import hubaoti
 from hubaoti.artifact.bundle import Bundle
@@ -81,6 +81,16 @@ def test_it_stands_before_the_graph_for_all_sizes_and_takes_what_that_takes(bund
     assert [item.name for item in decode.inputs] == [item.name for item in whole.inputs]
     assert decode.order < whole.order
     assert bundle.manifest.schema == 3
+
+
+def test_a_block_that_makes_a_mask_of_its_own_has_no_such_graph(tmp_path: Path) -> None:
+    """Doge keeps of all places those that it finds worth most."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
+    config = DogeConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    config.save_pretrained(tmp_path)
+    request = CompileRequest(task="generate", capabilities=(90,))
+    plan = make_plan(load_source(tmp_path, request, CPU), request, CPU)
+    assert [unit.id for unit in plan.units] == ["model.layers"]
 
 
 @pytest.mark.parametrize("rows", [1, 3])

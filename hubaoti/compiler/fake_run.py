@@ -30,6 +30,7 @@ from hubaoti.compiler.capture import (
     thaw_arguments,
 )
 from hubaoti.compiler.fake_gpu import PLANNED, pretend_gpu
+from hubaoti.compiler.mask_use import note_masks
 from hubaoti.compiler.module_copy import describe_devices, find_main_device, list_devices
 from hubaoti.compiler.operations import Operations
 from hubaoti.compiler.patched import patch_attribute
@@ -62,7 +63,8 @@ class BlockCalls:
 
     It `attends` where it puts keys and values into a cache, and is `recurrent` where it puts states
     there, each of which follows from the one before. A block that did in the first run what another
-    had done need not run again: it answers what that one, its `leader`, has answered.
+    had done need not run again: it answers what that one, its `leader`, has answered. It looks at
+    `own_masks` where attention was given masks, and none but those that the block was given.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -74,6 +76,7 @@ class BlockCalls:
     answered: bool = False
     attends: bool = False
     recurrent: bool = False
+    own_masks: bool = False
     times: int = 0  # that it was called, in all runs
     leader: BlockCalls | None = None
     answer: Any = None
@@ -106,6 +109,7 @@ class BlockCalls:
             changes = before.changes()
             self.writes |= bool(changes)
             if alone:
+                self.own_masks = operations.have_own_masks()
                 self.operations = operations.end([self.answer, [each.items for each in changes]])
                 self.operations += "".join(
                     f"\n{each.path} holds {[(k, type(v).__name__) for k, v in each.items]}"
@@ -205,7 +209,7 @@ def observe(
             name: torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device=device)
             for name, each in (*model.named_parameters(), *model.named_buffers())
         }
-        operations = Operations(tensors, truth)
+        operations = Operations(tensors, truth, around.enter_context(note_masks()))
         for path, block in blocks.items():
             watched = found[path].wrap(block, path, operations)
             around.enter_context(replace_forward(block, watched))

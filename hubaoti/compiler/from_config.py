@@ -37,6 +37,7 @@ from hubaoti.program.identity import identify_program
 from hubaoti.program.model_files import read_json, read_sentence_steps
 from hubaoti.program.silence import silence_transformers
 
+NATIVE = "native"  # attention that is a module's own, whatever its parts are told
 _EXPERTS = "batched_mm"  # transformers' name for experts as products of batches
 
 
@@ -324,6 +325,8 @@ def use_traceable_experts(model: nn.Module, dtype: torch.dtype) -> Iterator[None
 
 def use_attention(model: nn.Module, name: str) -> AbstractContextManager[None]:
     """Let a model use another attention for a while; its blocks ask their configs."""
+    if name == NATIVE:
+        return nullcontext()
     return _set_in_configs(model, "_attn_implementation", name)
 
 

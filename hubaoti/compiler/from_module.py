@@ -14,7 +14,7 @@ from torch import nn
 from hubaoti.artifact.dim_expr import DimExpr
 from hubaoti.compiler.capture import Call, Calls
 from hubaoti.compiler.dims import span_sizes
-from hubaoti.compiler.from_config import Source
+from hubaoti.compiler.from_config import NATIVE, Source
 from hubaoti.compiler.infer_dims import (
     Dims,
     Series,
@@ -163,9 +163,17 @@ def _find_main_dtype(module: nn.Module) -> str:
 
 
 def _read_attention(module: nn.Module) -> str:
-    """The attention that a model of transformers says it has; else it is the module's own."""
-    name = getattr(_get_config(module), "_attn_implementation", None)
-    return name if isinstance(name, str) else "native"
+    """The attention that a model of transformers says it has, or that all parts of a module say.
+
+    Else it is the module's own, as where they differ: none is put in the place of another.
+    """
+    parts = (getattr(part, "config", None) for part in module.modules())
+    for configs in ((_get_config(module),), parts):
+        words = {getattr(config, "_attn_implementation", None) for config in configs}
+        names = [word for word in words if isinstance(word, str)]
+        if len(names) == 1:
+            return names[0]
+    return NATIVE
 
 
 def _get_config(module: nn.Module) -> Any:

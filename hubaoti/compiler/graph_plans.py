@@ -24,6 +24,7 @@ class GraphPlan:
     face: CallSignature
     bounds: DimRanges
     order: int = 0
+    own_masks: bool = False  # all that its attention is told is the mask of the call
     unmasked: bool = False  # its mask says nothing in the calls that it serves
     masks: Literal["causal", "padded"] | None = None  # what it says there, where it is that alone
 
@@ -37,13 +38,15 @@ class GraphPlan:
 class Form:
     """One way in which the modules of a group are called; `suffix` ends the name of its graph.
 
-    `window` is how many places their KV cache has at most, whatever others have.
+    `window` is how many places their KV cache has at most, whatever others have. With `own_masks`
+    their attention looks at the masks of their calls, and at none that they make themselves.
     """
 
     group: Group
     suffix: str
     face: CallSignature
     window: int | None = None
+    own_masks: bool = False
 
 
 def split_into_buckets(
@@ -67,6 +70,7 @@ def split_into_buckets(
             face,
             limit_graph_dims(dims, face.dims, bucket),
             order,
+            form.own_masks,
         )
         for order, bucket in enumerate(kept or [{}])
     ]
@@ -80,7 +84,7 @@ def add_unmasked(unit: GraphPlan) -> list[GraphPlan]:
     """
     cache, seq = unit.face.cache, unit.bounds.get("seq")
     masks = [item for item in unit.face.inputs if item.values == "mask"]
-    one_mask = len(masks) == 1 and masks[0].shape[-1:] == ("filled",)
+    one_mask = unit.own_masks and len(masks) == 1 and masks[0].shape[-1:] == ("filled",)
     if cache is None or cache.kind != "static" or seq is None or seq.low > 1 or not one_mask:
         return [unit]
     decode = replace(
@@ -101,7 +105,7 @@ def add_lengths(unit: GraphPlan) -> list[GraphPlan]:
     masks = [item for item in unit.face.inputs if item.values == "mask"]
     cache, shape = unit.face.cache, masks[0].shape if len(masks) == 1 else ()
     whole = replace(unit, order=2 * unit.order + 1)
-    if unit.unmasked or len(shape) != 4:
+    if unit.unmasked or not unit.own_masks or len(shape) != 4:
         return [whole]
     if cache is None and shape[2] == shape[3]:
         told = replace(unit, id=f"{unit.id}-causal", masks="causal")

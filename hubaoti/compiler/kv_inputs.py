@@ -28,6 +28,7 @@ _ANY_LENGTH = 1 << 40  # of a cache that nothing is put into
 # What sdpa takes beside its tensors, and what blocks pass along that no attention computes with:
 # the mask has the window already.
 _KNOWN = {"dropout", "scaling", "is_causal"}
+_OF_SDPA = {"cache", "position_bias", "softcap"}  # transformers' own takes or refuses them
 HARMLESS = {
     "cache_position",
     "layer_idx",
@@ -224,6 +225,7 @@ def attend_grouped(
         CompileFailed: it is given something that it does not know, and would have to leave out.
     """
     if attention_mask is None or query.shape[1] == key.shape[1]:
+        _refuse_unknown({name: rest[name] for name in rest.keys() - _OF_SDPA})
         answer: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **rest
         )
@@ -251,8 +253,7 @@ def attend_unmasked(
     Raises:
         CompileFailed: as `attend_grouped` does.
     """
-    if query.shape[1] != key.shape[1]:
-        _refuse_unknown(rest)
+    _refuse_unknown(rest)
     return _attend_all(query, key, value, rest.get("scaling"), is_causal=False)
 
 
@@ -336,11 +337,16 @@ def attends_by_lengths(module: nn.Module) -> bool:
     return any(getattr(each, "_attn_implementation", "") == TOLD["padded"] for each in configs)
 
 
-def _refuse_unknown(rest: Mapping[str, Any]) -> None:
-    """Refuse what sdpa does not compute with."""
+def find_unknown(rest: Mapping[str, Any]) -> set[str]:
+    """What of the arguments of attention sdpa does not compute with, by name."""
     # A flag says what else to answer, as `output_router_logits` does.
     given = {name for name, item in rest.items() if item is not None and type(item) is not bool}
-    if unknown := given - _KNOWN - HARMLESS:
+    return given - _KNOWN - HARMLESS
+
+
+def _refuse_unknown(rest: Mapping[str, Any]) -> None:
+    """Refuse what sdpa does not compute with."""
+    if unknown := find_unknown(rest):
         raise CompileFailed(
             f"capture: the attention takes {', '.join(sorted(unknown))}, which sdpa does not",
             hint="this model's attention is compiled as transformers' eager one",

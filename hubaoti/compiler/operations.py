@@ -24,11 +24,15 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     What a block of the same kind was asked before, in the same words, it is not asked again: most
     of a model is blocks that do what one before them did, and a result has no values.
+
+    `masks` are what attention was given, as `note_masks` has them.
     """
 
-    def __init__(self, own: Mapping[str, torch.Tensor], truth: bool) -> None:
+    def __init__(
+        self, own: Mapping[str, torch.Tensor], truth: bool, masks: list[torch.Tensor | None]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._truth = truth
+        self._truth, self._masks = truth, masks
         self.lines: list[str] | None = None
         self.idle: dict[str, frozenset[str]] = {}  # by what a block did: the flags that it ignores
         self._own = {id(tensor): name for name, tensor in own.items()}
@@ -43,6 +47,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def begin(self, path: str, block: nn.Module, given: Sequence[torch.Tensor]) -> None:
         """Write down from here on what the block at a path does with what it is given."""
+        self._masks.clear()
         self._start = f"{path}."
         self._words = {id(tensor): f"input {index}" for index, tensor in enumerate(given)}
         self.lines, self._kept = [], [*given]
@@ -60,6 +65,11 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._known.setdefault(self._kind, []).append(self._steps)
         self._words, self._kept = {}, []
         return "\n".join([*lines, last])
+
+    def have_own_masks(self) -> bool:
+        """Whether attention was given masks, and nothing but those that the block was given."""
+        words = [self._words.get(id(mask), "") for mask in self._masks]
+        return bool(words) and all(word.startswith("input ") for word in words)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.lines is None:

@@ -84,7 +84,9 @@ def make_plan(source: Source, request: CompileRequest, device: torch.device) -> 
     else:
         _require_no_cache(source)
         source = replace(source, regions="none")
-        forms = [Form(Group(WHOLE_MODEL, ("",)), "", _derive_whole_signature(source, device))]
+        face = _derive_whole_signature(source, device)
+        own_masks = _looks_at_own_masks(source, face, device)
+        forms = [Form(Group(WHOLE_MODEL, ("",)), "", face, own_masks=own_masks)]
     dims = limit_dims(request.dims, dims, source.positions)
     require_covered(dims, request.buckets)
     units = [unit for form in forms for unit in split_into_buckets(form, dims, request.buckets)]
@@ -100,10 +102,9 @@ def add_fa3_graphs(plan: Plan) -> Plan:
 
     The same plan where there are none.
     """
-    source = plan.source
-    if source.attention != "sdpa" or source.live or not _uses_attention_registry(source.model):
+    if plan.source.attention != "sdpa":
         return plan
-    parts = (source.model.get_submodule(unit.region) for unit in plan.units)
+    parts = (plan.source.model.get_submodule(unit.region) for unit in plan.units)
     told = [any(getattr(p, CAUSAL, False) for p in part.modules()) for part in parts]
     pairs = zip(plan.units, told, strict=True)
     units = [each for unit, is_told in pairs for each in (add_lengths(unit) if is_told else [unit])]
@@ -162,6 +163,18 @@ def _derive_whole_signature(source: Source, device: torch.device) -> CallSignatu
     return face.accept_any(seen.idle)
 
 
+def _looks_at_own_masks(source: Source, face: CallSignature, device: torch.device) -> bool:
+    """Whether a whole module gives its attention the mask that it is called with, as it is."""
+    if not any(item.values == "mask" and len(item.shape) == 4 for item in face.inputs):
+        return False
+    run = prepare_sample_call(replace(source, face=face), 0, {}, device)
+    try:
+        (seen,) = observe(source.model, {"": source.model}, [run], device).values()
+    except CompileFailed:  # as above
+        return False
+    return seen.own_masks
+
+
 def _choose_blocks(source: Source, device: torch.device) -> Mapping[str, nn.Module]:
     """The blocks that were asked for; none where the whole model is to be one graph."""
     if source.regions == "none":
@@ -210,7 +223,8 @@ def _find_forms(
             continue
         windows = {face.cache.window for face in faces.values() if face.cache} - {None}
         window = next(iter(windows), None)
-        forms += [Form(group, suffix, face, window) for suffix, face in faces.items()]
+        own_masks = fine[path].own_masks
+        forms += [Form(group, suffix, face, window, own_masks) for suffix, face in faces.items()]
     if not forms:
         reasons = "; ".join(left_out) or "the model calls none of them"
         generates = source.program.task == "generate"
@@ -292,7 +306,7 @@ def _uses_attention_registry(model: nn.Module) -> bool:
     Code of before that has its own for each name it knows, and takes the slow one for any other.
     """
     files = {type(module).__module__ for module in model.modules()}
-    return any(hasattr(sys.modules[file], "ALL_ATTENTION_FUNCTIONS") for file in files)
+    return any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 
 def _has_groups(config: Any) -> bool:
