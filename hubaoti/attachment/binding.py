@@ -233,16 +233,17 @@ class ConstantBinding(ModuleReference):
             raise CannotServe("changed", f"{min(new)} is new")
 
     def _require_traits(self, now: Mapping[str, nn.Module]) -> None:
-        """Refuse parts of another class, or one whose `forward` or attributes are others."""
+        """Refuse parts of another class, or one whose methods or attributes are others."""
         traits = list_traits({name: now[name] for name in self._traits})
-        for name, (kind, forward, known) in self._traits.items():
-            (other_kind, other_forward, found), where = traits[name], name or "the region"
+        for name, (kind, methods, known) in self._traits.items():
+            (other_kind, others, found), where = traits[name], name or "the region"
             if other_kind is not kind:
                 raise CannotServe("changed", f"{where} is a {other_kind.__name__} now")
-            if other_forward is not forward:
-                raise CannotServe("changed", f"the forward of {kind.__name__} was replaced")
+            if methods != others:
+                other = _find_other(methods, others)
+                raise CannotServe("changed", f"the {other} of {kind.__name__} was replaced")
             if known != found:
-                other = min(each for each in known | found if known.get(each) != found.get(each))
+                other = _find_other(known, found)
                 raise CannotServe("changed", f"{other} of {where} was changed")
 
     def _require_aside(self, adapters: Sequence[Adapter]) -> None:
@@ -259,6 +260,12 @@ class ConstantBinding(ModuleReference):
         new = self._list_unread(parts) - self.more
         if new:
             raise CannotServe("changed", f"{', '.join(sorted(new))} is new")
+
+
+def _find_other(known: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """The first name by which two mappings differ."""
+    names = known.keys() | found.keys()
+    return min(name for name in names if known.get(name) != found.get(name))
 
 
 def _list_tensor_names(parts: Mapping[str, nn.Module]) -> Iterator[str]:
