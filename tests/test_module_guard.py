@@ -18,7 +18,6 @@ class Inner(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.pads = (1, 2)
-        self.dtype = torch.float32
         self.act = partial(nn.functional.gelu, approximate="tanh")
 
     def mix(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,7 +58,6 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "what can be called": lambda part: setattr(part, "mix", Twice()),
     "another activation": lambda part: setattr(part, "act", partial(nn.functional.gelu)),
     "a tuple": lambda part: setattr(part, "pads", (0, 0)),
-    "a dtype": lambda part: setattr(part, "dtype", torch.float16),
 }
 
 

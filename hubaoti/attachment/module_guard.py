@@ -21,7 +21,7 @@ from hubaoti.runtime.fallback import CannotServe
 # Hooks of every module, which a graph's inner modules would not run (torch.nn.modules.module).
 # Attributes of these types are compared, and tuples of such; those of others, as a config, belong
 # to many.
-_PLAIN = {bool, int, float, str, type(None), torch.dtype}
+_PLAIN = {bool, int, float, str, type(None)}
 _PLAIN |= {FunctionType, BuiltinFunctionType, MethodType, partial}
 # What is asked otherwise, or put there by us, and what says nothing of a call without gradients.
 _ELSEWHERE = {"training", "forward", "gradient_checkpointing", "_is_hf_initialized"}
@@ -135,6 +135,9 @@ class ModuleGuard:
         # What is put over a `forward` that is already one of the part's own adds nothing to it.
         own = [vars(part) for part in parts[1:] if "forward" in vars(part)]
         held += [(store, "forward", store["forward"]) for store in own]
+        held += [
+            (each.store, each.name, each.tensor) for each in found if "_parameters" in each.store
+        ]
         self._stores = [store for store, _, _ in held]
         self._names = [name for _, name, _ in held]
         self._things = [each for _, _, each in held]
