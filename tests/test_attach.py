@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import msgspec
@@ -1521,8 +1522,10 @@ class Cell(nn.Module):
         self.scale = scale
 
     def forward(self, x: torch.Tensor, *, again: bool = False) -> dict[str, torch.Tensor | None]:
-        y = self.linear(x) * self.scale
-        return {"y": y + x, "more": None}
+        return {"y": self.scaled(x) + x, "more": None}
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.scale  # type: ignore[no-any-return]
 
 
 class Stack(nn.Module):
@@ -1663,6 +1666,24 @@ def test_each_region_is_tried_by_itself(stack_bundle: Bundle, built_at: Settings
     assert counts == [2, 0, 2]
 
 
+@pytest.mark.parametrize("of", ["the block", "its class"])
+def test_a_method_that_is_put_in_place_of_another_is_noticed(
+    of: str, stack_bundle: Bundle, built_at: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack, x = Stack().eval(), torch.ones(4, 8)
+    plain = copy.deepcopy(stack)
+    with torch.no_grad(), hubaoti.attach(stack, stack_bundle, settings=built_at):
+        for _ in range(2):
+            stack(x)
+        if of == "its class":
+            monkeypatch.setattr(Cell, "scaled", lambda self, x: 3 * x)
+        else:
+            for each in (stack, plain):
+                each.cells[1].scaled = MethodType(lambda self, x: 3 * x, each.cells[1])
+        with pytest.warns(Fallback, match=r"\(changed\): (the )?scaled of"):
+            torch.testing.assert_close(stack(x), plain(x))
+
+
 def test_gradients_of_an_input_are_never_dropped(stack_bundle: Bundle, built_at: Settings) -> None:
     stack = Stack().eval().requires_grad_(False)
     x = torch.ones(4, 8, requires_grad=True)
@@ -1746,6 +1767,44 @@ def test_pickled_it_is_the_plain_module(stack_bundle: Bundle, built_at: Settings
         other.cells[0].linear.weight.zero_()
         assert not torch.equal(other(torch.ones(2, 8)), expected)
         hubaoti.attach(other, stack_bundle, settings=built_at).detach()
+
+
+def test_a_shallow_copy_of_a_block_is_the_plain_block(
+    stack_bundle: Bundle, built_at: Settings
+) -> None:
+    stack, x = Stack().eval(), torch.ones(2, 8)
+    expected = copy.deepcopy(stack.cells[0])(x)
+    with torch.no_grad(), hubaoti.attach(stack, stack_bundle, settings=built_at) as attachment:
+        stack(x)
+        before = attachment.stats()
+        other = copy.copy(stack.cells[0])
+        assert torch.equal(other(x)["y"], expected["y"])
+        other.linear = nn.Linear(8, 8)
+        assert not torch.equal(other(x)["y"], expected["y"])
+        assert attachment.stats() == before
+    del stack, attachment
+    gc.collect()
+    assert other(x)["y"].shape == (2, 8)
+
+
+def test_a_block_that_is_moved_to_another_model_answers_by_its_own_weights(
+    stack_bundle: Bundle, built_at: Settings
+) -> None:
+    stack, other, x = Stack().eval(), Stack().eval(), torch.ones(2, 8)
+    cell: Any = stack.cells[0]
+    expected = copy.deepcopy(cell)(x)
+    with torch.no_grad():
+        attachment = hubaoti.attach(stack, stack_bundle, settings=built_at)
+        stack(x)
+        stack(x)
+        other.cells[0] = cell
+        del stack
+        gc.collect()
+        before = attachment.stats()["compiled"]
+        torch.testing.assert_close(other.cells[0](x)["y"], expected["y"])
+        assert attachment.stats()["compiled"] == before + 1
+        hubaoti.detach(other)
+        assert torch.equal(other.cells[0](x)["y"], expected["y"])
 
 
 # Two halves

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from bundles import CUDA, list_again, make_bundle, put_trusted
@@ -19,7 +20,7 @@ from signals import struck
 from transformers import AutoModelForCausalLM
 
 import hubaoti
-from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle, make_file_entry
 from hubaoti.attachment.attach import find_regions
 from hubaoti.errors import (
     CannotOpen,
@@ -31,8 +32,9 @@ from hubaoti.errors import (
 )
 from hubaoti.host.probe import STAND_IN, Gpu
 from hubaoti.host.processes import ChildOutput, build_command
-from hubaoti.mirror import Artifact, Mirror
-from hubaoti.mirror.steps import STEPS
+from hubaoti.mirror import Artifact, Mirror, PullOrigin
+from hubaoti.mirror.retry import retry
+from hubaoti.mirror.steps import STEPS, TENTH
 from hubaoti.runtime import first_open as testing
 from hubaoti.runtime import gpus, open_child
 from hubaoti.runtime.first_open import require_sound
@@ -284,6 +286,57 @@ def test_it_is_done_once_for_a_graph_and_a_host(
     monkeypatch.setattr(testing, "name_host_kind", lambda device: "another host")
     require_sound(artifact, mirror, CPU, said.append)
     assert said == ["first open"] * 2
+
+
+def put_of_stranger(artifact: Artifact, folder: Path, mirror: Mirror) -> Artifact:
+    """An artifact of the same packages, whose manifest says that they answer otherwise."""
+    manifest = artifact.manifest
+    golden = folder / "golden.safetensors"
+    folder.mkdir()
+    save_file(
+        {name: each + 1.0 for name, each in load_file(artifact.file(golden.name)).items()}, golden
+    )
+    others = tuple(file for file in manifest.files if file.path != golden.name)
+    files = (*others, make_file_entry(folder, golden.name))
+    false = msgspec.structs.replace(manifest, files=files)
+    paths = {file.path: artifact.file(file.path) for file in others} | {golden.name: golden}
+    mirror.trust.add_artifact(false.digest)
+    return mirror.put(false, paths, PullOrigin("https://hub", "stranger/same", "c" * 40, "path"))
+
+
+def test_false_answers_of_a_stranger_are_held_against_nobody_else_s_artifact(
+    artifact: Artifact, tmp_path: Path, mirror: Mirror
+) -> None:
+    """Though both have the same packages."""
+    false = put_of_stranger(artifact, tmp_path / "false", mirror)
+    with pytest.raises(Quarantined, match=r"model\.layers/output is off by"):
+        require_sound(false, mirror, CPU, lambda step: None)
+    assert mirror.artifact(false.digest) is None
+    assert mirror.artifact(artifact.digest) is not None
+    require_sound(artifact, mirror, CPU, lambda step: None)
+    assert [row.digest for row in retry(mirror).artifacts] == [false.digest]
+
+
+def test_what_answers_as_one_artifact_says_is_asked_again_for_another(
+    artifact: Artifact, tmp_path: Path, mirror: Mirror
+) -> None:
+    require_sound(artifact, mirror, CPU, lambda step: None)
+    false = put_of_stranger(artifact, tmp_path / "false", mirror)
+    with pytest.raises(Quarantined, match=r"model\.layers/output is off by"):
+        require_sound(false, mirror, CPU, lambda step: None)
+
+
+def test_what_an_index_of_before_holds_against_packages_is_forgotten(
+    artifact: Artifact, settings: Settings
+) -> None:
+    """It does not say for which artifact."""
+    sha256 = artifact.manifest.graphs[0].sha256
+    with Mirror.open(settings.mirror) as mirror:
+        mirror.index.record_tested(sha256, "host", "model.layers/output is off by 1")
+        with mirror.index.writing() as db:
+            db.execute(f"pragma user_version = {STEPS.index(TENTH)}")
+    with Mirror.open(settings.mirror) as mirror:
+        assert mirror.index.problems() == []
 
 
 def test_what_was_built_here_was_compared_when_it_was_built(

@@ -7,7 +7,7 @@ import gc
 import inspect
 import pickle
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, update_wrapper
 from typing import Any
 
@@ -75,6 +75,51 @@ def test_a_forward_of_the_module_s_own_comes_back(module: Double) -> None:
     assert torch.equal(copy.deepcopy(module)(X), 5 * X)
     patch.remove()
     assert vars(module)["forward"] is own
+
+
+@pytest.mark.parametrize(
+    "make", [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))]
+)
+def test_a_copy_answers_as_it_is_itself(make: Callable[[Any], Any]) -> None:
+    """Also when the original is gone, and when the copy is changed."""
+    linear = nn.Linear(2, 2).eval()
+    expected = linear(X)
+    patch = Zero("", linear)
+    patch.install()
+    other = make(linear)
+    assert vars(other).keys() == vars(nn.Linear(2, 2)).keys() and find_patch(other) is None
+    assert torch.equal(other(X), expected) and torch.equal(linear(X), 0 * X)
+    del linear, patch
+    gc.collect()
+    other.weight = nn.Parameter(torch.zeros(2, 2))
+    assert torch.equal(other(X), other.bias[None])
+    patch = Zero("", other)
+    patch.install()
+    patch.remove()
+    assert vars(other).keys() == vars(nn.Linear(2, 2)).keys()
+
+
+def test_a_copy_has_a_forward_that_was_the_module_s_own(module: Double) -> None:
+    own = module.forward = lambda x: 5 * x  # type: ignore[method-assign]
+    for _ in range(2):
+        Zero("", module).install()
+    assert vars(copy.copy(module))["forward"] is own
+
+
+def test_a_copy_has_what_somebody_put_over_it(module: Double, patch: Zero) -> None:
+    over = module.forward = lambda x: x  # type: ignore[method-assign]
+    assert vars(copy.copy(module))["forward"] is over
+
+
+def test_a_forward_that_was_kept_without_its_module_says_so() -> None:
+    module = Double()
+    patch = Zero("", module)
+    patch.install()
+    del module
+    gc.collect()
+    patch.remove()
+    with pytest.raises(ReferenceError, match="keep the module"):
+        patch(X)
 
 
 def test_what_lies_over_it_stays_and_calls_the_module(module: Double, patch: Zero) -> None:

@@ -48,7 +48,7 @@ from hubaoti.host.match import Candidate, MatchResult, judge, rank
 from hubaoti.host.probe import Gpu, probe_host
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.kernels import fetch_kernels, pin_kernel
-from hubaoti.mirror import Mirror
+from hubaoti.mirror import Artifact, Mirror
 from hubaoti.mirror.trust import Trust
 from hubaoti.runtime.attention_ops import answer_by_reference
 from hubaoti.runtime.first_open import OpenHistory
@@ -630,8 +630,8 @@ def test_a_kernel_that_ends_its_process_is_never_loaded_here(
 def find_held_against(settings: Settings, bundle: Bundle) -> str | None:
     """What is known of the first open of a bundle's graph, with its kernel."""
     with Mirror.open(settings.mirror) as mirror:
-        kernels = bundle.manifest.requires.kernels
-        history = OpenHistory.on(mirror, torch.device("cpu"), (), kernels)
+        artifact = Artifact(bundle.manifest.digest, bundle.path, bundle.path, bundle.manifest)
+        history = OpenHistory.on(mirror, torch.device("cpu"), (), artifact)
         return history.find_problem(bundle.manifest.graphs[0])
 
 

@@ -15,20 +15,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+from commands import inside
 from huggingface_hub import HfApi
 from signals import struck
 
 import hubaoti
 from hubaoti import LightweightEngine
 from hubaoti.artifact.bundle import Bundle
+from hubaoti.engines.batch_file import answer_file
 from hubaoti.engines.local import Resident, count_module_bytes
 from hubaoti.engines.messages import Sampling
 from hubaoti.engines.pool import ModelStatus, NoGraphs
 from hubaoti.engines.resolve import choose_task, estimate_weight_bytes
 from hubaoti.errors import (
     BadDim,
+    BadInput,
     BadRequest,
     DigestMismatch,
     HubaotiError,
@@ -592,14 +596,52 @@ def test_a_model_that_leaves_while_it_is_asked_for_comes_back_at_its_revision(
         {"num_beams": 0},
         {"seed": -1},
         {"top_p": 1.5},
+        {"stop": [""]},
+        {"stop": ["end", ""]},
+        {"stop": "end"},
+        {"stop": [1]},
+        {"stop": None},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": True},
+        {"max_new_tokens": 1.5},
+        {"max_new_tokens": 10**30},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": False},
+        {"top_p": float("nan")},
+        {"min_p": float("nan")},
+        {"repetition_penalty": float("inf")},
+        {"num_beams": True},
+        {"do_sample": 1},
+        {"unheard_of": 1},
     ],
 )
-def test_what_cannot_be_asked_of_generate_is_said_at_once(
-    words: dict[str, Any], engine: LightweightEngine, tiny_decoder: Path
+def test_what_cannot_be_asked_of_generate_is_said_in_one_line_by_its_name(
+    words: dict[str, Any],
 ) -> None:
-    engine.load(tiny_decoder)
-    with pytest.raises(BadRequest):
-        engine.generate(tiny_decoder, "hello", **words)
+    with pytest.raises(BadRequest) as caught:
+        Sampling.of(**words)
+    assert next(iter(words)) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(msgspec.ValidationError):  # as another process would say it
+        msgspec.convert(words, Sampling)
+
+
+def test_texts_to_stop_at_are_unicode() -> None:
+    with pytest.raises(BadInput, match="is not UTF-8"):
+        Sampling.of(stop=["\ud800"])
+
+
+def test_how_to_generate_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, alone: Settings
+) -> None:
+    engine = LightweightEngine(alone)
+    with pytest.raises(BadRequest, match="stop"):
+        engine.generate("nobody/nothing", "hello", stop=[""])
+    with pytest.raises(BadRequest, match="stop"):
+        answer_file(engine, "m", tmp_path / "in", tmp_path / "out", {"stop": [""]}, lambda _: None)
+    assert not (tmp_path / "out").exists()
+    words = ("run", "--model", "nobody/nothing", "--prompt", "hello", "--temperature", "nan")
+    assert "generate: Expected `float` > 0.0 - at `$.temperature`" in inside(alone, *words).err
 
 
 def test_items_that_are_no_pairs_are_refused(engine: LightweightEngine, tiny_decoder: Path) -> None:

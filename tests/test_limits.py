@@ -14,7 +14,7 @@ from hubaoti.artifact.schema import Golden, Graph
 from hubaoti.errors import LimitsExceeded
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.mirror.limits import Limits
-from hubaoti.runtime.first_open import OpenHistory, find_untried
+from hubaoti.runtime.first_open import OpenHistory, find_untried, name_tested
 from hubaoti.runtime.golden import GOLDEN_TOLERANCE
 from hubaoti.settings import Settings
 
@@ -86,12 +86,12 @@ def test_nobody_opens_what_claims_too_much_whatever_was_seen_of_it_before(
     settings = Settings(home=tmp_path / "home", endpoint="http://127.0.0.1:9")
     with Mirror.open(settings.mirror) as mirror:
         artifact = put(make_bundle(tmp_path / "bundle"), golden, mirror)
-        history = OpenHistory.on(mirror, CPU, ())
+        history = OpenHistory.on(mirror, CPU, (), artifact)
         for _ in range(2):
             with pytest.raises(LimitsExceeded):
                 find_untried(artifact, history)
             for graph in artifact.manifest.graphs:  # an older hubaoti opened it
-                mirror.index.record_tested(graph.sha256, history.hosts[-1], "")
+                mirror.index.record_tested(name_tested(graph, artifact), history.hosts[-1], "")
         allow = "[limits]\ntolerance = 1e301\nwithout_golden = true\n"
         with mirror.trust.path.open("a") as file:
             file.write(allow)
@@ -103,4 +103,4 @@ def test_what_was_built_here_may_claim_anything(tmp_path: Path) -> None:
     with Mirror.open(settings.mirror) as mirror:
         artifact = put(make_bundle(tmp_path / "bundle"), None, mirror)
         mirror.index.record_built(artifact.manifest)
-        assert find_untried(artifact, OpenHistory.on(mirror, CPU, ()))
+        assert find_untried(artifact, OpenHistory.on(mirror, CPU, (), artifact))

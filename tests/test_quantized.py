@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import AutoModelForCausalLM, StaticCache
@@ -263,6 +264,30 @@ def test_a_weight_of_its_own_cannot_be_set(model: Any, attached: Attachment) -> 
     layer = model.model.layers[0].mlp.up_proj
     with pytest.raises((KeyError, AttributeError)):
         layer.weight = nn.Parameter(torch.zeros(64, 32))
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_an_adapter_that_is_merged_into_it_is_refused_and_not_lost(safe: bool) -> None:
+    holder = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 4))
+    quantize_linear(holder[0], "int8wo", NEEDS["int8wo"])
+    inject_adapter_in_model(LoraConfig(target_modules=["0"], init_lora_weights=False), holder)
+    x = torch.randn(2, 32)
+    expected = holder(x)
+    expected.sum().backward()  # it is trained over quantized weights
+    with pytest.raises(BadRequest, match="written into it would be lost") as caught:
+        holder[0].merge(safe_merge=safe)
+    assert "before attach" in caught.value.hint
+    assert not holder[0].merged and torch.equal(holder(x), expected)
+
+
+def test_what_is_computed_of_its_weight_is_plain() -> None:
+    layer = nn.Linear(32, 16)
+    quantize_linear(layer, "int8wo", NEEDS["int8wo"])
+    weight = layer.weight
+    plain = pickle.loads(pickle.dumps(weight))
+    assert torch.equal(plain, weight)
+    for each in (plain, weight + 0, weight.data, weight.t(), layer(torch.ones(1, 32))):
+        assert type(each) is torch.Tensor
 
 
 # Pages

@@ -6,6 +6,7 @@ import base64
 import copy
 import hashlib
 import json
+import os
 import re
 import stat
 import time
@@ -29,6 +30,7 @@ from hubaoti.artifact.statement import FILENAME as STATEMENT
 from hubaoti.artifact.statement import LARGEST_SIGNATURE, SIGNATURE, Statement
 from hubaoti.errors import (
     BadManifest,
+    BadRequest,
     BadSignature,
     HubaotiError,
     MissingDependency,
@@ -784,6 +786,29 @@ def test_what_signs_nothing_is_said_before_anything_is_sent(
     ):
         assert inside(settings, "push", bundle.path, repo, "--as-is", *words).code == 2
     assert proxy.requests == []
+
+
+@pytest.mark.parametrize("option", ["certificates", "trust_config"])
+def test_what_is_given_beside_a_key_is_read_within_bounds(
+    option: str, acme: Pair, tmp_path: Path
+) -> None:
+    """The libraries that sign would read all of it."""
+    named = {"certificates": None, "trust_config": None}
+    key = acme.private if option == "certificates" else "sigstore"
+    large, pipe, other = tmp_path / "large", tmp_path / "pipe", tmp_path / "other"
+    large.write_bytes(b"{-----BEGIN CERTIFICATE-----")
+    os.truncate(large, (1 << 20) + 1)
+    os.mkfifo(pipe)
+    other.write_text("neither")
+    for path, problem in (
+        (large, "cannot be read: it is larger than 1 MiB"),
+        (pipe, "cannot be read: it is a pipe or a device"),
+        (tmp_path / "none", "cannot be read: No such file"),
+        (other, "no certificate in PEM, and no trust configuration"),
+    ):
+        with pytest.raises(BadRequest, match=problem) as caught:
+            Signing.parse(key, **{**named, option: path})
+        assert "keygen" not in caught.value.hint
 
 
 def test_without_the_extra_it_is_named(

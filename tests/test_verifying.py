@@ -164,7 +164,8 @@ def test_graphs_are_opened_again_and_what_came_of_it_is_remembered(
         assert (graph.problem, graph.lasting, graph.device) == ("", False, "cpu")
     assert said.count("first open") == 2
     host = first_open.name_host_kind(torch.device("cpu"))
-    assert mirror.index.find_problem(artifact.manifest.graphs[0].sha256, host) == ""
+    name = first_open.name_tested(artifact.manifest.graphs[0], artifact)
+    assert mirror.index.find_problem(name, host) == ""
 
 
 def told(monkeypatch: pytest.MonkeyPatch, **verdict: Any) -> None:
@@ -186,7 +187,8 @@ def test_a_crash_is_remembered_and_keeps_the_graph_shut(
     assert (graph.opened, graph.compared, graph.lasting) == (True, False, True)
     assert "SIGSEGV" in graph.problem
     assert mirror.artifact(artifact.digest) is None
-    assert [graph for graph, _ in mirror.index.problems()] == [artifact.manifest.graphs[0].sha256]
+    name = first_open.name_tested(artifact.manifest.graphs[0], artifact)
+    assert [each for each, _ in mirror.index.problems()] == [name]
 
 
 def test_what_is_held_against_a_graph_is_not_tried_again(

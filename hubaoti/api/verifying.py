@@ -157,11 +157,10 @@ class _Look:
     def _open(self, artifact: Artifact, verified: Verified, host: Host) -> Verified:
         """Open all graphs of an artifact whose bytes are right, and note what came of it."""
         graphs = {graph.id: graph for graph in artifact.manifest.graphs}
-        kernels = artifact.manifest.requires.kernels
         try:
             device = _choose_device(artifact, host, self.device)
             require_kernels(artifact, self.mirror, self.settings, self.progress)
-            for pin in kernels:
+            for pin in artifact.manifest.requires.kernels:
                 self.mirror.verify_kernel(pin)
         except HubaotiError as error:  # of all of them
             where = self.device or artifact.manifest.target.device
@@ -169,7 +168,7 @@ class _Look:
                 _describe(OpenVerdict(name, f"{error}", lasting=False), where) for name in graphs
             )
             return replace(verified, error=error, graphs=tuple(refused))
-        history = OpenHistory.on(self.mirror, device, self.ops, kernels)
+        history = OpenHistory.on(self.mirror, device, self.ops, artifact)
         find_untried(artifact, history)
         found = open_first(artifact, [*graphs.values()], history, device, self.progress)
         errors = [_settle(each, graphs[each.graph], history, artifact) for each in found]

@@ -165,7 +165,9 @@ class ConstantBinding(ModuleReference):
         is_source = held is None and bool(origin.transform and origin.module)
         if is_source:
             held = self._locate(origin.module or "")
-        elif held is not None and self._fits(constant, held[0][held[1]]):
+        elif held is None:  # it came along, and the module's own may be another by now
+            held = self._locate_attribute(constant.fqn)
+        elif self._fits(constant, held[0][held[1]]):
             return FoundConstant(*held, held[0][held[1]], held[0][held[1]])
         if held is not None:
             found = self._remake(constant, held, is_source)
@@ -190,6 +192,13 @@ class ConstantBinding(ModuleReference):
                 return store, name
         return None
 
+    def _locate_attribute(self, fqn: str) -> _Held | None:
+        """The same of a tensor that is an attribute, and neither parameter nor buffer."""
+        path, _, name = fqn.rpartition(".")
+        part = self._parts.get(path) if path else self.module
+        is_tensor = part is not None and isinstance(vars(part).get(name), torch.Tensor)
+        return (vars(part), name) if is_tensor else None
+
     def _fits(self, constant: Constant, tensor: torch.Tensor) -> bool:
         """Whether a tensor can be bound as it is; one at an odd address has to be copied."""
         _require_plain_weight(constant.fqn, tensor)
@@ -199,13 +208,16 @@ class ConstantBinding(ModuleReference):
         return True
 
     def _remake(self, constant: Constant, held: _Held, quantize: bool) -> FoundConstant:
-        """What is made of a tensor for each of its values: quantized, or at another address."""
+        """What is made of a tensor for each of its values: quantized, or in another place."""
         tensor = held[0][held[1]]
         _require_plain_weight(held[1], tensor)
         before = self._found.get(constant.fqn)
         if before is not None and before.tensor is tensor and before.is_fresh:
             return before
-        made = self._quantize(constant, tensor) if quantize else tensor.detach().clone()
+        if quantize:
+            made = self._quantize(constant, tensor)
+        else:  # attributes do not move with their module
+            made = tensor.detach().to(self.device, copy=True)
         return FoundConstant(*held, tensor, made, tensor_version(tensor))
 
     def _quantize(self, constant: Constant, tensor: torch.Tensor) -> torch.Tensor:
@@ -233,16 +245,17 @@ class ConstantBinding(ModuleReference):
             raise CannotServe("changed", f"{min(new)} is new")
 
     def _require_traits(self, now: Mapping[str, nn.Module]) -> None:
-        """Refuse parts of another class, or one whose `forward` or attributes are others."""
+        """Refuse parts of another class, or one whose methods or attributes are others."""
         traits = list_traits({name: now[name] for name in self._traits})
-        for name, (kind, forward, known) in self._traits.items():
-            (other_kind, other_forward, found), where = traits[name], name or "the region"
+        for name, (kind, methods, known) in self._traits.items():
+            (other_kind, others, found), where = traits[name], name or "the region"
             if other_kind is not kind:
                 raise CannotServe("changed", f"{where} is a {other_kind.__name__} now")
-            if other_forward is not forward:
-                raise CannotServe("changed", f"the forward of {kind.__name__} was replaced")
+            if methods != others:
+                other = _find_other(methods, others)
+                raise CannotServe("changed", f"the {other} of {kind.__name__} was replaced")
             if known != found:
-                other = min(each for each in known | found if known.get(each) != found.get(each))
+                other = _find_other(known, found)
                 raise CannotServe("changed", f"{other} of {where} was changed")
 
     def _require_aside(self, adapters: Sequence[Adapter]) -> None:
@@ -259,6 +272,12 @@ class ConstantBinding(ModuleReference):
         new = self._list_unread(parts) - self.more
         if new:
             raise CannotServe("changed", f"{', '.join(sorted(new))} is new")
+
+
+def _find_other(known: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """The first name by which two mappings differ."""
+    names = known.keys() | found.keys()
+    return min(name for name in names if known.get(name) != found.get(name))
 
 
 def _list_tensor_names(parts: Mapping[str, nn.Module]) -> Iterator[str]:

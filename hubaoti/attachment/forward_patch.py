@@ -17,6 +17,8 @@ from torch import nn
 from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.locks import ForkSafeLock
 
+_STATE = "__getstate__"  # what copies and pickles of an object are made of
+
 CountMiss = Callable[[str, CannotServe], None]
 
 
@@ -35,18 +37,43 @@ class ModuleReference:
 
     @property
     def module(self) -> nn.Module:
-        """The module; who calls it holds it."""
+        """The module; who calls it holds it.
+
+        Raises:
+            ReferenceError: somebody kept its `forward` alone.
+        """
         module = self._module()
-        assert module is not None
+        if module is None:
+            raise ReferenceError("the module whose forward this was is gone; keep the module")
         return module
+
+
+class _PlainState(ModuleReference):
+    """What a copy of a module is made of: all of it, but what answers in its place.
+
+    A shallow copy would have that of the original, whose weights and hooks are others.
+    """
+
+    __slots__ = ()
+
+    def __call__(self) -> Any:
+        kind: Any = type(self.module)
+        state = kind.__getstate__(self.module)
+        if not isinstance(state, dict):
+            return state
+        state = {name: each for name, each in state.items() if each is not self}
+        own = state.pop("forward", None)
+        while isinstance(own, ForwardPatch):
+            own = own.own
+        return state if own is None else {**state, "forward": own}
 
 
 class ForwardPatch(ModuleReference, ABC):
     """What answers in the place of a module's `forward`.
 
     It is an attribute of the module and of nothing else: whoever copies, pickles, compiles or
-    exports the module gets the module as it was. Only a shallow copy shares it, and answers as the
-    original. It has no `__dict__`, which `functools.update_wrapper` would copy to a wrapper.
+    exports the module gets the module as it was. It has no `__dict__`, which
+    `functools.update_wrapper` would copy to a wrapper.
     """
 
     __slots__ = ("path", "is_removed", "_own", "_count_miss", "_note_tracing", "__weakref__")
@@ -63,6 +90,7 @@ class ForwardPatch(ModuleReference, ABC):
     def install(self, over: Any = None) -> None:
         """Answer from here on, below what somebody put over us."""
         self.module.forward = over or self
+        vars(self.module)[_STATE] = _PlainState(self.module)
         _PATCHES[self.module] = weakref.ref(self)
 
     def remove(self) -> None:
@@ -76,7 +104,7 @@ class ForwardPatch(ModuleReference, ABC):
         if vars(self.module).get("forward") is self:
             self.lift()
         elif find_patch(self.module) is self:
-            del _PATCHES[self.module]
+            self._forget()
 
     def lift(self) -> None:
         """Have the module's own `forward` lie bare, whatever somebody put over us."""
@@ -84,7 +112,12 @@ class ForwardPatch(ModuleReference, ABC):
         if self._own is not None:
             self.module.forward = self._own
         if find_patch(self.module) is self:
-            del _PATCHES[self.module]
+            self._forget()
+
+    def _forget(self) -> None:
+        """Have nobody find it by its module any more."""
+        vars(self.module).pop(_STATE, None)
+        del _PATCHES[self.module]
 
     def eager(self, *args: Any, **kwargs: Any) -> Any:
         """What the module itself answers to a call, by the `forward` that it had."""
@@ -92,6 +125,11 @@ class ForwardPatch(ModuleReference, ABC):
             return self._own(*args, **kwargs)
         module = self.module
         return type(module).forward(module, *args, **kwargs)
+
+    @property
+    def own(self) -> Any:
+        """The `forward` that lies below, where the module had one of its own."""
+        return self._own
 
     @abstractmethod
     def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import getitem, is_
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -18,10 +19,14 @@ from hubaoti.program.output_capturing import Capture, find_captures, is_capture
 from hubaoti.runtime.fallback import CannotServe
 
 # Hooks of every module, which a graph's inner modules would not run (torch.nn.modules.module).
-# Attributes of these types are compared; those of others, as a config, belong to many.
-_PLAIN = {bool, int, float, str, type(None), FunctionType, BuiltinFunctionType}
-# What is asked otherwise, and what says nothing of a call without gradients.
+# Attributes of these types are compared, and tuples of such; those of others, as a config, belong
+# to many.
+_PLAIN = {bool, int, float, str, type(None)}
+_PLAIN |= {FunctionType, BuiltinFunctionType, MethodType, partial}
+# What is asked otherwise, or put there by us, and what says nothing of a call without gradients.
 _ELSEWHERE = {"training", "forward", "gradient_checkpointing", "_is_hf_initialized"}
+_ELSEWHERE |= {"__getstate__", "_valid_auto_compile_criteria"}
+_NEVER_CALLED = {"extra_repr", "reset_parameters"}  # by a `forward`
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
@@ -46,12 +51,23 @@ class FoundConstant:
 
 
 def list_attributes(part: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a part itself, by which it may compute something else."""
+    """The attributes of a part itself, by which it may compute something else.
+
+    Those that are plain, and what is called in the place of a method of its class.
+    """
     return {
         name: each
         for name, each in vars(part).items()
-        if type(each) in _PLAIN and name not in _ELSEWHERE
+        if name not in _ELSEWHERE and (_is_plain(each) or _is_method(part, name, each))
     }
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in _PLAIN or (type(value) is tuple and all(map(_is_plain, value)))
+
+
+def _is_method(part: nn.Module, name: str, value: Any) -> bool:
+    return callable(value) and callable(getattr(type(part), name, None))
 
 
 def find_forward(kind: type) -> Mapping[str, Any]:
@@ -59,13 +75,25 @@ def find_forward(kind: type) -> Mapping[str, Any]:
     return next(vars(each) for each in kind.__mro__ if "forward" in vars(each))
 
 
-_Traits = tuple[type, Any, dict[str, Any]]
+def list_methods(kind: type) -> dict[str, Any]:
+    """A part's `forward`, and what else its class has that it may call."""
+    found = find_forward(kind)
+    methods = {} if found is vars(nn.Module) else found
+    called = {
+        name: each
+        for name, each in methods.items()
+        if isinstance(each, FunctionType) and name[:2] != "__" and name not in _NEVER_CALLED
+    }
+    return called | {"forward": found["forward"]}
+
+
+_Traits = tuple[type, dict[str, Any], dict[str, Any]]
 
 
 def list_traits(parts: Mapping[str, nn.Module]) -> dict[str, _Traits]:
-    """What parts compute by, beside their tensors: class, its `forward`, plain attributes."""
+    """What parts compute by, beside their tensors: class, its methods, plain attributes."""
     return {
-        path: (type(part), find_forward(type(part))["forward"], list_attributes(part))
+        path: (type(part), list_methods(type(part)), list_attributes(part))
         for path, part in parts.items()
     }
 
@@ -73,10 +101,11 @@ def list_traits(parts: Mapping[str, nn.Module]) -> dict[str, _Traits]:
 class ModuleGuard:
     """A module as it was when its graphs were bound.
 
-    Seen are other parts, parameters and buffers, hooks, train mode, a `forward` put on a part or on
-    its class, attributes that are numbers, texts or functions, and adapters that are merged, taken
-    out or heard otherwise. Not seen are other attributes, functions of modules, and what is written
-    into a tensor that a graph reads where it lies, which needs not be seen.
+    Seen are other parts, parameters and buffers, hooks, train mode, a method put on a part or on
+    the class that its `forward` is of, attributes that are numbers, texts, functions or tuples of
+    them, and adapters that are merged, taken out or heard otherwise. Not seen are other attributes,
+    functions of modules, and what is written into a tensor that a graph reads where it lies, which
+    needs not be seen.
     """
 
     def __init__(
@@ -99,16 +128,22 @@ class ModuleGuard:
             (vars(p), name, each) for p in parts[1:] for name, each in list_attributes(p).items()
         ]
         held += [
-            (each, "forward", each["forward"]) for each in map(find_forward, {*map(type, parts)})
+            (find_forward(kind), name, each)
+            for kind in {*map(type, parts)}
+            for name, each in list_methods(kind).items()
         ]
         # What is put over a `forward` that is already one of the part's own adds nothing to it.
         own = [vars(part) for part in parts[1:] if "forward" in vars(part)]
         held += [(store, "forward", store["forward"]) for store in own]
+        held += [
+            (each.store, each.name, each.tensor) for each in found if "_parameters" in each.store
+        ]
         self._stores = [store for store, _, _ in held]
         self._names = [name for _, name, _ in held]
         self._things = [each for _, _, each in held]
         self._inner, self._type = parts[1:], type(module)
         self._own = list_attributes(module)
+        self._methods = list_methods(type(module)).keys() - {*vars(module), "forward"}
         self._types = [*map(type, self._inner)]
         # What somebody adds: a part to one, or a `forward` of its own to one within.
         self._growing = [*stores[2::3], *map(vars, self._inner)]
@@ -133,6 +168,7 @@ class ModuleGuard:
                 module is not None
                 and type(module) is self._type
                 and all(map(is_, map(vars(module).get, self._own), self._own.values()))
+                and vars(module).keys().isdisjoint(self._methods)
                 and not module.training
                 and not any(self._hooks)
                 and all([*hooks] == known for hooks, known in self._captured)

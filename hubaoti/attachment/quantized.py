@@ -22,11 +22,38 @@ from hubaoti.runtime.recipes import GROUP
 _Parts = Mapping[str, Tensor]
 
 
+class _MadeWeight(Tensor):
+    """A weight that was made of its parts, and is gone when nobody looks at it any more.
+
+    Whatever is computed of it is a plain tensor.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> Tensor:
+        """As every tensor has it."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: object) -> None:
+        """Refuse what would be lost, as peft writes what it merges."""
+        raise BadRequest(
+            "the weight of a Linear is quantized, and what is written into it would be lost",
+            hint="merge adapters, or take them out, before attach(..., quantize=True); a plain "
+            "weight is quantized where load_state_dict loads it",
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
 class QuantizedLinear(nn.Linear):
     """A Linear whose `weight` is made of its parts whenever somebody asks for it.
 
     It is a Linear in all else: it is called, moved, copied, pickled and found as one. Its parts are
-    buffers by torchao's names. A state that has a plain weight is quantized as it is loaded.
+    buffers by torchao's names. A state that has a plain weight is quantized as it is loaded; one
+    that is given to its weight as `data` is refused.
     """
 
     recipe: str
@@ -35,7 +62,8 @@ class QuantizedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The weight as it was rounded, made anew."""
-        return WEIGHTS[self.recipe](self, self._buffers).to(self.dtype)  # type: ignore[arg-type]
+        found = WEIGHTS[self.recipe](self, self._buffers).to(self.dtype)  # type: ignore[arg-type]
+        return found if torch.compiler.is_compiling() else found.as_subclass(_MadeWeight)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.recipe}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -76,10 +77,15 @@ def ls_command(as_json: bool) -> None:
                 f"gone: {_name(row)}, {origins.describe(row)[0]}: its files were removed; pull or "
                 f"compile it again, or: hubaoti mirror rm {row.digest[:12]}"
             )
-    for graph, problem in problems:
-        print_line(f"not opened: graph {graph[:12]}: {problem}")
+    for name, problem in problems:
+        print_line(f"not opened: graph {_shorten(name)}: {problem}")
     if problems:
         print_line("to have them tried again: hubaoti mirror retry")
+
+
+def _shorten(name: str) -> str:
+    """A name with the beginnings of the digests in it."""
+    return re.sub("[0-9a-f]{64}", lambda found: found[0][:12], name)
 
 
 @mirror_command.command("show")

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 def answer_prompts(options: dict[str, Any], as_json: bool, quiet: bool) -> None:
     """Answer prompts, and print the answers or write them to a file."""
+    from hubaoti.engines.messages import Sampling
+
     _refuse_odd(options)
+    Sampling.of(**_read_sampling(options))  # before a model is loaded for it
     model = options["model"]
     with _load_engine(options, quiet or as_json) as engine:
         if options["file"] is not None:

@@ -112,15 +112,15 @@ def answer_file(
     """Answer every prompt of a file that has no answer yet, in their order.
 
     Raises:
-        BadRequest: a line is no prompt; nothing was answered.
+        BadRequest: a line is no prompt, or they cannot be sampled so; nothing was answered.
         OutOfBounds: a prompt is longer than the cache; nothing was answered.
         OutputExists: `out` holds something else than answers to these prompts.
         Conflict: another run writes `out`.
     """
+    most = Sampling.of(**sampling).max_new_tokens
     lines, request = read_prompt_file(prompts), BatchRequest(model, sampling)
     with open_answers(out) as file:
         before = count_answered(file, out, lines, request)
-        most = Sampling.of(**sampling).max_new_tokens
         engine.measure(model, [line.prompt for line in lines], max_new_tokens=most)
         started = time.perf_counter()
         progress = BatchProgress(before, len(lines), before, 0, 0.0)

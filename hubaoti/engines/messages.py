@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from sys import float_info
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
@@ -15,6 +16,10 @@ Message = dict[str, Any]
 Prompt = str | list[Message]  # a text, or a conversation for the model's chat template
 
 
+_Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+_Finite = Annotated[float, Meta(gt=0, le=float_info.max)]
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How texts are generated; None is as the model's own generation config says.
 
@@ -23,16 +28,16 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     other model samples in the process meanwhile.
     """
 
-    max_new_tokens: Annotated[int, Meta(ge=1)] = 128
+    max_new_tokens: _Count = 128
     do_sample: bool | None = None
-    temperature: Annotated[float, Meta(gt=0)] | None = None
+    temperature: _Finite | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=1)] | None = None
+    top_k: _Count | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
-    num_beams: Annotated[int, Meta(ge=1)] | None = None
+    repetition_penalty: _Finite | None = None
+    num_beams: _Count | None = None
     seed: Annotated[int, Meta(ge=0, le=2**62)] | None = None
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
 
     @classmethod
     def of(cls, **kwargs: Any) -> Sampling:
@@ -40,14 +45,19 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
         Raises:
             BadRequest: one is unknown, or has a value that it cannot have.
+            BadInput: a text to stop at is not Unicode.
         """
-        if kwargs.get("temperature") == 0:
+        heat = kwargs.get("temperature")
+        if heat == 0 and not isinstance(heat, bool):
             kwargs |= {"temperature": None, "do_sample": False}
         try:
-            return msgspec.convert(kwargs, cls)
+            found = msgspec.convert(kwargs, cls)
         except msgspec.ValidationError as error:
             known = ", ".join(cls.__struct_fields__)
             raise BadRequest(f"generate: {error}", hint=f"it takes: {known}") from error
+        for text in found.stop:
+            _require_encodable(text)
+        return found
 
 
 def read_prompts(value: Any) -> list[Prompt]:

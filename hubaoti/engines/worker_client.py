@@ -29,7 +29,8 @@ from hubaoti.host.memory import is_limited, measure_process_memory
 from hubaoti.host.probe import STAND_IN
 from hubaoti.host.processes import CRASHES, Child, describe_exit, list_search_path
 from hubaoti.host.wire import Gone
-from hubaoti.mirror import Mirror
+from hubaoti.mirror import Artifact, Mirror
+from hubaoti.runtime.first_open import name_tested
 from hubaoti.settings import Settings, read_needed_environment
 
 _PATIENCE = 5.0  # seconds for a worker to end by itself
@@ -184,7 +185,7 @@ class Isolated:
         )
 
     def _blame(self, number: int) -> str:
-        """Count a crash for the graph that ran last; after the second it is in quarantine."""
+        """Count a crash for the graph that ran last; two of it put its artifact into quarantine."""
         if not number or self._begin.digest is None:
             return ""
         with Mirror.open(self._settings.mirror) as mirror:
@@ -197,17 +198,17 @@ class Isolated:
             if self._crashes[graph.sha256] < _TWICE:
                 return f", after graph {graph.id} had been called"
             self.problem = f"graph {graph.id} crashed its process twice"
-            place = self._condemn(graph, mirror)
+            place = self._condemn(graph, artifact, mirror)
         self._begin = msgspec.structs.replace(self._begin, digest=None)
         return f"; {self.problem}: {place}the model goes on without graphs"
 
-    def _condemn(self, graph: Graph, mirror: Mirror) -> str:
-        """Keep a graph apart; on a device that computes nothing, nothing is held against one."""
+    def _condemn(self, graph: Graph, artifact: Artifact, mirror: Mirror) -> str:
+        """Keep an artifact apart, unless the device is one that computes nothing."""
         if STAND_IN in self._host:
             return ""
         if mirror.index.is_writable:
-            mirror.index.record_tested(graph.sha256, self._host, self.problem)
-        mirror.quarantine(graph)
+            mirror.index.record_tested(name_tested(graph, artifact), self._host, self.problem)
+        mirror.withdraw(artifact)
         return "it is in quarantine, and "
 
     def _end(self, patience: float = _PATIENCE) -> int:

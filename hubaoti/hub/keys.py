@@ -13,6 +13,10 @@ from hubaoti.mirror.signer import LARGEST_KEY, digest
 
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")  # those that model-signing signs with
 _HINT = "make a pair with: hubaoti trust keygen NAME, which writes NAME.pem and NAME.pub"
+_ROOT_HINT = (
+    "give the certificate of the authority that signed the signers' own, or what sigstore calls a "
+    "ClientTrustConfig"
+)
 
 
 def make_key_pair(private: Path) -> tuple[Path, str]:
@@ -96,12 +100,10 @@ def read_root(path: Path) -> bytes:
     Raises:
         BadRequest: it is neither.
     """
-    content = _read(path)
+    content = _read(path, _ROOT_HINT)
     if b"-----BEGIN CERTIFICATE-----" not in content and not content.lstrip().startswith(b"{"):
         raise BadRequest(
-            f"{path} is no certificate in PEM, and no trust configuration in JSON",
-            hint="give the certificate of the authority that signed the signers' own, or what "
-            "sigstore calls a ClientTrustConfig",
+            f"{path} is no certificate in PEM, and no trust configuration in JSON", hint=_ROOT_HINT
         )
     return content
 
@@ -113,9 +115,9 @@ def _encode_public(key: Any) -> bytes:
     return found
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, hint: str = _HINT) -> bytes:
     """A small file that somebody named."""
     try:
         return read_small(path, LARGEST_KEY)
     except OSError as error:
-        raise BadRequest(f"{path} cannot be read: {error.strerror}", hint=_HINT) from error
+        raise BadRequest(f"{path} cannot be read: {error.strerror}", hint=hint) from error

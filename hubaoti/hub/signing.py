@@ -22,7 +22,7 @@ from hubaoti.artifact import statement as statements
 from hubaoti.disk import explain_disk_errors
 from hubaoti.errors import BadRequest, BadSignature, HubaotiError, first_line
 from hubaoti.host.extras import require
-from hubaoti.hub.keys import derive_public_key
+from hubaoti.hub.keys import derive_public_key, read_root
 from hubaoti.mirror.signer import Keys, Signer, digest
 
 SIGSTORE = "sigstore"  # what is named in place of a key
@@ -51,24 +51,31 @@ class Signing:
 
         Raises:
             BadRequest: sigstore is asked for with certificates, or a key with its configuration;
-                the key is none.
+                the key is none; a file cannot be read, or is none of what it should be.
             MissingDependency: the extra `sign` is not installed.
         """
         require("signing", "sign")
         if str(key) == SIGSTORE:
             if certificates is not None:
                 raise BadRequest("sigstore makes its own certificate", hint="leave yours out")
-            return cls(None, None, None if trust_config is None else Path(trust_config))
+            return cls(None, None, _read_first(trust_config))
         if trust_config is not None:
             hint = f"sign with --sign {SIGSTORE}, or leave it out"
             raise BadRequest("a trust configuration is sigstore's, and a key needs none", hint=hint)
         derive_public_key(Path(key))
-        return cls(Path(key), None if certificates is None else Path(certificates))
+        return cls(Path(key), _read_first(certificates))
 
     @property
     def is_plain_key(self) -> bool:
         """Whether it is a key alone, whose signatures it knows again."""
         return self.key is not None and self.certificates is None
+
+
+def _read_first(path: str | Path | None) -> Path | None:
+    """A file that libraries read whole, of whatever size it is, once it was seen to be small."""
+    if path is not None:
+        read_root(Path(path))
+    return None if path is None else Path(path)
 
 
 class _Certificate(msgspec.Struct, rename="camel"):

@@ -232,7 +232,7 @@ class Index:
         return bool(self._select("select 1 from built where digest = ?", digest))
 
     def record_tested(self, graph: str, host: str, problem: str) -> None:
-        """Remember what came of a graph on a kind of host; nothing where it is fine.
+        """Remember what came of a graph, by its name, on a kind of host; nothing where it is fine.
 
         A problem that is known stays known, and one of what was fine before is.
         """
@@ -251,7 +251,7 @@ class Index:
         return str(found[0][0]) if found else None
 
     def problems(self) -> list[tuple[str, str]]:
-        """The graphs that are not opened here, each with what is held against it."""
+        """The names of graphs that are not opened here, each with what is held against it."""
         if not self._has_step(SECOND):
             return []
         query = "select graph, problem from tested where problem != '' order by at desc"

@@ -317,6 +317,10 @@ class Mirror:
             remove = partial(self.index.remove_graph, graph.sha256)
             set_apart(self.root / "graphs" / graph.sha256, self._apart, note, remove)
 
+    def withdraw(self, artifact: Artifact) -> None:
+        """Keep an artifact apart that must not be opened; others that hold its graphs stay."""
+        self._withdraw(artifact.digest, artifact.path)
+
     def verify_file(self, artifact: Artifact, file: File) -> Path:
         """Hash one of the small tensors' files again; where it lies.
 

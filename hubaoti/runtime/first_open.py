@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hubaoti.artifact.kernel_pin import KernelPin
 from hubaoti.artifact.schema import Graph
 from hubaoti.errors import MissingOps, NotEnoughMemory, NotTried, Quarantined, rebuild_error
 from hubaoti.host.confinement import list_gaps
@@ -62,7 +61,7 @@ def require_sound(
     kernels = artifact.manifest.requires.kernels
     judge_kernels(kernels, device)
     mirror.verify(artifact)
-    history = OpenHistory.on(mirror, device, ops, kernels)
+    history = OpenHistory.on(mirror, device, ops, artifact)
     waiting = find_untried(artifact, history)
     if waiting and not (device.type == "cpu" and mirror.index.is_built(artifact.digest)):
         _try_graphs(artifact, waiting, history, device, progress)
@@ -142,7 +141,9 @@ def _require_gpu(artifact: Artifact, device: torch.device) -> None:
 class OpenHistory:
     """What first opens came to on a kind of host, with the modules whose ops a caller has.
 
-    Where graphs call kernels, it is of these builds of them.
+    It is of the graphs as an `artifact` has them: what one is called with, which kernels it calls
+    and what it has to answer is in its manifest, and a stranger's may say it falsely of somebody
+    else's package. A package without a manifest is asked nothing.
     What went well without such modules, or crashed, does so with them; what did with them, with
     these alone. Of a device that computes nothing, nothing is kept.
     """
@@ -150,6 +151,7 @@ class OpenHistory:
     mirror: Mirror
     hosts: tuple[str, ...]
     ops: tuple[str, ...]
+    artifact: Artifact | None = None
     is_kept: bool = True
 
     @classmethod
@@ -158,7 +160,7 @@ class OpenHistory:
         mirror: Mirror,
         device: torch.device,
         ops: Sequence[str],
-        kernels: Sequence[KernelPin] = (),
+        artifact: Artifact | None = None,
     ) -> OpenHistory:
         """What is known on the host of a device; the caller's modules are imported.
 
@@ -171,14 +173,13 @@ class OpenHistory:
         state, host = register_ops(ops), name_host_kind(device)
         if device.type == "cpu":
             measure_threads(mirror.index, host)
-        if kernels:
-            host = f"{host} kernels {' '.join(pin.id for pin in kernels)}"
         hosts = (host, f"{host} ops {state}") if ops else (host,)
-        return cls(mirror, hosts, (*ops,), is_kept=computes(device))
+        return cls(mirror, hosts, (*ops,), artifact, is_kept=computes(device))
 
     def find_problem(self, graph: Graph) -> str | None:
         """What is wrong with a graph, empty where nothing is; None if it was never opened."""
-        found = (self.mirror.index.find_problem(graph.sha256, host) for host in self.hosts)
+        name = name_tested(graph, self.artifact)
+        found = (self.mirror.index.find_problem(name, host) for host in self.hosts)
         return next((each for each in found if each is not None), None)
 
     def require_ops(self, graph: Graph) -> None:
@@ -187,7 +188,7 @@ class OpenHistory:
         Raises:
             MissingOps: it was.
         """
-        if problem := self.mirror.index.find_problem(_make_missing_ops_key(graph), self.hosts[-1]):
+        if problem := self.mirror.index.find_problem(self._name_missing_ops(graph), self.hosts[-1]):
             raise self._make_missing_ops(problem)
 
     def settle(self, verdict: OpenVerdict, graph: Graph) -> None:
@@ -199,7 +200,7 @@ class OpenHistory:
         """
         error = verdict.error
         if error and error.kind == MissingOps.__name__:
-            self._remember(_make_missing_ops_key(graph), verdict.problem)
+            self._remember(self._name_missing_ops(graph), verdict.problem)
             raise self._make_missing_ops(verdict.problem)
         if error and (error.kind == NotEnoughMemory.__name__ or not verdict.is_loadable):
             raise rebuild_error(error.kind, verdict.problem, error.hint)
@@ -209,13 +210,20 @@ class OpenHistory:
                 hint="try again, with more memory if it took too much; it was not opened here, and "
                 "nothing is held against it",
             )
-        self._remember(graph.sha256, verdict.problem)
+        self._remember(name_tested(graph, self.artifact), verdict.problem)
         if verdict.problem and self.is_kept and not verdict.of_kernel:
-            self.mirror.quarantine(graph)
+            if self.artifact is None:
+                self.mirror.quarantine(graph)
+            else:
+                self.mirror.withdraw(self.artifact)
 
-    def _remember(self, graph: str, problem: str) -> None:
+    def _remember(self, name: str, problem: str) -> None:
         if self.is_kept and self.mirror.index.is_writable:
-            self.mirror.index.record_tested(graph, self.hosts[-1], problem)
+            self.mirror.index.record_tested(name, self.hosts[-1], problem)
+
+    def _name_missing_ops(self, graph: Graph) -> str:
+        """The name under which it is remembered that a graph's ops are not registered."""
+        return f"{name_tested(graph, self.artifact)} lacks ops"
 
     def _make_missing_ops(self, problem: str) -> MissingOps:
         """The ops of a graph that nobody registers, and what to do about it."""
@@ -227,9 +235,9 @@ class OpenHistory:
         )
 
 
-def _make_missing_ops_key(graph: Graph) -> str:
-    """The name under which it is remembered that a graph's ops are not registered."""
-    return f"{graph.sha256} lacks ops"
+def name_tested(graph: Graph, artifact: Artifact | None) -> str:
+    """The name under which it is remembered what came of a graph, as an artifact has it."""
+    return graph.sha256 if artifact is None else f"{graph.sha256} of {artifact.digest}"
 
 
 def refuse_problems(problems: Mapping[str, str], artifact: Artifact) -> None:
