@@ -83,8 +83,7 @@ def add_unmasked(unit: GraphPlan) -> list[GraphPlan]:
     and of one token all that is filled is looked at: only padding would be hidden.
     """
     cache, seq = unit.face.cache, unit.bounds.get("seq")
-    masks = [item for item in unit.face.inputs if item.values == "mask"]
-    one_mask = unit.own_masks and len(masks) == 1 and masks[0].shape[-1:] == ("filled",)
+    one_mask = _find_mask_shape(unit)[-1:] == ("filled",)
     if cache is None or cache.kind != "static" or seq is None or seq.low > 1 or not one_mask:
         return [unit]
     decode = replace(
@@ -97,23 +96,35 @@ def add_unmasked(unit: GraphPlan) -> list[GraphPlan]:
     return [decode, replace(unit, order=2 * unit.order + 1)]
 
 
-def add_lengths(unit: GraphPlan) -> list[GraphPlan]:
-    """A unit, and before it one that is told lengths, and no mask, by what its mask is then.
+def add_causal(unit: GraphPlan) -> list[GraphPlan]:
+    """A unit, and where it sees whole texts, before it one for calls whose mask is causal alone.
 
-    FlashAttention-3 takes no masks. Over a static cache it takes where a text begins and ends.
+    So is that of texts without padding, for which torch's own sdpa takes a kernel without a mask.
+    """
+    shape = _find_mask_shape(unit)
+    if unit.face.cache is not None or len(shape) != 4 or shape[2] != shape[3]:
+        return [unit]
+    told = replace(unit, id=f"{unit.id}-causal", masks="causal", order=2 * unit.order)
+    return [told, replace(unit, order=2 * unit.order + 1)]
+
+
+def add_lengths(unit: GraphPlan) -> list[GraphPlan]:
+    """A unit, and before it one that is told where texts begin and end over a static cache.
+
+    FlashAttention-3 takes no masks, and such lengths.
     """
     masks = [item for item in unit.face.inputs if item.values == "mask"]
-    cache, shape = unit.face.cache, masks[0].shape if len(masks) == 1 else ()
-    whole = replace(unit, order=2 * unit.order + 1)
-    if unit.unmasked or not unit.own_masks or len(shape) != 4:
+    whole, shape = replace(unit, order=2 * unit.order + 1), _find_mask_shape(unit)
+    if unit.unmasked or shape[3:] != ("filled",) or not _takes_lengths(unit, masks[0]):
         return [whole]
-    if cache is None and shape[2] == shape[3]:
-        told = replace(unit, id=f"{unit.id}-causal", masks="causal")
-    elif shape[3] == "filled" and _takes_lengths(unit, masks[0]):
-        told = replace(unit, id=f"{unit.id}-padded", masks="padded")
-    else:
-        return [whole]
-    return [replace(told, order=2 * unit.order), whole]
+    told = replace(unit, id=f"{unit.id}-padded", masks="padded", order=2 * unit.order)
+    return [told, whole]
+
+
+def _find_mask_shape(unit: GraphPlan) -> tuple[int | str, ...]:
+    """The shape of the one mask that a unit's attention is told; none where it is another."""
+    masks = [item for item in unit.face.inputs if item.values == "mask"]
+    return masks[0].shape if unit.own_masks and len(masks) == 1 else ()
 
 
 def read_told_width(unit: GraphPlan) -> int | None:

@@ -6,7 +6,7 @@ Nothing is compiled here, and nothing has memory yet: `hubaoti compile --explain
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from hubaoti.compiler.graph_plans import (
     WHOLE_MODEL,
     Form,
     GraphPlan,
+    add_causal,
     add_lengths,
     add_unmasked,
     read_told_width,
@@ -92,6 +93,8 @@ def make_plan(source: Source, request: CompileRequest, device: torch.device) -> 
     units = [unit for form in forms for unit in split_into_buckets(form, dims, request.buckets)]
     if request.is_for_gpus and choose_tracing_attention(source) == caches.ATTENTION:
         units = [each for unit in units for each in add_unmasked(unit)]
+    if request.is_for_gpus:
+        units = _add_told(source, units, add_causal)
     used = {name for unit in units for name in unit.bounds} | {*source.default_dims}
     kept = {name: sizes for name, sizes in dims.items() if name in used and name != "filled"}
     return Plan(source, kept, tuple(units), tuple(left_out))
@@ -102,13 +105,20 @@ def add_fa3_graphs(plan: Plan) -> Plan:
 
     The same plan where there are none.
     """
-    if plan.source.attention != "sdpa":
-        return plan
-    parts = (plan.source.model.get_submodule(unit.region) for unit in plan.units)
-    told = [any(getattr(p, CAUSAL, False) for p in part.modules()) for part in parts]
-    pairs = zip(plan.units, told, strict=True)
-    units = [each for unit, is_told in pairs for each in (add_lengths(unit) if is_told else [unit])]
+    units = _add_told(plan.source, plan.units, add_lengths)
     return replace(plan, units=tuple(units)) if len(units) > len(plan.units) else plan
+
+
+def _add_told(
+    source: Source, units: Sequence[GraphPlan], add: Callable[[GraphPlan], list[GraphPlan]]
+) -> list[GraphPlan]:
+    """Units, and what is added to those whose attention looks at nothing that comes later."""
+    if source.attention != "sdpa":
+        return [*units]
+    parts = (source.model.get_submodule(unit.region) for unit in units)
+    told = [any(getattr(p, CAUSAL, False) for p in part.modules()) for part in parts]
+    pairs = zip(units, told, strict=True)
+    return [each for unit, is_told in pairs for each in (add(unit) if is_told else [unit])]
 
 
 def drop_told_graphs(plan: Plan, widest: int) -> Plan:

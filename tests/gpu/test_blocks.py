@@ -37,7 +37,7 @@ class Form:
         """From a config alone."""
         words: dict[str, Any] = place.require_kernel() if self.attention == "fa3" else {}
         if not self.cached:
-            most = llama.MOST // 2 if place.is_gpu else llama.PLACES
+            most = llama.MOST if place.is_gpu else llama.PLACES
             dims = {"batch": (1, 4), "seq": (1, most)}
             words |= {"task": "forward", "regions": "auto", "dims": dims, "buckets": ()}
         config = llama.make_config(place.device, 2)
@@ -61,6 +61,7 @@ FORMS = (
     Form("block-plain", cached=False),
     Form("block-cache"),
     Form("block-fa3", attention="fa3"),
+    Form("prompt-fa3", cached=False, attention="fa3"),
 )
 
 
