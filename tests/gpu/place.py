@@ -41,8 +41,13 @@ class Place:
         return self.device.type == "cuda"
 
     def get_bundle(self, name: str, make: Callable[[Place], Bundle]) -> Bundle:
-        """The bundle of a name, as it was made beforehand, or else made now, once."""
+        """The bundle of a name, as it was made beforehand, or else made now, once.
+
+        Of what was made beforehand what is missing is left out: a card's time is not for compiling.
+        """
         folder = find_bundle(self.made or self.folder, name)
+        if folder is None and self.made is not None:
+            pytest.skip(f"{name} is not among what was made beforehand")
         return Bundle.read(folder) if folder else make(self)
 
     def write_config(self, name: str, config: Any) -> Path:
