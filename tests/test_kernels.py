@@ -44,8 +44,9 @@ from hubaoti.errors import (
     RepoNotFound,
     Untrusted,
 )
-from hubaoti.host.match import Candidate, MatchResult, judge, rank
+from hubaoti.host.match import MatchResult, judge
 from hubaoti.host.probe import Gpu, probe_host
+from hubaoti.host.rank import Candidate, rank
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.kernels import fetch_kernels, pin_kernel
 from hubaoti.mirror import Artifact, Mirror

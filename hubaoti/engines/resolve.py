@@ -13,8 +13,9 @@ from hubaoti import api
 from hubaoti.api.finding import list_allowed
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.errors import BadRequest, HubaotiError, OtherProgram
-from hubaoti.host.match import Candidate, judge, rank
+from hubaoti.host.match import judge
 from hubaoti.host.probe import Host
+from hubaoti.host.rank import Candidate, rank
 from hubaoti.hub.lockfile import find_lock
 from hubaoti.mirror import Artifact, Mirror
 from hubaoti.program.model_files import read_json, refuse_other_program

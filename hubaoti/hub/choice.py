@@ -17,8 +17,9 @@ from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.requirements import Requirements, read_version, series
 from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.errors import BadSignature, HubaotiError, NoArtifact, NoMatch, Unsigned
-from hubaoti.host.match import Candidate, MatchResult, Verdict, judge, rank
+from hubaoti.host.match import MatchResult, Verdict, judge
 from hubaoti.host.probe import Host
+from hubaoti.host.rank import Candidate, rank
 from hubaoti.hub.catalog import Catalog, Unreadable
 from hubaoti.hub.layout import ArtifactPath, RepoRef
 from hubaoti.mirror import Artifact

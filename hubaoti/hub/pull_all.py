@@ -13,8 +13,9 @@ from functools import partial
 from hubaoti.artifact.requirements import Requirements
 from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import NoArtifact
-from hubaoti.host.match import Candidate, Verdict, judge, rank
+from hubaoti.host.match import Verdict, judge
 from hubaoti.host.probe import Gpu, Host
+from hubaoti.host.rank import Candidate, rank
 from hubaoti.hub.catalog import Allowance, Catalog, read_catalog
 from hubaoti.hub.choice import Considered, describe_refusals, judge_catalog, rank_considered
 from hubaoti.hub.layout import ArtifactPath, RepoRef

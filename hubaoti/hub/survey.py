@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import HubaotiError, OtherProgram
-from hubaoti.host.match import Candidate, rank
+from hubaoti.host.rank import Candidate, rank
 from hubaoti.hub.catalog import Allowance, Catalog, list_catalog, read_manifests
 from hubaoti.hub.choice import Considered, choose_artifact
 from hubaoti.hub.layout import ArtifactPath, RepoRef
