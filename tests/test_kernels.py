@@ -711,7 +711,7 @@ def test_the_mirror_tells_the_host_which_kernels_need_no_network(
     publish(repo, "_attention_cpu_6a")
     pinned = pin(settings, repo)
     fetch(settings, pinned)
-    assert pinned.id in probe_host(settings, kernel_caches=()).kernels
+    assert pinned.id in probe_host(settings).kernels
 
 
 @pytest.mark.parametrize(("is_here", "best"), [(True, "fa3"), (False, "sdpa")])

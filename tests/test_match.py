@@ -357,7 +357,7 @@ def test_a_verdict_is_json() -> None:
 
 
 def test_this_machine_fits_what_is_built_like_it(tmp_path: Path) -> None:
-    here = probe_host(Settings(home=tmp_path), kernel_caches=())
+    here = probe_host(Settings(home=tmp_path))
     assert here.torch is not None
     requires = Requirements(
         device="cpu",
