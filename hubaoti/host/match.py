@@ -21,7 +21,7 @@ from hubaoti.artifact.requirements import Requirements, comes_with_torch, read_v
 from hubaoti.host.gpu_limits import count_shared_memory
 from hubaoti.host.probe import Gpu, Host
 
-_NO_KERNEL = "pull an sdpa recipe, which needs no kernel"
+NO_KERNEL = "pull an sdpa recipe, which needs no kernel"
 
 
 class MatchResult(StrEnum):
@@ -44,6 +44,11 @@ class Reason:
 @dataclass(frozen=True, slots=True)
 class Refusal(Reason):
     """Why an artifact cannot run here: one refusal makes it incompatible."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoKernel(Refusal):
+    """Why a kernel that an artifact calls cannot be had here, as its kind of host could."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +253,7 @@ def _judge_kernels(requires: Requirements, host: Host) -> Finding:
     missing = ", ".join(str(pin) for pin in requires.kernels if pin.id not in host.kernels)
     if not missing or not host.offline:
         return None
-    return Refusal(
+    return NoKernel(
         need=f"the kernels {missing}",
         have="no copy of them, and no network: HF_HUB_OFFLINE is set",
         advice="unset HF_HUB_OFFLINE to fetch them, or pull an sdpa recipe",
@@ -266,7 +271,7 @@ def _judge_kernel_builds(requires: Requirements, host: Host) -> Finding:
         f"{' and '.join(each)} for the kernel {repo}" for repo, each in misfits.items() if each
     ]
     have = f"{_describe_torch(host)} on {host.machine} {host.os}"
-    return Refusal(", ".join(built), have, _NO_KERNEL) if built else None
+    return NoKernel(", ".join(built), have, NO_KERNEL) if built else None
 
 
 # The rows that ask one GPU
@@ -301,7 +306,7 @@ def _judge_kernel_archs(requires: Requirements, gpu: Gpu) -> Finding:
     built = {pin.repo: pin.describe_archs() for pin in requires.kernels if not pin.supports(gpu.sm)}
     need = ", ".join(f"{archs} for the kernel {repo}" for repo, archs in built.items())
     have = f"{_format_arch(gpu.sm)} ({gpu.name})"
-    return Refusal(need, have, _NO_KERNEL) if built else None
+    return NoKernel(need, have, NO_KERNEL) if built else None
 
 
 _HOST_ROWS: tuple[Callable[[Requirements, Host], Finding], ...] = (
