@@ -44,8 +44,9 @@ from hubaoti.errors import (
     RepoNotFound,
     Untrusted,
 )
-from hubaoti.host.match import Candidate, MatchResult, judge, rank
+from hubaoti.host.match import MatchResult, judge
 from hubaoti.host.probe import Gpu, probe_host
+from hubaoti.host.rank import Candidate, rank
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.kernels import fetch_kernels, pin_kernel
 from hubaoti.mirror import Artifact, Mirror
@@ -710,7 +711,7 @@ def test_the_mirror_tells_the_host_which_kernels_need_no_network(
     publish(repo, "_attention_cpu_6a")
     pinned = pin(settings, repo)
     fetch(settings, pinned)
-    assert pinned.id in probe_host(settings, kernel_caches=()).kernels
+    assert pinned.id in probe_host(settings).kernels
 
 
 @pytest.mark.parametrize(("is_here", "best"), [(True, "fa3"), (False, "sdpa")])

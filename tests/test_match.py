@@ -15,16 +15,9 @@ from hypothesis import strategies as st
 from hubaoti.artifact.kernel_pin import KernelPin
 from hubaoti.artifact.requirements import Requirements
 from hubaoti.artifact.variant import Recipe, Variant
-from hubaoti.host.match import (
-    Candidate,
-    Compromise,
-    MatchResult,
-    Refusal,
-    Verdict,
-    judge,
-    rank,
-)
+from hubaoti.host.match import Compromise, MatchResult, Refusal, Verdict, judge
 from hubaoti.host.probe import Gpu, Host, Torch, probe_host
+from hubaoti.host.rank import Candidate, rank
 from hubaoti.settings import Settings
 
 # A deadline would measure whoever shares the machine.
@@ -364,7 +357,7 @@ def test_a_verdict_is_json() -> None:
 
 
 def test_this_machine_fits_what_is_built_like_it(tmp_path: Path) -> None:
-    here = probe_host(Settings(home=tmp_path), kernel_caches=())
+    here = probe_host(Settings(home=tmp_path))
     assert here.torch is not None
     requires = Requirements(
         device="cpu",

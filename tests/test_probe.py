@@ -36,7 +36,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def here(settings: Settings) -> Host:
-    return probe_host(settings, kernel_caches=())
+    return probe_host(settings)
 
 
 def fake_version_py(folder: Path, source: str | bytes) -> Path:
@@ -134,49 +134,20 @@ def test_a_search_path_of_the_process_counts(tmp_path: Path) -> None:
 
 
 def test_offline_and_free_disk_are_facts(tmp_path: Path) -> None:
-    here = probe_host(Settings(home=tmp_path / "a" / "b", offline=True), kernel_caches=())
+    here = probe_host(Settings(home=tmp_path / "a" / "b", offline=True))
     assert here.offline
     assert here.disk_free is not None and here.disk_free > 0
 
 
-def test_kernels_are_looked_for_where_the_settings_say(settings: Settings, tmp_path: Path) -> None:
-    assert probe_host(settings).kernels == set()
-    here = replace(settings, kernel_cache=tmp_path / "hub")
-    assert probe_host(here).kernels == set()  # there may be none
-    snapshot = tmp_path / f"hub/kernels--someone--op/snapshots/{'1' * 40}"
-    snapshot.mkdir(parents=True)
-    (snapshot / "metadata.json").touch()
-    assert probe_host(here).kernels == {f"someone/op@{'1' * 40}"}
-
-
-# Kernels in a cache folder
-
-
-def test_kernels_are_read_from_either_layout_and_only_if_not_empty(
+def test_a_kernel_of_another_librarys_cache_is_none_that_needs_no_network(
     settings: Settings, tmp_path: Path
 ) -> None:
-    one, two, empty = "1" * 40, "2" * 40, "3" * 40
-    for folder in (
-        f"models--kernels-community--flash-attn3/snapshots/{one}",
-        f"kernels--kernels-community--rmsnorm/snapshots/{two}",
-        f"datasets--someone--rows/snapshots/{one}",
-    ):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "metadata.json").touch()
-    (tmp_path / f"models--someone--half/snapshots/{empty}").mkdir(parents=True)
-    found = probe_host(settings, kernel_caches=[tmp_path, tmp_path / "absent"]).kernels
-    assert found == {f"kernels-community/flash-attn3@{one}", f"kernels-community/rmsnorm@{two}"}
-
-
-class ClosedFolder(type(Path())):  # type: ignore[misc]
-    """A folder that may not be read, also by root, who may run these tests."""
-
-    def glob(self, pattern: str) -> Any:
-        raise PermissionError(13, "Permission denied", str(self))
-
-
-def test_a_folder_that_may_not_be_read_has_no_kernels(settings: Settings, tmp_path: Path) -> None:
-    assert probe_host(settings, kernel_caches=[ClosedFolder(tmp_path)]).kernels == set()
+    cache, digest = tmp_path / "hub", "d" * 64
+    (cache / f"kernels--someone--op/snapshots/{'1' * 40}/build").mkdir(parents=True)
+    here = replace(settings, kernel_cache=cache)
+    assert probe_host(here).kernels == set()  # a pull takes none from there
+    (settings.mirror / "kernels" / digest).mkdir(parents=True)
+    assert probe_host(here).kernels == {digest}
 
 
 # torch, in fake folders
@@ -297,7 +268,7 @@ class FakeNvml(types.ModuleType):
 
 def probe_with(fake_nvml: FakeNvml, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Host:
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml)
-    return probe_host(settings, kernel_caches=())
+    return probe_host(settings)
 
 
 @pytest.mark.skipif(has_driver, reason="there is a driver here")
@@ -440,7 +411,7 @@ def test_a_machine_without_glibc_answers_none(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "confstr", raises(ValueError("unrecognized configuration name")))
-    here = probe_host(settings, kernel_caches=())
+    here = probe_host(settings)
     assert here.glibc is None
 
 
@@ -448,7 +419,7 @@ def test_a_machine_without_libstdcxx_answers_none(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe_of_host, "LIBSTDCXX", "libno-such-thing.so.6")
-    here = probe_host(settings, kernel_caches=())
+    here = probe_host(settings)
     assert (here.glibcxx, here.cxxabi) == (None, None)
     assert any(note.startswith("libno-such-thing.so.6: ") for note in here.notes)
 
@@ -459,7 +430,7 @@ def test_a_libstdcxx_that_is_no_library_is_a_note(
     text = tmp_path / "libstdc++.so.6"
     text.write_text("INPUT(-lstdc++)")
     monkeypatch.setattr(probe_of_host, "find_mapped", lambda soname: text)
-    here = probe_host(settings, kernel_caches=())
+    here = probe_host(settings)
     assert here.glibcxx is None
     assert any("names no versions of symbols" in note for note in here.notes)
 
@@ -470,7 +441,7 @@ def test_a_library_that_is_mapped_under_no_name_answers_none(
     monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
     monkeypatch.setattr(probe_of_host, "LIBSTDCXX", "libno-such-thing.so.6")
     monkeypatch.setattr(probe_of_host, "_list_loader_folders", list)
-    assert probe_host(settings, kernel_caches=()).glibcxx is None
+    assert probe_host(settings).glibcxx is None
 
 
 @pytest.mark.parametrize("fake_ldconfig", [None, "/no/such/ldconfig"])
@@ -478,14 +449,14 @@ def test_a_machine_without_ldconfig_still_lists_folders(
     fake_ldconfig: str | None, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name, path: fake_ldconfig)
-    assert "libtorch.so" in probe_host(settings, kernel_caches=()).libraries
+    assert "libtorch.so" in probe_host(settings).libraries
 
 
 def test_a_folder_that_is_not_there_is_no_crash(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "absent"))
-    assert "libtorch.so" in probe_host(settings, kernel_caches=()).libraries
+    assert "libtorch.so" in probe_host(settings).libraries
 
 
 @pytest.mark.parametrize("failing", ["size", "paths"])
@@ -494,7 +465,7 @@ def test_a_loader_that_does_not_answer_is_no_crash(
 ) -> None:
     constant = {"size": "_RTLD_DI_SERINFOSIZE", "paths": "_RTLD_DI_SERINFO"}[failing]
     monkeypatch.setattr(probe_of_host, constant, 999)
-    assert "libtorch.so" in probe_host(settings, kernel_caches=()).libraries
+    assert "libtorch.so" in probe_host(settings).libraries
 
 
 def test_a_system_without_posix_calls_answers_none(
@@ -502,7 +473,7 @@ def test_a_system_without_posix_calls_answers_none(
 ) -> None:
     monkeypatch.setattr(os, "sysconf", raises(ValueError("unrecognized configuration name")))
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    here = probe_host(settings, kernel_caches=())
+    here = probe_host(settings)
     assert here.memory is None
     assert here.cores >= 1
 
@@ -511,7 +482,7 @@ def test_a_disk_that_does_not_answer_is_none(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", raises(PermissionError()))
-    assert probe_host(settings, kernel_caches=()).disk_free is None
+    assert probe_host(settings).disk_free is None
 
 
 def test_an_arm_host_has_its_family_as_level(
@@ -519,7 +490,7 @@ def test_an_arm_host_has_its_family_as_level(
 ) -> None:
     fake_cpu = archspec.cpu.TARGETS["neoverse_v2"]
     monkeypatch.setattr(archspec.cpu, "host", lambda: fake_cpu)
-    here = probe_host(settings, kernel_caches=())
+    here = probe_host(settings)
     assert (here.level, here.cpu) == ("aarch64", "neoverse_v2")
 
 
@@ -531,6 +502,6 @@ def test_what_archspec_warns_of_is_a_note(
         return archspec.cpu.TARGETS["x86_64"]
 
     monkeypatch.setattr(archspec.cpu, "host", fake_host)
-    here = probe_host(settings, kernel_caches=())
+    here = probe_host(settings)
     assert "processor: cpuid is not there" in here.notes
     assert here.level == "x86_64"

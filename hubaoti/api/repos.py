@@ -82,15 +82,18 @@ def explain_repo(
 ) -> RepoExplanation:
     """Every artifact of `owner/name[@revision]`: how well it fits this host, and why.
 
-    Or how well it fits another host, which a file describes as `hubaoti doctor --json` does.
+    Or how well it fits another host, which a file describes as `hubaoti doctor --json` does. One
+    whose kernel cannot be had here is refused, as `pull` leaves it out. Offline, of a commit that
+    was pulled before, these are the artifacts that are here.
 
     Raises:
         NoArtifact: the repo holds none. BadRequest: the file describes no host.
         Untrusted, RepoMoved, RolledBack, NoVersion: of the revision, as `pull`.
     """
-    from hubaoti.hub.catalog import read_catalog
     from hubaoti.hub.choice import describe_refusals, judge_catalog, rank_considered
+    from hubaoti.hub.kernel_choice import make_asking_trial
     from hubaoti.hub.pull import Puller
+    from hubaoti.hub.pull_mirrored import read_here_or_there
 
     settings = settings or Settings.from_env()
     ref, wanted = RepoRef.parse(repo), None if recipe is None else Recipe.parse(recipe)
@@ -99,9 +102,9 @@ def explain_repo(
         puller = Puller(mirror, settings, found, recipe=wanted, progress=progress)
         commit = puller.pin_commit(ref)
         progress(f"reading the manifests of {ref.repo} at {commit}")
-        required = puller.find_required(ref)
-        catalog = read_catalog(puller.client, ref.repo, commit, required=required)
-    considered = judge_catalog(catalog, puller.judge)
+        catalog = read_here_or_there(puller, ref, commit)
+        trial = make_asking_trial(puller, lambda: catalog)
+        considered = tuple(map(trial.look, judge_catalog(catalog, puller.judge)))
     if not considered:
         raise describe_refusals(catalog, (), wanted)
     fitting = rank_considered(considered, wanted)

@@ -13,12 +13,17 @@ from hubaoti import api
 from hubaoti.api.finding import list_allowed
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.errors import BadRequest, HubaotiError, OtherProgram
-from hubaoti.host.match import Candidate, judge, rank
+from hubaoti.host.match import judge
 from hubaoti.host.probe import Host
+from hubaoti.host.rank import Candidate, rank
+from hubaoti.hub.client import HubClient
+from hubaoti.hub.kernel_choice import KernelTrial
+from hubaoti.hub.kernels import bring_kernels
 from hubaoti.hub.lockfile import find_lock
 from hubaoti.mirror import Artifact, Mirror
+from hubaoti.mirror.trust import Trust
 from hubaoti.program.model_files import read_json, refuse_other_program
-from hubaoti.progress import Progress
+from hubaoti.progress import Progress, report_nothing
 from hubaoti.settings import Settings
 
 ENGINE_TASKS = ("generate", "embed")
@@ -113,7 +118,10 @@ def choose_task(folder: Path) -> str:
 def find_in_mirror(wanted: Wanted, settings: Settings) -> Artifact | None:
     """The best artifact of the mirror for a model; a quantized one only where that is wanted.
 
+    One whose kernel cannot be had is taken where there is no other.
+
     Raises:
+        KernelDigestMismatch: a kernel was to be fetched again, and has other bytes.
         BadLock: the lockfile of `HUBAOTI_LOCK`, which has to name it, cannot be read.
     """
     kind, _, number = wanted.device.partition(":")
@@ -125,14 +133,31 @@ def find_in_mirror(wanted: Wanted, settings: Settings) -> Artifact | None:
             for each in list_allowed(mirror, mirror.ls())
             if (lock is None or lock.holds(each.digest)) and wanted.accepts(each.manifest)
         }
-        best = _choose(fitting, wanted, gpu)
+        ranked = _rank_fitting(fitting, wanted, gpu)
+        best = next(iter(ranked), None)
+        if lock is None:  # which says what is taken
+            trial = _make_trial(mirror, settings)
+            best = next((each for each in ranked if trial.brings(each.manifest)), best)
         if best is not None:
             mirror.leases.hold(best.digest)  # it is opened soon
     return best
 
 
-def _choose(fitting: Mapping[str, Artifact], wanted: Wanted, gpu: int | None) -> Artifact | None:
-    """The best of some artifacts, by their digests, for the GPU that is wanted."""
+def _make_trial(mirror: Mirror, settings: Settings) -> KernelTrial:
+    """Whether kernels of what is in the mirror are there, too, or come without more ado."""
+
+    def bring(manifest: Manifest) -> None:
+        if manifest.requires.kernels:
+            trust = Trust(settings.trust)
+            bring_kernels(manifest, mirror, HubClient(settings), trust, report_nothing)
+
+    return KernelTrial(bring, lambda _: None, is_free=True, is_offline=True)
+
+
+def _rank_fitting(
+    fitting: Mapping[str, Artifact], wanted: Wanted, gpu: int | None
+) -> list[Artifact]:
+    """Those of some artifacts that fit the GPU that is wanted, the best first."""
     same = [
         Candidate(each.recipe, each.variant, judge(each.requires, wanted.host, gpu), digest)
         for digest, each in ((digest, found.manifest) for digest, found in fitting.items())
@@ -140,8 +165,7 @@ def _choose(fitting: Mapping[str, Artifact], wanted: Wanted, gpu: int | None) ->
     ]
     # Quantized ones answer something else, so they are ranked only by their recipe's name.
     recipes = sorted({each.recipe for each in same}, key=str) if wanted.quantization else [None]
-    best = next((each for recipe in recipes for each in rank(same, recipe)), None)
-    return None if best is None else fitting[best.id]
+    return [fitting[each.id] for recipe in recipes for each in rank(same, recipe)]
 
 
 def find_in_repos(

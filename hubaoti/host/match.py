@@ -1,8 +1,8 @@
-"""What an artifact needs against what this host has: every reason, and the best one first.
+"""What an artifact needs against what this host has: every reason.
 
 `judge` reads a manifest's requirements and never its path. Each row of the table is one function
 that answers a Refusal (it cannot run here), a Compromise (it runs, and is not made for this host)
-or None; a verdict is all of them. `rank` orders the artifacts that can run.
+or None; a verdict is all of them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from packaging.version import Version
 
 from hubaoti.artifact.kernel_variant import KernelHost
 from hubaoti.artifact.requirements import Requirements, comes_with_torch, read_version, series
-from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.host.gpu_limits import count_shared_memory
 from hubaoti.host.probe import Gpu, Host
 
-_ATTENTIONS = ("fa3", "sdpa")
-_NO_KERNEL = "pull an sdpa recipe, which needs no kernel"
+NO_KERNEL = "pull an sdpa recipe, which needs no kernel"
 
 
 class MatchResult(StrEnum):
@@ -46,6 +44,11 @@ class Reason:
 @dataclass(frozen=True, slots=True)
 class Refusal(Reason):
     """Why an artifact cannot run here: one refusal makes it incompatible."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoKernel(Refusal):
+    """Why a kernel that an artifact calls cannot be had here, as its kind of host could."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,7 @@ def judge_gpus(requires: Requirements, gpus: Sequence[Gpu]) -> Verdict:
     found = [
         _make_verdict([row(requires, gpu) for row in _GPU_ROWS], i) for i, gpu in enumerate(gpus)
     ]
-    best = min(found, key=_rank_verdict, default=Verdict())
+    best = min(found, key=rank_verdict, default=Verdict())
     if best.refusals:
         return _make_verdict((each for verdict in found for each in verdict.refusals), None)
     return best
@@ -177,8 +180,8 @@ def _judge_cuda(requires: Requirements, host: Host) -> Finding:
     """The toolkit of the host's torch: same: exact; same major, not older: compatible."""
     if requires.cuda is None:
         return None
-    built = _parse_cuda_version(requires.cuda)
-    here = _parse_cuda_version(host.torch.cuda if host.torch else None)
+    built = parse_cuda_version(requires.cuda)
+    here = parse_cuda_version(host.torch.cuda if host.torch else None)
     need = f"torch built with CUDA {requires.cuda}"
     install = f"install a torch that is built with CUDA {requires.cuda}"
     if here is None:
@@ -194,7 +197,7 @@ def _judge_cuda(requires: Requirements, host: Host) -> Finding:
 
 def _judge_driver(requires: Requirements, host: Host) -> Finding:
     """The driver serves the CUDA that is needed."""
-    needed, here = _parse_cuda_version(requires.driver), _parse_cuda_version(host.driver_cuda)
+    needed, here = parse_cuda_version(requires.driver), parse_cuda_version(host.driver_cuda)
     if needed is None or (here is not None and here >= needed):
         return None
     have = f"driver {host.driver}, which serves CUDA {host.driver_cuda}"
@@ -250,7 +253,7 @@ def _judge_kernels(requires: Requirements, host: Host) -> Finding:
     missing = ", ".join(str(pin) for pin in requires.kernels if pin.id not in host.kernels)
     if not missing or not host.offline:
         return None
-    return Refusal(
+    return NoKernel(
         need=f"the kernels {missing}",
         have="no copy of them, and no network: HF_HUB_OFFLINE is set",
         advice="unset HF_HUB_OFFLINE to fetch them, or pull an sdpa recipe",
@@ -268,7 +271,7 @@ def _judge_kernel_builds(requires: Requirements, host: Host) -> Finding:
         f"{' and '.join(each)} for the kernel {repo}" for repo, each in misfits.items() if each
     ]
     have = f"{_describe_torch(host)} on {host.machine} {host.os}"
-    return Refusal(", ".join(built), have, _NO_KERNEL) if built else None
+    return NoKernel(", ".join(built), have, NO_KERNEL) if built else None
 
 
 # The rows that ask one GPU
@@ -303,7 +306,7 @@ def _judge_kernel_archs(requires: Requirements, gpu: Gpu) -> Finding:
     built = {pin.repo: pin.describe_archs() for pin in requires.kernels if not pin.supports(gpu.sm)}
     need = ", ".join(f"{archs} for the kernel {repo}" for repo, archs in built.items())
     have = f"{_format_arch(gpu.sm)} ({gpu.name})"
-    return Refusal(need, have, _NO_KERNEL) if built else None
+    return NoKernel(need, have, NO_KERNEL) if built else None
 
 
 _HOST_ROWS: tuple[Callable[[Requirements, Host], Finding], ...] = (
@@ -324,63 +327,12 @@ _GPU_ROWS: tuple[Callable[[Requirements, Gpu], Finding], ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """An artifact that could be pulled; `id` (its path, its digest) is its own among candidates."""
-
-    recipe: Recipe
-    variant: Variant
-    verdict: Verdict
-    id: str
-
-
-def rank(candidates: Iterable[Candidate], recipe: Recipe | None = None) -> list[Candidate]:
-    """The candidates that can run here, best first: a total order, whatever order they come in.
-
-    An asked recipe is a condition: only artifacts of exactly it, label included, are offered. With
-    none asked every recipe is, except the quantized ones, which answer something else.
-    """
-    offered = [
-        each
-        for each in candidates
-        if each.verdict.fit is not MatchResult.INCOMPATIBLE
-        and (each.recipe.quantization is None if recipe is None else each.recipe == recipe)
-    ]
-    return sorted(offered, key=_rank_candidate)
-
-
-def _rank_candidate(candidate: Candidate) -> tuple[Any, ...]:
-    """Exact, fa3, unlabelled, GPU; then the higher CPU level and the nearer CUDA and sm; then id.
-
-    Among those that fit, the nearer CUDA is the higher one: none is above the host's. A labelled
-    recipe was built for a special use, and a CPU artifact leaves the GPU idle.
-    """
-    recipe, variant = candidate.recipe, candidate.variant
-    known = recipe.attention in _ATTENTIONS
-    return (
-        _rank_verdict(candidate.verdict),
-        _ATTENTIONS.index(recipe.attention) if known else len(_ATTENTIONS),
-        recipe.label is not None,
-        variant.cuda is None,
-        -_rank_level(variant.level),
-        tuple(-number for number in _parse_cuda_version(variant.cuda) or ()),
-        -(variant.sm or 0),
-        candidate.id,
-    )
-
-
-def _rank_verdict(verdict: Verdict) -> int:
+def rank_verdict(verdict: Verdict) -> int:
+    """Its place among all fits: 0 is exact, the best."""
     return tuple(MatchResult).index(verdict.fit)
 
 
-def _rank_level(level: str) -> int:
-    """How far a CPU level stands above its family; -1 for one that archspec does not know."""
-    from archspec.cpu import TARGETS
-
-    return len(TARGETS[level].ancestors) if level in TARGETS else -1
-
-
-def _parse_cuda_version(text: str | None) -> tuple[int, int] | None:
+def parse_cuda_version(text: str | None) -> tuple[int, int] | None:
     """The first two numbers of a CUDA version; None where there are none."""
     found = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", text or "")
     return (int(found[1]), int(found[2])) if found else None

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -70,7 +70,7 @@ class Host:
     `gpus` are those of NVML's that CUDA shows this process, as far as that can be told without it.
     `driver_cuda` is the newest CUDA that the driver serves. `glibcxx` and `cxxabi` are the highest
     versions that this process's libstdc++ defines. `libraries` are sonames that can be loaded;
-    `kernels` need no network: `repo@commit`s of the kernels library, and digests of the mirror's.
+    `kernels` need no network: the digests of those in the mirror.
     """
 
     os: str
@@ -101,13 +101,8 @@ class Host:
         return {name: [*fact] if isinstance(fact, tuple) else fact for name, fact in facts.items()}
 
 
-def probe_host(settings: Settings, kernel_caches: Iterable[Path] | None = None) -> Host:
-    """Ask this machine for its facts; takes some 100 ms and changes nothing.
-
-    Kernels are looked for in `kernel_caches`, by default where the settings say.
-    """
-    if kernel_caches is None:
-        kernel_caches = () if settings.kernel_cache is None else (settings.kernel_cache,)
+def probe_host(settings: Settings) -> Host:
+    """Ask this machine for its facts; takes some 100 ms and changes nothing."""
     notes: list[str] = [*list_gaps(), *list_worker_gaps()]
     level, cpu = _probe_cpu(notes)
     torch = find_torch(notes)
@@ -129,7 +124,7 @@ def probe_host(settings: Settings, kernel_caches: Iterable[Path] | None = None) 
         glibcxx=glibcxx,
         cxxabi=cxxabi,
         libraries=_list_libraries(torch),
-        kernels=frozenset((*_list_kernels(kernel_caches), *_list_mirrored(settings.mirror))),
+        kernels=_list_kernels(settings.mirror),
         offline=settings.offline,
         disk_free=_measure_free_disk(settings.mirror),
         endpoint=settings.endpoint,
@@ -370,24 +365,11 @@ def _list_loader_folders() -> list[str]:
     return [path.name.decode(errors="surrogateescape") for path in paths]
 
 
-def _list_kernels(caches: Iterable[Path]) -> Iterator[str]:
-    """`repo@commit` of each repo snapshot that could be a kernel's; what cannot be read has none.
-
-    A kernel lives in a repo of its own type, or, where it is older, in a model repo.
-    """
-    for cache in caches:
-        with suppress(OSError):
-            for snapshot in cache.glob("*--*--*/snapshots/*"):
-                kind, owner, name = snapshot.parent.parent.name.split("--", maxsplit=2)
-                if kind in {"kernels", "models"} and any(snapshot.iterdir()):
-                    yield f"{owner}/{name}@{snapshot.name}"
-
-
-def _list_mirrored(mirror: Path) -> list[str]:
+def _list_kernels(mirror: Path) -> frozenset[str]:
     """The digests of the kernels that lie in the mirror; what cannot be read has none."""
     with suppress(OSError):
-        return [folder.name for folder in (mirror / "kernels").iterdir()]
-    return []
+        return frozenset(folder.name for folder in (mirror / "kernels").iterdir())
+    return frozenset()
 
 
 def _measure_free_disk(folder: Path) -> int | None:

@@ -17,8 +17,9 @@ from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.requirements import Requirements, read_version, series
 from hubaoti.artifact.variant import Recipe, Variant
 from hubaoti.errors import BadSignature, HubaotiError, NoArtifact, NoMatch, Unsigned
-from hubaoti.host.match import Candidate, MatchResult, Verdict, judge, rank
+from hubaoti.host.match import MatchResult, Verdict, judge
 from hubaoti.host.probe import Host
+from hubaoti.host.rank import Candidate, rank
 from hubaoti.hub.catalog import Catalog, Unreadable
 from hubaoti.hub.layout import ArtifactPath, RepoRef
 from hubaoti.mirror import Artifact
@@ -27,6 +28,7 @@ _ANY_SM = 10  # the lowest that PTX can be for
 _TOGETHER = 8  # manifests that are read at a time, once the first was not the best there could be
 
 Read = Callable[[Iterable[ArtifactPath]], Catalog]
+Look = Callable[["Considered"], "Considered"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,11 @@ class Considered:
     manifest: Manifest | None = field(repr=False)
     verdict: Verdict | None
     error: Unreadable | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can run here."""
+        return self.verdict is not None and not self.verdict.refusals
 
     @property
     def is_refused(self) -> bool:
@@ -68,11 +75,16 @@ class Pulled:
 
 
 def choose_artifact(
-    places: Iterable[ArtifactPath], read: Read, host: Host, recipe: Recipe | None
+    places: Iterable[ArtifactPath],
+    read: Read,
+    host: Host,
+    recipe: Recipe | None,
+    look: Look | None = None,
 ) -> tuple[Considered | None, tuple[Considered, ...]]:
     """The artifact that fits a host best, and all that were looked at; None where none fits.
 
     `read` reads the manifests of some places, and has them in its catalog, beside those before.
+    The best one has the last word said of it by `look`; where that refuses it, the next best has.
     """
     places = [*places]
     bounds = {variant: judge_path(variant, host) for variant in {each.variant for each in places}}
@@ -82,16 +94,22 @@ def choose_artifact(
         for place, verdict in verdicts.items()
         if verdict.fit is MatchResult.INCOMPATIBLE
     }
-    waiting = rank([_make_candidate(place, each) for place, each in verdicts.items()], recipe)
-    best: Candidate | None = None
+    waiting = rank([make_candidate(place, each) for place, each in verdicts.items()], recipe)
+    chosen: Considered | None = None
     count = 1
-    while waiting and (best is None or rank([waiting[0], best], recipe)[0] is not best):
-        batch, waiting, count = waiting[:count], waiting[count:], _TOGETHER
-        found = read([ArtifactPath.parse(each.id) for each in batch])
-        read_now = judge_catalog(found, lambda requires: judge(requires, host))
-        looked |= {each.place: each for each in read_now}
+    while chosen is None:
         best = next(iter(rank(_list_candidates(looked.values()), recipe)), None)
-    chosen = looked[ArtifactPath.parse(best.id)] if best else None
+        if best is not None and not (waiting and rank([waiting[0], best], recipe)[0] is not best):
+            found = looked[ArtifactPath.parse(best.id)]
+            looked[found.place] = said = found if look is None else look(found)
+            chosen = said if said.fits else None
+        elif waiting:
+            batch, waiting, count = waiting[:count], waiting[count:], _TOGETHER
+            catalog = read([ArtifactPath.parse(each.id) for each in batch])
+            read_now = judge_catalog(catalog, lambda requires: judge(requires, host))
+            looked = {each.place: each for each in read_now} | looked
+        else:
+            break
     return chosen, tuple(looked[place] for place in verdicts if place in looked)
 
 
@@ -115,12 +133,13 @@ def judge_path(variant: Variant, host: Host) -> Verdict:
     return judge(best, host)
 
 
-def _make_candidate(place: ArtifactPath, verdict: Verdict) -> Candidate:
+def make_candidate(place: ArtifactPath, verdict: Verdict) -> Candidate:
+    """An artifact as it is ranked."""
     return Candidate(place.recipe, place.variant, verdict, str(place))
 
 
 def _list_candidates(considered: Iterable[Considered]) -> list[Candidate]:
-    return [_make_candidate(each.place, each.verdict) for each in considered if each.verdict]
+    return [make_candidate(each.place, each.verdict) for each in considered if each.verdict]
 
 
 def judge_catalog(

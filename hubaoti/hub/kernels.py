@@ -54,7 +54,7 @@ _MOST_PLAIN = 64 << 20  # bytes of files that git itself keeps, which have no sh
 _SCHEMA = re.compile(
     rb"(?<![\x20-\x7e])fwd\([\x20-\x7e]{0,8000}?\) -> [\x20-\x7e]{1,400}(?![\x20-\x7e])"
 )
-_PULL_OTHER = "or pull a recipe that calls no kernel, as hubaoti pull REPO --recipe bfloat16-sdpa"
+PULL_OTHER = "or pull a recipe that calls no kernel, as hubaoti pull REPO --recipe bfloat16-sdpa"
 _NO_KERNEL = "name another kernel or version, or compile with sdpa, which needs no kernel"
 
 
@@ -127,10 +127,21 @@ def bring_kernels(
         KernelDigestMismatch: what it has are other bytes than were pinned.
         DiskFull: there is no room; nothing half-written stays.
     """
-    for pin in manifest.requires.kernels:
-        signed = mirror.seen.list_signed(manifest.digest)  # and so all that it pins
-        require_kernel_publisher(trust, client.endpoint, pin.repo, f"commit {pin.commit}", signed)
+    signed = mirror.seen.list_signed(manifest.digest)
+    require_kernel_publishers(manifest, client.endpoint, trust, signed)
     fetch_kernels(client, mirror, manifest.requires.kernels, progress)
+
+
+def require_kernel_publishers(
+    manifest: Manifest, endpoint: str, trust: Trust, signed: Iterable[Signed]
+) -> None:
+    """See that who publishes an artifact's kernels is trusted; whose signed it, pinned them too.
+
+    Raises:
+        Untrusted, Unsigned, Blocked: as `require_kernel_publisher`.
+    """
+    for pin in manifest.requires.kernels:
+        require_kernel_publisher(trust, endpoint, pin.repo, f"commit {pin.commit}", signed)
 
 
 def require_kernel_publisher(
@@ -144,7 +155,7 @@ def require_kernel_publisher(
         Untrusted: he is not. Unsigned: he has to sign, and did not.
     """
     owner = RepoRef(repo).owner
-    advice = f"say so once with: hubaoti trust add {owner}; {_PULL_OTHER}"
+    advice = f"say so once with: hubaoti trust add {owner}; {PULL_OTHER}"
     trust.require(endpoint, owner, f"the kernel {repo} at {endpoint} ({which})", advice, signed)
 
 
@@ -159,7 +170,7 @@ def fetch_kernels(
     for pin in pins:
         if mirror.has_kernel(pin):
             continue
-        build = _require_build(pin)
+        build = require_build(pin)
         with mirror.leases.alone(pin.id, progress):
             if mirror.has_kernel(pin):  # by now: another process has fetched it
                 continue
@@ -171,11 +182,11 @@ def fetch_kernels(
 
 def _store(client: HubClient, mirror: Mirror, pin: KernelPin) -> None:
     """Download a kernel into the mirror; what was downloaded is not kept twice."""
-    _require_owned(client, pin)
+    require_owner_of(client, pin)
     for _ in range(_ATTEMPTS):
         files = download_build(client, pin)
         try:
-            mirror.put_kernel(_require_build(pin), files)
+            mirror.put_kernel(require_build(pin), files)
         except FileNotFoundError:  # another pull of it removed what we shared
             if mirror.has_kernel(pin):
                 return
@@ -193,8 +204,13 @@ def _store(client: HubClient, mirror: Mirror, pin: KernelPin) -> None:
     )
 
 
-def _require_owned(client: HubClient, pin: KernelPin) -> None:
-    """See that a kernel's owner has put it there: who pinned it is who made the artifact."""
+def require_owner_of(client: HubClient, pin: KernelPin) -> None:
+    """See that a kernel's owner has put it there: who pinned it is who made the artifact.
+
+    Raises:
+        Untrusted: no branch and no tag has its commit. RepoMoved: it is called otherwise by now.
+        KernelMissing: it is not there, or cannot be asked.
+    """
     try:
         resolve_owned(client, pin.repo, pin.commit, _KIND)
     except (RepoNotFound, HubUnreachable) as error:
@@ -312,8 +328,12 @@ def _list_build(client: HubClient, pin: KernelPin) -> dict[str, Entry]:
     return {each.path.removeprefix(start): each for each in found if each.path.startswith(start)}
 
 
-def _require_build(pin: KernelPin) -> KernelBuild:
-    """The build that a pin says; one that says none cannot be verified."""
+def require_build(pin: KernelPin) -> KernelBuild:
+    """The build that a pin says; one that says none cannot be verified.
+
+    Raises:
+        KernelMissing: it says none.
+    """
     if pin.build is None:
         raise KernelMissing(
             f"the kernel {pin} is pinned without its files, so none can be verified",
@@ -329,7 +349,7 @@ def download_build(client: HubClient, pin: KernelPin) -> dict[str, Path]:
         KernelMissing: the repo does not have it, or cannot be asked.
         KernelDigestMismatch: a file is larger than it was pinned.
     """
-    build = _require_build(pin)
+    build = require_build(pin)
     start = f"build/{build.variant}/"
     try:
         return {
@@ -341,7 +361,7 @@ def download_build(client: HubClient, pin: KernelPin) -> dict[str, Path]:
 
 
 def _describe_gone(pin: KernelPin, error: RepoNotFound | HubUnreachable) -> KernelMissing:
-    hint = f"{error.hint}; {_PULL_OTHER}"
+    hint = f"{error.hint}; {PULL_OTHER}"
     return KernelMissing(f"the kernel {pin} cannot be had: {error}", hint=hint)
 
 

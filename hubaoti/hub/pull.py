@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
@@ -25,7 +25,7 @@ from hubaoti.errors import (
     HubaotiError,
     NoMatch,
 )
-from hubaoti.host.match import MatchResult, Verdict, judge
+from hubaoti.host.match import Verdict, judge
 from hubaoti.host.probe import Host
 from hubaoti.hub.catalog import Allowance, Catalog, list_catalog, read_manifests
 from hubaoti.hub.choice import (
@@ -39,11 +39,13 @@ from hubaoti.hub.choice import (
 )
 from hubaoti.hub.client import HubClient
 from hubaoti.hub.fetch import fetch_artifact
+from hubaoti.hub.kernel_choice import KernelTrial, list_left_out
 from hubaoti.hub.kernels import bring_kernels
 from hubaoti.hub.layout import ArtifactPath, RepoRef
 from hubaoti.hub.lockfile import Lock, find_lock
 from hubaoti.hub.pull_digest import pull_digest
 from hubaoti.hub.pull_locked import pull_locked, require_owned
+from hubaoti.hub.pull_mirrored import find_pulled_before
 from hubaoti.hub.pull_path import describe_no_artifact, describe_no_torch, judge_named
 from hubaoti.hub.revisions import Revisions
 from hubaoti.hub.signatures import RequiredSigners
@@ -147,7 +149,7 @@ class Puller:
             return pull_digest(self, ref)
         commit = self.pin_commit(ref)
         with self.mirror.answers.counting_misses(ref.repo, self.host):
-            return self._from_mirror(ref, commit) or self._from_hub(ref, commit)
+            return find_pulled_before(self, ref, commit) or self._from_hub(ref, commit)
 
     def pin_commit(self, ref: RepoRef) -> str:
         """The commit of a revision, which is its owner's, and none from before; or the locked."""
@@ -158,30 +160,14 @@ class Puller:
         return self.revisions.pin(ref)
 
     @property
+    def is_free(self) -> bool:
+        """Whether the next best will do: no recipe, no path and no lock says which one is meant."""
+        return self.recipe is None and self.place is None and self.lock is None
+
+    @property
     def revisions(self) -> Revisions:
         """Where the revisions of repos are, and were."""
         return Revisions(self.client, self.mirror, self.progress, self.allow_rollback)
-
-    def _from_mirror(self, ref: RepoRef, commit: str) -> Pulled | None:
-        """What an earlier pull of this commit chose, if it still may run here."""
-        found = self.mirror.find_pull(self.pin(ref, commit))
-        if found is None:
-            return None
-        artifact, path = found
-        if self.client.is_offline:
-            self.bring_kernels(artifact.manifest)  # or it says which are missing
-        verdict = self.judge(artifact.manifest.requires)
-        if verdict.fit is MatchResult.INCOMPATIBLE:
-            return None
-        self.mirror.leases.hold(artifact.digest)
-        place = ArtifactPath.parse(path)
-        if not self.is_signed(ref, place, artifact.manifest):
-            return None  # nobody had to sign when it was pulled
-        self.require_trust(ref, commit, place, artifact.manifest)
-        self.bring_kernels(artifact.manifest)
-        self.mirror.answers.record(MIRROR, artifact.manifest)
-        considered = (Considered(place, artifact.manifest, verdict),)
-        return Pulled(artifact, ref, commit, place, verdict, considered, (), True)
 
     def find_required(self, ref: RepoRef) -> RequiredSigners | None:
         """Who has to sign what a repo's owner publishes; None where a name or digest is enough."""
@@ -213,30 +199,41 @@ class Puller:
             catalog = read_manifests(self.client, catalog, places, left)
             return catalog
 
-        chosen, considered = self.choose(catalog.places, read)
+        trial = self.make_trial(lambda each: self.admit(ref, catalog, each))
+        chosen, considered = self.choose(catalog.places, read, trial)
         if chosen is None:
             raise self.describe_no_choice(ref, catalog, considered)
-        artifact = self.take(ref, catalog, chosen, self.pin(ref, commit))
-        verdict = chosen.verdict
+        # Another kernel may come tomorrow: then what was left out is chosen after all.
+        request = str(chosen.place.recipe) if trial.errors else None
+        artifact = self.take(ref, catalog, chosen, self.pin(ref, commit, request))
+        verdict, notes = chosen.verdict, (*list_left_out(considered, chosen), *catalog.notes)
         assert verdict is not None
-        return Pulled(
-            artifact, ref, commit, chosen.place, verdict, considered, catalog.notes, False
-        )
+        return Pulled(artifact, ref, commit, chosen.place, verdict, considered, notes, False)
 
     def take(self, ref: RepoRef, catalog: Catalog, chosen: Considered, pin: Pin) -> Artifact:
         """An artifact that was chosen: of a trusted publisher, verified, in the mirror."""
         manifest = chosen.manifest
         assert manifest is not None  # only judged ones are chosen
-        if signer := catalog.signers.get(chosen.place):
-            signed = Signed(pin.endpoint, catalog.repo, str(chosen.place), str(signer))
-            self.mirror.seen.record_signed(manifest.digest, signed)
-        self.require_trust(ref, catalog.commit, chosen.place, manifest)
+        self.admit(ref, catalog, chosen)
         self.bring_kernels(manifest)
         origin = PullOrigin(self.client.endpoint, ref.repo, catalog.commit, str(chosen.place))
         artifact = self._find_or_fetch(catalog, chosen.place, manifest, origin)
         if self.mirror.index.is_writable:
             self.mirror.index.record_pull(pin, artifact.digest, str(chosen.place))
         return artifact
+
+    def admit(self, ref: RepoRef, catalog: Catalog, chosen: Considered) -> None:
+        """See that an artifact of a catalog may run here; who signed it is remembered.
+
+        Raises:
+            Untrusted, Unsigned, Blocked, NotLocked, LockMismatch: as `require_trust`.
+        """
+        manifest = chosen.manifest
+        assert manifest is not None  # only judged ones are chosen
+        if signer := catalog.signers.get(chosen.place):
+            where = self.client.endpoint, catalog.repo, str(chosen.place)
+            self.mirror.seen.record_signed(manifest.digest, Signed(*where, str(signer)))
+        self.require_trust(ref, catalog.commit, chosen.place, manifest)
 
     def take_proposed(self, catalog: Catalog, chosen: Considered) -> Artifact:
         """An artifact that anybody may have proposed to a repo: of nobody, trusted by its digest.
@@ -286,22 +283,33 @@ class Puller:
         trust = Trust(self.settings.trust)
         bring_kernels(manifest, self.mirror, self.client, trust, self.progress)
 
+    def make_trial(self, admit: Callable[[Considered], None]) -> KernelTrial:
+        """Of artifacts that `admit` lets in, whether their kernels come: by bringing them."""
+        how = self.bring_kernels, admit, self.is_free, self.client.is_offline
+        return KernelTrial(*how, self.progress)
+
     def judge(self, requires: Requirements) -> Verdict:
         """Whether an artifact fits; one whose path is named may wait for its torch."""
         return (judge if self.place is None else judge_named)(requires, self.host)
 
     def choose(
-        self, places: Iterable[ArtifactPath], read: Read
+        self, places: Iterable[ArtifactPath], read: Read, trial: KernelTrial | None = None
     ) -> tuple[Considered | None, tuple[Considered, ...]]:
         """The one that is named, or the best of those that fit; all that were looked at.
 
-        All are, where none fits.
+        All are, where none fits. What a `trial` finds no kernel for is left out.
+
+        Raises:
+            HubaotiError: of the best that was, where nothing else is left.
         """
         if self.place is not None:
             considered = judge_catalog(read([self.place]), self.judge)
             ranked = rank_considered(considered, self.place.recipe)
             return (ranked[0] if ranked else None), considered
-        chosen, considered = choose_artifact(places, read, self.host, self.recipe)
+        look = None if trial is None else trial.look
+        chosen, considered = choose_artifact(places, read, self.host, self.recipe, look)
+        if chosen is None and trial is not None:
+            trial.require_something()
         if chosen is None:
             considered = judge_catalog(read(places), self.judge)
         return chosen, considered

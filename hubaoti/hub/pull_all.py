@@ -12,9 +12,10 @@ from functools import partial
 
 from hubaoti.artifact.requirements import Requirements
 from hubaoti.artifact.variant import Recipe
-from hubaoti.errors import NoArtifact
-from hubaoti.host.match import Candidate, Verdict, judge, rank
+from hubaoti.errors import HubaotiError, NoArtifact
+from hubaoti.host.match import Verdict, judge
 from hubaoti.host.probe import Gpu, Host
+from hubaoti.host.rank import Candidate, rank
 from hubaoti.hub.catalog import Allowance, Catalog, read_catalog
 from hubaoti.hub.choice import Considered, describe_refusals, judge_catalog, rank_considered
 from hubaoti.hub.layout import ArtifactPath, RepoRef
@@ -58,6 +59,8 @@ def pull_fleet(
 ) -> tuple[Offer, ...]:
     """The artifacts for these kinds of device ("cpu", "cuda"): every CUDA one, the best CPU one.
 
+    One whose kernel cannot be had is left out, where there are others.
+
     Raises:
         NoArtifact, NoMatch: there is none, or none fits; with every reason.
         HubaotiError: as `pull` raises.
@@ -70,7 +73,15 @@ def pull_fleet(
         catalog = next((each for each in catalogs if each.artifacts), catalogs[0])
         considered = judge_catalog(catalog, partial(judge_without_gpu, host=puller.host))
         raise describe_refusals(catalog, considered, puller.recipe)
-    return tuple(_pull_offer(puller, ref, catalog, each) for catalog, each in chosen.values())
+    offers, errors = [], list[HubaotiError]()
+    for catalog, each in chosen.values():
+        trial = puller.make_trial(partial(puller.admit, ref, catalog))
+        if trial.look(each).fits:
+            offers.append(_pull_offer(puller, ref, catalog, each))
+        errors += trial.errors
+    if not offers:
+        raise errors[0]
+    return tuple(offers)
 
 
 def find_pulled(puller: Puller, ref: RepoRef) -> tuple[Offer, ...]:
@@ -78,7 +89,7 @@ def find_pulled(puller: Puller, ref: RepoRef) -> tuple[Offer, ...]:
 
     Raises:
         NoArtifact: nothing is here, or nobody can say where a branch is.
-        Untrusted: its publisher is trusted no more.
+        Untrusted: its publisher is trusted no more. KernelMissing: all call kernels that lack.
     """
     lock = puller.lock
     if lock is None and ref.revision is not None and ref.commit is None:
@@ -91,6 +102,7 @@ def find_pulled(puller: Puller, ref: RepoRef) -> tuple[Offer, ...]:
     if lock is not None:
         digests = [*lock.find(ref).artifacts.values()]
     offers: dict[ArtifactPath, Offer] = {}
+    trial = puller.make_trial(lambda _: None)
     for digest in dict.fromkeys(digests):
         artifact, row = puller.mirror.artifact(digest), index.row(digest)
         if artifact is not None and row is not None:
@@ -99,9 +111,10 @@ def find_pulled(puller: Puller, ref: RepoRef) -> tuple[Offer, ...]:
                 puller.require_trust(ref, row.origin.commit, place, artifact.manifest)
             else:  # which says nothing of whose it is
                 puller.mirror.require_allowed(digest)
-            puller.bring_kernels(artifact.manifest)
-            offers.setdefault(place, Offer(place, artifact))  # the newest of each place
+            if trial.look(Considered(place, artifact.manifest, Verdict())).fits:
+                offers.setdefault(place, Offer(place, artifact))  # the newest of each place
     if not offers:
+        trial.require_something()
         raise NoArtifact(
             f"nothing of {ref} is in the mirror, and HF_HUB_OFFLINE is set",
             hint="unset HF_HUB_OFFLINE once",

@@ -12,6 +12,7 @@ from hubaoti.artifact.schema import Program
 from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import HubaotiError, NoMatch, NoRepo, Untrusted, first_line
 from hubaoti.hub.choice import Pulled, format_considered
+from hubaoti.hub.kernel_choice import list_left_out
 from hubaoti.hub.layout import RepoRef
 from hubaoti.hub.pull import Puller
 from hubaoti.hub.search import MOST_LISTED, FoundRepo, RepoFinder
@@ -56,7 +57,11 @@ def _pull_best(puller: Puller, program: Program) -> Pulled:
     known = best.manifest and puller.mirror.artifact(best.manifest.digest)
     pin = puller.pin(chosen.ref, catalog.commit, f"{program.tag} {puller.recipe or ''}".strip())
     artifact = puller.take(chosen.ref, catalog, best, pin)
-    notes = (*_list_notes(ranked, looks, puller.recipe), *_list_left_out(whose, mine))
+    notes = (
+        *_list_notes(ranked, looks, puller.recipe),
+        *list_left_out(chosen.considered, best),
+        *_list_unseen(whose, mine),
+    )
     return Pulled(
         artifact,
         chosen.ref,
@@ -135,7 +140,7 @@ def _list_notes(ranked: Sequence[Look], looks: Sequence[Look], recipe: Recipe | 
     return notes
 
 
-def _list_left_out(whose: dict[RepoRef, str], mine: Sequence[RepoRef]) -> list[str]:
+def _list_unseen(whose: dict[RepoRef, str], mine: Sequence[RepoRef]) -> list[str]:
     """The repos that were not looked into, and what to do about it."""
     strangers = [ref for ref, word in whose.items() if word == NOT_TRUSTED]
     notes = [

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from hubaoti.artifact.manifest import Manifest
 from hubaoti.artifact.variant import Recipe
 from hubaoti.errors import HubaotiError, OtherProgram
-from hubaoti.host.match import Candidate, rank
+from hubaoti.host.rank import Candidate, rank
 from hubaoti.hub.catalog import Allowance, Catalog, list_catalog, read_manifests
 from hubaoti.hub.choice import Considered, choose_artifact
+from hubaoti.hub.kernel_choice import make_asking_trial
 from hubaoti.hub.layout import ArtifactPath, RepoRef
 
 if TYPE_CHECKING:
@@ -68,7 +69,11 @@ def _look_into(
         catalog = _keep_program(read_manifests(puller.client, catalog, places, left), digest)
         return catalog
 
-    best, considered = choose_artifact(catalog.places, read, puller.host, puller.recipe)
+    trial = make_asking_trial(puller, lambda: catalog) if puller.is_free else None
+    look = None if trial is None else trial.look
+    best, considered = choose_artifact(catalog.places, read, puller.host, puller.recipe, look)
+    if best is None and trial is not None:
+        trial.require_something()
     return Look(ref, catalog, best, considered)
 
 
