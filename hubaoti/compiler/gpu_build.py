@@ -42,6 +42,7 @@ from hubaoti.compiler.traced import CPU, Traced, describe_graph, describe_packag
 from hubaoti.errors import CompileFailed, HubaotiError
 from hubaoti.host.wire import ErrorRecord
 from hubaoti.progress import Progress
+from hubaoti.runtime.graph_ops import describe_schemas
 
 _INTERPRET_SECONDS = 40.0  # of all points of a graph
 _INTERPRET_MEMORY = 8 << 30  # bytes, of a graph's weights and activations
@@ -198,6 +199,7 @@ def _lower_one(build: _Build) -> BuiltUnit:
             ops=lowered.ops or msgspec.UNSET,
             device_code=_read_code(folder, build.sm) or msgspec.UNSET,
         )
+        entry = msgspec.structs.replace(entry, schemas=describe_schemas(folder / UNPACKED, entry))
         library = next((folder / UNPACKED).rglob("*.wrapper.so"))
         needs = elf.read_needs(library)
         return BuiltUnit((BuiltGraph(entry, needs, files, compared.checks, lowered.ops),))
