@@ -245,6 +245,8 @@ class Dispatcher:
                 return self._try(index, inputs[: len(entry.inputs)], numbers, held, who)
             except CannotServe as error:
                 problems.append(error)
+        if not problems:
+            raise CannotServe("arguments", "its mask says more than any graph of it is told")
         raise problems[-1]
 
     def _try(
