@@ -203,7 +203,7 @@ class KernelArchUnsupported(HubaotiError, exit_code=39):
 
 
 class KernelSchemaMismatch(HubaotiError, exit_code=40):
-    """A kernel's op is called otherwise than was pinned, or in no way that we know."""
+    """An op is called otherwise than was pinned, or compiled for, or in no way that we know."""
 
 
 class KernelConflict(HubaotiError, exit_code=41):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from bundles import put_trusted
@@ -19,11 +21,13 @@ import hubaoti
 import hubaoti.spaces
 from hubaoti import LightweightEngine, api
 from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.package import unpack_all
 from hubaoti.attachment.attach import find_regions
 from hubaoti.attachment.stats import Fallback
 from hubaoti.cli import dispatch
-from hubaoti.errors import BadRequest, MissingOps, NotTried
+from hubaoti.errors import BadRequest, KernelSchemaMismatch, MissingOps, NotTried
 from hubaoti.mirror import Artifact, Mirror
+from hubaoti.runtime.graph import open_graph
 from hubaoti.settings import Settings
 
 OPS = """
@@ -143,6 +147,53 @@ def test_with_the_module_that_registers_it_it_is_tried_once_and_answers(
         attaching()
     with pytest.raises(MissingOps, match="which json did not register"):
         attaching("json")
+
+
+CHANGED = OPS.replace("by: float)", "by: float, twice: bool = False)").replace(
+    "(x, by)", "(x, by, twice)"
+)
+
+
+def test_an_op_that_was_declared_otherwise_by_now_is_refused_where_its_graph_is_tried(
+    attaching: Callable[..., list[str]], folder: Path
+) -> None:
+    (folder / "acme_changed_ops.py").write_text(CHANGED)
+    sys.modules["acme_changed_ops"] = sys.modules["acme_shift_ops"]  # else this process has it, too
+    with pytest.raises(KernelSchemaMismatch) as refused:
+        attaching("acme_changed_ops")
+    for schema in ("(Tensor x, float by)", "(Tensor x, float by, bool twice=False)"):
+        assert f"acme_shift::shifted{schema} -> Tensor" in str(refused.value)
+    assert "compile it again" in refused.value.hint
+    assert "first open" in attaching("acme_shift_ops")  # nothing is held against the graph
+
+
+def test_nothing_is_opened_where_an_op_has_another_schema_than_its_manifest_says(
+    shifting_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (graph,) = shifting_bundle.manifest.graphs
+    schema = "(Tensor x, float by) -> Tensor"
+    assert graph.schemas == {"acme_shift::shifted": schema}
+    assert shifting_bundle.manifest.schema == 4
+    unpack_all(shifting_bundle.path / graph.file, tmp_path)
+    opened: list[Any] = []
+    monkeypatch.setattr("hubaoti.runtime.graph.hold_library", lambda *a: opened.append(a))
+    for other in ("(float by, Tensor x) -> Tensor", "(Tensor x, float by) -> Tensor[]"):
+        entry = msgspec.structs.replace(graph, schemas={"acme_shift::shifted": other})
+        with pytest.raises(KernelSchemaMismatch, match=re.escape(f"{other}, and here")) as refused:
+            open_graph(tmp_path, entry, torch.device("cpu"))
+        assert str(refused.value).endswith(schema)
+    assert not opened
+
+
+def test_a_manifest_that_says_no_schemas_is_opened_as_before(
+    shifting_bundle: Bundle, tmp_path: Path
+) -> None:
+    (graph,) = shifting_bundle.manifest.graphs
+    unpack_all(shifting_bundle.path / graph.file, tmp_path)
+    old = msgspec.structs.replace(graph, schemas=msgspec.UNSET)
+    opened = open_graph(tmp_path, old, torch.device("cpu"))
+    opened.bind({"weight": torch.full((8,), 0.5)})
+    assert torch.equal(opened(X)[0], (X * 0.5 + 2.0) * 3)
 
 
 CALLER = """

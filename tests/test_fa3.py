@@ -7,6 +7,7 @@ CPU, whose answers can be looked at.
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -14,15 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, StaticCache, WhisperConfig
 
 import hubaoti
-from hubaoti.artifact.bundle import Bundle
+from hubaoti.artifact.bundle import Bundle, write_manifest
 from hubaoti.artifact.schema import ModelSource, Target
 from hubaoti.attachment.attach import Attachment
 from hubaoti.attachment.masks import Says, read_step_mask, show_unfilled
+from hubaoti.attachment.stats import Fallback
 from hubaoti.compiler.attention import name_attention
 from hubaoti.compiler.build import build
 from hubaoti.compiler.flash_attention import (
@@ -37,7 +40,7 @@ from hubaoti.compiler.job import Job, make_jobs
 from hubaoti.compiler.plan import Plan, add_fa3_graphs, drop_told_graphs, make_plan
 from hubaoti.compiler.request import CompileRequest, make_ranges
 from hubaoti.compiler.targets import choose_targets
-from hubaoti.errors import BadRequest
+from hubaoti.errors import BadRequest, NotServed
 from hubaoti.host.probe import probe_host
 from hubaoti.progress import report_nothing
 from hubaoti.runtime.capturing import rehearse, tell
@@ -398,6 +401,37 @@ def test_a_mask_that_says_more_than_lengths_is_looked_at(
     seen = mask[0, 0, :, :4].any(1).expand(4)
     torch.testing.assert_close(answers[0][:, seen], answers[1][:, seen], atol=1e-5, rtol=1e-5)
     assert count_calls(over_cache) == {graph: 1}
+
+
+def test_where_all_graphs_are_told_lengths_a_mask_that_says_more_is_the_module_s(
+    model: Any,
+    plain: Any,
+    bundles: Mapping[str, Bundle],
+    ops: list[str],
+    settings: Settings,
+    tmp_path: Path,
+) -> None:
+    manifest = bundles["forward"].manifest
+    told = tuple(graph for graph in manifest.graphs if graph.masks)
+    shutil.copytree(bundles["forward"].path, tmp_path / "told")
+    for graph in (each for each in manifest.graphs if not each.masks):
+        (tmp_path / "told" / graph.file).unlink()
+    write_manifest(tmp_path / "told", msgspec.structs.replace(manifest, graphs=told))
+    words: dict[str, Any] = {"ops": ops, "trust": True, "settings": settings}
+    ids = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "use_cache": False}
+    odd = {**ids, "attention_mask": hide(1)[..., :4]}
+    with torch.no_grad(), hubaoti.attach(model, tmp_path / "told", **words) as attached:
+        model(**ids)
+        assert attached.stats()["eager"] == 0
+        with pytest.warns(Fallback, match="its mask says more than any graph of it is told"):
+            assert torch.equal(model(**odd).logits, plain(**odd).logits)
+        assert attached.stats()["regions"]["model.layers.0"]["eager"] == {"arguments": 1}
+    with (
+        torch.no_grad(),
+        hubaoti.attach(model, tmp_path / "told", strict=True, **words),
+        pytest.raises(NotServed, match="its mask says more than any graph of it is told"),
+    ):
+        model(**odd)
 
 
 @pytest.mark.parametrize("case", ["asked", "not asked", "a hole"])

@@ -18,13 +18,16 @@ from test_fa3 import build_here
 from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import hubaoti
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.attachment.attach import Attachment
+from hubaoti.attachment.dispatch import Dispatcher
 from hubaoti.compiler.from_module import make_source
 from hubaoti.compiler.plan import Plan, add_fa3_graphs, make_plan
 from hubaoti.compiler.request import CompileRequest
+from hubaoti.runtime.fallback import CannotServe
 from hubaoti.settings import Settings
 
 CPU = torch.device("cpu")
@@ -197,6 +200,55 @@ def test_a_block_by_itself_is_answered_by_what_its_mask_says(
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         assert count_calls(attached) == {"root-causal": 1, "root": 1}
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("attention", "graph"), [("sdpa", "root-causal"), ("eager", "root")])
+def test_a_block_of_transformers_by_itself_is_answered_where_its_mask_is_left_out(
+    attention: str,
+    graph: str,
+    bundle: Bundle,
+    model: Any,
+    ops: list[str],
+    settings: Settings,
+) -> None:
+    model.set_attn_implementation(attention)
+    block, plain = model.model.layers[0], copy.deepcopy(model.model.layers[0])
+    hidden, places = torch.randn(2, 7, 32), torch.arange(7)[None]
+    given = {"position_embeddings": model.model.rotary_emb(hidden, places), "position_ids": places}
+    given |= {"attention_mask": None, "past_key_values": None, "use_cache": False}
+    with (
+        torch.no_grad(),
+        hubaoti.attach(block, bundle, ops=ops, trust=True, settings=settings) as attached,
+    ):
+        for _ in range(2):  # the first is compared
+            torch.testing.assert_close(
+                block(hidden, **given), plain(hidden, **given), atol=1e-5, rtol=1e-5
+            )
+        counts = count_calls(attached)
+        assert counts.pop(graph) == 1 and not any(counts.values())
+
+
+def test_what_a_mask_says_that_is_left_out_nobody_knows_of_blocks_that_are_not_transformers(
+    bundle: Bundle, model: Any
+) -> None:
+    """Nor of one whose attention looks both ways: the mask may be of either."""
+
+    def refuse(block: Any, message: str) -> None:
+        dispatcher = Dispatcher(bundle.manifest.graphs, block, CPU, False, "sdpa")
+        hidden = torch.randn(2, 7, 32)
+        inputs = [hidden, None, *model.model.rotary_emb(hidden, places), places]
+        with torch.no_grad(), pytest.raises(CannotServe, match=message):
+            dispatcher.find_route(inputs, (), None, "")
+
+    class Other(LlamaDecoderLayer):
+        """With code of its own for a mask that is None, as anybody's may have."""
+
+    block, places = model.model.layers[0], torch.arange(7)[None]
+    block.mlp.is_causal = False
+    refuse(block, "attention_mask is left out")
+    del block.mlp.is_causal
+    block.__class__ = Other
+    refuse(block, "attention_mask is left out")
 
 
 def count_calls(attached: Attachment) -> dict[str, int]:

@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from hubaoti.artifact.package import hash_file, list_members
 from hubaoti.artifact.schema import (
+    Build,
     Check,
     Constant,
     ConstantOrigin,
@@ -37,8 +38,8 @@ from hubaoti.artifact.schema import (
 )
 from hubaoti.compiler.constants import save_tensors
 from hubaoti.compiler.dims import Probe
+from hubaoti.compiler.gpu_build import choose_tolerances
 from hubaoti.compiler.interpreted import (
-    INTERPRETED_TOLERANCE,
     Begun,
     Compared,
     Finished,
@@ -528,18 +529,27 @@ def test_reductions_and_scans_keep_the_order_of_values(axis: int, keep_dims: boo
 
 
 @pytest.mark.parametrize(
-    ("found", "own", "passes"),
+    ("found", "own", "passes", "quantization"),
     [
-        (1.01, 1.5, "float32"),  # near float32
-        (1.5, 1.5, None),  # as the program in its own dtype: another expert was chosen
-        (1.03, 0.985, "float32"),  # twice as far from float32 as the program itself
-        (1.03, 0.999, ""),  # farther than that
-        (1.05, 0.96, ""),  # and no farther than twice the tolerance
-        (float("nan"), 0.96, ""),
+        (1.01, 1.5, "float32", None),  # near float32
+        (1.5, 1.5, None, None),  # as the program in its own dtype: another expert was chosen
+        (1.03, 0.985, "float32", None),  # twice as far from float32 as the program itself
+        (1.03, 0.999, "", None),  # farther than that
+        (1.05, 0.96, "", None),  # and no farther than twice the tolerance
+        (float("nan"), 0.96, "", None),
+        (1.09, 0.999, "float32", "float8dq"),  # which is coarser, and no less looked at
+        (1.12, 0.93, "float32", "float8dq"),
+        (1.12, 0.96, "", "float8dq"),
+        (1.25, 0.8, "", "float8dq"),
+        (1.05, 0.96, "", "int8wo"),
     ],
 )
 def test_a_half_type_is_as_near_to_float32_as_its_program_is(
-    monkeypatch: pytest.MonkeyPatch, found: float, own: float, passes: str | None
+    monkeypatch: pytest.MonkeyPatch,
+    found: float,
+    own: float,
+    passes: str | None,
+    quantization: str | None,
 ) -> None:
     answers = {True: torch.tensor([1.0]), False: torch.tensor([own], dtype=torch.bfloat16)}
     package = [torch.tensor([found], dtype=torch.bfloat16)]
@@ -548,15 +558,17 @@ def test_a_half_type_is_as_near_to_float32_as_its_program_is(
     monkeypatch.setattr(child, "make_golden_inputs", lambda *_: [])
     monkeypatch.setattr(child, "_list_dtypes", lambda _: {torch.bfloat16})
     comparison: Any = SimpleNamespace(graph=SimpleNamespace(entry=SimpleNamespace(id="block")))
-    probe, tolerance = Probe({"batch": 1}), INTERPRETED_TOLERANCE["bfloat16"]
-    allowed = tolerance, 2 * tolerance
+    build = Build(
+        regions="auto", dims={}, dtype="bfloat16", attention="sdpa", quantization=quantization
+    )
+    probe, allowed = Probe({"batch": 1}), choose_tolerances(build)
     if passes == "":
         with pytest.raises(CheckFailed, match="differs from its program"):
             child._compare(comparison, probe, allowed, deadline=0.0)
     else:
         check = child._compare(comparison, probe, allowed, deadline=0.0)
         assert (check.dtype or None) == passes
-        assert check.max_relative <= check.tolerance <= 2 * tolerance
+        assert check.max_relative <= check.tolerance <= allowed[1]
 
 
 @pytest.mark.parametrize(

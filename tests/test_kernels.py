@@ -30,6 +30,7 @@ from hubaoti.artifact.bundle import Bundle, make_file_entry, write_manifest
 from hubaoti.artifact.kernel_pin import KernelOp, KernelPin
 from hubaoti.artifact.kernel_variant import KernelHost
 from hubaoti.artifact.manifest import find_oldest_schema
+from hubaoti.artifact.package import unpack_all
 from hubaoti.artifact.requirements import Requirements
 from hubaoti.artifact.schema import File
 from hubaoti.artifact.variant import Recipe
@@ -53,6 +54,7 @@ from hubaoti.mirror import Artifact, Mirror
 from hubaoti.mirror.trust import Trust
 from hubaoti.runtime.attention_ops import answer_by_reference
 from hubaoti.runtime.first_open import OpenHistory
+from hubaoti.runtime.graph_ops import require_ops
 from hubaoti.server import Endpoint
 from hubaoti.settings import Settings
 
@@ -598,6 +600,23 @@ def test_a_graph_without_a_kernel_for_its_op_is_refused_before_it_is_called(
     bundle = bundle_with(attending, tmp_path / "bare")
     with pytest.raises(MissingOps, match="calls hubaoti::fa3_fwd, an op that is not registered"):
         hubaoti.attach(Attending().eval(), bundle, trust=True, settings=settings)
+
+
+def test_an_op_of_ours_that_is_declared_otherwise_than_graphs_were_compiled_for_is_refused(
+    attending: Bundle, tmp_path: Path
+) -> None:
+    (graph,) = attending.manifest.graphs
+    unpack_all(attending.path / graph.file, tmp_path)
+    name, (schema,) = "hubaoti::fa3_fwd", (graph.schemas or {}).values()
+    assert f"{name}{schema}" == str(torch.ops.hubaoti.fa3_fwd.default._schema)
+    other = schema.replace("float scale, bool causal", "bool causal, float scale")
+    with answer_by_reference("cpu"):
+        require_ops(tmp_path, graph, torch.device("cpu"))
+        changed = msgspec.structs.replace(graph, schemas={name: other})
+        with pytest.raises(KernelSchemaMismatch) as refused:
+            require_ops(tmp_path, changed, torch.device("cpu"))
+    assert f"{name}{schema}" in str(refused.value) and f"{name}{other}" in str(refused.value)
+    assert "the version of hubaoti" in refused.value.hint
 
 
 def test_a_kernel_that_was_changed_is_not_opened_with_its_artifact(

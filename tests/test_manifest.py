@@ -180,6 +180,19 @@ BAD = {
     ),
     "a member that is too deep": put("graphs", 0, "members", 0, "path", to="a/" * 17 + "a"),
     "a graph's name that no disk has": put("graphs", 0, "id", to="a" * 256),
+    **{
+        f"schemas of ops: {what}": put("graphs", 0, "schemas", to=schemas)
+        for what, schemas in {
+            "none": {},
+            "a list": ["acme::shift(Tensor x) -> Tensor"],
+            "an op of no namespace": {"shift": "(Tensor x) -> Tensor"},
+            "an op that is not a name": {"acme::shift\n": "(Tensor x) -> Tensor"},
+            "no schema": {"acme::shift": "Tensor x"},
+            "not of printable characters": {"acme::shift": "(Tensor x\x1b) -> Tensor"},
+            "too long": {"acme::shift": f"({8000 * 'x'}) -> Tensor"},
+            "too many": {f"acme::shift{n}": "() -> Tensor" for n in range(1001)},
+        }.items()
+    },
     "values of no kind": put("graphs", 0, "inputs", 0, "values", to="ids<x"),
 }
 
@@ -306,6 +319,10 @@ CLASHES: dict[str, tuple[Edit, str]] = {
         "target.sm is 90, kernel acme/attention@a+ is for 8.0 or 10.0f",
     ),
     "a kernel that no schema 1 has": (pinning(KERNEL, schema=1), "what it says is of schema 4"),
+    "schemas of ops that no schema 1 has": (
+        put("graphs", 0, "schemas", to={"acme::shift": "(Tensor x) -> Tensor"}),
+        "what it says is of schema 4",
+    ),
     "a kernel that is needed elsewhere": (put("kernels", to=[KERNEL]), "kernels are not"),
 }
 
@@ -324,6 +341,19 @@ def test_paths_are_read_as_deep_and_as_long_as_is_said(manifest: Manifest) -> No
         assert parse_manifest(text, "x").graphs[0].members[0].path == path
         text = edited(manifest, put("graphs", 0, "file", to=path))
         assert parse_manifest(text, "x").graphs[0].file == path
+
+
+def test_schemas_of_ops_are_read_as_torch_writes_them(manifest: Manifest) -> None:
+    schemas = {
+        "acme::shift.out": '(Tensor(a!) x, str how="it", *, float[]? by=None) -> (Tensor[] y, int)',
+        "Acme.v1::nothing": "() -> ()",
+    }
+
+    def edit(value: dict[str, Any]) -> None:
+        value["graphs"][0]["schemas"] = schemas
+        value["schema"] = 4
+
+    assert parse_manifest(edited(manifest, edit), "x").graphs[0].schemas == schemas
 
 
 def test_constants_of_several_names_and_answers_of_the_task_are_read(manifest: Manifest) -> None:

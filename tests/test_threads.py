@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import hubaoti
 from hubaoti.artifact.bundle import Bundle
 from hubaoti.artifact.package import unpack_all
 from hubaoti.runtime import golden
+from hubaoti.runtime.graph import open_graph
 from hubaoti.runtime.input_checks import Checks
 from hubaoti.runtime.threads import (
     LEAST,
@@ -269,6 +273,41 @@ def test_a_region_s_small_calls_are_made_in_one_thread(
             cache = StaticCache(config=model.config, max_cache_len=64)
             model(torch.ones(rows, seq, dtype=torch.int64), past_key_values=cache)
     assert alone == [2, 2]
+
+
+@pytest.mark.parametrize(("rows", "seq"), [(1, 2), (4, 40)], ids=["torch", "interface"])
+def test_eight_threads_call_one_graph_and_each_has_its_own_answer(
+    rows: int, seq: int, decoder_bundle: Bundle, tmp_path: Path
+) -> None:
+    """A small call by torch's runner, a long one by the library's own interface."""
+    entry = decoder_bundle.manifest.graphs[0]
+    unpack_all(decoder_bundle.path / entry.file, tmp_path)
+    graph = open_graph(tmp_path, entry, CPU)
+    graph.bind(golden.make_golden_constants(entry, decoder_bundle.path, CPU))
+    sizes = {"batch": rows, "seq": seq, "cache": 64, "filled": seq}
+    made = golden.make_golden_inputs(entry, sizes)
+    assert graph.checks.is_small(made) == (rows == 1)
+
+    def call(number: int) -> list[torch.Tensor]:
+        """The answer to a thread's own input, and the cache that it wrote."""
+        hidden, *rest = (each.clone() for each in made)
+        answers = graph(hidden * (number + 1) + number, *rest)
+        return [*answers, *itertools.compress(rest, [each.mutated for each in entry.inputs[1:]])]
+
+    expected = [call(number) for number in range(8)]
+    begin = threading.Barrier(8)
+
+    def work(number: int) -> list[list[torch.Tensor]]:
+        begin.wait()
+        return [call(number) for _ in range(10)]
+
+    with ThreadPoolExecutor(8) as threads:
+        found = [*threads.map(work, range(8))]
+    assert (graph._runner._container is not None) == (rows > 1)  # type: ignore[attr-defined]
+    for number, each in enumerate(found):
+        assert not torch.allclose(expected[number][0], expected[number - 1][0], atol=1e-2)
+        for answer in each:
+            torch.testing.assert_close(answer, expected[number], rtol=1e-4, atol=1e-4)
 
 
 def test_what_stays_on_a_gpu_is_not_small(decoder_bundle: Bundle) -> None:

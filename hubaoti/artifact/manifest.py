@@ -217,7 +217,9 @@ def find_oldest_schema(
 ) -> int:
     """The oldest schema that can say how graphs were built, what they take and leave, and call."""
     graphs = tuple(graphs)
-    newest = (each for graph in graphs for each in (graph.masks, graph.not_fa3, graph.ops))
+    newest = (
+        each for graph in graphs for each in (graph.masks, graph.not_fa3, graph.ops, graph.schemas)
+    )
     if any(each is not msgspec.UNSET for each in newest) or any(pin.build for pin in kernels):
         return 4
     if build.kernels is not msgspec.UNSET or any(graph.unmasked is True for graph in graphs):

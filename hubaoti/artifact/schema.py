@@ -41,6 +41,13 @@ Dim = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
 _Dtype = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*\Z")]
 _Expression = Annotated[str, msgspec.Meta(pattern=PATTERN, max_length=1000)]
 _Op = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*::[a-z][a-z0-9_]*\Z")]
+# An op with its overload, and the rest of its schema: `(Tensor x, float by) -> Tensor`.
+LONGEST_SCHEMA = 8000
+_OpName = Annotated[
+    str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.]+::[A-Za-z0-9_.]+\Z", max_length=LONGEST_PATH)
+]
+_OpSchema = Annotated[str, msgspec.Meta(pattern=r"^\([\x20-\x7e]+\Z", max_length=LONGEST_SCHEMA)]
+_OpSchemas = Annotated[dict[_OpName, _OpSchema], msgspec.Meta(min_length=1, max_length=1000)]
 _DimExprs = tuple[_Expression | Size, ...]
 
 
@@ -262,7 +269,9 @@ class Graph(Record, frozen=True, kw_only=True):
     with `masks` serves those whose mask says no more than it: `causal`, the last row sees all
     places and each row above it one less; or `padded`, the same but for places before a text.
     Where FlashAttention-3 was asked for, `not_fa3` is the attention that another kernel computes.
-    `ops` are those that it asks torch's dispatcher for, by their names.
+    `ops` are those of ours that its library asks torch's dispatcher for, by their names. `schemas`
+    are of all ops that it asks for and that torch itself does not have, as they were registered
+    where it was compiled: it gives them what they took then.
     """
 
     id: Annotated[
@@ -289,6 +298,7 @@ class Graph(Record, frozen=True, kw_only=True):
     masks: Literal["causal", "padded"] | msgspec.UnsetType = msgspec.UNSET
     not_fa3: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     ops: tuple[_Op, ...] | msgspec.UnsetType = msgspec.UNSET
+    schemas: _OpSchemas | msgspec.UnsetType = msgspec.UNSET
 
 
 class Check(Record, frozen=True, kw_only=True):

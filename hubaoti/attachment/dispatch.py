@@ -75,6 +75,7 @@ class Dispatcher:
         # Who made a model of transformers gives one row for all, and leaves masks out.
         self._expands = expands
         self._config = next((p.config for p in block.modules() if hasattr(p, "config")), None)
+        self._leaves_out = expands or (self._config is not None and _says_without_a_mask(block))
         self._masks = sum(item.values == "mask" for item in first.inputs)
         self._compiled_from = attention
         is_said = any(getattr(part, CAUSAL, False) for part in block.modules())
@@ -245,6 +246,8 @@ class Dispatcher:
                 return self._try(index, inputs[: len(entry.inputs)], numbers, held, who)
             except CannotServe as error:
                 problems.append(error)
+        if not problems:
+            raise CannotServe("arguments", "its mask says more than any graph of it is told")
         raise problems[-1]
 
     def _try(
@@ -291,7 +294,7 @@ class Dispatcher:
         """Refuse what is no plain tensor of the graph's dtype and device."""
         name = slot.entry.name
         if item is None:
-            if slot.entry.values != "mask" or not self._expands:
+            if slot.entry.values != "mask" or not self._leaves_out:
                 raise CannotServe("arguments", f"{name} is left out")
             return
         _require_plain_input(name, item)
@@ -315,7 +318,9 @@ class Dispatcher:
             wanted = compute_shape(item, sizes)
             cut = bool(item.shape) and item.shape[-1] == "filled"
             if wanted is None:
-                if tensor is not None and not tensor.is_contiguous():
+                if tensor is None:
+                    raise CannotServe("arguments", f"{item.name} is left out, of unknown sizes")
+                if not tensor.is_contiguous():
                     raise CannotServe("layout", f"{item.name} is a view")
                 continue
             same = tensor is not None and tuple(tensor.shape) == wanted
@@ -379,6 +384,13 @@ def _refuse_other_calls(first: Entry, entries: Sequence[Entry]) -> None:
                 f"graphs {first.id} and {entry.id} serve one module and are called differently",
                 hint="its publisher must compile it again",
             )
+
+
+def _says_without_a_mask(block: nn.Module) -> bool:
+    """Whether what a mask says that is left out is known of a block by itself: of transformers' own
+    it is, where all of its attention looks one way."""
+    looks = {bool(getattr(part, CAUSAL)) for part in block.modules() if hasattr(part, CAUSAL)}
+    return type(block).__module__.startswith("transformers.") and len(looks) == 1
 
 
 def _choose_cache_kind(held: CacheState | None) -> str:

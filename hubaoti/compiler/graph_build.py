@@ -31,6 +31,7 @@ from hubaoti.errors import HubaotiError
 from hubaoti.host.wire import ErrorRecord
 from hubaoti.progress import Progress
 from hubaoti.runtime.graph import open_graph
+from hubaoti.runtime.graph_ops import describe_schemas
 
 
 def build_unit(
@@ -117,6 +118,7 @@ def _check_graph(job: Job, traced: Traced, unpacked: Path, scratch: Path) -> Bui
     opened = open_graph(unpacked, bare, CPU)
     read = opened.read_constant_fqns(), opened.read_call_spec()
     entry, files = describe_package(traced, source, read, scratch)
+    entry = msgspec.structs.replace(entry, schemas=describe_schemas(unpacked, entry))
     graph = open_graph(unpacked, entry, CPU)
     graph.bind(verify.share_constants(place.module, entry, scratch))
     checks = verify.verify(graph, make_trial(source, traced.unit, entry, place))

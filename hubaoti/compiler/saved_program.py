@@ -15,17 +15,10 @@ from torch.export.passes import move_to_device_pass
 from torch.utils._pytree import tree_unflatten
 
 from hubaoti.compiler.symbols import list_placeholders
+from hubaoti.runtime.graph_ops import WITH_TORCH
 
 # The namespaces of ops that every process has.
-_EVERYWHERE = {
-    "aten",
-    "prims",
-    "quantized",
-    "torchao",
-    "_c10d_functional",
-    "inductor",
-    "higher_order",
-}
+_EVERYWHERE = {*WITH_TORCH, "higher_order", "torchao"}
 
 
 def save_program(program: ExportedProgram, path: Path) -> None:

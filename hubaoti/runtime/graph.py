@@ -72,6 +72,7 @@ def open_graph(
         DigestMismatch: the library has other bytes by now.
         CannotOpen: the system refuses to load the library.
         MissingOps: the graph calls ops that no loaded library registers.
+        KernelSchemaMismatch: one is registered with another schema than it was compiled for.
         NotEnoughMemory: there is none left to load it into.
     """
     libraries = [member for member in entry.members if member.path.endswith(".wrapper.so")]
