@@ -25,7 +25,8 @@ _PLAIN = {bool, int, float, str, type(None)}
 _PLAIN |= {FunctionType, BuiltinFunctionType, MethodType, partial}
 # What is asked otherwise, or put there by us, and what says nothing of a call without gradients.
 _ELSEWHERE = {"training", "forward", "_is_hf_initialized", "_valid_auto_compile_criteria"}
-_ELSEWHERE |= {"gradient_checkpointing", "_gradient_checkpointing_func", "__getstate__"}
+_ELSEWHERE |= {"gradient_checkpointing", "_gradient_checkpointing_func"}
+_ELSEWHERE |= {"__getstate__", "_replicate_for_data_parallel"}
 _NEVER_CALLED = {"extra_repr", "reset_parameters"}  # by a `forward`
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
