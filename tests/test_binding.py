@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -27,10 +30,12 @@ class Shifted(nn.Module):
 SHIPPED = {"inner.shift": torch.zeros(4)}
 
 
+ORIGIN = ConstantOrigin(file="buffers/block.safetensors")
+CONSTANT = Constant(fqn="inner.shift", dtype="float32", shape=(4,), stride=(1,), origin=ORIGIN)
+
+
 def bind(module: nn.Module) -> ConstantBinding:
-    origin = ConstantOrigin(file="buffers/block.safetensors")
-    constant = Constant(fqn="inner.shift", dtype="float32", shape=(4,), stride=(1,), origin=origin)
-    return ConstantBinding(module, [constant], SHIPPED, CPU)
+    return ConstantBinding(module, [CONSTANT], SHIPPED, CPU)
 
 
 def test_a_tensor_that_is_an_attribute_is_the_module_s_own_and_not_what_came_along() -> None:
@@ -51,6 +56,26 @@ def test_such_a_tensor_is_noticed_when_it_becomes_another(change: str) -> None:
     assert not guard.is_same()
     tensors, guard = binding.find_constants()
     assert tensors["inner.shift"].tolist() == [6.0] * 4 and guard.is_same()
+
+
+def test_such_a_tensor_of_the_region_itself_is_noticed_and_keeps_nothing_alive() -> None:
+    module: Any = Shifted(2.0).eval().inner
+    module.weight = nn.Parameter(torch.ones(1))
+    constant = msgspec.structs.replace(CONSTANT, fqn="shift")
+    binding = ConstantBinding(module, [constant], SHIPPED, CPU)
+    module.shift = torch.full((4,), 5.0)
+    tensors, guard = binding.find_constants()
+    assert tensors["shift"].tolist() == [5.0] * 4 and guard.is_same()
+    module.shift = torch.full((4,), 6.0)
+    assert not guard.is_same()
+    module.kept = [binding, binding.find_constants()]  # as by its region
+    gone = weakref.ref(module.weight)
+    gc.disable()
+    try:
+        del module, binding, guard
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_such_a_tensor_of_another_shape_is_refused() -> None:

@@ -131,6 +131,26 @@ def test_a_dim_of_one_or_two_is_traced_with_room_above_and_keeps_its_bounds() ->
     assert traced.upper > 2
 
 
+class TwoPlaces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.weight[: x.shape[1]]
+
+
+@pytest.mark.parametrize("stated", [(), ("seq",)])
+def test_what_takes_two_at_most_is_traced_without_room_above(stated: tuple[str, ...]) -> None:
+    module, bounds = TwoPlaces(), {"batch": Range(1, 2), "seq": Range(1, 2)}
+    found = exported(module, ROWS, bounds, *stated)
+    assert found.bounds == bounds
+    highs = sorted(int(each.upper) for each in found.program.range_constraints.values())
+    assert highs == [2, 3]
+    for x in (torch.ones(1, 1), torch.ones(2, 2)):
+        assert torch.equal(found.program.module()(x)[0], module(x))
+
+
 class Adds(nn.Module):
     def forward(self, x: torch.Tensor, long: torch.Tensor) -> torch.Tensor:
         return x.sum() + long

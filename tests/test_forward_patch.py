@@ -77,8 +77,24 @@ def test_a_forward_of_the_module_s_own_comes_back(module: Double) -> None:
     assert vars(module)["forward"] is own
 
 
+def replicate(linear: Any) -> nn.Module:
+    """A copy as nn.DataParallel makes it for another device."""
+    replica = linear._replicate_for_data_parallel()
+    del replica._is_replica
+    for name, each in linear._parameters.items():
+        replica.register_parameter(name, nn.Parameter(each.detach().clone()))
+    return replica  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
-    "make", [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))]
+    "make",
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda each: pickle.loads(pickle.dumps(each)),
+        lambda each: replicate(each),
+        lambda each: copy.copy(replicate(each)),
+    ],
 )
 def test_a_copy_answers_as_it_is_itself(make: Callable[[Any], Any]) -> None:
     """Also when the original is gone, and when the copy is changed."""
@@ -97,6 +113,16 @@ def test_a_copy_answers_as_it_is_itself(make: Callable[[Any], Any]) -> None:
     patch.install()
     patch.remove()
     assert vars(other).keys() == vars(nn.Linear(2, 2)).keys()
+
+
+def test_copies_for_other_devices_are_told_of(module: Double, patch: Zero) -> None:
+    missed = []
+    patch._count_miss = lambda path, error: missed.append((path, error.reason))
+    assert torch.equal(replicate(module)(X), 2 * X)
+    assert missed == [("", "device")]
+    patch.remove()
+    assert torch.equal(replicate(module)(X), 2 * X)
+    assert missed == [("", "device")]
 
 
 def test_a_copy_has_a_forward_that_was_the_module_s_own(module: Double) -> None:

@@ -94,4 +94,7 @@ def test_what_says_nothing_of_a_call_is_not_minded(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(nn.Linear, "extra_repr", lambda self: "linear")
     block.notes = ["mine"]  # type: ignore[assignment]
     assert guard.is_same()
+    before = list_traits({"": block})  # then what transformers sets where a model is trained
+    block._gradient_checkpointing_func = partial(double)  # type: ignore[assignment]
+    assert list_traits({"": block}) == before
     assert "__getstate__" not in list_traits({"": block})[""][2]

@@ -218,7 +218,8 @@ class ConstantBinding(ModuleReference):
             made = self._quantize(constant, tensor)
         else:  # attributes do not move with their module
             made = tensor.detach().to(self.device, copy=True)
-        return FoundConstant(*held, tensor, made, tensor_version(tensor))
+        store = {} if held[0] is vars(self.module) else held[0]
+        return FoundConstant(store, held[1], tensor, made, tensor_version(tensor))
 
     def _quantize(self, constant: Constant, tensor: torch.Tensor) -> torch.Tensor:
         """A quantized constant, of the module's own weight in the dtype that the recipe names."""

@@ -18,6 +18,7 @@ from hubaoti.runtime.fallback import CannotServe
 from hubaoti.runtime.locks import ForkSafeLock
 
 _STATE = "__getstate__"  # what copies and pickles of an object are made of
+_REPLICA = "_replicate_for_data_parallel"  # the copy for another device (torch 2.11 to 2.15)
 
 CountMiss = Callable[[str, CannotServe], None]
 
@@ -59,13 +60,37 @@ class _PlainState(ModuleReference):
     def __call__(self) -> Any:
         kind: Any = type(self.module)
         state = kind.__getstate__(self.module)
-        if not isinstance(state, dict):
-            return state
-        state = {name: each for name, each in state.items() if each is not self}
-        own = state.pop("forward", None)
-        while isinstance(own, ForwardPatch):
-            own = own.own
-        return state if own is None else {**state, "forward": own}
+        return _list_plain(state) if isinstance(state, dict) else state
+
+
+class _PlainReplica(ModuleReference):
+    """The copy of a module that nn.DataParallel gives the weights of a device, which is plain."""
+
+    __slots__ = ()
+
+    def __call__(self) -> nn.Module:
+        kind: Any = type(self.module)
+        if (patch := find_patch(self.module)) is not None:
+            patch.count_miss(
+                CannotServe(
+                    "device",
+                    "copies of nn.DataParallel answer",
+                    advice="give each device a process and a model of its own",
+                )
+            )
+        replica: nn.Module = getattr(kind, _REPLICA)(self.module)
+        replica.__dict__ = _list_plain(vars(replica))
+        return replica
+
+
+def _list_plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """A module's attributes without ours, and with the `forward` that it had of its own."""
+    ours = (_PlainState, _PlainReplica)
+    plain = {name: each for name, each in attributes.items() if not isinstance(each, ours)}
+    own = plain.pop("forward", None)
+    while isinstance(own, ForwardPatch):
+        own = own.own
+    return plain if own is None else {**plain, "forward": own}
 
 
 class ForwardPatch(ModuleReference, ABC):
@@ -90,7 +115,9 @@ class ForwardPatch(ModuleReference, ABC):
     def install(self, over: Any = None) -> None:
         """Answer from here on, below what somebody put over us."""
         self.module.forward = over or self
-        vars(self.module)[_STATE] = _PlainState(self.module)
+        vars(self.module).update(
+            {_STATE: _PlainState(self.module), _REPLICA: _PlainReplica(self.module)}
+        )
         _PATCHES[self.module] = weakref.ref(self)
 
     def remove(self) -> None:
@@ -116,7 +143,8 @@ class ForwardPatch(ModuleReference, ABC):
 
     def _forget(self) -> None:
         """Have nobody find it by its module any more."""
-        vars(self.module).pop(_STATE, None)
+        for name in (_STATE, _REPLICA):
+            vars(self.module).pop(name, None)
         del _PATCHES[self.module]
 
     def eager(self, *args: Any, **kwargs: Any) -> Any:
@@ -125,6 +153,10 @@ class ForwardPatch(ModuleReference, ABC):
             return self._own(*args, **kwargs)
         module = self.module
         return type(module).forward(module, *args, **kwargs)
+
+    def count_miss(self, error: CannotServe) -> None:
+        """Tell of a call that is not answered here."""
+        self._count_miss(self.path, error)
 
     @property
     def own(self) -> Any:
@@ -146,7 +178,7 @@ class ForwardPatch(ModuleReference, ABC):
             try:
                 return self.answer(args, kwargs)
             except CannotServe as error:
-                self._count_miss(self.path, error)
+                self.count_miss(error)
         return self.eager(*args, **kwargs)
 
     @property

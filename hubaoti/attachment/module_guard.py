@@ -24,8 +24,9 @@ from hubaoti.runtime.fallback import CannotServe
 _PLAIN = {bool, int, float, str, type(None)}
 _PLAIN |= {FunctionType, BuiltinFunctionType, MethodType, partial}
 # What is asked otherwise, or put there by us, and what says nothing of a call without gradients.
-_ELSEWHERE = {"training", "forward", "gradient_checkpointing", "_is_hf_initialized"}
-_ELSEWHERE |= {"__getstate__", "_valid_auto_compile_criteria"}
+_ELSEWHERE = {"training", "forward", "_is_hf_initialized", "_valid_auto_compile_criteria"}
+_ELSEWHERE |= {"gradient_checkpointing", "_gradient_checkpointing_func"}
+_ELSEWHERE |= {"__getstate__", "_replicate_for_data_parallel"}
 _NEVER_CALLED = {"extra_repr", "reset_parameters"}  # by a `forward`
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
@@ -35,7 +36,7 @@ class FoundConstant:
     """A constant in a module: the dictionary and the name that hold it, and the tensor itself.
 
     `bound` is what a graph is given: the very tensor, unless it has to be made of it, as it was at
-    a version.
+    a version. The dictionary is empty where it is that of the module itself, which it would keep.
     """
 
     store: dict[str, Any]
@@ -142,7 +143,7 @@ class ModuleGuard:
         self._names = [name for _, name, _ in held]
         self._things = [each for _, _, each in held]
         self._inner, self._type = parts[1:], type(module)
-        self._own = list_attributes(module)
+        self._own = list_attributes(module) | {c.name: c.tensor for c in found if not c.store}
         self._methods = list_methods(type(module)).keys() - {*vars(module), "forward"}
         self._types = [*map(type, self._inner)]
         # What somebody adds: a part to one, or a `forward` of its own to one within.

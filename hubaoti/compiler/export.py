@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,7 +74,7 @@ def export(
         flat = FlatModule(module, face)
         try:
             with flat.replace_own_forward(), silence_transformers():
-                program = _trace(module, face, bounds, tensors, deferred)
+                program = _trace_with_room(module, face, bounds, tensors, deferred)
         except HubaotiError:
             raise
         except Exception as error:  # torch raises of many kinds, each with its own words
@@ -114,21 +114,43 @@ def _keep_names(program: ExportedProgram) -> None:
             spec.kind, spec.persistent = InputKind.BUFFER, False
 
 
+def _trace_with_room(
+    module: nn.Module,
+    face: CallSignature,
+    bounds: DimRanges,
+    tensors: Sequence[torch.Tensor],
+    deferred: bool,
+) -> ExportedProgram:
+    """Export with room above dims of two sizes, but for those of which the module takes no more."""
+    roomy = {name for name, each in bounds.items() if each.high // each.step < _LEAST_HIGH}
+    while True:
+        try:
+            return _trace(module, face, bounds, tensors, deferred, roomy)
+        except Exception as error:
+            fixes = read_fixes(str(error))
+            named = {*fixes.sizes, *fixes.ranges, *fixes.guards}
+            if not roomy & named:
+                raise
+            roomy -= named
+
+
 def _trace(
     module: nn.Module,
     face: CallSignature,
     bounds: DimRanges,
     tensors: Sequence[torch.Tensor],
     deferred: bool = False,
+    roomy: Collection[str] = (),
 ) -> ExportedProgram:
     """Export through transformers for a whole model, whose patches make more of them traceable.
 
     With `deferred` what torch cannot prove of sizes is an assert of the program, and no refusal.
+    Dims that are `roomy` may be larger than their bounds.
 
     Checked on transformers 5.15 to 5.24, where it is marked experimental. The public way,
     `torch.export.export`, takes the same tensors.
     """
-    shapes = _make_dynamic_shapes(face, bounds)
+    shapes = _make_dynamic_shapes(face, bounds, roomy)
     names = [entry.name for entry in face.inputs]
     exporter = _find_exporter(module)
     if exporter is None:
@@ -171,7 +193,9 @@ def _find_exporter(module: nn.Module) -> Any:
     return exporter_dynamo
 
 
-def _make_dynamic_shapes(face: CallSignature, bounds: DimRanges) -> list[dict[int, Any]]:
+def _make_dynamic_shapes(
+    face: CallSignature, bounds: DimRanges, roomy: Collection[str] = ()
+) -> list[dict[int, Any]]:
     """Torch's Dims for each input; an axis with one size has none."""
     single = {name: sizes.low for name, sizes in bounds.items() if sizes.low == sizes.high}
     roots = {
@@ -179,7 +203,7 @@ def _make_dynamic_shapes(face: CallSignature, bounds: DimRanges) -> list[dict[in
         name: Dim(
             name if sizes.step == 1 else f"_{name}",
             min=sizes.low // sizes.step,
-            max=max(_LEAST_HIGH, sizes.high // sizes.step),
+            max=max(_LEAST_HIGH if name in roomy else 0, sizes.high // sizes.step),
         )
         for name, sizes in bounds.items()
         if name not in single
