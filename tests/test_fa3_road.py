@@ -215,6 +215,9 @@ def test_a_bundle_says_its_recipe_its_kernel_and_what_that_does_not_compute(llam
         ("hubaoti::fa3_decode",),
         (),
     ]
+    assert [[*(each.schemas or ())] for each in manifest.graphs] == [
+        [*(each.ops or ())] for each in manifest.graphs
+    ]
     members = [member.path for each in manifest.graphs for member in each.members]
     assert not any(path.endswith(".wrapper.json") for path in members), "torch's executor is asked"
 
