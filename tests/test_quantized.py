@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import mmap
+import operator
 import pickle
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -280,13 +281,35 @@ def test_an_adapter_that_is_merged_into_it_is_refused_and_not_lost(safe: bool) -
     assert not holder[0].merged and torch.equal(holder(x), expected)
 
 
+WRITES: dict[str, Callable[[Any], object]] = {
+    "a method": lambda layer: layer.weight.add_(1),
+    "an operator": lambda layer: operator.iadd(layer.weight, 1),
+    "rows": lambda layer: operator.setitem(layer.weight, 0, 1),
+    "as data": lambda layer: setattr(layer.weight, "data", torch.zeros(16, 32)),
+    "a method of its data": lambda layer: layer.weight.data.copy_(torch.zeros(16, 32)),
+    "rows of its data": lambda layer: operator.setitem(layer.weight.data, slice(0, 2), 0),
+    "init": lambda layer: nn.init.zeros_(layer.weight),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_what_is_written_into_its_weight_is_refused_and_not_lost(write: str) -> None:
+    layer = nn.Linear(32, 16)
+    quantize_linear(layer, "int8wo", NEEDS["int8wo"])
+    with pytest.raises(BadRequest, match="would be lost"), torch.no_grad():
+        WRITES[write](layer)
+    layer.weight.requires_grad_(False)
+
+
 def test_what_is_computed_of_its_weight_is_plain() -> None:
     layer = nn.Linear(32, 16)
     quantize_linear(layer, "int8wo", NEEDS["int8wo"])
     weight = layer.weight
     plain = pickle.loads(pickle.dumps(weight))
     assert torch.equal(plain, weight)
-    for each in (plain, weight + 0, weight.data, weight.t(), layer(torch.ones(1, 32))):
+    copied, written = copy.deepcopy(weight), torch.zeros(16, 32).copy_(weight)
+    assert torch.equal(written, weight)
+    for each in (plain, copied, written, weight + 0, weight.t(), layer(torch.ones(1, 32))):
         assert type(each) is torch.Tensor
 
 

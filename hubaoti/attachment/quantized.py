@@ -7,8 +7,8 @@ the graph answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,29 +20,50 @@ from hubaoti.runtime.quantize import TILE, make_quantized
 from hubaoti.runtime.recipes import GROUP
 
 _Parts = Mapping[str, Tensor]
+_WRITES = {"__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv"))}
+_SETS = {"requires_grad_", "share_memory_"}  # no value
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of torch writes into its tensor, by its name."""
+    return name in _WRITES or (name.endswith("_") and name[-2:] != "__" and name not in _SETS)
+
+
+def _refuse_writing() -> NoReturn:
+    raise BadRequest(
+        "the weight of a Linear is quantized, and what is written into it would be lost",
+        hint="merge adapters, or take them out, before attach(..., quantize=True); a plain "
+        "weight is quantized where load_state_dict loads it",
+    )
 
 
 class _MadeWeight(Tensor):
     """A weight that was made of its parts, and is gone when nobody looks at it any more.
 
-    Whatever is computed of it is a plain tensor.
+    Whatever is computed of it is a plain tensor. What is written into it is refused, as peft writes
+    what it merges, for it would be lost.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if _writes(func.__name__) and isinstance(args[0], cls):
+            _refuse_writing()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     @property
     def data(self) -> Tensor:
-        """As every tensor has it."""
-        return self.detach()
+        """As every tensor has it; it is written into as the weight is."""
+        return self.detach().as_subclass(_MadeWeight)
 
     @data.setter
     def data(self, value: object) -> None:
-        """Refuse what would be lost, as peft writes what it merges."""
-        raise BadRequest(
-            "the weight of a Linear is quantized, and what is written into it would be lost",
-            hint="merge adapters, or take them out, before attach(..., quantize=True); a plain "
-            "weight is quantized where load_state_dict loads it",
-        )
+        _refuse_writing()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.detach().clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
