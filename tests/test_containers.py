@@ -7,6 +7,7 @@ import sys
 from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hubaoti.compiler.signature import CallSignature, FlatModule
 from hubaoti.errors import CompileFailed
 from hubaoti.runtime.containers import Answers, Contents, fill_container
 from hubaoti.runtime.fallback import CannotServe
+from hubaoti.runtime.golden import GOLDEN_TOLERANCE
 from hubaoti.settings import Settings
 
 ROWS = 50
@@ -176,6 +178,19 @@ def test_a_first_call_sees_what_a_graph_leaves_otherwise() -> None:
     assert "in store: answer 0 is off" in (beside.compare_contents([x + 1], before) or "")
     store["first"] = x
     assert "other keys in store" in (beside.compare_contents([x], before) or "")
+
+
+def test_what_float8_computes_may_be_as_far_off_as_float8_is_and_numbers_of_places_may_not() -> (
+    None
+):
+    one = Answers(Outputs(template={"tensor": 0}, tensors=()))
+    plain = Beside(lambda: None, {}, one, None)
+    coarse = replace(plain, tolerance=GOLDEN_TOLERANCE["float8_e4m3fn"])
+    ours, theirs = torch.tensor([1.0, 0.9]).bfloat16(), torch.tensor([1.0, 1.0]).bfloat16()
+    assert "is off" in (plain.compare_answers([ours], theirs) or "")
+    assert coarse.compare_answers([ours], theirs) is None
+    assert "is off" in (coarse.compare_answers([ours - 0.2], theirs) or "")
+    assert "is off" in (coarse.compare_answers([torch.tensor([20])], torch.tensor([19])) or "")
 
 
 def flat(forward: Callable[..., Any]) -> FlatModule:

@@ -118,7 +118,7 @@ class FirstCallCheck:
         answer = call.eager()
         problem = (
             call.compare_answers(ours, answer)
-            or describe_difference([given[n] for n in written], [inputs[n] for n in written])
+            or call.compare_tensors([given[n] for n in written], [inputs[n] for n in written])
             or call.compare_contents(ours, contents)
         )
         name = graph.entry.id
@@ -132,19 +132,27 @@ class FirstCallCheck:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """A call that its module answers beside a graph: how, and what the graph's outputs become."""
+    """A call that its module answers beside a graph: how, and what the graph's outputs become.
+
+    `tolerance` is that of what a graph computes with, as float8, which may be coarser than answers.
+    """
 
     eager: Callable[[], Any]
     arguments: Mapping[str, Any]
     answers: Answers
     filling: Filling | None
     prepare: Callable[[list[torch.Tensor]], object] = lambda inputs: None
+    tolerance: float = 0.0
 
     def compare_answers(self, outputs: list[torch.Tensor], answer: Any) -> str | None:
         """How the graph's answer differs from the module's; None where it does not."""
         given = self.filling.given if self.filling else ()
         ours = self.answers.make([*outputs, *given])
-        return describe_difference(_find_tensors(ours), _find_tensors(answer))
+        return self.compare_tensors(_find_tensors(ours), _find_tensors(answer))
+
+    def compare_tensors(self, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> str | None:
+        """How tensors of the graph differ from the module's; None where they do not."""
+        return describe_difference(ours, theirs, self.tolerance)
 
     def compare_contents(self, outputs: list[torch.Tensor], before: Contents) -> str | None:
         """How what the graph leaves in the call differs from what the module has left there."""
@@ -161,22 +169,30 @@ class Beside:
             left = list_items(get_at_path(self.arguments, path))
             if [key for key, _ in items] != [key for key, _ in left]:
                 return f"it leaves other keys in {spell_path(path)} than the module"
-            if problem := describe_difference(_find_tensors(items), _find_tensors(left)):
+            if problem := self.compare_tensors(_find_tensors(items), _find_tensors(left)):
                 return f"in {spell_path(path)}: {problem}"
         return None
 
 
-def describe_difference(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> str | None:
-    """How a graph's answers differ from the module's, in words; None where they do not."""
+def describe_difference(
+    ours: list[torch.Tensor], theirs: list[torch.Tensor], coarsest: float = 0.0
+) -> str | None:
+    """How a graph's answers differ from the module's, in words; None where they do not.
+
+    Numbers may be off as their dtype is, or by `coarsest`, whole numbers not at all.
+    """
     if len(ours) != len(theirs):
         return f"it gives {len(ours)} tensors, the module {len(theirs)}"
     problems = (
-        golden.compare_golden(
-            f"answer {index}", our, their, golden.GOLDEN_TOLERANCE.get(name_dtype(our.dtype), 0.0)
-        )
+        golden.compare_golden(f"answer {index}", our, their, _choose_tolerance(our, coarsest))
         for index, (our, their) in enumerate(zip(ours, theirs, strict=True))
     )
     return next(filter(None, problems), None)
+
+
+def _choose_tolerance(tensor: torch.Tensor, coarsest: float) -> float:
+    own = golden.GOLDEN_TOLERANCE.get(name_dtype(tensor.dtype), 0.0)
+    return max(own, coarsest) if own else 0.0
 
 
 def _find_tensors(value: Any) -> list[torch.Tensor]:

@@ -18,6 +18,7 @@ from hubaoti.attachment.torch_modes import refuse_modes, refuse_watchers, wants_
 from hubaoti.errors import BadInput, KernelFailed, MissingConstant
 from hubaoti.runtime.capturing import is_capturing, is_recording, is_rehearsing
 from hubaoti.runtime.fallback import CannotServe, explain_failure
+from hubaoti.runtime.golden import find_tolerance
 from hubaoti.runtime.graph import Graph
 from hubaoti.runtime.kv_cache import CacheSlot, CacheState, slide_window
 
@@ -153,9 +154,9 @@ class Region(GraphPatch):
         if is_new:
             eager = partial(self.eager, *args, **kwargs)
             slide = partial(slide_window, graph.entry.cache, held)
-            beside = Beside(
-                eager, dispatcher.plan.name_arguments(args, kwargs), answers, filling, slide
-            )
+            arguments = dispatcher.plan.name_arguments(args, kwargs)
+            coarsest = find_tolerance(graph.entry)
+            beside = Beside(eager, arguments, answers, filling, slide, coarsest)
             answer = self._trials.compare(graph, inputs, route.small, beside)
             next(self._compared[graph.entry.id])
             return answer

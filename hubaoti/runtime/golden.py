@@ -269,16 +269,21 @@ def describe_golden(entry: Entry, answers: Mapping[str, torch.Tensor]) -> Golden
 
 
 def choose_tolerances(entry: Entry, answers: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """How far each answer may be off; whole numbers not at all.
+    """How far each answer may be off; whole numbers not at all."""
+    coarsest = find_tolerance(entry)
+    return {
+        name: coarsest if tensor.is_floating_point() else 0.0 for name, tensor in answers.items()
+    }
+
+
+def find_tolerance(entry: Entry) -> float:
+    """How far a number that a graph computes may be off, as a part of the largest value.
 
     A float32 answer may come from bfloat16 constants, so the coarsest dtype of the graph counts.
     """
     dtypes = {item.dtype for item in entry.inputs} | {item.dtype for item in entry.constants}
     dtypes |= {item.dtype for item in entry.outputs.tensors}
-    coarsest = max((GOLDEN_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=0.0)
-    return {
-        name: coarsest if tensor.is_floating_point() else 0.0 for name, tensor in answers.items()
-    }
+    return max((GOLDEN_TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=0.0)
 
 
 def sample_answers(
