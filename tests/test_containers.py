@@ -180,9 +180,7 @@ def test_a_first_call_sees_what_a_graph_leaves_otherwise() -> None:
     assert "other keys in store" in (beside.compare_contents([x], before) or "")
 
 
-def test_what_float8_computes_may_be_as_far_off_as_float8_is_and_whole_numbers_may_not() -> (
-    None
-):
+def test_what_float8_computes_may_be_as_far_off_as_float8_is_and_whole_numbers_may_not() -> None:
     one = Answers(Outputs(template={"tensor": 0}, tensors=()))
     plain = Beside(lambda: None, {}, one, None)
     coarse = replace(plain, tolerance=GOLDEN_TOLERANCE["float8_e4m3fn"])
