@@ -503,6 +503,8 @@ def several(monkeypatch: pytest.MonkeyPatch, decoder_bundle: Bundle) -> list[str
         return [msgspec.structs.replace(decoder_bundle.manifest.target, level=x) for x in LEVELS]
 
     monkeypatch.setattr("hubaoti.compiler.build.build_unit", build_several)
+    # There is one fake graph, and not one for causal masks beside it.
+    monkeypatch.setattr("hubaoti.compiler.plan.add_causal", lambda unit: [unit])
     monkeypatch.setattr("hubaoti.compiler.targets.choose_targets", choose)
     return built
 
