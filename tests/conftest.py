@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -288,3 +289,12 @@ def roberta_unpacked(roberta_bundle: Bundle, shared: Path) -> Path:
     package = roberta_bundle.path / roberta_bundle.manifest.graphs[0].file
     folder = shared / "roberta-unpacked"
     return make_once(folder, lambda: unpack_all(package, folder))
+
+
+@pytest.fixture(scope="module")
+def ops() -> Iterator[list[str]]:
+    """By plain torch FlashAttention-3's ops are answered, here and where graphs are tried."""
+    module = importlib.import_module("attention_on_cpu")
+    yield [module.__name__]
+    module.close()
+    del sys.modules[module.__name__]

@@ -6,9 +6,7 @@ CPU, whose answers can be looked at.
 
 from __future__ import annotations
 
-import importlib
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -268,15 +266,6 @@ def test_an_encoder_has_no_such_graphs(tiny_roberta: Path) -> None:
 
 
 # What they answer
-
-
-@pytest.fixture(scope="module")
-def ops() -> Iterator[list[str]]:
-    """Plain torch answers the ops, here and where graphs are tried."""
-    module = importlib.import_module("attention_on_cpu")
-    yield [module.__name__]
-    module.close()
-    del sys.modules[module.__name__]
 
 
 def build_here(plan: Plan, settings: Settings, output: Path) -> Bundle:

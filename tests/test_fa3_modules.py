@@ -6,9 +6,7 @@ Planned for a GPU; what is built is built for this CPU, where plain torch answer
 from __future__ import annotations
 
 import copy
-import importlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,15 +153,6 @@ def test_what_is_made_of_models_has_their_attention_or_leaves_each_its_own(
 
 
 # What they answer
-
-
-@pytest.fixture(scope="module")
-def ops() -> Iterator[list[str]]:
-    """Plain torch answers the ops, here and where graphs are tried."""
-    module = importlib.import_module("attention_on_cpu")
-    yield [module.__name__]
-    module.close()
-    del sys.modules[module.__name__]
 
 
 @pytest.fixture(scope="module")

@@ -194,7 +194,7 @@ def _find_exporter(module: nn.Module) -> Any:
 
 
 def _make_dynamic_shapes(
-    face: CallSignature, bounds: DimRanges, roomy: Collection[str] = ()
+    face: CallSignature, bounds: DimRanges, roomy: Collection[str]
 ) -> list[dict[int, Any]]:
     """Torch's Dims for each input; an axis with one size has none."""
     single = {name: sizes.low for name, sizes in bounds.items() if sizes.low == sizes.high}

@@ -63,9 +63,9 @@ def compile_blocks(place: Place, name: str, config: Any, **words: Any) -> Bundle
     return place.compile(name, place.write_config(name, config), dtype=dtype, **words)
 
 
-def compile_model(place: Place) -> Bundle:
+def compile_model(place: Place, name: str = "model", **words: Any) -> Bundle:
     """The blocks of a model of 8B, or on a CPU of a narrow one."""
-    return compile_blocks(place, "model", make_config(place.device))
+    return compile_blocks(place, name, make_config(place.device), **words)
 
 
 def make_model(device: torch.device, config: Any) -> Any:

@@ -73,11 +73,13 @@ class Place:
             error.add_note(report.read_text()[-_REPORT:] if report.is_file() else "no report")
             raise
 
-    def require_kernel(self) -> dict[str, str]:
-        """The words with which a bundle has FlashAttention-3; skips where there is no kernel."""
+    def require_attention(self, name: str) -> dict[str, Any]:
+        """The words with which a bundle has an attention; skips where fa3's kernel is not here."""
+        if name == "sdpa":
+            return {}
         if self.sm is None and not (self.made and (self.made / "hub").is_dir()):
             pytest.skip("no kernel is here: scripts/gpu_build brings PyPI's fa3-fwd")
-        return {"attention": "fa3", "kernel": KERNEL}
+        return {"attention": name, "kernel": KERNEL}
 
 
 def find_bundle(made: Path, name: str) -> Path | None:

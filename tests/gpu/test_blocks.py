@@ -35,7 +35,7 @@ class Form:
 
     def compile(self, place: Place) -> Bundle:
         """From a config alone."""
-        words: dict[str, Any] = place.require_kernel() if self.attention == "fa3" else {}
+        words = place.require_attention(self.attention)
         if not self.cached:
             most = llama.MOST if place.is_gpu else llama.PLACES
             dims = {"batch": (1, 4), "seq": (1, most)}
@@ -73,8 +73,7 @@ def list_cases(every: bool) -> tuple[Form, ...]:
 @pytest.fixture(scope="module")
 def bundle(place: Place, case: Form) -> Bundle:
     """Made beforehand, or compiled from the config alone."""
-    if case.attention == "fa3":
-        place.require_kernel()
+    place.require_attention(case.attention)
     return place.get_bundle(case.name, case.compile)
 
 

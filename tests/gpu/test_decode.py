@@ -38,8 +38,8 @@ class Steps:
 
     def compile(self, place: Place) -> Bundle:
         """From a config alone."""
-        words = place.require_kernel() if self.attention == "fa3" else {}
-        return llama.compile_blocks(place, self.bundle, llama.make_config(place.device), **words)
+        words = place.require_attention(self.attention)
+        return llama.compile_model(place, self.bundle, **words)
 
 
 STEPS = (Steps("decode-sdpa", "model"), Steps("decode-fa3", "model-fa3", "fa3"))
@@ -53,8 +53,7 @@ def list_cases(every: bool) -> tuple[Steps, ...]:
 @pytest.fixture(scope="module")
 def bundle(place: Place, case: Steps) -> Bundle:
     """Made beforehand, or compiled from the config alone."""
-    if case.attention == "fa3":
-        place.require_kernel()
+    place.require_attention(case.attention)
     return place.get_bundle(case.bundle, case.compile)
 
 

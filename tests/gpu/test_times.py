@@ -60,9 +60,8 @@ def list_cases(every: bool) -> tuple[Race, ...]:
 def compile_named(place: Place, name: str) -> Bundle:
     """A bundle of those that are raced; skips what cannot be had."""
     if name in FLUX:
-        words: dict[str, Any] = FLUX[name]
-        if "attention" in words:
-            words = place.require_kernel()
+        words = {**FLUX[name]}
+        words |= place.require_attention(words.get("attention", "sdpa"))
         return flux.compile_flux(place, name, **words)
     return next(form for form in FORMS if form.name == name).compile(place)
 
@@ -215,8 +214,7 @@ def word_times(times: dict[str, float], products: float | None) -> str:
         if name != "eager":
             words.append(f"{name} {each:.2f} ({times['eager'] / each:.2f} x)")
     if products:
-        best = min(each for name, each in times.items() if name != "eager")
-        words.append(
-            f"its Linears alone {products:.2f}, of which the best is {best / products:.2f}"
-        )
+        others = [each for name, each in times.items() if name != "eager"]
+        best = f", of which the best is {min(others) / products:.2f}" if others else ""
+        words.append(f"its Linears alone {products:.2f}{best}")
     return ", ".join(words)
